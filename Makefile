@@ -1,0 +1,52 @@
+# make demo | test | bench | lint.  A bare machine needs python >= 3.11, g++ and make.
+PYTHON ?= python3
+SEED ?= 0
+OUT ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo ablations test bench lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo [SEED=0]   the whole pipeline on the embedded world: $(OUT)/report.html, $(OUT)/summary.json"
+	@echo "make ablations       slices, evolving, weighting, reward factors: runs/ablations/ablations.json"
+	@echo "make test            every test this machine can run; lists what it skipped and why"
+	@echo "make bench           the benchmarks this machine can run"
+	@echo "make lint            ruff check and format, clang-format where installed"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[language]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@ $(VENV)/.core
+
+demo: $(VENV)/.core
+	$(BIN)/python recipes/progressive.py --preset demo --seed $(SEED) --out $(OUT)
+
+ablations: $(VENV)/.core
+	$(BIN)/python recipes/ablations.py --seed $(SEED)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@if command -v clang-format > /dev/null; then clang-format --dry-run --Werror csrc/*.cpp; else echo "clang-format: not installed, C++ format not checked"; fi
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@if command -v clang-format > /dev/null; then clang-format -i csrc/*.cpp; fi
+
+clean:
+	rm -rf $(VENV) build *.egg-info csrc/*.so

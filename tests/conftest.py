@@ -1,0 +1,18 @@
+"""Fixtures that every part shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data files (WIZARD_DATA, or ../shared/data beside the checkout); skips where it is absent."""
+    root = Path(os.environ.get("WIZARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"real data absent: set WIZARD_DATA to a folder like {root}")
+    return root
