@@ -1,0 +1,1 @@
+"""Records, tokenizers, packing, loading, analysis, sampling, deduplication and decontamination."""

@@ -1,0 +1,273 @@
+"""Training rows: what they are, and how they are read from and written to files.
+
+Reading recognises the project's own JSONL, Alpaca, ShareGPT, preference pairs, question and answer, solutions with
+checked arithmetic, and self-instruct files, each as JSONL or as one JSON array. A bad record is an error that names
+file, line and field, or, with on_error="skip", is counted, logged and written to a reject file.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from wizard_engine.data.formats import convert
+from wizard_engine.data.rows import (
+    KINDS,
+    Conversation,
+    Message,
+    Preference,
+    Process,
+    Row,
+    brief,
+    check_row,
+    check_text,
+    content_id,
+    conversation,
+    texts_of,
+)
+
+__all__ = [
+    "Conversation",
+    "Message",
+    "Preference",
+    "Process",
+    "Reject",
+    "Row",
+    "check_row",
+    "content_id",
+    "conversation",
+    "read_rows",
+    "scan_rows",
+    "texts_of",
+    "write_rows",
+]
+
+Kind = Literal["conversation", "preference", "process"]
+LOG = logging.getLogger("wizard_engine.data")
+
+
+class Reject(NamedTuple):
+    """A record that could not be read: where, why (`path:line: field: ...`), and the start of its text."""
+
+    path: str
+    line: int
+    error: str
+    text: str
+
+
+class Piece(NamedTuple):
+    """One JSON value of a file with its first line (counted from 1), or the error that stands in its place."""
+
+    line: int
+    value: Any
+    error: str | None
+    text: str
+
+
+def read_rows(
+    path: Path | str,
+    *,
+    kind: Kind | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    rejects: Path | None = None,
+    allow_empty: bool = False,
+) -> list[Row]:
+    """Rows of a file, in file order.
+
+    Args:
+        path: .json (an array) or .jsonl, in any of the formats above; which one is seen from the content.
+        kind: the only kind of row expected; None takes any.
+        on_error: "raise" stops at the first bad record; "skip" leaves bad records out, logs how many, and writes them
+            to `rejects`.
+        rejects: JSONL file for what "skip" left out, written only when there is something; one object a record with
+            path, line, error, text.
+        allow_empty: return [] for an empty file instead of an error.
+    Raises:
+        ValueError: `path:line: field: expected X, got Y`.
+        FileNotFoundError: no such file.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}; choose one of them")
+    rows, bad = [], []
+    for item in scan_rows(path, kind=kind, allow_empty=allow_empty):
+        if not isinstance(item, Reject):
+            rows.append(item)
+        elif on_error == "raise":
+            raise ValueError(item.error)
+        else:
+            bad.append(item)
+    if bad:
+        LOG.warning("%s: %d records rejected, %d rows kept; first: %s", path, len(bad), len(rows), bad[0].error)
+        if rejects is not None:
+            _write_lines(Path(rejects), [reject._asdict() for reject in bad])
+    return rows
+
+
+def scan_rows(path: Path | str, *, kind: Kind | None = None, allow_empty: bool = False) -> Iterator[Row | Reject]:
+    """Yields every row of a file and, where a record is bad, a Reject in its place.
+
+    Raises:
+        ValueError: the file is empty (unless allow_empty), or `kind` is unknown.
+    """
+    path = Path(path)
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}; choose one of them")
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    empty = True
+    for piece in _pieces(data):
+        empty = False
+        try:
+            yield from _rows_of(piece, path, kind)
+        except ValueError as error:
+            yield Reject(str(path), piece.line, f"{path}:{piece.line}: {error}", piece.text)
+    if empty and not allow_empty:
+        raise ValueError(f"{path}:1: file: expected at least one record, got none; give a file with rows")
+
+
+def write_rows(path: Path | str, rows: Iterable[Row]) -> None:
+    """Writes rows as JSONL, one object a line; the file appears complete or not at all, and is on disk on return.
+
+    Raises:
+        ValueError: a row is invalid (its number and field are named); what was at `path` is unchanged.
+        OSError: the disk is full or the folder cannot be written; what was at `path` is unchanged.
+    """
+    _write_lines(Path(path), _checked(rows))
+
+
+def _checked(rows: Iterable[Row]) -> Iterator[dict]:
+    for number, row in enumerate(rows):
+        try:
+            check_row(row)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+        yield row.to_json()
+
+
+def _write_lines(path: Path, objects: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            for item in objects:
+                stream.write(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _rows_of(piece: Piece, path: Path, kind: Kind | None) -> list[Row]:
+    """The valid rows of one JSON value, all or none; a foreign row gets the file's stem as attributes["source"]."""
+    if piece.error is not None:
+        raise ValueError(piece.error)
+    _check_unicode(piece.value, "record")
+    found, rows = convert(piece.value)
+    if kind not in (None, found):
+        raise ValueError(f"record: expected a {kind} row, got a {found} row")
+    own = "messages" in piece.value or "prompt" in piece.value
+    for row in rows:
+        check_row(row)
+    return rows if own else [row.replace(attributes={"source": path.stem} | row.attributes) for row in rows]
+
+
+def _check_unicode(value: Any, name: str) -> None:
+    """Raises ValueError where a text anywhere in a JSON value cannot be written as UTF-8."""
+    if isinstance(value, str):
+        check_text(value, name, blank=True)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_text(key, name, blank=True)
+            _check_unicode(item, key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_unicode(item, f"{name}[{index}]")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected a JSON value, got {name}")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def _pieces(data: bytes) -> Iterator[Piece]:
+    """The JSON values of a file: the elements of an array, or one value a line."""
+    return _array_pieces(data) if data.lstrip()[:1] == b"[" else _line_pieces(data)
+
+
+def _line_pieces(data: bytes) -> Iterator[Piece]:
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        text = line.decode("utf-8", "replace").strip()
+        try:
+            value, end = _decode(line.decode("utf-8").strip(), 0)
+            if end != len(text):
+                raise ValueError(f"expected the end of the line, got {brief(text[end:])}")
+            yield Piece(number, value, None, text[:200])
+        except ValueError as error:
+            yield Piece(number, None, f"json: {_reason(error)}", text[:200])
+
+
+def _array_pieces(data: bytes) -> Iterator[Piece]:
+    """Elements of a JSON array with the line each starts on; what follows the first broken one is one bad piece."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield Piece(data[: error.start].count(b"\n") + 1, None, f"json: {_reason(error)}", "")
+        return
+    position, line, counted = _skip(text, text.index("[") + 1), 1, 0
+    more = text[position : position + 1] != "]"
+    while more:
+        line, counted, start = line + text.count("\n", counted, position), position, position
+        try:
+            value, position, more = _element(text, start)
+        except ValueError as error:
+            yield Piece(line, None, f"json: {_reason(error)}", text[start : start + 200])
+            return
+        yield Piece(line, value, None, text[start : start + 200])
+    end = _skip(text, position + 1) if counted == 0 else position
+    if end != len(text):
+        got = brief(text[end : end + 40])
+        yield Piece(
+            text.count("\n", 0, end) + 1, None, f"json: expected the end of the file, got {got}", text[end:][:200]
+        )
+
+
+def _element(text: str, start: int) -> tuple[Any, int, bool]:
+    """An array's element at `start`, the position after it and its comma or bracket, and whether another follows."""
+    value, position = _decode(text, start)
+    position = _skip(text, position)
+    following = text[position : position + 1]
+    if following not in (",", "]") or not following:
+        raise ValueError(f"expected ',' or ']' after the record, got {brief(text[position : position + 20])}")
+    return value, _skip(text, position + 1), following == ","
+
+
+def _decode(text: str, position: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, position)
+    except RecursionError:
+        raise ValueError("expected a record, got brackets nested too deeply") from None
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"expected UTF-8, got byte 0x{byte:02x} at byte {error.start + 1}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"expected a complete JSON value, got {error.msg[:1].lower()}{error.msg[1:]} (column {error.colno})"
+    return str(error)
