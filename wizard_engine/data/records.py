@@ -124,6 +124,9 @@ def scan_rows(path: Path | str, *, kind: Kind | None = None, allow_empty: bool =
             yield from _rows_of(piece, path, kind)
         except ValueError as error:
             yield Reject(str(path), piece.line, f"{path}:{piece.line}: {error}", piece.text)
+        except RecursionError:
+            reason = f"{path}:{piece.line}: record: expected at most a few hundred levels of brackets, got more"
+            yield Reject(str(path), piece.line, reason, piece.text)
     if empty and not allow_empty:
         raise ValueError(f"{path}:1: file: expected at least one record, got none; give a file with rows")
 

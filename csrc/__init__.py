@@ -1,0 +1,98 @@
+"""The C++ part of the engine behind a plain C interface, loaded with ctypes.
+
+`library()` builds libwizard.so with g++ when it is missing or older than its sources, and loads it once. Nothing here
+needs more than the standard library, so that the package's build can import it too.
+"""
+
+import ctypes
+import fcntl
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = Path(__file__).parent.resolve()
+LIBRARY = FOLDER / "libwizard.so"
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden")
+MEMORY = -1
+
+_int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES = {
+    "wizard_pack": (_int64, (_pointer, _int64, _int64, _pointer)),
+    "wizard_shingles": (_int64, (ctypes.c_char_p, _pointer, _int64, _int64, _pointer, _pointer)),
+    "wizard_signatures": (_int64, (_pointer, _pointer, _int64, _int64, ctypes.c_uint64, _pointer)),
+    "wizard_clusters": (_int64, (_pointer,) * 4 + (_int64,) * 3 + (ctypes.c_double, _pointer)),
+}
+
+
+def sources() -> list[Path]:
+    """The C++ files that the library is built from, in name order."""
+    return sorted(FOLDER.glob("*.cpp"))
+
+
+def is_current() -> bool:
+    """Whether the library is there and no older than its sources."""
+    return LIBRARY.exists() and all(LIBRARY.stat().st_mtime >= source.stat().st_mtime for source in sources())
+
+
+def build() -> Path:
+    """Compiles the sources into libwizard.so unless it is current; processes that call it at once build it once.
+
+    Raises:
+        RuntimeError: g++ is missing or the folder cannot be written, or the compiler fails, with its output.
+    """
+    try:
+        with _lock():
+            if not is_current():
+                _compile()
+    except OSError as error:
+        raise RuntimeError(
+            f"{LIBRARY}: expected to build it with g++, got {error}; install g++ or build it once"
+        ) from None
+    return LIBRARY
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library with the argument types of every function declared; built first where needed."""
+    if not is_current():
+        build()
+    loaded = ctypes.CDLL(str(LIBRARY))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def check(status: int, what: str) -> int:
+    """`status` of a C function; MemoryError when it says that memory ran out."""
+    if status == MEMORY:
+        raise MemoryError(f"{what}: not enough memory")
+    return status
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """Holds an exclusive lock on the folder, which is let go when the process ends for whatever reason."""
+    handle = os.open(FOLDER, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _compile() -> None:
+    """Compiles beside the library and renames, so that no process ever loads half a file."""
+    with tempfile.TemporaryDirectory(prefix=".build.", dir=FOLDER) as folder:
+        output = Path(folder) / LIBRARY.name
+        command = [os.environ.get("CXX", "g++"), *FLAGS, *map(str, sources()), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(
+                f"{' '.join(command)}: expected a library, got exit {result.returncode}:\n{result.stderr}"
+            )
+        os.replace(output, LIBRARY)

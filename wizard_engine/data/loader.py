@@ -1,0 +1,174 @@
+"""Seeded, resumable order of packed samples, the same for any number of ranks."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from wizard_engine.data.packing import bin_members, check_lengths, pack
+
+Pack = np.ndarray
+
+
+def seeded_order(count: int, *seeds: int) -> np.ndarray:
+    """A permutation of range(count) that depends on the seeds alone: (count,) int64.
+
+    It sorts the raw words of PCG64, whose stream is fixed for good, rather than a method that may change by version.
+    """
+    return np.argsort(np.random.PCG64(list(seeds)).random_raw(count), kind="stable")
+
+
+class Loader:
+    """Yields, step by step, the packs of sample indices that this rank trains on.
+
+    Each epoch: seeded shuffle of the samples, windows of `window` samples, best-fit packing inside a window, seeded
+    shuffle of the packs. Steps take `packs_per_step` packs each, across the ends of epochs; of them, rank r gets
+    packs r, r + world_size, ... The packs of a step do not depend on `world_size`.
+
+    When packs run out in the last step, packs of several samples are cut in two until there are enough; only when
+    fewer samples than packs are left does a rank get fewer packs (then maybe none) in that step.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        capacity: int,
+        packs_per_step: int,
+        seed: int,
+        epochs: float | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        window: int = 4096,
+    ) -> None:
+        """Plans the steps.
+
+        Args:
+            lengths: (N,) tokens that each sample takes in a pack, each in [1, capacity].
+            capacity: most tokens of a pack.
+            packs_per_step: packs of one step over all ranks; a multiple of world_size.
+            seed: of the order, 0 or more.
+            epochs: passes over the samples; a fraction takes that share of the last one's packs; None goes on for ever
+                and `steps` is None.
+            window: samples that are packed together; 0 packs all of an epoch together.
+        Raises:
+            ValueError: an argument outside its range, or a length outside [1, capacity].
+        """
+        self.lengths = check_lengths(lengths, capacity)
+        self.capacity, self.packs_per_step, self.seed, self.epochs = capacity, packs_per_step, seed, epochs
+        self.rank, self.world_size, self.window = rank, world_size, window
+        self._check()
+        self._epoch, self._start, self._step = 0, 0, 0
+        self._cache: tuple[int, list[Pack]] | None = None
+        self._indices: np.ndarray | None = None
+        self._order = self._fingerprint()
+        packs = 0 if epochs is None else sum(len(self._packs(epoch)) for epoch in range(math.ceil(epochs)))
+        self.steps = None if epochs is None else math.ceil(packs / packs_per_step)
+
+    def __iter__(self) -> Iterator[list[Pack]]:
+        """Yields this rank's packs of each step that is left: lists of (n,) int64 arrays of sample indices."""
+        while self.steps is None or self._step < self.steps:
+            packs = self._next_step()
+            self._indices = np.concatenate(packs)
+            yield packs[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        """Number of steps that are left; TypeError for a loader without end."""
+        if self.steps is None:
+            raise TypeError("a loader with epochs=None has no length")
+        return self.steps - self._step
+
+    def global_step_indices(self) -> np.ndarray:
+        """Samples of the step that was yielded last, over all ranks: (n,) int64.
+
+        Raises:
+            ValueError: no step has been yielded yet.
+        """
+        if self._indices is None:
+            raise ValueError("global_step_indices: expected a step to be under way, got none yet; iterate first")
+        return self._indices
+
+    def state(self) -> dict[str, Any]:
+        """JSON state from which `load_state` goes on with the step after the one yielded last."""
+        return {"step": self._step, "epoch": self._epoch, "pack": self._start, "order": self._order}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues exactly where `state` was taken; world_size, rank and epochs may differ.
+
+        Raises:
+            ValueError: the state belongs to other samples or other settings.
+        """
+        if state["order"] != self._order:
+            raise ValueError(
+                f"loader state: expected order {self._order}, got {state['order']}; resume with the same samples, "
+                "capacity, packs_per_step, seed and window"
+            )
+        if self.steps is not None and state["step"] > self.steps:
+            raise ValueError(f"loader state: expected at most step {self.steps}, got {state['step']}; raise epochs")
+        self._step, self._epoch, self._start = state["step"], state["epoch"], state["pack"]
+        self._indices = None
+
+    def _check(self) -> None:
+        for name, low in (("packs_per_step", 1), ("seed", 0), ("rank", 0), ("world_size", 1), ("window", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}; raise it")
+        if not len(self.lengths):
+            raise ValueError("lengths: expected at least one sample, got none; give samples to load")
+        if self.epochs is not None and not (0 < self.epochs < math.inf):
+            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}; leave it out to go on for ever")
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank: expected less than world_size {self.world_size}, got {self.rank}")
+        if self.packs_per_step % self.world_size:
+            raise ValueError(
+                f"world_size must divide packs_per_step: packs_per_step={self.packs_per_step}, "
+                f"world_size={self.world_size}; choose a multiple of {self.world_size}"
+            )
+
+    def _packs(self, epoch: int) -> list[Pack]:
+        """Packs of an epoch in their seeded order, [] after the last epoch; the epoch asked for last is kept."""
+        left = math.inf if self.epochs is None else self.epochs - epoch
+        if left <= 0:
+            return []
+        if self._cache is None or self._cache[0] != epoch:
+            self._cache = epoch, self._whole_epoch(epoch)
+        packs = self._cache[1]
+        return packs if left >= 1 else packs[: max(1, round(left * len(packs)))]
+
+    def _whole_epoch(self, epoch: int) -> list[Pack]:
+        samples = seeded_order(len(self.lengths), self.seed, epoch, 0)
+        window = self.window or len(samples)
+        packs: list[Pack] = []
+        for start in range(0, len(samples), window):
+            group = samples[start : start + window]
+            packs += [group[members] for members in bin_members(pack(self.lengths[group], self.capacity))]
+        return [packs[index] for index in seeded_order(len(packs), self.seed, epoch, 1)]
+
+    def _next_step(self) -> list[Pack]:
+        """The packs of the next step over all ranks; moves the position behind it."""
+        packs: list[Pack] = []
+        while len(packs) < self.packs_per_step and (epoch_packs := self._packs(self._epoch)):
+            taken = epoch_packs[self._start : self._start + self.packs_per_step - len(packs)]
+            packs += taken
+            self._start += len(taken)
+            if self._start >= len(epoch_packs):
+                self._epoch, self._start = self._epoch + 1, 0
+        self._step += 1
+        return split_packs(packs, self.packs_per_step)
+
+    def _fingerprint(self) -> str:
+        settings = f"{self.capacity} {self.packs_per_step} {self.seed} {self.window}"
+        return hashlib.sha256(settings.encode() + self.lengths.tobytes()).hexdigest()[:16]
+
+
+def split_packs(packs: list[Pack], count: int) -> list[Pack]:
+    """Cuts the pack of most samples in two (the first of equal ones) until there are `count`, or none can be cut."""
+    packs = list(packs)
+    while len(packs) < count:
+        largest = max(range(len(packs)), key=lambda index: (len(packs[index]), -index))
+        if len(packs[largest]) < 2:
+            break
+        half = len(packs[largest]) // 2
+        packs[largest : largest + 1] = [packs[largest][:half], packs[largest][half:]]
+    return packs
