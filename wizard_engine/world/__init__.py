@@ -1,0 +1,30 @@
+"""The embedded default: a closed world of word problems whose answers a program can check."""
+
+from wizard_engine.world.corpus import Question, held_out, mt_questions, natural_corpus, plain_text
+from wizard_engine.world.parse import parse, parse_follow_up, parse_turns
+from wizard_engine.world.problems import Equation, Problem, Quantity, Statement, random_problem
+from wizard_engine.world.render import render, render_follow_up
+from wizard_engine.world.solve import STYLES, check_answer, claimed_answer, label_steps, solve
+
+__all__ = [
+    "STYLES",
+    "Equation",
+    "Problem",
+    "Quantity",
+    "Question",
+    "Statement",
+    "check_answer",
+    "claimed_answer",
+    "held_out",
+    "label_steps",
+    "mt_questions",
+    "natural_corpus",
+    "parse",
+    "parse_follow_up",
+    "parse_turns",
+    "plain_text",
+    "random_problem",
+    "render",
+    "render_follow_up",
+    "solve",
+]
