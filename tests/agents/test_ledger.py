@@ -1,0 +1,225 @@
+"""The ledger: nothing that returned is asked again, whatever happened in between; failures are counted, not kept."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request, request_key
+from wizard_engine.data.records import Message
+
+
+class Echo:
+    """Repeats the last message; fails where it holds the word fail; remembers what it was asked."""
+
+    def __init__(self, name="echo", fingerprint="1", fail="fail"):
+        self.name, self.fingerprint, self.fail, self.batches = name, fingerprint, fail, []
+
+    def respond(self, requests):
+        self.batches.append([request.messages[-1].content for request in requests])
+        return [self._reply(request) for request in requests]
+
+    def _reply(self, request):
+        text = request.messages[-1].content
+        if self.fail and self.fail in text:
+            return Reply("half a rep", error="timed out")
+        return Reply(f"{text}/{request.seed}/{len(self.batches)}")
+
+
+def ask(text, seed=0, task="answer", **settings):
+    return Request(task, (Message("user", text),), seed=seed, **settings)
+
+
+def texts(replies):
+    return [reply.text for reply in replies]
+
+
+def test_ledger_serves_what_returned_and_asks_the_rest_in_order(tmp_path):
+    echo, ledger = Echo(), Ledger(tmp_path / "deep" / "ledger.sqlite")
+    agent = LedgeredAgent(echo, ledger, batch_size=2)
+    assert texts(agent.respond([ask("a"), ask("b"), ask("c")])) == ["a/0/1", "b/0/1", "c/0/2"]
+    assert texts(agent.respond([ask("d"), ask("b"), ask("a"), ask("e")])) == ["d/0/3", "b/0/1", "a/0/1", "e/0/4"]
+    assert echo.batches == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert (agent.asked["answer"], agent.served["answer"]) == (5, 2)
+
+
+def test_ledger_asks_equal_requests_once(tmp_path):
+    echo = Echo()
+    agent = LedgeredAgent(echo, Ledger(tmp_path / "l.sqlite"))
+    assert texts(agent.respond([ask("a"), ask("b"), ask("a")])) == ["a/0/1", "b/0/1", "a/0/1"]
+    assert echo.batches == [["a", "b"]]
+
+
+def test_ledger_survives_closing(tmp_path):
+    path, echo = tmp_path / "l.sqlite", Echo()
+    first = Ledger(path)
+    LedgeredAgent(echo, first).respond([ask("é中\n\u2028")])
+    first.close()
+    assert texts(LedgeredAgent(echo, Ledger(path)).respond([ask("é中\n\u2028")])) == ["é中\n\u2028/0/1"]
+    assert len(echo.batches) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ask("b"),
+        ask("a", seed=1),
+        ask("a", task="user"),
+        ask("a", temperature=0.5),
+        ask("a", max_tokens=5),
+        Request("answer", (Message("system", "s"), Message("user", "a"))),
+        Request("answer", (Message("assistant", "a"),)),
+    ],
+)
+def test_key_covers_all_of_the_request(changed):
+    assert request_key("1", ask("a")) != request_key("1", changed)
+
+
+def test_key_covers_the_agent_and_not_its_name(tmp_path):
+    ledger, other = Ledger(tmp_path / "l.sqlite"), Echo(fingerprint="2")
+    LedgeredAgent(Echo(), ledger).respond([ask("a")])
+    assert texts(LedgeredAgent(other, ledger).respond([ask("a")])) == ["a/0/1"]
+    assert other.batches == [["a"]]
+    renamed = Echo(name="another")
+    LedgeredAgent(renamed, ledger).respond([ask("a")])
+    assert renamed.batches == []
+
+
+def test_failures_are_counted_but_never_served(tmp_path):
+    ledger, echo = Ledger(tmp_path / "l.sqlite"), Echo()
+    agent = LedgeredAgent(echo, ledger)
+    replies = agent.respond([ask("a"), ask("fail"), ask("b", task="user")])
+    assert [reply.ok for reply in replies] == [True, False, True]
+    assert not agent.respond([ask("fail")])[0].ok
+    assert ledger.counts() == {"echo": {"answer": {"replies": 1, "failures": 2}, "user": {"replies": 1, "failures": 0}}}
+    assert ledger.errors() == {"timed out": 2}
+    echo.fail = ""
+    assert texts(agent.respond([ask("fail")])) == ["fail/0/3"]
+    assert texts(agent.respond([ask("fail")])) == ["fail/0/3"]
+
+
+def test_ledger_shows_its_calls(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite")
+    request = ask("a", seed=7, temperature=1.0, max_tokens=9)
+    LedgeredAgent(Echo(), ledger).respond([request, ask("b", task="user")])
+    (call,) = ledger.calls(task="answer")
+    assert (call.agent, call.fingerprint, call.request, call.text) == ("echo", "1", request, "a/7/1")
+    assert len(list(ledger.calls(agent="echo"))) == 2
+    assert list(ledger.calls(agent="nobody")) == []
+
+
+def test_two_open_ledgers_serve_the_reply_that_was_stored_first(tmp_path):
+    one, two = Ledger(tmp_path / "l.sqlite"), Ledger(tmp_path / "l.sqlite")
+
+    class Late(Echo):
+        def respond(self, requests):
+            LedgeredAgent(Echo(), one).respond(requests)
+            return [Reply("late") for _ in requests]
+
+    assert texts(LedgeredAgent(Late(), two).respond([ask("a")])) == ["a/0/1"]
+    assert texts(LedgeredAgent(Echo(), one).respond([ask("a")])) == ["a/0/1"]
+
+
+def test_ledger_keeps_an_uncommitted_batch_out(tmp_path):
+    path = tmp_path / "l.sqlite"
+    ledger, echo = Ledger(path), Echo()
+
+    class Broken(Echo):
+        def respond(self, requests):
+            return [Reply("fine"), Reply(object())]
+
+    with pytest.raises(sqlite3.Error):
+        LedgeredAgent(Broken(), ledger).respond([ask("a"), ask("b")])
+    assert ledger.counts() == {}
+    assert texts(LedgeredAgent(echo, ledger).respond([ask("a")])) == ["a/0/1"]
+
+
+def test_ledger_refuses_other_files(tmp_path):
+    junk, foreign = tmp_path / "junk", tmp_path / "foreign.sqlite"
+    junk.write_bytes(b"not a database, only text" * 100)
+    with pytest.raises(ValueError, match=r"ledger .*junk: expected a SQLite ledger"):
+        Ledger(junk)
+    database = sqlite3.connect(foreign)
+    database.execute("CREATE TABLE mine (x)")
+    database.close()
+    with pytest.raises(ValueError, match="expected a ledger of version 1, got another SQLite file"):
+        Ledger(foreign)
+
+
+def test_ledgered_agent_refuses_wrong_numbers(tmp_path):
+    class Short(Echo):
+        def respond(self, requests):
+            return []
+
+    ledger = Ledger(tmp_path / "l.sqlite")
+    with pytest.raises(ValueError, match="agent echo: expected 1 replies, got 0"):
+        LedgeredAgent(Short(), ledger).respond([ask("a")])
+    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+        LedgeredAgent(Echo(), ledger, batch_size=0)
+
+
+def test_ledger_adds_little_time(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite")
+    requests = [ask(f"{number} " + "word " * 200) for number in range(10_000)]
+    start = time.process_time()
+    LedgeredAgent(Echo(), ledger).respond(requests)
+    LedgeredAgent(Echo(), ledger).respond(requests)
+    assert time.process_time() - start < 4.0
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request
+from wizard_engine.data.records import Message
+
+class Slow:
+    name, fingerprint = "slow", "1"
+    def respond(self, requests):
+        texts = [request.messages[-1].content for request in requests]
+        time.sleep(0.02)
+        with open({log!r}, "a") as log:
+            log.write("".join(text + chr(10) for text in texts))
+        return [Reply(text.upper()) for text in texts]
+
+ledger = Ledger({ledger!r})
+agent = LedgeredAgent(Slow(), ledger, batch_size=7)
+requests = [Request("answer", (Message("user", f"q{{n % 200}}"),)) for n in range(300)]
+replies = agent.respond(requests)
+Path({out!r}).write_text(" ".join(reply.text for reply in replies))
+"""
+
+
+def test_killed_run_repeats_no_returned_call(tmp_path):
+    paths = {name: str(tmp_path / name) for name in ("log", "ledger", "out")}
+    script = KILLED.format(root=str(Path(__file__).parents[2]), **paths)
+    command = [sys.executable, "-c", script]
+    for delay in (0.15, 0.3):
+        process = subprocess.Popen(command)
+        wait_for_lines(tmp_path / "log", process, more=14)
+        time.sleep(delay / 10)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    stored = sum(task["replies"] for task in Ledger(paths["ledger"]).counts()["slow"].values())
+    before = len((tmp_path / "log").read_text().split())
+    assert 0 < stored < 200
+    subprocess.run(command, check=True)
+    asked = (tmp_path / "log").read_text().split()
+    assert len(asked) - before == 200 - stored
+    assert before - stored <= 2 * 7
+    assert (tmp_path / "out").read_text().split() == [f"Q{n % 200}" for n in range(300)]
+
+
+def wait_for_lines(path, process, *, more):
+    """Waits until the running process has appended `more` lines."""
+    start = len(path.read_text().split()) if path.exists() else 0
+    while process.poll() is None:
+        if path.exists() and len(path.read_text().split()) >= start + more:
+            return
+        time.sleep(0.005)

@@ -1,0 +1,36 @@
+"""Agents by name."""
+
+import pytest
+
+from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request, make_agent, register, registered
+from wizard_engine.data.records import Message
+
+
+class Fixed:
+    name, fingerprint = "fixed", "1"
+
+    def respond(self, requests):
+        return [Reply("yes") for _ in requests]
+
+
+@pytest.fixture
+def fixed():
+    register("test:fixed", Fixed)
+    return "test:fixed"
+
+
+def test_make_agent_finds_registered_names(fixed, tmp_path):
+    assert fixed in registered()
+    assert isinstance(make_agent(fixed), Fixed)
+    ledger = Ledger(tmp_path / "l.sqlite")
+    agent = make_agent(fixed, ledger, batch_size=3)
+    assert isinstance(agent, LedgeredAgent) and agent.batch_size == 3
+    assert agent.respond([Request("answer", (Message("user", "?"),))]) == [Reply("yes")]
+    assert ledger.counts() == {"fixed": {"answer": {"replies": 1, "failures": 0}}}
+
+
+def test_make_agent_names_the_nearest(fixed, tmp_path):
+    with pytest.raises(ValueError, match="got 'test:fixd'; did you mean 'test:fixed'"):
+        make_agent("test:fixd")
+    with pytest.raises(ValueError, match="or a directory holding a saved model, got"):
+        make_agent(tmp_path)

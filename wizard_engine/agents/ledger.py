@@ -1,0 +1,221 @@
+"""A ledger of every call to an agent, so that no call that returned is ever made twice.
+
+SQLite in write-ahead mode. A reply is stored under the content of its request and the fingerprint of its agent, in one
+transaction per returned batch, on disk before the batch is handed on. Failed calls are written to a table of their own,
+counted and never served. Several processes may hold the same ledger: where two of them asked the same, the first
+reply stored is the one that both serve.
+"""
+
+import hashlib
+import json
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from wizard_engine.agents.protocol import Agent, Reply, Request
+from wizard_engine.data.records import Message
+
+_VERSION = 1
+_APPLICATION = 0x57495A4C
+_KEYS_PER_QUERY = 500
+_SCHEMA = """
+CREATE TABLE replies (
+    key BLOB PRIMARY KEY, agent TEXT NOT NULL, fingerprint TEXT NOT NULL, task TEXT NOT NULL, messages BLOB NOT NULL,
+    seed INTEGER NOT NULL, temperature REAL NOT NULL, max_tokens INTEGER NOT NULL, text TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE failures (
+    number INTEGER PRIMARY KEY, key BLOB NOT NULL, agent TEXT NOT NULL, fingerprint TEXT NOT NULL, task TEXT NOT NULL,
+    error TEXT NOT NULL
+);
+"""
+
+
+class Call(NamedTuple):
+    """One stored call: who was asked what, and the reply."""
+
+    agent: str
+    fingerprint: str
+    request: Request
+    text: str
+
+
+def request_key(fingerprint: str, request: Request) -> bytes:
+    """SHA-256 of everything a reply may depend on: the agent's fingerprint and the whole request."""
+    content = [
+        fingerprint,
+        request.task,
+        [list(message) for message in request.messages],
+        request.seed,
+        float(request.temperature),
+        request.max_tokens,
+    ]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()
+
+
+class Ledger:
+    """The calls of all agents that share one file.
+
+    Args:
+        path: SQLite file; made, with its folder, where it does not exist.
+        timeout_seconds: how long a write waits for another process to finish its own.
+    Raises:
+        ValueError: the file is no ledger, or one of another version.
+    """
+
+    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(self.path, timeout=timeout_seconds, isolation_level=None)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise ValueError(
+                f"ledger {self.path}: expected a SQLite ledger, got {error}; move the file away"
+            ) from error
+
+    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, str]:
+        """The stored replies of those keys that have one."""
+        found: dict[bytes, str] = {}
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = keys[start : start + _KEYS_PER_QUERY]
+            marks = ",".join("?" * len(part))
+            found.update(self._database.execute(f"SELECT key, text FROM replies WHERE key IN ({marks})", part))
+        return found
+
+    def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> None:
+        """Writes what came back for a batch in one transaction; it is on disk when this returns."""
+        who = (agent.name, agent.fingerprint)
+        kept, failed = [], []
+        for key, request, reply in zip(keys, requests, replies, strict=True):
+            if reply.ok:
+                kept.append((key, *who, request.task, _pack(request.messages), *_settings(request), reply.text))
+            else:
+                failed.append((key, *who, request.task, reply.error))
+        database = self._database
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            database.executemany("INSERT OR IGNORE INTO replies VALUES (?,?,?,?,?,?,?,?,?)", kept)
+            database.executemany("INSERT INTO failures (key,agent,fingerprint,task,error) VALUES (?,?,?,?,?)", failed)
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+        database.execute("COMMIT")
+
+    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """agent -> task -> {"replies": stored calls, "failures": failed calls}, over the life of the file."""
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for table in ("replies", "failures"):
+            query = f"SELECT agent, task, COUNT(*) FROM {table} GROUP BY agent, task ORDER BY agent, task"
+            for agent, task, number in self._database.execute(query):
+                counts.setdefault(agent, {}).setdefault(task, {"replies": 0, "failures": 0})[table] = number
+        return counts
+
+    def errors(self) -> dict[str, int]:
+        """Error text -> how many failed calls gave it."""
+        return dict(self._database.execute("SELECT error, COUNT(*) FROM failures GROUP BY error ORDER BY error"))
+
+    def calls(self, *, agent: str | None = None, task: str | None = None) -> Iterator[Call]:
+        """Yields the stored calls, of one agent or task where given, in the order of their keys."""
+        query = (
+            "SELECT agent, fingerprint, task, messages, seed, temperature, max_tokens, text FROM replies"
+            " WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY key"
+        )
+        for name, fingerprint, task_, messages, *settings, text in self._database.execute(query, (agent, task)):
+            yield Call(name, fingerprint, Request(task_, _unpack(messages), *settings), text)
+
+    def close(self) -> None:
+        """Closes the file; the ledger is of no use afterwards."""
+        self._database.close()
+
+    def _prepare(self) -> None:
+        database = self._database
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            self._create_or_check()
+        finally:
+            if database.in_transaction:
+                database.execute("COMMIT")
+
+    def _create_or_check(self) -> None:
+        database = self._database
+        has_tables = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        if not has_tables:
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                database.execute(statement)
+            database.execute(f"PRAGMA application_id = {_APPLICATION}")
+            database.execute(f"PRAGMA user_version = {_VERSION}")
+            return
+        marks = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        if marks != [_APPLICATION, _VERSION]:
+            raise ValueError(
+                f"ledger {self.path}: expected a ledger of version {_VERSION}, got another SQLite file {marks};"
+                " give another path"
+            )
+
+
+class LedgeredAgent:
+    """An agent that asks only for what its ledger lacks.
+
+    Requests that are equal are asked once. They go out in batches of `batch_size`, cut from the whole list before
+    stored ones are left out: an interrupted run that is started again asks for the same batches as an undisturbed one.
+
+    Attributes:
+        served: task -> replies handed out without a call, in this process.
+        asked: task -> calls made, in this process.
+    """
+
+    def __init__(self, agent: Agent, ledger: Ledger, *, batch_size: int = 256) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}; give the calls of one transaction")
+        self.agent, self.ledger, self.batch_size = agent, ledger, batch_size
+        self.name, self.fingerprint = agent.name, agent.fingerprint
+        self.served: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies in the order of the requests, from the ledger or else from the agent."""
+        keys = [request_key(self.fingerprint, request) for request in requests]
+        unique = dict(zip(keys, requests))
+        order, replies = list(unique), {}
+        for start in range(0, len(order), self.batch_size):
+            replies.update(self._batch({key: unique[key] for key in order[start : start + self.batch_size]}))
+        self.served.update(request.task for request in requests)
+        return [replies[key] for key in keys]
+
+    def _batch(self, batch: dict[bytes, Request]) -> dict[bytes, Reply]:
+        stored = self.ledger.lookup(list(batch))
+        missing = [key for key in batch if key not in stored]
+        replies = {key: Reply(text) for key, text in stored.items()}
+        if missing:
+            replies.update(self._ask(missing, [batch[key] for key in missing]))
+        return replies
+
+    def _ask(self, keys: list[bytes], requests: list[Request]) -> dict[bytes, Reply]:
+        replies = self.agent.respond(requests)
+        if len(replies) != len(requests):
+            raise ValueError(
+                f"agent {self.name}: expected {len(requests)} replies, got {len(replies)}; return one a request"
+            )
+        self.ledger.store(self.agent, keys, requests, replies)
+        self.asked.update(request.task for request in requests)
+        self.served.subtract(request.task for request in requests)
+        first = self.ledger.lookup([key for key, reply in zip(keys, replies) if reply.ok])
+        return {key: Reply(first[key]) if key in first else reply for key, reply in zip(keys, replies)}
+
+
+def _settings(request: Request) -> tuple[int, float, int]:
+    return request.seed, request.temperature, request.max_tokens
+
+
+def _pack(messages: Sequence[Message]) -> bytes:
+    return zlib.compress(json.dumps(messages, ensure_ascii=False).encode(), 1)
+
+
+def _unpack(blob: bytes) -> tuple[Message, ...]:
+    return tuple(Message(*message) for message in json.loads(zlib.decompress(blob)))

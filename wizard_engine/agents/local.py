@@ -1,0 +1,103 @@
+"""A checkpoint of this project as an agent."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from wizard_engine.agents.protocol import Reply, Request
+from wizard_engine.data.chat import encode_answer, encode_prompt
+from wizard_engine.data.records import Message
+from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.model import Transformer, load_model
+from wizard_engine.rollout import generate
+
+_FORMAT = "vicuna-v1.1/1"
+
+
+class LocalAgent:
+    """A language model in this process, asked in the Vicuna format.
+
+    Every task is answered as the next assistant turn, except "user", which continues with the next user turn. Greedy
+    replies (temperature 0) do not depend on the seed. A prompt that leaves no room in the context is a failed call.
+
+    Args:
+        model: on the device it shall run on.
+        name: for people; the fingerprint is made of the weights and the tokenizer.
+        batch_size: conversations decoded together.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, *, batch_size: int = 256) -> None:
+        self.model, self.tokenizer, self.name, self.batch_size = model, tokenizer, name, batch_size
+
+    @classmethod
+    def from_directory(cls, path: Path | str, *, device: torch.device | str = "cpu", batch_size: int = 256):
+        """The model of a saved directory, named after the directory."""
+        model, tokenizer = load_model(Path(path))
+        return cls(model.to(device).eval(), tokenizer, Path(path).name, batch_size=batch_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of chat format, tokenizer and weights, 16 hex digits; computed once, when first asked for."""
+        digest = hashlib.sha256(f"{_FORMAT}\0{self.tokenizer.fingerprint}\0{self.model.config}".encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies in the order of the requests; one generation for each setting (and seed, where one is used)."""
+        prompts = [self._prompt(request) for request in requests]
+        replies: list[Reply | None] = [self._refusal(prompt, r) for prompt, r in zip(prompts, requests)]
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            if replies[index] is None:
+                seed = request.seed if request.temperature > 0 else 0
+                groups[request.temperature, request.max_tokens, seed].append(index)
+        for (temperature, max_tokens, seed), indices in groups.items():
+            texts = self._generate([prompts[i] for i in indices], temperature, max_tokens, seed)
+            for index, text in zip(indices, texts):
+                replies[index] = Reply(_own_turn(text, requests[index].task))
+        return replies
+
+    def _prompt(self, request: Request) -> list[int]:
+        if request.task == "user":
+            return _encode_for_user(self.tokenizer, request.messages)
+        return encode_prompt(self.tokenizer, request.messages)
+
+    def _refusal(self, prompt: list[int], request: Request) -> Reply | None:
+        room = self.model.config.max_positions - request.max_tokens
+        if len(prompt) <= room:
+            return None
+        return Reply(
+            "", f"prompt: expected at most {room} tokens beside {request.max_tokens} to write, got {len(prompt)}"
+        )
+
+    def _generate(self, prompts: list[list[int]], temperature: float, max_tokens: int, seed: int) -> list[str]:
+        result = generate(
+            self.model,
+            prompts,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            eos_id=self.tokenizer.eos_id,
+            batch_size=self.batch_size,
+        )
+        return [self.tokenizer.decode(tokens).strip() for tokens in result.tokens]
+
+
+def _encode_for_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation that ends with an assistant turn, up to where the next user turn begins."""
+    if not messages or messages[-1].role != "assistant":
+        got = messages[-1].role if messages else "no messages"
+        raise ValueError(f"task 'user': expected a conversation that ends with an assistant turn, got {got!r}; add it")
+    opening = encode_prompt(tokenizer, messages[:-1])
+    return [*opening, *encode_answer(tokenizer, messages[-1].content), *tokenizer.encode("USER:")]
+
+
+def _own_turn(text: str, task: str) -> str:
+    """A user turn written by a model runs on into the answer's heading; the turn is what stands before it."""
+    return text.partition("ASSISTANT:")[0].strip() if task == "user" else text
