@@ -8,16 +8,9 @@ from typing import Any
 import numpy as np
 
 from wizard_engine.data.packing import bin_members, check_lengths, pack
+from wizard_engine.data.shuffle import seeded_order
 
 Pack = np.ndarray
-
-
-def seeded_order(count: int, *seeds: int) -> np.ndarray:
-    """A permutation of range(count) that depends on the seeds alone: (count,) int64.
-
-    It sorts the raw words of PCG64, whose stream is fixed for good, rather than a method that may change by version.
-    """
-    return np.argsort(np.random.PCG64(list(seeds)).random_raw(count), kind="stable")
 
 
 class Loader:
