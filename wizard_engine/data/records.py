@@ -28,6 +28,7 @@ from wizard_engine.data.rows import (
     content_id,
     conversation,
     texts_of,
+    user_text,
 )
 
 __all__ = [
@@ -40,9 +41,12 @@ __all__ = [
     "check_row",
     "content_id",
     "conversation",
+    "read_files",
+    "read_prompts",
     "read_rows",
     "scan_rows",
     "texts_of",
+    "user_text",
     "write_rows",
 ]
 
@@ -90,21 +94,56 @@ def read_rows(
         ValueError: `path:line: field: expected X, got Y`.
         FileNotFoundError: no such file.
     """
+    return read_files([path], kind=kind, on_error=on_error, rejects=rejects, allow_empty=allow_empty)[0]
+
+
+def read_files(
+    paths: Iterable[Path | str],
+    *,
+    kind: Kind | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    rejects: Path | None = None,
+    allow_empty: bool = False,
+) -> tuple[list[Row], list[Reject]]:
+    """Rows of several files, one after the other, and the records left out. Arguments and errors as in `read_rows`."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}; choose one of them")
-    rows, bad = [], []
-    for item in scan_rows(path, kind=kind, allow_empty=allow_empty):
-        if not isinstance(item, Reject):
-            rows.append(item)
-        elif on_error == "raise":
-            raise ValueError(item.error)
-        else:
-            bad.append(item)
-    if bad:
-        LOG.warning("%s: %d records rejected, %d rows kept; first: %s", path, len(bad), len(rows), bad[0].error)
-        if rejects is not None:
-            _write_lines(Path(rejects), [reject._asdict() for reject in bad])
-    return rows
+    rows: list[Row] = []
+    bad: list[Reject] = []
+    for path in paths:
+        before = len(rows), len(bad)
+        for item in scan_rows(path, kind=kind, allow_empty=allow_empty):
+            if not isinstance(item, Reject):
+                rows.append(item)
+            elif on_error == "raise":
+                raise ValueError(item.error)
+            else:
+                bad.append(item)
+        kept, lost = len(rows) - before[0], len(bad) - before[1]
+        if lost:
+            LOG.warning("%s: %d records rejected, %d rows kept; first: %s", path, lost, kept, bad[before[1]].error)
+    if bad and rejects is not None:
+        _write_lines(Path(rejects), [reject._asdict() for reject in bad])
+    return rows, bad
+
+
+def read_prompts(path: Path | str) -> list[str]:
+    """What evaluation files ask: the user turns of each row as one text, or each of the `turns` of a question file.
+
+    Raises:
+        ValueError: `path:line: field: expected X, got Y`; any bad record is an error here.
+    """
+    prompts: list[str] = []
+    for piece in _pieces(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")):
+        try:
+            turns = piece.value.get("turns") if isinstance(piece.value, dict) else None
+            if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
+                prompts += turns
+            else:
+                prompts += map(user_text, _rows_of(piece, Path(path), None))
+        except ValueError as error:
+            raise ValueError(f"{path}:{piece.line}: {error}") from None
+    return prompts
 
 
 def scan_rows(path: Path | str, *, kind: Kind | None = None, allow_empty: bool = False) -> Iterator[Row | Reject]:

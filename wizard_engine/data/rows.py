@@ -145,6 +145,13 @@ def texts_of(row: Row) -> list[str]:
     return prompt + ([row.chosen, row.rejected] if isinstance(row, Preference) else [row.answer])
 
 
+def user_text(row: Row) -> str:
+    """All user turns of a row, a line each; for a ranking of instructions both of them."""
+    messages = row.messages if isinstance(row, Conversation) else row.prompt
+    turns = [message.content for message in messages if message.role == "user"]
+    return "\n".join(turns if turns or not isinstance(row, Preference) else (row.chosen, row.rejected))
+
+
 def brief(value: Any, length: int = 60) -> str:
     """repr of a value, shortened, for error messages."""
     text = repr(value)

@@ -55,8 +55,8 @@ def rake(
     A pass scales, attribute by attribute, the weights of each value's rows to that value's share, then cuts weights at
     `cap` times their mean; it ends when all shares are met to 1e-6 or after `iterations`. What the cap keeps out of
     reach shows as achieved != target. Rows without the attribute (None) form the value "unknown", which keeps its
-    natural share unless targeted; the shares given are of the rest. When they sum to less than 1, the values not named share
-    the remainder in natural proportion; when they sum to 1, those values get none.
+    natural share unless targeted; the shares given are of the rest. When they sum to less than 1, the values that are
+    not named share the remainder in natural proportion; when they sum to 1, those values get none.
 
     Args:
         attributes: name -> (N,) values of the rows; further attributes than those targeted are reported.

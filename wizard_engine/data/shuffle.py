@@ -6,7 +6,6 @@ one version of NumPy to another.
 
 import numpy as np
 
-
 DOMAIN = 0x77697A617264
 
 

@@ -1,0 +1,145 @@
+"""Weighted sampling: rows in, cleaned, decontaminated and drawn to target marginals; slices of them out.
+
+    python recipes/sample.py --data rows.jsonl --out runs/sample --targets targets.json --slices 3
+    python recipes/sample.py --data alpaca.json gsm8k.jsonl --evaluation test.jsonl --uniform source --out runs/sample
+
+`targets.json` holds {attribute: {value: share}}; the attributes come from recipes/analyze.py or from the data itself.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from wizard_engine import config, runtime
+from wizard_engine.data.records import Row, read_files, read_prompts, write_rows
+from wizard_engine.data.sampling import uniform_target
+from wizard_engine.data.selection import Selection, select
+from wizard_engine.recipe import finish_stage, on_main, open_stage
+
+
+@dataclass(frozen=True)
+class Dedupe:
+    """Near-duplicate removal."""
+
+    threshold: float = 0.8
+    """Least Jaccard index of word shingles at which two rows with the same numbers are one; 0 to 1."""
+    shingle: int = 3
+    """Words of a shingle."""
+    by: Literal["prompt", "row"] = "prompt"
+    """Compare the user turns, or all turns."""
+
+
+@dataclass(frozen=True)
+class Decontaminate:
+    """Removal of rows that repeat evaluation texts."""
+
+    n: int = 13
+    """Words of an n-gram; a shorter text is compared whole."""
+    min_share: float = 0.0
+    """Least share of an evaluation text's n-grams that a turn must hold; 0: any one n-gram."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Weighted sampling and partition into slices."""
+
+    data: tuple[Path, ...]
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K, ..."""
+    out: Path
+    """Directory for slice_1.jsonl, slice_2.jsonl, ..., removed.jsonl and sampling.json."""
+    evaluation: tuple[Path, ...] = ()
+    """Held-out files: rows, or questions with `turns`; rows that repeat one of their prompts are removed."""
+    targets: Path | None = None
+    """JSON file {attribute: {value: share}}; a value may be a range of numbers, "10..20"."""
+    uniform: tuple[str, ...] = ()
+    """Attributes whose values all get the same share."""
+    cap: float = 5.0
+    """Most that a row's weight may be, in mean weights."""
+    size: int | None = None
+    """Rows to draw; default: as many as the weights allow without repeating a row."""
+    slices: int = 3
+    """Random slices of equal size."""
+    dedupe: Dedupe = field(default_factory=Dedupe)
+    decontaminate: Decontaminate = field(default_factory=Decontaminate)
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    seed: int = 0
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def read_targets(path: Path | None) -> dict[str, dict[str, float]]:
+    """Targets of a JSON file, {} without one; ValueError where it is no object of objects."""
+    if path is None:
+        return {}
+    try:
+        targets = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ValueError(f"{path}:{line}: expected JSON {{attribute: {{value: share}}}}, got {error}") from None
+    if not isinstance(targets, dict) or not all(isinstance(shares, dict) for shares in targets.values()):
+        raise ValueError(f"{path}:1: expected {{attribute: {{value: share}}}}, got something else; correct the file")
+    return targets
+
+
+def all_targets(cfg: Config, rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Targets of the file, and equal shares for the attributes of --uniform."""
+    targets = read_targets(cfg.targets)
+    for name in cfg.uniform:
+        if name in targets:
+            raise ValueError(f"uniform: expected attributes without a target in {cfg.targets}, got {name}; choose one")
+        targets[name] = uniform_target([row.attributes.get(name) for row in rows])
+    return targets
+
+
+def write(out: Path, selection: Selection, report: dict[str, Any]) -> list[Path]:
+    """Writes the slices, the removed rows' reasons and the report; returns their paths."""
+    paths = [out / f"slice_{index}.jsonl" for index in range(1, len(selection.slices) + 1)]
+    for path, rows in zip(paths, selection.slices):
+        write_rows(path, rows)
+    removed = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in selection.removed)
+    runtime.write_text(out / "removed.jsonl", removed)
+    runtime.write_json(out / "sampling.json", report)
+    return [*paths, out / "removed.jsonl", out / "sampling.json"]
+
+
+def sample(cfg: Config) -> tuple[dict[str, Any], list[Path]]:
+    """Reads, selects and writes; returns the report and the files written."""
+    rows, bad = read_files(cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
+    evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path)]
+    selection = select(
+        rows, evaluation, all_targets(cfg, rows), size=cfg.size, slices=cfg.slices, seed=cfg.seed, cap=cfg.cap,
+        dedupe=asdict(cfg.dedupe), decontaminate=asdict(cfg.decontaminate),
+    )  # fmt: skip
+    report = selection.report
+    report["counts"] = {"rejected": len(bad)} | report["counts"] | {"evaluation": len(evaluation)}
+    return report, write(cfg.out, selection, report)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints the counts, and natural, target, achieved and drawn shares of each targeted attribute."""
+    print("  ".join(f"{name} {count}" for name, count in report["counts"].items()))
+    print(f"effective sample size {report['effective_sample_size']:.0f} of {report['rows']} rows")
+    for name, target in report["target"].items():
+        print(f"{name:24}{'natural':>9}{'target':>9}{'achieved':>9}{'drawn':>9}")
+        for value, share in sorted(target.items(), key=lambda item: -item[1])[:20]:
+            columns = [report[kind][name].get(value, 0.0) for kind in ("natural", "achieved", "drawn")]
+            print(f"  {value[:21]:22}{columns[0]:9.3f}{share:9.3f}{columns[1]:9.3f}{columns[2]:9.3f}")
+
+
+def main(cfg: Config) -> dict:
+    """Samples; returns the report that sampling.json holds."""
+    rt = runtime.start("cpu")
+    stage = open_stage(cfg, "sample", rt)
+    if stage.done:
+        return stage.result()
+    report, outputs = on_main(rt, lambda: sample(cfg))
+    if rt.is_main and not cfg.quiet:
+        print_report(report)
+    return finish_stage(stage, rt, report, outputs)
+
+
+if __name__ == "__main__":
+    main(config.cli(Config))
