@@ -1,0 +1,259 @@
+"""Checkpoints survive: exact bytes back, damage named, full disks and kills harmless."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from wizard_engine import checkpoint
+from wizard_engine.checkpoint import store
+
+
+def groups(seed=0):
+    """Tensors of several dtypes, shapes and storages."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(101, generator=generator)
+    return {
+        "model": {
+            "a": flat[:60].view(6, 10),
+            "b": flat[60:],
+            "half": torch.randn(3, 5, generator=generator).bfloat16(),
+            "transposed": torch.randn(4, 7, generator=generator).t(),
+            "tied": flat[:60].view(6, 10),
+        },
+        "optimizer": {"step": torch.tensor(3), "ids": torch.arange(2**40, 2**40 + 5), "none": torch.zeros(0, 3)},
+        "empty": {},
+    }
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for group, values in expected.items():
+        assert got[group].keys() == values.keys()
+        for name, tensor in values.items():
+            assert got[group][name].dtype == tensor.dtype
+            assert torch.equal(got[group][name], tensor), name
+
+
+def test_checkpoint_gives_back_exact_tensors_and_state(tmp_path):
+    state = {"step": 12, "loss": 0.1 + 0.2, "loader": {"epoch": 1, "order": [3, 1]}, "none": None}
+    path = checkpoint.save(tmp_path, 12, tensors=groups(), state=state)
+    assert path == tmp_path / "checkpoints" / "step_00000012" == checkpoint.latest(tmp_path)
+    assert sorted(os.listdir(path)) == [
+        "empty.safetensors",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+    ]
+    tensors, found = checkpoint.load(path)
+    assert_equal(tensors, groups())
+    assert found == state
+
+
+def test_latest_is_none_without_checkpoints(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_save_keeps_the_newest(tmp_path):
+    for step in (5, 99999999, 100000000, 7):
+        checkpoint.save(tmp_path, step, tensors=groups(), state={}, keep_last=2)
+    names = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert names == ["step_00000007", "step_100000000", "step_99999999"]
+    assert checkpoint.latest(tmp_path).name == "step_100000000"
+    checkpoint.save(tmp_path, 100000001, tensors=groups(), state={}, keep_last=1)
+    assert os.listdir(tmp_path / "checkpoints") == ["step_100000001"]
+
+
+def test_save_of_the_same_step_replaces_it(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors=groups(0), state={"n": 0})
+    path = checkpoint.save(tmp_path, 1, tensors=groups(1), state={"n": 1})
+    tensors, state = checkpoint.load(path)
+    assert_equal(tensors, groups(1))
+    assert state == {"n": 1} and os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
+
+
+def damaged(tmp_path, damage):
+    path = checkpoint.save(tmp_path, 1, tensors=groups(), state={})
+    damage(path)
+    return path
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def edit_manifest(path, old, new):
+    manifest = path / "manifest.json"
+    assert old in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(old, new))
+
+
+DAMAGES = {
+    "missing": (lambda path: (path / "model.safetensors").unlink(), r"model\.safetensors: missing.*tensors a, b, half"),
+    "truncated": (
+        lambda path: os.truncate(path / "optimizer.safetensors", (path / "optimizer.safetensors").stat().st_size - 9),
+        r"optimizer\.safetensors: truncated.*lost tensors step",
+    ),
+    "no header": (lambda path: os.truncate(path / "model.safetensors", 5), r"model\.safetensors: truncated.*tensors a"),
+    "flipped bit": (lambda path: flip(path / "model.safetensors", -1), r"model\.safetensors: tensor half: corrupt"),
+    "flipped header": (lambda path: flip(path / "model.safetensors", 8), r"model\.safetensors: corrupt"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), r"manifest\.json: expected the manifest"),
+    "half manifest": (
+        lambda path: os.truncate(path / "manifest.json", 40),
+        r"manifest\.json: expected a manifest in JSON",
+    ),
+    "foreign manifest": (lambda path: (path / "manifest.json").write_text("[]"), r"manifest\.json: .*format"),
+    "foreign file": (
+        lambda path: save_file({"a": torch.zeros(1000), "step": torch.zeros(2)}, path / "optimizer.safetensors"),
+        r"optimizer\.safetensors: tensor a: not in the manifest",
+    ),
+    "foreign shape": (
+        lambda path: save_file(
+            {**{k: v.contiguous().clone() for k, v in groups()["model"].items()}, "b": torch.zeros(42)},
+            path / "model.safetensors",
+        ),
+        r"model\.safetensors: tensor b: expected shape \[41\], got \[42\]",
+    ),
+    "foreign dtype": (
+        lambda path: edit_manifest(path, '"dtype": "bfloat16"', '"dtype": "float16"'),
+        r"tensor half: expected dtype float16, got bfloat16",
+    ),
+    "foreign hash": (lambda path: edit_manifest(path, '"sha256": "', '"sha256": "0'), r"corrupt: SHA-256"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_load_of_a_damaged_checkpoint_names_file_and_tensor(tmp_path, name):
+    damage, text = DAMAGES[name]
+    with pytest.raises(ValueError, match=text):
+        checkpoint.load(damaged(tmp_path, damage))
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    path = checkpoint.save(tmp_path, 1, tensors={"g": {"x": torch.arange(4.0), "y": torch.arange(3)}}, state={})
+    file = path / "g.safetensors"
+    for position in range(file.stat().st_size):
+        flip(file, position)
+        with pytest.raises(ValueError, match=r"g\.safetensors"):
+            checkpoint.load(path)
+        flip(file, position)
+    checkpoint.load(path)
+
+
+def test_load_like_names_the_tensor_of_another_model(tmp_path):
+    path = checkpoint.save(tmp_path, 1, tensors=groups(), state={})
+    checkpoint.load(path, like=groups(1))
+    other = groups()
+    other["model"]["b"] = torch.zeros(40)
+    with pytest.raises(ValueError, match=r"tensor b: expected shape \[40\], got \[41\]"):
+        checkpoint.load(path, like=other)
+    del other["model"]["b"]
+    with pytest.raises(ValueError, match="tensor b: expected shape nothing"):
+        checkpoint.load(path, like=other)
+    with pytest.raises(ValueError, match="tensor v: expected shape"):
+        checkpoint.load(path, like={"value": {"v": torch.zeros(1)}})
+
+
+def test_full_disk_leaves_the_old_checkpoints_and_nothing_else(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors=groups(), state={})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="step_00000002: not saved") as caught:
+            checkpoint.save(tmp_path, 2, tensors={**groups(), "big": {"x": torch.zeros(5000)}}, state={}, keep_last=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG and "big.safetensors" in str(caught.value)
+    assert os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
+    assert_equal(checkpoint.load(checkpoint.latest(tmp_path))[0], groups())
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "Path.rename"])
+def test_no_space_at_the_end_of_a_replacing_save_restores_the_old_one(tmp_path, monkeypatch, failing):
+    checkpoint.save(tmp_path, 1, tensors=groups(0), state={})
+    rename = Path.rename
+
+    def fail(subject, target=None):
+        if target is not None and not subject.name.startswith(".partial_"):
+            return rename(subject, target)
+        raise OSError(errno.ENOSPC, "No space left on device", str(subject))
+
+    monkeypatch.setattr(*((os, "fsync") if failing == "os.fsync" else (Path, "rename")), fail)
+    with pytest.raises(OSError, match="step_00000001: not saved") as caught:
+        checkpoint.save(tmp_path, 1, tensors=groups(1), state={})
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
+    assert_equal(checkpoint.load(checkpoint.latest(tmp_path))[0], groups(0))
+
+
+def test_what_killed_runs_left_is_removed_or_restored(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(tmp_path, 1, tensors=groups(), state={})
+    (folder / ".partial_step_00000009").mkdir()
+    (folder / ".partial_step_00000009" / "model.safetensors").write_bytes(b"half")
+    (folder / "step_00000001").rename(folder / ".replaced_step_00000001")
+    assert checkpoint.latest(tmp_path) == folder / "step_00000001"
+    checkpoint.save(tmp_path, 2, tensors=groups(), state={})
+    assert sorted(os.listdir(folder)) == ["step_00000001", "step_00000002"]
+
+
+LOOP = """
+import sys, torch
+from pathlib import Path
+from wizard_engine import checkpoint
+step = 0
+while True:
+    step += 1
+    x = torch.full((300_000,), float(step))
+    checkpoint.save(Path(sys.argv[1]), step // 2, tensors={"m": {"x": x}}, state={"s": step})
+    print(step, flush=True)
+"""
+
+
+def test_killed_saving_never_leaves_a_broken_checkpoint(tmp_path):
+    for delay in (0.0, 0.007):
+        with subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE) as process:
+            for _ in range(3):
+                process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        tensors, state = checkpoint.load(checkpoint.latest(tmp_path))
+        assert torch.equal(tensors["m"]["x"], torch.full((300_000,), float(state["s"])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"step": -1}, ValueError, "step"),
+        ({"keep_last": 0}, ValueError, "keep_last"),
+        ({"tensors": {"../x": {}}}, ValueError, "group"),
+        ({"state": {"x": object()}}, TypeError, "object"),
+    ],
+)
+def test_save_refuses_bad_arguments_and_writes_nothing(tmp_path, changes, error, text):
+    with pytest.raises(error, match=text):
+        checkpoint.save(tmp_path, **{"step": 1, "tensors": {}, "state": {}, **changes})
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_manifest_lists_hash_shape_and_dtype(tmp_path):
+    path = checkpoint.save(tmp_path, 3, tensors=groups(), state={})
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = manifest["groups"]["model"]
+    assert entry["bytes"] == (path / "model.safetensors").stat().st_size
+    assert entry["tensors"]["half"]["shape"] == [3, 5] and entry["tensors"]["half"]["dtype"] == "bfloat16"
+    assert store.latest(tmp_path) == path

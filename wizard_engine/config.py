@@ -1,0 +1,101 @@
+"""Command lines out of frozen dataclasses: presets, overrides, and errors that name the nearest option."""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args: Sequence[str] | None = None) -> Config:
+    """Instance of `config` that the command line asks for.
+
+    Every field is an option with its default in --help (the field's docstring is the help text); a field that is itself
+    a dataclass gives dotted options such as --data.on-error. `--preset NAME` picks the instance whose values are the
+    defaults; without it they are those of the class.
+
+    Args:
+        config: a frozen dataclass.
+        presets: name -> instance.
+        args: the words after the program's name; None takes them from the command line.
+    Raises:
+        SystemExit: code 2 after an error on stderr: unknown option (the nearest is named), unknown preset, bad or
+            absent value; or a ValueError of the dataclass itself. Code 0 after --help.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    default = _take_preset(words, dict(presets or {}))
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        value, unknown = tyro.cli(
+            config, prog=Path(sys.argv[0]).name, description=_description(config, presets), args=words,
+            return_unknown_args=True, config=(tyro.conf.EnumChoicesFromValues,), **keywords,
+        )  # fmt: skip
+    except ValueError as error:
+        _fail(str(error))
+    if unknown:
+        _fail(_unknown_message(config, unknown))
+    return value
+
+
+def _take_preset(words: list[str], presets: dict[str, Config]) -> Config | None:
+    """Instance that --preset names, and the option taken out of `words`; None where it is not given."""
+    found = [i for i, word in enumerate(words) if presets and (word == "--preset" or word.startswith("--preset="))]
+    if not found:
+        return None
+    if len(found) > 1:
+        _fail("--preset: expected once, got it twice; keep one")
+    at = found[0]
+    option, sign, name = words.pop(at).partition("=")
+    if not sign:
+        name = words.pop(at) if at < len(words) else ""
+    if name not in presets:
+        _fail(f"{option}: expected one of {', '.join(presets)}, got {name!r}{_nearest(name, list(presets))}")
+    return presets[name]
+
+
+def _description(config: type, presets: Mapping[str, Any] | None) -> str:
+    text = (config.__doc__ or "").strip()
+    return text + (f"\n\n--preset NAME picks the defaults: {', '.join(presets)}." if presets else "")
+
+
+def option_names(config: type, prefix: str = "--") -> list[str]:
+    """Every option of a dataclass as it is typed, `--data.on-error` for a nested field."""
+    hints = typing.get_type_hints(config)
+    names = []
+    for field in dataclasses.fields(config):
+        name = prefix + field.name.replace("_", "-")
+        nested = _nested_dataclass(hints[field.name])
+        names += option_names(nested, name + ".") if nested else [name]
+    return names
+
+
+def _nested_dataclass(hint: Any) -> type | None:
+    """The dataclass that a type hint is, or is together with None; else None."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _unknown_message(config: type, unknown: Sequence[str]) -> str:
+    names = [*option_names(config), "--help", "--preset"]
+    option = next((word for word in unknown if word.startswith("-")), None)
+    if option is None:
+        return f"{' '.join(unknown)}: expected options only, got words without an option; see --help"
+    typed = option.partition("=")[0]
+    return f"{typed}: expected a known option, got an unknown one{_nearest(typed.replace('_', '-'), names)}"
+
+
+def _nearest(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
+    return f"; the nearest is {close[0]}" if close else "; see --help"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,125 @@
+"""The process a recipe runs in: ranks, device, seeds, signals; with the atomic files and the stages it works on."""
+
+import datetime
+import os
+import random
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from wizard_engine.files import content_hash, file_hash, to_plain, write_bytes, write_json, write_text
+from wizard_engine.stage import Stage
+
+__all__ = [
+    "Runtime", "Stage", "StopRequest", "content_hash", "file_hash", "seed_all", "start", "stop", "to_plain",
+    "write_bytes", "write_json", "write_text",
+]  # fmt: skip
+
+RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: its rank among `world_size`, its rank on this machine, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}; choose one of them")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA device, got none; use --device cpu or install a CUDA build of torch")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device("cpu")
+
+
+def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: float = 600.0) -> Runtime:
+    """Runtime of this process; under torchrun the default process group exists afterwards.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        threads: CPU threads of torch operations; None leaves torch's choice.
+        timeout_seconds: longest wait for the other ranks in one collective.
+    Raises:
+        ValueError: an unknown device, CUDA without a GPU, fewer than one thread.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES)
+    chosen = _device(device, local_rank)
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads: expected at least 1, got {threads}; leave it out for torch's choice")
+        torch.set_num_threads(threads)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    return Runtime(rank, world_size, local_rank, chosen)
+
+
+def stop() -> None:
+    """Take the process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators; the engine's own draws take explicit generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into `requested`; a second one ends the process as usual.
+
+    In a thread other than the main one signals cannot be caught, and `requested` stays False.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.requested = True
+        self.close()
+
+    def on_any_rank(self) -> bool:
+        """True on every rank once one rank has been asked to stop; a collective call, so all ranks make it."""
+        if not dist.is_initialized():
+            return self.requested
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor([int(self.requested)], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def close(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
