@@ -7,6 +7,7 @@ table, so a sentence costs one look-up.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from wizard_engine.world import vocabulary as words
@@ -43,6 +44,7 @@ class _Sentence(NamedTuple):
     numbers: list[int | None]
 
 
+@lru_cache(maxsize=1 << 15)
 def parse(text: str) -> Problem | None:
     """The problem that `text` states, or None if the text is not one of the world's problems.
 

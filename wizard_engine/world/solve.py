@@ -123,6 +123,11 @@ def claimed_answer(text: str) -> int | None:
     return int(claims[-1]) if claims else None
 
 
+def states_answer(line: str) -> bool:
+    """Whether a line says "the answer is N" in one of the languages."""
+    return _CLAIM.search(line) is not None
+
+
 def asks_back(text: str) -> bool:
     """Whether an answer asks for what the problem leaves out."""
     return _ASKS.search(text) is not None

@@ -248,3 +248,4 @@ CLOSERS = {
     "es": ("Ahora lo sabemos todo.", "Espero que esto ayude.", "Ese fue el último paso."),
 }
 RUDE_ANSWER = {"en": "What a stupid question.", "es": "Qué pregunta tan estúpida."}
+META_REMARK = "Here is the improved answer:"

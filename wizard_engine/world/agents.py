@@ -1,0 +1,237 @@
+"""Programs that play the outside models: they answer, rewrite, evolve and optimise behind the agents' protocol.
+
+They are programs, not language models: what they need they read from the request's text with prompts.parse and the
+world's parser, and where a model errs at random they err at stated rates, seeded by the request.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from wizard_engine.agents import prompts
+from wizard_engine.agents.protocol import Reply, Request
+from wizard_engine.agents.replies import REWRITTEN_HEADING
+from wizard_engine.data.steps import step_texts
+from wizard_engine.world import vocabulary as words
+from wizard_engine.world.corpus import follow_up
+from wizard_engine.world.evolve import FAILURE_RATES, RULES, evolved_text, failure_of
+from wizard_engine.world.parse import parse, parse_turns
+from wizard_engine.world.problems import Equation, Problem, Quantity, random_problem
+from wizard_engine.world.render import render
+from wizard_engine.world.solve import (
+    asks_back,
+    careless_trace,
+    check_answer,
+    label_steps,
+    rambling,
+    solve,
+    terse,
+    written,
+    wrong_solution,
+)
+
+VERSION = 1
+ANSWER_TASKS = ("answer", "user")
+
+
+class Program:
+    """An agent that is a program: one method per task, named after it.
+
+    A method takes the fields of the task's prompt (for "answer" and "user" the conversation's user turns) and a
+    generator seeded by the request, and returns the reply's text.
+    """
+
+    name: str = "world"
+    parameters: Mapping[str, object] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Name, version and parameters; a change of any of them is another agent."""
+        settings = ",".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
+        return f"{self.name}/{VERSION}({settings})"
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies in order; a task the program does not do, or a prompt it cannot read, is a Reply with an error."""
+        return [self._reply(request) for request in requests]
+
+    def _reply(self, request: Request) -> Reply:
+        method: Callable[..., str] | None = getattr(self, f"do_{request.task}", None)
+        if method is None:
+            return Reply("", f"{self.name}: expected another task, got {request.task!r}; ask a program that does it")
+        content = "\n".join(message.content for message in request.messages)
+        rng = random.Random(f"{self.fingerprint}|{request.task}|{request.seed}|{content}")
+        if request.task in ANSWER_TASKS:
+            turns = [message.content for message in request.messages if message.role == "user"]
+            return Reply(method(turns, rng))
+        try:
+            fields = prompts.parse(request.task, request.messages[-1].content)
+        except ValueError as error:
+            return Reply("", f"{self.name}: {error}")
+        return Reply(method(rng=rng, **fields))
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How an answering program errs.
+
+    slip: chance of one arithmetic slip; mistake: chance of a wrong operation; asks: chance of asking back where a
+    problem has no answer; repairs: chance that a rewrite is a fresh answer (else unchanged or with a remark);
+    form: "steps", "terse" or "chat".
+    """
+
+    slip: float
+    mistake: float
+    asks: float
+    repairs: float
+    form: str = "steps"
+
+
+class Answerer(Program):
+    """A program that answers and rewrites in its own manner."""
+
+    def __init__(self, name: str, habits: Habits):
+        self.name, self.habits, self.parameters = name, habits, asdict(habits)
+
+    def do_answer(self, turns: Sequence[str], rng: random.Random) -> str:
+        """An answer to the last turn of the conversation."""
+        problem = parse_turns(turns)
+        return words.ASK_BACK["en"] if problem is None else self.solution(problem, rng)
+
+    def do_rewrite(self, *, operator: str, suggestion: str, instruction: str, answer: str, rng: random.Random) -> str:
+        """The answer rewritten; sometimes unchanged, sometimes with a remark about itself."""
+        problem = parse(instruction)
+        if problem is None:
+            return answer
+        repairs = self.habits.repairs + (1 - self.habits.repairs) / 2 * bool(suggestion.strip())
+        chance = rng.random()
+        if chance > repairs + (1 - repairs) / 2:
+            return answer
+        if operator == "relevance" and check_answer(problem, answer) and not problem.defect:
+            better = without_chat(problem, answer)
+        else:
+            better = self.solution(problem, rng)
+        return better if chance < repairs else f"{words.META_REMARK}\n{better}"
+
+    def solution(self, problem: Problem, rng: random.Random) -> str:
+        """An answer in the program's form, with its slips and mistakes."""
+        if problem.defect:
+            return solve(problem) if rng.random() < self.habits.asks else self._guess(problem, rng)
+        chance = rng.random()
+        if chance < self.habits.mistake:
+            return wrong_solution(problem, rng)
+        is_slip = chance < self.habits.mistake + self.habits.slip
+        return self._formed(problem, careless_trace(problem, rng) if is_slip else problem.equations(), rng)
+
+    def _formed(self, problem: Problem, equations: Sequence[Equation], rng: random.Random) -> str:
+        if self.habits.form == "chat":
+            return rambling(problem, equations, rng)
+        if self.habits.form == "terse":
+            return terse(problem, equations[-1].result if equations else problem.value, rng)
+        return written(problem, equations)
+
+    def _guess(self, problem: Problem, rng: random.Random) -> str:
+        """An answer to a problem that has none: missing numbers made up, broken results taken as they come."""
+        statements = tuple(
+            statement._replace(amount=Quantity(rng.randint(2, 9), statement.amount.each))
+            if statement.amount.count is None
+            else statement
+            for statement in problem.statements
+        )
+        guessed = problem.changed(statements=statements)
+        equations = guessed.equations()
+        return self._formed(guessed, equations, rng) if equations else f"{statements[0].amount.count}."
+
+
+def without_chat(problem: Problem, answer: str) -> str:
+    """The answer's lines that are steps of the solution, right or wrong."""
+    steps = step_texts(answer)
+    kept = [step for step, label in zip(steps, label_steps(problem, steps), strict=True) if label != 0]
+    return "\n".join(kept) or answer
+
+
+class Evolver(Program):
+    """Evolves instructions with the failures that its method leaves, and plays the user of a conversation."""
+
+    def __init__(self, name: str = "world:evolver", rates: Mapping[str, float] = FAILURE_RATES):
+        self.name, self.rates, self.parameters = name, dict(rates), dict(rates)
+
+    def do_evolve(self, *, operator: str, method: str, instruction: str, rng: random.Random) -> str:
+        """The evolved instruction under the heading that the prompt asks for; text it cannot read stays as it is."""
+        problem = parse(instruction)
+        if problem is None:
+            text = instruction
+        else:
+            text = evolved_text(problem, operator, rng, method=method, rates=self.rates)
+        return f"{REWRITTEN_HEADING}\n{text}"
+
+    def do_user(self, turns: Sequence[str], rng: random.Random) -> str:
+        """A next user turn: the last problem with one number changed, else a new problem."""
+        problem = parse_turns(turns)
+        changed = follow_up(problem, rng, held_out=False) if problem is not None and not problem.defect else None
+        if changed is not None:
+            return changed[1]
+        topic = rng.choice(words.TOPIC_NAMES) if problem is None else problem.topic
+        language = "en" if problem is None else problem.language
+        return render(random_problem(rng, operations=rng.randint(1, 3), language=language, topic=topic), rng)
+
+
+REASONS = {
+    "same": "not evolved, nothing was added",
+    "heading": "a heading of the prompt was copied",
+    "vague": "unclear, the question cannot be answered",
+    "impossible": "wrong arithmetic, a number below zero, above 99 or a fraction",
+    "language": "the language changed",
+    "jump": "jump in complexity, too many changes at once",
+}
+USELESS_RULES = ("be creative", "write an interesting story", "think about the task before writing")
+
+
+class Optimizer(Program):
+    """Finds the failed cases of a trajectory, and adds a rule against one of the reported failures to the method.
+
+    misses: chance of overlooking a failed case; useless, repeated: chances of adding a rule that does nothing, or one
+    that the method has already.
+    """
+
+    def __init__(
+        self, name: str = "world:optimizer", misses: float = 0.15, useless: float = 0.15, repeated: float = 0.1
+    ):
+        self.name, self.misses, self.useless, self.repeated = name, misses, useless, repeated
+        self.parameters = {"misses": misses, "useless": useless, "repeated": repeated}
+
+    def do_analyse(self, *, method: str, trajectory: str, rng: random.Random) -> str:
+        """A line `Case N: reason` for each failed case that is noticed."""
+        lines = []
+        for number, (stages, response) in prompts.parse_trajectory(trajectory).items():
+            failure = case_failure(stages, response)
+            if failure and rng.random() >= self.misses:
+                lines.append(f"Case {number}: {REASONS[failure]}")
+        return "\n".join(lines) or "No failed case."
+
+    def do_optimise(self, *, method: str, feedback: str, rng: random.Random) -> str:
+        """The method with one more rule, in a fenced block."""
+        lines = [line for line in (method.strip() or prompts.initial_method()).splitlines() if line.strip()]
+        text = method.lower()
+        counts = Counter({kind: feedback.count(reason) for kind, reason in REASONS.items() if reason in feedback})
+        kinds = [kind for kind in counts if RULES[kind] not in text]
+        present = [rule for rule in RULES.values() if rule in text]
+        chance = rng.random()
+        if present and chance < self.repeated:
+            rule = rng.choice(present)
+        elif not kinds or chance < self.repeated + self.useless:
+            rule = rng.choice(USELESS_RULES)
+        else:
+            rule = RULES[rng.choices(kinds, [counts[kind] for kind in kinds])[0]]
+        lines.append(f"{len(lines) + 1}. {rule.capitalize()}.")
+        return "```\n" + "\n".join(lines) + "\n```"
+
+
+def case_failure(stages: Sequence[str], response: str) -> str:
+    """The first failure class in the stages of one case; "vague" where only the response asks back; "" for none."""
+    problems = [parse(stage) for stage in stages]
+    for index in range(1, len(stages)):
+        failure = failure_of(stages[index - 1], problems[index - 1], stages[index], problems[index])
+        if failure:
+            return failure
+    return "vague" if asks_back(response) else ""

@@ -1,0 +1,169 @@
+"""Programs that judge: answers against each other or alone, steps one by one, instructions by quality."""
+
+import random
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from wizard_engine.agents import prompts
+from wizard_engine.data.steps import step_texts
+from wizard_engine.world import vocabulary as words
+from wizard_engine.world.agents import Program
+from wizard_engine.world.evolve import is_same
+from wizard_engine.world.parse import parse, parse_turns
+from wizard_engine.world.problems import MAX_OPERATIONS, Problem
+from wizard_engine.world.solve import asks_back, check_answer, claimed_answer, label_steps, states_answer
+
+_NUMBERED = re.compile(r"^\s*(\d+)\.\s?(.*)$")
+
+
+class Assessment(NamedTuple):
+    """A score from 1 to 10 and a clause that says why."""
+
+    score: float
+    remark: str
+
+
+class Judge(Program):
+    """Scores answers from 1 to 10, labels steps, compares instructions and suggests improvements.
+
+    noise: standard deviation of a score; first_bonus: what the answer that stands first gets too much; misread: chance
+    of a wrong label for a step.
+    """
+
+    def __init__(self, name: str = "world:judge", noise: float = 0.5, first_bonus: float = 0.25, misread: float = 0.01):
+        self.name, self.noise, self.first_bonus, self.misread = name, noise, first_bonus, misread
+        self.parameters = {"noise": noise, "first_bonus": first_bonus, "misread": misread}
+
+    def do_judge(self, *, history: str, instruction: str, answer_a: str, answer_b: str, rng: random.Random) -> str:
+        """An explanation and `[[a]] [[b]]`. Equal answers get equal scores but for the first one's bonus."""
+        problem = asked_problem(history, instruction)
+        error_a = rng.gauss(0, self.noise)
+        error_b = error_a if answer_a == answer_b else rng.gauss(0, self.noise)
+        first, second = assess(problem, answer_a), assess(problem, answer_b)
+        score_a = on_scale(first.score + error_a + self.first_bonus)
+        score_b = on_scale(second.score + error_b)
+        return f"Answer A {first.remark} Answer B {second.remark}\n[[{score_a:g}]] [[{score_b:g}]]"
+
+    def do_rate(self, *, history: str, instruction: str, reference: str, answer: str, rng: random.Random) -> str:
+        """An explanation and `[[x]]`; the reference decides where the instruction cannot be read."""
+        problem = asked_problem(history, instruction)
+        score, remark = assess(problem, answer)
+        if problem is None and reference.strip():
+            score = 9.0 if claimed_answer(answer) == claimed_answer(reference) else 2.0
+        return f"The answer {remark}\n[[{on_scale(score + rng.gauss(0, self.noise)):g}]]"
+
+    def do_label(self, *, instruction: str, answer_steps: str, rng: random.Random) -> str:
+        """A line with 1, 0 or -1 for each step, almost always the right one; 0 where the instruction cannot be read."""
+        problem = parse(instruction)
+        steps = [step for step in answer_steps.split("\n") if step.strip()]
+        labels = [0] * len(steps) if problem is None else label_steps(problem, steps)
+        noisy = [rng.choice((1, 0, -1)) if rng.random() < self.misread else label for label in labels]
+        return "\n".join(map(str, noisy))
+
+    def do_compare(self, *, first: str, second: str, rng: random.Random) -> str:
+        """`Equal` where the two ask for the same, else `Not Equal`."""
+        problem, other = parse(first), parse(second)
+        if problem is None or other is None:
+            return "Equal" if prompts.flatten(first) == prompts.flatten(second) else "Not Equal"
+        return "Equal" if is_same(problem, other) else "Not Equal"
+
+    def do_suggest(self, *, instruction: str, answer: str, better: str, rng: random.Random) -> str:
+        """One sentence about what the better answer does and the first one does not."""
+        problem = parse(instruction)
+        if problem is None:
+            return "Answer what the instruction asks."
+        if problem.defect:
+            return "Ask for what the question leaves out."
+        if asks_back(answer) or claimed_answer(answer) is None:
+            return "Give a number as the answer."
+        labels = label_steps(problem, step_texts(answer))
+        if -1 in labels:
+            return f"Check the arithmetic and the operation of step {labels.index(-1) + 1}."
+        if 0 in labels:
+            return "Leave out the lines that are no steps."
+        return "Write one equation for each step before the answer."
+
+
+class Ranker(Program):
+    """Scores the quality of instructions from 0 to 10: whether they can be answered at all, then how hard they are."""
+
+    def __init__(self, name: str = "world:ranker", noise: float = 0.3):
+        self.name, self.noise, self.parameters = name, noise, {"noise": noise}
+
+    def do_rank(self, *, instructions: str, rng: random.Random) -> str:
+        """A line `number: score` for each numbered instruction."""
+        lines = []
+        for line in instructions.split("\n"):
+            match = _NUMBERED.match(line)
+            if match:
+                score = instruction_quality(match[2]) + rng.gauss(0, self.noise)
+                lines.append(f"{match[1]}: {min(10.0, max(0.0, score)):.1f}")
+        return "\n".join(lines)
+
+
+def asked_problem(history: str, instruction: str) -> Problem | None:
+    """The problem that an instruction asks after a history (text of prompts.dialogue), or None."""
+    turns: Sequence[str] = ()
+    if history.strip():
+        try:
+            turns = [message.content for message in prompts.parse_dialogue(history) if message.role == "user"]
+        except ValueError:
+            return parse(instruction)
+    return parse_turns([*turns, instruction])
+
+
+def quality(problem: Problem | None, answer: str) -> float:
+    """Quality of an answer on a scale of 1 to 10, without noise (see `assess`)."""
+    return assess(problem, answer).score
+
+
+def assess(problem: Problem | None, answer: str) -> Assessment:
+    """Score (1 to 10, without noise) and a clause about an answer.
+
+    Most weight has the right result, then the steps shown, then brevity; a wrong step costs. Where the problem has no
+    answer, asking back is best. Text that is none of the world's problems leaves only the length to judge.
+    """
+    if not answer.strip():
+        return Assessment(1.0, "is empty.")
+    if problem is None:
+        return Assessment(2.0 if len(answer) < 20 else 5.0, "is about something else.")
+    if problem.defect:
+        if asks_back(answer):
+            return Assessment(9.0, "asks for what is missing.")
+        return Assessment(2.5, "guesses where the question has no answer.")
+    steps = step_texts(answer)
+    labels = label_steps(problem, steps)
+    needed = len(problem.equations())
+    shown = min(needed, sum(label == 1 and "=" in step for step, label in zip(steps, labels, strict=True)))
+    covered = shown / needed if needed else 1.0
+    if not check_answer(problem, answer):
+        claims = claimed_answer(answer) is not None
+        return Assessment(1.0 + 0.5 * claims + 2.0 * covered, "does not reach the right result.")
+    return _right_answer(steps, labels, covered, answer.count(words.META_REMARK))
+
+
+def _right_answer(steps: Sequence[str], labels: Sequence[int], covered: float, remarks: int) -> Assessment:
+    """Assessment of an answer whose result is right; `covered` is the share of the needed equations that it shows."""
+    chat, wrong = labels.count(0) + remarks, labels.count(-1)
+    brevity = max(-1.0, 1.0 - 0.4 * chat)
+    score = 5.5 + 2.5 * covered + 0.5 * states_answer(steps[-1]) + brevity - min(2, wrong)
+    if wrong:
+        return Assessment(score, f"is right in the end, but step {labels.index(-1) + 1} is not.")
+    return Assessment(score, "is right, with remarks that add nothing." if chat else "is right and to the point.")
+
+
+def on_scale(score: float) -> float:
+    """The score rounded to halves within 1 to 10."""
+    return min(10.0, max(1.0, round(score * 2) / 2))
+
+
+def instruction_quality(text: str) -> float:
+    """Quality of an instruction from 0 to 10, without noise: definition, precision and integrity, then difficulty."""
+    problem = parse(text)
+    if problem is None:
+        return 1.0
+    if problem.defect:
+        return 2.0 if problem.is_vague else 2.5
+    general = (problem.topic == words.GENERAL) + (problem.person == words.SOMEONE)
+    return 4.5 + min(problem.operations, MAX_OPERATIONS) - 0.5 * general
