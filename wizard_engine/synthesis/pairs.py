@@ -1,0 +1,71 @@
+"""Preference rows out of judged matches: what is dropped is counted."""
+
+from collections import Counter
+from typing import Any
+
+from wizard_engine.data.records import Conversation, Preference
+from wizard_engine.synthesis.judging import Match, Verdict
+
+# What a row made on the same instruction keeps of the attributes of the row it came from; the others describe its text.
+INSTRUCTION_ATTRIBUTES = ("source", "topic", "language", "skill", "difficulty", "evolutions")
+
+
+def instruction_attributes(row: Conversation) -> dict[str, Any]:
+    """The attributes of a row that hold for any answer to its instruction."""
+    return {name: row.attributes[name] for name in INSTRUCTION_ATTRIBUTES if name in row.attributes}
+
+
+class Pairs:
+    """Collects preference rows.
+
+    Args:
+        min_gap: a pair counts only when the averaged scores of its two answers are further apart, points.
+
+    Attributes:
+        rows: the pairs kept, each with "gap", "chosen_score" and "rejected_score" among its attributes.
+        dropped: reason -> number: "identical" (the same text but for blanks), "no margin" (gap too small), "flipped"
+            (the judge's two orders name different winners), "repeated" (the same pair again), "not judged".
+    """
+
+    def __init__(self, min_gap: float) -> None:
+        if min_gap < 0:
+            raise ValueError(f"min_gap: expected 0 or more, got {min_gap}; give points of score")
+        self.min_gap = min_gap
+        self.rows: list[Preference] = []
+        self.dropped: Counter[str] = Counter()
+        self._seen: set[str] = set()
+
+    def add(
+        self, match: Match, verdict: Verdict | None, attributes: dict[str, Any], lineage: dict[str, Any]
+    ) -> Preference | None:
+        """The match as a preference row with these attributes, or None where it is dropped."""
+        reason = self._fault(match, verdict)
+        if reason is None:
+            pair = self._pair(match, verdict, attributes, lineage)
+            if pair.id not in self._seen:
+                self._seen.add(pair.id)
+                self.rows.append(pair)
+                return pair
+            reason = "repeated"
+        self.dropped[reason] += 1
+        return None
+
+    def statistics(self) -> dict[str, int]:
+        """kept, and every reason for dropping with its number."""
+        return {"kept": len(self.rows), **dict(sorted(self.dropped.items()))}
+
+    def _fault(self, match: Match, verdict: Verdict | None) -> str | None:
+        if verdict is None:
+            return "not judged"
+        if match.first.split() == match.second.split():
+            return "identical"
+        if verdict.is_flipped:
+            return "flipped"
+        return None if abs(verdict.gap) > self.min_gap else "no margin"
+
+    def _pair(self, match: Match, verdict: Verdict, attributes: dict, lineage: dict) -> Preference:
+        answers, scores = (match.first, match.second), verdict.scores
+        if verdict.gap < 0:
+            answers, scores = answers[::-1], scores[::-1]
+        judged = {"gap": abs(verdict.gap), "chosen_score": scores[0], "rejected_score": scores[1]}
+        return Preference(tuple(match.prompt), *answers, attributes | judged, lineage)
