@@ -13,7 +13,7 @@ import numpy as np
 from wizard_engine.data.shuffle import seeded_order, seeded_uniform
 
 UNKNOWN, OTHER = "unknown", "other"
-TOLERANCE = 1e-6
+TOLERANCE, SMALLEST = 1e-6, 1e-100
 DRAW, PARTITION = 1, 2
 RANGE = re.compile(r"(-?\d+(?:\.\d+)?)?\.\.(-?\d+(?:\.\d+)?)?")
 Targets = Mapping[str, Mapping[Any, float]]
@@ -77,11 +77,12 @@ def rake(
     for codes, wanted in coded:
         weights[wanted[codes] == 0] = 0
     check_reachable(weights, {name: columns[name] for name in targets}, target)
-    weights = cap_weights(weights, cap)
+    drawable, weights = weights > 0, cap_weights(weights, cap)
     while passes < iterations and marginal_error(weights, coded) > TOLERANCE:
         for codes, wanted in coded:
             sums = np.bincount(codes, weights, len(wanted))
-            weights *= np.divide(wanted, sums, out=np.zeros_like(wanted), where=sums > 0)[codes]
+            weights = weights * np.divide(wanted, sums, out=np.zeros_like(wanted), where=sums > 0)[codes]
+        weights[drawable] = np.maximum(weights[drawable], SMALLEST)
         weights, passes = cap_weights(weights, cap), passes + 1
     error = marginal_error(weights, coded)
     return Weights(
