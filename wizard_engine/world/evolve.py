@@ -234,10 +234,10 @@ def _impossible(problem: Problem, rng: random.Random) -> Problem | None:
 
 def _jump(problem: Problem, rng: random.Random) -> Problem | None:
     """The problem with several more steps at once."""
-    for _ in range(TRIES):
+    for _ in range(4 * TRIES):
         changed: Problem | None = problem
         for _ in range(JUMP):
-            changed = _steps(changed, rng) if changed is not None and not changed.defect else None
+            changed = _steps(changed, rng) if changed is not None else None
         if changed is not None and not changed.defect and not changed.is_held_out:
             return changed
     return None
