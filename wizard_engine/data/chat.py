@@ -1,0 +1,240 @@
+"""The chat format (Vicuna v1.1) as token ids: built segment by segment from roles, never by searching rendered text.
+
+    <s>SYSTEM USER: u1 ASSISTANT: a1</s>USER: u2 ASSISTANT: a2</s>
+
+The ids are those of the segments `SYSTEM`, ` USER:`, ` u1`, ` ASSISTANT:`, ` a1`, then EOS, then `USER:`, ` u2`, ...
+each encoded for itself, so that a prompt's ids are a prefix of the conversation's and nothing inside a content can be
+taken for a boundary. Trained are the ids of ` a1` and the EOS that closes it, of every answer.
+
+Source: FastChat's template vicuna_v1.1.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from wizard_engine.data.rows import Conversation, Message, Preference
+from wizard_engine.data.tokenizer import Tokenizer
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+USER, NEXT_USER, ASSISTANT = " USER:", "USER:", " ASSISTANT:"
+# The fixed segments: as atoms of `train_tokenizer` each is one token.
+CHAT_ATOMS = (SYSTEM, USER, NEXT_USER, ASSISTANT)
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A sequence to learn from.
+
+    tokens: (n,) int32, BOS first.
+    weights: (n,) float32; weights[i] is the loss weight of tokens[i] as a target, so weights[0] is 0.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+class Rejection(NamedTuple):
+    """A row that gave no sample: its index among the rows, and why."""
+
+    index: int
+    reason: str
+
+
+def _segment(tokenizer: Tokenizer, text: str) -> str:
+    """What to encode for a segment that goes on after other ids (the rule is in tokenizer.py)."""
+    return text.removeprefix(" ") if tokenizer.prefixes_space else text
+
+
+def _check(messages: Sequence[Message], last: str) -> None:
+    """Raise ValueError unless roles alternate from "user" to `last` after an optional system message."""
+    first = 1 if messages and messages[0].role == "system" else 0
+    for index, message in enumerate(messages[first:], first):
+        expected = ("user", "assistant")[(index - first) % 2]
+        if message.role != expected:
+            raise ValueError(f"messages[{index}].role: expected {expected}, got {message.role!r}; roles must alternate")
+        if message.role == "assistant" and not message.content.strip():
+            raise ValueError(
+                f"messages[{index}].content: expected an answer, got a blank one; there is nothing to learn"
+            )
+    if len(messages) == first or messages[-1].role != last:
+        got = messages[-1].role if len(messages) > first else "no turns"
+        raise ValueError(f"messages: expected the last role {last}, got {got}")
+
+
+def _parts(messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    """(text, is an answer) of each segment, in order; an EOS follows each answer, BOS comes before all."""
+    has_system = messages[0].role == "system"
+    parts = [(messages[0].content if has_system else SYSTEM, False)]
+    user = USER
+    for message in messages[1:] if has_system else messages:
+        if message.role == "user":
+            parts += [(user, False), (" " + message.content, False), (ASSISTANT, False)]
+            user = NEXT_USER
+        else:
+            parts.append((" " + message.content, True))
+    return parts
+
+
+def _sample(tokenizer: Tokenizer, parts: Iterable[tuple[str, bool]], encode: Encode, learned: Sequence[bool]) -> Sample:
+    """Sample of the segments; `learned[k]` says whether the k-th answer is trained."""
+    tokens, weights, answers = [tokenizer.bos_id], [0.0], 0
+    for text, is_answer in parts:
+        ids = encode(_segment(tokenizer, text))
+        tokens += ids
+        weight = float(is_answer and learned[answers])
+        weights += [weight] * len(ids)
+        if is_answer:
+            answers += 1
+            tokens.append(tokenizer.eos_id)
+            weights.append(weight)
+    return Sample(np.asarray(tokens, dtype=np.int32), np.asarray(weights, dtype=np.float32))
+
+
+def _fitting(sample: Sample, max_length: int | None) -> Sample:
+    if max_length is not None and len(sample.tokens) > max_length:
+        raise ValueError(
+            f"sample: expected at most {max_length} tokens, got {len(sample.tokens)}; raise the limit or skip it"
+        )
+    return sample
+
+
+def _conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], encode: Encode, max_length: int | None, truncate: bool
+) -> Sample:
+    _check(messages, "assistant")
+    turns = [True] * sum(message.role == "assistant" for message in messages)
+    sample = _sample(tokenizer, _parts(messages), encode, turns)
+    while truncate and max_length is not None and len(sample.tokens) > max_length and len(turns) > 1:
+        messages, turns = messages[:-2], turns[:-1]
+        sample = _sample(tokenizer, _parts(messages), encode, turns)
+    return _fitting(sample, max_length)
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, max_length: int | None = None, truncate: bool = False
+) -> Sample:
+    """Sample of a conversation: every answer and its closing EOS trained, everything else not.
+
+    Args:
+        messages: an optional system message (it replaces SYSTEM), then user and assistant in turns, assistant last.
+        max_length: most tokens, BOS and EOS included; None for any number.
+        truncate: drop whole exchanges from the end until the rest fits; nothing is ever cut inside a turn.
+    Raises:
+        ValueError: roles do not alternate, an answer is blank, or the sample does not fit.
+    """
+    return _conversation(tokenizer, messages, tokenizer.encode, max_length, truncate)
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids up to and with ` ASSISTANT:`, a prefix of the conversation's that goes on with any answer.
+
+    Args:
+        messages: as for `encode_conversation`, but a user message last.
+    Raises:
+        ValueError: roles do not alternate, or the last message is not the user's.
+    """
+    _check(messages, "user")
+    parts = _parts(messages)
+    return _sample(tokenizer, parts, tokenizer.encode, [False] * len(parts)).tokens.tolist()
+
+
+def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that follow a prompt's: those of the answer and the closing EOS."""
+    return [*tokenizer.encode(_segment(tokenizer, " " + text)), tokenizer.eos_id]
+
+
+def encode_preference(tokenizer: Tokenizer, row: Preference, *, max_length: int | None = None) -> tuple[Sample, Sample]:
+    """Samples of the chosen and of the rejected answer; only that last answer is trained, not earlier turns.
+
+    A ranking of instructions (empty prompt) gives each instruction as a prompt closed by EOS, which alone has weight:
+    the last position is where an instruction is scored.
+
+    Raises:
+        ValueError: roles do not alternate, an answer is blank, both are the same, or one does not fit.
+    """
+    if row.chosen == row.rejected:
+        raise ValueError("chosen, rejected: expected different texts, got the same; there is nothing to learn")
+    chosen, rejected = (
+        _fitting(_continued(tokenizer, row.prompt, text), max_length) for text in (row.chosen, row.rejected)
+    )
+    return chosen, rejected
+
+
+def _continued(tokenizer: Tokenizer, prompt: Sequence[Message], text: str) -> Sample:
+    if prompt:
+        messages = (*prompt, Message("assistant", text))
+        _check(messages, "assistant")
+        before, after = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, text)
+    else:
+        before, after = encode_prompt(tokenizer, (Message("user", text),)), [tokenizer.eos_id]
+    weights = np.repeat(np.float32([0, 1]), (len(before), len(after)))
+    return Sample(np.asarray([*before, *after], dtype=np.int32), weights)
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, max_length: int | None = None) -> Sample:
+    """Sample of plain text for pre-training: BOS, text, EOS; everything but BOS is trained.
+
+    Raises:
+        ValueError: the text is empty or does not fit.
+    """
+    if not text:
+        raise ValueError("text: expected at least one character, got none; there is nothing to learn")
+    tokens = np.asarray([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
+    weights = np.ones(len(tokens), dtype=np.float32)
+    weights[0] = 0
+    return _fitting(Sample(tokens, weights), max_length)
+
+
+def encode_conversations(
+    tokenizer: Tokenizer,
+    rows: Sequence[Conversation],
+    max_length: int | None = None,
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    truncate: bool = False,
+) -> tuple[list[Sample], list[Rejection]]:
+    """`encode_conversation` of many rows, each different text tokenised once and all in one call.
+
+    Args:
+        rows: conversations.   max_length, truncate: as there.
+        on_error: "raise" at the first row that gives no sample, or "skip" it.
+    Returns:
+        samples: in the rows' order, without the skipped.   rejected: index and reason of each skipped row.
+    Raises:
+        ValueError: a row gives no sample and on_error is "raise"; names its index and id.
+    """
+    cached = _cache(tokenizer, rows)
+    samples, rejected = [], []
+    for index, row in enumerate(rows):
+        try:
+            samples.append(_conversation(tokenizer, row.messages, cached, max_length, truncate))
+        except ValueError as error:
+            if on_error == "raise":
+                raise ValueError(f"row {index} (id {row.id}): {error}") from error
+            rejected.append(Rejection(index, str(error)))
+    return samples, rejected
+
+
+def _cache(tokenizer: Tokenizer, rows: Sequence[Conversation]) -> Encode:
+    """`tokenizer.encode`, with the ids of every segment of the rows already known."""
+    texts = {_segment(tokenizer, text) for row in rows if row.messages for text, _ in _parts(row.messages)}
+    valid = sorted(text for text in texts if _is_unicode(text))
+    known = dict(zip(valid, tokenizer.encode_batch(valid)))
+    return lambda text: known[text] if text in known else tokenizer.encode(text)
+
+
+def _is_unicode(text: str) -> bool:
+    """False where the text holds a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
