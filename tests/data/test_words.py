@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wizard_engine.data.words import words
+from wizard_engine.data.words import PATTERNS, words
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,11 @@ def test_words_of_scripts(text, expected):
 def test_words_operators_before_numbers():
     assert words("3 + 4*-5 = x - y", operators=True) == ["3", "+", "4", "-", "5", "x", "y"]
     assert words("3 + 4") == ["3", "4"]
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=40), st.booleans())
+def test_words_of_ascii_text_are_those_of_the_general_pattern(text, operators):
+    assert words(text + " é", operators=operators)[:-1] == PATTERNS[True, operators].findall(text.lower())
 
 
 @given(st.text(max_size=40))
