@@ -103,15 +103,6 @@ class StopRequest:
         self.requested = True
         self.close()
 
-    def on_any_rank(self) -> bool:
-        """True on every rank once one rank has been asked to stop; a collective call, so all ranks make it."""
-        if not dist.is_initialized():
-            return self.requested
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flag = torch.tensor([int(self.requested)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
     def close(self) -> None:
         """Give the signals back to whoever handled them before."""
         for number, handler in self._previous.items():
