@@ -10,7 +10,8 @@ from wizard_engine.agents.prompts import flatten
 
 REFUSAL_WORDS = 80
 TEMPLATE_WORDS = re.compile(
-    r"\b(?:given|rewritten|evolved|new)\s+(?:prompt|instruction)s?\b|#[^#\n]*[^\W\d][^#\n]*#", re.IGNORECASE
+    r"\b(?:given|rewritten|evolved|new)\s+(?:prompt|instruction)s?\b|(?<!\w)#(?=\S)[^#\n]*[^\W\d][^#\n]*#",
+    re.IGNORECASE,
 )
 _STAGNANT = re.compile(r"(?:understood|thank you|that is correct|what|great)\b", re.IGNORECASE)
 _UNDER_QUALIFIED = re.compile(r"sure\b", re.IGNORECASE)

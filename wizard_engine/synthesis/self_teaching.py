@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from wizard_engine.agents.prompts import flatten
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_evolved
 from wizard_engine.data.records import Conversation, Message, Preference
@@ -138,9 +139,12 @@ def _evolved_cases(calls: Calls, evolver: Agent, cases: Sequence[_Case], dropped
         for case, operator in zip(cases, operators)
     ]
     texts = calls.ask(evolver, "evolve", fields, derive_seed(seed, "evolve"), read=lambda text, _: read_evolved(text))
-    made = []
+    made, known = [], {flatten(case.prompt[-1].content) for case in cases}
     for case, text, operator in zip(cases, texts, operators):
         fault = "call failed" if text is None else instruction_fault(case.prompt[-1].content, text)
+        if fault is None and flatten(text) in known:
+            fault = "already known"
+        known.add(flatten(text or ""))
         if fault is not None:
             dropped[f"evolved: {fault}"] += 1
             continue
