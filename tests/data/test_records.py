@@ -25,7 +25,7 @@ from wizard_engine.data.records import (
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
     max_leaves=8,
 )
@@ -207,6 +207,13 @@ def test_write_rows_refuses_an_invalid_row_and_keeps_the_old_file(tmp_path):
         write_rows(path, [conversation("c", "d"), conversation("e", "")])
     assert [row.instruction for row in read_rows(path)] == ["a"]
     assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, "\ud800"])
+def test_write_rows_refuses_what_json_has_no_form_for(tmp_path, value):
+    with pytest.raises(ValueError, match="row 1: "):
+        write_rows(tmp_path / "rows.jsonl", [conversation("a", "b"), conversation("a", "b", bad=value)])
+    assert os.listdir(tmp_path) == []
 
 
 def test_write_rows_full_disk_keeps_the_old_file(tmp_path, monkeypatch):

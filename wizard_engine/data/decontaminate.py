@@ -109,8 +109,7 @@ class Index:
         hits = np.flatnonzero(self.hashes[places] == hashes)
         starts = np.concatenate([[0], np.cumsum([len(parts) for parts in batch])])
         owner = np.searchsorted(starts, hits, side="right") - 1
-        inside = hits + self.n <= starts[owner + 1]
-        for text, position in zip(owner[inside].tolist(), (hits - starts[owner])[inside].tolist()):
+        for text, position in zip(owner.tolist(), (hits - starts[owner]).tolist()):
             found.setdefault(text, []).append(position)
         return found
 

@@ -123,7 +123,7 @@ def read_files(
         if lost:
             LOG.warning("%s: %d records rejected, %d rows kept; first: %s", path, lost, kept, bad[before[1]].error)
     if bad and rejects is not None:
-        _write_lines(Path(rejects), [reject._asdict() for reject in bad])
+        _write_lines(Path(rejects), [_line(reject._asdict()) for reject in bad])
     return rows, bad
 
 
@@ -174,28 +174,34 @@ def write_rows(path: Path | str, rows: Iterable[Row]) -> None:
     """Writes rows as JSONL, one object a line; the file appears complete or not at all, and is on disk on return.
 
     Raises:
-        ValueError: a row is invalid (its number and field are named); what was at `path` is unchanged.
+        ValueError: a row is invalid or holds what JSON has no form for, such as NaN (its number is named); what was at
+            `path` is unchanged.
         OSError: the disk is full or the folder cannot be written; what was at `path` is unchanged.
     """
     _write_lines(Path(path), _checked(rows))
 
 
-def _checked(rows: Iterable[Row]) -> Iterator[dict]:
+def _checked(rows: Iterable[Row]) -> Iterator[bytes]:
     for number, row in enumerate(rows):
         try:
             check_row(row)
-        except ValueError as error:
+            line = _line(row.to_json())
+        except (ValueError, TypeError) as error:
             raise ValueError(f"row {number}: {error}") from None
-        yield row.to_json()
+        yield line
 
 
-def _write_lines(path: Path, objects: Iterable[dict]) -> None:
+def _line(value: dict) -> bytes:
+    """One line of JSONL; ValueError or TypeError for what JSON in UTF-8 has no form for."""
+    return (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            for item in objects:
-                stream.write(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n")
+        with os.fdopen(handle, "wb") as stream:
+            stream.writelines(lines)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
