@@ -1,0 +1,172 @@
+"""Reward models for RLEIF: the instruction model (ranking loss with margin) and the process model (a label per step).
+
+    python recipes/reward.py --kind instruction --model DIR --data rankings.jsonl --out runs/irm
+    python recipes/reward.py --kind process --model DIR --data steps.jsonl --out runs/prm
+
+A ranking row is a preference row with an empty prompt: `chosen` and `rejected` are instructions, attributes.margin >= 0.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from wizard_engine import runtime
+from wizard_engine.data.batch import Batch, collate
+from wizard_engine.data.samples import Pair, encode_all, read_pairs, read_processes
+from wizard_engine.loss import process_loss, ranking_loss
+from wizard_engine.model import ScoringModel, save_model
+from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
+from wizard_engine.rollout.rewards import encode_instruction, encode_steps, score_tokens, with_end
+from wizard_engine.runtime import Runtime
+from wizard_engine.training import Run, Training
+
+
+@dataclass(frozen=True)
+class Config:
+    """Instruction or process reward model."""
+
+    kind: Literal["instruction", "process"]
+    data: tuple[Path, ...]
+    """Ranking rows, or process rows (JSONL; GSM8K model solutions are read as they are)."""
+    out: Path
+    """Run directory: model/, metrics.jsonl."""
+    model: str = "demo"
+    """Model directory whose body is the start, or a preset's name (random weights, needs --tokenizer)."""
+    tokenizer: Path | None = None
+    held_out: float = 0.1
+    """Share of the rows kept for measuring."""
+    max_length: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    training: Training = field(default_factory=lambda: Training(lr=1e-6))
+    seed: int = 0
+    device: str = "auto"
+    overwrite: bool = False
+    quiet: bool = False
+
+
+def main(cfg: Config) -> dict:
+    """Train; returns what stage.json records, held-out accuracy included."""
+    rt = runtime.start(cfg.device)
+    stage = open_stage(cfg, f"reward_{cfg.kind}", rt)
+    if stage.done:
+        return stage.result()
+    language, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
+    limit = cfg.max_length or language.config.max_positions
+    work = _instruction if cfg.kind == "instruction" else _process
+    model, result, extra = work(cfg, rt, language, tokenizer, limit)
+    on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model", extra=extra))
+    return finish_stage(stage, rt, result, [cfg.out / "model"])
+
+
+def _split(items: list, share: float, seed: int) -> tuple[list, list]:
+    """Training and held-out items; at least one of each where there are two."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    kept = min(max(1, round(share * len(items))), len(items) - 1)
+    return [items[i] for i in order[kept:]], [items[i] for i in order[:kept]]
+
+
+def _instruction(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple[ScoringModel, dict, dict]:
+    def encode(row) -> Pair:
+        sides = [encode_instruction(tokenizer, text) for text in (row.chosen, row.rejected)]
+        if max(len(side.tokens) for side in sides) >= limit:
+            raise ValueError(f"instruction: expected fewer than {limit} tokens")
+        return Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
+
+    pairs, rejected = read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
+    train, test = _split(pairs, cfg.held_out, cfg.seed)
+    model = ScoringModel.from_language_model(language, outputs=1)
+    lengths = [pair.length for pair in train]
+    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward instruction", quiet=cfg.quiet)
+    for packs in run.steps():
+        num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
+        total, right, tokens = 0.0, 0.0, 0
+        for pack in packs:
+            batch = collate([train[i].chosen for i in pack] + [train[i].rejected for i in pack]).to(rt.device)
+            better, worse = _last_scores(model, batch).chunk(2)
+            margin = torch.tensor([train[i].margin for i in pack], device=rt.device)
+            loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
+            loss.backward()
+            total, tokens = total + loss.detach(), tokens + batch.tokens.numel()
+            right += float((better > worse).sum()) / num_pairs
+        run.update(loss=total, tokens=tokens, accuracy=right)
+    sides = [[_cut(side) for side in (pair.chosen, pair.rejected)] for pair in test]
+    scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
+    pool = np.asarray(scores).ravel()
+    result = run.result() | {
+        "pairs": len(train), "rejected": rejected, "held_out": len(test),
+        "held_out_accuracy": float(np.mean([better > worse for better, worse in scores])),
+    }  # fmt: skip
+    return model, result, {"wizard_mean": float(pool.mean()), "wizard_std": float(pool.std() + 1e-6)}
+
+
+def _cut(sample):
+    """The sample without the token that `with_end` appended."""
+    return type(sample)(sample.tokens[:-1], sample.weights[:-1])
+
+
+def _last_scores(model: ScoringModel, batch: Batch) -> torch.Tensor:
+    """(S,) score at the last position of each packed sequence."""
+    return model(*batch.inputs)[batch.cu_seqlens[1:].long() - 1, 0]
+
+
+def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple[ScoringModel, dict, dict]:
+    def encode(row):
+        sample, ends = encode_steps(tokenizer, row.prompt, row.answer)
+        if len(sample.tokens) > limit:
+            raise ValueError(f"steps: expected at most {limit} tokens, got {len(sample.tokens)}")
+        if len(ends) != len(row.labels):
+            raise ValueError(f"steps: expected {len(row.labels)} steps (the labels), found {len(ends)} in the text")
+        return with_end(sample), ends, row.labels
+
+    rejects = cfg.out / "rejects.jsonl"
+    rows = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
+    items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
+    train, test = _split(items, cfg.held_out, cfg.seed)
+    model = ScoringModel.from_language_model(language, outputs=3)
+    lengths = [len(sample.tokens) - 1 for sample, _, _ in train]
+    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward process", quiet=cfg.quiet)
+    for packs in run.steps():
+        num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
+        total, right, tokens = 0.0, 0.0, 0
+        for pack in packs:
+            batch = collate([train[i][0] for i in pack]).to(rt.device)
+            ends, labels = _labelled(train, pack, batch)
+            scores = model(*batch.inputs)[ends]
+            loss = process_loss(scores, labels, num_steps=num_steps)
+            loss.backward()
+            total, tokens = total + loss.detach(), tokens + batch.tokens.numel()
+            right += float((scores.argmax(-1) - 1 == labels).sum()) / num_steps
+        run.update(loss=total, tokens=tokens, accuracy=right)
+    result = run.result() | {"rows": len(train), "rejected": rejected, "held_out": len(test)}
+    return model, result | _process_accuracy(model, test), {}
+
+
+def _labelled(items: list, pack, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed positions of the step ends of a pack's rows, and their labels."""
+    starts = batch.cu_seqlens.tolist()
+    ends = [starts[n] + end for n, i in enumerate(pack) for end in items[i][1]]
+    labels = [label for i in pack for label in items[i][2]]
+    return torch.tensor(ends, device=batch.tokens.device), torch.tensor(labels, device=batch.tokens.device)
+
+
+def _process_accuracy(model: ScoringModel, items: list) -> dict:
+    """Held-out accuracy of step labels, and of telling answers without a wrong step from those with one."""
+    scored = score_tokens(model, [_cut(sample) for sample, _, _ in items])
+    steps, clean, wrong = [], [], []
+    for (_, ends, labels), scores in zip(items, scored):
+        own = scores[ends].softmax(-1)
+        steps += (own.argmax(-1) - 1 == torch.tensor(labels)).tolist()
+        (wrong if -1 in labels else clean).append(float((1 - own[:, 0]).min()))
+    pairs = [(c > w) + 0.5 * (c == w) for c in clean for w in wrong]
+    return {
+        "held_out_accuracy": float(np.mean(steps)),
+        "held_out_answer_auc": float(np.mean(pairs)) if pairs else None,
+        "share_with_a_wrong_step": len(wrong) / len(items),
+    }
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,172 @@
+"""RLEIF: PPO on the product of an instruction reward and a process reward; a model directory out.
+
+    python recipes/rleif.py --model DIR --instruction-model DIR --process-model DIR --data rows.jsonl --out runs/rleif
+
+reward = instruction factor x minimum over the steps of the process factor, each in [0, 1], on the answer's last token,
+minus kl x k1 on every token. The instruction factor depends on the prompt alone, so a critic, not a group's own mean and
+deviation, has to be the baseline: scaling within a group of answers to one prompt would cancel it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kernels.linear_logprob import linear_logprob
+from wizard_engine import audit, runtime
+from wizard_engine.data.batch import collate
+from wizard_engine.data.records import read_rows
+from wizard_engine.loss import policy_loss, value_loss
+from wizard_engine.model import ScoringModel, save_model
+from wizard_engine.online import OnlineRun
+from wizard_engine.recipe import (
+    finish_stage,
+    instruction_reward,
+    language_model,
+    launch,
+    on_main,
+    open_stage,
+    process_reward,
+)
+from wizard_engine.rollout.rewards import FACTORS, score_answers
+from wizard_engine.rollout.scoring import packed_groups
+from wizard_engine.rollout.trajectories import (
+    answer_logprobs,
+    answer_values,
+    make_targets,
+    roll_out,
+    step_seed,
+    token_rewards,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Reinforcement learning from the instruction and process reward models."""
+
+    data: tuple[Path, ...]
+    """Conversation rows; each row's turns up to its last question are a prompt."""
+    out: Path
+    """Run directory: metrics.jsonl, checkpoints/, model/."""
+    model: str
+    """Policy and reference to start from."""
+    instruction_model: Path
+    process_model: Path
+    critic: Path | None = None
+    """Model directory whose body the critic starts from; default: the process model's."""
+    factors: tuple[str, ...] = FACTORS
+    """Factors of the reward: instruction, process."""
+    neutral: float = 0.5
+    """Process score of a neutral step, 0 to 1."""
+    steps: int = 100
+    """Rollouts, each followed by one update or more."""
+    prompts_per_step: int = 48
+    """Prompts of a rollout over all ranks."""
+    samples_per_prompt: int = 4
+    max_new_tokens: int = 96
+    """Longest answer, tokens."""
+    temperature: float = 1.0
+    epochs: int = 1
+    """Passes over each rollout."""
+    minibatches: int = 1
+    """Updates per pass."""
+    lr: float = 1e-7
+    critic_lr: float = 1e-6
+    critic_warmup: int = 0
+    """First rollouts that train the critic alone."""
+    warmup: float = 0.05
+    lr_floor: float = 0.1
+    clip: float = 0.2
+    """Half width of the ratio's interval."""
+    value_clip: float = 0.2
+    kl: float = 0.05
+    """Coefficient of k1 = log policy - log reference, per token."""
+    entropy: float = 0.0
+    """Coefficient of the entropy bonus, per token."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    no_eos_penalty: float = 0.5
+    """Taken off the reward of an answer that did not close itself."""
+    max_grad_norm: float = 1.0
+    pack_tokens: int = 8192
+    """Tokens of one packed forward and backward."""
+    save_every: int = 50
+    """Rollouts between checkpoints; 0 keeps none."""
+    seed: int = 0
+    device: str = "auto"
+    audit: bool = True
+    overwrite: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.factors if name not in FACTORS]
+        if unknown or not self.factors:
+            raise ValueError(f"factors: expected some of {', '.join(FACTORS)}, got {unknown or 'none'}")
+
+
+def main(cfg: Config) -> dict:
+    """Train; returns what stage.json records."""
+    rt = runtime.start(cfg.device)
+    stage = open_stage(cfg, "rleif", rt)
+    if stage.done:
+        return stage.result()
+    policy, tokenizer = language_model(cfg.model, None, seed=cfg.seed, device=rt.device)
+    reference, _ = language_model(cfg.model, None, seed=cfg.seed, device=rt.device)
+    irm, prm = instruction_reward(cfg.instruction_model, rt), process_reward(cfg.process_model, rt, cfg.neutral)
+    critic = ScoringModel(prm.model.config, 1).to(rt.device)
+    body = language_model(str(cfg.critic), None, seed=0, device=rt.device)[0] if cfg.critic else prm.model.body
+    critic.body.load_state_dict(body.state_dict())
+    prompts = [row.messages[:-1] for path in cfg.data for row in read_rows(path, kind="conversation")]
+    run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
+    for step, chosen in run.steps():
+        rollout = roll_out(
+            policy, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt, temperature=cfg.temperature,
+            max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step, rt.rank),
+        )  # fmt: skip
+        rewards = score_answers(rollout.prompts, rollout.texts, rollout.finished, instruction=irm, process=prm)
+        fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
+        values = answer_values(critic, rollout)
+        per_token, kl = token_rewards(
+            rollout, rewards, fixed, factors=cfg.factors, kl=cfg.kl, no_eos_penalty=cfg.no_eos_penalty
+        )
+        targets = make_targets(rollout, per_token, values, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals)
+        for epoch in range(cfg.epochs):
+            order = np.random.default_rng(step_seed(cfg.seed, step, epoch)).permutation(len(rollout.samples))
+            for minibatch in np.array_split(order, cfg.minibatches):
+                _update(cfg, run, policy, critic, rollout, targets, minibatch.tolist())
+        run.record(rollout, rewards, kl, values, targets)
+        if step == 0 and cfg.audit:
+            audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main)
+    on_main(rt, lambda: save_model(policy, tokenizer, cfg.out / "model"))
+    return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
+
+
+def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows: list[int]) -> None:
+    """One update of policy and critic on some answers of a rollout."""
+    num_tokens = int(run.totals(sum(rollout.lengths[i] for i in rows))[0])
+    run.zero_grad()
+    for group in packed_groups([len(rollout.samples[i].tokens) for i in rows], cfg.pack_tokens):
+        picked = [rows[i] for i in group]
+        batch = collate([rollout.samples[i] for i in picked]).to(run.device)
+        answer = batch.weights > 0
+        behaviour, advantages, returns, old = (
+            torch.cat([part[i] for i in picked]).to(run.device)
+            for part in (targets.behaviour, targets.advantages, targets.returns, targets.values)
+        )
+        hidden = policy(*batch.inputs)[answer]
+        logprob, entropy = linear_logprob(
+            hidden, policy.head_weight, batch.targets[answer], temperature=cfg.temperature, entropy=True
+        )
+        loss, metrics = policy_loss(logprob, behaviour, advantages, clip=cfg.clip, num_tokens=num_tokens)
+        (loss - cfg.entropy * entropy.sum() / num_tokens).backward()
+        current = critic(*batch.inputs)[answer][:, 0]
+        error, value_metrics = value_loss(current, old, returns, clip=cfg.value_clip, num_tokens=num_tokens)
+        error.backward()
+        run.add(num_tokens, logprob - behaviour, policy_loss=loss, value_loss=error, entropy=entropy.sum() / num_tokens,
+                **{k: v / num_tokens for k, v in (metrics | value_metrics).items()})  # fmt: skip
+    run.update()
+
+
+if __name__ == "__main__":
+    launch(main, Config)

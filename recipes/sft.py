@@ -1,0 +1,81 @@
+"""Supervised learning: conversations (or plain text) in, a model directory out.
+
+python recipes/sft.py --model DIR --data rows.jsonl --out runs/sft
+python recipes/sft.py --model small --tokenizer mistral.model --data gsm8k/train.jsonl --out runs/gsm8k
+torchrun --nproc-per-node 2 recipes/sft.py ...
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kernels.linear_logprob import linear_logprob
+from wizard_engine import audit, runtime
+from wizard_engine.data.batch import collate
+from wizard_engine.data.samples import read_samples
+from wizard_engine.loss import sft_loss
+from wizard_engine.model import save_model
+from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
+from wizard_engine.training import Run, Training, num_supervised
+
+
+@dataclass(frozen=True)
+class Config:
+    """Supervised learning."""
+
+    data: tuple[Path, ...]
+    """Row files: JSONL, Alpaca, ShareGPT or GSM8K; with --kind text, JSONL with a `text` field."""
+    out: Path
+    """Run directory: config.json, metrics.jsonl, checkpoints/, model/."""
+    model: str = "demo"
+    """Model directory to start from, or a preset's name (random weights, needs --tokenizer)."""
+    tokenizer: Path | None = None
+    """Tokenizer file or directory; default: the model directory's own."""
+    kind: Literal["conversation", "text"] = "conversation"
+    max_length: int | None = None
+    """Longest sample, tokens; default: the model's context."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
+    training: Training = field(default_factory=Training)
+    seed: int = 0
+    device: str = "auto"
+    audit: bool = True
+    """Check the numerics before the first step and print a table."""
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def main(cfg: Config) -> dict:
+    """Train; returns what stage.json records."""
+    rt = runtime.start(cfg.device)
+    stage = open_stage(cfg, "sft", rt)
+    if stage.done:
+        return stage.result()
+    model, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
+    samples, rejected = read_samples(
+        cfg.data, tokenizer, kind=cfg.kind, max_length=cfg.max_length or model.config.max_positions,
+        on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl",
+    )  # fmt: skip
+    if cfg.audit:
+        audit.check_supervised(model, samples, tokenizer, quiet=cfg.quiet or not rt.is_main)
+    lengths = [len(sample.tokens) - 1 for sample in samples]
+    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet)
+    for packs in run.steps():
+        batches = [collate([samples[i] for i in pack]).to(rt.device) for pack in packs]
+        num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
+        total = 0.0
+        for batch in batches:
+            hidden = model(*batch.inputs)
+            logprob, _ = linear_logprob(hidden, model.head_weight, batch.targets)
+            loss = sft_loss(logprob, batch.weights, num_tokens=num_tokens)
+            loss.backward()
+            total += loss.detach()
+        run.update(loss=total, tokens=sum(batch.tokens.numel() for batch in batches))
+    result = run.result() | {"samples": len(samples), "rejected": rejected}
+    on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model"))
+    return finish_stage(stage, rt, result, [cfg.out / "model"])
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,133 @@
+"""Stage-DPO: preference slices in an order, each stage with its own reference; a model directory out.
+
+    python recipes/stage_dpo.py --model DIR --data pairs.jsonl --slices 2 --reference previous --out runs/dpo
+
+The WizardLM-2 text says only that preference data are split into slices and the model improves stage by stage; the
+order and the reference rule are options here. Reference log-probabilities are computed once per stage and cached under
+a key of everything they depend on; drift to the reference of the stage and to the initial model are both logged.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kernels.linear_logprob import linear_logprob
+from wizard_engine import audit, runtime
+from wizard_engine.data.batch import collate
+from wizard_engine.data.samples import Pair, answer_pair, read_pairs
+from wizard_engine.loss import dpo_loss, sft_loss
+from wizard_engine.model import save_model
+from wizard_engine.preferences import ReferenceCache, answer_logprobs, order_slices
+from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
+from wizard_engine.runtime import Runtime
+from wizard_engine.training import Run, Training
+
+
+@dataclass(frozen=True)
+class Config:
+    """Direct preference optimisation in stages."""
+
+    data: tuple[Path, ...]
+    """Preference rows: JSONL, or ShareGPT with chosen and rejected."""
+    out: Path
+    """Run directory: stage_N/, model/."""
+    model: str = "demo"
+    """Model directory to start from, or a preset's name (random weights, needs --tokenizer)."""
+    tokenizer: Path | None = None
+    slices: int = 1
+    """Stages that the pairs are split into."""
+    order: Literal["random", "easy_first", "hard_first", "by_gap"] = "easy_first"
+    """Order of the slices: by length of the prompt, or by the judge's score gap (largest first)."""
+    reference: Literal["previous", "initial"] = "previous"
+    """Reference of stage i: the model of stage i - 1, or the initial model throughout."""
+    cumulative: bool = False
+    """Stage i trains on slices 1 to i instead of slice i alone."""
+    beta: float = 0.3
+    variant: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped (cDPO)."""
+    length_normalised: bool = False
+    """Log-probabilities per token instead of per answer; wants a much larger beta. IPO always normalises."""
+    nll: float = 0.0
+    """Weight of the chosen answers' negative log-likelihood per token."""
+    max_length: int | None = None
+    """Longest sample, tokens; default: the model's context."""
+    on_error: Literal["raise", "skip"] = "raise"
+    training: Training = field(default_factory=lambda: Training(lr=5e-7))
+    seed: int = 0
+    device: str = "auto"
+    audit: bool = True
+    overwrite: bool = False
+    quiet: bool = False
+
+
+def main(cfg: Config) -> dict:
+    """Train all stages; returns what stage.json records."""
+    rt = runtime.start(cfg.device)
+    stage = open_stage(cfg, "stage_dpo", rt)
+    if stage.done:
+        return stage.result()
+    model, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
+    limit = cfg.max_length or model.config.max_positions
+    pairs, rejected = read_pairs(
+        cfg.data,
+        lambda row: answer_pair(tokenizer, row, limit),
+        on_error=cfg.on_error,
+        rejects=cfg.out / "rejects.jsonl",
+    )
+    slices = order_slices(pairs, cfg.slices, cfg.order, cfg.seed)
+    normalise = cfg.length_normalised or cfg.variant == "ipo"
+    cache = ReferenceCache(cfg.out / "reference", tokenizer.fingerprint, normalise)
+    initial = cache.logprobs(model, pairs)
+    if cfg.audit:
+        audit.check_preference(model, pairs, initial, beta=cfg.beta, quiet=cfg.quiet or not rt.is_main)
+    results = []
+    for index in range(cfg.slices):
+        rows = [i for part in slices[: index + 1] for i in part] if cfg.cumulative else slices[index]
+        results.append(_train_stage(cfg, rt, model, [pairs[i] for i in rows], cache, initial[rows], index, normalise))
+    on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model"))
+    result = {"stages": results, "pairs": len(pairs), "rejected": rejected}
+    return finish_stage(stage, rt, result, [cfg.out / "model"])
+
+
+def _train_stage(
+    cfg: Config, rt: Runtime, model, pairs: list[Pair], cache: ReferenceCache, initial: torch.Tensor, index: int,
+    normalise: bool,
+) -> dict:  # fmt: skip
+    """One pass over a slice; `initial` are the (N, 2) log-probabilities under the initial model."""
+    reference = initial if cfg.reference == "initial" or index == 0 else cache.logprobs(model, pairs)
+    name, out = f"stage_dpo {index + 1}/{cfg.slices}", cfg.out / f"stage_{index + 1}"
+    lengths = [pair.length for pair in pairs]
+    run = Run(cfg.training, rt, model, lengths, out, seed=cfg.seed + index, name=name, quiet=cfg.quiet)
+    for packs in run.steps():
+        num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
+        chosen_tokens = sum(pairs[i].chosen.weights.sum() for pack in packs for i in pack)
+        num_chosen = run.total_over_ranks(n=float(chosen_tokens))["n"]
+        total, tokens, sums = 0.0, 0, {}
+        for pack in packs:
+            batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(rt.device)
+            hidden = model(*batch.inputs)
+            logprob, _ = linear_logprob(hidden, model.head_weight, batch.targets)
+            policy = answer_logprobs(logprob, batch, normalise)
+            rows = torch.as_tensor(pack, dtype=torch.int64)
+            ref, first = (x[rows].to(rt.device) for x in (reference, initial))
+            loss, metrics = dpo_loss(
+                *policy.chunk(2), ref[:, 0], ref[:, 1], beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
+                label_smoothing=cfg.label_smoothing,
+            )  # fmt: skip
+            chosen_end = int(batch.cu_seqlens[len(pack)])
+            nll = sft_loss(logprob[:chosen_end], batch.weights[:chosen_end], num_tokens=num_chosen)
+            (loss + cfg.nll * nll).backward()
+            with torch.no_grad():
+                metrics["drift_to_reference"] = (ref[:, 0] - policy[: len(pack)]).sum()
+                metrics["drift_to_initial"] = (first[:, 0] - policy[: len(pack)]).sum()
+            sums = {key: sums.get(key, 0.0) + value / num_pairs for key, value in metrics.items()}
+            total, tokens = total + loss.detach(), tokens + batch.tokens.numel()
+        run.update(loss=total, tokens=tokens, **sums)
+    return run.result() | {"pairs": len(pairs)}
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,142 @@
+"""Numerical self-audit at the start of a run: a pass / fail table of the invariants that silent bugs break.
+
+A failed check ends the run, because every figure after it would be worthless.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.linear_logprob import linear_logprob
+
+from .data.batch import collate
+from .data.chat import Sample
+from .data.samples import Pair
+from .data.tokenizer import Tokenizer
+from .loss import dpo_loss, sft_loss
+from .model import Transformer
+from .preferences import answer_logprobs
+
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table: what should hold, how far off it is, how far it may be."""
+
+    name: str
+    error: float
+    limit: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its limit; NaN never is."""
+        return self.error <= self.limit
+
+
+def report(checks: Sequence[Check], *, quiet: bool) -> None:
+    """Print the table on stderr; stop on a failure.
+
+    Raises:
+        ValueError: a check failed; names it with its error and limit.
+    """
+    if not quiet:
+        for check in checks:
+            verdict = "pass" if check.passed else "FAIL"
+            print(
+                f"audit  {verdict}  {check.name:<44} {check.error:.1e} <= {check.limit:.0e}  {check.note}",
+                file=sys.stderr,
+            )
+    for check in checks:
+        if not check.passed:
+            raise ValueError(
+                f"audit: {check.name}: expected an error of at most {check.limit:.0e}, got {check.error:.3e}"
+            )
+
+
+def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -> tuple[float, Tensor]:
+    """Loss of samples packed as given, one denominator over all, and the flat gradient; leaves no gradient behind."""
+    device = model.embedding.weight.device
+    total = float(sum(sample.weights[1:].sum() for group in groups for sample in group))
+    saved = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    value = 0.0
+    for group in groups:
+        batch = collate(group).to(device)
+        logprob, _ = linear_logprob(model(*batch.inputs), model.head_weight, batch.targets)
+        loss = sft_loss(logprob, batch.weights, num_tokens=total)
+        loss.backward()
+        value += float(loss)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    for parameter, old in zip(model.parameters(), saved):
+        parameter.grad = old
+    return value, gradient
+
+
+def supervised_checks(model: Transformer, samples: Sequence[Sample]) -> list[Check]:
+    """Packed = unpacked, and k micro-batches = one batch, for loss and gradient, on up to eight short samples."""
+    few = sorted(samples, key=lambda sample: len(sample.tokens))[: len(samples) // 2 + 1][-8:]
+    together, whole = _gradient_and_loss(model, [few])
+    apart, single = _gradient_and_loss(model, [[sample] for sample in few])
+    halves, split = _gradient_and_loss(model, [part for part in (few[::2], few[1::2]) if part])
+    scale = max(float(whole.norm()), 1e-12)
+    return [
+        Check("packed loss = unpacked loss", abs(together - apart) / max(abs(together), 1e-12), TOLERANCE),
+        Check("packed gradient = unpacked gradient", float((whole - single).norm()) / scale, 50 * TOLERANCE),
+        Check("two micro-batches = one batch", abs(together - halves) / max(abs(together), 1e-12), TOLERANCE),
+        Check("gradient of two micro-batches = of one", float((whole - split).norm()) / scale, 50 * TOLERANCE),
+    ]
+
+
+def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
+    """The sample's text with what is trained in square brackets, for the eye."""
+    pieces, trained = [], False
+    runs: list[list[int]] = []
+    for token, weight in zip(sample.tokens.tolist(), sample.weights.tolist()):
+        if not runs or (weight > 0) != trained:
+            runs.append([])
+            pieces.append(weight > 0)
+            trained = weight > 0
+        runs[-1].append(token)
+    closed = [(tokenizer.decode(run) + ("</s>" if tokenizer.eos_id in run else "")) for run in runs]
+    return "".join(f"[{text}]" if on else text for text, on in zip(closed, pieces)).replace("\n", "\\n")
+
+
+def check_supervised(model: Transformer, samples: Sequence[Sample], tokenizer: Tokenizer, *, quiet: bool) -> None:
+    """Audit of supervised training; prints one sample with its mask."""
+    closing = sum(int(s.tokens[-1] != tokenizer.eos_id or s.weights[-1] == 0) for s in samples)
+    checks = [Check("every sample trains its closing </s>", closing / len(samples), 0.0)]
+    checks.append(Check("nothing trains the first token", float(sum(s.weights[0] for s in samples)), 0.0))
+    if not quiet:
+        print(f"audit  mask  {shown_mask(samples[0], tokenizer)[:300]}", file=sys.stderr)
+    report(checks + supervised_checks(model, samples), quiet=quiet)
+
+
+def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tensor, *, beta: float, quiet: bool) -> None:
+    """Audit of DPO: where policy = reference the loss is ln 2; and the supervised checks on the chosen answers."""
+    few = list(pairs[:8])
+    batch = collate([p.chosen for p in few] + [p.rejected for p in few]).to(model.embedding.weight.device)
+    with torch.no_grad():
+        logprob, _ = linear_logprob(model(*batch.inputs), model.head_weight, batch.targets)
+    policy = answer_logprobs(logprob, batch, normalise=False).chunk(2)
+    loss, _ = dpo_loss(*policy, *policy, beta=beta, num_pairs=len(few))
+    recorded = reference[: len(few)]
+    sums = torch.stack(policy, 1).cpu()
+    means = answer_logprobs(logprob, batch, normalise=True).view(2, -1).T.cpu()
+    apart = min(float((x - recorded).abs().max() / x.abs().max().clamp(min=1.0)) for x in (sums, means))
+    checks = [
+        Check("DPO loss at policy = reference is ln 2", abs(float(loss) - math.log(2)), 1e-6),
+        Check("reference log-probabilities = a fresh forward", apart, TOLERANCE),
+    ]
+    report(checks + supervised_checks(model, [pair.chosen for pair in few]), quiet=quiet)
+
+
+def check_rollout(largest_ratio_error: float, *, quiet: bool) -> None:
+    """Audit of PPO: on fresh rollouts the trainer's log-probabilities are the sampler's, so that the ratio is 1."""
+    report([Check("PPO ratio on fresh rollouts is 1 (nats)", largest_ratio_error, 1e-3)], quiet=quiet)

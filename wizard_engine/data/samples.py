@@ -1,0 +1,127 @@
+"""Row files to token samples of each kind of training, with rows that cannot be learned from refused or counted."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ..files import write_text
+from .chat import Sample, encode_conversation, encode_preference, encode_text
+from .records import Preference, Process, read_rows
+from .tokenizer import Tokenizer
+
+OnError = Literal["raise", "skip"]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference in tokens; `margin` is that of an instruction-ranking row, else 0."""
+
+    chosen: Sample
+    rejected: Sample
+    margin: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Packed positions of both."""
+        return len(self.chosen.tokens) + len(self.rejected.tokens) - 2
+
+
+def read_samples(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, kind: str, max_length: int, on_error: OnError, rejects: Path
+) -> tuple[list[Sample], int]:
+    """Samples of conversation rows, or of the `text` fields of JSON lines for kind "text".
+
+    Args:
+        max_length: longest sample, tokens.   on_error: "raise", or "skip" to count into the `rejects` file.
+    Returns:
+        samples, number of rejected rows.
+    Raises:
+        ValueError: `path:line: ...` for a bad row under "raise", or no row is left.
+    """
+    if kind == "text":
+        texts = [(f"{path}:{n}", text) for path in paths for n, text in enumerate(_texts(path), 1)]
+        return encode_all(texts, lambda text: _fitting(encode_text(tokenizer, text), max_length), on_error, rejects)
+    rows = _located(paths, "conversation", on_error, rejects)
+    return encode_all(
+        rows, lambda row: encode_conversation(tokenizer, row.messages, max_length=max_length), on_error, rejects
+    )
+
+
+def read_pairs(
+    paths: Sequence[Path], encode: Callable[[Preference], Pair], *, on_error: OnError, rejects: Path
+) -> tuple[list[Pair], int]:
+    """Pairs of preference rows; see `read_samples`."""
+    return encode_all(_located(paths, "preference", on_error, rejects), encode, on_error, rejects)
+
+
+def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int) -> Pair:
+    """The two answers of a preference row."""
+    if row.chosen == row.rejected:
+        raise ValueError("chosen, rejected: expected two different answers, got the same twice")
+    return Pair(*encode_preference(tokenizer, row, max_length=max_length))
+
+
+def read_processes(paths: Sequence[Path], *, on_error: OnError, rejects: Path) -> list[tuple[str, Process]]:
+    """(where, row) of every process row."""
+    return _located(paths, "process", on_error, rejects)
+
+
+def encode_all(
+    rows: Sequence[tuple[str, Any]], encode: Callable[[Any], Item], on_error: OnError, rejects: Path
+) -> tuple[list[Item], int]:
+    """encode(row) of every row; a ValueError names the row's place, or is counted into `rejects`.
+
+    Raises:
+        ValueError: a row cannot be encoded and on_error is "raise", or none is left.
+    """
+    items, refused = [], []
+    for where, row in rows:
+        try:
+            items.append(encode(row))
+        except ValueError as error:
+            if on_error == "raise":
+                raise ValueError(f"{where}: {error}") from error
+            refused.append({"where": where, "error": str(error)})
+    if refused:
+        write_text(rejects, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in refused))
+    if not items:
+        raise ValueError(f"rows: expected at least one row to learn from, got none of {len(rows)}")
+    return items, len(refused)
+
+
+def _located(paths: Sequence[Path], kind: str, on_error: OnError, rejects: Path) -> list[tuple[str, Any]]:
+    unread = rejects.with_name(f"unread_{rejects.name}")
+    return [
+        (f"{path}: row {n}", row)
+        for path in paths
+        for n, row in enumerate(read_rows(path, kind=kind, on_error=on_error, rejects=unread), 1)
+    ]
+
+
+def _fitting(sample: Sample, max_length: int) -> Sample:
+    if len(sample.tokens) > max_length:
+        raise ValueError(f"text: expected at most {max_length} tokens, got {len(sample.tokens)}")
+    return sample
+
+
+def _texts(path: Path) -> list[str]:
+    """The `text` field of every JSON line."""
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, got {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {error}") from error
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
+            raise ValueError(f"{path}:{number}: text: expected text, got {str(value)[:60]!r}")
+        texts.append(value["text"])
+    if not texts:
+        raise ValueError(f"{path}: expected JSON lines, got an empty file")
+    return texts

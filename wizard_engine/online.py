@@ -1,0 +1,188 @@
+"""What the loop of online reinforcement learning shares with nobody else: its steps, two optimizers, resume, its log."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .log import MetricsLogger
+from .model import ScoringModel, Transformer
+from .optim import AdamW, cosine_with_warmup
+from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks
+from .rollout.rewards import AnswerReward
+from .rollout.trajectories import Rollout, Targets, step_seed
+from .runtime import Runtime, StopRequest
+from .training import Interrupted, peak_memory_gib
+
+
+class OnlineRun:
+    """Rollout steps of PPO with a policy and a critic: which prompts, the updates, resume, metrics.
+
+    Args:
+        cfg: configuration of the RLEIF recipe.   num_prompts: prompts to draw from, in seeded epochs.
+    """
+
+    def __init__(
+        self, cfg: Any, runtime: Runtime, policy: Transformer, critic: ScoringModel, *, num_prompts: int
+    ) -> None:
+        if cfg.prompts_per_step % runtime.world_size:
+            raise ValueError(
+                f"prompts_per_step: expected a multiple of {runtime.world_size} ranks, got {cfg.prompts_per_step}"
+            )
+        self.cfg, self.runtime, self.device, self.num_prompts = cfg, runtime, runtime.device, num_prompts
+        self.modules = {"policy": policy, "critic": critic}
+        for module in self.modules.values():
+            broadcast_parameters(module)
+        self.optimizers = {name: AdamW(module, betas=(0.9, 0.95)) for name, module in self.modules.items()}
+        self.step, self.answer_tokens, self.skipped, self.largest_ratio_error = 0, 0, 0, 0.0
+        self._resume()
+        quiet = cfg.quiet or not runtime.is_main
+        self.logger = MetricsLogger(cfg.out / "metrics.jsonl", cfg.steps, "rleif", quiet=quiet, resume_step=self.step)
+        self.stop, self._asked_to_stop = StopRequest(), False
+        self._sums: dict[str, float] = {}
+        self._updates, self._norms = 0, {}
+
+    def _resume(self) -> None:
+        latest = checkpoint.latest(self.cfg.out)
+        if latest is None:
+            return
+        tensors, state = checkpoint.load(latest)
+        with torch.no_grad():
+            for name, module in self.modules.items():
+                for key, parameter in module.named_parameters():
+                    parameter.copy_(tensors[name][key])
+                self.optimizers[name].load_state_tensors(tensors[f"{name}_optimizer"])
+        self.step, self.answer_tokens, self.skipped = state["step"], state["answer_tokens"], state["skipped"]
+
+    def steps(self) -> Iterator[tuple[int, list[int]]]:
+        """(step, this rank's prompt indices) of each remaining rollout; saves and stops on request."""
+        while self.step < self.cfg.steps:
+            self._began = time.perf_counter()
+            self._sums, self._updates = {}, 0
+            yield self.step, self._chosen(self.step)
+            self.step += 1
+            every = self.cfg.save_every
+            if self._asked_to_stop or (every and self.step % every == 0 and self.step < self.cfg.steps):
+                self._save()
+            if self._asked_to_stop:
+                self.close()
+                raise Interrupted(self.step, self.cfg.out)
+        self.close()
+
+    def close(self) -> None:
+        """Close the log and give the signals back."""
+        self.logger.close()
+        self.stop.close()
+
+    def _chosen(self, step: int) -> list[int]:
+        """Prompts of a step: seeded permutations end to end, this rank's share."""
+        size = self.cfg.prompts_per_step
+        wanted = range(step * size, (step + 1) * size)
+        orders = {
+            epoch: np.random.default_rng(step_seed(self.cfg.seed, 1, epoch)).permutation(self.num_prompts)
+            for epoch in {i // self.num_prompts for i in wanted}
+        }
+        chosen = [int(orders[i // self.num_prompts][i % self.num_prompts]) for i in wanted]
+        return chosen[self.runtime.rank :: self.runtime.world_size]
+
+    def totals(self, *numbers: float) -> tuple[float, ...]:
+        """Each number summed over the ranks."""
+        return tuple(sum_over_ranks({str(i): float(x) for i, x in enumerate(numbers)}, self.device).values())
+
+    def zero_grad(self) -> None:
+        """Clear the gradients of policy and critic."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    def add(self, num_tokens: int, difference: Tensor, **shares: Tensor) -> None:
+        """Add this rank's share of an update's metrics; `difference` is log-probability minus behaviour, per token."""
+        if self._updates == 0 and difference.numel():
+            error = float(difference.detach().abs().max())
+            self._sums["ratio_error"] = max(self._sums.get("ratio_error", 0.0), error)
+        for name, value in shares.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+
+    def update(self) -> None:
+        """Reduce, clip and step both optimizers; the policy waits during the critic's warm-up."""
+        cfg = self.cfg
+        peaks = {"policy": cfg.lr if self.step >= cfg.critic_warmup else 0.0, "critic": cfg.critic_lr}
+        for name, optimizer in self.optimizers.items():
+            sum_gradients(optimizer.gradients)
+            norm = optimizer.clip(cfg.max_grad_norm)
+            self._norms[name] = norm
+            lr = cosine_with_warmup(
+                self.step, peak=peaks[name], warmup=max(1, round(cfg.warmup * cfg.steps)), total=cfg.steps,
+                floor=cfg.lr_floor,
+            )  # fmt: skip
+            if not math.isfinite(norm):
+                self.skipped += 1
+                if self.skipped > 10:
+                    raise ValueError(f"rleif: step {self.step}: the {name}'s gradient was not finite in 10 updates")
+            elif lr > 0:
+                optimizer.step(lr)
+        self._updates += 1
+
+    def record(
+        self, rollout: Rollout, rewards: Sequence[AnswerReward], kl: dict[str, Tensor], values: Tensor, targets: Targets
+    ) -> None:
+        """Log one rollout: reward and its factors, KL, clipping, entropy, lengths, critic, seconds."""
+        count, tokens = len(rewards), sum(rollout.lengths)
+        own = {
+            "answers": count, "tokens": tokens, "finished": sum(rollout.finished),
+            "reward": sum(r.total(self.cfg.factors) for r in rewards),
+            "instruction_factor": sum(r.instruction for r in rewards),
+            "process_factor": sum(r.process for r in rewards),
+            "mean_step_score": sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores),
+            "steps_per_answer": sum(len(r.scores) for r in rewards),
+            "kl_k1": float(kl["k1"].sum()), "kl_k3": float(kl["k3"].sum()),
+            "value": float(values.sum()), "stop": float(self.stop.requested),
+        }  # fmt: skip
+        returns = torch.cat(targets.returns)
+        own |= {"r": float(returns.sum()), "rr": float(returns.square().sum())}
+        own |= {"ee": float((returns - values).square().sum())}
+        sums = sum_over_ranks(own, self.device)
+        shares = sum_over_ranks({k: v for k, v in self._sums.items() if k != "ratio_error"}, self.device)
+        self.largest_ratio_error = max(self.largest_ratio_error, self._sums.get("ratio_error", 0.0))
+        self._asked_to_stop = sums["stop"] > 0
+        count, tokens = sums["answers"], sums["tokens"]
+        self.answer_tokens += int(tokens)
+        variance = max(sums["rr"] / tokens - (sums["r"] / tokens) ** 2, 1e-12)
+        per_answer = (
+            "reward",
+            "instruction_factor",
+            "process_factor",
+            "mean_step_score",
+            "steps_per_answer",
+            "finished",
+        )
+        seconds = time.perf_counter() - self._began
+        numbers = {name: sums[name] / count for name in per_answer}
+        numbers |= {name: sums[name] / tokens for name in ("kl_k1", "kl_k3", "value")}
+        numbers |= {name: value / max(1, self._updates) for name, value in shares.items()}
+        loss = numbers.pop("policy_loss")
+        self.logger.log(
+            step=self.step + 1, loss=loss, grad_norm=self._norms["policy"], critic_grad_norm=self._norms["critic"],
+            lr=self.cfg.lr, tokens=self.answer_tokens, tokens_per_second=tokens / seconds, length=tokens / count,
+            explained_variance=1 - sums["ee"] / tokens / variance, ratio_error=self._sums.get("ratio_error", 0.0),
+            peak_memory_gib=peak_memory_gib(self.device), **numbers,
+        )  # fmt: skip
+
+    def result(self) -> dict:
+        """What a stage records of the run."""
+        return {"steps": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped,
+                "largest_ratio_error": self.largest_ratio_error}  # fmt: skip
+
+    def _save(self) -> None:
+        if not self.runtime.is_main:
+            return
+        groups = {}
+        for name, module in self.modules.items():
+            groups[name] = {key: parameter.detach() for key, parameter in module.named_parameters()}
+            groups[f"{name}_optimizer"] = self.optimizers[name].state_tensors()
+        state = {"step": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped}
+        checkpoint.save(self.cfg.out, self.step, tensors=groups, state=state, keep_last=2)

@@ -1,0 +1,110 @@
+"""AdamW over two flat fp32 buffers: parameters with weight decay (matrices) and without (vectors)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class AdamW:
+    """AdamW whose parameters and gradients are views of flat buffers.
+
+    One buffer makes the gradient norm, the all-reduce, clipping and the update a single operation each, whatever the
+    number of parameters. Gradients accumulate into the views, so `zero_grad` must be used instead of setting None.
+
+    Args:
+        model: its parameters that require a gradient; each is re-pointed into the buffers, in named order.
+        betas, epsilon, weight_decay: as in the paper; decay is applied to tensors of two or more dims.
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.groups = [[x for x in named if x[1].dim() >= 2], [x for x in named if x[1].dim() < 2]]
+        self.groups = [group for group in self.groups if group]
+        self.flat = [self._flatten(group) for group in self.groups]
+        decays = [weight_decay if group[0][1].dim() >= 2 else 0.0 for group in self.groups]
+        self.inner = torch.optim.AdamW(
+            [{"params": [flat], "weight_decay": decay} for flat, decay in zip(self.flat, decays)],
+            lr=0.0,
+            betas=betas,
+            eps=epsilon,
+            fused=True,
+        )
+
+    @staticmethod
+    def _flatten(group: list[tuple[str, nn.Parameter]]) -> nn.Parameter:
+        flat = nn.Parameter(torch.cat([p.detach().float().flatten() for _, p in group]))
+        flat.grad = torch.zeros_like(flat)
+        offset = 0
+        for _, parameter in group:
+            end = offset + parameter.numel()
+            parameter.data = flat.data[offset:end].view(parameter.shape)
+            parameter.grad = flat.grad[offset:end].view(parameter.shape)
+            offset = end
+        return flat
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The flat gradient buffers."""
+        return [flat.grad for flat in self.flat]
+
+    def zero_grad(self) -> None:
+        """Clear the gradients in place."""
+        for gradient in self.gradients:
+            gradient.zero_()
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients to a norm of at most `max_norm`; returns the norm before.
+
+        A non-finite norm leaves them alone: the caller decides what to do with the step.
+        """
+        norm = float(torch.stack([g.norm() for g in self.gradients]).norm())
+        if max_norm > 0 and norm > max_norm and norm != float("inf"):
+            for gradient in self.gradients:
+                gradient.mul_(max_norm / norm)
+        return norm
+
+    def step(self, lr: float) -> None:
+        """One update at learning rate `lr`."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments and step count by parameter name, for a checkpoint."""
+        tensors = {}
+        for flat, group in zip(self.flat, self.groups):
+            state = self.inner.state.get(flat)
+            if not state:
+                continue
+            tensors["step"] = state["step"].clone().reshape(1)
+            offset = 0
+            for name, parameter in group:
+                end = offset + parameter.numel()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    tensors[f"{moment}.{name}"] = state[moment][offset:end].view(parameter.shape).clone()
+                offset = end
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave.
+
+        Raises:
+            ValueError: a moment is missing.
+        """
+        if not tensors:
+            return
+        for flat, group in zip(self.flat, self.groups):
+            missing = [name for name, _ in group if f"exp_avg.{name}" not in tensors]
+            if missing:
+                raise ValueError(f"optimizer state: expected the moments of {missing[0]}, found none")
+            self.inner.state[flat] = {"step": tensors["step"].reshape(()).clone()} | {
+                moment: torch.cat([tensors[f"{moment}.{name}"].float().flatten() for name, _ in group])
+                for moment in ("exp_avg", "exp_avg_sq")
+            }

@@ -1,0 +1,122 @@
+"""Rollouts of reinforcement learning: sampled answers with everything that one PPO update needs, packed end to end."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.chat import Sample, encode_prompt
+from ..data.records import Message
+from ..data.tokenizer import Tokenizer
+from ..loss.ppo import kl_estimates
+from ..model import ScoringModel, Transformer
+from .advantages import gae
+from .generation import generate
+from .rewards import AnswerReward, score_tokens
+from .scoring import token_logprobs
+
+
+@dataclass
+class Rollout:
+    """Sampled answers of one step on this rank.
+
+    samples: prompt and answer ids, weight 1 on every answer token.   texts: the answers.   lengths: answer tokens.
+    behaviour: (N,) log-probability of the answer tokens as sampled, all answers end to end, nats.
+    """
+
+    prompts: list[tuple[Message, ...]]
+    samples: list[Sample]
+    texts: list[str]
+    finished: list[bool]
+    lengths: list[int]
+    behaviour: Tensor
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Per-answer pieces of a tensor over all answer tokens."""
+        return values.split(self.lengths)
+
+
+def step_seed(*parts: int) -> int:
+    """A 63-bit seed from numbers, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def roll_out(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, samples: int,
+    max_new_tokens: int, temperature: float, seed: int, batch_size: int = 256,
+) -> Rollout:  # fmt: skip
+    """`samples` answers to each prompt, drawn from the model itself."""
+    repeated = [tuple(prompt) for prompt in prompts for _ in range(samples)]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in repeated]
+    drawn = generate(
+        model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, eos_id=tokenizer.eos_id,
+        batch_size=batch_size,
+    )  # fmt: skip
+    packed = []
+    for prompt, answer in zip(ids, drawn.tokens):
+        weights = np.concatenate((np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)))
+        packed.append(Sample(np.asarray([*prompt, *answer], dtype=np.int32), weights))
+    texts = [tokenizer.decode(tokens).strip() for tokens in drawn.tokens]
+    behaviour = torch.tensor([x for row in drawn.logprobs for x in row], dtype=torch.float32)
+    return Rollout(repeated, packed, texts, drawn.finished, [len(t) for t in drawn.tokens], behaviour)
+
+
+def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float) -> Tensor:
+    """(N,) log-probability of the answer tokens under another model, with the sampler's temperature."""
+    pieces = token_logprobs(model, rollout.samples, temperature=temperature)
+    return torch.from_numpy(np.concatenate([p[-n:] for p, n in zip(pieces, rollout.lengths)]))
+
+
+@torch.no_grad()
+def answer_values(critic: ScoringModel, rollout: Rollout) -> Tensor:
+    """(N,) critic's value of the state before each answer token."""
+    scores = score_tokens(critic, rollout.samples)
+    return torch.cat([s[-n - 1 : -1, 0] for s, n in zip(scores, rollout.lengths)])
+
+
+def token_rewards(
+    rollout: Rollout, rewards: Sequence[AnswerReward], reference: Tensor, *, factors: Sequence[str], kl: float,
+    no_eos_penalty: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """(N,) reward of each answer token: the answer's reward on its last token, minus kl times k1 on every token.
+
+    Args:
+        reference: (N,) log-probabilities under the reference.   kl: coefficient of k1 = log p - log r.
+        no_eos_penalty: taken off where the answer did not close itself.
+    Returns:
+        rewards, and the k1 and k3 estimators per token.
+    """
+    estimates = kl_estimates(rollout.behaviour, reference)
+    tokens = -kl * estimates["k1"]
+    last = torch.tensor(rollout.lengths).cumsum(0) - 1
+    finals = [r.total(factors) - (0.0 if r.finished else no_eos_penalty) for r in rewards]
+    tokens[last] += torch.tensor(finals, dtype=tokens.dtype)
+    return tokens, estimates
+
+
+@dataclass
+class Targets:
+    """Per-answer pieces that the losses need, over the answer tokens."""
+
+    behaviour: tuple[Tensor, ...]
+    advantages: tuple[Tensor, ...]
+    returns: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def make_targets(rollout: Rollout, rewards: Tensor, values: Tensor, *, gamma: float, lam: float, moments) -> Targets:
+    """GAE over the rollout, advantages whitened with moments over all ranks.
+
+    Args:
+        moments: function of (sum, sum of squares, count) on this rank giving the totals over ranks.
+    """
+    advantages, returns = gae(rewards, values, rollout.lengths, gamma=gamma, lam=lam)
+    wide = advantages.double()
+    total, squares, count = moments(float(wide.sum()), float(wide.square().sum()), float(wide.numel()))
+    mean = total / count
+    std = max(squares / count - mean**2, 0.0) ** 0.5
+    whitened = (advantages - mean) / (std + 1e-8)
+    return Targets(*(rollout.split(x) for x in (rollout.behaviour, whitened, returns, values)))

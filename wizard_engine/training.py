@@ -1,0 +1,204 @@
+"""What every training loop shares: the plan of steps, resume, one update, its log line, checkpoints, stopping."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .data.loader import Loader
+from .log import MetricsLogger
+from .optim import AdamW, cosine_with_warmup
+from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks
+from .runtime import Runtime, StopRequest
+from .throughput import flops_per_token, peak_flops
+
+
+@dataclass(frozen=True)
+class Training:
+    """Optimisation options that all training recipes share."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    epochs: float = 1.0
+    """Passes over the rows; a fraction stops inside a pass."""
+    pack_tokens: int = 1024
+    """Capacity of one packed row (micro-batch), tokens."""
+    packs_per_step: int = 1
+    """Packed rows of one optimizer step over all ranks; a multiple of the number of ranks."""
+    warmup: float = 0.05
+    """Share of the steps with a rising learning rate."""
+    lr_floor: float = 0.05
+    """Share of the peak learning rate left at the end."""
+    weight_decay: float = 0.0
+    beta2: float = 0.95
+    """Decay rate of the second moment."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    save_every: int = 200
+    """Steps between checkpoints; 0 keeps only the last."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+    max_skipped: int = 10
+    """Steps with a non-finite gradient that may be skipped before the run ends with an error."""
+
+
+class Interrupted(SystemExit):
+    """Raised after a stop request once the state is saved; the same command resumes."""
+
+    def __init__(self, step: int, out: Path) -> None:
+        super().__init__(f"stopped at step {step}, saved in {out}; the same command resumes")
+
+
+class Run:
+    """One training run: iterate `steps()`, call `backward` on each loss and `update` once per step.
+
+    Args:
+        options: see Training.   out: run directory (metrics.jsonl, checkpoints/).
+        model: trained in place.   lengths: tokens of each row, for packing.
+        seed: order of the data.   extra: further modules whose parameters the optimizer trains too.
+    """
+
+    def __init__(
+        self, options: Training, runtime: Runtime, model: nn.Module, lengths: Sequence[int], out: Path, *,
+        seed: int, name: str, quiet: bool = False,
+    ) -> None:  # fmt: skip
+        self.options, self.runtime, self.model, self.out, self.name = options, runtime, model, Path(out), name
+        self.loader = Loader(
+            np.asarray(lengths, dtype=np.int64), capacity=options.pack_tokens, packs_per_step=options.packs_per_step,
+            seed=seed, epochs=options.epochs, rank=runtime.rank, world_size=runtime.world_size,
+        )  # fmt: skip
+        self.total = min(self.loader.steps, options.max_steps or self.loader.steps)
+        if self.total < 1:
+            raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
+        broadcast_parameters(model)
+        self.optimizer = AdamW(model, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
+        self.step, self.skipped, self.tokens = 0, 0, 0
+        self._resume()
+        self.logger = MetricsLogger(
+            self.out / "metrics.jsonl", self.total, name, quiet=quiet or not runtime.is_main, resume_step=self.step
+        )
+        self.stop, self._asked_to_stop = StopRequest(), False
+        self._started, self._waiting = time.perf_counter(), 0.0
+
+    def _resume(self) -> None:
+        latest = checkpoint.latest(self.out)
+        if latest is None:
+            return
+        tensors, state = checkpoint.load(latest)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors["model"][name])
+        self.optimizer.load_state_tensors(tensors["optimizer"])
+        self.loader.load_state(state["loader"])
+        self.step, self.skipped, self.tokens = state["step"], state["skipped"], state["tokens"]
+
+    def steps(self) -> Iterator[list[np.ndarray]]:
+        """This rank's packs of each remaining step, as arrays of row indices; saves and stops on request."""
+        packs_of_steps = iter(self.loader)
+        while self.step < self.total:
+            began = time.perf_counter()
+            packs = next(packs_of_steps)
+            self._waiting = time.perf_counter() - began
+            self._began = began
+            self.optimizer.zero_grad()
+            yield packs
+            every = self.options.save_every
+            if self._asked_to_stop:
+                self.save()
+                self.close()
+                raise Interrupted(self.step, self.out)
+            if every and self.step % every == 0 and self.step < self.total:
+                self.save()
+        self.close()
+
+    def close(self) -> None:
+        """Close the log and give the signals back."""
+        self.logger.close()
+        self.stop.close()
+
+    def total_over_ranks(self, **numbers: float) -> dict[str, float]:
+        """Each number summed over the ranks."""
+        return sum_over_ranks(numbers, self.runtime.device)
+
+    def update(self, *, loss: Tensor | float, tokens: int, **metrics: Tensor | float) -> None:
+        """Reduce, clip, step and log.
+
+        Args:
+            loss: this rank's share of the step's loss (its sum over ranks is the loss).
+            tokens: tokens this rank processed.   metrics: this rank's share of further numbers.
+        """
+        sum_gradients(self.optimizer.gradients)
+        lr = cosine_with_warmup(
+            self.step, peak=self.options.lr, warmup=max(1, round(self.options.warmup * self.total)), total=self.total,
+            floor=self.options.lr_floor,
+        )  # fmt: skip
+        norm = self.optimizer.clip(self.options.clip)
+        own = {name: float(value) for name, value in metrics.items()}
+        numbers = self.total_over_ranks(loss=float(loss), tokens=tokens, stop=float(self.stop.requested), **own)
+        self._asked_to_stop = numbers.pop("stop") > 0
+        if math.isfinite(norm) and math.isfinite(numbers["loss"]):
+            self.optimizer.step(lr)
+        else:
+            self._skip(numbers["loss"], norm)
+        self.step += 1
+        self.tokens += int(numbers["tokens"])
+        self._log(numbers, norm, lr)
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self.skipped += 1
+        if self.skipped > self.options.max_skipped:
+            raise ValueError(
+                f"{self.name}: step {self.step}: loss {loss}, gradient norm {norm}: more than "
+                f"{self.options.max_skipped} steps were not finite; lower --training.lr or look at the rows"
+            )
+
+    def _log(self, numbers: dict[str, float], norm: float, lr: float) -> None:
+        seconds = time.perf_counter() - self._began
+        tokens = numbers.pop("tokens")
+        rate = tokens / seconds
+        world = self.runtime.world_size
+        config = self.model.config
+        used = 3 * flops_per_token(config, self.options.pack_tokens) * rate / world
+        self.logger.log(
+            step=self.step, loss=numbers.pop("loss"), grad_norm=norm, lr=lr, tokens=self.tokens,
+            tokens_per_second=rate, tokens_per_second_per_device=rate / world,
+            mfu=used / peak_flops(self.runtime.device), wait_seconds=self._waiting, skipped=self.skipped,
+            peak_memory_gib=peak_memory_gib(self.runtime.device), **numbers,
+        )  # fmt: skip
+
+    def result(self) -> dict:
+        """What a stage records of the run."""
+        return {"steps": self.step, "tokens": self.tokens, "skipped": self.skipped}
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the next step depends on (rank 0)."""
+        if not self.runtime.is_main:
+            return
+        model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        state = {
+            "step": self.step, "skipped": self.skipped, "tokens": self.tokens, "loader": self.loader.state()
+        }  # fmt: skip
+        groups = {"model": model, "optimizer": self.optimizer.state_tensors()}
+        checkpoint.save(self.out, self.step, tensors=groups, state=state, keep_last=self.options.keep_last)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far, GiB: allocated on a GPU, resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def num_supervised(batches: Iterable) -> float:
+    """Sum of the loss weights of batches."""
+    return float(sum(float(batch.weights.sum()) for batch in batches))
