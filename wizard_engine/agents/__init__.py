@@ -2,11 +2,12 @@
 
 from wizard_engine.agents.ledger import Call, Ledger, LedgeredAgent, request_key
 from wizard_engine.agents.protocol import Agent, Reply, Request
-from wizard_engine.agents.registry import make_agent, register, registered
+from wizard_engine.agents.registry import Cast, make_agent, register, registered
 
 __all__ = [
     "Agent",
     "Call",
+    "Cast",
     "Ledger",
     "LedgeredAgent",
     "Reply",

@@ -35,9 +35,15 @@ class LocalAgent:
 
     @classmethod
     def from_directory(cls, path: Path | str, *, device: torch.device | str = "cpu", batch_size: int = 256):
-        """The model of a saved directory, named after the directory."""
-        model, tokenizer = load_model(Path(path))
-        return cls(model.to(device).eval(), tokenizer, Path(path).name, batch_size=batch_size)
+        """The model of a saved directory, named after the last parts of its path.
+
+        Raises:
+            ValueError: the directory holds a reward model.
+        """
+        model, tokenizer = load_model(Path(path), device=device)
+        if not isinstance(model, Transformer):
+            raise ValueError(f"{path}: expected a language model, got a reward model; it cannot answer")
+        return cls(model.eval(), tokenizer, "/".join(Path(path).parts[-3:]), batch_size=batch_size)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -3,9 +3,13 @@
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wizard_engine.agents.ledger import Ledger, LedgeredAgent
 from wizard_engine.agents.protocol import Agent
+
+if TYPE_CHECKING:  # programs need no torch
+    from wizard_engine.runtime import Runtime
 
 _FACTORIES: dict[str, Callable[[], Agent]] = {}
 
@@ -20,26 +24,68 @@ def registered() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES))
 
 
-def make_agent(spec: str | Path, ledger: Ledger | None = None, *, device: str = "cpu", batch_size: int = 256) -> Agent:
+def make_agent(
+    spec: str | Path,
+    ledger: Ledger | None = None,
+    *,
+    device: str = "cpu",
+    batch_size: int = 256,
+    runtime: "Runtime | None" = None,
+) -> Agent:
     """The agent that a recipe's option names.
 
     Args:
         spec: a registered name, or a directory with a saved model (see model.save_model).
         ledger: where given, every call goes through it.
-        device: where a checkpoint runs.
+        device: where a checkpoint runs; the runtime's device where a runtime is given.
         batch_size: calls of one transaction; for a checkpoint also conversations decoded together.
+        runtime: with several ranks, each answers its share of the requests and all get all replies.
     Raises:
         ValueError: neither a registered name nor a directory with a model.
     """
-    agent = _make(str(spec), device, batch_size)
-    return agent if ledger is None else LedgeredAgent(agent, ledger, batch_size=batch_size)
+    agent = _make(str(spec), str(runtime.device) if runtime else device, batch_size)
+    if ledger is not None:
+        agent = LedgeredAgent(agent, ledger, batch_size=batch_size)
+    if runtime is not None and runtime.world_size > 1:
+        from wizard_engine.agents.split import SplitAgent
+
+        agent = SplitAgent(agent, runtime.rank, runtime.world_size)
+    return agent
+
+
+class Cast:
+    """The agents of one recipe, by their specs: each made once, all with one ledger.
+
+    Args:
+        ledger: SQLite file of every call; made where it does not exist.
+        runtime: where the agents run; with several ranks their work is divided.
+        batch_size: as for make_agent.
+    """
+
+    def __init__(self, ledger: Path, runtime: "Runtime", *, batch_size: int = 256) -> None:
+        self.ledger, self.runtime, self.batch_size = Ledger(ledger), runtime, batch_size
+        self._made: dict[str, Agent] = {}
+
+    def agent(self, spec: str) -> Agent:
+        """The agent of a spec.
+
+        Raises:
+            ValueError: as for make_agent.
+        """
+        if spec not in self._made:
+            self._made[spec] = make_agent(spec, self.ledger, batch_size=self.batch_size, runtime=self.runtime)
+        return self._made[spec]
+
+    def optional(self, spec: str | None) -> Agent | None:
+        """The agent of a spec, None for none."""
+        return None if spec is None else self.agent(spec)
 
 
 def _make(spec: str, device: str, batch_size: int) -> Agent:
     if spec in _FACTORIES:
         return _FACTORIES[spec]()
     if (Path(spec) / "config.json").is_file():
-        from wizard_engine.agents.local import LocalAgent  # a program needs no torch
+        from wizard_engine.agents.local import LocalAgent  # loads the model code, which programs do not need
 
         return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
     near = difflib.get_close_matches(spec, registered(), n=1)

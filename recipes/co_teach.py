@@ -1,0 +1,101 @@
+"""Co-teaching: several models answer the same turns and battle before a judge; what ours lost becomes its lessons.
+
+    python recipes/co_teach.py --data rows.jsonl --agents.ours runs/sft/model --out runs/co_teach
+    python recipes/co_teach.py --data rows.jsonl --agents.ours A --agents.rivals B world:terse --chat-turns 2 --out X
+
+Writes OUT/sft.jsonl (lessons), OUT/preferences.jsonl, OUT/battles.jsonl and OUT/report.json. Every call goes through
+OUT/ledger.sqlite: a run that was stopped repeats nothing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from wizard_engine import runtime, world
+from wizard_engine.agents import Cast
+from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.synthesis import co_teach
+from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Who does what: a registered program (world:NAME) or a model directory."""
+
+    ours: str
+    """The student."""
+    rivals: tuple[str, ...] = ("world:expert", "world:careless", "world:terse")
+    judge: str = "world:judge"
+    suggester: str | None = "world:judge"
+    """Says what ours should change; None for no suggestions."""
+    rewriter: str | None = None
+    """Rewrites ours after a suggestion; default: the rival that won."""
+    user: str | None = "world:evolver"
+    """Writes the next user turns where --chat-turns is above 1."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Co-teaching: battles, lessons and preference rows."""
+
+    data: tuple[Path, ...]
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K; their last answers are not used."""
+    out: Path
+    """Run directory."""
+    agents: Agents
+    sft_threshold: float = 3.0
+    """K for lessons: points of score by which ours must lose. Arena Learning: 3 in its first round, then 1."""
+    dpo_threshold: float = 2.0
+    """K for preference rows, points of score between best and worst answer."""
+    chat_turns: int = 1
+    """User turns of each chat that are fought over."""
+    lessons: int | None = None
+    """Most lessons, the weakest skills first; default: all."""
+    temperature: float = 0.0
+    """Of the contestants' answers."""
+    max_tokens: int = 256
+    """Longest reply, tokens."""
+    limit: int | None = None
+    """Rows read at most."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    seed: int = 0
+    batch_size: int = 256
+    """Calls of one transaction; conversations decoded together."""
+    device: str = "auto"
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def main(cfg: Config) -> dict:
+    """Battle and teach; returns the report."""
+    rt = runtime.start(cfg.device)
+    world.register()
+    stage = open_stage(cfg, "co_teach", rt)
+    if stage.done:
+        return stage.result()
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    rows, rejected = read_conversations(
+        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
+    )
+    who = cfg.agents
+    found = co_teach(
+        rows, ours=cast.agent(who.ours), rivals=[cast.agent(spec) for spec in who.rivals],
+        judge=cast.agent(who.judge), suggester=cast.optional(who.suggester), rewriter=cast.optional(who.rewriter),
+        user=cast.optional(who.user), sft_threshold=cfg.sft_threshold, dpo_threshold=cfg.dpo_threshold,
+        chat_turns=cfg.chat_turns, lessons=cfg.lessons, seed=cfg.seed, temperature=cfg.temperature,
+        max_tokens=cfg.max_tokens,
+    )  # fmt: skip
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
+    files = {"sft": found.sft, "preferences": found.preferences}
+    outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"battles": found.battles}, report))
+    if rt.is_main and not cfg.quiet:
+        print(f"{len(found.sft)} lessons, {len(found.preferences)} preference rows from {len(found.battles)} battles")
+        print_table("rival", found.statistics["rivals"])
+        print_table("skill", found.statistics["skills"])
+    return finish_stage(stage, rt, report, outputs)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

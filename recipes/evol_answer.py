@@ -1,0 +1,90 @@
+"""Evol-Answer: conversations in, the same with better answers out, and the winners and losers on the way.
+
+    python recipes/evol_answer.py --data runs/evol/rows.jsonl --out runs/answers --rounds 3
+    python recipes/evol_answer.py --data rows.jsonl --out runs/answers --agents.rewriter runs/sft/model
+
+Writes OUT/rows.jsonl, OUT/preferences.jsonl, OUT/chains.jsonl (every rewrite with its verdict) and OUT/report.json.
+Every call goes through OUT/ledger.sqlite: a run that was stopped repeats nothing.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from wizard_engine import runtime, world
+from wizard_engine.agents import Cast
+from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.synthesis import evolve_answers
+from wizard_engine.synthesis.evol_answer import OPERATORS
+from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Who does what: a registered program (world:NAME) or a model directory."""
+
+    rewriter: str = "world:expert"
+    judge: str = "world:judge"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Evol-Answer: rewriting with a judge's consent."""
+
+    data: tuple[Path, ...]
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""
+    out: Path
+    """Run directory."""
+    agents: Agents = field(default_factory=Agents)
+    rounds: int = 2
+    """Rewrites of each answer."""
+    operators: tuple[str, ...] = OPERATORS
+    length_cap: float = 4.0
+    """Longest rewrite, as a multiple of the first answer's characters."""
+    result_margin: float = 2.0
+    """Points of score, in both orders, by which a rewrite with another result must win."""
+    min_gap: float = 0.5
+    """Smallest gap of a preference row, points of score."""
+    max_tokens: int = 256
+    """Longest reply, tokens."""
+    limit: int | None = None
+    """Rows read at most."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    seed: int = 0
+    batch_size: int = 256
+    """Calls of one transaction; conversations decoded together."""
+    device: str = "auto"
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def main(cfg: Config) -> dict:
+    """Rewrite; returns the report."""
+    rt = runtime.start(cfg.device)
+    world.register()
+    stage = open_stage(cfg, "evol_answer", rt)
+    if stage.done:
+        return stage.result()
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    rows, rejected = read_conversations(
+        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
+    )
+    found = evolve_answers(
+        rows, rewriter=cast.agent(cfg.agents.rewriter), judge=cast.agent(cfg.agents.judge), rounds=cfg.rounds,
+        operators=cfg.operators, length_cap=cfg.length_cap, result_margin=cfg.result_margin, min_gap=cfg.min_gap,
+        seed=cfg.seed, max_tokens=cfg.max_tokens,
+    )  # fmt: skip
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
+    files = {"rows": found.rows, "preferences": found.preferences}
+    outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"chains": found.chains}, report))
+    if rt.is_main and not cfg.quiet:
+        changed, pairs = found.statistics["rows_changed"], len(found.preferences)
+        print(f"{changed} of {len(rows)} answers changed, {pairs} preference rows")
+        print_table("operator", found.statistics["operators"])
+    return finish_stage(stage, rt, report, outputs)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,163 @@
+"""Evol-Instruct: conversations in, the same and harder ones out, after improving the evolving method where asked.
+
+    python recipes/evol_instruct.py --data rows.jsonl --out runs/evol --rounds 2
+    python recipes/evol_instruct.py --data rows.jsonl --out runs/evol --optimise.steps 5 --agents.ranker world:ranker
+
+Writes OUT/rows.jsonl (the rows given, then the evolved ones), OUT/eliminated.jsonl, OUT/removed.jsonl (evolved rows
+that repeat an evaluation text), OUT/rankings.jsonl (pairs of instructions for the instruction reward model, with
+--agents.ranker), OUT/method.txt and OUT/report.json. Every call goes through OUT/ledger.sqlite: a run that was stopped
+repeats nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from wizard_engine import runtime, world
+from wizard_engine.agents import Cast
+from wizard_engine.data.records import Conversation, read_prompts
+from wizard_engine.data.selection import Kept, remove_contaminated
+from wizard_engine.files import write_text
+from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
+from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
+from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Who does what: a registered program (world:NAME) or a model directory."""
+
+    evolver: str = "world:evolver"
+    answerer: str = "world:expert"
+    judge: str = "world:judge"
+    """Says whether an evolved instruction differs from its parent."""
+    optimizer: str = "world:optimizer"
+    """Improves the evolving method."""
+    ranker: str | None = None
+    """Ranks the evolutions of an instruction; default: no rankings."""
+
+
+@dataclass(frozen=True)
+class Optimise:
+    """Automatic improvement of the evolving method."""
+
+    steps: int = 0
+    """Most steps; 0 keeps the method. More than about 12 are said to hurt."""
+    candidates: int = 5
+    """Methods tried a step."""
+    minibatch: int = 10
+    """Rows of the trajectory that is analysed."""
+    dev_size: int = 50
+    """Rows that the failure rate is measured on."""
+    rounds: int = 1
+    """Times each row of the trajectory is evolved."""
+    temperature: float = 0.6
+    """Of the optimizer."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Evol-Instruct, with elimination and optional method optimisation."""
+
+    data: tuple[Path, ...]
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""
+    out: Path
+    """Run directory."""
+    agents: Agents = field(default_factory=Agents)
+    rounds: int = 1
+    """Times the pool is evolved."""
+    operators: tuple[str, ...] = OPERATORS
+    method: Path | None = None
+    """Text file of an evolving method; default: the prompt's own."""
+    optimise: Optimise = field(default_factory=Optimise)
+    evaluation: tuple[Path, ...] = ()
+    """Held-out files; evolved rows that repeat one of their prompts are removed."""
+    ngram: int = 13
+    """Words of an n-gram that counts as repeated."""
+    temperature: float = 0.0
+    """Of the evolver."""
+    max_tokens: int = 256
+    """Longest reply, tokens."""
+    limit: int | None = None
+    """Rows read at most."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    seed: int = 0
+    batch_size: int = 256
+    """Calls of one transaction; conversations decoded together."""
+    device: str = "auto"
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[str, dict[str, Any]]:
+    """The evolving method, given or improved, and the record of the search."""
+    method = cfg.method.read_text(encoding="utf-8").strip() if cfg.method else ""
+    if not cfg.optimise.steps:
+        return method, {}
+    found = optimise_method(
+        rows, evolver=cast.agent(cfg.agents.evolver), optimizer=cast.agent(cfg.agents.optimizer),
+        answerer=cast.agent(cfg.agents.answerer), method=method, steps=cfg.optimise.steps,
+        candidates=cfg.optimise.candidates, minibatch=cfg.optimise.minibatch, dev_size=cfg.optimise.dev_size,
+        rounds=cfg.optimise.rounds, optimizer_temperature=cfg.optimise.temperature, seed=cfg.seed,
+        max_tokens=max(cfg.max_tokens, 512),
+    )  # fmt: skip
+    return found.method, {"stopped": found.stopped, "history": found.history, **found.statistics}
+
+
+def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, dict[str, Any]]:
+    """Ranking rows over the families of evolved instructions, and their statistics; none without a ranker."""
+    if cfg.agents.ranker is None:
+        return [], {}
+    statistics: dict[str, Any] = {}
+    ranker = cast.agent(cfg.agents.ranker)
+    return rank_instructions(instruction_groups(rows), ranker=ranker, seed=cfg.seed, statistics=statistics), statistics
+
+
+def decontaminate(cfg: Config, evolved: Evolved, given: int) -> Kept:
+    """The evolved rows that repeat no evaluation text."""
+    evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path)]
+    made = evolved.rows[given:]
+    return remove_contaminated(made, evaluation, n=cfg.ngram) if evaluation else Kept(made, [])
+
+
+def main(cfg: Config) -> dict:
+    """Evolve; returns the report."""
+    rt = runtime.start(cfg.device)
+    world.register()
+    stage = open_stage(cfg, "evol_instruct", rt)
+    if stage.done:
+        return stage.result()
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    rows, rejected = read_conversations(
+        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
+    )
+    method, search = choose_method(cfg, cast, rows)
+    evolved = evolve_instructions(
+        rows, evolver=cast.agent(cfg.agents.evolver), answerer=cast.agent(cfg.agents.answerer),
+        judge=cast.agent(cfg.agents.judge), rounds=cfg.rounds, operators=cfg.operators, method=method, seed=cfg.seed,
+        temperature=cfg.temperature, max_tokens=cfg.max_tokens,
+    )  # fmt: skip
+    clean = decontaminate(cfg, evolved, len(rows))
+    rankings, ranking = rank(cfg, cast, [*rows, *clean.rows])
+    counts = {"given": len(rows), "rejected": rejected, "evolved": len(clean.rows), "contaminated": len(clean.removed)}
+    report = {"counts": counts, **evolved.statistics, "method": search, "ranking": ranking}
+
+    def write() -> list[Path]:
+        write_text(cfg.out / "method.txt", method + "\n")
+        files = {"rows": [*rows, *clean.rows], "rankings": rankings}
+        objects = {"eliminated": evolved.eliminated, "removed": clean.removed}
+        return [cfg.out / "method.txt", *write_outputs(cfg.out, files, objects, report)]
+
+    outputs = on_main(rt, write)
+    if rt.is_main and not cfg.quiet:
+        print("  ".join(f"{name} {count}" for name, count in counts.items()))
+        print_table("operator", evolved.statistics["operators"])
+    return finish_stage(stage, rt, report, outputs)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

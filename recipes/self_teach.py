@@ -1,0 +1,116 @@
+"""Self-teaching: a model's own samples become supervised and preference rows, where they teach most.
+
+    python recipes/self_teach.py --data rows.jsonl --agents.student runs/sft/model --out runs/self_teach
+    python recipes/self_teach.py --data rows.jsonl --agents.student DIR --agents.labeller world:judge --out X
+
+Writes OUT/sft.jsonl, OUT/preferences.jsonl, OUT/scores.jsonl (the active-learning score of every prompt),
+OUT/processes.jsonl (answers with a label per step for the process reward model, with --agents.labeller) and
+OUT/report.json. Every call goes through OUT/ledger.sqlite: a run that was stopped repeats nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from wizard_engine import runtime, world
+from wizard_engine.agents import Cast
+from wizard_engine.data.records import Conversation, Process
+from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.synthesis import label_processes, self_teach
+from wizard_engine.synthesis.outputs import read_conversations, write_outputs
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Who does what: a registered program (world:NAME) or a model directory."""
+
+    student: str
+    """The model that teaches itself."""
+    judge: str = "world:judge"
+    evolver: str | None = None
+    """Adds an evolution of every prompt; default: the prompts as they are."""
+    labeller: str | None = None
+    """Labels the steps of the student's answers; default: no process rows."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Self-teaching: on-policy rows chosen by an active-learning score."""
+
+    data: tuple[Path, ...]
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K; their last answers are not used."""
+    out: Path
+    """Run directory."""
+    agents: Agents
+    samples: int = 4
+    """Samples a prompt."""
+    score: Literal["spread", "flip", "margin"] = "spread"
+    """spread: the samples' ratings differ; flip: the judge is in doubt; margin: best and worst differ most."""
+    keep: float = 0.5
+    """Share of the prompts that rows are made of, highest scores first."""
+    min_gap: float = 1.0
+    """Smallest gap of a preference row, points of score."""
+    min_score: float = 6.0
+    """Lowest rating of a supervised row, 1 to 10."""
+    label_samples: int = 2
+    """Answers a prompt whose steps are labelled."""
+    temperature: float = 1.0
+    """Of the student's samples."""
+    max_tokens: int = 256
+    """Longest reply, tokens."""
+    limit: int | None = None
+    """Rows read at most."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    seed: int = 0
+    batch_size: int = 256
+    """Calls of one transaction; conversations decoded together."""
+    device: str = "auto"
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list[Process], dict[str, Any]]:
+    """Process rows from the student's answers, and their statistics; none without a labeller."""
+    if cfg.agents.labeller is None:
+        return [], {}
+    statistics: dict[str, Any] = {}
+    processes = label_processes(
+        rows, student=cast.agent(cfg.agents.student), labeller=cast.agent(cfg.agents.labeller),
+        samples=cfg.label_samples, temperature=cfg.temperature, seed=cfg.seed, max_tokens=cfg.max_tokens,
+        statistics=statistics,
+    )  # fmt: skip
+    return processes, statistics
+
+
+def main(cfg: Config) -> dict:
+    """Sample, judge, select; returns the report."""
+    rt = runtime.start(cfg.device)
+    world.register()
+    stage = open_stage(cfg, "self_teach", rt)
+    if stage.done:
+        return stage.result()
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    rows, rejected = read_conversations(
+        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
+    )
+    found = self_teach(
+        rows, student=cast.agent(cfg.agents.student), judge=cast.agent(cfg.agents.judge),
+        evolver=cast.optional(cfg.agents.evolver), samples=cfg.samples, score=cfg.score, keep=cfg.keep,
+        min_gap=cfg.min_gap, min_score=cfg.min_score, temperature=cfg.temperature, seed=cfg.seed,
+        max_tokens=cfg.max_tokens,
+    )  # fmt: skip
+    processes, labels = label(cfg, cast, rows)
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics, "labels": labels}
+    files = {"sft": found.sft, "preferences": found.preferences, "processes": processes}
+    outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"scores": found.scores}, report))
+    if rt.is_main and not cfg.quiet:
+        print(f"{found.statistics['selected']} of {found.statistics['prompts']} prompts selected by {cfg.score}:")
+        print(f"{len(found.sft)} supervised, {len(found.preferences)} preference, {len(processes)} process rows")
+    return finish_stage(stage, rt, report, outputs)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,51 @@
+"""What a stage of synthesis leaves behind: files of rows, files of objects, one report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wizard_engine.data.records import Conversation, Row, read_files, write_rows
+from wizard_engine.files import write_json, write_text
+
+
+def read_conversations(
+    paths: Sequence[Path], *, on_error: str = "raise", rejects: Path | None = None, limit: int | None = None
+) -> tuple[list[Conversation], int]:
+    """The supervised rows of several files, at most `limit` of them, and how many records were rejected.
+
+    Raises:
+        ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
+    """
+    rows, bad = read_files(paths, kind="conversation", on_error=on_error, rejects=rejects)
+    if not rows:
+        raise ValueError(f"{paths[0] if paths else 'data'}: expected conversations, got none; see {rejects}")
+    return rows[:limit], len(bad)
+
+
+def write_outputs(
+    out: Path, rows: Mapping[str, Sequence[Row]], objects: Mapping[str, Sequence[dict]], report: dict[str, Any]
+) -> list[Path]:
+    """Writes OUT/NAME.jsonl for each name, and OUT/report.json; returns the paths."""
+    paths = []
+    for name, found in rows.items():
+        paths.append(out / f"{name}.jsonl")
+        write_rows(paths[-1], found)
+    for name, items in objects.items():
+        paths.append(out / f"{name}.jsonl")
+        write_text(paths[-1], "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    write_json(out / "report.json", report)
+    return [*paths, out / "report.json"]
+
+
+def print_table(title: str, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints a table with a line a key; columns in the order of their first appearance."""
+    columns = list(dict.fromkeys(name for line in table.values() for name in line))
+    print(f"{title:<18}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in columns))
+    for key, line in table.items():
+        cells = (f"{_cell(line.get(name, 0)):>{max(9, len(name) + 2)}}" for name in columns)
+        print(f"  {key[:15]:<16}" + "".join(cells))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
