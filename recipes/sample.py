@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from wizard_engine import config, runtime
+from wizard_engine import runtime
 from wizard_engine.data.records import Row, read_files, read_prompts, write_rows
 from wizard_engine.data.sampling import uniform_target
 from wizard_engine.data.selection import Selection, select
-from wizard_engine.recipe import finish_stage, on_main, open_stage
+from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
 
 
 @dataclass(frozen=True)
@@ -142,4 +142,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(config.cli(Config))
+    launch(main, Config)
