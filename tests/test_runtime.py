@@ -31,13 +31,16 @@ def test_start_refuses_bad_arguments(arguments, text):
 
 
 RANKS = """
+import sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from wizard_engine import runtime
 rt = runtime.start("cpu", 1)
 total = torch.tensor([float(rt.rank + 1)])
 dist.all_reduce(total)
-print("rank", rt.rank, rt.world_size, rt.is_main, dist.get_backend(), total.item(), torch.get_num_threads(), flush=True)
+found = f"{rt.world_size} {rt.is_main} {dist.get_backend()} {total.item()} {torch.get_num_threads()}"
+(Path(sys.argv[1]) / f"rank{rt.rank}").write_text(found)
 runtime.stop()
 assert not dist.is_initialized()
 """
@@ -46,11 +49,20 @@ assert not dist.is_initialized()
 def test_start_under_torchrun_joins_the_ranks(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
     env = {**os.environ, "PYTHONPATH": str(Path(runtime.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["rank 0 2 True gloo 3.0 1", "rank 1 2 False gloo 3.0 1"]
+    assert [(tmp_path / f"rank{i}").read_text() for i in (0, 1)] == ["2 True gloo 3.0 1", "2 False gloo 3.0 1"]
 
 
 def test_seed_all_repeats_every_generator():
@@ -97,6 +109,18 @@ def test_write_that_fails_keeps_the_former_file_and_names_the_path(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_write_that_cannot_take_its_place_keeps_the_former_file(tmp_path, monkeypatch):
+    runtime.write_text(tmp_path / "x", "old")
+
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="x: not written"):
+        runtime.write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 
 def test_write_json_of_something_else_changes_nothing(tmp_path):

@@ -29,6 +29,8 @@ def groups(seed=0):
             "half": torch.randn(3, 5, generator=generator).bfloat16(),
             "transposed": torch.randn(4, 7, generator=generator).t(),
             "tied": flat[:60].view(6, 10),
+            "whole": flat,
+            "whole_tied": flat.view(101, 1),
         },
         "optimizer": {"step": torch.tensor(3), "ids": torch.arange(2**40, 2**40 + 5), "none": torch.zeros(0, 3)},
         "empty": {},

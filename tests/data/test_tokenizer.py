@@ -70,6 +70,9 @@ def check_text(tokenizer, text):
     assert tokenizer.decode(framed) == text
     spans = tokenizer.offsets(framed)
     assert len(spans) == len(framed) and spans[0] == (0, 0) and spans[-1] == (len(text), len(text))
+    first = next(i for i, piece in enumerate(framed) if tokenizer._table[piece] or i == len(framed) - 1)
+    for position, (start, end) in enumerate(spans):
+        assert (end > start) == bool(tokenizer._table[framed[position]]) or position == first
     covered = {i for start, end in spans for i in range(start, end)}
     assert covered == set(range(len(text)))
     assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(spans))
