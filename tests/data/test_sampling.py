@@ -166,7 +166,7 @@ def test_sample_without_replacement_extremes():
 @pytest.mark.parametrize(
     "weights, k, reason",
     [
-        ([1, 1], 3, "k: expected 0 to 2 rows, got 3 of 2"),
+        ([1, 1], 3, "k: expected 0 to 2 rows, got 3 of 2, where 2 have a weight"),
         (
             [4, 1, 1, 1, 1],
             3,

@@ -131,9 +131,12 @@ def sample_without_replacement(weights: np.ndarray, k: int, seed: int) -> np.nda
         raise ValueError("weights: expected a 1-d array of finite numbers, some above 0, got others; rake them first")
     most = largest_sample(weights)
     if not 0 <= k <= most:
+        ratio = weights.max() / weights.mean()
+        reason = f"{(weights > 0).sum()} have a weight"
+        if most < (weights > 0).sum():
+            reason = f"the heaviest row, {ratio:.3g} times the mean, would repeat"
         raise ValueError(
-            f"k: expected 0 to {most} rows, got {k} of {len(weights)}, where the heaviest row, "
-            f"{weights.max() / weights.mean():.3g} times the mean, would repeat; ask for fewer rows or lower the cap"
+            f"k: expected 0 to {most} rows, got {k} of {len(weights)}, where {reason}; ask for fewer or lower the cap"
         )
     chance = np.minimum(k * weights / weights.sum(), 1.0)
     with np.errstate(divide="ignore"):
