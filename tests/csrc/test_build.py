@@ -17,7 +17,7 @@ HERE = Path(csrc.__file__).parent
 def copy(tmp_path):
     folder = tmp_path / "csrc"
     folder.mkdir()
-    for path in [HERE / "__init__.py", *csrc.sources()]:
+    for path in [HERE / "__init__.py", HERE / "pack.cpp"]:
         shutil.copy2(path, folder / path.name)
     return folder
 
@@ -34,12 +34,12 @@ def run(folder, code, **environment):
 
 def test_library_is_built_when_missing_stale_and_not_otherwise(tmp_path):
     folder = copy(tmp_path)
-    code = "import csrc; csrc.library(); print(csrc.LIBRARY.stat().st_mtime_ns)"
+    code = "import csrc; csrc.build(); print(csrc.LIBRARY.stat().st_mtime_ns)"
     first = run(folder, code)
     assert first.returncode == 0, first.stderr
     assert run(folder, code).stdout == first.stdout
     os.utime(folder / "pack.cpp", ns=(2**62, 2**62))
-    assert "csrc.is_current()" and run(folder, "import csrc; print(csrc.is_current())").stdout == "False\n"
+    assert run(folder, "import csrc; print(csrc.is_current())").stdout == "False\n"
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
@@ -48,7 +48,7 @@ def test_library_is_built_once_by_processes_that_need_it_together(tmp_path):
     counter = tmp_path / "compiler"
     counter.write_text(f'#!/bin/sh\necho call >> {tmp_path}/calls\nexec g++ "$@"\n')
     counter.chmod(0o755)
-    command = [sys.executable, "-c", "import csrc; csrc.library()"]
+    command = [sys.executable, "-c", "import csrc; csrc.build()"]
     environment = {**os.environ, "CXX": str(counter)}
     processes = [subprocess.Popen(command, cwd=tmp_path, env=environment) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
