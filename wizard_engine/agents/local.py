@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from wizard_engine.agents.protocol import Reply, Request
-from wizard_engine.data.chat import encode_answer, encode_prompt
+from wizard_engine.data.chat import NEXT_USER, encode_answer, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.model import Transformer, load_model
@@ -21,8 +21,9 @@ _FORMAT = "vicuna-v1.1/1"
 class LocalAgent:
     """A language model in this process, asked in the Vicuna format.
 
-    Every task is answered as the next assistant turn, except "user", which continues with the next user turn. Greedy
-    replies (temperature 0) do not depend on the seed. A prompt that leaves no room in the context is a failed call.
+    Every task is answered as the next assistant turn, except "user", which continues with the next user turn. A greedy
+    reply (temperature 0) depends on its request alone, whatever its seed; a sampled one also on its place among the
+    requests of the same seed in the batch. A prompt that leaves no room in the context is a failed call.
 
     Args:
         model: on the device it shall run on.
@@ -79,7 +80,7 @@ class LocalAgent:
         if len(prompt) <= room:
             return None
         return Reply(
-            "", f"prompt: expected at most {room} tokens beside {request.max_tokens} to write, got {len(prompt)}"
+            "", f"prompt: expected at most {room} tokens, to leave {request.max_tokens} free, got {len(prompt)}"
         )
 
     def _generate(self, prompts: list[list[int]], temperature: float, max_tokens: int, seed: int) -> list[str]:
@@ -101,7 +102,7 @@ def _encode_for_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
         got = messages[-1].role if messages else "no messages"
         raise ValueError(f"task 'user': expected a conversation that ends with an assistant turn, got {got!r}; add it")
     opening = encode_prompt(tokenizer, messages[:-1])
-    return [*opening, *encode_answer(tokenizer, messages[-1].content), *tokenizer.encode("USER:")]
+    return [*opening, *encode_answer(tokenizer, messages[-1].content), *tokenizer.encode(NEXT_USER)]
 
 
 def _own_turn(text: str, task: str) -> str:

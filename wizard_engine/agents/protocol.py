@@ -45,7 +45,7 @@ class Agent(Protocol):
     """Answers requests in batches.
 
     `name` is for people; `fingerprint` changes whenever a reply could change (weights, version, parameters), because
-    it is part of the ledger's key. A reply depends on its own request alone, never on the rest of the batch.
+    it is part of the ledger's key. A greedy reply depends on its own request alone, never on the rest of the batch.
     """
 
     name: str
