@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from wizard_engine.data import tokenizer as subject
+from wizard_engine.data import units
 from wizard_engine.data.tokenizer import JsonTokenizer, load_tokenizer, train_tokenizer
 
 CORPUS = [
@@ -76,6 +76,35 @@ def check_text(tokenizer, text):
     covered = {i for start, end in spans for i in range(start, end)}
     assert covered == set(range(len(text)))
     assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(spans))
+
+
+PIECES = [
+    "'s",
+    "'t",
+    "'re",
+    "'",
+    "_",
+    "  ",
+    "\t",
+    "\x1f",
+    "\x0b",
+    "\r\n",
+    "Tom",
+    " ASSISTANT:",
+    "ASSISTANT",
+    "12",
+    "...",
+    "</s>",
+]
+
+
+@pytest.mark.parametrize("tokenizer", [TRAINED, MERGED], ids=["words", "merges"])
+@settings(max_examples=50, deadline=None)
+@given(parts=st.lists(st.sampled_from(PIECES) | st.text(st.characters(max_codepoint=127), max_size=6), max_size=8))
+def test_trained_tokenizer_s_cache_gives_the_library_s_ids(tokenizer, parts):
+    text = "".join(parts)
+    assert tokenizer._units is not None
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
 
 
 @SMALL
@@ -148,8 +177,7 @@ def test_trained_tokenizer_has_a_token_per_word_digit_newline_and_atom():
     assert tokens_of(TRAINED, "¿Cuántas peras") == ["¿Cuántas", " peras"]
     assert TRAINED.vocab_size < 330 and MERGED.vocab_size == 275
     for text in CORPUS:
-        units = subject._splitter().pre_tokenize_str(text)
-        assert len(TRAINED.encode(text)) <= len(units)
+        assert len(TRAINED.encode(text)) <= len(units.splitter().pre_tokenize_str(text))
 
 
 def test_trained_tokenizer_is_the_same_for_the_same_corpus():

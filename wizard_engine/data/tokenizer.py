@@ -24,6 +24,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from wizard_engine.data.units import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
 from wizard_engine.files import write_bytes, write_json, write_text
 
 BOS, EOS = "<s>", "</s>"
@@ -31,8 +32,6 @@ BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|
 EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "<|endoftext|>")
 META_SPACE = "▁"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-# A digit; a newline; a contraction; a word or a run of signs with the space before it; any other blank.
-UNITS = r"\p{N}|\n|'(?:s|t|re|ve|m|ll|d)\b| ?\p{L}[\p{L}\p{M}]*| ?[^\s\p{L}\p{N}]+|\s"
 
 
 class Tokenizer(Protocol):
@@ -184,7 +183,9 @@ class JsonTokenizer(_Bytes):
         self.bos_id = self._special_id("bos_token", BOS_NAMES, name)
         self.eos_id = self._special_id("eos_token", EOS_NAMES, name)
         self.fingerprint = "tokenizers-" + hashlib.sha256(text.encode()).hexdigest()[:24]
-        self._table = self._byte_table(json.loads(text), name)
+        fields = json.loads(text)
+        self._table = self._byte_table(fields, name)
+        self._units = UnitCache(backend, fields) if UnitCache.suits(fields) else None
         first = next(iter(backend.encode("a", add_special_tokens=False).ids), None)
         self.prefixes_space = first is not None and (self._table[first] or b"").startswith(b" ")
 
@@ -201,7 +202,7 @@ class JsonTokenizer(_Bytes):
     def _byte_table(self, fields: dict[str, Any], where: str) -> list[bytes | None]:
         vocabulary = self._backend.get_vocab()
         if '"ByteLevel"' in json.dumps(fields.get("decoder")):
-            to_bytes = _byte_level_bytes
+            to_bytes = byte_level_bytes
         elif any(token.startswith(META_SPACE) for token in vocabulary):
             to_bytes = _piece_bytes
         else:
@@ -217,10 +218,14 @@ class JsonTokenizer(_Bytes):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""
+        if self._units is not None and text.isascii():
+            return self._units.encode(text)
         return _checked(lambda: self._backend.encode(text, add_special_tokens=False).ids, [text])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
+        if self._units is not None:
+            return [self.encode(text) for text in texts]
         encoded = _checked(lambda: self._backend.encode_batch_fast(list(texts), add_special_tokens=False), texts)
         return [item.ids for item in encoded]
 
@@ -233,23 +238,6 @@ class JsonTokenizer(_Bytes):
         }
         fields = {"tokenizer_class": "PreTrainedTokenizerFast", **names, **self._config}
         write_json(Path(directory) / "tokenizer_config.json", fields)
-
-
-def _byte_characters() -> dict[str, int]:
-    """Character -> byte of the byte-level alphabet: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in itself]
-    return {chr(byte): byte for byte in itself} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_CHARACTERS = _byte_characters()
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    """Bytes of a byte-level token; a token outside the alphabet is taken as it stands."""
-    if any(character not in BYTE_CHARACTERS for character in token):
-        return token.encode("utf-8")
-    return bytes(BYTE_CHARACTERS[character] for character in token)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -314,37 +302,20 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, atoms: Sequence[st
         raise ValueError(f"vocab_size: expected at least {vocab_size - room}, got {vocab_size}; raise it")
     if {"", BOS, EOS} & set(atoms) or len(set(atoms)) < len(atoms):
         raise ValueError(f"atoms: expected different texts, none empty or special, got {list(atoms)}")
-    splitter = _splitter()
-    counts = _count_units(texts, splitter, atoms)
+    counts = count_units(texts, atoms)
     words = sorted((unit for unit in counts if len(unit) > 1), key=lambda unit: (-counts[unit], unit))
     if len(words) <= room:
         vocabulary = {token: i for i, token in enumerate([BOS, EOS, *alphabet, *words])}
         backend = Backend(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     else:
         backend = _merged(counts, vocab_size - len(atoms), alphabet)
-    backend.pre_tokenizer, backend.decoder = splitter, decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = splitter(), decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (BOS, EOS)])
     for atom in atoms:
-        if backend.token_to_id(atom) is not None and _byte_level_bytes(atom) != atom.encode():
+        if backend.token_to_id(atom) is not None and byte_level_bytes(atom) != atom.encode():
             raise ValueError(f"atoms: expected texts apart from the byte alphabet, got {atom!r}; lengthen it")
     backend.add_tokens([AddedToken(atom, special=False, normalized=False) for atom in atoms])
     return JsonTokenizer(backend)
-
-
-def _splitter() -> pre_tokenizers.PreTokenizer:
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(UNITS), "isolated"), bytes_only])
-
-
-def _count_units(texts: Iterable[str], splitter: pre_tokenizers.PreTokenizer, atoms: Sequence[str]) -> Counter[str]:
-    """How often each unit occurs, in byte-level characters; atoms are cut out first."""
-    longest_first = sorted(atoms, key=len, reverse=True)
-    cut = re.compile("|".join(map(re.escape, longest_first))) if atoms else None
-    counts: Counter[str] = Counter()
-    for text in texts:
-        for part in cut.split(text) if cut else [text]:
-            counts.update(unit for unit, _ in splitter.pre_tokenize_str(part))
-    return counts
 
 
 def _merged(counts: Counter[str], size: int, alphabet: Sequence[str]) -> Backend:
