@@ -114,7 +114,7 @@ def share_of_failures(method: str) -> dict[str, float]:
     found: dict[str, float] = dict.fromkeys([*RULES, ""], 0)
     for i in range(1500):
         problem = random_problem(rng, operations=1 + i % 3, topic=words.TOPIC_NAMES[i % 8])
-        text = evolved_text(problem, OPERATORS[i % 6], rng, method=method)
+        text = evolved_text(render(problem), OPERATORS[i % 6], rng, method=method)
         found[failure_of(render(problem), problem, text, parse(text))] += 1 / 1500
     return found
 
@@ -125,6 +125,19 @@ def test_evolved_text_fails_at_the_stated_rates_and_rules_prevent_it():
     assert ruled[""] > 0.85 > plain[""] + 0.2
     one = share_of_failures(RULES["impossible"])
     assert one["impossible"] < 0.04 < plain["impossible"] and abs(one["vague"] - plain["vague"]) < 0.03
+
+
+def test_evolved_text_differs_only_where_a_rule_prevents_a_failure():
+    texts = [render(random_problem(random.Random(i), operations=1)) for i in range(150)]
+
+    def failures(method: str) -> list[str]:
+        evolved = [evolved_text(text, "steps", random.Random(i), method=method) for i, text in enumerate(texts)]
+        return [failure_of(a, parse(a), b, parse(b)) for a, b in zip(texts, evolved, strict=True)]
+
+    plain, ruled = failures("be creative"), failures(RULES["vague"])
+    assert plain == failures("")
+    assert all(a == b or (a == "vague" and b == "") for a, b in zip(plain, ruled, strict=True))
+    assert ruled.count("vague") < plain.count("vague")
 
 
 def test_failure_rates_rise_again_for_an_overloaded_method():

@@ -44,6 +44,7 @@ class Program:
 
     name: str = "world"
     parameters: Mapping[str, object] = {}
+    unseeded_fields: tuple[str, ...] = ()  # fields of a prompt that do not enter the generator's seed
 
     @property
     def fingerprint(self) -> str:
@@ -59,16 +60,19 @@ class Program:
         method: Callable[..., str] | None = getattr(self, f"do_{request.task}", None)
         if method is None:
             return Reply("", f"{self.name}: expected another task, got {request.task!r}; ask a program that does it")
-        content = "\n".join(message.content for message in request.messages)
-        rng = random.Random(f"{self.fingerprint}|{request.task}|{request.seed}|{content}")
         if request.task in ANSWER_TASKS:
             turns = [message.content for message in request.messages if message.role == "user"]
+            rng = self._generator(request, [message.content for message in request.messages])
             return Reply(method(turns, rng))
         try:
             fields = prompts.parse(request.task, request.messages[-1].content)
         except ValueError as error:
             return Reply("", f"{self.name}: {error}")
-        return Reply(method(rng=rng, **fields))
+        seeding = [value for name, value in fields.items() if name not in self.unseeded_fields]
+        return Reply(method(rng=self._generator(request, seeding), **fields))
+
+    def _generator(self, request: Request, texts: Sequence[str]) -> random.Random:
+        return random.Random("|".join((self.fingerprint, request.task, str(request.seed), *texts)))
 
 
 @dataclass(frozen=True)
@@ -151,18 +155,19 @@ def without_chat(problem: Problem, answer: str) -> str:
 
 
 class Evolver(Program):
-    """Evolves instructions with the failures that its method leaves, and plays the user of a conversation."""
+    """Evolves instructions with the failures that its method leaves, and plays the user of a conversation.
+
+    An instruction meets the same failure under every method without a rule against it.
+    """
+
+    unseeded_fields = ("method",)
 
     def __init__(self, name: str = "world:evolver", rates: Mapping[str, float] = FAILURE_RATES):
         self.name, self.rates, self.parameters = name, dict(rates), dict(rates)
 
     def do_evolve(self, *, operator: str, method: str, instruction: str, rng: random.Random) -> str:
         """The evolved instruction under the heading that the prompt asks for; text it cannot read stays as it is."""
-        problem = parse(instruction)
-        if problem is None:
-            text = instruction
-        else:
-            text = evolved_text(problem, operator, rng, method=method, rates=self.rates)
+        text = evolved_text(instruction, operator, rng, method=method, rates=self.rates)
         return f"{REWRITTEN_HEADING}\n{text}"
 
     def do_user(self, turns: Sequence[str], rng: random.Random) -> str:

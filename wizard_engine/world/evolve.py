@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from wizard_engine.world import vocabulary as words
 from wizard_engine.world.corpus import TOPIC_SHARES, draw, make_vague
+from wizard_engine.world.parse import parse
 from wizard_engine.world.problems import (
     FACTORS,
     LARGEST,
@@ -27,7 +28,7 @@ from wizard_engine.world.render import render
 
 OPERATORS = ("constraint", "deepen", "concretise", "steps", "complicate", "breadth")
 TRIES = 24
-JUMP = 3
+JUMP = 3  # operations more at once than a reader takes for one change
 HEADINGS = ("#Rewritten Prompt#: ", "#Given Prompt#: ")
 
 # Failure class -> the rule that prevents it, as it may stand in a method.
@@ -96,15 +97,34 @@ def failure_rates(method: str, rates: Mapping[str, float] = FAILURE_RATES) -> di
 
 
 def evolved_text(
-    problem: Problem, operator: str, rng: random.Random, *, method: str = "", rates: Mapping[str, float] = FAILURE_RATES
+    instruction: str, operator: str, rng: random.Random, *, method: str = "", rates: Mapping[str, float] = FAILURE_RATES
 ) -> str:
-    """Text of the evolved problem, with the failures of `failure_rates(method, rates)`."""
-    failures = failure_rates(method, rates)
-    failure = draw({**failures, "": max(0.0, 1 - sum(failures.values()))}, rng)
+    """The evolved instruction, with the failures of `failure_rates(method, rates)`.
+
+    The same generator meets the same failure under every method that has no rule against it, so methods can be compared
+    on few cases. Text that is none of the world's problems stays as it is.
+    """
+    problem = parse(instruction)
+    if problem is None:
+        return instruction
+    failure = _failure(method, rates, rng)
     changed = evolve_any(problem, operator, rng)
     if failure == "same" or changed is None:
-        return render(problem, rng)
+        return instruction if rng.random() < 0.5 else render(problem, rng)
     return flawed(changed, failure, rng)
+
+
+def _failure(method: str, rates: Mapping[str, float], rng: random.Random) -> str:
+    """The failure that happens, or "": first as without rules, then prevented by a rule, then caused by overload."""
+    natural = draw({**rates, "": max(0.0, 1 - sum(rates.values()))}, rng)
+    prevented, overloaded = rng.random(), rng.random()
+    found = failure_rates(method, rates)
+    if natural not in ("", "same") and prevented * rates[natural] < found[natural]:
+        return natural
+    if natural == "same":
+        return natural if prevented * rates["same"] < found["same"] else ""
+    spare = 1 - rates["same"]
+    return "same" if overloaded * spare < found["same"] - rates["same"] else ""
 
 
 def flawed(problem: Problem, failure: str, rng: random.Random) -> str:
@@ -236,7 +256,7 @@ def _jump(problem: Problem, rng: random.Random) -> Problem | None:
     """The problem with several more steps at once."""
     for _ in range(4 * TRIES):
         changed: Problem | None = problem
-        for _ in range(JUMP):
+        for _ in range(JUMP - 1):
             changed = _steps(changed, rng) if changed is not None else None
         if changed is not None and not changed.defect and not changed.is_held_out:
             return changed
