@@ -1,0 +1,97 @@
+"""Data analysis: attributes of every row, a table per attribute and per pair, as JSON and as an HTML page.
+
+    python recipes/analyze.py --data alpaca_en.json alpaca_zh.json gsm8k/train.jsonl --out runs/analysis
+    python recipes/analyze.py --data rows.jsonl --out runs/analysis --checkpoint runs/sft/model
+
+Writes OUT/rows.jsonl (the rows with their attributes), OUT/analysis.json and OUT/analysis.html. Perplexity is that of
+the answers under the checkpoint; without one it is left out.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from wizard_engine import runtime
+from wizard_engine.data.analysis import Analysis, analyze, answered
+from wizard_engine.data.analysis_page import write_analysis
+from wizard_engine.data.records import Row, read_files
+from wizard_engine.parallel.data_parallel import gather_objects
+from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
+from wizard_engine.rollout import perplexities
+
+
+@dataclass(frozen=True)
+class Config:
+    """Data analysis."""
+
+    data: tuple[Path, ...]
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K, preference pairs, ..."""
+    out: Path
+    """Directory for rows.jsonl, analysis.json and analysis.html."""
+    checkpoint: Path | None = None
+    """Model directory whose perplexity is an attribute; default: none."""
+    limit: int | None = None
+    """Rows read at most; default: all."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    seed: int = 0
+    """Of the clusters that name topics beyond the lexicon."""
+    device: str = "auto"
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> list[float] | None:
+    """Perplexity of each answered row under the checkpoint, the rows divided over the ranks; None without one."""
+    if cfg.checkpoint is None:
+        return None
+    model, tokenizer = language_model(str(cfg.checkpoint), None, seed=0, device=rt.device)
+    conversations = answered(rows)
+    found = [math.nan] * len(conversations)
+    mine = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])
+    for rank, part in enumerate(gather_objects(mine)):
+        found[rank :: rt.world_size] = part
+    return found
+
+
+def brief(analysis: Analysis, rejected: int) -> dict[str, Any]:
+    """Counts of a run, for stage.json: rows, rejects, and per attribute its kind and number of values."""
+    tables = analysis.tables.items()
+    values = {name: {"kind": table["kind"], "values": len(table["values"])} for name, table in tables}
+    return {"rows": len(analysis.rows), "rejected": rejected, "attributes": values, "notes": analysis.notes}
+
+
+def print_tables(analysis: Analysis, shown: int = 8) -> None:
+    """Prints the most frequent values of each attribute."""
+    for name, table in analysis.tables.items():
+        values = [f"{line['value']} {100 * line['share']:.1f} %" for line in table["values"][:shown]]
+        rest = len(table["values"]) - shown
+        print(f"{name:11} " + ("  ".join(values) or "unknown") + (f"  and {rest} more" if rest > 0 else ""))
+    print("\n".join(analysis.notes))
+
+
+def main(cfg: Config) -> dict:
+    """Analyses and writes; returns what stage.json records."""
+    rt = runtime.start(cfg.device)
+    stage = open_stage(cfg, "analyze", rt)
+    if stage.done:
+        return stage.result()
+    rows, bad = read_files(cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
+    rows = rows[: cfg.limit]
+    values = checkpoint_perplexities(cfg, rows, rt)
+
+    def work() -> tuple[dict[str, Any], list[Path]]:
+        perplexity = None if values is None else lambda conversations: values
+        analysis = analyze(rows, perplexity=perplexity, seed=cfg.seed)
+        if not cfg.quiet:
+            print_tables(analysis)
+        return brief(analysis, len(bad)), list(write_analysis(analysis, cfg.out).values())
+
+    result, outputs = on_main(rt, work)
+    return finish_stage(stage, rt, result, outputs)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

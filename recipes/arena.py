@@ -1,0 +1,157 @@
+"""Arena: several models answer the same prompts, a judge compares every two of them blind, and Elo ratings follow.
+
+    python recipes/arena.py --models base=runs/base/model sft=runs/sft/model --out runs/arena
+    python recipes/arena.py --models ours=answers.jsonl rival=world:terse --prompts rows.jsonl --out runs/arena
+
+A model is NAME=SPEC: a model directory, a registered program such as world:expert, or a JSONL file of answers. Writes
+OUT/answers/NAME.jsonl, OUT/battles.jsonl and OUT/arena.json; every call goes through OUT/ledger.sqlite, so a run that
+was stopped repeats nothing. The judge sees no names; sources are shuffled per prompt and played in both orders.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wizard_engine import runtime, world
+from wizard_engine.agents import Ledger, Request, make_agent
+from wizard_engine.data.records import Message, read_rows
+from wizard_engine.evaluation.answers import read_answers
+from wizard_engine.evaluation.elo import Rating, elo
+from wizard_engine.evaluation.pairwise import Pairwise, all_pairs
+from wizard_engine.files import write_json, write_text
+from wizard_engine.recipe import launch
+from wizard_engine.stage import Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    """Blind pairwise preference and Elo."""
+
+    models: tuple[str, ...]
+    """NAME=SPEC each, at least two; SPEC is a model directory, a registered program, or FILE.jsonl of answers (lines
+    {"answer": text}, with "id" or "prompt" where the order differs; FILE.jsonl#FIELD takes another field)."""
+    out: Path
+    """Directory for arena.json, battles.jsonl, answers/ and ledger.sqlite."""
+    prompts: Path | None = None
+    """Rows whose last user turn is to be answered; default: held-out problems of the embedded world."""
+    n: int = 200
+    """Prompts: of the embedded world, or at most so many of the file."""
+    judge: str = "world:judge"
+    """Registered program or model directory."""
+    baseline: str | None = None
+    """Compare every model with this one only; default: all pairs."""
+    anchor: str | None = None
+    """Model whose rating is fixed at --anchor-elo; default: the first."""
+    anchor_elo: float = 1000.0
+    temperature: float = 0.0
+    """Of the models' answers; 0 is greedy."""
+    max_new_tokens: int = 256
+    """Longest answer, tokens."""
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "cpu"
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def read_models(specs: Sequence[str]) -> dict[str, str]:
+    """NAME -> SPEC; ValueError for a word of another form, a name given twice, or fewer than two."""
+    found: dict[str, str] = {}
+    for spec in specs:
+        name, sign, target = spec.partition("=")
+        if not (name and sign and target) or name in found or "/" in name:
+            raise ValueError(f"models: expected NAME=SPEC with different names, got {spec!r}; see --help")
+        found[name] = target
+    if len(found) < 2:
+        raise ValueError(f"models: expected at least two NAME=SPEC, got {len(found)}; name another one")
+    return found
+
+
+def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
+    """Ids and conversations that end with a user turn."""
+    rows = world.held_out(cfg.n, cfg.seed) if cfg.prompts is None else read_rows(cfg.prompts)[: cfg.n]
+    prompts = [tuple(row.messages[:-1] if hasattr(row, "messages") else row.prompt) for row in rows]
+    if not all(prompts):
+        raise ValueError(f"{cfg.prompts}: expected rows with a user turn, got a row without; leave such rows out")
+    return [row.id for row in rows], prompts
+
+
+def answer(cfg: Config, spec: str, ids: Sequence[str], prompts: Sequence[tuple[Message, ...]], ledger: Ledger):
+    """A model's answers, and how many calls failed; a failed call's answer is "", so it can only lose."""
+    if ".jsonl" in Path(spec).name:
+        return read_answers(spec, ids, [prompt[-1].content for prompt in prompts]), 0
+    agent = make_agent(spec, ledger, device=cfg.device, batch_size=cfg.batch_size)
+    settings = {"seed": cfg.seed, "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
+    replies = agent.respond([Request("answer", prompt, **settings) for prompt in prompts])
+    return [reply.text if reply.error is None else "" for reply in replies], sum(r.error is not None for r in replies)
+
+
+def write(
+    out: Path, ids: Sequence[str], answers: dict[str, list[str]], results: Sequence[Pairwise], report: dict
+) -> list[Path]:
+    """Writes answers, battles and arena.json; returns the paths."""
+    for name, texts in answers.items():
+        lines = ({"id": key, "answer": text} for key, text in zip(ids, texts))
+        write_text(out / "answers" / f"{name}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    battles = (asdict(battle) | {"prompt": ids[battle.prompt]} for result in results for battle in result.battles)
+    write_text(out / "battles.jsonl", "".join(json.dumps(battle, ensure_ascii=False) + "\n" for battle in battles))
+    write_json(out / "arena.json", report)
+    return [out / "answers", out / "battles.jsonl", out / "arena.json"]
+
+
+def print_report(results: Sequence[Pairwise], ratings: Sequence[Rating]) -> None:
+    """Prints a line per comparison and per rating."""
+    for r in results:
+        rate = "-" if r.win_rate is None else f"{100 * r.win_rate:.1f} % [{100 * r.ci95[0]:.1f}, {100 * r.ci95[1]:.1f}]"
+        counts = f"{r.wins:5} : {r.losses:<5} {r.ties:5} ties {r.errors:4} errors {r.flips:4} flips"
+        print(f"{r.a:>16} : {r.b:<16}{counts}   {rate} without ties")
+    for r in ratings:
+        print(f"{r.model:>16}  Elo {r.elo:6.0f}  [{r.low:.0f}, {r.high:.0f}]  {r.battles} battles")
+
+
+def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
+    """The stage: model directories, answer files, prompts and a judge's directory are inputs by content."""
+    named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()} | {"judge": cfg.judge}
+    inputs = {key: Path(spec) for key, spec in named.items() if Path(spec).exists()}
+    inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
+    options = {name: value for name, value in asdict(cfg).items() if name not in SILENT}
+    options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
+    options["judge"] = None if "judge" in inputs else cfg.judge
+    return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite)
+
+
+SILENT = ("out", "prompts", "batch_size", "device", "overwrite", "quiet")
+
+
+def main(cfg: Config) -> dict[str, Any]:
+    """Answers, judges and rates; returns what arena.json holds."""
+    runtime.start(cfg.device)
+    world.register()
+    models = read_models(cfg.models)
+    stage = open_arena(cfg, models)
+    if stage.is_current():
+        return stage.result()
+    stage.start()
+    ids, prompts = read_prompts(cfg)
+    ledger = Ledger(cfg.out / "ledger.sqlite")
+    found = {name: answer(cfg, spec, ids, prompts, ledger) for name, spec in models.items()}
+    answers = {name: texts for name, (texts, _) in found.items()}
+    judge = make_agent(cfg.judge, ledger, device=cfg.device, batch_size=cfg.batch_size)
+    results = all_pairs(answers, prompts, judge=judge, seed=cfg.seed, baseline=cfg.baseline)
+    battles = [battle for result in results for battle in result.battles]
+    ratings = elo(battles, anchor=cfg.anchor or next(iter(models)), anchor_elo=cfg.anchor_elo, seed=cfg.seed)
+    errors = {name: count for name, (_, count) in found.items()}
+    report = {"prompts": len(prompts), "seed": cfg.seed, "answer_errors": errors, "calls": ledger.counts()}
+    report |= {"pairwise": [item.to_json() for item in results], "elo": [asdict(rating) for rating in ratings]}
+    if not cfg.quiet:
+        print_report(results, ratings)
+    stage.finish(report, write(cfg.out, ids, answers, results, report))
+    ledger.close()
+    return report
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,149 @@
+"""MT-Bench: a model answers two-turn questions, a judge rates each turn from 1 to 10.
+
+    python recipes/mt_bench.py --model runs/rleif/model --out runs/mt_bench
+    python recipes/mt_bench.py --model DIR --questions question.jsonl --references reference_answer_gpt-4.jsonl \\
+        --judge DIR --out runs/mt_bench
+
+Reads FastChat's files as they are; without --questions it asks the embedded world's own. Writes OUT/mt_bench.json,
+OUT/answers.jsonl and OUT/ratings.jsonl; every call goes through OUT/ledger.sqlite. A rating that cannot be read is
+counted as missing and never dropped in silence.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wizard_engine import runtime, world
+from wizard_engine.agents import Agent, Ledger, Request, make_agent
+from wizard_engine.data.records import Message
+from wizard_engine.evaluation.mt_bench import Mean, MTBench, mt_bench
+from wizard_engine.evaluation.questions import Question, read_questions
+from wizard_engine.files import write_json, write_text
+from wizard_engine.recipe import launch
+from wizard_engine.stage import Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    """Two-turn questions, rated."""
+
+    model: str
+    """Model directory, or a registered program such as world:expert."""
+    out: Path
+    """Directory for mt_bench.json, answers.jsonl, ratings.jsonl and ledger.sqlite."""
+    questions: Path | None = None
+    """FastChat's question.jsonl, or a file like it; default: questions of the embedded world."""
+    references: Path | None = None
+    """FastChat's reference answers, shown to the judge where a question has them."""
+    n: int = 80
+    """Questions of the embedded world."""
+    judge: str = "world:judge"
+    """Registered program or model directory."""
+    repeats: int = 1
+    """Ratings of each turn, with different seeds."""
+    default_temperature: float = 0.0
+    """Of answers in categories without one of their own (writing, roleplay 0.7; stem, humanities 0.1)."""
+    max_new_tokens: int = 1024
+    """Longest answer, tokens; a checkpoint's context may allow less."""
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "cpu"
+    overwrite: bool = False
+    """Replace what OUT holds from another configuration."""
+    quiet: bool = False
+
+
+def answers_of(agent: Agent, cfg: Config, failures: list[str]):
+    """The agent as an answer function; a failed call answers "" and adds its error to `failures`."""
+
+    def respond(conversations: list[tuple[Message, ...]], temperature: float) -> list[str]:
+        settings = {"seed": cfg.seed, "temperature": temperature, "max_tokens": cfg.max_new_tokens}
+        replies = agent.respond([Request("answer", conversation, **settings) for conversation in conversations])
+        failures.extend(reply.error for reply in replies if reply.error is not None)
+        return [reply.text if reply.error is None else "" for reply in replies]
+
+    return respond
+
+
+def read(cfg: Config) -> list[Question]:
+    """The questions: the file's, or the embedded world's."""
+    if cfg.questions is not None:
+        return read_questions(cfg.questions, cfg.references)
+    own = world.mt_questions(cfg.n, cfg.seed)
+    return [Question(item.id, item.category, item.turns, item.references) for item in own]
+
+
+def write(out: Path, questions: list[Question], result: MTBench, report: dict[str, Any]) -> list[Path]:
+    """Writes the report, the answers and the single ratings; returns the paths."""
+    answers = ({"question_id": q.id, "category": q.category, "answers": a} for q, a in zip(questions, result.answers))
+    write_lines(out / "answers.jsonl", answers)
+    write_lines(out / "ratings.jsonl", map(asdict, result.ratings))
+    write_json(out / "mt_bench.json", report)
+    return [out / "answers.jsonl", out / "ratings.jsonl", out / "mt_bench.json"]
+
+
+def write_lines(path: Path, objects: Iterable[dict]) -> None:
+    """Writes one JSON object a line."""
+    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects))
+
+
+def print_report(result: MTBench) -> None:
+    """Prints the means."""
+    print(f"{'overall':16}{shown(result.overall)}")
+    for turn, mean in enumerate(result.turns, start=1):
+        print(f"turn {turn:<11}{shown(mean)}")
+    for category, mean in result.categories.items():
+        print(f"{category:16}{shown(mean)}")
+    if result.call_errors or result.parse_errors:
+        missing = f"{result.call_errors} calls failed, {result.parse_errors} ratings could not be read"
+        print(f"{missing}; counted as 1 the overall mean is {result.score_missing_as_1:.2f}")
+    print("\n".join(result.notes))
+
+
+def shown(mean: Mean) -> str:
+    """A mean as a piece of a line."""
+    if mean.score is None:
+        return f"   -  no rating, {mean.missing} missing"
+    low, high = mean.ci95
+    return f"{mean.score:5.2f}  [{low:.2f}, {high:.2f}]  {mean.rated} ratings, {mean.missing} missing"
+
+
+def open_bench(cfg: Config) -> Stage:
+    """The stage: model and judge directories and the question files are inputs by content."""
+    named = {"model": cfg.model, "judge": cfg.judge, "questions": cfg.questions, "references": cfg.references}
+    inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
+    silent = ("out", "batch_size", "device", "overwrite", "quiet", *inputs)
+    options = {name: value for name, value in asdict(cfg).items() if name not in silent}
+    return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite)
+
+
+def main(cfg: Config) -> dict[str, Any]:
+    """Answers and rates; returns what mt_bench.json holds."""
+    runtime.start(cfg.device)
+    world.register()
+    stage = open_bench(cfg)
+    if stage.is_current():
+        return stage.result()
+    questions = read(cfg)
+    stage.start()
+    ledger, failures = Ledger(cfg.out / "ledger.sqlite"), []
+    agent, judge = (
+        make_agent(spec, ledger, device=cfg.device, batch_size=cfg.batch_size) for spec in (cfg.model, cfg.judge)
+    )
+    result = mt_bench(
+        answers_of(agent, cfg, failures), questions, judge=judge, name=agent.name, seed=cfg.seed,
+        repeats=cfg.repeats, default_temperature=cfg.default_temperature,
+    )  # fmt: skip
+    report = result.to_json() | {"questions": len(questions), "answer_errors": len(failures), "calls": ledger.counts()}
+    if not cfg.quiet:
+        print_report(result)
+    outputs = write(cfg.out, questions, result, report)
+    stage.finish(json.loads((cfg.out / "mt_bench.json").read_text(encoding="utf-8")), outputs)
+    ledger.close()
+    return stage.result()
+
+
+if __name__ == "__main__":
+    launch(main, Config)

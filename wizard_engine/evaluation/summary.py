@@ -1,0 +1,286 @@
+"""Summary and report of a progressive run, gathered from the files that its stages left."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..files import read_object, write_json
+from ..log import read_metrics
+from ..runtime import Runtime
+from .report import Details, write_report
+
+Measured = tuple[int, str, Path]
+PLAIN_ATTRIBUTES = ("topic", "language", "source", "skill", "difficulty", "toxic")
+
+
+class Timing:
+    """Seconds that each stage took when it was made, kept over restarts in a JSON file."""
+
+    def __init__(self, path: Path, runtime: Runtime) -> None:
+        self.path, self.runtime = path, runtime
+        self.seconds: dict[str, float] = read_object(path) or {}
+
+    @contextmanager
+    def of(self, name: str, out: Path) -> Iterator[None]:
+        """Time a block; a stage that was already made keeps its former figure."""
+        record = out / "stage.json"
+        before = record.stat().st_mtime_ns if record.exists() else None
+        began = time.perf_counter()
+        yield
+        made = record.exists() and record.stat().st_mtime_ns != before
+        if self.runtime.is_main and (made or name not in self.seconds):
+            self.seconds[name] = round(time.perf_counter() - began, 2)
+            write_json(self.path, self.seconds)
+
+
+def write_summary(
+    out: Path, seed: int, seconds: float, measured: Sequence[Measured], arena: Path, timing: dict[str, float]
+) -> dict[str, Any]:
+    """Write OUT/summary.json and OUT/report.html; returns the summary.
+
+    Args:
+        measured: (slice, stage name, directory that recipes/accuracy.py wrote), in order.
+        arena: directory that recipes/arena.py wrote.
+        timing: seconds per stage directory, relative to OUT.
+    """
+    stages = [_stage(index, name, path, timing) for index, name, path in measured]
+    battles = json.loads((arena / "arena.json").read_text(encoding="utf-8"))
+    keys = ("a", "b", "wins", "losses", "ties", "win_rate", "ci95", "win_rate_with_ties", "ci95_with_ties", "errors")
+    pairs = [{key: pair[key] for key in keys} for pair in battles["pairwise"]]
+    tests = {
+        path.name.removeprefix("mt_bench_"): _read(path / "mt_bench.json") for path in sorted(out.glob("mt_bench_*"))
+    }
+    summary = {
+        "seed": seed,
+        "seconds": round(sum(timing.values()), 1),
+        "seconds_last_start": round(seconds, 1),
+        "stages": stages,
+        "pairwise": pairs,
+        "elo": battles["elo"],
+        "mt_bench": {name: _mt_scores(report) for name, report in tests.items()},
+    }
+    write_json(out / "summary.json", summary)
+    write_report(out / "report.html", summary, out, details(out, measured, battles, tests, timing))
+    return summary
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path) or {}
+
+
+def _stage(index: int, name: str, path: Path, timing: dict[str, float]) -> dict[str, Any]:
+    counted = _read(path / "accuracy.json")
+    spent = sum(
+        value for key, value in timing.items() if key == ("base" if name == "base" else f"slice_{index}/{name}")
+    )
+    chosen = {key: counted[key] for key in ("accuracy", "correct", "total", "sampled_accuracy", "sampled_correct")}
+    return {"slice": index, "name": name, **chosen, "seconds": spent}
+
+
+def _mt_scores(report: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "overall": report["overall"]["score"],
+        "turns": [turn["score"] for turn in report["turns"]],
+        "missing": report["overall"]["missing"],
+        "categories": {name: mean["score"] for name, mean in report["categories"].items()},
+    }
+
+
+def details(
+    out: Path, measured: Sequence[Measured], battles: dict[str, Any], tests: dict[str, Any], timing: dict[str, float]
+) -> Details:
+    """Everything that the report shows beside the summary."""
+    last = max(index for index, _, _ in measured)
+    return {
+        "command": f"make demo SEED={battles['seed']}",
+        "data_flow": data_flow(out, last),
+        "attributes": attribute_shifts(_read(out / "sample" / "sampling.json")),
+        "evolved": evolved_chain(out),
+        "curves": curves(out, last),
+        "examples": examples([(name, path) for index, name, path in measured if index == last]),
+        "elo": battles["elo"],
+        "mt_bench": [{"model": name, **_mt_scores(report)} for name, report in tests.items()],
+        "calls": calls(out),
+        "machine": machine(out),
+        "timing": [{"name": name, "seconds": value} for name, value in timing.items()],
+    }
+
+
+def data_flow(out: Path, slices: int) -> list[dict[str, Any]]:
+    """The places that the data pass, with counts."""
+    sampling = _read(out / "sample" / "sampling.json").get("counts", {})
+    nodes = [{"name": "Natural rows", "count": sampling.get("rows", 0), "note": "mixed quality, skewed"}]
+    removed = {
+        key: value for key, value in sampling.items() if key in ("exact_duplicate", "near_duplicate", "contaminated")
+    }
+    note = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in removed.items())
+    nodes.append({"name": "Clean rows", "count": sampling.get("clean", 0), "note": note})
+    nodes.append({"name": "Weighted sample", "count": sampling.get("drawn", 0), "note": f"{slices} slices"})
+    for index in range(1, slices + 1):
+        at, lane = out / f"slice_{index}", f"Slice {index}"
+        evolved = _read(at / "evol_instruct" / "report.json").get("counts", {})
+        if evolved:
+            note = f"{evolved['evolved']} evolved from {evolved['given']}"
+            nodes.append(
+                {"name": "Evol Lab", "count": evolved["given"] + evolved["evolved"], "note": note, "lane": lane}
+            )
+        taught = _read(at / "co_teach" / "report.json")
+        if taught:
+            nodes.append(
+                {"name": "Co-teaching", "count": _lines(at / "co_teach" / "sft.jsonl"), "note": "lessons", "lane": lane}
+            )
+        nodes.append(
+            {"name": "SFT rows", "count": _lines(at / "rows" / "slice_1.jsonl"), "note": "clean again", "lane": lane}
+        )
+        pairs, steps = _lines(at / "self_teach" / "preferences.jsonl"), _lines(at / "self_teach" / "processes.jsonl")
+        nodes.append({"name": "Stage-DPO pairs", "count": pairs, "note": "own samples, judged", "lane": lane})
+        nodes.append({"name": "Labelled answers", "count": steps, "note": "for the process reward", "lane": lane})
+    return nodes
+
+
+def _lines(path: Path) -> int:
+    return sum(1 for line in path.open("rb") if line.strip()) if path.exists() else 0
+
+
+def attribute_shifts(report: dict[str, Any], most: int = 9) -> list[dict[str, Any]]:
+    """Shares per value of the plain attributes: natural, wanted, drawn."""
+    natural, target, drawn = (report.get(key, {}) for key in ("natural", "target", "drawn"))
+    shifts = []
+    for name in PLAIN_ATTRIBUTES:
+        if name not in natural:
+            continue
+        values = sorted(natural[name], key=lambda value: -natural[name][value])[:most]
+        wanted = target.get(name)
+        shifts.append(
+            {
+                "attribute": name,
+                "values": values,
+                "natural": [natural[name].get(value, 0.0) for value in values],
+                "target": None if wanted is None else [wanted.get(value, 0.0) for value in values],
+                "achieved": [drawn.get(name, {}).get(value, 0.0) for value in values],
+            }
+        )
+    return shifts
+
+
+def evolved_chain(out: Path) -> list[dict[str, str]]:
+    """A natural row and what Evol-Instruct and Evol-Answer made of it: the first row with the longest chain."""
+    instructed = _rows(out / "slice_1" / "evol_instruct" / "rows.jsonl")
+    answered = {row["messages"][-2]["content"]: row for row in _rows(out / "slice_1" / "evol_answer" / "rows.jsonl")}
+    by_id = {row["id"]: row for row in instructed}
+    best: list[dict] = []
+    for row in instructed:
+        chain = [row]
+        while (parents := chain[0]["lineage"].get("parents")) and parents[0] in by_id:
+            chain.insert(0, by_id[parents[0]])
+        if len(chain) > len(best) and len(row["messages"]) == 2:
+            best = chain
+    steps = []
+    for number, row in enumerate(best):
+        question, answer = (message["content"] for message in row["messages"][-2:])
+        steps.append(
+            {
+                "operator": row["lineage"].get("operator", "") if number else "",
+                "instruction": question,
+                "answer": answer,
+            }
+        )
+        final = answered.get(question)
+        if final and final["messages"][-1]["content"] != answer:
+            text = final["messages"][-1]["content"]
+            steps.append({"operator": "Evol-Answer", "instruction": question, "answer": text})
+    return steps
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
+
+
+def curves(out: Path, slices: int) -> dict[str, list[tuple[float, float]]]:
+    """Learning curves: losses of base, supervised and preference training, reward and KL of RLEIF, per slice."""
+    found = {"base loss/base": _series(out / "base" / "metrics.jsonl", "loss")}
+    for index in range(1, slices + 1):
+        at, label = out / f"slice_{index}", f"slice {index}"
+        found[f"supervised loss/{label}"] = _series(at / "sft" / "metrics.jsonl", "loss")
+        found[f"RLEIF reward/{label}"] = _series(at / "rleif" / "metrics.jsonl", "reward")
+        found[f"RLEIF KL to the reference, nats per token/{label}"] = _series(at / "rleif" / "metrics.jsonl", "kl_k1")
+        dpo = [
+            point for part in sorted(at.glob("stage_dpo/stage_*/metrics.jsonl")) for point in _series(part, "margin")
+        ]
+        found[f"Stage-DPO margin/{label}"] = [(float(n), value) for n, (_, value) in enumerate(dpo, 1)]
+    return {name: points for name, points in found.items() if points}
+
+
+def _series(path: Path, name: str, most: int = 120) -> list[tuple[float, float]]:
+    """(step, value) of a metric, averaged over equal windows down to `most` points."""
+    if not path.exists():
+        return []
+    points = [(float(line["step"]), float(line[name])) for line in read_metrics(path) if name in line]
+    width = max(1, -(-len(points) // most))
+    windows = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(window[-1][0], sum(value for _, value in window) / len(window)) for window in windows]
+
+
+def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str, Any]]:
+    """Held-out problems whose sampled answers got right on the way: each stage's answer, and whether it was right."""
+    from .accuracy import extract_answer
+
+    answers = {name: _rows(path / "answers.jsonl") for name, path in stages}
+    first, final = (answers[stages[place][0]] for place in (0, -1))
+    chosen = []
+    for index, line in enumerate(final):
+        wanted = extract_answer(line["reference"])
+        right = {name: extract_answer(rows[index]["sampled"]) == wanted for name, rows in answers.items()}
+        if right[stages[-1][0]] and not right[stages[0][0]] and len(line["prompt"]) > 90:
+            texts = {name: rows[index]["sampled"] for name, rows in answers.items()}
+            chosen.append(
+                {"prompt": line["prompt"], "reference": line["reference"], "answers": texts, "correct": right}
+            )
+        if len(chosen) == most:
+            break
+    return chosen if len(first) == len(final) else []
+
+
+def calls(out: Path) -> list[dict[str, Any]]:
+    """Calls and failures per agent and task, over all ledgers of the run."""
+    from ..agents.ledger import Ledger
+
+    totals: dict[tuple[str, str], list[int]] = {}
+    for path in sorted(out.rglob("ledger*.sqlite")):
+        ledger = Ledger(path)
+        for agent, tasks in ledger.counts().items():
+            for task, numbers in tasks.items():
+                pair = totals.setdefault((_short(agent), task), [0, 0])
+                pair[0] += numbers.get("calls", 0)
+                pair[1] += numbers.get("failures", 0)
+        ledger.close()
+    return [{"agent": a, "task": t, "calls": n, "failures": f} for (a, t), (n, f) in sorted(totals.items())]
+
+
+def _short(agent: str) -> str:
+    """An agent's name; checkpoints go by slice and stage."""
+    parts = Path(agent).parts
+    return "/".join(part for part in parts[-3:] if part != "model") if len(parts) > 2 else agent
+
+
+def machine(out: Path) -> dict[str, str]:
+    """What the run stood on."""
+    import os
+
+    import torch
+
+    config = _read(out / "base" / "model" / "config.json")
+    found = {
+        "CPU": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "torch": torch.__version__,
+    }
+    if config:
+        found["student"] = (
+            f"{config['num_hidden_layers']} layers, width {config['hidden_size']}, {config['vocab_size']} tokens"
+        )
+    return found
