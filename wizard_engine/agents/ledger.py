@@ -9,6 +9,7 @@ reply stored is the one that both serve.
 import hashlib
 import json
 import sqlite3
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -70,12 +71,11 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(self.path, timeout=timeout_seconds, isolation_level=None)
         try:
+            self._enter_wal(timeout_seconds)
             self._prepare()
         except sqlite3.DatabaseError as error:
             self._database.close()
-            raise ValueError(
-                f"ledger {self.path}: expected a SQLite ledger, got {error}; move the file away"
-            ) from error
+            raise ValueError(f"ledger {self.path}: expected a SQLite ledger, got {error}; give another path") from None
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """The stored replies of those keys that have one."""
@@ -131,9 +131,20 @@ class Ledger:
         """Closes the file; the ledger is of no use afterwards."""
         self._database.close()
 
+    def _enter_wal(self, timeout_seconds: float) -> None:
+        """Write-ahead mode; SQLite's own waiting does not cover this switch while another process makes it."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
     def _prepare(self) -> None:
         database = self._database
-        database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute("BEGIN IMMEDIATE")
         try:
