@@ -37,6 +37,7 @@ def test_every_pair_battles_in_both_orders():
     assert len({request.messages for request in judge.requests}) == 12
     pairs = [(battle["a"], battle["b"], battle["gap"], battle["winner"]) for battle in out.battles[:3]]
     assert pairs == [("ours", "left", -2.0, "b"), ("ours", "right", -1.0, "b"), ("left", "right", 1.0, "a")]
+    assert {name: line["battles"] for name, line in out.statistics["rivals"].items()} == {"left": 2, "right": 2}
 
 
 def test_scores_are_averaged_over_the_orders():

@@ -90,14 +90,16 @@ def test_length_cap_is_a_ratio_to_the_first_answer():
     first = "a" * 200 + " q4"
     assert reasons(evolve("b" * 405 + " q4.5", answer=first, length_cap=2, result_margin=0)[0]) == ["too long"]
     assert reasons(evolve("b" * 395 + " q4.5", answer=first, length_cap=2, result_margin=0)[0]) == ["accepted"]
+    growing = evolve("b" * 395 + " q5", "c" * 500 + " q6", answer=first, length_cap=2, result_margin=0)[0]
+    assert reasons(growing) == ["accepted", "too long"]
 
 
 def test_another_result_must_win_by_the_margin_in_both_orders():
     judge = honest_judge(bias=0.5)
-    new = "so 5=5 q6.4 The answer is {}."
+    new = "so 5=5 q6.7 The answer is {}."
     same, _ = evolve(new.format(4), judge=judge, answer="q4 The answer is 4.")
-    # The judge reads the last q, and the bias takes half a point off in one order.
     assert reasons(same) == ["accepted"]
+    # The averaged gap is 2.2, but only 1.7 in the order that the bias works against.
     other, row = evolve(new.format(5), judge=judge, answer="q4.5 The answer is 4.")
     assert reasons(other) == ["result changed"] and other.rows[0] is row
     clear, _ = evolve(new.format(5), judge=judge, answer="q3 The answer is 4.")

@@ -151,7 +151,9 @@ def test_a_conversation_ends_before_a_turn_without_a_good_answer():
         evolve=lambda r, f: "V1" if f["instruction"] == "U1" else f["instruction"],
         answer=lambda r, m: "Please provide the number." if m[-1].content == "U2" else "Fine answer",
     )
-    out = evolve_instructions([two_turns()], **team)
+    later = (Message("user", "U3"), Message("assistant", "A3"))
+    row = two_turns()
+    out = evolve_instructions([row.replace(messages=row.messages + later)], **team)
     assert contents(out.rows[1]) == ["Be brief.", "V1", "Fine answer"]
 
 

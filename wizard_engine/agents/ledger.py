@@ -24,9 +24,10 @@ _APPLICATION = 0x57495A4C
 _KEYS_PER_QUERY = 500
 _SCHEMA = """
 CREATE TABLE replies (
-    key BLOB PRIMARY KEY, agent TEXT NOT NULL, fingerprint TEXT NOT NULL, task TEXT NOT NULL, messages BLOB NOT NULL,
-    seed INTEGER NOT NULL, temperature REAL NOT NULL, max_tokens INTEGER NOT NULL, text TEXT NOT NULL
-) WITHOUT ROWID;
+    number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, agent TEXT NOT NULL, fingerprint TEXT NOT NULL,
+    task TEXT NOT NULL, messages BLOB NOT NULL, seed INTEGER NOT NULL, temperature REAL NOT NULL,
+    max_tokens INTEGER NOT NULL, text TEXT NOT NULL
+);
 CREATE TABLE failures (
     number INTEGER PRIMARY KEY, key BLOB NOT NULL, agent TEXT NOT NULL, fingerprint TEXT NOT NULL, task TEXT NOT NULL,
     error TEXT NOT NULL
@@ -98,7 +99,7 @@ class Ledger:
         database = self._database
         database.execute("BEGIN IMMEDIATE")
         try:
-            database.executemany("INSERT OR IGNORE INTO replies VALUES (?,?,?,?,?,?,?,?,?)", kept)
+            database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?)", kept)
             database.executemany("INSERT INTO failures (key,agent,fingerprint,task,error) VALUES (?,?,?,?,?)", failed)
         except BaseException:
             database.execute("ROLLBACK")
@@ -119,10 +120,10 @@ class Ledger:
         return dict(self._database.execute("SELECT error, COUNT(*) FROM failures GROUP BY error ORDER BY error"))
 
     def calls(self, *, agent: str | None = None, task: str | None = None) -> Iterator[Call]:
-        """Yields the stored calls, of one agent or task where given, in the order of their keys."""
+        """Yields the stored calls, of one agent or task where given, in the order they were stored."""
         query = (
             "SELECT agent, fingerprint, task, messages, seed, temperature, max_tokens, text FROM replies"
-            " WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY key"
+            " WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY number"
         )
         for name, fingerprint, task_, messages, *settings, text in self._database.execute(query, (agent, task)):
             yield Call(name, fingerprint, Request(task_, _unpack(messages), *settings), text)

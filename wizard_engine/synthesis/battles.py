@@ -110,15 +110,13 @@ def _record(scene: Scene, a: int, b: int, names: Sequence[str]) -> dict[str, Any
 
 
 def battle_tables(battles: Sequence[dict[str, Any]], rows: Sequence[Conversation], ours: str) -> dict[str, Any]:
-    """How ours fared, by rival, topic and difficulty, and how often the judge flipped over all battles.
+    """How ours, which stands first in its battles, fared by rival, topic and difficulty; the judge's flips over all.
 
     Each table has a line a value: battles, wins, losses, ties, flips, identical, mean_gap (points, positive where ours
     is ahead). Rows without the attribute are under "unknown"; a numeric difficulty is rounded.
     """
     attributes = {row.id: row.attributes for row in rows}
-    own = [
-        battle if battle["a"] == ours else _turned(battle) for battle in battles if ours in (battle["a"], battle["b"])
-    ]
+    own = [battle for battle in battles if battle["a"] == ours]
     judged = [battle for battle in battles if not battle["identical"]]
     return {
         "rivals": _table(own, lambda battle: battle["b"]),
@@ -136,13 +134,6 @@ def label(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(round(value))
     return "+".join(sorted(map(str, value))) if isinstance(value, list | tuple | set) else str(value)
-
-
-def _turned(battle: dict[str, Any]) -> dict[str, Any]:
-    """The same battle with a and b exchanged."""
-    exchanged = {"a": battle["b"], "b": battle["a"], "score_a": battle["score_b"], "score_b": battle["score_a"]}
-    winner = {"a": "b", "b": "a", "tie": "tie"}[battle["winner"]]
-    return battle | exchanged | {"gap": -battle["gap"], "winner": winner}
 
 
 def _table(battles: Sequence[dict[str, Any]], key) -> dict[str, dict[str, float]]:
