@@ -12,16 +12,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from wizard_engine import runtime, world
-from wizard_engine.agents import Ledger, Request, make_agent
+from wizard_engine.agents import Cast, Request
 from wizard_engine.data.records import Message, read_rows
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.elo import Rating, elo
 from wizard_engine.evaluation.pairwise import Pairwise, all_pairs
-from wizard_engine.files import write_json, write_text
-from wizard_engine.recipe import launch
+from wizard_engine.files import to_plain, write_json, write_text
+from wizard_engine.recipe import launch, on_main
 from wizard_engine.stage import Stage
 
 
@@ -36,8 +38,8 @@ class Config:
     """Directory for arena.json, battles.jsonl, answers/ and ledger.sqlite."""
     prompts: Path | None = None
     """Rows whose last user turn is to be answered; default: held-out problems of the embedded world."""
-    n: int = 200
-    """Prompts: of the embedded world, or at most so many of the file."""
+    n: Annotated[int, tyro.conf.arg(name="limit")] = 200
+    """Prompts at most."""
     judge: str = "world:judge"
     """Registered program or model directory."""
     baseline: str | None = None
@@ -51,7 +53,7 @@ class Config:
     """Longest answer, tokens."""
     batch_size: int = 256
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     overwrite: bool = False
     """Replace what OUT holds from another configuration."""
     quiet: bool = False
@@ -79,13 +81,14 @@ def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
     return [row.id for row in rows], prompts
 
 
-def answer(cfg: Config, spec: str, ids: Sequence[str], prompts: Sequence[tuple[Message, ...]], ledger: Ledger):
+def answer(
+    cfg: Config, spec: str, ids: Sequence[str], prompts: Sequence[tuple[Message, ...]], cast: Cast
+) -> tuple[list[str], int]:
     """A model's answers, and how many calls failed; a failed call's answer is "", so it can only lose."""
     if ".jsonl" in Path(spec).name:
         return read_answers(spec, ids, [prompt[-1].content for prompt in prompts]), 0
-    agent = make_agent(spec, ledger, device=cfg.device, batch_size=cfg.batch_size)
     settings = {"seed": cfg.seed, "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
-    replies = agent.respond([Request("answer", prompt, **settings) for prompt in prompts])
+    replies = cast.agent(spec).respond([Request("answer", prompt, **settings) for prompt in prompts])
     return [reply.text if reply.error is None else "" for reply in replies], sum(r.error is not None for r in replies)
 
 
@@ -126,32 +129,38 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
 SILENT = ("out", "prompts", "batch_size", "device", "overwrite", "quiet")
 
 
-def main(cfg: Config) -> dict[str, Any]:
-    """Answers, judges and rates; returns what arena.json holds."""
-    runtime.start(cfg.device)
+def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
+    """Answers, judges and rates; returns what arena.json holds.
+
+    With a runtime of several ranks all of them make this call and share the work; without one this process is alone.
+    """
+    rt = rt or runtime.Runtime()
     world.register()
     models = read_models(cfg.models)
     stage = open_arena(cfg, models)
-    if stage.is_current():
-        return stage.result()
-    stage.start()
+    if on_main(rt, stage.is_current):
+        return on_main(rt, stage.result)
     ids, prompts = read_prompts(cfg)
-    ledger = Ledger(cfg.out / "ledger.sqlite")
-    found = {name: answer(cfg, spec, ids, prompts, ledger) for name, spec in models.items()}
+    on_main(rt, stage.start)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    found = {name: answer(cfg, spec, ids, prompts, cast) for name, spec in models.items()}
     answers = {name: texts for name, (texts, _) in found.items()}
-    judge = make_agent(cfg.judge, ledger, device=cfg.device, batch_size=cfg.batch_size)
-    results = all_pairs(answers, prompts, judge=judge, seed=cfg.seed, baseline=cfg.baseline)
+    results = all_pairs(answers, prompts, judge=cast.agent(cfg.judge), seed=cfg.seed, baseline=cfg.baseline)
     battles = [battle for result in results for battle in result.battles]
     ratings = elo(battles, anchor=cfg.anchor or next(iter(models)), anchor_elo=cfg.anchor_elo, seed=cfg.seed)
     errors = {name: count for name, (_, count) in found.items()}
-    report = {"prompts": len(prompts), "seed": cfg.seed, "answer_errors": errors, "calls": ledger.counts()}
+    report = {"prompts": len(prompts), "seed": cfg.seed, "answer_errors": errors}
     report |= {"pairwise": [item.to_json() for item in results], "elo": [asdict(rating) for rating in ratings]}
-    if not cfg.quiet:
-        print_report(results, ratings)
-    stage.finish(report, write(cfg.out, ids, answers, results, report))
-    ledger.close()
-    return report
+
+    def finish() -> dict[str, Any]:
+        done = to_plain(report | {"calls": cast.ledger.counts()})
+        stage.finish(done, write(cfg.out, ids, answers, results, done))
+        if not cfg.quiet:
+            print_report(results, ratings)
+        return done
+
+    return on_main(rt, finish)
 
 
 if __name__ == "__main__":
-    launch(main, Config)
+    launch(lambda cfg: main(cfg, runtime.start(cfg.device)), Config)

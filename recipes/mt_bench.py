@@ -13,15 +13,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from wizard_engine import runtime, world
-from wizard_engine.agents import Agent, Ledger, Request, make_agent
+from wizard_engine.agents import Agent, Cast, Request
 from wizard_engine.data.records import Message
 from wizard_engine.evaluation.mt_bench import Mean, MTBench, mt_bench
 from wizard_engine.evaluation.questions import Question, read_questions
-from wizard_engine.files import write_json, write_text
-from wizard_engine.recipe import launch
+from wizard_engine.files import to_plain, write_json, write_text
+from wizard_engine.recipe import launch, on_main
 from wizard_engine.stage import Stage
 
 
@@ -37,8 +39,8 @@ class Config:
     """FastChat's question.jsonl, or a file like it; default: questions of the embedded world."""
     references: Path | None = None
     """FastChat's reference answers, shown to the judge where a question has them."""
-    n: int = 80
-    """Questions of the embedded world."""
+    n: Annotated[int, tyro.conf.arg(name="limit")] = 80
+    """Questions at most."""
     judge: str = "world:judge"
     """Registered program or model directory."""
     repeats: int = 1
@@ -49,7 +51,7 @@ class Config:
     """Longest answer, tokens; a checkpoint's context may allow less."""
     batch_size: int = 256
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     overwrite: bool = False
     """Replace what OUT holds from another configuration."""
     quiet: bool = False
@@ -70,7 +72,7 @@ def answers_of(agent: Agent, cfg: Config, failures: list[str]):
 def read(cfg: Config) -> list[Question]:
     """The questions: the file's, or the embedded world's."""
     if cfg.questions is not None:
-        return read_questions(cfg.questions, cfg.references)
+        return read_questions(cfg.questions, cfg.references)[: cfg.n]
     own = world.mt_questions(cfg.n, cfg.seed)
     return [Question(item.id, item.category, item.turns, item.references) for item in own]
 
@@ -119,31 +121,35 @@ def open_bench(cfg: Config) -> Stage:
     return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite)
 
 
-def main(cfg: Config) -> dict[str, Any]:
-    """Answers and rates; returns what mt_bench.json holds."""
-    runtime.start(cfg.device)
+def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
+    """Answers and rates; returns what mt_bench.json holds.
+
+    With a runtime of several ranks all of them make this call and share the work; without one this process is alone.
+    """
+    rt = rt or runtime.Runtime()
     world.register()
     stage = open_bench(cfg)
-    if stage.is_current():
-        return stage.result()
+    if on_main(rt, stage.is_current):
+        return on_main(rt, stage.result)
     questions = read(cfg)
-    stage.start()
-    ledger, failures = Ledger(cfg.out / "ledger.sqlite"), []
-    agent, judge = (
-        make_agent(spec, ledger, device=cfg.device, batch_size=cfg.batch_size) for spec in (cfg.model, cfg.judge)
-    )
+    on_main(rt, stage.start)
+    cast, failures = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size), []
+    agent = cast.agent(cfg.model)
     result = mt_bench(
-        answers_of(agent, cfg, failures), questions, judge=judge, name=agent.name, seed=cfg.seed,
+        answers_of(agent, cfg, failures), questions, judge=cast.agent(cfg.judge), name=agent.name, seed=cfg.seed,
         repeats=cfg.repeats, default_temperature=cfg.default_temperature,
     )  # fmt: skip
-    report = result.to_json() | {"questions": len(questions), "answer_errors": len(failures), "calls": ledger.counts()}
-    if not cfg.quiet:
-        print_report(result)
-    outputs = write(cfg.out, questions, result, report)
-    stage.finish(json.loads((cfg.out / "mt_bench.json").read_text(encoding="utf-8")), outputs)
-    ledger.close()
-    return stage.result()
+
+    def finish() -> dict[str, Any]:
+        counts = {"questions": len(questions), "answer_errors": len(failures), "calls": cast.ledger.counts()}
+        report = to_plain(result.to_json() | counts)
+        stage.finish(report, write(cfg.out, questions, result, report))
+        if not cfg.quiet:
+            print_report(result)
+        return report
+
+    return on_main(rt, finish)
 
 
 if __name__ == "__main__":
-    launch(main, Config)
+    launch(lambda cfg: main(cfg, runtime.start(cfg.device)), Config)

@@ -306,22 +306,30 @@ def intervals(
 
 
 def grouped_points(
-    groups: Sequence[tuple[str, Sequence[Point]]], *, width: float = 620, height: float = 300, label: str = "points"
+    groups: Sequence[tuple[str, Sequence[Point]]],
+    *,
+    top: float | None = None,
+    width: float = 620,
+    height: float = 300,
+    label: str = "points",
 ) -> str:
-    """Shares with error bars (two standard errors), grouped along x and joined by a line per kind within a group."""
-    tops = [point.value + 2 * point.error for _, points in groups for point in points] or [1.0]
-    axis = ticks(0, min(1.0, max(tops)), 5)
-    left, right, top, bottom = 46.0, width - 6, 22.0, height - 26
-    body = _y_axis(axis, left, right, top, bottom, lambda value: percent(value, 0))
+    """Shares with error bars (two standard errors), grouped along x and joined by a line per kind within a group.
+
+    The y axis reaches from 0 to `top`, by default the highest end of an error bar.
+    """
+    ends = [point.value + 2 * point.error for _, points in groups for point in points]
+    axis = ticks(0, min(1.0, max(ends, default=1.0) if top is None else top), 5)
+    left, right, head, bottom = 46.0, width - 6, 22.0, height - 26
+    body = _y_axis(axis, left, right, head, bottom, lambda value: percent(value, 0))
     room = (right - left) / max(1, len(groups))
 
     def down(value: float) -> float:
-        return bottom - (bottom - top) * min(max(value, 0), axis[-1]) / axis[-1]
+        return bottom - (bottom - head) * min(max(value, 0), axis[-1]) / axis[-1]
 
     for place, (name, points) in enumerate(groups):
         start = left + place * room
         if place:
-            body.append(line(start, top - 12, start, bottom + 20))
+            body.append(line(start, head - 12, start, bottom + 20))
         body.append(text(start + room / 2, height - 6, name, size=12.5, anchor="middle", weight=600))
         order = list(dict.fromkeys(point.name for point in points))
         step = room / (len(order) + 0.6)
@@ -354,11 +362,15 @@ def heatmap(
     values: Sequence[Sequence[float | None]],
     *,
     top: float | None = None,
+    low: float = 0.0,
     width: float = 400,
     form=number,
     label: str = "heat map",
 ) -> str:
-    """Table of shaded cells with their numbers; None is left blank. `top` is the value of the darkest shade."""
+    """Table of shaded cells with their numbers; None is left blank.
+
+    `low` and `top` are the values of the lightest and the darkest shade; top is the largest value unless given.
+    """
     known = [value for row in values for value in row if value is not None]
     top = top or max(known, default=0) or 1
     size = 11.5
@@ -378,18 +390,18 @@ def heatmap(
         y = head + index * tall
         body.append(text(names - 8, y + tall / 2 + 4, shorten(row, names - 8, size), size=size, anchor="end"))
         for place, value in enumerate(values[index]):
-            body += _cell(names + place * cell, y, cell, tall, value, top, form)
+            shade = None if value is None else min(max((value - low) / ((top - low) or 1), 0), 1)
+            body += _cell(names + place * cell, y, cell, tall, shade, "" if value is None else form(value))
     extra = 60 if slanted else 0
     return frame(width + extra, head + len(rows) * tall + 2, body, label)
 
 
-def _cell(x: float, y: float, width: float, height: float, value: float | None, top: float, form) -> list[str]:
-    if value is None:
+def _cell(x: float, y: float, width: float, height: float, share: float | None, written: str) -> list[str]:
+    """A shaded box with its number; share 0 is the lightest shade, 1 the darkest, None an empty cell."""
+    if share is None:
         return [box(x + 1, y + 1, width - 2, height - 2, fill=PANEL, radius=3)]
-    share = min(max(value / top, 0), 1)
     red, green, blue = (round(a + (b - a) * share) for a, b in zip((240, 244, 250), (38, 84, 156)))
     ink = "#fff" if share > 0.55 else INK
     shade = box(x + 1, y + 1, width - 2, height - 2, fill=f"rgb({red},{green},{blue})", radius=3)
-    written = form(value)
     size = 11 if text_width(written, 11) < width - 4 else 9
     return [shade, text(x + width / 2, y + height / 2 + 4, written, size=size, anchor="middle", fill=ink)]

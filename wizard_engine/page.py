@@ -39,7 +39,7 @@ th { text-align:left; color:var(--soft); font-weight:600; font-size:12.5px; bord
      padding:6px 12px 6px 0; vertical-align:bottom; white-space:nowrap }
 td { border-bottom:1px solid var(--rule); padding:7px 12px 7px 0; vertical-align:top }
 tr:last-child td { border-bottom:0 }
-td:first-child { min-width:9em }
+td:first-child { min-width:4em }
 th.num,td.num { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap }
 th:last-child,td:last-child { padding-right:0 }
 pre,code { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace; font-size:13px }
@@ -106,16 +106,18 @@ def tiles(items: Sequence[tuple[str, str]]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: Sequence[int] = ()) -> str:
-    """A table of plain-text cells, scrolled sideways where it is too wide; `numeric` columns stand at the right."""
+    """A table of plain-text cells, scrolled sideways where it is too wide; `numeric` columns stand at the right.
+
+    A header of blanks is left out.
+    """
 
     def cells(values: Sequence[object], tag: str) -> str:
         marks = (' class="num"' if place in numeric else "" for place in range(len(values)))
         return "".join(f"<{tag}{mark}>{_cell(value)}</{tag}>" for value, mark in zip(values, marks))
 
     lines = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells(header, "th")}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
+    head = f"<thead><tr>{cells(header, 'th')}</tr></thead>" if any(header) else ""
+    return f'<div class="scroll"><table>{head}<tbody>{lines}</tbody></table></div>'
 
 
 class Html(str):

@@ -52,6 +52,7 @@ def analysis_page(analysis: Analysis, *, title: str = "What the training rows ar
         title,
         header=f'<div class="eyebrow">Data analysis</div><h1>{charts.escape(title)}</h1>{_tiles(analysis)}',
         body=attributes + _pairs(analysis, known) + _examples(analysis) + method,
+        style=".rows td:first-child { min-width:17em }",
         footer="Written by recipes/analyze.py. The same tables are in analysis.json, the rows in rows.jsonl.",
     )
 
@@ -146,6 +147,5 @@ def _examples(analysis: Analysis) -> str:
             )
         )
     header = ("user turns", "skill", "topic", "language", "difficulty", "length")
-    return section(
-        "A few rows", table(header, lines, numeric=(5,)), lead="Drawn at random, to judge the heuristics by."
-    )
+    shown = f'<div class="rows">{table(header, lines, numeric=(5,))}</div>'
+    return section("A few rows", shown, lead="Drawn at random, to judge the heuristics by.")

@@ -126,7 +126,7 @@ def language(text: str, answer: str = "") -> str:
     if by_words is not None and (letters < 100 or identify is None):
         return by_words
     if identify is None:
-        return _stop_word_language(text + " " + answer[:300], least=1) or "und"
+        return _stop_word_language(f"{text}\n{answer[:300]}", least=1, factor=1.01) or "und"
     if letters < 60:
         text = f"{text}\n{answer[:300]}"
         by_words = _stop_word_language(text)
@@ -135,14 +135,14 @@ def language(text: str, answer: str = "") -> str:
     return next((code for code, _ in identify(text) if LANGUAGES.fullmatch(code)), "und")
 
 
-def _stop_word_language(text: str, least: int = 2) -> str | None:
-    """The language with at least `least` stop words in the text and twice as many as any other, else None."""
+def _stop_word_language(text: str, least: int = 2, factor: float = 2) -> str | None:
+    """The language with at least `least` stop words in the text and `factor` times as many as any other, else None."""
     words = Counter(_WORD.findall(text.lower()))
     counts = sorted(
         ((sum(words[w] for w in stop & words.keys()), code) for code, stop in _STOP_WORDS.items()), reverse=True
     )
     (best, code), (second, _) = counts[0], counts[1]
-    return code if best >= least and best >= 2 * second else None
+    return code if best >= least and best >= factor * second else None
 
 
 # ---- topic ----------------------------------------------------------------------------------------------------------

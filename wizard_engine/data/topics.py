@@ -72,26 +72,37 @@ def tfidf(texts: Sequence[str], *, features: int = 1500, least: int = 3) -> tupl
 
 
 def spherical_kmeans(
-    vectors: np.ndarray, clusters: int, *, seed: int, iterations: int = 25
+    vectors: np.ndarray, clusters: int, *, seed: int, starts: int = 4, iterations: int = 25
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cluster of each unit vector (N,) and the unit centres (clusters, V), by cosine similarity.
 
-    Starts from k-means++ choices of a generator seeded with `seed`; an empty cluster takes the worst-placed vector.
+    The best of `starts` runs from k-means++ choices of a generator seeded with `seed`.
     """
     generator = np.random.default_rng(seed)
+    runs = [_kmeans(vectors, _first_centres(vectors, clusters, generator), iterations) for _ in range(starts)]
+    return max(runs, key=lambda run: float((vectors * run[1][run[0]]).sum()))
+
+
+def _first_centres(vectors: np.ndarray, clusters: int, generator: np.random.Generator) -> np.ndarray:
+    """k-means++: each next centre is a vector drawn with probability proportional to its cosine distance."""
     centres = vectors[[generator.integers(len(vectors))]]
     for _ in range(clusters - 1):
         distance = np.clip(1 - (vectors @ centres.T).max(axis=1), 0, None).astype(np.float64) + 1e-9
         centres = np.vstack([centres, vectors[[generator.choice(len(vectors), p=distance / distance.sum())]]])
+    return centres
+
+
+def _kmeans(vectors: np.ndarray, centres: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """Alternates assignment and centres; an empty cluster takes the worst-placed vector."""
     assignment = np.full(len(vectors), -1)
     for _ in range(iterations):
         similarity = vectors @ centres.T
         new = similarity.argmax(axis=1)
-        for empty in np.setdiff1d(np.arange(clusters), new):
+        for empty in np.setdiff1d(np.arange(len(centres)), new):
             new[similarity.max(axis=1).argmin()] = empty
         if (new == assignment).all():
             break
         assignment = new
-        centres = np.stack([vectors[assignment == cluster].sum(axis=0) for cluster in range(clusters)])
+        centres = np.stack([vectors[assignment == cluster].sum(axis=0) for cluster in range(len(centres))])
         centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
     return assignment, centres

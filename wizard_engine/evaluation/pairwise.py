@@ -16,6 +16,7 @@ from wizard_engine.agents.prompts import dialogue, request_messages
 from wizard_engine.agents.protocol import Agent, Request
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
+from wizard_engine.evaluation.accuracy import wilson_interval
 
 TIE_MARGIN = 0.1
 BOOTSTRAP = 2000
@@ -48,7 +49,8 @@ class Pairwise:
 
     Attributes:
         wins, losses, ties: prompts that a won, lost, or neither; errors: prompts without two readable verdicts.
-        win_rate: wins / (wins + losses), ties removed; None where all are ties. ci95: its bootstrap interval.
+        win_rate: wins / (wins + losses), ties removed; None where all are ties. ci95: its bootstrap interval
+            (Wilson's where all decided prompts went one way).
         win_rate_with_ties: (wins + ties/2) / (wins + losses + ties). ci95_with_ties: its bootstrap interval.
         flips: prompts whose two games named different winners. first_wins: share of decided games that the answer
             shown first won; far from 0.5 the judge looks at positions. longer_wins: share of decided prompts that the
@@ -199,7 +201,8 @@ def bootstrap_rates(
 ) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
     """95 % intervals of the win rate without and with ties, by resampling prompts; None where nothing is decided.
 
-    A prompt has one of three outcomes, so resampling prompts is drawing the three counts from a multinomial.
+    A prompt has one of three outcomes, so resampling prompts is drawing the three counts from a multinomial. Where all
+    decided prompts went one way resampling knows no spread, and Wilson's interval takes its place without ties.
     """
     total = wins + losses + ties
     if not total:
@@ -208,7 +211,9 @@ def bootstrap_rates(
     won, lost, tied = np.random.default_rng(seed).multinomial(total, shares, size=resamples).T
     decided = won + lost > 0
     with_ties = _interval((won + tied / 2) / total)
-    return (_interval(won[decided] / (won + lost)[decided]) if wins + losses else None), with_ties
+    if not wins or not losses:
+        return (wilson_interval(wins, wins + losses) if wins + losses else None), with_ties
+    return _interval(won[decided] / (won + lost)[decided]), with_ties
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -22,6 +22,9 @@ class Question:
 def read_questions(path: Path | str, references: Path | str | None = None) -> list[Question]:
     """Questions of a FastChat file (question_id, category, turns), with the answers of its reference file if given.
 
+    Without a reference file, a list under "references" (a text per turn) in the question file itself counts. The field
+    "reference" of the published question file is not what the judge is shown, so it is not read.
+
     Raises:
         ValueError: `path:line: field: ...` for a line that is no such question or reference; the file is empty.
     """
@@ -35,7 +38,8 @@ def read_questions(path: Path | str, references: Path | str | None = None) -> li
     for place, item in _lines(path):
         number = _field(item, "question_id", place)
         turns = _turns(item.get("turns"), "turns", place)
-        questions.append(Question(number, _field(item, "category", place), turns, known.get(number, ())))
+        own = _turns(item["references"], "references", place) if "references" in item else ()
+        questions.append(Question(number, _field(item, "category", place), turns, known.get(number, own)))
     if not questions:
         raise ValueError(f"{path}:1: file: expected at least one question, got none; give a file with questions")
     return questions
