@@ -90,6 +90,7 @@ def main(cfg: Config) -> dict:
     report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
     files = {"sft": found.sft, "preferences": found.preferences}
     outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"battles": found.battles}, report))
+    cast.close()
     if rt.is_main and not cfg.quiet:
         print(f"{len(found.sft)} lessons, {len(found.preferences)} preference rows from {len(found.battles)} battles")
         print_table("rival", found.statistics["rivals"])

@@ -79,6 +79,7 @@ def main(cfg: Config) -> dict:
     report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
     files = {"rows": found.rows, "preferences": found.preferences}
     outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"chains": found.chains}, report))
+    cast.close()
     if rt.is_main and not cfg.quiet:
         changed, pairs = found.statistics["rows_changed"], len(found.preferences)
         print(f"{changed} of {len(rows)} answers changed, {pairs} preference rows")

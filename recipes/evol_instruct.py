@@ -153,6 +153,7 @@ def main(cfg: Config) -> dict:
         return [cfg.out / "method.txt", *write_outputs(cfg.out, files, objects, report)]
 
     outputs = on_main(rt, write)
+    cast.close()
     if rt.is_main and not cfg.quiet:
         print("  ".join(f"{name} {count}" for name, count in counts.items()))
         print_table("operator", evolved.statistics["operators"])

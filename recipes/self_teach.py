@@ -106,6 +106,7 @@ def main(cfg: Config) -> dict:
     report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics, "labels": labels}
     files = {"sft": found.sft, "preferences": found.preferences, "processes": processes}
     outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"scores": found.scores}, report))
+    cast.close()
     if rt.is_main and not cfg.quiet:
         print(f"{found.statistics['selected']} of {found.statistics['prompts']} prompts selected by {cfg.score}:")
         print(f"{len(found.sft)} supervised, {len(found.preferences)} preference, {len(processes)} process rows")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request, make_agent, register, registered
+from wizard_engine.agents import Cast, Ledger, LedgeredAgent, Reply, Request, make_agent, register, registered
 from wizard_engine.data.records import Message
+from wizard_engine.runtime import Runtime
 
 
 class Fixed:
@@ -27,6 +28,16 @@ def test_make_agent_finds_registered_names(fixed, tmp_path):
     assert isinstance(agent, LedgeredAgent) and agent.batch_size == 3
     assert agent.respond([Request("answer", (Message("user", "?"),))]) == [Reply("yes")]
     assert ledger.counts() == {"fixed": {"answer": {"replies": 1, "failures": 0}}}
+
+
+def test_cast_makes_each_agent_once_with_one_ledger(fixed, tmp_path):
+    cast = Cast(tmp_path / "l.sqlite", Runtime())
+    agent = cast.agent(fixed)
+    assert cast.agent(fixed) is agent and agent.ledger is cast.ledger
+    assert cast.optional(None) is None and cast.optional(fixed) is agent
+    agent.respond([Request("answer", (Message("user", "?"),))])
+    cast.close()
+    assert not (tmp_path / "l.sqlite-wal").exists()
 
 
 def test_make_agent_names_the_nearest(fixed, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from fake_agents import FAILED, Fake
 
-from wizard_engine.data.records import conversation
+from wizard_engine.data.records import Conversation, Message, conversation
 from wizard_engine.synthesis import instruction_groups, label_processes, rank_instructions
 
 
@@ -40,7 +40,11 @@ def test_labels_belong_to_the_students_own_steps():
     ]  # fmt: skip
     assert out[0].prompt == rows()[0].messages[:-1] and out[0].lineage["parents"] == [rows()[0].id]
     assert out[0].attributes == {"topic": "farm", "policy": "student/1", "answer": "3*4=12\nThen\n12+1=14"}
-    assert counts["dropped"] == {"no answer": 0, "repeated": 1} and counts["labels"] == {"-1": 1, "0": 1, "1": 2}
+    assert counts["dropped"] == {"no answer": 0, "repeated": 1, "several turns": 0} and counts["labels"] == {
+        "-1": 1,
+        "0": 1,
+        "1": 2,
+    }
 
 
 def test_one_line_answers_are_labelled_by_sentence():
@@ -53,8 +57,19 @@ def test_unreadable_labels_and_failed_answers_are_counted():
     counts = {}
     labeller = Fake("labeller", label=lambda r, f: "1\n1\n1")
     out = label_processes(rows(2), student=solver("1=1", FAILED), labeller=labeller, samples=2, statistics=counts)
-    assert out == [] and counts["dropped"] == {"labels unreadable": 2, "no answer": 2, "repeated": 0}
+    assert out == [] and counts["dropped"] == {
+        "labels unreadable": 2, "no answer": 2, "repeated": 0, "several turns": 0,
+    }  # fmt: skip
     assert counts["calls"]["label"] == {"asked": 2, "failed": 0, "unreadable": 2}
+
+
+def test_rows_of_several_turns_are_not_labelled():
+    turns = [("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2")]
+    longer = Conversation(tuple(Message(*turn) for turn in turns))
+    counts = {}
+    labeller = Fake("labeller", label=check)
+    out = label_processes([longer, *rows()], student=solver("1=1"), labeller=labeller, samples=1, statistics=counts)
+    assert len(out) == 1 and counts["dropped"]["several turns"] == 1
 
 
 def test_labelling_is_two_batches_at_temperature_one():

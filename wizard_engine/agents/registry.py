@@ -76,6 +76,10 @@ class Cast:
             self._made[spec] = make_agent(spec, self.ledger, batch_size=self.batch_size, runtime=self.runtime)
         return self._made[spec]
 
+    def close(self) -> None:
+        """Closes the ledger; agents of this cast can no longer be asked."""
+        self.ledger.close()
+
     def optional(self, spec: str | None) -> Agent | None:
         """The agent of a spec, None for none."""
         return None if spec is None else self.agent(spec)

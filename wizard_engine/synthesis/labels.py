@@ -31,8 +31,10 @@ def label_processes(
 ) -> list[Process]:
     """The student's own answers with a label for each step, in the order of the rows.
 
+    A labeller sees one instruction and no history, so rows of several turns are left out and counted.
+
     Args:
-        rows: their last user turns, in context, are answered.
+        rows: their user turns are answered.
         student: task "answer", `samples` times at `temperature`; equal answers to a row count once.
         labeller: task "label".
         statistics: filled with "answers", "kept", "dropped" (reasons), "labels" (label -> steps), "calls".
@@ -44,7 +46,9 @@ def label_processes(
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}; give the answers wanted a row")
     calls, dropped = Calls(max_tokens=max_tokens), Counter()
-    answers = _distinct_answers(calls, student, rows, samples, temperature, dropped, seed)
+    single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
+    dropped["several turns"] += len(rows) - len(single)
+    answers = _distinct_answers(calls, student, single, samples, temperature, dropped, seed)
     fields = [{"instruction": row.instruction, "answer_steps": _lines(steps)} for row, _, steps in answers]
     labels = calls.ask(
         labeller,
