@@ -69,11 +69,11 @@ def percent(share: float, digits: int = 1) -> str:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that cover [low, high], about `count` of them."""
-    span = high - low if high > low else abs(high) or 1.0
+    span = high - low if high - low > max(1e-30, 1e-9 * abs(low)) else abs(high) or 1.0
     step = 10 ** math.floor(math.log10(span / count))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+    return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
 def frame(width: float, height: float, body: Sequence[str], label: str) -> str:

@@ -1,0 +1,113 @@
+"""Arena and two-turn recipes in process, on the embedded world's programs."""
+
+import json
+
+import pytest
+
+from recipes import arena
+from recipes import mt_bench as bench
+from wizard_engine import world
+from wizard_engine.data.records import write_rows
+from wizard_engine.evaluation.answers import read_answers
+
+
+def _arena(tmp_path, name="arena", **options):
+    defaults = {"models": ("good=world:expert", "bad=world:terse"), "out": tmp_path / name, "n": 24, "quiet": True}
+    return arena.Config(**{**defaults, **options})
+
+
+def test_arena_ranks_programs_and_is_skipped_when_current(tmp_path):
+    config = _arena(tmp_path)
+    report = arena.main(config)
+    (pair,) = report["pairwise"]
+    assert (pair["a"], pair["b"]) == ("bad", "good") and pair["losses"] > pair["wins"]
+    assert pair["wins"] + pair["losses"] + pair["ties"] + pair["errors"] == 24
+    assert [rating["model"] for rating in report["elo"]] == ["good", "bad"] and report["elo"][0]["elo"] == 1000
+    battles = [json.loads(line) for line in (tmp_path / "arena" / "battles.jsonl").read_text().splitlines()]
+    assert sum(battle["score"] == 0.0 for battle in battles) == pair["losses"]
+    written = (tmp_path / "arena" / "arena.json").stat().st_mtime_ns
+    assert arena.main(config) == report == json.loads((tmp_path / "arena" / "arena.json").read_text())
+    assert (tmp_path / "arena" / "arena.json").stat().st_mtime_ns == written
+
+
+def test_arena_repeats_no_call_of_an_interrupted_run(tmp_path, monkeypatch):
+    config = _arena(tmp_path)
+    arena.main(config)
+    (tmp_path / "arena" / "stage.json").unlink()
+    asked = []
+    judge = type(world.program("world:judge"))
+    respond = judge.respond
+    monkeypatch.setattr(judge, "respond", lambda self, requests: asked.extend(requests) or respond(self, requests))
+    arena.main(config)
+    assert asked == []
+
+
+def test_arena_takes_answer_files_in_any_order_and_prompts_from_a_file(tmp_path):
+    rows = world.held_out(12, seed=4)
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    right, wrong = tmp_path / "right.jsonl", tmp_path / "wrong.jsonl"
+    lines = [json.dumps({"id": row.id, "answer": row.answer}) for row in rows]
+    right.write_text("\n".join(reversed(lines)))
+    wrong.write_text("\n".join(json.dumps({"prompt": row.instruction, "greedy": "The answer is 0."}) for row in rows))
+    models = (f"wrong={wrong}#greedy", f"right={right}")
+    report = arena.main(_arena(tmp_path, models=models, prompts=tmp_path / "prompts.jsonl"))
+    assert report["prompts"] == 12 and report["pairwise"][0]["wins"] >= 11
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (("a=world:expert",), "at least two"),
+        (("a=world:expert", "a=world:terse"), "NAME=SPEC with different names"),
+        (("world:expert", "b=world:terse"), "NAME=SPEC"),
+        (("a=world:exprt", "b=world:terse"), "did you mean 'world:expert'"),
+    ],
+)
+def test_arena_refuses_bad_models(tmp_path, models, message):
+    with pytest.raises(ValueError, match=message):
+        arena.main(_arena(tmp_path, models=models))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": "x", "answer": "1"}', "expected an answer to every prompt, got none with id 'y'"),
+        ('{"answer": "1"}', "expected 2 answers in the order of the prompts, got 1"),
+        ('{"answer": 1}', r"a\.jsonl:1: answer: "),
+        ("{", r"a\.jsonl:1: json: "),
+    ],
+)
+def test_read_answers_names_what_is_missing(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_answers(tmp_path / "a.jsonl", ["x", "y"], ["p", "q"])
+
+
+def test_read_answers_by_order(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"answer": "1"}\n\n{"answer": "2"}\n')
+    assert read_answers(tmp_path / "a.jsonl", ["x", "y"], ["p", "q"]) == ["1", "2"]
+
+
+def test_mt_bench_recipe_on_world_questions(tmp_path):
+    config = bench.Config(model="world:expert", out=tmp_path / "bench", n=16, quiet=True)
+    report = bench.main(config)
+    assert report["questions"] == 16 and report["overall"]["rated"] == 32 and report["overall"]["score"] > 7
+    assert len((tmp_path / "bench" / "ratings.jsonl").read_text().splitlines()) == 32
+    assert report["judge"] == "world:judge" and report["parse_errors"] == 0
+    assert bench.main(config) == report
+
+
+def test_mt_bench_recipe_on_the_published_files(tmp_path, shared_data):
+    folder = shared_data / "mt_bench"
+    files = {"questions": folder / "question.jsonl", "references": folder / "reference_answer_gpt-4.jsonl"}
+    report = bench.main(bench.Config(model="world:expert", out=tmp_path / "bench", quiet=True, **files))
+    assert report["questions"] == 80 and len(report["categories"]) == 8
+    assert report["overall"]["rated"] + report["overall"]["missing"] == 160
+    assert report["overall"]["missing"] == report["call_errors"] + report["parse_errors"]
+    assert "13 published reference answers" in report["notes"][0]
+
+
+def test_mt_bench_recipe_refuses_another_configuration_in_the_same_place(tmp_path):
+    bench.main(bench.Config(model="world:expert", out=tmp_path / "bench", n=8, quiet=True))
+    with pytest.raises(ValueError, match="another"):
+        bench.main(bench.Config(model="world:terse", out=tmp_path / "bench", n=8, quiet=True))

@@ -1,0 +1,197 @@
+"""The report page and its charts: complete, self-contained, escaped, honest about what fell."""
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wizard_engine import charts
+from wizard_engine.evaluation.flow import flow, wrapped
+from wizard_engine.evaluation.report import headline_pair, report_page, write_report
+from wizard_engine.evaluation.report_parts import change, duration, marked
+
+STAGES = [
+    {"slice": s, "name": name, "accuracy": a, "correct": round(1000 * a), "total": 1000, "sampled_accuracy": a - 0.05,
+     "seconds": 12.5}
+    for s, values in ((1, (0.1, 0.4, 0.38, 0.45)), (2, (0.45, 0.55, 0.56, 0.61)))
+    for name, a in zip(("base", "sft", "stage_dpo", "rleif"), values)
+]  # fmt: skip
+PAIRS = [
+    {"a": "rleif", "b": "sft", "wins": 300, "losses": 200, "ties": 500, "win_rate": 0.6, "ci95": [0.55, 0.64]},
+    {"a": "stage_dpo", "b": "sft", "wins": 0, "losses": 0, "ties": 10, "win_rate": None, "ci95": None},
+]
+SUMMARY = {"seed": 3, "seconds": 545.0, "stages": STAGES, "pairwise": PAIRS}
+EVIL = '<script>alert("x")</script>&'
+DETAILS = {
+    "data_flow": [
+        {"name": "natural corpus", "count": 9000, "note": "four sources"},
+        {"name": EVIL, "count": None, "note": EVIL, "lane": "slice 1"},
+    ],
+    "attributes": [
+        {"attribute": "topic", "values": ["farm", EVIL], "natural": [0.7, 0.3], "target": None, "achieved": [0.5, 0.5]}
+    ],
+    "evolved": [
+        {"operator": "", "instruction": "Tom has 3 apples.", "answer": "3"},
+        {"operator": "constraint", "instruction": "Tom has 3 red apples.", "answer": EVIL},
+    ],
+    "curves": {"loss/slice 1": [(0, 3.0), (1, 2.0), (2, float("nan"))], "KL": [(0, 0.0), (5, 0.1)], "empty": []},
+    "examples": [{"prompt": EVIL, "answers": {"base": "7", "rleif": EVIL}, "correct": {"base": False, "rleif": True}}],
+    "elo": [{"model": "rleif", "elo": 1050.0, "low": 1020.0, "high": 1080.0, "battles": 100}],
+    "mt_bench": [
+        {"model": "rleif", "overall": 7.5, "turns": [8.0, None], "categories": {"farm": 7.0}, "missing": 2},
+        {"model": "sft", "overall": 6.5, "turns": [7.0, 6.0], "categories": {"market": 6.0}, "missing": 0},
+    ],
+    "calls": {"world:judge": {"judge": {"replies": 1234, "failures": 5}}},
+    "ablations": [{"name": "slices", "rows": [{"setting": "three", "accuracy": 0.6, "se": 0.01}]}],
+    "machine": {"CPU": EVIL},
+    "timing": [{"name": "base", "seconds": 61.0}],
+}  # fmt: skip
+
+
+class Balanced(HTMLParser):
+    """Fails where tags do not close in order; gathers the text."""
+
+    VOID = frozenset({"meta", "br", "rect", "line", "circle", "path", "polyline"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.words = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        assert not any(name.startswith("on") for name, _ in attributes)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def _read(page: str) -> str:
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    return " ".join(" ".join(parser.words).split())
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return report_page(SUMMARY, Path("runs/demo"), DETAILS)
+
+
+def test_report_is_well_formed_self_contained_and_escaped(page):
+    _read(page)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"url\(|@import|<img|<link|nan|None", page)
+
+
+def test_report_shows_every_part(page):
+    words = _read(page)
+    for expected in (
+        "programs, not language models", "The path of the data", "9,000", "Weighted sampling", "A problem, evolved",
+        "constraint",
+        "What each stage bought", "Learning curves", "Blind preference", "300 : 200", "60.0 %", "55.0 to 64.0 %",
+        "Elo", "1050",
+        "Two-turn questions", "could not be read: 2", "Before and after", "right", "wrong", "Ablations", "1,234",
+        "make demo SEED=3", "9 min 5 s", "10.0 → 61.0 %", "5.0 → 56.0 %", "1 min 1 s",
+    ):  # fmt: skip
+        assert expected in words, expected
+    assert "red" in page[page.index("<mark>") : page.index("</mark>")]
+
+
+def test_report_shows_a_fall_as_a_fall(page):
+    assert '<span class="down">-2.0</span>' in page and '<span class="up">+30.0</span>' in page
+
+
+def test_report_of_the_bare_summary_leaves_the_rest_out(tmp_path):
+    write_report(tmp_path / "report.html", SUMMARY | {"pairwise": []}, tmp_path)
+    words = _read((tmp_path / "report.html").read_text())
+    assert "What each stage bought" in words and "programs, not language models" in words
+    for absent in ("The path of the data", "Blind preference", "Elo", "Learning curves", "Before and after"):
+        assert absent not in words
+
+
+def test_report_headline_is_rleif_over_sft_else_the_last_decided():
+    assert headline_pair(PAIRS) == PAIRS[0]
+    other = {"a": "x", "b": "y", "win_rate": 0.5}
+    assert headline_pair([other, PAIRS[1]]) == other and headline_pair([PAIRS[1]]) is None
+
+
+@pytest.mark.parametrize("missing", ["seed", "stages", "pairwise"])
+def test_report_refuses_an_incomplete_summary(tmp_path, missing):
+    summary = {key: value for key, value in SUMMARY.items() if key != missing}
+    with pytest.raises(ValueError, match=f"summary: expected {missing}"):
+        write_report(tmp_path / "report.html", summary, tmp_path)
+    with pytest.raises(ValueError, match="at least one stage"):
+        write_report(tmp_path / "report.html", SUMMARY | {"stages": []}, tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_words_and_numbers():
+    assert [duration(s) for s in (8.42, 42.1, 545, 3900)] == ["8.4 s", "42 s", "9 min 5 s", "1 h 5 min"]
+    assert change(0.5, None) == "" and "+1.0" in change(0.51, 0.5)
+    assert marked("a b d", "a b <c> d") == "a b <mark>&lt;c&gt;</mark> d"
+
+
+# ---- charts ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_ticks_cover_the_range_in_even_round_steps(low, span):
+    found = charts.ticks(low, low + span)
+    slack = 1e-6 * (1 + abs(low) + span)
+    assert found[0] <= low + slack and found[-1] >= low + span - slack and 2 <= len(found) <= 8
+    steps = {round((b - a) / (found[1] - found[0]), 6) for a, b in pairwise(found)}
+    assert steps == {1.0}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=40), st.floats(10, 200))
+def test_shorten_fits_or_is_an_ellipsis(content, width):
+    found = charts.shorten(content, width, 12)
+    assert charts.text_width(found, 12) <= width or found == "…"
+    assert found == content or found.endswith("…")
+
+
+def test_bars_are_in_proportion():
+    widths = [float(w) for w in re.findall(r'<rect [^>]*width="([\d.]+)"', charts.bars([("a", 10, ""), ("b", 5, "")]))]
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.01)
+
+
+def test_histogram_counts_every_value_and_marks_the_median():
+    chart = charts.histogram([1] * 50 + [3] * 50 + [2] * 99)
+    heights = sorted(float(h) for h in re.findall(r'height="([\d.]+)" rx="1"', chart))
+    assert len(heights) == 3 and heights[0] == heights[1] == pytest.approx(heights[2] * 50 / 99, abs=0.2)
+    assert "median 2" in chart and "no values" in charts.histogram([])
+
+
+def test_lines_leave_out_what_is_not_finite():
+    assert "nan" not in charts.lines({"a": [(0, float("nan")), (1, 2.0), (2, float("inf"))]})
+    assert "no values" in charts.lines({"a": [(0, float("nan"))]})
+
+
+def test_intervals_place_points_in_order():
+    rows = [charts.Interval(str(v), v, v - 0.1, v + 0.1) for v in (0.3, 0.5, 0.7)]
+    xs = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', charts.intervals(rows, span=(0, 1)))]
+    assert xs == sorted(xs) and xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+
+
+def test_smoothed_is_the_mean_of_a_window():
+    assert charts.smoothed([1, 2, 3, 10], 3) == [1.5, 2, 5, 6.5]
+    assert charts.smoothed([4, 5], 1) == [4, 5]
+
+
+def test_flow_wraps_rows_and_starts_lanes_anew():
+    nodes = [{"name": f"n{i}", "count": i} for i in range(4)] + [{"name": "x", "count": 1, "lane": "slice 1"}]
+    chart = flow(nodes, columns=3)
+    assert chart.count("<path ") == 3 and "slice 1" in chart
+    assert wrapped("one two three four", 60, 12, 2) == ["one two", "three fo…"]
