@@ -35,6 +35,12 @@ def test_analyze_fills_every_attribute_and_keeps_what_rows_bring():
     assert found.rows[4].attributes["margin"] == 1.0
 
 
+def test_analyze_keeps_a_rows_own_source_and_cluster():
+    rows = [conversation("Why is it so?", "So.", source="forum", cluster=77), conversation("Why not?", "No.")]
+    found = analyze(rows, sources=["file", "file"])
+    assert found.columns["source"] == ["forum", "file"] and found.columns["cluster"][0] == 77
+
+
 def test_analyze_finds_near_duplicates():
     column = analyze(_rows()).columns["cluster"]
     assert column[1] == column[2] and len(set(column)) == 4

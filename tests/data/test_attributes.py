@@ -114,6 +114,8 @@ def test_topic_agrees_with_the_worlds_truth(natural):
 def test_topic_counts_words_of_the_question_and_ignores_unrelated_answers():
     assert attributes.lexicon_topic("How do vaccines protect patients?") == "health"
     assert attributes.lexicon_topic("介绍一下地球的气候与海洋。") == "nature"
+    assert attributes.lexicon_topic("The teacher asks the doctor.", "A hospital has nurses.") == "health"
+    assert attributes.lexicon_topic("The teacher and a student ask the doctor.", "A hospital.") == "school"
     assert attributes.lexicon_topic("Hello", "Doctors treat patients in a hospital.") is None
 
 

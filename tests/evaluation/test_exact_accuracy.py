@@ -31,6 +31,7 @@ from wizard_engine.evaluation.accuracy import accuracy, accuracy_by, extract_ans
         ("答案是１２。", 12),
         ("24-5=19", 19),
         ("so 24-5", 5),
+        ("so (20+4)-5", 5),
         ("It fell to -5 degrees", -5),
         ("It fell to −5 degrees", -5),
         ("a top-10 list", 10),

@@ -98,7 +98,8 @@ def test_report_shows_every_part(page):
     for expected in (
         "programs, not language models", "The path of the data", "9,000", "Weighted sampling", "A problem, evolved",
         "constraint",
-        "What each stage bought", "Learning curves", "Blind preference", "300 : 200", "60.0 %", "55.0 to 64.0 %",
+        "What each stage bought", "Learning curves", "Blind preference", "300 : 200", "60.0 %",
+        "55.0 %", "55.0 to 64.0 %",
         "Elo", "1050",
         "Two-turn questions", "could not be read: 2", "Before and after", "right", "wrong", "Ablations", "1,234",
         "make demo SEED=3", "9 min 5 s", "10.0 → 61.0 %", "5.0 → 56.0 %", "1 min 1 s",

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 # A minus belongs to the number unless something that can be subtracted from stands before it.
 _NUMBER = re.compile(
-    r"(?<![\w.])(?P<sign>(?:(?<![\w)\]%])[-−–]\s?)?)[$€£¥]?\s?"
+    r"(?<![\w.])(?P<sign>(?:(?<![)\]%])[-−–]\s?)?)[$€£¥]?\s?"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+,\d{1,2}(?![\d,])|\d*\.\d+|\d+)(?:\s?/\s?(?P<below>\d+)(?!\d))?"
 )
 _MARKER = re.compile(
