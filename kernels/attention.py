@@ -67,7 +67,7 @@ class _ShortAttention(torch.autograd.Function):
         dlogits = torch._softmax_backward_data(dprobability, probability, -1, probability.dtype).mul_(ctx.scale)
         dk_NMC, dv_NMC = dlogits.transpose(1, 2) @ q_NMC, probability.transpose(1, 2) @ dout_NMC
         if ctx.groups > 1:
-            dk_NMC, dv_NMC = (x.view(-1, ctx.groups, *x.shape[1:]).sum(1) for x in (dk_NMC, dv_NMC))
+            dk_NMC, dv_NMC = (x.unflatten(0, (x.shape[0] // ctx.groups, ctx.groups)).sum(1) for x in (dk_NMC, dv_NMC))
         return *(_packed(x, slots, ctx.rows) for x in (dlogits @ k_NMC, dk_NMC, dv_NMC)), None, None, None, None
 
 
@@ -80,8 +80,9 @@ def _heads_first(x_TNC: Tensor, slots_T: Tensor, rows: tuple[int, int]) -> Tenso
 
 def _packed(x_NMC: Tensor, slots_T: Tensor, rows: tuple[int, int]) -> Tensor:
     """The inverse of `_heads_first`."""
-    padded = x_NMC.view(rows[0], -1, rows[1], x_NMC.shape[-1]).transpose(1, 2)
-    return padded.reshape(rows[0] * rows[1], -1, x_NMC.shape[-1]).index_select(0, slots_T)
+    heads, width = x_NMC.shape[0] // rows[0], x_NMC.shape[2]
+    padded = x_NMC.view(rows[0], heads, rows[1], width).transpose(1, 2)
+    return padded.reshape(rows[0] * rows[1], heads, width).index_select(0, slots_T)
 
 
 def _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale) -> Tensor:
@@ -91,7 +92,7 @@ def _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale) -> 
     bias = bias.expand(num_sequences, q.shape[1], -1, -1).reshape(-1, max_seqlen, max_seqlen) if not causal else bias[0]
     slots_T = _padded_slots(cu_seqlens, max_seqlen, q.shape[0])
     rows = (num_sequences, max_seqlen)
-    return _ShortAttention.apply(q, k, v, slots_T, bias, rows, scale or q.shape[-1] ** -0.5)
+    return _ShortAttention.apply(q, k, v, slots_T, bias, rows, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _padded_slots(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:

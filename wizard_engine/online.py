@@ -1,4 +1,4 @@
-"""What the loop of online reinforcement learning shares with nobody else: its steps, two optimizers, resume, its log."""
+"""The loop of online reinforcement learning: its steps, two optimizers, resume, its log."""
 
 import math
 import time
@@ -58,6 +58,7 @@ class OnlineRun:
                     parameter.copy_(tensors[name][key])
                 self.optimizers[name].load_state_tensors(tensors[f"{name}_optimizer"])
         self.step, self.answer_tokens, self.skipped = state["step"], state["answer_tokens"], state["skipped"]
+        self.largest_ratio_error = state["largest_ratio_error"]
 
     def steps(self) -> Iterator[tuple[int, list[int]]]:
         """(step, this rank's prompt indices) of each remaining rollout; saves and stops on request."""
@@ -184,5 +185,8 @@ class OnlineRun:
         for name, module in self.modules.items():
             groups[name] = {key: parameter.detach() for key, parameter in module.named_parameters()}
             groups[f"{name}_optimizer"] = self.optimizers[name].state_tensors()
-        state = {"step": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped}
+        state = {
+            "step": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped,
+            "largest_ratio_error": self.largest_ratio_error,
+        }  # fmt: skip
         checkpoint.save(self.cfg.out, self.step, tensors=groups, state=state, keep_last=2)

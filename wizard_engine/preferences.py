@@ -1,4 +1,4 @@
-"""What Stage-DPO needs beside the loss: slices in an order, answer log-probabilities, and a cache of the reference's."""
+"""What Stage-DPO needs beside the loss: slices in an order, answer log-probabilities, a cache of the reference's."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -41,7 +41,7 @@ class Training:
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     save_every: int = 200
-    """Steps between checkpoints; 0 keeps only the last."""
+    """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
     keep_last: int = 2
     """Checkpoints kept."""
     max_steps: int | None = None

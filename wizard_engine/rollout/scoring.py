@@ -59,7 +59,7 @@ def sequence_logprobs(
 
 
 def perplexities(model: Transformer, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[float]:
-    """exp of the mean negative log-probability of each conversation's answers; NaN where it does not fit the context."""
+    """exp of the mean negative log-probability of each conversation's answers; NaN where the context is too short."""
     samples, kept = [], []
     out = [math.nan] * len(conversations)
     for index, row in enumerate(conversations):

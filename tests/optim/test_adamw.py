@@ -1,0 +1,132 @@
+"""AdamW over flat buffers against torch's on the plain module; the schedule's values."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from wizard_engine.optim import AdamW, cosine_with_warmup
+
+
+class Tied(nn.Module):
+    """Matrices, vectors, a tied weight and a frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.inner = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+
+    def forward(self, tokens):
+        return self.head(self.norm(torch.tanh(self.inner(self.embedding(tokens)))) @ self.frozen.new_ones(4, 4))
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return Tied()
+
+
+def loss(module, step):
+    generator = torch.Generator().manual_seed(step)
+    tokens, targets = (torch.randint(0, 7, (12,), generator=generator) for _ in range(2))
+    return nn.functional.cross_entropy(module(tokens), targets)
+
+
+def train(module, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        loss(module, step).backward()
+        optimizer.step(0.05 / (step + 1))
+
+
+def test_adamw_equals_torch_with_decay_on_matrices_alone():
+    ours, plain = model(), copy.deepcopy(model())
+    matrices = [p for p in plain.parameters() if p.dim() >= 2 and p.requires_grad]
+    vectors = [p for p in plain.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-6)
+    optimizer = AdamW(ours, betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.3)
+    for step in range(6):
+        for group in theirs.param_groups:
+            group["lr"] = 0.05 / (step + 1)
+        theirs.zero_grad()
+        loss(plain, step).backward()
+        theirs.step()
+        train(ours, optimizer, [step])
+        for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    assert torch.equal(ours.frozen, torch.ones(3, 3)) and ours.head.weight is ours.embedding.weight
+
+
+def test_adamw_gradients_accumulate_in_the_buffers():
+    module = model()
+    optimizer = AdamW(module)
+    assert sum(g.numel() for g in optimizer.gradients) == 28 + 16 + 4 + 8
+    loss(module, 0).backward()
+    once = [g.clone() for g in optimizer.gradients]
+    loss(module, 0).backward()
+    assert all(torch.equal(g, 2 * o) for g, o in zip(optimizer.gradients, once)) and once[0].norm() > 0
+    optimizer.zero_grad()
+    assert all(float(p.grad.abs().max()) == 0 for p in module.parameters() if p.requires_grad)
+
+
+def test_adamw_state_comes_back_bit_equal():
+    straight = model()
+    train(straight, AdamW(straight, weight_decay=0.1), range(6))
+    first = model()
+    former = AdamW(first, weight_decay=0.1)
+    train(first, former, range(3))
+    state = {name: tensor.clone() for name, tensor in former.state_tensors().items()}
+    second = copy.deepcopy(first)
+    later = AdamW(second, weight_decay=0.1)
+    later.load_state_tensors(state)
+    train(second, later, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters()))
+    assert set(state) == {"step"} | {
+        f"{kind}.{name}"
+        for kind in ("exp_avg", "exp_avg_sq")
+        for name, p in first.named_parameters()
+        if p.requires_grad
+    }
+    assert state["exp_avg.inner.weight"].shape == (4, 4)
+
+
+def test_adamw_state_that_lacks_a_moment_is_refused():
+    module = model()
+    optimizer = AdamW(module)
+    optimizer.load_state_tensors({})
+    train(module, optimizer, [0])
+    state = optimizer.state_tensors()
+    del state["exp_avg.norm.weight"]
+    with pytest.raises(ValueError, match=r"expected the moments of norm\.weight, found none"):
+        AdamW(model()).load_state_tensors(state)
+
+
+def test_clip_scales_to_the_norm_and_returns_the_one_before():
+    module = model()
+    optimizer = AdamW(module)
+    for gradient in optimizer.gradients:
+        gradient.fill_(0.5)
+    count = sum(g.numel() for g in optimizer.gradients)
+    assert optimizer.clip(100.0) == optimizer.clip(0.0) == pytest.approx(0.5 * count**0.5)
+    assert all((g == 0.5).all() for g in optimizer.gradients)
+    optimizer.clip(1.0)
+    assert optimizer.clip(1.0) == pytest.approx(1.0, rel=1e-6)
+    for value in (float("nan"), float("inf")):
+        optimizer.gradients[0][0] = value
+        before = [g.clone() for g in optimizer.gradients]
+        assert not torch.isfinite(torch.tensor(optimizer.clip(0.1)))
+        assert all(torch.equal(g[1:], b[1:]) for g, b in zip(optimizer.gradients, before))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.5), (3, 2.0), (4, 2.0), (8, 1.1), (6, 0.2 + 0.9 * (1 + 0.5**0.5)), (12, 0.2), (99, 0.2)],
+)
+def test_cosine_with_warmup_values(step, expected):
+    """Peak 2 after 4 of 12 steps, a tenth of it left at the end."""
+    assert cosine_with_warmup(step, peak=2.0, warmup=4, total=12, floor=0.1) == pytest.approx(expected)
