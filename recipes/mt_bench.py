@@ -148,7 +148,9 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
             print_report(result)
         return report
 
-    return on_main(rt, finish)
+    report = on_main(rt, finish)
+    cast.close()
+    return report
 
 
 if __name__ == "__main__":

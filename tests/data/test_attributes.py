@@ -123,7 +123,7 @@ def test_difficulty_rises_with_the_operations_of_a_problem(natural):
     scores: dict[int, list[float]] = {}
     for row in world.held_out(200, seed=1):
         item = attributes.view(row)
-        score = attributes.difficulty_score(item.user, item.answer, item.turns)
+        score = attributes.difficulty_score(item.messages)
         scores.setdefault(row.attributes["operations"], []).append(score)
     means = [sum(scores[n]) / len(scores[n]) for n in sorted(scores)]
     assert means == sorted(means) and means[-1] - means[0] > 0.8
@@ -131,9 +131,12 @@ def test_difficulty_rises_with_the_operations_of_a_problem(natural):
 
 def test_difficulty_formula_by_hand():
     # numbers 3 and 5; clauses ",", "?" and "and"; one constraint; two equations.
-    score = attributes.difficulty_score("Tom has 3 hats, and must buy 5?", "3+5=8\n8-0=8")
+    turn = Message("user", "Tom has 3 hats, and must buy 5?"), Message("assistant", "3+5=8\n8-0=8")
+    score = attributes.difficulty_score(turn)
     assert score == pytest.approx((1.5849625 + 2.0 + 1.5849625) / 2 + 0.5)
-    levels = [attributes.difficulty(value) for value in (2.49, 2.5, 3.99, 4.0)]
+    again = (*turn, Message("user", "Why?"), Message("assistant", "So."))
+    assert attributes.difficulty_score(again) == pytest.approx(score + 0.25)
+    levels = [attributes.difficulty(value) for value in (2.49, 2.5, 3.49, 3.5)]
     assert levels == ["easy", "medium", "medium", "hard"]
 
 
@@ -166,7 +169,7 @@ def test_heuristics_take_any_text(user, answer):
     assert attributes.language(user, answer)
     assert attributes.lexicon_topic(user, answer) is None or isinstance(attributes.lexicon_topic(user, answer), str)
     assert attributes.skill((Message("user", user), Message("assistant", answer)), user)
-    assert 0 <= attributes.difficulty_score(user, answer) < 40
+    assert 0 <= attributes.turn_score(user, answer) < 40
     assert attributes.length(user) >= 0 and attributes.is_toxic(user) in (True, False)
 
 

@@ -122,7 +122,11 @@ def test_report_of_the_bare_summary_leaves_the_rest_out(tmp_path):
 
 def test_report_headline_is_rleif_over_sft_else_the_last_decided():
     assert headline_pair(PAIRS) == PAIRS[0]
-    other = {"a": "x", "b": "y", "win_rate": 0.5}
+    turned = {"a": "sft", "b": "rleif", "wins": 20, "losses": 30, "ties": 5, "win_rate": 0.4, "ci95": [0.3, 0.5]}
+    found = headline_pair([turned])
+    assert (found["a"], found["wins"], found["losses"]) == ("rleif", 30, 20)
+    assert found["win_rate"] == pytest.approx(0.6) and found["ci95"] == pytest.approx([0.5, 0.7])
+    other = {"a": "x", "b": "y", "wins": 1, "losses": 1, "win_rate": 0.5}
     assert headline_pair([other, PAIRS[1]]) == other and headline_pair([PAIRS[1]]) is None
 
 
@@ -138,6 +142,7 @@ def test_report_refuses_an_incomplete_summary(tmp_path, missing):
 
 def test_report_words_and_numbers():
     assert [duration(s) for s in (8.42, 42.1, 545, 3900)] == ["8.4 s", "42 s", "9 min 5 s", "1 h 5 min"]
+    assert change(0.5, 0.5002) == '<span class="quiet">+0.0</span>'
     assert change(0.5, None) == "" and "+1.0" in change(0.51, 0.5)
     assert marked("a b d", "a b <c> d") == "a b <mark>&lt;c&gt;</mark> d"
 

@@ -88,7 +88,7 @@ def infer(
         return [None if row.attributes.get(name) is not None else function(item) for row, item in zip(rows, views)]
 
     def level(item: View) -> str:
-        return heuristics.difficulty(heuristics.difficulty_score(item.user, item.answer, item.turns))
+        return heuristics.difficulty(heuristics.difficulty_score(item.messages))
 
     columns = {
         "topic": _topics(rows, views, seed),

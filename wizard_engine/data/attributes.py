@@ -30,7 +30,7 @@ from wizard_engine.data.rows import Conversation, Message, Preference, Row
 ATTRIBUTES = (
     "topic", "language", "skill", "source", "difficulty", "perplexity", "length", "turns", "toxic", "cluster",
 )  # fmt: skip
-EASY_BELOW, HARD_FROM = 2.5, 4.0
+EASY_BELOW, HARD_FROM = 2.5, 3.5
 LANGUAGES = re.compile(
     r"en|es|fr|de|it|pt|nl|sv|da|no|fi|pl|cs|sk|hu|ro|el|bg|ru|uk|sr|hr|tr|ar|fa|he|hi|bn|ta|th|vi|id"
 )
@@ -261,10 +261,18 @@ def answer_steps(answer: str) -> int:
     return lines if lines > 1 else max(1, len(_SENTENCE.findall(answer)))
 
 
-def difficulty_score(user: str, answer: str, turns: int = 1) -> float:
-    """log2(1 + numbers)/2 + log2(1 + clauses)/2 + constraints/2 + log2(1 + steps)/2 + log2(turns)/4, from 0 up.
+def difficulty_score(messages: Sequence[Message]) -> float:
+    """Score of the hardest turn (`turn_score`) + log2(turns)/4, from 0 up."""
+    turns = [place for place, message in enumerate(messages) if message.role == "user"]
+    answers = [m.content if m.role == "assistant" else "" for m in (*messages[1:], Message("user", ""))]
+    hardest = max((turn_score(messages[place].content, answers[place]) for place in turns), default=0.0)
+    return hardest + math.log2(max(1, len(turns))) / 4
 
-    numbers: different numbers in the user turns; clauses: punctuation marks and conjunctions there; constraints:
+
+def turn_score(user: str, answer: str) -> float:
+    """log2(1 + numbers)/2 + log2(1 + clauses)/2 + constraints/2 + log2(1 + steps)/2 of one turn and its answer.
+
+    numbers: different numbers in the user's text; clauses: punctuation marks and conjunctions there; constraints:
     phrases such as "at least" or "without" (four at most count); steps: `answer_steps`, 16 at most.
     """
     user = user[:4000]
@@ -273,11 +281,11 @@ def difficulty_score(user: str, answer: str, turns: int = 1) -> float:
     constraints = min(4, len(_CONSTRAINTS.findall(user)))
     steps = min(16, answer_steps(answer)) if answer else 0
     logs = math.log2(1 + numbers) + math.log2(1 + clauses) + math.log2(1 + steps)
-    return logs / 2 + constraints / 2 + math.log2(max(1, turns)) / 4
+    return logs / 2 + constraints / 2
 
 
 def difficulty(score: float) -> str:
-    """easy below 2.5, hard from 4, medium between."""
+    """easy below 2.5, hard from 3.5, medium between."""
     return "easy" if score < EASY_BELOW else "hard" if score >= HARD_FROM else "medium"
 
 

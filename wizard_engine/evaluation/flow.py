@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict
 
 from wizard_engine.charts import BLUE, FAINT, INK, PANEL, SOFT, box, frame, number, shorten, text, text_width
 
-ROW, GAP, LABEL = 104, 30, 26
+ROW, GAP, LABEL = 116, 30, 26
 
 
 class FlowNode(TypedDict):
@@ -67,7 +67,7 @@ def _node(node: FlowNode, x: float, y: float, side: float, most: int) -> list[st
         body.append(box(x + 12, y + height - 8, max(inner * count / most, 2 if count else 0), 3, fill=BLUE, radius=1.5))
     start = y + 40 if count is None else y + 60
     remark = node.get("note", "")
-    for line, content in enumerate(wrapped(remark, inner, 11.5, 2 if count is None else 1)):
+    for line, content in enumerate(wrapped(remark, inner, 11.5, 2)):
         body.append(text(x + 12, start + 14 * line, content, size=11.5, fill=SOFT))
     return body
 

@@ -134,10 +134,9 @@ def _header(title: str, summary: Mapping[str, Any]) -> str:
     text = f"Answers sampled at temperature 1, last slice: {path}."
     best = headline_pair(summary["pairwise"])
     if best is not None:
-        text += (
-            f" In the blind comparison {parts.stage_name(best['a'])} beats {parts.stage_name(best['b'])} "
-            f"{best['wins']} : {best['losses']} with {best['ties']} ties."
-        )
+        verb = "beats" if best["wins"] > best["losses"] else "loses to" if best["wins"] < best["losses"] else "meets"
+        names = f"{parts.stage_name(best['a'])} {verb} {parts.stage_name(best['b'])}"
+        text += f" In the blind comparison {names} {best['wins']} : {best['losses']} with {best['ties']} ties."
     return (
         '<div class="eyebrow">The WizardLM-2 recipe, end to end, on the embedded world</div>'
         f'<h1>{escape(title)}</h1><p class="headline">{escape(text)}</p>{tiles(_figures(summary, best))}'
@@ -145,10 +144,20 @@ def _header(title: str, summary: Mapping[str, Any]) -> str:
 
 
 def headline_pair(pairwise: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The comparison of rleif with sft, the last of several, else the last with a win rate."""
+    """The comparison of rleif with sft, rleif first, the last of several; else the last with a win rate."""
     known = [pair for pair in pairwise if pair.get("win_rate") is not None]
-    wanted = [pair for pair in known if "rleif" in str(pair["a"]) and "sft" in str(pair["b"])]
+    turned = [*known, *map(swapped, known)]
+    wanted = [pair for pair in turned if "rleif" in str(pair["a"]) and "sft" in str(pair["b"])]
     return (wanted or known or [None])[-1]
+
+
+def swapped(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison seen from the other model."""
+    interval = pair.get("ci95")
+    return {
+        **pair, "a": pair["b"], "b": pair["a"], "wins": pair["losses"], "losses": pair["wins"],
+        "win_rate": 1 - pair["win_rate"], "ci95": interval and [1 - interval[1], 1 - interval[0]],
+    }  # fmt: skip
 
 
 def _figures(summary: Mapping[str, Any], best: Mapping[str, Any] | None) -> list[tuple[str, str]]:

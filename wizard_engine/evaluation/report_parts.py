@@ -68,7 +68,8 @@ def change(value: float | None, before: float | None) -> Html:
     if value is None or before is None:
         return Html("")
     points = 100 * (value - before)
-    return Html(f'<span class="{"up" if points >= 0 else "down"}">{points:+.1f}</span>')
+    kind = "up" if points >= 0.05 else "down" if points <= -0.05 else "quiet"
+    return Html(f'<span class="{kind}">{points if kind != "quiet" else 0.0:+.1f}</span>')
 
 
 def outcome_bar(wins: int, ties: int, losses: int) -> Html:
