@@ -16,6 +16,8 @@ from .heads import ScoringModel
 from .transformer import Transformer
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+# Fields of config.json that may say what the transformer does not do, and the value of each that it does.
+IMPLEMENTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
 def published_config(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict:
@@ -60,12 +62,17 @@ def read_config(path: Path) -> tuple[ModelConfig, dict]:
         raise ValueError(f"{source}: expected a model directory with config.json, found none") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: expected JSON, got {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(fields).__name__}")
     architecture = (fields.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{source}: architectures: expected one of {sorted(ARCHITECTURES)}, got {architecture}")
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ValueError(f"{source}: rope_scaling: expected none, got {scaling}")
+    for name, expected in IMPLEMENTED.items():
+        if fields.get(name, expected) != expected:
+            raise ValueError(f"{source}: {name}: expected {expected}, got {fields[name]}")
     try:
         config = ModelConfig(
             vocab_size=fields["vocab_size"],
@@ -84,6 +91,8 @@ def read_config(path: Path) -> tuple[ModelConfig, dict]:
         )
     except KeyError as error:
         raise ValueError(f"{source}: expected the field {error.args[0]}, found none") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
     return config, fields
 
 
@@ -136,13 +145,20 @@ def save_model(
     partial.mkdir(parents=True)
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(contiguous, partial / "model.safetensors", path)
         tokenizer.save(partial)
         write_json(partial / "config.json", fields)
         _swap(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def _write_weights(tensors: dict[str, Tensor], file: Path, path: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: not saved ({error}); what was there is intact") from error
 
 
 def _swap(partial: Path, path: Path) -> None:
@@ -190,9 +206,15 @@ def _fill(targets: dict[str, Tensor], path: Path) -> None:
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
     if not index.exists():
-        return [path / "model.safetensors"]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not single.exists():
+            raise ValueError(f"{single}: expected safetensors weights, found none; pickled weights are never read")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected a JSON object with weight_map, got {error!r}") from error
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"{index}: expected file names inside the directory, got {outside[0]}")
