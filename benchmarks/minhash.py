@@ -8,6 +8,7 @@ from benchmarks.timing import interleave
 from wizard_engine.data.dedupe import band_rows, minhash_signatures, near_duplicates, shingle_texts
 from wizard_engine.data.words import words
 
+PEER = "datasketch"
 COUNT, PERMUTATIONS, THRESHOLD, SHINGLE = 2000, 128, 0.8, 3
 
 
@@ -64,9 +65,10 @@ def datasketch_clusters(texts: list[str]) -> np.ndarray:
     return np.array([root(text) for text in range(len(texts))])
 
 
-def run() -> list[dict[str, Any]]:
-    """Rows of the benchmark; AssertionError if the clusters differ on the timed input."""
-    texts = example_texts(COUNT)
+def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
+    """Rows of the benchmark, without datasketch's where `peer` is off; AssertionError if the clusters differ."""
+    count = COUNT // 4 if quick else COUNT
+    texts = example_texts(count)
 
     def clusters() -> np.ndarray:
         return near_duplicates(
@@ -76,18 +78,14 @@ def run() -> list[dict[str, Any]]:
     def signatures() -> np.ndarray:
         return minhash_signatures(shingle_texts(texts, shingle=SHINGLE), permutations=PERMUTATIONS)
 
-    assert np.array_equal(clusters(), datasketch_clusters(texts))
-    setting = f"N={COUNT} permutations={PERMUTATIONS}"
-    sign = {"C++": signatures, "datasketch": lambda: datasketch_signatures(texts)}
-    group = {"C++": clusters, "datasketch": lambda: datasketch_clusters(texts)}
+    sign: dict[str, Any] = {"C++": signatures}
+    group: dict[str, Any] = {"C++": clusters}
+    if peer:
+        assert np.array_equal(clusters(), datasketch_clusters(texts))
+        sign["datasketch"] = lambda: datasketch_signatures(texts)
+        group["datasketch"] = lambda: datasketch_clusters(texts)
+    common = {"items": count, "unit": "texts/s", "shape": f"N={count} permutations={PERMUTATIONS}", "peer": PEER}
     return [
-        *interleave(f"MinHash of texts {setting}", sign, items=COUNT, unit="texts/s"),
-        *interleave(f"near-duplicates {setting}", group, items=COUNT, unit="texts/s"),
+        *interleave("minhash", sign, repeats=3 if quick else 5, **common),
+        *interleave("near-duplicates", group, repeats=3 if quick else 5, **common),
     ]
-
-
-if __name__ == "__main__":
-    for row in run():
-        print(
-            f"{row['op']:44}{row['variant']:12}{row['seconds']['p50'] * 1e3:9.2f} ms{row['rate']:12,.0f} {row['unit']}"
-        )

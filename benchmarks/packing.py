@@ -7,6 +7,7 @@ import numpy as np
 from benchmarks.timing import interleave
 from wizard_engine.data.packing import pack, pack_reference
 
+PEER = None
 CAPACITY = 4096
 SIZES = (20_000, 200_000)
 
@@ -17,22 +18,18 @@ def example_lengths(count: int) -> np.ndarray:
     return np.minimum(lengths, CAPACITY)
 
 
-def run() -> list[dict[str, Any]]:
+def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
     """Rows of the benchmark; AssertionError if the two versions differ on the timed input."""
     rows = []
-    for count in SIZES:
+    for count in SIZES[: 1 if quick else None]:
         lengths = example_lengths(count)
         assert np.array_equal(pack(lengths, CAPACITY), pack_reference(lengths, CAPACITY))
         variants = {
             "C++": lambda lengths=lengths: pack(lengths, CAPACITY),
             "Python": lambda lengths=lengths: pack_reference(lengths, CAPACITY),
         }
-        rows += interleave(f"packing N={count} capacity={CAPACITY}", variants, items=count, unit="sequences/s")
+        rows += interleave(
+            "packing", variants, items=count, unit="sequences/s", shape=f"N={count} capacity={CAPACITY}",
+            repeats=3 if quick else 5, peer="Python" if peer else None,
+        )  # fmt: skip
     return rows
-
-
-if __name__ == "__main__":
-    for row in run():
-        print(
-            f"{row['op']:36}{row['variant']:10}{row['seconds']['p50'] * 1e3:9.2f} ms{row['rate']:14,.0f} {row['unit']}"
-        )

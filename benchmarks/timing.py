@@ -8,11 +8,23 @@ import numpy as np
 
 
 def interleave(
-    op: str, variants: Mapping[str, Callable[[], Any]], *, items: int, unit: str, repeats: int = 5
+    op: str,
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    items: int,
+    unit: str,
+    repeats: int = 5,
+    shape: str = "",
+    peer: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per variant: {"op", "variant", "seconds": {"p20", "p50", "p80"}, "rate", "unit"}.
+    """One row per variant: op, shape, variant, seconds {p20, p50, p80}, rate, unit, and ratio to the peer.
 
     Every variant runs once unmeasured, then `repeats` times in an order that rotates; rate is items per median second.
+
+    Args:
+        variants: name -> work.   items: what one call gets through, in `unit` per second.
+        peer: variant that the others are compared with. Their `ratio` is {"peer", "p50": peer's median time over their
+            own, "p20", "p80": percentiles of the same ratio taken turn by turn}.
     """
     names = list(variants)
     for name in names:
@@ -25,7 +37,14 @@ def interleave(
             seconds[name].append(time.perf_counter() - start)
     rows = []
     for name in names:
-        p20, p50, p80 = (float(value) for value in np.percentile(seconds[name], (20, 50, 80)))
-        times = {"p20": p20, "p50": p50, "p80": p80}
-        rows.append({"op": op, "variant": name, "seconds": times, "rate": items / p50, "unit": unit})
+        row: dict[str, Any] = {"op": op, "shape": shape, "variant": name, "seconds": _spread(seconds[name])}
+        row |= {"rate": items / row["seconds"]["p50"], "unit": unit, "repeats": repeats}
+        if peer in names and name != peer:
+            turns = _spread(np.divide(seconds[peer], seconds[name]))
+            row["ratio"] = turns | {"peer": peer, "p50": float(np.median(seconds[peer]) / np.median(seconds[name]))}
+        rows.append(row)
     return rows
+
+
+def _spread(values: Any) -> dict[str, float]:
+    return dict(zip(("p20", "p50", "p80"), (float(x) for x in np.percentile(values, (20, 50, 80)))))

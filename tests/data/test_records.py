@@ -17,6 +17,7 @@ from wizard_engine.data.records import (
     Reject,
     conversation,
     read_files,
+    read_located,
     read_prompts,
     read_rows,
     scan_rows,
@@ -325,3 +326,22 @@ def test_step_label_agrees_with_every_annotation_of_gsm8k(shared_data):
     rows = read_rows(shared_data / "gsm8k/train.jsonl")
     labels = [step_label(line) for row in rows for line in row.attributes.get("annotated", "").splitlines()]
     assert labels.count(1) > 20000 and labels.count(-1) == 0
+
+
+def test_read_located_names_the_line_of_every_row_across_blank_and_rejected_ones(tmp_path):
+    good = '{"question": "1 + 1?", "answer": "2"}'
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\nbroken\n{good}\n")
+    (tmp_path / "b.json").write_text(f"[\n{good},\n{good}\n]")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.json"]
+    rows, bad = read_located(files, on_error="skip", rejects=tmp_path / "rejects.jsonl")
+    assert [where for where, _ in rows] == [f"{files[0]}:1", f"{files[0]}:4", f"{files[1]}:2", f"{files[1]}:3"]
+    assert [reject.line for reject in bad] == [3]
+
+
+def test_source_is_the_file_and_its_folder_where_the_stem_is_a_split(tmp_path):
+    for name in ("gsm8k/train.jsonl", "gsm8k/alpaca.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    sources = [read_rows(tmp_path / f"gsm8k/{name}.jsonl")[0].attributes["source"] for name in ("train", "alpaca")]
+    assert sources == ["gsm8k/train", "alpaca"]

@@ -101,7 +101,7 @@ def _sample(tokenizer: Tokenizer, parts: Iterable[tuple[str, bool]], encode: Enc
 def _fitting(sample: Sample, max_length: int | None) -> Sample:
     if max_length is not None and len(sample.tokens) > max_length:
         raise ValueError(
-            f"sample: expected at most {max_length} tokens, got {len(sample.tokens)}; raise the limit or skip it"
+            f"sample: expected at most {max_length} tokens, got {len(sample.tokens)}; raise max_length or leave it out"
         )
     return sample
 

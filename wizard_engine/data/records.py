@@ -42,6 +42,7 @@ __all__ = [
     "content_id",
     "conversation",
     "read_files",
+    "read_located",
     "read_prompts",
     "read_rows",
     "scan_rows",
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 Kind = Literal["conversation", "preference", "process"]
+SPLITS = ("train", "test", "validation", "dev", "data")
 LOG = logging.getLogger("wizard_engine.data")
 
 
@@ -106,15 +108,28 @@ def read_files(
     allow_empty: bool = False,
 ) -> tuple[list[Row], list[Reject]]:
     """Rows of several files, one after the other, and the records left out. Arguments and errors as in `read_rows`."""
+    located, bad = read_located(paths, kind=kind, on_error=on_error, rejects=rejects, allow_empty=allow_empty)
+    return [row for _, row in located], bad
+
+
+def read_located(
+    paths: Iterable[Path | str],
+    *,
+    kind: Kind | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    rejects: Path | None = None,
+    allow_empty: bool = False,
+) -> tuple[list[tuple[str, Row]], list[Reject]]:
+    """The same with the place of each row, `path:line`. Arguments and errors as in `read_rows`."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}; choose one of them")
-    rows: list[Row] = []
+    rows: list[tuple[str, Row]] = []
     bad: list[Reject] = []
     for path in paths:
         before = len(rows), len(bad)
-        for item in scan_rows(path, kind=kind, allow_empty=allow_empty):
+        for line, item in _scan(Path(path), kind, allow_empty):
             if not isinstance(item, Reject):
-                rows.append(item)
+                rows.append((f"{path}:{line}", item))
             elif on_error == "raise":
                 raise ValueError(item.error)
             else:
@@ -152,7 +167,11 @@ def scan_rows(path: Path | str, *, kind: Kind | None = None, allow_empty: bool =
     Raises:
         ValueError: the file is empty (unless allow_empty), or `kind` is unknown.
     """
-    path = Path(path)
+    return (item for _, item in _scan(Path(path), kind, allow_empty))
+
+
+def _scan(path: Path, kind: Kind | None, allow_empty: bool) -> Iterator[tuple[int, Row | Reject]]:
+    """What `scan_rows` yields, each with the line that its record starts on."""
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}; choose one of them")
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -160,12 +179,12 @@ def scan_rows(path: Path | str, *, kind: Kind | None = None, allow_empty: bool =
     for piece in _pieces(data):
         empty = False
         try:
-            yield from _rows_of(piece, path, kind)
+            yield from ((piece.line, row) for row in _rows_of(piece, path, kind))
         except ValueError as error:
-            yield Reject(str(path), piece.line, f"{path}:{piece.line}: {error}", piece.text)
+            yield piece.line, Reject(str(path), piece.line, f"{path}:{piece.line}: {error}", piece.text)
         except RecursionError:
             reason = f"{path}:{piece.line}: record: expected at most a few hundred levels of brackets, got more"
-            yield Reject(str(path), piece.line, reason, piece.text)
+            yield piece.line, Reject(str(path), piece.line, reason, piece.text)
     if empty and not allow_empty:
         raise ValueError(f"{path}:1: file: expected at least one record, got none; give a file with rows")
 
@@ -212,7 +231,7 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def _rows_of(piece: Piece, path: Path, kind: Kind | None) -> list[Row]:
-    """The valid rows of one JSON value, all or none; a foreign row gets the file's stem as attributes["source"]."""
+    """The valid rows of one JSON value, all or none; a foreign row gets the file's name as attributes["source"]."""
     if piece.error is not None:
         raise ValueError(piece.error)
     _check_unicode(piece.value, "record")
@@ -222,7 +241,12 @@ def _rows_of(piece: Piece, path: Path, kind: Kind | None) -> list[Row]:
     own = "messages" in piece.value or "prompt" in piece.value
     for row in rows:
         check_row(row)
-    return rows if own else [row.replace(attributes={"source": path.stem} | row.attributes) for row in rows]
+    return rows if own else [row.replace(attributes={"source": source_name(path)} | row.attributes) for row in rows]
+
+
+def source_name(path: Path) -> str:
+    """What a file is called as a source: its stem, after its folder's name where the stem says only which split."""
+    return f"{path.parent.name}/{path.stem}" if path.stem in SPLITS and path.parent.name else path.stem
 
 
 def _check_unicode(value: Any, name: str) -> None:

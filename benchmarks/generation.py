@@ -1,0 +1,79 @@
+"""Greedy generation of prompts of mixed lengths: rollout.generate and transformers' generate, same weights, fp32."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers import SEED, SHAPES, build, describe, examples, transformers_twin
+from benchmarks.timing import interleave
+from wizard_engine.data.chat import Sample
+from wizard_engine.model import Transformer
+from wizard_engine.rollout import generate
+
+PEER = "transformers"
+PROMPTS, NEW_TOKENS = 64, 64
+
+
+def prompt_ids(samples: list[Sample]) -> list[list[int]]:
+    """The tokens of each conversation before its first answer."""
+    return [sample.tokens[: int(np.argmax(sample.weights > 0))].tolist() for sample in samples]
+
+
+def ours(model: Transformer, prompts: list[list[int]], eos_id: int) -> list[list[int]]:
+    """New tokens of each prompt, up to and with EOS."""
+    return generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_id=eos_id, temperature=0.0).tokens
+
+
+def theirs(model: Any, prompts: list[list[int]], eos_id: int) -> list[list[int]]:
+    """The same by transformers, padded on the left as its generation asks for."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[eos_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+            eos_token_id=eos_id, pad_token_id=eos_id,
+        )  # fmt: skip
+    new = [row[longest:].tolist() for row in out]
+    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new]
+
+
+def check_same(mine: list[list[int]], other: list[list[int]]) -> float:
+    """Share of answers that are the same; AssertionError below nine in ten (rounding may turn a tie between tokens)."""
+    share = float(np.mean([a == b for a, b in zip(mine, other)]))
+    assert share >= 0.9, f"greedy answers: {share:.0%} are the same, expected at least 90 %"
+    return share
+
+
+def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
+    """Rows of the benchmark, without transformers' where `peer` is off; AssertionError if the answers differ."""
+    tokenizer, samples = examples(PROMPTS)
+    prompts, eos_id = prompt_ids(samples), tokenizer.eos_id
+    lengths = [len(prompt) for prompt in prompts]
+    rows = []
+    for preset in SHAPES[: 1 if quick else None]:
+        model = build(preset, tokenizer)
+        spread_logits(model)
+        answers = ours(model, prompts, eos_id)
+        variants: dict[str, Any] = {"wizard_engine": lambda model=model: ours(model, prompts, eos_id)}
+        if peer:
+            twin = transformers_twin(model, tokenizer).eval()
+            check_same(answers, theirs(twin, prompts, eos_id))
+            variants[PEER] = lambda twin=twin: theirs(twin, prompts, eos_id)
+        shape = f"{describe(preset, model)}  {PROMPTS} prompts of {min(lengths)}..{max(lengths)}, {NEW_TOKENS} new"
+        rows += interleave(
+            "generation", variants, items=sum(map(len, answers)), unit="tokens/s", shape=shape,
+            repeats=2 if quick else 5, peer=PEER,
+        )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def spread_logits(model: Transformer) -> None:
+    """Random weights ten times as large: likelihoods far enough apart that rounding rarely decides between tokens."""
+    generator = torch.Generator().manual_seed(SEED + 1)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(10 * model.config.init_std * noise)
