@@ -3,7 +3,7 @@
     python recipes/reward.py --kind instruction --model DIR --data rankings.jsonl --out runs/irm
     python recipes/reward.py --kind process --model DIR --data steps.jsonl --out runs/prm
 
-A ranking row is a preference row with an empty prompt: `chosen` and `rejected` are instructions, attributes.margin >= 0.
+A ranking row is a preference row with an empty prompt: `chosen` and `rejected` are instructions, `margin` >= 0.
 """
 
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ import torch
 
 from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
-from wizard_engine.data.samples import Pair, encode_all, read_pairs, read_processes
+from wizard_engine.data.samples import Pair, encode_all, fitting_pair, read_pairs, read_processes
 from wizard_engine.loss import process_loss, ranking_loss
 from wizard_engine.model import ScoringModel, save_model
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
+from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
 from wizard_engine.rollout.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
@@ -54,7 +54,7 @@ def main(cfg: Config) -> dict:
     if stage.done:
         return stage.result()
     language, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
-    limit = cfg.max_length or language.config.max_positions
+    limit = sample_limit(cfg.max_length, language.config, cfg.training)
     work = _instruction if cfg.kind == "instruction" else _process
     model, result, extra = work(cfg, rt, language, tokenizer, limit)
     on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model", extra=extra))
@@ -62,7 +62,9 @@ def main(cfg: Config) -> dict:
 
 
 def _split(items: list, share: float, seed: int) -> tuple[list, list]:
-    """Training and held-out items; at least one of each where there are two."""
+    """Training and held-out items, at least one of each."""
+    if len(items) < 2:
+        raise ValueError(f"rows: expected at least two, one of them to measure on, got {len(items)}")
     order = np.random.default_rng(seed).permutation(len(items))
     kept = min(max(1, round(share * len(items))), len(items) - 1)
     return [items[i] for i in order[kept:]], [items[i] for i in order[:kept]]
@@ -71,9 +73,11 @@ def _split(items: list, share: float, seed: int) -> tuple[list, list]:
 def _instruction(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple[ScoringModel, dict, dict]:
     def encode(row) -> Pair:
         sides = [encode_instruction(tokenizer, text) for text in (row.chosen, row.rejected)]
-        if max(len(side.tokens) for side in sides) >= limit:
-            raise ValueError(f"instruction: expected fewer than {limit} tokens")
-        return Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
+        longest = max(len(side.tokens) for side in sides)
+        if longest >= limit:
+            raise ValueError(f"instruction: expected fewer than {limit} tokens, got {longest}")
+        pair = Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
+        return fitting_pair(pair, cfg.training.pack_tokens)
 
     pairs, rejected = read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
     train, test = _split(pairs, cfg.held_out, cfg.seed)
@@ -115,14 +119,14 @@ def _last_scores(model: ScoringModel, batch: Batch) -> torch.Tensor:
 def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple[ScoringModel, dict, dict]:
     def encode(row):
         sample, ends = encode_steps(tokenizer, row.prompt, row.answer)
-        if len(sample.tokens) > limit:
-            raise ValueError(f"steps: expected at most {limit} tokens, got {len(sample.tokens)}")
+        if len(sample.tokens) >= limit:
+            raise ValueError(f"steps: expected fewer than {limit} tokens, got {len(sample.tokens)}")
         if len(ends) != len(row.labels):
             raise ValueError(f"steps: expected {len(row.labels)} steps (the labels), found {len(ends)} in the text")
         return with_end(sample), ends, row.labels
 
     rejects = cfg.out / "rejects.jsonl"
-    rows = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
+    rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
     items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
     train, test = _split(items, cfg.held_out, cfg.seed)
     model = ScoringModel.from_language_model(language, outputs=3)
@@ -140,7 +144,7 @@ def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple
             total, tokens = total + loss.detach(), tokens + batch.tokens.numel()
             right += float((scores.argmax(-1) - 1 == labels).sum()) / num_steps
         run.update(loss=total, tokens=tokens, accuracy=right)
-    result = run.result() | {"rows": len(train), "rejected": rejected, "held_out": len(test)}
+    result = run.result() | {"rows": len(train), "rejected": rejected + unread, "held_out": len(test)}
     return model, result | _process_accuracy(model, test), {}
 
 

@@ -3,8 +3,8 @@
     python recipes/rleif.py --model DIR --instruction-model DIR --process-model DIR --data rows.jsonl --out runs/rleif
 
 reward = instruction factor x minimum over the steps of the process factor, each in [0, 1], on the answer's last token,
-minus kl x k1 on every token. The instruction factor depends on the prompt alone, so a critic, not a group's own mean and
-deviation, has to be the baseline: scaling within a group of answers to one prompt would cancel it.
+minus kl x k1 on every token. The instruction factor depends on the prompt alone, so a critic, not a group's own mean
+and deviation, has to be the baseline: scaling within a group of answers to one prompt would cancel it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ import torch
 from kernels.linear_logprob import linear_logprob
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
-from wizard_engine.data.records import read_rows
+from wizard_engine.data.records import read_located
+from wizard_engine.data.samples import encode_all, fitting_prompt
 from wizard_engine.loss import policy_loss, value_loss
 from wizard_engine.model import ScoringModel, save_model
 from wizard_engine.online import OnlineRun
@@ -117,12 +118,14 @@ def main(cfg: Config) -> dict:
     critic = ScoringModel(prm.model.config, 1).to(rt.device)
     body = language_model(str(cfg.critic), None, seed=0, device=rt.device)[0] if cfg.critic else prm.model.body
     critic.body.load_state_dict(body.state_dict())
-    prompts = [row.messages[:-1] for path in cfg.data for row in read_rows(path, kind="conversation")]
+    room = policy.config.max_positions - cfg.max_new_tokens
+    rows, _ = read_located(cfg.data, kind="conversation")
+    prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", cfg.out / "rejects.jsonl")
     run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
     for step, chosen in run.steps():
         rollout = roll_out(
-            policy, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt, temperature=cfg.temperature,
-            max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step, rt.rank),
+            policy, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt,
+            temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step, rt.rank),
         )  # fmt: skip
         rewards = score_answers(rollout.prompts, rollout.texts, rollout.finished, instruction=irm, process=prm)
         fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)

@@ -15,7 +15,7 @@ from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import read_samples
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import save_model
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
+from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
 from wizard_engine.training import Run, Training, num_supervised
 
 
@@ -33,7 +33,7 @@ class Config:
     """Tokenizer file or directory; default: the model directory's own."""
     kind: Literal["conversation", "text"] = "conversation"
     max_length: int | None = None
-    """Longest sample, tokens; default: the model's context."""
+    """Longest sample, tokens; default: the model's context, or what a packed row holds where that is less."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     training: Training = field(default_factory=Training)
@@ -54,7 +54,7 @@ def main(cfg: Config) -> dict:
         return stage.result()
     model, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
     samples, rejected = read_samples(
-        cfg.data, tokenizer, kind=cfg.kind, max_length=cfg.max_length or model.config.max_positions,
+        cfg.data, tokenizer, kind=cfg.kind, max_length=sample_limit(cfg.max_length, model.config, cfg.training),
         on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl",
     )  # fmt: skip
     if cfg.audit:

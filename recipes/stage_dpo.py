@@ -20,7 +20,7 @@ from wizard_engine.data.samples import Pair, answer_pair, read_pairs
 from wizard_engine.loss import dpo_loss, sft_loss
 from wizard_engine.model import save_model
 from wizard_engine.preferences import ReferenceCache, answer_logprobs, order_slices
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
+from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
 
@@ -39,7 +39,7 @@ class Config:
     slices: int = 1
     """Stages that the pairs are split into."""
     order: Literal["random", "easy_first", "hard_first", "by_gap"] = "easy_first"
-    """Order of the slices: by length of the prompt, or by the judge's score gap (largest first)."""
+    """Order of the slices: by length of the chosen answer, or by the judge's score gap (largest first)."""
     reference: Literal["previous", "initial"] = "previous"
     """Reference of stage i: the model of stage i - 1, or the initial model throughout."""
     cumulative: bool = False
@@ -53,7 +53,7 @@ class Config:
     nll: float = 0.0
     """Weight of the chosen answers' negative log-likelihood per token."""
     max_length: int | None = None
-    """Longest sample, tokens; default: the model's context."""
+    """Longest sample, tokens; default: the model's context. Both sides of a pair have to fit one packed row."""
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=5e-7))
     seed: int = 0
@@ -70,10 +70,10 @@ def main(cfg: Config) -> dict:
     if stage.done:
         return stage.result()
     model, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
-    limit = cfg.max_length or model.config.max_positions
+    limit = sample_limit(cfg.max_length, model.config, cfg.training)
     pairs, rejected = read_pairs(
         cfg.data,
-        lambda row: answer_pair(tokenizer, row, limit),
+        lambda row: answer_pair(tokenizer, row, limit, cfg.training.pack_tokens),
         on_error=cfg.on_error,
         rejects=cfg.out / "rejects.jsonl",
     )

@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from .config import cli
 from .data.tokenizer import Tokenizer, load_tokenizer
-from .model import PRESETS, ScoringModel, Transformer, load_model
+from .model import PRESETS, ModelConfig, ScoringModel, Transformer, load_model
 from .model.hugging_face import read_config
 from .rollout.rewards import InstructionReward, ProcessReward
 from .runtime import Runtime, stop
 from .stage import Stage
-from .training import Interrupted
+from .training import Interrupted, Training
 
 T = TypeVar("T")
 
@@ -55,9 +55,19 @@ def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
         files = _files(value)
         for index, path in enumerate(files):
             inputs[field.name if len(files) == 1 else f"{field.name}.{index}"] = path
-        if not files:
-            options[field.name] = value
+        rest = _without_files(value)
+        if rest not in (None, [], {}) or not files:
+            options[field.name] = rest
     return options, inputs
+
+
+def _without_files(value: Any) -> Any:
+    """An option's value without the paths in it."""
+    if isinstance(value, tuple | list):
+        return [item for item in value if not _files(item)]
+    if isinstance(value, Mapping):
+        return {key: item for key, item in value.items() if not _files(item)}
+    return None if _files(value) else value
 
 
 def _files(value: Any) -> list[Path]:
@@ -112,6 +122,17 @@ def language_model(model: str, tokenizer: Path | None, *, seed: int, device: Any
     if isinstance(found, ScoringModel):
         raise ValueError(f"{model}: expected a language model, got a reward model with {found.outputs} outputs")
     return found, own if tokenizer is None else load_tokenizer(tokenizer)
+
+
+def sample_limit(max_length: int | None, config: ModelConfig, training: Training) -> int:
+    """Longest sample, tokens: what was asked for, or the context, and never more than a packed row takes.
+
+    Raises:
+        ValueError: more was asked for than the model's context.
+    """
+    if max_length is not None and not 2 <= max_length <= config.max_positions:
+        raise ValueError(f"max_length: expected 2 to {config.max_positions} (the model's context), got {max_length}")
+    return min(max_length or config.max_positions, training.pack_tokens + 1)
 
 
 def scoring_model(path: Path, outputs: int, device: Any) -> tuple[ScoringModel, Tokenizer, dict]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..files import write_text
-from .chat import Sample, encode_conversation, encode_preference, encode_text
-from .records import Preference, Process, read_rows
+from .chat import Sample, encode_conversation, encode_preference, encode_prompt, encode_text
+from .records import Conversation, Message, Preference, Process, read_located
 from .tokenizer import Tokenizer
 
 OnError = Literal["raise", "skip"]
@@ -44,28 +44,54 @@ def read_samples(
     if kind == "text":
         texts = [(f"{path}:{n}", text) for path in paths for n, text in enumerate(_texts(path), 1)]
         return encode_all(texts, lambda text: _fitting(encode_text(tokenizer, text), max_length), on_error, rejects)
-    rows = _located(paths, "conversation", on_error, rejects)
-    return encode_all(
+    rows, unread = _located(paths, "conversation", on_error, rejects)
+    samples, refused = encode_all(
         rows, lambda row: encode_conversation(tokenizer, row.messages, max_length=max_length), on_error, rejects
     )
+    return samples, unread + refused
 
 
 def read_pairs(
     paths: Sequence[Path], encode: Callable[[Preference], Pair], *, on_error: OnError, rejects: Path
 ) -> tuple[list[Pair], int]:
     """Pairs of preference rows; see `read_samples`."""
-    return encode_all(_located(paths, "preference", on_error, rejects), encode, on_error, rejects)
+    rows, unread = _located(paths, "preference", on_error, rejects)
+    pairs, refused = encode_all(rows, encode, on_error, rejects)
+    return pairs, unread + refused
 
 
-def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int) -> Pair:
-    """The two answers of a preference row."""
-    if row.chosen == row.rejected:
-        raise ValueError("chosen, rejected: expected two different answers, got the same twice")
-    return Pair(*encode_preference(tokenizer, row, max_length=max_length))
+def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int, capacity: int | None = None) -> Pair:
+    """The two answers of a preference row.
+
+    Args:
+        max_length: longest of the two, tokens.   capacity: tokens of a packed row, which has to hold both.
+    Raises:
+        ValueError: they are the same, blank, or too long.
+    """
+    pair = Pair(*encode_preference(tokenizer, row, max_length=max_length))
+    return pair if capacity is None else fitting_pair(pair, capacity)
 
 
-def read_processes(paths: Sequence[Path], *, on_error: OnError, rejects: Path) -> list[tuple[str, Process]]:
-    """(where, row) of every process row."""
+def fitting_pair(pair: Pair, capacity: int) -> Pair:
+    """The pair itself; ValueError where a packed row of `capacity` tokens cannot hold both of its sides."""
+    if pair.length > capacity:
+        raise ValueError(
+            f"pair: expected at most {capacity} tokens of both together (training.pack_tokens), got {pair.length}"
+        )
+    return pair
+
+
+def fitting_prompt(tokenizer: Tokenizer, row: Conversation, limit: int) -> tuple[Message, ...]:
+    """The turns of a conversation up to its last question; ValueError where they take more than `limit` tokens."""
+    prompt = tuple(row.messages[:-1])
+    length = len(encode_prompt(tokenizer, prompt))
+    if length > limit:
+        raise ValueError(f"prompt: expected at most {limit} tokens (context less the longest answer), got {length}")
+    return prompt
+
+
+def read_processes(paths: Sequence[Path], *, on_error: OnError, rejects: Path) -> tuple[list[tuple[str, Process]], int]:
+    """(`path:line`, row) of every process row, and how many records could not be read."""
     return _located(paths, "process", on_error, rejects)
 
 
@@ -83,7 +109,7 @@ def encode_all(
             items.append(encode(row))
         except ValueError as error:
             if on_error == "raise":
-                raise ValueError(f"{where}: {error}") from error
+                raise ValueError(f"{where}: {error}; or count such rows with --on-error skip") from error
             refused.append({"where": where, "error": str(error)})
     if refused:
         write_text(rejects, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in refused))
@@ -92,13 +118,11 @@ def encode_all(
     return items, len(refused)
 
 
-def _located(paths: Sequence[Path], kind: str, on_error: OnError, rejects: Path) -> list[tuple[str, Any]]:
+def _located(paths: Sequence[Path], kind: str, on_error: OnError, rejects: Path) -> tuple[list[tuple[str, Any]], int]:
+    """(`path:line`, row) of every row, and how many records could not be read (listed beside `rejects`)."""
     unread = rejects.with_name(f"unread_{rejects.name}")
-    return [
-        (f"{path}: row {n}", row)
-        for path in paths
-        for n, row in enumerate(read_rows(path, kind=kind, on_error=on_error, rejects=unread), 1)
-    ]
+    rows, bad = read_located(paths, kind=kind, on_error=on_error, rejects=unread)
+    return rows, len(bad)
 
 
 def _fitting(sample: Sample, max_length: int) -> Sample:

@@ -1,0 +1,147 @@
+"""Two gloo ranks do what one process does: losses, gradient norms, weights; errors reach every rank."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes import sft, stage_dpo
+from wizard_engine.data.chat import CHAT_ATOMS
+from wizard_engine.data.records import Message, Preference, conversation, write_rows
+from wizard_engine.data.tokenizer import train_tokenizer
+from wizard_engine.log import read_metrics
+from wizard_engine.model import ModelConfig, Transformer, save_model
+from wizard_engine.parallel import broadcast_parameters, sum_gradients, sum_over_ranks
+from wizard_engine.parallel.data_parallel import gather_objects
+from wizard_engine.runtime import Runtime
+from wizard_engine.training import Run, Training
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json, sys, torch
+from pathlib import Path
+from recipes import sft, stage_dpo
+from wizard_engine import runtime
+from wizard_engine.parallel import broadcast_parameters, sum_gradients, sum_over_ranks
+from wizard_engine.parallel.data_parallel import gather_objects
+from wizard_engine.recipe import on_main
+sys.path.insert(0, {tests!r})
+from test_data_parallel import configurations
+
+torch.set_num_threads(1)
+root = Path({root!r})
+rt = runtime.start("cpu")
+found = {{"ranks": gather_objects([rt.rank, rt.world_size])}}
+gradients = [torch.full((3,), 1.0 + rt.rank), torch.tensor([10.0 * rt.rank])]
+sum_gradients(gradients)
+found["gradients"] = [g.tolist() for g in gradients]
+found["sums"] = sum_over_ranks({{"a": 0.1 + rt.rank, "b": 2.0**30 * rt.rank + 1}})
+module = torch.nn.Linear(2, 2)
+torch.nn.init.constant_(module.weight, rt.rank + 5.0)
+broadcast_parameters(module)
+found["weight"] = float(module.weight.sum())
+
+def fail():
+    raise ValueError("only the main rank knows")
+
+found["work"] = on_main(rt, lambda: rt.rank + 41)
+try:
+    on_main(rt, fail)
+except ValueError as error:
+    found["error"] = str(error)
+(root / f"found_{{rt.rank}}.json").write_text(json.dumps(found))
+for recipe, cfg in configurations(root, "two"):
+    recipe.main(cfg)
+runtime.stop()
+"""
+
+
+def configurations(root, name):
+    """The same supervised and preference training into directories of another name."""
+    training = Training(lr=2e-3, pack_tokens=200, packs_per_step=4, epochs=2, clip=0.5)
+    shared = {"model": str(root / "base"), "training": training, "device": "cpu", "quiet": True}
+    return [
+        (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "sft", **shared)),
+        (stage_dpo, stage_dpo.Config(data=(root / "pairs.jsonl",), out=root / name / "dpo", slices=2, **shared)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Directory with what one process and what two ranks made."""
+    root = tmp_path_factory.mktemp("ranks")
+    generator = np.random.default_rng(0)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    texts = [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(60)]
+    tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=1, head_width=8, ffn_width=24,
+        max_positions=128, init_std=0.2,
+    )  # fmt: skip
+    save_model(Transformer(config, seed=0), tokenizer, root / "base")
+    write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in pairwise(texts)])
+    pairs = [Preference((Message("user", a),), b, c) for a, b, c in zip(texts[::3], texts[1::3], texts[2::3])]
+    write_rows(root / "pairs.jsonl", pairs)
+    (root / "script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(root)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(root / "script.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for recipe, cfg in configurations(root, "one"):
+        recipe.main(cfg)
+    return root
+
+
+RUNS = ["sft", "dpo/stage_1", "dpo/stage_2"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_log_the_numbers_of_one(ranks, run):
+    one, two = (read_metrics(ranks / name / run / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) > 1
+    timed = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        # At policy = reference every margin is rounding noise, and its sign with it.
+        noise = {"accuracy"} if a["step"] == 1 else set()
+        for name in a.keys() - timed - noise:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
+
+
+def test_two_ranks_train_the_weights_of_one(ranks):
+    base = load_file(ranks / "base" / "model.safetensors")
+    for run in ("sft", "dpo"):
+        one, two = (load_file(ranks / name / run / "model" / "model.safetensors") for name in ("one", "two"))
+        for name, tensor in one.items():
+            moved = float((tensor - base[name]).abs().max())
+            assert moved > 0 and float((tensor - two[name]).abs().max()) < 0.02 * moved, (run, name)
+
+
+def test_collectives_sum_and_reach_every_rank(ranks):
+    for rank in range(2):
+        found = json.loads((ranks / f"found_{rank}.json").read_text())
+        assert found["ranks"] == [[0, 2], [1, 2]] and found["gradients"] == [[3.0] * 3, [10.0]]
+        assert found["sums"] == {"a": 1.2000000000000002, "b": 2.0**30 + 2} and found["weight"] == 20.0
+        assert found["work"] == 41 and found["error"] == f"[rank {rank}/2] only the main rank knows"
+
+
+def test_one_process_needs_no_collectives():
+    gradient = torch.ones(3)
+    sum_gradients([gradient])
+    module = torch.nn.Linear(2, 2)
+    before = module.weight.clone()
+    broadcast_parameters(module)
+    assert torch.equal(gradient, torch.ones(3)) and torch.equal(module.weight, before)
+    assert sum_over_ranks({"a": 0.5}) == {"a": 0.5} and gather_objects("x") == ["x"]
+
+
+def test_ranks_must_divide_the_packs_of_a_step(ranks):
+    with pytest.raises(ValueError, match="world_size must divide packs_per_step: packs_per_step=3, world_size=2"):
+        Run(Training(packs_per_step=3), Runtime(0, 2), torch.nn.Linear(2, 2), [5, 5], ranks / "x", seed=0, name="x")

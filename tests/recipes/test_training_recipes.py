@@ -1,0 +1,327 @@
+"""Training recipes end to end on a tiny world: what they write, what is skipped, what resumes, what is refused."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes import accuracy, make_world, reward, rleif, sft, stage_dpo
+from wizard_engine import preferences
+from wizard_engine.data.chat import Sample
+from wizard_engine.data.records import conversation, read_rows
+from wizard_engine.data.samples import Pair
+from wizard_engine.log import read_metrics
+from wizard_engine.model import ScoringModel, load_model
+from wizard_engine.online import OnlineRun
+from wizard_engine.recipe import launch
+from wizard_engine.training import Training
+
+QUICK = {"pack_tokens": 384, "packs_per_step": 2, "lr": 2e-3}
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_make_world_writes_what_it_counts_and_repeats(world, tmp_path):
+    record = json.loads((world.root / "stage.json").read_text())["result"]
+    assert record["corpus"] == len(world.corpus) == 160 and record["held_out"] == 12
+    assert len(read_rows(world.root / "held_out.jsonl", kind="conversation")) == 12
+    make_world.main(make_world.Config(out=tmp_path, corpus=160, held_out=12, plain=60, questions=3, quiet=True))
+    for name in ("corpus.jsonl", "held_out.jsonl", "plain.jsonl", "questions.jsonl", "tokenizer/tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (world.root / name).read_bytes()
+
+
+def supervised(world, out, **changes):
+    training = Training(**QUICK, max_steps=changes.pop("steps", 4))
+    data = changes.pop("data", None) or world.write("few.jsonl", world.single[:40])
+    return sft.Config(data=(data,), out=out, model=world.base, training=training, quiet=True, **changes)
+
+
+def test_sft_learns_writes_a_model_and_is_skipped_when_done(world, tmp_path):
+    cfg = supervised(world, tmp_path, steps=8)
+    result = sft.main(cfg)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert result["steps"] == len(lines) and lines[-1]["loss"] < 0.95 * lines[0]["loss"]
+    assert result["samples"] == 40 and result["rejected"] == 0
+    assert not same(weights(tmp_path), load_file(world.root / "base" / "model" / "model.safetensors"))
+    written = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    assert sft.main(dataclasses.replace(cfg, audit=False)) == result
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"another: config\.seed \(0 -> 1\); choose another --out, or --overwrite"):
+        sft.main(dataclasses.replace(cfg, seed=1))
+    assert sft.main(dataclasses.replace(cfg, seed=1, overwrite=True))["steps"] == result["steps"]
+
+
+LONG = conversation("How many?", "one apple " * 700)
+
+
+def bad_rows(world, name):
+    """Line 2 is too long, line 3 is no JSON, line 5 has roles that do not alternate."""
+    path = world.write(name, [world.single[0], LONG, *world.single[1:6]])
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2][:20]
+    lines[4] = lines[4].replace('"assistant"', '"user"')
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_sft_refuses_bad_rows_by_line_or_counts_them(world, tmp_path):
+    path = bad_rows(world, "bad.jsonl")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:\d: "):
+        sft.main(supervised(world, tmp_path / "raise", data=path))
+    assert not (tmp_path / "raise" / "model").exists()
+    only_long = world.write("long.jsonl", [world.single[0], LONG])
+    with pytest.raises(ValueError, match=r"long\.jsonl:2: sample: expected at most 385 tokens, got \d+"):
+        sft.main(supervised(world, tmp_path / "long", data=only_long))
+    result = sft.main(supervised(world, tmp_path / "skip", data=path, on_error="skip", steps=1))
+    assert result["samples"] == 4 and result["rejected"] == 3
+    listed = "".join(file.read_text() for file in (tmp_path / "skip").glob("*rejects.jsonl"))
+    assert all(f"bad.jsonl:{line}" in listed for line in (2, 3, 5))
+
+
+def test_sft_refuses_more_than_the_context_and_models_it_cannot_open(world, tmp_path):
+    with pytest.raises(ValueError, match=r"max_length: expected 2 to 512 \(the model's context\), got 513"):
+        sft.main(supervised(world, tmp_path / "a", max_length=513))
+    with pytest.raises(ValueError, match=r"input data: expected a file or directory, got none at .*none\.jsonl"):
+        sft.main(supervised(world, tmp_path / "b", data=tmp_path / "none.jsonl"))
+    for model, message in (("nowhere", "expected a model directory or one of"), ("tiny", "which --tokenizer it shall")):
+        with pytest.raises(ValueError, match=message):
+            sft.main(dataclasses.replace(supervised(world, tmp_path / model), model=model))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--modle", "x"], 2, "--modle: expected a known option, got an unknown one; the nearest is --model"),
+        (["--training.lrr", "1"], 2, "the nearest is --training.lr"),
+        (["--kind", "speech"], 2, "--kind"),
+        ([], 1, "sft.py: error: sft: input data: expected a file or directory, got none at"),
+    ],
+)
+def test_command_line_says_in_one_line_what_is_wrong(world, tmp_path, monkeypatch, capsys, words, code, message):
+    options = ["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path), "--model", world.base, *words]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *options])
+    with pytest.raises(SystemExit) as caught:
+        launch(sft.main, sft.Config)
+    assert caught.value.code == code and message in capsys.readouterr().err
+
+
+def staged(world, out, **changes):
+    training = Training(**{**QUICK, "lr": 1e-3}, epochs=2)
+    options = {
+        "slices": 2,
+        "beta": 0.5,
+        "training": training,
+        "data": (world.write("pairs.jsonl", world.preferences(14)),),
+    }
+    return stage_dpo.Config(out=out, model=world.base, quiet=True, **{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reference": "initial", "cumulative": True, "nll": 0.2}, {"variant": "ipo", "label_smoothing": 0.0}],
+    ids=["previous", "initial", "ipo"],
+)
+def test_stage_dpo_starts_at_its_reference_and_drifts(world, tmp_path, changes):
+    result = stage_dpo.main(staged(world, tmp_path, **changes))
+    first, second = (read_metrics(tmp_path / f"stage_{n}" / "metrics.jsonl") for n in (1, 2))
+    start = 1.0 if changes.get("variant") == "ipo" else torch.tensor(2.0).log().item()
+    assert first[0]["loss"] == pytest.approx(start, rel=1e-4) and first[0]["accuracy"] == pytest.approx(0.5, abs=0.5)
+    assert first[-1]["loss"] < start and abs(first[0]["drift_to_initial"]) < 1e-3
+    moved = abs(second[0]["drift_to_initial"])
+    assert moved > 1e-3
+    if changes.get("reference") == "initial":
+        assert second[0]["drift_to_reference"] == second[0]["drift_to_initial"]
+    else:
+        assert abs(second[0]["drift_to_reference"]) < 0.1 * moved
+    counts = [stage["pairs"] for stage in result["stages"]]
+    assert counts == ([result["pairs"] // 2 + result["pairs"] % 2, result["pairs"]] if changes.get("cumulative") else
+                      [result["pairs"] - result["pairs"] // 2, result["pairs"] // 2])  # fmt: skip
+
+
+def test_stage_dpo_computes_references_once_per_stage(world, tmp_path, monkeypatch):
+    calls = []
+    right = preferences.sequence_logprobs
+    monkeypatch.setattr(preferences, "sequence_logprobs", lambda *a, **k: calls.append(1) or right(*a, **k))
+    cfg = staged(world, tmp_path)
+    stage_dpo.main(cfg)
+    assert len(calls) == 2 and len(list((tmp_path / "reference").iterdir())) == 2
+    before = weights(tmp_path)
+    (tmp_path / "stage.json").unlink()
+    stage_dpo.main(cfg)
+    assert len(calls) == 2 and same(weights(tmp_path), before)
+    stage_dpo.main(dataclasses.replace(cfg, length_normalised=True, overwrite=True))
+    assert len(calls) == 4
+
+
+def test_reference_key_covers_all_that_the_logprobs_depend_on(world):
+    model, _ = load_model(world.base)
+    sample = Sample(torch.arange(5).int().numpy(), torch.ones(5).numpy())
+    other = Sample(torch.tensor([0, 1, 2, 3, 5]).int().numpy(), torch.ones(5).numpy())
+    lighter = Sample(sample.tokens, torch.tensor([0.0, 1, 1, 1, 1]).numpy())
+
+    def key(pair=(sample, sample), fingerprint="f", normalise=False):
+        return preferences.ReferenceCache(world.root, fingerprint, normalise).key(model, [Pair(*pair)])
+
+    keys = [key(), key((sample, other)), key((other, sample)), key((sample, lighter)), key(fingerprint="g")]
+    keys.append(key(normalise=True))
+    with torch.no_grad():
+        model.norm.weight[3] += 1e-6
+    keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == keys[-1]
+
+
+def test_stage_dpo_refuses_pairs_by_line(world, tmp_path):
+    rows = world.preferences(3)
+    long = dataclasses.replace(rows[0], chosen=LONG.answer[:1500], rejected=LONG.answer[:1400])
+    path = world.write("long_pairs.jsonl", [*rows, long])
+    with pytest.raises(ValueError, match=r"long_pairs\.jsonl:4: (pair|sample): expected at most \d+ tokens"):
+        stage_dpo.main(staged(world, tmp_path / "a", data=(path,)))
+    result = stage_dpo.main(staged(world, tmp_path / "b", data=(path,), on_error="skip", slices=1))
+    assert result["rejected"] == 1 and result["pairs"] == len(rows)
+    with pytest.raises(ValueError, match=r"slices: expected 1 to \d+ \(the pairs\), got 99"):
+        stage_dpo.main(staged(world, tmp_path / "c", slices=99))
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("easy_first", [[2, 0], [3, 1]]), ("hard_first", [[1, 3], [0, 2]]), ("by_gap", [[3, 2], [1, 0]])],
+)
+def test_order_slices_goes_by_length_or_gap(order, expected):
+    def side(count):
+        return Sample(torch.zeros(9).int().numpy(), (torch.arange(9) < count).float().numpy())
+
+    pairs = [Pair(side(n), side(1), margin) for n, margin in ((3, 0.1), (8, 0.2), (2, 0.3), (5, 0.4))]
+    assert preferences.order_slices(pairs, 2, order, seed=0) == expected
+    drawn = preferences.order_slices(pairs, 3, "random", seed=1)
+    assert sorted(sum(drawn, [])) == [0, 1, 2, 3] and [len(part) for part in drawn] == [2, 1, 1]  # noqa: RUF017
+
+
+@pytest.fixture(scope="module")
+def reward_models(world):
+    """Directories of an instruction and of a process reward model, with their results."""
+    made = {}
+    for kind, rows in (("instruction", world.rankings(20)), ("process", world.processes(30))):
+        cfg = reward.Config(
+            kind=kind, data=(world.write(f"{kind}.jsonl", rows),), out=world.root / f"reward_{kind}", model=world.base,
+            held_out=0.3, training=Training(**{**QUICK, "lr": 5e-3}, epochs=8), quiet=True,
+        )  # fmt: skip
+        made[kind] = (cfg, reward.main(cfg))
+    return made
+
+
+def test_instruction_reward_model_learns_to_rank(world, reward_models):
+    cfg, result = reward_models["instruction"]
+    lines = read_metrics(cfg.out / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx((1 + torch.tensor(0.1).exp()).log().item(), abs=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"] and result["held_out_accuracy"] > 0.6
+    model, _ = load_model(cfg.out / "model")
+    assert isinstance(model, ScoringModel) and model.outputs == 1
+    fields = json.loads((cfg.out / "model" / "config.json").read_text())
+    assert fields["wizard_std"] > 0 and abs(fields["wizard_mean"]) < 10
+
+
+def test_process_reward_model_learns_labels(world, reward_models):
+    cfg, result = reward_models["process"]
+    lines = read_metrics(cfg.out / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"] and 0 <= result["held_out_accuracy"] <= 1
+    assert result["rows"] + result["held_out"] == 30 and load_model(cfg.out / "model")[0].outputs == 3
+
+
+def test_reward_recipe_refuses_other_rows_and_too_few(world, tmp_path):
+    rows = world.processes(3)
+    wrong = world.write("labels.jsonl", rows[:1])
+    options = {"model": world.base, "training": Training(**QUICK), "quiet": True}
+    with pytest.raises(ValueError, match="rows: expected at least two, one of them to measure on, got 1"):
+        reward.main(reward.Config(kind="process", data=(wrong,), out=tmp_path / "a", **options))
+    with pytest.raises(ValueError, match=r"labels\.jsonl:1: record: expected a preference row, got a process row"):
+        reward.main(reward.Config(kind="instruction", data=(wrong,), out=tmp_path / "b", **options))
+    doubled = dataclasses.replace(rows[1], steps=(rows[1].steps[0] + "\nmore", *rows[1].steps[1:]))
+    wrong = world.write("steps.jsonl", [*rows, doubled])
+    with pytest.raises(ValueError, match=r"steps\.jsonl:4: steps: "):
+        reward.main(reward.Config(kind="process", data=(wrong,), out=tmp_path / "c", **options))
+
+
+def online(world, reward_models, out, **changes):
+    options = {
+        "data": (world.write("prompts.jsonl", world.single[:7]),), "model": world.base, "steps": 3, "save_every": 1,
+        "instruction_model": reward_models["instruction"][0].out / "model", "samples_per_prompt": 2, "epochs": 2,
+        "process_model": reward_models["process"][0].out / "model", "prompts_per_step": 3, "max_new_tokens": 12,
+        "minibatches": 2, "lr": 1e-3, "critic_lr": 1e-3, "pack_tokens": 512, "entropy": 0.01, "quiet": True,
+    }  # fmt: skip
+    return rleif.Config(out=out, **{**options, **changes})
+
+
+LOGGED = {
+    "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "reward", "instruction_factor", "process_factor",
+    "kl_k1", "kl_k3", "clip_fraction", "value_clip_fraction", "entropy", "length", "finished", "value",
+    "explained_variance", "ratio_error", "critic_grad_norm",
+}  # fmt: skip
+
+
+def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp_path, monkeypatch):
+    result = rleif.main(online(world, reward_models, tmp_path / "whole"))
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert len(lines) == result["steps"] == 3 and lines[0].keys() >= LOGGED
+    assert lines[0]["ratio_error"] < 1e-4 and abs(lines[0]["kl_k1"]) < 1e-5 < abs(lines[-1]["kl_k1"])
+    assert lines[0]["entropy"] > 0 and lines[0]["length"] <= 12 and lines[-1]["kl_k3"] >= 0
+    right = OnlineRun.record
+
+    def killed(self, *arguments):
+        if self.step == 2:
+            self.close()
+            raise KeyboardInterrupt
+        right(self, *arguments)
+
+    monkeypatch.setattr(OnlineRun, "record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rleif.main(online(world, reward_models, tmp_path / "cut"))
+    monkeypatch.setattr(OnlineRun, "record", right)
+    assert rleif.main(online(world, reward_models, tmp_path / "cut")) == result
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    again = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    assert [line["reward"] for line in again] == [line["reward"] for line in lines]
+
+
+def test_rleif_warms_the_critic_up_alone(world, reward_models, tmp_path):
+    cfg = online(world, reward_models, tmp_path, steps=1, critic_warmup=1, factors=("process",))
+    rleif.main(cfg)
+    assert same(weights(tmp_path), load_file(world.root / "base" / "model" / "model.safetensors"))
+
+
+def test_rleif_refuses_long_prompts_by_line_and_models_of_another_kind(world, reward_models, tmp_path):
+    long = world.write("long_prompts.jsonl", [world.single[0], conversation("apple " * 600, "5")])
+    with pytest.raises(ValueError, match=r"long_prompts\.jsonl:2: prompt: expected at most 500 tokens"):
+        rleif.main(online(world, reward_models, tmp_path / "a", data=(long,)))
+    swapped = {"process_model": reward_models["instruction"][0].out / "model"}
+    with pytest.raises(ValueError, match="expected a process reward model, got an instruction reward model"):
+        rleif.main(online(world, reward_models, tmp_path / "b", **swapped))
+    with pytest.raises(ValueError, match="expected a language model, got a reward model with 1 outputs"):
+        rleif.main(online(world, reward_models, tmp_path / "c", model=str(swapped["process_model"])))
+    with pytest.raises(ValueError, match=r"factors: expected some of instruction, process, got \['length'\]"):
+        online(world, reward_models, tmp_path / "d", factors=("length",))
+
+
+def test_accuracy_counts_what_it_writes(world, tmp_path):
+    cfg = accuracy.Config(
+        model=world.base, data=world.root / "held_out.jsonl", out=tmp_path, max_new_tokens=8, quiet=True
+    )
+    result = accuracy.main(cfg)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert result["total"] == len(lines) == 12 and result["accuracy"] == result["correct"] / 12
+    assert [line["prompt"] for line in lines] == [
+        row.instruction for row in read_rows(world.root / "held_out.jsonl", kind="conversation")
+    ]
+    assert {"accuracy", "sampled_accuracy", "se", "sampled_se"} <= json.loads(
+        (tmp_path / "accuracy.json").read_text()
+    ).keys()
+    assert {line["greedy"] for line in lines} != {line["sampled"] for line in lines}
