@@ -1,0 +1,50 @@
+"""Row files to samples: places of bad rows, and counts of those left out."""
+
+import json
+
+import pytest
+
+from wizard_engine.data.samples import answer_pair, read_pairs, read_samples
+from wizard_engine.data.tokenizer import train_tokenizer
+
+TOKENIZER = train_tokenizer(["how many apples are there", "there are two apples"] * 4, vocab_size=300)
+SHORT = json.dumps({"question": "how many?", "answer": "two"})
+LONG = json.dumps({"question": "how many?", "answer": "apples " * 200})
+
+
+def read(tmp_path, *files: str, on_error: str = "skip"):
+    paths = []
+    for index, text in enumerate(files):
+        paths.append(tmp_path / f"{index}.jsonl")
+        paths[-1].write_text(text)
+    rejects = tmp_path / "rejects.jsonl"
+    return read_samples(
+        paths, TOKENIZER, kind="conversation", max_length=260, on_error=on_error, rejects=rejects
+    )  # fmt: skip
+
+
+def test_read_samples_names_the_line_of_a_sample_that_is_too_long(tmp_path):
+    with pytest.raises(ValueError, match=r"0.jsonl:3: sample: expected at most 260 tokens, got \d+; .*--on-error skip"):
+        read(tmp_path, f"{SHORT}\n\n{LONG}\n", on_error="raise")
+
+
+def test_read_samples_counts_unreadable_records_of_every_file_and_refused_samples(tmp_path):
+    samples, rejected = read(tmp_path, f"{SHORT}\nbroken\n{LONG}\n", f"nonsense\n{SHORT}\n")
+    assert (len(samples), rejected) == (2, 3)
+    refused = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    unread = [json.loads(line) for line in (tmp_path / "unread_rejects.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in refused] == [f"{tmp_path}/0.jsonl:3"]
+    assert [(line["path"], line["line"]) for line in unread] == [
+        (f"{tmp_path}/0.jsonl", 2), (f"{tmp_path}/1.jsonl", 1),
+    ]  # fmt: skip
+
+
+def test_read_pairs_counts_unreadable_records_too(tmp_path):
+    pair = {"prompt": [{"role": "user", "content": "how many?"}], "chosen": "two", "rejected": "three"}
+    same = pair | {"rejected": "two"}
+    (tmp_path / "p.jsonl").write_text("\n".join([json.dumps(pair), "{", json.dumps(same)]))
+    pairs, rejected = read_pairs(
+        [tmp_path / "p.jsonl"], lambda row: answer_pair(TOKENIZER, row, 260, 1024), on_error="skip",
+        rejects=tmp_path / "rejects.jsonl",
+    )  # fmt: skip
+    assert (len(pairs), rejected) == (1, 2)
