@@ -269,23 +269,32 @@ LOGGED = {
 
 
 def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp_path, monkeypatch):
+    right, fresh = OnlineRun.record, []
+
+    def marked(self, *arguments):
+        if self.step == 0:
+            fresh.append(self._sums["ratio_error"])
+            self._sums["ratio_error"] = 5e-4
+        right(self, *arguments)
+
+    monkeypatch.setattr(OnlineRun, "record", marked)
     result = rleif.main(online(world, reward_models, tmp_path / "whole"))
+    assert fresh[0] < 1e-4 and result["largest_ratio_error"] == 5e-4
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert len(lines) == result["steps"] == 3 and lines[0].keys() >= LOGGED
-    assert lines[0]["ratio_error"] < 1e-4 and abs(lines[0]["kl_k1"]) < 1e-5 < abs(lines[-1]["kl_k1"])
+    assert abs(lines[0]["kl_k1"]) < 1e-5 < abs(lines[-1]["kl_k1"])
     assert lines[0]["entropy"] > 0 and lines[0]["length"] <= 12 and lines[-1]["kl_k3"] >= 0
-    right = OnlineRun.record
 
     def killed(self, *arguments):
         if self.step == 2:
             self.close()
             raise KeyboardInterrupt
-        right(self, *arguments)
+        marked(self, *arguments)
 
     monkeypatch.setattr(OnlineRun, "record", killed)
     with pytest.raises(KeyboardInterrupt):
         rleif.main(online(world, reward_models, tmp_path / "cut"))
-    monkeypatch.setattr(OnlineRun, "record", right)
+    monkeypatch.setattr(OnlineRun, "record", marked)
     assert rleif.main(online(world, reward_models, tmp_path / "cut")) == result
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     again = read_metrics(tmp_path / "cut" / "metrics.jsonl")
