@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 128 * 2**20
+KEPT_BYTES = 8 * 2**20
 
 
 def linear_logprob_reference(
@@ -23,46 +24,55 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _LinearLogprob(torch.autograd.Function):
+    """Row chunks of the logits, computed again in the backward unless a single small chunk holds them all."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy):
         weight_VD = _wide(weight)
-        logprob_T, lse_T, entropy_T = (weight_VD.new_zeros(targets.shape) for _ in range(3))
-        for rows in _chunks(targets.numel(), weight.shape[0]):
-            logits = (_wide(hidden[rows]) @ weight_VD.T).div_(temperature)
-            lse = torch.logsumexp(logits, -1)
-            target = logits.gather(-1, targets[rows].clamp(min=0)[:, None])[:, 0]
-            lse_T[rows], logprob_T[rows] = lse, target - lse
+        logprob_T, entropy_T = (weight_VD.new_zeros(targets.shape) for _ in range(2))
+        chunks, kept = _chunks(targets.numel(), weight.shape[0]), None
+        for rows in chunks:
+            logprob_TV = _chunk_logprobs(hidden[rows], weight_VD, temperature)
+            logprob_T[rows] = logprob_TV.gather(-1, targets[rows].clamp(min=0)[:, None])[:, 0]
             if entropy:
-                probability = torch.sub(logits, lse[:, None]).exp_()
-                entropy_T[rows] = lse - torch.linalg.vecdot(probability, logits)
-        ignored_T = targets < 0
-        logprob_T.masked_fill_(ignored_T, 0.0)
-        entropy_T.masked_fill_(ignored_T, 0.0)
-        ctx.save_for_backward(hidden, weight, targets, lse_T, entropy_T)
-        ctx.temperature, ctx.entropy = temperature, entropy
+                finite = logprob_TV.clamp(min=torch.finfo(logprob_TV.dtype).min)
+                entropy_T[rows] = -torch.linalg.vecdot(logprob_TV.exp(), finite)
+            if len(chunks) == 1 and 4 * logprob_TV.numel() <= KEPT_BYTES:
+                kept = logprob_TV
+        for values in (logprob_T, entropy_T):
+            values.masked_fill_(targets < 0, 0.0)
+        ctx.save_for_backward(hidden, weight, targets, entropy_T, kept)
+        ctx.chunks, ctx.temperature, ctx.entropy = chunks, temperature, entropy
         ctx.mark_non_differentiable(*([] if entropy else [entropy_T]))
         return logprob_T, entropy_T
 
     @staticmethod
     def backward(ctx, dlogprob_T, dentropy_T):
-        hidden, weight, targets, lse_T, entropy_T = ctx.saved_tensors
-        keep_T = (targets >= 0).to(lse_T.dtype)
-        dlogprob_T = keep_T * dlogprob_T
+        hidden, weight, targets, entropy_T, kept = ctx.saved_tensors
         weight_VD = _wide(weight)
+        keep_T = (targets >= 0).to(weight_VD.dtype)
+        dlogprob_T = keep_T * dlogprob_T
         dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight_VD)
-        for rows in _chunks(targets.numel(), weight.shape[0]):
+        for rows in ctx.chunks:
             wide = _wide(hidden[rows])
-            logits = (wide @ weight_VD.T).div_(ctx.temperature)
-            probability = torch.sub(logits, lse_T[rows, None]).exp_()
+            logprob_TV = _chunk_logprobs(hidden[rows], weight_VD, ctx.temperature) if kept is None else kept
             slope = -dlogprob_T[rows, None]
             if ctx.entropy:
-                slope = slope - (logits - (lse_T - entropy_T)[rows, None]) * (keep_T * dentropy_T)[rows, None]
-            dlogits = probability.mul_(slope)
+                finite = logprob_TV.clamp(min=torch.finfo(logprob_TV.dtype).min)
+                slope = slope - (finite + entropy_T[rows, None]) * (keep_T * dentropy_T)[rows, None]
+            dlogits = logprob_TV.exp().mul_(slope)
             dlogits.scatter_add_(-1, targets[rows].clamp(min=0)[:, None], dlogprob_T[rows, None])
-            dlogits.div_(ctx.temperature)
+            if ctx.temperature != 1:
+                dlogits.div_(ctx.temperature)
             dhidden[rows] = (dlogits @ weight_VD).to(hidden.dtype)
             dweight.addmm_(dlogits.T, wide)
         return dhidden, dweight.to(weight.dtype), None, None, None
+
+
+def _chunk_logprobs(hidden_TD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
+    """(rows, V) log-probabilities of a chunk."""
+    logits_TV = _wide(hidden_TD) @ weight_VD.T
+    return (logits_TV if temperature == 1 else logits_TV.div_(temperature)).log_softmax(-1)
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:

@@ -29,7 +29,7 @@ class Config:
     temperature: float = 1.0
     """Of the sampled answers; the others are greedy."""
     max_new_tokens: int = 128
-    batch_size: int = 256
+    batch_size: int = 128
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False

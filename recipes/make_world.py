@@ -1,6 +1,6 @@
 """The embedded world on disk: natural corpus, held-out problems, plain text, two-turn questions, and a tokenizer.
 
-    python recipes/make_world.py --out runs/world --corpus 10000 --seed 0
+python recipes/make_world.py --out runs/world --corpus 10000 --seed 0
 """
 
 import json
@@ -29,7 +29,7 @@ class Config:
     """Documents of plain text."""
     questions: int = 80
     """Two-turn questions."""
-    vocabulary: int = 640
+    vocabulary: int = 720
     """Most tokens of the tokenizer."""
     seed: int = 0
     overwrite: bool = False
@@ -44,12 +44,13 @@ def write(cfg: Config) -> tuple[dict, list[Path]]:
     write_rows(cfg.out / "held_out.jsonl", held_out)
     _write_lines(cfg.out / "plain.jsonl", [{"text": text} for text in plain])
     lines = [
-        {"question_id": q.id, "category": q.category, "turns": list(q.turns), "reference": list(q.references)}
+        {"question_id": q.id, "category": q.category, "turns": list(q.turns), "references": list(q.references)}
         for q in questions
     ]
     _write_lines(cfg.out / "questions.jsonl", lines)
-    texts = [message.content for row in corpus for message in row.messages] + plain[:5000]
-    tokenizer = train_tokenizer(texts, vocab_size=cfg.vocabulary, atoms=CHAT_ATOMS)
+    texts = [" " + message.content for row in corpus for message in row.messages] + plain[:5000]
+    numbers = [str(number) for number in range(world.LARGEST + 1)]
+    tokenizer = train_tokenizer(texts, vocab_size=cfg.vocabulary, atoms=(*CHAT_ATOMS, *numbers))
     tokenizer.save(cfg.out / "tokenizer")
     names = ("corpus.jsonl", "held_out.jsonl", "plain.jsonl", "questions.jsonl", "tokenizer")
     counts = {"corpus": len(corpus), "held_out": len(held_out), "plain": len(plain), "questions": len(questions)}

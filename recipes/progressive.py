@@ -39,23 +39,30 @@ from wizard_engine.recipe import launch, on_main
 from wizard_engine.rollout.rewards import FACTORS
 from wizard_engine.training import Training
 
-TOPICS = ("market", "school", "farm", "kitchen", "library", "sports", "travel", "garden")
+# Shares wanted of each attribute's values in the demo: rarer topics, Spanish, harder problems and careful sources up.
 TARGETS = {
-    "language": {"en": 0.8, "es": 0.2},
-}
+    "topic": {
+        "market": 0.25, "school": 0.20, "kitchen": 0.15, "sports": 0.12, "farm": 0.09, "library": 0.08, "travel": 0.05,
+        "garden": 0.03, "general": 0.02, "other": 0.01,
+    },
+    "language": {"en": 0.84, "es": 0.16},
+    "source": {"textbook": 0.35, "exam": 0.25, "forum": 0.25, "chat_log": 0.15},
+    "difficulty": {"easy": 0.34, "medium": 0.50, "hard": 0.16},
+    "toxic": {"false": 1.0, "true": 0.0},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much of everything."""
 
-    corpus: int = 10_000
+    corpus: int = 14_000
     """Rows of the embedded world's natural corpus."""
     plain: int = 40_000
     """Documents of plain text that the base model is trained on."""
     held_out: int = 1500
     """Held-out problems."""
-    sample: int = 6000
+    sample: int = 5400
     """Rows drawn from the corpus for all slices together."""
     battles: int = 800
     """Rows per slice that co-teaching fights over."""
@@ -95,6 +102,8 @@ class Config:
     """Evolve instructions and answers; off for an ablation."""
     weighted: bool = True
     """Draw rows to target marginals; off draws them as they come."""
+    cap: float = 2.4
+    """Most that a row's sampling weight may be, in mean weights."""
     factors: tuple[str, ...] = FACTORS
     """Factors of the RLEIF reward."""
     sizes: Sizes = field(default_factory=Sizes)
@@ -123,8 +132,8 @@ SMALL_STEPS = Training(pack_tokens=1024, packs_per_step=2, beta2=0.98, weight_de
 DEMO = Config(
     out=Path("runs/demo"),
     threads=1,
-    pretraining=replace(SMALL_STEPS, lr=4e-3, pack_tokens=512, max_steps=1500),
-    supervised=replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, epochs=3, save_every=400),
+    pretraining=replace(SMALL_STEPS, lr=4e-3, pack_tokens=512, max_steps=1300),
+    supervised=replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, epochs=4, save_every=400),
     preference=replace(SMALL_STEPS, lr=2e-5, epochs=1),
     instruction_reward=replace(SMALL_STEPS, lr=5e-4, epochs=1),
     process_reward=replace(SMALL_STEPS, lr=5e-4, epochs=2),
@@ -134,7 +143,7 @@ TINY = replace(
     DEMO,
     out=Path("runs/tiny"),
     sizes=Sizes(
-        corpus=400, plain=300, held_out=60, sample=180, battles=20, preferences=30, questions=8
+        corpus=400, plain=300, held_out=60, sample=150, battles=20, preferences=30, questions=8
     ),
     pretraining=TINY_STEPS, supervised=TINY_STEPS, preference=replace(TINY_STEPS, lr=2e-5),
     instruction_reward=TINY_STEPS, process_reward=TINY_STEPS, rleif_steps=2, max_new_tokens=32, dpo_slices=1,
@@ -171,7 +180,7 @@ class Pipeline:
         on_main(self.rt, lambda: write_json(self.out / "targets.json", TARGETS if cfg.weighted else {}))
         drawn = self.run(
             "sample", sample, data=(analysis / "rows.jsonl",), evaluation=(self.held_out,), size=cfg.sizes.sample,
-            slices=cfg.slices, targets=self.out / "targets.json",
+            slices=cfg.slices, targets=self.out / "targets.json", cap=cfg.cap,
         )  # fmt: skip
         return [drawn / f"slice_{t}.jsonl" for t in range(1, cfg.slices + 1)], base
 
@@ -286,7 +295,7 @@ def main(cfg: Config) -> dict:
     last = {name: answers for t, name, answers in stages if t == len(slices)}
     battles = pipeline.run(
         "arena", arena, alone=True,
-        models=tuple(f"{name}={path / 'answers.jsonl'}#sampled" for name, path in reversed(last.items())),
+        models=tuple(f"{name}={path / 'answers.jsonl'}#sampled" for name, path in last.items()),
         prompts=pipeline.held_out, n=cfg.sizes.held_out, judge=cfg.agents.judge, anchor="base",
     )  # fmt: skip
     for name, path in (("base", base), ("rleif", model)):

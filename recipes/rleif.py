@@ -67,6 +67,8 @@ class Config:
     samples_per_prompt: int = 4
     max_new_tokens: int = 96
     """Longest answer, tokens."""
+    group_baseline: bool = True
+    """Take each answer's reward relative to the mean of the other answers to its prompt; the critic adds the rest."""
     temperature: float = 1.0
     epochs: int = 1
     """Passes over each rollout."""
@@ -131,7 +133,8 @@ def main(cfg: Config) -> dict:
         fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
         values = answer_values(critic, rollout)
         per_token, kl = token_rewards(
-            rollout, rewards, fixed, factors=cfg.factors, kl=cfg.kl, no_eos_penalty=cfg.no_eos_penalty
+            rollout, rewards, fixed, factors=cfg.factors, kl=cfg.kl, no_eos_penalty=cfg.no_eos_penalty,
+            group=cfg.samples_per_prompt if cfg.group_baseline else 1,
         )
         targets = make_targets(rollout, per_token, values, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals)
         for epoch in range(cfg.epochs):

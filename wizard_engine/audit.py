@@ -72,7 +72,7 @@ def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -
         logprob, _ = linear_logprob(model(*batch.inputs), model.head_weight, batch.targets)
         loss = sft_loss(logprob, batch.weights, num_tokens=total)
         loss.backward()
-        value += float(loss)
+        value += float(loss.detach())
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for parameter, old in zip(model.parameters(), saved):
         parameter.grad = old

@@ -48,7 +48,7 @@ class ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "demo": ModelConfig(),
+    "demo": ModelConfig(heads=3, kv_heads=3, head_width=32, init_std=0.06),
     "tiny": ModelConfig(width=32, layers=2, heads=4, kv_heads=2, head_width=8, ffn_width=64),
     "small": ModelConfig(width=256, layers=6, heads=8, kv_heads=4, head_width=32, ffn_width=704, max_positions=2048),
     "7b": ModelConfig(

@@ -37,7 +37,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     eos_id: int,
-    batch_size: int = 256,
+    batch_size: int = 128,
 ) -> Generation:
     """Continuations of prompts.
 
@@ -185,7 +185,7 @@ def answer_texts(
     max_new_tokens: int = 96,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 128,
 ) -> list[str]:
     """The model's next answer in each conversation (which ends with a user turn), in the Vicuna format."""
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]

@@ -46,7 +46,7 @@ def step_seed(*parts: int) -> int:
 
 def roll_out(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, samples: int,
-    max_new_tokens: int, temperature: float, seed: int, batch_size: int = 256,
+    max_new_tokens: int, temperature: float, seed: int, batch_size: int = 128,
 ) -> Rollout:  # fmt: skip
     """`samples` answers to each prompt, drawn from the model itself."""
     repeated = [tuple(prompt) for prompt in prompts for _ in range(samples)]
@@ -79,13 +79,16 @@ def answer_values(critic: ScoringModel, rollout: Rollout) -> Tensor:
 
 def token_rewards(
     rollout: Rollout, rewards: Sequence[AnswerReward], reference: Tensor, *, factors: Sequence[str], kl: float,
-    no_eos_penalty: float,
+    no_eos_penalty: float, group: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """(N,) reward of each answer token: the answer's reward on its last token, minus kl times k1 on every token.
 
     Args:
         reference: (N,) log-probabilities under the reference.   kl: coefficient of k1 = log p - log r.
         no_eos_penalty: taken off where the answer did not close itself.
+        group: answers per prompt, one after the other; above 1 each answer's reward is taken relative to the mean of
+            the others of its prompt. That mean does not depend on the answer, so the gradient stays unbiased, and with
+            no division by a group's deviation the instruction factor stays in as the prompt's weight.
     Returns:
         rewards, and the k1 and k3 estimators per token.
     """
@@ -93,8 +96,16 @@ def token_rewards(
     tokens = -kl * estimates["k1"]
     last = torch.tensor(rollout.lengths).cumsum(0) - 1
     finals = [r.total(factors) - (0.0 if r.finished else no_eos_penalty) for r in rewards]
-    tokens[last] += torch.tensor(finals, dtype=tokens.dtype)
+    tokens[last] += _relative(torch.tensor(finals, dtype=tokens.dtype), group)
     return tokens, estimates
+
+
+def _relative(finals: Tensor, group: int) -> Tensor:
+    """Each reward minus the mean of the other rewards of its group; unchanged for groups of one."""
+    if group == 1:
+        return finals
+    rows = finals.view(-1, group)
+    return (rows - (rows.sum(1, keepdim=True) - rows) / (group - 1)).flatten()
 
 
 @dataclass

@@ -4,12 +4,13 @@ from wizard_engine.world.corpus import Question, held_out, mt_questions, natural
 from wizard_engine.world.evolve import OPERATORS, evolve
 from wizard_engine.world.judges import quality
 from wizard_engine.world.parse import parse, parse_follow_up, parse_turns
-from wizard_engine.world.problems import Equation, Problem, Quantity, Statement, random_problem
+from wizard_engine.world.problems import LARGEST, Equation, Problem, Quantity, Statement, random_problem
 from wizard_engine.world.programs import PROGRAMS, program, register
 from wizard_engine.world.render import render, render_follow_up
 from wizard_engine.world.solve import STYLES, check_answer, claimed_answer, label_steps, solve
 
 __all__ = [
+    "LARGEST",
     "OPERATORS",
     "PROGRAMS",
     "STYLES",

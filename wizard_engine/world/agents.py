@@ -185,7 +185,7 @@ REASONS = {
     "same": "not evolved, nothing was added",
     "heading": "a heading of the prompt was copied",
     "vague": "unclear, the question cannot be answered",
-    "impossible": "wrong arithmetic, a number below zero, above 99 or a fraction",
+    "impossible": "wrong arithmetic, a number below zero, above 49 or a fraction",
     "language": "the language changed",
     "jump": "jump in complexity, too many changes at once",
 }

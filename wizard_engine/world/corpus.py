@@ -78,6 +78,7 @@ SPANISH, HELD_OUT_SPANISH = 0.10, 0.20
 EXACT_COPIES, NEAR_COPIES = 0.04, 0.06
 TWO_TURNS = 0.08
 TOPIC_KNOWN, LANGUAGE_KNOWN = 0.70, 0.50
+ARITHMETIC = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def held_out(n: int, seed: int) -> list[Conversation]:
 def plain_text(n: int, seed: int) -> list[str]:
     """`n` documents for pre-training: half lines of arithmetic, half problems with a solution; no chat format."""
     rng = random.Random(f"plain:{seed}")
-    return [_arithmetic(rng) if rng.random() < 0.5 else _story(rng) for _ in range(n)]
+    return [_arithmetic(rng) if rng.random() < ARITHMETIC else _story(rng) for _ in range(n)]
 
 
 def mt_questions(n: int = 80, seed: int = 0) -> list[Question]:

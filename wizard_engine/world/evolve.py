@@ -36,7 +36,7 @@ RULES = {
     "same": "add at least one operation",
     "heading": "do not repeat the heading",
     "vague": "keep the question answerable",
-    "impossible": "keep every number below 100",
+    "impossible": "keep every number below 50",
     "language": "keep the language",
     "jump": "change one thing only",
 }

@@ -1,7 +1,7 @@
 """Word problems as expression trees: statements about one or two people, a question, and the equations that answer it.
 
 The running amount of the main person, an amount of a second person that may be compared with it, and boxes (products
-as operands) make trees with shared parts, not only chains. A sound problem keeps every value whole and in 0..99.
+as operands) make trees with shared parts, not only chains. A sound problem keeps every value whole and in 0..49.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from wizard_engine.world import vocabulary as words
 
-LARGEST = 99
+LARGEST = 49
 LARGEST_OPERAND = 20
 FACTORS = (2, 3, 4, 5)
 LARGEST_EACH = 12
