@@ -1,6 +1,7 @@
 # make demo | test | bench | lint.  A bare machine needs python >= 3.11, g++ and make.
 PYTHON ?= python3
 SEED ?= 0
+RANKS ?= 2
 OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,11 +27,13 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@ $(VENV)/.core
 
+RUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
+
 demo: $(VENV)/.core
-	$(BIN)/python recipes/progressive.py --preset demo --seed $(SEED) --out $(OUT)
+	$(RUN) recipes/progressive.py --preset demo --seed $(SEED) --out $(OUT)
 
 ablations: $(VENV)/.core
-	$(BIN)/python recipes/ablations.py --seed $(SEED)
+	$(RUN) recipes/ablations.py --demo $(OUT) --seed $(SEED)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

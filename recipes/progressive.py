@@ -58,7 +58,7 @@ class Sizes:
 
     corpus: int = 14_000
     """Rows of the embedded world's natural corpus."""
-    plain: int = 40_000
+    plain: int = 30_000
     """Documents of plain text that the base model is trained on."""
     held_out: int = 1500
     """Held-out problems."""
@@ -114,12 +114,12 @@ class Config:
     instruction_reward: Training = field(default_factory=Training)
     process_reward: Training = field(default_factory=Training)
     rleif_steps: int = 30
-    rleif_lr: float = 1e-4
+    rleif_lr: float = 2e-4
     critic_lr: float = 5e-4
     kl: float = 0.02
     dpo_slices: int = 2
     beta: float = 0.2
-    nll: float = 0.2
+    nll: float = 0.5
     """Weight of the chosen answers' likelihood in Stage-DPO."""
     max_new_tokens: int = 80
     seed: int = 0
@@ -134,9 +134,9 @@ DEMO = Config(
     threads=1,
     pretraining=replace(SMALL_STEPS, lr=4e-3, pack_tokens=512, max_steps=1300),
     supervised=replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, epochs=4, save_every=400),
-    preference=replace(SMALL_STEPS, lr=2e-5, epochs=1),
+    preference=replace(SMALL_STEPS, lr=3e-5, epochs=1),
     instruction_reward=replace(SMALL_STEPS, lr=5e-4, epochs=1),
-    process_reward=replace(SMALL_STEPS, lr=5e-4, epochs=2),
+    process_reward=replace(SMALL_STEPS, lr=5e-3, pack_tokens=512, epochs=2),
 )
 TINY_STEPS = replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, max_steps=6)
 TINY = replace(
@@ -204,7 +204,7 @@ class Pipeline:
         return self.out / "base" / "model"
 
     def rows(self, t: int, slice_rows: Path, model: Path) -> Path:
-        """Training rows of slice t: Evol Lab, from slice 2 on AI Align AI, then duplicates and contaminated ones out."""
+        """Training rows of slice t: Evol Lab, from slice 2 on AI Align AI, then duplicates and contamination out."""
         cfg, at = self.cfg, f"slice_{t}"
         sources = [slice_rows]
         if cfg.evolve:
@@ -258,11 +258,19 @@ class Pipeline:
             training=cfg.process_reward,
         )  # fmt: skip
         reinforced = self.run(
-            f"{at}/rleif", rleif, data=rows[-1:], model=str(preferred / "model"), instruction_model=instruction / "model",
-            process_model=process / "model", factors=cfg.factors, steps=cfg.rleif_steps, lr=cfg.rleif_lr,
-            critic_lr=cfg.critic_lr, kl=cfg.kl, max_new_tokens=cfg.max_new_tokens,
+            f"{at}/rleif", rleif, data=rows[-1:], model=str(preferred / "model"),
+            instruction_model=instruction / "model", process_model=process / "model",
+            **self.rleif_options(cfg.factors),
         )  # fmt: skip
         return {"sft": supervised, "stage_dpo": preferred / "model", "rleif": reinforced / "model"}
+
+    def rleif_options(self, factors: tuple[str, ...]) -> dict[str, Any]:
+        """Options of RLEIF that are the same in every slice; one factor alone needs no baseline within a prompt."""
+        cfg = self.cfg
+        return {
+            "factors": factors, "steps": cfg.rleif_steps, "lr": cfg.rleif_lr, "critic_lr": cfg.critic_lr, "kl": cfg.kl,
+            "max_new_tokens": cfg.max_new_tokens, "minibatches": 2, "group_baseline": "process" in factors,
+        }  # fmt: skip
 
     def measure(self, t: int, name: str, model: Path) -> Path:
         """Greedy and sampled accuracy of one model."""
@@ -300,8 +308,8 @@ def main(cfg: Config) -> dict:
     )  # fmt: skip
     for name, path in (("base", base), ("rleif", model)):
         pipeline.run(
-            f"mt_bench_{name}", mt_bench, alone=True, model=str(path), questions=pipeline.out / "world" / "questions.jsonl",
-            judge=cfg.agents.judge, max_new_tokens=cfg.max_new_tokens,
+            f"mt_bench_{name}", mt_bench, alone=True, model=str(path), judge=cfg.agents.judge,
+            questions=pipeline.out / "world" / "questions.jsonl", max_new_tokens=cfg.max_new_tokens,
         )  # fmt: skip
     seconds = time.perf_counter() - began
     return on_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))

@@ -36,6 +36,8 @@ class Config:
     model: str = "demo"
     """Model directory whose body is the start, or a preset's name (random weights, needs --tokenizer)."""
     tokenizer: Path | None = None
+    surprise: bool = True
+    """Process model: let the head see how likely the body itself finds the step's last tokens."""
     held_out: float = 0.1
     """Share of the rows kept for measuring."""
     max_length: int | None = None
@@ -129,7 +131,7 @@ def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple
     rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
     items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
     train, test = _split(items, cfg.held_out, cfg.seed)
-    model = ScoringModel.from_language_model(language, outputs=3)
+    model = ScoringModel.from_language_model(language, outputs=3, surprise=cfg.surprise)
     lengths = [len(sample.tokens) - 1 for sample, _, _ in train]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward process", quiet=cfg.quiet)
     for packs in run.steps():

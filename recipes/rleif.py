@@ -133,7 +133,12 @@ def main(cfg: Config) -> dict:
         fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
         values = answer_values(critic, rollout)
         per_token, kl = token_rewards(
-            rollout, rewards, fixed, factors=cfg.factors, kl=cfg.kl, no_eos_penalty=cfg.no_eos_penalty,
+            rollout,
+            rewards,
+            fixed,
+            factors=cfg.factors,
+            kl=cfg.kl,
+            no_eos_penalty=cfg.no_eos_penalty,
             group=cfg.samples_per_prompt if cfg.group_baseline else 1,
         )
         targets = make_targets(rollout, per_token, values, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals)

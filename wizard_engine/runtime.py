@@ -1,9 +1,11 @@
 """The process a recipe runs in: ranks, device, seeds, signals; with the atomic files and the stages it works on."""
 
+import ctypes
 import datetime
 import os
 import random
 import signal
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -20,6 +22,7 @@ __all__ = [
     "write_bytes", "write_json", "write_text",
 ]  # fmt: skip
 
+PR_SET_PDEATHSIG = 1
 RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
@@ -67,6 +70,7 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        _die_with_parent()
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
     return Runtime(rank, world_size, local_rank, chosen)
@@ -76,6 +80,12 @@ def stop() -> None:
     """Take the process group down, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this rank when torchrun dies, so that a killed run leaves no rank writing to its directory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def seed_all(seed: int) -> None:

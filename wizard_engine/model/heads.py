@@ -3,34 +3,62 @@
 import torch
 from torch import Tensor, nn
 
+from kernels.linear_logprob import linear_logprob
+
 from .config import ModelConfig
 from .transformer import Transformer
 
+LAGS = 8
+CLIP_NATS = 8.0
+HIDDEN = 64
+
 
 class ScoringModel(nn.Module):
-    """Body of a transformer and a (D -> outputs) head with bias, applied to every position.
+    """Body of a transformer and a linear head with bias instead of the vocabulary, applied to every position.
 
-    outputs = 1 scores an instruction or a state (instruction reward model, critic); outputs = 3 gives the logits of
-    the step labels wrong, neutral, right (process reward model).
+    outputs = 1 scores an instruction or a state (instruction reward model, critic); outputs = 3 gives the logits of the
+    step labels wrong, neutral, right (process reward model).
+
+    With `surprise`, the head has a hidden layer and also sees how unlikely the body, read as a language model, finds
+    the last tokens: a slip in a step is a token that the model itself would hardly write. A small body learns that
+    comparison slowly, and training it spoils the language model that it needs: it is frozen, the head alone learns.
     """
 
-    def __init__(self, config: ModelConfig, outputs: int) -> None:
+    def __init__(self, config: ModelConfig, outputs: int, *, surprise: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.outputs = outputs
+        self.config, self.outputs, self.surprise = config, outputs, surprise
         self.body = Transformer(config)
-        self.score = nn.Linear(config.width, outputs)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
+        last = nn.Linear(HIDDEN if surprise else config.width, outputs)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        first = nn.Linear(config.width + 2 * LAGS + 2, HIDDEN) if surprise else None
+        self.score = last if first is None else nn.Sequential(first, nn.GELU(), last)
+        self.body.requires_grad_(not surprise)
 
     @classmethod
-    def from_language_model(cls, model: Transformer, outputs: int) -> "ScoringModel":
+    def from_language_model(cls, model: Transformer, outputs: int, *, surprise: bool = False) -> "ScoringModel":
         """A scoring model whose body starts as a copy of `model`; the head starts at zero."""
-        scoring = cls(model.config, outputs)
+        scoring = cls(model.config, outputs, surprise=surprise)
         scoring.body.load_state_dict(model.state_dict())
         return scoring.to(next(model.parameters()).device)
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """(T, outputs) fp32 scores at every position."""
-        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen)
-        return torch.nn.functional.linear(hidden_TD.float(), self.score.weight.float(), self.score.bias.float())
+        """(T, outputs) fp32 scores at every position; arguments as for Transformer."""
+        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen).float()
+        if self.surprise:
+            hidden_TD = torch.cat((hidden_TD, self._surprises(hidden_TD.detach(), tokens, positions)), dim=-1)
+        return self.score(hidden_TD)
+
+    @torch.no_grad()
+    def _surprises(self, hidden_TD: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(T, 2 LAGS + 2): surprise in nats and scaled probability of each of the last LAGS tokens, and the extremes.
+
+        The first token of a sequence, and lags before it, count as certain.
+        """
+        logprob, _ = linear_logprob(hidden_TD[:-1], self.body.head_weight, tokens[1:])
+        logprob_T = torch.cat((logprob.new_zeros(1), logprob)).masked_fill_(positions == 0, 0.0)
+        lagged = [logprob_T.roll(lag).masked_fill(positions < lag, 0.0) for lag in range(LAGS)]
+        logprob_TK = torch.stack(lagged, dim=1)
+        surprise_TK, probability_TK = -logprob_TK.clamp(min=-CLIP_NATS), CLIP_NATS * logprob_TK.exp()
+        extremes = (surprise_TK.amax(1, keepdim=True), probability_TK.amin(1, keepdim=True))
+        return torch.cat((surprise_TK, probability_TK, *extremes), dim=1)

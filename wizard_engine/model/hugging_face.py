@@ -138,8 +138,8 @@ def save_model(
     fields = published_config(body.config, tokenizer) | (extra or {})
     tensors = published_tensors(body)
     if scoring:
-        fields["wizard_outputs"] = model.outputs
-        tensors |= {"score.weight": model.score.weight, "score.bias": model.score.bias}
+        fields |= {"wizard_outputs": model.outputs, "wizard_surprise": model.surprise}
+        tensors |= {f"score.{name}": parameter for name, parameter in model.score.named_parameters()}
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -180,11 +180,15 @@ def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> tuple
     path = Path(path)
     config, fields = read_config(path)
     outputs = fields.get("wizard_outputs")
-    model = Transformer(config) if outputs is None else ScoringModel(config, outputs)
+    model = (
+        Transformer(config)
+        if outputs is None
+        else ScoringModel(config, outputs, surprise=fields.get("wizard_surprise", False))
+    )
     body = model if outputs is None else model.body
     targets = {name: tensor.detach() for name, tensor in published_tensors(body).items()}
     if outputs is not None:
-        targets |= {"score.weight": model.score.weight.detach(), "score.bias": model.score.bias.detach()}
+        targets |= {f"score.{name}": parameter.detach() for name, parameter in model.score.named_parameters()}
     _fill(targets, path)
     return model.to(device), load_tokenizer(path)
 
