@@ -16,10 +16,12 @@ import torch
 from kernels.linear_logprob import linear_logprob
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
-from wizard_engine.data.records import read_located
+from wizard_engine.data.chat import Sample, encode_conversation
+from wizard_engine.data.records import Conversation, read_located
 from wizard_engine.data.samples import encode_all, fitting_prompt
-from wizard_engine.loss import policy_loss, value_loss
-from wizard_engine.model import ScoringModel, save_model
+from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.loss import policy_loss, sft_loss, value_loss
+from wizard_engine.model import ScoringModel, Transformer, save_model
 from wizard_engine.online import OnlineRun
 from wizard_engine.recipe import (
     finish_stage,
@@ -87,6 +89,10 @@ class Config:
     """Coefficient of k1 = log policy - log reference, per token."""
     entropy: float = 0.0
     """Coefficient of the entropy bonus, per token."""
+    ptx: float = 0.0
+    """Weight of the supervised loss on the rows' own answers in every update (PPO-ptx); 0 leaves it out."""
+    ptx_rows: int = 32
+    """Rows of that loss per update over all ranks."""
     gamma: float = 1.0
     lam: float = 0.95
     no_eos_penalty: float = 0.5
@@ -123,6 +129,7 @@ def main(cfg: Config) -> dict:
     room = policy.config.max_positions - cfg.max_new_tokens
     rows, _ = read_located(cfg.data, kind="conversation")
     prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", cfg.out / "rejects.jsonl")
+    supervised = _supervised(cfg, tokenizer, policy, rows) if cfg.ptx else []
     run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
     for step, chosen in run.steps():
         rollout = roll_out(
@@ -144,7 +151,12 @@ def main(cfg: Config) -> dict:
         targets = make_targets(rollout, per_token, values, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals)
         for epoch in range(cfg.epochs):
             order = np.random.default_rng(step_seed(cfg.seed, step, epoch)).permutation(len(rollout.samples))
-            for minibatch in np.array_split(order, cfg.minibatches):
+            for number, minibatch in enumerate(np.array_split(order, cfg.minibatches)):
+                run.zero_grad()
+                if supervised:
+                    drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, rt.rank, 2))
+                    picks = drawn.integers(len(supervised), size=max(1, cfg.ptx_rows // rt.world_size))
+                    _add_supervised(cfg, run, policy, [supervised[i] for i in picks])
                 _update(cfg, run, policy, critic, rollout, targets, minibatch.tolist())
         run.record(rollout, rewards, kl, values, targets)
         if step == 0 and cfg.audit:
@@ -153,10 +165,29 @@ def main(cfg: Config) -> dict:
     return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
 
 
+def _supervised(cfg: Config, tokenizer: Tokenizer, policy: Transformer, rows: list) -> list[Sample]:
+    """The rows as supervised samples."""
+    limit = min(policy.config.max_positions, cfg.pack_tokens)
+
+    def encode(row: Conversation) -> Sample:
+        return encode_conversation(tokenizer, row.messages, max_length=limit)
+
+    return encode_all(rows, encode, "raise", cfg.out / "rejects.jsonl")[0]
+
+
+def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: list[Sample]) -> None:
+    """Add the gradient of the supervised loss, weighted by ptx (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
+    batch = collate(samples).to(run.device)
+    num_tokens = run.totals(float(batch.weights.sum()))[0]
+    logprob, _ = linear_logprob(policy(*batch.inputs), policy.head_weight, batch.targets)
+    loss = sft_loss(logprob, batch.weights, num_tokens=num_tokens)
+    (cfg.ptx * loss).backward()
+    run.share(ptx_loss=loss)
+
+
 def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows: list[int]) -> None:
     """One update of policy and critic on some answers of a rollout."""
     num_tokens = int(run.totals(sum(rollout.lengths[i] for i in rows))[0])
-    run.zero_grad()
     for group in packed_groups([len(rollout.samples[i].tokens) for i in rows], cfg.pack_tokens):
         picked = [rows[i] for i in group]
         batch = collate([rollout.samples[i] for i in picked]).to(run.device)
@@ -174,7 +205,7 @@ def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows:
         current = critic(*batch.inputs)[answer][:, 0]
         error, value_metrics = value_loss(current, old, returns, clip=cfg.value_clip, num_tokens=num_tokens)
         error.backward()
-        run.add(num_tokens, logprob - behaviour, policy_loss=loss, value_loss=error, entropy=entropy.sum() / num_tokens,
+        run.add(logprob - behaviour, policy_loss=loss, value_loss=error, entropy=entropy.sum() / num_tokens,
                 **{k: v / num_tokens for k, v in (metrics | value_metrics).items()})  # fmt: skip
     run.update()
 

@@ -100,11 +100,15 @@ class OnlineRun:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
-    def add(self, num_tokens: int, difference: Tensor, **shares: Tensor) -> None:
+    def add(self, difference: Tensor, **shares: Tensor) -> None:
         """Add this rank's share of an update's metrics; `difference` is log-probability minus behaviour, per token."""
         if self._updates == 0 and difference.numel():
             error = float(difference.detach().abs().max())
             self._sums["ratio_error"] = max(self._sums.get("ratio_error", 0.0), error)
+        self.share(**shares)
+
+    def share(self, **shares: Tensor) -> None:
+        """Add this rank's share of metrics that are averaged over the updates of a step."""
         for name, value in shares.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
 

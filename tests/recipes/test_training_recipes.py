@@ -301,6 +301,13 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
     assert [line["reward"] for line in again] == [line["reward"] for line in lines]
 
 
+def test_rleif_with_ptx_learns_from_the_rows_own_answers_too(world, reward_models, tmp_path):
+    cfg = online(world, reward_models, tmp_path, steps=8, ptx=1.0, ptx_rows=16, lr=3e-3)
+    rleif.main(cfg)
+    losses = [line["ptx_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
 def test_rleif_warms_the_critic_up_alone(world, reward_models, tmp_path):
     cfg = online(world, reward_models, tmp_path, steps=1, critic_warmup=1, factors=("process",))
     rleif.main(cfg)
