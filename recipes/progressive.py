@@ -113,8 +113,15 @@ class Config:
     preference: Training = field(default_factory=Training)
     instruction_reward: Training = field(default_factory=Training)
     process_reward: Training = field(default_factory=Training)
-    rleif_steps: int = 30
-    rleif_lr: float = 2e-4
+    rleif_steps: int = 24
+    """Rollouts per slice."""
+    rleif_prompts: int = 24
+    """Prompts of a rollout."""
+    rleif_samples: int = 8
+    """Answers per prompt."""
+    rleif_lr: float = 1e-4
+    ptx: float = 0.5
+    """Weight of the supervised loss beside PPO."""
     critic_lr: float = 5e-4
     kl: float = 0.02
     dpo_slices: int = 2
@@ -146,7 +153,7 @@ TINY = replace(
         corpus=400, plain=300, held_out=60, sample=150, battles=20, preferences=30, questions=8
     ),
     pretraining=TINY_STEPS, supervised=TINY_STEPS, preference=replace(TINY_STEPS, lr=2e-5),
-    instruction_reward=TINY_STEPS, process_reward=TINY_STEPS, rleif_steps=2, max_new_tokens=32, dpo_slices=1,
+    instruction_reward=TINY_STEPS, process_reward=TINY_STEPS, rleif_steps=2, rleif_prompts=4, rleif_samples=2, max_new_tokens=32, dpo_slices=1,
 )  # fmt: skip
 PRESETS = {"demo": DEMO, "tiny": TINY}
 
@@ -269,7 +276,8 @@ class Pipeline:
         cfg = self.cfg
         return {
             "factors": factors, "steps": cfg.rleif_steps, "lr": cfg.rleif_lr, "critic_lr": cfg.critic_lr, "kl": cfg.kl,
-            "max_new_tokens": cfg.max_new_tokens, "minibatches": 2, "group_baseline": "process" in factors,
+            "max_new_tokens": cfg.max_new_tokens, "prompts_per_step": cfg.rleif_prompts,
+            "samples_per_prompt": cfg.rleif_samples, "ptx": cfg.ptx, "group_baseline": "process" in factors,
         }  # fmt: skip
 
     def measure(self, t: int, name: str, model: Path) -> Path:

@@ -82,6 +82,8 @@ class Config:
     """First rollouts that train the critic alone."""
     warmup: float = 0.05
     lr_floor: float = 0.1
+    average_from: float = 1.0
+    """Share of the rollouts after which the policy's weights are averaged; the average is saved. 1: no average."""
     clip: float = 0.2
     """Half width of the ratio's interval."""
     value_clip: float = 0.2
@@ -161,6 +163,7 @@ def main(cfg: Config) -> dict:
         run.record(rollout, rewards, kl, values, targets)
         if step == 0 and cfg.audit:
             audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main)
+    run.take_average()
     on_main(rt, lambda: save_model(policy, tokenizer, cfg.out / "model"))
     return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
 

@@ -40,6 +40,8 @@ class OnlineRun:
             broadcast_parameters(module)
         self.optimizers = {name: AdamW(module, betas=(0.9, 0.95)) for name, module in self.modules.items()}
         self.step, self.answer_tokens, self.skipped, self.largest_ratio_error = 0, 0, 0, 0.0
+        self.average: dict[str, Tensor] = {}
+        self.averaged = 0
         self._resume()
         quiet = cfg.quiet or not runtime.is_main
         self.logger = MetricsLogger(cfg.out / "metrics.jsonl", cfg.steps, "rleif", quiet=quiet, resume_step=self.step)
@@ -57,6 +59,7 @@ class OnlineRun:
                 for key, parameter in module.named_parameters():
                     parameter.copy_(tensors[name][key])
                 self.optimizers[name].load_state_tensors(tensors[f"{name}_optimizer"])
+        self.average, self.averaged = tensors.get("average", {}), state["averaged"]
         self.step, self.answer_tokens, self.skipped = state["step"], state["answer_tokens"], state["skipped"]
         self.largest_ratio_error = state["largest_ratio_error"]
 
@@ -67,6 +70,8 @@ class OnlineRun:
             self._sums, self._updates = {}, 0
             yield self.step, self._chosen(self.step)
             self.step += 1
+            if self.step > self.cfg.average_from * self.cfg.steps:
+                self._add_to_average()
             every = self.cfg.save_every
             if self._asked_to_stop or (every and self.step % every == 0 and self.step < self.cfg.steps):
                 self._save()
@@ -74,6 +79,21 @@ class OnlineRun:
                 self.close()
                 raise Interrupted(self.step, self.cfg.out)
         self.close()
+
+    @torch.no_grad()
+    def _add_to_average(self) -> None:
+        """Running mean of the policy's weights, in fp32."""
+        self.averaged += 1
+        for name, parameter in self.modules["policy"].named_parameters():
+            mean = self.average.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
+            mean.lerp_(parameter.float(), 1.0 / self.averaged)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged weights into the policy, where any were averaged."""
+        for name, parameter in self.modules["policy"].named_parameters():
+            if self.averaged:
+                parameter.copy_(self.average[name])
 
     def close(self) -> None:
         """Close the log and give the signals back."""
@@ -191,6 +211,8 @@ class OnlineRun:
             groups[f"{name}_optimizer"] = self.optimizers[name].state_tensors()
         state = {
             "step": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped,
-            "largest_ratio_error": self.largest_ratio_error,
+            "largest_ratio_error": self.largest_ratio_error, "averaged": self.averaged,
         }  # fmt: skip
+        if self.averaged:
+            groups["average"] = self.average
         checkpoint.save(self.cfg.out, self.step, tensors=groups, state=state, keep_last=2)
