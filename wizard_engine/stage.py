@@ -89,8 +89,10 @@ class Stage:
     def start(self) -> None:
         """Claim `out` for this identity, keeping what an interrupted run of the same identity left there.
 
+        A configuration without any work beside it, as a run leaves it that failed on its rows, is replaced.
+
         Raises:
-            ValueError: `out` holds another configuration and `overwrite` is off; the message names what differs.
+            ValueError: `out` holds work of another configuration and `overwrite` is off; names what differs.
         """
         path = self.out / "config.json"
         former = read_object(path)
@@ -99,7 +101,7 @@ class Stage:
                 f"{path}: expected a stage's configuration, got another kind of file; choose another --out"
             )
         differing = [] if former is None else _differences(former, self.identity())
-        if differing and not self.overwrite:
+        if differing and self._work() and not self.overwrite:
             raise ValueError(
                 f"{self.out}: expected the configuration that is there, got another: {'; '.join(differing)}; "
                 "choose another --out, or --overwrite to replace it"
@@ -109,13 +111,19 @@ class Stage:
         (self.out / "stage.json").unlink(missing_ok=True)
         write_json(path, self.identity())
 
+    def _work(self) -> list[Path]:
+        """Records, checkpoints and metrics of a stage in `out`, those of its parts one folder down included."""
+        found = [self.out / name for name in ("stage.json", "checkpoints", "metrics.jsonl")]
+        found += [*self.out.glob("*/checkpoints"), *self.out.glob("*/metrics.jsonl")]
+        return [path for path in found if path.exists()]
+
     def _clear(self) -> None:
         """Remove what the former stage wrote here: its listed outputs, checkpoints and metrics, nothing else."""
         record = read_object(self.out / "stage.json") or {}
         names = [
             name for name in record.get("outputs", {}) if not Path(name).is_absolute() and ".." not in Path(name).parts
         ]
-        for path in [self.out / name for name in ("stage.json", "checkpoints", "metrics.jsonl", *names)]:
+        for path in [*(self.out / name for name in names), *self._work()]:
             if path.is_dir() and path.resolve() != self.out.resolve():
                 shutil.rmtree(path)
             elif path.is_file():

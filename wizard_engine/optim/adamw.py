@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+# Elements of a partial norm: one fp32 sum over a large buffer is off by 1e-4 at 4M and 4e-3 at 50M elements.
+NORM_CHUNK = 2**16
+
 
 class AdamW:
     """AdamW whose parameters and gradients are views of flat buffers.
@@ -64,7 +67,7 @@ class AdamW:
 
         A non-finite norm leaves them alone: the caller decides what to do with the step.
         """
-        norm = float(torch.stack([g.norm() for g in self.gradients]).norm())
+        norm = float(torch.stack([part.norm() for g in self.gradients for part in g.split(NORM_CHUNK)]).norm())
         if max_norm > 0 and norm > max_norm and norm != float("inf"):
             for gradient in self.gradients:
                 gradient.mul_(max_norm / norm)
