@@ -230,3 +230,12 @@ def test_twenty_thousand_conversations_take_under_four_seconds():
     began = time.process_time()
     samples, rejected = encode_conversations(TRAINED, rows, 256)
     assert time.process_time() - began < 4 and len(samples) == 20_000 and not rejected
+
+
+def test_encode_prompt_goes_on_after_a_blank_answer_of_the_models_own():
+    tokenizer = train_tokenizer(["hello there"], vocab_size=300, atoms=CHAT_ATOMS)
+    history = (Message("user", "hello"), Message("assistant", ""), Message("user", "there"))
+    ids = encode_prompt(tokenizer, history)
+    assert ids.count(tokenizer.eos_id) == 1 and tokenizer.decode(ids).endswith("there ASSISTANT:")
+    with pytest.raises(ValueError, match="blank"):
+        encode_conversation(tokenizer, (*history, Message("assistant", "yes")))

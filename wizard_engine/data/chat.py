@@ -60,7 +60,7 @@ def _check(messages: Sequence[Message], last: str) -> None:
         expected = ("user", "assistant")[(index - first) % 2]
         if message.role != expected:
             raise ValueError(f"messages[{index}].role: expected {expected}, got {message.role!r}; roles must alternate")
-        if message.role == "assistant" and not message.content.strip():
+        if message.role == last == "assistant" and not message.content.strip():
             raise ValueError(
                 f"messages[{index}].content: expected an answer, got a blank one; there is nothing to learn"
             )
@@ -137,7 +137,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     """Ids up to and with ` ASSISTANT:`, a prefix of the conversation's that goes on with any answer.
 
     Args:
-        messages: as for `encode_conversation`, but a user message last.
+        messages: as for `encode_conversation`, but a user message last; an earlier answer may be blank.
     Raises:
         ValueError: roles do not alternate, or the last message is not the user's.
     """
