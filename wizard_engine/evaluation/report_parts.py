@@ -166,7 +166,7 @@ def examples(items: Sequence[Mapping[str, Any]], stage_colours: Mapping[str, str
         cards.append(
             card(f'<p class="ask">{escape(item["prompt"])}</p>{reference}<div class="answers">{answers}</div>')
         )
-    lead = "The same held-out problems, answered greedily after each stage."
+    lead = "The same held-out problems, answered after each stage, sampled at temperature 1."
     return section("Before and after", f'<div class="stack">{"".join(cards)}</div>', lead=lead)
 
 

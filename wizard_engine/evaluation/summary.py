@@ -168,17 +168,19 @@ def attribute_shifts(report: dict[str, Any], most: int = 9) -> list[dict[str, An
 
 
 def evolved_chain(out: Path) -> list[dict[str, str]]:
-    """A natural row and what Evol-Instruct and Evol-Answer made of it: the first row with the longest chain."""
+    """A natural row and what Evol-Instruct and Evol-Answer made of it: the first of the longest, in-depth chains."""
     instructed = _rows(out / "slice_1" / "evol_instruct" / "rows.jsonl")
     answered = {row["messages"][-2]["content"]: row for row in _rows(out / "slice_1" / "evol_answer" / "rows.jsonl")}
     by_id = {row["id"]: row for row in instructed}
     best: list[dict] = []
+    best_rank = (0, False)
     for row in instructed:
         chain = [row]
         while (parents := chain[0]["lineage"].get("parents")) and parents[0] in by_id:
             chain.insert(0, by_id[parents[0]])
-        if len(chain) > len(best) and len(row["messages"]) == 2:
-            best = chain
+        rank = (len(chain), row["lineage"].get("operator") != "breadth")
+        if rank > best_rank and len(row["messages"]) == 2:
+            best, best_rank = chain, rank
     steps = []
     for number, row in enumerate(best):
         question, answer = (message["content"] for message in row["messages"][-2:])
@@ -255,8 +257,8 @@ def calls(out: Path) -> list[dict[str, Any]]:
         for agent, tasks in ledger.counts().items():
             for task, numbers in tasks.items():
                 pair = totals.setdefault((_short(agent), task), [0, 0])
-                pair[0] += numbers.get("calls", 0)
-                pair[1] += numbers.get("failures", 0)
+                pair[0] += numbers["replies"] + numbers["failures"]
+                pair[1] += numbers["failures"]
         ledger.close()
     return [{"agent": a, "task": t, "calls": n, "failures": f} for (a, t), (n, f) in sorted(totals.items())]
 
