@@ -150,7 +150,7 @@ TINY = replace(
     DEMO,
     out=Path("runs/tiny"),
     sizes=Sizes(
-        corpus=400, plain=300, held_out=60, sample=150, battles=20, preferences=30, questions=8
+        corpus=900, plain=300, held_out=60, sample=240, battles=20, preferences=30, questions=8
     ),
     pretraining=TINY_STEPS, supervised=TINY_STEPS, preference=replace(TINY_STEPS, lr=2e-5),
     instruction_reward=TINY_STEPS, process_reward=TINY_STEPS, rleif_steps=2, rleif_prompts=4, rleif_samples=2,
