@@ -251,7 +251,7 @@ class Pipeline:
             f"{at}/self_teach", self_teach, data=rows[-1:], limit=cfg.sizes.preferences, max_tokens=cfg.max_new_tokens,
             agents=self_teach.Agents(str(supervised), cfg.agents.judge, labeller=cfg.agents.labeller), keep=1.0,
         )  # fmt: skip
-        pairs = (own / "preferences.jsonl",)
+        pairs = (self.preferences(own / "preferences.jsonl", self.out / at / "evol_answer" / "preferences.jsonl"),)
         preferred = self.run(
             f"{at}/stage_dpo", stage_dpo, data=pairs, model=str(supervised), slices=cfg.dpo_slices, beta=cfg.beta,
             nll=cfg.nll, training=cfg.preference,
@@ -271,6 +271,14 @@ class Pipeline:
             **self.rleif_options(cfg.factors),
         )  # fmt: skip
         return {"sft": supervised, "stage_dpo": preferred / "model", "rleif": reinforced / "model"}
+
+    def preferences(self, own: Path, evolved: Path) -> Path:
+        """The student's own pairs; where its samples never differed by enough, the pairs of Evol-Answer."""
+        if own.stat().st_size or not evolved.exists():
+            return own
+        if self.rt.is_main:
+            print(f"{own}: no two samples of the student differed by enough; Stage-DPO takes {evolved}", flush=True)
+        return evolved
 
     def rleif_options(self, factors: tuple[str, ...]) -> dict[str, Any]:
         """Options of RLEIF that are the same in every slice; one factor alone needs no baseline within a prompt."""

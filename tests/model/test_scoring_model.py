@@ -64,3 +64,9 @@ def test_scoring_model_survives_the_disk(tmp_path, outputs: int, surprise: bool)
     assert (loaded.outputs, loaded.surprise) == (outputs, surprise)
     for name, parameter in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], parameter), name
+
+
+def test_scoring_model_starts_the_same_whatever_was_drawn_before() -> None:
+    first = scoring().score[0].weight.clone()
+    torch.rand(7)
+    assert torch.equal(scoring().score[0].weight, first)

@@ -13,6 +13,16 @@ CLIP_NATS = 8.0
 HIDDEN = 64
 
 
+def _hidden_layer(inputs: int) -> nn.Linear:
+    """(inputs -> HIDDEN) layer whose weights do not depend on the state of any global generator."""
+    layer = nn.Linear(inputs, HIDDEN)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / inputs**0.5)
+        layer.bias.zero_()
+    return layer
+
+
 class ScoringModel(nn.Module):
     """Body of a transformer and a linear head with bias instead of the vocabulary, applied to every position.
 
@@ -31,8 +41,7 @@ class ScoringModel(nn.Module):
         last = nn.Linear(HIDDEN if surprise else config.width, outputs)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        first = nn.Linear(config.width + 2 * LAGS + 2, HIDDEN) if surprise else None
-        self.score = last if first is None else nn.Sequential(first, nn.GELU(), last)
+        self.score = nn.Sequential(_hidden_layer(config.width + 2 * LAGS + 2), nn.GELU(), last) if surprise else last
         self.body.requires_grad_(not surprise)
 
     @classmethod
