@@ -4,8 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import contiguous_rows, runs_triton, same_device, same_dtype
+from .packed import check_cu_seqlens, num_packed
+
 # Largest number of attention probabilities that the CPU path for short sequences keeps for the backward.
 SHORT_PROBABILITIES = 8 * 2**20
+MAX_HEAD_WIDTH = 256
 
 
 def attention_reference(
@@ -15,32 +19,72 @@ def attention_reference(
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention by padding every sequence to the longest one: plain PyTorch, any device and float dtype.
 
-    Padding stands behind the real keys of a sequence, so a causal mask alone keeps it out.
+    Padding stands behind the real keys of a sequence, so where queries and keys are the same tokens a causal mask alone
+    keeps it out.
     """
-    rows_S = cu_seqlens[1:] - cu_seqlens[:-1]
-    num_sequences, heads, kv_heads = rows_S.numel(), q.shape[1], k.shape[1]
-    slots_T = _padded_slots(cu_seqlens, max_seqlen, q.shape[0])
-    mask = _mask(rows_S, max_seqlen, causal, window, q.device)
-
-    def padded(x_TNC: Tensor) -> Tensor:
-        empty = x_TNC.new_zeros(num_sequences * max_seqlen, *x_TNC.shape[1:])
-        return empty.index_copy(0, slots_T, x_TNC).view(num_sequences, max_seqlen, *x_TNC.shape[1:]).transpose(1, 2)
-
-    k_SHMC, v_SHMC = padded(k), padded(v)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    same_tokens = cu_seqlens_k is None
+    cu_seqlens_k, max_seqlen_k = _keys(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
+    blind = mask = None
+    if same_tokens:
+        mask = _mask(cu_seqlens.diff(), max_seqlen, causal, window, q.device)
+    else:
+        max_seqlen_k = max(max_seqlen_k, 1)
+        mask, blind = _aligned_mask(cu_seqlens.diff(), cu_seqlens_k.diff(), max_seqlen, max_seqlen_k, causal, window)
+    q_SHMC, k_SHMC, v_SHMC = (
+        _padded(x, cu, longest)
+        for x, cu, longest in (
+            (q, cu_seqlens, max_seqlen), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_k, max_seqlen_k)
+        )
+    )  # fmt: skip
     if kv_heads != heads:
         k_SHMC = k_SHMC.repeat_interleave(heads // kv_heads, dim=1)
         v_SHMC = v_SHMC.repeat_interleave(heads // kv_heads, dim=1)
     out_SHMC = F.scaled_dot_product_attention(
-        padded(q), k_SHMC, v_SHMC, attn_mask=mask, is_causal=mask is None, scale=scale
+        q_SHMC, k_SHMC, v_SHMC, attn_mask=mask, is_causal=mask is None, scale=scale
     )
-    flat = out_SHMC.transpose(1, 2).reshape(num_sequences * max_seqlen, heads, v.shape[-1])
-    return flat.index_select(0, slots_T)
+    if blind is not None:
+        out_SHMC = out_SHMC.masked_fill(blind, 0.0)
+    flat = out_SHMC.transpose(1, 2).reshape(-1, heads, v.shape[-1])
+    return flat.index_select(0, _padded_slots(cu_seqlens, max_seqlen, q.shape[0]))
+
+
+def _keys(cu_seqlens: Tensor, max_seqlen: int, cu_k: Tensor | None, max_k: int | None) -> tuple[Tensor, int]:
+    """Boundaries of the keys: their own, or those of the queries."""
+    return (cu_seqlens, max_seqlen) if cu_k is None else (cu_k, max_k)
+
+
+def _padded(x_TNC: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """(T, N, C) packed -> (S, N, M, C) padded with zeros."""
+    num_sequences = cu_seqlens.numel() - 1
+    empty = x_TNC.new_zeros(num_sequences * longest, *x_TNC.shape[1:])
+    slots_T = _padded_slots(cu_seqlens, longest, x_TNC.shape[0])
+    return empty.index_copy(0, slots_T, x_TNC).view(num_sequences, longest, *x_TNC.shape[1:]).transpose(1, 2)
+
+
+def _aligned_mask(
+    rows_S: Tensor, keys_S: Tensor, max_rows: int, max_keys: int, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(S, 1, M, N) mask of the keys that queries see, the last query aligned with the last key, and the (S, 1, M, 1)
+    queries that see none; those see key 0 in the mask, so that no softmax is taken over nothing.
+    """
+    query = torch.arange(max_rows, device=rows_S.device)[:, None] + (keys_S - rows_S)[:, None, None]
+    key = torch.arange(max_keys, device=rows_S.device)[None, :]
+    seen = (key < keys_S[:, None, None]).expand(-1, max_rows, -1)
+    if causal:
+        seen = seen & (key <= query)
+    if window is not None:
+        seen = seen & (key > query - window)
+    blind = ~seen.any(-1, keepdim=True)
+    return (seen | (blind & (key == 0)))[:, None], blind[:, None]
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -121,6 +165,56 @@ def _mask(
     return (seen | (key == query))[:, None]
 
 
+@torch.library.custom_op("wizard_engine::attention_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from ._attention_forward import attention_forward
+
+    return attention_forward(q, k, v, cu_q, cu_k, causal, window, scale)
+
+
+@_forward.register_fake
+def _(q, k, v, cu_q, cu_k, causal, window, scale):
+    from ._attention_tiles import aligned_length
+
+    lse_shape = (q.shape[1], aligned_length(q.shape[0], cu_q.shape[0] - 1))
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("wizard_engine::attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool,
+    window: int | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from ._attention_backward import attention_backward
+
+    return attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, causal, window, scale)
+
+
+@_backward.register_fake
+def _(dout, q, k, v, out, lse, cu_q, cu_k, causal, window, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, ctx.causal, ctx.window, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+
+
+def _differentiate(ctx, dout, _):
+    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    grads = _backward(dout, q, k, v, out, lse, cu_q, cu_k, ctx.causal, ctx.window, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -128,36 +222,81 @@ def attention(
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention output of packed sequences that never see each other.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j of the same sequence (j <= i where causal,
-    i - window < j where a window is given: the window counts the query's own position, as Mistral does).
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j of the same sequence. With n keys and m queries the
+    last of each are aligned: query i stands at p = i + n - m. It sees the keys j <= p where causal, and
+    p - window < j where a window is given: the window counts the query's own position, as Mistral does.
+
+        m = 3, n = 5, causal    window = 2
+        1 1 1 0 0               0 1 1 0 0
+        1 1 1 1 0               0 0 1 1 0
+        1 1 1 1 1               0 0 0 1 1
+
+    A query that sees no key gives 0. So do the rows behind cu_seqlens[-1], and no gradient comes from them.
 
     Args:
-        q: (T, H, C).   k, v: (T, K, C); K divides H (grouped queries).
-        cu_seqlens: (S + 1,) int32, sequence starts, first 0, last T.
+        q: (T, H, C), fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous.   k, v: (N, K, C); K divides H (grouped
+            queries). N = T unless cu_seqlens_k is given.
+        cu_seqlens: (S + 1,) int32, where sequences start: first 0, not decreasing, last at most T.
         max_seqlen: longest sequence, tokens.
+        cu_seqlens_k, max_seqlen_k: the same of the keys, where they are other tokens than the queries.
         window: keys seen per query, tokens, or None.
-        scale: logit factor, default 1 / sqrt(C).
+        scale: logit factor, > 0, default 1 / sqrt(C).
     Returns:
-        (T, H, C), dtype of q.
+        (T, H, C), dtype of q. Differentiable in q, k and v; bit-equal between runs on one device.
     Raises:
-        ValueError: ranks, head counts or cu_seqlens do not fit.
-    Source: Vaswani et al. 2017; sliding window as in Mistral 7B (arXiv:2310.06825).
+        ValueError: ranks, shapes, dtypes, devices or strides do not fit, C > 256 on CUDA, window < 1, scale <= 0, or
+            cu_seqlens do not fit (their values are looked at on CPU, and on CUDA inside kernels.check_values()).
+    Source: Vaswani et al. 2017; Dao 2023, arXiv:2307.08691; sliding window as in Mistral 7B (arXiv:2310.06825).
     """
-    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0]:
-        raise ValueError(
-            f"q, k, v: expected (T, H, C), (T, K, C), (T, K, C), got {[tuple(x.shape) for x in (q, k, v)]}"
-        )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"k: the number of key heads must divide the query heads: got {k.shape[1]} and {q.shape[1]}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seqlens: expected (S + 1,), got {tuple(cu_seqlens.shape)}")
+    _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if runs_triton(q, "q"):
+        if q.shape[-1] > MAX_HEAD_WIDTH:
+            raise ValueError(f"q: expected heads of at most {MAX_HEAD_WIDTH} elements, got {q.shape[-1]}")
+        cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        return _forward(q, k, v, cu_seqlens, cu_k, causal, window, float(scale))[0]
+    used, used_k = num_packed(cu_seqlens, q.shape[0]), num_packed(cu_seqlens_k, k.shape[0])
+    if cu_seqlens_k is None:
+        used_k = used
+    rows, keys, values = q[:used], k[:used_k], v[:used_k]
     probabilities = (cu_seqlens.numel() - 1) * q.shape[1] * max_seqlen**2
-    if q.device.type == "cpu" and probabilities <= SHORT_PROBABILITIES:
-        return _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale)
-    return attention_reference(q, k, v, cu_seqlens, max_seqlen, causal=causal, window=window, scale=scale)
+    if q.device.type == "cpu" and cu_seqlens_k is None and probabilities <= SHORT_PROBABILITIES:
+        out = _short_attention(rows, keys, values, cu_seqlens, max_seqlen, causal, window, scale)
+    else:
+        out = attention_reference(
+            rows, keys, values, cu_seqlens, max_seqlen, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k,
+            causal=causal, window=window, scale=scale,
+        )  # fmt: skip
+    return out if used == q.shape[0] else F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - used))
+
+
+def _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, scale) -> None:
+    own_keys = cu_seqlens_k is not None
+    fits = q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    if not fits or (q.shape[0] != k.shape[0] and not own_keys):
+        expected = "(T, H, C), (N, K, C), (N, K, C)" if own_keys else "(T, H, C), (T, K, C), (T, K, C)"
+        raise ValueError(f"q, k, v: expected {expected}, got {[tuple(x.shape) for x in (q, k, v)]}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: the number of key heads must divide the query heads: got {k.shape[1]} and {q.shape[1]}")
+    if own_keys and max_seqlen_k is None:
+        raise ValueError("max_seqlen_k: expected the longest key sequence beside cu_seqlens_k, got None")
+    if own_keys and cu_seqlens_k.shape != cu_seqlens.shape:
+        raise ValueError(f"cu_seqlens_k: expected {tuple(cu_seqlens.shape)}, got {tuple(cu_seqlens_k.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 or None, got {window}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: expected > 0, got {scale}")
+    same_dtype(q=q, k=k, v=v)
+    same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+    contiguous_rows(q=q, k=k, v=v)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
+    if own_keys:
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton kernels run in its interpreter where there is no GPU; what compiles them starts a process without this.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tensors of tests are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 

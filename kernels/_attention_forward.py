@@ -1,0 +1,221 @@
+"""Forward kernel of attention: online softmax over key blocks, in three forms of the main loop.
+
+`plain` computes the scores of a block, its softmax and its product with V in turn. `rotated` issues the product of one
+block with V right behind the scores of the next, so that the tensor cores work on it while the exponentials of the
+next block are computed. `specialised` is the plain loop with Triton's warp specialisation: a producer warp group loads
+through TMA.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._attention_tiles import (
+    ALIGNMENT,
+    LOG2_E,
+    aligned_length,
+    aligned_start,
+    find_tile,
+    is_seen,
+    key_range,
+    load_rows,
+    query_tile,
+    store_rows,
+)
+from .configuration import configuration
+from .launch import launch, named
+
+HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)
+# Keys that are taken at a time behind the last whole block.
+TAIL = 16
+
+
+@triton.jit
+def _softmax(scores, peak, total, scale, MASKED: tl.constexpr):
+    """Probabilities of a block, and the factor by which sums so far shrink; `scale` is in units of log2.
+
+    `peak` is the largest unscaled score so far. Rows that have seen no key (`MASKED`) keep probabilities of 0.
+    """
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    shift = new_peak * scale
+    if MASKED:
+        shift = tl.where(new_peak == float("-inf"), 0.0, shift)
+    probability = tl.math.exp2(scores * scale - shift[:, None])
+    decay = tl.math.exp2(peak * scale - shift)
+    return probability, decay, new_peak, total * decay + tl.sum(probability, 1)
+
+
+@triton.jit(
+    repr=named("attention_forward", "WIDTH", "CAUSAL", "WINDOWED", "BLOCK_M", "BLOCK_N", "VARIANT"),
+    do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window"],
+)
+def attention_forward_kernel(
+    q, k, v, q_tiles, k_tiles, v_tiles, out, lse, cu_q, cu_k, num_sequences, tokens_q, tokens_k, window, scale,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_lse, slots,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, VARIANT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNMENT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    kv_head, head, slot = query_tile(tl.program_id(0), slots, GROUP)
+    sequence, block, start, num_queries = find_tile(cu_q, num_sequences, tokens_q, slot, BLOCK_M)
+    row = block * BLOCK_M
+    if row >= num_queries:
+        return
+    rows = row + tl.arange(0, BLOCK_M)
+    start_k = tokens_k
+    num_keys = 0
+    if sequence < num_sequences:
+        start_k = tl.load(cu_k + sequence)
+        num_keys = tl.load(cu_k + sequence + 1) - start_k
+    offset = num_keys - num_queries
+
+    # A descriptor reads whole blocks of keys only; the keys behind the last one come through pointers, few at a time.
+    first, whole, last, left, right = key_range(
+        row, num_queries, num_keys, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED
+    )  # fmt: skip
+
+    # Behind the last query a descriptor brings rows of others; what becomes of them is not stored.
+    q_MC = load_rows(
+        q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
+    )  # fmt: skip
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
+    if VARIANT == "rotated":
+        if first < whole:
+            k_NC = load_rows(
+                k, k_tiles, start_k, first, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
+            )  # fmt: skip
+            scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
+            keys = first + tl.arange(0, BLOCK_N)
+            seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
+            scores = tl.where(seen, scores, float("-inf"))
+            p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
+            for column in tl.range(first + BLOCK_N, whole, BLOCK_N):
+                k_NC = load_rows(
+                    k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH,
+                    TMA,
+                )  # fmt: skip
+                scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
+                v_NC = load_rows(
+                    v, v_tiles, start_k, column - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
+                    BLOCK_WIDTH, TMA,
+                )  # fmt: skip
+                acc = acc * decay[:, None]
+                acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
+                if CAUSAL or WINDOWED:
+                    if (column < left) | (column + BLOCK_N > right):
+                        keys = column + tl.arange(0, BLOCK_N)
+                        seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
+                        scores = tl.where(seen, scores, float("-inf"))
+                p_MN, decay, peak, total = _softmax(scores, peak, total, scale, WINDOWED)
+            v_NC = load_rows(
+                v, v_tiles, start_k, whole - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
+                BLOCK_WIDTH, TMA,
+            )  # fmt: skip
+            acc = acc * decay[:, None]
+            acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
+    else:
+        for column in tl.range(first, whole, BLOCK_N, warp_specialize=VARIANT == "specialised"):
+            k_NC = load_rows(
+                k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
+            )  # fmt: skip
+            scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
+            v_NC = load_rows(
+                v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
+            )  # fmt: skip
+            if CAUSAL or WINDOWED:
+                if (column < left) | (column + BLOCK_N > right):
+                    keys = column + tl.arange(0, BLOCK_N)
+                    seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
+                    scores = tl.where(seen, scores, float("-inf"))
+            p_MN, decay, peak, total = _softmax(scores, peak, total, scale, CAUSAL or WINDOWED)
+            acc = acc * decay[:, None]
+            acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
+    for column in tl.range(tl.maximum(whole, first), last, TAIL, num_stages=1):
+        k_NC = load_rows(
+            k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, TAIL, WIDTH, BLOCK_WIDTH, False
+        )  # fmt: skip
+        v_NC = load_rows(
+            v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, TAIL, WIDTH, BLOCK_WIDTH, False
+        )  # fmt: skip
+        scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
+        keys = column + tl.arange(0, TAIL)
+        seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
+        scores = tl.where(seen, scores, float("-inf"))
+        p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
+        acc = acc * decay[:, None]
+        acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
+
+    # A row without keys gives 0; its log-sum-exp of +inf makes every probability of the backward 0.
+    empty = total == 0.0
+    safe = tl.where(empty, 1.0, total)
+    acc = acc / safe[:, None]
+    store_rows(
+        out, acc, start, row, num_queries, head, HEADS * WIDTH, WIDTH, BLOCK_M, WIDTH, BLOCK_WIDTH
+    )  # fmt: skip
+    lse_M = tl.where(empty, float("inf"), peak * scale + tl.math.log2(safe))
+    lse_rows = lse + head.to(tl.int64) * stride_lse + aligned_start(start, sequence, ALIGNMENT)
+    tl.store(lse_rows + rows, lse_M)
+
+
+def block_width(width: int) -> int:
+    """Columns of a tile for heads of this width: the next power of two, at least 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def shape_class(q: Tensor) -> dict:
+    """Keys of the attention tables: head width, rounded up to one that the tables know, and bytes of an element."""
+    return {"width": next(width for width in HEAD_WIDTHS if width >= q.shape[-1]), "bytes": q.element_size()}
+
+
+def row_tiles(x: Tensor, block: int):
+    """A TMA descriptor of tiles of `block` rows of one head of x (T, heads, C).
+
+    It has two dims, so that a tile goes from shared memory into a product as it is; where C is no power of two it has
+    three, and the columns behind C are read as 0.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tokens, heads, width = x.shape
+    if block_width(width) == width:
+        return TensorDescriptor(x, [tokens, heads * width], [x.stride(0), 1], [block, width])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [block, 1, block_width(width)])
+
+
+def fits_tma(*tensors: Tensor) -> bool:
+    """True where every tensor can be read through a descriptor: some rows, heads side by side, 16-byte alignment."""
+    return all(
+        x.shape[0] > 0
+        and x.stride(1) == x.shape[2]
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out (T, H, C), and the log-sum-exp of every row, fp32 in units of log2, +inf for rows without a key.
+
+    The latter is (H, aligned_length): see `aligned_start`.
+    """
+    tokens, heads, width = q.shape
+    config = dict(configuration("attention_forward", q.device, **shape_class(q)))
+    config["TMA"] = config["TMA"] and fits_tma(q, k, v)
+    blocks = [config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_N"]]
+    tiles = [row_tiles(x, n) if config["TMA"] else None for x, n in zip((q, k, v), blocks)]
+    out = torch.empty((tokens, heads, width), dtype=q.dtype, device=q.device)
+    lse_shape = (heads, aligned_length(tokens, cu_q.numel() - 1))
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    slots = tokens // config["BLOCK_M"] + cu_q.numel()
+    launch(
+        attention_forward_kernel, (slots * heads if tokens else 0,), q, k, v, *tiles, out, lse, cu_q, cu_k,
+        cu_q.numel() - 1, tokens, k.shape[0], window or 0, scale * LOG2_E,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), lse.stride(0), slots,
+        HEADS=heads, GROUP=heads // k.shape[1], WIDTH=width, BLOCK_WIDTH=block_width(width), CAUSAL=causal,
+        WINDOWED=window is not None, PRECISION="ieee", ALIGNMENT=ALIGNMENT, TAIL=TAIL, **config,
+    )  # fmt: skip
+    return out, lse
