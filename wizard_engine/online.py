@@ -13,7 +13,7 @@ from . import checkpoint
 from .log import MetricsLogger
 from .model import ScoringModel, Transformer
 from .optim import AdamW, cosine_with_warmup
-from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks
+from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_names_of_all_ranks
 from .rollout.rewards import AnswerReward
 from .rollout.trajectories import Rollout, Targets, step_seed
 from .runtime import Runtime, StopRequest
@@ -171,7 +171,8 @@ class OnlineRun:
         own |= {"r": float(returns.sum()), "rr": float(returns.square().sum())}
         own |= {"ee": float((returns - values).square().sum())}
         sums = sum_over_ranks(own, self.device)
-        shares = sum_over_ranks({k: v for k, v in self._sums.items() if k != "ratio_error"}, self.device)
+        shares = {k: v for k, v in self._sums.items() if k != "ratio_error"}
+        shares = sum_over_ranks(with_names_of_all_ranks(shares), self.device)
         self.largest_ratio_error = max(self.largest_ratio_error, self._sums.get("ratio_error", 0.0))
         self._asked_to_stop = sums["stop"] > 0
         count, tokens = sums["answers"], sums["tokens"]

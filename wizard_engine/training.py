@@ -14,7 +14,7 @@ from . import checkpoint
 from .data.loader import Loader
 from .log import MetricsLogger
 from .optim import AdamW, cosine_with_warmup
-from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks
+from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_names_of_all_ranks
 from .runtime import Runtime, StopRequest
 from .throughput import flops_per_token, peak_flops
 
@@ -81,6 +81,7 @@ class Run:
         broadcast_parameters(model)
         self.optimizer = AdamW(model, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
         self.step, self.skipped, self.tokens = 0, 0, 0
+        self._names: tuple[str, ...] = ()
         self._resume()
         self.logger = MetricsLogger(
             self.out / "metrics.jsonl", self.total, name, quiet=quiet or not runtime.is_main, resume_step=self.step
@@ -141,7 +142,7 @@ class Run:
             floor=self.options.lr_floor,
         )  # fmt: skip
         norm = self.optimizer.clip(self.options.clip)
-        own = {name: float(value) for name, value in metrics.items()}
+        own = self._complete({name: float(value) for name, value in metrics.items()})
         numbers = self.total_over_ranks(loss=float(loss), tokens=tokens, stop=float(self.stop.requested), **own)
         self._asked_to_stop = numbers.pop("stop") > 0
         if math.isfinite(norm) and math.isfinite(numbers["loss"]):
@@ -151,6 +152,12 @@ class Run:
         self.step += 1
         self.tokens += int(numbers["tokens"])
         self._log(numbers, norm, lr)
+
+    def _complete(self, own: dict[str, float]) -> dict[str, float]:
+        """Metrics by the names that the ranks agreed on in the first update; 0 where this rank has no rows."""
+        if not self._names:
+            self._names = tuple(with_names_of_all_ranks(own))
+        return {name: own.get(name, 0.0) for name in self._names}
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1

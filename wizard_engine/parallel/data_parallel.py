@@ -43,3 +43,9 @@ def gather_objects(local: object) -> list:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, local)
     return gathered
+
+
+def with_names_of_all_ranks(numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers in one order on every rank, with 0 for what only other ranks have: a rank may be without rows."""
+    names = dict.fromkeys(name for names in gather_objects(list(numbers)) for name in names)
+    return {name: numbers.get(name, 0.0) for name in names}
