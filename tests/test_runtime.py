@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -63,6 +64,19 @@ def test_start_under_torchrun_joins_the_ranks(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"rank{i}").read_text() for i in (0, 1)] == ["2 True gloo 3.0 1", "2 False gloo 3.0 1"]
+
+
+def test_start_ends_a_rank_whose_torchrun_is_gone(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (settings | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime, "_die_with_parent", lambda: None)
+    with pytest.raises(OSError, match=rf"torchrun: expected its store at 127.0.0.1:{port}, got .*refused; start again"):
+        runtime.start("cpu")
+    assert not torch.distributed.is_initialized()
 
 
 def test_seed_all_repeats_every_generator():

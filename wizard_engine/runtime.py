@@ -5,6 +5,7 @@ import datetime
 import os
 import random
 import signal
+import socket
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 PR_SET_PDEATHSIG = 1
+AGENT_SECONDS = 30.0
 RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
@@ -60,6 +62,7 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
         timeout_seconds: longest wait for the other ranks in one collective.
     Raises:
         ValueError: an unknown device, CUDA without a GPU, fewer than one thread.
+        OSError: the torchrun that started this rank is gone.
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES)
     chosen = _device(device, local_rank)
@@ -71,6 +74,7 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _die_with_parent()
+        _look_for_agent()
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
     return Runtime(rank, world_size, local_rank, chosen)
@@ -86,6 +90,20 @@ def _die_with_parent() -> None:
     """Ask Linux to kill this rank when torchrun dies, so that a killed run leaves no rank writing to its directory."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _look_for_agent() -> None:
+    """OSError if the torchrun that started this rank is gone already: nobody would end the rank's wait for its peers.
+
+    torchrun serves the store of its ranks itself, so that it answers from before they start.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(address, timeout=AGENT_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"torchrun: expected its store at {address[0]}:{address[1]}, got {error}; start again") from error
 
 
 def seed_all(seed: int) -> None:
