@@ -3,46 +3,142 @@
 import torch
 from torch import Tensor
 
+from .backend import contiguous_rows, runs_triton, same_device, same_dtype, values_are_checked
+
+MAX_HEAD_WIDTH = 256
+
 
 def rope_tables(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles, each (T, 1, C/2) fp32, angle = position * base^(-2i/C)."""
+    """cos and sin of the rotation angles, each (T, C/2) fp32, angle = position * base^(-2i/C)."""
     exponent = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
     angles = positions[:, None].float() * (1.0 / base**exponent)[None, :]
-    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+    return angles.cos(), angles.sin()
 
 
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (x_i, x_{i + C/2}) turned by its angle."""
+def rope_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each pair (x_i, x_{i + C/2}) of q and k turned by its angle."""
+    cos, sin = _angles(cos, sin, positions, q.shape[0])
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    """(T, 1, C/2) rows of the tables."""
+    if positions is not None:
+        cos, sin = cos[positions.long()], sin[positions.long()]
+    elif cos.shape[0] != tokens:
+        cos, sin = cos[:tokens], sin[:tokens]
+    return cos.unsqueeze(1), sin.unsqueeze(1)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class _Rope(torch.autograd.Function):
-    """Rotation; its gradient is the rotation by the negative angle."""
+    """Rotation of q and k together; its gradient is the rotation by the negative angle."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rope_reference(x, cos, sin)
+        turned = _turned(_joined(q, k), cos, sin)
+        return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return rope_reference(dy, cos, -sin), None, None
+        turned = _turned(_joined(dq, dk), cos, -sin)
+        return turned[:, : dq.shape[1]], turned[:, dq.shape[1] :], None, None
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotated heads.
+def _joined(q: Tensor, k: Tensor) -> Tensor:
+    """(T, H + K, C): a view where k follows q in one buffer, as slices of one projection do; else a copy."""
+    if not torch.compiler.is_compiling():
+        apart = k.storage_offset() - q.storage_offset()
+        same_buffer = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+        if same_buffer and q.stride() == k.stride() and apart == q.shape[1] * q.stride(1):
+            return q.as_strided((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]), q.stride())
+    return torch.cat((q, k), dim=1)
+
+
+@torch.library.custom_op("wizard_engine::rope", mutates_args=())
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    from ._rope import rope_forward
+
+    return rope_forward(q, k, cos, sin, positions, inverse)
+
+
+@_rotate.register_fake
+def _(q, k, cos, sin, positions, inverse):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx, inputs, output):
+    *_, cos, sin, positions, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _differentiate(ctx, dq, dk):
+    dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))
+    return *_rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
+
+
+_rotate.register_autograd(_differentiate, setup_context=_save)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rotated query and key heads.
+
+    (x_i, x_{i + C/2}) -> (x_i cos_i - x_{i + C/2} sin_i, x_{i + C/2} cos_i + x_i sin_i)
 
     Args:
-        x: (T, H, C), C even.   cos, sin: (T, 1, C/2) from `rope_tables`.
+        q: (T, H, C), k: (T, K, C), C even, at most 256 on CUDA; fp32, fp16 or bf16 (CPU: fp64 too), last dim
+            contiguous.
+        cos, sin: (P, C/2) fp32, as `rope_tables` gives them.
+        positions: (T,) int32 or int64, the row of the tables that each token takes; None: token t takes row t.
     Returns:
-        (T, H, C), dtype of x.
+        q' (T, H, C) and k' (T, K, C), dtype of q. Differentiable in q and k.
     Raises:
-        ValueError: C is odd or the tables have another length.
+        ValueError: shapes, dtypes, devices or strides do not fit, or a position is negative or behind the tables
+            (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere the token becomes NaN).
     Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of Llama checkpoints.
     """
-    if x.shape[-1] % 2 or cos.shape[0] != x.shape[0]:
-        raise ValueError(f"x: expected (T, H, even C) with T = {cos.shape[0]}, got {tuple(x.shape)}")
-    return _Rope.apply(x, cos, sin)
+    _check(q, k, cos, sin, positions)
+    if runs_triton(q, "q"):
+        if q.shape[-1] > MAX_HEAD_WIDTH:
+            raise ValueError(f"q: expected heads of at most {MAX_HEAD_WIDTH} elements, got {q.shape[-1]}")
+        return _rotate(q, k, cos, sin, positions, False)
+    return _Rope.apply(q, k, *_angles(cos, sin, positions, q.shape[0]))
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    if q.dim() != 3 or k.dim() != 3 or q.shape[::2] != k.shape[::2] or q.shape[-1] % 2 or not q.shape[-1]:
+        raise ValueError(f"q, k: expected (T, H, C), (T, K, C) with C even, got {tuple(q.shape)}, {tuple(k.shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a float dtype, got {str(q.dtype).removeprefix('torch.')}")
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != q.shape[-1] // 2:
+        raise ValueError(f"cos, sin: expected (P, {q.shape[-1] // 2}), got {tuple(cos.shape)}, {tuple(sin.shape)}")
+    if (cos.dtype, sin.dtype) != (torch.float32, torch.float32):
+        raise ValueError(
+            f"cos, sin: expected float32, got {cos.dtype}, {sin.dtype}; round the products, not the angles"
+        )
+    same_dtype(q=q, k=k)
+    same_device(q=q, k=k, cos=cos, sin=sin, positions=positions)
+    contiguous_rows(q=q, k=k)
+    if positions is None:
+        if cos.shape[0] < q.shape[0]:
+            raise ValueError(f"cos, sin: expected a row for each of {q.shape[0]} tokens, got {cos.shape[0]}")
+        return
+    if positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"positions: expected ({q.shape[0]},) int32 or int64, got {tuple(positions.shape)} {positions.dtype}"
+        )
+    if values_are_checked(positions) and positions.numel():
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(f"positions: expected 0 to {cos.shape[0] - 1} (rows of cos), got {low} to {high}")

@@ -64,25 +64,43 @@ def test_rope_turns_each_pair_by_its_angle(rows, width):
     positions = torch.randint(0, 40, (rows,), generator=torch.Generator().manual_seed(rows))
     tables = rope_tables(positions, width, 10_000.0)
     exact = positions[:, None, None] * 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    exact = exact[:, 0]
     assert rows == 0 or float((tables[0] - exact.cos()).abs().max()) < 1e-5
     cos, sin = exact.cos().float(), exact.sin().float()
 
-    def eager(x):
-        first, second = x.chunk(2, -1)
-        c, s = cos.to(x.dtype), sin.to(x.dtype)
-        return torch.cat((first * c - second * s, first * s + second * c), -1)
+    def eager(q, k):
+        def one(x):
+            first, second = x.chunk(2, -1)
+            c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+            return torch.cat((first * c - second * s, first * s + second * c), -1)
 
-    x = scaled(max(rows, 1), 3, width, seed=rows)[:rows]
+        return one(q), one(k)
+
+    q, k = (scaled(max(rows, 1), heads, width, seed=rows + heads)[:rows] for heads in (3, 2))
     for dtype in DTYPES:
-        check(lambda x: rope(x, cos.to(x.dtype), sin.to(x.dtype)), eager, {"x": x}, dtype)
-    assert rows == 0 or float((rope(x.float(), *tables) - turned(x.float(), positions, 10_000.0)).abs().max()) < 1e-3
+        check(lambda q, k: rope(q, k, cos, sin), eager, {"q": q, "k": k}, dtype)
+    for x, y in zip((q.float(), k.float()), rope(q.float(), k.float(), *tables)):
+        assert rows == 0 or float((y - turned(x, positions, 10_000.0)).abs().max()) < 1e-3
+    if rows:
+        by_table = rope(q.float(), k.float(), *rope_tables(torch.arange(40), width, 10_000.0), positions)
+        assert all(torch.equal(a, b) for a, b in zip(by_table, rope(q.float(), k.float(), *tables)))
+
+
+def test_rope_of_slices_of_one_projection_is_that_of_copies():
+    qkv = scaled(7, 6, 8, seed=0).float()
+    tables = rope_tables(torch.arange(7), 8, 100.0)
+    joint = rope(qkv[:, :3], qkv[:, 3:5], *tables)
+    apart = rope(qkv[:, :3].contiguous(), qkv[:, 3:5].contiguous(), *tables)
+    exchanged = rope(qkv[:, 3:5], qkv[:, :3], *tables)
+    assert all(torch.equal(a, b) for a, b in zip(joint, apart))
+    assert all(torch.equal(a, b) for a, b in zip(joint, exchanged[::-1]))
 
 
 def test_rope_keeps_position_zero_and_scores_by_distance():
     x, y = scaled(1, 1, 8, seed=1).float(), scaled(1, 1, 8, seed=2).float()
 
     def at(tensor, position):
-        return rope(tensor, *rope_tables(torch.tensor([position]), 8, 100.0))
+        return rope(tensor, tensor, *rope_tables(torch.tensor([position]), 8, 100.0))[0]
 
     assert torch.equal(at(x, 0), x)
     scores = [float((at(x, i) * at(y, i + 3)).sum()) for i in (0, 5, 21)]
@@ -90,12 +108,18 @@ def test_rope_keeps_position_zero_and_scores_by_distance():
     assert abs(float((at(x, 0) * at(y, 7)).sum()) - scores[0]) > 1e-3 * abs(scores[0])
 
 
-def test_rope_refuses_odd_widths_and_other_lengths():
-    tables = rope_tables(torch.arange(3), 4, 100.0)
-    with pytest.raises(ValueError, match=r"x: expected \(T, H, even C\) with T = 3, got \(3, 1, 5\)"):
-        rope(torch.zeros(3, 1, 5), *tables)
-    with pytest.raises(ValueError, match=r"with T = 3, got \(2, 1, 4\)"):
-        rope(torch.zeros(2, 1, 4), *tables)
+@pytest.mark.parametrize(
+    ("shapes", "rows", "message"),
+    [
+        (((3, 1, 5), (3, 1, 5)), 3, r"q, k: expected \(T, H, C\), \(T, K, C\) with C even, got \(3, 1, 5\)"),
+        (((3, 1, 4), (3, 1, 6)), 3, r"q, k: expected"),
+        (((3, 1, 6), (3, 1, 6)), 3, r"cos, sin: expected \(P, 3\), got \(3, 2\)"),
+        (((3, 1, 4), (3, 1, 4)), 2, r"cos, sin: expected a row for each of 3 tokens, got 2"),
+    ],
+)
+def test_rope_refuses_shapes_that_do_not_fit(shapes, rows, message):
+    with pytest.raises(ValueError, match=message):
+        rope(*(torch.zeros(shape) for shape in shapes), *rope_tables(torch.arange(rows), 4, 100.0))
 
 
 def plain_swiglu(gate_up):
@@ -113,5 +137,5 @@ def test_swiglu_equals_its_formula(rows, width, dtype):
 def test_swiglu_of_hand_worked_numbers_and_odd_columns():
     out = swiglu(torch.tensor([[0.0, 100.0, -100.0, 3.0, 2.0, 5.0]]))
     assert torch.equal(out, torch.tensor([[0.0, 200.0, 0.0]]))
-    with pytest.raises(ValueError, match="gate_up: expected an even number of columns, got 3"):
+    with pytest.raises(ValueError, match=r"gate_up: expected an even number of columns, got \(2, 3\)"):
         swiglu(torch.zeros(2, 3))

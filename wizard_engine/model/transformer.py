@@ -36,8 +36,8 @@ class Attention(nn.Module):
     def project(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, C) and k (T, K, C), both rotated, and v (T, K, C)."""
         qkv = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_width)
-        turned = rope(qkv[:, : self.heads + self.kv_heads], cos, sin)
-        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, self.heads + self.kv_heads :]
+        q_THC, k_TKC, v_TKC = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        return *rope(q_THC, k_TKC, cos, sin), v_TKC
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         q_THC, k_TKC, v_TKC = self.project(x_TD, cos, sin)

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from kernels.adamw import adamw
+
 # Elements of a partial norm: one fp32 sum over a large buffer is off by 1e-4 at 4M and 4e-3 at 50M elements.
 NORM_CHUNK = 2**16
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW:
@@ -31,14 +34,9 @@ class AdamW:
         self.groups = [[x for x in named if x[1].dim() >= 2], [x for x in named if x[1].dim() < 2]]
         self.groups = [group for group in self.groups if group]
         self.flat = [self._flatten(group) for group in self.groups]
-        decays = [weight_decay if group[0][1].dim() >= 2 else 0.0 for group in self.groups]
-        self.inner = torch.optim.AdamW(
-            [{"params": [flat], "weight_decay": decay} for flat, decay in zip(self.flat, decays)],
-            lr=0.0,
-            betas=betas,
-            eps=epsilon,
-            fused=True,
-        )
+        self.decays = [weight_decay if group[0][1].dim() >= 2 else 0.0 for group in self.groups]
+        self.betas, self.epsilon, self.count = betas, epsilon, 0
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(flat.data) for flat in self.flat] for _ in range(2))
 
     @staticmethod
     def _flatten(group: list[tuple[str, nn.Parameter]]) -> nn.Parameter:
@@ -75,24 +73,23 @@ class AdamW:
 
     def step(self, lr: float) -> None:
         """One update at learning rate `lr`."""
-        for group in self.inner.param_groups:
-            group["lr"] = lr
-        self.inner.step()
+        self.count += 1
+        for flat, exp_avg, exp_avg_sq, decay in zip(self.flat, self.exp_avg, self.exp_avg_sq, self.decays):
+            adamw(
+                flat.data, exp_avg, exp_avg_sq, flat.grad, lr=lr, betas=self.betas, epsilon=self.epsilon,
+                weight_decay=decay, step=self.count,
+            )  # fmt: skip
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step count by parameter name, for a checkpoint."""
-        tensors = {}
-        for flat, group in zip(self.flat, self.groups):
-            state = self.inner.state.get(flat)
-            if not state:
-                continue
-            tensors["step"] = state["step"].clone().reshape(1)
-            offset = 0
-            for name, parameter in group:
-                end = offset + parameter.numel()
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    tensors[f"{moment}.{name}"] = state[moment][offset:end].view(parameter.shape).clone()
-                offset = end
+        """Moments and step count by parameter name, for a checkpoint; nothing before the first step."""
+        if not self.count:
+            return {}
+        tensors = {"step": torch.tensor([float(self.count)])}
+        for buffers, group in zip(zip(self.exp_avg, self.exp_avg_sq), self.groups):
+            sizes = [parameter.numel() for _, parameter in group]
+            for (name, parameter), *parts in zip(group, *(buffer.split(sizes) for buffer in buffers)):
+                for moment, part in zip(MOMENTS, parts):
+                    tensors[f"{moment}.{name}"] = part.view(parameter.shape).clone()
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -103,11 +100,11 @@ class AdamW:
         """
         if not tensors:
             return
-        for flat, group in zip(self.flat, self.groups):
-            missing = [name for name, _ in group if f"exp_avg.{name}" not in tensors]
-            if missing:
-                raise ValueError(f"optimizer state: expected the moments of {missing[0]}, found none")
-            self.inner.state[flat] = {"step": tensors["step"].reshape(()).clone()} | {
-                moment: torch.cat([tensors[f"{moment}.{name}"].float().flatten() for name, _ in group])
-                for moment in ("exp_avg", "exp_avg_sq")
-            }
+        names = [[name for name, _ in group] for group in self.groups]
+        for name in (name for group in names for name in group):
+            if any(f"{moment}.{name}" not in tensors for moment in MOMENTS):
+                raise ValueError(f"optimizer state: expected the moments of {name}, found none")
+        self.count = int(tensors["step"])
+        for buffers, group in zip(zip(self.exp_avg, self.exp_avg_sq), names):
+            for moment, buffer in zip(MOMENTS, buffers):
+                buffer.copy_(torch.cat([tensors[f"{moment}.{name}"].float().flatten() for name in group]))

@@ -1,0 +1,157 @@
+"""Kernels of RMS norm: a row is read once and stays in registers; the weight's gradient is summed without atomics."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configuration import configuration
+from .launch import launch, named
+
+MIN_BLOCK_WIDTH = 16
+# Programs that stand for a GPU's multiprocessors where there is none, few so that each walks over several rows.
+INTERPRETED_PROGRAMS = 3
+
+
+@triton.jit(repr=named("rms_norm_forward", "WIDTH", "BLOCK_ROWS"), do_not_specialize=["rows"])
+def rms_norm_forward_kernel(
+    x, residual, weight, y, stream, rstd, rows, epsilon, stride_x, stride_residual,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    start = row.to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_WIDTH)[None, :]
+    kept = (row < rows)[:, None]
+    if WIDTH != BLOCK_WIDTH:
+        kept = kept & (column < WIDTH)
+    values = tl.load(x + start * stride_x + column, mask=kept, other=0.0).to(tl.float32)
+    if residual is not None:
+        values += tl.load(residual + start * stride_residual + column, mask=kept, other=0.0).to(tl.float32)
+        rounded = values.to(x.dtype.element_ty)
+        tl.store(stream + start * WIDTH + column, rounded, mask=kept)
+        values = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1) / WIDTH + epsilon)
+    tl.store(rstd + row, scale, mask=row < rows)
+    weights = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    normed = (values * scale[:, None]).to(x.dtype.element_ty).to(tl.float32)
+    tl.store(y + start * WIDTH + column, (normed * weights).to(x.dtype.element_ty), mask=kept)
+
+
+@triton.jit(repr=named("rms_norm_backward", "WIDTH", "BLOCK_ROWS"), do_not_specialize=["rows"])
+def rms_norm_backward_kernel(
+    dy, dstream, stream, weight, rstd, dx, partial, rows, stride_dy, stride_dstream, stride_stream,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, REREAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_WIDTH)[None, :]
+    if not REREAD:
+        weights = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    for block in tl.range(program, tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        start = row.to(tl.int64)[:, None]
+        kept = (row < rows)[:, None]
+        if WIDTH != BLOCK_WIDTH:
+            kept = kept & (column < WIDTH)
+        scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+        upstream = tl.load(dy + start * stride_dy + column, mask=kept, other=0.0).to(tl.float32)
+        normed = tl.load(stream + start * stride_stream + column, mask=kept, other=0.0).to(tl.float32) * scale
+        if REREAD:
+            weights = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        weighted = upstream * weights
+        mean = tl.sum(weighted * normed, 1)[:, None] / WIDTH
+        if REREAD:
+            # From the cache: the widest rows do not fit into registers beside the sums. Another eviction policy makes
+            # it another load.
+            upstream = tl.load(dy + start * stride_dy + column, mask=kept, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
+            normed = (
+                tl.load(
+                    stream + start * stride_stream + column, mask=kept, other=0.0, eviction_policy="evict_first"
+                ).to(tl.float32)
+                * scale
+            )
+            weights = tl.load(weight + column, mask=column < WIDTH, other=0.0, eviction_policy="evict_last")
+            weighted = upstream * weights.to(tl.float32)
+        dweight += upstream * normed
+        gradient = (weighted - normed * mean) * scale
+        if dstream is not None:
+            gradient += tl.load(dstream + start * stride_dstream + column, mask=kept, other=0.0).to(tl.float32)
+        tl.store(dx + start * WIDTH + column, gradient.to(dx.dtype.element_ty), mask=kept)
+    at = partial + program.to(tl.int64) * WIDTH + tl.arange(0, BLOCK_WIDTH)
+    tl.store(at, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK_WIDTH) < WIDTH)
+
+
+@triton.jit(repr=named("rms_norm_reduce", "WIDTH"), do_not_specialize=["programs"])
+def rms_norm_reduce_kernel(
+    partial, dweight, programs, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
+    column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    for first in range(0, programs, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        kept = (row < programs)[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(partial + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=kept, other=0.0)
+    tl.store(dweight + column, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=column < WIDTH)
+
+
+def shape_class(x: Tensor) -> dict[str, int]:
+    """Keys of the tables: columns of a tile, the next power of two, and bytes of an element."""
+    return {"width": max(MIN_BLOCK_WIDTH, triton.next_power_of_2(x.shape[-1])), "bytes": x.element_size()}
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; INTERPRETED_PROGRAMS elsewhere."""
+    return _multiprocessors(device.index or 0) if device.type == "cuda" else INTERPRETED_PROGRAMS
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def rms_norm_forward(
+    x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (T, D), the sum that was normed (T, D) (empty where there is no residual), rstd (T,) fp32; x (T, D)."""
+    rows, width = x.shape
+    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    stream = torch.empty((0 if residual is None else rows, width), dtype=x.dtype, device=x.device)
+    rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
+    shape = shape_class(x)
+    config = configuration("rms_norm_forward", x.device, **shape)
+    launch(
+        rms_norm_forward_kernel, (triton.cdiv(rows, config["BLOCK_ROWS"]),), x, residual, weight, y, stream, rstd,
+        rows, float(epsilon), x.stride(0), 0 if residual is None else residual.stride(0),
+        WIDTH=width, BLOCK_WIDTH=shape["width"], **config,
+    )  # fmt: skip
+    return y, stream, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the normed sum (T, D) and of the weight (D,), from those of y and, where it was used, of the sum."""
+    rows, width = stream.shape
+    shape = shape_class(stream)
+    config = dict(configuration("rms_norm_backward", stream.device, **shape))
+    most = multiprocessors(stream.device) * config.pop("PROGRAMS")
+    programs = min(triton.cdiv(rows, config["BLOCK_ROWS"]), most)
+    dx = torch.empty((rows, width), dtype=stream.dtype, device=stream.device)
+    partial = torch.empty((programs, width), dtype=torch.float32, device=stream.device)
+    dweight = torch.empty((width,), dtype=weight.dtype, device=stream.device)
+    launch(
+        rms_norm_backward_kernel, (programs,), dy, dstream, stream, weight, rstd, dx, partial, rows,
+        dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0),
+        WIDTH=width, BLOCK_WIDTH=shape["width"], STAGES=config["num_stages"], **config,
+    )  # fmt: skip
+    config = configuration("rms_norm_reduce", stream.device)
+    launch(
+        rms_norm_reduce_kernel, (triton.cdiv(width, config["BLOCK_WIDTH"]),), partial, dweight, programs,
+        WIDTH=width, **config,
+    )  # fmt: skip
+    return dx, dweight
