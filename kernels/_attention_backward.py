@@ -197,24 +197,30 @@ def attention_backward_q_kernel(
     lse_M = tl.load(lse + row_numbers, mask=rows < num_queries, other=float("inf"))
     delta_M = tl.load(delta + row_numbers, mask=rows < num_queries, other=0.0)
     dq_MC = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
-    for column in tl.range(first, whole, BLOCK_N):
-        k_NC = load_rows(
-            k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
-        )  # fmt: skip
-        v_NC = load_rows(
-            v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
-        )  # fmt: skip
-        scores_MN = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-        p_MN = tl.math.exp2(scores_MN * scale_log2 - lse_M[:, None])
-        if CAUSAL or WINDOWED:
-            if (column < left) | (column + BLOCK_N > right):
-                keys = column + tl.arange(0, BLOCK_N)
-                seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
-                p_MN = tl.where(seen, p_MN, 0.0)
-        dp_MN = tl.dot(do_MC, v_NC.T, input_precision=PRECISION)
-        ds_MN = p_MN * (dp_MN - delta_M[:, None])
-        dq_MC = tl.dot(ds_MN.to(k_NC.dtype), k_NC, dq_MC, input_precision=PRECISION)
-    for column in tl.range(tl.maximum(whole, first), last, TAIL, num_stages=1):
+    for part in tl.static_range(0, 3):
+        # Masked on the window's edge, not masked, masked on the diagonal, as in the forward.
+        if part == 1 or (part == 0 and WINDOWED) or (part == 2 and CAUSAL):
+            begin = first if part == 0 else (left if part == 1 else right)
+            end = left if part == 0 else (right if part == 1 else whole)
+            for column in tl.range(begin, end, BLOCK_N):
+                k_NC = load_rows(
+                    k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH,
+                    TMA,
+                )  # fmt: skip
+                v_NC = load_rows(
+                    v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH, BLOCK_WIDTH,
+                    TMA,
+                )  # fmt: skip
+                scores_MN = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
+                p_MN = tl.math.exp2(scores_MN * scale_log2 - lse_M[:, None])
+                if part != 1:
+                    keys = column + tl.arange(0, BLOCK_N)
+                    seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
+                    p_MN = tl.where(seen, p_MN, 0.0)
+                dp_MN = tl.dot(do_MC, v_NC.T, input_precision=PRECISION)
+                ds_MN = p_MN * (dp_MN - delta_M[:, None])
+                dq_MC = tl.dot(ds_MN.to(k_NC.dtype), k_NC, dq_MC, input_precision=PRECISION)
+    for column in tl.range(whole, last, TAIL, num_stages=1):
         keys = column + tl.arange(0, TAIL)
         k_NC = load_rows(
             k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, TAIL, WIDTH, BLOCK_WIDTH, False

@@ -105,7 +105,7 @@ def attention_forward_kernel(
                 acc = acc * decay[:, None]
                 acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
                 if CAUSAL or WINDOWED:
-                    if (column < left) | (column + BLOCK_N > right):
+                    if (column < left) | (column >= right):
                         keys = column + tl.arange(0, BLOCK_N)
                         seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
                         scores = tl.where(seen, scores, float("-inf"))
@@ -117,23 +117,32 @@ def attention_forward_kernel(
             acc = acc * decay[:, None]
             acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
     else:
-        for column in tl.range(first, whole, BLOCK_N, warp_specialize=VARIANT == "specialised"):
-            k_NC = load_rows(
-                k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
-            )  # fmt: skip
-            scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-            v_NC = load_rows(
-                v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
-            )  # fmt: skip
-            if CAUSAL or WINDOWED:
-                if (column < left) | (column + BLOCK_N > right):
-                    keys = column + tl.arange(0, BLOCK_N)
-                    seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
-                    scores = tl.where(seen, scores, float("-inf"))
-            p_MN, decay, peak, total = _softmax(scores, peak, total, scale, CAUSAL or WINDOWED)
-            acc = acc * decay[:, None]
-            acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
-    for column in tl.range(tl.maximum(whole, first), last, TAIL, num_stages=1):
+        for part in tl.static_range(0, 3):
+            # Masked on the window's edge, not masked, masked on the diagonal: a branch inside the loop would make every
+            # product wait for the one before.
+            if part == 1 or (part == 0 and WINDOWED) or (part == 2 and CAUSAL):
+                begin = first if part == 0 else (left if part == 1 else right)
+                end = left if part == 0 else (right if part == 1 else whole)
+                for column in tl.range(
+                    begin, end, BLOCK_N, warp_specialize=(VARIANT == "specialised") and part == 1
+                ):  # fmt: skip
+                    k_NC = load_rows(
+                        k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH,
+                        BLOCK_WIDTH, TMA,
+                    )  # fmt: skip
+                    scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
+                    v_NC = load_rows(
+                        v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
+                        BLOCK_WIDTH, TMA,
+                    )  # fmt: skip
+                    if part != 1:
+                        keys = column + tl.arange(0, BLOCK_N)
+                        seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
+                        scores = tl.where(seen, scores, float("-inf"))
+                    p_MN, decay, peak, total = _softmax(scores, peak, total, scale, part != 1)
+                    acc = acc * decay[:, None]
+                    acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
+    for column in tl.range(whole, last, TAIL, num_stages=1):
         k_NC = load_rows(
             k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, TAIL, WIDTH, BLOCK_WIDTH, False
         )  # fmt: skip

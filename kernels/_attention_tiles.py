@@ -102,7 +102,7 @@ def key_range(
     """Keys that the queries [row, row + BLOCK_M) walk over: first, whole, last, left, right.
 
     Keys of [first, last) are seen by some query; blocks of BLOCK_N start at `first`, and those up to `whole` end before
-    the last key. A block inside [left, right) is seen by every query.
+    the last key. Of these, the blocks from `left` to `right` are seen by every query.
     """
     first = 0
     last = num_keys
@@ -115,7 +115,9 @@ def key_range(
         first = tl.maximum(row + offset - window + 1, 0)
         left = tl.maximum(row + BLOCK_M + offset - window, 0)
     first = round_down(first, BLOCK_N)
-    whole = tl.minimum(round_down(num_keys, BLOCK_N), tl.cdiv(last, BLOCK_N) * BLOCK_N)
+    whole = tl.maximum(tl.minimum(round_down(num_keys, BLOCK_N), tl.cdiv(last, BLOCK_N) * BLOCK_N), first)
+    left = tl.minimum(tl.cdiv(left, BLOCK_N) * BLOCK_N, whole)
+    right = tl.maximum(tl.minimum(round_down(right, BLOCK_N), whole), left)
     return first, whole, last, left, right
 
 

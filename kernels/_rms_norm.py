@@ -57,8 +57,10 @@ def rms_norm_backward_kernel(
         if WIDTH != BLOCK_WIDTH:
             kept = kept & (column < WIDTH)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-        upstream = tl.load(dy + start * stride_dy + column, mask=kept, other=0.0).to(tl.float32)
-        normed = tl.load(stream + start * stride_stream + column, mask=kept, other=0.0).to(tl.float32) * scale
+        at_dy = dy + start * stride_dy + column
+        at_stream = stream + start * stride_stream + column
+        upstream = tl.load(at_dy, mask=kept, other=0.0).to(tl.float32)
+        normed = tl.load(at_stream, mask=kept, other=0.0).to(tl.float32) * scale
         if REREAD:
             weights = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         weighted = upstream * weights
@@ -66,15 +68,9 @@ def rms_norm_backward_kernel(
         if REREAD:
             # From the cache: the widest rows do not fit into registers beside the sums. Another eviction policy makes
             # it another load.
-            upstream = tl.load(dy + start * stride_dy + column, mask=kept, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
-            normed = (
-                tl.load(
-                    stream + start * stride_stream + column, mask=kept, other=0.0, eviction_policy="evict_first"
-                ).to(tl.float32)
-                * scale
-            )
+            upstream = tl.load(at_dy, mask=kept, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            values = tl.load(at_stream, mask=kept, other=0.0, eviction_policy="evict_first")
+            normed = values.to(tl.float32) * scale
             weights = tl.load(weight + column, mask=column < WIDTH, other=0.0, eviction_policy="evict_last")
             weighted = upstream * weights.to(tl.float32)
         dweight += upstream * normed
