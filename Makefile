@@ -1,4 +1,4 @@
-# make demo | test | bench | lint.  A bare machine needs python >= 3.11, g++ and make.
+# make demo | test | bench | gpu-check | lint.  A bare machine needs python >= 3.11, g++ and make.
 PYTHON ?= python3
 SEED ?= 0
 RANKS ?= 2
@@ -6,7 +6,7 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo ablations test bench lint format clean
+.PHONY: demo ablations test bench gpu-check lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make ablations       slices, evolving, weighting, reward factors: runs/ablations/ablations.json"
 	@echo "make test            every test this machine can run; lists what it skipped and why"
 	@echo "make bench           the benchmarks this machine can run"
+	@echo "make gpu-check       on a machine with a GPU: checks and measures the kernels, benchmarks/results/GPU-DATE"
 	@echo "make lint            ruff check and format, clang-format where installed"
 
 $(BIN)/python:
@@ -40,6 +41,10 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+
+# Installs nothing: the python that runs it must have torch and triton. ARGS="--minutes 5", for example.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,105 @@
+"""What the kernel benchmarks measure: operations at their shapes, inputs, plain formulas, and counts of work.
+
+Bytes are the fewest that device memory must move: every input read once, every output written once, in the dtype of the
+case; weights of a norm, tables of angles and other small things are not counted. Operations of attention are those of
+its products over visible pairs (masked pairs are no work); elementwise ones count one for each arithmetic instruction,
+a transcendental included. T tokens, D width, F feed-forward width, H and K query and key heads, C channels of a head,
+P parameters, b bytes of an element:
+
+    attention  forward 4 C H pairs, backward 10 C H pairs     forward (2 H + 2 K) T C b + 4 T H bytes, backward twice
+    rms_norm   forward 2 T D b, backward 3 T D b bytes        with a residual stream 4 T D b and 4 T D b
+    rope       2 (H + K) T C b bytes
+    swiglu     forward 3 T F b, backward 5 T F b bytes
+    adamw      28 P bytes: fp32 master and moments read and written, bf16 gradient read, bf16 copy written
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.attention_problem import Attention
+from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu, Work
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem in one phase and dtype."""
+
+    problem: Problem
+    phase: str
+    dtype: torch.dtype
+
+    @property
+    def op(self) -> str:
+        """Name of the operation."""
+        return self.problem.op
+
+    @property
+    def label(self) -> str:
+        """Shape and dtype as text."""
+        return f"{self.problem.label} {DTYPES[self.dtype]}"
+
+    @property
+    def work(self) -> Work:
+        """Operations and bytes of a call."""
+        return self.problem.work(self.phase, self.dtype.itemsize)
+
+    @property
+    def range_name(self) -> str:
+        """Name of its NVTX range, without the characters that profilers' filters take as their own."""
+        return f"{self.op}.{self.phase}.{self.label}".replace(" ", "_").replace("=", "")
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+OPERATIONS: dict[str, type[Problem]] = {
+    kind.op: kind for kind in (Attention, RmsNorm, Rope, SwiGlu, AdamW)
+}  # fmt: skip
+TOKENS = 16384
+RAGGED = (9000, 6000, 4500, 3300, 2500, 2000, 1500, 1200, 900, 700, 500, 350, 200, 90, 27, 1)
+
+
+def attention_problems(quick: bool = False) -> list[Attention]:
+    """Shapes of a GPU: 32k tokens in sequences of 4k to 32k, ragged, a window, other head widths."""
+
+    def equal(length: int, heads: int, kv_heads: int, width: int, **options: Any) -> Attention:
+        return Attention((length,) * (32768 // length), heads, kv_heads, width, **options)
+
+    grouped = [equal(length, 32, 8, 128, causal=causal) for causal in (True, False) for length in (4096, 16384)]
+    special = [Attention(RAGGED, 32, 8, 128), equal(32768, 32, 8, 128, window=4096)]
+    if quick:
+        return grouped + special
+    grouped += [equal(length, 32, 8, 128, causal=causal) for causal in (True, False) for length in (8192, 32768)]
+    single = [equal(length, 16, 16, 128, causal=causal) for causal in (True, False) for length in (4096, 16384)]
+    widths = [equal(8192, heads, heads // 4, width) for width, heads in ((64, 32), (96, 32), (256, 16))]
+    return grouped + special + single + widths
+
+
+def row_problems(quick: bool = False) -> list[Problem]:
+    """Shapes of the 7B preset, and of the 70B one where not `quick`: norms, angles, gates, updates."""
+    problems: list[Problem] = []
+    for width, ffn_width, heads in ((4096, 14336, 32), (8192, 28672, 64))[: 1 if quick else None]:
+        problems += [RmsNorm(TOKENS, width), RmsNorm(TOKENS, width, residual=True), Rope(TOKENS, heads, 8, 128)]
+        problems += [SwiGlu(TOKENS, ffn_width), AdamW(2 * width * ffn_width)]
+    return problems
+
+
+def small_problems() -> list[Problem]:
+    """Shapes for a CPU, to try the harness on."""
+    return [
+        Attention((48, 48), 4, 2, 16), Attention((31, 2, 40), 4, 2, 16, window=8), RmsNorm(64, 48),
+        RmsNorm(64, 48, residual=True), Rope(64, 4, 2, 16), SwiGlu(64, 48), AdamW(5000),
+    ]  # fmt: skip
+
+
+def cases(names: Sequence[str], device: torch.device, quick: bool = False) -> list[Case]:
+    """What is measured on the device, of the operations named: forwards of attention first, then its backwards."""
+    on_gpu = device.type == "cuda"
+    problems = [*attention_problems(quick), *row_problems(quick)] if on_gpu else small_problems()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    chosen = [p for p in problems if p.op in names]
+    if quick and not on_gpu:
+        chosen = list({p.op: p for p in reversed(chosen)}.values())[::-1]
+    matrix = [Case(p, phase, dtype) for phase in ("forward", "backward") for p in chosen if p.is_matrix]
+    return matrix + [Case(p, phase, dtype) for p in chosen if not p.is_matrix for phase in p.timed]

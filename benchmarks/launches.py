@@ -1,0 +1,187 @@
+"""Every table entry's launches, recorded on the meta device: what there is to compile, without tensors or a GPU.
+
+A form is one way to launch a kernel that makes a binary of its own: masks, dtypes, optional tensors. `FORMS` names for
+every table a function of the entry's class that yields each form's name and a call that launches it. To add a kernel,
+write such a function and enter it; its kernel function must be called like its table, with `_kernel` behind.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import configuration
+from kernels.configuration import use_arch, use_config
+from kernels.launch import Launch, record
+
+# Representative sizes: those of a 7B model, one row of 4096 tokens. None of them is a constant of a kernel but HEADS.
+TOKENS, HEADS, KV_HEADS, WINDOW = 4096, 32, 8, 1024
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+Form = tuple[str, Callable[[], Any]]
+Items = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A form of a table entry, or of another configuration in its place; it travels between processes."""
+
+    table: str
+    arch: int
+    shape: Items
+    config: Items
+    form: str
+
+    @property
+    def label(self) -> str:
+        """Table, architecture, class and form as text: no two cases of the tables share one."""
+        return f"{self.table} sm_{self.arch} {words(self.shape)} {self.form}".replace("  ", " ")
+
+
+def words(items: Items) -> str:
+    """`width=128 bytes=2`."""
+    return " ".join(f"{name}={value}" for name, value in items)
+
+
+def cases(table: str, arch: int) -> list[Case]:
+    """Every form of every entry that a table has for an architecture."""
+    found = []
+    for entry in configuration.table(table):
+        if entry["arch"] == arch:
+            found += cases_of(table, arch, entry["class"], entry["config"])
+    return found
+
+
+def cases_of(table: str, arch: int, shape: Mapping[str, int], config: Mapping[str, Any]) -> list[Case]:
+    """Every form of one configuration of a class.
+
+    Raises:
+        ValueError: no function says how to launch the kernels of this table.
+    """
+    if table not in FORMS:
+        raise ValueError(f"{table}: expected a table of {', '.join(FORMS)}; add its launches to benchmarks/launches.py")
+    items = tuple(shape.items()), tuple(config.items())
+    return [Case(table, arch, *items, form) for form, _ in FORMS[table](dict(shape))]
+
+
+def launch_of(case: Case) -> Launch:
+    """The launch that a case stands for.
+
+    Raises:
+        ValueError: its call launches no kernel of its table.
+    """
+    call = dict(FORMS[case.table](dict(case.shape)))[case.form]
+    with use_arch(case.arch), use_config(case.table, **dict(case.config)), record() as made:
+        call()
+    found = [launch for launch in made if launch.kernel.__name__ == f"{case.table}_kernel"]
+    if not found:
+        names = ", ".join(launch.kernel.__name__ for launch in made) or "none"
+        raise ValueError(f"{case.label}: expected a launch of {case.table}_kernel, got {names}")
+    return found[0]
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention(shape: dict[str, int]) -> Iterator[Form]:
+    """Causal, without a mask, with a window; fp16 once, since it differs from bf16 in the suffix of an instruction."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, causal, window in (("causal", True, None), ("full", False, None), ("windowed", True, WINDOW)):
+        yield f"{name} {NAMES[dtype]}", lambda c=causal, w=window: _attention(shape["width"], dtype, c, w)
+    if shape["bytes"] == 2:
+        yield "causal fp16", lambda: _attention(shape["width"], torch.float16, True, None)
+
+
+def attention_delta(shape: dict[str, int]) -> Iterator[Form]:
+    """Each dtype."""
+    for dtype, name in NAMES.items():
+        yield name, lambda d=dtype: _attention(shape["width"], d, True, None)
+
+
+def _attention(width: int, dtype: torch.dtype, causal: bool, window: int | None) -> None:
+    from kernels._attention_backward import attention_backward
+    from kernels._attention_forward import attention_forward
+
+    q, k, v = (_meta(TOKENS, heads, width, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    cu_seqlens = _meta(5, dtype=torch.int32)
+    out, lse = attention_forward(q, k, v, cu_seqlens, cu_seqlens, causal, window, width**-0.5)
+    attention_backward(out, q, k, v, out, lse, cu_seqlens, cu_seqlens, causal, window, width**-0.5)
+
+
+def rms_norm(shape: dict[str, int]) -> Iterator[Form]:
+    """The class's widest rows, with and without a residual stream, and rows of three quarters of that."""
+    dtype, widest = DTYPES[shape["bytes"]], shape["width"]
+    for width, residual in ((widest, False), (widest, True), (widest * 3 // 4, True)):
+        name = f"D={width} {'residual ' if residual else ''}{NAMES[dtype]}"
+        yield name, lambda w=width, r=residual: _rms_norm(w, dtype, r)
+
+
+def rms_norm_reduce(shape: dict[str, int]) -> Iterator[Form]:
+    """The gradient of a weight of each dtype."""
+    for dtype, name in NAMES.items():
+        yield name, lambda d=dtype: _rms_norm(4096, d, True)
+
+
+def _rms_norm(width: int, dtype: torch.dtype, residual: bool) -> None:
+    from kernels._rms_norm import rms_norm_backward, rms_norm_forward
+
+    x, weight = _meta(TOKENS, width, dtype=dtype), _meta(width, dtype=dtype)
+    rms_norm_forward(x, weight, 1e-5, x if residual else None)
+    rms_norm_backward(x, x if residual else None, x, weight, _meta(TOKENS, dtype=torch.float32))
+
+
+def rope(shape: dict[str, int]) -> Iterator[Form]:
+    """Forwards, with and without positions, and backwards."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, packed, inverse in (("forward", True, False), ("forward one row", False, False), ("inverse", True, True)):
+        yield f"{name} {NAMES[dtype]}", lambda p=packed, i=inverse: _rope(shape["half"], dtype, p, i)
+
+
+def _rope(half: int, dtype: torch.dtype, packed: bool, inverse: bool) -> None:
+    from kernels._rope import rope_forward
+
+    q, k = (_meta(TOKENS, heads, 2 * half, dtype=dtype) for heads in (HEADS, KV_HEADS))
+    table, positions = _meta(TOKENS, half, dtype=torch.float32), _meta(TOKENS, dtype=torch.int32)
+    rope_forward(q, k, table, table, positions if packed else None, inverse)
+
+
+def swiglu(shape: dict[str, int]) -> Iterator[Form]:
+    """A width that the tiles divide and one that they do not; the widest class stands for any width above it."""
+    dtype, width = DTYPES[shape["bytes"]], shape["width"]
+    for size in (14336, 11008) if width >= 2048 else (width, width * 3 // 4):
+        yield f"F={size} {NAMES[dtype]}", lambda s=size: _swiglu(s, dtype)
+
+
+def _swiglu(width: int, dtype: torch.dtype) -> None:
+    from kernels._swiglu import swiglu_backward, swiglu_forward
+
+    gate_up = _meta(TOKENS, 2 * width, dtype=dtype)
+    swiglu_backward(swiglu_forward(gate_up), gate_up)
+
+
+def adamw(shape: dict[str, int]) -> Iterator[Form]:
+    """A gradient of this size, with and without a copy of the weights in its dtype."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, copied in (("copy", True), ("no copy", False)):
+        yield f"{name} {NAMES[dtype]}", lambda c=copied: _adamw(dtype, c)
+
+
+def _adamw(dtype: torch.dtype, copied: bool) -> None:
+    from kernels._adamw import adamw_step
+
+    state = [_meta(TOKENS * TOKENS, dtype=torch.float32) for _ in range(3)]
+    gradient = _meta(TOKENS * TOKENS, dtype=dtype)
+    scale = _meta(1, dtype=torch.float32)
+    adamw_step(*state, gradient, 1e-4, 0.9, 0.95, 1e-8, 0.1, 10, scale, gradient if copied else None)
+
+
+FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
+    "attention_forward": attention, "attention_backward_kv": attention, "attention_backward_q": attention,
+    "attention_delta": attention_delta, "rms_norm_forward": rms_norm, "rms_norm_backward": rms_norm,
+    "rms_norm_reduce": rms_norm_reduce, "rope": rope, "swiglu_forward": swiglu, "swiglu_backward": swiglu,
+    "adamw": adamw,
+}  # fmt: skip
