@@ -69,7 +69,9 @@ def percent(share: float, digits: int = 1) -> str:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that cover [low, high], about `count` of them."""
-    span = high - low if high - low > max(1e-30, 1e-9 * abs(low)) else abs(high) or 1.0
+    least, span = 1e-30, high - low
+    if span <= max(least, 1e-9 * abs(low)):
+        span = abs(high) if abs(high) > least else 1.0
     step = 10 ** math.floor(math.log10(span / count))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
