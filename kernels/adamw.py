@@ -25,7 +25,7 @@ def adamw_reference(
 
 
 def _on_cpu(master, exp_avg, exp_avg_sq, gradient, lr, betas, epsilon, weight_decay, step, scale, copy) -> None:
-    """The same by torch's fused kernel."""
+    """The same by torch's fused kernel, which torch cannot trace."""
     slope, skipped = gradient.float(), None
     if scale is not None:
         slope, skipped = slope * scale, (~scale.isfinite()).float()
@@ -83,7 +83,7 @@ def adamw(
         _update(
             master, exp_avg, exp_avg_sq, gradient, lr, *betas, epsilon, weight_decay, step, scale, copy
         )  # fmt: skip
-    elif master.device.type == "cpu":
+    elif master.device.type == "cpu" and not torch.compiler.is_compiling():
         _on_cpu(master, exp_avg, exp_avg_sq, gradient, lr, betas, epsilon, weight_decay, step, scale, copy)
     else:
         adamw_reference(
