@@ -2,9 +2,9 @@
 
 `--model` ranks variants that are worth comparing and the entries, at width 128 in bf16. `--search` ranks what
 `benchmarks.tune` would try for a table: blocks of 32 to 128 rows and columns, 4 and 8 warps, 1 to 3 stages, the
-variants of the forward, TMA where the entry uses it, less what cannot fit. Those come first whose every form (causal,
-windowed, full) compiles without a spill, fits and keeps its promises. Shares are modelled: of the tensor cores' peak in
-the main loop, unmasked blocks, at equal clocks. They are for ranking.
+variants of the forward, only TMA where the entry uses it, less what cannot fit. Those come first whose every form
+(causal, windowed, full) compiles without a spill, fits and keeps its promises. Shares are modelled: of the tensor
+cores' peak in the main loop, unmasked blocks, at equal clocks. They are for ranking.
 """
 
 from argparse import Namespace
@@ -104,10 +104,10 @@ def compare(table: str, arch: int, width: int, configs: Sequence[Mapping[str, An
 
 
 def searched(table: str, arch: int, width: int) -> list[dict[str, Any]]:
-    """The entry of a class and its alternatives that load as it does: through TMA, or not."""
+    """The entry of a class and its alternatives; only those with TMA where the entry has it."""
     target = Target.of(table, {"width": width, "bytes": 2})
     entry = entry_of(table, arch, width)
-    return [c for c in candidates(target, arch, entry) if c["TMA"] == entry["TMA"]]
+    return [config for config in candidates(target, arch, entry) if config["TMA"] or not entry["TMA"]]
 
 
 def entry_of(table: str, arch: int, width: int) -> dict[str, Any]:

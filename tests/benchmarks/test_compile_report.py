@@ -254,7 +254,7 @@ def test_ranking_puts_what_keeps_its_promises_first():
     assert [name for name, _ in compile_search.ranked(groups)] == ["good", "spilling", "better"]
 
 
-def test_search_tries_the_entry_and_only_tiles_that_load_as_it_does():
+def test_search_tries_the_entry_first_and_only_tma_where_the_entry_has_it():
     found = compile_search.searched("attention_forward", 90, 128)
     assert found[0] == compile_search.entry_of("attention_forward", 90, 128)
     assert len(found) > 20 and {config["TMA"] for config in found} == {found[0]["TMA"]}
