@@ -21,6 +21,7 @@ from ._attention_tiles import (
     load_rows,
     query_tile,
     round_down,
+    span,
     store_rows,
 )
 from .configuration import configuration
@@ -71,11 +72,7 @@ def attention_backward_kv_kernel(
     if column >= num_keys:
         return
     columns = column + tl.arange(0, BLOCK_N)
-    start = tokens_q
-    num_queries = 0
-    if sequence < num_sequences:
-        start = tl.load(cu_q + sequence)
-        num_queries = tl.load(cu_q + sequence + 1) - start
+    start, num_queries = span(cu_q, sequence, num_sequences, tokens_q)
     offset = num_keys - num_queries
 
     # Queries [first, last) see some key of the block; a block of queries inside [left, right) sees all of them.
@@ -176,11 +173,7 @@ def attention_backward_q_kernel(
     if row >= num_queries:
         return
     rows = row + tl.arange(0, BLOCK_M)
-    start_k = tokens_k
-    num_keys = 0
-    if sequence < num_sequences:
-        start_k = tl.load(cu_k + sequence)
-        num_keys = tl.load(cu_k + sequence + 1) - start_k
+    start_k, num_keys = span(cu_k, sequence, num_sequences, tokens_k)
     offset = num_keys - num_queries
 
     first, whole, last, left, right = key_range(
@@ -246,6 +239,7 @@ def _delta(out: Tensor, dout: Tensor, cu_q: Tensor) -> Tensor:
     config = configuration("attention_delta", out.device, width=shape_class(out)["width"])
     delta_shape = (heads, aligned_length(tokens, cu_q.numel() - 1))
     delta = torch.empty(delta_shape, dtype=torch.float32, device=out.device)
+    assert ALIGNMENT % config["BLOCK_M"] == 0, "a tile writes its rows as a whole"
     slots = tokens // config["BLOCK_M"] + cu_q.numel()
     launch(
         attention_delta_kernel, (slots if tokens else 0, heads), out, dout, delta, cu_q, cu_q.numel() - 1, tokens,

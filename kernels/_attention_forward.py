@@ -17,10 +17,11 @@ from ._attention_tiles import (
     aligned_length,
     aligned_start,
     find_tile,
-    is_seen,
+    hide,
     key_range,
     load_rows,
     query_tile,
+    span,
     store_rows,
 )
 from .configuration import configuration
@@ -63,11 +64,7 @@ def attention_forward_kernel(
     if row >= num_queries:
         return
     rows = row + tl.arange(0, BLOCK_M)
-    start_k = tokens_k
-    num_keys = 0
-    if sequence < num_sequences:
-        start_k = tl.load(cu_k + sequence)
-        num_keys = tl.load(cu_k + sequence + 1) - start_k
+    start_k, num_keys = span(cu_k, sequence, num_sequences, tokens_k)
     offset = num_keys - num_queries
 
     # A descriptor reads whole blocks of keys only; the keys behind the last one come through pointers, few at a time.
@@ -88,9 +85,7 @@ def attention_forward_kernel(
                 k, k_tiles, start_k, first, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
             )  # fmt: skip
             scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-            keys = first + tl.arange(0, BLOCK_N)
-            seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = hide(scores, rows, first, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
             p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
             for column in tl.range(first + BLOCK_N, whole, BLOCK_N):
                 k_NC = load_rows(
@@ -106,10 +101,8 @@ def attention_forward_kernel(
                 acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
                 if CAUSAL or WINDOWED:
                     if (column < left) | (column >= right):
-                        keys = column + tl.arange(0, BLOCK_N)
-                        seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
-                        scores = tl.where(seen, scores, float("-inf"))
-                p_MN, decay, peak, total = _softmax(scores, peak, total, scale, WINDOWED)
+                        scores = hide(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
+                p_MN, decay, peak, total = _softmax(scores, peak, total, scale, CAUSAL or WINDOWED)
             v_NC = load_rows(
                 v, v_tiles, start_k, whole - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
                 BLOCK_WIDTH, TMA,
@@ -136,9 +129,7 @@ def attention_forward_kernel(
                         BLOCK_WIDTH, TMA,
                     )  # fmt: skip
                     if part != 1:
-                        keys = column + tl.arange(0, BLOCK_N)
-                        seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
-                        scores = tl.where(seen, scores, float("-inf"))
+                        scores = hide(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
                     p_MN, decay, peak, total = _softmax(scores, peak, total, scale, part != 1)
                     acc = acc * decay[:, None]
                     acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
@@ -150,9 +141,7 @@ def attention_forward_kernel(
             v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, TAIL, WIDTH, BLOCK_WIDTH, False
         )  # fmt: skip
         scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-        keys = column + tl.arange(0, TAIL)
-        seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = hide(scores, rows, column, num_keys, offset, window, TAIL, CAUSAL, WINDOWED)
         p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
         acc = acc * decay[:, None]
         acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
@@ -219,6 +208,9 @@ def attention_forward(
     out = torch.empty((tokens, heads, width), dtype=q.dtype, device=q.device)
     lse_shape = (heads, aligned_length(tokens, cu_q.numel() - 1))
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    assert ALIGNMENT % config["BLOCK_M"] == 0, "a tile writes its rows' log-sum-exp as a whole"
+    if lse.numel() >= 2**31:
+        raise ValueError(f"q: expected less than 2^31 rows of all heads, got {heads} heads of {tokens} tokens")
     slots = tokens // config["BLOCK_M"] + cu_q.numel()
     launch(
         attention_forward_kernel, (slots * heads if tokens else 0,), q, k, v, *tiles, out, lse, cu_q, cu_k,

@@ -133,6 +133,27 @@ def is_seen(query, key, num_keys, offset, window, CAUSAL: tl.constexpr, WINDOWED
 
 
 @triton.jit
+def span(cu_seqlens, sequence, num_sequences, tokens):
+    """First token and length of a sequence; of the padding behind the last one, its end and 0."""
+    start = tokens
+    length = 0
+    if sequence < num_sequences:
+        start = tl.load(cu_seqlens + sequence)
+        length = tl.load(cu_seqlens + sequence + 1) - start
+    return start, length
+
+
+@triton.jit
+def hide(
+    scores, rows, column, num_keys, offset, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
+):
+    """Scores of queries `rows` (BLOCK_M,) and the keys from `column` on, -inf where a key is not seen."""
+    keys = column + tl.arange(0, BLOCK_N)
+    seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
 def round_down(x, BLOCK: tl.constexpr):
     """Largest multiple of BLOCK up to x, x >= 0."""
     return x // BLOCK * BLOCK

@@ -157,6 +157,7 @@ class Run:
         """Metrics by the names that the ranks agreed on in the first update; 0 where this rank has no rows."""
         if not self._names:
             self._names = tuple(with_names_of_all_ranks(own))
+        assert own.keys() <= set(self._names), "a metric that the first update did not have"
         return {name: own.get(name, 0.0) for name in self._names}
 
     def _skip(self, loss: float, norm: float) -> None:
