@@ -14,7 +14,6 @@ from torch import Tensor
 
 from benchmarks.peers import SEED, SHAPES, build, describe, examples, transformers_twin
 from benchmarks.timing import interleave
-from kernels.linear_logprob import linear_logprob
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import sft_loss
@@ -38,8 +37,8 @@ class Ours:
         self.optimizer.zero_grad()
         batch = collate(samples)
         hidden = self.model(*batch.inputs)
-        logprob, _ = linear_logprob(hidden, self.model.head_weight, batch.targets)
-        loss = sft_loss(logprob, batch.weights, num_tokens=float(batch.weights.sum()))
+        total = float(batch.weights.sum())
+        loss = sft_loss(hidden, self.model.head_weight, batch.targets, batch.weights, num_tokens=total).loss
         loss.backward()
         return float(loss.detach())
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_timing import spread
 from kernels.adamw import adamw
-from kernels.linear_logprob import linear_logprob
 from wizard_engine.loss import sft_loss
 from wizard_engine.model.config import PRESETS, ModelConfig
 from wizard_engine.model.transformer import Transformer
@@ -96,8 +95,9 @@ def parts(state: State, batch: Packed):
 
     def forward() -> None:
         hidden = state.model(batch.tokens, batch.positions, batch.marks, batch.longest)
-        logprob, _ = linear_logprob(hidden, state.model.head_weight, batch.targets)
-        loss.append(sft_loss(logprob, torch.ones_like(logprob), num_tokens=len(batch.targets)))
+        weights = torch.ones_like(batch.targets, dtype=torch.float32)
+        out = sft_loss(hidden, state.model.head_weight, batch.targets, weights, num_tokens=len(batch.targets))
+        loss.append(out.loss)
 
     def backward() -> None:
         loss.pop().backward()

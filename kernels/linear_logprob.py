@@ -1,105 +1,203 @@
-"""Log-probabilities of target tokens straight from hidden states, in row chunks: never a whole (T, V) matrix."""
+"""Log-probabilities of target tokens straight from hidden states: never a whole (T, V) matrix of logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 128 * 2**20
-KEPT_BYTES = 8 * 2**20
+from . import _linear_logprob_chunks as chunks
+from .backend import contiguous_rows, runs_triton, same_device, same_dtype, values_are_checked
 
 
 def linear_logprob_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden weight^T / temperature) at the targets, and the entropy, with full logits."""
-    logits_TV = _wide(hidden) @ _wide(weight).T / temperature
-    logprob_TV = logits_TV.log_softmax(-1)
+    logprob_TV = (chunks.wide(hidden) @ chunks.wide(weight).T / temperature).log_softmax(-1)
     chosen_T = logprob_TV.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    entropy_T = -(logprob_TV.exp() * logprob_TV).sum(-1)
+    finite_TV = logprob_TV.clamp(min=torch.finfo(logprob_TV.dtype).min)
+    entropy_T = -(logprob_TV.exp() * finite_TV).sum(-1)
     ignored_T = targets < 0
     return chosen_T.masked_fill(ignored_T, 0.0), entropy_T.masked_fill(ignored_T, 0.0)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+@dataclass(frozen=True)
+class VocabularyShard:
+    """This rank's slice of a vocabulary that is divided over ranks.
+
+    start: the first word of the slice.   words: of the whole vocabulary.
+    gather: a function of this rank's (4, T) statistics that returns those of all ranks, (n, 4, T).
+    """
+
+    start: int
+    words: int
+    gather: Callable[[Tensor], Tensor]
+
+
+@torch.library.custom_op("wizard_engine::linear_logprob_statistics", mutates_args=())
+def statistics(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, start: int
+) -> Tensor:
+    """(4, T) statistics of checked tensors: see `linear_logprob_partial`."""
+    if runs_triton(hidden, "hidden"):
+        from ._linear_logprob import linear_logprob_statistics
+
+        return linear_logprob_statistics(hidden, weight, targets, temperature, entropy, start)
+    return chunks.statistics(hidden, weight, targets, temperature, entropy, start)
+
+
+@statistics.register_fake
+def _(hidden, weight, targets, temperature, entropy, start):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty((4, targets.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("wizard_engine::linear_logprob_gradients", mutates_args=())
+def gradients(
+    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
+    temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
+) -> list[Tensor]:  # fmt: skip
+    """dhidden (T, D) and dweight (V, D), empty where they are not needed."""
+    arguments = dlogprob, dentropy, hidden, weight, targets, statistics, temperature, start, needs_hidden, needs_weight
+    if runs_triton(hidden, "hidden"):
+        from ._linear_logprob import linear_logprob_gradients
+
+        found = linear_logprob_gradients(*arguments)
+    else:
+        found = chunks.gradients(*arguments)
+    return [x.new_empty(0) if dx is None else dx for x, dx in zip((hidden, weight), found)]
+
+
+@gradients.register_fake
+def _(dlogprob, dentropy, hidden, weight, targets, statistics, temperature, start, needs_hidden, needs_weight):
+    needed = ((hidden, needs_hidden), (weight, needs_weight))
+    return [x.new_empty(x.shape if wanted else (0,)) for x, wanted in needed]
+
+
+def gathered(local: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """Statistics of the whole vocabulary from this rank's."""
+    return local if shard is None else chunks.merge(shard.gather(local))
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Row chunks of the logits, computed again in the backward unless a single small chunk holds them all."""
+    """Saves four numbers per token; the backward makes the logits anew."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, entropy):
-        weight_VD = _wide(weight)
-        logprob_T, entropy_T = (weight_VD.new_zeros(targets.shape) for _ in range(2))
-        chunks, kept = _chunks(targets.numel(), weight.shape[0]), None
-        for rows in chunks:
-            logprob_TV = _chunk_logprobs(hidden[rows], weight_VD, temperature)
-            logprob_T[rows] = logprob_TV.gather(-1, targets[rows].clamp(min=0)[:, None])[:, 0]
-            if entropy:
-                finite = logprob_TV.clamp(min=torch.finfo(logprob_TV.dtype).min)
-                entropy_T[rows] = -torch.linalg.vecdot(logprob_TV.exp(), finite)
-            if len(chunks) == 1 and 4 * logprob_TV.numel() <= KEPT_BYTES:
-                kept = logprob_TV
-        for values in (logprob_T, entropy_T):
-            values.masked_fill_(targets < 0, 0.0)
-        ctx.save_for_backward(hidden, weight, targets, entropy_T, kept)
-        ctx.chunks, ctx.temperature, ctx.entropy = chunks, temperature, entropy
+    def forward(ctx, hidden, weight, targets, temperature, entropy, shard):
+        start = 0 if shard is None else shard.start
+        found = gathered(statistics(hidden, weight, targets, temperature, entropy, start), shard)
+        ctx.save_for_backward(hidden, weight, targets, found)
+        ctx.temperature, ctx.entropy, ctx.start = temperature, entropy, start
+        logprob_T, entropy_T = chunks.finish(found, targets)
         ctx.mark_non_differentiable(*([] if entropy else [entropy_T]))
         return logprob_T, entropy_T
 
     @staticmethod
     def backward(ctx, dlogprob_T, dentropy_T):
-        hidden, weight, targets, entropy_T, kept = ctx.saved_tensors
-        weight_VD = _wide(weight)
-        keep_T = (targets >= 0).to(weight_VD.dtype)
-        dlogprob_T = keep_T * dlogprob_T
-        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight_VD)
-        for rows in ctx.chunks:
-            wide = _wide(hidden[rows])
-            logprob_TV = _chunk_logprobs(hidden[rows], weight_VD, ctx.temperature) if kept is None else kept
-            slope = -dlogprob_T[rows, None]
-            if ctx.entropy:
-                finite = logprob_TV.clamp(min=torch.finfo(logprob_TV.dtype).min)
-                slope = slope - (finite + entropy_T[rows, None]) * (keep_T * dentropy_T)[rows, None]
-            dlogits = logprob_TV.exp().mul_(slope)
-            dlogits.scatter_add_(-1, targets[rows].clamp(min=0)[:, None], dlogprob_T[rows, None])
-            if ctx.temperature != 1:
-                dlogits.div_(ctx.temperature)
-            dhidden[rows] = (dlogits @ weight_VD).to(hidden.dtype)
-            dweight.addmm_(dlogits.T, wide)
-        return dhidden, dweight.to(weight.dtype), None, None, None
-
-
-def _chunk_logprobs(hidden_TD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
-    """(rows, V) log-probabilities of a chunk."""
-    logits_TV = _wide(hidden_TD) @ weight_VD.T
-    return (logits_TV if temperature == 1 else logits_TV.div_(temperature)).log_softmax(-1)
-
-
-def _chunks(rows: int, columns: int) -> list[slice]:
-    step = max(1, WORKSPACE_BYTES // (8 * columns))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        needed = ctx.needs_input_grad[:2]
+        found = gradients(
+            dlogprob_T.contiguous(), dentropy_T.contiguous() if ctx.entropy else None, *ctx.saved_tensors,
+            ctx.temperature, ctx.start, *needed,
+        )  # fmt: skip
+        dhidden, dweight = (dx if wanted else None for dx, wanted in zip(found, needed))
+        return dhidden, dweight, None, None, None, None
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False,
+    shard: VocabularyShard | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-probability of each target token and entropy of its distribution.
 
-    logprob_i = log softmax(weight hidden_i / temperature)[targets_i]
+    logprob_i = log softmax(weight hidden_i / temperature)[targets_i],   entropy_i = -sum_v p_iv log p_iv
+
+    The logits are never rounded below fp32 and never stored as a whole: the forward keeps four numbers per token, the
+    backward makes the logits anew, in at most 256 MiB besides the fp32 sums of the two gradients. A loss that is made
+    of these numbers is cheaper as one node: see `linear_loss`.
 
     Args:
-        hidden: (T, D).   weight: (V, D).   targets: (T,) int64; -1 is ignored and gives 0.
+        hidden: (T, D) fp32, fp16 or bf16 (CPU: fp64 too).   weight: (V, D), dtype of hidden; last dims contiguous.
+        targets: (T,) int64, 0 to V - 1; -1 is ignored: it gives 0 and no gradient, whatever its hidden state.
         temperature: divides the logits, > 0.   entropy: whether to compute the entropy.
+        shard: where the vocabulary is divided over ranks: `weight` is then this rank's slice (v, D), targets count in
+            the whole vocabulary, results are those of the whole, and the gradient of `hidden` is this rank's share, to
+            be summed over the ranks.
     Returns:
-        logprob: (T,) fp32, nats.   entropy: (T,) fp32, nats, or None. Both differentiable.
+        logprob: (T,) fp32 (fp64 for fp64 input), nats.   entropy: the same, or None. Both differentiable in hidden and
+        weight. Infinite or NaN logits give a NaN.
     Raises:
-        ValueError: shapes do not match, or temperature is not positive.
+        ValueError: shapes, dtypes, devices or strides do not fit, temperature is not positive and finite, or a target
+            is out of range (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere such a
+            target gives -inf).
+    Source: online log-sum-exp, Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden, weight: expected (T, D), (V, D), got {tuple(hidden.shape)}, {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets: expected ({hidden.shape[0]},), got {tuple(targets.shape)}")
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected > 0, got {temperature}")
-    logprob_T, entropy_T = _LinearLogprob.apply(hidden, weight, targets, temperature, entropy)
+    check(hidden, weight, targets, temperature, shard)
+    logprob_T, entropy_T = _LinearLogprob.apply(hidden, weight, targets, float(temperature), entropy, shard)
     return logprob_T, entropy_T if entropy else None
+
+
+def linear_logprob_partial(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, start: int = 0, words: int | None = None,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """(4, T) statistics of a slice of the vocabulary, without gradients.
+
+    For each token, over the slice's logits z: m = max z, sum exp(z - m), the target's z (-inf where another slice has
+    it), sum (z - m) exp(z - m). `merge_partials` makes those of the whole from those of all slices.
+
+    Args:
+        hidden: (T, D).   weight: (v, D), words `start` to `start + v` of `words` (default: these are the last).
+        targets: (T,) int64, in the whole vocabulary; -1 is ignored.   temperature: divides the logits, > 0.
+    Raises:
+        ValueError: as `linear_logprob`.
+    """
+    shard = VocabularyShard(start, start + weight.shape[0] if words is None else words, lambda own: own[None])
+    check(hidden, weight, targets, temperature, shard)
+    with torch.no_grad():
+        return statistics(hidden, weight, targets, float(temperature), True, start)
+
+
+def merge_partials(parts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy, (T,) each, from the (n, 4, T) statistics of all slices, in any order.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if parts.dim() != 3 or parts.shape[1:] != (4, targets.numel()) or not parts.shape[0]:
+        raise ValueError(f"parts: expected (n, 4, {targets.numel()}), got {tuple(parts.shape)}")
+    return chunks.finish(chunks.merge(parts), targets)
+
+
+def check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard | None = None
+) -> None:
+    """ValueError unless the arguments of `linear_logprob` fit."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
+        raise ValueError(
+            f"hidden, weight: expected (T, D), (V, D) with V >= 1, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets: expected ({hidden.shape[0]},) int64, got {tuple(targets.shape)} "
+            f"{str(targets.dtype).removeprefix('torch.')}"
+        )
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden: expected a float dtype, got {str(hidden.dtype).removeprefix('torch.')}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected > 0 and finite, got {temperature}")
+    same_dtype(hidden=hidden, weight=weight)
+    same_device(hidden=hidden, weight=weight, targets=targets)
+    contiguous_rows(hidden=hidden, weight=weight)
+    _check_values(targets, weight.shape[0] if shard is None else shard.words)
+
+
+def _check_values(targets: Tensor, words: int) -> None:
+    if not values_are_checked(targets) or not targets.numel():
+        return
+    low, high = torch.aminmax(targets)
+    if int(low) < -1 or int(high) >= words:
+        wrong = ((targets < -1) | (targets >= words)).nonzero()[0, 0]
+        raise ValueError(
+            f"targets: expected -1 (ignored) to {words - 1}, got {int(targets[wrong])} at token {int(wrong)}"
+        )

@@ -36,3 +36,9 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, longest: int) -
 def num_packed(cu_seqlens: Tensor | None, tokens: int) -> int:
     """Tokens before the padding behind the last sequence; all of them in a trace, which takes no padding."""
     return tokens if cu_seqlens is None or torch.compiler.is_compiling() else int(cu_seqlens[-1])
+
+
+def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(T,) int64, the sequence of each token; S for those behind the last sequence."""
+    positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(positions, cu_seqlens[1:], right=True)

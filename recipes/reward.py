@@ -88,16 +88,14 @@ def _instruction(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> t
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward instruction", quiet=cfg.quiet)
     for packs in run.steps():
         num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
-        total, right, tokens = 0.0, 0.0, 0
         for pack in packs:
             batch = collate([train[i].chosen for i in pack] + [train[i].rejected for i in pack]).to(rt.device)
             better, worse = _last_scores(model, batch).chunk(2)
             margin = torch.tensor([train[i].margin for i in pack], device=rt.device)
             loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
             loss.backward()
-            total, tokens = total + loss.detach(), tokens + batch.tokens.numel()
-            right += float((better > worse).sum()) / num_pairs
-        run.update(loss=total, tokens=tokens, accuracy=right)
+            run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
+        run.update()
     sides = [[_cut(side) for side in (pair.chosen, pair.rejected)] for pair in test]
     scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
     pool = np.asarray(scores).ravel()
@@ -136,16 +134,14 @@ def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward process", quiet=cfg.quiet)
     for packs in run.steps():
         num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
-        total, right, tokens = 0.0, 0.0, 0
         for pack in packs:
             batch = collate([train[i][0] for i in pack]).to(rt.device)
             ends, labels = _labelled(train, pack, batch)
             scores = model(*batch.inputs)[ends]
             loss = process_loss(scores, labels, num_steps=num_steps)
             loss.backward()
-            total, tokens = total + loss.detach(), tokens + batch.tokens.numel()
-            right += float((scores.argmax(-1) - 1 == labels).sum()) / num_steps
-        run.update(loss=total, tokens=tokens, accuracy=right)
+            run.add(loss, batch.tokens.numel(), accuracy=(scores.argmax(-1) - 1 == labels).sum() / num_steps)
+        run.update()
     result = run.result() | {"rows": len(train), "rejected": rejected + unread, "held_out": len(test)}
     return model, result | _process_accuracy(model, test), {}
 

@@ -9,11 +9,11 @@ and deviation, has to be the baseline: scaling within a group of answers to one 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from kernels.linear_logprob import linear_logprob
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample, encode_conversation
@@ -86,9 +86,19 @@ class Config:
     """Share of the rollouts after which the policy's weights are averaged; the average is saved. 1: no average."""
     clip: float = 0.2
     """Half width of the ratio's interval."""
+    dual_clip: float | None = None
+    """Bound on the loss of tokens with a negative advantage, in advantages, > 1; none by default."""
+    normalisation: Literal["token", "sequence"] = "token"
+    """Every answer token weighs the same, or every answer."""
     value_clip: float = 0.2
     kl: float = 0.05
-    """Coefficient of k1 = log policy - log reference, per token."""
+    """Coefficient of k1 = log policy - log reference in the reward, per token."""
+    kl_loss: float = 0.0
+    """Coefficient of --kl-estimator as a term of the loss, with a gradient, per token."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    importance_cap: float | None = None
+    """Take the ratio to the trainer's own log-probabilities at the rollout, and weigh each token by trainer over
+    sampler, at most this; by default the sampler's log-probabilities are taken as the trainer's."""
     entropy: float = 0.0
     """Coefficient of the entropy bonus, per token."""
     ptx: float = 0.0
@@ -150,7 +160,10 @@ def main(cfg: Config) -> dict:
             no_eos_penalty=cfg.no_eos_penalty,
             group=cfg.samples_per_prompt if cfg.group_baseline else 1,
         )
-        targets = make_targets(rollout, per_token, values, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals)
+        own = None if cfg.importance_cap is None else answer_logprobs(policy, rollout, temperature=cfg.temperature)
+        targets = make_targets(
+            rollout, per_token, values, fixed, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals, own=own
+        )  # fmt: skip
         for epoch in range(cfg.epochs):
             order = np.random.default_rng(step_seed(cfg.seed, step, epoch)).permutation(len(rollout.samples))
             for number, minibatch in enumerate(np.array_split(order, cfg.minibatches)):
@@ -182,34 +195,39 @@ def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: l
     """Add the gradient of the supervised loss, weighted by ptx (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
     batch = collate(samples).to(run.device)
     num_tokens = run.totals(float(batch.weights.sum()))[0]
-    logprob, _ = linear_logprob(policy(*batch.inputs), policy.head_weight, batch.targets)
-    loss = sft_loss(logprob, batch.weights, num_tokens=num_tokens)
-    (cfg.ptx * loss).backward()
-    run.share(ptx_loss=loss)
+    hidden = policy(*batch.inputs)
+    out = sft_loss(hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
+    (cfg.ptx * out.loss).backward()
+    run.share(ptx_loss=out.loss)
 
 
 def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows: list[int]) -> None:
     """One update of policy and critic on some answers of a rollout."""
-    num_tokens = int(run.totals(sum(rollout.lengths[i] for i in rows))[0])
+    num_tokens, num_answers = run.totals(sum(rollout.lengths[i] for i in rows), len(rows))
+    per_token = cfg.normalisation == "token"
     for group in packed_groups([len(rollout.samples[i].tokens) for i in rows], cfg.pack_tokens):
         picked = [rows[i] for i in group]
         batch = collate([rollout.samples[i] for i in picked]).to(run.device)
         answer = batch.weights > 0
-        behaviour, advantages, returns, old = (
-            torch.cat([part[i] for i in picked]).to(run.device)
-            for part in (targets.behaviour, targets.advantages, targets.returns, targets.values)
-        )
-        hidden = policy(*batch.inputs)[answer]
-        logprob, entropy = linear_logprob(
-            hidden, policy.head_weight, batch.targets[answer], temperature=cfg.temperature, entropy=True
-        )
-        loss, metrics = policy_loss(logprob, behaviour, advantages, clip=cfg.clip, num_tokens=num_tokens)
-        (loss - cfg.entropy * entropy.sum() / num_tokens).backward()
-        current = critic(*batch.inputs)[answer][:, 0]
-        error, value_metrics = value_loss(current, old, returns, clip=cfg.value_clip, num_tokens=num_tokens)
+        own = targets.of(picked, answer)
+        loss, metrics, logprob = policy_loss(
+            policy(*batch.inputs), policy.head_weight, torch.where(answer, batch.targets, -1), own.behaviour,
+            own.advantages, clip=cfg.clip, num_tokens=num_tokens if per_token else None,
+            num_sequences=None if per_token else num_answers, cu_seqlens=batch.cu_seqlens, dual_clip=cfg.dual_clip,
+            reference=own.reference if cfg.kl_loss else None, kl=cfg.kl_loss, kl_estimator=cfg.kl_estimator,
+            entropy=cfg.entropy, sampled=own.sampled if cfg.importance_cap else None,
+            importance_cap=cfg.importance_cap or 1.0, temperature=cfg.temperature,
+        )  # fmt: skip
+        loss.backward()
+        error, value_metrics = value_loss(
+            critic(*batch.inputs)[answer][:, 0], own.values[answer], own.returns[answer], clip=cfg.value_clip,
+            num_tokens=num_tokens,
+        )  # fmt: skip
         error.backward()
-        run.add(logprob - behaviour, policy_loss=loss, value_loss=error, entropy=entropy.sum() / num_tokens,
-                **{k: v / num_tokens for k, v in (metrics | value_metrics).items()})  # fmt: skip
+        # The rollout's own divergence is logged as kl_k1 and kl_k3.
+        metrics = {f"update_{name}" if name.startswith("kl_") else name: value for name, value in metrics.items()}
+        shares = {name: value / num_tokens for name, value in (metrics | value_metrics).items()}
+        run.add(logprob, (logprob - own.behaviour)[answer], policy_loss=loss, value_loss=error, **shares)
     run.update()
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kernels.linear_logprob import linear_logprob
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import read_samples
@@ -64,14 +63,12 @@ def main(cfg: Config) -> dict:
     for packs in run.steps():
         batches = [collate([samples[i] for i in pack]).to(rt.device) for pack in packs]
         num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
-        total = 0.0
         for batch in batches:
             hidden = model(*batch.inputs)
-            logprob, _ = linear_logprob(hidden, model.head_weight, batch.targets)
-            loss = sft_loss(logprob, batch.weights, num_tokens=num_tokens)
+            loss, _, logprob = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
             loss.backward()
-            total += loss.detach()
-        run.update(loss=total, tokens=sum(batch.tokens.numel() for batch in batches))
+            run.add(loss, batch.tokens.numel(), logprob=logprob)
+        run.update()
     result = run.result() | {"samples": len(samples), "rejected": rejected}
     on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model"))
     return finish_stage(stage, rt, result, [cfg.out / "model"])

@@ -13,13 +13,12 @@ from typing import Literal
 
 import torch
 
-from kernels.linear_logprob import linear_logprob
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import Pair, answer_pair, read_pairs
-from wizard_engine.loss import dpo_loss, sft_loss
+from wizard_engine.loss import dpo_loss
 from wizard_engine.model import save_model
-from wizard_engine.preferences import ReferenceCache, answer_logprobs, order_slices
+from wizard_engine.preferences import ReferenceCache, order_slices
 from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
@@ -45,9 +44,10 @@ class Config:
     cumulative: bool = False
     """Stage i trains on slices 1 to i instead of slice i alone."""
     beta: float = 0.3
-    variant: Literal["sigmoid", "ipo"] = "sigmoid"
+    variant: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    """Form of the loss; sigmoid with label smoothing is cDPO."""
     label_smoothing: float = 0.0
-    """Probability that a label is flipped (cDPO)."""
+    """Probability that a label is flipped; not with ipo."""
     length_normalised: bool = False
     """Log-probabilities per token instead of per answer; wants a much larger beta. IPO always normalises."""
     nll: float = 0.0
@@ -105,27 +105,23 @@ def _train_stage(
         num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
         chosen_tokens = sum(pairs[i].chosen.weights.sum() for pack in packs for i in pack)
         num_chosen = run.total_over_ranks(n=float(chosen_tokens))["n"]
-        total, tokens, sums = 0.0, 0, {}
         for pack in packs:
             batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(rt.device)
-            hidden = model(*batch.inputs)
-            logprob, _ = linear_logprob(hidden, model.head_weight, batch.targets)
-            policy = answer_logprobs(logprob, batch, normalise)
             rows = torch.as_tensor(pack, dtype=torch.int64)
             ref, first = (x[rows].to(rt.device) for x in (reference, initial))
-            loss, metrics = dpo_loss(
-                *policy.chunk(2), ref[:, 0], ref[:, 1], beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
-                label_smoothing=cfg.label_smoothing,
+            loss, metrics, logprob = dpo_loss(
+                model(*batch.inputs), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,
+                ref.T.flatten(), beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
+                label_smoothing=cfg.label_smoothing, length_normalised=normalise, nll=cfg.nll,
+                num_chosen_tokens=num_chosen,
             )  # fmt: skip
-            chosen_end = int(batch.cu_seqlens[len(pack)])
-            nll = sft_loss(logprob[:chosen_end], batch.weights[:chosen_end], num_tokens=num_chosen)
-            (loss + cfg.nll * nll).backward()
-            with torch.no_grad():
-                metrics["drift_to_reference"] = (ref[:, 0] - policy[: len(pack)]).sum()
-                metrics["drift_to_initial"] = (first[:, 0] - policy[: len(pack)]).sum()
-            sums = {key: sums.get(key, 0.0) + value / num_pairs for key, value in metrics.items()}
-            total, tokens = total + loss.detach(), tokens + batch.tokens.numel()
-        run.update(loss=total, tokens=tokens, **sums)
+            loss.backward()
+            metrics["drift_to_reference"] = ref[:, 0].sum() - metrics["chosen_logprob"]
+            metrics["drift_to_initial"] = first[:, 0].sum() - metrics["chosen_logprob"]
+            shares = {name: value / num_pairs for name, value in metrics.items() if name != "chosen_nll"}
+            shares["chosen_nll"] = metrics["chosen_nll"] / num_chosen
+            run.add(loss, batch.tokens.numel(), logprob=logprob, **shares)
+        run.update()
     return run.result() | {"pairs": len(pairs)}
 
 

@@ -77,16 +77,17 @@ def test_audit_sees_attention_across_sequences(monkeypatch):
 
 
 def test_audit_sees_a_denominator_of_the_micro_batch(monkeypatch):
-    monkeypatch.setattr(
-        audit, "sft_loss", lambda logprob, weights, num_tokens: sft_loss(logprob, weights, num_tokens=weights.sum())
-    )
+    def narrow(hidden, weight, targets, weights, num_tokens):
+        return sft_loss(hidden, weight, targets, weights, num_tokens=weights.sum())
+
+    monkeypatch.setattr(audit, "sft_loss", narrow)
     assert not any(verdicts(audit.supervised_checks(model(), samples())).values())
 
 
 def test_audit_sees_a_gradient_that_the_loss_does_not_show(monkeypatch):
-    def shrunk(logprob, weights, num_tokens):
-        loss = sft_loss(logprob, weights, num_tokens=num_tokens)
-        return loss.detach() + (loss - loss.detach()) / len(weights)
+    def shrunk(hidden, weight, targets, weights, num_tokens):
+        out = sft_loss(hidden, weight, targets, weights, num_tokens=num_tokens)
+        return out._replace(loss=out.loss.detach() + (out.loss - out.loss.detach()) / len(weights))
 
     monkeypatch.setattr(audit, "sft_loss", shrunk)
     found = verdicts(audit.supervised_checks(model(), samples()))
@@ -129,8 +130,8 @@ def test_audit_of_preferences_sees_a_wrong_loss(monkeypatch):
     net, pairs, reference = preference()
     right = audit.dpo_loss
 
-    def wrong(chosen, rejected, ref_chosen, ref_rejected, **options):
-        return right(chosen, rejected, ref_rejected, ref_chosen, **options)
+    def wrong(hidden, weight, targets, weights, cu_seqlens, reference, **options):
+        return right(hidden, weight, targets, weights, cu_seqlens, (-reference[0], reference[1]), **options)
 
     monkeypatch.setattr(audit, "dpo_loss", wrong)
     with pytest.raises(ValueError, match="audit: DPO loss at policy = reference is ln 2"):

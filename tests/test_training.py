@@ -1,5 +1,6 @@
 """Training runs: resume is bit-equal, steps that are not finite are skipped and counted, a signal saves."""
 
+import math
 import os
 import signal
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.linear_logprob import linear_logprob
 from wizard_engine import checkpoint
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
@@ -15,7 +15,7 @@ from wizard_engine.log import read_metrics
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import ModelConfig, Transformer
 from wizard_engine.runtime import Runtime
-from wizard_engine.training import Interrupted, Run, Training
+from wizard_engine.training import Interrupted, Run, Training, blame
 
 OPTIONS = {"lr": 3e-2, "epochs": 2, "pack_tokens": 24, "packs_per_step": 2, "warmup": 0.2, "weight_decay": 0.1}
 TIMES = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "wait_seconds", "peak_memory_gib")
@@ -33,8 +33,11 @@ def samples():
     return [Sample(row.astype(np.int32), np.ones(len(row), np.float32)) for row in rows]
 
 
-def train(out, *, at=None, seed=0, **changes):
-    """A whole run; `at` maps a step to what happens to its loss. Returns the model and the run."""
+def train(out, *, at=None, before=None, seed=0, **changes):
+    """A whole run; `at` maps a step to what happens to its losses, `before` to what happens to the model before it.
+
+    Returns the model and the run.
+    """
     config = ModelConfig(vocab_size=31, width=8, layers=1, heads=2, kv_heads=1, head_width=4, ffn_width=12)
     model, rows = Transformer(config, seed=seed), samples()
     lengths = [len(row.tokens) - 1 for row in rows]
@@ -42,14 +45,15 @@ def train(out, *, at=None, seed=0, **changes):
     try:
         for packs in run.steps():
             batches = [collate([rows[i] for i in pack]) for pack in packs]
-            total = 0.0
+            (before or {}).get(run.step, lambda _: None)(model)
+            num_tokens = sum(float(b.weights.sum()) for b in batches)
             for batch in batches:
-                logprob, _ = linear_logprob(model(*batch.inputs), model.head_weight, batch.targets)
-                loss = sft_loss(logprob, batch.weights, num_tokens=sum(float(b.weights.sum()) for b in batches))
-                loss = (at or {}).get(run.step, lambda x: x)(loss)
+                hidden = model(*batch.inputs)
+                out = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
+                loss = (at or {}).get(run.step, lambda x: x)(out.loss)
                 loss.backward()
-                total += loss.detach()
-            run.update(loss=total, tokens=sum(batch.tokens.numel() for batch in batches), double=2 * total)
+                run.add(loss, batch.tokens.numel(), logprob=out.logprob, double=2 * loss.detach())
+            run.update()
     finally:
         run.close()
     return model, run
@@ -146,3 +150,24 @@ def test_run_refuses_rows_that_fit_no_pack_and_other_data_on_resume(tmp_path):
     train(tmp_path / "b", save_every=1)
     with pytest.raises(ValueError, match="loader state: expected order"):
         train(tmp_path / "b", pack_tokens=30)
+
+
+def test_step_that_is_not_finite_names_its_token(tmp_path, capsys):
+    """NaN in the head's row of one word makes every log-probability NaN, the first token's first."""
+
+    def poison(model):
+        with torch.no_grad():
+            model.head_weight[7] = float("nan")
+
+    with pytest.raises(
+        ValueError, match=r"step 4: loss nan, .*, micro-batch 0 token 0: log-probability nan: more than 1"
+    ):
+        train(tmp_path, before={3: poison}, max_skipped=1)
+    warned = capsys.readouterr().err
+    assert "[rank 0/1] test: step 3: loss nan" in warned and "token 0: log-probability nan: the step is" in warned
+
+
+def test_blame_names_the_first_token_that_is_not_finite():
+    fine, bad = torch.tensor([-1.0, 0.0]), torch.tensor([-1.0, -2.0, -math.inf, math.nan])
+    assert blame([fine, bad]) == ", micro-batch 1 token 2: log-probability -inf"
+    assert blame([fine]) == "" and blame([]) == ""

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.linear_logprob import linear_logprob
-
 from .data.batch import collate
 from .data.chat import Sample
 from .data.samples import Pair
 from .data.tokenizer import Tokenizer
-from .loss import dpo_loss, sft_loss
+from .loss import dpo_loss, sequence_logprobs, sft_loss
 from .model import Transformer
-from .preferences import answer_logprobs
 
 TOLERANCE = 2e-5
 
@@ -69,8 +66,8 @@ def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -
     value = 0.0
     for group in groups:
         batch = collate(group).to(device)
-        logprob, _ = linear_logprob(model(*batch.inputs), model.head_weight, batch.targets)
-        loss = sft_loss(logprob, batch.weights, num_tokens=total)
+        hidden = model(*batch.inputs)
+        loss = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=total).loss
         loss.backward()
         value += float(loss.detach())
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -123,12 +120,15 @@ def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tenso
     few = list(pairs[:8])
     batch = collate([p.chosen for p in few] + [p.rejected for p in few]).to(model.embedding.weight.device)
     with torch.no_grad():
-        logprob, _ = linear_logprob(model(*batch.inputs), model.head_weight, batch.targets)
-    policy = answer_logprobs(logprob, batch, normalise=False).chunk(2)
-    loss, _ = dpo_loss(*policy, *policy, beta=beta, num_pairs=len(few))
+        own = model(*batch.inputs), model.head_weight
+        loss, _, logprob = dpo_loss(
+            *own, batch.targets, batch.weights, batch.cu_seqlens, own, beta=beta, num_pairs=len(few)
+        )  # fmt: skip
     recorded = reference[: len(few)]
-    sums = torch.stack(policy, 1).cpu()
-    means = answer_logprobs(logprob, batch, normalise=True).view(2, -1).T.cpu()
+    sums, means = (
+        sequence_logprobs(logprob, batch.weights, batch.cu_seqlens, mean=mean).view(2, -1).T.cpu()
+        for mean in (False, True)
+    )
     apart = min(float((x - recorded).abs().max() / x.abs().max().clamp(min=1.0)) for x in (sums, means))
     checks = [
         Check("DPO loss at policy = reference is ln 2", abs(float(loss) - math.log(2)), 1e-6),

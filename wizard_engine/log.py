@@ -3,6 +3,7 @@
 import json
 import math
 import numbers
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ class MetricsLogger:
         shown = {name: f"{values[name]:.4g}" for name in BAR_METRICS if name in values}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
+
+    @staticmethod
+    def warn(text: str) -> None:
+        """Print a line on stderr, above the bar."""
+        tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Close the file and the bar; a second call does nothing."""

@@ -17,7 +17,9 @@ from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_
 from .rollout.rewards import AnswerReward
 from .rollout.trajectories import Rollout, Targets, step_seed
 from .runtime import Runtime, StopRequest
-from .training import Interrupted, peak_memory_gib
+from .training import Interrupted, blame, peak_memory_gib
+
+MAX_SKIPPED = 10
 
 
 class OnlineRun:
@@ -48,6 +50,7 @@ class OnlineRun:
         self.stop, self._asked_to_stop = StopRequest(), False
         self._sums: dict[str, float] = {}
         self._updates, self._norms = 0, {}
+        self._logprobs: list[Tensor] = []
 
     def _resume(self) -> None:
         latest = checkpoint.latest(self.cfg.out)
@@ -120,8 +123,10 @@ class OnlineRun:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
-    def add(self, difference: Tensor, **shares: Tensor) -> None:
-        """Add this rank's share of an update's metrics; `difference` is log-probability minus behaviour, per token."""
+    def add(self, logprob: Tensor, difference: Tensor, **shares: Tensor) -> None:
+        """Add a micro-batch to an update: its log-probabilities (T,), those of answer tokens minus the behaviour's, and
+        this rank's share of metrics."""
+        self._logprobs.append(logprob)
         if self._updates == 0 and difference.numel():
             error = float(difference.detach().abs().max())
             self._sums["ratio_error"] = max(self._sums.get("ratio_error", 0.0), error)
@@ -145,12 +150,18 @@ class OnlineRun:
                 floor=cfg.lr_floor,
             )  # fmt: skip
             if not math.isfinite(norm):
-                self.skipped += 1
-                if self.skipped > 10:
-                    raise ValueError(f"rleif: step {self.step}: the {name}'s gradient was not finite in 10 updates")
+                self._skip(name, norm)
             elif lr > 0:
                 optimizer.step(lr)
         self._updates += 1
+        self._logprobs.clear()
+
+    def _skip(self, name: str, norm: float) -> None:
+        self.skipped += 1
+        what = f"rleif: step {self.step}: {name}: gradient norm {norm}{blame(self._logprobs)}"
+        if self.skipped > MAX_SKIPPED:
+            raise ValueError(f"{what}: more than {MAX_SKIPPED} updates were not finite; lower --lr or look at the rows")
+        self.logger.warn(f"[rank {self.runtime.rank}/{self.runtime.world_size}] {what}: the update is skipped")
 
     def record(
         self, rollout: Rollout, rewards: Sequence[AnswerReward], kl: dict[str, Tensor], values: Tensor, targets: Targets

@@ -8,24 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .data.batch import Batch
 from .data.samples import Pair
 from .files import content_hash
 from .model import Transformer
 from .rollout import sequence_logprobs
 
 ORDERS = ("random", "easy_first", "hard_first", "by_gap")
-
-
-def answer_logprobs(logprob: Tensor, batch: Batch, normalise: bool) -> Tensor:
-    """(S,) log-probability of the supervised tokens of each packed sequence: their sum, or their mean."""
-    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logprob.device), lengths)
-    totals = logprob.new_zeros(len(lengths)).index_add(0, sequence, logprob * batch.weights)
-    if not normalise:
-        return totals
-    counts = logprob.new_zeros(len(lengths)).index_add(0, sequence, batch.weights)
-    return totals / counts.clamp(min=1)
 
 
 def order_slices(pairs: Sequence[Pair], slices: int, order: str, seed: int) -> list[list[int]]:

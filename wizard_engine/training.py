@@ -58,7 +58,7 @@ class Interrupted(SystemExit):
 
 
 class Run:
-    """One training run: iterate `steps()`, call `backward` on each loss and `update` once per step.
+    """One training run: iterate `steps()`; per micro-batch call `backward` on the loss and `add`, then `update` once.
 
     Args:
         options: see Training.   out: run directory (metrics.jsonl, checkpoints/).
@@ -82,6 +82,7 @@ class Run:
         self.optimizer = AdamW(model, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
         self.step, self.skipped, self.tokens = 0, 0, 0
         self._names: tuple[str, ...] = ()
+        self._clear()
         self._resume()
         self.logger = MetricsLogger(
             self.out / "metrics.jsonl", self.total, name, quiet=quiet or not runtime.is_main, resume_step=self.step
@@ -110,6 +111,7 @@ class Run:
             self._waiting = time.perf_counter() - began
             self._began = began
             self.optimizer.zero_grad()
+            self._clear()
             yield packs
             every = self.options.save_every
             if self._asked_to_stop:
@@ -129,21 +131,36 @@ class Run:
         """Each number summed over the ranks."""
         return sum_over_ranks(numbers, self.runtime.device)
 
-    def update(self, *, loss: Tensor | float, tokens: int, **metrics: Tensor | float) -> None:
-        """Reduce, clip, step and log.
+    def _clear(self) -> None:
+        """Forget the step's sums."""
+        self._sums: dict[str, Tensor | float] = {"loss": 0.0, "tokens": 0}
+        self._logprobs: list[Tensor] = []
+
+    def add(self, loss: Tensor, tokens: int, *, logprob: Tensor | None = None, **metrics: Tensor | float) -> None:
+        """Add one micro-batch to the step.
 
         Args:
-            loss: this rank's share of the step's loss (its sum over ranks is the loss).
-            tokens: tokens this rank processed.   metrics: this rank's share of further numbers.
+            loss: this rank's share of the step's loss (its sum over ranks and micro-batches is the loss).
+            tokens: tokens of the micro-batch.   logprob: (T,) log-probabilities that the loss is made of, to name the
+                token that makes it not finite.   metrics: this rank's share of further numbers.
         """
+        for name, value in {"loss": loss.detach(), "tokens": tokens, **metrics}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        if logprob is not None:
+            self._logprobs.append(logprob)
+
+    def update(self) -> None:
+        """Reduce, clip, step and log what was added."""
         sum_gradients(self.optimizer.gradients)
         lr = cosine_with_warmup(
             self.step, peak=self.options.lr, warmup=max(1, round(self.options.warmup * self.total)), total=self.total,
             floor=self.options.lr_floor,
         )  # fmt: skip
         norm = self.optimizer.clip(self.options.clip)
-        own = self._complete({name: float(value) for name, value in metrics.items()})
-        numbers = self.total_over_ranks(loss=float(loss), tokens=tokens, stop=float(self.stop.requested), **own)
+        shares = {name: float(value) for name, value in self._sums.items()}
+        loss, tokens = shares.pop("loss"), shares.pop("tokens")
+        own = self._complete(shares)
+        numbers = self.total_over_ranks(loss=loss, tokens=tokens, stop=float(self.stop.requested), **own)
         self._asked_to_stop = numbers.pop("stop") > 0
         if math.isfinite(norm) and math.isfinite(numbers["loss"]):
             self.optimizer.step(lr)
@@ -162,11 +179,13 @@ class Run:
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1
+        what = f"{self.name}: step {self.step}: loss {loss}, gradient norm {norm}{blame(self._logprobs)}"
         if self.skipped > self.options.max_skipped:
             raise ValueError(
-                f"{self.name}: step {self.step}: loss {loss}, gradient norm {norm}: more than "
-                f"{self.options.max_skipped} steps were not finite; lower --training.lr or look at the rows"
+                f"{what}: more than {self.options.max_skipped} steps were not finite; lower --training.lr or look at "
+                "the rows"
             )
+        self.logger.warn(f"[rank {self.runtime.rank}/{self.runtime.world_size}] {what}: the step is skipped")
 
     def _log(self, numbers: dict[str, float], norm: float, lr: float) -> None:
         seconds = time.perf_counter() - self._began
@@ -196,6 +215,16 @@ class Run:
         }  # fmt: skip
         groups = {"model": model, "optimizer": self.optimizer.state_tensors()}
         checkpoint.save(self.out, self.step, tensors=groups, state=state, keep_last=self.options.keep_last)
+
+
+def blame(logprobs: Sequence[Tensor]) -> str:
+    """`, micro-batch 0 token 17: log-probability nan` for the first one of a step that is not finite, or nothing."""
+    for number, logprob_T in enumerate(logprobs):
+        bad = (~logprob_T.isfinite()).nonzero()
+        if bad.numel():
+            token = int(bad[0, 0])
+            return f", micro-batch {number} token {token}: log-probability {float(logprob_T[token])}"
+    return ""
 
 
 def peak_memory_gib(device: torch.device) -> float:

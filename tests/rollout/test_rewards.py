@@ -163,10 +163,17 @@ def test_make_targets_whitens_with_the_moments_of_all_ranks():
     def moments(total, squares, count):
         return total + 4.0, squares + 16.0, count + 1
 
-    found = trajectories.make_targets(drawn, given, values, gamma=1.0, lam=1.0, moments=moments)
+    reference = torch.tensor([-1.0, -2.0, -3.0])
+    found = trajectories.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments)
     mean, std = 9 / 4, (27 / 4 - (9 / 4) ** 2) ** 0.5
     assert torch.cat(found.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
     assert torch.cat(found.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in found.values] == [2, 1]
+    spread = found.of([1, 0], torch.tensor([False, True, False, True, True]))
+    assert spread.reference.tolist() == [0, -3, 0, -1, -2] and spread.returns.tolist() == [0, 3, 0, 1, 1]
+    assert torch.equal(spread.behaviour, spread.sampled)
+    own = torch.tensor([-0.5, -0.25, -0.125])
+    found = trajectories.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, own=own)
+    assert torch.equal(torch.cat(found.behaviour), own) and torch.equal(torch.cat(found.sampled), drawn.behaviour)
 
 
 def test_rollout_and_its_logprobs_and_values_line_up():

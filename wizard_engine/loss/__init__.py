@@ -1,9 +1,18 @@
-"""Losses as pure functions of tensors; each is a sum over this rank divided by the step's global count."""
+"""Losses, each a sum over this rank divided by the step's global count; those of a language model start at its hidden
+states and stand in `kernels`, where their formulas and kernels are."""
 
-from .dpo import dpo_loss
-from .ppo import policy_loss, value_loss
+from kernels.cross_entropy import cross_entropy as sft_loss
+from kernels.dpo import dpo as dpo_loss
+from kernels.dpo import preference_loss, sequence_logprobs
+from kernels.linear_loss import LossOutput
+from kernels.ppo import clipped_value_loss as value_loss
+from kernels.ppo import kl_estimates
+from kernels.ppo import ppo as policy_loss
+
 from .process_reward import process_loss
 from .reward import ranking_loss
-from .sft import sft_loss
 
-__all__ = ["dpo_loss", "policy_loss", "process_loss", "ranking_loss", "sft_loss", "value_loss"]
+__all__ = [
+    "LossOutput", "dpo_loss", "kl_estimates", "policy_loss", "preference_loss", "process_loss", "ranking_loss",
+    "sequence_logprobs", "sft_loss", "value_loss",
+]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.chat import Sample, encode_prompt
 from ..data.records import Message
 from ..data.tokenizer import Tokenizer
-from ..loss.ppo import kl_estimates
+from ..loss import kl_estimates
 from ..model import ScoringModel, Transformer
 from .advantages import gae
 from .generation import generate
@@ -109,20 +109,49 @@ def _relative(finals: Tensor, group: int) -> Tensor:
 
 
 @dataclass
+class TokenTargets:
+    """What the losses need of each token of a packed row, (T,) each; 0 outside the answers."""
+
+    behaviour: Tensor
+    sampled: Tensor
+    reference: Tensor
+    advantages: Tensor
+    returns: Tensor
+    values: Tensor
+
+
+@dataclass
 class Targets:
-    """Per-answer pieces that the losses need, over the answer tokens."""
+    """Per-answer pieces of the same, over the answer tokens."""
 
     behaviour: tuple[Tensor, ...]
+    sampled: tuple[Tensor, ...]
+    reference: tuple[Tensor, ...]
     advantages: tuple[Tensor, ...]
     returns: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
+    def of(self, picked: Sequence[int], is_answer: Tensor) -> TokenTargets:
+        """Those of some answers packed in this order, whose answer tokens are marked in `is_answer` (T,)."""
+        return TokenTargets(*(_spread([pieces[i] for i in picked], is_answer) for pieces in vars(self).values()))
 
-def make_targets(rollout: Rollout, rewards: Tensor, values: Tensor, *, gamma: float, lam: float, moments) -> Targets:
+
+def _spread(pieces: Sequence[Tensor], is_answer: Tensor) -> Tensor:
+    return torch.zeros(is_answer.shape, device=is_answer.device).masked_scatter_(
+        is_answer, torch.cat(list(pieces)).to(is_answer.device)
+    )
+
+
+def make_targets(
+    rollout: Rollout, rewards: Tensor, values: Tensor, reference: Tensor, *, gamma: float, lam: float, moments,
+    own: Tensor | None = None,
+) -> Targets:  # fmt: skip
     """GAE over the rollout, advantages whitened with moments over all ranks.
 
     Args:
+        reference: (N,) log-probabilities under the reference.
         moments: function of (sum, sum of squares, count) on this rank giving the totals over ranks.
+        own: (N,) the trainer's log-probabilities of the answers; default: the sampler's are taken for them.
     """
     advantages, returns = gae(rewards, values, rollout.lengths, gamma=gamma, lam=lam)
     wide = advantages.double()
@@ -130,4 +159,6 @@ def make_targets(rollout: Rollout, rewards: Tensor, values: Tensor, *, gamma: fl
     mean = total / count
     std = max(squares / count - mean**2, 0.0) ** 0.5
     whitened = (advantages - mean) / (std + 1e-8)
-    return Targets(*(rollout.split(x) for x in (rollout.behaviour, whitened, returns, values)))
+    behaviour = rollout.behaviour if own is None else own
+    parts = (behaviour, rollout.behaviour, reference, whitened, returns, values)
+    return Targets(*(rollout.split(x) for x in parts))

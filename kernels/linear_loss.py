@@ -1,0 +1,160 @@
+"""Losses of log-probabilities as one autograd node, from hidden states to the loss: never a (T, V) matrix of logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _linear_logprob_chunks as chunks
+from .backend import runs_triton
+from .linear_logprob import VocabularyShard, check, gathered, gradients, statistics
+
+Metrics = dict[str, Tensor]
+
+
+class LossOutput(NamedTuple):
+    """What a loss gives.
+
+    loss: () fp32, this rank's share; the sum over ranks is the loss.   metrics: sums over this rank's tokens or pairs,
+    detached.   logprob: (T,) fp32, detached, 0 where a target is ignored: the one that is not finite is to blame for a
+    loss that is not.
+    """
+
+    loss: Tensor
+    metrics: Metrics
+    logprob: Tensor
+
+
+class TokenLoss:
+    """A loss of per-token log-probabilities, and entropies where `uses_entropy`.
+
+    is_separable: whether a token's slope depends on that token alone. Then, on CPU, a chunk's gradients are complete as
+    soon as its logits are there, and no logits are made twice.
+    """
+
+    is_separable = True
+    uses_entropy = False
+
+    def value(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor | slice) -> tuple[Tensor, Metrics]:
+        """The loss of tokens `rows`, and its metrics, in plain PyTorch: the reference.
+
+        Args:
+            logprob, entropy: (N,) of these tokens; 0 where a target is ignored, which then counts for nothing.
+        """
+        raise NotImplementedError
+
+    def slopes(
+        self, logprob: Tensor, entropy: Tensor | None, rows: Tensor | slice
+    ) -> tuple[Tensor, Metrics, Tensor, Tensor | None]:
+        """Loss, metrics, and the loss's gradients in `logprob` and `entropy`."""
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (logprob, entropy) if x is not None]
+            loss, metrics = self.value(*leaves, *([] if entropy is not None else [None]), rows)
+            slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), metrics, slopes[0], slopes[1] if entropy is not None else None
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Where a chunk's slopes are known at once its gradients are made in the forward; else in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, formula, shard, metrics):
+        ctx.gradients, ctx.dtypes = None, (hidden.dtype, weight.dtype)
+        work = _in_one_pass if _is_one_pass(ctx, hidden, weight, targets, formula, shard) else _in_two_passes
+        loss, found = work(ctx, hidden, weight, targets, temperature, formula, shard, metrics)
+        logprob_T, _ = chunks.finish(found, targets)
+        ctx.mark_non_differentiable(logprob_T)
+        return loss, logprob_T
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        needed = ctx.needs_input_grad[:2]
+        if ctx.saved_tensors:
+            *tensors, dlogprob_T, dentropy_T = ctx.saved_tensors
+            dlogprob_T, dentropy_T = (None if x is None else x * dloss for x in (dlogprob_T, dentropy_T))
+            found = gradients(dlogprob_T, dentropy_T, *tensors, ctx.temperature, ctx.start, *needed)
+        else:
+            if ctx.gradients is None:
+                raise RuntimeError("loss: expected one backward; its gradients were given away by the first")
+            found, ctx.gradients = ctx.gradients, None
+            found = [_scaled(gradient, dloss, dtype) for gradient, dtype in zip(found, ctx.dtypes)]
+        return *(dx if wanted else None for dx, wanted in zip(found, needed)), *[None] * 5
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient times a number, in place, then rounded."""
+    if gradient is None:
+        return None
+    return (gradient if factor == 1 else gradient.mul_(factor)).to(dtype)
+
+
+def _is_one_pass(ctx, hidden, weight, targets, formula, shard) -> bool:
+    if shard is not None or not any(ctx.needs_input_grad[:2]) or runs_triton(hidden, "hidden"):
+        return False
+    kept = int((targets >= 0).sum())
+    return kept > 0 and (formula.is_separable or chunks.fits_one_chunk(kept, weight.shape[0]))
+
+
+def _in_one_pass(ctx, hidden, weight, targets, temperature, formula, shard, metrics) -> tuple[Tensor, Tensor]:
+    losses = []
+
+    def slopes(logprob_N, entropy_N, rows):
+        loss, found, *gradient = formula.slopes(logprob_N, entropy_N, rows)
+        losses.append(loss)
+        for name, value in found.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+        return gradient
+
+    found, *ctx.gradients = chunks.one_pass(
+        hidden, weight, targets, temperature, formula.uses_entropy, slopes, *ctx.needs_input_grad[:2]
+    )
+    return sum(losses[1:], start=losses[0]), found
+
+
+def _in_two_passes(ctx, hidden, weight, targets, temperature, formula, shard, metrics) -> tuple[Tensor, Tensor]:
+    start = 0 if shard is None else shard.start
+    found = gathered(statistics(hidden, weight, targets, temperature, formula.uses_entropy, start), shard)
+    logprob_T, entropy_T = chunks.finish(found, targets)
+    loss, values, *slopes = formula.slopes(logprob_T, entropy_T if formula.uses_entropy else None, slice(None))
+    metrics |= values
+    ctx.save_for_backward(hidden, weight, targets, found, *slopes)
+    ctx.temperature, ctx.start = temperature, start
+    return loss, found
+
+
+def linear_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, formula: TokenLoss, *, temperature: float = 1.0,
+    shard: VocabularyShard | None = None,
+) -> LossOutput:  # fmt: skip
+    """A loss of the targets' log-probabilities, with its gradients in the hidden states and the head.
+
+    On CPU a separable loss, or one whose tokens fit one chunk of logits, makes its gradients in the forward, in one
+    pass over the logits; they are given away by the first backward. Otherwise the backward makes the logits anew.
+
+    Args:
+        hidden, weight, targets, temperature, shard: as in `linear_logprob`.   formula: the loss per token.
+    Raises:
+        ValueError: as in `linear_logprob`.
+    """
+    check(hidden, weight, targets, temperature, shard)
+    metrics: Metrics = {}
+    loss, logprob_T = _LinearLoss.apply(hidden, weight, targets, float(temperature), formula, shard, metrics)
+    return LossOutput(loss, metrics, logprob_T)
+
+
+def check_per_token(targets: Tensor, **tensors: Tensor | None) -> None:
+    """ValueError unless every tensor given has the shape and device of `targets`."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != targets.shape:
+            raise ValueError(f"{name}: expected {tuple(targets.shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != targets.device:
+            raise ValueError(f"{name}: expected the device of targets, {targets.device}, got {tensor.device}")
+
+
+def check_positive(**numbers: float) -> None:
+    """ValueError unless every number is above 0 and finite."""
+    for name, number in numbers.items():
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{name}: expected > 0 and finite, got {number}")
