@@ -17,7 +17,7 @@ from kernels.configuration import use_arch, use_config
 from kernels.launch import Launch, record
 
 # Representative sizes: those of a 7B model, one row of 4096 tokens. None of them is a constant of a kernel but HEADS.
-TOKENS, HEADS, KV_HEADS, WINDOW = 4096, 32, 8, 1024
+TOKENS, HEADS, KV_HEADS, WINDOW, VOCABULARY = 4096, 32, 8, 1024, 32000
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -179,9 +179,34 @@ def _adamw(dtype: torch.dtype, copied: bool) -> None:
     adamw_step(*state, gradient, 1e-4, 0.9, 0.95, 1e-8, 0.1, 10, scale, gradient if copied else None)
 
 
+def linear_logprob(shape: dict[str, int]) -> Iterator[Form]:
+    """With and without entropies; fp16 once."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, entropy in (("", False), ("entropy ", True)):
+        yield f"{name}{NAMES[dtype]}", lambda e=entropy: _linear_logprob(dtype, e)
+    if shape["bytes"] == 2:
+        yield "fp16", lambda: _linear_logprob(torch.float16, False)
+
+
+def linear_logprob_merge(shape: dict[str, int]) -> Iterator[Form]:
+    """One form, fp32 numbers per token; so few rows that the vocabulary is divided."""
+    yield "fp32", lambda: _linear_logprob(torch.bfloat16, True, tokens=128)
+
+
+def _linear_logprob(dtype: torch.dtype, entropy: bool, tokens: int = TOKENS) -> None:
+    from kernels._linear_logprob import linear_logprob_gradients, linear_logprob_statistics
+
+    hidden, weight = _meta(tokens, 4096, dtype=dtype), _meta(VOCABULARY, 4096, dtype=dtype)
+    targets = _meta(tokens, dtype=torch.int64)
+    found = linear_logprob_statistics(hidden, weight, targets, 1.0, entropy, 0)
+    slope = _meta(tokens, dtype=torch.float32)
+    linear_logprob_gradients(slope, slope if entropy else None, hidden, weight, targets, found, 1.0, 0, True, True)
+
+
 FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "attention_forward": attention, "attention_backward_kv": attention, "attention_backward_q": attention,
     "attention_delta": attention_delta, "rms_norm_forward": rms_norm, "rms_norm_backward": rms_norm,
     "rms_norm_reduce": rms_norm_reduce, "rope": rope, "swiglu_forward": swiglu, "swiglu_backward": swiglu,
-    "adamw": adamw,
+    "adamw": adamw, "linear_logprob_statistics": linear_logprob, "linear_logprob_merge": linear_logprob_merge,
+    "linear_logprob_dlogits": linear_logprob,
 }  # fmt: skip

@@ -118,7 +118,8 @@ def linear_logprob(
 
     Args:
         hidden: (T, D) fp32, fp16 or bf16 (CPU: fp64 too).   weight: (V, D), dtype of hidden; last dims contiguous.
-        targets: (T,) int64, 0 to V - 1; -1 is ignored: it gives 0 and no gradient, whatever its hidden state.
+        targets: (T,) int64, 0 to V - 1; -1 is ignored: it gives 0 and no gradient, whatever its hidden state (on CUDA
+            that has to be finite where the weight's gradient is asked for: no rows are left out of the products).
         temperature: divides the logits, > 0.   entropy: whether to compute the entropy.
         shard: where the vocabulary is divided over ranks: `weight` is then this rank's slice (v, D), targets count in
             the whole vocabulary, results are those of the whole, and the gradient of `hidden` is this rank's share, to

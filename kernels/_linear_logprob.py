@@ -1,0 +1,292 @@
+"""Kernels of linear log-probabilities: the product with the head feeds an online log-sum-exp, and no logit is stored.
+
+The forward divides the vocabulary into as many splits as the device has room for; each leaves four numbers per token,
+which a second kernel merges. The backward makes the logits of a slice of the vocabulary anew, turns them into their
+gradient in registers and stores that in the dtype of the inputs, for two products by cuBLAS: a slice of the weight's
+gradient is complete after one of them, the hidden states' gradient is summed over the slices in fp32. Both kernels add
+a logit up in the same order (their tables agree in BLOCK_D): the gradient of a token that is all but certain is the
+difference of its two logits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._rms_norm import multiprocessors
+from .configuration import configuration
+from .launch import launch, named
+
+LOG2_E = 1.4426950408889634
+# Programs per multiprocessor that the splits of the vocabulary aim at, so that the last ones even out.
+WAVES = 4
+WORKSPACE_BYTES, PRODUCT_BYTES = 192 * 2**20, 64 * 2**20
+
+
+@triton.jit
+def _logits(
+    hidden, weight, hidden_tiles, weight_tiles, row, word, tokens, words, stride_hidden, stride_weight,
+    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_T, BLOCK_V) products of the rows from `row` and words from `word` on; those behind the ends are any."""
+    acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    if TMA:
+        for column in tl.range(0, WIDTH, BLOCK_D):
+            h_TD = hidden_tiles.load([row, column])
+            w_VD = weight_tiles.load([word, column])
+            acc = tl.dot(h_TD, w_VD.T, acc, input_precision=PRECISION)
+    else:
+        columns = tl.arange(0, BLOCK_D)
+        rows = tl.minimum(row + tl.arange(0, BLOCK_T), tokens - 1).to(tl.int64)
+        chosen = tl.minimum(word + tl.arange(0, BLOCK_V), words - 1).to(tl.int64)
+        h_at = hidden + rows[:, None] * stride_hidden + columns[None, :]
+        w_at = weight + chosen[:, None] * stride_weight + columns[None, :]
+        for column in tl.range(0, WIDTH, BLOCK_D):
+            if WIDTH % BLOCK_D == 0:
+                h_TD = tl.load(h_at + column)
+                w_VD = tl.load(w_at + column)
+            else:
+                kept = (columns < WIDTH - column)[None, :]
+                h_TD = tl.load(h_at + column, mask=kept, other=0.0)
+                w_VD = tl.load(w_at + column, mask=kept, other=0.0)
+            acc = tl.dot(h_TD, w_VD.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _add(peak, total, weighted, new_peak, new_total, new_weighted):
+    """Largest value, sum of exp(z - largest) and the same sum weighted by z - largest, of two sets of z together."""
+    largest = tl.maximum(peak, new_peak)
+    finite = tl.where(largest == float("-inf"), 0.0, largest)
+    old_move = tl.where(peak == float("-inf"), 0.0, peak - finite)
+    new_move = tl.where(new_peak == float("-inf"), 0.0, new_peak - finite)
+    old_factor = tl.math.exp2(old_move * 1.4426950408889634)
+    new_factor = tl.math.exp2(new_move * 1.4426950408889634)
+    weighted = old_factor * (weighted + total * old_move) + new_factor * (new_weighted + new_total * new_move)
+    return largest, total * old_factor + new_total * new_factor, weighted
+
+
+@triton.jit
+def _store(target, stride, rows, tokens, peak, total, chosen, weighted):
+    kept = rows < tokens
+    tl.store(target + rows, peak, mask=kept)
+    tl.store(target + stride + rows, total, mask=kept)
+    tl.store(target + 2 * stride + rows, chosen, mask=kept)
+    tl.store(target + 3 * stride + rows, weighted, mask=kept)
+
+
+@triton.jit(
+    repr=named("linear_logprob_statistics", "WIDTH", "BLOCK_T", "BLOCK_V", "ENTROPY"),
+    do_not_specialize=["tokens", "words", "split_words", "start"],
+)
+def linear_logprob_statistics_kernel(
+    hidden, weight, hidden_tiles, weight_tiles, targets, partial, tokens, words, split_words, start, scale,
+    stride_hidden, stride_weight,
+    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Programs side by side take other rows and the same words, which then stay in L2.
+    tiles = tl.cdiv(tokens, BLOCK_T)
+    row = tl.program_id(0) % tiles * BLOCK_T
+    split = tl.program_id(0) // tiles
+    rows = row + tl.arange(0, BLOCK_T)
+    target = (tl.load(targets + rows, mask=rows < tokens, other=-1) - start).to(tl.int32)
+    end = tl.minimum((split + 1) * split_words, words)
+    peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    chosen = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    weighted = tl.zeros([BLOCK_T], tl.float32)
+    for word in tl.range(split * split_words, end, BLOCK_V, num_stages=1):
+        logits = _logits(
+            hidden, weight, hidden_tiles, weight_tiles, row, word, tokens, words, stride_hidden, stride_weight, WIDTH,
+            BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+        )  # fmt: skip
+        columns = word + tl.arange(0, BLOCK_V)
+        logits = tl.where((columns < end)[None, :], logits * scale, float("-inf"))
+        chosen = tl.maximum(chosen, tl.max(tl.where(columns[None, :] == target[:, None], logits, float("-inf")), 1))
+        largest = tl.maximum(peak, tl.max(logits, 1))
+        finite = tl.where(largest == float("-inf"), 0.0, largest)
+        shifted = logits - finite[:, None]
+        exponential = tl.math.exp2(shifted * 1.4426950408889634)
+        decay = tl.math.exp2((peak - finite) * 1.4426950408889634)
+        if ENTROPY:
+            move = tl.where(peak == float("-inf"), 0.0, peak - finite)
+            own = tl.where(exponential > 0.0, exponential * shifted, 0.0)
+            weighted = decay * (weighted + total * move) + tl.sum(own, 1)
+        total = total * decay + tl.sum(exponential, 1)
+        peak = largest
+    _store(partial + split.to(tl.int64) * 4 * tokens, tokens.to(tl.int64), rows, tokens, peak, total, chosen, weighted)
+
+
+@triton.jit(repr=named("linear_logprob_merge", "BLOCK_T"), do_not_specialize=["tokens", "splits"])
+def linear_logprob_merge_kernel(partial, out, tokens, splits, BLOCK_T: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    kept = rows < tokens
+    stride = tokens.to(tl.int64)
+    peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    chosen = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    weighted = tl.zeros([BLOCK_T], tl.float32)
+    at = partial + rows
+    for _ in range(splits):
+        chosen = tl.maximum(chosen, tl.load(at + 2 * stride, mask=kept, other=0.0))
+        own = tl.load(at, mask=kept, other=0.0)
+        sums = tl.load(at + stride, mask=kept, other=0.0)
+        peak, total, weighted = _add(
+            peak, total, weighted, own, sums, tl.load(at + 3 * stride, mask=kept, other=0.0)
+        )  # fmt: skip
+        at += 4 * stride
+    _store(out, stride, rows, tokens, peak, total, chosen, weighted)
+
+
+@triton.jit(
+    repr=named("linear_logprob_dlogits", "WIDTH", "BLOCK_T", "BLOCK_V", "ENTROPY"),
+    do_not_specialize=["tokens", "words", "first", "start"],
+)
+def linear_logprob_dlogits_kernel(
+    hidden, weight, hidden_tiles, weight_tiles, targets, statistics, dlogprob, dentropy, dlogits, tokens, words, first,
+    width, start, scale, stride_hidden, stride_weight,
+    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(tokens, BLOCK_T)
+    row = tl.program_id(0) % tiles * BLOCK_T
+    column = tl.program_id(0) // tiles * BLOCK_V
+    word = first + column
+    logits = _logits(
+        hidden, weight, hidden_tiles, weight_tiles, row, word, tokens, words, stride_hidden, stride_weight, WIDTH,
+        BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+    )  # fmt: skip
+    rows = row + tl.arange(0, BLOCK_T)
+    columns = word + tl.arange(0, BLOCK_V)
+    kept = rows < tokens
+    stride = tokens.to(tl.int64)
+    target = tl.load(targets + rows, mask=kept, other=-1)
+    live = target >= 0
+    peak = tl.load(statistics + rows, mask=kept, other=0.0)
+    over = 1.0 / tl.load(statistics + stride + rows, mask=kept, other=1.0)
+    slope = tl.load(dlogprob + rows, mask=kept, other=0.0)
+    shifted = logits * scale - tl.where(peak == float("-inf"), 0.0, peak)[:, None]
+    probability = tl.math.exp2(shifted * 1.4426950408889634) * over[:, None]
+    if ENTROPY:
+        spread = tl.load(dentropy + rows, mask=kept, other=0.0)
+        # log p + H = (z - largest) - weighted / total
+        base = spread * tl.load(statistics + 3 * stride + rows, mask=kept, other=0.0) * over - slope
+        gradient = tl.where(probability > 0.0, probability * (base[:, None] - spread[:, None] * shifted), 0.0)
+    else:
+        gradient = probability * (0.0 - slope)[:, None]
+    is_target = columns[None, :] == (target - start).to(tl.int32)[:, None]
+    gradient = (gradient + tl.where(is_target, slope[:, None], 0.0)) * scale
+    gradient = tl.where(live[:, None], gradient, 0.0)
+    # 32-bit offsets inside the tile: 64-bit ones of every element would spill.
+    inside = tl.arange(0, BLOCK_V)[None, :]
+    at = dlogits + row.to(tl.int64) * width + column + (tl.arange(0, BLOCK_T)[:, None] * width + inside)
+    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=kept[:, None] & (inside < width - column))
+
+
+def shape_class(x: Tensor) -> dict[str, int]:
+    """Keys of the tables: bytes of an element."""
+    return {"bytes": x.element_size()}
+
+
+def _tiles(x: Tensor, rows: int, columns: int):
+    """A TMA descriptor of tiles of x (N, D)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def _fits_tma(x: Tensor) -> bool:
+    size = x.element_size()
+    return x.shape[0] > 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
+
+
+def _operands(table: str, hidden: Tensor, weight: Tensor) -> tuple[dict, tuple]:
+    """Configuration of a product of rows and words, and the tensors and descriptors that its kernel takes first."""
+    config = dict(configuration(table, hidden.device, **shape_class(hidden)))
+    config["TMA"] = config["TMA"] and _fits_tma(hidden) and _fits_tma(weight)
+    tiles = [
+        _tiles(x, config[block], config["BLOCK_D"]) if config["TMA"] else None
+        for x, block in ((hidden, "BLOCK_T"), (weight, "BLOCK_V"))
+    ]
+    return config, (hidden, weight, *tiles)
+
+
+def linear_logprob_statistics(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, start: int
+) -> Tensor:
+    """(4, T) fp32: largest logit, sum of exp(logit - largest), target's logit, sum weighted by logit - largest."""
+    tokens, words = hidden.shape[0], weight.shape[0]
+    config, operands = _operands("linear_logprob_statistics", hidden, weight)
+    tiles, blocks = triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(words, config["BLOCK_V"])
+    wanted = max(1, min(blocks, WAVES * multiprocessors(hidden.device) // max(1, tiles)))
+    split_words = triton.cdiv(blocks, wanted) * config["BLOCK_V"]
+    splits = triton.cdiv(words, split_words)
+    partial = torch.empty((splits, 4, tokens), dtype=torch.float32, device=hidden.device)
+    launch(
+        linear_logprob_statistics_kernel, (tiles * splits,), *operands, targets, partial, tokens, words, split_words,
+        start, 1.0 / temperature, hidden.stride(0), weight.stride(0), WIDTH=hidden.shape[1], ENTROPY=entropy,
+        PRECISION="ieee", **config,
+    )  # fmt: skip
+    if splits == 1:
+        return partial[0]
+    out = torch.empty((4, tokens), dtype=torch.float32, device=hidden.device)
+    config = configuration("linear_logprob_merge", hidden.device)
+    launch(
+        linear_logprob_merge_kernel, (triton.cdiv(tokens, config["BLOCK_T"]),), partial, out, tokens, splits, **config
+    )
+    return out
+
+
+def linear_logprob_gradients(
+    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
+    temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dhidden (T, D) and dweight (V, D), from the gradients of log-probabilities and entropies and the statistics."""
+    tokens, words = hidden.shape[0], weight.shape[0]
+    config, operands = _operands("linear_logprob_dlogits", hidden, weight)
+    dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    for first, end in _slices(tokens, words, config["BLOCK_V"], hidden.element_size()):
+        dlogits = torch.empty((tokens, end - first), dtype=hidden.dtype, device=hidden.device)
+        programs = triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(end - first, config["BLOCK_V"])
+        launch(
+            linear_logprob_dlogits_kernel, (programs,), *operands, targets, statistics, dlogprob, dentropy, dlogits,
+            tokens, words, first, end - first, start, 1.0 / temperature, hidden.stride(0), weight.stride(0),
+            WIDTH=hidden.shape[1], ENTROPY=dentropy is not None, PRECISION="ieee", **config,
+        )  # fmt: skip
+        if needs_weight:
+            _product(dlogits.T, hidden, dweight[first:end])
+        if needs_hidden:
+            _add_product(dlogits, weight[first:end], dhidden)
+    return None if dhidden is None else dhidden.to(hidden.dtype), dweight
+
+
+def _slices(tokens: int, words: int, block: int, size: int) -> Iterator[tuple[int, int]]:
+    """Slices of the vocabulary whose (T, slice) gradient fits the workspace, near equal, in whole blocks."""
+    most = max(1, WORKSPACE_BYTES // (max(1, tokens) * size * block))
+    blocks = triton.cdiv(words, block)
+    step = triton.cdiv(blocks, triton.cdiv(blocks, most)) * block
+    for first in range(0, words, step):
+        yield first, min(first + step, words)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, summed in fp32; on CPUs, under the interpreter, torch sums halves in halves unless widened."""
+    if a.is_cuda:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a.float() @ b.float())
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a b in fp32, a few rows at a time where that takes a buffer."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+        return
+    step = max(1, PRODUCT_BYTES // (4 * max(1, b.shape[1])))
+    for rows, sums in zip(a.split(step), out.split(step)):
+        sums += torch.mm(rows, b, out_dtype=torch.float32) if a.is_cuda else rows.float() @ b.float()
