@@ -203,10 +203,62 @@ def _linear_logprob(dtype: torch.dtype, entropy: bool, tokens: int = TOKENS) -> 
     linear_logprob_gradients(slope, slope if entropy else None, hidden, weight, targets, found, 1.0, 0, True, True)
 
 
+def dpo(shape: dict[str, int]) -> Iterator[Form]:
+    """Each variant, of sums or means."""
+    for variant, mean in (("sigmoid", False), ("sigmoid", True), ("robust", False), ("ipo", True)):
+        yield f"{variant} {'mean' if mean else 'sum'}", lambda v=variant, m=mean: _dpo(v, m)
+
+
+def _dpo(variant: str, mean: bool) -> None:
+    from kernels._dpo import dpo_slopes
+
+    numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
+    dpo_slopes(
+        numbers, numbers, marks, _meta(16, dtype=torch.float32), beta=0.1, num_pairs=8, variant=variant,
+        label_smoothing=0.1, mean=mean, nll_scale=0.1,
+    )  # fmt: skip
+
+
+def sequence_logprobs(shape: dict[str, int]) -> Iterator[Form]:
+    """Sums and means."""
+    from kernels._dpo import sequence_sums
+
+    numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
+    for name, mean in (("sum", False), ("mean", True)):
+        yield name, lambda m=mean: sequence_sums(numbers, numbers, marks, m)
+
+
+def ppo(shape: dict[str, int]) -> Iterator[Form]:
+    """Plain, and with every term, by each estimator."""
+    yield "plain", lambda: _ppo(False, "k3")
+    for estimator in ("k1", "k2", "k3"):
+        yield f"all terms {estimator}", lambda e=estimator: _ppo(True, e)
+
+
+def _ppo(everything: bool, estimator: str) -> None:
+    from kernels._ppo import ppo_slopes
+
+    numbers = _meta(TOKENS, dtype=torch.float32)
+    other = numbers if everything else None
+    ppo_slopes(
+        numbers, numbers, numbers, numbers, numbers, clip=(0.2, 0.2), dual_clip=3.0 if everything else None,
+        reference=other, kl=0.1, kl_estimator=estimator, entropy_bonus=0.01, sampled=other, importance_cap=2.0,
+    )  # fmt: skip
+
+
+def value_loss(shape: dict[str, int]) -> Iterator[Form]:
+    """One form: fp32 numbers per token."""
+    from kernels._ppo import value_slopes
+
+    numbers = _meta(TOKENS, dtype=torch.float32)
+    yield "fp32", lambda: value_slopes(numbers, numbers, numbers, 0.2, 0.1)
+
+
 FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "attention_forward": attention, "attention_backward_kv": attention, "attention_backward_q": attention,
     "attention_delta": attention_delta, "rms_norm_forward": rms_norm, "rms_norm_backward": rms_norm,
     "rms_norm_reduce": rms_norm_reduce, "rope": rope, "swiglu_forward": swiglu, "swiglu_backward": swiglu,
     "adamw": adamw, "linear_logprob_statistics": linear_logprob, "linear_logprob_merge": linear_logprob_merge,
-    "linear_logprob_dlogits": linear_logprob,
+    "linear_logprob_dlogits": linear_logprob, "dpo": dpo,
+    "sequence_logprobs": sequence_logprobs, "ppo": ppo, "value_loss": value_loss,
 }  # fmt: skip

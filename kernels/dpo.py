@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import runs_triton
 from .linear_logprob import VocabularyShard, linear_logprob
 from .linear_loss import LossOutput, Metrics, TokenLoss, check_per_token, check_positive, linear_loss
 from .packed import check_cu_seqlens, sequence_ids
@@ -40,11 +41,15 @@ def preference_loss(
 
 
 def sequence_logprobs(logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -> Tensor:
-    """(S,) weighted sum of the log-probabilities of each packed sequence, or their weighted mean.
+    """(S,) weighted sum of the log-probabilities of each packed sequence, or their weighted mean; no gradient on CUDA.
 
     Args:
-        logprob, weights: (T,).   cu_seqlens: (S + 1,) int32.
+        logprob, weights: (T,) fp32.   cu_seqlens: (S + 1,) int32.
     """
+    if runs_triton(logprob, "logprob"):
+        from ._dpo import sequence_sums
+
+        return sequence_sums(logprob.detach(), weights, cu_seqlens, mean)
     owner = sequence_ids(cu_seqlens, logprob.numel())
     return _sums(logprob, weights, owner, cu_seqlens.numel() - 1, mean)
 
@@ -86,6 +91,19 @@ class DpoFormula(TokenLoss):
         chosen_nll = -torch.where(owner < pairs, weights * logprob, 0.0).sum()
         metrics["chosen_nll"] = chosen_nll.detach()
         return (loss + self.nll * chosen_nll / self.num_chosen_tokens if self.nll else loss), metrics
+
+    def slopes(self, logprob, entropy, rows):
+        """The same with its slopes; on CUDA in one kernel."""
+        if not runs_triton(logprob, "logprob"):
+            return super().slopes(logprob, entropy, rows)
+        from ._dpo import dpo_slopes
+
+        loss, metrics, dlogprob = dpo_slopes(
+            logprob, self.weights, self.cu_seqlens, self.reference, beta=self.beta, num_pairs=self.num_pairs,
+            variant=self.variant, label_smoothing=self.label_smoothing, mean=self.mean,
+            nll_scale=self.nll / self.num_chosen_tokens,
+        )  # fmt: skip
+        return loss, metrics, dlogprob, None
 
 
 def dpo(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backend import runs_triton
 from .linear_logprob import VocabularyShard
 from .linear_loss import LossOutput, Metrics, TokenLoss, check_per_token, check_positive, linear_loss
 from .packed import check_cu_seqlens, sequence_ids
@@ -43,8 +44,10 @@ class PpoFormula(TokenLoss):
 
     def value(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor | slice) -> tuple[Tensor, Metrics]:
         """The sum over tokens of scale times the token's loss, as `ppo` defines it."""
-        scale, behaviour, advantages = self.scale[rows], self.behaviour[rows], self.advantages[rows]
+        scale = self.scale[rows]
         live = scale != 0
+        # What stands where a token takes no part must not reach a gradient, not even as 0 times NaN.
+        behaviour, advantages = (torch.where(live, x[rows], 0) for x in (self.behaviour, self.advantages))
         difference = logprob - behaviour
         ratio = difference.exp()
         plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - self.clip[0], 1 + self.clip[1])
@@ -55,17 +58,29 @@ class PpoFormula(TokenLoss):
             metrics["dual_clip_fraction"] = (advantages < 0) & (bound < loss)
             loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
         if self.sampled is not None:
-            importance = (behaviour - self.sampled[rows]).exp()
+            importance = (behaviour - torch.where(live, self.sampled[rows], 0)).exp()
             loss = loss * importance.clamp(max=self.importance_cap)
             metrics |= {"importance": importance, "importance_truncated": importance > self.importance_cap}
         if self.reference is not None:
-            estimates = kl_estimates(logprob, self.reference[rows])
+            estimates = kl_estimates(logprob, torch.where(live, self.reference[rows], 0))
             loss = loss + self.kl * estimates[self.kl_estimator]
             metrics |= {f"kl_{name}": value for name, value in estimates.items()}
         loss = loss - self.entropy * entropy
         metrics["entropy"] = entropy
         sums = {name: torch.where(live, value.detach(), 0).float().sum() for name, value in metrics.items()}
         return torch.where(live, scale * loss, 0).sum(), sums
+
+    def slopes(self, logprob, entropy, rows):
+        """The same with its slopes; on CUDA in one kernel."""
+        if not runs_triton(logprob, "logprob"):
+            return super().slopes(logprob, entropy, rows)
+        from ._ppo import ppo_slopes
+
+        return ppo_slopes(
+            logprob, entropy, self.behaviour, self.advantages, self.scale, clip=self.clip, dual_clip=self.dual_clip,
+            reference=self.reference, kl=self.kl, kl_estimator=self.kl_estimator, entropy_bonus=self.entropy,
+            sampled=self.sampled, importance_cap=self.importance_cap,
+        )  # fmt: skip
 
 
 def token_scale(
@@ -133,6 +148,32 @@ def ppo(
     return linear_loss(hidden, weight, targets, formula, temperature=temperature, shard=shard)
 
 
+@torch.library.custom_op("wizard_engine::value_loss", mutates_args=())
+def _value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    from ._ppo import value_slopes
+
+    return value_slopes(values.contiguous(), old_values.contiguous(), returns.contiguous(), clip, scale)
+
+
+@_value_loss.register_fake
+def _(values, old_values, returns, clip, scale):
+    return values.new_empty(3), values.new_empty(values.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _differentiate(ctx, dsums, _):
+    return ctx.saved_tensors[0] * dsums[0], None, None, None, None
+
+
+_value_loss.register_autograd(_differentiate, setup_context=_save)
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float, num_tokens: float
 ) -> tuple[Tensor, Metrics]:
@@ -150,6 +191,9 @@ def clipped_value_loss(
     """
     check_per_token(values, old_values=old_values, returns=returns)
     check_positive(clip=clip, num_tokens=num_tokens)
+    if runs_triton(values, "values"):
+        sums, _ = _value_loss(values, old_values, returns, float(clip), 1.0 / num_tokens)
+        return sums[0], {"value_clip_fraction": sums[1].detach(), "value_error": sums[2].detach()}
     moved = old_values + (values - old_values).clamp(-clip, clip)
     plain, clipped = (values - returns).square(), (moved - returns).square()
     with torch.no_grad():

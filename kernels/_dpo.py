@@ -1,0 +1,137 @@
+"""Kernels of DPO between the two passes over the vocabulary: a program per pair, log-probabilities to slopes."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configuration import configuration
+from .launch import launch, named
+
+# Rows of the kernel's sums, in its order.
+SUMS = (
+    "loss", "chosen_reward", "rejected_reward", "accuracy", "margin", "chosen_logprob", "rejected_logprob",
+    "chosen_nll",
+)  # fmt: skip
+
+
+@triton.jit
+def _log_sigmoid(x):
+    """log(1 / (1 + exp(-x))), to rounding for every x."""
+    small = tl.exp(-tl.abs(x))
+    above = 1.0 + small
+    # log1p(small); where 1 + small rounds to 1 it is small itself.
+    log = tl.where(above == 1.0, small, tl.log(above) * small / tl.where(above == 1.0, 1.0, above - 1.0))
+    return tl.minimum(x, 0.0) - log
+
+
+@triton.jit
+def _sigmoid(x):
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _sums(logprob, weights, start, end, BLOCK: tl.constexpr):
+    """Sum of weight times log-probability, and of weights, of the tokens from `start` to `end`."""
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(start, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        weight = tl.load(weights + token, mask=token < end, other=0.0)
+        total += weight * tl.load(logprob + token, mask=token < end, other=0.0)
+        count += weight
+    return tl.sum(total, 0), tl.sum(count, 0)
+
+
+@triton.jit
+def _spread(dlogprob, weights, start, end, slope, BLOCK: tl.constexpr):
+    """Write the slope times each token's weight."""
+    for first in tl.range(start, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        weight = tl.load(weights + token, mask=token < end, other=0.0)
+        tl.store(dlogprob + token, weight * slope, mask=token < end)
+
+
+@triton.jit(repr=named("sequence_logprobs", "MEAN"))
+def sequence_logprobs_kernel(logprob, weights, cu_seqlens, out, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0)
+    start = tl.load(cu_seqlens + sequence)
+    end = tl.load(cu_seqlens + sequence + 1)
+    total, count = _sums(logprob, weights, start, end, BLOCK)
+    if MEAN:
+        total = total / tl.maximum(count, 1.0)
+    tl.store(out + sequence, total)
+
+
+@triton.jit(repr=named("dpo", "VARIANT", "MEAN"), do_not_specialize=["pairs"])
+def dpo_kernel(
+    logprob, weights, cu_seqlens, reference, dlogprob, sums, pairs, beta, smoothing, pair_scale, nll_scale,
+    VARIANT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    chosen_start = tl.load(cu_seqlens + pair)
+    chosen_end = tl.load(cu_seqlens + pair + 1)
+    rejected_start = tl.load(cu_seqlens + pairs + pair)
+    rejected_end = tl.load(cu_seqlens + pairs + pair + 1)
+    likelihood, chosen_count = _sums(logprob, weights, chosen_start, chosen_end, BLOCK)
+    rejected, rejected_count = _sums(logprob, weights, rejected_start, rejected_end, BLOCK)
+    chosen = likelihood
+    chosen_over = 1.0
+    rejected_over = 1.0
+    if MEAN:
+        chosen_over = 1.0 / tl.maximum(chosen_count, 1.0)
+        rejected_over = 1.0 / tl.maximum(rejected_count, 1.0)
+        chosen = chosen / tl.maximum(chosen_count, 1.0)
+        rejected = rejected / tl.maximum(rejected_count, 1.0)
+    chosen_reward = beta * (chosen - tl.load(reference + pair))
+    rejected_reward = beta * (rejected - tl.load(reference + pairs + pair))
+    margin = chosen_reward - rejected_reward
+    if VARIANT == "ipo":
+        apart = margin / beta - 1.0 / (2.0 * beta)
+        loss = apart * apart
+        slope = 2.0 * apart / beta
+    elif VARIANT == "robust":
+        over = 1.0 / (1.0 - 2.0 * smoothing)
+        loss = (smoothing * _log_sigmoid(-margin) - (1.0 - smoothing) * _log_sigmoid(margin)) * over
+        slope = (0.0 - smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)) * over
+    else:
+        loss = 0.0 - (1.0 - smoothing) * _log_sigmoid(margin) - smoothing * _log_sigmoid(-margin)
+        slope = smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)
+    slope = slope * beta * pair_scale
+    _spread(dlogprob, weights, chosen_start, chosen_end, slope * chosen_over - nll_scale, BLOCK)
+    _spread(dlogprob, weights, rejected_start, rejected_end, 0.0 - slope * rejected_over, BLOCK)
+    tl.store(sums + pair, loss * pair_scale - nll_scale * likelihood)
+    tl.store(sums + pairs + pair, chosen_reward)
+    tl.store(sums + 2 * pairs + pair, rejected_reward)
+    tl.store(sums + 3 * pairs + pair, tl.where(margin > 0.0, 1.0, tl.where(margin == 0.0, 0.5, 0.0)))
+    tl.store(sums + 4 * pairs + pair, margin)
+    tl.store(sums + 5 * pairs + pair, chosen)
+    tl.store(sums + 6 * pairs + pair, rejected)
+    tl.store(sums + 7 * pairs + pair, 0.0 - likelihood)
+
+
+def sequence_sums(logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, mean: bool) -> Tensor:
+    """(S,) sums or means, added up in the order of `dpo_kernel`: at the reference a margin is 0 exactly."""
+    out = torch.empty(cu_seqlens.numel() - 1, dtype=torch.float32, device=logprob.device)
+    config = configuration("sequence_logprobs", logprob.device)
+    assert config["BLOCK"] == configuration("dpo", logprob.device)["BLOCK"], "both add up in one order"
+    launch(sequence_logprobs_kernel, (out.numel(),), logprob, weights, cu_seqlens, out, MEAN=mean, **config)
+    return out
+
+
+def dpo_slopes(
+    logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, reference: Tensor, *, beta: float, num_pairs: float,
+    variant: str, label_smoothing: float, mean: bool, nll_scale: float,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip
+    """Loss, metrics and dlogprob (T,) from the (T,) log-probabilities of packed pairs; arguments as in `dpo`."""
+    pairs = (cu_seqlens.numel() - 1) // 2
+    dlogprob = torch.zeros_like(logprob)
+    sums = torch.empty((len(SUMS), pairs), dtype=torch.float32, device=logprob.device)
+    config = configuration("dpo", logprob.device)
+    launch(
+        dpo_kernel, (pairs,), logprob, weights, cu_seqlens, reference, dlogprob, sums, pairs, beta, label_smoothing,
+        1.0 / num_pairs, nll_scale, VARIANT=variant, MEAN=mean, **config,
+    )  # fmt: skip
+    loss, *metrics = sums.sum(1).unbind()
+    return loss, dict(zip(SUMS[1:], metrics)), dlogprob
