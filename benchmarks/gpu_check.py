@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_timing, kernel_rows, kernels, roofline, tune
+from benchmarks import gpu_timing, kernel_rows, kernels, roofline, tune, tune_targets
 from benchmarks.command_line import Parser
 from benchmarks.kernel_cases import OPERATIONS, Case, cases
 from benchmarks.tune_processes import Compilers
@@ -100,7 +100,7 @@ def check_entries(out: Path, seconds: float) -> int:
     arch, ask, compilers = tables.architecture(_device()), tune.worker(), Compilers()
     deadline, done, wrong = time.monotonic() + seconds, 0, 0
     try:
-        for row in tune.check_tables(arch, tables.kernels(), ask, compilers, deadline):
+        for row in tune.check_tables(arch, tune_targets.tuned(), ask, compilers, deadline):
             append(out / "checks.jsonl", row)
             done, wrong = done + 1, wrong + bool(row["wrong"])
             print(
@@ -110,7 +110,7 @@ def check_entries(out: Path, seconds: float) -> int:
     finally:
         ask.close()
         compilers.close()
-    whole = len(tune.entries_for(arch, tables.kernels()))
+    whole = len(tune.entries_for(arch, tune_targets.tuned()))
     print(f"{NOTE}{done} of {whole} entries checked, {wrong} wrong")
     return int(wrong > 0)
 
@@ -133,7 +133,8 @@ def _ceilings_text(found: dict[str, float]) -> str:
 
 def measured_cases(phase: str) -> list[Case]:
     """Cases of a phase: those of a quick run first, then the others."""
-    names = ["attention"] if phase.startswith("attention") else [name for name in OPERATIONS if name != "attention"]
+    own = next((name for name in ("attention", "linear_logprob") if phase.startswith(name)), None)
+    names = [own] if own else [name for name in OPERATIONS if name not in ("attention", "linear_logprob")]
     wanted = {"attention_forward": ("forward",), "attention_backward": ("backward",)}.get(phase)
     found = [*cases(names, _device(), quick=True), *cases(names, _device())]
     return list(dict.fromkeys(case for case in found if wanted is None or case.phase in wanted))
@@ -192,8 +193,9 @@ def tests(out: Path, seconds: float) -> int:
 
 PHASES = (
     Phase("environment", 20, environment), Phase("tables", 120, check_entries), Phase("ceilings", 20, ceilings),
-    Phase("attention_forward", 110, measure("attention_forward")),
-    Phase("attention_backward", 80, measure("attention_backward")), Phase("row_kernels", 85, measure("row_kernels")),
+    Phase("attention_forward", 95, measure("attention_forward")),
+    Phase("attention_backward", 70, measure("attention_backward")),
+    Phase("linear_logprob", 60, measure("linear_logprob")), Phase("row_kernels", 50, measure("row_kernels")),
     Phase("train_step", 55, train), Phase("pytest", 50, tests),
 )  # fmt: skip
 

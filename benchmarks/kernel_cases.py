@@ -10,6 +10,7 @@ P parameters, b bytes of an element:
     rms_norm   forward 2 T D b, backward 3 T D b bytes        with a residual stream 4 T D b and 4 T D b
     rope       2 (H + K) T C b bytes
     swiglu     forward 3 T F b, backward 5 T F b bytes
+    linear_logprob  forward 2 T V D, backward 6 T V D (a product for the logits, again)     (T + V) D b bytes, twice
     adamw      28 P bytes: fp32 master and moments read and written, bf16 gradient read, bf16 copy written
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention_problem import Attention
+from benchmarks.head_problem import LinearLogprob
 from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu, Work
 
 
@@ -54,7 +56,7 @@ class Case:
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 OPERATIONS: dict[str, type[Problem]] = {
-    kind.op: kind for kind in (Attention, RmsNorm, Rope, SwiGlu, AdamW)
+    kind.op: kind for kind in (Attention, LinearLogprob, RmsNorm, Rope, SwiGlu, AdamW)
 }  # fmt: skip
 TOKENS = 16384
 RAGGED = (9000, 6000, 4500, 3300, 2500, 2000, 1500, 1200, 900, 700, 500, 350, 200, 90, 27, 1)
@@ -85,18 +87,26 @@ def row_problems(quick: bool = False) -> list[Problem]:
     return problems
 
 
+def head_problems(quick: bool = False) -> list[LinearLogprob]:
+    """Vocabularies of Mistral and of Llama 3 under 8k to 32k tokens of the 7B width."""
+    shapes = [(8192, 32000), (8192, 128000)]
+    if not quick:
+        shapes += [(16384, 32000), (16384, 128000), (32768, 32000), (32768, 128000)]
+    return [LinearLogprob(tokens, words, 4096) for tokens, words in shapes]
+
+
 def small_problems() -> list[Problem]:
     """Shapes for a CPU, to try the harness on."""
     return [
         Attention((48, 48), 4, 2, 16), Attention((31, 2, 40), 4, 2, 16, window=8), RmsNorm(64, 48),
-        RmsNorm(64, 48, residual=True), Rope(64, 4, 2, 16), SwiGlu(64, 48), AdamW(5000),
+        LinearLogprob(64, 96, 48), RmsNorm(64, 48, residual=True), Rope(64, 4, 2, 16), SwiGlu(64, 48), AdamW(5000),
     ]  # fmt: skip
 
 
 def cases(names: Sequence[str], device: torch.device, quick: bool = False) -> list[Case]:
     """What is measured on the device, of the operations named: forwards of attention first, then its backwards."""
     on_gpu = device.type == "cuda"
-    problems = [*attention_problems(quick), *row_problems(quick)] if on_gpu else small_problems()
+    problems = [*attention_problems(quick), *head_problems(quick), *row_problems(quick)] if on_gpu else small_problems()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     chosen = [p for p in problems if p.op in names]
     if quick and not on_gpu:

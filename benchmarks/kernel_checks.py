@@ -129,7 +129,7 @@ def by_rows(problem: Problem, tensors: Tensors, phase: str) -> Tensors:
     """float64 results of the plain formula, some rows at a time; gradients of whole tensors summed over the rows."""
     rowed = [x for name, x in tensors.items() if name not in problem.whole]
     rows = rowed[0].shape[0]
-    step = max(1, CHUNK * rows // max(1, max(x.numel() for x in rowed)))
+    step = max(1, CHUNK * rows // max(1, problem.row_elements * rows, *(x.numel() for x in rowed)))
     pieces: dict[str, list[Tensor]] = {}
     for start in range(0, rows, step):
         some = {name: (x if name in problem.whole else x[start : start + step]).double() for name, x in tensors.items()}

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.attention_problem import Attention
+from benchmarks.head_problem import LinearLogprob, linear_logprob_formula
 from benchmarks.kernel_cases import Case
 from benchmarks.kernel_problems import (
     AdamW,
@@ -37,7 +38,7 @@ FAILURES = (
     RuntimeError, ValueError, TypeError, LookupError, ImportError, AttributeError, AssertionError, OSError,
     ArithmeticError, NotImplementedError, triton.TritonError,
 )  # fmt: skip
-EAGER_SCORES_BYTES = 6 * 2**30
+EAGER_SCORES_BYTES, EAGER_LOGITS_BYTES = 6 * 2**30, 9 * 2**30
 LIGER = "liger-kernel is not installed"
 
 
@@ -58,7 +59,8 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     """This project's variants, then the peers, in the order in which they are shown."""
     if device.type != "cuda":
         return [Variant("reference", is_ours=True), Variant("eager", lambda problem, _: problem.formula)]
-    peers = _attention_peers(case) if isinstance(case.problem, Attention) else _row_peers(case.problem)
+    special = {Attention: _attention_peers, LinearLogprob: _head_peers}
+    peers = special[type(case.problem)](case) if type(case.problem) in special else _row_peers(case.problem)
     ours = own_configs(case, device).items()
     return [*(Variant(name, _with_config(config), is_ours=True) for name, config in ours), *peers]
 
@@ -213,6 +215,26 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def _head_peers(case: Case) -> list[Variant]:
+    """Full logits where they fit; Liger's fused cross-entropy, whose gradients are made in its forward."""
+    logits = case.problem.tokens * case.problem.words * 4
+    large = f"logits of {logits / 2**30:.1f} GiB in fp32" if logits > EAGER_LOGITS_BYTES else ""
+    liger = LIGER if not _has("liger_kernel") else "" if case.phase == "forward" else "its forward makes the gradients"
+    return [
+        Variant("eager", lambda problem, _: problem.formula, large),
+        Variant("compile", lambda problem, _: _row_function(problem, compiled), large),
+        Variant("liger forward + backward", _liger, liger),
+    ]
+
+
+def _liger_head(t: Tensors) -> tuple[Tensor, ...]:
+    """Minus each token's cross-entropy; with weights that have a gradient its forward makes the gradients too."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+
+    found = Fused.apply(t["hidden"], t["weight"], t["targets"], None, None, -100, 0.0, 0.0, "none")
+    return (-(found[0] if isinstance(found, tuple) else found),)
+
+
 def _row_peers(problem: Problem) -> list[Variant]:
     liger = "" if _has("liger_kernel") else LIGER
     return [
@@ -234,6 +256,9 @@ def _row_function(problem: Problem, change: Callable[[Callable], Callable]) -> F
     if isinstance(problem, Rope):
         both = change(lambda q, k, cos, sin: (rope_formula(q, cos, sin), rope_formula(k, cos, sin)))
         return lambda t: both(t["q"], t["k"], t["cos"], t["sin"])
+    if isinstance(problem, LinearLogprob):
+        logprob = change(linear_logprob_formula)
+        return lambda t: (logprob(t["hidden"], t["weight"], t["targets"]),)
     if isinstance(problem, SwiGlu):
         gate = change(swiglu_formula)
         return lambda t: (gate(t["gate_up"]),)
@@ -279,6 +304,8 @@ def _liger(problem: Problem, device: torch.device) -> Function:
         return lambda t: (Norm.apply(t["x"], t["weight"], problem.epsilon, 0.0, "llama", False),)
     if isinstance(problem, Rope):
         return _liger_rope(problem)
+    if isinstance(problem, LinearLogprob):
+        return _liger_head
     from liger_kernel.ops import swiglu
 
     fused = getattr(swiglu, "LigerFusedGateUpSiLUMulFunction", None)

@@ -50,6 +50,11 @@ class Problem:
         raise NotImplementedError
 
     @property
+    def row_elements(self) -> int:
+        """Elements that the plain formula makes of each row besides its tensors."""
+        return 0
+
+    @property
     def label(self) -> str:
         """The shape as text."""
         raise NotImplementedError

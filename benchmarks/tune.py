@@ -28,7 +28,7 @@ from benchmarks.kernel_checks import failures
 from benchmarks.kernel_peers import FAILURES
 from benchmarks.kernel_problems import call_of
 from benchmarks.tune_processes import REPLY, Compilers, Job, Worker
-from benchmarks.tune_targets import Config, Target, candidates, checked_cases, shared_limit, timed_case
+from benchmarks.tune_targets import Config, Target, candidates, checked_cases, shared_limit, timed_case, tuned
 from kernels import configuration as tables
 from kernels import use_backend
 from kernels.configuration import SMALL_MEMORY, use_config
@@ -317,7 +317,7 @@ def _check_command(arch: int, names: Sequence[str], ask: Ask, compilers: Compile
 def main(args: list[str] | None = None) -> int:
     """Runs what the command line asks for; returns the exit status."""
     reader = Parser("python -m benchmarks.tune", __doc__)
-    known = list(tables.kernels())
+    known = tuned()
     reader.add_argument("--kernel", nargs="+", metavar="NAME", help=f"of {', '.join(known)}; default: all")
     reader.add_argument("--arch-check", action="store_true", help="check the entries of this GPU, tune nothing")
     reader.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="default: %(default)s")

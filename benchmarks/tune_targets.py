@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.attention_problem import Attention
+from benchmarks.head_problem import LinearLogprob
 from benchmarks.kernel_cases import OPERATIONS, Case
 from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu
-from kernels.configuration import use_arch
+from kernels.configuration import kernels, use_arch
 from kernels.launch import Launch, record
 
 Config = dict[str, Any]
@@ -24,6 +25,10 @@ META = torch.device("meta")
 # Registers of a thread that accumulators and scores may take, and bytes of shared memory of a block.
 TILE_REGISTERS = 224
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Tables of kernels over a few numbers per token or one row per sample: a launch costs more than they do, and nothing is
+# gained by tuning them. Their entries are cases of the tests.
+UNTUNED = frozenset(("dpo", "gae", "linear_logprob_merge", "ppo", "sample", "sequence_logprobs", "value_loss"))
+FORWARDS = frozenset(("linear_logprob_statistics",))
 # Sequences of a check: around the tile sizes, an empty one, one token, an odd prime; small ones for the interpreter.
 LENGTHS = (129, 0, 1, 64, 257, 63, 127)
 SMALL_LENGTHS = (17, 0, 1, 33)
@@ -63,7 +68,7 @@ class Target:
     @property
     def phase(self) -> str:
         """The phase that runs the kernel."""
-        forward_too = self.kernel.endswith("_forward") or self.kernel == self.op
+        forward_too = self.kernel.endswith("_forward") or self.kernel == self.op or self.kernel in FORWARDS
         return OPERATIONS[self.op].phases[0] if forward_too else "backward"
 
     @property
@@ -96,6 +101,7 @@ def timed_case(target: Target) -> Case:
     problems: dict[str, Problem] = {
         "rms_norm": RmsNorm(rows, width, residual=True), "rope": Rope(16384, 32, 8, 2 * shape.get("half", 64)),
         "swiglu": SwiGlu(rows, 14336 if width >= 2048 else width), "adamw": AdamW(2**27),
+        "linear_logprob": LinearLogprob(8192 if dtype.itemsize == 2 else 1024, 32000, 4096),
     }  # fmt: skip
     return Case(problems[target.op], target.phase, dtype)
 
@@ -125,10 +131,17 @@ def _problems(target: Target, full: bool, small: bool) -> list[Problem]:
         return [RmsNorm(rows, width, residual=residual) for residual in ((True, False) if full else (True,))]
     if target.op == "rope":
         return [Rope(rows, 6, 2, 2 * shape.get("half", 8))]
+    if target.op == "linear_logprob":
+        return [LinearLogprob(9, 70, 24) if small else LinearLogprob(517, 3001, 1032)]
     if target.op == "swiglu":
         wide = [SwiGlu(rows, 14336), SwiGlu(rows, width + 40)] if width >= 2048 else [SwiGlu(rows, width)]
         return wide[-1:] if small else wide if full else wide[:1]
     return [AdamW(5003 if small else 3_000_017)]
+
+
+def tuned() -> list[str]:
+    """Tables that tuning sweeps."""
+    return [name for name in kernels() if name not in UNTUNED]
 
 
 def candidates(target: Target, arch: int, entry: Config) -> list[Config]:
@@ -136,6 +149,7 @@ def candidates(target: Target, arch: int, entry: Config) -> list[Config]:
     tiles = {"attention_forward": _forward, "attention_backward_kv": _keys, "attention_backward_q": _queries}
     make = tiles.get(target.kernel)
     found = neighbours(entry) if make is None else list(make(target.shape["width"], target.shape["bytes"], arch))
+    found = [config for config in found if arch >= 90 or not config.get("TMA")]
     return [entry, *(config for config in found if config != entry)]
 
 
@@ -241,6 +255,13 @@ def _run(problem: Problem, phase: str, t: dict) -> None:
         from kernels._rope import rope_forward
 
         rope_forward(t["q"], t["k"], t["cos"], t["sin"], None, phase == "backward")
+    elif isinstance(problem, LinearLogprob):
+        from kernels import _linear_logprob
+
+        head = t["hidden"], t["weight"], t["targets"]
+        found = _linear_logprob.linear_logprob_statistics(*head, 1.0, False, 0)
+        if phase == "backward":
+            _linear_logprob.linear_logprob_gradients(t["dlogprob"], None, *head, found, 1.0, 0, True, True)
     elif isinstance(problem, SwiGlu):
         from kernels import _swiglu
 

@@ -120,14 +120,17 @@ def test_log_of_a_phase_is_cut(tmp_path, monkeypatch):
 
 def test_phases_begin_with_what_is_worth_most():
     first = ["environment", "tables", "ceilings", "attention_forward", "attention_backward"]
-    assert [phase.name for phase in PHASES] == [*first, "row_kernels", "train_step", "pytest"]
+    assert [phase.name for phase in PHASES] == [*first, "linear_logprob", "row_kernels", "train_step", "pytest"]
     assert sum(phase.seconds for phase in PHASES) == 540
 
 
 def test_measured_cases_of_a_phase_are_the_quick_ones_first():
-    forward, backward, rows = (
-        gpu_check.measured_cases(n) for n in ("attention_forward", "attention_backward", "row_kernels")
+    forward, backward, rows, heads = (
+        gpu_check.measured_cases(n)
+        for n in ("attention_forward", "attention_backward", "row_kernels", "linear_logprob")
     )
+    assert {case.op for case in heads} == {"linear_logprob"}
+    assert {case.phase for case in heads} == {"forward", "backward"} and heads[0].problem.tokens == 8192
     assert {case.phase for case in forward} == {"forward"} and {case.phase for case in backward} == {"backward"}
     assert [case.problem for case in forward] == [case.problem for case in backward]
     assert {case.op for case in rows} == {"rms_norm", "rope", "swiglu", "adamw"}

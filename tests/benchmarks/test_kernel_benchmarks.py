@@ -648,7 +648,7 @@ def test_harness_runs_on_a_cpu_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("These are CPU figures: no GPU is used")
     rows = kernel_rows.read_rows(results)
-    assert {r["op"] for r in rows} == {"attention", "rms_norm", "rope", "swiglu", "adamw"}
+    assert {r["op"] for r in rows} == {"attention", "linear_logprob", "rms_norm", "rope", "swiglu", "adamw"}
     assert {r["status"] for r in rows} == {"right"} and all(r["repeats_bits"] for r in rows if "repeats_bits" in r)
     needed = {"commit", "hardware", "torch", "triton", "date", "seed", "command", "wall_us", "tflops", "gbps", "us"}
     needed |= {"max_error", "error_limit", "rms_error", "ceilings", "reproduce", "flops", "bytes", "repeats"}
