@@ -254,11 +254,36 @@ def value_loss(shape: dict[str, int]) -> Iterator[Form]:
     yield "fp32", lambda: value_slopes(numbers, numbers, numbers, 0.2, 0.1)
 
 
+def gae(shape: dict[str, int]) -> Iterator[Form]:
+    """One form: fp32 numbers per token."""
+    from kernels._gae import gae_scan
+
+    numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
+    yield "fp32", lambda: gae_scan(numbers, numbers, marks, 1.0, 0.95)
+
+
+def sample(shape: dict[str, int]) -> Iterator[Form]:
+    """Plain, and with both truncations, from seeds and from uniform numbers; logits of each dtype."""
+    for dtype, name in NAMES.items():
+        yield f"plain {name}", lambda d=dtype: _sample(d, False, True)
+        yield f"top-k top-p {name}", lambda d=dtype: _sample(d, True, False)
+
+
+def _sample(dtype: torch.dtype, truncated: bool, seeded: bool) -> None:
+    from kernels._sample import sample_rows
+
+    numbers, counts = _meta(64, dtype=torch.float32), _meta(64, dtype=torch.int32) if truncated else None
+    seeds, uniform = (_meta(64, dtype=torch.int64), None) if seeded else (None, numbers)
+    sample_rows(
+        _meta(64, VOCABULARY, dtype=dtype), seeds, uniform, numbers, counts, numbers if truncated else None
+    )  # fmt: skip
+
+
 FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "attention_forward": attention, "attention_backward_kv": attention, "attention_backward_q": attention,
     "attention_delta": attention_delta, "rms_norm_forward": rms_norm, "rms_norm_backward": rms_norm,
     "rms_norm_reduce": rms_norm_reduce, "rope": rope, "swiglu_forward": swiglu, "swiglu_backward": swiglu,
     "adamw": adamw, "linear_logprob_statistics": linear_logprob, "linear_logprob_merge": linear_logprob_merge,
     "linear_logprob_dlogits": linear_logprob, "dpo": dpo,
-    "sequence_logprobs": sequence_logprobs, "ppo": ppo, "value_loss": value_loss,
+    "sequence_logprobs": sequence_logprobs, "ppo": ppo, "value_loss": value_loss, "gae": gae, "sample": sample,
 }  # fmt: skip

@@ -93,7 +93,7 @@ def test_generation_ends_at_eos_and_at_the_limit():
     [
         ([[1], []], {}, r"prompts\[1\]: expected 1 to 35 tokens, got 0"),
         ([[1] * 36], {}, r"prompts\[0\]: expected 1 to 35 tokens, got 36"),
-        ([[1]], {"temperature": -0.1}, "temperature: expected >= 0, got -0.1"),
+        ([[1]], {"temperature": -0.1}, "temperature: expected >= 0 and finite, got -0.1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected >= 1, got 0"),
     ],
 )

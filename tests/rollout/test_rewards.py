@@ -11,40 +11,10 @@ from wizard_engine.data.records import Message
 from wizard_engine.data.steps import split_steps
 from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
-from wizard_engine.rollout import gae, rewards, trajectories, whiten
+from wizard_engine.rollout import rewards, trajectories
 from wizard_engine.rollout.rewards import AnswerReward, InstructionReward, ProcessReward, encode_steps, score_answers
 
 ASK = (Message("user", "How many apples are left?"),)
-
-
-def test_gae_of_hand_worked_numbers():
-    """Rewards 0, 1; values 0.5, 0.25: deltas -0.275 and 0.75, gamma lam = 0.45. Then an answer of one token."""
-    found = gae(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, 0.25, 0.5]), [2, 1], gamma=0.9, lam=0.5)
-    assert found[0].tolist() == pytest.approx([0.0625, 0.75, 1.5])
-    assert found[1].tolist() == pytest.approx([0.5625, 1.0, 2.0])
-
-
-@pytest.mark.parametrize("lengths", [[1], [5, 1, 3], [4, 0, 2], []])
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 1.0), (0.97, 0.0)])
-def test_gae_equals_a_slow_loop(lengths, gamma, lam):
-    count = sum(lengths)
-    values, given = torch.randn(2, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected, start = [], 0
-    for length in lengths:
-        r, v = given[start : start + length].tolist(), [*values[start : start + length].tolist(), 0.0]
-        deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
-        expected += [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(length)]
-        start += length
-    advantages, returns = gae(given, values, lengths, gamma=gamma, lam=lam)
-    assert advantages.tolist() == pytest.approx(expected, abs=1e-12)
-    assert torch.equal(returns, advantages + values)
-
-
-def test_gae_refuses_lengths_of_another_sum_and_whiten_scales():
-    with pytest.raises(ValueError, match="lengths: expected a sum of 3, got 4"):
-        gae(torch.zeros(3), torch.zeros(3), [2, 2])
-    x = torch.tensor([1.0, 3.0])
-    assert whiten(x, 2.0, 4.0).tolist() == pytest.approx([-0.5, 0.5])
 
 
 def reward(scores=(0.9, 0.4), instruction=0.5, finished=True):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.rope import rope_tables
+from kernels.sample import row_seeds, sample, uniforms
 
 from ..data.chat import encode_prompt
 from ..data.records import Message
@@ -38,39 +39,45 @@ def generate(
     seed: int = 0,
     eos_id: int,
     batch_size: int = 128,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Generation:
     """Continuations of prompts.
 
-    Row i draws its own uniform numbers from (seed, i), so its text does not depend on how rows are batched.
+    Row i draws its own uniform number from (seed, i, step), so its text does not depend on how rows are batched.
 
     Args:
         prompts: token ids, each at least one.   max_new_tokens: limit per row, EOS counted.
-        temperature: 0 is greedy; otherwise logits are divided by it and sampled in full.
-        batch_size: rows decoded together.
+        temperature: 0 is greedy; otherwise logits are divided by it.   batch_size: rows decoded together.
+        top_k, top_p: truncation of the distribution, as in `kernels.sample`; None: none.
     Returns:
         Generation, in the order of the prompts. Greedy log-probabilities are those at temperature 1.
     Raises:
-        ValueError: an empty prompt, a negative temperature, or a prompt that leaves no room in the context.
+        ValueError: an empty prompt, a number out of its range, or a prompt that leaves no room in the context.
     """
-    _validate(model, prompts, max_new_tokens, temperature)
-    uniform = None
-    if temperature > 0:
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    _validate(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    how = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
     out = Generation([[]] * len(prompts), [[]] * len(prompts), [False] * len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        draws = None if uniform is None else uniform[rows]
-        decoder = _Decoder(model, [list(prompts[i]) for i in rows], max_new_tokens, temperature, draws, eos_id)
+        uniform = uniforms(row_seeds(seed, torch.tensor(rows), max_new_tokens if temperature > 0 else 1))
+        decoder = _Decoder(model, [list(prompts[i]) for i in rows], max_new_tokens, how, uniform, eos_id)
         for row, (tokens, logprobs, finished) in zip(rows, decoder.run()):
             out.tokens[row], out.logprobs[row], out.finished[row] = tokens, logprobs, finished
     return out
 
 
-def _validate(model: Transformer, prompts: Sequence, max_new_tokens: int, temperature: float) -> None:
-    if temperature < 0:
-        raise ValueError(f"temperature: expected >= 0, got {temperature}")
+def _validate(
+    model: Transformer, prompts: Sequence, max_new_tokens: int, temperature: float, top_k: int | None,
+    top_p: float | None,
+) -> None:  # fmt: skip
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected >= 0 and finite, got {temperature}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k: expected >= 0, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected in (0, 1], got {top_p}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
     limit = model.config.max_positions - max_new_tokens
@@ -82,11 +89,11 @@ def _validate(model: Transformer, prompts: Sequence, max_new_tokens: int, temper
 class _Decoder:
     """State of one batch: the cache, and for every row still active its last token and position."""
 
-    def __init__(self, model, prompts, max_new_tokens, temperature, uniform, eos_id) -> None:
+    def __init__(self, model, prompts, max_new_tokens, how, uniform, eos_id) -> None:
         self.model, self.config = model, model.config
-        self.temperature, self.eos_id, self.max_new_tokens = temperature, eos_id, max_new_tokens
+        self.how, self.eos_id, self.max_new_tokens = how, eos_id, max_new_tokens
         self.device = model.embedding.weight.device
-        self.uniform = None if uniform is None else uniform.to(self.device)
+        self.uniform = uniform.to(self.device)
         self.rows = torch.arange(len(prompts), device=self.device)
         self.tokens = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=self.device)
         self.logprobs = torch.zeros(len(prompts), max_new_tokens, device=self.device)
@@ -120,7 +127,8 @@ class _Decoder:
 
     def run(self) -> list[tuple[list[int], list[float], bool]]:
         for step in range(self.max_new_tokens):
-            tokens, logprobs = self._choose(self.model.logits(self.hidden), step)
+            uniform = self.uniform[self.rows, min(step, self.uniform.shape[1] - 1)]
+            tokens, logprobs = sample(self.model.logits(self.hidden), uniform=uniform, **self.how)
             self.tokens[self.rows, step], self.logprobs[self.rows, step] = tokens, logprobs
             alive = tokens != self.eos_id
             if step + 1 == self.max_new_tokens or not bool(alive.any()):
@@ -129,16 +137,6 @@ class _Decoder:
                 tokens = self._drop(alive.nonzero()[:, 0], tokens)
             self._decode(tokens)
         return self._collect()
-
-    def _choose(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        logprobs = (logits if self.temperature == 0 else logits / self.temperature).log_softmax(-1)
-        if self.temperature == 0:
-            tokens = logprobs.argmax(-1)
-        else:
-            cumulative = logprobs.double().exp().cumsum(-1)
-            target = self.uniform[self.rows, step, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
     def _drop(self, keep: Tensor, tokens: Tensor) -> Tensor:
         """Forget the rows that are done."""
@@ -186,6 +184,8 @@ def answer_texts(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 128,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> list[str]:
     """The model's next answer in each conversation (which ends with a user turn), in the Vicuna format."""
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
@@ -197,5 +197,7 @@ def answer_texts(
         seed=seed,
         eos_id=tokenizer.eos_id,
         batch_size=batch_size,
+        top_k=top_k,
+        top_p=top_p,
     )
     return [tokenizer.decode(tokens).strip() for tokens in sampled.tokens]

@@ -1,6 +1,7 @@
 """Rollouts of reinforcement learning: sampled answers with everything that one PPO update needs, packed end to end."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.gae import gae, whiten
+
 from ..data.chat import Sample, encode_prompt
 from ..data.records import Message
 from ..data.tokenizer import Tokenizer
 from ..loss import kl_estimates
 from ..model import ScoringModel, Transformer
-from .advantages import gae
 from .generation import generate
 from .rewards import AnswerReward, score_tokens
 from .scoring import token_logprobs
@@ -153,12 +155,9 @@ def make_targets(
         moments: function of (sum, sum of squares, count) on this rank giving the totals over ranks.
         own: (N,) the trainer's log-probabilities of the answers; default: the sampler's are taken for them.
     """
-    advantages, returns = gae(rewards, values, rollout.lengths, gamma=gamma, lam=lam)
-    wide = advantages.double()
-    total, squares, count = moments(float(wide.sum()), float(wide.square().sum()), float(wide.numel()))
-    mean = total / count
-    std = max(squares / count - mean**2, 0.0) ** 0.5
-    whitened = (advantages - mean) / (std + 1e-8)
+    marks = torch.tensor([0, *itertools.accumulate(rollout.lengths)], dtype=torch.int32)
+    advantages, returns = gae(rewards, values, marks, gamma=gamma, lam=lam)
+    whitened = whiten(advantages, moments=moments)
     behaviour = rollout.behaviour if own is None else own
     parts = (behaviour, rollout.behaviour, reference, whitened, returns, values)
     return Targets(*(rollout.split(x) for x in parts))

@@ -1,0 +1,46 @@
+"""Kernel of generalised advantage estimation: a program per sequence, blocks from its end, a scan inside each."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configuration import configuration
+from .launch import launch
+
+
+@triton.jit
+def _behind(later_decay, later_value, decay, value):
+    """Two stretches of a recursion A_t = value_t + decay_t A_{t+1} as one; the scan runs from the end."""
+    return later_decay * decay, value + decay * later_value
+
+
+@triton.jit
+def gae_kernel(rewards, values, cu_seqlens, advantages, returns, gamma, decay, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    carry = 0.0
+    for block in tl.range(tl.cdiv(length, BLOCK) - 1, -1, -1, num_stages=1):
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        inside = token < length
+        value = tl.load(values + start + token, mask=inside, other=0.0)
+        following = tl.load(values + start + token + 1, mask=token + 1 < length, other=0.0)
+        delta = tl.load(rewards + start + token, mask=inside, other=0.0) + gamma * following - value
+        factors = tl.where(inside, decay, 1.0).to(tl.float32)
+        reach, advantage = tl.associative_scan((factors, delta), 0, _behind, reverse=True)
+        advantage += reach * carry
+        tl.store(advantages + start + token, advantage, mask=inside)
+        tl.store(returns + start + token, advantage + value, mask=inside)
+        carry = tl.sum(tl.where(tl.arange(0, BLOCK) == 0, advantage, 0.0), 0)
+
+
+def gae_scan(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (N,); arguments as in `gae`."""
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    config = configuration("gae", rewards.device)
+    launch(
+        gae_kernel, (cu_seqlens.numel() - 1 if rewards.numel() else 0,), rewards, values, cu_seqlens, advantages,
+        returns, gamma, gamma * lam, **config,
+    )  # fmt: skip
+    return advantages, returns

@@ -1,0 +1,209 @@
+"""Sampling of one token per row: temperature, top-k, top-p, a seed per row, and the choice's log-probability."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .backend import contiguous_rows, runs_triton, same_device, values_are_checked
+
+# Philox 4x32 with 10 rounds: multipliers of the rounds and increments of the keys.
+ROUNDS, MULTIPLIERS, WEYL = 10, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+MASK = 0xFFFFFFFF
+
+
+def philox(seeds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words, as int64, of the counter 0 under each 64-bit key.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    keys = [seeds & MASK, (seeds >> 32) & MASK]
+    words = [torch.zeros_like(seeds) for _ in range(4)]
+    for _ in range(ROUNDS):
+        (high_0, low_0), (high_1, low_1) = (_product(m, x) for m, x in zip(MULTIPLIERS, words[::2]))
+        words = [high_1 ^ words[1] ^ keys[0], low_1, high_0 ^ words[3] ^ keys[1], low_0]
+        keys = [(key + step) & MASK for key, step in zip(keys, WEYL)]
+    return tuple(words)
+
+
+def _product(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product of two 32-bit numbers, in int64."""
+    low, high = multiplier & 0xFFFF, multiplier >> 16
+    first, second = x * low, x * high
+    middle = (first >> 16) + second
+    return (middle >> 16) & MASK, ((middle << 16) | (first & 0xFFFF)) & MASK
+
+
+def uniforms(seeds: Tensor) -> Tensor:
+    """One number in (0, 1) per seed, fp32, of 2^23 values: the first word of `philox`, its upper 23 bits."""
+    return ((philox(seeds)[0] >> 9).float() + 0.5) * 2.0**-23
+
+
+def row_seeds(seed: int, rows: Tensor, steps: int) -> Tensor:
+    """(B, steps) int64: a seed for every row and step, by two rounds of SplitMix64's finaliser.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    golden = -7046029254386353131
+    start = _mixed(torch.tensor(seed, dtype=torch.int64) + (rows.long() + 1) * golden)
+    return _mixed(start[:, None] + (torch.arange(steps, device=rows.device) + 1) * golden)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def sample_reference(
+    logits: Tensor, uniform: Tensor, temperature: Tensor | float, top_k: Tensor | None, top_p: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities as `sample` defines them; masses in fp64."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    greedy_B = torch.as_tensor(temperature, device=logits.device) == 0
+    scaled = wide if isinstance(temperature, float) and temperature in (0.0, 1.0) else wide * _inverse(temperature)
+    if top_k is not None or top_p is not None:
+        scaled = torch.where(greedy_B.view(-1, 1) | (scaled >= _threshold(scaled, top_k, top_p)), scaled, -torch.inf)
+    logprobs = scaled.log_softmax(-1)
+    if bool(greedy_B.all()):
+        tokens = logprobs.argmax(-1)
+    else:
+        cumulative = logprobs.double().exp().cumsum(-1)
+        target = uniform.double()[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        if bool(greedy_B.any()):
+            tokens = torch.where(greedy_B, wide.argmax(-1), tokens)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _inverse(temperature: Tensor | float) -> Tensor | float:
+    """1 / temperature, per row as a column; 1 for 0."""
+    if isinstance(temperature, float):
+        return 1.0 / temperature
+    return torch.where(temperature == 0, 1.0, 1.0 / temperature)[:, None]
+
+
+def _threshold(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """(B, 1) smallest value that stays after top-k and then top-p."""
+    ranked = scaled.sort(-1, descending=True).values
+    lowest = ranked[:, -1:]
+    if top_k is not None:
+        last = torch.where(top_k == 0, ranked.shape[-1], top_k).clamp(max=ranked.shape[-1]).long()[:, None] - 1
+        lowest = ranked.gather(-1, last)
+    if top_p is not None:
+        kept = torch.where(ranked >= lowest, ranked, -torch.inf)
+        mass = kept.double().softmax(-1).cumsum(-1)
+        enough = (mass >= top_p.double()[:, None]).int().argmax(-1, keepdim=True)
+        found = ranked.gather(-1, enough)
+        lowest = torch.where((top_p >= 1)[:, None], lowest, torch.maximum(found, lowest))
+    return lowest
+
+
+@torch.library.custom_op("wizard_engine::sample", mutates_args=())
+def _draw(
+    logits: Tensor, seeds: Tensor | None, uniform: Tensor | None, temperature: Tensor, top_k: Tensor | None,
+    top_p: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from ._sample import sample_rows
+
+    return sample_rows(logits, seeds, uniform, temperature, top_k, top_p)
+
+
+@_draw.register_fake
+def _(logits, seeds, uniform, temperature, top_k, top_p):
+    return logits.new_empty(logits.shape[:1], dtype=torch.int64), logits.new_empty(
+        logits.shape[:1], dtype=torch.float32
+    )
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor, seeds: Tensor | None = None, *, temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None, top_p: Tensor | float | None = None, uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token per row, and its log-probability under the distribution that it was drawn from.
+
+    z = logits / temperature. top-k keeps every word whose z is at least the k-th largest; of the distribution over
+    these, top-p keeps every word whose z is at least v, the largest value for which the words with z >= v have a mass
+    of top_p. Words that tie with the last one stay. The choice is the first word in the vocabulary's order whose
+    cumulative mass passes a uniform number times the whole.
+
+    Args:
+        logits: (B, V) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous; words of -inf are never drawn.
+        seeds: (B,) int64, one per row: the row's uniform number is `uniforms(seed)`.
+        temperature: >= 0, a number or (B,); 0 takes the largest logit, the lowest index of a tie, whatever top_k and
+            top_p say, with its log-probability at temperature 1 over the whole vocabulary.
+        top_k: >= 0, a number or (B,); 0 or None keeps all.   top_p: in (0, 1], a number or (B,); 1 or None keeps all.
+        uniform: (B,) fp32 in (0, 1) instead of seeds, where many are made at once.
+    Returns:
+        tokens (B,) int64 and logprobs (B,) fp32 (fp64 for fp64 logits), nats. The same on every device up to the
+        rounding of masses.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, a number is out of its range, or a row has a NaN, or nothing
+            above -inf (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere such a row
+            gives token 0 with a log-probability of NaN).
+    Source: top-p: Holtzman et al. 2020, arXiv:1904.09751.
+    """
+    rows = _check(logits, seeds, uniform)
+    temperature = _checked("temperature", temperature, rows, logits.device, 0.0, math.inf)
+    top_k = None if top_k is None else _checked("top_k", top_k, rows, logits.device, 0, math.inf)
+    top_p = None if top_p is None else _checked("top_p", top_p, rows, logits.device, 0.0, 1.0, above=True)
+    if runs_triton(logits, "logits"):
+        options = (_per_row(x, rows, logits.device) for x in (temperature, top_k, top_p))
+        tokens, logprobs = _draw(logits, seeds, uniform, *options)
+        _check_rows(logits, logprobs)
+        return tokens, logprobs
+    drawn = uniforms(seeds) if uniform is None else uniform
+    limits = (_per_row(x, rows, logits.device) for x in (top_k, top_p))
+    tokens, logprobs = sample_reference(logits, drawn, temperature, *limits)
+    _check_rows(logits, logprobs)
+    return tokens, logprobs
+
+
+def _per_row(x: Tensor | float | None, rows: int, device: torch.device) -> Tensor | None:
+    if x is None or isinstance(x, Tensor):
+        return x
+    return torch.full((rows,), x, device=device, dtype=torch.int32 if isinstance(x, int) else torch.float32)
+
+
+def _check(logits: Tensor, seeds: Tensor | None, uniform: Tensor | None) -> int:
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits: expected (B, V) with V >= 1, got {tuple(logits.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits: expected a float dtype, got {str(logits.dtype).removeprefix('torch.')}")
+    if (seeds is None) == (uniform is None):
+        raise ValueError(f"seeds, uniform: expected one of the two, got {'both' if uniform is not None else 'none'}")
+    name, given, dtype = ("seeds", seeds, torch.int64) if uniform is None else ("uniform", uniform, torch.float32)
+    if given.shape != logits.shape[:1] or given.dtype != dtype:
+        raise ValueError(
+            f"{name}: expected ({logits.shape[0]},) {str(dtype).removeprefix('torch.')}, got {tuple(given.shape)} "
+            f"{str(given.dtype).removeprefix('torch.')}"
+        )
+    same_device(logits=logits, seeds=seeds, uniform=uniform)
+    contiguous_rows(logits=logits)
+    return logits.shape[0]
+
+
+def _checked(
+    name: str, value: Tensor | float, rows: int, device: torch.device, low: float, high: float, above: bool = False
+) -> Tensor | float:
+    """The number, or the tensor as int32 or fp32, once it is in range."""
+    if isinstance(value, Tensor):
+        if value.shape != (rows,) or value.device != device:
+            raise ValueError(f"{name}: expected ({rows},) on {device}, got {tuple(value.shape)} on {value.device}")
+        numbers = value.tolist() if values_are_checked(value) else []
+        value = value.to(torch.int32 if name == "top_k" else torch.float32)
+    else:
+        numbers, value = [value], int(value) if name == "top_k" else float(value)
+    for number in numbers:
+        if not (low < number if above else low <= number) or not number <= high or number == math.inf:
+            range_ = f"in ({low:g}, {high:g}]" if high != math.inf else f">= {low:g} and finite"
+            raise ValueError(f"{name}: expected {range_}, got {number}")
+    return value
+
+
+def _check_rows(logits: Tensor, logprobs: Tensor) -> None:
+    """ValueError where a row has no distribution: its log-probability is NaN."""
+    if values_are_checked(logits) and bool(logprobs.isnan().any()):
+        row = int(logprobs.isnan().nonzero()[0, 0])
+        raise ValueError(f"logits: expected numbers, some above -inf, got {float(logits[row].amax())} in row {row}")

@@ -1,0 +1,214 @@
+"""Sampling against enumeration, its distribution, the kernel against the reference, the numbers behind it."""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+from kernels.configuration import table, use_arch, use_config
+from kernels.sample import philox, row_seeds, sample, uniforms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seeds(count, seed=0):
+    return row_seeds(seed, torch.arange(count), 1)[:, 0]
+
+
+def test_philox_of_the_published_vector():
+    """Random123's first known answer: counter 0 and key 0."""
+    words = [int(word) for word in philox(torch.zeros(1, dtype=torch.int64))]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_philox_takes_all_64_bits_of_a_key():
+    keys = torch.tensor([0, 1, 1 << 31, 1 << 32, -1, -(1 << 63)])
+    words = torch.stack(philox(keys))
+    assert len({tuple(column) for column in words.T.tolist()}) == 6 and int(words.min()) >= 0
+    assert int(words.max()) < 2**32
+
+
+def test_uniforms_are_inside_0_and_1_and_even():
+    numbers = uniforms(seeds(20000))
+    assert numbers.dtype == torch.float32 and float(numbers.min()) > 0 and float(numbers.max()) < 1
+    counts = torch.histc(numbers, 20, 0, 1)
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 43.8  # 99.9 % of chi-square with 19 degrees
+
+
+def test_row_seeds_depend_on_row_step_and_seed_alone():
+    whole = row_seeds(7, torch.arange(50), 30)
+    assert len(set(whole.flatten().tolist())) == 1500
+    assert torch.equal(row_seeds(7, torch.tensor([31, 4]), 9), whole[[31, 4], :9])
+    assert not torch.equal(row_seeds(8, torch.arange(50), 30), whole)
+    # SplitMix64's first output from state 0, published with its reference code.
+    from kernels.sample import _mixed
+
+    assert int(_mixed(torch.tensor([-7046029254386353131]))) % 2**64 == 0xE220A8397B1DCDAF
+
+
+def enumerated(logits, u, temperature, top_k, top_p):
+    """One row, word by word, in Python floats."""
+    words = range(len(logits))
+    if temperature == 0:
+        token = max(words, key=lambda w: (logits[w], -w))
+        return token, logits[token] - math.log(sum(math.exp(z) for z in logits))
+    z = [x / temperature for x in logits]
+    kept = list(words)
+    if top_k:
+        least = sorted(z, reverse=True)[min(top_k, len(z)) - 1]
+        kept = [w for w in kept if z[w] >= least]
+    if top_p and top_p < 1:
+        whole, mass = sum(math.exp(z[w]) for w in kept), 0.0
+        for w in sorted(kept, key=lambda w: -z[w]):
+            mass += math.exp(z[w]) / whole
+            if mass >= top_p:
+                kept = [other for other in kept if z[other] >= z[w]]
+                break
+    whole, before = sum(math.exp(z[w]) for w in kept), 0.0
+    for w in kept:
+        before += math.exp(z[w])
+        if before > u * whole:
+            break
+    return w, z[w] - math.log(whole)
+
+
+OPTIONS = [
+    {}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 1}, {"top_k": 3}, {"top_k": 100}, {"top_k": 0},
+    {"top_p": 0.6}, {"top_p": 1e-6}, {"top_p": 1.0}, {"top_k": 4, "top_p": 0.7, "temperature": 1.3},
+    {"temperature": 0.0, "top_k": 2, "top_p": 0.1},
+]  # fmt: skip
+
+
+# Catches: a threshold that drops ties; top-p before top-k; a log-probability of the whole distribution.
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sample_equals_enumeration(options):
+    logits = torch.randn(60, 7, generator=torch.Generator().manual_seed(1)).mul(2).round(decimals=1).double()
+    logits[:, 3] = logits[:, 5]
+    uniform = torch.rand(60, generator=torch.Generator().manual_seed(2))
+    tokens, logprobs = sample(logits, uniform=uniform, **options)
+    full = {"temperature": 1.0, "top_k": None, "top_p": None} | options
+    for row in range(60):
+        token, logprob = enumerated(logits[row].tolist(), float(uniform[row]), **full)
+        assert int(tokens[row]) == token and float(logprobs[row]) == pytest.approx(logprob, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}])
+def test_sample_has_the_distribution_that_it_says(options):
+    logits = torch.tensor([0.3, 1.2, -0.5, 0.0, 2.0, -1.0])
+    rows = 20000
+    tokens, logprobs = sample(logits.expand(rows, 6).contiguous(), seeds(rows, 3), **options)
+    counts = torch.bincount(tokens, minlength=6).double()
+    expected = torch.zeros(6, dtype=torch.float64)
+    expected[tokens] = logprobs.double().exp()
+    assert float(expected.sum()) == pytest.approx(1, abs=1e-5)
+    kept = expected > 0
+    assert float(((counts - rows * expected)[kept] ** 2 / (rows * expected)[kept]).sum()) < 20.5  # 99.9 %, 5 degrees
+
+
+def awkward(rows, words, dtype, seed=0):
+    """Logits with ties, -inf, one word alone, and magnitudes of 1e4."""
+    logits = 3 * torch.randn(rows, words, generator=torch.Generator().manual_seed(seed))
+    logits[:, ::5] = logits[:, :1].clone()
+    logits[1::7, 1:] = -torch.inf
+    logits[2::7, : words // 2] = -torch.inf
+    logits[3::7] += 1e4 if dtype != torch.float16 else 1e3
+    logits[4::7] = 0.0
+    return logits.to(dtype)
+
+
+# Catches: a carry between blocks lost; an index of the block for one of the row; bisection that ends one off.
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        (1, torch.float32), (64, torch.float32), (65, torch.float16), (63, torch.bfloat16), (211, torch.float32),
+        (2, torch.float16),
+    ],
+)  # fmt: skip
+def test_kernel_draws_what_the_reference_draws(words, dtype):
+    # Seven kinds of rows; the interpreter takes a while to bisect.
+    rows = 7
+    logits, drawn = awkward(rows, words, dtype, words), seeds(rows, words)
+    generator = torch.Generator().manual_seed(5)
+    mixed = {
+        "temperature": torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) > 0.2),
+        "top_k": torch.randint(0, 12, (rows,), generator=generator), "top_p": 1 - torch.rand(rows, generator=generator),
+    }  # fmt: skip
+    for options in ({}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0.0}, mixed):
+        there = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        expected = sample(logits, drawn, **options)
+        with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
+            found = sample(logits.to(DEVICE), drawn.to(DEVICE), **there)
+            again = sample(logits.to(DEVICE), uniform=uniforms(drawn).to(DEVICE), **there)
+        assert torch.equal(found[0].cpu(), expected[0]), options
+        torch.testing.assert_close(found[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)
+        assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+
+
+@pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("sample")}))
+def test_every_table_entry(arch):
+    logits, drawn = awkward(3, 2100, torch.float32), seeds(3, 9)
+    for options in ({}, {"top_k": 50, "top_p": 0.9}):
+        expected = sample(logits, drawn, **options)
+        with kernels.use_backend("triton"), use_arch(arch if DEVICE == "cpu" else None):
+            found = sample(logits.to(DEVICE), drawn.to(DEVICE), **options)
+        assert torch.equal(found[0].cpu(), expected[0])
+        torch.testing.assert_close(found[1].cpu(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a buffer that is hardly touched, which a GPU would allocate")
+def test_rows_behind_2_to_the_31_elements():
+    far = torch.empty(2**31 + 2**20, dtype=torch.float16).as_strided((3, 50), (2**30, 1))
+    far.copy_(awkward(3, 50, torch.float16))
+    with kernels.use_backend("triton"):
+        found = sample(far, seeds(3), top_k=5)
+        expected = sample(far.contiguous(), seeds(3), top_k=5)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_rows_without_a_distribution_are_named(bad):
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    logits[2] = bad
+    with pytest.raises(ValueError, match=f"logits: expected numbers, some above -inf, got {bad} in row 2"):
+        sample(logits, seeds(4))
+    with kernels.use_backend("triton"):
+        tokens, logprobs = torch.ops.wizard_engine.sample(
+            logits.to(DEVICE), seeds(4).to(DEVICE), None, torch.ones(4, device=DEVICE), None, None
+        )
+    assert logprobs.isnan().tolist() == [False, False, True, False] and int(tokens[2]) == 0
+
+
+def test_sample_operation_traces():
+    logits = torch.randn(4, 9).to(DEVICE)
+    heat, counts = torch.ones(4, device=DEVICE), torch.full((4,), 3, dtype=torch.int32, device=DEVICE)
+    with kernels.use_backend("triton"):
+        torch.library.opcheck(
+            torch.ops.wizard_engine.sample, (logits, seeds(4).to(DEVICE), None, heat, counts, heat),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": torch.zeros(3)}, r"logits: expected \(B, V\) with V >= 1, got \(3,\)"),
+        ({"logits": torch.zeros(3, 0)}, r"logits: expected \(B, V\) with V >= 1, got \(3, 0\)"),
+        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, "logits: expected a float dtype, got int64"),
+        ({"logits": torch.zeros(4, 3).T}, "logits: expected a contiguous last dim"),
+        ({"seeds": torch.zeros(2, dtype=torch.int64)}, r"seeds: expected \(3,\) int64, got \(2,\) int64"),
+        ({"seeds": torch.zeros(3)}, r"seeds: expected \(3,\) int64, got \(3,\) float32"),
+        ({"seeds": None}, "seeds, uniform: expected one of the two, got none"),
+        ({"uniform": torch.rand(3)}, "seeds, uniform: expected one of the two, got both"),
+        ({"temperature": -0.1}, "temperature: expected >= 0 and finite, got -0.1"),
+        ({"temperature": math.inf}, "temperature: expected >= 0 and finite, got inf"),
+        ({"temperature": torch.tensor([1.0, math.nan, 1.0])}, "temperature: expected >= 0 and finite, got nan"),
+        ({"temperature": torch.ones(2)}, r"temperature: expected \(3,\) on cpu, got \(2,\) on cpu"),
+        ({"top_k": -1}, "top_k: expected >= 0 and finite, got -1"),
+        ({"top_p": 0.0}, r"top_p: expected in \(0, 1\], got 0.0"),
+        ({"top_p": torch.tensor([0.5, 1.5, 1.0])}, r"top_p: expected in \(0, 1\], got 1.5"),
+    ],
+)
+def test_sample_refuses_what_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sample(**{"logits": torch.zeros(3, 4), "seeds": torch.zeros(3, dtype=torch.int64), **changes})
