@@ -8,7 +8,7 @@
   python -m benchmarks.compile_report --search attention_forward --arch 90 --width 128
 
 Exit status: 0; 1 where an entry spills, takes too much shared memory, does not compile or breaks a promise (TMA, HGMMA,
-asynchronous wgmma, specialised warps, overlap), each named; 2 for a wrong command line.
+asynchronous wgmma, overlap), each named; 2 for a wrong command line.
 """
 
 import json

@@ -72,8 +72,6 @@ def problems(row: Row) -> list[str]:
         found.append("TMA promised, but no UTMALDG")
     if promises_tma and row["arch"] == 90 and not counts.get("HGMMA"):
         found.append("TMA promised, but its tiles are too small for HGMMA")
-    if config.get("VARIANT") == "specialised" and not row["specialised"]:
-        found.append("VARIANT specialised, but warps are not (no USETMAXREG)")
     if config.get("VARIANT") == "rotated" and counts.get("HGMMA") and not row["overlapped"]:
         found.append("VARIANT rotated, but no exponential between a product and its wait")
     return found

@@ -1,6 +1,7 @@
 """Configurations of attention ranked by the issue model, before a GPU is at hand: alternatives to the tables' entries.
 
-`--model` ranks variants that are worth comparing and the entries, at width 128 in bf16. `--search` ranks what
+`--model` ranks variants that are worth comparing and the entries, at width 128 in bf16, and a probe with specialised
+warps beside them. `--search` ranks what
 `benchmarks.tune` would try for a table: blocks of 32 to 128 rows and columns, 4 and 8 warps, 1 to 3 stages, the
 variants of the forward, only TMA where the entry uses it, less what cannot fit. Those come first whose every form
 (causal, windowed, full) compiles without a spill, fits and keeps its promises. Shares are modelled: of the tensor
@@ -13,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks import attention_probes
 from benchmarks.command_line import Parser
 from benchmarks.compile_rows import Row, compile_all, compile_case, problems
 from benchmarks.issue_costs import TENSOR_FLOPS
@@ -30,8 +32,7 @@ COMPARED: dict[str, tuple[dict[str, Any], ...]] = {
         {"VARIANT": variant, "BLOCK_M": m, "BLOCK_N": n, "TMA": True, "num_warps": warps, "num_stages": stages}
         for variant, m, n, warps, stages in (
             ("plain", 128, 128, 8, 2), ("plain", 128, 128, 8, 3), ("plain", 128, 64, 8, 3), ("rotated", 128, 128, 8, 2),
-            ("rotated", 128, 64, 8, 2), ("rotated", 128, 64, 8, 3), ("specialised", 128, 128, 4, 2),
-            ("specialised", 128, 64, 4, 3),
+            ("rotated", 128, 64, 8, 2), ("rotated", 128, 64, 8, 3),
         )
     ),
     "attention_backward_kv": tuple(
@@ -142,3 +143,5 @@ def _print(options: Namespace, arch: int) -> None:
             configs = searched(table, arch, width) if options.search else [entry, *COMPARED[table]]
             print(f"\n{table} sm_{arch} width {width} bf16; the table has {words(tuple(entry.items()))}", flush=True)
             print("\n".join(compare(table, arch, width, configs, options.jobs)), flush=True)
+            if table == "attention_forward" and arch == 90 and not options.search:
+                print("\n".join(attention_probes.lines(arch)), flush=True)

@@ -33,7 +33,7 @@ up to 7 points, others 3); loads hit the L2; blocks and warp groups without a co
 
 Checked against the published ladder on an H100 (width 128, no mask, 8k tokens): Triton's tutorial 464 TFLOP/s, with
 specialised warps 526 (+13 %). Modelled, at equal clocks: plain 128x128 with three stages 64 % of peak; the same loop
-with specialised warps and two stages, in a kernel without branches, 73 % (+14 %). The order fits; the level does not:
+with specialised warps and two stages, in a kernel without branches, 74 % (+16 %). The order fits; the level does not:
 64 % of 989 would be 630 TFLOP/s. Clocks under load (cuBLAS itself reaches 660), prologues and tails are what is
 missing. Overlap inside a warp group, published as +10 % on top of specialised warps, gains 5 % over the plain loop of
 the same tile here. Backward kernels have no published ladder.

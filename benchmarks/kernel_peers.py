@@ -77,12 +77,8 @@ def own_configs(case: Case, device: torch.device) -> dict[str, dict]:
 
 
 def forms(entry: dict) -> dict[str, dict]:
-    """A configuration of the attention forward in each form; Triton specialises warps only with 4 of them and TMA."""
-    plain, rotated = ({**entry, "VARIANT": form} for form in ("plain", "rotated"))
-    return {
-        "plain": plain, "rotated": rotated,
-        "specialised": {**entry, "VARIANT": "specialised", "TMA": True, "num_warps": 4},
-    }  # fmt: skip
+    """A configuration of the attention forward in each form."""
+    return {form: {**entry, "VARIANT": form} for form in ("plain", "rotated")}
 
 
 def _with_config(config: dict) -> Callable[[Problem, torch.device], Function]:

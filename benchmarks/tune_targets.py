@@ -201,8 +201,6 @@ def _forward(width: int, size: int, arch: int) -> Iterator[Config]:
         for variant, scores in (("plain", 1), ("rotated", 2)):
             if (m * width + scores * m * n) / threads <= TILE_REGISTERS:
                 yield {"VARIANT": variant, **tile}
-        if arch >= 90 and size == 2 and tile["TMA"] and tile["num_warps"] == 4 and m >= 64:
-            yield {"VARIANT": "specialised", **tile}
 
 
 def _keys(width: int, size: int, arch: int) -> Iterator[Config]:

@@ -1,9 +1,8 @@
-"""Forward kernel of attention: online softmax over key blocks, in three forms of the main loop.
+"""Forward kernel of attention: online softmax over key blocks, in two forms of the main loop.
 
 `plain` computes the scores of a block, its softmax and its product with V in turn. `rotated` issues the product of one
 block with V right behind the scores of the next, so that the tensor cores work on it while the exponentials of the
-next block are computed. `specialised` is the plain loop with Triton's warp specialisation: a producer warp group loads
-through TMA.
+next block are computed.
 """
 
 import torch
@@ -116,9 +115,7 @@ def attention_forward_kernel(
             if part == 1 or (part == 0 and WINDOWED) or (part == 2 and CAUSAL):
                 begin = first if part == 0 else (left if part == 1 else right)
                 end = left if part == 0 else (right if part == 1 else whole)
-                for column in tl.range(
-                    begin, end, BLOCK_N, warp_specialize=(VARIANT == "specialised") and part == 1
-                ):  # fmt: skip
+                for column in tl.range(begin, end, BLOCK_N):
                     k_NC = load_rows(
                         k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH,
                         BLOCK_WIDTH, TMA,

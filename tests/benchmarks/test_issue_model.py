@@ -1,5 +1,9 @@
 """The issue model on loops whose cycles can be counted by hand."""
 
+import ast
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -154,3 +158,17 @@ def test_products_that_warps_repeat_are_no_work():
 def test_model_is_silent_where_it_knows_nothing():
     assert estimate(loop(("UTCHMMA", "gdesc[UR4]"), arch=100), launch()) is None
     assert estimate(MachineCode("k", 90, 4, 32, 0, 0, 0, 0, (Instruction(0, "EXIT"),)), launch()) is None
+
+
+def test_probe_has_specialised_warps_and_ranks_above_the_plain_loop():
+    """In a process of its own: this one has the interpreter on, or a triton whose compiler does otherwise."""
+    import triton
+
+    if not triton.__version__.startswith("3.6"):
+        pytest.skip("what triton 3.6 specialises; others differ")
+    code = "from benchmarks.attention_probes import modelled_probe; print(modelled_probe(128, 128, 2, 90, 128))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    row = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert row["specialised"] and not row["serialised"] and row["spilled"] == 0
+    assert 0.7 < row["share"] < 0.8

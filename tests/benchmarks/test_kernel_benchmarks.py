@@ -510,8 +510,7 @@ def test_variants_on_a_gpu_say_why_they_are_absent():
         without = {v.name: v for v in variants(ragged, CUDA)}
         norm = {v.name: v.absent for v in variants(cases(["rms_norm"], CUDA)[0], CUDA)}
     assert list(found) == [
-        "triton", "triton plain", "triton rotated", "triton specialised", "sdpa cudnn", "sdpa flash", "torch varlen",
-        "flex", "eager",
+        "triton", "triton plain", "triton rotated", "sdpa cudnn", "sdpa flash", "torch varlen", "flex", "eager",
     ]  # fmt: skip
     assert absent["sdpa cudnn"] == "takes no window" and not absent["torch varlen"]
     assert without["sdpa flash"].absent == "takes sequences of one length only" and "triton plain" not in without
