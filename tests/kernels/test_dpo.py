@@ -124,6 +124,7 @@ def path(request, monkeypatch):
     return request.param
 
 
+# Catches: ignored tokens in a mean; the likelihood of rejected answers; the gradient that comes in left out.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("variant", "smoothing", "mean", "nll"),

@@ -46,6 +46,7 @@ def path(request, monkeypatch):
     return request.param
 
 
+# Catches: an entropy slope of the wrong sign; sums of the weight begun anew with every chunk; a temperature left out.
 @pytest.mark.parametrize("rows", [0, 1, 2, 17])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_linear_logprob_equals_full_logits(path, rows, temperature):
@@ -164,6 +165,7 @@ def shards(hidden, weight, targets, count, temperature):
     ]
 
 
+# Catches: weighted sums that are not moved to the common peak.
 @pytest.mark.parametrize("count", [2, 4, 11])
 @pytest.mark.parametrize("infinite", [False, True])
 def test_slices_of_the_vocabulary_equal_the_whole(path, count, infinite):
@@ -246,6 +248,7 @@ def test_linear_logprob_refuses_what_does_not_fit(changes, message):
         linear_logprob(**{**arguments, **changes})
 
 
+# Catches: a slope of the wrong sign; the gradient that comes in left out.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 17])
 def test_cross_entropy_equals_full_logits(path, rows, dtype):

@@ -34,12 +34,14 @@ def test_ratio_is_clipped_on_both_sides():
     assert metrics["approx_kl"] == pytest.approx(2 * (0.5 - math.log(1.5)) + 2 * (-0.5 + math.log(2)), abs=1e-6)
 
 
+# Catches: the ends of the interval swapped.
 def test_interval_may_be_wider_above():
     """Ratios 1.25 and 0.7, advantage 1 and -1, interval 0.8 to 1.3: -1.25 and 0.8 (clipped)."""
     loss, metrics, gradient = valued([1.25, 0.7], [1.0, -1.0], clip=(0.2, 0.3))
     assert loss == pytest.approx(-0.45) and gradient == pytest.approx([-1.25, 0]) and metrics["clip_fraction"] == 1
 
 
+# Catches: a bound on good tokens too.
 def test_dual_clip_bounds_bad_tokens_alone():
     """Ratio 5: advantage -2 gives 10, bounded by 3 * 2 = 6; advantage 2 gives -2.4 as ever; ratio 1.1, -2: 2.2."""
     loss, metrics, gradient = valued([5.0, 5.0, 1.1], [-2.0, 2.0, -2.0], dual_clip=3.0)
@@ -72,6 +74,7 @@ def test_entropy_is_a_bonus():
     assert loss == pytest.approx(-0.2) and metrics["entropy"] == pytest.approx(2)
 
 
+# Catches: sequences that are not divided by their number.
 def test_scale_is_of_tokens_or_of_sequences():
     targets = torch.tensor([3, -1, 0, 2, -1, 1, 5])
     marks = torch.tensor([0, 3, 3, 6], dtype=torch.int32)
