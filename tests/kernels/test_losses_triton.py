@@ -79,6 +79,19 @@ def test_dpo_kernel_near_and_far_from_the_reference(far):
         compared(DpoFormula(reference, weights, marks, **{**DPO, **changes}, num_chosen_tokens=1.0), logprob, None)
 
 
+# Catches: log(1 + exp(-x)) that is 0 where 1 + exp(-x) rounds to 1.
+def test_dpo_kernel_of_a_pair_that_is_all_but_certain():
+    """Margin 2 * (12 - 0) = 24: the loss is e^-24 and not 0."""
+    marks = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    logprob, ones = torch.tensor([0.0, -12.0], device=DEVICE), torch.ones(2, device=DEVICE)
+    numbers = {**DPO, "beta": 2.0, "num_pairs": 1.0}
+    formula = DpoFormula(torch.zeros(2, device=DEVICE), ones, marks, **numbers, num_chosen_tokens=1.0)
+    with kernels.use_backend("triton"):
+        loss, _, slope, _ = formula.slopes(logprob, None, ALL)
+    assert loss.item() == pytest.approx(math.exp(-24), rel=1e-5)
+    assert slope.tolist() == pytest.approx([-2 * math.exp(-24), 2 * math.exp(-24)], rel=1e-5)
+
+
 @pytest.mark.parametrize("mean", [False, True])
 def test_sequence_logprobs_kernel_equals_the_reference(mean):
     logprob, weights, marks, _ = preference([3, 0, 700, 64, 65, 1])
