@@ -8,8 +8,6 @@ a logit up in the same order (their tables agree in BLOCK_D): the gradient of a 
 difference of its two logits.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,21 @@ from .launch import launch, named
 LOG2_E = 1.4426950408889634
 # Programs per multiprocessor that the splits of the vocabulary aim at, so that the last ones even out.
 WAVES = 4
-WORKSPACE_BYTES, PRODUCT_BYTES = 192 * 2**20, 64 * 2**20
+# Row tiles that run side by side: their hidden states stay in L2 while the words go by.
+GROUP = 16
+WORKSPACE_BYTES = 256 * 2**20
+
+
+@triton.jit
+def _place(program, tiles, columns, GROUP: tl.constexpr):
+    """Row tile and column of a program: groups of GROUP row tiles in turn, all columns of each, row tiles fastest.
+
+    So the programs that run at one time share few hidden states and few words, and both stay in L2.
+    """
+    group = program // (GROUP * columns)
+    inside = program % (GROUP * columns)
+    size = tl.minimum(tiles - group * GROUP, GROUP)
+    return group * GROUP + inside % size, inside // size
 
 
 @triton.jit
@@ -57,19 +69,6 @@ def _logits(
 
 
 @triton.jit
-def _add(peak, total, weighted, new_peak, new_total, new_weighted):
-    """Largest value, sum of exp(z - largest) and the same sum weighted by z - largest, of two sets of z together."""
-    largest = tl.maximum(peak, new_peak)
-    finite = tl.where(largest == float("-inf"), 0.0, largest)
-    old_move = tl.where(peak == float("-inf"), 0.0, peak - finite)
-    new_move = tl.where(new_peak == float("-inf"), 0.0, new_peak - finite)
-    old_factor = tl.math.exp2(old_move * 1.4426950408889634)
-    new_factor = tl.math.exp2(new_move * 1.4426950408889634)
-    weighted = old_factor * (weighted + total * old_move) + new_factor * (new_weighted + new_total * new_move)
-    return largest, total * old_factor + new_total * new_factor, weighted
-
-
-@triton.jit
 def _store(target, stride, rows, tokens, peak, total, chosen, weighted):
     kept = rows < tokens
     tl.store(target + rows, peak, mask=kept)
@@ -86,12 +85,10 @@ def linear_logprob_statistics_kernel(
     hidden, weight, hidden_tiles, weight_tiles, targets, partial, tokens, words, split_words, start, scale,
     stride_hidden, stride_weight,
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # Programs side by side take other rows and the same words, which then stay in L2.
-    tiles = tl.cdiv(tokens, BLOCK_T)
-    row = tl.program_id(0) % tiles * BLOCK_T
-    split = tl.program_id(0) // tiles
+    tile, split = _place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.cdiv(words, split_words), GROUP)
+    row = tile * BLOCK_T
     rows = row + tl.arange(0, BLOCK_T)
     target = (tl.load(targets + rows, mask=rows < tokens, other=-1) - start).to(tl.int32)
     end = tl.minimum((split + 1) * split_words, words)
@@ -121,40 +118,46 @@ def linear_logprob_statistics_kernel(
     _store(partial + split.to(tl.int64) * 4 * tokens, tokens.to(tl.int64), rows, tokens, peak, total, chosen, weighted)
 
 
-@triton.jit(repr=named("linear_logprob_merge", "BLOCK_T"), do_not_specialize=["tokens", "splits"])
-def linear_logprob_merge_kernel(partial, out, tokens, splits, BLOCK_T: tl.constexpr):
+@triton.jit(repr=named("linear_logprob_merge", "BLOCK_T", "BLOCK_S"), do_not_specialize=["tokens", "splits"])
+def linear_logprob_merge_kernel(partial, out, tokens, splits, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    kept = rows < tokens
     stride = tokens.to(tl.int64)
     peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
     chosen = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
-    at = partial + rows
-    for _ in range(splits):
-        chosen = tl.maximum(chosen, tl.load(at + 2 * stride, mask=kept, other=0.0))
-        own = tl.load(at, mask=kept, other=0.0)
-        sums = tl.load(at + stride, mask=kept, other=0.0)
-        peak, total, weighted = _add(
-            peak, total, weighted, own, sums, tl.load(at + 3 * stride, mask=kept, other=0.0)
-        )  # fmt: skip
-        at += 4 * stride
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        kept = (split < splits)[:, None] & (rows < tokens)[None, :]
+        at = partial + split.to(tl.int64)[:, None] * (4 * stride) + rows[None, :]
+        peaks = tl.load(at, mask=kept, other=float("-inf"))
+        totals = tl.load(at + stride, mask=kept, other=0.0)
+        targets = tl.load(at + 2 * stride, mask=kept, other=float("-inf"))
+        weights = tl.load(at + 3 * stride, mask=kept, other=0.0)
+        largest = tl.maximum(peak, tl.max(peaks, 0))
+        finite = tl.where(largest == float("-inf"), 0.0, largest)
+        move = tl.where(peak == float("-inf"), 0.0, peak - finite)
+        moves = tl.where(peaks == float("-inf"), 0.0, peaks - finite[None, :])
+        factor, factors = tl.math.exp2(move * 1.4426950408889634), tl.math.exp2(moves * 1.4426950408889634)
+        weighted = factor * (weighted + total * move) + tl.sum(factors * (weights + totals * moves), 0)
+        total = total * factor + tl.sum(totals * factors, 0)
+        chosen = tl.maximum(chosen, tl.max(targets, 0))
+        peak = largest
     _store(out, stride, rows, tokens, peak, total, chosen, weighted)
 
 
 @triton.jit(
     repr=named("linear_logprob_dlogits", "WIDTH", "BLOCK_T", "BLOCK_V", "ENTROPY"),
-    do_not_specialize=["tokens", "words", "first", "start"],
+    do_not_specialize=["tokens", "words", "first", "blocks", "start"],
 )
 def linear_logprob_dlogits_kernel(
     hidden, weight, hidden_tiles, weight_tiles, targets, statistics, dlogprob, dentropy, dlogits, tokens, words, first,
-    width, start, scale, stride_hidden, stride_weight,
+    blocks, start, scale, stride_hidden, stride_weight, stride_dlogits,
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(tokens, BLOCK_T)
-    row = tl.program_id(0) % tiles * BLOCK_T
-    column = tl.program_id(0) // tiles * BLOCK_V
+    tile, block = _place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), blocks, GROUP)
+    row, column = tile * BLOCK_T, block * BLOCK_V
     word = first + column
     logits = _logits(
         hidden, weight, hidden_tiles, weight_tiles, row, word, tokens, words, stride_hidden, stride_weight, WIDTH,
@@ -168,23 +171,25 @@ def linear_logprob_dlogits_kernel(
     live = target >= 0
     peak = tl.load(statistics + rows, mask=kept, other=0.0)
     over = 1.0 / tl.load(statistics + stride + rows, mask=kept, other=1.0)
-    slope = tl.load(dlogprob + rows, mask=kept, other=0.0)
+    slope = tl.load(dlogprob + rows, mask=kept, other=0.0) * scale
+    # Numbers of a row are divided by its total here, not those of every word.
+    base = 0.0 - slope * over
     shifted = logits * scale - tl.where(peak == float("-inf"), 0.0, peak)[:, None]
-    probability = tl.math.exp2(shifted * 1.4426950408889634) * over[:, None]
+    exponential = tl.math.exp2(shifted * 1.4426950408889634)
     if ENTROPY:
-        spread = tl.load(dentropy + rows, mask=kept, other=0.0)
         # log p + H = (z - largest) - weighted / total
-        base = spread * tl.load(statistics + 3 * stride + rows, mask=kept, other=0.0) * over - slope
-        gradient = tl.where(probability > 0.0, probability * (base[:, None] - spread[:, None] * shifted), 0.0)
+        spread = tl.load(dentropy + rows, mask=kept, other=0.0) * over * scale
+        base += spread * over * tl.load(statistics + 3 * stride + rows, mask=kept, other=0.0)
+        gradient = tl.where(exponential > 0.0, exponential * (base[:, None] - spread[:, None] * shifted), 0.0)
     else:
-        gradient = probability * (0.0 - slope)[:, None]
-    is_target = columns[None, :] == (target - start).to(tl.int32)[:, None]
-    gradient = (gradient + tl.where(is_target, slope[:, None], 0.0)) * scale
+        gradient = exponential * base[:, None]
+    gradient += tl.where(columns[None, :] == (target - start).to(tl.int32)[:, None], slope[:, None], 0.0)
     gradient = tl.where(live[:, None], gradient, 0.0)
-    # 32-bit offsets inside the tile: 64-bit ones of every element would spill.
-    inside = tl.arange(0, BLOCK_V)[None, :]
-    at = dlogits + row.to(tl.int64) * width + column + (tl.arange(0, BLOCK_T)[:, None] * width + inside)
-    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=kept[:, None] & (inside < width - column))
+    # 32-bit offsets inside the tile: 64-bit ones of every element would spill. Rows are as long as whole tiles, so that
+    # what stands behind the words needs no mask.
+    inside = tl.arange(0, BLOCK_T)[:, None] * stride_dlogits + tl.arange(0, BLOCK_V)[None, :]
+    at = dlogits + row.to(tl.int64) * stride_dlogits + column + inside
+    tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=kept[:, None])
 
 
 def shape_class(x: Tensor) -> dict[str, int]:
@@ -222,14 +227,13 @@ def linear_logprob_statistics(
     tokens, words = hidden.shape[0], weight.shape[0]
     config, operands = _operands("linear_logprob_statistics", hidden, weight)
     tiles, blocks = triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(words, config["BLOCK_V"])
-    wanted = max(1, min(blocks, WAVES * multiprocessors(hidden.device) // max(1, tiles)))
-    split_words = triton.cdiv(blocks, wanted) * config["BLOCK_V"]
+    split_words = _split_blocks(tiles, blocks, multiprocessors(hidden.device)) * config["BLOCK_V"]
     splits = triton.cdiv(words, split_words)
     partial = torch.empty((splits, 4, tokens), dtype=torch.float32, device=hidden.device)
     launch(
         linear_logprob_statistics_kernel, (tiles * splits,), *operands, targets, partial, tokens, words, split_words,
         start, 1.0 / temperature, hidden.stride(0), weight.stride(0), WIDTH=hidden.shape[1], ENTROPY=entropy,
-        PRECISION="ieee", **config,
+        PRECISION="ieee", GROUP=GROUP, **config,
     )  # fmt: skip
     if splits == 1:
         return partial[0]
@@ -241,6 +245,12 @@ def linear_logprob_statistics(
     return out
 
 
+def _split_blocks(tiles: int, blocks: int, processors: int) -> int:
+    """Blocks of words of a split: WAVES programs per multiprocessor, and one group of row tiles for all of them."""
+    splits = max(WAVES * processors // max(1, tiles), triton.cdiv(processors, GROUP))
+    return triton.cdiv(blocks, min(blocks, splits))
+
+
 def linear_logprob_gradients(
     dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
     temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
@@ -250,28 +260,30 @@ def linear_logprob_gradients(
     config, operands = _operands("linear_logprob_dlogits", hidden, weight)
     dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
-    for first, end in _slices(tokens, words, config["BLOCK_V"], hidden.element_size()):
-        dlogits = torch.empty((tokens, end - first), dtype=hidden.dtype, device=hidden.device)
-        programs = triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(end - first, config["BLOCK_V"])
+    step = _slice_words(tokens, words, config["BLOCK_V"], hidden.element_size())
+    tiles = triton.cdiv(tokens, config["BLOCK_T"])
+    workspace = torch.empty((tokens, step), dtype=hidden.dtype, device=hidden.device)
+    for first in range(0, words, step):
+        width = min(step, words - first)
+        blocks = triton.cdiv(width, config["BLOCK_V"])
         launch(
-            linear_logprob_dlogits_kernel, (programs,), *operands, targets, statistics, dlogprob, dentropy, dlogits,
-            tokens, words, first, end - first, start, 1.0 / temperature, hidden.stride(0), weight.stride(0),
-            WIDTH=hidden.shape[1], ENTROPY=dentropy is not None, PRECISION="ieee", **config,
+            linear_logprob_dlogits_kernel, (tiles * blocks,), *operands, targets, statistics, dlogprob, dentropy,
+            workspace, tokens, words, first, blocks, start, 1.0 / temperature, hidden.stride(0), weight.stride(0), step,
+            WIDTH=hidden.shape[1], ENTROPY=dentropy is not None, PRECISION="ieee", GROUP=GROUP, **config,
         )  # fmt: skip
+        dlogits, chosen = workspace[:, :width], slice(first, first + width)
         if needs_weight:
-            _product(dlogits.T, hidden, dweight[first:end])
+            _product(dlogits.T, hidden, dweight[chosen])
         if needs_hidden:
-            _add_product(dlogits, weight[first:end], dhidden)
+            _add_product(dlogits, weight[chosen], dhidden)
     return None if dhidden is None else dhidden.to(hidden.dtype), dweight
 
 
-def _slices(tokens: int, words: int, block: int, size: int) -> Iterator[tuple[int, int]]:
-    """Slices of the vocabulary whose (T, slice) gradient fits the workspace, near equal, in whole blocks."""
+def _slice_words(tokens: int, words: int, block: int, size: int) -> int:
+    """Words of a slice, whole blocks, so that the (T, slice) gradient fits the workspace and slices are near equal."""
     most = max(1, WORKSPACE_BYTES // (max(1, tokens) * size * block))
     blocks = triton.cdiv(words, block)
-    step = triton.cdiv(blocks, triton.cdiv(blocks, most)) * block
-    for first in range(0, words, step):
-        yield first, min(first + step, words)
+    return triton.cdiv(blocks, triton.cdiv(blocks, most)) * block
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -283,10 +295,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a b in fp32, a few rows at a time where that takes a buffer."""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-        return
-    step = max(1, PRODUCT_BYTES // (4 * max(1, b.shape[1])))
-    for rows, sums in zip(a.split(step), out.split(step)):
-        sums += torch.mm(rows, b, out_dtype=torch.float32) if a.is_cuda else rows.float() @ b.float()
+    """out += a b, added up in fp32 inside the product; widened as above."""
+    if a.is_cuda and a.dtype != out.dtype:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))

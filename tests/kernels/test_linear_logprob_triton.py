@@ -207,6 +207,24 @@ def test_words_of_minus_infinity():
     assert linear_logprob(hidden, nothing, targets)[0].isnan().all()
 
 
+# Catches: 0 times -inf in the gradient of the logits.
+@pytest.mark.parametrize("entropy", [False, True])
+def test_words_of_minus_infinity_have_no_gradient(entropy):
+    """Nor do they change that of the others; the hidden states' gradient multiplies by them and is not asked for."""
+    inputs, targets = drawn(20, 75, 24, seed=13)
+    hidden, weight = inputs["hidden"].float().abs() + 1e-3, inputs["weight"].float()
+    targets = targets % 40 + 35
+    found = []
+    for words, here in ((weight.masked_fill(torch.arange(75, device=DEVICE)[:, None] < 35, -torch.inf), targets),
+                        (weight[35:], targets - 35)):  # fmt: skip
+        leaf = words.clone().requires_grad_()
+        logprob, spread = linear_logprob(hidden, leaf, here, entropy=entropy)
+        (logprob.sum() + spread.sum() if entropy else logprob.sum()).backward()
+        found.append(leaf.grad)
+    assert not found[0][:35].any()
+    torch.testing.assert_close(found[0][35:], found[1], rtol=0, atol=2e-6 * float(found[1].abs().max()))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_numbers_are_seen_in_their_row_alone(bad):
     inputs, targets = drawn(20, 75, 24)
@@ -266,7 +284,7 @@ def test_gradients_do_not_depend_on_the_workspace(monkeypatch):
 
     whole = gradients()
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 37 * 4 * 64)
-    assert len(list(module._slices(37, 211, 32, 4))) == 4
+    assert module._slice_words(37, 211, 32, 4) == 64
     cut = gradients()
     assert torch.equal(whole[1], cut[1])
     torch.testing.assert_close(whole[0], cut[0], rtol=0, atol=1e-6 * float(whole[0].abs().max()))
@@ -276,10 +294,42 @@ def test_gradients_do_not_depend_on_the_workspace(monkeypatch):
     ("tokens", "words", "size"), [(1, 1, 2), (16384, 128000, 2), (65536, 128256, 2), (8192, 32001, 4)]
 )
 def test_workspace_stays_within_its_bound(tokens, words, size):
-    slices = list(module._slices(tokens, words, 256, size))
-    assert [first for first, _ in slices[1:]] == [end for _, end in slices[:-1]]
-    assert slices[0][0] == 0 and slices[-1][1] == words and all(first % 256 == 0 for first, _ in slices)
-    assert max(end - first for first, end in slices) * tokens * size <= module.WORKSPACE_BYTES <= 256 * 2**20
+    step = module._slice_words(tokens, words, 256, size)
+    assert step % 256 == 0 and step * tokens * size <= module.WORKSPACE_BYTES <= 256 * 2**20
+    assert step >= min(words, module.WORKSPACE_BYTES // (4 * tokens * size)), "a slice takes a fair share of it"
+
+
+# Catches: a last group of fewer row tiles that is counted as a full one.
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_results_do_not_depend_on_the_order_of_programs(group, monkeypatch):
+    inputs, targets = drawn(90, 211, 24, seed=11)
+    head = [x.float().requires_grad_() for x in inputs.values()]
+
+    def found():
+        results = linear_logprob(*head, targets, entropy=True)
+        return *results, *torch.autograd.grad(results[0].sum() + results[1].sum(), head)
+
+    monkeypatch.setattr(module, "_split_blocks", lambda *sizes: 2)
+    expected = found()
+    monkeypatch.setattr(module, "GROUP", group)
+    assert all(torch.equal(a, b) for a, b in zip(found(), expected))
+
+
+@pytest.mark.parametrize(("tiles", "blocks"), [(0, 1), (1, 1), (1, 500), (64, 500), (128, 125), (257, 500), (4096, 9)])
+def test_splits_fill_the_device(tiles, blocks):
+    """At least a program per multiprocessor of 132, and a group of row tiles that fills it with all splits."""
+    splits = math.ceil(blocks / module._split_blocks(tiles, blocks, 132))
+    assert 1 <= splits <= blocks
+    assert 2 * tiles * splits >= min(tiles * blocks, 132)
+    assert 2 * splits * module.GROUP >= min(blocks * module.GROUP, 132)
+
+
+def test_many_splits_are_merged(monkeypatch):
+    """More than two blocks of the merge kernel, 75 splits of a tile each."""
+    with use_config("linear_logprob_merge", BLOCK_T=16, BLOCK_S=32, num_warps=4, num_stages=1):
+        inputs, targets = drawn(17, 75 * 32 - 5, 16, seed=12)
+        monkeypatch.setattr(module, "_split_blocks", lambda *sizes: 1)
+        against_full_logits(inputs, targets, torch.float32)
 
 
 def test_gradients_that_are_not_asked_for_are_not_made():
@@ -362,8 +412,8 @@ def test_gradients_of_logits_behind_2_to_the_31_elements(monkeypatch):
     )
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: last)
     module.linear_logprob_dlogits_kernel[(1,)](
-        hidden, weight, None, None, targets, statistics, dlogprob, None, dlogits, rows, words, 0, words, 0, 1.0, 16, 16,
-        WIDTH=16, ENTROPY=False, TMA=False, PRECISION="ieee", **SMALL,
+        hidden, weight, None, None, targets, statistics, dlogprob, None, dlogits, rows, words, 0, words // 32, 0, 1.0,
+        16, 16, words, WIDTH=16, ENTROPY=False, TMA=False, PRECISION="ieee", GROUP=module.GROUP, **SMALL,
     )  # fmt: skip
     expected = -logits.softmax(-1)[-16:, -32:]
     expected[:, -1] += 1
