@@ -57,7 +57,8 @@ def sample_kernel(
     logits += row.to(tl.int64) * stride
     heat = tl.load(temperature + row)
     is_greedy = heat == 0.0
-    inverse = 1.0 / tl.where(is_greedy, 1.0, heat)
+    # Rounded as on the CPU, so that the same words tie.
+    inverse = tl.div_rn(1.0, tl.where(is_greedy, 1.0, heat))
     peaks = tl.full([BLOCK], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, words, BLOCK):
@@ -119,8 +120,9 @@ def sample_rows(
     rows, words = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    per_row = (None if x is None else x.contiguous() for x in (seeds, uniform, temperature, top_k, top_p))
     launch(
-        sample_kernel, (rows,), logits, seeds, uniform, temperature, top_k, top_p, tokens, logprobs, words,
-        logits.stride(0), **configuration("sample", logits.device),
+        sample_kernel, (rows,), logits, *per_row, tokens, logprobs, words, logits.stride(0),
+        **configuration("sample", logits.device),
     )  # fmt: skip
     return tokens, logprobs

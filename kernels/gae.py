@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backend import contiguous_rows, runs_triton, same_device
+from .backend import contiguous_rows, runs_triton, same_device, same_dtype
 from .packed import check_cu_seqlens
 
 
@@ -51,7 +51,7 @@ def gae(
     delta_t = r_t + gamma V_{t+1} - V_t (V after a sequence's last token is 0),   A_t = delta_t + gamma lam A_{t+1}
 
     Args:
-        rewards, values: (N,) fp32 (CPU: fp64 too), contiguous, the answers' tokens end to end.
+        rewards, values: (N,) fp32 (CPU: fp64 too), one dtype, contiguous, the answers' tokens end to end.
         cu_seqlens: (S + 1,) int32, where each answer starts, then where the last one ends.
         gamma: discount, and lam: decay of the trace, each in [0, 1].
     Returns:
@@ -61,36 +61,45 @@ def gae(
         ValueError: shapes, dtypes, devices, boundaries or a number do not fit.
     Source: Schulman et al. 2015, arXiv:1506.02438, eq. 16.
     """
-    if rewards.dim() != 1 or rewards.shape != values.shape:
-        raise ValueError(f"rewards, values: expected (N,) each, got {tuple(rewards.shape)}, {tuple(values.shape)}")
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name}: expected 0 to 1, got {number}")
-    check_cu_seqlens("cu_seqlens", cu_seqlens, rewards.numel(), rewards.numel())
-    same_device(rewards=rewards, values=values, cu_seqlens=cu_seqlens)
-    contiguous_rows(rewards=rewards, values=values)
+    _check(rewards, values, cu_seqlens, gamma, lam)
     if runs_triton(rewards, "rewards"):
-        if rewards.dtype != torch.float32 or values.dtype != torch.float32:
-            raise ValueError(f"rewards, values: expected float32 on CUDA, got {rewards.dtype}, {values.dtype}")
         return _scan(rewards, values, cu_seqlens, float(gamma), float(lam))
     return gae_reference(rewards, values, cu_seqlens, gamma=gamma, lam=lam)
 
 
+def _check(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> None:
+    if rewards.dim() != 1 or rewards.shape != values.shape:
+        raise ValueError(f"rewards, values: expected (N,) each, got {tuple(rewards.shape)}, {tuple(values.shape)}")
+    if rewards.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"rewards: expected float32 or float64, got {str(rewards.dtype).removeprefix('torch.')}")
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name}: expected 0 to 1, got {number}")
+    check_cu_seqlens("cu_seqlens", cu_seqlens, rewards.numel(), rewards.numel())
+    same_dtype(rewards=rewards, values=values)
+    same_device(rewards=rewards, values=values, cu_seqlens=cu_seqlens)
+    contiguous_rows(rewards=rewards, values=values)
+
+
 def whiten(
     x: Tensor, mask: Tensor | None = None, *,
-    moments: Callable[[float, float, float], tuple[float, float, float]] | None = None, epsilon: float = 1e-8,
+    moments: Callable[[float, float, float], tuple[float, float, float]] | None = None, shift_mean: bool = True,
+    epsilon: float = 1e-8,
 ) -> Tensor:  # fmt: skip
     """Numbers of mean 0 and variance 1: (x - mean) / (std + epsilon), 0 where the mask is 0, whatever stands there.
 
     Args:
         x: (N,).   mask: (N,) bool, what takes part; default: all.
         moments: function of (sum, sum of squares, count) on this rank that gives the totals over ranks.
+        shift_mean: False adds the mean back, so that only the scale changes.
         epsilon: added to the deviation, >= 0.
     Raises:
-        ValueError: the mask has another shape, or nothing takes part.
+        ValueError: the mask has another shape, nothing takes part, or epsilon < 0.
     """
     if mask is not None and mask.shape != x.shape:
         raise ValueError(f"mask: expected {tuple(x.shape)}, got {tuple(mask.shape)}")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon: expected >= 0, got {epsilon}")
     kept = x if mask is None else torch.where(mask.bool(), x, 0.0)
     wide = kept.double()
     numbers = float(wide.sum()), float(wide.square().sum()), float(x.numel() if mask is None else mask.bool().sum())
@@ -100,4 +109,5 @@ def whiten(
     mean = total / count
     std = max(squares / count - mean**2, 0.0) ** 0.5
     whitened = (kept - mean) / (std + epsilon)
+    whitened = whitened if shift_mean else whitened + mean
     return whitened if mask is None else torch.where(mask.bool(), whitened, 0.0)

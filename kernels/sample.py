@@ -1,6 +1,7 @@
 """Sampling of one token per row: temperature, top-k, top-p, a seed per row, and the choice's log-probability."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -40,12 +41,14 @@ def uniforms(seeds: Tensor) -> Tensor:
 
 
 def row_seeds(seed: int, rows: Tensor, steps: int) -> Tensor:
-    """(B, steps) int64: a seed for every row and step, by two rounds of SplitMix64's finaliser.
+    """(B, steps) int64: a seed for every row and step, by SplitMix64's finaliser m and its increment g.
+
+    m(m(seed + (row + 1) g) + (step + 1) g) modulo 2^64
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
     """
     golden = -7046029254386353131
-    start = _mixed(torch.tensor(seed, dtype=torch.int64) + (rows.long() + 1) * golden)
+    start = _mixed((seed + 2**63) % 2**64 - 2**63 + (rows.long() + 1) * golden)
     return _mixed(start[:, None] + (torch.arange(steps, device=rows.device) + 1) * golden)
 
 
@@ -60,27 +63,27 @@ def sample_reference(
 ) -> tuple[Tensor, Tensor]:
     """Tokens and log-probabilities as `sample` defines them; masses in fp64."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    greedy_B = torch.as_tensor(temperature, device=logits.device) == 0
-    scaled = wide if isinstance(temperature, float) and temperature in (0.0, 1.0) else wide * _inverse(temperature)
+    heat = torch.as_tensor(temperature, dtype=wide.dtype, device=logits.device)
+    greedy_B = heat == 0
+    scaled = wide
+    if isinstance(temperature, Tensor) or temperature not in (0.0, 1.0):
+        scaled = wide * torch.where(greedy_B, 1.0, heat).reciprocal().view(-1, 1)
     if top_k is not None or top_p is not None:
         scaled = torch.where(greedy_B.view(-1, 1) | (scaled >= _threshold(scaled, top_k, top_p)), scaled, -torch.inf)
     logprobs = scaled.log_softmax(-1)
+    tokens = _chosen(wide, logprobs, uniform, greedy_B)
+    logprob = logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens.masked_fill(logprob.isnan(), 0), logprob
+
+
+def _chosen(wide: Tensor, logprobs: Tensor, uniform: Tensor, greedy_B: Tensor) -> Tensor:
+    """(B,) words. Log-probabilities round: two words may tie there that do not tie in the logits."""
     if bool(greedy_B.all()):
-        tokens = logprobs.argmax(-1)
-    else:
-        cumulative = logprobs.double().exp().cumsum(-1)
-        target = uniform.double()[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        if bool(greedy_B.any()):
-            tokens = torch.where(greedy_B, wide.argmax(-1), tokens)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
-
-
-def _inverse(temperature: Tensor | float) -> Tensor | float:
-    """1 / temperature, per row as a column; 1 for 0."""
-    if isinstance(temperature, float):
-        return 1.0 / temperature
-    return torch.where(temperature == 0, 1.0, 1.0 / temperature)[:, None]
+        return wide.argmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    target = uniform.double()[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=wide.shape[-1] - 1)
+    return torch.where(greedy_B, wide.argmax(-1), tokens) if bool(greedy_B.any()) else tokens
 
 
 def _threshold(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
@@ -133,7 +136,8 @@ def sample(
         seeds: (B,) int64, one per row: the row's uniform number is `uniforms(seed)`.
         temperature: >= 0, a number or (B,); 0 takes the largest logit, the lowest index of a tie, whatever top_k and
             top_p say, with its log-probability at temperature 1 over the whole vocabulary.
-        top_k: >= 0, a number or (B,); 0 or None keeps all.   top_p: in (0, 1], a number or (B,); 1 or None keeps all.
+        top_k: integer >= 0, one or (B,); 0 or None keeps all.
+        top_p: in (0, 1], a number or (B,); 1 or None keeps all.
         uniform: (B,) fp32 in (0, 1) instead of seeds, where many are made at once.
     Returns:
         tokens (B,) int64 and logprobs (B,) fp32 (fp64 for fp64 logits), nats. The same on every device up to the
@@ -144,29 +148,27 @@ def sample(
             gives token 0 with a log-probability of NaN).
     Source: top-p: Holtzman et al. 2020, arXiv:1904.09751.
     """
-    rows = _check(logits, seeds, uniform)
-    temperature = _checked("temperature", temperature, rows, logits.device, 0.0, math.inf)
-    top_k = None if top_k is None else _checked("top_k", top_k, rows, logits.device, 0, math.inf)
-    top_p = None if top_p is None else _checked("top_p", top_p, rows, logits.device, 0.0, 1.0, above=True)
+    _check(logits, seeds, uniform)
+    temperature = _checked("temperature", temperature, logits, 0.0, math.inf)
+    top_k = None if top_k is None else _per_row(_checked("top_k", top_k, logits, 0, math.inf), logits)
+    top_p = None if top_p is None else _per_row(_checked("top_p", top_p, logits, 0.0, 1.0, above=True), logits)
     if runs_triton(logits, "logits"):
-        options = (_per_row(x, rows, logits.device) for x in (temperature, top_k, top_p))
-        tokens, logprobs = _draw(logits, seeds, uniform, *options)
-        _check_rows(logits, logprobs)
-        return tokens, logprobs
-    drawn = uniforms(seeds) if uniform is None else uniform
-    limits = (_per_row(x, rows, logits.device) for x in (top_k, top_p))
-    tokens, logprobs = sample_reference(logits, drawn, temperature, *limits)
+        tokens, logprobs = _draw(logits, seeds, uniform, _per_row(temperature, logits), top_k, top_p)
+    else:
+        drawn = uniforms(seeds) if uniform is None else uniform
+        tokens, logprobs = sample_reference(logits, drawn, temperature, top_k, top_p)
     _check_rows(logits, logprobs)
     return tokens, logprobs
 
 
-def _per_row(x: Tensor | float | None, rows: int, device: torch.device) -> Tensor | None:
-    if x is None or isinstance(x, Tensor):
-        return x
-    return torch.full((rows,), x, device=device, dtype=torch.int32 if isinstance(x, int) else torch.float32)
+def _per_row(x: Tensor | float, logits: Tensor) -> Tensor:
+    """(B,) fp32 or, of integers, int32: those above the vocabulary mean all of it."""
+    if not isinstance(x, Tensor):
+        x = torch.full(logits.shape[:1], min(x, logits.shape[1]) if isinstance(x, int) else x, device=logits.device)
+    return x.float() if x.is_floating_point() else x.clamp(max=logits.shape[1]).int()
 
 
-def _check(logits: Tensor, seeds: Tensor | None, uniform: Tensor | None) -> int:
+def _check(logits: Tensor, seeds: Tensor | None, uniform: Tensor | None) -> None:
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"logits: expected (B, V) with V >= 1, got {tuple(logits.shape)}")
     if not logits.is_floating_point():
@@ -181,25 +183,30 @@ def _check(logits: Tensor, seeds: Tensor | None, uniform: Tensor | None) -> int:
         )
     same_device(logits=logits, seeds=seeds, uniform=uniform)
     contiguous_rows(logits=logits)
-    return logits.shape[0]
 
 
 def _checked(
-    name: str, value: Tensor | float, rows: int, device: torch.device, low: float, high: float, above: bool = False
+    name: str, value: Tensor | float, logits: Tensor, low: float, high: float, above: bool = False
 ) -> Tensor | float:
-    """The number, or the tensor as int32 or fp32, once it is in range."""
-    if isinstance(value, Tensor):
-        if value.shape != (rows,) or value.device != device:
-            raise ValueError(f"{name}: expected ({rows},) on {device}, got {tuple(value.shape)} on {value.device}")
-        numbers = value.tolist() if values_are_checked(value) else []
-        value = value.to(torch.int32 if name == "top_k" else torch.float32)
-    else:
-        numbers, value = [value], int(value) if name == "top_k" else float(value)
-    for number in numbers:
+    """The number or the (B,) tensor as a float, for a float `low`, or as an integer, once it is in range."""
+    is_tensor, kind = isinstance(value, Tensor), type(low)
+    if is_tensor and (value.shape != logits.shape[:1] or value.device != logits.device):
+        wanted, got = f"({logits.shape[0]},) on {logits.device}", f"{tuple(value.shape)} on {value.device}"
+        raise ValueError(f"{name}: expected {wanted}, got {got}")
+    if kind is int and (value.is_floating_point() if is_tensor else not isinstance(value, Integral)):
+        raise ValueError(f"{name}: expected integers, got {value.dtype if is_tensor else value}")
+    for number in _numbers(value):
         if not (low < number if above else low <= number) or not number <= high or number == math.inf:
             range_ = f"in ({low:g}, {high:g}]" if high != math.inf else f">= {low:g} and finite"
             raise ValueError(f"{name}: expected {range_}, got {number}")
-    return value
+    return (value.float() if kind is float else value) if is_tensor else kind(value)
+
+
+def _numbers(value: Tensor | float) -> list[float]:
+    """What there is to look at without a wait for a device."""
+    if not isinstance(value, Tensor):
+        return [value]
+    return value.tolist() if values_are_checked(value) else []
 
 
 def _check_rows(logits: Tensor, logprobs: Tensor) -> None:

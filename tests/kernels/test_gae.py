@@ -9,6 +9,7 @@ import torch
 import kernels
 from kernels.configuration import table, use_arch, use_config
 from kernels.gae import gae, gae_reference, whiten
+from tests.closeness import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,20 +65,27 @@ def test_gae_kernel_equals_the_reference(lengths, gamma, lam):
         runs = [gae(given.to(DEVICE), values.to(DEVICE), cut.to(DEVICE), gamma=gamma, lam=lam) for _ in range(2)]
     for found, again, ref, near in zip(*runs, exact, base):
         assert torch.equal(found, again) and not found[count:].any()
-        if count:
-            limit = 2 * float((near.double() - ref).abs().max()) + 4 * 2.0**-23 * float(ref.abs().max())
-            assert float((found[:count].cpu().double() - ref).abs().max()) <= limit
+        assert_close(found[:count].cpu(), near, ref)
 
 
 @pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("gae")}))
 def test_every_table_entry(arch):
     lengths = [1500, 1, 1024, 0, 300]
     values, given = torch.randn(2, sum(lengths), generator=torch.Generator().manual_seed(3))
-    expected = gae_reference(given.double(), values.double(), marks(lengths), lam=0.9)
+    exact = gae_reference(given.double(), values.double(), marks(lengths), lam=0.9)
+    base = gae_reference(given, values, marks(lengths), lam=0.9)
     with kernels.use_backend("triton"), use_arch(arch if DEVICE == "cpu" else None):
         found = gae(given.to(DEVICE), values.to(DEVICE), marks(lengths).to(DEVICE), lam=0.9)
-    for x, y in zip(found, expected):
-        torch.testing.assert_close(x.cpu().double(), y, rtol=1e-5, atol=1e-5)
+    for x, near, ref in zip(found, base, exact):
+        assert_close(x.cpu(), near, ref)
+
+
+def test_gae_takes_boundaries_of_any_stride():
+    values, given = torch.randn(2, 7, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    apart = torch.tensor([0, 5, 3, 5, 7, 5], dtype=torch.int32, device=DEVICE)[::2]
+    with kernels.use_backend("triton"):
+        found, expected = (gae(given, values, cut) for cut in (apart, apart.clone()))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
 
 
 def test_gae_operation_traces():
@@ -98,6 +106,13 @@ def test_gae_operation_traces():
         ({"gamma": 1.1}, "gamma: expected 0 to 1, got 1.1"),
         ({"lam": -0.1}, "lam: expected 0 to 1, got -0.1"),
         ({"rewards": torch.zeros(6)[::2]}, "rewards: expected a contiguous last dim"),
+        ({"rewards": torch.zeros(3).half()}, "rewards: expected float32 or float64, got float16"),
+        (
+            {"values": torch.zeros(3).double()},
+            "values: expected the dtype of rewards, torch.float32, got torch.float64",
+        ),
+        ({"values": torch.zeros(3, device="meta")}, "values: expected the device of rewards, cpu, got meta"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: expected int32, got int64"),
     ],
 )
 def test_gae_refuses_what_does_not_fit(changes, message):
@@ -113,6 +128,20 @@ def test_whiten_of_hand_worked_numbers():
     assert whiten(torch.tensor([5.0])).tolist() == [0]
 
 
+def test_whiten_without_the_shift_keeps_the_mean():
+    """1 and 5: mean 3, deviation 2."""
+    x = torch.tensor([1.0, math.inf, 5.0])
+    found = whiten(x, torch.tensor([True, False, True]), shift_mean=False)
+    assert found.tolist() == pytest.approx([2, 0, 4])
+
+
+def test_whiten_rounds_as_double_moments_do():
+    x = torch.randn(997, generator=torch.Generator().manual_seed(5)) + 3
+    mean = float(x.double().sum()) / 997
+    std = (float(x.double().square().sum()) / 997 - mean**2) ** 0.5
+    assert torch.equal(whiten(x), (x - mean) / (std + 1e-8))
+
+
 def test_whiten_takes_the_moments_of_all_ranks():
     """With 4 on another rank: mean 8 / 3, variance 26 / 3 - 64 / 9."""
     found = whiten(torch.tensor([1.0, 3.0]), moments=lambda total, squares, count: (total + 4, squares + 16, count + 1))
@@ -125,3 +154,5 @@ def test_whiten_refuses_another_shape_and_nothing():
         whiten(torch.zeros(2), torch.ones(3))
     with pytest.raises(ValueError, match="mask: expected at least one number that takes part, got none"):
         whiten(torch.zeros(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="epsilon: expected >= 0, got -1"):
+        whiten(torch.zeros(2), epsilon=-1)

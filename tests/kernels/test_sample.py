@@ -8,6 +8,7 @@ import torch
 import kernels
 from kernels.configuration import table, use_arch, use_config
 from kernels.sample import philox, row_seeds, sample, uniforms
+from tests.closeness import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,6 +42,7 @@ def test_row_seeds_depend_on_row_step_and_seed_alone():
     assert len(set(whole.flatten().tolist())) == 1500
     assert torch.equal(row_seeds(7, torch.tensor([31, 4]), 9), whole[[31, 4], :9])
     assert not torch.equal(row_seeds(8, torch.arange(50), 30), whole)
+    assert torch.equal(row_seeds(2**64 - 1, torch.arange(3), 2), row_seeds(-1, torch.arange(3), 2))
     # SplitMix64's first output from state 0, published with its reference code.
     from kernels.sample import _mixed
 
@@ -145,6 +147,73 @@ def test_kernel_draws_what_the_reference_draws(words, dtype):
         assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
 
 
+def on_kernel(logits, drawn, **options):
+    """What the kernel gives, on CPU; a block of 64 words."""
+    there = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
+        return [x.cpu() for x in sample(logits.to(DEVICE), drawn.to(DEVICE), **there)]
+
+
+# Catches: a row's options read from another row; a token of the block's number alone.
+def test_kernel_draws_what_the_reference_draws_in_hundreds_of_rows():
+    logits, drawn = awkward(200, 101, torch.float32), seeds(200, 4)
+    heat = torch.linspace(0, 2, 200)
+    for options in ({}, {"temperature": heat}):
+        expected, found = sample(logits, drawn, **options), on_kernel(logits, drawn, **options)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.8}], ids=str)
+def test_logprobs_are_as_near_to_float64_as_those_of_eager(options):
+    logits, drawn = torch.randn(9, 131, generator=torch.Generator().manual_seed(4)).mul(3), seeds(9, 5)
+    options = {name: torch.full((9,), x) if name == "temperature" else x for name, x in options.items()}
+    exact, base = sample(logits.double(), drawn, **options), sample(logits, drawn, **options)
+    found = on_kernel(logits, drawn, **options)
+    assert torch.equal(found[0], exact[0]) and torch.equal(base[0], exact[0])
+    assert_close(found[1], base[1], exact[1])
+
+
+def test_kernel_takes_rows_options_and_seeds_of_any_stride():
+    logits, drawn = torch.randn(4, 90, generator=torch.Generator().manual_seed(6)).mul(2), seeds(8, 1)
+    mixed = torch.tensor([0.5, 9.0, 1.0, 9.0, 0.0, 9.0, 2.0, 9.0])[::2]
+    counts = torch.tensor([3, 1, 70, 1, 0, 1, 9, 1])[::2]
+    share = torch.tensor([0.6]).expand(4)
+    expected = sample(logits[:, :70].clone(), drawn[::2].clone(), temperature=mixed, top_k=counts, top_p=share)
+    with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
+        found = sample(
+            logits.to(DEVICE)[:, :70], drawn.to(DEVICE)[::2], temperature=mixed.to(DEVICE), top_k=counts.to(DEVICE),
+            top_p=share.to(DEVICE),
+        )  # fmt: skip
+    assert torch.equal(found[0].cpu(), expected[0])
+    torch.testing.assert_close(found[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)
+
+
+def test_numbers_and_tensors_mean_the_same():
+    logits, drawn = torch.randn(5, 33, generator=torch.Generator().manual_seed(7)), seeds(5)
+    for heat in (0.003, 0.7, 0.9, 1.0, 1.3, 1e-50, 0.0):
+        one, many = (sample(logits, drawn, temperature=t) for t in (heat, torch.full((5,), heat)))
+        assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
+    for count in (33, 2**31, 2**40):
+        for top_k in (count, torch.full((5,), count)):
+            for found in (sample(logits, drawn, top_k=top_k), on_kernel(logits, drawn, top_k=top_k)):
+                assert torch.equal(found[0], sample(logits, drawn)[0])
+
+
+def test_greedy_takes_the_largest_logit_where_logprobs_round_to_a_tie():
+    logits = torch.zeros(2, 600)
+    logits[0, 300] = 1e-8
+    assert len(logits[0].log_softmax(-1).unique()) == 1
+    for heat in (0.0, torch.zeros(2), torch.tensor([0.0, 1.0])):
+        for found in (sample(logits, seeds(2), temperature=heat), on_kernel(logits, seeds(2), temperature=heat)):
+            assert int(found[0][0]) == 300 and float(found[1][0]) == pytest.approx(-math.log(600))
+
+
+def test_no_rows():
+    for found in (sample(torch.zeros(0, 5), seeds(0), top_k=2), on_kernel(torch.zeros(0, 5), seeds(0), top_p=0.5)):
+        assert [(x.shape, x.dtype) for x in found] == [((0,), torch.int64), ((0,), torch.float32)]
+
+
 @pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("sample")}))
 def test_every_table_entry(arch):
     logits, drawn = awkward(3, 2100, torch.float32), seeds(3, 9)
@@ -204,7 +273,15 @@ def test_sample_operation_traces():
         ({"temperature": math.inf}, "temperature: expected >= 0 and finite, got inf"),
         ({"temperature": torch.tensor([1.0, math.nan, 1.0])}, "temperature: expected >= 0 and finite, got nan"),
         ({"temperature": torch.ones(2)}, r"temperature: expected \(3,\) on cpu, got \(2,\) on cpu"),
+        ({"temperature": torch.ones(3, device="meta")}, r"temperature: expected \(3,\) on cpu, got \(3,\) on meta"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64, device="meta")}, "seeds: expected the device of logits, cpu, got"),
+        ({"seeds": None, "uniform": torch.zeros(3).double()}, r"uniform: expected \(3,\) float32, got \(3,\) float64"),
         ({"top_k": -1}, "top_k: expected >= 0 and finite, got -1"),
+        ({"top_k": torch.tensor([1, -2, 0])}, "top_k: expected >= 0 and finite, got -2"),
+        ({"top_k": 2.5}, "top_k: expected integers, got 2.5"),
+        ({"top_k": torch.ones(3)}, "top_k: expected integers, got torch.float32"),
+        ({"top_k": torch.ones(2, dtype=torch.int64)}, r"top_k: expected \(3,\) on cpu, got \(2,\) on cpu"),
+        ({"top_p": math.nan}, r"top_p: expected in \(0, 1\], got nan"),
         ({"top_p": 0.0}, r"top_p: expected in \(0, 1\], got 0.0"),
         ({"top_p": torch.tensor([0.5, 1.5, 1.0])}, r"top_p: expected in \(0, 1\], got 1.5"),
     ],

@@ -73,6 +73,28 @@ def test_sampled_tokens_have_the_distribution_of_the_model(temperature):
     assert float(((share - exact) / (exact * (1 - exact) / count).sqrt()).abs().max()) < 4.5
 
 
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.7}])
+def test_truncated_tokens_have_the_logprobs_of_the_truncated_distribution(options):
+    net = model()
+    found = generate(net, PROMPTS, max_new_tokens=6, temperature=0.8, seed=3, eos_id=NEVER, **options)
+    for prompt, tokens, logprobs in zip(PROMPTS, found.tokens, found.logprobs):
+        probability = (forward(net, [*prompt, *tokens])[len(prompt) - 1 : -1].double() / 0.8).softmax(-1)
+        for token, logprob, p in zip(tokens, logprobs, probability):
+            ranked = p.sort(descending=True).values[: options.get("top_k", 23)]
+            before = (ranked.cumsum(0) - ranked) / ranked.sum()
+            kept = ranked[before < options.get("top_p", 1.0)]
+            assert float(p[token]) >= float(kept[-1]) - 1e-9
+            assert logprob == pytest.approx(float((p[token] / kept.sum()).log()), abs=1e-4)
+
+
+def test_truncation_to_one_word_is_greedy():
+    net = model()
+    greedy = generate(net, PROMPTS, max_new_tokens=8, eos_id=NEVER)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+        found = generate(net, PROMPTS, max_new_tokens=8, temperature=1.0, seed=5, eos_id=NEVER, **options)
+        assert found.tokens == greedy.tokens and {p for row in found.logprobs for p in row} == {0.0}
+
+
 def test_generation_ends_at_eos_and_at_the_limit():
     net = model()
     free = generate(net, PROMPTS, max_new_tokens=12, eos_id=NEVER).tokens
@@ -94,6 +116,10 @@ def test_generation_ends_at_eos_and_at_the_limit():
         ([[1], []], {}, r"prompts\[1\]: expected 1 to 35 tokens, got 0"),
         ([[1] * 36], {}, r"prompts\[0\]: expected 1 to 35 tokens, got 36"),
         ([[1]], {"temperature": -0.1}, "temperature: expected >= 0 and finite, got -0.1"),
+        ([[1]], {"temperature": float("inf")}, "temperature: expected >= 0 and finite, got inf"),
+        ([[1]], {"top_k": -1}, "top_k: expected >= 0, got -1"),
+        ([[1]], {"top_p": 0.0}, r"top_p: expected in \(0, 1\], got 0.0"),
+        ([[1]], {"top_p": 1.1}, r"top_p: expected in \(0, 1\], got 1.1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected >= 1, got 0"),
     ],
 )
@@ -143,6 +169,7 @@ def test_answer_texts_decode_what_is_generated():
     messages = [(Message("user", "What is two?"),), (Message("user", "It is four."),)]
     ids = [encode_prompt(tokenizer, m) for m in messages]
     found = generate(net, ids, max_new_tokens=8, eos_id=tokenizer.eos_id)
-    assert answer_texts(net, tokenizer, messages, max_new_tokens=8) == [
-        tokenizer.decode(t).strip() for t in found.tokens
-    ]
+    texts = [tokenizer.decode(t).strip() for t in found.tokens]
+    assert answer_texts(net, tokenizer, messages, max_new_tokens=8) == texts
+    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert answer_texts(net, tokenizer, messages, max_new_tokens=8, temperature=1.0, **options) == texts

@@ -21,7 +21,7 @@ class Generation:
     """What was sampled, one entry per prompt.
 
     tokens: ids after the prompt, the closing EOS included where it came.   logprobs: nats, under the distribution that
-    each id was drawn from (temperature applied).   finished: whether EOS came within the limit.
+    each id was drawn from (temperature, top-k and top-p applied).   finished: whether EOS came within the limit.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -44,14 +44,16 @@ def generate(
 ) -> Generation:
     """Continuations of prompts.
 
-    Row i draws its own uniform number from (seed, i, step), so its text does not depend on how rows are batched.
+    Row i draws its uniform number of a step from `kernels.sample.row_seeds` of (seed, i, step), so its text does not
+    depend on how rows are batched.
 
     Args:
         prompts: token ids, each at least one.   max_new_tokens: limit per row, EOS counted.
         temperature: 0 is greedy; otherwise logits are divided by it.   batch_size: rows decoded together.
         top_k, top_p: truncation of the distribution, as in `kernels.sample`; None: none.
     Returns:
-        Generation, in the order of the prompts. Greedy log-probabilities are those at temperature 1.
+        Generation, in the order of the prompts. Log-probabilities are those of the truncated distribution; greedy ones
+        those at temperature 1 over the whole vocabulary.
     Raises:
         ValueError: an empty prompt, a number out of its range, or a prompt that leaves no room in the context.
     """
