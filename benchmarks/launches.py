@@ -279,6 +279,93 @@ def _sample(dtype: torch.dtype, truncated: bool, seeded: bool) -> None:
     )  # fmt: skip
 
 
+def moe_route(shape: dict[str, int]) -> Iterator[Form]:
+    """The 8x22B shape, choosing and replaying; a width that the tiles do not divide, experts that are not all there."""
+    dtype = DTYPES[shape["bytes"]]
+    yield f"8x22b {NAMES[dtype]}", lambda: _moe_route(dtype, 6144, 8, 2, False)
+    yield f"8x22b replay {NAMES[dtype]}", lambda: _moe_route(dtype, 6144, 8, 2, True)
+    yield f"D=1000 E=60 A=4 {NAMES[dtype]}", lambda: _moe_route(dtype, 1000, 60, 4, False)
+
+
+def moe_layout(shape: dict[str, int]) -> Iterator[Form]:
+    """8 experts and 60."""
+    for experts, choices in ((8, 2), (60, 4)):
+        yield f"E={experts} A={choices}", lambda e=experts, a=choices: _moe_route(torch.bfloat16, 6144, e, a, False)
+
+
+def _moe_route(dtype: torch.dtype, width: int, experts: int, choices: int, replay: bool) -> None:
+    from kernels._moe_route import moe_route
+
+    given = _meta(TOKENS, choices, dtype=torch.int32) if replay else None
+    moe_route(_meta(TOKENS, width, dtype=dtype), _meta(experts, width, dtype=dtype), choices, given)
+
+
+def experts(shape: dict[str, int]) -> Iterator[Form]:
+    """The 8x22B shape, rows gathered in the load and permuted beforehand, and sizes that no tile divides."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, width, ffn_width in (("8x22b", 6144, 16384), ("D=1088 F=2880", 1088, 2880)):
+        yield f"{name} {NAMES[dtype]}", lambda w=width, f=ffn_width: _experts(dtype, w, f, True)
+    yield f"8x22b permuted {NAMES[dtype]}", lambda: _experts(dtype, 6144, 16384, False)
+
+
+def down_products(shape: dict[str, int]) -> Iterator[Form]:
+    """Products with (E, N, K) and with (E, K, N): a forward's last and a backward's last."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, width, ffn_width in (("8x22b", 6144, 16384), ("D=1088 F=2880", 1088, 2880)):
+        for transposed in (False, True):
+            label = f"{name}{' transposed' if transposed else ''} {NAMES[dtype]}"
+            yield label, lambda w=width, f=ffn_width, t=transposed: _down_product(dtype, w, f, t)
+
+
+def moe_rows(shape: dict[str, int]) -> Iterator[Form]:
+    """Sums with gates and without; copies."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, width in (("8x22b", 6144), ("D=1000", 1000)):
+        for gated in (True, False):
+            label = f"{name}{' gated' if gated else ''} {NAMES[dtype]}"
+            yield label, lambda w=width, g=gated: _moe_rows(dtype, w, g)
+
+
+EXPERTS, CHOICES = 8, 2
+
+
+def _layout() -> Any:
+    from kernels._grouped_matmul import Layout
+    from kernels.moe_route import num_slots
+
+    rows, slots = TOKENS * CHOICES, num_slots(TOKENS * CHOICES, EXPERTS)
+    shapes = ((rows,), (TOKENS, CHOICES), (EXPERTS + 1,), (2, slots))
+    return Layout(*(_meta(*shape, dtype=torch.int32) for shape in shapes))
+
+
+def _experts(dtype: torch.dtype, width: int, ffn_width: int, gather: bool) -> None:
+    from kernels import _grouped_matmul as grouped
+
+    layout, x, rows = _layout(), _meta(TOKENS, width, dtype=dtype), TOKENS * CHOICES
+    gate_up, down = _meta(EXPERTS, 2 * ffn_width, width, dtype=dtype), _meta(EXPERTS, width, ffn_width, dtype=dtype)
+    with grouped.use_gather(gather):
+        _, inner = grouped.grouped_swiglu(x, gate_up, layout, True)
+        gates = _meta(TOKENS, CHOICES, dtype=torch.float32)
+        grouped.grouped_dswiglu(x, down, inner, gates, layout)
+        grouped.grouped_dweight(_meta(rows, 2 * ffn_width, dtype=dtype), x, layout, EXPERTS, gathered="right")
+
+
+def _down_product(dtype: torch.dtype, width: int, ffn_width: int, transposed: bool) -> None:
+    from kernels._grouped_matmul import grouped_matmul
+
+    depth, columns = (2 * ffn_width, width) if transposed else (ffn_width, width)
+    weight = _meta(EXPERTS, *((depth, columns) if transposed else (columns, depth)), dtype=dtype)
+    grouped_matmul(_meta(TOKENS * CHOICES, depth, dtype=dtype), weight, _layout(), transposed=transposed)
+
+
+def _moe_rows(dtype: torch.dtype, width: int, gated: bool) -> None:
+    from kernels._expert_rows import moe_combine, moe_permute
+
+    layout, gates = _layout(), _meta(TOKENS, CHOICES, dtype=torch.float32) if gated else None
+    moe_combine(_meta(TOKENS * CHOICES, width, dtype=dtype), gates, layout.positions)
+    moe_permute(_meta(TOKENS, width, dtype=dtype), layout.rows, CHOICES)
+
+
 FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "attention_forward": attention, "attention_backward_kv": attention, "attention_backward_q": attention,
     "attention_delta": attention_delta, "rms_norm_forward": rms_norm, "rms_norm_backward": rms_norm,
@@ -286,4 +373,7 @@ FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "adamw": adamw, "linear_logprob_statistics": linear_logprob, "linear_logprob_merge": linear_logprob_merge,
     "linear_logprob_dlogits": linear_logprob, "dpo": dpo,
     "sequence_logprobs": sequence_logprobs, "ppo": ppo, "value_loss": value_loss, "gae": gae, "sample": sample,
+    "moe_route": moe_route, "moe_offsets": moe_layout, "moe_place": moe_layout, "moe_combine": moe_rows,
+    "moe_permute": moe_rows, "grouped_swiglu": experts, "grouped_dswiglu": experts, "grouped_dweight": experts,
+    "grouped_matmul": down_products,
 }  # fmt: skip

@@ -27,7 +27,11 @@ TILE_REGISTERS = 224
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Tables of kernels over a few numbers per token or one row per sample: a launch costs more than they do, and nothing is
 # gained by tuning them. Their entries are cases of the tests.
-UNTUNED = frozenset(("dpo", "gae", "linear_logprob_merge", "ppo", "sample", "sequence_logprobs", "value_loss"))
+UNTUNED = frozenset(
+    ("dpo", "gae", "grouped_dswiglu", "grouped_dweight", "grouped_matmul", "grouped_swiglu", "linear_logprob_merge",
+     "moe_combine", "moe_permute", "moe_route", "moe_offsets", "moe_place", "ppo", "sample", "sequence_logprobs",
+     "value_loss")
+)  # fmt: skip
 FORWARDS = frozenset(("linear_logprob_statistics",))
 # Sequences of a check: around the tile sizes, an empty one, one token, an odd prime; small ones for the interpreter.
 LENGTHS = (129, 0, 1, 64, 257, 63, 127)

@@ -1,4 +1,4 @@
-"""The C++ part of the engine behind a plain C interface, loaded with ctypes.
+"""The C++ part of the engine behind a plain C interface, loaded with ctypes; `csrc.cuda` is the CUDA part.
 
 `library()` builds libwizard.so with g++ when it is missing or older than its sources, and loads it once. Nothing here
 needs more than the standard library, so that the package's build can import it too.
@@ -10,7 +10,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,12 @@ def sources() -> list[Path]:
 
 def is_current() -> bool:
     """Whether the library is there and no older than its sources."""
-    return LIBRARY.exists() and all(LIBRARY.stat().st_mtime >= source.stat().st_mtime for source in sources())
+    return is_newer(LIBRARY, sources())
+
+
+def is_newer(library: Path, sources: Sequence[Path]) -> bool:
+    """Whether a library is there and no older than its sources."""
+    return library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in sources)
 
 
 def build() -> Path:
@@ -45,9 +50,7 @@ def build() -> Path:
         RuntimeError: g++ is missing or the folder cannot be written, or the compiler fails, with its output.
     """
     try:
-        with _lock():
-            if not is_current():
-                _compile()
+        compile_library(LIBRARY, sources(), [os.environ.get("CXX", "g++"), *FLAGS])
     except OSError as error:
         raise RuntimeError(
             f"{LIBRARY}: expected to build it with g++, got {error}; install g++ or build it once"
@@ -74,25 +77,34 @@ def check(status: int, what: str) -> int:
     return status
 
 
+def compile_library(library: Path, sources: Sequence[Path], command: Sequence[str]) -> None:
+    """Runs `command SOURCES -o library` unless the library is current, one process at a time.
+
+    It compiles beside the library and renames, so that no process ever loads half a file.
+
+    Raises:
+        OSError: the compiler is missing or the folder cannot be written.
+        RuntimeError: the compiler fails; with its output.
+    """
+    with _lock(library.parent):
+        if is_newer(library, sources):
+            return
+        with tempfile.TemporaryDirectory(prefix=".build.", dir=library.parent) as folder:
+            output = Path(folder) / library.name
+            whole = [*command, *map(str, sources), "-o", str(output)]
+            result = subprocess.run(whole, capture_output=True, text=True)
+            if result.returncode:
+                printed = result.stderr or result.stdout
+                raise RuntimeError(f"{' '.join(whole)}: expected a library, got exit {result.returncode}:\n{printed}")
+            os.replace(output, library)
+
+
 @contextmanager
-def _lock() -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[None]:
     """Holds an exclusive lock on the folder, which is let go when the process ends for whatever reason."""
-    handle = os.open(FOLDER, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
-
-
-def _compile() -> None:
-    """Compiles beside the library and renames, so that no process ever loads half a file."""
-    with tempfile.TemporaryDirectory(prefix=".build.", dir=FOLDER) as folder:
-        output = Path(folder) / LIBRARY.name
-        command = [os.environ.get("CXX", "g++"), *FLAGS, *map(str, sources()), "-o", str(output)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(
-                f"{' '.join(command)}: expected a library, got exit {result.returncode}:\n{result.stderr}"
-            )
-        os.replace(output, LIBRARY)

@@ -21,19 +21,24 @@ class Shapes:
     head_width: int = 6
     ffn_width: int = 20
     window: int | None = None
+    experts: int = 0
+    experts_per_token: int = 2
 
 
-def test_flops_are_those_of_the_matrix_products():
+@pytest.mark.parametrize("experts", [0, 5])
+def test_flops_are_those_of_the_matrix_products(experts):
     """Counted by torch over the products of one full (unmasked) forward; the mask is counted by hand."""
-    c, s = Shapes(), 7
+    c, s = Shapes(experts=experts), 7
     x = torch.randn(s, c.width)
     with FlopCounterMode(display=False) as counter:
         for _ in range(c.layers):
             for outputs in (c.heads * c.head_width, c.kv_heads * c.head_width, c.kv_heads * c.head_width):
                 x @ torch.randn(c.width, outputs)
             torch.randn(s, c.heads * c.head_width) @ torch.randn(c.heads * c.head_width, c.width)
-            for _ in range(3):
+            for _ in range(3 * (c.experts_per_token if experts else 1)):
                 x @ torch.randn(c.width, c.ffn_width)
+            if experts:
+                x @ torch.randn(c.width, experts)
             for token, _ in itertools.product(range(s), range(c.heads)):
                 torch.randn(1, c.head_width) @ torch.randn(c.head_width, token + 1)
                 torch.randn(1, token + 1) @ torch.randn(token + 1, c.head_width)

@@ -1,9 +1,10 @@
 """How fast a run is against what the machine can do: operations per token, the machine's peak, a stopwatch.
 
 A forward pass takes, per token, 2 operations (a multiplication and an addition) for every weight of a matrix that the
-token is multiplied with (N: all blocks and the output head, not the input embedding, which is looked up), and in every
-layer 2 H C operations for each key it is scored against and 2 H C for each value it adds up. With causal masking a
-token of a sequence of length s sees (s + 1) / 2 keys on average, fewer with a sliding window:
+token is multiplied with (N: all blocks, of experts those that it is sent to, and the output head, not the input
+embedding, which is looked up), and in every layer 2 H C operations for each key it is scored against and 2 H C for each
+value it adds up. With causal masking a token of a sequence of length s sees (s + 1) / 2 keys on average, fewer with a
+sliding window:
 
     forward  = 2 N + 4 L H C keys          training = 3 forward (backward takes twice the forward) = 6 N + 12 L H C keys
 
@@ -38,12 +39,16 @@ class Shapes(Protocol):
     head_width: int
     ffn_width: int
     window: int | None
+    experts: int
+    experts_per_token: int
 
 
 def matrix_parameters(config: Shapes) -> int:
-    """N: weights of all matrices that every token is multiplied with, the output head included."""
+    """N: weights of all matrices that a token is multiplied with, its experts' alone and the output head included."""
     attention = config.width * config.head_width * 2 * (config.heads + config.kv_heads)
-    return config.layers * (attention + 3 * config.width * config.ffn_width) + config.width * config.vocab_size
+    feed_forward = 3 * config.width * config.ffn_width * (config.experts_per_token if config.experts else 1)
+    router = config.width * config.experts
+    return config.layers * (attention + feed_forward + router) + config.width * config.vocab_size
 
 
 def mean_keys(sequence_length: float, window: int | None = None) -> float:

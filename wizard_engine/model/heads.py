@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from kernels.linear_logprob import linear_logprob
 
 from .config import ModelConfig
+from .mixture import Routes
 from .transformer import Transformer
 
 LAGS = 8
@@ -51,9 +52,11 @@ class ScoringModel(nn.Module):
         scoring.body.load_state_dict(model.state_dict())
         return scoring.to(next(model.parameters()).device)
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
+    ) -> Tensor:
         """(T, outputs) fp32 scores at every position; arguments as for Transformer."""
-        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen).float()
+        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen, routes).float()
         if self.surprise:
             hidden_TD = torch.cat((hidden_TD, self._surprises(hidden_TD.detach(), tokens, positions)), dim=-1)
         return self.score(hidden_TD)

@@ -11,6 +11,10 @@ from kernels.rope import rope, rope_tables
 from kernels.swiglu import swiglu
 
 from .config import ModelConfig
+from .mixture import Mixture, Routes
+
+# Names of weights that write to the residual stream.
+RESIDUAL = ("attention.out.weight", "feed_forward.down.weight", "feed_forward.down")
 
 
 class Norm(nn.Module):
@@ -51,21 +55,23 @@ class FeedForward(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
         self.down = nn.Linear(config.ffn_width, config.width, bias=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, routes: Routes | None = None) -> Tensor:
         return self.down(swiglu(self.gate_up(x_TD)))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = Norm(config.width, config.norm_epsilon)
         self.attention = Attention(config)
         self.feed_forward_norm = Norm(config.width, config.norm_epsilon)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = Mixture(config, layer) if config.experts else FeedForward(config)
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
+    ) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos, sin, cu_seqlens, max_seqlen)
-        return x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
+        return x_TD + self.feed_forward(self.feed_forward_norm(x_TD), routes)
 
 
 class Transformer(nn.Module):
@@ -79,7 +85,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = Norm(config.width, config.norm_epsilon)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         if seed is not None:
@@ -94,7 +100,7 @@ class Transformer(nn.Module):
             if parameter.dim() < 2:
                 parameter.fill_(1.0)
                 continue
-            std = residual if name.endswith(("attention.out.weight", "feed_forward.down.weight")) else None
+            std = residual if name.endswith(RESIDUAL) else None
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (std or self.config.init_std))
 
     @property
@@ -102,19 +108,24 @@ class Transformer(nn.Module):
         """(V, D) rows that score the vocabulary: the embedding itself where the head is tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
+    ) -> Tensor:
         """Hidden states after the last norm.
 
         Args:
             tokens: (T,) int64.   positions: (T,) int64, counted from each sequence's start.
             cu_seqlens: (S + 1,) int32.   max_seqlen: longest sequence, tokens.
+            routes: of a model with experts, records where the tokens go, or replays what it has (see `Routes`).
         Returns:
             (T, D).
         """
         cos, sin = rope_tables(positions, self.config.head_width, self.config.rope_base)
         x_TD = self.embedding(tokens)
+        if routes is not None:
+            routes.real = torch.arange(tokens.shape[0], device=tokens.device) < cu_seqlens[-1]
         for block in self.blocks:
-            x_TD = block(x_TD, cos, sin, cu_seqlens, max_seqlen)
+            x_TD = block(x_TD, cos, sin, cu_seqlens, max_seqlen, routes)
         return self.norm(x_TD)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

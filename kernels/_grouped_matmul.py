@@ -1,0 +1,427 @@
+"""Kernels of grouped products: one matrix per expert over its own rows, and what is fused behind them.
+
+Rows of an expert are contiguous, offsets[e] to offsets[e + 1]. A program takes a block of rows of one tile of the tile
+table and a block of columns; programs of the table's empty slots end at once. Operands that stand elsewhere, as tokens
+before they are sorted, are gathered in the load through `index`, whose entries are token * CHOICES + choice.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configuration import configuration
+from .launch import launch, named
+from .moe_route import TILE_ROWS
+
+# Blocks of rows that run side by side: their operands stay in L2 while the columns go by.
+GROUP = 16
+
+_forced: bool | None = None
+
+
+@triton.jit
+def _place(program, blocks, columns, GROUP: tl.constexpr):
+    """Block of rows and block of columns of a program: groups of GROUP row blocks in turn, row blocks fastest."""
+    group = program // (GROUP * columns)
+    inside = program % (GROUP * columns)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def _block(
+    tiles, offsets, slots, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Expert, first row, end of the expert's rows, and first column of this program; row >= end where it is idle."""
+    PARTS: tl.constexpr = TILE // BLOCK_M
+    block, column = _place(tl.program_id(0), slots * PARTS, (COLUMNS + BLOCK_N - 1) // BLOCK_N, GROUP)
+    expert = tl.load(tiles + block // PARTS)
+    row = tl.load(tiles + slots + block // PARTS) + block % PARTS * BLOCK_M
+    return expert, row, tl.load(offsets + expert + 1), column * BLOCK_N
+
+
+@triton.jit
+def _products(
+    x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, CHOICES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) products of rows and a block of columns, twice where PAIR: of column and COLUMNS + column.
+
+    weight is (E, N, K), or (E, K, N) where TRANSPOSED, N = COLUMNS or 2 COLUMNS where PAIR. Rows and columns behind the
+    ends are repeated or belong to others: they are not stored.
+    """
+    ROWS: tl.constexpr = DEPTH if TRANSPOSED else (2 * COLUMNS if PAIR else COLUMNS)
+    first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    depth = tl.arange(0, BLOCK_K)
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+    if index is not None:
+        rows = tl.load(index + rows) // CHOICES
+    x_at = x + rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
+    columns = tl.minimum(column + tl.arange(0, BLOCK_N), COLUMNS - 1)
+    if TRANSPOSED:
+        w_at = weight + expert.to(tl.int64) * (DEPTH * COLUMNS) + depth[:, None] * COLUMNS + columns[None, :]
+    else:
+        w_at = weight + expert.to(tl.int64) * (ROWS * DEPTH) + columns[:, None] * DEPTH + depth[None, :]
+    for k in tl.range(0, DEPTH, BLOCK_K):
+        if TMA and index is None:
+            x_MK = x_tiles.load([row, k])
+        elif DEPTH % BLOCK_K == 0:
+            x_MK = tl.load(x_at + k)
+        else:
+            x_MK = tl.load(x_at + k, mask=(depth < DEPTH - k)[None, :], other=0.0)
+        if TRANSPOSED:
+            if TMA:
+                w_KN = weight_tiles.load([expert * ROWS + k, column])
+            elif DEPTH % BLOCK_K == 0:
+                w_KN = tl.load(w_at + k * COLUMNS)
+            else:
+                w_KN = tl.load(w_at + k * COLUMNS, mask=(depth < DEPTH - k)[:, None], other=0.0)
+            first = tl.dot(x_MK, w_KN, first, input_precision=PRECISION)
+        else:
+            if TMA:
+                w_NK = weight_tiles.load([expert * ROWS + column, k])
+            elif DEPTH % BLOCK_K == 0:
+                w_NK = tl.load(w_at + k)
+            else:
+                w_NK = tl.load(w_at + k, mask=(depth < DEPTH - k)[None, :], other=0.0)
+            first = tl.dot(x_MK, w_NK.T, first, input_precision=PRECISION)
+            if PAIR:
+                if TMA:
+                    v_NK = weight_tiles.load([expert * ROWS + COLUMNS + column, k])
+                elif DEPTH % BLOCK_K == 0:
+                    v_NK = tl.load(w_at + COLUMNS * DEPTH + k)
+                else:
+                    v_NK = tl.load(w_at + COLUMNS * DEPTH + k, mask=(depth < DEPTH - k)[None, :], other=0.0)
+                second = tl.dot(x_MK, v_NK.T, second, input_precision=PRECISION)
+    return first, second
+
+
+@triton.jit
+def _mask(row, end, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and which elements exist."""
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
+    kept = (rows < end)[:, None]
+    if COLUMNS % BLOCK_N != 0:
+        kept = kept & (columns < COLUMNS)[None, :]
+    return rows.to(tl.int64)[:, None], columns[None, :], kept
+
+
+@triton.jit(repr=named("grouped_matmul", "DEPTH", "COLUMNS", "TRANSPOSED"), do_not_specialize=["slots"])
+def grouped_matmul_kernel(
+    x, weight, index, x_tiles, weight_tiles, tiles, offsets, out, slots, stride_x,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TRANSPOSED: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
+    if row >= end:
+        return
+    product, _ = _products(
+        x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, TRANSPOSED,
+        CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+    )  # fmt: skip
+    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N)
+    tl.store(out + rows * COLUMNS + columns, product.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(repr=named("grouped_swiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots"])
+def grouped_swiglu_kernel(
+    x, weight, index, x_tiles, weight_tiles, tiles, offsets, gate_up, out, slots, stride_x,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
+    if row >= end:
+        return
+    gate, up = _products(
+        x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, True, False,
+        CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+    )  # fmt: skip
+    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N)
+    # Rounded as they are stored: the backward starts from the stored numbers.
+    gate = gate.to(out.dtype.element_ty)
+    up = up.to(out.dtype.element_ty)
+    if gate_up is not None:
+        tl.store(gate_up + rows * (2 * COLUMNS) + columns, gate, mask=kept)
+        tl.store(gate_up + rows * (2 * COLUMNS) + COLUMNS + columns, up, mask=kept)
+    wide = gate.to(tl.float32)
+    hidden = wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)
+    tl.store(out + rows * COLUMNS + columns, hidden.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _dswiglu(
+    slope, weight_M, gate_up, dgate_up, gated, row, end, column,
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile's slopes and weighted activations; what its rows add up to before the weight, (BLOCK_M,).
+
+    That sum is the slope of the weight.
+    """
+    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N)
+    at = rows * (2 * COLUMNS) + columns
+    gate = tl.load(gate_up + at, mask=kept, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + COLUMNS, mask=kept, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    own = tl.sum(tl.where(kept, slope * silu * up, 0.0), 1)
+    hidden = weight_M[:, None] * silu * up
+    tl.store(gated + rows * COLUMNS + columns, hidden.to(gated.dtype.element_ty), mask=kept)
+    slope = slope * weight_M[:, None]
+    tl.store(dgate_up + at + COLUMNS, (slope * silu).to(dgate_up.dtype.element_ty), mask=kept)
+    dgate = slope * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=kept)
+    return own
+
+
+@triton.jit(repr=named("grouped_dswiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots", "total"])
+def grouped_dswiglu_kernel(
+    x, weight, index, x_tiles, weight_tiles, tiles, offsets, pairs, gates, gate_up, dgate_up, gated, partial, slots,
+    total, stride_x,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
+    if row >= end:
+        return
+    slope, _ = _products(
+        x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, True,
+        CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+    )  # fmt: skip
+    # In two halves, or the tiles of the activation would not fit into registers beside the product.
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(slope, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    numbers = row + tl.arange(0, BLOCK_M)
+    pair = tl.load(pairs + numbers, mask=numbers < end, other=0)
+    weight_M = tl.load(gates + pair, mask=numbers < end, other=0.0)
+    own = _dswiglu(left, weight_M, gate_up, dgate_up, gated, row, end, column, COLUMNS, BLOCK_M, HALF)
+    own += _dswiglu(right, weight_M, gate_up, dgate_up, gated, row, end, column + HALF, COLUMNS, BLOCK_M, HALF)
+    tl.store(partial + (column // BLOCK_N).to(tl.int64) * total + numbers, own, mask=numbers < end)
+
+
+@triton.jit
+def _rows(x, index, rows, end, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr):
+    """(rows, columns) of x, or of the tokens that `index` names; zero behind the expert's last row."""
+    kept = rows < end
+    if index is not None:
+        rows = tl.load(index + rows, mask=kept, other=0) // CHOICES
+    kept = kept[:, None]
+    if WIDTH % BLOCK != 0:
+        kept = kept & (columns < WIDTH)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=kept, other=0.0)
+
+
+@triton.jit
+def _whole_rows(
+    x, index, x_tiles, row, column, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHOICES: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The same for a block that is full of rows."""
+    if TMA and index is None:
+        found = x_tiles.load([row, column])
+    else:
+        rows = row + tl.arange(0, BLOCK_R)
+        if index is not None:
+            rows = tl.load(index + rows) // CHOICES
+        at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        if WIDTH % BLOCK == 0:
+            found = tl.load(at)
+        else:
+            found = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+    return found
+
+
+@triton.jit(repr=named("grouped_dweight", "ROWS", "COLUMNS"))
+def grouped_dweight_kernel(
+    left, right, left_index, right_index, left_tiles, right_tiles, offsets, out, stride_left, stride_right,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    ACROSS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // (BLOCKS * ACROSS)
+    block, number = _place(tl.program_id(0) % (BLOCKS * ACROSS), BLOCKS, ACROSS, GROUP)
+    first = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    whole = first + (end - first) // BLOCK_R * BLOCK_R
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = number * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for row in tl.range(first, whole, BLOCK_R):
+        left_RM = _whole_rows(
+            left, left_index, left_tiles, row, block * BLOCK_M, stride_left, m, ROWS, BLOCK_M, BLOCK_R, CHOICES, TMA
+        )
+        right_RN = _whole_rows(
+            right, right_index, right_tiles, row, number * BLOCK_N, stride_right, n, COLUMNS, BLOCK_N, BLOCK_R, CHOICES,
+            TMA,
+        )  # fmt: skip
+        acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
+    for row in tl.range(whole, end, TAIL, num_stages=1):
+        rows = row + tl.arange(0, TAIL)
+        left_RM = _rows(left, left_index, rows, end, stride_left, m, ROWS, BLOCK_M, CHOICES)
+        right_RN = _rows(right, right_index, rows, end, stride_right, n, COLUMNS, BLOCK_N, CHOICES)
+        acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
+    at = out + expert.to(tl.int64) * (ROWS * COLUMNS) + m[:, None] * COLUMNS + n[None, :]
+    kept = (m < ROWS)[:, None] & (n < COLUMNS)[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=kept)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of the experts are: a Routing's numbers, and how many choices a token has."""
+
+    rows: Tensor
+    positions: Tensor
+    offsets: Tensor
+    tiles: Tensor
+
+    @property
+    def choices(self) -> int:
+        return self.positions.shape[1]
+
+
+def shape_class(x: Tensor) -> dict[str, int]:
+    """Keys of the tables: bytes of an element."""
+    return {"bytes": x.element_size()}
+
+
+def _fits_tma(x: Tensor) -> bool:
+    aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
+    return x.shape[0] > 0 and x.stride(-1) == 1 and aligned
+
+
+def _descriptor(x: Tensor, rows: int, columns: int):
+    """A TMA descriptor of tiles of x (..., D), its leading dims taken as one."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    flat = x.flatten(0, -2)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])
+
+
+def _config(table: str, x: Tensor, *operands: Tensor, depth: int | None = None) -> dict:
+    """The table's configuration; without TMA where an operand does not fit it, or tiles would reach other experts."""
+    config = dict(configuration(table, x.device, **shape_class(x)))
+    fits = all(_fits_tma(operand) for operand in operands)
+    config["TMA"] = config["TMA"] and fits and (depth is None or depth % config["BLOCK_K"] == 0)
+    return config
+
+
+@contextmanager
+def use_gather(gather: bool) -> Iterator[None]:
+    """Gather rows in the load, or permute them beforehand, inside the block, whatever the tables say."""
+    global _forced
+    before, _forced = _forced, gather
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _gathered(x: Tensor, layout: Layout, config: dict) -> tuple[Tensor, Tensor | None]:
+    """x (T, D) and the index to gather it by in the load, or its rows permuted beforehand and no index."""
+    gather = config.pop("GATHER")
+    if gather if _forced is None else _forced:
+        return x, layout.rows
+    from .expert_permute import permute
+
+    return permute(x, layout.rows, layout.choices), None
+
+
+def _row_product(
+    kernel, config: dict, x: Tensor, weight: Tensor, index: Tensor | None, layout: Layout, outs: tuple, columns: int,
+    *numbers: int, transposed: bool, **more,
+) -> None:  # fmt: skip
+    """Launch a kernel of `_products` over all tiles and blocks of columns."""
+    depth = x.shape[1]
+    weight_block = ("BLOCK_K", "BLOCK_N") if transposed else ("BLOCK_N", "BLOCK_K")
+    x_tiles = _descriptor(x, config["BLOCK_M"], config["BLOCK_K"]) if config["TMA"] and index is None else None
+    weight_tiles = _descriptor(weight, *(config[n] for n in weight_block)) if config["TMA"] else None
+    slots = layout.tiles.shape[1]
+    programs = slots * (TILE_ROWS // config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
+    launch(
+        kernel, (programs if layout.rows.numel() else 0,), x, weight, index, x_tiles, weight_tiles, layout.tiles,
+        layout.offsets, *outs, slots, *numbers, x.stride(0), COLUMNS=columns, DEPTH=depth, CHOICES=layout.choices,
+        TILE=TILE_ROWS, PRECISION="ieee", GROUP=GROUP, **more, **config,
+    )  # fmt: skip
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, layout: Layout, *, transposed: bool = False) -> Tensor:
+    """(R, N): row r times weight[expert of r]^T, weight (E, N, K); or times weight (E, K, N) where transposed."""
+    columns = weight.shape[2 if transposed else 1]
+    config = _config("grouped_matmul", x, x, weight, depth=x.shape[1] if transposed else None)
+    out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
+    _row_product(
+        grouped_matmul_kernel, config, x, weight, None, layout, (out,), columns, transposed=transposed,
+        TRANSPOSED=transposed,
+    )  # fmt: skip
+    return out
+
+
+def grouped_swiglu(x: Tensor, weight: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """silu(gate) * up (R, F) of the tokens' products with weight (E, 2 F, D), and the products (R, 2 F) if kept."""
+    columns, total = weight.shape[1] // 2, layout.rows.numel()
+    config = _config("grouped_swiglu", x, x, weight)
+    x, index = _gathered(x, layout, config)
+    out = torch.empty((total, columns), dtype=x.dtype, device=x.device)
+    gate_up = torch.empty((total, 2 * columns), dtype=x.dtype, device=x.device) if keep else None
+    _row_product(
+        grouped_swiglu_kernel, config, x, weight, index, layout, (gate_up, out), columns, transposed=False
+    )  # fmt: skip
+    return out, gate_up
+
+
+def grouped_dswiglu(
+    dout: Tensor, down: Tensor, gate_up: Tensor, gates: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes of the first products (R, 2 F), weighted activations (R, F), slopes of the gates (R,) fp32.
+
+    dout (T, D) is the slope of the layer's output; down (E, D, F); gate_up (R, 2 F) as the forward kept it.
+    """
+    columns, total = down.shape[2], layout.rows.numel()
+    config = _config("grouped_dswiglu", dout, dout, down, depth=dout.shape[1])
+    dout, index = _gathered(dout, layout, config)
+    dgate_up = torch.empty_like(gate_up)
+    gated = torch.empty((total, columns), dtype=dout.dtype, device=dout.device)
+    partial = torch.empty(
+        (triton.cdiv(columns, config["BLOCK_N"]), total), dtype=torch.float32, device=dout.device
+    )  # fmt: skip
+    outs = (layout.rows, gates, gate_up, dgate_up, gated, partial)
+    _row_product(grouped_dswiglu_kernel, config, dout, down, index, layout, outs, columns, total, transposed=True)
+    return dgate_up, gated, partial.sum(0)
+
+
+def grouped_dweight(
+    left: Tensor, right: Tensor, layout: Layout, num_experts: int, *, gathered: str | None = None
+) -> Tensor:
+    """(E, N, K): for each expert left^T right over its rows, left (R, N) and right (R, K), or (T, ..) if `gathered`."""
+    config = _config("grouped_dweight", left, left, right)
+    gather = dict.fromkeys(("left", "right"))
+    operands = {"left": left, "right": right}
+    if gathered is None:
+        config.pop("GATHER")
+    else:
+        operands[gathered], gather[gathered] = _gathered(operands[gathered], layout, config)
+    (left, right), sizes = operands.values(), (config["BLOCK_M"], config["BLOCK_N"])
+    tiles = [
+        _descriptor(x, config["BLOCK_R"], size) if config["TMA"] and gather[name] is None else None
+        for (name, x), size in zip(operands.items(), sizes)
+    ]
+    out = torch.empty((num_experts, left.shape[1], right.shape[1]), dtype=left.dtype, device=left.device)
+    blocks = triton.cdiv(left.shape[1], sizes[0]) * triton.cdiv(right.shape[1], sizes[1])
+    launch(
+        grouped_dweight_kernel, (num_experts * blocks,), left, right, gather["left"], gather["right"], *tiles,
+        layout.offsets, out, left.stride(0), right.stride(0), ROWS=left.shape[1], COLUMNS=right.shape[1],
+        CHOICES=layout.choices, TAIL=16, PRECISION="ieee", GROUP=GROUP, **config,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,210 @@
+"""Routing of a mixture of experts: which experts a token goes to, with what weight, and where its rows stand."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backend import contiguous_rows, runs_triton, same_device, same_dtype, values_are_checked
+
+# Rows of a tile of the tile table; blocks of rows of the grouped products divide it.
+TILE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the tokens of a packed row go. Rows are (token, choice) pairs, sorted by expert, then by token.
+
+    logits: (T, E) fp32, differentiable.   gates: (T, A) fp32, weights of the chosen, differentiable.
+    experts: (T, A) int32, by falling logit unless they were given.   offsets: (E + 1,) int32, rows of expert e are
+    offsets[e] to offsets[e + 1].   rows: (R,) int32, the pair token * A + choice of each sorted row.
+    positions: (T, A) int32, the sorted row of each pair.   tiles: (2, ceil(R / 128) + E - 1) int32, expert and first
+    row of each tile of 128 rows of one expert; expert -1 behind the last one, so that no count has to reach the host.
+    """
+
+    logits: Tensor
+    gates: Tensor
+    experts: Tensor
+    offsets: Tensor
+    rows: Tensor
+    positions: Tensor
+    tiles: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """(E,) int32 rows of each expert."""
+        return self.offsets.diff()
+
+
+def moe_route_reference(
+    hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, gates and experts in at least fp32; ties go to the lower expert."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits_TE = hidden.to(wide) @ router.to(wide).T
+    if given is None:
+        chosen_TA = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :experts_per_token]
+    else:
+        chosen_TA = given.long()
+    return logits_TE, logits_TE.gather(1, chosen_TA).softmax(-1), chosen_TA.int()
+
+
+def layout_reference(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """offsets, rows, positions and tiles of chosen experts."""
+    flat_R = experts.flatten().long()
+    counts_E = torch.bincount(flat_R, minlength=num_experts)[:num_experts]
+    offsets = torch.nn.functional.pad(counts_E.cumsum(0), (1, 0))
+    rows_R = flat_R.sort(stable=True).indices
+    positions_R = torch.empty_like(rows_R)
+    positions_R[rows_R] = torch.arange(rows_R.numel(), device=rows_R.device)
+    tiles = torch.zeros((2, num_slots(flat_R.numel(), num_experts)), dtype=torch.int32, device=experts.device)
+    tiles[0] = -1
+    per_expert = (counts_E + TILE_ROWS - 1) // TILE_ROWS
+    owner = torch.repeat_interleave(torch.arange(num_experts, device=experts.device), per_expert)
+    number = torch.arange(owner.numel(), device=experts.device) - (per_expert.cumsum(0) - per_expert)[owner]
+    tiles[0, : owner.numel()], tiles[1, : owner.numel()] = owner.int(), (offsets[owner] + TILE_ROWS * number).int()
+    return offsets.int(), rows_R.int(), positions_R.view_as(experts).int(), tiles
+
+
+def num_slots(rows: int, num_experts: int) -> int:
+    """Tiles that R rows of E experts can need at most: ceil(R / 128) + E - 1."""
+    return -(-rows // TILE_ROWS) + num_experts - 1
+
+
+@torch.library.custom_op("wizard_engine::moe_route", mutates_args=())
+def _route(hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None) -> list[Tensor]:
+    if runs_triton(hidden, "hidden"):
+        from ._moe_route import moe_route as kernels
+
+        return list(kernels(hidden, router, experts_per_token, given))
+    chosen = moe_route_reference(hidden, router, experts_per_token, given)
+    return [x.contiguous() for x in (*chosen, *layout_reference(chosen[2], router.shape[0]))]
+
+
+@_route.register_fake
+def _(hidden, router, experts_per_token, given):
+    tokens, experts = hidden.shape[0], router.shape[0]
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = tokens * experts_per_token
+    shapes = ((tokens, experts_per_token), (experts + 1,), (rows,), (tokens, experts_per_token))
+    numbers = [hidden.new_empty(shape, dtype=torch.int32) for shape in (*shapes, (2, num_slots(rows, experts)))]
+    logits, gates = (hidden.new_empty((tokens, n), dtype=wide) for n in (experts, experts_per_token))
+    return [logits, gates, *numbers]
+
+
+class _Route(torch.autograd.Function):
+    """The slopes of logits and gates meet in the logits; two thin products take them to hidden states and router."""
+
+    @staticmethod
+    def forward(ctx, hidden, router, experts_per_token, given):
+        logits, gates, *layout = _route(hidden, router, experts_per_token, given)
+        ctx.save_for_backward(hidden, router, gates, layout[0])
+        ctx.mark_non_differentiable(*layout)
+        return logits, gates, *layout
+
+    @staticmethod
+    def backward(ctx, dlogits_TE, dgates_TA, *_):
+        hidden, router, gates_TA, experts_TA = ctx.saved_tensors
+        dchosen_TA = gates_TA * (dgates_TA - (gates_TA * dgates_TA).sum(-1, keepdim=True))
+        numbers_E = torch.arange(router.shape[0], device=router.device)
+        for choice in range(experts_TA.shape[1]):
+            here_TE = experts_TA[:, choice, None] == numbers_E
+            dlogits_TE = dlogits_TE + dchosen_TA[:, choice, None] * here_TE
+        slopes_TE = dlogits_TE.to(hidden.dtype)
+        dhidden = slopes_TE @ router if ctx.needs_input_grad[0] else None
+        drouter = slopes_TE.T @ hidden if ctx.needs_input_grad[1] else None
+        return dhidden, drouter, None, None
+
+
+def moe_route(hidden: Tensor, router: Tensor, *, experts_per_token: int, given: Tensor | None = None) -> Routing:
+    """Sends each token to its best experts: logits in fp32, top-k, softmax over the chosen (Mixtral's order).
+
+    logits = hidden router^T,   gates_t = softmax(logits_t[experts_t])
+
+    Equal logits go to the lower expert; rows of an expert stand in the order of their tokens, without a sort: counts of
+    tiles of tokens, prefix sums over them, places inside a tile. Nothing waits for the device.
+
+    Args:
+        hidden: (T, D) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous.   router: (E, D), dtype of hidden.
+        experts_per_token: A, 1 to E.
+        given: (T, A) integers, the experts to take instead of the best ones, different ones for each token: a recorded
+            choice replayed. Gates are those of the logits of now.
+    Returns:
+        Routing. Logits and gates are differentiable in hidden and router; slopes are rounded to the dtype of hidden.
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit, A is out of range, or a given expert is out of range
+            or stands twice (values are looked at on CPU, and on CUDA inside kernels.check_values()).
+    Source: Jiang et al. 2024, arXiv:2401.04088, section 2.1.
+    """
+    _check(hidden, router, experts_per_token, given)
+    return Routing(*_Route.apply(hidden, router, experts_per_token, given))
+
+
+def _check(hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None) -> None:
+    if hidden.dim() != 2 or router.dim() != 2 or hidden.shape[1] != router.shape[1] or not router.shape[0]:
+        raise ValueError(
+            f"hidden, router: expected (T, D), (E, D) with E >= 1, got {tuple(hidden.shape)}, {tuple(router.shape)}"
+        )
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden: expected a float dtype, got {str(hidden.dtype).removeprefix('torch.')}")
+    if not 1 <= experts_per_token <= router.shape[0]:
+        raise ValueError(f"experts_per_token: expected 1 to {router.shape[0]}, got {experts_per_token}")
+    same_dtype(hidden=hidden, router=router)
+    same_device(hidden=hidden, router=router, given=given)
+    contiguous_rows(hidden=hidden, router=router)
+    if given is not None:
+        _check_given(given, (hidden.shape[0], experts_per_token), router.shape[0])
+
+
+def _check_given(given: Tensor, shape: tuple[int, int], experts: int) -> None:
+    if given.shape != shape or given.dtype not in (torch.int32, torch.int64):
+        name = str(given.dtype).removeprefix("torch.")
+        raise ValueError(f"given: expected {shape} int32 or int64, got {tuple(given.shape)} {name}")
+    if not values_are_checked(given) or not given.numel():
+        return
+    ordered = given.sort(-1).values
+    wrong = (ordered[:, 0] < 0) | (ordered[:, -1] >= experts) | (ordered.diff(dim=-1) == 0).any(-1)
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"given: expected different experts of 0 to {experts - 1}, got {given[token].tolist()} at token {token}"
+        )
+
+
+def load_balancing_loss(
+    logits: Tensor, experts: Tensor, *, num_tokens: float | Tensor, real: Tensor | None = None
+) -> Tensor:
+    """A micro-batch's share of the load-balancing loss, A where the load is even.
+
+    loss = E sum_e f_e P_e,   f_e = share of the real tokens that e was chosen by,   P_e = sum_t softmax(logits_t)_e /
+    num_tokens; f has no gradient.
+
+    Args:
+        logits: (T, E) fp32.   experts: (T, A) integers.   num_tokens: tokens of the step over all ranks and
+            micro-batches, so that the sum of the shares is the mean over the step weighted by tokens.
+        real: (T,) bool, False for padding, which counts in neither; None: all are real.
+    Returns:
+        () fp32 (fp64 for fp64).
+    Source: Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6, with f summed over the choices as in Mixtral's code.
+    """
+    numbers_E = torch.arange(logits.shape[1], device=logits.device)
+    chosen_TE = (experts[..., None] == numbers_E).sum(1)
+    probability_TE = logits.softmax(-1)
+    if real is not None:
+        chosen_TE = chosen_TE * real[:, None]
+        probability_TE = probability_TE.masked_fill(~real[:, None], 0.0)
+    tokens = logits.shape[0] if real is None else real.sum()
+    share_E = chosen_TE.sum(0) / torch.as_tensor(tokens, device=logits.device).clamp(min=1)
+    return logits.shape[1] * (share_E * probability_TE.sum(0)).sum() / num_tokens
+
+
+def router_z_loss(logits: Tensor, *, num_tokens: float | Tensor, real: Tensor | None = None) -> Tensor:
+    """A micro-batch's share of the router z-loss: mean over tokens of log(sum_e exp(logits_te))^2.
+
+    Args and returns as `load_balancing_loss`.
+    Source: Zoph et al. 2022, arXiv:2202.08906, eq. 5.
+    """
+    square_T = logits.logsumexp(-1).square()
+    if real is not None:
+        square_T = square_T.masked_fill(~real, 0.0)
+    return square_T.sum() / num_tokens

@@ -1,0 +1,110 @@
+"""The mixture of experts: a router and a stack of gated feed-forward blocks, of which each token meets a few."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kernels.grouped_matmul import expert_mlp
+from kernels.moe_route import load_balancing_loss, moe_route, router_z_loss
+
+from .config import ModelConfig
+
+
+class Routes:
+    """What the mixture layers of a forward pass chose: given to `model(..., routes=routes)`, it fills up.
+
+    A layer that it already knows is replayed: its tokens go to the same experts, with the gates of now. So a block that
+    is computed again in the backward, with the object that its forward had, routes as it did; and a trainer routes as
+    its sampler did with `Routes(experts)` of what was recorded there.
+
+    Args:
+        experts: (T, L, A) integers, the choices to replay; None: each layer chooses.
+    Attributes:
+        experts: layer -> (T, A).   logits: layer -> (T, E) fp32 of the first pass, with its graph.
+        real: (T,) bool, False for padding behind the last sequence, or None.
+    """
+
+    def __init__(self, experts: Tensor | None = None) -> None:
+        self.experts: dict[int, Tensor] = {} if experts is None else dict(enumerate(experts.unbind(1)))
+        self.logits: dict[int, Tensor] = {}
+        self.real: Tensor | None = None
+
+    def stacked(self) -> Tensor:
+        """(T, L, A) int32 choices of all layers, as the constructor takes them.
+
+        Raises:
+            ValueError: no mixture layer has run.
+        """
+        if not self.experts:
+            raise ValueError("routes: expected those of a forward pass of a model with experts, got none")
+        return torch.stack([self.experts[layer].int() for layer in sorted(self.experts)], dim=1)
+
+    def loss(self, config: ModelConfig, num_tokens: float | Tensor) -> Tensor | float:
+        """This micro-batch's share of the router's losses, mean over the layers; 0.0 for a dense model.
+
+        balance_loss * load-balancing loss + z_loss * router z-loss, both over real tokens only.
+
+        Args:
+            num_tokens: tokens of the step over all ranks and micro-batches.
+        """
+        total: Tensor | float = 0.0
+        for layer, logits_TE in self.logits.items():
+            options = {"num_tokens": num_tokens * len(self.logits), "real": self.real}
+            if config.balance_loss:
+                total = total + config.balance_loss * load_balancing_loss(logits_TE, self.experts[layer], **options)
+            if config.z_loss:
+                total = total + config.z_loss * router_z_loss(logits_TE, **options)
+        return total
+
+    @torch.no_grad()
+    def load(self) -> Tensor | None:
+        """(L, E) int64 real tokens that each expert of each layer got; None for a dense model."""
+        if not self.logits:
+            return None
+        counts = []
+        for layer in sorted(self.logits):
+            numbers_E = torch.arange(self.logits[layer].shape[1], device=self.logits[layer].device)
+            chosen_TE = (self.experts[layer][..., None] == numbers_E).sum(1)
+            counts.append((chosen_TE if self.real is None else chosen_TE * self.real[:, None]).sum(0))
+        return torch.stack(counts)
+
+
+class Mixture(nn.Module):
+    """E gated feed-forward blocks behind a router; nothing is dropped, whatever the load.
+
+    router: (E, D).   gate_up: (E, 2 F, D), the gate in the first F rows of an expert.   down: (E, D, F).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.experts_per_token = layer, config.experts_per_token
+        self.router = nn.Linear(config.width, config.experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(config.experts, 2 * config.ffn_width, config.width))
+        self.down = nn.Parameter(torch.empty(config.experts, config.width, config.ffn_width))
+        for weight in (self.gate_up, self.down):
+            if not weight.is_meta:
+                nn.init.normal_(weight, std=config.init_std)
+
+    def forward(self, x_TD: Tensor, routes: Routes | None = None) -> Tensor:
+        """(T, D): each token's weighted sum over its experts; `routes` records the choice, or replays what it has."""
+        given = None if routes is None else routes.experts.get(self.layer)
+        routing = moe_route(x_TD, self.router.weight, experts_per_token=self.experts_per_token, given=given)
+        if routes is not None:
+            routes.experts.setdefault(self.layer, routing.experts)
+            routes.logits.setdefault(self.layer, routing.logits)
+        return expert_mlp(x_TD, self.gate_up, self.down, routing)
+
+
+def load_metrics(loads: Sequence[Tensor]) -> dict[str, list[float]]:
+    """Per layer, the largest and smallest share of an expert over the mean share, 1.0 where the load is even.
+
+    Args:
+        loads: (L, E) counts of each micro-batch.
+    """
+    total_LE = torch.stack(list(loads)).sum(0).double()
+    share_LE = total_LE / total_LE.mean(1, keepdim=True).clamp(min=1e-9)
+    return {
+        "expert_load_max": [round(x, 4) for x in share_LE.amax(1).tolist()],
+        "expert_load_min": [round(x, 4) for x in share_LE.amin(1).tolist()],
+    }
