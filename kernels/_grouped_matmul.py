@@ -105,12 +105,14 @@ def _products(
 
 
 @triton.jit
-def _mask(row, end, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and which elements exist."""
+def _mask(
+    row, end, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and which elements exist; STEP: between programs' columns."""
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     kept = (rows < end)[:, None]
-    if COLUMNS % BLOCK_N != 0:
+    if COLUMNS % STEP != 0:
         kept = kept & (columns < COLUMNS)[None, :]
     return rows.to(tl.int64)[:, None], columns[None, :], kept
 
@@ -129,7 +131,7 @@ def grouped_matmul_kernel(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, TRANSPOSED,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N)
+    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
     tl.store(out + rows * COLUMNS + columns, product.to(out.dtype.element_ty), mask=kept)
 
 
@@ -147,7 +149,7 @@ def grouped_swiglu_kernel(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, True, False,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N)
+    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
     # Rounded as they are stored: the backward starts from the stored numbers.
     gate = gate.to(out.dtype.element_ty)
     up = up.to(out.dtype.element_ty)
@@ -168,7 +170,7 @@ def _dswiglu(
 
     That sum is the slope of the weight.
     """
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N)
+    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, 2 * BLOCK_N)
     at = rows * (2 * COLUMNS) + columns
     gate = tl.load(gate_up + at, mask=kept, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + COLUMNS, mask=kept, other=0.0).to(tl.float32)

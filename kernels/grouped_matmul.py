@@ -53,13 +53,19 @@ def _backward(
     from ._expert_rows import moe_combine
     from ._grouped_matmul import Layout, grouped_dswiglu, grouped_dweight, grouped_matmul
 
-    layout, experts, none = Layout(rows, positions, offsets, tiles), gate_up.shape[0], x.new_empty(0)
+    layout, experts = Layout(rows, positions, offsets, tiles), gate_up.shape[0]
+    found = [t.new_empty(0) for t in (x, gates, gate_up, down)]
     dinner, gated, dgate_R = grouped_dswiglu(dout, down, inner, gates, layout)
-    ddown = grouped_dweight(dout, gated, layout, experts, gathered="left") if needed[3] else none
+    if needed[1]:
+        found[1] = dgate_R[positions.long()]
+    if needed[3]:
+        found[3] = grouped_dweight(dout, gated, layout, experts, gathered="left")
     del gated
-    dgate_up = grouped_dweight(dinner, x, layout, experts, gathered="right") if needed[2] else none
-    dx = moe_combine(grouped_matmul(dinner, gate_up, layout, transposed=True), None, positions) if needed[0] else none
-    return [dx, dgate_R[positions.long()] if needed[1] else none.float(), dgate_up, ddown]
+    if needed[2]:
+        found[2] = grouped_dweight(dinner, x, layout, experts, gathered="right")
+    if needed[0]:
+        found[0] = moe_combine(grouped_matmul(dinner, gate_up, layout, transposed=True), None, positions)
+    return found
 
 
 @_backward.register_fake
