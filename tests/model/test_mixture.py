@@ -93,20 +93,31 @@ def test_recorded_routes_are_replayed_by_another_router(model):
     assert not torch.equal(changed, hidden)
 
 
+def test_replay_takes_the_given_experts_with_the_gates_of_now():
+    layer, x_TD = Mixture(CONFIG, 0), torch.randn(5, CONFIG.width)
+    torch.nn.init.zeros_(layer.router.weight)
+    given = torch.tensor([[3, 2]] * 5)
+    first, second = (
+        torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, layer.down[expert])
+        for expert in (3, 2)
+        for gate, up in [(x_TD @ layer.gate_up[expert].T).chunk(2, -1)]
+    )
+    torch.testing.assert_close(layer(x_TD, Routes(given[:, None])), (first + second) / 2)
+    assert Routes(given[:, None]).stacked().tolist() == [[[3, 2]]] * 5
+
+
 # Catches: a second pass that chooses again, or that puts its logits over those of the first.
 def test_recomputation_replays_the_choice_though_the_router_has_changed(model):
-    batch, routes = packed(), Routes()
-    layer = model.blocks[0].feed_forward
+    layer, routes = model.blocks[0].feed_forward, Routes()
     x_TD = torch.randn(24, CONFIG.width, requires_grad=True)
     out = checkpoint(layer, x_TD, routes, use_reentrant=False)
     chosen, logits = routes.experts[0].clone(), routes.logits[0]
-    expected = torch.autograd.grad(layer(x_TD, Routes(chosen[:, None])).sum(), x_TD)[0]
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1].experts[0].clone()))
+    with torch.no_grad():
+        layer.router.weight.copy_(layer.router.weight.flip(0))
+    replayed, anew = (torch.autograd.grad(layer(x_TD, r).sum(), x_TD)[0] for r in (Routes(chosen[:, None]), Routes()))
     (dx,) = torch.autograd.grad(out.sum(), x_TD)
-    hook.remove()
-    assert torch.equal(dx, expected) and len(seen) == 1 and torch.equal(seen[0], chosen)
-    assert routes.logits[0] is logits and batch[0].numel() == 24
+    assert torch.equal(dx, replayed) and not torch.equal(dx, anew)
+    assert torch.equal(routes.experts[0], chosen) and routes.logits[0] is logits
 
 
 def test_router_losses_count_real_tokens_only(model):
