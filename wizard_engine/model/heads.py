@@ -17,6 +17,8 @@ HIDDEN = 64
 def _hidden_layer(inputs: int) -> nn.Linear:
     """(inputs -> HIDDEN) layer whose weights do not depend on the state of any global generator."""
     layer = nn.Linear(inputs, HIDDEN)
+    if layer.weight.is_meta:
+        return layer
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / inputs**0.5)

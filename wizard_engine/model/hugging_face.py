@@ -1,164 +1,338 @@
-"""Models on disk in the Hugging Face layout: config.json, model.safetensors, tokenizer files."""
+"""Models on disk in the Hugging Face layout: config.json, safetensors in one file or in shards, tokenizer files."""
 
 import json
+import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..runtime import write_json
-from .config import ModelConfig
 from .heads import ScoringModel
+from .published import Box, Piece, pieces, published_config, published_tensors, read_config
+from .safetensors_file import DTYPES, NAMES, SafetensorsFile, write_file
 from .transformer import Transformer
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-# Fields of config.json that may say what the transformer does not do, and the value of each that it does.
-IMPLEMENTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Tensors that older files carry and that follow from the configuration.
+HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+MAX_SHARD_BYTES = 5 * 10**9
 
 
-def published_config(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict:
-    """config.json of a model: Mistral where it has a window, Llama otherwise."""
-    kind = "llama" if config.window is None else "mistral"
-    fields = {
-        "architectures": [next(name for name, value in ARCHITECTURES.items() if value == kind)],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "rope_theta": config.rope_base,
-        "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.tied,
-        "max_position_embeddings": config.max_positions,
-        "initializer_range": config.init_std,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "torch_dtype": "float32",
-    }
-    if config.window is not None:
-        fields["sliding_window"] = config.window
-    if tokenizer is not None:
-        fields |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return fields
+class ModelDirectory:
+    """A model directory whose configuration and headers have been read and checked; its tensors have not.
+
+    A context manager. Everything that can be told without reading a tensor is told by the constructor: files, names,
+    shapes, dtypes.
+
+    Attributes:
+        config, fields: ModelConfig, and config.json as it is.   outputs: of a scoring model, else None.
+    Raises:
+        ValueError: a file or a tensor is missing, broken, of another shape or dtype, or one that does not belong there;
+            names file and tensor. Pickled weights are never read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config, self.fields = read_config(self.path)
+        self.outputs: int | None = self.fields.get("wizard_outputs")
+        self._files: list[SafetensorsFile] = []
+        try:
+            self._where = self._open()
+            self._pieces = {piece.name: piece for piece in self._expected()}
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "ModelDirectory":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the memory maps go."""
+        for file in self._files:
+            file.__exit__()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far."""
+        return sum(file.bytes_read for file in self._files)
+
+    def empty_model(self) -> Transformer | ScoringModel:
+        """The model on the meta device."""
+        with torch.device("meta"):
+            if self.outputs is None:
+                return Transformer(self.config)
+            return ScoringModel(self.config, self.outputs, surprise=self.fields.get("wizard_surprise", False))
+
+    def _open(self) -> dict[str, SafetensorsFile]:
+        """Tensor name -> file, of all files of the directory."""
+        index = _read_index(self.path)
+        where: dict[str, SafetensorsFile] = {}
+        for name in sorted(set(index.values())) if index is not None else [SINGLE]:
+            file = SafetensorsFile(self.path / name)
+            self._files.append(file)
+            for tensor in file.entries:
+                if tensor in where:
+                    raise ValueError(f"{file.path}: {tensor}: expected it once, found it in {where[tensor].path} too")
+                if index is not None and index.get(tensor) != name:
+                    got = index.get(tensor, "none")
+                    raise ValueError(f"{self.path / INDEX}: {tensor}: expected the file {name} that has it, got {got}")
+                where[tensor] = file
+        for tensor, name in (index or {}).items():
+            if tensor not in where:
+                raise ValueError(f"{self.path / name}: expected the tensor {tensor} that {INDEX} names, found none")
+        return where
+
+    def _expected(self) -> Iterator[Piece]:
+        """What the files must hold: the layout of the experts is theirs."""
+        stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in self._where)
+        body = "" if self.outputs is None else "body."
+        for piece in pieces(self.config, stacked=stacked):
+            yield Piece(piece.name, piece.shape, body + piece.parameter, piece.box)
+        if self.outputs is not None:
+            for name, parameter in self.empty_model().named_parameters():
+                if name.startswith("score."):
+                    yield Piece(name, tuple(parameter.shape), name, tuple(slice(0, n) for n in parameter.shape))
+
+    def _check(self) -> None:
+        missing = sorted(self._pieces.keys() - self._where.keys())
+        if missing:
+            raise ValueError(f"{self.path}: expected the tensor {missing[0]} (and {len(missing) - 1} more), found none")
+        for name, file in self._where.items():
+            piece, entry = self._pieces.get(name), file.entries[name]
+            if piece is None:
+                self._check_extra(name)
+            elif entry.shape != piece.shape:
+                raise ValueError(f"{file.path}: {name}: expected shape {piece.shape}, got {entry.shape}")
+            elif entry.dtype not in DTYPES:
+                raise ValueError(f"{file.path}: {name}: expected one of {', '.join(DTYPES)}, got {entry.dtype}")
+
+    def _check_extra(self, name: str) -> None:
+        """A tensor that the model has no place for must be known to say nothing of its own."""
+        file = self._where[name]
+        if HARMLESS.search(name):
+            return
+        if name == "lm_head.weight":
+            embedding = "model.embed_tokens.weight"
+            if file.equal(name, self._where[embedding], embedding):
+                return
+            raise ValueError(
+                f"{file.path}: {name}: expected the embedding's numbers, for config.json ties the two, got others"
+            )
+        raise ValueError(f"{file.path}: {name}: expected a tensor of {self._kind}, got an unknown one")
+
+    @property
+    def _kind(self) -> str:
+        return self.fields["architectures"][0]
+
+    def parameters(
+        self, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+        slices: Mapping[str, Box] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+        """This engine's parameters by name, one at a time; only the bytes that they need are read.
+
+        Args:
+            slices: parameter name -> the box of it that is wanted, slices with step 1 of each dim (as a rank keeps it);
+                parameters without one are left out. None: all of them, whole.
+        Raises:
+            ValueError: an unknown name, or a box outside the parameter.
+        """
+        shapes = {name: tuple(p.shape) for name, p in self.empty_model().named_parameters()}
+        wanted = {name: tuple(slice(0, n) for n in shape) for name, shape in shapes.items()}
+        if slices is not None:
+            wanted = {name: _checked_box(name, box, shapes) for name, box in slices.items()}
+        parts: dict[str, list[Piece]] = {name: [] for name in wanted}
+        for piece in self._pieces.values():
+            if piece.parameter in parts:
+                parts[piece.parameter].append(piece)
+        for name, box in wanted.items():
+            out = torch.empty([b.stop - b.start for b in box], dtype=dtype, device=device)
+            for piece in parts[name]:
+                self._fill(out, box, piece)
+            yield name, out
+
+    def _fill(self, out: Tensor, box: Box, piece: Piece) -> None:
+        """Copy what a published tensor has of a box of its parameter."""
+        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, piece.box)]
+        if any(c.start >= c.stop for c in common):
+            return
+        target = out[tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box))]
+        inside = [slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, piece.box)]
+        # A tensor of one expert has no dim for the experts.
+        extra = len(inside) - len(piece.shape)
+        source = tuple(inside[extra:])
+        self._where[piece.name].copy(piece.name, source, target[(0,) * extra])
 
 
-def read_config(path: Path) -> tuple[ModelConfig, dict]:
-    """ModelConfig of a directory's config.json, and the whole JSON object.
+def _checked_box(name: str, box: Box, shapes: Mapping[str, tuple[int, ...]]) -> Box:
+    if name not in shapes:
+        raise ValueError(f"slices: expected names of parameters, got {name}")
+    shape = shapes[name]
+    fits = len(box) == len(shape) and all(
+        b.step in (None, 1) and 0 <= (b.start or 0) <= (n if b.stop is None else b.stop) <= n
+        for b, n in zip(box, shape)
+    )
+    if not fits:
+        raise ValueError(f"slices: {name}: expected a box inside {shape}, got {box}")
+    return tuple(slice(b.start or 0, n if b.stop is None else b.stop) for b, n in zip(box, shape))
+
+
+def _read_index(path: Path) -> dict[str, str] | None:
+    """Tensor name -> file name of a sharded directory; None where there is one file."""
+    index = path / INDEX
+    if not index.exists():
+        if not (path / SINGLE).exists():
+            raise ValueError(
+                f"{path / SINGLE}: expected safetensors weights, found none; pickled weights are never read"
+            )
+        return None
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: expected a JSON object with weight_map, got {error!r}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index}: expected a JSON object with weight_map of file names, got {str(found)[:80]}")
+    for tensor, name in found.items():
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: expected file names inside the directory, got {name} for {tensor}")
+    return found
+
+
+def load_hf(path: Path | str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Transformer:
+    """The language model of a Hugging Face directory (Mistral, Llama, Mixtral), without its tokenizer.
+
+    Parameters are filled one at a time from memory-mapped files, so that host memory stays within one tensor of the
+    model's own size. Both layouts of Mixtral's experts are read.
+
+    Args:
+        dtype: of the parameters, whatever that of the files.   device: where they go.
+    Raises:
+        ValueError: see `ModelDirectory`; nothing is loaded half. Or the directory holds a scoring model.
+    """
+    with ModelDirectory(path) as directory:
+        if directory.outputs is not None:
+            raise ValueError(f"{path}: expected a language model, got a scoring model with {directory.outputs} outputs")
+        model = _materialised(directory, dtype, device)
+    assert isinstance(model, Transformer)
+    return model
+
+
+def load_model(
+    path: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Transformer | ScoringModel, Tokenizer]:
+    """Model and tokenizer of a directory that `save_model` (or transformers) wrote; a scoring model where it holds one.
 
     Raises:
-        ValueError: the file is missing or broken, or describes what this engine does not implement.
+        ValueError: as `load_hf`, or the tokenizer is missing or broken.
     """
-    source = path / "config.json"
-    try:
-        fields = json.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{source}: expected a model directory with config.json, found none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: expected JSON, got {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(fields).__name__}")
-    architecture = (fields.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{source}: architectures: expected one of {sorted(ARCHITECTURES)}, got {architecture}")
-    scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"{source}: rope_scaling: expected none, got {scaling}")
-    for name, expected in IMPLEMENTED.items():
-        if fields.get(name, expected) != expected:
-            raise ValueError(f"{source}: {name}: expected {expected}, got {fields[name]}")
-    try:
-        config = ModelConfig(
-            vocab_size=fields["vocab_size"],
-            width=fields["hidden_size"],
-            layers=fields["num_hidden_layers"],
-            heads=fields["num_attention_heads"],
-            kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-            head_width=fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
-            ffn_width=fields["intermediate_size"],
-            rope_base=fields.get("rope_theta") or scaling.get("rope_theta", 10_000.0),
-            norm_epsilon=fields.get("rms_norm_eps", 1e-5),
-            window=fields.get("sliding_window"),
-            tied=fields.get("tie_word_embeddings", False),
-            max_positions=fields.get("max_position_embeddings", 2048),
-            init_std=fields.get("initializer_range", 0.02),
+    with ModelDirectory(path) as directory:
+        model = _materialised(directory, dtype, device)
+    return model, load_tokenizer(Path(path))
+
+
+def _materialised(directory: ModelDirectory, dtype: torch.dtype, device: Any) -> Transformer | ScoringModel:
+    """The directory's model with every parameter read; scoring heads stay in fp32, where they compute."""
+    model = directory.empty_model()
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, tensor in directory.parameters(dtype=dtype, device=device):
+        owner, _, leaf = name.rpartition(".")
+        wide = tensor.float() if name.startswith("score.") else tensor
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(wide, requires_grad=trained[name]))
+    return model
+
+
+def save_hf(
+    model: Transformer, path: Path | str, *, tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES, extra: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Write a directory that transformers and others read: Mixtral (classic layout), Mistral or Llama; returns path.
+
+    It appears by one rename, complete or not at all. Beside the model one tensor is in memory at a time.
+
+    Args:
+        tokenizer: saved beside the weights, its BOS and EOS named in config.json.   extra: further fields of that.
+        max_shard_bytes: where the weights take more, they are divided into files of at most so much (or one tensor).
+    Raises:
+        ValueError: parameters of several dtypes, or of one that the format has no name for.
+        OSError: not written; what was at `path` is intact.
+    """
+    tensors = published_tensors(model)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= NAMES.keys():
+        raise ValueError(
+            f"model: expected parameters of one of {', '.join(NAMES.values())}, got {sorted(map(str, dtypes))}"
         )
-    except KeyError as error:
-        raise ValueError(f"{source}: expected the field {error.args[0]}, found none") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from error
-    return config, fields
-
-
-def published_tensors(model: Transformer, prefix: str = "model.") -> dict[str, Tensor]:
-    """Published tensor name -> tensor, with the fused products split again."""
-    config = model.config
-    sizes = [config.heads * config.head_width] + [config.kv_heads * config.head_width] * 2
-    tensors = {f"{prefix}embed_tokens.weight": model.embedding.weight, f"{prefix}norm.weight": model.norm.weight}
-    for index, block in enumerate(model.blocks):
-        name = f"{prefix}layers.{index}."
-        q, k, v = block.attention.qkv.weight.split(sizes)
-        gate, up = block.feed_forward.gate_up.weight.chunk(2)
-        tensors |= {
-            f"{name}input_layernorm.weight": block.attention_norm.weight,
-            f"{name}self_attn.q_proj.weight": q,
-            f"{name}self_attn.k_proj.weight": k,
-            f"{name}self_attn.v_proj.weight": v,
-            f"{name}self_attn.o_proj.weight": block.attention.out.weight,
-            f"{name}post_attention_layernorm.weight": block.feed_forward_norm.weight,
-            f"{name}mlp.gate_proj.weight": gate,
-            f"{name}mlp.up_proj.weight": up,
-            f"{name}mlp.down_proj.weight": block.feed_forward.down.weight,
-        }
-    if model.head is not None:
-        tensors["lm_head.weight"] = model.head.weight
-    return tensors
+    name = str(dtypes.pop()).removeprefix("torch.")
+    fields = published_config(model.config, tokenizer, dtype=name) | dict(extra or {})
+    return _write(tensors, fields, tokenizer, Path(path), max_shard_bytes)
 
 
 def save_model(
     model: Transformer | ScoringModel, tokenizer: Tokenizer, path: Path | str, *, extra: dict | None = None
 ) -> Path:
-    """Write a model directory that transformers and this engine read; it appears by one rename.
+    """`save_hf` with a tokenizer, of a language model or a scoring model (adds `score.*` tensors, `wizard_outputs`)."""
+    if not isinstance(model, ScoringModel):
+        return save_hf(model, path, tokenizer=tokenizer, extra=extra)
+    fields = published_config(model.body.config, tokenizer) | (extra or {})
+    fields |= {"wizard_outputs": model.outputs, "wizard_surprise": model.surprise}
+    tensors = published_tensors(model.body)
+    tensors |= {f"score.{name}": parameter for name, parameter in model.score.named_parameters()}
+    return _write(tensors, fields, tokenizer, Path(path), MAX_SHARD_BYTES)
 
-    Args:
-        model: a language model, or a scoring model (adds `score.*` tensors and `wizard_outputs`).
-        tokenizer: saved beside the weights.   extra: further fields of config.json.
-    Returns:
-        path.
-    """
-    path = Path(path)
-    scoring = isinstance(model, ScoringModel)
-    body = model.body if scoring else model
-    fields = published_config(body.config, tokenizer) | (extra or {})
-    tensors = published_tensors(body)
-    if scoring:
-        fields |= {"wizard_outputs": model.outputs, "wizard_surprise": model.surprise}
-        tensors |= {f"score.{name}": parameter for name, parameter in model.score.named_parameters()}
+
+def _write(
+    tensors: dict[str, Tensor], fields: dict, tokenizer: Tokenizer | None, path: Path, max_shard_bytes: int
+) -> Path:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        _write_weights(contiguous, partial / "model.safetensors", path)
-        tokenizer.save(partial)
+        _write_weights(tensors, partial, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(partial)
         write_json(partial / "config.json", fields)
         _swap(partial, path)
+    except OSError as error:
+        raise OSError(f"{path}: not saved ({error}); what was there is intact") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
-def _write_weights(tensors: dict[str, Tensor], file: Path, path: Path) -> None:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: not saved ({error}); what was there is intact") from error
+def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        write_file(folder / SINGLE, tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, {name: tensors[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
+    """Names in order, divided where the next tensor would make a file larger than `most` bytes."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        own = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + own > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += own
+    return shards
 
 
 def _swap(partial: Path, path: Path) -> None:
@@ -169,63 +343,3 @@ def _swap(partial: Path, path: Path) -> None:
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> tuple[Transformer | ScoringModel, Tokenizer]:
-    """Model and tokenizer of a directory that `save_model` (or transformers) wrote.
-
-    Raises:
-        ValueError: a file is missing or broken, or a tensor is missing or has another shape; names file and tensor.
-    """
-    path = Path(path)
-    config, fields = read_config(path)
-    outputs = fields.get("wizard_outputs")
-    model = (
-        Transformer(config)
-        if outputs is None
-        else ScoringModel(config, outputs, surprise=fields.get("wizard_surprise", False))
-    )
-    body = model if outputs is None else model.body
-    targets = {name: tensor.detach() for name, tensor in published_tensors(body).items()}
-    if outputs is not None:
-        targets |= {f"score.{name}": parameter.detach() for name, parameter in model.score.named_parameters()}
-    _fill(targets, path)
-    return model.to(device), load_tokenizer(path)
-
-
-def _fill(targets: dict[str, Tensor], path: Path) -> None:
-    """Copy each named tensor of the directory's safetensors files into its target view."""
-    missing = dict(targets)
-    for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as source:
-                for name in source.keys():  # noqa: SIM118
-                    if name in missing:
-                        _copy(missing.pop(name), source.get_tensor(name), f"{file}: {name}")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: expected a whole safetensors file, got {error}") from error
-    if missing:
-        raise ValueError(f"{path}: expected the tensor {sorted(missing)[0]} (and {len(missing) - 1} more), found none")
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
-            raise ValueError(f"{single}: expected safetensors weights, found none; pickled weights are never read")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: expected a JSON object with weight_map, got {error!r}") from error
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index}: expected file names inside the directory, got {outside[0]}")
-    return [path / name for name in names]
-
-
-def _copy(target: Tensor, tensor: Tensor, where: str) -> None:
-    if target.shape != tensor.shape:
-        raise ValueError(f"{where}: expected shape {tuple(target.shape)}, got {tuple(tensor.shape)}")
-    target.copy_(tensor)
