@@ -267,9 +267,8 @@ def save_hf(
     tensors = published_tensors(model)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes <= NAMES.keys():
-        raise ValueError(
-            f"model: expected parameters of one of {', '.join(NAMES.values())}, got {sorted(map(str, dtypes))}"
-        )
+        got = sorted(map(str, dtypes))
+        raise ValueError(f"model: expected parameters of one dtype of {', '.join(NAMES.values())}, got {got}")
     name = str(dtypes.pop()).removeprefix("torch.")
     fields = published_config(model.config, tokenizer, dtype=name) | dict(extra or {})
     return _write(tensors, fields, tokenizer, Path(path), max_shard_bytes)
