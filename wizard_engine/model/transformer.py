@@ -133,4 +133,8 @@ class Transformer(nn.Module):
         weight_VD = self.head_weight
         if hidden_TD.dtype == torch.float64:
             return hidden_TD @ weight_VD.T
+        differentiable = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+        if hidden_TD.is_cuda and hidden_TD.dtype != torch.float32 and not differentiable:
+            # The product of halves added up in fp32, without a copy of the head in fp32.
+            return torch.mm(hidden_TD, weight_VD.T, out_dtype=torch.float32)
         return hidden_TD.float() @ weight_VD.float().T

@@ -1,0 +1,102 @@
+"""Write a language model as a Hugging Face directory that transformers, vLLM and others load as it is.
+
+    python recipes/export_hf.py --model runs/demo/rleif/model --out exported --dtype bfloat16
+
+Writes config.json, safetensors (in shards with an index where they are large), the tokenizer's files with the chat
+template of Vicuna v1.1 (the exact system prompt), and generation_config.json.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from wizard_engine.data.chat import SYSTEM
+from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
+from wizard_engine.files import write_json
+from wizard_engine.model import Transformer, load_model, save_hf
+from wizard_engine.recipe import launch
+
+TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
+    "{% else %}{{ system }}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ (' ' if loop.first else '') + 'USER: ' + message['content'] }}"
+    "{% if loop.last %}{{ ' ASSISTANT:' }}{% endif %}"
+    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Export a language model."""
+
+    model: Path
+    """Model directory, of this project or of Hugging Face."""
+    out: Path
+    """Directory to write; it appears complete or not at all."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
+    tokenizer: Path | None = None
+    """Tokenizer file or directory; default: the model directory's own."""
+    max_shard_gb: float = 5.0
+    """Largest file of weights, 10^9 bytes; one tensor is never divided."""
+    overwrite: bool = False
+    """Replace a directory that is there."""
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_shard_gb <= 0:
+            raise ValueError(f"--max-shard-gb: expected a positive number, got {self.max_shard_gb}")
+
+
+def chat_template() -> str:
+    """The Vicuna v1.1 format in Jinja: the ids of `encode_prompt` where each turn is encoded for itself."""
+    return TEMPLATE.replace("{{ system }}", "{{ " + json.dumps(SYSTEM) + " }}")
+
+
+def companions(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    """Add the chat template to tokenizer_config.json, and write generation_config.json."""
+    file = folder / "tokenizer_config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, fields | {"chat_template": chat_template(), "model_max_length": model.config.max_positions})
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "do_sample": False}
+    write_json(folder / "generation_config.json", ends)
+
+
+def main(cfg: Config) -> Path:
+    """Export; returns the directory."""
+    if cfg.out.exists() and not cfg.overwrite:
+        raise ValueError(f"{cfg.out}: expected no such directory, got one; choose another --out, or --overwrite")
+    model, tokenizer = load_model(cfg.model, dtype=getattr(torch, cfg.dtype))
+    if not isinstance(model, Transformer):
+        raise ValueError(f"{cfg.model}: expected a language model, got a reward model")
+    if cfg.tokenizer is not None:
+        tokenizer = load_tokenizer(cfg.tokenizer)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected at most {model.config.vocab_size} ids, as the model has, got {tokenizer.vocab_size}"
+        )
+    staged = cfg.out.with_name(f".{cfg.out.name}.export")
+    try:
+        save_hf(model, staged, tokenizer=tokenizer, max_shard_bytes=int(cfg.max_shard_gb * 10**9))
+        companions(model, tokenizer, staged)
+        if cfg.out.exists():
+            shutil.rmtree(cfg.out)
+        staged.rename(cfg.out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    if not cfg.quiet:
+        for file in sorted(cfg.out.iterdir()):
+            print(f"{file.stat().st_size:>14,} bytes  {file}")
+    return cfg.out
+
+
+if __name__ == "__main__":
+    launch(main, Config)
