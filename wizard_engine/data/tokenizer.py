@@ -188,6 +188,9 @@ class JsonTokenizer(_Bytes):
         self._units = UnitCache(backend, fields) if UnitCache.suits(fields) else None
         first = next(iter(backend.encode("a", add_special_tokens=False).ids), None)
         self.prefixes_space = first is not None and (self._table[first] or b"").startswith(b" ")
+        # Metaspace puts no space before a text that begins with one, where SentencePiece does.
+        spaced, bare = (backend.encode(text, add_special_tokens=False).ids for text in (" a", "a"))
+        self._adds_space = self.prefixes_space and spaced == bare
 
     def _special_id(self, key: str, names: Sequence[str], where: str) -> int:
         named = self._config.get(key)
@@ -220,13 +223,18 @@ class JsonTokenizer(_Bytes):
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""
         if self._units is not None and text.isascii():
             return self._units.encode(text)
-        return _checked(lambda: self._backend.encode(text, add_special_tokens=False).ids, [text])
+        return _checked(lambda: self._backend.encode(self._spaced(text), add_special_tokens=False).ids, [text])
+
+    def _spaced(self, text: str) -> str:
+        """The text as the library must get it for SentencePiece's ids."""
+        return " " + text if self._adds_space and text.startswith((" ", META_SPACE)) else text
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         if self._units is not None:
             return [self.encode(text) for text in texts]
-        encoded = _checked(lambda: self._backend.encode_batch_fast(list(texts), add_special_tokens=False), texts)
+        spaced = [self._spaced(text) for text in texts]
+        encoded = _checked(lambda: self._backend.encode_batch_fast(spaced, add_special_tokens=False), texts)
         return [item.ids for item in encoded]
 
     def save(self, directory: Path) -> None:
