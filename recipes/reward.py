@@ -17,7 +17,7 @@ from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
 from wizard_engine.data.samples import Pair, encode_all, fitting_pair, read_pairs, read_processes
 from wizard_engine.loss import process_loss, ranking_loss
-from wizard_engine.model import ScoringModel, save_model
+from wizard_engine.model import Routes, ScoringModel, save_model
 from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
 from wizard_engine.rollout.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime import Runtime
@@ -90,10 +90,11 @@ def _instruction(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> t
         num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
         for pack in packs:
             batch = collate([train[i].chosen for i in pack] + [train[i].rejected for i in pack]).to(rt.device)
-            better, worse = _last_scores(model, batch).chunk(2)
+            routes = Routes()
+            better, worse = _last_scores(model, batch, routes).chunk(2)
             margin = torch.tensor([train[i].margin for i in pack], device=rt.device)
             loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
-            loss.backward()
+            (loss + run.router.loss(routes)).backward()
             run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
         run.update()
     sides = [[_cut(side) for side in (pair.chosen, pair.rejected)] for pair in test]
@@ -111,9 +112,9 @@ def _cut(sample):
     return type(sample)(sample.tokens[:-1], sample.weights[:-1])
 
 
-def _last_scores(model: ScoringModel, batch: Batch) -> torch.Tensor:
+def _last_scores(model: ScoringModel, batch: Batch, routes: Routes) -> torch.Tensor:
     """(S,) score at the last position of each packed sequence."""
-    return model(*batch.inputs)[batch.cu_seqlens[1:].long() - 1, 0]
+    return model(*batch.inputs, routes)[batch.cu_seqlens[1:].long() - 1, 0]
 
 
 def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple[ScoringModel, dict, dict]:
@@ -137,9 +138,10 @@ def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple
         for pack in packs:
             batch = collate([train[i][0] for i in pack]).to(rt.device)
             ends, labels = _labelled(train, pack, batch)
-            scores = model(*batch.inputs)[ends]
+            routes = Routes()
+            scores = model(*batch.inputs, routes)[ends]
             loss = process_loss(scores, labels, num_steps=num_steps)
-            loss.backward()
+            (loss + run.router.loss(routes)).backward()
             run.add(loss, batch.tokens.numel(), accuracy=(scores.argmax(-1) - 1 == labels).sum() / num_steps)
         run.update()
     result = run.result() | {"rows": len(train), "rejected": rejected + unread, "held_out": len(test)}

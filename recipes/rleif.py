@@ -21,7 +21,7 @@ from wizard_engine.data.records import Conversation, read_located
 from wizard_engine.data.samples import encode_all, fitting_prompt
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
-from wizard_engine.model import ScoringModel, Transformer, save_model
+from wizard_engine.model import Routes, ScoringModel, Transformer, save_model
 from wizard_engine.online import OnlineRun
 from wizard_engine.recipe import (
     finish_stage,
@@ -107,6 +107,8 @@ class Config:
     """Rows of that loss per update over all ranks."""
     gamma: float = 1.0
     lam: float = 0.95
+    replay_routing: bool = True
+    """Mixtures of experts: train each token with the experts that the sampler sent it to."""
     no_eos_penalty: float = 0.5
     """Taken off the reward of an answer that did not close itself."""
     max_grad_norm: float = 1.0
@@ -204,26 +206,30 @@ def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: l
 def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows: list[int]) -> None:
     """One update of policy and critic on some answers of a rollout."""
     num_tokens, num_answers = run.totals(sum(rollout.lengths[i] for i in rows), len(rows))
+    for router in run.routers.values():
+        router.start(sum(len(rollout.samples[i].tokens) - 1 for i in rows))
     per_token = cfg.normalisation == "token"
     for group in packed_groups([len(rollout.samples[i].tokens) for i in rows], cfg.pack_tokens):
         picked = [rows[i] for i in group]
         batch = collate([rollout.samples[i] for i in picked]).to(run.device)
         answer = batch.weights > 0
         own = targets.of(picked, answer)
+        routes = rollout.routes(picked, run.device) if cfg.replay_routing else Routes()
+        critic_routes = Routes()
         loss, metrics, logprob = policy_loss(
-            policy(*batch.inputs), policy.head_weight, torch.where(answer, batch.targets, -1), own.behaviour,
+            policy(*batch.inputs, routes), policy.head_weight, torch.where(answer, batch.targets, -1), own.behaviour,
             own.advantages, clip=cfg.clip, num_tokens=num_tokens if per_token else None,
             num_sequences=None if per_token else num_answers, cu_seqlens=batch.cu_seqlens, dual_clip=cfg.dual_clip,
             reference=own.reference if cfg.kl_loss else None, kl=cfg.kl_loss, kl_estimator=cfg.kl_estimator,
             entropy=cfg.entropy, sampled=own.sampled if cfg.importance_cap else None,
             importance_cap=cfg.importance_cap or 1.0, temperature=cfg.temperature,
         )  # fmt: skip
-        loss.backward()
+        (loss + run.routers["policy"].loss(routes)).backward()
         error, value_metrics = value_loss(
-            critic(*batch.inputs)[answer][:, 0], own.values[answer], own.returns[answer], clip=cfg.value_clip,
-            num_tokens=num_tokens,
+            critic(*batch.inputs, critic_routes)[answer][:, 0], own.values[answer], own.returns[answer],
+            clip=cfg.value_clip, num_tokens=num_tokens,
         )  # fmt: skip
-        error.backward()
+        (error + run.routers["critic"].loss(critic_routes)).backward()
         # The rollout's own divergence is logged as kl_k1 and kl_k3.
         metrics = {f"update_{name}" if name.startswith("kl_") else name: value for name, value in metrics.items()}
         shares = {name: value / num_tokens for name, value in (metrics | value_metrics).items()}

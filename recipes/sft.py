@@ -13,7 +13,7 @@ from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import read_samples
 from wizard_engine.loss import sft_loss
-from wizard_engine.model import save_model
+from wizard_engine.model import Routes, save_model
 from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
 from wizard_engine.training import Run, Training, num_supervised
 
@@ -64,9 +64,10 @@ def main(cfg: Config) -> dict:
         batches = [collate([samples[i] for i in pack]).to(rt.device) for pack in packs]
         num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
         for batch in batches:
-            hidden = model(*batch.inputs)
+            routes = Routes()
+            hidden = model(*batch.inputs, routes)
             loss, _, logprob = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
-            loss.backward()
+            (loss + run.router.loss(routes)).backward()
             run.add(loss, batch.tokens.numel(), logprob=logprob)
         run.update()
     result = run.result() | {"samples": len(samples), "rejected": rejected}

@@ -17,7 +17,7 @@ from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import Pair, answer_pair, read_pairs
 from wizard_engine.loss import dpo_loss
-from wizard_engine.model import save_model
+from wizard_engine.model import Routes, save_model
 from wizard_engine.preferences import ReferenceCache, order_slices
 from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
 from wizard_engine.runtime import Runtime
@@ -109,13 +109,14 @@ def _train_stage(
             batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(rt.device)
             rows = torch.as_tensor(pack, dtype=torch.int64)
             ref, first = (x[rows].to(rt.device) for x in (reference, initial))
+            routes = Routes()
             loss, metrics, logprob = dpo_loss(
-                model(*batch.inputs), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,
+                model(*batch.inputs, routes), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,
                 ref.T.flatten(), beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
                 label_smoothing=cfg.label_smoothing, length_normalised=normalise, nll=cfg.nll,
                 num_chosen_tokens=num_chosen,
             )  # fmt: skip
-            loss.backward()
+            (loss + run.router.loss(routes)).backward()
             metrics["drift_to_reference"] = ref[:, 0].sum() - metrics["chosen_logprob"]
             metrics["drift_to_initial"] = first[:, 0].sum() - metrics["chosen_logprob"]
             shares = {name: value / num_pairs for name, value in metrics.items() if name != "chosen_nll"}

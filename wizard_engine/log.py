@@ -48,7 +48,7 @@ class MetricsLogger:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._bar = tqdm(total=total_steps, initial=resume_step, desc=desc, disable=quiet, dynamic_ncols=True)
 
-    def log(self, *, step: int, **values: float) -> None:
+    def log(self, *, step: int, **values: float | list[float]) -> None:
         """Write one step: numbers in full precision, not-a-number and infinity as null.
 
         Raises:
@@ -76,8 +76,10 @@ class MetricsLogger:
         self._file = self._bar = None
 
 
-def _number(name: str, value: Any) -> float | int | None:
-    """The value as JSON holds it."""
+def _number(name: str, value: Any) -> Any:
+    """The value as JSON holds it; a list of numbers is one value per layer, say."""
+    if isinstance(value, list):
+        return [_number(name, item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, numbers.Real):

@@ -17,7 +17,7 @@ from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_
 from .rollout.rewards import AnswerReward
 from .rollout.trajectories import Rollout, Targets, step_seed
 from .runtime import Runtime, StopRequest
-from .training import Interrupted, blame, peak_memory_gib
+from .training import Interrupted, RouterMeter, blame, peak_memory_gib
 
 MAX_SKIPPED = 10
 
@@ -41,6 +41,7 @@ class OnlineRun:
         for module in self.modules.values():
             broadcast_parameters(module)
         self.optimizers = {name: AdamW(module, betas=(0.9, 0.95)) for name, module in self.modules.items()}
+        self.routers = {name: RouterMeter(module.config, self.device) for name, module in self.modules.items()}
         self.step, self.answer_tokens, self.skipped, self.largest_ratio_error = 0, 0, 0, 0.0
         self.average: dict[str, Tensor] = {}
         self.averaged = 0
@@ -206,7 +207,8 @@ class OnlineRun:
             step=self.step + 1, loss=loss, grad_norm=self._norms["policy"], critic_grad_norm=self._norms["critic"],
             lr=self.cfg.lr, tokens=self.answer_tokens, tokens_per_second=tokens / seconds, length=tokens / count,
             explained_variance=1 - sums["ee"] / tokens / variance, ratio_error=self._sums.get("ratio_error", 0.0),
-            peak_memory_gib=peak_memory_gib(self.device), **numbers,
+            peak_memory_gib=peak_memory_gib(self.device), **numbers, **self.routers["policy"].metrics(),
+            **{f"critic_{name}": value for name, value in self.routers["critic"].metrics().items()},
         )  # fmt: skip
 
     def result(self) -> dict:

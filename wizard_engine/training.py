@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from . import checkpoint
 from .data.loader import Loader
 from .log import MetricsLogger
+from .model import ModelConfig
+from .model.mixture import Routes, load_metrics
 from .optim import AdamW, cosine_with_warmup
 from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_names_of_all_ranks
 from .runtime import Runtime, StopRequest
@@ -57,6 +59,43 @@ class Interrupted(SystemExit):
         super().__init__(f"stopped at step {step}, saved in {out}; the same command resumes")
 
 
+class RouterMeter:
+    """What the routers of a model with experts add to a step: their losses, and the load of the experts.
+
+    For a dense model every call costs nothing and gives nothing.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self._loss, self._loads = 0.0, [torch.zeros(config.layers, config.experts, dtype=torch.int64, device=device)]
+        self._num_tokens = 0.0
+
+    def start(self, tokens: int) -> None:
+        """Begin a step with this rank's tokens of all its micro-batches; every rank makes the call."""
+        if self.config.experts:
+            self._num_tokens = sum_over_ranks({"tokens": float(tokens)}, self.device)["tokens"]
+
+    def loss(self, routes: Routes) -> Tensor | float:
+        """A micro-batch's share of the router's losses, to be added to its loss; 0.0 for a dense model."""
+        found = routes.loss(self.config, self._num_tokens) if routes.logits else 0.0
+        load = routes.load()
+        if load is not None:
+            self._loads.append(load)
+            self._loss = self._loss + (found.detach() if isinstance(found, Tensor) else found)
+        return found
+
+    def metrics(self) -> dict[str, float | list[float]]:
+        """The step's router loss and load over all ranks, and a clean slate; every rank makes the call."""
+        if not self.config.experts:
+            return {}
+        load = torch.stack(self._loads).sum(0)
+        own = {"router_loss": float(self._loss)} | {str(i): float(n) for i, n in enumerate(load.flatten().tolist())}
+        total = sum_over_ranks(own, self.device)
+        self._loss, self._loads = 0.0, [torch.zeros_like(load)]
+        loss = total.pop("router_loss")
+        return {"router_loss": loss} | load_metrics([torch.tensor(list(total.values())).view(load.shape)])
+
+
 class Run:
     """One training run: iterate `steps()`; per micro-batch call `backward` on the loss and `add`, then `update` once.
 
@@ -79,6 +118,7 @@ class Run:
         if self.total < 1:
             raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
         broadcast_parameters(model)
+        self.lengths, self.router = np.asarray(lengths), RouterMeter(model.config, runtime.device)
         self.optimizer = AdamW(model, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
         self.step, self.skipped, self.tokens = 0, 0, 0
         self._names: tuple[str, ...] = ()
@@ -112,6 +152,7 @@ class Run:
             self._began = began
             self.optimizer.zero_grad()
             self._clear()
+            self.router.start(int(sum(self.lengths[pack].sum() for pack in packs)))
             yield packs
             every = self.options.save_every
             if self._asked_to_stop:
@@ -198,7 +239,7 @@ class Run:
             step=self.step, loss=numbers.pop("loss"), grad_norm=norm, lr=lr, tokens=self.tokens,
             tokens_per_second=rate, tokens_per_second_per_device=rate / world,
             mfu=used / peak_flops(self.runtime.device), wait_seconds=self._waiting, skipped=self.skipped,
-            peak_memory_gib=peak_memory_gib(self.runtime.device), **numbers,
+            peak_memory_gib=peak_memory_gib(self.runtime.device), **numbers, **self.router.metrics(),
         )  # fmt: skip
 
     def result(self) -> dict:

@@ -13,7 +13,7 @@ from kernels.sample import row_seeds, sample, uniforms
 from ..data.chat import encode_prompt
 from ..data.records import Message
 from ..data.tokenizer import Tokenizer
-from ..model import Transformer
+from ..model import Routes, Transformer
 
 
 @dataclass
@@ -22,11 +22,14 @@ class Generation:
 
     tokens: ids after the prompt, the closing EOS included where it came.   logprobs: nats, under the distribution that
     each id was drawn from (temperature, top-k and top-p applied).   finished: whether EOS came within the limit.
+    experts: of a model with experts, where it sent each token that it read, (n, L, A) int16 on the CPU: all of the
+    prompt's and of the answer's but the last; else None.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
+    experts: list[Tensor] | None = None
 
 
 @torch.no_grad()
@@ -60,6 +63,8 @@ def generate(
     _validate(model, prompts, max_new_tokens, temperature, top_k, top_p)
     how = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
     out = Generation([[]] * len(prompts), [[]] * len(prompts), [False] * len(prompts))
+    if model.config.experts:
+        out.experts = [torch.empty(0)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -67,6 +72,9 @@ def generate(
         decoder = _Decoder(model, [list(prompts[i]) for i in rows], max_new_tokens, how, uniform, eos_id)
         for row, (tokens, logprobs, finished) in zip(rows, decoder.run()):
             out.tokens[row], out.logprobs[row], out.finished[row] = tokens, logprobs, finished
+        if out.experts is not None:
+            for place, row in enumerate(rows):
+                out.experts[row] = decoder.experts_of(place, len(prompts[row]) + len(out.tokens[row]) - 1)
     return out
 
 
@@ -99,6 +107,9 @@ class _Decoder:
         self.rows = torch.arange(len(prompts), device=self.device)
         self.tokens = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64, device=self.device)
         self.logprobs = torch.zeros(len(prompts), max_new_tokens, device=self.device)
+        # Of a model with experts: per row, choices of the tokens that it read; and steps not yet given to the rows.
+        self.experts: list[list[Tensor]] = []
+        self.fed: list[tuple[Tensor, Tensor]] = []
         self.hidden, self.positions = self._prefill(prompts)
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -117,11 +128,15 @@ class _Decoder:
         dtype = self.model.embedding.weight.dtype
         self.keys, self.values = (torch.zeros(shape, device=self.device, dtype=dtype) for _ in range(2))
         x_TD = self.model.embedding(flat)
+        routes = Routes() if self.config.experts else None
         for layer, block in enumerate(self.model.blocks):
             _, k_TKC, v_TKC = block.attention.project(block.attention_norm(x_TD), *cos_sin)
             self.keys[layer][row, :, positions] = k_TKC
             self.values[layer][row, :, positions] = v_TKC
-            x_TD = block(x_TD, *cos_sin, cu_seqlens, longest)
+            x_TD = block(x_TD, *cos_sin, cu_seqlens, longest, routes)
+        if routes is not None:
+            parts = routes.stacked().to(torch.int16).cpu().split(lengths.tolist())
+            self.experts = [[parts[i]] for i in source.tolist()]
         hidden = self.model.norm(x_TD[cu_seqlens[1:].long() - 1])
         if len(unique) < len(prompts):
             self.keys, self.values = self.keys.index_select(1, source), self.values.index_select(1, source)
@@ -157,6 +172,7 @@ class _Decoder:
             seen &= key_positions[None, :] > self.positions[:, None] - config.window
         mask, row = seen[:, None, None, :], torch.arange(count, device=self.device)
         x_BD = self.model.embedding(tokens)
+        routes = Routes() if self.config.experts else None
         for layer, block in enumerate(self.model.blocks):
             attention = block.attention
             q_BHC, k_BKC, v_BKC = attention.project(block.attention_norm(x_BD), *cos_sin)
@@ -165,8 +181,19 @@ class _Decoder:
             grouped = q_BHC.reshape(count, config.kv_heads, -1, config.head_width)
             out = F.scaled_dot_product_attention(grouped, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask)
             x_BD = x_BD + attention.out(out.reshape(count, -1))
-            x_BD = x_BD + block.feed_forward(block.feed_forward_norm(x_BD))
+            x_BD = x_BD + block.feed_forward(block.feed_forward_norm(x_BD), routes)
+        if routes is not None:
+            self.fed.append((self.rows, routes.stacked()))
         self.hidden, self.positions = self.model.norm(x_BD), self.positions + 1
+
+    def experts_of(self, place: int, count: int) -> Tensor:
+        """(count, L, A) int16 experts of the first tokens that a row read."""
+        if self.fed:
+            for rows, experts_BLA in self.fed:
+                for row, experts_LA in zip(rows.tolist(), experts_BLA.to(torch.int16).cpu()):
+                    self.experts[row].append(experts_LA[None])
+            self.fed = []
+        return torch.cat(self.experts[place])[:count]
 
     def _collect(self) -> list[tuple[list[int], list[float], bool]]:
         collected = []

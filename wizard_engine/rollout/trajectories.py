@@ -15,7 +15,7 @@ from ..data.chat import Sample, encode_prompt
 from ..data.records import Message
 from ..data.tokenizer import Tokenizer
 from ..loss import kl_estimates
-from ..model import ScoringModel, Transformer
+from ..model import Routes, ScoringModel, Transformer
 from .generation import generate
 from .rewards import AnswerReward, score_tokens
 from .scoring import token_logprobs
@@ -27,6 +27,7 @@ class Rollout:
 
     samples: prompt and answer ids, weight 1 on every answer token.   texts: the answers.   lengths: answer tokens.
     behaviour: (N,) log-probability of the answer tokens as sampled, all answers end to end, nats.
+    experts: of a policy with experts, where the sampler sent each token that a trainer feeds, (n - 1, L, A) per sample.
     """
 
     prompts: list[tuple[Message, ...]]
@@ -35,6 +36,13 @@ class Rollout:
     finished: list[bool]
     lengths: list[int]
     behaviour: Tensor
+    experts: list[Tensor] | None = None
+
+    def routes(self, picked: Sequence[int], device: torch.device) -> Routes:
+        """The sampler's choices for some samples packed in this order; fresh ones of a dense policy."""
+        if self.experts is None:
+            return Routes()
+        return Routes(torch.cat([self.experts[i] for i in picked]).to(device).int())
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Per-answer pieces of a tensor over all answer tokens."""
@@ -63,7 +71,8 @@ def roll_out(
         packed.append(Sample(np.asarray([*prompt, *answer], dtype=np.int32), weights))
     texts = [tokenizer.decode(tokens).strip() for tokens in drawn.tokens]
     behaviour = torch.tensor([x for row in drawn.logprobs for x in row], dtype=torch.float32)
-    return Rollout(repeated, packed, texts, drawn.finished, [len(t) for t in drawn.tokens], behaviour)
+    lengths = [len(tokens) for tokens in drawn.tokens]
+    return Rollout(repeated, packed, texts, drawn.finished, lengths, behaviour, drawn.experts)
 
 
 def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float) -> Tensor:
