@@ -69,11 +69,13 @@ def configurations(root, name):
     training = Training(lr=2e-3, pack_tokens=200, packs_per_step=4, epochs=2, clip=0.5)
     shared = {"model": str(root / "base"), "training": training, "device": "cpu", "quiet": True}
     # One pack a pass: the second rank never has a row.
+    mixture = {"model": str(root / "mixture_base")}
     alone = shared | {"training": replace(training, packs_per_step=2, epochs=1)}
     return [
         (stage_dpo, stage_dpo.Config(data=(root / "pair.jsonl",), out=root / name / "alone", slices=1, **alone)),
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "sft", **shared)),
         (stage_dpo, stage_dpo.Config(data=(root / "pairs.jsonl",), out=root / name / "dpo", slices=2, **shared)),
+        (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "mixture", **shared | mixture)),
     ]
 
 
@@ -90,6 +92,8 @@ def ranks(tmp_path_factory):
         max_positions=128, init_std=0.2,
     )  # fmt: skip
     save_model(Transformer(config, seed=0), tokenizer, root / "base")
+    mixture = replace(config, experts=4, balance_loss=0.1, z_loss=0.01)
+    save_model(Transformer(mixture, seed=0), tokenizer, root / "mixture_base")
     write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in pairwise(texts)])
     pairs = [Preference((Message("user", a),), b, c) for a, b, c in zip(texts[::3], texts[1::3], texts[2::3])]
     write_rows(root / "pairs.jsonl", pairs)
@@ -104,7 +108,7 @@ def ranks(tmp_path_factory):
     return root
 
 
-RUNS = ["sft", "dpo/stage_1", "dpo/stage_2", "alone/stage_1"]
+RUNS = ["sft", "mixture", "dpo/stage_1", "dpo/stage_2", "alone/stage_1"]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -121,8 +125,8 @@ def test_two_ranks_log_the_numbers_of_one(ranks, run):
 
 
 def test_two_ranks_train_the_weights_of_one(ranks):
-    base = load_file(ranks / "base" / "model.safetensors")
-    for run in ("sft", "dpo"):
+    for run, start in (("sft", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
+        base = load_file(ranks / start / "model.safetensors")
         one, two = (load_file(ranks / name / run / "model" / "model.safetensors") for name in ("one", "two"))
         for name, tensor in one.items():
             moved = float((tensor - base[name]).abs().max())
