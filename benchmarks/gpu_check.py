@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 8.0
 LOG_LINES = 3000
 NOTE = "note: "
+MIXTURE = ("experts", "moe_route", "moe_permute", "moe_combine")
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,10 @@ def _ceilings_text(found: dict[str, float]) -> str:
 
 def measured_cases(phase: str) -> list[Case]:
     """Cases of a phase: those of a quick run first, then the others."""
-    own = next((name for name in ("attention", "linear_logprob") if phase.startswith(name)), None)
-    names = [own] if own else [name for name in OPERATIONS if name not in ("attention", "linear_logprob")]
+    groups = {"attention": ["attention"], "linear_logprob": ["linear_logprob"], "mixture": list(MIXTURE)}
+    taken = {name for group in groups.values() for name in group}
+    own = next((group for name, group in groups.items() if phase.startswith(name)), None)
+    names = own or [name for name in OPERATIONS if name not in taken]
     wanted = {"attention_forward": ("forward",), "attention_backward": ("backward",)}.get(phase)
     found = [*cases(names, _device(), quick=True), *cases(names, _device())]
     return list(dict.fromkeys(case for case in found if wanted is None or case.phase in wanted))
@@ -161,11 +164,28 @@ def measure(phase: str) -> Callable[[Path, float], int]:
                 break
             session.skip = skipped_peers(case)
             session.add(kernels.measure(session, case))
+        for text in mixture_shares(session.rows):
+            print(f"{NOTE}{text}")
         wrong = [row for row in session.rows if row["is_ours"] and row["status"] in ("wrong", "error")]
         print(f"{NOTE}{len(session.rows)} rows, {len(wrong)} of ours wrong or in error")
         return int(bool(wrong))
 
     return run
+
+
+def mixture_shares(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each size measured: routing, copies and sums of rows as a share of the layer's forward (goal: below 5 %)."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["op"] in MIXTURE and row["phase"] == "forward" and row["is_ours"] and "us" in row:
+            name = row["op"] + (" " + row["label"].split()[5] if row["op"] == "experts" else "")
+            times.setdefault(row["label"].split()[0], {})[name] = row["us"]
+    found = []
+    for tokens, us in times.items():
+        layer, parts = us.get("experts uniform"), [us.get(name) for name in MIXTURE[1:]]
+        if layer is not None and None not in parts:
+            found.append(f"{tokens}: routing and rows {sum(parts) / (layer + parts[0]):.1%} of the layer's forward")
+    return found
 
 
 def train(out: Path, seconds: float) -> int:
@@ -192,11 +212,11 @@ def tests(out: Path, seconds: float) -> int:
 
 
 PHASES = (
-    Phase("environment", 20, environment), Phase("tables", 120, check_entries), Phase("ceilings", 20, ceilings),
-    Phase("attention_forward", 95, measure("attention_forward")),
-    Phase("attention_backward", 70, measure("attention_backward")),
-    Phase("linear_logprob", 60, measure("linear_logprob")), Phase("row_kernels", 50, measure("row_kernels")),
-    Phase("train_step", 55, train), Phase("pytest", 50, tests),
+    Phase("environment", 20, environment), Phase("tables", 110, check_entries), Phase("ceilings", 20, ceilings),
+    Phase("attention_forward", 85, measure("attention_forward")),
+    Phase("attention_backward", 60, measure("attention_backward")),
+    Phase("linear_logprob", 45, measure("linear_logprob")), Phase("mixture", 65, measure("mixture")),
+    Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train), Phase("pytest", 45, tests),
 )  # fmt: skip
 
 

@@ -4,13 +4,16 @@ Bytes are the fewest that device memory must move: every input read once, every 
 case; weights of a norm, tables of angles and other small things are not counted. Operations of attention are those of
 its products over visible pairs (masked pairs are no work); elementwise ones count one for each arithmetic instruction,
 a transcendental included. T tokens, D width, F feed-forward width, H and K query and key heads, C channels of a head,
-P parameters, b bytes of an element:
+E experts, A of them per token, P parameters, b bytes of an element:
 
     attention  forward 4 C H pairs, backward 10 C H pairs     forward (2 H + 2 K) T C b + 4 T H bytes, backward twice
     rms_norm   forward 2 T D b, backward 3 T D b bytes        with a residual stream 4 T D b and 4 T D b
     rope       2 (H + K) T C b bytes
     swiglu     forward 3 T F b, backward 5 T F b bytes
     linear_logprob  forward 2 T V D, backward 6 T V D (a product for the logits, again)     (T + V) D b bytes, twice
+    experts    forward 6 T A D F, backward 12 T A D F operations     (3 E D F + 2 T D + 3 T A F) b bytes, twice
+    moe_route  forward 2 T D E operations     T (D b + 4 E) bytes, twice
+    moe_permute, moe_combine  (1 + A) T D b bytes
     adamw      28 P bytes: fp32 master and moments read and written, bf16 gradient read, bf16 copy written
 """
 
@@ -23,6 +26,7 @@ import torch
 from benchmarks.attention_problem import Attention
 from benchmarks.head_problem import LinearLogprob
 from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu, Work
+from benchmarks.moe_problem import Experts, MoeCombine, MoePermute, MoeRoute
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,10 @@ class Case:
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 OPERATIONS: dict[str, type[Problem]] = {
-    kind.op: kind for kind in (Attention, LinearLogprob, RmsNorm, Rope, SwiGlu, AdamW)
+    kind.op: kind
+    for kind in (
+        Attention, LinearLogprob, Experts, MoeRoute, MoePermute, MoeCombine, RmsNorm, Rope, SwiGlu, AdamW,
+    )
 }  # fmt: skip
 TOKENS = 16384
 RAGGED = (9000, 6000, 4500, 3300, 2500, 2000, 1500, 1200, 900, 700, 500, 350, 200, 90, 27, 1)
@@ -95,18 +102,30 @@ def head_problems(quick: bool = False) -> list[LinearLogprob]:
     return [LinearLogprob(tokens, words, 4096) for tokens, words in shapes]
 
 
+def moe_problems(quick: bool = False) -> list[Problem]:
+    """A layer of 8x22B under 4k to 32k tokens, even and skewed loads; its routing, copies and sums apart."""
+    loads = [(8192, "uniform"), (8192, "zipf")]
+    if not quick:
+        loads += [(4096, "uniform"), (16384, "uniform"), (32768, "uniform"), (8192, "one"), (8192, "empty")]
+    layers: list[Problem] = [Experts(tokens, 6144, 16384, load=load) for tokens, load in loads]
+    around = [kind(tokens, 6144) for kind in (MoeRoute, MoePermute, MoeCombine) for tokens in (8192, 32768)]
+    return layers + around[: None if not quick else 6 : 1 if not quick else 2]
+
+
 def small_problems() -> list[Problem]:
     """Shapes for a CPU, to try the harness on."""
     return [
         Attention((48, 48), 4, 2, 16), Attention((31, 2, 40), 4, 2, 16, window=8), RmsNorm(64, 48),
         LinearLogprob(64, 96, 48), RmsNorm(64, 48, residual=True), Rope(64, 4, 2, 16), SwiGlu(64, 48), AdamW(5000),
+        Experts(40, 48, 32, experts=4, load="zipf"), MoeRoute(40, 48), MoePermute(40, 48), MoeCombine(40, 48),
     ]  # fmt: skip
 
 
 def cases(names: Sequence[str], device: torch.device, quick: bool = False) -> list[Case]:
     """What is measured on the device, of the operations named: forwards of attention first, then its backwards."""
     on_gpu = device.type == "cuda"
-    problems = [*attention_problems(quick), *head_problems(quick), *row_problems(quick)] if on_gpu else small_problems()
+    large = (attention_problems, head_problems, moe_problems, row_problems)
+    problems = [p for make in large for p in make(quick)] if on_gpu else small_problems()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     chosen = [p for p in problems if p.op in names]
     if quick and not on_gpu:

@@ -75,8 +75,9 @@ class Oracle:
             self.bases = [in_blocks(problem, tensors, phase, dtype, self.heads, fused=fused) for fused in forms]
             self.ref = in_blocks(problem, tensors, phase, torch.float64, self.heads)
         else:
-            base = call_of(problem, problem.formula, fresh(problem, tensors), phase)()
-            self.bases = [{name: x.detach() for name, x in base.items()}]
+            forms = (problem.formula, *problem.other_forms())
+            bases = (call_of(problem, form, fresh(problem, tensors), phase)() for form in forms)
+            self.bases = [{name: x.detach() for name, x in base.items()} for base in bases]
             self.ref = by_rows(problem, tensors, phase)
 
     @property

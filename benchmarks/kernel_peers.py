@@ -31,6 +31,7 @@ from benchmarks.kernel_problems import (
     rope_formula,
     swiglu_formula,
 )  # fmt: skip
+from benchmarks.moe_problem import Experts, MoeCombine, MoePermute, MoeRoute
 from kernels.configuration import configuration, use_config
 
 # What foreign packages and compilers raise when they cannot run something; out of memory is a RuntimeError.
@@ -59,7 +60,8 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     """This project's variants, then the peers, in the order in which they are shown."""
     if device.type != "cuda":
         return [Variant("reference", is_ours=True), Variant("eager", lambda problem, _: problem.formula)]
-    special = {Attention: _attention_peers, LinearLogprob: _head_peers}
+    special = {Attention: _attention_peers, LinearLogprob: _head_peers, Experts: _expert_peers}
+    special |= dict.fromkeys((MoeRoute, MoePermute, MoeCombine), _plain_peers)
     peers = special[type(case.problem)](case) if type(case.problem) in special else _row_peers(case.problem)
     ours = own_configs(case, device).items()
     return [*(Variant(name, _with_config(config), is_ours=True) for name, config in ours), *peers]
@@ -221,6 +223,37 @@ def _head_peers(case: Case) -> list[Variant]:
         Variant("compile", lambda problem, _: _row_function(problem, compiled), large),
         Variant("liger forward + backward", _liger, liger),
     ]
+
+
+def _plain_peers(case: Case) -> list[Variant]:
+    return [Variant("eager", lambda problem, _: problem.formula)]
+
+
+def _expert_peers(case: Case) -> list[Variant]:
+    """The loop over experts, torch's grouped product, and Liger's fused experts."""
+    grouped = "" if hasattr(F, "grouped_mm") else "torch has no grouped_mm"
+    liger = "" if _has("liger_kernel.ops.fused_moe") else "liger-kernel with fused_moe is not installed"
+    return [
+        Variant("torch grouped_mm", lambda problem, _: functools.partial(_grouped_experts, problem), grouped),
+        Variant("liger", lambda problem, _: _liger_experts, liger),
+        Variant("eager", lambda problem, _: problem.formula),
+    ]
+
+
+def _grouped_experts(problem: Experts, t: Tensors) -> tuple[Tensor, ...]:
+    """Rows permuted, two of torch's grouped products with the activation between, rows summed by token."""
+    ends = t["offsets"][1:]
+    rows = t["x"][t["rows"].long() // problem.per_token]
+    gate, up = F.grouped_mm(rows, t["gate_up"].mT, offs=ends).chunk(2, dim=-1)
+    outer = F.grouped_mm(F.silu(gate) * up, t["down"].mT, offs=ends)
+    weighted = t["gates"].to(outer.dtype)[..., None] * outer[t["positions"].long()]
+    return (weighted.sum(1),)
+
+
+def _liger_experts(t: Tensors) -> tuple[Tensor, ...]:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction as Fused
+
+    return (Fused.apply(t["x"], t["gate_up"], t["down"], t["experts"].long(), t["gates"]),)
 
 
 def _liger_head(t: Tensors) -> tuple[Tensor, ...]:

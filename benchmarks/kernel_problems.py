@@ -30,12 +30,14 @@ class Work:
 class Problem:
     """One operation at one shape.
 
-    Class attributes: its `op`, `phases` and those of them that are `timed`; inputs that have a gradient (`gradients`),
-    tensors whose rows may have any scale (`rough`), tensors without a row dim (`whole`), whether products of matrices
-    are most of its work (`is_matrix`), whether it writes its inputs (`in_place`).
+    Class attributes: its `op`, prefixes of its kernels' `tables` where they are others, its `phases` and those of them
+    that are `timed`; inputs that have a gradient (`gradients`), tensors whose rows may have any scale (`rough`),
+    tensors without a row dim (`whole`), whether products of matrices are most of its work (`is_matrix`), whether it
+    writes its inputs (`in_place`).
     """
 
     op: ClassVar[str]
+    tables: ClassVar[tuple[str, ...]] = ()
     phases: ClassVar[tuple[str, ...]] = ("forward", "backward")
     timed: ClassVar[tuple[str, ...]] = ("forward", "backward")
     rough: ClassVar[tuple[str, ...]] = ()
@@ -78,6 +80,10 @@ class Problem:
     def formula(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """The same in plain PyTorch, in the dtype of the tensors."""
         raise NotImplementedError
+
+    def other_forms(self) -> tuple[Function, ...]:
+        """Further plain forms, whose rounding is as good a measure of the dtype as the formula's."""
+        return ()
 
 
 def call_of(problem: Problem, function: Function, tensors: Tensors, phase: str) -> Callable[[], Tensors]:

@@ -2,7 +2,8 @@
 
 Launches of a problem are recorded on the meta device, without a GPU.
 
-A table belongs to the operation whose name starts its own: `rms_norm_backward` to rms_norm.
+A table belongs to the operation whose name starts its own: `rms_norm_backward` to rms_norm; or, where the operation
+says so, another prefix: `grouped_matmul` to experts.
 """
 
 import itertools
@@ -17,8 +18,10 @@ from benchmarks.attention_problem import Attention
 from benchmarks.head_problem import LinearLogprob
 from benchmarks.kernel_cases import OPERATIONS, Case
 from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu
+from benchmarks.moe_problem import LAYOUT, Experts, MoeCombine, MoePermute, MoeRoute
 from kernels.configuration import kernels, use_arch
 from kernels.launch import Launch, record
+from kernels.moe_route import TILE_ROWS
 
 Config = dict[str, Any]
 META = torch.device("meta")
@@ -28,11 +31,10 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Tables of kernels over a few numbers per token or one row per sample: a launch costs more than they do, and nothing is
 # gained by tuning them. Their entries are cases of the tests.
 UNTUNED = frozenset(
-    ("dpo", "gae", "grouped_dswiglu", "grouped_dweight", "grouped_matmul", "grouped_swiglu", "linear_logprob_merge",
-     "moe_combine", "moe_permute", "moe_route", "moe_offsets", "moe_place", "ppo", "sample", "sequence_logprobs",
+    ("dpo", "gae", "linear_logprob_merge", "moe_offsets", "moe_place", "ppo", "sample", "sequence_logprobs",
      "value_loss")
 )  # fmt: skip
-FORWARDS = frozenset(("linear_logprob_statistics",))
+FORWARDS = frozenset(("linear_logprob_statistics", "grouped_swiglu", "grouped_matmul"))
 # Sequences of a check: around the tile sizes, an empty one, one token, an odd prime; small ones for the interpreter.
 LENGTHS = (129, 0, 1, 64, 257, 63, 127)
 SMALL_LENGTHS = (17, 0, 1, 33)
@@ -64,7 +66,8 @@ class Target:
         Raises:
             ValueError: none has a name that starts the table's.
         """
-        found = [name for name in OPERATIONS if self.kernel == name or self.kernel.startswith(name + "_")]
+        prefixes = {name: (name, *kind.tables) for name, kind in OPERATIONS.items()}
+        found = [name for name, own in prefixes.items() if any(f"{self.kernel}_".startswith(p + "_") for p in own)]
         if not found:
             raise ValueError(f"{self.kernel}: expected the table of one of {', '.join(OPERATIONS)}; add its operation")
         return max(found, key=len)
@@ -106,6 +109,9 @@ def timed_case(target: Target) -> Case:
         "rms_norm": RmsNorm(rows, width, residual=True), "rope": Rope(16384, 32, 8, 2 * shape.get("half", 64)),
         "swiglu": SwiGlu(rows, 14336 if width >= 2048 else width), "adamw": AdamW(2**27),
         "linear_logprob": LinearLogprob(8192 if dtype.itemsize == 2 else 1024, 32000, 4096),
+        "experts": Experts(8192, 6144, 16384) if dtype.itemsize == 2 else Experts(1024, 2048, 4096),
+        "moe_route": MoeRoute(16384, 6144), "moe_permute": MoePermute(16384, 6144),
+        "moe_combine": MoeCombine(16384, 6144),
     }  # fmt: skip
     return Case(problems[target.op], target.phase, dtype)
 
@@ -137,6 +143,13 @@ def _problems(target: Target, full: bool, small: bool) -> list[Problem]:
         return [Rope(rows, 6, 2, 2 * shape.get("half", 8))]
     if target.op == "linear_logprob":
         return [LinearLogprob(9, 70, 24) if small else LinearLogprob(517, 3001, 1032)]
+    if target.op == "experts":
+        if small:
+            return [Experts(33, 48, 32, experts=3, load="zipf")]
+        loads = ("zipf", "one", "empty") if full else ("zipf",)
+        return [Experts(700, 512, 1088, load=load) for load in loads] + ([Experts(517, 456, 200)] if full else [])
+    if target.op in ("moe_route", "moe_permute", "moe_combine"):
+        return [OPERATIONS[target.op](rows, 40 if small else 1032)]
     if target.op == "swiglu":
         wide = [SwiGlu(rows, 14336), SwiGlu(rows, width + 40)] if width >= 2048 else [SwiGlu(rows, width)]
         return wide[-1:] if small else wide if full else wide[:1]
@@ -154,6 +167,8 @@ def candidates(target: Target, arch: int, entry: Config) -> list[Config]:
     make = tiles.get(target.kernel)
     found = neighbours(entry) if make is None else list(make(target.shape["width"], target.shape["bytes"], arch))
     found = [config for config in found if arch >= 90 or not config.get("TMA")]
+    if target.op in ("experts", "moe_route"):
+        found = [config for config in found if _is_product(config, target.shape["bytes"], arch)]
     return [entry, *(config for config in found if config != entry)]
 
 
@@ -172,6 +187,15 @@ def neighbours(entry: Config) -> list[Config]:
         else:
             choices[name] = [value]
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
+
+
+def _is_product(config: Config, size: int, arch: int) -> bool:
+    """True where blocks are what a product of tiles takes, divide the tile table's rows, and fit into shared memory."""
+    blocks = {name: n for name, n in config.items() if name.startswith("BLOCK")}
+    depth = blocks.get("BLOCK_K", blocks.get("BLOCK_R", blocks.get("BLOCK_D", 16)))
+    ends = [n for name, n in blocks.items() if name in ("BLOCK_M", "BLOCK_N", "BLOCK_T")]
+    shared = config["num_stages"] * depth * sum(ends) * size
+    return min(blocks.values()) >= 16 and blocks.get("BLOCK_M", 16) <= TILE_ROWS and shared <= shared_limit(arch)
 
 
 def shared_limit(arch: int) -> int:
@@ -264,6 +288,20 @@ def _run(problem: Problem, phase: str, t: dict) -> None:
         found = _linear_logprob.linear_logprob_statistics(*head, 1.0, False, 0)
         if phase == "backward":
             _linear_logprob.linear_logprob_gradients(t["dlogprob"], None, *head, found, 1.0, 0, True, True)
+    elif isinstance(problem, Experts):
+        _run_experts(problem, phase, t)
+    elif isinstance(problem, MoeRoute):
+        from kernels._moe_route import moe_route
+
+        moe_route(t["hidden"], t["router"], problem.per_token, None)
+    elif isinstance(problem, MoePermute):
+        from kernels._expert_rows import moe_permute
+
+        moe_permute(t["x"], t["rows"], problem.per_token)
+    elif isinstance(problem, MoeCombine):
+        from kernels._expert_rows import moe_combine
+
+        moe_combine(t["outer"], t["gates"], t["positions"])
     elif isinstance(problem, SwiGlu):
         from kernels import _swiglu
 
@@ -274,6 +312,20 @@ def _run(problem: Problem, phase: str, t: dict) -> None:
         names, numbers = (*AdamW.STATE, "gradient"), problem.options
         lr, betas, epsilon, decay, step = (numbers[n] for n in ("lr", "betas", "epsilon", "weight_decay", "step"))
         adamw_step(*(t[n] for n in names), lr, *betas, epsilon, decay, step, None, t.get("copy"))
+
+
+def _run_experts(problem: Experts, phase: str, t: dict) -> None:
+    from kernels import _grouped_matmul as grouped
+
+    layout = grouped.Layout(**{name: t[name] for name in LAYOUT})
+    hidden, inner = grouped.grouped_swiglu(t["x"], t["gate_up"], layout, True)
+    if phase != "backward":
+        grouped.grouped_matmul(hidden, t["down"], layout)
+        return
+    dinner, gated, _ = grouped.grouped_dswiglu(t["dy"], t["down"], inner, t["gates"], layout)
+    grouped.grouped_dweight(t["dy"], gated, layout, problem.experts, gathered="left")
+    grouped.grouped_dweight(dinner, t["x"], layout, problem.experts, gathered="right")
+    grouped.grouped_matmul(dinner, t["gate_up"], layout, transposed=True)
 
 
 def _run_attention(problem: Attention, phase: str, t: dict) -> None:

@@ -120,7 +120,8 @@ def test_log_of_a_phase_is_cut(tmp_path, monkeypatch):
 
 def test_phases_begin_with_what_is_worth_most():
     first = ["environment", "tables", "ceilings", "attention_forward", "attention_backward"]
-    assert [phase.name for phase in PHASES] == [*first, "linear_logprob", "row_kernels", "train_step", "pytest"]
+    last = ["train_step", "pytest"]
+    assert [phase.name for phase in PHASES] == [*first, "linear_logprob", "mixture", "row_kernels", *last]
     assert sum(phase.seconds for phase in PHASES) == 540
 
 
@@ -236,3 +237,18 @@ def test_training_operations_count_documents_apart():
 )
 def test_layers_that_fit_follow_from_two_peaks(one, two, whole, layers):
     assert train_step.layers_that_fit(one, two, whole, 32) == layers
+
+
+def test_shares_of_the_mixture_are_those_of_one_size():
+    def row(op, label, us, **changes):
+        return {"op": op, "phase": "forward", "label": label, "us": us, "is_ours": True, **changes}
+
+    rows = [
+        row("experts", "T=8 D=6 F=4 E=2 A=2 uniform bf16", 90.0),
+        row("experts", "T=8 D=6 F=4 E=2 A=2 zipf bf16", 500.0),
+        row("experts", "T=8 D=6 F=4 E=2 A=2 uniform bf16", 7.0, is_ours=False), row("moe_route", "T=8 D=6", 10.0),
+        row("moe_permute", "T=8 D=6", 3.0), row("moe_combine", "T=8 D=6", 2.0), row("moe_combine", "T=9 D=6", 2.0),
+        row("moe_route", "T=8 D=6", 99.0, phase="backward"),
+    ]  # fmt: skip
+    assert gpu_check.mixture_shares(rows) == ["T=8: routing and rows 15.0% of the layer's forward"]
+    assert gpu_check.mixture_shares(rows[1:]) == []
