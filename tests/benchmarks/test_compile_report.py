@@ -259,3 +259,18 @@ def test_search_tries_the_entry_first_and_only_tma_where_the_entry_has_it():
     assert len(found) > 20 and {config["TMA"] for config in found} == {found[0]["TMA"]}
     with pytest.raises(ValueError, match=r"expected an entry for {'width': 100, 'bytes': 2} on sm_90"):
         compile_search.entry_of("attention_forward", 90, 100)
+
+
+# Catches: a table entry of the mixture's kernels changed without a new report, or to one that spills.
+def test_committed_report_has_the_8x22b_forms_without_spills():
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "compile_report.json").read_text())
+    found = {row["label"]: row for row in rows if "8x22b" in row["label"]}
+    grouped = {"grouped_swiglu", "grouped_matmul", "grouped_dswiglu", "grouped_dweight"}
+    assert {row["kernel"] for row in found.values()} == grouped | {"moe_route", "moe_combine", "moe_permute"}
+    for label, row in found.items():
+        assert row["spill_store_bytes"] + row["spill_load_bytes"] == 0, label
+        table = configuration.table(row["kernel"])
+        entries = [e for e in table if (e["arch"], e["class"]) == (row["arch"], row["class"])]
+        assert [e["config"] for e in entries] == [row["config"]], label
+        if row["kernel"].startswith("grouped") and (row["arch"], row["class"]) == (90, {"bytes": 2}):
+            assert row["counts"]["HGMMA"] > 0 and row["counts"]["UTMALDG"] > 0 and not row["serialised"], label

@@ -18,6 +18,7 @@ from benchmarks.kernel_cases import OPERATIONS, Case, cases, small_problems
 from benchmarks.kernel_checks import Oracle, Verdict, failures, largest_error, repeats_bits, roughened
 from benchmarks.kernel_peers import LIGER, Variant, variants
 from benchmarks.kernel_problems import AdamW, RmsNorm, Rope, SwiGlu, Work, call_of
+from benchmarks.moe_problem import LOADS, Experts, chosen
 from kernels.configuration import use_arch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -697,3 +698,21 @@ def test_results_file_errors_name_the_line(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         kernel_rows.read_rows(tmp_path / "x.json")
+
+
+# Catches: columns instead of rows divided among the experts; gates of another order; the weights' wrong sides.
+def test_torch_s_grouped_product_is_given_the_same_experts():
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("torch has no grouped_mm")
+    problem = Experts(40, 32, 16, experts=4, load="zipf")
+    tensors = problem.inputs(torch.float32, torch.device("cpu"))
+    (found,), (expected,) = kernel_peers._grouped_experts(problem, tensors), problem.formula(tensors)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loads_of_the_experts_are_what_they_are_called():
+    counts = {load: torch.bincount(chosen(load, 4000, 8, 2, seed=1).flatten(), minlength=8) for load in LOADS}
+    assert counts["uniform"].max() < 1.1 * counts["uniform"].min() and counts["one"][0] == 4000
+    assert counts["zipf"][0] > 2 * counts["zipf"][7] > 0 and not counts["empty"][4:].any()
+    for load in LOADS:
+        assert all(len(set(row)) == 2 for row in chosen(load, 50, 8, 2, seed=0).tolist())
