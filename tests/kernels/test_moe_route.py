@@ -185,7 +185,8 @@ def test_every_table_entry(entry, backend):
     dtype = torch.float16 if entry["class"]["bytes"] == 2 else torch.float32
     arch = use_arch(entry["arch"] if DEVICE == "cpu" else None)
     inputs = [x.to(dtype) for x in drawn(150, 200, 8, seed=6).values()]
-    with arch, use_config("moe_route", **entry["config"]):
+    offsets = next(e["config"] for e in table("moe_offsets") if e["arch"] == entry["arch"])
+    with arch, use_config("moe_route", **entry["config"]), use_config("moe_offsets", **offsets):
         routing = moe_route(*inputs, experts_per_token=2)
     logits = inputs[0].double() @ inputs[1].double().T
     assert torch.allclose(routing.logits.double(), logits, rtol=1e-4, atol=1e-4)
