@@ -78,8 +78,7 @@ class _ExpertMlp(torch.autograd.Function):
     """Keeps the tokens and the products with `gate_up`; activations and what they add up to are made anew."""
 
     @staticmethod
-    def forward(ctx, x, gates, gate_up, down, rows, positions, offsets, tiles):
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx, x, gates, gate_up, down, rows, positions, offsets, tiles, keep):
         out, inner = _forward(x, gates, gate_up, down, rows, positions, offsets, tiles, keep)
         ctx.save_for_backward(x, gates, gate_up, down, inner, rows, positions, offsets, tiles)
         return out
@@ -88,7 +87,7 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx, dout):
         needed = list(ctx.needs_input_grad[:4])
         found = _backward(dout.contiguous(), *ctx.saved_tensors, needed)
-        return *(g if wanted else None for g, wanted in zip(found, needed)), None, None, None, None
+        return *(g if wanted else None for g, wanted in zip(found, needed)), None, None, None, None, None
 
 
 def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
@@ -113,7 +112,9 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Te
     index = routing.rows, routing.positions, routing.offsets
     if not runs_triton(x, "x"):
         return expert_mlp_reference(x, routing.gates, gate_up, down, *index)
-    return _ExpertMlp.apply(x, routing.gates, gate_up, down, *index, routing.tiles)
+    # Inside an autograd function it cannot be told whether a backward will come.
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, routing.gates, gate_up, down))
+    return _ExpertMlp.apply(x, routing.gates, gate_up, down, *index, routing.tiles, keep)
 
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> None:

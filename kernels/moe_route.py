@@ -137,7 +137,7 @@ def moe_route(hidden: Tensor, router: Tensor, *, experts_per_token: int, given: 
     Source: Jiang et al. 2024, arXiv:2401.04088, section 2.1.
     """
     _check(hidden, router, experts_per_token, given)
-    return Routing(*_Route.apply(hidden, router, experts_per_token, given))
+    return Routing(*_Route.apply(hidden, router, experts_per_token, None if given is None else given.contiguous()))
 
 
 def _check(hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None) -> None:

@@ -247,6 +247,19 @@ def test_only_what_is_needed_gets_a_gradient():
             assert all(torch.equal(a, whole[name]) for a, name in zip(slopes, names))
 
 
+# Catches: products kept for a backward that never comes.
+def test_nothing_is_kept_without_gradients(monkeypatch):
+    inputs, experts = floats(9, 16, 8, 4, 2), choices("uniform", 9, 4, 2)
+    kept, right = [], grouped.grouped_swiglu
+    monkeypatch.setattr(grouped, "grouped_swiglu", lambda *a: kept.append(a[3]) or right(*a))
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    routing = routing_of(leaves["gates"], experts, 4)
+    with torch.no_grad():
+        out = expert_mlp(leaves["x"], leaves["gate_up"], leaves["down"], routing)
+    assert torch.equal(out, expert_mlp(leaves["x"], leaves["gate_up"], leaves["down"], routing))
+    assert kept == [False, True]
+
+
 def test_no_tokens():
     inputs, experts = floats(0, 16, 8, 4, 2), torch.zeros(0, 2, dtype=torch.int32, device=DEVICE)
     out, dx, dgates, dgate_up, ddown = found_by(inputs, experts, 4)

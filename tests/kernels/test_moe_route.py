@@ -103,6 +103,16 @@ def test_rows_stand_by_expert_then_token(pattern, tokens, experts, per_token):
     torch.testing.assert_close(routing.gates, logits.gather(1, given).softmax(-1), rtol=1e-5, atol=1e-6)
 
 
+# Catches: choices read as if they stood together, where a replay gives one layer's of many.
+def test_given_experts_may_be_strided():
+    inputs = [x.float() for x in drawn(40, 8, 6).values()]
+    layers = torch.stack([choices("uniform", 40, 6, 2, seed=s) for s in (1, 2, 3)], dim=1)
+    for layer, given in enumerate(layers.unbind(1)):
+        routing = moe_route(*inputs, experts_per_token=2, given=given)
+        assert torch.equal(routing.experts.long(), layers[:, layer]) and not given.is_contiguous()
+        assert_layout(routing, given, 6)
+
+
 def test_best_experts_are_chosen_in_falling_order():
     inputs = {name: x.float() for name, x in drawn(100, 16, 8, seed=3).items()}
     routing = moe_route(*inputs.values(), experts_per_token=3)
