@@ -90,6 +90,7 @@ class Chat:
         self.streamer = Streamer(model, tokenizer.eos_id)
         self.system, self.seed = cfg.system, cfg.seed
         self.messages: list[Message] = []
+        self.stats = ""
 
     @property
     def room(self) -> int:
@@ -139,13 +140,17 @@ class Chat:
                 yield piece
         finally:
             self.messages.append(Message("assistant", written))
-            if self.cfg.stats:
-                seconds = time.perf_counter() - began
-                print(
-                    f"[{count} tokens, {count / seconds:.1f} tokens/s, first after {first:.2f} s; prompt of "
-                    f"{len(prompt)} tokens, {self.streamer.reused} of them cached]",
-                    file=self.stderr,
-                )  # fmt: skip
+            seconds = time.perf_counter() - began
+            self.stats = (
+                f"[{count} tokens, {count / seconds:.1f} tokens/s, first after {first:.2f} s; prompt of {len(prompt)} "
+                f"tokens, {self.streamer.reused} of them cached]"
+            )
+
+    def show(self, text: str, stdout: TextIO) -> None:
+        """Write the answer to a message as it comes, then the figures where they are asked for."""
+        show(self.answer(text), stdout)
+        if self.cfg.stats:
+            print(self.stats, file=self.stderr)
 
     def _how(self, prompt_tokens: int) -> dict:
         cfg = self.cfg
@@ -267,7 +272,7 @@ def interact(chat: Chat, stdin: TextIO, stdout: TextIO) -> None:
             if text.startswith("/") and not text.startswith("//"):
                 text = command(chat, text) or ""
             if text:
-                show(chat.answer(text.removeprefix("/") if text.startswith("//") else text), stdout)
+                chat.show(text.removeprefix("/") if text.startswith("//") else text, stdout)
         except (ValueError, OSError) as error:
             print(f"chat: {error}", file=chat.stderr)
 
@@ -351,7 +356,7 @@ def main(
         return
     chat = Chat(model, tokenizer, cfg, stderr)
     if cfg.prompt is not None:
-        show(chat.answer(cfg.prompt), stdout)
+        chat.show(cfg.prompt, stdout)
     else:
         interact(chat, stdin, stdout)
 
