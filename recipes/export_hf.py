@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 
 from wizard_engine.data.chat import SYSTEM
+from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
-from wizard_engine.files import write_json
+from wizard_engine.files import write_json, write_text
 from wizard_engine.model import Transformer, load_model, save_hf
 from wizard_engine.recipe import launch
 
@@ -62,10 +63,14 @@ def chat_template() -> str:
 
 
 def companions(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Add the chat template to tokenizer_config.json, and write generation_config.json."""
+    """Add the chat template to tokenizer_config.json, write generation_config.json, and where the tokenizer is a
+    SentencePiece model, tokenizer.json too, which transformers reads without further packages."""
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, fields | {"chat_template": chat_template(), "model_max_length": model.config.max_positions})
+    sentencepiece = folder / "tokenizer.model"
+    if sentencepiece.exists():
+        write_text(folder / "tokenizer.json", tokenizer_json(sentencepiece.read_bytes()))
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "do_sample": False}
     write_json(folder / "generation_config.json", ends)
 

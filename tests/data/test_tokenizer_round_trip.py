@@ -7,11 +7,12 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers, pre_tokenizers
 
 from wizard_engine.data.chat import encode_conversation, encode_prompt
 from wizard_engine.data.records import Message
+from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import load_tokenizer
 
 CORPUS = [
@@ -27,28 +28,13 @@ TEXTS = [
 
 
 def llama_json(model, layout):
-    """tokenizer.json of a SentencePiece BPE model in Llama's layout, by the published rules: pieces by their scores."""
-    size = model.vocab_size()
-    pieces = [model.id_to_piece(i) for i in range(size)]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    ranked = []
-    for i, piece in enumerate(pieces):
-        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
-            continue
-        splits = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
-        ranked += [
-            (-model.get_score(i), vocabulary[a], vocabulary[b], a, b) for a, b in splits if {a, b} <= vocabulary.keys()
-        ]
-    merges = [(a, b) for _, _, _, a, b in sorted(ranked, key=lambda row: row[:3])]
-    backend = Backend(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    """tokenizer.json of a SentencePiece BPE model in either published layout."""
+    converted = tokenizer_json(model)
     if layout == "prepend":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+        return converted
+    backend = Backend.from_str(converted)
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     return backend.to_str()
 
 
@@ -63,8 +49,7 @@ def pair(request, tmp_path_factory):
         hard_vocab_limit=False,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(file.getvalue())
-    model = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
-    (folder / "tokenizer.json").write_text(llama_json(model, request.param))
+    (folder / "tokenizer.json").write_text(llama_json(file.getvalue(), request.param))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return load_tokenizer(folder / "tokenizer.model"), load_tokenizer(folder / "tokenizer.json")
 
@@ -120,8 +105,18 @@ def test_the_mistral_tokenizer_reads_like_the_published_one(shared_data, tmp_pat
     assert (one.bos_id, one.eos_id, one.vocab_size) == (1, 2, 32_000)
     prompt = encode_prompt(one, MESSAGES)
     assert model.id_to_piece(prompt[prompt.index(2) + 1]) == "▁US"
-    (tmp_path / "tokenizer.json").write_text(llama_json(model, "prepend"))
+    (tmp_path / "tokenizer.json").write_text(llama_json(file.read_bytes(), "prepend"))
     other = load_tokenizer(tmp_path / "tokenizer.json")
     for text in [*TEXTS, *CORPUS]:
         assert other.encode(text) == one.encode(text), text
     assert encode_prompt(other, MESSAGES) == prompt
+
+
+def test_models_of_another_kind_are_refused():
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=90, model_type="unigram", minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="tokenizer: expected a SentencePiece BPE model without a normalisation"):
+        tokenizer_json(file.getvalue())

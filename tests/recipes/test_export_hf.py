@@ -10,7 +10,7 @@ from recipes import export_hf
 from wizard_engine import world
 from wizard_engine.data.chat import CHAT_ATOMS, encode_conversation, encode_prompt
 from wizard_engine.data.records import Message
-from wizard_engine.data.tokenizer import train_tokenizer
+from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
 from wizard_engine.model import PRESETS, ScoringModel, Transformer, load_hf, load_model, save_model
 
 
@@ -89,3 +89,21 @@ def test_what_cannot_be_exported_is_refused(tokenizer, tmp_path):
         export_hf.main(export_hf.Config(tmp_path / "m", tmp_path / "x", tokenizer=tmp_path / "tokenizer.json"))
     assert not (tmp_path / "other").exists() and not (tmp_path / "x").exists()
     assert load_model(tmp_path / "out")[1].fingerprint == tokenizer.fingerprint
+
+
+def test_a_sentencepiece_model_is_exported_with_its_tokenizer_json(shared_data, tmp_path):
+    """The real Mistral tokenizer: transformers reads the export, and its ids of whole chats are ours."""
+    transformers = pytest.importorskip("transformers", reason="transformers is absent")
+    pytest.importorskip("jinja2", reason="jinja2 is absent")
+    file = next((shared_data / "tokenizer").glob("*.model"), None)
+    if file is None:
+        pytest.skip("no SentencePiece model among the real data")
+    own = load_tokenizer(file)
+    config = replace(PRESETS["tiny-mistral"], vocab_size=own.vocab_size)
+    save_model(Transformer(config, seed=0), own, tmp_path / "m")
+    out = export_hf.main(export_hf.Config(tmp_path / "m", tmp_path / "out", quiet=True))
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    for messages in CONVERSATIONS:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        ids = theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
+        assert ids == encode_prompt(own, messages) == encode_prompt(load_tokenizer(out), messages)

@@ -1,0 +1,71 @@
+"""A SentencePiece model as tokenizer.json of the `tokenizers` library, in the layout of Llama's and Mistral's."""
+
+import json
+
+import sentencepiece
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as Backend
+
+META_SPACE = "▁"
+# Texts on which a conversion has to give SentencePiece's ids: spaces, line ends, digits, scripts, bytes, markup.
+PROBES = (
+    "", " ", "a", "  two  spaces ", "A chat between a curious user and an artificial intelligence assistant.",
+    "What is 12 + 30?\nIt's  42.\n\n\tdef f(x): return x", "Größe naïve e\u0301 ½ Ⅷ ﬁ", "中文 текст مرحبا 😀👩‍👩‍👧",
+    "</s><s>[INST]<0x41>", "\u00a0\u2028\x00\x1b", "x" * 100, "1234567890.5e-3",
+)  # fmt: skip
+
+
+def tokenizer_json(model: bytes) -> str:
+    """tokenizer.json (BPE with byte fallback) that gives the ids of a SentencePiece model on any text.
+
+    Merges are the pairs that make up each piece, by the pieces' scores and then by the parts' ids.
+
+    Args:
+        model: content of a .model file.
+    Raises:
+        ValueError: the model is of another kind (unigram, or with a normalisation of its own): ids would differ.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    converted = _converted(processor)
+    backend = Backend.from_str(converted)
+    backend.encode_special_tokens = True
+    for text in PROBES:
+        if backend.encode(text, add_special_tokens=False).ids != processor.encode(text):
+            raise ValueError(
+                f"tokenizer: expected a SentencePiece BPE model without a normalisation of its own, got one whose ids "
+                f"of {text!r} differ"
+            )
+    return converted
+
+
+def _converted(processor: sentencepiece.SentencePieceProcessor) -> str:
+    pieces = processor.id_to_piece(list(range(processor.vocab_size())))
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    special = [i for i in range(len(pieces)) if processor.is_control(i) or processor.is_unknown(i)]
+    unknown = pieces[processor.unk_id()] if processor.unk_id() >= 0 else None
+    model = models.BPE(vocabulary, _merges(processor, pieces, vocabulary), unk_token=unknown, byte_fallback=True)
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(META_SPACE), normalizers.Replace(" ", META_SPACE)]
+    )  # fmt: skip
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(pieces[i], special=True, normalized=False) for i in special])
+    fields = json.loads(backend.to_str())
+    fields["model"]["fuse_unk"] = True
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _merges(processor, pieces: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Pairs of pieces that make a piece, in the order in which they are merged."""
+    ranked = []
+    for index, piece in enumerate(pieces):
+        if processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index):
+            continue
+        score = -processor.get_score(index)
+        for cut in range(1, len(piece)):
+            left, right = vocabulary.get(piece[:cut]), vocabulary.get(piece[cut:])
+            if left is not None and right is not None:
+                ranked.append((score, left, right))
+    return [(pieces[left], pieces[right]) for _, left, right in sorted(ranked)]
