@@ -16,14 +16,23 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent.resolve()
 LIBRARY = FOLDER / "libwizard.so"
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden")
+# Without contraction, so that code compiled for several instruction sets gives the same bits.
+FLAGS = (
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off",
+    "-fno-math-errno", "-pthread",
+)  # fmt: skip
 MEMORY = -1
 
-_int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+_int32, _int64, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _SIGNATURES = {
     "wizard_pack": (_int64, (_pointer, _int64, _int64, _pointer)),
     "wizard_shingles": (_int64, (ctypes.c_char_p, _pointer, _int64, _int64, _pointer, _pointer)),
     "wizard_signatures": (_int64, (_pointer, _pointer, _int64, _int64, ctypes.c_uint64, _pointer)),
+    "wizard_adamw_level": (_int64, ()),
+    "wizard_adamw": (
+        _int64,
+        (_pointer,) * 5 + (_int32, _pointer, _int64) + (_double,) * 5 + (_int64, _double, _int32, _int32),
+    ),
     "wizard_clusters": (_int64, (_pointer,) * 4 + (_int64,) * 3 + (ctypes.c_double, _pointer)),
 }
 

@@ -1,0 +1,166 @@
+// AdamW on CPU in one pass: add the last micro-batch's gradient to what was accumulated, update, round the weights.
+//
+// One loop, compiled for plain x86-64, AVX2 and AVX-512; the widest that the processor has is chosen at run time. No
+// multiplication and addition are fused, so that all three give the same bits.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Numbers {
+    float scale, beta, beta_sq, rest, rest_sq, decay, rate, root, epsilon;
+};
+
+struct Buffers {
+    float *master, *exp_avg, *exp_avg_sq, *accumulated;
+    const void* gradient;
+    uint16_t* copy;
+};
+
+inline __attribute__((always_inline)) float widened(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// To the nearest bf16, ties to even; any NaN to the one that torch writes.
+inline __attribute__((always_inline)) uint16_t rounded(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
+}
+
+template <bool kHalf, bool kAccumulated, bool kCopy>
+inline __attribute__((always_inline)) void update(const Buffers& b, const Numbers& n, int64_t first, int64_t last) {
+    float* __restrict__ master = b.master;
+    float* __restrict__ exp_avg = b.exp_avg;
+    float* __restrict__ exp_avg_sq = b.exp_avg_sq;
+    float* __restrict__ accumulated = b.accumulated;
+    uint16_t* __restrict__ copy = b.copy;
+    const float* __restrict__ full = static_cast<const float*>(b.gradient);
+    const uint16_t* __restrict__ half = static_cast<const uint16_t*>(b.gradient);
+    for (int64_t i = first; i < last; ++i) {
+        float slope = kHalf ? widened(half[i]) : full[i];
+        if (kAccumulated) {
+            slope += accumulated[i];
+            accumulated[i] = 0.0f;
+        }
+        slope *= n.scale;
+        const float mean = n.beta * exp_avg[i] + n.rest * slope;
+        const float square = n.beta_sq * exp_avg_sq[i] + n.rest_sq * (slope * slope);
+        const float value = master[i] * n.decay - n.rate * mean / (std::sqrt(square) * n.root + n.epsilon);
+        exp_avg[i] = mean;
+        exp_avg_sq[i] = square;
+        master[i] = value;
+        if (kCopy) copy[i] = rounded(value);
+    }
+}
+
+template <bool kHalf, bool kAccumulated>
+inline __attribute__((always_inline)) void with_copy(const Buffers& b, const Numbers& n, int64_t first, int64_t last) {
+    if (b.copy)
+        update<kHalf, kAccumulated, true>(b, n, first, last);
+    else
+        update<kHalf, kAccumulated, false>(b, n, first, last);
+}
+
+inline __attribute__((always_inline)) void dispatch(const Buffers& b, const Numbers& n, int32_t half, int64_t first,
+                                                    int64_t last) {
+    if (half)
+        b.accumulated ? with_copy<true, true>(b, n, first, last) : with_copy<true, false>(b, n, first, last);
+    else
+        b.accumulated ? with_copy<false, true>(b, n, first, last) : with_copy<false, false>(b, n, first, last);
+}
+
+using Kernel = void (*)(const Buffers&, const Numbers&, int32_t, int64_t, int64_t);
+
+void plain(const Buffers& b, const Numbers& n, int32_t half, int64_t first, int64_t last) {
+    dispatch(b, n, half, first, last);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void avx2(const Buffers& b, const Numbers& n, int32_t half, int64_t first,
+                                          int64_t last) {
+    dispatch(b, n, half, first, last);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void avx512(
+    const Buffers& b, const Numbers& n, int32_t half, int64_t first, int64_t last) {
+    dispatch(b, n, half, first, last);
+}
+#endif
+
+// Widest level that the processor has: 0 plain, 1 AVX2, 2 AVX-512.
+int32_t widest() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return wide ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+
+Kernel kernel_of(int32_t level) {
+#if defined(__x86_64__)
+    if (level == 2) return avx512;
+    if (level == 1) return avx2;
+#endif
+    return plain;
+}
+
+// Elements of a thread's share that are worth a thread of its own, and what shares are multiples of.
+constexpr int64_t kLeast = 1 << 18;
+constexpr int64_t kStep = 1 << 10;
+
+}  // namespace
+
+// The widest level of this processor.
+EXPORT int64_t wizard_adamw_level() { return widest(); }
+
+// One update of n elements, in place; returns the level that ran, or -1 where the processor lacks it.
+//   gradient: fp32, or bf16 where half.   accumulated: fp32, added to the gradient and cleared, or null.
+//   copy: bf16, or null.   level: 0, 1, 2, or -1 for the widest.   threads: at most so many.
+EXPORT int64_t wizard_adamw(float* master, float* exp_avg, float* exp_avg_sq, float* accumulated, const void* gradient,
+                            int32_t half, uint16_t* copy, int64_t n, double lr, double beta, double beta_sq,
+                            double epsilon, double weight_decay, int64_t step, double scale, int32_t level,
+                            int32_t threads) {
+    if (level < 0) level = widest();
+    if (level > widest()) return -1;
+    const double correction = 1.0 - std::pow(beta, static_cast<double>(step));
+    const double correction_sq = 1.0 - std::pow(beta_sq, static_cast<double>(step));
+    const Numbers numbers{static_cast<float>(scale),           static_cast<float>(beta),
+                          static_cast<float>(beta_sq),         static_cast<float>(1.0 - beta),
+                          static_cast<float>(1.0 - beta_sq),   static_cast<float>(1.0 - lr * weight_decay),
+                          static_cast<float>(lr / correction), static_cast<float>(1.0 / std::sqrt(correction_sq)),
+                          static_cast<float>(epsilon)};
+    const Buffers buffers{master, exp_avg, exp_avg_sq, accumulated, gradient, copy};
+    const Kernel kernel = kernel_of(level);
+    int64_t shares = (n + kLeast - 1) / kLeast;
+    if (shares > threads) shares = threads;
+    if (shares < 1) shares = 1;
+    const int64_t share = ((n + shares - 1) / shares + kStep - 1) / kStep * kStep;
+    std::vector<std::thread> workers;
+    int64_t first = share;
+    try {
+        for (; first < n; first += share)
+            workers.emplace_back(kernel, std::cref(buffers), std::cref(numbers), half, first,
+                                 first + share < n ? first + share : n);
+    } catch (const std::system_error&) {
+        kernel(buffers, numbers, half, first, n);
+    }
+    kernel(buffers, numbers, half, 0, share < n ? share : n);
+    for (std::thread& worker : workers) worker.join();
+    return level;
+}
