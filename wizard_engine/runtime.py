@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import importlib
 import os
 import random
 import signal
@@ -75,6 +76,9 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _die_with_parent()
         _look_for_agent()
+        # Its functions keep the group of the time of their import as a default, and so the group's threads, which abort
+        # the process where they meet the end of the interpreter: imported first, they keep none.
+        importlib.import_module("torch.distributed.nn.functional")
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
     return Runtime(rank, world_size, local_rank, chosen)

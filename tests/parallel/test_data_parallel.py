@@ -61,6 +61,9 @@ except ValueError as error:
 for recipe, cfg in configurations(root, "two"):
     recipe.main(cfg)
 runtime.stop()
+tasks = Path("/proc/self/task")
+names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.is_dir() else []
+(root / f"threads_{{rt.rank}}.json").write_text(json.dumps([name for name in names if "gloo" in name]))
 """
 
 
@@ -139,6 +142,11 @@ def test_collectives_sum_and_reach_every_rank(ranks):
         assert found["ranks"] == [[0, 2], [1, 2]] and found["gradients"] == [[3.0] * 3, [10.0]]
         assert found["sums"] == {"a": 1.2000000000000002, "b": 2.0**30 + 2} and found["weight"] == 20.0
         assert found["work"] == 41 and found["error"] == f"[rank {rank}/2] only the main rank knows"
+
+
+# Catches: a reference to the process group that outlives it; its threads then abort a process that ends under load.
+def test_no_thread_of_the_process_group_outlives_it(ranks):
+    assert [json.loads((ranks / f"threads_{rank}.json").read_text()) for rank in range(2)] == [[], []]
 
 
 def test_one_process_needs_no_collectives():
