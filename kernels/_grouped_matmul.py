@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tiles import descriptor, fits_tma, place
 from .configuration import configuration
 from .launch import launch, named
 from .moe_route import TILE_ROWS
@@ -25,22 +26,13 @@ _forced: bool | None = None
 
 
 @triton.jit
-def _place(program, blocks, columns, GROUP: tl.constexpr):
-    """Block of rows and block of columns of a program: groups of GROUP row blocks in turn, row blocks fastest."""
-    group = program // (GROUP * columns)
-    inside = program % (GROUP * columns)
-    size = tl.minimum(blocks - group * GROUP, GROUP)
-    return group * GROUP + inside % size, inside // size
-
-
-@triton.jit
 def _block(
     tiles, offsets, slots, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Expert, first row, end of the expert's rows, and first column of this program; row >= end where it is idle."""
     PARTS: tl.constexpr = TILE // BLOCK_M
-    block, column = _place(tl.program_id(0), slots * PARTS, (COLUMNS + BLOCK_N - 1) // BLOCK_N, GROUP)
+    block, column = place(tl.program_id(0), slots * PARTS, (COLUMNS + BLOCK_N - 1) // BLOCK_N, GROUP)
     expert = tl.load(tiles + block // PARTS)
     row = tl.load(tiles + slots + block // PARTS) + block % PARTS * BLOCK_M
     return expert, row, tl.load(offsets + expert + 1), column * BLOCK_N
@@ -253,7 +245,7 @@ def grouped_dweight_kernel(
     BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // (BLOCKS * ACROSS)
-    block, number = _place(tl.program_id(0) % (BLOCKS * ACROSS), BLOCKS, ACROSS, GROUP)
+    block, number = place(tl.program_id(0) % (BLOCKS * ACROSS), BLOCKS, ACROSS, GROUP)
     first = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     whole = first + (end - first) // BLOCK_R * BLOCK_R
@@ -298,23 +290,10 @@ def shape_class(x: Tensor) -> dict[str, int]:
     return {"bytes": x.element_size()}
 
 
-def _fits_tma(x: Tensor) -> bool:
-    aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
-    return x.shape[0] > 0 and x.stride(-1) == 1 and aligned
-
-
-def _descriptor(x: Tensor, rows: int, columns: int):
-    """A TMA descriptor of tiles of x (..., D), its leading dims taken as one."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    flat = x.flatten(0, -2)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])
-
-
 def _config(table: str, x: Tensor, *operands: Tensor, depth: int | None = None) -> dict:
     """The table's configuration; without TMA where an operand does not fit it, or tiles would reach other experts."""
     config = dict(configuration(table, x.device, **shape_class(x)))
-    fits = all(_fits_tma(operand) for operand in operands)
+    fits = all(fits_tma(operand) for operand in operands)
     config["TMA"] = config["TMA"] and fits and (depth is None or depth % config["BLOCK_K"] == 0)
     return config
 
@@ -347,8 +326,8 @@ def _row_product(
     """Launch a kernel of `_products` over all tiles and blocks of columns."""
     depth = x.shape[1]
     weight_block = ("BLOCK_K", "BLOCK_N") if transposed else ("BLOCK_N", "BLOCK_K")
-    x_tiles = _descriptor(x, config["BLOCK_M"], config["BLOCK_K"]) if config["TMA"] and index is None else None
-    weight_tiles = _descriptor(weight, *(config[n] for n in weight_block)) if config["TMA"] else None
+    x_tiles = descriptor(x, config["BLOCK_M"], config["BLOCK_K"]) if config["TMA"] and index is None else None
+    weight_tiles = descriptor(weight, *(config[n] for n in weight_block)) if config["TMA"] else None
     slots = layout.tiles.shape[1]
     programs = slots * (TILE_ROWS // config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
     launch(
@@ -416,7 +395,7 @@ def grouped_dweight(
         operands[gathered], gather[gathered] = _gathered(operands[gathered], layout, config)
     (left, right), sizes = operands.values(), (config["BLOCK_M"], config["BLOCK_N"])
     tiles = [
-        _descriptor(x, config["BLOCK_R"], size) if config["TMA"] and gather[name] is None else None
+        descriptor(x, config["BLOCK_R"], size) if config["TMA"] and gather[name] is None else None
         for (name, x), size in zip(operands.items(), sizes)
     ]
     out = torch.empty((num_experts, left.shape[1], right.shape[1]), dtype=left.dtype, device=left.device)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rms_norm import multiprocessors
+from ._tiles import descriptor, fits_tma, place
 from .configuration import configuration
 from .launch import launch, named
 
@@ -23,18 +24,6 @@ WAVES = 4
 # Row tiles that run side by side: their hidden states stay in L2 while the words go by.
 GROUP = 16
 WORKSPACE_BYTES = 256 * 2**20
-
-
-@triton.jit
-def _place(program, tiles, columns, GROUP: tl.constexpr):
-    """Row tile and column of a program: groups of GROUP row tiles in turn, all columns of each, row tiles fastest.
-
-    So the programs that run at one time share few hidden states and few words, and both stay in L2.
-    """
-    group = program // (GROUP * columns)
-    inside = program % (GROUP * columns)
-    size = tl.minimum(tiles - group * GROUP, GROUP)
-    return group * GROUP + inside % size, inside // size
 
 
 @triton.jit
@@ -87,7 +76,7 @@ def linear_logprob_statistics_kernel(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile, split = _place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.cdiv(words, split_words), GROUP)
+    tile, split = place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.cdiv(words, split_words), GROUP)
     row = tile * BLOCK_T
     rows = row + tl.arange(0, BLOCK_T)
     target = (tl.load(targets + rows, mask=rows < tokens, other=-1) - start).to(tl.int32)
@@ -156,7 +145,7 @@ def linear_logprob_dlogits_kernel(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile, block = _place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), blocks, GROUP)
+    tile, block = place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), blocks, GROUP)
     row, column = tile * BLOCK_T, block * BLOCK_V
     word = first + column
     logits = _logits(
@@ -197,24 +186,12 @@ def shape_class(x: Tensor) -> dict[str, int]:
     return {"bytes": x.element_size()}
 
 
-def _tiles(x: Tensor, rows: int, columns: int):
-    """A TMA descriptor of tiles of x (N, D)."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
-
-
-def _fits_tma(x: Tensor) -> bool:
-    size = x.element_size()
-    return x.shape[0] > 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
-
-
 def _operands(table: str, hidden: Tensor, weight: Tensor) -> tuple[dict, tuple]:
     """Configuration of a product of rows and words, and the tensors and descriptors that its kernel takes first."""
     config = dict(configuration(table, hidden.device, **shape_class(hidden)))
-    config["TMA"] = config["TMA"] and _fits_tma(hidden) and _fits_tma(weight)
+    config["TMA"] = config["TMA"] and fits_tma(hidden) and fits_tma(weight)
     tiles = [
-        _tiles(x, config[block], config["BLOCK_D"]) if config["TMA"] else None
+        descriptor(x, config[block], config["BLOCK_D"]) if config["TMA"] else None
         for x, block in ((hidden, "BLOCK_T"), (weight, "BLOCK_V"))
     ]
     return config, (hidden, weight, *tiles)

@@ -1,0 +1,31 @@
+"""What kernels of tiled products share: the order of their programs, and TMA descriptors of their operands."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def place(program, blocks, columns, GROUP: tl.constexpr):
+    """Block of rows and block of columns of a program: groups of GROUP row blocks in turn, row blocks fastest.
+
+    So the programs that run at one time share few rows and few columns, and both stay in L2.
+    """
+    group = program // (GROUP * columns)
+    inside = program % (GROUP * columns)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    return group * GROUP + inside % size, inside // size
+
+
+def fits_tma(x: Tensor) -> bool:
+    """True if TMA can read tiles of x (..., rows, columns): 16-byte aligned rows with neighbouring columns."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
+    return x.shape[0] > 0 and x.stride(-1) == 1 and aligned
+
+
+def descriptor(x: Tensor, rows: int, columns: int):
+    """A TMA descriptor of tiles of x (..., D), its leading dims taken as one."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    flat = x.flatten(0, -2)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])
