@@ -132,13 +132,18 @@ def by_rows(problem: Problem, tensors: Tensors, phase: str) -> Tensors:
     rows = rowed[0].shape[0]
     step = max(1, CHUNK * rows // max(1, problem.row_elements * rows, *(x.numel() for x in rowed)))
     pieces: dict[str, list[Tensor]] = {}
+    sums: Tensors = {}
     for start in range(0, rows, step):
         some = {name: (x if name in problem.whole else x[start : start + step]).double() for name, x in tensors.items()}
         for name, result in call_of(problem, problem.formula, some, phase)().items():
-            pieces.setdefault(name, []).append(result.detach())
-    merge = {name: torch.stack if name in problem.whole else torch.cat for name in pieces}
-    whole = {name: merge[name](pieces.pop(name)) for name in list(pieces)}
-    return {name: x.sum(0) if name in problem.whole else x for name, x in whole.items()}
+            if name not in problem.whole:
+                pieces.setdefault(name, []).append(result.detach())
+            # Added up as they come: kept apart, those of the experts' weights would not fit into a GPU.
+            elif name in sums:
+                sums[name] += result.detach()
+            else:
+                sums[name] = result.detach()
+    return {name: torch.cat(pieces.pop(name)) for name in list(pieces)} | sums
 
 
 def roughened(problem: Problem, tensors: Tensors, seed: int = 0) -> Tensors:

@@ -226,7 +226,17 @@ def _head_peers(case: Case) -> list[Variant]:
 
 
 def _plain_peers(case: Case) -> list[Variant]:
-    return [Variant("eager", lambda problem, _: problem.formula)]
+    eager = Variant("eager", lambda problem, _: problem.formula)
+    return (
+        [Variant("csrc/cuda or triton", lambda problem, _: _permuted), eager] if case.op == "moe_permute" else [eager]
+    )
+
+
+def _permuted(t: Tensors) -> tuple[Tensor, ...]:
+    """What the engine calls: the CUDA library where nvcc built it, else Triton."""
+    from kernels.expert_permute import permute
+
+    return (permute(t["x"], t["rows"], t["rows"].shape[0] // t["x"].shape[0]),)
 
 
 def _expert_peers(case: Case) -> list[Variant]:

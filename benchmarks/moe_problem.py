@@ -253,9 +253,13 @@ class MoePermute(_Rows):
         return {"x": x, "rows": self._layout(device, seed)["rows"]}
 
     def ours(self, tensors: Tensors) -> tuple[Tensor, ...]:
-        from kernels.expert_permute import permute
+        from kernels.backend import runs_triton
 
-        return (permute(tensors["x"], tensors["rows"], self.per_token),)
+        if not runs_triton(tensors["x"], "x"):
+            return self.formula(tensors)
+        from kernels._expert_rows import moe_permute
+
+        return (moe_permute(tensors["x"], tensors["rows"], self.per_token),)
 
     def formula(self, tensors: Tensors) -> tuple[Tensor, ...]:
         return (tensors["x"].index_select(0, tensors["rows"].long() // self.per_token),)

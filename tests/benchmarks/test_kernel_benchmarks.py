@@ -716,3 +716,30 @@ def test_loads_of_the_experts_are_what_they_are_called():
     assert counts["zipf"][0] > 2 * counts["zipf"][7] > 0 and not counts["empty"][4:].any()
     for load in LOADS:
         assert all(len(set(row)) == 2 for row in chosen(load, 50, 8, 2, seed=0).tolist())
+
+
+# Catches: gradients of whole weights that are kept for every piece of the rows, or only the last piece's.
+def test_float64_results_in_pieces_equal_those_at_once(monkeypatch):
+    problem = Experts(40, 16, 8, experts=3, load="zipf")
+    tensors = problem.inputs(torch.float32, torch.device("cpu"))
+    whole = kernel_checks.by_rows(problem, tensors, "backward")
+    monkeypatch.setattr(kernel_checks, "CHUNK", 7 * 4 * 2 * 8)
+    stacked = []
+    monkeypatch.setattr(torch, "stack", lambda *a, **k: stacked.append(a) or pytest.fail("stacked"))
+    found = kernel_checks.by_rows(problem, tensors, "backward")
+    assert found.keys() == whole.keys() and not stacked
+    for name in whole:
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-12, atol=1e-13)
+
+
+# Catches: a check of the table's entry that runs the CUDA library in its place.
+def test_the_permutation_that_is_checked_is_triton_s(monkeypatch):
+    from benchmarks.moe_problem import MoePermute
+    from kernels import _expert_rows, use_backend
+
+    ran, right = [], _expert_rows.moe_permute
+    monkeypatch.setattr(_expert_rows, "moe_permute", lambda *a: ran.append(1) or right(*a))
+    problem = MoePermute(9, 40)
+    with use_backend("triton"):
+        problem.ours(problem.inputs(torch.float32, torch.device("cpu")))
+    assert ran == [1]
