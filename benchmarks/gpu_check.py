@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 8.0
 LOG_LINES = 3000
 NOTE = "note: "
+MIXTURE_GOALS = {"forward": 0.82, "backward": 0.72}
 MIXTURE = ("experts", "moe_route", "moe_permute", "moe_combine")
 
 
@@ -174,7 +175,7 @@ def measure(phase: str) -> Callable[[Path, float], int]:
 
 
 def mixture_shares(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each size measured: routing, copies and sums of rows as a share of the layer's forward (goal: below 5 %)."""
+    """Routing, copies and sums of rows as a share of a layer's forward (goal: below 5 %); layers against cuBLAS."""
     times: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["op"] in MIXTURE and row["phase"] == "forward" and row["is_ours"] and "us" in row:
@@ -185,6 +186,12 @@ def mixture_shares(rows: Sequence[dict[str, Any]]) -> list[str]:
         layer, parts = us.get("experts uniform"), [us.get(name) for name in MIXTURE[1:]]
         if layer is not None and None not in parts:
             found.append(f"{tokens}: routing and rows {sum(parts) / (layer + parts[0]):.1%} of the layer's forward")
+    for row in rows:
+        if row["op"] == "experts" and row["is_ours"] and "share_of_equal" in row:
+            found.append(
+                f"{row['label']} {row['phase']}: {row['share_of_equal']:.2f} of cuBLAS at equal FLOPs, goal "
+                f"{MIXTURE_GOALS[row['phase']]}"
+            )
     return found
 
 

@@ -106,7 +106,7 @@ def moe_problems(quick: bool = False) -> list[Problem]:
     """A layer of 8x22B under 4k to 32k tokens, even and skewed loads; its routing, copies and sums apart."""
     loads = [(8192, "uniform"), (8192, "zipf")]
     if not quick:
-        loads += [(4096, "uniform"), (16384, "uniform"), (32768, "uniform"), (8192, "one"), (8192, "empty")]
+        loads += [(4096, "uniform"), (16384, "uniform"), (32768, "uniform"), (8192, "one"), (8192, "idle")]
     layers: list[Problem] = [Experts(tokens, 6144, 16384, load=load) for tokens, load in loads]
     around = [kind(tokens, 6144) for kind in (MoeRoute, MoePermute, MoeCombine) for tokens in (8192, 32768)]
     return layers + around[: None if not quick else 6 : 1 if not quick else 2]

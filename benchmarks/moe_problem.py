@@ -12,16 +12,16 @@ from benchmarks.kernel_problems import SEED_STEP, Problem, Tensors, Work, whole_
 from kernels.moe_route import Routing, layout_reference, num_slots
 
 LAYOUT = ("rows", "positions", "offsets", "tiles")
-LOADS = ("uniform", "zipf", "one", "empty")
+LOADS = ("uniform", "zipf", "one", "idle")
 
 
 def chosen(load: str, tokens: int, experts: int, per_token: int, seed: int) -> Tensor:
-    """(T, A) int32 different experts of each token: even, by Zipf's law, expert 0 in all, or half of them idle."""
+    """(T, A) int32 different experts of each token: even, by Zipf's law, one that all choose, or every fourth idle."""
     generator = torch.Generator().manual_seed(seed)
+    numbers = torch.arange(experts)
     weights = {
-        "uniform": torch.ones(experts), "zipf": 1 / torch.arange(1, experts + 1).float(),
-        "one": torch.where(torch.arange(experts) == 0, 1.0, 1e-6),
-        "empty": torch.where(torch.arange(experts) < max(per_token, experts // 2), 1.0, 1e-9),
+        "uniform": torch.ones(experts), "zipf": 1 / (numbers + 1).float(),
+        "one": torch.where(numbers == experts // 2, 1.0, 1e-6), "idle": torch.where(numbers % 4 == 0, 1e-9, 1.0),
     }[load]  # fmt: skip
     return (torch.rand(tokens, experts, generator=generator).log() / weights).topk(per_token).indices.int()
 
@@ -200,9 +200,21 @@ class MoeRoute(Problem):
 
     def formula(self, tensors: Tensors) -> tuple[Tensor, ...]:
         hidden, router = tensors["hidden"], tensors["router"]
-        logits = hidden @ router.T
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return wide, wide.topk(self.per_token).values.softmax(-1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logits = hidden.to(wide) @ router.to(wide).T
+        return logits, logits.topk(self.per_token).values.softmax(-1)
+
+    def other_forms(self) -> tuple:
+        """The slopes of the logits rounded to the dtype before the products, as the kernels' are documented to be."""
+
+        def rounded(tensors: Tensors) -> tuple[Tensor, ...]:
+            logits, _ = self.formula(tensors)
+            if logits.requires_grad:
+                dtype = tensors["hidden"].dtype
+                logits.register_hook(lambda slope: slope.to(dtype).to(slope.dtype))
+            return logits, logits.topk(self.per_token).values.softmax(-1)
+
+        return (rounded,)
 
 
 @dataclass(frozen=True)

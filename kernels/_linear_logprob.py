@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rms_norm import multiprocessors
-from ._tiles import descriptor, fits_tma, place
+from ._tiles import descriptor, fits_tma, place, pointer_products
 from .configuration import configuration
 from .launch import launch, named
 
@@ -33,27 +33,18 @@ def _logits(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_T, BLOCK_V) products of the rows from `row` and words from `word` on; those behind the ends are any."""
-    acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     if TMA:
+        acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for column in tl.range(0, WIDTH, BLOCK_D):
             h_TD = hidden_tiles.load([row, column])
             w_VD = weight_tiles.load([word, column])
             acc = tl.dot(h_TD, w_VD.T, acc, input_precision=PRECISION)
     else:
-        columns = tl.arange(0, BLOCK_D)
         rows = tl.minimum(row + tl.arange(0, BLOCK_T), tokens - 1).to(tl.int64)
         chosen = tl.minimum(word + tl.arange(0, BLOCK_V), words - 1).to(tl.int64)
-        h_at = hidden + rows[:, None] * stride_hidden + columns[None, :]
-        w_at = weight + chosen[:, None] * stride_weight + columns[None, :]
-        for column in tl.range(0, WIDTH, BLOCK_D):
-            if WIDTH % BLOCK_D == 0:
-                h_TD = tl.load(h_at + column)
-                w_VD = tl.load(w_at + column)
-            else:
-                kept = (columns < WIDTH - column)[None, :]
-                h_TD = tl.load(h_at + column, mask=kept, other=0.0)
-                w_VD = tl.load(w_at + column, mask=kept, other=0.0)
-            acc = tl.dot(h_TD, w_VD.T, acc, input_precision=PRECISION)
+        acc = pointer_products(
+            hidden, weight, rows, chosen, stride_hidden, stride_weight, WIDTH, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION
+        )
     return acc
 
 

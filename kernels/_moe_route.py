@@ -5,33 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tiles import pointer_products
 from .configuration import configuration
 from .launch import launch, named
 from .moe_route import TILE_ROWS, num_slots
-
-
-@triton.jit
-def _logits(
-    hidden, router, rows, tokens, stride_hidden, stride_router, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_T, BLOCK_E) fp32 products of rows and experts; those behind the last ones are repeated."""
-    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    columns = tl.arange(0, BLOCK_D)
-    kept_rows = tl.minimum(rows, tokens - 1).to(tl.int64)
-    experts = tl.minimum(tl.arange(0, BLOCK_E), EXPERTS - 1)
-    h_at = hidden + kept_rows[:, None] * stride_hidden + columns[None, :]
-    w_at = router + experts[:, None] * stride_router + columns[None, :]
-    for column in tl.range(0, WIDTH, BLOCK_D):
-        if WIDTH % BLOCK_D == 0:
-            h_TD = tl.load(h_at + column)
-            w_ED = tl.load(w_at + column)
-        else:
-            kept = (columns < WIDTH - column)[None, :]
-            h_TD = tl.load(h_at + column, mask=kept, other=0.0)
-            w_ED = tl.load(w_at + column, mask=kept, other=0.0)
-        acc = tl.dot(h_TD, w_ED.T, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit(repr=named("moe_route", "WIDTH", "EXPERTS", "CHOICES"), do_not_specialize=["tokens"])
@@ -46,9 +23,11 @@ def moe_route_kernel(
     at = rows.to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     exists = expert < EXPERTS
-    value = _logits(
-        hidden, router, rows, tokens, stride_hidden, stride_router, WIDTH, EXPERTS, BLOCK_T, BLOCK_E, BLOCK_D, PRECISION
-    )
+    # Rows and experts behind the last ones are repeated: they are not stored, and never chosen.
+    value = pointer_products(
+        hidden, router, tl.minimum(rows, tokens - 1).to(tl.int64), tl.minimum(expert, EXPERTS - 1), stride_hidden,
+        stride_router, WIDTH, BLOCK_T, BLOCK_E, BLOCK_D, PRECISION,
+    )  # fmt: skip
     tl.store(logits + at[:, None] * EXPERTS + expert[None, :], value, mask=live[:, None] & exists[None, :])
     # A NaN goes before all: its token's gates are NaN whatever is chosen, and the choice stays a valid one.
     order = tl.where(value == value, value, float("inf"))

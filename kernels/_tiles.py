@@ -17,6 +17,28 @@ def place(program, blocks, columns, GROUP: tl.constexpr):
     return group * GROUP + inside % size, inside // size
 
 
+@triton.jit
+def pointer_products(
+    x, weight, rows, columns, stride_x, stride_weight, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) fp32 products of rows of x and rows of weight, whose indices all exist; int64 where large."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    depth = tl.arange(0, BLOCK_K)
+    x_at = x + rows[:, None] * stride_x + depth[None, :]
+    w_at = weight + columns[:, None] * stride_weight + depth[None, :]
+    for k in tl.range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            x_MK = tl.load(x_at + k)
+            w_NK = tl.load(w_at + k)
+        else:
+            kept = (depth < WIDTH - k)[None, :]
+            x_MK = tl.load(x_at + k, mask=kept, other=0.0)
+            w_NK = tl.load(w_at + k, mask=kept, other=0.0)
+        acc = tl.dot(x_MK, w_NK.T, acc, input_precision=PRECISION)
+    return acc
+
+
 def fits_tma(x: Tensor) -> bool:
     """True if TMA can read tiles of x (..., rows, columns): 16-byte aligned rows with neighbouring columns."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0

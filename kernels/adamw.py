@@ -78,7 +78,7 @@ def adamw(
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
     _check(master, exp_avg, exp_avg_sq, gradient, scale, copy)
-    _check_numbers(lr, betas, epsilon, weight_decay, step)
+    check_numbers(lr, betas, epsilon, weight_decay, step)
     if runs_triton(master, "master"):
         _update(
             master, exp_avg, exp_avg_sq, gradient, lr, *betas, epsilon, weight_decay, step, scale, copy
@@ -112,10 +112,11 @@ def _check(master, exp_avg, exp_avg_sq, gradient, scale, copy) -> None:
     contiguous_rows(**{name: tensor for name, tensor in tensors.items() if name != "scale"})
 
 
-def _check_numbers(lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float, step: int) -> None:
+def check_numbers(lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float, step: int) -> None:
+    """ValueError unless the numbers of an update are in their ranges."""
     for name, value in (("lr", lr), ("epsilon", epsilon), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name}: expected >= 0, got {value}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}: expected >= 0 and finite, got {value}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
     if step < 1:

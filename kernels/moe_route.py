@@ -171,6 +171,12 @@ def _check_given(given: Tensor, shape: tuple[int, int], experts: int) -> None:
         )
 
 
+def expert_counts(experts: Tensor, num_experts: int, real: Tensor | None = None) -> Tensor:
+    """(E,) int64 tokens that each expert got, of experts (T, A); `real` (T,) bool leaves padding out."""
+    chosen_TE = (experts[..., None] == torch.arange(num_experts, device=experts.device)).sum(1)
+    return (chosen_TE if real is None else chosen_TE * real[:, None]).sum(0)
+
+
 def load_balancing_loss(
     logits: Tensor, experts: Tensor, *, num_tokens: float | Tensor, real: Tensor | None = None
 ) -> Tensor:
@@ -187,14 +193,11 @@ def load_balancing_loss(
         () fp32 (fp64 for fp64).
     Source: Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6, with f summed over the choices as in Mixtral's code.
     """
-    numbers_E = torch.arange(logits.shape[1], device=logits.device)
-    chosen_TE = (experts[..., None] == numbers_E).sum(1)
     probability_TE = logits.softmax(-1)
     if real is not None:
-        chosen_TE = chosen_TE * real[:, None]
         probability_TE = probability_TE.masked_fill(~real[:, None], 0.0)
     tokens = logits.shape[0] if real is None else real.sum()
-    share_E = chosen_TE.sum(0) / torch.as_tensor(tokens, device=logits.device).clamp(min=1)
+    share_E = expert_counts(experts, logits.shape[1], real) / torch.as_tensor(tokens, device=logits.device).clamp(min=1)
     return logits.shape[1] * (share_E * probability_TE.sum(0)).sum() / num_tokens
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import csrc
 
-from .adamw import adamw_reference
+from .adamw import adamw_reference, check_numbers
 
 LEVELS = ("plain", "avx2", "avx512")
 
@@ -60,7 +60,9 @@ def offloaded_adamw(
         "accumulated": accumulated, "copy": copy,
     }  # fmt: skip
     _check(buffers, master.numel())
-    _check_numbers(lr, betas, epsilon, weight_decay, step, level)
+    check_numbers(lr, betas, epsilon, weight_decay, step)
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level}")
     if not math.isfinite(scale):
         return
     pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in buffers.items()}
@@ -86,17 +88,3 @@ def _check(buffers: dict[str, Tensor | None], size: int) -> None:
             raise ValueError(f"{name}: expected ({size},), got {tuple(tensor.shape)}")
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor in host memory, got one on {tensor.device}")
-
-
-def _check_numbers(
-    lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float, step: int, level: str | None
-) -> None:
-    for name, value in (("lr", lr), ("epsilon", epsilon), ("weight_decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected >= 0 and finite, got {value}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-    if step < 1:
-        raise ValueError(f"step: expected >= 1, got {step}")
-    if level is not None and level not in LEVELS:
-        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level}")

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 
 from wizard_engine import config
 
@@ -60,6 +62,31 @@ def test_cli_unknown_option_exits_2_and_names_the_nearest(words, capsys):
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert "nearest is --data.on-error" in error
+
+
+@dataclass(frozen=True)
+class Required:
+    """A recipe with an option that has no default, and one that is typed under another name."""
+
+    model: Path
+    n: Annotated[int, tyro.conf.arg(name="limit")] = 3
+    stats: bool = False
+
+
+# Catches: a misspelt required option reported as missing alone; an option's own name taken for the typed one.
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--modle", "x"], "--modle: expected a known option, got an unknown one; the nearest is --model"),
+        (["--limt", "3", "--no-stats"], "--limt: expected a known option, got an unknown one; the nearest is --limit"),
+        (["--limit", "3"], "--model"), (["--model"], "--model"),
+    ],
+)  # fmt: skip
+def test_cli_misspelt_option_is_named_where_another_is_missing(words, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        config.cli(Required, args=words)
+    assert stopped.value.code == 2 and text in capsys.readouterr().err
+    assert config.cli(Required, args=["--model", "x", "--limit", "5"]) == Required(Path("x"), 5)
 
 
 @pytest.mark.parametrize(

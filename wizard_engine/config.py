@@ -1,7 +1,9 @@
 """Command lines out of frozen dataclasses: presets, overrides, and errors that name the nearest option."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import sys
 import types
 import typing
@@ -32,13 +34,24 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
     words = list(sys.argv[1:] if args is None else args)
     default = _take_preset(words, dict(presets or {}))
     keywords: dict[str, Any] = {} if default is None else {"default": default}
+    printed = io.StringIO()
     try:
-        value, unknown = tyro.cli(
-            config, prog=Path(sys.argv[0]).name, description=_description(config, presets), args=words,
-            return_unknown_args=True, config=(tyro.conf.EnumChoicesFromValues,), **keywords,
-        )  # fmt: skip
+        with contextlib.redirect_stderr(printed):
+            value, unknown = tyro.cli(
+                config, prog=Path(sys.argv[0]).name, description=_description(config, presets), args=words,
+                return_unknown_args=True, config=(tyro.conf.EnumChoicesFromValues,), **keywords,
+            )  # fmt: skip
     except ValueError as error:
         _fail(str(error))
+    except SystemExit:
+        # A required option that was misspelt is missing, too: name what was typed instead of it.
+        if "Unrecognized options" in printed.getvalue():
+            typed = [word for word in words if word.startswith("--")]
+            unknown = [word for word in typed if not _is_option(word, option_names(config))]
+            if unknown:
+                _fail(_unknown_message(config, unknown))
+        sys.stderr.write(printed.getvalue())
+        raise
     if unknown:
         _fail(_unknown_message(config, unknown))
     return value
@@ -67,13 +80,20 @@ def _description(config: type, presets: Mapping[str, Any] | None) -> str:
 
 def option_names(config: type, prefix: str = "--") -> list[str]:
     """Every option of a dataclass as it is typed, `--data.on-error` for a nested field."""
-    hints = typing.get_type_hints(config)
+    hints, annotated = typing.get_type_hints(config), typing.get_type_hints(config, include_extras=True)
     names = []
     for field in dataclasses.fields(config):
-        name = prefix + field.name.replace("_", "-")
+        given = [getattr(x, "name", None) for x in getattr(annotated[field.name], "__metadata__", ())]
+        name = prefix + next(filter(None, given), field.name.replace("_", "-"))
         nested = _nested_dataclass(hints[field.name])
         names += option_names(nested, name + ".") if nested else [name]
     return names
+
+
+def _is_option(word: str, names: Sequence[str]) -> bool:
+    """True for one of the names, also with a value behind =, underscores, or the `no-` of a switch."""
+    name = word.partition("=")[0].replace("_", "-")
+    return name in (*names, "--help") or name.replace("no-", "", 1) in names
 
 
 def _nested_dataclass(hint: Any) -> type | None:

@@ -67,8 +67,13 @@ class RouterMeter:
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self._loss, self._loads = 0.0, [torch.zeros(config.layers, config.experts, dtype=torch.int64, device=device)]
         self._num_tokens = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._loss: Tensor | float = 0.0
+        shape = self.config.layers, self.config.experts
+        self._load = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def start(self, tokens: int) -> None:
         """Begin a step with this rank's tokens of all its micro-batches; every rank makes the call."""
@@ -80,7 +85,7 @@ class RouterMeter:
         found = routes.loss(self.config, self._num_tokens) if routes.logits else 0.0
         load = routes.load()
         if load is not None:
-            self._loads.append(load)
+            self._load += load
             self._loss = self._loss + (found.detach() if isinstance(found, Tensor) else found)
         return found
 
@@ -88,12 +93,12 @@ class RouterMeter:
         """The step's router loss and load over all ranks, and a clean slate; every rank makes the call."""
         if not self.config.experts:
             return {}
-        load = torch.stack(self._loads).sum(0)
-        own = {"router_loss": float(self._loss)} | {str(i): float(n) for i, n in enumerate(load.flatten().tolist())}
-        total = sum_over_ranks(own, self.device)
-        self._loss, self._loads = 0.0, [torch.zeros_like(load)]
+        counts = {str(i): float(n) for i, n in enumerate(self._load.flatten().tolist())}
+        total = sum_over_ranks({"router_loss": float(self._loss)} | counts, self.device)
         loss = total.pop("router_loss")
-        return {"router_loss": loss} | load_metrics([torch.tensor(list(total.values())).view(load.shape)])
+        load = torch.tensor(list(total.values()), dtype=torch.float64).view(self._load.shape)
+        self._clear()
+        return {"router_loss": loss} | load_metrics(load)
 
 
 class Run:

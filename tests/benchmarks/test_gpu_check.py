@@ -252,3 +252,5 @@ def test_shares_of_the_mixture_are_those_of_one_size():
     ]  # fmt: skip
     assert gpu_check.mixture_shares(rows) == ["T=8: routing and rows 15.0% of the layer's forward"]
     assert gpu_check.mixture_shares(rows[1:]) == []
+    timed = row("experts", "T=8", 5.0, phase="backward", share_of_equal=0.715)
+    assert gpu_check.mixture_shares([timed]) == ["T=8 backward: 0.71 of cuBLAS at equal FLOPs, goal 0.72"]

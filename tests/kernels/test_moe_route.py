@@ -5,6 +5,7 @@ import torch
 from closeness import check, scaled
 
 import kernels
+from benchmarks.moe_problem import LOADS, chosen
 from kernels.configuration import table, use_arch, use_config
 from kernels.moe_route import TILE_ROWS, moe_route, moe_route_reference, num_slots
 
@@ -31,18 +32,6 @@ def drawn(tokens, width, experts, seed=0):
         ),
     }  # fmt: skip
     return {name: x.to(DEVICE) for name, x in inputs.items()}
-
-
-def choices(pattern, tokens, experts, per_token, seed=0):
-    """(T, A) different experts of each token: uniform, Zipf, all to one first, or only the odd ones."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        "uniform": torch.ones(experts), "zipf": 1 / torch.arange(1, experts + 1) ** 1.5,
-        "one": torch.tensor([0.0] * 2 + [1.0] + [0.0] * (experts - 3)) + 1e-9,
-        "odd": (torch.arange(experts) % 2).float() + 1e-9,
-    }[pattern]  # fmt: skip
-    noise = torch.rand(tokens, experts, generator=generator).log() / weights
-    return noise.topk(per_token).indices.to(DEVICE)
 
 
 def assert_layout(routing, experts, num_experts):
@@ -90,26 +79,26 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
     check(ours, eager, drawn(tokens, width, experts, seed=tokens), dtype, also=rounded)
 
 
-@pytest.mark.parametrize("pattern", ["uniform", "zipf", "one", "odd"])
+@pytest.mark.parametrize("pattern", LOADS)
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 129, 300])
 @pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (5, 1), (20, 3)])
 def test_rows_stand_by_expert_then_token(pattern, tokens, experts, per_token):
-    given = choices(pattern, tokens, experts, per_token, seed=tokens)
+    given = chosen(pattern, tokens, experts, per_token, seed=tokens).to(DEVICE)
     inputs = {name: x.float() for name, x in drawn(tokens, 8, experts).items()}
     routing = moe_route(*inputs.values(), experts_per_token=per_token, given=given)
-    assert torch.equal(routing.experts.long(), given)
+    assert torch.equal(routing.experts, given)
     assert_layout(routing, given, experts)
     logits = inputs["hidden"] @ inputs["router"].T
-    torch.testing.assert_close(routing.gates, logits.gather(1, given).softmax(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(routing.gates, logits.gather(1, given.long()).softmax(-1), rtol=1e-5, atol=1e-6)
 
 
 # Catches: choices read as if they stood together, where a replay gives one layer's of many.
 def test_given_experts_may_be_strided():
     inputs = [x.float() for x in drawn(40, 8, 6).values()]
-    layers = torch.stack([choices("uniform", 40, 6, 2, seed=s) for s in (1, 2, 3)], dim=1)
+    layers = torch.stack([chosen("uniform", 40, 6, 2, seed=s).to(DEVICE) for s in (1, 2, 3)], dim=1)
     for layer, given in enumerate(layers.unbind(1)):
         routing = moe_route(*inputs, experts_per_token=2, given=given)
-        assert torch.equal(routing.experts.long(), layers[:, layer]) and not given.is_contiguous()
+        assert torch.equal(routing.experts, layers[:, layer]) and not given.is_contiguous()
         assert_layout(routing, given, 6)
 
 

@@ -361,7 +361,7 @@ def test_adamw_reaches_elements_beyond_2_31(monkeypatch):
         ({"copy": torch.zeros(4)}, "copy: expected bfloat16 or float16, got float32"),
         ({"scale": torch.zeros(1)}, r"scale: expected \(\), got \(1,\)"),
         ({"step": 0}, "step: expected >= 1, got 0"),
-        ({"lr": -1.0}, "lr: expected >= 0, got -1.0"),
+        ({"lr": -1.0}, "lr: expected >= 0 and finite, got -1.0"),
         ({"betas": (0.9, 1.0)}, "betas: expected two numbers"),
     ],
 )

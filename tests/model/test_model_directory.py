@@ -65,7 +65,6 @@ def test_boxes_of_parameters_are_those_of_the_whole(mixture):
 
 def test_a_rank_reads_only_the_bytes_of_its_slices(mixture):
     model, path = mixture
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     boxes = {
         "blocks.1.feed_forward.gate_up": (slice(1, 2), slice(16, 48), slice(0, 32)),
         "blocks.0.attention.qkv.weight": (slice(28, 40), slice(0, 32)),
@@ -85,7 +84,6 @@ def test_a_rank_reads_only_the_bytes_of_its_slices(mixture):
     ):  # fmt: skip
         with ModelDirectory(path) as directory, pytest.raises(ValueError, match="slices: "):
             dict(directory.parameters(slices={name: box}))
-    assert shapes["norm.weight"] == (32,)
 
 
 PEAK = """
@@ -252,7 +250,7 @@ def test_tensors_that_do_not_belong_there_are_refused(mixture, tmp_path):
 
 
 def test_pickles_are_never_read(mixture, tmp_path):
-    model, path = mixture
+    _, path = mixture
 
     class Bomb:
         def __reduce__(self):
@@ -265,7 +263,7 @@ def test_pickles_are_never_read(mixture, tmp_path):
     (path / "pytorch_model.bin").rename(path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: expected a whole safetensors file"):
         load_hf(path)
-    assert not (tmp_path / "exploded").exists() and model is not None
+    assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize(

@@ -73,27 +73,63 @@ def off(found, expected):
     return float((found - expected).detach().abs().max()) / scale if scale else float(found.detach().abs().max())
 
 
+def logits_and_gradients(model, rows, published=False):
+    """Logits of the rows, and gradients of a fixed weighted sum of them by transformers' names."""
+    if published:
+        found = torch.cat([model(row[None]).logits[0] for row in rows])
+    else:
+        found = model.logits(model(*packed(rows)))
+    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(len(rows[0]))).to(found.dtype)
+    (found * slope).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()} if published else published_gradients(model)
+    return found.detach(), grads
+
+
 # Catches: softmax before top-k; a window off by one; w1 and w3 exchanged; a tied head's gradient added once only.
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_equal_those_of_transformers(family, seed, tmp_path):
     theirs = made(family, random_fields(family, seed), seed)
     theirs.save_pretrained(tmp_path)
-    ours = load_hf(tmp_path)
-    rows = documents(theirs.config.vocab_size, seed)
-    expected = torch.cat([theirs(row[None]).logits[0] for row in rows])
-    found = ours.logits(ours(*packed(rows)))
+    ours, rows = load_hf(tmp_path), documents(theirs.config.vocab_size, seed)
+    found, grads = logits_and_gradients(ours, rows)
+    expected, named = logits_and_gradients(theirs, rows, published=True)
     assert found.dtype == torch.float32 and off(found, expected) < 1e-5
     alone = torch.cat([ours.logits(ours(*packed([row]))) for row in rows])
     assert off(found, alone) < 1e-5
-    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
-    (expected * slope).sum().backward()
-    (found * slope).sum().backward()
-    named = dict(theirs.named_parameters())
-    gradients = published_gradients(ours)
-    assert gradients.keys() == named.keys()
-    for name, gradient in gradients.items():
-        assert off(gradient, named[name].grad) < 1e-5, name
+    assert grads.keys() == named.keys()
+    for name, gradient in grads.items():
+        assert off(gradient, named[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_large_weights_are_as_near_to_float64_as_those_of_transformers(family, seed, tmp_path):
+    """Weights so large that rounding alone sets two right models more than 1e-5 apart: both against float64."""
+    theirs = made(family, random_fields(family, seed) | {"initializer_range": 0.3}, seed)
+    theirs.save_pretrained(tmp_path)
+    rows = documents(theirs.config.vocab_size, seed)
+    found, ref = (logits_and_gradients(load_hf(tmp_path, dtype=d), rows) for d in (torch.float32, torch.float64))
+    base = logits_and_gradients(theirs, rows, published=True)
+    assert off(found[0].double(), ref[0]) < 2 * off(base[0].double(), ref[0]) + 1e-5
+    worst = max(off(base[1][name].double(), grad) for name, grad in ref[1].items())
+    for name, grad in ref[1].items():
+        assert off(found[1][name].double(), grad) < 2 * worst + 1e-5, name
+
+
+def test_one_expert_per_token_leaves_the_router_without_a_gradient(tmp_path):
+    """Its gate is one whatever the logits: transformers' gradient there is what its division rounds to."""
+    theirs = made("Mixtral", random_fields("Mixtral", 1) | {"num_experts_per_tok": 1}, 1)
+    theirs.save_pretrained(tmp_path)
+    ours, rows = load_hf(tmp_path), documents(theirs.config.vocab_size, 1)
+    found, grads = logits_and_gradients(ours, rows)
+    expected, named = logits_and_gradients(theirs, rows, published=True)
+    assert off(found, expected) < 1e-5
+    for name, gradient in grads.items():
+        if name.endswith("mlp.gate.weight"):
+            assert not gradient.any()
+        else:
+            assert off(gradient, named[name]) < 1e-5, name
 
 
 def published_gradients(model):

@@ -1,12 +1,10 @@
 """The mixture of experts: a router and a stack of gated feed-forward blocks, of which each token meets a few."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from kernels.grouped_matmul import expert_mlp
-from kernels.moe_route import load_balancing_loss, moe_route, router_z_loss
+from kernels.moe_route import expert_counts, load_balancing_loss, moe_route, router_z_loss
 
 from .config import ModelConfig
 
@@ -62,12 +60,8 @@ class Routes:
         """(L, E) int64 real tokens that each expert of each layer got; None for a dense model."""
         if not self.logits:
             return None
-        counts = []
-        for layer in sorted(self.logits):
-            numbers_E = torch.arange(self.logits[layer].shape[1], device=self.logits[layer].device)
-            chosen_TE = (self.experts[layer][..., None] == numbers_E).sum(1)
-            counts.append((chosen_TE if self.real is None else chosen_TE * self.real[:, None]).sum(0))
-        return torch.stack(counts)
+        layers = sorted(self.logits)
+        return torch.stack([expert_counts(self.experts[i], self.logits[i].shape[1], self.real) for i in layers])
 
 
 class Mixture(nn.Module):
@@ -96,14 +90,13 @@ class Mixture(nn.Module):
         return expert_mlp(x_TD, self.gate_up, self.down, routing)
 
 
-def load_metrics(loads: Sequence[Tensor]) -> dict[str, list[float]]:
+def load_metrics(load: Tensor) -> dict[str, list[float]]:
     """Per layer, the largest and smallest share of an expert over the mean share, 1.0 where the load is even.
 
     Args:
-        loads: (L, E) counts of each micro-batch.
+        load: (L, E) tokens that each expert of each layer got.
     """
-    total_LE = torch.stack(list(loads)).sum(0).double()
-    share_LE = total_LE / total_LE.mean(1, keepdim=True).clamp(min=1e-9)
+    share_LE = load.double() / load.double().mean(1, keepdim=True).clamp(min=1e-9)
     return {
         "expert_load_max": [round(x, 4) for x in share_LE.amax(1).tolist()],
         "expert_load_min": [round(x, 4) for x in share_LE.amin(1).tolist()],
