@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import tune, tune_processes
+from benchmarks import tune, tune_processes, tune_targets
 from benchmarks.tune import (
     Choice,
     check_tables,
@@ -342,3 +342,12 @@ def test_command_line_without_a_gpu(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         tune.main(["--kernel", "atention_forward"])
     assert stopped.value.code == 2 and "the nearest is attention_forward" in capsys.readouterr().err
+
+
+# Catches: the form of a kernel that only a backward launches, checked with no entry of its table.
+def test_the_experts_products_are_checked_in_both_phases():
+    target = tune_targets.Target.of("grouped_matmul", {"bytes": 2})
+    assert {case.phase for case in tune_targets.checked_cases(target, full=True)} == {"forward", "backward"}
+    found = [case for case in tune_targets.checked_cases(target, full=True) if case.phase == "backward"]
+    forms = {x.options["TRANSPOSED"] for x in tune_targets.launches(found[0], 90) if "TRANSPOSED" in x.options}
+    assert True in forms
