@@ -35,6 +35,7 @@ from recipes import (
 from wizard_engine import runtime, world
 from wizard_engine.evaluation.summary import Timing, write_summary
 from wizard_engine.files import write_json
+from wizard_engine.parallel import MeshOptions, Sharding
 from wizard_engine.recipe import launch, on_main
 from wizard_engine.rollout.rewards import FACTORS
 from wizard_engine.training import Training
@@ -129,6 +130,8 @@ class Config:
     nll: float = 0.5
     """Weight of the chosen answers' likelihood in Stage-DPO."""
     max_new_tokens: int = 80
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
     threads: int | None = None
     """CPU threads of torch operations per rank."""
@@ -139,6 +142,7 @@ SMALL_STEPS = Training(pack_tokens=1024, packs_per_step=2, beta2=0.98, weight_de
 DEMO = Config(
     out=Path("runs/demo"),
     threads=1,
+    mesh=MeshOptions(dp_shard=1),
     pretraining=replace(SMALL_STEPS, lr=4e-3, pack_tokens=512, max_steps=1300),
     supervised=replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, epochs=4, save_every=400),
     preference=replace(SMALL_STEPS, lr=3e-5, epochs=1),
@@ -164,7 +168,9 @@ class Pipeline:
 
     def __init__(self, cfg: Config, rt: runtime.Runtime) -> None:
         self.cfg, self.out, self.rt = cfg, cfg.out, rt
-        self.common = {"seed": cfg.seed, "overwrite": True, "quiet": cfg.quiet}
+        self.common = {
+            "seed": cfg.seed, "overwrite": True, "quiet": cfg.quiet, "mesh": cfg.mesh, "sharding": cfg.sharding
+        }  # fmt: skip
         self.timing = Timing(cfg.out / "timing.json", rt)
 
     def run(self, where: str, recipe: ModuleType, *, alone: bool = False, **options: Any) -> Path:

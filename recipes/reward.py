@@ -17,8 +17,9 @@ from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
 from wizard_engine.data.samples import Pair, encode_all, fitting_pair, read_pairs, read_processes
 from wizard_engine.loss import process_loss, ranking_loss
-from wizard_engine.model import Routes, ScoringModel, save_model
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
+from wizard_engine.model import Routes, ScoringModel
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+from wizard_engine.recipe import finish_stage, launch, open_stage, sample_limit, scoring_start, write_model
 from wizard_engine.rollout.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
@@ -43,6 +44,8 @@ class Config:
     max_length: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=1e-6))
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
@@ -51,15 +54,19 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Train; returns what stage.json records, held-out accuracy included."""
-    rt = runtime.start(cfg.device)
+    rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
+    mesh = make_mesh(cfg.mesh, rt)
     stage = open_stage(cfg, f"reward_{cfg.kind}", rt)
     if stage.done:
         return stage.result()
-    language, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
-    limit = sample_limit(cfg.max_length, language.config, cfg.training)
-    work = _instruction if cfg.kind == "instruction" else _process
-    model, result, extra = work(cfg, rt, language, tokenizer, limit)
-    on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model", extra=extra))
+    is_process = cfg.kind == "process"
+    model, tokenizer = scoring_start(
+        cfg.model, cfg.tokenizer, 3 if is_process else 1, surprise=is_process and cfg.surprise, seed=cfg.seed,
+        mesh=mesh, sharding=cfg.sharding,
+    )  # fmt: skip
+    limit = sample_limit(cfg.max_length, model.config, cfg.training)
+    result, extra = (_process if is_process else _instruction)(cfg, rt, model, tokenizer, limit)
+    write_model(rt, model, tokenizer, cfg.out / "model", extra=extra)
     return finish_stage(stage, rt, result, [cfg.out / "model"])
 
 
@@ -72,7 +79,7 @@ def _split(items: list, share: float, seed: int) -> tuple[list, list]:
     return [items[i] for i in order[kept:]], [items[i] for i in order[:kept]]
 
 
-def _instruction(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple[ScoringModel, dict, dict]:
+def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: int) -> tuple[dict, dict]:
     def encode(row) -> Pair:
         sides = [encode_instruction(tokenizer, text) for text in (row.chosen, row.rejected)]
         longest = max(len(side.tokens) for side in sides)
@@ -83,12 +90,11 @@ def _instruction(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> t
 
     pairs, rejected = read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
     train, test = _split(pairs, cfg.held_out, cfg.seed)
-    model = ScoringModel.from_language_model(language, outputs=1)
     lengths = [pair.length for pair in train]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward instruction", quiet=cfg.quiet)
     for packs in run.steps():
         num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
-        for pack in packs:
+        for pack in run.paced(packs):
             batch = collate([train[i].chosen for i in pack] + [train[i].rejected for i in pack]).to(rt.device)
             routes = Routes()
             better, worse = _last_scores(model, batch, routes).chunk(2)
@@ -104,7 +110,7 @@ def _instruction(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> t
         "pairs": len(train), "rejected": rejected, "held_out": len(test),
         "held_out_accuracy": float(np.mean([better > worse for better, worse in scores])),
     }  # fmt: skip
-    return model, result, {"wizard_mean": float(pool.mean()), "wizard_std": float(pool.std() + 1e-6)}
+    return result, {"wizard_mean": float(pool.mean()), "wizard_std": float(pool.std() + 1e-6)}
 
 
 def _cut(sample):
@@ -117,7 +123,7 @@ def _last_scores(model: ScoringModel, batch: Batch, routes: Routes) -> torch.Ten
     return model(*batch.inputs, routes)[batch.cu_seqlens[1:].long() - 1, 0]
 
 
-def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple[ScoringModel, dict, dict]:
+def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: int) -> tuple[dict, dict]:
     def encode(row):
         sample, ends = encode_steps(tokenizer, row.prompt, row.answer)
         if len(sample.tokens) >= limit:
@@ -130,12 +136,11 @@ def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple
     rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
     items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
     train, test = _split(items, cfg.held_out, cfg.seed)
-    model = ScoringModel.from_language_model(language, outputs=3, surprise=cfg.surprise)
     lengths = [len(sample.tokens) - 1 for sample, _, _ in train]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward process", quiet=cfg.quiet)
     for packs in run.steps():
         num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
-        for pack in packs:
+        for pack in run.paced(packs):
             batch = collate([train[i][0] for i in pack]).to(rt.device)
             ends, labels = _labelled(train, pack, batch)
             routes = Routes()
@@ -145,7 +150,7 @@ def _process(cfg: Config, rt: Runtime, language, tokenizer, limit: int) -> tuple
             run.add(loss, batch.tokens.numel(), accuracy=(scores.argmax(-1) - 1 == labels).sum() / num_steps)
         run.update()
     result = run.result() | {"rows": len(train), "rejected": rejected + unread, "held_out": len(test)}
-    return model, result | _process_accuracy(model, test), {}
+    return result | _process_accuracy(model, test), {}
 
 
 def _labelled(items: list, pack, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

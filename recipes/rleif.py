@@ -7,7 +7,7 @@ minus kl x k1 on every token. The instruction factor depends on the prompt alone
 and deviation, has to be the baseline: scaling within a group of answers to one prompt would cancel it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,16 +21,18 @@ from wizard_engine.data.records import Conversation, read_located
 from wizard_engine.data.samples import encode_all, fitting_prompt
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
-from wizard_engine.model import Routes, ScoringModel, Transformer, save_model
+from wizard_engine.model import Routes, Transformer
 from wizard_engine.online import OnlineRun
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced
 from wizard_engine.recipe import (
     finish_stage,
     instruction_reward,
     language_model,
     launch,
-    on_main,
     open_stage,
     process_reward,
+    scoring_start,
+    write_model,
 )
 from wizard_engine.rollout.rewards import FACTORS, score_answers
 from wizard_engine.rollout.scoring import packed_groups
@@ -116,6 +118,8 @@ class Config:
     """Tokens of one packed forward and backward."""
     save_every: int = 50
     """Rollouts between checkpoints; 0 keeps none."""
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
     device: str = "auto"
     audit: bool = True
@@ -130,16 +134,17 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Train; returns what stage.json records."""
-    rt = runtime.start(cfg.device)
+    rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
+    mesh = make_mesh(cfg.mesh, rt)
     stage = open_stage(cfg, "rleif", rt)
     if stage.done:
         return stage.result()
-    policy, tokenizer = language_model(cfg.model, None, seed=cfg.seed, device=rt.device)
-    reference, _ = language_model(cfg.model, None, seed=cfg.seed, device=rt.device)
-    irm, prm = instruction_reward(cfg.instruction_model, rt), process_reward(cfg.process_model, rt, cfg.neutral)
-    critic = ScoringModel(prm.model.config, 1).to(rt.device)
-    body = language_model(str(cfg.critic), None, seed=0, device=rt.device)[0] if cfg.critic else prm.model.body
-    critic.body.load_state_dict(body.state_dict())
+    divided = {"mesh": mesh, "sharding": cfg.sharding}
+    policy, tokenizer = language_model(cfg.model, None, seed=cfg.seed, device=rt.device, **divided)
+    reference, _ = language_model(cfg.model, None, seed=cfg.seed, device=rt.device, **divided, frozen=True)
+    irm = instruction_reward(cfg.instruction_model, **divided)
+    prm = process_reward(cfg.process_model, **divided, neutral=cfg.neutral)
+    critic, _ = scoring_start(str(cfg.critic or cfg.process_model), None, 1, seed=0, **divided)
     room = policy.config.max_positions - cfg.max_new_tokens
     rows, _ = read_located(cfg.data, kind="conversation")
     prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", cfg.out / "rejects.jsonl")
@@ -148,7 +153,8 @@ def main(cfg: Config) -> dict:
     for step, chosen in run.steps():
         rollout = roll_out(
             policy, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt,
-            temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step, rt.rank),
+            temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step),
+            first=rt.rank, stride=rt.world_size,
         )  # fmt: skip
         rewards = score_answers(rollout.prompts, rollout.texts, rollout.finished, instruction=irm, process=prm)
         fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
@@ -167,19 +173,19 @@ def main(cfg: Config) -> dict:
             rollout, per_token, values, fixed, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals, own=own
         )  # fmt: skip
         for epoch in range(cfg.epochs):
-            order = np.random.default_rng(step_seed(cfg.seed, step, epoch)).permutation(len(rollout.samples))
-            for number, minibatch in enumerate(np.array_split(order, cfg.minibatches)):
+            for number, minibatch in enumerate(run.minibatches(epoch, cfg.minibatches)):
                 run.zero_grad()
                 if supervised:
-                    drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, rt.rank, 2))
-                    picks = drawn.integers(len(supervised), size=max(1, cfg.ptx_rows // rt.world_size))
+                    drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, 2))
+                    picks = drawn.integers(len(supervised), size=cfg.ptx_rows)[rt.rank :: rt.world_size]
                     _add_supervised(cfg, run, policy, [supervised[i] for i in picks])
-                _update(cfg, run, policy, critic, rollout, targets, minibatch.tolist())
+                _update(cfg, run, policy, critic, rollout, targets, minibatch)
         run.record(rollout, rewards, kl, values, targets)
         if step == 0 and cfg.audit:
-            audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main)
+            limit = 50 * audit.tolerance(policy)
+            audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main, limit=limit)
     run.take_average()
-    on_main(rt, lambda: save_model(policy, tokenizer, cfg.out / "model"))
+    write_model(rt, policy, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
 
 
@@ -195,12 +201,13 @@ def _supervised(cfg: Config, tokenizer: Tokenizer, policy: Transformer, rows: li
 
 def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: list[Sample]) -> None:
     """Add the gradient of the supervised loss, weighted by ptx (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
-    batch = collate(samples).to(run.device)
-    num_tokens = run.totals(float(batch.weights.sum()))[0]
-    hidden = policy(*batch.inputs)
-    out = sft_loss(hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
-    (cfg.ptx * out.loss).backward()
-    run.share(ptx_loss=out.loss)
+    batches = [collate(samples).to(run.device)] if samples else []
+    num_tokens = run.totals(sum(float(batch.weights.sum()) for batch in batches))[0]
+    for batch in paced(batches, policy, backward=True):
+        hidden = policy(*batch.inputs)
+        out = sft_loss(hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
+        (cfg.ptx * out.loss).backward()
+        run.share(ptx_loss=out.loss)
 
 
 def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows: list[int]) -> None:
@@ -209,7 +216,7 @@ def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows:
     for router in run.routers.values():
         router.start(sum(len(rollout.samples[i].tokens) - 1 for i in rows))
     per_token = cfg.normalisation == "token"
-    for group in packed_groups([len(rollout.samples[i].tokens) for i in rows], cfg.pack_tokens):
+    for group in run.paced(packed_groups([len(rollout.samples[i].tokens) for i in rows], cfg.pack_tokens)):
         picked = [rows[i] for i in group]
         batch = collate([rollout.samples[i] for i in picked]).to(run.device)
         answer = batch.weights > 0

@@ -13,8 +13,9 @@ from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import read_samples
 from wizard_engine.loss import sft_loss
-from wizard_engine.model import Routes, save_model
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
+from wizard_engine.model import Routes
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+from wizard_engine.recipe import finish_stage, language_model, launch, open_stage, sample_limit, write_model
 from wizard_engine.training import Run, Training, num_supervised
 
 
@@ -36,6 +37,8 @@ class Config:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     training: Training = field(default_factory=Training)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
     device: str = "auto"
     audit: bool = True
@@ -47,11 +50,14 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Train; returns what stage.json records."""
-    rt = runtime.start(cfg.device)
+    rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
+    mesh = make_mesh(cfg.mesh, rt)
     stage = open_stage(cfg, "sft", rt)
     if stage.done:
         return stage.result()
-    model, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
+    model, tokenizer = language_model(
+        cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device, mesh=mesh, sharding=cfg.sharding
+    )  # fmt: skip
     samples, rejected = read_samples(
         cfg.data, tokenizer, kind=cfg.kind, max_length=sample_limit(cfg.max_length, model.config, cfg.training),
         on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl",
@@ -63,7 +69,7 @@ def main(cfg: Config) -> dict:
     for packs in run.steps():
         batches = [collate([samples[i] for i in pack]).to(rt.device) for pack in packs]
         num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
-        for batch in batches:
+        for batch in run.paced(batches):
             routes = Routes()
             hidden = model(*batch.inputs, routes)
             loss, _, logprob = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
@@ -71,7 +77,7 @@ def main(cfg: Config) -> dict:
             run.add(loss, batch.tokens.numel(), logprob=logprob)
         run.update()
     result = run.result() | {"samples": len(samples), "rejected": rejected}
-    on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model"))
+    write_model(rt, model, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, result, [cfg.out / "model"])
 
 

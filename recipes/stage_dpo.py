@@ -17,9 +17,10 @@ from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import Pair, answer_pair, read_pairs
 from wizard_engine.loss import dpo_loss
-from wizard_engine.model import Routes, save_model
+from wizard_engine.model import Routes
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.preferences import ReferenceCache, order_slices
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage, sample_limit
+from wizard_engine.recipe import finish_stage, language_model, launch, open_stage, sample_limit, write_model
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
 
@@ -56,6 +57,8 @@ class Config:
     """Longest sample, tokens; default: the model's context. Both sides of a pair have to fit one packed row."""
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=5e-7))
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
     device: str = "auto"
     audit: bool = True
@@ -65,11 +68,14 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Train all stages; returns what stage.json records."""
-    rt = runtime.start(cfg.device)
+    rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
+    mesh = make_mesh(cfg.mesh, rt)
     stage = open_stage(cfg, "stage_dpo", rt)
     if stage.done:
         return stage.result()
-    model, tokenizer = language_model(cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device)
+    model, tokenizer = language_model(
+        cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device, mesh=mesh, sharding=cfg.sharding
+    )  # fmt: skip
     limit = sample_limit(cfg.max_length, model.config, cfg.training)
     pairs, rejected = read_pairs(
         cfg.data,
@@ -87,7 +93,7 @@ def main(cfg: Config) -> dict:
     for index in range(cfg.slices):
         rows = [i for part in slices[: index + 1] for i in part] if cfg.cumulative else slices[index]
         results.append(_train_stage(cfg, rt, model, [pairs[i] for i in rows], cache, initial[rows], index, normalise))
-    on_main(rt, lambda: save_model(model, tokenizer, cfg.out / "model"))
+    write_model(rt, model, tokenizer, cfg.out / "model")
     result = {"stages": results, "pairs": len(pairs), "rejected": rejected}
     return finish_stage(stage, rt, result, [cfg.out / "model"])
 
@@ -105,7 +111,7 @@ def _train_stage(
         num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
         chosen_tokens = sum(pairs[i].chosen.weights.sum() for pack in packs for i in pack)
         num_chosen = run.total_over_ranks(n=float(chosen_tokens))["n"]
-        for pack in packs:
+        for pack in run.paced(packs):
             batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(rt.device)
             rows = torch.as_tensor(pack, dtype=torch.int64)
             ref, first = (x[rows].to(rt.device) for x in (reference, initial))

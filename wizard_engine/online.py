@@ -2,23 +2,34 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import checkpoint
+from .checkpoint import Part
 from .log import MetricsLogger
 from .model import ScoringModel, Transformer
 from .optim import AdamW, cosine_with_warmup
-from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_names_of_all_ranks
+from .parallel import (
+    MeshOptions,
+    make_mesh,
+    paced,
+    parallelize,
+    sharded,
+    sum_over_ranks,
+    with_names_of_all_ranks,
+)
 from .rollout.rewards import AnswerReward
 from .rollout.trajectories import Rollout, Targets, step_seed
-from .runtime import Runtime, StopRequest
-from .training import Interrupted, RouterMeter, blame, peak_memory_gib
+from .runtime import Runtime, StopRequest, mark
+from .training import Interrupted, RouterMeter, blame, parts_of, peak_memory_gib, restore
 
+T = TypeVar("T")
 MAX_SKIPPED = 10
 
 
@@ -39,11 +50,13 @@ class OnlineRun:
         self.cfg, self.runtime, self.device, self.num_prompts = cfg, runtime, runtime.device, num_prompts
         self.modules = {"policy": policy, "critic": critic}
         for module in self.modules.values():
-            broadcast_parameters(module)
+            if sharded(module) is None:
+                parallelize(module, make_mesh(MeshOptions(dp_shard=1), runtime))
+        self.saver = checkpoint.Saver(cfg.out, runtime, keep_last=2)
         self.optimizers = {name: AdamW(module, betas=(0.9, 0.95)) for name, module in self.modules.items()}
         self.routers = {name: RouterMeter(module.config, self.device) for name, module in self.modules.items()}
         self.step, self.answer_tokens, self.skipped, self.largest_ratio_error = 0, 0, 0, 0.0
-        self.average: dict[str, Tensor] = {}
+        self.average: Tensor | None = None
         self.averaged = 0
         self._resume()
         quiet = cfg.quiet or not runtime.is_main
@@ -54,16 +67,19 @@ class OnlineRun:
         self._logprobs: list[Tensor] = []
 
     def _resume(self) -> None:
-        latest = checkpoint.latest(self.cfg.out)
-        if latest is None:
-            return
-        tensors, state = checkpoint.load(latest)
-        with torch.no_grad():
+        with ExitStack() as stack:
+            found = checkpoint.resume(self.cfg.out, self.runtime, stack)
+            if found is None:
+                return
+            state = found.state
             for name, module in self.modules.items():
-                for key, parameter in module.named_parameters():
-                    parameter.copy_(tensors[name][key])
-                self.optimizers[name].load_state_tensors(tensors[f"{name}_optimizer"])
-        self.average, self.averaged = tensors.get("average", {}), state["averaged"]
+                restore(found, name, module, self.optimizers[name], state["updates"][name])
+            self.averaged = state["averaged"]
+            if self.averaged:
+                engine = sharded(self.modules["policy"])
+                self.average = torch.zeros_like(engine.master)
+                for name, start, values in engine.parts(self.average):
+                    found.read("average", name, start, values)
         self.step, self.answer_tokens, self.skipped = state["step"], state["answer_tokens"], state["skipped"]
         self.largest_ratio_error = state["largest_ratio_error"]
 
@@ -72,6 +88,7 @@ class OnlineRun:
         while self.step < self.cfg.steps:
             self._began = time.perf_counter()
             self._sums, self._updates = {}, 0
+            mark(f"rleif step {self.step}")
             yield self.step, self._chosen(self.step)
             self.step += 1
             if self.step > self.cfg.average_from * self.cfg.steps:
@@ -80,27 +97,38 @@ class OnlineRun:
             if self._asked_to_stop or (every and self.step % every == 0 and self.step < self.cfg.steps):
                 self._save()
             if self._asked_to_stop:
-                self.close()
+                self.finish()
                 raise Interrupted(self.step, self.cfg.out)
-        self.close()
+        self.finish()
 
-    @torch.no_grad()
     def _add_to_average(self) -> None:
-        """Running mean of the policy's weights, in fp32."""
+        """Running mean of the policy's master weights."""
+        master = sharded(self.modules["policy"]).master
+        if self.average is None:
+            self.average = torch.zeros_like(master)
         self.averaged += 1
-        for name, parameter in self.modules["policy"].named_parameters():
-            mean = self.average.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
-            mean.lerp_(parameter.float(), 1.0 / self.averaged)
+        self.average.lerp_(master, 1.0 / self.averaged)
 
-    @torch.no_grad()
     def take_average(self) -> None:
         """Put the averaged weights into the policy, where any were averaged."""
-        for name, parameter in self.modules["policy"].named_parameters():
-            if self.averaged:
-                parameter.copy_(self.average[name])
+        if self.averaged:
+            engine = sharded(self.modules["policy"])
+            engine.master.copy_(self.average)
+            engine.publish()
+
+    def paced(self, items: Iterable[T]) -> Iterator[T]:
+        """Micro-batches that go through policy and critic, forward and backward; ranks keep the same pace."""
+        return paced(items, *self.modules.values(), backward=True)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, and close; every rank makes the call."""
+        mark("rleif end")
+        self.saver.wait()
+        self.close()
 
     def close(self) -> None:
         """Close the log and give the signals back."""
+        self.saver.close()
         self.logger.close()
         self.stop.close()
 
@@ -114,6 +142,16 @@ class OnlineRun:
         }
         chosen = [int(orders[i // self.num_prompts][i % self.num_prompts]) for i in wanted]
         return chosen[self.runtime.rank :: self.runtime.world_size]
+
+    def minibatches(self, epoch: int, count: int) -> list[list[int]]:
+        """This rank's answers in each part of a seeded permutation of all ranks' answers of this step."""
+        each, world = self.cfg.samples_per_prompt, self.runtime.world_size
+        size = self.cfg.prompts_per_step * each
+        order = np.random.default_rng(step_seed(self.cfg.seed, self.step, epoch)).permutation(size)
+        return [
+            [i // each // world * each + i % each for i in part.tolist() if i // each % world == self.runtime.rank]
+            for part in np.array_split(order, count)
+        ]
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
         """Each number summed over the ranks."""
@@ -143,7 +181,7 @@ class OnlineRun:
         cfg = self.cfg
         peaks = {"policy": cfg.lr if self.step >= cfg.critic_warmup else 0.0, "critic": cfg.critic_lr}
         for name, optimizer in self.optimizers.items():
-            sum_gradients(optimizer.gradients)
+            optimizer.sharded.finish()
             norm = optimizer.clip(cfg.max_grad_norm)
             self._norms[name] = norm
             lr = cosine_with_warmup(
@@ -217,16 +255,15 @@ class OnlineRun:
                 "largest_ratio_error": self.largest_ratio_error}  # fmt: skip
 
     def _save(self) -> None:
-        if not self.runtime.is_main:
-            return
-        groups = {}
+        groups: dict[str, dict[str, Part]] = {}
         for name, module in self.modules.items():
-            groups[name] = {key: parameter.detach() for key, parameter in module.named_parameters()}
-            groups[f"{name}_optimizer"] = self.optimizers[name].state_tensors()
+            groups[name], groups[f"{name}_optimizer"] = parts_of(module, self.optimizers[name])
+        policy = sharded(self.modules["policy"])
+        if self.averaged and not policy.mesh.replicate.index:
+            groups["average"] = {n: Part(policy.shapes[n], at, x) for n, at, x in policy.parts(self.average)}
         state = {
             "step": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped,
             "largest_ratio_error": self.largest_ratio_error, "averaged": self.averaged,
+            "updates": {name: optimizer.count for name, optimizer in self.optimizers.items()},
         }  # fmt: skip
-        if self.averaged:
-            groups["average"] = self.average
-        checkpoint.save(self.cfg.out, self.step, tensors=groups, state=state, keep_last=2)
+        self.saver.save(self.step, groups, state)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .data.samples import Pair
 from .files import content_hash
 from .model import Transformer
+from .parallel import gather_objects, sharded
 from .rollout import sequence_logprobs
 
 ORDERS = ("random", "easy_first", "hard_first", "by_gap")
@@ -50,9 +51,17 @@ class ReferenceCache:
         import hashlib
 
         digest = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        engine = sharded(model)
+        if engine is not None and engine.is_divided:
+            parts = hashlib.sha256()
+            for name, start, values in engine.weight_parts(exact=False):
+                parts.update(f"{name} {start} {values.dtype}".encode())
+                parts.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(repr(gather_objects(parts.hexdigest())).encode())
+        else:
+            for name, parameter in model.named_parameters():
+                digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for sample in (side for pair in pairs for side in (pair.chosen, pair.rejected)):
             digest.update(sample.tokens.tobytes())
             digest.update(sample.weights.tobytes())
@@ -62,13 +71,27 @@ class ReferenceCache:
     def logprobs(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
         """(N, 2) fp32 log-probabilities of the chosen and rejected answers under `model`, nats; computed once."""
         file = self.directory / f"{self.key(model, pairs)}.safetensors"
-        if file.exists():
+        found = gather_objects(file.exists())
+        if all(found):
             return load_file(file)["logprobs"]
-        samples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        values = sequence_logprobs(model, samples, mean=self.normalise)
-        logprobs = torch.tensor(values, dtype=torch.float32).view(2, -1).T.contiguous()
+        logprobs = self._computed(model, pairs)
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{torch.randint(2**31, ()).item()}.partial")
         save_file({"logprobs": logprobs}, partial)
         partial.rename(file)
         return logprobs
+
+    def _computed(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
+        """Of a divided model each rank computes its share of the pairs."""
+        engine = sharded(model)
+        rank, size = (0, 1) if engine is None or not engine.is_divided else (engine.mesh.rank, engine.mesh.world_size)
+        own = pairs[rank::size]
+        samples = [pair.chosen for pair in own] + [pair.rejected for pair in own]
+        values = sequence_logprobs(model, samples, mean=self.normalise)
+        logprobs = torch.tensor(values, dtype=torch.float32).view(2, -1).T.contiguous()
+        if size == 1:
+            return logprobs
+        out = torch.empty(len(pairs), 2)
+        for other, part in enumerate(gather_objects(logprobs.tolist())):
+            out[other::size] = torch.tensor(part).view(-1, 2)
+        return out

@@ -1,42 +1,47 @@
 """What recipes share around their loop: stages opened from a configuration, work of the main rank, models by name."""
 
 import dataclasses
+import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
+import torch
+from torch import nn
 
 from .config import cli
 from .data.tokenizer import Tokenizer, load_tokenizer
-from .model import PRESETS, ModelConfig, ScoringModel, Transformer, load_model
-from .model.hugging_face import read_config
+from .model import (
+    PRESETS,
+    ModelConfig,
+    ModelDirectory,
+    ScoringModel,
+    Transformer,
+    load_model,
+    save_divided,
+    save_model,
+    scoring_head,
+)
+from .parallel import Mesh, Sharding, check_same, from_main, parallelize, sharded
 from .rollout.rewards import InstructionReward, ProcessReward
-from .runtime import Runtime, stop
+from .runtime import Runtime, stop, watch
 from .stage import Stage
 from .training import Interrupted, Training
 
 T = TypeVar("T")
 
 # Options that change how a stage runs but not what it makes.
-INCIDENTAL = ("out", "quiet", "overwrite", "device", "save_every", "keep_last", "audit", "batch_size")
+INCIDENTAL = (
+    "out", "quiet", "overwrite", "device", "save_every", "keep_last", "audit", "batch_size", "mesh", "recompute",
+    "accumulate", "offload_activations", "offload_optimizer",
+)  # fmt: skip
 
 
 def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
     """The result of `work`, done by rank 0 alone and sent to every rank; its ValueError is raised on every rank."""
-    if runtime.world_size == 1:
-        return work()
-    outcome: list[Any] = [None, None]
-    if runtime.is_main:
-        try:
-            outcome[0] = work()
-        except (ValueError, OSError) as error:
-            outcome[1] = f"{error}"
-    dist.broadcast_object_list(outcome, 0)
-    if outcome[1] is not None:
-        raise ValueError(f"[rank {runtime.rank}/{runtime.world_size}] {outcome[1]}")
-    return outcome[0]
+    return from_main(runtime, work)
 
 
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -86,6 +91,7 @@ def _files(value: Any) -> list[Path]:
 def open_stage(cfg: Any, name: str, runtime: Runtime) -> Stage:
     """The stage that a recipe's configuration describes, claimed unless it is done (`stage.done`)."""
     options, inputs = identity(cfg)
+    check_same(runtime, f"{name}: configuration", {key: str(value) for key, value in (options | inputs).items()})
     stage = Stage(cfg.out, name, options, inputs, overwrite=cfg.overwrite)
 
     def claim() -> bool:
@@ -104,9 +110,15 @@ def finish_stage(stage: Stage, runtime: Runtime, result: dict, outputs: list[Pat
     return result
 
 
-def language_model(model: str, tokenizer: Path | None, *, seed: int, device: Any) -> tuple[Transformer, Tokenizer]:
+def language_model(
+    model: str, tokenizer: Path | None, *, seed: int, device: Any, mesh: Mesh | None = None,
+    sharding: Sharding | None = None, frozen: bool = False,
+) -> tuple[Transformer, Tokenizer]:  # fmt: skip
     """A language model from a directory, or a preset's with random weights and the given tokenizer.
 
+    Args:
+        mesh: divide it over these ranks, each of which reads its own part alone; None: a whole, plain model.
+        frozen: it is not going to be trained.
     Raises:
         ValueError: neither a directory nor a preset, a preset without a tokenizer, or a reward model's directory.
     """
@@ -115,13 +127,100 @@ def language_model(model: str, tokenizer: Path | None, *, seed: int, device: Any
             raise ValueError(f"model: preset {model} has random weights; say which --tokenizer it shall have")
         loaded = load_tokenizer(tokenizer)
         config = dataclasses.replace(PRESETS[model], vocab_size=loaded.vocab_size)
-        return Transformer(config, seed=seed).to(device), loaded
+        if mesh is None:
+            return Transformer(config, seed=seed).to(device), loaded
+        with torch.device("meta"):
+            empty = Transformer(config)
+        values = empty.random_parameters(seed)
+        return divided(empty, mesh, sharding, values, frozen=frozen), loaded
     if not Path(model).is_dir():
         raise ValueError(f"model: expected a model directory or one of {sorted(PRESETS)}, got {model}")
-    found, own = load_model(model, device=device)
+    if mesh is None:
+        found, own = load_model(model, device=device)
+    else:
+        found, own = divided_directory(Path(model), mesh, sharding, frozen=frozen), load_tokenizer(Path(model))
     if isinstance(found, ScoringModel):
         raise ValueError(f"{model}: expected a language model, got a reward model with {found.outputs} outputs")
     return found, own if tokenizer is None else load_tokenizer(tokenizer)
+
+
+def divided(
+    empty: nn.Module, mesh: Mesh, sharding: Sharding | None, values: Any = (), *, frozen: bool = False
+) -> Any:  # fmt: skip
+    """A model on the meta device divided over a mesh and filled with (name, tensor) pairs."""
+    if frozen:
+        empty.requires_grad_(False)
+    model = parallelize(empty, mesh, sharding)
+    for name, value in values:
+        sharded(model).put(name, value)
+    sharded(model).publish()
+    return model
+
+
+def fill(model: nn.Module, directory: ModelDirectory, *, body_only: bool = False) -> None:
+    """Read a divided model's parameters out of a directory, each rank its own elements.
+
+    Args:
+        body_only: of a scoring model, the body alone; the directory may be a language model's or a scoring model's.
+    """
+    engine = sharded(model)
+    theirs = "" if directory.outputs is None else "body."
+    ours = "body." if isinstance(model, ScoringModel) else ""
+    for name, start, values in engine.weight_parts():
+        if name.startswith("score."):
+            if not body_only:
+                directory.read(name, start, values)
+        else:
+            directory.read(theirs + name.removeprefix(ours), start, values)
+    engine.publish()
+
+
+def divided_directory(path: Path, mesh: Mesh, sharding: Sharding | None, *, frozen: bool = False) -> Any:
+    """The model of a directory divided over a mesh."""
+    with ModelDirectory(path) as directory:
+        model = divided(directory.empty_model(), mesh, sharding, frozen=frozen)
+        fill(model, directory)
+    return model
+
+
+def scoring_start(
+    source: str, tokenizer: Path | None, outputs: int, *, surprise: bool = False, seed: int, mesh: Mesh,
+    sharding: Sharding | None,
+) -> tuple[ScoringModel, Tokenizer]:  # fmt: skip
+    """A scoring model whose body starts as a language model's (or as a scoring model's body); its head is fresh.
+
+    Args:
+        source: a directory, or a preset's name with a tokenizer, as for `language_model`.
+    """
+    is_preset = source in PRESETS and not Path(source).is_dir()
+    if is_preset or not Path(source).is_dir():
+        plain, loaded = language_model(source, tokenizer, seed=seed, device="cpu")
+        return scoring_of(plain.config, outputs, surprise, mesh, sharding, plain.named_parameters()), loaded
+    with ModelDirectory(Path(source)) as directory:
+        model = scoring_of(directory.config, outputs, surprise, mesh, sharding)
+        fill(model, directory, body_only=True)
+    return model, load_tokenizer(tokenizer or Path(source))
+
+
+def scoring_of(
+    config: ModelConfig, outputs: int, surprise: bool, mesh: Mesh, sharding: Sharding | None, body: Any = ()
+) -> ScoringModel:
+    """A divided scoring model with a fresh head."""
+    with torch.device("meta"):
+        model = ScoringModel(config, outputs, surprise=surprise)
+    model.score = scoring_head(config.width, outputs, surprise=surprise)
+    return divided(model, mesh, sharding, ((f"body.{name}", value.detach()) for name, value in body))
+
+
+def write_model(
+    runtime: Runtime, model: Any, tokenizer: Tokenizer, path: Path, *, extra: dict | None = None
+) -> None:  # fmt: skip
+    """Write a model's directory; every rank makes the call."""
+    engine = sharded(model)
+    if engine is not None and engine.is_divided:
+        save_divided(model, path, runtime, tokenizer=tokenizer, extra=extra)
+    else:
+        on_main(runtime, lambda: save_model(model, tokenizer, path, extra=extra) and None)
 
 
 def sample_limit(max_length: int | None, config: ModelConfig, training: Training) -> int:
@@ -135,42 +234,78 @@ def sample_limit(max_length: int | None, config: ModelConfig, training: Training
     return min(max_length or config.max_positions, training.pack_tokens + 1)
 
 
-def scoring_model(path: Path, outputs: int, device: Any) -> tuple[ScoringModel, Tokenizer, dict]:
-    """A reward model's directory: model, tokenizer, fields of config.json.
+def scoring_model(
+    path: Path, outputs: int, mesh: Mesh, sharding: Sharding | None
+) -> tuple[ScoringModel, Tokenizer, dict]:  # fmt: skip
+    """A reward model's directory: model (frozen, divided), tokenizer, fields of config.json.
 
     Raises:
         ValueError: a language model, or a reward model of the other kind.
     """
-    model, tokenizer = load_model(path, device=device)
-    found = model.outputs if isinstance(model, ScoringModel) else 0
-    if found != outputs:
-        kinds = {0: "a language model", 1: "an instruction reward model", 3: "a process reward model"}
-        raise ValueError(f"{path}: expected {kinds[outputs]}, got {kinds.get(found, f'{found} outputs')}")
-    return model, tokenizer, read_config(Path(path))[1]
+    with ModelDirectory(path) as directory:
+        found = directory.outputs or 0
+        if found != outputs:
+            kinds = {0: "a language model", 1: "an instruction reward model", 3: "a process reward model"}
+            raise ValueError(f"{path}: expected {kinds[outputs]}, got {kinds.get(found, f'{found} outputs')}")
+        model = divided(directory.empty_model(), mesh, sharding, frozen=True)
+        fill(model, directory)
+        return model, load_tokenizer(path), directory.fields
 
 
-def instruction_reward(path: Path, runtime: Runtime) -> InstructionReward:
+def instruction_reward(path: Path, mesh: Mesh, sharding: Sharding | None) -> InstructionReward:
     """The instruction factor of a directory that recipes/reward.py wrote."""
-    model, tokenizer, fields = scoring_model(path, 1, runtime.device)
+    model, tokenizer, fields = scoring_model(path, 1, mesh, sharding)
     return InstructionReward(model, tokenizer, mean=fields["wizard_mean"], std=fields["wizard_std"])
 
 
-def process_reward(path: Path, runtime: Runtime, neutral: float) -> ProcessReward:
+def process_reward(path: Path, mesh: Mesh, sharding: Sharding | None, neutral: float) -> ProcessReward:
     """The process factor of a directory that recipes/reward.py wrote."""
-    model, tokenizer, _ = scoring_model(path, 3, runtime.device)
+    model, tokenizer, _ = scoring_model(path, 3, mesh, sharding)
     return ProcessReward(model, tokenizer, neutral=neutral)
 
 
 def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] | None = None) -> None:
-    """Run a recipe from the command line: options, then `main`, errors that a user can cause in one line."""
+    """Run a recipe from the command line: options, then `main`, errors that a user can cause in one line.
+
+    A rank that fails tells the others, which end with its error instead of their own collective's.
+    """
     cfg = cli(config, presets)
+    name = Path(sys.argv[0]).name
     try:
         main(cfg)
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        _fail(name, error, f"{error}")
         raise SystemExit(1) from error
     except Interrupted as stopped:
-        print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
+        print(f"{name}: {stopped}", file=sys.stderr)
         raise SystemExit(130) from stopped
+    except Exception as error:
+        if watch() is None:
+            raise
+        lost = isinstance(error, RuntimeError) and _is_of_collective(error)
+        if not lost:
+            traceback.print_exc()
+        _fail(name, error, watch().explain() if lost else f"{type(error).__name__}: {error}", tell=not lost)
+        raise SystemExit(1) from error
     finally:
         stop()
+
+
+def _fail(name: str, error: Exception, text: str, *, tell: bool = True) -> None:
+    """Print an error, tell the other ranks of it, and end at once where their collectives might keep this one."""
+    found = watch()
+    where = "" if found is None or text.startswith("[rank") else f"[rank {found.rank}/{found.world_size}] "
+    print(f"{name}: error: {where}{text}", file=sys.stderr, flush=True)
+    if found is not None:
+        if tell:
+            found.fail(text)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _is_of_collective(error: RuntimeError) -> bool:
+    """Whether an error is one of a collective whose other side is gone or late, rather than of this rank."""
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection", "timed out", "peer", "socket")
+    )

@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import gc
 import importlib
 import os
 import random
@@ -18,15 +19,18 @@ import torch.distributed as dist
 
 from wizard_engine.files import content_hash, file_hash, to_plain, write_bytes, write_json, write_text
 from wizard_engine.stage import Stage
+from wizard_engine.watch import Watch, start_watch
 
 __all__ = [
-    "Runtime", "Stage", "StopRequest", "content_hash", "file_hash", "seed_all", "start", "stop", "to_plain",
-    "write_bytes", "write_json", "write_text",
+    "Runtime", "Stage", "StopRequest", "content_hash", "file_hash", "mark", "seed_all", "start", "stop", "to_plain",
+    "watch", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip
 
 PR_SET_PDEATHSIG = 1
 AGENT_SECONDS = 30.0
 RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+_watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,33 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
         importlib.import_module("torch.distributed.nn.functional")
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+        global _watch
+        if world_size > 1:
+            _watch = start_watch(rank, world_size, timeout_seconds)
     return Runtime(rank, world_size, local_rank, chosen)
 
 
 def stop() -> None:
     """Take the process group down, if there is one."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
     if dist.is_initialized():
+        # Divided models hold the groups of their mesh, and stand in cycles.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def watch() -> Watch | None:
+    """What this rank knows of the others; None on one rank."""
+    return _watch
+
+
+def mark(text: str, *, limited: bool = False) -> None:
+    """Tell the other ranks where this one stands; `limited`: the next mark must come within the run's timeout."""
+    if _watch is not None:
+        _watch.mark(text, limited=limited)
 
 
 def _die_with_parent() -> None:

@@ -1,24 +1,43 @@
 """What every training loop shares: the plan of steps, resume, one update, its log line, checkpoints, stopping."""
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .checkpoint import Checkpoint, Part
 from .data.loader import Loader
 from .log import MetricsLogger
 from .model import ModelConfig
 from .model.mixture import Routes, load_metrics
 from .optim import AdamW, cosine_with_warmup
-from .parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_names_of_all_ranks
-from .runtime import Runtime, StopRequest
+from .optim.adamw import MOMENTS
+from .parallel import (
+    MeshOptions,
+    check_same,
+    make_mesh,
+    paced,
+    parallelize,
+    sharded,
+    sum_over_ranks,
+    with_names_of_all_ranks,
+)
+from .runtime import Runtime, StopRequest, mark
 from .throughput import flops_per_token, peak_flops
+
+T = TypeVar("T")
+# Losses that a spike is measured against, and the fewest that say what is usual.
+SPIKE_WINDOW, SPIKE_LEAST = 128, 32
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,10 @@ class Training:
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
     max_skipped: int = 10
-    """Steps with a non-finite gradient that may be skipped before the run ends with an error."""
+    """Steps with a non-finite gradient, or a spike, that may be skipped before the run ends with an error."""
+    spike: float = 0.0
+    """Skip a step whose loss is so many standard deviations above the mean of the last 128 steps; 0 skips none. 6 is
+    usual for large batches; the losses of small ones have long tails."""
 
 
 class Interrupted(SystemExit):
@@ -101,13 +123,72 @@ class RouterMeter:
         return {"router_loss": loss} | load_metrics(load)
 
 
+class Spikes:
+    """Which losses stand out of those before them. It sees the same numbers on every rank, and says the same."""
+
+    def __init__(self, sigmas: float) -> None:
+        self.sigmas = sigmas
+        self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a step's loss is a spike; one that is not becomes part of what is usual."""
+        if self.sigmas > 0 and len(self.losses) >= SPIKE_LEAST:
+            mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
+            if loss > mean + self.sigmas * deviation:
+                return True
+        if self.sigmas > 0 and math.isfinite(loss):
+            self.losses.append(loss)
+        return False
+
+
+def parts_of(model: nn.Module, optimizer: AdamW) -> tuple[dict[str, Part], dict[str, Part]]:
+    """What this rank writes into a checkpoint of a model: its parameters that train, and its optimizer's moments.
+
+    Ranks that hold another copy of the model write nothing.
+    """
+    engine = sharded(model)
+    if engine.mesh.replicate.index:
+        return {}, {}
+    shapes = engine.shapes
+    weights = {name: Part(shapes[name], start, values) for name, start, values in engine.parts(engine.master)}
+    moments = {
+        f"{moment}.{name}": Part(shapes[name], start, values) for moment, name, start, values in optimizer.state_parts()
+    }
+    return weights, moments
+
+
+def restore(found: Checkpoint, group: str, model: nn.Module, optimizer: AdamW, count: int) -> None:
+    """Fill this rank's parts of a model and its moments from a checkpoint of any layout.
+
+    Args:
+        group: of the parameters; the moments are in `{group}_optimizer`.   count: updates that were made.
+    Raises:
+        ValueError: the checkpoint is another model's.
+    """
+    engine = sharded(model)
+    shapes = {slot.name: slot.shape for flat in engine.training for slot in flat.layout.slots}
+    found.check_like(group, shapes)
+    found.check_like(
+        f"{group}_optimizer", {f"{moment}.{n}": shape for moment in MOMENTS for n, shape in shapes.items()}
+    )
+    for name, start, values in engine.parts(engine.master):
+        found.read(group, name, start, values)
+    for moment, name, start, values in optimizer.state_parts():
+        found.read(f"{group}_optimizer", f"{moment}.{name}", start, values)
+    optimizer.count = count
+    engine.publish()
+
+
 class Run:
     """One training run: iterate `steps()`; per micro-batch call `backward` on the loss and `add`, then `update` once.
 
     Args:
         options: see Training.   out: run directory (metrics.jsonl, checkpoints/).
-        model: trained in place.   lengths: tokens of each row, for packing.
-        seed: order of the data.   extra: further modules whose parameters the optimizer trains too.
+        model: trained in place, as `parallelize` gave it; a plain one becomes a copy per rank.
+        lengths: tokens of each row, for packing.   seed: order of the data.
+    Raises:
+        ValueError: no rows, rows that fit no pack, ranks with other rows, or a checkpoint of other rows or another
+            model.
     """
 
     def __init__(
@@ -115,16 +196,22 @@ class Run:
         seed: int, name: str, quiet: bool = False,
     ) -> None:  # fmt: skip
         self.options, self.runtime, self.model, self.out, self.name = options, runtime, model, Path(out), name
+        if sharded(model) is None:
+            parallelize(model, make_mesh(MeshOptions(dp_shard=1), runtime))
+        self.sharded = sharded(model)
+        data = self.sharded.mesh.data
         self.loader = Loader(
             np.asarray(lengths, dtype=np.int64), capacity=options.pack_tokens, packs_per_step=options.packs_per_step,
-            seed=seed, epochs=options.epochs, rank=runtime.rank, world_size=runtime.world_size,
+            seed=seed, epochs=options.epochs, rank=data.index, world_size=data.size,
         )  # fmt: skip
         self.total = min(self.loader.steps, options.max_steps or self.loader.steps)
         if self.total < 1:
             raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
-        broadcast_parameters(model)
+        check_same(runtime, f"{name}: rows and their order", self.loader.state()["order"])
         self.lengths, self.router = np.asarray(lengths), RouterMeter(model.config, runtime.device)
         self.optimizer = AdamW(model, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
+        self.spikes = Spikes(options.spike)
+        self.saver = checkpoint.Saver(self.out, runtime, keep_last=options.keep_last)
         self.step, self.skipped, self.tokens = 0, 0, 0
         self._names: tuple[str, ...] = ()
         self._clear()
@@ -136,22 +223,26 @@ class Run:
         self._started, self._waiting = time.perf_counter(), 0.0
 
     def _resume(self) -> None:
-        latest = checkpoint.latest(self.out)
-        if latest is None:
-            return
-        tensors, state = checkpoint.load(latest)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors["model"][name])
-        self.optimizer.load_state_tensors(tensors["optimizer"])
-        self.loader.load_state(state["loader"])
+        with ExitStack() as stack:
+            found = checkpoint.resume(self.out, self.runtime, stack)
+            if found is None:
+                return
+            state = found.state
+            self.loader.load_state(state["loader"])
+            restore(found, "model", self.model, self.optimizer, state["updates"])
         self.step, self.skipped, self.tokens = state["step"], state["skipped"], state["tokens"]
+        self.spikes.losses.extend(state["losses"])
+
+    def paced(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, a forward and a backward each; of a divided model, ranks with fewer keep the others' pace."""
+        return paced(items, self.model, backward=True)
 
     def steps(self) -> Iterator[list[np.ndarray]]:
         """This rank's packs of each remaining step, as arrays of row indices; saves and stops on request."""
         packs_of_steps = iter(self.loader)
         while self.step < self.total:
             began = time.perf_counter()
+            mark(f"{self.name} step {self.step}", limited=True)
             packs = next(packs_of_steps)
             self._waiting = time.perf_counter() - began
             self._began = began
@@ -162,14 +253,21 @@ class Run:
             every = self.options.save_every
             if self._asked_to_stop:
                 self.save()
-                self.close()
+                self.finish()
                 raise Interrupted(self.step, self.out)
             if every and self.step % every == 0 and self.step < self.total:
                 self.save()
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, and close; every rank makes the call."""
+        mark(f"{self.name} end")
+        self.saver.wait()
         self.close()
 
     def close(self) -> None:
         """Close the log and give the signals back."""
+        self.saver.close()
         self.logger.close()
         self.stop.close()
 
@@ -197,7 +295,7 @@ class Run:
 
     def update(self) -> None:
         """Reduce, clip, step and log what was added."""
-        sum_gradients(self.optimizer.gradients)
+        self.sharded.finish()
         lr = cosine_with_warmup(
             self.step, peak=self.options.lr, warmup=max(1, round(self.options.warmup * self.total)), total=self.total,
             floor=self.options.lr_floor,
@@ -208,10 +306,12 @@ class Run:
         own = self._complete(shares)
         numbers = self.total_over_ranks(loss=loss, tokens=tokens, stop=float(self.stop.requested), **own)
         self._asked_to_stop = numbers.pop("stop") > 0
-        if math.isfinite(norm) and math.isfinite(numbers["loss"]):
-            self.optimizer.step(lr)
+        if not (math.isfinite(norm) and math.isfinite(numbers["loss"])):
+            self._skip(numbers["loss"], norm, "were not finite")
+        elif self.spikes.is_spike(numbers["loss"]):
+            self._skip(numbers["loss"], norm, "were spikes")
         else:
-            self._skip(numbers["loss"], norm)
+            self.optimizer.step(lr)
         self.step += 1
         self.tokens += int(numbers["tokens"])
         self._log(numbers, norm, lr)
@@ -223,13 +323,12 @@ class Run:
         assert own.keys() <= set(self._names), "a metric that the first update did not have"
         return {name: own.get(name, 0.0) for name in self._names}
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, loss: float, norm: float, why: str) -> None:
         self.skipped += 1
         what = f"{self.name}: step {self.step}: loss {loss}, gradient norm {norm}{blame(self._logprobs)}"
         if self.skipped > self.options.max_skipped:
             raise ValueError(
-                f"{what}: more than {self.options.max_skipped} steps were not finite; lower --training.lr or look at "
-                "the rows"
+                f"{what}: more than {self.options.max_skipped} steps {why}; lower --training.lr or look at the rows"
             )
         self.logger.warn(f"[rank {self.runtime.rank}/{self.runtime.world_size}] {what}: the step is skipped")
 
@@ -252,15 +351,13 @@ class Run:
         return {"steps": self.step, "tokens": self.tokens, "skipped": self.skipped}
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on (rank 0)."""
-        if not self.runtime.is_main:
-            return
-        model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        """Start to write a checkpoint of everything that the next step depends on; every rank makes the call."""
+        weights, moments = parts_of(self.model, self.optimizer)
         state = {
-            "step": self.step, "skipped": self.skipped, "tokens": self.tokens, "loader": self.loader.state()
+            "step": self.step, "skipped": self.skipped, "tokens": self.tokens, "loader": self.loader.state(),
+            "updates": self.optimizer.count, "losses": list(self.spikes.losses),
         }  # fmt: skip
-        groups = {"model": model, "optimizer": self.optimizer.state_tensors()}
-        checkpoint.save(self.out, self.step, tensors=groups, state=state, keep_last=self.options.keep_last)
+        self.saver.save(self.step, {"model": weights, "model_optimizer": moments}, state)
 
 
 def blame(logprobs: Sequence[Tensor]) -> str:

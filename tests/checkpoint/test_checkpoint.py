@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from wizard_engine import checkpoint
 from wizard_engine.checkpoint import store
+
+FILE = "part_00000.safetensors"
 
 
 def groups(seed=0):
@@ -50,12 +52,7 @@ def test_checkpoint_gives_back_exact_tensors_and_state(tmp_path):
     state = {"step": 12, "loss": 0.1 + 0.2, "loader": {"epoch": 1, "order": [3, 1]}, "none": None}
     path = checkpoint.save(tmp_path, 12, tensors=groups(), state=state)
     assert path == tmp_path / "checkpoints" / "step_00000012" == checkpoint.latest(tmp_path)
-    assert sorted(os.listdir(path)) == [
-        "empty.safetensors",
-        "manifest.json",
-        "model.safetensors",
-        "optimizer.safetensors",
-    ]
+    assert sorted(os.listdir(path)) == ["manifest.json", "part_00000.safetensors"]
     tensors, found = checkpoint.load(path)
     assert_equal(tensors, groups())
     assert found == state
@@ -104,36 +101,39 @@ def edit_manifest(path, old, new):
 
 
 DAMAGES = {
-    "missing": (lambda path: (path / "model.safetensors").unlink(), r"model\.safetensors: missing.*tensors a, b, half"),
+    "missing": (lambda path: (path / FILE).unlink(), r"part_00000\.safetensors: missing.*tensors model/a, model/b"),
     "truncated": (
-        lambda path: os.truncate(path / "optimizer.safetensors", (path / "optimizer.safetensors").stat().st_size - 9),
-        r"optimizer\.safetensors: truncated.*lost tensors step",
+        lambda path: os.truncate(path / FILE, (path / FILE).stat().st_size - 9),
+        r"part_00000\.safetensors: truncated.*lost tensors optimizer/ids",
     ),
-    "no header": (lambda path: os.truncate(path / "model.safetensors", 5), r"model\.safetensors: truncated.*tensors a"),
-    "flipped bit": (lambda path: flip(path / "model.safetensors", -1), r"model\.safetensors: tensor half: corrupt"),
-    "flipped header": (lambda path: flip(path / "model.safetensors", 8), r"model\.safetensors: corrupt"),
+    "no header": (lambda path: os.truncate(path / FILE, 5), r"part_00000\.safetensors: truncated.*tensors model/a"),
+    "longer": (lambda path: os.truncate(path / FILE, 10**6), r"part_00000\.safetensors: corrupt: expected \d+ bytes"),
+    "flipped bit": (lambda path: flip(path / FILE, -1), r"part_00000\.safetensors: tensor optimizer/ids: corrupt"),
+    "flipped header": (lambda path: flip(path / FILE, 8), r"part_00000\.safetensors: corrupt: its header"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), r"manifest\.json: expected the manifest"),
     "half manifest": (
         lambda path: os.truncate(path / "manifest.json", 40),
         r"manifest\.json: expected a manifest in JSON",
     ),
     "foreign manifest": (lambda path: (path / "manifest.json").write_text("[]"), r"manifest\.json: .*format"),
-    "foreign file": (
-        lambda path: save_file({"a": torch.zeros(1000), "step": torch.zeros(2)}, path / "optimizer.safetensors"),
-        r"optimizer\.safetensors: tensor a: not in the manifest",
-    ),
-    "foreign shape": (
-        lambda path: save_file(
-            {**{k: v.contiguous().clone() for k, v in groups()["model"].items()}, "b": torch.zeros(42)},
-            path / "model.safetensors",
-        ),
-        r"model\.safetensors: tensor b: expected shape \[41\], got \[42\]",
-    ),
     "foreign dtype": (
         lambda path: edit_manifest(path, '"dtype": "bfloat16"', '"dtype": "float16"'),
-        r"tensor half: expected dtype float16, got bfloat16",
+        r"tensor model/half: expected dtype float16, got BF16",
     ),
-    "foreign hash": (lambda path: edit_manifest(path, '"sha256": "', '"sha256": "0'), r"corrupt: SHA-256"),
+    "foreign shape": (
+        lambda path: edit_manifest(path, '"shape": [6, 10]', '"shape": [6, 11]'),
+        r"tensor model/a: expected parts of 66 elements, got none at 60",
+    ),
+    "part of nothing": (
+        lambda path: edit_manifest(path, '"model/half"', '"model/other"'),
+        r"tensor model/half: expected parts of 15 elements, got none at 0",
+    ),
+    "foreign sum": (
+        lambda path: (path / "manifest.json").write_text(
+            re.sub(r'("model/a": \[\s*0,\s*60,\s*)\d+', r"\g<1>1", (path / "manifest.json").read_text())
+        ),
+        r"tensor model/a: corrupt",
+    ),
 }
 
 
@@ -146,10 +146,10 @@ def test_load_of_a_damaged_checkpoint_names_file_and_tensor(tmp_path, name):
 
 def test_every_flipped_byte_is_found(tmp_path):
     path = checkpoint.save(tmp_path, 1, tensors={"g": {"x": torch.arange(4.0), "y": torch.arange(3)}}, state={})
-    file = path / "g.safetensors"
+    file = path / FILE
     for position in range(file.stat().st_size):
         flip(file, position)
-        with pytest.raises(ValueError, match=r"g\.safetensors"):
+        with pytest.raises(ValueError, match=r"part_00000\.safetensors"):
             checkpoint.load(path)
         flip(file, position)
     checkpoint.load(path)
@@ -178,7 +178,7 @@ def test_full_disk_leaves_the_old_checkpoints_and_nothing_else(tmp_path):
             checkpoint.save(tmp_path, 2, tensors={**groups(), "big": {"x": torch.zeros(5000)}}, state={}, keep_last=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.errno == errno.EFBIG and "big.safetensors" in str(caught.value)
+    assert caught.value.errno == errno.EFBIG and "part_00000.safetensors" in str(caught.value)
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
     assert_equal(checkpoint.load(checkpoint.latest(tmp_path))[0], groups())
 
@@ -206,7 +206,7 @@ def test_what_killed_runs_left_is_removed_or_restored(tmp_path):
     folder = tmp_path / "checkpoints"
     checkpoint.save(tmp_path, 1, tensors=groups(), state={})
     (folder / ".partial_step_00000009").mkdir()
-    (folder / ".partial_step_00000009" / "model.safetensors").write_bytes(b"half")
+    (folder / ".partial_step_00000009" / "part_00000.safetensors").write_bytes(b"half")
     (folder / "step_00000001").rename(folder / ".replaced_step_00000001")
     assert checkpoint.latest(tmp_path) == folder / "step_00000001"
     checkpoint.save(tmp_path, 2, tensors=groups(), state={})
@@ -255,7 +255,7 @@ def test_save_refuses_bad_arguments_and_writes_nothing(tmp_path, changes, error,
 def test_manifest_lists_hash_shape_and_dtype(tmp_path):
     path = checkpoint.save(tmp_path, 3, tensors=groups(), state={})
     manifest = json.loads((path / "manifest.json").read_text())
-    entry = manifest["groups"]["model"]
-    assert entry["bytes"] == (path / "model.safetensors").stat().st_size
-    assert entry["tensors"]["half"]["shape"] == [3, 5] and entry["tensors"]["half"]["dtype"] == "bfloat16"
+    entry = manifest["files"][FILE]
+    assert entry["bytes"] == (path / FILE).stat().st_size and entry["parts"]["model/half"][:2] == [0, 15]
+    assert manifest["tensors"]["model"]["half"] == {"shape": [3, 5], "dtype": "bfloat16"}
     assert store.latest(tmp_path) == path

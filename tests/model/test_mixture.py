@@ -33,8 +33,8 @@ def test_layer_equals_a_loop_over_tokens():
         logits = layer.router.weight @ x_D
         best = logits.topk(CONFIG.experts_per_token)
         for gate, expert in zip(best.values.softmax(0), best.indices):
-            first, second = (layer.gate_up[expert] @ x_D).chunk(2)
-            expected[token] += gate * (layer.down[expert] @ (torch.nn.functional.silu(first) * second))
+            first, second = (layer.experts.gate_up[expert] @ x_D).chunk(2)
+            expected[token] += gate * (layer.experts.down[expert] @ (torch.nn.functional.silu(first) * second))
     torch.testing.assert_close(layer(x_TD), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -98,9 +98,9 @@ def test_replay_takes_the_given_experts_with_the_gates_of_now():
     torch.nn.init.zeros_(layer.router.weight)
     given = torch.tensor([[3, 2]] * 5)
     first, second = (
-        torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, layer.down[expert])
+        torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, layer.experts.down[expert])
         for expert in (3, 2)
-        for gate, up in [(x_TD @ layer.gate_up[expert].T).chunk(2, -1)]
+        for gate, up in [(x_TD @ layer.experts.gate_up[expert].T).chunk(2, -1)]
     )
     torch.testing.assert_close(layer(x_TD, Routes(given[:, None])), (first + second) / 2)
     assert Routes(given[:, None]).stacked().tolist() == [[[3, 2]]] * 5
@@ -149,7 +149,7 @@ def test_router_loss_reaches_the_router_and_the_embedding(model):
     routes.loss(CONFIG, num_tokens=24).backward()
     assert model.blocks[0].feed_forward.router.weight.grad.abs().sum() > 0
     assert model.embedding.weight.grad.abs().sum() > 0
-    assert model.blocks[-1].feed_forward.gate_up.grad is None
+    assert model.blocks[-1].feed_forward.experts.gate_up.grad is None
 
 
 def test_dense_models_take_routes_and_leave_them_empty():

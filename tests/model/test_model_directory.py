@@ -66,9 +66,9 @@ def test_boxes_of_parameters_are_those_of_the_whole(mixture):
 def test_a_rank_reads_only_the_bytes_of_its_slices(mixture):
     model, path = mixture
     boxes = {
-        "blocks.1.feed_forward.gate_up": (slice(1, 2), slice(16, 48), slice(0, 32)),
+        "blocks.1.feed_forward.experts.gate_up": (slice(1, 2), slice(16, 48), slice(0, 32)),
         "blocks.0.attention.qkv.weight": (slice(28, 40), slice(0, 32)),
-        "blocks.0.feed_forward.down": (slice(0, 4), slice(0, 32), slice(8, 16)),
+        "blocks.0.feed_forward.experts.down": (slice(0, 4), slice(0, 32), slice(8, 16)),
     }
     with ModelDirectory(path) as directory:
         assert directory.bytes_read == 0

@@ -10,19 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from recipes import sft, stage_dpo
 from wizard_engine.data.chat import CHAT_ATOMS
+from wizard_engine.data.loader import Loader
 from wizard_engine.data.records import Message, Preference, conversation, write_rows
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.log import read_metrics
 from wizard_engine.model import ModelConfig, Transformer, save_model
-from wizard_engine.parallel import broadcast_parameters, sum_gradients, sum_over_ranks
-from wizard_engine.parallel.data_parallel import gather_objects
+from wizard_engine.parallel import check_same, gather_objects, sum_over_ranks
 from wizard_engine.runtime import Runtime
-from wizard_engine.training import Run, Training
+from wizard_engine.training import Training
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -30,8 +29,7 @@ import json, sys, torch
 from pathlib import Path
 from recipes import sft, stage_dpo
 from wizard_engine import runtime
-from wizard_engine.parallel import broadcast_parameters, sum_gradients, sum_over_ranks
-from wizard_engine.parallel.data_parallel import gather_objects
+from wizard_engine.parallel import check_same, gather_objects, sum_over_ranks
 from wizard_engine.recipe import on_main
 sys.path.insert(0, {tests!r})
 from test_data_parallel import configurations
@@ -40,14 +38,12 @@ torch.set_num_threads(1)
 root = Path({root!r})
 rt = runtime.start("cpu")
 found = {{"ranks": gather_objects([rt.rank, rt.world_size])}}
-gradients = [torch.full((3,), 1.0 + rt.rank), torch.tensor([10.0 * rt.rank])]
-sum_gradients(gradients)
-found["gradients"] = [g.tolist() for g in gradients]
 found["sums"] = sum_over_ranks({{"a": 0.1 + rt.rank, "b": 2.0**30 * rt.rank + 1}})
-module = torch.nn.Linear(2, 2)
-torch.nn.init.constant_(module.weight, rt.rank + 5.0)
-broadcast_parameters(module)
-found["weight"] = float(module.weight.sum())
+check_same(rt, "options", [1, 2])
+try:
+    check_same(rt, "options", [1, rt.rank])
+except ValueError as error:
+    found["differs"] = str(error)
 
 def fail():
     raise ValueError("only the main rank knows")
@@ -139,9 +135,12 @@ def test_two_ranks_train_the_weights_of_one(ranks):
 def test_collectives_sum_and_reach_every_rank(ranks):
     for rank in range(2):
         found = json.loads((ranks / f"found_{rank}.json").read_text())
-        assert found["ranks"] == [[0, 2], [1, 2]] and found["gradients"] == [[3.0] * 3, [10.0]]
-        assert found["sums"] == {"a": 1.2000000000000002, "b": 2.0**30 + 2} and found["weight"] == 20.0
-        assert found["work"] == 41 and found["error"] == f"[rank {rank}/2] only the main rank knows"
+        assert found["ranks"] == [[0, 2], [1, 2]]
+        assert found["sums"] == {"a": 1.2000000000000002, "b": 2.0**30 + 2}
+        assert found["work"] == 41 and found["error"] == "[rank 0/2] only the main rank knows"
+        assert found["differs"].startswith(
+            "[rank 1/2] options: expected the same on every rank, got [1, 1], and [1, 0] on rank 0"
+        )
 
 
 # Catches: a reference to the process group that outlives it; its threads then abort a process that ends under load.
@@ -150,15 +149,10 @@ def test_no_thread_of_the_process_group_outlives_it(ranks):
 
 
 def test_one_process_needs_no_collectives():
-    gradient = torch.ones(3)
-    sum_gradients([gradient])
-    module = torch.nn.Linear(2, 2)
-    before = module.weight.clone()
-    broadcast_parameters(module)
-    assert torch.equal(gradient, torch.ones(3)) and torch.equal(module.weight, before)
+    check_same(Runtime(), "anything", object())
     assert sum_over_ranks({"a": 0.5}) == {"a": 0.5} and gather_objects("x") == ["x"]
 
 
 def test_ranks_must_divide_the_packs_of_a_step(ranks):
     with pytest.raises(ValueError, match="world_size must divide packs_per_step: packs_per_step=3, world_size=2"):
-        Run(Training(packs_per_step=3), Runtime(0, 2), torch.nn.Linear(2, 2), [5, 5], ranks / "x", seed=0, name="x")
+        Loader(np.array([5, 5]), capacity=8, packs_per_step=3, seed=0, epochs=1.0, rank=0, world_size=2)

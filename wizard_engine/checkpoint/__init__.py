@@ -1,5 +1,6 @@
-"""Checkpoints: safetensors and one manifest, a directory that appears by one rename, complete or not at all."""
+"""Checkpoints: every rank's parts in safetensors and one manifest; a directory that appears by one rename, or not."""
 
-from wizard_engine.checkpoint.store import latest, load, save
+from wizard_engine.checkpoint.manifest import Part
+from wizard_engine.checkpoint.store import Checkpoint, Saver, latest, load, resume, save
 
-__all__ = ["latest", "load", "save"]
+__all__ = ["Checkpoint", "Part", "Saver", "latest", "load", "resume", "save"]

@@ -1,38 +1,94 @@
-"""The manifest of a checkpoint: which files it has, which tensors they hold, and the checks against both."""
+"""The files of a checkpoint and its manifest: who wrote which elements of which tensor, and the checks against both.
+
+A rank's file is a safetensors file of one-dimensional parts, named group/tensor: elements [start, stop) of the tensor
+in row-major order. The manifest lists the tensors with their shapes and, per file, its parts with a checksum each.
+"""
 
 import json
+import math
+import mmap
+import os
 import re
+import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wizard_engine.files import file_hash
-
 NAME = "manifest.json"
-FORMAT = "wizard-engine checkpoint 1"
+FORMAT = "wizard-engine checkpoint 2"
 GROUP_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 1 << 22
+_ADVICE = "remove this checkpoint to continue from the one before it"
 
 
-def tensor_sum(tensor: Tensor) -> int:
-    """CRC-32 of a contiguous CPU tensor's bytes; it tells which tensor of a damaged file is hit."""
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
+@dataclass(frozen=True)
+class Part:
+    """Elements of a tensor of some shape, from `start` on in row-major order: values (n,)."""
+
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> "Part":
+        """All of a tensor."""
+        return cls(tuple(tensor.shape), 0, tensor.detach().reshape(-1))
 
 
-def describe_tensor(tensor: Tensor) -> dict[str, Any]:
-    """Manifest entry of a contiguous CPU tensor: shape, dtype, CRC-32."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"shape": list(tensor.shape), "dtype": dtype, "crc32": tensor_sum(tensor)}
+def file_name(rank: int) -> str:
+    """Of what a rank writes."""
+    return f"part_{rank:05d}.safetensors"
 
 
-def describe_group(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Manifest entry of a written file: name, bytes, SHA-256, and its tensors."""
-    entries = {name: describe_tensor(tensor) for name, tensor in tensors.items()}
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_hash(path), "tensors": entries}
+def write_parts(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Write parts on the CPU durably; returns the file's manifest entry; OSError names the file."""
+    try:
+        return _written(path, parts)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _written(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+    header: dict[str, Any] = {}
+    at = 0
+    for key, part in parts.items():
+        end = at + part.values.numel() * part.values.element_size()
+        shape = [part.values.numel()]
+        header[key] = {"dtype": NAMES[part.values.dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    text = struct.pack("<Q", len(text)) + text
+    listed: dict[str, list[int]] = {}
+    with open(path, "wb", buffering=0) as file:
+        _write(file, text)
+        for key, part in parts.items():
+            values = part.values.contiguous()
+            data = memoryview(values.view(torch.uint8).numpy()) if values.numel() else memoryview(b"")
+            total = 0
+            for first in range(0, len(data), CHUNK):
+                chunk = data[first : first + CHUNK]
+                total = zlib.crc32(chunk, total)
+                _write(file, chunk)
+            listed[key] = [part.start, part.start + part.values.numel(), total]
+        os.fsync(file.fileno())
+    return {"bytes": len(text) + at, "header": [len(text), zlib.crc32(text)], "parts": listed}
+
+
+def _write(file: Any, data: Any) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -49,69 +105,97 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a manifest in JSON, got {error}; {_ADVICE}") from None
     fields = manifest.keys() if isinstance(manifest, dict) else ()
-    if not {"format", "step", "state", "groups"} <= set(fields) or manifest["format"] != FORMAT:
+    if not {"format", "step", "state", "tensors", "files"} <= set(fields) or manifest["format"] != FORMAT:
         raise ValueError(f"{path}: expected a manifest of format {FORMAT!r}, got another; {_ADVICE}")
+    _check_cover(path, manifest)
     return manifest
 
 
-_ADVICE = "remove this checkpoint to continue from the one before it"
+def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Every element of every tensor is in exactly one part."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for entry in manifest["files"].values():
+        for key, (start, stop, _) in entry["parts"].items():
+            found.setdefault(key, []).append((start, stop))
+    expected = {f"{g}/{n}": e for g, tensors in manifest["tensors"].items() for n, e in tensors.items()}
+    for key in sorted({*found, *expected}):
+        if key not in expected:
+            raise ValueError(f"{path}: tensor {key}: expected it among the tensors, got a part of it alone; {_ADVICE}")
+        at, size = 0, math.prod(expected[key]["shape"])
+        for start, stop in sorted(found.get(key, ())):
+            if start != at:
+                break
+            at = stop
+        if at != size:
+            raise ValueError(f"{path}: tensor {key}: expected parts of {size} elements, got none at {at}; {_ADVICE}")
 
 
-def read_group(directory: Path, group: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of one file, verified against its manifest entry.
+class PartFile:
+    """A rank's file, checked against its manifest entry; a context manager that lets its memory map go.
 
     Raises:
-        ValueError: the file is absent, cut, or damaged, or holds other tensors; names the file and a tensor.
+        ValueError: the file is absent, cut, or has another header; names the file and a tensor.
     """
-    path = directory / f"{group}.safetensors"
-    expected: dict[str, dict] = entry["tensors"]
-    listed = _names(expected)
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; expected {listed}; {_ADVICE}")
-    if path.stat().st_size < entry["bytes"]:
-        cut = f"{path.stat().st_size} of {entry['bytes']} bytes"
-        raise ValueError(f"{path}: truncated: got {cut}, lost {_lost(path, entry)}; {_ADVICE}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: corrupt ({error}); expected {listed}; {_ADVICE}") from None
-    _check_tensors(path, tensors, expected)
-    if file_hash(path) != entry["sha256"]:
-        raise ValueError(f"{path}: corrupt: SHA-256 is not the manifest's; {_ADVICE}")
-    return tensors
+
+    def __init__(self, path: Path, entry: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> None:
+        self.path, self.entry = path, entry
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; expected {_names(entry['parts'])}; {_ADVICE}")
+        size, (length, checksum) = path.stat().st_size, entry["header"]
+        with open(path, "rb") as file:
+            head = file.read(length)
+            if len(head) == length and zlib.crc32(head) != checksum:
+                raise ValueError(f"{path}: corrupt: its header is not what was saved; {_ADVICE}")
+            self.places = json.loads(head[8:]) if len(head) == length else {}
+            if size < entry["bytes"]:
+                lost = [k for k, e in self.places.items() if length + e["data_offsets"][1] > size]
+                cut = f"{size} of {entry['bytes']} bytes"
+                raise ValueError(f"{path}: truncated: got {cut}, lost {_names(lost or entry['parts'])}; {_ADVICE}")
+            if size > entry["bytes"]:
+                raise ValueError(f"{path}: corrupt: expected {entry['bytes']} bytes, got {size}; {_ADVICE}")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for key, place in self.places.items():
+            if key in tensors and DTYPES[place["dtype"]] is not getattr(torch, tensors[key]["dtype"]):
+                raise ValueError(
+                    f"{path}: tensor {key}: expected dtype {tensors[key]['dtype']}, got {place['dtype']}; {_ADVICE}"
+                )
+        self._data = length
+
+    def __enter__(self) -> "PartFile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._map.close()
+
+    def verify(self) -> None:
+        """Compare the bytes of every part with its checksum.
+
+        Raises:
+            ValueError: a part is damaged; names file and tensor.
+        """
+        for key, (_, _, checksum) in self.entry["parts"].items():
+            first, last = (self._data + n for n in self.places[key]["data_offsets"])
+            total = 0
+            for at in range(first, last, CHUNK):
+                total = zlib.crc32(self._map[at : min(at + CHUNK, last)], total)
+            if total != checksum:
+                raise ValueError(
+                    f"{self.path}: tensor {key}: corrupt: its bytes are not those that were saved; {_ADVICE}"
+                )
+
+    def copy(self, key: str, start: int, out: Tensor) -> None:
+        """Copy elements of a part, from its element `start` on, into `out` (n,)."""
+        place = self.places[key]
+        dtype = DTYPES[place["dtype"]]
+        at = self._data + place["data_offsets"][0] + start * dtype.itemsize
+        if out.numel():
+            data = bytearray(self._map[at : at + out.numel() * dtype.itemsize]) if at % dtype.itemsize else self._map
+            offset = 0 if data is not self._map else at
+            out.copy_(torch.frombuffer(data, dtype=dtype, count=out.numel(), offset=offset))
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, dict]) -> None:
-    for name in sorted({*tensors, *expected}):
-        if name not in tensors or name not in expected:
-            state = "missing" if name in expected else "not in the manifest"
-            raise ValueError(f"{path}: tensor {name}: {state}; {_ADVICE}")
-        found, entry = describe_tensor(tensors[name]), expected[name]
-        for key in ("shape", "dtype"):
-            if found[key] != entry[key]:
-                raise ValueError(f"{path}: tensor {name}: expected {key} {entry[key]}, got {found[key]}; {_ADVICE}")
-        if found["crc32"] != entry["crc32"]:
-            raise ValueError(f"{path}: tensor {name}: corrupt: its bytes are not those that were saved; {_ADVICE}")
-
-
-def _names(names: Iterable[str]) -> str:
+def _names(names: Any) -> str:
     """The first three tensor names, and how many more."""
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"tensors {', '.join(names[:3])}{more}" if names else "no tensors"
-
-
-def _lost(path: Path, entry: Mapping[str, Any]) -> str:
-    """Which tensors lie, whole or in part, behind the end of a cut file."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-    if len(header) < length or not header:
-        return _names(entry["tensors"])
-    present = path.stat().st_size - 8 - length
-    try:
-        places = json.loads(header)
-        return _names(name for name in entry["tensors"] if places[name]["data_offsets"][1] > present)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-        return _names(entry["tensors"])

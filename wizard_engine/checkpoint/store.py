@@ -1,73 +1,275 @@
-"""Saving and loading checkpoints of a run directory."""
+"""Saving and loading checkpoints of a run directory, by one rank or by many."""
 
-import errno
-import os
+import json
 import re
 import shutil
+import threading
+import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from wizard_engine.checkpoint.manifest import FORMAT, GROUP_PATTERN, NAME, describe_group, read_group, read_manifest
-from wizard_engine.files import sync_directory, to_plain, write_json
+from wizard_engine.checkpoint.manifest import (
+    FORMAT,
+    GROUP_PATTERN,
+    NAME,
+    Part,
+    PartFile,
+    file_name,
+    read_manifest,
+    write_parts,
+)
+from wizard_engine.files import sync_directory, to_plain, write_json, write_text
+from wizard_engine.parallel.data_parallel import first_error, from_main
+from wizard_engine.runtime import Runtime
 
 STEP_PATTERN = re.compile(r"step_(\d{8,})")
 PARTIAL, REPLACED = ".partial_", ".replaced_"
+Groups = Mapping[str, Mapping[str, Part | Tensor]]
+POLL_SECONDS = 0.01
+GRACE_SECONDS = 5.0
 
 
-def save(
-    directory: Path,
-    step: int,
-    *,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep_last: int = 2,
-) -> Path:
-    """Write `directory`/checkpoints/step_NNNNNNNN, complete or not at all; returns that directory.
+def save(directory: Path, step: int, *, tensors: Groups, state: Mapping[str, Any], keep_last: int = 2) -> Path:
+    """Write `directory`/checkpoints/step_NNNNNNNN from one process, complete or not at all; returns that directory.
+
+    Args, errors: as `Saver.save`.
+    """
+    saver = Saver(directory, Runtime(), keep_last=keep_last)
+    saver.save(step, tensors, state)
+    saver.wait()
+    return Path(directory) / "checkpoints" / f"step_{step:08d}"
+
+
+class Saver:
+    """Writes the checkpoints of a run while it goes on: `save` takes a copy, a thread writes it.
+
+    Every rank writes its own file into a directory that gets its name once all of them are there, by one rename, from
+    rank 0. The ranks share a file system.
 
     Args:
-        directory: run directory.
-        step: optimizer steps done, at least 0; a checkpoint of the same step is replaced.
-        tensors: group -> name -> tensor of any dtype and device; a group is one file. Groups may be empty.
-        state: JSON object: counters, loader position, generator states, ...
-        keep_last: newest checkpoints kept, at least 1; older ones are removed once this one is in place.
-    Raises:
-        OSError: the disk is full or fails; names the file. What was there before is intact, nothing is left over.
-        ValueError: step, keep_last or a group's name is out of range.
-        TypeError: the state is not JSON.
+        directory: run directory.   keep_last: newest checkpoints kept, at least 1; older ones are removed once the new
+            one is in place.   timeout_seconds: how long rank 0 waits for the others' files.
+    Attributes:
+        stall_seconds: time that the last `save` held the training up.
     """
-    if step < 0 or keep_last < 1:
-        raise ValueError(f"step, keep_last: expected at least 0 and 1, got {step} and {keep_last}")
-    for group in tensors:
-        if not GROUP_PATTERN.fullmatch(group):
-            raise ValueError(f"group: expected letters, digits, _ . -, got {group!r}; rename the group")
-    plain = to_plain(state)
-    folder = Path(directory) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    _tidy(folder)
-    final = folder / f"step_{step:08d}"
-    partial = folder / f"{PARTIAL}{final.name}"
-    try:
+
+    def __init__(
+        self, directory: Path, runtime: Runtime, *, keep_last: int = 2, timeout_seconds: float = 600.0
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last: expected at least 1, got {keep_last}")
+        self.folder, self.runtime, self.keep_last = Path(directory) / "checkpoints", runtime, keep_last
+        self.timeout_seconds, self.stall_seconds = timeout_seconds, 0.0
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._closing = False
+        self._host: dict[str, Tensor] = {}
+
+    def save(self, step: int, tensors: Groups, state: Mapping[str, Any]) -> None:
+        """Start to write a checkpoint; every rank makes the call. It waits for the one before.
+
+        Args:
+            step: optimizer steps done, at least 0; a checkpoint of the same step is replaced.
+            tensors: group -> name -> tensor, or the part of it that this rank is to write. What several ranks have
+                alike, one of them gives.
+            state: JSON object: counters, loader position, ...; rank 0's is kept.
+        Raises:
+            OSError: the checkpoint before this one could not be written; names the rank and the file. What was there
+                before is intact, nothing is left over.
+            ValueError: step or a group's name is out of range.   TypeError: the state is not JSON.
+        """
+        began = time.perf_counter()
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        for group in tensors:
+            if not GROUP_PATTERN.fullmatch(group):
+                raise ValueError(f"group: expected letters, digits, _ . -, got {group!r}; rename the group")
+        plain = to_plain(state)
+        json.dumps(plain)
+        self.wait()
+        partial = self.folder / f"{PARTIAL}step_{step:08d}"
+        from_main(self.runtime, lambda: self._prepare(partial))
+        parts = {f"{g}/{n}": self._copied(f"{g}/{n}", p) for g, values in tensors.items() for n, p in values.items()}
+        if any(tensor.is_pinned() for tensor in self._host.values()):
+            torch.cuda.synchronize()
+        listed = {g: {n: _described(p) for n, p in values.items()} for g, values in tensors.items()}
+        self._thread = threading.Thread(target=self._work, args=(step, partial, parts, listed, plain), daemon=True)
+        self._thread.start()
+        self.stall_seconds = time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written; every rank makes the call.
+
+        Raises:
+            OSError: it could not be; on every rank, and names the first that failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            error, self._error = self._error, None
+            text = first_error(error, self.runtime)
+            if text:
+                shown = error if error is not None and self.runtime.world_size == 1 else None
+                raise OSError(getattr(shown, "errno", None) or 5, text)
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end, without the other ranks."""
+        self._closing = True
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _prepare(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _tidy(self.folder)
         partial.mkdir()
-        groups = {group: _write_group(partial / f"{group}.safetensors", values) for group, values in tensors.items()}
-        write_json(partial / NAME, {"format": FORMAT, "step": step, "state": plain, "groups": groups})
+
+    def _copied(self, key: str, part: Part | Tensor) -> Part:
+        """A part in host memory of its own, which is kept for the next checkpoint."""
+        if isinstance(part, Tensor):
+            part = Part.whole(part)
+        values, host = part.values, self._host.get(key)
+        if host is None or host.shape != values.shape or host.dtype != values.dtype:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._host[key] = host
+        host.copy_(values, non_blocking=True)
+        return Part(part.shape, part.start, host)
+
+    def _work(self, step: int, partial: Path, parts: Mapping[str, Part], listed: Mapping[str, Any], state: Any) -> None:
+        """The thread: this rank's file, and on rank 0 the rest."""
+        final = self.folder / f"step_{step:08d}"
+        note = partial / f"{file_name(self.runtime.rank)}.json"
+        try:
+            entry = write_parts(partial / file_name(self.runtime.rank), parts)
+            write_json(note, {"entry": entry, "tensors": listed})
+        except Exception as error:
+            self._error = OSError(
+                getattr(error, "errno", None) or 5, f"{final}: not saved ({error}); earlier checkpoints are intact"
+            )
+            with suppress(OSError):
+                write_json(note, {"error": str(self._error)})
+        if self.runtime.is_main:
+            try:
+                if self._error is None:
+                    self._commit(step, partial, final, state)
+            except Exception as error:
+                self._error = OSError(
+                    getattr(error, "errno", None) or 5, f"{final}: not saved ({error}); earlier checkpoints are intact"
+                )
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _commit(self, step: int, partial: Path, final: Path, state: Any) -> None:
+        """Rank 0: when every rank's file is there, write the manifest and give the directory its name."""
+        files, tensors = {}, {}
+        for rank in range(self.runtime.world_size):
+            found = self._note(partial / f"{file_name(rank)}.json", rank)
+            files[file_name(rank)] = found["entry"]
+            for group, values in found["tensors"].items():
+                tensors.setdefault(group, {}).update(values)
+        manifest = {"format": FORMAT, "step": step, "state": state, "tensors": tensors, "files": files}
+        write_text(partial / NAME, json.dumps(manifest))
+        for note in partial.glob("*.safetensors.json"):
+            note.unlink()
         sync_directory(partial)
         _put_in_place(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(error.errno, f"{final}: not saved ({error}); earlier checkpoints are intact") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in _steps(folder)[:-keep_last]:
-        if old != final:
-            shutil.rmtree(old)
-    return final
+        for old in _steps(self.folder)[: -self.keep_last]:
+            if old != final:
+                shutil.rmtree(old)
+
+    def _note(self, path: Path, rank: int) -> dict[str, Any]:
+        """What a rank says of its file, once it does."""
+        began = time.monotonic()
+        while not path.exists():
+            limit = GRACE_SECONDS if self._closing else self.timeout_seconds
+            if time.monotonic() - began > limit:
+                raise OSError(f"expected the file of rank {rank} within {limit:.0f} seconds, got none")
+            time.sleep(POLL_SECONDS)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "error" in found:
+            raise OSError(f"rank {rank}: {found['error']}")
+        return found
+
+
+def _described(part: Part | Tensor) -> dict[str, Any]:
+    values = part if isinstance(part, Tensor) else part.values
+    return {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(part.shape)}
+
+
+class Checkpoint:
+    """A complete checkpoint, read by ranges; a context manager.
+
+    Attributes:
+        state: what was saved beside the tensors.   step: of the optimizer.
+        tensors: group -> name -> {"dtype", "shape"}.
+    Raises:
+        ValueError: the manifest or a file is absent, cut, or not what was saved; names file and tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        manifest = read_manifest(self.path)
+        self.state, self.step, self.tensors = manifest["state"], manifest["step"], manifest["tensors"]
+        keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
+        self._files: list[PartFile] = []
+        self._where: dict[str, list[tuple[int, int, PartFile]]] = {}
+        try:
+            for name, entry in manifest["files"].items():
+                file = PartFile(self.path / name, entry, keyed)
+                self._files.append(file)
+                for key, (start, stop, _) in entry["parts"].items():
+                    self._where.setdefault(key, []).append((start, stop, file))
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self._files:
+            file.__exit__()
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Check the bytes of this rank's share of the files.
+
+        Raises:
+            ValueError: a tensor is damaged; names file and tensor.
+        """
+        for file in self._files[rank::world_size]:
+            file.verify()
+
+    def check_like(self, group: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError unless a group has exactly these tensors, in these shapes."""
+        tensors = self.tensors.get(group, {})
+        for name in sorted({*tensors, *shapes}):
+            found = list(tensors[name]["shape"]) if name in tensors else "nothing"
+            expected = list(shapes[name]) if name in shapes else "nothing"
+            if found != expected:
+                raise ValueError(
+                    f"{self.path}: {group}: tensor {name}: expected shape {expected}, got {found}; this checkpoint is "
+                    "another model's: use the configuration it was made with, or another --out"
+                )
+
+    def read(self, group: str, name: str, start: int, out: Tensor) -> None:
+        """Copy elements of a tensor, from `start` on in row-major order, into `out` (n,) of any dtype and device."""
+        stop = start + out.numel()
+        for first, last, file in self._where.get(f"{group}/{name}", ()):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                file.copy(f"{group}/{name}", low - first, out[low - start : high - start])
+
+    def whole(self, group: str, name: str) -> Tensor:
+        """A whole tensor on the CPU."""
+        entry = self.tensors[group][name]
+        out = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        self.read(group, name, 0, out.view(-1))
+        return out
 
 
 def latest(directory: Path) -> Path | None:
@@ -79,67 +281,42 @@ def latest(directory: Path) -> Path | None:
     return next(reversed(_steps(folder)), None)
 
 
-def load(
-    path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(group -> name -> CPU tensor, state) of a checkpoint directory, every byte verified.
+def resume(directory: Path, runtime: Runtime, stack: ExitStack) -> Checkpoint | None:
+    """The newest checkpoint, opened and verified by all ranks together; None where there is none.
+
+    Raises:
+        ValueError: on every rank, what is wrong with it on one.
+    """
+    newest = from_main(runtime, lambda: latest(directory))
+    found = None if newest is None else str(newest)
+    if found is None:
+        return None
+    error, opened = None, None
+    try:
+        opened = stack.enter_context(Checkpoint(Path(found)))
+        opened.verify(runtime.rank, runtime.world_size)
+    except ValueError as caught:
+        error = caught
+    text = first_error(error, runtime)
+    if text:
+        raise ValueError(text)
+    return opened
+
+
+def load(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> tuple[dict, dict[str, Any]]:
+    """(group -> name -> whole CPU tensor, state) of a checkpoint directory, every byte verified.
 
     Args:
-        path: a directory that `save` returned.
-        like: tensors that the caller will copy into; names and shapes must agree, values and dtypes do not matter.
+        path: a directory with a manifest.   like: tensors whose names and shapes must agree.
     Raises:
         ValueError: a file is absent, cut, damaged or foreign; names the file and the tensor.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    tensors = {group: read_group(path, group, entry) for group, entry in manifest["groups"].items()}
-    for group, values in (like or {}).items():
-        _check_like(path / f"{group}.safetensors", tensors.get(group, {}), values)
-    return tensors, manifest["state"]
-
-
-def _check_like(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    for name in sorted({*tensors, *like}):
-        found = list(tensors[name].shape) if name in tensors else "nothing"
-        expected = list(like[name].shape) if name in like else "nothing"
-        if found != expected:
-            raise ValueError(
-                f"{path}: tensor {name}: expected shape {expected}, got {found}; this checkpoint is another model's: "
-                "use the configuration it was made with, or another --out"
-            )
-
-
-def _owned(tensor: Tensor, seen: set[int]) -> Tensor:
-    """The tensor on the CPU, contiguous, alone in its storage (safetensors refuses to write shared memory)."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
-        tensor = tensor.clone()
-    if tensor.numel():
-        seen.add(tensor.untyped_storage().data_ptr())
-    return tensor
-
-
-def _write_group(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write one file durably; returns its manifest entry."""
-    seen: set[int] = set()
-    owned = {name: _owned(tensor, seen) for name, tensor in tensors.items()}
-    try:
-        save_file(owned, path)
-    except SafetensorError as error:
-        raise OSError(_error_number(str(error)), f"{path}: {error}") from error
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return describe_group(path, owned)
-
-
-def _error_number(message: str) -> int:
-    """The system's error number that safetensors quotes as `(os error 28)`."""
-    found = re.search(r"os error (\d+)", message)
-    return int(found.group(1)) if found else errno.EIO
+    with Checkpoint(path) as checkpoint:
+        checkpoint.verify()
+        for group, values in (like or {}).items():
+            checkpoint.check_like(group, {name: tuple(tensor.shape) for name, tensor in values.items()})
+        groups = {g: {n: checkpoint.whole(g, n) for n in values} for g, values in checkpoint.tensors.items()}
+        return groups, checkpoint.state
 
 
 def _put_in_place(partial: Path, final: Path) -> None:

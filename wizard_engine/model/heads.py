@@ -26,6 +26,14 @@ def _hidden_layer(inputs: int) -> nn.Linear:
     return layer
 
 
+def scoring_head(width: int, outputs: int, *, surprise: bool) -> nn.Module:
+    """From hidden states, and surprises, to scores, which start at zero."""
+    last = nn.Linear(HIDDEN if surprise else width, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(_hidden_layer(width + 2 * LAGS + 2), nn.GELU(), last) if surprise else last
+
+
 class ScoringModel(nn.Module):
     """Body of a transformer and a linear head with bias instead of the vocabulary, applied to every position.
 
@@ -41,10 +49,7 @@ class ScoringModel(nn.Module):
         super().__init__()
         self.config, self.outputs, self.surprise = config, outputs, surprise
         self.body = Transformer(config)
-        last = nn.Linear(HIDDEN if surprise else config.width, outputs)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.score = nn.Sequential(_hidden_layer(config.width + 2 * LAGS + 2), nn.GELU(), last) if surprise else last
+        self.score = scoring_head(config.width, outputs, surprise=surprise)
         self.body.requires_grad_(not surprise)
 
     @classmethod
@@ -57,8 +62,9 @@ class ScoringModel(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
     ) -> Tensor:
-        """(T, outputs) fp32 scores at every position; arguments as for Transformer."""
-        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen, routes).float()
+        """(T, outputs) fp32 (of a float64 model float64) scores at every position; arguments as for Transformer."""
+        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen, routes)
+        hidden_TD = hidden_TD if hidden_TD.dtype == torch.float64 else hidden_TD.float()
         if self.surprise:
             hidden_TD = torch.cat((hidden_TD, self._surprises(hidden_TD.detach(), tokens, positions)), dim=-1)
         return self.score(hidden_TD)

@@ -1,6 +1,8 @@
 """Models on disk in the Hugging Face layout: config.json, safetensors in one file or in shards, tokenizer files."""
 
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..runtime import write_json
+from ..parallel import Sharded, from_main, sharded
+from ..parallel.data_parallel import first_error
+from ..runtime import Runtime, write_json
 from .heads import ScoringModel
 from .published import Box, Piece, pieces, published_config, published_tensors, read_config
-from .safetensors_file import DTYPES, NAMES, SafetensorsFile, write_file
+from .safetensors_file import DTYPES, NAMES, SafetensorsFile, file_header, write_file
 from .transformer import Transformer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -31,6 +35,7 @@ class ModelDirectory:
 
     Attributes:
         config, fields: ModelConfig, and config.json as it is.   outputs: of a scoring model, else None.
+        shapes: parameter -> shape.
     Raises:
         ValueError: a file or a tensor is missing, broken, of another shape or dtype, or one that does not belong there;
             names file and tensor. Pickled weights are never read.
@@ -45,6 +50,10 @@ class ModelDirectory:
             self._where = self._open()
             self._pieces = {piece.name: piece for piece in self._expected()}
             self._check()
+            self.shapes = {name: tuple(p.shape) for name, p in self.empty_model().named_parameters()}
+            self._by_parameter: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+            for piece in self._pieces.values():
+                self._by_parameter[piece.parameter].append(piece)
         except BaseException:
             self.close()
             raise
@@ -145,19 +154,29 @@ class ModelDirectory:
         Raises:
             ValueError: an unknown name, or a box outside the parameter.
         """
-        shapes = {name: tuple(p.shape) for name, p in self.empty_model().named_parameters()}
-        wanted = {name: tuple(slice(0, n) for n in shape) for name, shape in shapes.items()}
+        wanted = {name: tuple(slice(0, n) for n in shape) for name, shape in self.shapes.items()}
         if slices is not None:
-            wanted = {name: _checked_box(name, box, shapes) for name, box in slices.items()}
-        parts: dict[str, list[Piece]] = {name: [] for name in wanted}
-        for piece in self._pieces.values():
-            if piece.parameter in parts:
-                parts[piece.parameter].append(piece)
+            wanted = {name: _checked_box(name, box, self.shapes) for name, box in slices.items()}
         for name, box in wanted.items():
             out = torch.empty([b.stop - b.start for b in box], dtype=dtype, device=device)
-            for piece in parts[name]:
+            for piece in self._by_parameter[name]:
                 self._fill(out, box, piece)
             yield name, out
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Copy elements of a parameter, from `start` on in row-major order, into `out` (n,) of any dtype and device.
+
+        Raises:
+            ValueError: an unknown parameter, or elements outside it.
+        """
+        shape = self.shapes.get(name)
+        if shape is None or not 0 <= start <= start + out.numel() <= math.prod(shape):
+            raise ValueError(f"{name}: expected elements of a parameter, got {start} to {start + out.numel()}")
+        for piece in self._by_parameter[name]:
+            first = piece.start_in(shape)
+            low, high = max(start, first), min(start + out.numel(), first + math.prod(piece.shape))
+            if low < high:
+                self._where[piece.name].copy_elements(piece.name, low - first, out[low - start : high - start])
 
     def _fill(self, out: Tensor, box: Box, piece: Piece) -> None:
         """Copy what a published tensor has of a box of its parameter."""
@@ -287,6 +306,90 @@ def save_model(
     return _write(tensors, fields, tokenizer, Path(path), MAX_SHARD_BYTES)
 
 
+def save_divided(
+    model: nn.Module, path: Path | str, runtime: Runtime, *, tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES, extra: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """`save_model` of a model that is divided over ranks: each of them writes its ranges of every file, nothing is
+    gathered. Every rank makes the call; they share a file system.
+
+    Raises:
+        ValueError, OSError: on every rank, what failed on one; what was at `path` is intact.
+    """
+    engine, path = sharded(model), Path(path)
+    body, prefix = (model.body, "body.") if isinstance(model, ScoringModel) else (model, "")
+    dtypes = {slot.name: flat.dtype for flat in engine.flats for slot in flat.layout.slots}
+    listed = [Piece(p.name, p.shape, prefix + p.parameter, p.box) for p in pieces(body.config)]
+    for name, shape in engine.shapes.items():
+        if name.startswith("score."):
+            listed.append(Piece(name, shape, name, tuple(slice(0, n) for n in shape)))
+    specs = {piece.name: (dtypes[piece.parameter], piece.shape) for piece in listed}
+    dtype = str(dtypes[f"{prefix}embedding.weight"]).removeprefix("torch.")
+    fields = published_config(body.config, tokenizer, dtype=dtype) | dict(extra or {})
+    if isinstance(model, ScoringModel):
+        fields |= {"wizard_outputs": model.outputs, "wizard_surprise": model.surprise}
+    files, index = _files(specs, max_shard_bytes)
+    headers = {file: file_header({name: specs[name] for name in names}) for file, names in files.items()}
+    partial = path.with_name(f".{path.name}.partial")
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file, (text, _, size) in headers.items():
+            with open(partial / file, "wb") as out:
+                out.write(text)
+                out.truncate(size)
+        if index is not None:
+            write_json(partial / INDEX, index)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        write_json(partial / "config.json", fields)
+
+    from_main(runtime, begin)
+    error: Exception | None = None
+    try:
+        if engine.mesh.replicate.index == 0:
+            _write_ranges(engine, listed, files, headers, partial)
+    except OSError as caught:
+        error = OSError(f"{path}: not saved ({caught}); what was there is intact")
+    text = first_error(error, runtime)
+    if text:
+        from_main(runtime, lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise OSError(text)
+    from_main(runtime, lambda: _swap(partial, path))
+    return path
+
+
+def _write_ranges(
+    engine: Sharded, listed: list[Piece], files: Mapping[str, list[str]], headers: Mapping[str, tuple], folder: Path
+) -> None:
+    """This rank's elements of every published tensor, at their places in the files."""
+    by_parameter: dict[str, list[Piece]] = {}
+    for piece in listed:
+        by_parameter.setdefault(piece.parameter, []).append(piece)
+    file_of = {name: file for file, names in files.items() for name in names}
+    opened = {file: os.open(folder / file, os.O_WRONLY) for file in files}
+    try:
+        for name, start, values in engine.weight_parts(exact=False):
+            for piece in by_parameter[name]:
+                first = piece.start_in(engine.shapes[name])
+                low = max(start, first)
+                high = min(start + values.numel(), first + math.prod(piece.shape))
+                if low >= high:
+                    continue
+                own = values[low - start : high - start].detach().cpu().contiguous()
+                at = headers[file_of[piece.name]][1][piece.name] + (low - first) * own.element_size()
+                data = memoryview(own.view(torch.uint8).numpy())
+                while data:
+                    written = os.pwrite(opened[file_of[piece.name]], data, at)
+                    data, at = data[written:], at + written
+        for descriptor in opened.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+
+
 def _write(
     tensors: dict[str, Tensor], fields: dict, tokenizer: Tokenizer | None, path: Path, max_shard_bytes: int
 ) -> Path:
@@ -307,31 +410,29 @@ def _write(
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    shards = _shards(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        write_file(folder / SINGLE, tensors)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    files, index = _files({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, max_shard_bytes)
+    for file, names in files.items():
         write_file(folder / file, {name: tensors[name] for name in names})
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if index is not None:
+        write_json(folder / INDEX, index)
 
 
-def _shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Names in order, divided where the next tensor would make a file larger than `most` bytes."""
+def _files(specs: Mapping[str, tuple], most: int) -> tuple[dict[str, list[str]], dict | None]:
+    """File -> names in order, a new file where the next tensor would make one larger than `most` bytes; the index."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in specs.items()}
     shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        own = tensor.numel() * tensor.element_size()
+    for name, own in sizes.items():
         if shards[-1] and size + own > most:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += own
-    return shards
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}, None
+    files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return files, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
 
 def _swap(partial: Path, path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.grouped_matmul import expert_mlp
-from kernels.moe_route import expert_counts, load_balancing_loss, moe_route, router_z_loss
+from kernels.moe_route import Routing, expert_counts, load_balancing_loss, moe_route, router_z_loss
 
 from .config import ModelConfig
 
@@ -64,21 +64,30 @@ class Routes:
         return torch.stack([expert_counts(self.experts[i], self.logits[i].shape[1], self.real) for i in layers])
 
 
-class Mixture(nn.Module):
-    """E gated feed-forward blocks behind a router; nothing is dropped, whatever the load.
+class Experts(nn.Module):
+    """Stacked gated feed-forward blocks.   gate_up: (E, 2 F, D), the gate in the first F rows.   down: (E, D, F)."""
 
-    router: (E, D).   gate_up: (E, 2 F, D), the gate in the first F rows of an expert.   down: (E, D, F).
-    """
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer, self.experts_per_token = layer, config.experts_per_token
-        self.router = nn.Linear(config.width, config.experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(config.experts, 2 * config.ffn_width, config.width))
         self.down = nn.Parameter(torch.empty(config.experts, config.width, config.ffn_width))
         for weight in (self.gate_up, self.down):
             if not weight.is_meta:
                 nn.init.normal_(weight, std=config.init_std)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D): each token's weighted sum over the experts that it is sent to."""
+        return expert_mlp(x_TD, self.gate_up, self.down, routing)
+
+
+class Mixture(nn.Module):
+    """E gated feed-forward blocks behind a router, (E, D); nothing is dropped, whatever the load."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.experts_per_token = layer, config.experts_per_token
+        self.experts = Experts(config)
+        self.router = nn.Linear(config.width, config.experts, bias=False)
 
     def forward(self, x_TD: Tensor, routes: Routes | None = None) -> Tensor:
         """(T, D): each token's weighted sum over its experts; `routes` records the choice, or replays what it has."""
@@ -87,7 +96,7 @@ class Mixture(nn.Module):
         if routes is not None:
             routes.experts.setdefault(self.layer, routing.experts)
             routes.logits.setdefault(self.layer, routing.logits)
-        return expert_mlp(x_TD, self.gate_up, self.down, routing)
+        return self.experts(x_TD, routing)
 
 
 def load_metrics(load: Tensor) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """Published names and shapes of Mistral, Llama and Mixtral: config.json, and tensors as boxes of this engine's."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,14 @@ class Piece:
     parameter: str
     box: Box
 
+    def start_in(self, shape: tuple[int, ...]) -> int:
+        """Where it begins among the elements of its parameter, in which it is one run in row-major order."""
+        whole = [b.start == 0 and b.stop == n for b, n in zip(self.box, shape)]
+        first = next((i for i, b in enumerate(self.box) if b.stop - b.start != 1), len(shape) - 1)
+        assert all(whole[first + 1 :]), f"{self.name}: its elements do not stand together"
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        return sum(b.start * stride for b, stride in zip(self.box, strides))
+
 
 def pieces(config: ModelConfig, *, stacked: bool = False, prefix: str = "model.") -> Iterator[Piece]:
     """Every published tensor of a model, in the order of its layers.
@@ -195,19 +204,19 @@ def _feed_forward(config: ModelConfig, ours: str, name: str, stacked: bool) -> I
         yield Piece(f"{name}mlp.down_proj.weight", (width, ffn_width), f"{ours}down.weight", (columns, inner))
         return
     router = (slice(0, experts), columns)
-    part = "mlp" if stacked else "block_sparse_moe"
+    part, stack = "mlp" if stacked else "block_sparse_moe", f"{ours}experts."
     yield Piece(f"{name}{part}.gate.weight", (experts, width), f"{ours}router.weight", router)
     if stacked:
         every, both = slice(0, experts), slice(0, 2 * ffn_width)
         shapes = (experts, 2 * ffn_width, width), (experts, width, ffn_width)
-        yield Piece(f"{name}mlp.experts.gate_up_proj", shapes[0], f"{ours}gate_up", (every, both, columns))
-        yield Piece(f"{name}mlp.experts.down_proj", shapes[1], f"{ours}down", (every, columns, inner))
+        yield Piece(f"{name}mlp.experts.gate_up_proj", shapes[0], f"{stack}gate_up", (every, both, columns))
+        yield Piece(f"{name}mlp.experts.down_proj", shapes[1], f"{stack}down", (every, columns, inner))
         return
     for expert in range(experts):
         own, base = slice(expert, expert + 1), f"{name}block_sparse_moe.experts.{expert}."
-        yield Piece(f"{base}w1.weight", (ffn_width, width), f"{ours}gate_up", (own, halves[0], columns))
-        yield Piece(f"{base}w2.weight", (width, ffn_width), f"{ours}down", (own, columns, inner))
-        yield Piece(f"{base}w3.weight", (ffn_width, width), f"{ours}gate_up", (own, halves[1], columns))
+        yield Piece(f"{base}w1.weight", (ffn_width, width), f"{stack}gate_up", (own, halves[0], columns))
+        yield Piece(f"{base}w2.weight", (width, ffn_width), f"{stack}down", (own, columns, inner))
+        yield Piece(f"{base}w3.weight", (ffn_width, width), f"{stack}gate_up", (own, halves[1], columns))
 
 
 def published_tensors(model: Transformer, prefix: str = "model.", *, stacked: bool = False) -> dict[str, Tensor]:

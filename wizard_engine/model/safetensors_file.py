@@ -74,6 +74,11 @@ class SafetensorsFile:
         for first, last, part in _runs(entry.shape, box, target):
             self._copy_run(entry.dtype, entry.start + first * SIZES[entry.dtype], last - first, part)
 
+    def copy_elements(self, name: str, start: int, target: Tensor) -> None:
+        """Copy elements of a tensor, from `start` on in row-major order, into `target` (n,)."""
+        entry = self.entries[name]
+        self._copy_run(entry.dtype, entry.start + start * SIZES[entry.dtype], target.numel(), target)
+
     def _copy_run(self, dtype: str, start: int, count: int, target: Tensor) -> None:
         """Copy `count` elements that stand together."""
         if not count:
@@ -196,6 +201,30 @@ def _check_places(entries: Mapping[str, Entry], size: int) -> None:
         raise _HeaderError(f"expected a whole safetensors file with {at} bytes of tensors, got {size}")
 
 
+def file_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+    """What stands in front of the tensors of a file; where the bytes of each begin; and the size of the file.
+
+    Args:
+        tensors: name -> dtype and shape, in the file's order.
+    Raises:
+        ValueError: a dtype that the format's reader here does not take.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in NAMES:
+            raise ValueError(f"{name}: expected one of {', '.join(NAMES.values())}, got {dtype}")
+        places[name] = at
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    text = struct.pack("<Q", len(text)) + text
+    return text, {name: len(text) + place for name, place in places.items()}, len(text) + at
+
+
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file, one tensor in memory at a time: those on other devices are fetched one by one.
 
@@ -203,18 +232,9 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         ValueError: a dtype that the format's reader here does not take.
         OSError: the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            raise ValueError(f"{name}: expected one of {', '.join(NAMES.values())}, got {tensor.dtype}")
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text, _, _ = file_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(text)
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().view(-1)
             if flat.numel():

@@ -1,6 +1,7 @@
 """The transformer, written for one device and packed tokens only."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .config import ModelConfig
 from .mixture import Mixture, Routes
 
 # Names of weights that write to the residual stream.
-RESIDUAL = ("attention.out.weight", "feed_forward.down.weight", "feed_forward.down")
+RESIDUAL = ("attention.out.weight", "feed_forward.down.weight", "experts.down")
 
 
 class Norm(nn.Module):
@@ -39,14 +40,19 @@ class Attention(nn.Module):
 
     def project(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, C) and k (T, K, C), both rotated, and v (T, K, C)."""
-        qkv = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_width)
-        q_THC, k_TKC, v_TKC = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        return self.split(self.qkv(x_TD), cos, sin)
+
+    def split(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same out of the product with `qkv`."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_width)
+        q_THC, k_TKC, v_TKC = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         return *rope(q_THC, k_TKC, cos, sin), v_TKC
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        q_THC, k_TKC, v_TKC = self.project(x_TD, cos, sin)
+    def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """(T, D) out of the product with `qkv`, (T, (H + 2 K) C)."""
+        q_THC, k_TKC, v_TKC = self.split(qkv, cos, sin)
         out_THC = attention(q_THC, k_TKC, v_TKC, cu_seqlens, max_seqlen, window=self.window)
-        return self.out(out_THC.reshape(x_TD.shape[0], -1))
+        return self.out(out_THC.reshape(qkv.shape[0], -1))
 
 
 class FeedForward(nn.Module):
@@ -67,11 +73,25 @@ class Block(nn.Module):
         self.feed_forward_norm = Norm(config.width, config.norm_epsilon)
         self.feed_forward = Mixture(config, layer) if config.experts else FeedForward(config)
 
+    def projected(self, x_TD: Tensor) -> Tensor:
+        """q, k and v of the stream."""
+        return self.attention.qkv(self.attention_norm(x_TD))
+
+    def inner(self, x_TD: Tensor) -> Tensor:
+        """Gate and up of the stream, of a dense block."""
+        return self.feed_forward.gate_up(self.feed_forward_norm(x_TD))
+
+    def outer(self, gate_up: Tensor) -> Tensor:
+        """What a dense block adds to the stream."""
+        return self.feed_forward.down(swiglu(gate_up))
+
     def forward(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
     ) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos, sin, cu_seqlens, max_seqlen)
-        return x_TD + self.feed_forward(self.feed_forward_norm(x_TD), routes)
+        x_TD = x_TD + self.attention(self.projected(x_TD), cos, sin, cu_seqlens, max_seqlen)
+        if isinstance(self.feed_forward, Mixture):
+            return x_TD + self.feed_forward(self.feed_forward_norm(x_TD), routes)
+        return x_TD + self.outer(self.inner(x_TD))
 
 
 class Transformer(nn.Module):
@@ -93,15 +113,21 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Normal weights of `init_std`, those that write to the residual stream scaled by 1 / sqrt(2 L)."""
+        """Take the numbers of `random_parameters`."""
+        for (_, parameter), (_, value) in zip(self.named_parameters(), self.random_parameters(seed)):
+            parameter.copy_(value)
+
+    def random_parameters(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter in turn, on the CPU in fp32: normal weights of `init_std`, those that write to the residual
+        stream scaled by 1 / sqrt(2 L); vectors of ones."""
         generator = torch.Generator().manual_seed(seed)
         residual = self.config.init_std / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                parameter.fill_(1.0)
+                yield name, torch.ones(parameter.shape)
                 continue
             std = residual if name.endswith(RESIDUAL) else None
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (std or self.config.init_std))
+            yield name, torch.randn(parameter.shape, generator=generator) * (std or self.config.init_std)
 
     @property
     def head_weight(self) -> Tensor:

@@ -1,5 +1,11 @@
-"""Data parallelism: every gradient reduction is a sum."""
+"""Meshes of ranks, sharded models, and reductions over ranks: every one of them is a sum."""
 
-from .data_parallel import broadcast_parameters, sum_gradients, sum_over_ranks, with_names_of_all_ranks
+from .data_parallel import check_same, from_main, gather_objects, sum_over_ranks, with_names_of_all_ranks
+from .fsdp import Sharded, paced, sharded
+from .mesh import Mesh, MeshOptions, make_mesh
+from .parallelize import Sharding, compute_dtype, parallelize
 
-__all__ = ["broadcast_parameters", "sum_gradients", "sum_over_ranks", "with_names_of_all_ranks"]
+__all__ = [
+    "Mesh", "MeshOptions", "Sharded", "Sharding", "check_same", "compute_dtype", "from_main", "gather_objects",
+    "make_mesh", "paced", "parallelize", "sharded", "sum_over_ranks", "with_names_of_all_ranks",
+]  # fmt: skip

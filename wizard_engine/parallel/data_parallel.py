@@ -1,22 +1,19 @@
-"""Replicated data parallelism: equal weights on every rank, gradients and statistics summed."""
+"""Statistics and objects over all ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+
+from ..runtime import Runtime
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
     """Whether more than one rank takes part."""
     return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_gradients(gradients: Iterable[Tensor]) -> None:
-    """All-reduce (SUM) of flat gradient buffers, in place; nothing on one rank."""
-    if is_distributed():
-        for gradient in gradients:
-            dist.all_reduce(gradient)
 
 
 def sum_over_ranks(numbers: dict[str, float], device: torch.device | str = "cpu") -> dict[str, float]:
@@ -26,14 +23,6 @@ def sum_over_ranks(numbers: dict[str, float], device: torch.device | str = "cpu"
     packed = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
     dist.all_reduce(packed)
     return dict(zip(numbers, packed.tolist()))
-
-
-@torch.no_grad()
-def broadcast_parameters(model: nn.Module) -> None:
-    """Rank 0's parameters to every rank."""
-    if is_distributed():
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, 0)
 
 
 def gather_objects(local: object) -> list:
@@ -49,3 +38,47 @@ def with_names_of_all_ranks(numbers: dict[str, float]) -> dict[str, float]:
     """The numbers in one order on every rank, with 0 for what only other ranks have: a rank may be without rows."""
     names = dict.fromkeys(name for names in gather_objects(list(numbers)) for name in names)
     return {name: numbers.get(name, 0.0) for name in names}
+
+
+def first_error(error: Exception | None, runtime: Runtime) -> str:
+    """The first rank's error with that rank in front, on every rank; "" where no rank has one."""
+    own = None if error is None else str(error) or repr(error)
+    if runtime.world_size == 1:
+        return own or ""
+    for rank, text in enumerate(gather_objects(own)):
+        if text is not None:
+            return f"[rank {rank}/{runtime.world_size}] {text}"
+    return ""
+
+
+def from_main(runtime: Runtime, work: Callable[[], T]) -> T:
+    """The result of `work`, done by rank 0 alone and sent to every rank; its ValueError or OSError is raised on every
+    rank, as ValueError on those where it did not happen."""
+    if runtime.world_size == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if runtime.is_main:
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError) as error:
+            outcome[1] = f"{error}"
+    dist.broadcast_object_list(outcome, 0)
+    if outcome[1] is not None:
+        raise ValueError(f"[rank 0/{runtime.world_size}] {outcome[1]}")
+    return outcome[0]
+
+
+def check_same(runtime: Runtime, what: str, value: Any) -> None:
+    """ValueError on every rank, naming the first that differs, unless a value is the same everywhere."""
+    found = gather_objects(value) if runtime.world_size > 1 else [value]
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"[rank {rank}/{runtime.world_size}] {what}: expected the same on every rank, got {_short(other)}, "
+                f"and {_short(found[0])} on rank 0; start every rank with the same options and files"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -44,11 +44,13 @@ def generate(
     batch_size: int = 128,
     top_k: int | None = None,
     top_p: float | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Generation:
     """Continuations of prompts.
 
     Row i draws its uniform number of a step from `kernels.sample.row_seeds` of (seed, i, step), so its text does not
-    depend on how rows are batched.
+    depend on how rows are batched; nor on how they are divided over ranks, where `numbers` says which rows of all
+    these are.
 
     Args:
         prompts: token ids, each at least one.   max_new_tokens: limit per row, EOS counted.
@@ -68,7 +70,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        uniform = uniforms(row_seeds(seed, torch.tensor(rows), max_new_tokens if temperature > 0 else 1))
+        drawn = torch.tensor(rows if numbers is None else [numbers[i] for i in rows])
+        uniform = uniforms(row_seeds(seed, drawn, max_new_tokens if temperature > 0 else 1))
         decoder = _Decoder(model, [list(prompts[i]) for i in rows], max_new_tokens, how, uniform, eos_id)
         for row, (tokens, logprobs, finished) in zip(rows, decoder.run()):
             out.tokens[row], out.logprobs[row], out.finished[row] = tokens, logprobs, finished

@@ -13,6 +13,7 @@ from ..data.steps import split_steps
 from ..data.tokenizer import Tokenizer
 from ..loss.process_reward import step_scores
 from ..model import ScoringModel
+from ..parallel import paced
 from .scoring import packed_groups
 
 FACTORS = ("instruction", "process")
@@ -81,7 +82,8 @@ def score_tokens(model: ScoringModel, samples: Sequence[Sample], *, capacity: in
     """For each sample the (n, outputs) fp32 scores at every token."""
     device = next(model.parameters()).device
     out: list[torch.Tensor] = [torch.zeros(0)] * len(samples)
-    for group in packed_groups([len(sample.tokens) for sample in samples], capacity):
+    groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
+    for group in paced(groups, model, backward=False):
         batch = collate([with_end(samples[i]) for i in group]).to(device)
         scores = model(*batch.inputs).float().cpu()
         for index, piece in zip(group, scores.split([len(samples[i].tokens) for i in group])):

@@ -13,6 +13,7 @@ from ..data.chat import Sample, encode_conversation
 from ..data.records import Conversation
 from ..data.tokenizer import Tokenizer
 from ..model import Transformer
+from ..parallel import paced
 
 
 def packed_groups(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
@@ -33,10 +34,14 @@ def packed_groups(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
 def token_logprobs(
     model: Transformer, samples: Sequence[Sample], *, capacity: int = 8192, temperature: float = 1.0
 ) -> list[np.ndarray]:
-    """For each sample the (n - 1,) fp32 log-probability of tokens[1:], nats."""
+    """For each sample the (n - 1,) fp32 log-probability of tokens[1:], nats.
+
+    Of a divided model every rank makes the call, with samples of its own.
+    """
     device = model.embedding.weight.device
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    for group in packed_groups([len(sample.tokens) for sample in samples], capacity):
+    groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
+    for group in paced(groups, model, backward=False):
         batch = collate([samples[i] for i in group]).to(device)
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
         logprob, _ = linear_logprob(hidden, model.head_weight, batch.targets, temperature=temperature)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..data.records import Message
 from ..data.tokenizer import Tokenizer
 from ..loss import kl_estimates
 from ..model import Routes, ScoringModel, Transformer
+from ..parallel import sharded
 from .generation import generate
 from .rewards import AnswerReward, score_tokens
 from .scoring import token_logprobs
@@ -56,15 +58,23 @@ def step_seed(*parts: int) -> int:
 
 def roll_out(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, samples: int,
-    max_new_tokens: int, temperature: float, seed: int, batch_size: int = 128,
+    max_new_tokens: int, temperature: float, seed: int, batch_size: int = 128, first: int = 0, stride: int = 1,
 ) -> Rollout:  # fmt: skip
-    """`samples` answers to each prompt, drawn from the model itself."""
+    """`samples` answers to each prompt, drawn from the model itself.
+
+    Args:
+        first, stride: the prompts are number first, first + stride, ... of those of all ranks; an answer does not
+            depend on how they are divided.
+    """
+    numbers = [(first + i * stride) * samples + j for i in range(len(prompts)) for j in range(samples)]
     repeated = [tuple(prompt) for prompt in prompts for _ in range(samples)]
     ids = [encode_prompt(tokenizer, prompt) for prompt in repeated]
-    drawn = generate(
-        model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, eos_id=tokenizer.eos_id,
-        batch_size=batch_size,
-    )  # fmt: skip
+    engine = sharded(model)
+    with engine.gathered() if engine is not None else nullcontext():
+        drawn = generate(
+            model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, eos_id=tokenizer.eos_id,
+            batch_size=batch_size, numbers=numbers,
+        )  # fmt: skip
     packed = []
     for prompt, answer in zip(ids, drawn.tokens):
         weights = np.concatenate((np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)))

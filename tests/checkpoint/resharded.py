@@ -1,0 +1,46 @@
+"""Worker of the tests of sharded checkpoints: load one in the layout of this world, write it again, export it."""
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from wizard_engine import checkpoint, runtime
+from wizard_engine.data.tokenizer import load_tokenizer
+from wizard_engine.model import save_divided
+from wizard_engine.optim import AdamW
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+from wizard_engine.recipe import language_model
+from wizard_engine.training import parts_of, restore
+
+
+def main(root, name, replicas):
+    """`root`/whole/run has the checkpoint; what this world made of it goes to `root`/name."""
+    torch.set_num_threads(1)
+    rt = runtime.start("cpu", timeout_seconds=30)
+    mesh = make_mesh(MeshOptions(dp_replicate=replicas), rt)
+    model, _ = language_model(
+        str(root / "base"), None, seed=0, device=rt.device, mesh=mesh, sharding=Sharding(dtype="bfloat16")
+    )  # fmt: skip
+    optimizer = AdamW(model)
+    with ExitStack() as stack:
+        found = checkpoint.resume(root / "run", rt, stack)
+        restore(found, "model", model, optimizer, found.state["updates"])
+        state = found.state
+    weights, moments = parts_of(model, optimizer)
+    saver = checkpoint.Saver(root / name, rt)
+    saver.save(found.step, {"model": weights, "model_optimizer": moments}, state)
+    saver.wait()
+    tokenizer = load_tokenizer(root / "base")
+    if mesh.shard.size > 1:
+        save_divided(model, root / name / "model", rt, tokenizer=tokenizer, max_shard_bytes=20_000)
+    (root / name / f"rank_{rt.rank}.json").write_text(
+        json.dumps({"count": optimizer.count, "stall": saver.stall_seconds})
+    )
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,159 @@
+"""Checkpoints of many ranks: written by four, read by one, two, three; resumed; exported by ranges."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wizard_engine import checkpoint
+from wizard_engine.data.chat import CHAT_ATOMS
+from wizard_engine.data.records import conversation, write_rows
+from wizard_engine.data.tokenizer import train_tokenizer
+from wizard_engine.log import read_metrics
+from wizard_engine.model import ModelConfig, Transformer, load_hf, save_model
+
+ROOT = Path(__file__).parents[2]
+TIMED = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
+STEPS, SAVED = 20, 10
+
+
+def torchrun(ranks, *words, timeout=240):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [str(word) for word in words]
+    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def train(root, out, ranks, *words):
+    done = torchrun(
+        ranks, ROOT / "recipes" / "sft.py", "--model", root / "base", "--data", root / "rows.jsonl", "--out", out,
+        "--training.lr", "3e-3", "--training.pack-tokens", "120", "--training.packs-per-step", "12",
+        "--training.epochs", "40", "--training.max-steps", STEPS, "--training.save-every", SAVED, "--quiet",
+        "--training.weight-decay", "0.1", *words,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A run of four ranks, not interrupted; `run` has its checkpoint of step 10 alone."""
+    root = tmp_path_factory.mktemp("resharded")
+    generator = np.random.default_rng(0)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    texts = [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(40)]
+    tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=20, layers=2, heads=3, kv_heads=1, head_width=8, ffn_width=28,
+        max_positions=128, init_std=0.2, tied=False, experts=3, balance_loss=0.01,
+    )  # fmt: skip
+    save_model(Transformer(config, seed=0), tokenizer, root / "base")
+    write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in zip(texts[::2], texts[1::2])])
+    train(root, root / "whole", 4)
+    (root / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(*(root / name / "checkpoints" / f"step_{SAVED:08d}" for name in ("whole", "run")))
+    return root
+
+
+def numbers(out, first):
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")][first:]
+
+
+def resumed(root, name, ranks, *words):
+    out = root / name
+    shutil.copytree(root / "whole", out, ignore=shutil.ignore_patterns("model", "stage.json"))
+    train(root, out, ranks, *words)
+    return out
+
+
+def test_every_rank_writes_its_own_part(root):
+    path = root / "run" / "checkpoints" / f"step_{SAVED:08d}"
+    files = [f"part_{rank:05d}.safetensors" for rank in range(4)]
+    assert sorted(os.listdir(path)) == ["manifest.json", *files]
+    sizes = [(path / name).stat().st_size for name in files]
+    assert max(sizes) < 1.1 * min(sizes)
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2), (4, 1)])
+def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replicas):
+    name = f"on_{ranks}_{replicas}"
+    done = torchrun(ranks, Path(__file__).parent / "resharded.py", root, name, replicas)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, state = checkpoint.load(checkpoint.latest(root / "run"))
+    second, again = checkpoint.load(checkpoint.latest(root / name))
+    assert state == again and first.keys() == second.keys() == {"model", "model_optimizer"}
+    for group, tensors in first.items():
+        assert tensors.keys() == second[group].keys() and len(tensors) > 10
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, second[group][key]), (group, key)
+    for rank in range(ranks):
+        assert json.loads((root / name / f"rank_{rank}.json").read_text())["count"] == SAVED
+    if ranks > replicas:
+        exported = load_hf(root / name / "model", dtype=torch.bfloat16)
+        assert len(list((root / name / "model").glob("model-*.safetensors"))) > 2
+        for key, parameter in exported.named_parameters():
+            assert torch.equal(parameter, first["model"][key].bfloat16()), key
+
+
+def test_transformers_reads_what_four_ranks_exported(root):
+    transformers = pytest.importorskip("transformers")
+    done = torchrun(4, Path(__file__).parent / "resharded.py", root, "exported", 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = root / "exported" / "model"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ours, tokens = load_hf(path), torch.arange(40) % 250
+    marks = torch.tensor([0, 40], dtype=torch.int32)
+    with torch.no_grad():
+        logits = ours.logits(ours(tokens, torch.arange(40), marks, 40))
+        expected = theirs(tokens[None]).logits[0]
+    assert float((logits - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_four_ranks_resume_bit_equal(root):
+    out = resumed(root, "again", 4)
+    assert numbers(out, 0) == numbers(root / "whole", 0) and len(numbers(out, 0)) == STEPS
+    ours, theirs = (load_hf(path / "model") for path in (out, root / "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_other_numbers_of_ranks_go_on_with_the_same_losses(root, ranks):
+    words = ("--mesh.dp-replicate", "2") if ranks == 2 else ()
+    out = resumed(root, f"with_{ranks}", ranks, *words)
+    ours, theirs = numbers(out, SAVED), numbers(root / "whole", SAVED)
+    assert len(ours) == len(theirs) == STEPS - SAVED
+    for a, b in zip(ours, theirs):
+        assert a["step"] == b["step"] and a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
+        for name in ("loss", "grad_norm", "router_loss"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+
+
+def test_lost_file_and_another_model_are_named_on_every_rank(root, tmp_path):
+    script = Path(__file__).parent / "resharded.py"
+    shutil.copytree(root / "base", tmp_path / "base")
+    shutil.copytree(root / "run", tmp_path / "run")
+    path = checkpoint.latest(tmp_path / "run")
+    (path / "part_00002.safetensors").unlink()
+    done = torchrun(2, script, tmp_path, "out", 1)
+    assert done.returncode and done.stderr.count("[rank 0/2]") >= 2
+    assert "part_00002.safetensors: missing; expected tensors model/" in done.stderr
+    shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
+    content = bytearray((path / "part_00003.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "part_00003.safetensors").write_bytes(content)
+    done = torchrun(2, script, tmp_path, "out", 1)
+    assert done.returncode and "[rank 1/2]" in done.stderr and "part_00003.safetensors: tensor" in done.stderr
+    shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
+    from wizard_engine.data.tokenizer import load_tokenizer
+
+    other = ModelConfig(
+        vocab_size=300, width=24, layers=2, heads=3, kv_heads=1, head_width=8, ffn_width=28, tied=False, experts=3
+    )
+    save_model(Transformer(other, seed=0), load_tokenizer(root / "base"), tmp_path / "base")
+    done = torchrun(2, script, tmp_path, "out", 1)
+    assert done.returncode and "this checkpoint is another model's" in done.stderr

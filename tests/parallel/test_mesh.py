@@ -1,0 +1,107 @@
+"""The mesh: which ranks make which groups, and what is said of sizes that do not fit."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from wizard_engine.model import PRESETS, Transformer
+from wizard_engine.parallel import MeshOptions, make_mesh, parallelize
+from wizard_engine.parallel.mesh import lines, resolve
+from wizard_engine.runtime import Runtime
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "shape"),
+    [
+        ({}, 1, (1, 1, 1, 1, 1)),
+        ({}, 8, (1, 8, 1, 8, 1)),
+        ({"dp_shard": 1}, 8, (8, 1, 1, 1, 1)),
+        ({"dp_replicate": 2}, 8, (2, 4, 1, 4, 1)),
+        ({"dp_shard": 4, "tp": 2}, 16, (2, 4, 2, 8, 1)),
+        ({"tp": 2, "ep": 8}, 16, (1, 8, 2, 2, 8)),
+        ({"dp_replicate": 2, "dp_shard": 4}, 8, (2, 4, 1, 4, 1)),
+    ],
+)
+def test_sizes_left_out_take_the_rest(options, ranks, shape):
+    assert resolve(MeshOptions(**options), ranks) == shape
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "text"),
+    [
+        ({"tp": 0}, 8, r"mesh\.tp: expected at least 1, got 0"),
+        ({"dp_shard": -1}, 8, r"mesh\.dp_shard: expected at least 1, got -1"),
+        ({"tp": 3}, 8, r"mesh\.tp must divide the ranks: tp=3, ranks=8; choose from \[1, 2, 4, 8\]"),
+        ({"dp_shard": 3}, 8, r"dp_shard=3, ranks / tp = 8; choose from \[1, 2, 4, 8\]"),
+        ({"dp_replicate": 5, "tp": 2}, 12, r"dp_replicate=5, ranks / tp = 6; choose from \[1, 2, 3, 6\]"),
+        (
+            {"dp_replicate": 2, "dp_shard": 2}, 8,
+            r"expected dp_replicate x dp_shard x tp = 8 ranks, got 2 x 2 x 1 = 4; with tp=1 choose dp_replicate x "
+            r"dp_shard from 1 x 8, 2 x 4, 4 x 2, 8 x 1, or start 4 ranks",
+        ),
+        ({"ep": 3}, 8, r"ep=3, dp_shard x tp = 8; choose from \[1, 2, 4, 8\]"),
+        ({"dp_replicate": 4, "ep": 4}, 8, r"ep=4, dp_shard x tp = 2; choose from \[1, 2\]"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_name_those_that_would(options, ranks, text):
+    with pytest.raises(ValueError, match=text):
+        resolve(MeshOptions(**options), ranks)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 5, 1), (4, 1, 2)])
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_lines_divide_the_ranks_and_vary_along_their_axes_alone(shape, axes):
+    place = {rank: at for rank, at in enumerate(itertools.product(*map(range, shape)))}
+    groups = lines(shape, axes)
+    assert sorted(rank for ranks in groups for rank in ranks) == list(range(math.prod(shape)))
+    for ranks in groups:
+        assert len(ranks) == math.prod(shape[axis] for axis in axes)
+        for axis in set(range(3)) - set(axes):
+            assert len({place[rank][axis] for rank in ranks}) == 1
+
+
+@pytest.fixture
+def simulated():
+    """make_mesh of one rank of many, without the others."""
+
+    def of(rank, world, **options):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        return make_mesh(MeshOptions(**options), Runtime(rank, world, 0, torch.device("meta")))
+
+    yield of
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_every_rank_of_512_agrees_on_who_is_with_whom(simulated):
+    meshes = [simulated(rank, 512, dp_replicate=4, tp=8, ep=16) for rank in range(0, 512, 37)]
+    for mesh in meshes:
+        assert mesh.shape == "dp_replicate 4 x dp_shard 16 x tp 8, efsdp 8 x ep 16"
+        for name in ("replicate", "shard", "tp", "efsdp", "ep", "data"):
+            axis = getattr(mesh, name)
+            assert axis.ranks[axis.index] == mesh.rank and len(axis.ranks) == axis.size
+            for other in meshes:
+                theirs = getattr(other, name)
+                assert axis.ranks == theirs.ranks or not set(axis.ranks) & set(theirs.ranks), name
+        # tp and ep are among neighbours; gathers and reductions have groups of their own.
+        assert mesh.tp.ranks == tuple(range(mesh.rank // 8 * 8, mesh.rank // 8 * 8 + 8))
+        assert mesh.ep.ranks == tuple(range(mesh.rank // 16 * 16, mesh.rank // 16 * 16 + 16))
+        assert mesh.shard.group is not mesh.shard.reduce and mesh.replicate.reduce is None
+
+
+def test_parallelism_that_a_model_lacks_is_refused(simulated):
+    with torch.device("meta"):
+        model = Transformer(PRESETS["tiny-mixtral"])
+    for options in ({"tp": 2}, {"ep": 2}):
+        with pytest.raises(ValueError, match=f"mesh.{next(iter(options))}: expected 1, got 2"):
+            parallelize(model, simulated(0, 4, **options))
+    mesh = simulated(0, 4)
+    parallelize(model, mesh)
+    with pytest.raises(ValueError, match="expected one that is not divided yet"):
+        parallelize(model, mesh)

@@ -1,0 +1,45 @@
+"""Sharded models do what one process does: losses, norms, gradients, weights, in float64; and bit for bit what an
+all-reduce does, in fp32."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded_cases
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """World size -> what each of its ranks found."""
+    out = tmp_path_factory.mktemp("sharded")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for world in sharded_cases.LAYOUTS:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        script = Path(sharded_cases.__file__)
+        done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        world: [json.loads((out / f"found_{world}_{rank}.json").read_text()) for rank in range(world)]
+        for world in sharded_cases.LAYOUTS
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world in sharded_cases.LAYOUTS for name in sharded_cases.cases(world)]
+)
+def test_sharded_model_equals_one_process(found, world, name):
+    for rank, own in enumerate(found[world]):
+        errors = own["cases"][name]
+        assert max(errors.values()) < TOLERANCE, (rank, errors)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_are_those_of_an_all_reduce_bit_for_bit(found, world):
+    for own in found[world]:
+        assert len(own["bits"]) == 4 and all(all(equal.values()) for equal in own["bits"].values()), own["bits"]

@@ -1,0 +1,648 @@
+"""Fully sharded data parallelism over flat buffers.
+
+A unit is what is gathered at once: a transformer block, its experts apart, the embedding, the last norm with the head.
+The parameters of a unit are views of one flat buffer, of which every rank of an axis keeps an equal part: fp32 master,
+fp32 gradient and, where the model computes in another dtype, a copy in that. Two buffers take the gathered units in
+turn:
+
+    forward    wait for unit i, ask for unit i + 1 (into the buffer of i - 1, which is done), compute i
+    backward   wait for unit i, ask for unit i - 1 (into the buffer of i + 1), send i + 1's gradients off, compute i
+
+Gradients are copied into one of two fp32 buffers as they come and summed by a reduce-scatter; nothing is ever divided,
+for the losses know their denominator. Gathers and reductions have communicators of their own. Small units that are
+needed from the first operation to the last (a tied embedding, the scores of a reward model) stay gathered.
+
+Peak memory of a rank: its parts, two gathered units, two units of gradients, what stays, and the activations
+(parallel/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .layout import Layout, Span
+from .mesh import Axis, Mesh
+
+T = TypeVar("T")
+# Elements of a partial norm: one fp32 sum over a large buffer is off by 1e-4 at 4M and 4e-3 at 50M elements.
+NORM_CHUNK = 2**16
+FORWARD, BACKWARD = "forward", "backward"
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """What is gathered at once.
+
+    Attributes:
+        name: for messages.   parameters: name -> parameter.   dtype: what it computes in.
+        resident: stays gathered.   expert: divided over the expert mesh.   needs_weights: its backward reads them.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
+    resident: bool = False
+    expert: bool = False
+    needs_weights: bool = True
+
+
+@dataclass
+class Flat:
+    """The parameters of a unit that train, or those that do not, as one flat tensor divided over an axis.
+
+    weights: this rank's part in the compute dtype.   master, gradient: in the master dtype, of those that train.
+    fresh: the next reduction is the first of the step.
+    """
+
+    layout: Layout
+    parameters: list[nn.Parameter]
+    axis: Axis
+    dtype: torch.dtype
+    trains: bool
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    master: Tensor | None = None
+    gradient: Tensor | None = None
+    fresh: bool = True
+
+    def spans(self) -> Iterator[Span]:
+        """This rank's part of each parameter."""
+        return self.layout.spans(self.axis.index)
+
+
+class Place:
+    """A buffer for whole units in turn, or for whole gradients; who has it, and what still moves."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0)
+        self.owner: Unit | None = None
+        self.works: list[Any] = []
+        self.reducing: list[tuple[Any, Flat, Tensor | None]] = []
+        self.spare: Tensor | None = None
+
+
+class Unit:
+    """A unit at work: its flats, the places that it takes, and how far its gradients are."""
+
+    def __init__(self, spec: UnitSpec, index: int, flats: list[Flat], place: Place, gradients: Place) -> None:
+        self.spec, self.index, self.flats, self.place, self.gradients = spec, index, flats, place, gradients
+        self.trains = any(flat.trains for flat in flats)
+        self.views: list[tuple[nn.Parameter, Tensor]] = []
+        self.slopes: dict[int, Tensor] = {}
+        self.arrived: set[int] = set()
+        self.attached, self.passed = False, False
+        self.absent = [(p, _absent(p, spec.dtype)) for flat in flats for p in flat.parameters]
+
+    def attach(self, views: Iterable[tuple[nn.Parameter, Tensor]] | None = None) -> None:
+        """Point the parameters at gathered numbers."""
+        for parameter, view in self.views if views is None else views:
+            parameter.data = view
+        self.attached = True
+
+    def detach(self) -> None:
+        """Point them at NaN of their shape, which takes no memory."""
+        for parameter, nothing in self.absent:
+            parameter.data = nothing
+        self.attached = False
+
+
+def _absent(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.full((), float("nan"), dtype=dtype, device=parameter.device).expand(parameter.shape)
+
+
+def is_absent(tensor: Tensor) -> bool:
+    """Whether a parameter stands for numbers that are not there: several elements, one of them in memory."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
+def materialised(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its parameters on the meta device replaced by absent ones on a device, in place."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta and device.type != "meta":
+            owner, _, leaf = name.rpartition(".")
+            absent = torch.full((), float("nan"), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            new = nn.Parameter(absent, requires_grad=parameter.requires_grad)
+            setattr(module.get_submodule(owner), leaf, new)
+    return module
+
+
+class Sharded:
+    """A module whose parameters are divided over the ranks of a mesh; `parallelize` makes it.
+
+    Args:
+        units: in the order of the forward pass, resident ones anywhere.
+        whole: keep gradients of whole units between the micro-batches of a step, and reduce in the last alone.
+        host: keep master, gradient and (in the optimizer) moments in host memory.
+    Attributes:
+        master, gradient: this rank's parts of all that trains, end to end, (P,).   weights: the same in the compute
+            dtype (the master itself where that is the compute dtype).
+        last: whether the coming backward is the step's last (see `paced`).
+        gathered_bytes, reduced_bytes: sizes of the whole buffers of all collectives so far.
+    """
+
+    def __init__(
+        self, module: nn.Module, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False
+    ) -> None:
+        self.module, self.mesh, self.whole, self.host = weakref.proxy(module), mesh, whole, host
+        self.is_divided = mesh.shard.size > 1
+        self.last, self.gathered_bytes, self.reduced_bytes = True, 0, 0
+        self._phase, self._is_gathered = FORWARD, False
+        if not self.is_divided:
+            units = _merged(units)
+        first = next(iter(units[0].parameters.values()))
+        self.device = first.device
+        self.fires: dict[int, Unit | None] = {}
+        self.master_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.units, self.resident = self._make_units(units)
+        self.flats = [flat for unit in (*self.resident, *self.units) for flat in unit.flats]
+        self.shapes = {slot.name: slot.shape for flat in self.flats for slot in flat.layout.slots}
+        values = {name: p.detach() for spec in units for name, p in spec.parameters.items()}
+        self._allocate()
+        for name, value in values.items():
+            if not is_absent(value):
+                self.put(name, value)
+        self._place_views()
+        self.publish()
+
+    # Construction
+
+    def _make_units(self, specs: Sequence[UnitSpec]) -> tuple[list[Unit], list[Unit]]:
+        places, gradients = (Place(), Place()), (Place(), Place())
+        rotating: list[Unit] = []
+        resident: list[Unit] = []
+        for spec in specs:
+            axis = self.mesh.efsdp if spec.expert else self.mesh.shard
+            flats = []
+            for trains in (True, False):
+                named = {n: p for n, p in spec.parameters.items() if p.requires_grad == trains}
+                if named:
+                    layout = Layout([(n, tuple(p.shape)) for n, p in named.items()], axis.size)
+                    ordered = [named[slot.name] for slot in layout.slots]
+                    flats.append(Flat(layout, ordered, axis, spec.dtype, trains))
+            stays = spec.resident or not self.is_divided
+            index = -1 if stays else len(rotating)
+            place = (Place(), Place()) if stays else (places[index % 2], gradients[index % 2])
+            (resident if stays else rotating).append(Unit(spec, index, flats, *place))
+        return rotating, resident
+
+    def _allocate(self) -> None:
+        """Parts of all flats, those that train end to end: first those with a copy in another dtype or memory."""
+        storage = torch.device("cpu") if self.host and self.device.type != "meta" else self.device
+        pinned = storage.type == "cpu" and self.device.type == "cuda"
+        training = [flat for flat in self.flats if flat.trains]
+        training.sort(key=lambda flat: not self._has_copy(flat))
+        size = sum(flat.layout.part for flat in training)
+        copied = [flat for flat in training if self._has_copy(flat)]
+        self.master, self.gradient = (
+            torch.zeros(size, dtype=self.master_dtype, device=storage, pin_memory=pinned) for _ in range(2)
+        )
+        dtypes = {flat.dtype for flat in copied}
+        if len(dtypes) > 1:
+            # Scores compute in fp32 beside a body in bf16; with the masters in host memory both need a copy.
+            copied.sort(key=lambda flat: str(flat.dtype))
+        self.copies: list[Tensor] = []
+        at = 0
+        for flat in training:
+            part = slice(at, at + flat.layout.part)
+            flat.master, flat.gradient = self.master[part], self.gradient[part]
+            at = part.stop
+            flat.weights = flat.master
+        self.training = training
+        for dtype in sorted(dtypes, key=str):
+            own = [flat for flat in copied if flat.dtype == dtype]
+            copy = torch.zeros(sum(flat.layout.part for flat in own), dtype=dtype, device=self.device)
+            for flat, piece in zip(own, copy.split([flat.layout.part for flat in own])):
+                flat.weights = piece
+            self.copies.append(copy)
+        for flat in self.flats:
+            if not flat.trains:
+                flat.weights = torch.zeros(flat.layout.part, dtype=flat.dtype, device=self.device)
+
+    def _has_copy(self, flat: Flat) -> bool:
+        return flat.dtype != self.master_dtype or (self.host and self.device.type == "cuda")
+
+    def _place_views(self) -> None:
+        """Whole buffers, and every parameter's view in them."""
+        for unit in (*self.resident, *self.units):
+            for number in range(len(unit.flats)):
+                self._hook_gradients(unit, number)
+        if not self.is_divided:
+            for unit in self.resident:
+                unit.views = [pair for flat in unit.flats for pair in _pairs(flat, flat.weights)]
+                unit.attach()
+            return
+        for kind in ("place", "gradients"):
+            for place in {id(p): p for unit in (*self.resident, *self.units) for p in [getattr(unit, kind)]}.values():
+                users = [unit for unit in (*self.resident, *self.units) if getattr(unit, kind) is place]
+                if kind == "place":
+                    size = max(sum(flat.layout.size for flat in unit.flats) for unit in users)
+                    place.buffer = torch.zeros(size, dtype=users[0].spec.dtype, device=self.device)
+                elif not self.whole:
+                    size = max(sum(flat.layout.size for flat in unit.flats if flat.trains) for unit in users)
+                    place.buffer = torch.zeros(size, dtype=self.master_dtype, device=self.device)
+        for unit in (*self.resident, *self.units):
+            sizes = [flat.layout.size for flat in unit.flats]
+            wholes = unit.place.buffer[: sum(sizes)].split(sizes)
+            unit.views = [pair for flat, whole in zip(unit.flats, wholes) for pair in _pairs(flat, whole)]
+            at = 0
+            for number, flat in enumerate(unit.flats):
+                if not flat.trains:
+                    continue
+                if self.whole:
+                    unit.slopes[number] = torch.zeros(flat.layout.size, dtype=self.master_dtype, device=self.device)
+                else:
+                    unit.slopes[number] = unit.gradients.buffer[at : at + flat.layout.size]
+                    at += flat.layout.size
+            unit.detach()
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether parameters keep their own `grad`: nothing is divided or converted."""
+        return not self.is_divided and not any(self._has_copy(flat) for flat in self.flats if flat.trains)
+
+    def _hook_gradients(self, unit: Unit, number: int) -> None:
+        flat = unit.flats[number]
+        if not flat.trains:
+            return
+        if not self.is_divided and not self._has_copy(flat):
+            # Nothing is gathered or converted: gradients accumulate where they stay.
+            for parameter, view in _pairs(flat, flat.gradient):
+                parameter.grad = view
+            return
+        for place, (parameter, slot) in enumerate(zip(flat.parameters, flat.layout.slots)):
+            parameter.grad = None
+            parameter.register_post_accumulate_grad_hook(self._collector(unit, number, place, slot))
+
+    def _collector(self, unit: Unit, number: int, place: int, slot: Any) -> Callable[[nn.Parameter], None]:
+        # Parameters keep their hooks alive: through references to what holds the parameters, nothing would ever go.
+        own, unit_ref = weakref.ref(self), weakref.ref(unit)
+
+        def collect(parameter: nn.Parameter) -> None:
+            sharded = own()
+            if sharded is not None:
+                sharded._collect(unit_ref(), number, place, slot, parameter)
+
+        return collect
+
+    # Numbers in and out
+
+    def put(self, name: str, value: Tensor, start: int = 0) -> None:
+        """Take what this rank keeps of elements [start, start + n) of a parameter; `publish` when all are there."""
+        values = value.reshape(-1)
+        for flat in self.flats:
+            for span in flat.spans():
+                if span.slot.name != name:
+                    continue
+                first, last = max(span.start, start), min(span.stop, start + values.numel())
+                if first < last:
+                    target = flat.master if flat.trains else flat.weights
+                    at = span.offset + first - span.start
+                    target[at : at + last - first].copy_(values[first - start : last - start])
+
+    def publish(self) -> None:
+        """Make the masters what the model computes with: after `put`, and after an update without `copy`."""
+        for flat in self.training:
+            if flat.weights.data_ptr() != flat.master.data_ptr() or flat.weights.dtype != flat.master.dtype:
+                flat.weights.copy_(flat.master)
+        self.forget()
+
+    def updated(self) -> None:
+        """The masters have changed, and those copies with them that `segments` gave."""
+        for flat in self.training:
+            if self._has_copy(flat) and flat.weights.device != flat.master.device:
+                flat.weights.copy_(flat.master, non_blocking=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is gathered: the parts have changed."""
+        if not self.is_divided:
+            return
+        for unit in (*self.resident, *self.units):
+            for work in unit.place.works:
+                work.wait()
+            unit.place.works = []
+            unit.place.owner = None
+            unit.detach()
+
+    def wanted(self) -> Iterator[tuple[str, int, int]]:
+        """(parameter, start, stop): the elements that this rank keeps."""
+        for flat in self.flats:
+            for span in flat.spans():
+                yield span.slot.name, span.start, span.stop
+
+    def parts(self, buffer: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        """(parameter, start, values) in a buffer that stands like `master`: values are elements from start on."""
+        at = 0
+        for flat in self.training:
+            for span in flat.spans():
+                yield span.slot.name, span.start, buffer[at + span.offset : at + span.offset + span.stop - span.start]
+            at += flat.layout.part
+
+    def weight_parts(self, *, exact: bool = True) -> Iterator[tuple[str, int, Tensor]]:
+        """(parameter, start, values) of every parameter, frozen ones too: masters, or (not exact) what computes."""
+        for flat in self.flats:
+            source = flat.master if exact and flat.trains else flat.weights
+            for span in flat.spans():
+                yield span.slot.name, span.start, source[span.offset : span.offset + span.stop - span.start]
+
+    def segments(self) -> Iterator[tuple[slice, bool, Tensor | None]]:
+        """(where in `master`, whether of matrices, the copy to write) that together are all that trains."""
+        at = 0
+        for flat in self.training:
+            split = flat.layout.decayed(flat.axis.index)
+            copy = flat.weights if self._has_copy(flat) else None
+            for first, last, decayed in ((0, split, True), (split, flat.layout.part, False)):
+                if first < last:
+                    own = None if copy is None or copy.device != self.master.device else copy[first:last]
+                    yield slice(at + first, at + last), decayed, own
+            at += flat.layout.part
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Every parameter whole and readable inside the block, which takes the model's own size; every rank enters."""
+        if not self.is_divided or self._is_gathered:
+            yield
+            return
+        self.forget()
+        works, views = [], []
+        for unit in (*self.resident, *self.units):
+            for flat in unit.flats:
+                whole = torch.empty(flat.layout.size, dtype=flat.dtype, device=self.device)
+                works.append(self._gather(whole, flat))
+                views.append((unit, _pairs(flat, whole)))
+        for work in works:
+            if work is not None:
+                work.wait()
+        for unit, pairs in views:
+            unit.attach(pairs)
+        self._is_gathered = True
+        try:
+            yield
+        finally:
+            self._is_gathered = False
+            self.forget()
+
+    # Forward
+
+    def begin(self) -> None:
+        """A forward pass starts."""
+        if self._is_gathered:
+            return
+        self._phase = FORWARD
+        for unit in self.resident:
+            self._need(unit)
+
+    def enter(self, unit: Unit) -> None:
+        """A unit's own forward is about to run."""
+        if self._is_gathered:
+            return
+        self._need(unit)
+        if self._phase is FORWARD and unit.index + 1 < len(self.units):
+            self._ask(self.units[unit.index + 1])
+
+    def _ask(self, unit: Unit) -> None:
+        """Start to gather a unit, unless its place has it."""
+        place = unit.place
+        if place.owner is unit:
+            return
+        for work in place.works:
+            work.wait()
+        if place.owner is not None:
+            place.owner.detach()
+        place.owner = unit
+        sizes = [flat.layout.size for flat in unit.flats]
+        wholes = place.buffer[: sum(sizes)].split(sizes)
+        works = [self._gather(whole, flat) for flat, whole in zip(unit.flats, wholes)]
+        place.works = [work for work in works if work is not None]
+
+    def _need(self, unit: Unit) -> None:
+        """Have a unit gathered."""
+        if not self.is_divided:
+            return
+        self._ask(unit)
+        for work in unit.place.works:
+            work.wait()
+        unit.place.works = []
+        if not unit.attached:
+            unit.attach()
+
+    def _gather(self, whole: Tensor, flat: Flat) -> Any:
+        if flat.axis.size == 1:
+            whole.copy_(flat.weights)
+            return None
+        self.gathered_bytes += whole.numel() * whole.element_size()
+        return dist.all_gather_into_tensor(whole, flat.weights, group=flat.axis.group, async_op=True)
+
+    # Backward
+
+    def before_backward(self, unit: Unit, also: Unit | None = None) -> None:
+        """The gradient of a unit's output is there: all units behind it are done.
+
+        Args:
+            also: a further unit that the recomputation of this one's block needs.
+        """
+        if self._is_gathered:
+            return
+        self._start_backward()
+        done = [u for u in self.units[unit.index + 1 :] if u.trains and not u.passed]
+        for needed in (unit, also):
+            if needed is not None and needed.spec.needs_weights:
+                self._need(needed)
+        if unit.index > 0 and also is None:
+            former = self.units[unit.index - 1]
+            if former.spec.needs_weights and former.index >= self.first_trained:
+                self._ask(former)
+        for u in reversed(done):
+            self._pass(u)
+
+    @property
+    def first_trained(self) -> int:
+        """The first unit whose output has a gradient."""
+        return next((unit.index for unit in self.units if unit.trains), len(self.units))
+
+    def _start_backward(self) -> None:
+        if self._phase is not BACKWARD:
+            self._phase = BACKWARD
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+
+    def end_backward(self) -> None:
+        """Nothing more comes: send what has not been sent, and wait for all of it."""
+        for unit in (*reversed(self.units), *self.resident):
+            if unit.trains and not unit.passed and self.is_divided:
+                self._pass(unit)
+        for unit in (*self.units, *self.resident):
+            self._drain(unit.gradients)
+            unit.gradients.owner = None
+            unit.passed = False
+        self._phase = FORWARD
+
+    def _collect(self, unit: Unit, number: int, place: int, slot: Any, parameter: nn.Parameter) -> None:
+        """Take the gradient of a parameter over."""
+        slope, parameter.grad = parameter.grad, None
+        flat = unit.flats[number]
+        if not self.is_divided:
+            flat.gradient[slot.start : slot.stop].view(slot.shape).add_(slope.to(flat.gradient.device))
+            return
+        self._start_backward()
+        self._take_gradients(unit)
+        target = unit.slopes[number][slot.start : slot.stop].view(slot.shape)
+        key = number * len(self.shapes) + place
+        if key in unit.arrived:
+            target.add_(slope)
+        else:
+            target.copy_(slope)
+            unit.arrived.add(key)
+
+    def _take_gradients(self, unit: Unit) -> None:
+        if unit.gradients.owner is not unit:
+            self._drain(unit.gradients)
+            unit.gradients.owner = unit
+
+    def _pass(self, unit: Unit) -> None:
+        """Send a unit's gradients off, unless they wait for the step's last micro-batch."""
+        unit.passed = True
+        if self.whole and not self.last:
+            return
+        self._take_gradients(unit)
+        for number, flat in enumerate(unit.flats):
+            if not flat.trains:
+                continue
+            slopes = unit.slopes[number]
+            for place, slot in enumerate(flat.layout.slots):
+                if number * len(self.shapes) + place not in unit.arrived:
+                    slopes[slot.start : slot.stop].zero_()
+            for gap in flat.layout.gaps:
+                slopes[gap].zero_()
+            self._reduce(unit.gradients, flat, slopes)
+        unit.arrived.clear()
+
+    def _reduce(self, place: Place, flat: Flat, slopes: Tensor) -> None:
+        direct = flat.fresh and flat.gradient.device == slopes.device
+        out = flat.gradient if direct else self._spare(place, flat.layout.part)
+        work = None
+        if flat.axis.size == 1:
+            out.copy_(slopes)
+        else:
+            self.reduced_bytes += slopes.numel() * slopes.element_size()
+            work = dist.reduce_scatter_tensor(out, slopes, group=flat.axis.reduce, async_op=True)
+        place.reducing.append((work, flat, None if direct else out))
+        if direct:
+            flat.fresh = False
+
+    def _spare(self, place: Place, size: int) -> Tensor:
+        """Room for the part of a unit's gradient that is added to what is there; a place sends one at a time."""
+        if place.spare is None:
+            users = [unit for unit in (*self.units, *self.resident) if unit.gradients is place]
+            largest = max(flat.layout.part for unit in users for flat in unit.flats if flat.trains)
+            place.spare = torch.empty(largest, dtype=self.master_dtype, device=self.device)
+        return place.spare[:size]
+
+    def _drain(self, place: Place) -> None:
+        """Wait for what a place still sends."""
+        for work, flat, out in place.reducing:
+            if work is not None:
+                work.wait()
+            if out is not None:
+                moved = out.to(flat.gradient.device)
+                flat.gradient.copy_(moved) if flat.fresh else flat.gradient.add_(moved)
+                flat.fresh = False
+        place.reducing = []
+
+    def idle(self, *, backward: bool) -> None:
+        """Take part in the collectives of a pass without one's own rows; `backward`: of a backward pass too."""
+        if not self.is_divided or self._is_gathered:
+            return
+        self.begin()
+        for unit in self.units:
+            self.enter(unit)
+        if not backward or not any(unit.trains for unit in (*self.units, *self.resident)):
+            return
+        self._phase = BACKWARD
+        for unit in reversed(self.units):
+            if unit.index >= self.first_trained and unit.index in self.fires:
+                self.before_backward(unit, self.fires[unit.index])
+        self.end_backward()
+
+    # The step
+
+    def zero_grad(self) -> None:
+        """Begin a step."""
+        if not self.is_divided:
+            self.gradient.zero_()
+        for flat in self.training:
+            flat.fresh = True
+        for unit in (*self.units, *self.resident):
+            unit.arrived.clear()
+
+    def finish(self) -> None:
+        """The step's last backward is done: sum the gradients over the copies of the model."""
+        for flat in self.training:
+            if self.is_divided and flat.fresh:
+                flat.gradient.zero_()
+        if self.mesh.replicate.size > 1 and self.gradient.numel():
+            gradient = self.gradient.to(self.device)
+            dist.all_reduce(gradient, group=self.mesh.replicate.group)
+            if gradient is not self.gradient:
+                self.gradient.copy_(gradient)
+
+    def norm(self, buffer: Tensor | None = None) -> float:
+        """Euclidean norm over all ranks of a buffer that stands like `master`; default: of the gradient."""
+        buffer = self.gradient if buffer is None else buffer
+        if not buffer.numel():
+            return 0.0
+        own = torch.stack([p.norm() for where, _, _ in self.segments() for p in buffer[where].split(NORM_CHUNK)])
+        if not self.is_divided:
+            return float(own.norm())
+        total = own.double().square().sum().to(self.device)
+        dist.all_reduce(total, group=self.mesh.shard.group)
+        return float(total.sqrt())
+
+
+def _pairs(flat: Flat, whole: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    views = flat.layout.views(whole)
+    return [(parameter, views[slot.name]) for parameter, slot in zip(flat.parameters, flat.layout.slots)]
+
+
+def _merged(units: Sequence[UnitSpec]) -> list[UnitSpec]:
+    """One unit per dtype: where nothing is gathered, the fewer buffers the better."""
+    dtypes = dict.fromkeys(unit.dtype for unit in units)
+    return [
+        UnitSpec(str(dtype), {n: p for u in units if u.dtype == dtype for n, p in u.parameters.items()}, dtype, True)
+        for dtype in dtypes
+    ]
+
+
+def sharded(module: nn.Module) -> Sharded | None:
+    """What `parallelize` made of a module; None for a plain one."""
+    return getattr(module, "_sharded", None)
+
+
+def paced(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T]:
+    """The items, one pass over each module for each; a rank with fewer of them takes part in the others' collectives.
+
+    Args:
+        backward: whether a pass has a backward.   modules: those that every item runs through, in this order.
+    """
+    items = list(items)
+    engines = [found for found in map(sharded, modules) if found is not None and found.is_divided]
+    if not engines:
+        yield from items
+        return
+    count = torch.tensor([len(items)], device=engines[0].device)
+    dist.all_reduce(count, dist.ReduceOp.MAX, group=engines[0].mesh.shard.group)
+    most = int(count)
+    for number in range(most):
+        for engine in engines:
+            engine.last = number + 1 == most
+        if number < len(items):
+            yield items[number]
+        else:
+            for engine in engines:
+                engine.idle(backward=backward)
+    for engine in engines:
+        engine.last = True
