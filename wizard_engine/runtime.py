@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from wizard_engine.files import content_hash, file_hash, to_plain, write_bytes, write_json, write_text
 from wizard_engine.stage import Stage
-from wizard_engine.watch import Watch, start_watch
+from wizard_engine.watch import Watch, run_store
 
 __all__ = [
     "Runtime", "Stage", "StopRequest", "content_hash", "file_hash", "mark", "seed_all", "start", "stop", "to_plain",
@@ -84,10 +84,11 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
         # the process where they meet the end of the interpreter: imported first, they keep none.
         importlib.import_module("torch.distributed.nn.functional")
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+        found = {"store": run_store("groups"), "rank": rank, "world_size": world_size} if _has_agent_store() else {}
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **found)
         global _watch
         if world_size > 1:
-            _watch = start_watch(rank, world_size, timeout_seconds)
+            _watch = Watch(run_store("watch"), rank, world_size, timeout_seconds)
     return Runtime(rank, world_size, local_rank, chosen)
 
 
@@ -120,12 +121,16 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _look_for_agent() -> None:
     """OSError if the torchrun that started this rank is gone already: nobody would end the rank's wait for its peers.
 
     torchrun serves the store of its ranks itself, so that it answers from before they start.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _has_agent_store():
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:

@@ -20,6 +20,7 @@ PERIOD_SECONDS = 0.5
 SILENT_SECONDS = 3.0
 # What a rank waits for its main thread to end by itself once another has failed.
 GRACE_SECONDS = 5.0
+STORE_SECONDS = 300.0
 
 
 class Watch:
@@ -115,11 +116,15 @@ class Watch:
         self._thread.join()
 
 
-def start_watch(rank: int, world_size: int, timeout_seconds: float) -> Watch:
-    """A watch on a connection of its own to the store at MASTER_ADDR, whose keys belong to this start of the run."""
+def run_store(purpose: str) -> Any:
+    """A connection of its own to the store at MASTER_ADDR, whose keys belong to a purpose and this start of the run.
+
+    torchrun keeps its store when it starts the ranks again: without keys of their own they would find the addresses of
+    the ranks before them, and wait for those.
+    """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=STORE_SECONDS),
     )  # fmt: skip
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Watch(dist.PrefixStore(f"wizard/{restart}/", store), rank, world_size, timeout_seconds)
+    return dist.PrefixStore(f"wizard/{restart}/{purpose}", store)

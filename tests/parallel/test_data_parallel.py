@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from recipes import sft, stage_dpo
+from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.loader import Loader
-from wizard_engine.data.records import Message, Preference, conversation, write_rows
+from wizard_engine.data.records import Message, Preference, Process, conversation, write_rows
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.log import read_metrics
 from wizard_engine.model import ModelConfig, Transformer, save_model
-from wizard_engine.parallel import check_same, gather_objects, sum_over_ranks
+from wizard_engine.parallel import MeshOptions, check_same, gather_objects, sum_over_ranks
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Training
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys, torch
 from pathlib import Path
-from recipes import sft, stage_dpo
+from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine import runtime
 from wizard_engine.parallel import check_same, gather_objects, sum_over_ranks
 from wizard_engine.recipe import on_main
@@ -70,12 +70,23 @@ def configurations(root, name):
     # One pack a pass: the second rank never has a row.
     mixture = {"model": str(root / "mixture_base")}
     alone = shared | {"training": replace(training, packs_per_step=2, epochs=1)}
+    rewards = shared | {"training": replace(training, epochs=1)}
+    copies = MeshOptions(dp_shard=1)
     return [
         (stage_dpo, stage_dpo.Config(data=(root / "pair.jsonl",), out=root / name / "alone", slices=1, **alone)),
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "sft", **shared)),
         (stage_dpo, stage_dpo.Config(data=(root / "pairs.jsonl",), out=root / name / "dpo", slices=2, **shared)),
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "mixture", **shared | mixture)),
-    ]
+        (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "spread", **shared, mesh=copies)),
+        (reward, reward.Config(kind="instruction", data=(root / "ranks.jsonl",), out=root / name / "irm", **rewards)),
+        (reward, reward.Config(kind="process", data=(root / "steps.jsonl",), out=root / name / "prm", **rewards)),
+        (rleif, rleif.Config(
+            data=(root / "rows.jsonl",), out=root / name / "rleif", model=str(root / "mixture_base"), steps=3,
+            instruction_model=root / name / "irm" / "model", process_model=root / name / "prm" / "model",
+            prompts_per_step=4, samples_per_prompt=4, max_new_tokens=60, minibatches=2, epochs=2, lr=1e-4,
+            critic_lr=1e-4, pack_tokens=300, ptx=0.1, ptx_rows=5, average_from=0.5, device="cpu", quiet=True,
+        )),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +108,11 @@ def ranks(tmp_path_factory):
     pairs = [Preference((Message("user", a),), b, c) for a, b, c in zip(texts[::3], texts[1::3], texts[2::3])]
     write_rows(root / "pairs.jsonl", pairs)
     write_rows(root / "pair.jsonl", pairs[:1])
+    write_rows(root / "ranks.jsonl", [Preference((), a, b) for a, b in pairwise(texts)])
+    steps = [" ".join(text.split()[:6]) + ".\n" + "two three." for text in texts]
+    write_rows(
+        root / "steps.jsonl", [Process((Message("user", "one"),), tuple(text.split("\n")), (1, -1)) for text in steps]
+    )
     (root / "script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(root)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -107,7 +123,7 @@ def ranks(tmp_path_factory):
     return root
 
 
-RUNS = ["sft", "mixture", "dpo/stage_1", "dpo/stage_2", "alone/stage_1"]
+RUNS = ["sft", "mixture", "spread", "dpo/stage_1", "dpo/stage_2", "alone/stage_1", "irm", "prm", "rleif"]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -118,13 +134,18 @@ def test_two_ranks_log_the_numbers_of_one(ranks, run):
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
         # At policy = reference every margin is rounding noise, and its sign with it.
-        noise = {"accuracy"} if a["step"] == 1 else set()
+        # Returns that hardly differ make their explained share a quotient of rounding errors.
+        noise = {"ratio_error", "explained_variance"} | ({"accuracy"} if a["step"] == 1 else set())
         for name in a.keys() - timed - noise:
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
+            if run == "rleif" and "expert_load" in name:
+                continue
+            # The log shows the last of several updates, each of which divides rounding errors by their own size.
+            close = {"rel": 5e-3, "abs": 1e-3} if run == "rleif" else {"rel": 1e-4, "abs": 1e-5}
+            assert a[name] == pytest.approx(b[name], **close), (a["step"], name)
 
 
 def test_two_ranks_train_the_weights_of_one(ranks):
-    for run, start in (("sft", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
+    for run, start in (("sft", "base"), ("spread", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
         base = load_file(ranks / start / "model.safetensors")
         one, two = (load_file(ranks / name / run / "model" / "model.safetensors") for name in ("one", "two"))
         for name, tensor in one.items():

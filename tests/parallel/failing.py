@@ -1,0 +1,49 @@
+"""Worker of the tests of faults: trains a tiny model with the supervised recipe, and lets one rank go wrong."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from recipes import sft
+from wizard_engine import recipe, training
+
+HOW, RANK, STEP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+sys.argv[1:] = sys.argv[4:]
+torch.set_num_threads(1)
+
+
+def go_wrong():
+    if HOW == "error":
+        raise ValueError("rows.jsonl:7: this row is bad")
+    if HOW == "bug":
+        raise KeyError("nobody expected this")
+    if HOW == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if HOW == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if HOW == "late":
+        time.sleep(60)
+
+
+inner = training.Run.update
+
+
+def update(self):
+    if self.step == STEP and int(os.environ["RANK"]) == RANK and HOW in ("error", "bug", "kill", "stop", "late"):
+        go_wrong()
+    if HOW == "nan" and self.step == STEP and int(os.environ["RANK"]) == RANK:
+        self.sharded.gradient[3] = float("nan")
+    inner(self)
+
+
+training.Run.update = update
+if HOW == "rows" and int(os.environ["RANK"]) == RANK:
+    at = sys.argv.index("--data") + 1
+    sys.argv[at] = str(Path(sys.argv[at]).with_name("other.jsonl"))
+if HOW == "options" and int(os.environ["RANK"]) == RANK:
+    sys.argv += ["--training.lr", "0.5"]
+recipe.launch(sft.main, sft.Config)

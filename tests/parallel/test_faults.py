@@ -1,0 +1,178 @@
+"""What happens when one rank of many goes wrong: the others end within seconds and say which, and the run goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wizard_engine import checkpoint
+from wizard_engine.data.chat import CHAT_ATOMS
+from wizard_engine.data.records import conversation, write_rows
+from wizard_engine.data.tokenizer import train_tokenizer
+from wizard_engine.log import read_metrics
+from wizard_engine.model import ModelConfig, Transformer, load_hf, save_model
+
+ROOT, WORKER = Path(__file__).parents[2], Path(__file__).parent / "failing.py"
+TIMED = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("faults")
+    generator = np.random.default_rng(0)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    texts = [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(60)]
+    tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ffn_width=24,
+        max_positions=128, init_std=0.2, tied=False,
+    )  # fmt: skip
+    save_model(Transformer(config, seed=0), tokenizer, root / "base")
+    write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in zip(texts[::2], texts[1::2])])
+    write_rows(root / "other.jsonl", [conversation(b, a) for a, b in zip(texts[::2], texts[1::2])])
+    return root
+
+
+def command(root, out, how="fine", rank=0, step=0, ranks=2, steps=12, options=(), launcher=()):
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *launcher, WORKER,
+        how, rank, step, "--model", root / "base", "--data", root / "rows.jsonl", "--out", out, "--training.lr", "3e-3",
+        "--training.pack-tokens", "120", "--training.packs-per-step", "4", "--training.epochs", "400",
+        "--training.max-steps", steps, "--training.save-every", "4", "--quiet", "--no-audit",
+        "--mesh.timeout-seconds", "8", *options,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def run(*args, **options):
+    began = time.monotonic()
+    done = subprocess.run(command(*args, **options), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return done, time.monotonic() - began
+
+
+def killed(out, rank):
+    """1 once a rank of the run into `out` has been killed, 0 where it does not run."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if str(out).encode() in words and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+                return 1
+        except OSError:
+            continue
+    return 0
+
+
+def losses(out):
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("error", "rows.jsonl:7: this row is bad"),
+        ("bug", "KeyError: 'nobody expected this'"),
+    ],
+)
+def test_error_on_one_rank_ends_all_and_is_named_by_all(root, tmp_path, how, text):
+    done, seconds = run(root, tmp_path, how, rank=1, step=6)
+    assert done.returncode and seconds < 30
+    assert f"error: [rank 1/2] {text}" in done.stderr
+    # Rank 0 says the same, unless torchrun was quicker to end it.
+    assert done.stderr.count(f"[rank 1/2] {text}") >= 2 or "signal" in done.stderr.lower(), done.stderr[-2000:]
+    assert checkpoint.latest(tmp_path).name == "step_00000004"
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("stop", "rank 1 is gone, or does not run: last seen at sft step"),
+        ("late", "rank 1 did not come: last seen at sft step 6"),
+    ],
+)
+def test_rank_that_a_collective_waits_for_is_named(root, tmp_path, how, text):
+    process = subprocess.Popen(
+        command(root, tmp_path, how, rank=1, step=6), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        lines, began = [], time.monotonic()
+        for line in process.stderr:
+            lines.append(line)
+            if text in line:
+                break
+        assert any(f"[rank 0/2] {text}" in line for line in lines), "".join(lines)[-3000:]
+        assert time.monotonic() - began < 60
+    finally:
+        process.kill()
+        for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
+            if str(tmp_path) in line and "failing.py" in line:
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("rows", r"[rank 1/2] sft: configuration: expected the same on every rank"),
+        ("options", r"[rank 1/2] sft: configuration: expected the same on every rank"),
+    ],
+)
+def test_rank_with_other_options_or_files_is_named_before_the_first_step(root, tmp_path, how, text):
+    done, _ = run(root, tmp_path, how, rank=1)
+    assert done.returncode and text in done.stderr and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_number_of_ranks_that_the_mesh_does_not_have_is_refused(root, tmp_path):
+    done, _ = run(root, tmp_path, options=("--mesh.dp-shard", "3"))
+    assert done.returncode and "dp_shard must divide the ranks of data: dp_shard=3, ranks / tp = 2" in done.stderr
+    done, _ = run(root, tmp_path, options=("--mesh.dp-shard", "2", "--mesh.dp-replicate", "2"))
+    assert done.returncode and "got 2 x 2 x 1 = 4" in done.stderr and "or start 4 ranks" in done.stderr
+
+
+def test_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(root, tmp_path):
+    done, _ = run(root, tmp_path, "nan", rank=1, step=5)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line["skipped"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0] * 5 + [1] * 7
+    assert all(p.isfinite().all() for p in load_hf(tmp_path / "model").parameters())
+
+
+def test_killed_ranks_are_started_again_and_the_losses_are_those_of_no_kill(root, tmp_path):
+    """A rank is killed ten times, at random moments, within saves too; torchrun starts the run again each time."""
+    steps = 1500
+    whole, _ = run(root, tmp_path / "whole", steps=steps)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    out, generator, kills, seen = tmp_path / "cut", random.Random(0), 0, 0
+    with open(tmp_path / "log", "w") as log:
+        words = command(root, out, steps=steps, launcher=("--max-restarts", "40", "--monitor-interval", "0.1"))
+        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=log, stdout=log)
+        partial = lambda: list((out / "checkpoints").glob(".partial_*"))  # noqa: E731
+        while process.poll() is None and kills < KILLS:
+            time.sleep(0.02)
+            latest = checkpoint.latest(out)
+            now = int(latest.name.removeprefix("step_")) if latest is not None else 0
+            if now <= seen:
+                continue
+            seen = now
+            if kills % 2:
+                deadline = time.monotonic() + 2
+                while not partial() and time.monotonic() < deadline:
+                    time.sleep(0.0002)
+            else:
+                time.sleep(generator.random() * 0.2)
+            kills += killed(out, generator.randrange(2))
+        assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert kills == KILLS, f"{kills} kills in {len(losses(out))} steps"
+    assert losses(out) == losses(tmp_path / "whole")
+    result = json.loads((out / "stage.json").read_text())["result"]
+    assert result == json.loads((tmp_path / "whole" / "stage.json").read_text())["result"]
+    for a, b in zip(*(load_hf(path / "model").parameters() for path in (out, tmp_path / "whole")), strict=True):
+        assert a.equal(b)
