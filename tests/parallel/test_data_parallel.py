@@ -131,14 +131,13 @@ def test_two_ranks_log_the_numbers_of_one(ranks, run):
     one, two = (read_metrics(ranks / name / run / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) > (0 if run.startswith("alone") else 1)
     timed = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
-    for a, b in zip(one, two):
+    # Once rounding has changed one sampled token, the answers after it are others.
+    for a, b in list(zip(one, two))[: 2 if run == "rleif" else None]:
         assert a.keys() == b.keys()
         # At policy = reference every margin is rounding noise, and its sign with it.
         # Returns that hardly differ make their explained share a quotient of rounding errors.
         noise = {"ratio_error", "explained_variance"} | ({"accuracy"} if a["step"] == 1 else set())
         for name in a.keys() - timed - noise:
-            if run == "rleif" and "expert_load" in name:
-                continue
             # The log shows the last of several updates, each of which divides rounding errors by their own size.
             close = {"rel": 5e-3, "abs": 1e-3} if run == "rleif" else {"rel": 1e-4, "abs": 1e-5}
             assert a[name] == pytest.approx(b[name], **close), (a["step"], name)
