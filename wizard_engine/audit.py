@@ -93,7 +93,7 @@ def _divided_gradient_and_loss(
         loss.backward()
         value += float(loss.detach())
     engine.finish()
-    gradient = engine.gradient.clone()
+    gradient = engine.gradient()
     engine.zero_grad()
     return value, gradient
 

@@ -36,7 +36,7 @@ def update(self):
     if self.step == STEP and int(os.environ["RANK"]) == RANK and HOW in ("error", "bug", "kill", "stop", "late"):
         go_wrong()
     if HOW == "nan" and self.step == STEP and int(os.environ["RANK"]) == RANK:
-        self.sharded.gradient[3] = float("nan")
+        self.sharded.gradients[0][3] = float("nan")
     inner(self)
 
 

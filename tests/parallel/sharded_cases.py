@@ -164,12 +164,12 @@ def compare(kind, config, mesh, sharding, freeze=""):
         worst["loss"] = max(worst["loss"], abs(float(summed) - total) / abs(total))
         for engine, norm, own_grads in zip(engines, norms, grads):
             worst["norm"] = max(worst["norm"], abs(engine.norm() - norm) / norm)
-            for name, start, values in engine.parts(engine.gradient):
+            for name, start, values in engine.parts(engine.gradient()):
                 found = own_grads.get(name, torch.zeros(engine.shapes[name], dtype=torch.float64))
                 scale = max(float(found.abs().max()), 1e-3)
                 error = float((found.flatten()[start : start + len(values)] - values).abs().max()) / scale
                 worst["gradient"] = max(worst["gradient"], error)
-            engine.master.add_(engine.gradient, alpha=-LR)
+            engine.master.add_(engine.gradient(), alpha=-LR)
             engine.publish()
     finals = built(kind, config, freeze)
     plain_steps(kind, finals, config)

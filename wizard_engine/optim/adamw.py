@@ -44,8 +44,8 @@ class AdamW:
 
     @property
     def gradients(self) -> list[Tensor]:
-        """The flat gradient buffer of this rank."""
-        return [self.sharded.gradient]
+        """The flat gradient buffers of this rank."""
+        return self.sharded.gradients
 
     def zero_grad(self) -> None:
         """Begin a step."""
@@ -58,15 +58,16 @@ class AdamW:
         """
         norm = self.sharded.norm()
         if max_norm > 0 and norm > max_norm and norm != float("inf"):
-            self.sharded.gradient.mul_(max_norm / norm)
+            for gradient in self.gradients:
+                gradient.mul_(max_norm / norm)
         return norm
 
     def step(self, lr: float) -> None:
         """One update at learning rate `lr`."""
         self.count += 1
         engine = self.sharded
-        for where, decayed, copy in engine.segments():
-            buffers = (x[where] for x in (engine.master, self.exp_avg, self.exp_avg_sq, engine.gradient))
+        for where, gradient, decayed, copy in engine.segments():
+            buffers = (*(x[where] for x in (engine.master, self.exp_avg, self.exp_avg_sq)), gradient)
             update = offloaded_adamw if engine.host or (copy is not None and copy.device.type == "cpu") else adamw
             update(
                 *buffers, lr=lr, betas=self.betas, epsilon=self.epsilon, step=self.count,

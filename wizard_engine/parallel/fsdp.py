@@ -8,12 +8,13 @@ turn:
     forward    wait for unit i, ask for unit i + 1 (into the buffer of i - 1, which is done), compute i
     backward   wait for unit i, ask for unit i - 1 (into the buffer of i + 1), send i + 1's gradients off, compute i
 
-Gradients are copied into one of two fp32 buffers as they come and summed by a reduce-scatter; nothing is ever divided,
-for the losses know their denominator. Gathers and reductions have communicators of their own. Small units that are
-needed from the first operation to the last (a tied embedding, the scores of a reward model) stay gathered.
+When a unit's gradients are all there they are copied into a flat fp32 buffer and summed by a reduce-scatter, which has
+the next unit's backward to end; nothing is ever divided, for the losses know their denominator. Gathers and reductions
+have communicators of their own. Small units that are needed from the first operation to the last (a tied embedding, the
+scores of a reward model) stay gathered.
 
-Peak memory of a rank: its parts, two gathered units, two units of gradients, what stays, and the activations
-(parallel/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
+Peak memory of a rank: its parts, two gathered units, a unit of gradients in fp32 and one as they come, what stays, and
+the activations (parallel/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
 """
 
 import weakref
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .layout import Layout, Span
+from .layout import Layout, Slot, Span
 from .mesh import Axis, Mesh
 
 T = TypeVar("T")
@@ -56,7 +57,8 @@ class UnitSpec:
 class Flat:
     """The parameters of a unit that train, or those that do not, as one flat tensor divided over an axis.
 
-    weights: this rank's part in the compute dtype.   master, gradient: in the master dtype, of those that train.
+    weights: this rank's part in the compute dtype.   master, gradient: in the master dtype, of those that train; the
+    gradient of a divided one takes memory from its first reduction of a step to the next step.
     fresh: the next reduction is the first of the step.
     """
 
@@ -76,25 +78,26 @@ class Flat:
 
 
 class Place:
-    """A buffer for whole units in turn, or for whole gradients; who has it, and what still moves."""
+    """A buffer for whole units in turn, who has it, and what still moves into it."""
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0)
+        self.buffer: Tensor | None = None
+        self.size = 0
         self.owner: Unit | None = None
         self.works: list[Any] = []
-        self.reducing: list[tuple[Any, Flat, Tensor | None]] = []
-        self.spare: Tensor | None = None
 
 
 class Unit:
-    """A unit at work: its flats, the places that it takes, and how far its gradients are."""
+    """A unit at work: its flats, the place that it takes, and whether its gradients are on their way.
 
-    def __init__(self, spec: UnitSpec, index: int, flats: list[Flat], place: Place, gradients: Place) -> None:
-        self.spec, self.index, self.flats, self.place, self.gradients = spec, index, flats, place, gradients
+    slopes: whole gradients that wait for the step's last micro-batch.
+    """
+
+    def __init__(self, spec: UnitSpec, index: int, flats: list[Flat], place: Place) -> None:
+        self.spec, self.index, self.flats, self.place = spec, index, flats, place
         self.trains = any(flat.trains for flat in flats)
         self.views: list[tuple[nn.Parameter, Tensor]] = []
-        self.slopes: dict[int, Tensor] = {}
-        self.arrived: set[int] = set()
+        self.slopes: list[Tensor] = []
         self.attached, self.passed = False, False
         self.absent = [(p, _absent(p, spec.dtype)) for flat in flats for p in flat.parameters]
 
@@ -139,10 +142,9 @@ class Sharded:
         whole: keep gradients of whole units between the micro-batches of a step, and reduce in the last alone.
         host: keep master, gradient and (in the optimizer) moments in host memory.
     Attributes:
-        master, gradient: this rank's parts of all that trains, end to end, (P,).   weights: the same in the compute
-            dtype (the master itself where that is the compute dtype).
+        master: this rank's parts of all that trains, end to end, (P,).   training: the flats that it is made of.
         last: whether the coming backward is the step's last (see `paced`).
-        gathered_bytes, reduced_bytes: sizes of the whole buffers of all collectives so far.
+        gathered_bytes, reduced_bytes, replicated_bytes: sizes of the whole buffers of all collectives so far.
     """
 
     def __init__(
@@ -150,8 +152,11 @@ class Sharded:
     ) -> None:
         self.module, self.mesh, self.whole, self.host = weakref.proxy(module), mesh, whole, host
         self.is_divided = mesh.shard.size > 1
-        self.last, self.gathered_bytes, self.reduced_bytes = True, 0, 0
+        self.last, self.gathered_bytes, self.reduced_bytes, self.replicated_bytes = True, 0, 0, 0
         self._phase, self._is_gathered = FORWARD, False
+        self._flat: Tensor | None = None
+        self._spare: Tensor | None = None
+        self._reducing: tuple[Any, Flat, Tensor | None, Tensor] | None = None
         if not self.is_divided:
             units = _merged(units)
         first = next(iter(units[0].parameters.values()))
@@ -172,7 +177,7 @@ class Sharded:
     # Construction
 
     def _make_units(self, specs: Sequence[UnitSpec]) -> tuple[list[Unit], list[Unit]]:
-        places, gradients = (Place(), Place()), (Place(), Place())
+        places = Place(), Place()
         rotating: list[Unit] = []
         resident: list[Unit] = []
         for spec in specs:
@@ -186,8 +191,8 @@ class Sharded:
                     flats.append(Flat(layout, ordered, axis, spec.dtype, trains))
             stays = spec.resident or not self.is_divided
             index = -1 if stays else len(rotating)
-            place = (Place(), Place()) if stays else (places[index % 2], gradients[index % 2])
-            (resident if stays else rotating).append(Unit(spec, index, flats, *place))
+            place = Place() if stays else places[index % 2]
+            (resident if stays else rotating).append(Unit(spec, index, flats, place))
         return rotating, resident
 
     def _allocate(self) -> None:
@@ -198,9 +203,11 @@ class Sharded:
         training.sort(key=lambda flat: not self._has_copy(flat))
         size = sum(flat.layout.part for flat in training)
         copied = [flat for flat in training if self._has_copy(flat)]
-        self.master, self.gradient = (
-            torch.zeros(size, dtype=self.master_dtype, device=storage, pin_memory=pinned) for _ in range(2)
-        )
+        options = {"dtype": self.master_dtype, "device": storage, "pin_memory": pinned}
+        self.master = torch.zeros(size, **options)
+        # Gradients of divided models come and go, those of others stay where autograd adds to them.
+        self.keeps_buffer = not self.is_divided or pinned
+        gradient = torch.zeros(size, **options) if self.keeps_buffer else None
         dtypes = {flat.dtype for flat in copied}
         if len(dtypes) > 1:
             # Scores compute in fp32 beside a body in bf16; with the masters in host memory both need a copy.
@@ -209,7 +216,8 @@ class Sharded:
         at = 0
         for flat in training:
             part = slice(at, at + flat.layout.part)
-            flat.master, flat.gradient = self.master[part], self.gradient[part]
+            flat.master = self.master[part]
+            flat.gradient = None if gradient is None else gradient[part]
             at = part.stop
             flat.weights = flat.master
         self.training = training
@@ -228,36 +236,23 @@ class Sharded:
 
     def _place_views(self) -> None:
         """Whole buffers, and every parameter's view in them."""
-        for unit in (*self.resident, *self.units):
-            for number in range(len(unit.flats)):
-                self._hook_gradients(unit, number)
+        # The output of every other unit says when its backward comes.
+        for unit in (*self.resident, *self.units[-1:]):
+            for flat in unit.flats:
+                self._hook_gradients(flat)
         if not self.is_divided:
             for unit in self.resident:
                 unit.views = [pair for flat in unit.flats for pair in _pairs(flat, flat.weights)]
                 unit.attach()
             return
-        for kind in ("place", "gradients"):
-            for place in {id(p): p for unit in (*self.resident, *self.units) for p in [getattr(unit, kind)]}.values():
-                users = [unit for unit in (*self.resident, *self.units) if getattr(unit, kind) is place]
-                if kind == "place":
-                    size = max(sum(flat.layout.size for flat in unit.flats) for unit in users)
-                    place.buffer = torch.zeros(size, dtype=users[0].spec.dtype, device=self.device)
-                elif not self.whole:
-                    size = max(sum(flat.layout.size for flat in unit.flats if flat.trains) for unit in users)
-                    place.buffer = torch.zeros(size, dtype=self.master_dtype, device=self.device)
         for unit in (*self.resident, *self.units):
+            unit.place.size = max(unit.place.size, sum(flat.layout.size for flat in unit.flats))
+        for unit in (*self.resident, *self.units):
+            if unit.place.buffer is None:
+                unit.place.buffer = torch.zeros(unit.place.size, dtype=unit.spec.dtype, device=self.device)
             sizes = [flat.layout.size for flat in unit.flats]
             wholes = unit.place.buffer[: sum(sizes)].split(sizes)
             unit.views = [pair for flat, whole in zip(unit.flats, wholes) for pair in _pairs(flat, whole)]
-            at = 0
-            for number, flat in enumerate(unit.flats):
-                if not flat.trains:
-                    continue
-                if self.whole:
-                    unit.slopes[number] = torch.zeros(flat.layout.size, dtype=self.master_dtype, device=self.device)
-                else:
-                    unit.slopes[number] = unit.gradients.buffer[at : at + flat.layout.size]
-                    at += flat.layout.size
             unit.detach()
 
     @property
@@ -265,29 +260,31 @@ class Sharded:
         """Whether parameters keep their own `grad`: nothing is divided or converted."""
         return not self.is_divided and not any(self._has_copy(flat) for flat in self.flats if flat.trains)
 
-    def _hook_gradients(self, unit: Unit, number: int) -> None:
-        flat = unit.flats[number]
+    def _hook_gradients(self, flat: Flat) -> None:
         if not flat.trains:
             return
-        if not self.is_divided and not self._has_copy(flat):
-            # Nothing is gathered or converted: gradients accumulate where they stay.
+        if self.keeps_gradients:
             for parameter, view in _pairs(flat, flat.gradient):
                 parameter.grad = view
             return
-        for place, (parameter, slot) in enumerate(zip(flat.parameters, flat.layout.slots)):
-            parameter.grad = None
-            parameter.register_post_accumulate_grad_hook(self._collector(unit, number, place, slot))
-
-    def _collector(self, unit: Unit, number: int, place: int, slot: Any) -> Callable[[nn.Parameter], None]:
         # Parameters keep their hooks alive: through references to what holds the parameters, nothing would ever go.
-        own, unit_ref = weakref.ref(self), weakref.ref(unit)
+        own, flat_ref = weakref.ref(self), weakref.ref(flat)
 
-        def collect(parameter: nn.Parameter) -> None:
-            sharded = own()
-            if sharded is not None:
-                sharded._collect(unit_ref(), number, place, slot, parameter)
+        def hook_of(slot: Slot) -> Callable[[nn.Parameter], None]:
+            def hook(parameter: nn.Parameter) -> None:
+                sharded = own()
+                if sharded is not None and sharded.is_divided:
+                    sharded._start_backward()
+                elif sharded is not None:
+                    gradient, parameter.grad = parameter.grad, None
+                    total = flat_ref().gradient
+                    total[slot.start : slot.stop].view(slot.shape).add_(gradient.to(total.device))
 
-        return collect
+            return hook
+
+        for parameter, slot in zip(flat.parameters, flat.layout.slots):
+            parameter.grad = None
+            parameter.register_post_accumulate_grad_hook(hook_of(slot))
 
     # Numbers in and out
 
@@ -350,16 +347,18 @@ class Sharded:
             for span in flat.spans():
                 yield span.slot.name, span.start, source[span.offset : span.offset + span.stop - span.start]
 
-    def segments(self) -> Iterator[tuple[slice, bool, Tensor | None]]:
-        """(where in `master`, whether of matrices, the copy to write) that together are all that trains."""
+    def segments(self) -> Iterator[tuple[slice, Tensor, bool, Tensor | None]]:
+        """(where in `master`, the gradient there, whether of matrices, the copy to write): all that trains."""
         at = 0
         for flat in self.training:
-            split = flat.layout.decayed(flat.axis.index)
             copy = flat.weights if self._has_copy(flat) else None
-            for first, last, decayed in ((0, split, True), (split, flat.layout.part, False)):
-                if first < last:
-                    own = None if copy is None or copy.device != self.master.device else copy[first:last]
-                    yield slice(at + first, at + last), decayed, own
+            first = 0
+            for size, decayed in zip(_halves(flat), (True, False)):
+                own = slice(first, first + size)
+                if size:
+                    there = None if copy is None or copy.device != self.master.device else copy[own]
+                    yield slice(at + first, at + first + size), flat.gradient[own], decayed, there
+                first += size
             at += flat.layout.part
 
     @contextmanager
@@ -475,83 +474,86 @@ class Sharded:
         for unit in (*reversed(self.units), *self.resident):
             if unit.trains and not unit.passed and self.is_divided:
                 self._pass(unit)
+        self._drain()
+        self._flat = self._spare = None
         for unit in (*self.units, *self.resident):
-            self._drain(unit.gradients)
-            unit.gradients.owner = None
             unit.passed = False
         self._phase = FORWARD
-
-    def _collect(self, unit: Unit, number: int, place: int, slot: Any, parameter: nn.Parameter) -> None:
-        """Take the gradient of a parameter over."""
-        slope, parameter.grad = parameter.grad, None
-        flat = unit.flats[number]
-        if not self.is_divided:
-            flat.gradient[slot.start : slot.stop].view(slot.shape).add_(slope.to(flat.gradient.device))
-            return
-        self._start_backward()
-        self._take_gradients(unit)
-        target = unit.slopes[number][slot.start : slot.stop].view(slot.shape)
-        key = number * len(self.shapes) + place
-        if key in unit.arrived:
-            target.add_(slope)
-        else:
-            target.copy_(slope)
-            unit.arrived.add(key)
-
-    def _take_gradients(self, unit: Unit) -> None:
-        if unit.gradients.owner is not unit:
-            self._drain(unit.gradients)
-            unit.gradients.owner = unit
 
     def _pass(self, unit: Unit) -> None:
         """Send a unit's gradients off, unless they wait for the step's last micro-batch."""
         unit.passed = True
-        if self.whole and not self.last:
-            return
-        self._take_gradients(unit)
-        for number, flat in enumerate(unit.flats):
+        self._drain()
+        slopes = unit.slopes or self._room(unit)
+        for flat, whole in zip(unit.flats, slopes):
             if not flat.trains:
                 continue
-            slopes = unit.slopes[number]
-            for place, slot in enumerate(flat.layout.slots):
-                if number * len(self.shapes) + place not in unit.arrived:
-                    slopes[slot.start : slot.stop].zero_()
+            for parameter, slot in zip(flat.parameters, flat.layout.slots):
+                own = whole[slot.start : slot.stop].view(slot.shape)
+                if parameter.grad is not None:
+                    own.add_(parameter.grad) if unit.slopes else own.copy_(parameter.grad)
+                    parameter.grad = None
+                elif not unit.slopes:
+                    own.zero_()
             for gap in flat.layout.gaps:
-                slopes[gap].zero_()
-            self._reduce(unit.gradients, flat, slopes)
-        unit.arrived.clear()
+                whole[gap].zero_()
+        if self.whole and not self.last:
+            unit.slopes = slopes
+            return
+        unit.slopes = []
+        for flat, whole in zip(unit.flats, slopes):
+            if flat.trains:
+                self._reduce(flat, whole)
 
-    def _reduce(self, place: Place, flat: Flat, slopes: Tensor) -> None:
+    def _room(self, unit: Unit) -> list[Tensor]:
+        """For a unit's whole gradients: its own where they stay, otherwise what all units use in turn."""
+        sizes = [flat.layout.size if flat.trains else 0 for flat in unit.flats]
+        options = {"dtype": self.master_dtype, "device": self.device}
+        if self.whole:
+            return list(torch.empty(sum(sizes), **options).split(sizes))
+        if self._flat is None:
+            self._flat = torch.empty(self._largest(lambda flat: flat.layout.size), **options)
+        return list(self._flat[: sum(sizes)].split(sizes))
+
+    def _largest(self, size: Callable[[Flat], int]) -> int:
+        units = (*self.units, *self.resident)
+        return max(sum(size(flat) for flat in unit.flats if flat.trains) for unit in units)
+
+    def _reduce(self, flat: Flat, slopes: Tensor) -> None:
+        if flat.gradient is None:
+            flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
         direct = flat.fresh and flat.gradient.device == slopes.device
-        out = flat.gradient if direct else self._spare(place, flat.layout.part)
+        if not direct and self._spare is None:
+            size = self._largest(lambda flat: flat.layout.part)
+            self._spare = torch.empty(size, dtype=self.master_dtype, device=self.device)
+        out = flat.gradient if direct else self._spare[: flat.layout.part]
         work = None
         if flat.axis.size == 1:
             out.copy_(slopes)
         else:
             self.reduced_bytes += slopes.numel() * slopes.element_size()
             work = dist.reduce_scatter_tensor(out, slopes, group=flat.axis.reduce, async_op=True)
-        place.reducing.append((work, flat, None if direct else out))
+        self._reducing = work, flat, None if direct else out, slopes
         if direct:
             flat.fresh = False
 
-    def _spare(self, place: Place, size: int) -> Tensor:
-        """Room for the part of a unit's gradient that is added to what is there; a place sends one at a time."""
-        if place.spare is None:
-            users = [unit for unit in (*self.units, *self.resident) if unit.gradients is place]
-            largest = max(flat.layout.part for unit in users for flat in unit.flats if flat.trains)
-            place.spare = torch.empty(largest, dtype=self.master_dtype, device=self.device)
-        return place.spare[:size]
+    def _drain(self) -> None:
+        """Wait for the reduction that is under way."""
+        if self._reducing is None:
+            return
+        work, flat, out, _ = self._reducing
+        self._reducing = None
+        if work is not None:
+            work.wait()
+        if out is not None:
+            moved = out.to(flat.gradient.device)
+            flat.gradient.copy_(moved) if flat.fresh else flat.gradient.add_(moved)
+            flat.fresh = False
 
-    def _drain(self, place: Place) -> None:
-        """Wait for what a place still sends."""
-        for work, flat, out in place.reducing:
-            if work is not None:
-                work.wait()
-            if out is not None:
-                moved = out.to(flat.gradient.device)
-                flat.gradient.copy_(moved) if flat.fresh else flat.gradient.add_(moved)
-                flat.fresh = False
-        place.reducing = []
+    def _empty_gradient(self, flat: Flat) -> None:
+        flat.fresh = True
+        if not self.keeps_buffer:
+            flat.gradient = None
 
     def idle(self, *, backward: bool) -> None:
         """Take part in the collectives of a pass without one's own rows; `backward`: of a backward pass too."""
@@ -572,30 +574,54 @@ class Sharded:
 
     def zero_grad(self) -> None:
         """Begin a step."""
-        if not self.is_divided:
-            self.gradient.zero_()
         for flat in self.training:
-            flat.fresh = True
+            if not self.is_divided:
+                flat.gradient.zero_()
+            self._empty_gradient(flat)
         for unit in (*self.units, *self.resident):
-            unit.arrived.clear()
+            unit.slopes = []
+            for parameter in (p for flat in unit.flats for p in flat.parameters if self.is_divided):
+                parameter.grad = None
 
     def finish(self) -> None:
         """The step's last backward is done: sum the gradients over the copies of the model."""
         for flat in self.training:
             if self.is_divided and flat.fresh:
+                if flat.gradient is None:
+                    flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
                 flat.gradient.zero_()
-        if self.mesh.replicate.size > 1 and self.gradient.numel():
-            gradient = self.gradient.to(self.device)
+                flat.fresh = False
+        if self.mesh.replicate.size == 1:
+            return
+        for flat in self.training:
+            gradient = flat.gradient.to(self.device)
+            self.replicated_bytes += gradient.nbytes
             dist.all_reduce(gradient, group=self.mesh.replicate.group)
-            if gradient is not self.gradient:
-                self.gradient.copy_(gradient)
+            if gradient is not flat.gradient:
+                flat.gradient.copy_(gradient)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """This rank's parts of the gradient, of each flat in `training`, between `finish` and `zero_grad`."""
+        return [flat.gradient for flat in self.training]
+
+    def gradient(self) -> Tensor:
+        """A copy of them that stands like `master`."""
+        return torch.cat(self.gradients) if self.training else self.master.clone()
 
     def norm(self, buffer: Tensor | None = None) -> float:
         """Euclidean norm over all ranks of a buffer that stands like `master`; default: of the gradient."""
-        buffer = self.gradient if buffer is None else buffer
-        if not buffer.numel():
+        if not self.master.numel():
             return 0.0
-        own = torch.stack([p.norm() for where, _, _ in self.segments() for p in buffer[where].split(NORM_CHUNK)])
+        pieces = self.gradients if buffer is None else buffer.split([flat.layout.part for flat in self.training])
+        own = torch.stack(
+            [
+                chunk.norm()
+                for flat, piece in zip(self.training, pieces)
+                for part in piece.split([n for n in _halves(flat) if n])
+                for chunk in part.split(NORM_CHUNK)
+            ]
+        )
         if not self.is_divided:
             return float(own.norm())
         total = own.double().square().sum().to(self.device)
@@ -606,6 +632,12 @@ class Sharded:
 def _pairs(flat: Flat, whole: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     views = flat.layout.views(whole)
     return [(parameter, views[slot.name]) for parameter, slot in zip(flat.parameters, flat.layout.slots)]
+
+
+def _halves(flat: Flat) -> tuple[int, int]:
+    """Elements of this rank's part that belong to matrices, and to vectors."""
+    matrices = flat.layout.decayed(flat.axis.index)
+    return matrices, flat.layout.part - matrices
 
 
 def _merged(units: Sequence[UnitSpec]) -> list[UnitSpec]:

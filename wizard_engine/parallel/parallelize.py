@@ -63,7 +63,7 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
         raise ValueError(f"model: expected one with blocks to divide over {mesh.shard.size} ranks, got {type(model)}")
     for block in blocks:
         recompute_block(block, sharding.recompute)
-    specs = _specs(model, body, dtype) if blocks else [UnitSpec("all", dict(model.named_parameters()), dtype)]
+    specs = unit_specs(model, body, dtype) if blocks else [UnitSpec("all", dict(model.named_parameters()), dtype)]
     engine = Sharded(
         model, specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer
     )  # fmt: skip
@@ -78,7 +78,7 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     return model
 
 
-def _specs(model: nn.Module, body: nn.Module, dtype: torch.dtype) -> list[UnitSpec]:
+def unit_specs(model: nn.Module, body: nn.Module, dtype: torch.dtype) -> list[UnitSpec]:
     """Units in the order of the forward pass."""
     names = {id(p): name for name, p in model.named_parameters()}
 
@@ -170,6 +170,7 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
 
 def _weight_test(engine: Sharded):
     """Whether a tensor's memory holds gathered or resident parameters."""
-    places = {unit.place.buffer.untyped_storage().data_ptr() for unit in (*engine.units, *engine.resident)}
+    buffers = [unit.place.buffer for unit in (*engine.units, *engine.resident)]
+    places = {buffer.untyped_storage().data_ptr() for buffer in buffers if buffer is not None}
     places |= {flat.weights.untyped_storage().data_ptr() for flat in engine.flats}
     return lambda tensor: tensor.untyped_storage().data_ptr() in places
