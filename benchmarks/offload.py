@@ -1,13 +1,16 @@
-"""AdamW in host memory: csrc's one pass against torch's fused kernel with the passes that it needs around it.
+"""AdamW in host memory: csrc's one pass against the kernels of torch and DeepSpeed with the passes they need around.
 
     python -m benchmarks.offload --parameters 33554432 --repeats 15
 
-Each takes bf16 gradients of the last micro-batch and fp32 ones that were accumulated, updates fp32 weights and moments,
-and gives weights in bf16. Variants take turns; times are medians [20th, 80th percentile], the ratio that of each turn.
+DeepSpeed takes part where it is installed. Each takes bf16 gradients of the last micro-batch and fp32 ones that were
+accumulated, updates fp32 weights and moments, and gives weights in bf16. Variants take turns; times are medians [20th,
+80th percentile], ratios those of each turn to csrc at the widest level. `--stagger` moves the buffers apart by so many
+elements.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -19,13 +22,41 @@ OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.
 BYTES = 8 * 4 + 2 + 2
 
 
-def buffers(size: int) -> dict[str, torch.Tensor]:
+def buffers(size: int, stagger: int) -> dict[str, torch.Tensor]:
     """Weights, moments, gradients."""
     generator = torch.Generator().manual_seed(0)
-    found = {name: torch.randn(size, generator=generator) for name in ("master", "exp_avg", "accumulated")}
-    found["exp_avg_sq"] = torch.rand(size, generator=generator)
-    found["gradient"] = torch.randn(size, generator=generator).bfloat16()
-    return found | {"copy": torch.empty(size, dtype=torch.bfloat16)}
+
+    def placed(number: int, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values.new_zeros(number * stagger), values])[number * stagger :]
+
+    names = ("master", "exp_avg", "accumulated")
+    found = {name: placed(i, torch.randn(size, generator=generator)) for i, name in enumerate(names)}
+    found["exp_avg_sq"] = placed(3, torch.rand(size, generator=generator))
+    found["gradient"] = placed(4, torch.randn(size, generator=generator).bfloat16())
+    return found | {"copy": placed(5, torch.empty(size, dtype=torch.bfloat16))}
+
+
+def deepspeed(t: dict[str, torch.Tensor], wide: torch.Tensor) -> Callable[[], None] | None:
+    """DeepSpeed's kernel with the same passes around; None where it is not installed."""
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    except ImportError:
+        return None
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    inner = DeepSpeedCPUAdam([parameter], lr=OPTIONS["lr"], adamw_mode=True)
+    kernel, number = inner.ds_opt_adam, inner.opt_id
+
+    def step(_keep: object = inner) -> None:
+        wide.copy_(t["gradient"])
+        wide.add_(t["accumulated"])
+        kernel.adam_update(
+            number, 10, OPTIONS["lr"], *OPTIONS["betas"], OPTIONS["epsilon"], OPTIONS["weight_decay"], True,
+            t["master"], wide, t["exp_avg"], t["exp_avg_sq"],
+        )  # fmt: skip
+        t["accumulated"].zero_()
+        t["copy"].copy_(t["master"])
+
+    return step
 
 
 def fused(t: dict[str, torch.Tensor], count: torch.Tensor, wide: torch.Tensor) -> None:
@@ -50,11 +81,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=2**25)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--stagger", type=int, default=0)
     options = parser.parse_args()
-    t, count = buffers(options.parameters), torch.tensor(10.0)
+    t, count = buffers(options.parameters, options.stagger), torch.tensor(10.0)
     wide = torch.empty(options.parameters)
     names = LEVELS[: LEVELS.index(widest_level()) + 1]
     calls = {"torch fused": lambda: fused(t, count, wide)}
+    theirs = deepspeed(t, wide)
+    if theirs is not None:
+        calls["deepspeed"] = theirs
     calls |= {
         f"csrc {level}": lambda level=level: offloaded_adamw(
             t["master"], t["exp_avg"], t["exp_avg_sq"], t["gradient"], accumulated=t["accumulated"], copy=t["copy"],
@@ -73,12 +108,12 @@ def main() -> None:
     about = environment()
     print(f"{about['hardware']}, {about['threads']} threads, torch {about['torch']}, commit {about['commit']}")
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(seconds["torch fused"], times)]
+        ratios = [a / b for a, b in zip(times, seconds[f"csrc {names[-1]}"])]
         rate = BYTES * options.parameters / quantile(times, 0.5) / 1e9
         print(
             f"{name:14} P={options.parameters}  {1e3 * quantile(times, 0.5):7.1f} ms "
             f"[{1e3 * quantile(times, 0.2):.1f}, {1e3 * quantile(times, 0.8):.1f}]  {rate:5.1f} GB/s of the one pass  "
-            f"{quantile(ratios, 0.5):.2f}x torch [{quantile(ratios, 0.2):.2f}, {quantile(ratios, 0.8):.2f}]"
+            f"{quantile(ratios, 0.5):.2f}x as long [{quantile(ratios, 0.2):.2f}, {quantile(ratios, 0.8):.2f}]"
         )
 
 

@@ -15,6 +15,8 @@
 
 namespace {
 
+constexpr int64_t kBlock = 2048;
+
 struct Numbers {
     float scale, beta, beta_sq, rest, rest_sq, decay, rate, root, epsilon;
 };
@@ -49,20 +51,29 @@ inline __attribute__((always_inline)) void update(const Buffers& b, const Number
     uint16_t* __restrict__ copy = b.copy;
     const float* __restrict__ full = static_cast<const float*>(b.gradient);
     const uint16_t* __restrict__ half = static_cast<const uint16_t*>(b.gradient);
-    for (int64_t i = first; i < last; ++i) {
-        float slope = kHalf ? widened(half[i]) : full[i];
-        if (kAccumulated) {
-            slope += accumulated[i];
-            accumulated[i] = 0.0f;
+    // A block goes through three short loops that stay in the first cache: each has two or three streams, where one
+    // loop would have ten, more than the processor prefetches well.
+    float slopes[kBlock];
+    for (int64_t start = first; start < last; start += kBlock) {
+        const int64_t count = last - start < kBlock ? last - start : kBlock;
+        for (int64_t j = 0; j < count; ++j) {
+            float slope = kHalf ? widened(half[start + j]) : full[start + j];
+            if (kAccumulated) {
+                slope += accumulated[start + j];
+                accumulated[start + j] = 0.0f;
+            }
+            slopes[j] = slope * n.scale;
         }
-        slope *= n.scale;
-        const float mean = n.beta * exp_avg[i] + n.rest * slope;
-        const float square = n.beta_sq * exp_avg_sq[i] + n.rest_sq * (slope * slope);
-        const float value = master[i] * n.decay - n.rate * mean / (std::sqrt(square) * n.root + n.epsilon);
-        exp_avg[i] = mean;
-        exp_avg_sq[i] = square;
-        master[i] = value;
-        if (kCopy) copy[i] = rounded(value);
+        for (int64_t j = 0; j < count; ++j) {
+            const int64_t i = start + j;
+            const float mean = n.beta * exp_avg[i] + n.rest * slopes[j];
+            const float square = n.beta_sq * exp_avg_sq[i] + n.rest_sq * (slopes[j] * slopes[j]);
+            master[i] = master[i] * n.decay - n.rate * mean / (std::sqrt(square) * n.root + n.epsilon);
+            exp_avg[i] = mean;
+            exp_avg_sq[i] = square;
+        }
+        if (kCopy)
+            for (int64_t j = 0; j < count; ++j) copy[start + j] = rounded(master[start + j]);
     }
 }
 

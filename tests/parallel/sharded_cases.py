@@ -16,7 +16,7 @@ from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import dpo_loss, policy_loss, process_loss, ranking_loss, sft_loss, value_loss
 from wizard_engine.model import ModelConfig, Routes, ScoringModel, Transformer
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced, parallelize, sharded
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced, parallelize, recompute, sharded
 
 BASE = ModelConfig(
     vocab_size=61, width=24, layers=3, heads=3, kv_heads=1, head_width=8, ffn_width=20, init_std=0.3, tied=False
@@ -171,6 +171,8 @@ def compare(kind, config, mesh, sharding, freeze=""):
                 worst["gradient"] = max(worst["gradient"], error)
             engine.master.add_(engine.gradient(), alpha=-LR)
             engine.publish()
+    for model in models:
+        assert not sharding.offload_activations or model._offload.moved_bytes > 10_000
     finals = built(kind, config, freeze)
     plain_steps(kind, finals, config)
     for model, final in zip(models, finals):
@@ -187,17 +189,18 @@ def cases(world):
     for layout, kind, model in itertools.product(LAYOUTS[world], LOSSES, ("dense", "mixture")):
         found[f"{layout}, {kind}, {model}"] = (kind, model, layout, Sharding(), "")
     divided = [name for name in LAYOUTS[world] if not name.startswith("replicas")]
-    for layout, model, recompute in itertools.product(divided, MODELS, ("none", "selective", "full")):
+    for layout, model, again in itertools.product(divided, MODELS, ("none", "selective", "full")):
         for accumulate in ("sharded", "whole"):
-            sharding = Sharding(recompute=recompute, accumulate=accumulate)
-            found[f"{layout}, sft, {model}, {recompute}, {accumulate}"] = ("sft", model, layout, sharding, "")
+            sharding = Sharding(recompute=again, accumulate=accumulate)
+            found[f"{layout}, sft, {model}, {again}, {accumulate}"] = ("sft", model, layout, sharding, "")
     for layout, freeze, model in itertools.product(LAYOUTS[world], ("first", "norms"), MODELS):
         found[f"{layout}, sft, {model}, frozen {freeze}"] = ("sft", model, layout, Sharding(recompute="full"), freeze)
     for layout in LAYOUTS[world]:
         found[f"{layout}, process, dense, frozen body"] = ("process", "dense", layout, Sharding(), "body")
         found[f"{layout}, ppo, tied mixture, full"] = ("ppo", "tied mixture", layout, Sharding(recompute="full"), "")
-        kept = Sharding(offload_activations=True, offload_optimizer=True)
-        found[f"{layout}, sft, mixture, kept in host memory"] = ("sft", "mixture", layout, kept, "")
+        for again in ("none", "selective", "full"):
+            kept = Sharding(offload_activations=True, offload_optimizer=True, recompute=again)
+            found[f"{layout}, sft, mixture, kept in host memory, {again}"] = ("sft", "mixture", layout, kept, "")
     return found
 
 
@@ -235,6 +238,8 @@ def main(out):
     """Run every case of this world and write what was found."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
+    # These tensors are small: all of them are kept in host memory where any is.
+    recompute.LEAST_BYTES = 1
     found = {}
     meshes = {name: make_mesh(options, rt) for name, options in LAYOUTS[rt.world_size].items()}
     for name, (kind, model, layout, sharding, freeze) in cases(rt.world_size).items():
