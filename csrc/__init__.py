@@ -33,6 +33,7 @@ _SIGNATURES = {
         _int64,
         (_pointer,) * 5 + (_int32, _pointer, _int64) + (_double,) * 5 + (_int64, _double, _int32, _int32),
     ),
+    "wizard_write": (_int64, (_int32, _pointer, _pointer, _int64, _pointer)),
     "wizard_clusters": (_int64, (_pointer,) * 4 + (_int64,) * 3 + (ctypes.c_double, _pointer)),
 }
 

@@ -1,8 +1,10 @@
 """Saving and loading checkpoints of a run directory, by one rank or by many."""
 
 import json
+import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -32,6 +34,7 @@ PARTIAL, REPLACED = ".partial_", ".replaced_"
 Groups = Mapping[str, Mapping[str, Part | Tensor]]
 POLL_SECONDS = 0.01
 GRACE_SECONDS = 5.0
+NICE = 19
 
 
 def save(directory: Path, step: int, *, tensors: Groups, state: Mapping[str, Any], keep_last: int = 2) -> Path:
@@ -117,6 +120,11 @@ class Saver:
                 shown = error if error is not None and self.runtime.world_size == 1 else None
                 raise OSError(getattr(shown, "errno", None) or 5, text)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint of this rank is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self) -> None:
         """Let a checkpoint that is being written come to its end, without the other ranks."""
         self._closing = True
@@ -142,6 +150,7 @@ class Saver:
 
     def _work(self, step: int, partial: Path, parts: Mapping[str, Part], listed: Mapping[str, Any], state: Any) -> None:
         """The thread: this rank's file, and on rank 0 the rest."""
+        _yield_to_others()
         final = self.folder / f"step_{step:08d}"
         note = partial / f"{file_name(self.runtime.rank)}.json"
         try:
@@ -194,6 +203,12 @@ class Saver:
         if "error" in found:
             raise OSError(f"rank {rank}: {found['error']}")
         return found
+
+
+def _yield_to_others() -> None:
+    """Let this thread run where the training's threads leave the processors idle; Linux has a priority per thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def _described(part: Part | Tensor) -> dict[str, Any]:
