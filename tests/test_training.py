@@ -171,3 +171,25 @@ def test_blame_names_the_first_token_that_is_not_finite():
     fine, bad = torch.tensor([-1.0, 0.0]), torch.tensor([-1.0, -2.0, -math.inf, math.nan])
     assert blame([fine, bad]) == ", micro-batch 1 token 2: log-probability -inf"
     assert blame([fine]) == "" and blame([]) == ""
+
+
+def test_spikes_are_skipped_counted_and_limited(tmp_path):
+    def leap(loss):
+        return loss * 50
+
+    _, run = train(tmp_path / "a", epochs=40, max_steps=60, spike=6.0, at={45: leap, 50: leap}, lr=1e-3)
+    lines = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    assert run.skipped == 2 and [line["skipped"] for line in lines[44:51]] == [0, 1, 1, 1, 1, 1, 2]
+    with pytest.raises(ValueError, match=r"test: step 50: .*more than 1 steps were spikes"):
+        train(tmp_path / "b", epochs=40, max_steps=60, spike=6.0, at={45: leap, 50: leap}, lr=1e-3, max_skipped=1)
+    assert train(tmp_path / "c", epochs=40, max_steps=60, at={45: leap}, lr=1e-3)[1].skipped == 0
+
+
+def test_spikes_after_a_resume_are_those_of_no_resume(tmp_path):
+    options = {"epochs": 40, "max_steps": 60, "spike": 6.0, "lr": 1e-3, "save_every": 20}
+    leaps = {45: lambda loss: loss * 50}
+    whole, _ = train(tmp_path / "whole", at=leaps, **options)
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", at={42: kill}, **options)
+    resumed, run = train(tmp_path / "cut", at=leaps, **options)
+    assert run.skipped == 1 and same(whole, resumed) and numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
