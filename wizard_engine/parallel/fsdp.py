@@ -59,7 +59,7 @@ class Flat:
 
     weights: this rank's part in the compute dtype.   master, gradient: in the master dtype, of those that train; the
     gradient of a divided one takes memory from its first reduction of a step to the next step.
-    fresh: the next reduction is the first of the step.
+    fresh: the next reduction is the first of the step.   staged: weights in host memory, on their way to the device.
     """
 
     layout: Layout
@@ -71,6 +71,7 @@ class Flat:
     master: Tensor | None = None
     gradient: Tensor | None = None
     fresh: bool = True
+    staged: Tensor | None = None
 
     def spans(self) -> Iterator[Span]:
         """This rank's part of each parameter."""
@@ -226,6 +227,8 @@ class Sharded:
             copy = torch.zeros(sum(flat.layout.part for flat in own), dtype=dtype, device=self.device)
             for flat, piece in zip(own, copy.split([flat.layout.part for flat in own])):
                 flat.weights = piece
+                if pinned and dtype == torch.bfloat16:
+                    flat.staged = torch.zeros(piece.shape, dtype=dtype, pin_memory=True)
             self.copies.append(copy)
         for flat in self.flats:
             if not flat.trains:
@@ -311,8 +314,8 @@ class Sharded:
     def updated(self) -> None:
         """The masters have changed, and those copies with them that `segments` gave."""
         for flat in self.training:
-            if self._has_copy(flat) and flat.weights.device != flat.master.device:
-                flat.weights.copy_(flat.master, non_blocking=True)
+            if flat.weights.device != flat.master.device:
+                flat.weights.copy_(flat.master if flat.staged is None else flat.staged, non_blocking=True)
         self.forget()
 
     def forget(self) -> None:
@@ -351,12 +354,13 @@ class Sharded:
         """(where in `master`, the gradient there, whether of matrices, the copy to write): all that trains."""
         at = 0
         for flat in self.training:
-            copy = flat.weights if self._has_copy(flat) else None
+            same = flat.weights.device == self.master.device
+            copy = (flat.weights if same else flat.staged) if self._has_copy(flat) else None
             first = 0
             for size, decayed in zip(_halves(flat), (True, False)):
                 own = slice(first, first + size)
                 if size:
-                    there = None if copy is None or copy.device != self.master.device else copy[own]
+                    there = None if copy is None else copy[own]
                     yield slice(at + first, at + first + size), flat.gradient[own], decayed, there
                 first += size
             at += flat.layout.part
