@@ -100,13 +100,16 @@ class Traffic(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.gathered = self.reduced = self.replicated = 0
+        self.order = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         if name == "_allgather_base_":
             self.gathered += args[0].nbytes
+            self.order.append(("gather", args[0].numel()))
         elif name == "_reduce_scatter_base_":
             self.reduced += args[1].nbytes
+            self.order.append(("reduce", args[1].numel()))
         elif name == "allreduce_":
             self.replicated += sum(tensor.nbytes for tensor in args[0])
         return func(*args, **(kwargs or {}))
@@ -128,6 +131,25 @@ def test_bytes_moved_are_those_of_the_closed_form(name, recompute, accumulate, m
         sharded(model).updated()
     assert sharded(model).gathered_bytes == 2 * expected.gathered
     assert sharded(model).reduced_bytes == 2 * expected.reduced
+
+
+def test_next_unit_is_asked_for_before_this_one_computes_and_before_gradients_leave():
+    _, _, model = simulated(MODELS["untied"], 8, Sharding(dtype="bfloat16"))
+    with Traffic() as traffic, use_backend("triton"):
+        step(model, 64)
+    sizes = {unit.flats[0].layout.size: unit.spec.name.partition(".")[0] for unit in sharded(model).units}
+    found = [f"{kind} {sizes[size]}" for kind, size in traffic.order]
+    forward = ["gather embedding", *["gather blocks"] * 4, "gather head"]
+    # The last block is still there; the third is asked for before the head's gradients leave, and so on.
+    backward = ["gather blocks", "reduce head", *["gather blocks", "reduce blocks"] * 2, *["reduce blocks"] * 2]
+    assert found == [*forward, *backward, "reduce embedding"]
+    # While a unit computes, the next one is under way.
+    engine, seen = sharded(model), []
+    for number, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, n=number: seen.append((n, engine.units[n + 2].place.owner.index)))
+    with use_backend("triton"):
+        step(model, 64)
+    assert seen == [(0, 2), (1, 3), (2, 4), (3, 5)]
 
 
 def test_copies_alone_move_their_sum_and_nothing_else():
