@@ -24,9 +24,9 @@ class MeshOptions:
     dp_shard: int | None = None
     """Ranks that divide the parameters, gradients and optimizer state of one copy; default: all that are left."""
     tp: int = 1
-    """Ranks that divide each matrix."""
+    """Ranks that divide each matrix; 1 until there is tensor parallelism."""
     ep: int = 1
-    """Ranks that divide the experts of a layer."""
+    """Ranks that divide the experts of a layer; 1 until there is expert parallelism."""
     timeout_seconds: float = 600.0
     """Longest wait for the other ranks in one collective, seconds."""
 
