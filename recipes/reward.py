@@ -19,7 +19,7 @@ from wizard_engine.data.samples import Pair, encode_all, fitting_pair, read_pair
 from wizard_engine.loss import process_loss, ranking_loss
 from wizard_engine.model import Routes, ScoringModel
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
-from wizard_engine.recipe import finish_stage, launch, open_stage, sample_limit, scoring_start, write_model
+from wizard_engine.recipe import check_rows, finish_stage, launch, open_stage, sample_limit, scoring_start, write_model
 from wizard_engine.rollout.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
@@ -89,6 +89,7 @@ def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit
         return fitting_pair(pair, cfg.training.pack_tokens)
 
     pairs, rejected = read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
+    check_rows(rt, "reward", (side for pair in pairs for side in (pair.chosen, pair.rejected)))
     train, test = _split(pairs, cfg.held_out, cfg.seed)
     lengths = [pair.length for pair in train]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward instruction", quiet=cfg.quiet)
@@ -135,6 +136,7 @@ def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: in
     rejects = cfg.out / "rejects.jsonl"
     rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
     items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
+    check_rows(rt, "reward", (sample for sample, _, _ in items))
     train, test = _split(items, cfg.held_out, cfg.seed)
     lengths = [len(sample.tokens) - 1 for sample, _, _ in train]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward process", quiet=cfg.quiet)

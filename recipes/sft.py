@@ -15,7 +15,7 @@ from wizard_engine.data.samples import read_samples
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import Routes
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
-from wizard_engine.recipe import finish_stage, language_model, launch, open_stage, sample_limit, write_model
+from wizard_engine.recipe import check_rows, finish_stage, language_model, launch, open_stage, sample_limit, write_model
 from wizard_engine.training import Run, Training, num_supervised
 
 
@@ -62,6 +62,7 @@ def main(cfg: Config) -> dict:
         cfg.data, tokenizer, kind=cfg.kind, max_length=sample_limit(cfg.max_length, model.config, cfg.training),
         on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl",
     )  # fmt: skip
+    check_rows(rt, "sft", samples)
     if cfg.audit:
         audit.check_supervised(model, samples, tokenizer, quiet=cfg.quiet or not rt.is_main)
     lengths = [len(sample.tokens) - 1 for sample in samples]

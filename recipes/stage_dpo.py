@@ -20,7 +20,7 @@ from wizard_engine.loss import dpo_loss
 from wizard_engine.model import Routes
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.preferences import ReferenceCache, order_slices
-from wizard_engine.recipe import finish_stage, language_model, launch, open_stage, sample_limit, write_model
+from wizard_engine.recipe import check_rows, finish_stage, language_model, launch, open_stage, sample_limit, write_model
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
 
@@ -83,6 +83,7 @@ def main(cfg: Config) -> dict:
         on_error=cfg.on_error,
         rejects=cfg.out / "rejects.jsonl",
     )
+    check_rows(rt, "stage_dpo", (side for pair in pairs for side in (pair.chosen, pair.rejected)))
     slices = order_slices(pairs, cfg.slices, cfg.order, cfg.seed)
     normalise = cfg.length_normalised or cfg.variant == "ipo"
     cache = ReferenceCache(cfg.out / "reference", tokenizer.fingerprint, normalise)

@@ -1,10 +1,11 @@
 """What recipes share around their loop: stages opened from a configuration, work of the main rank, models by name."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from .config import cli
+from .data.chat import Sample
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .model import (
     PRESETS,
@@ -221,6 +223,17 @@ def write_model(
         save_divided(model, path, runtime, tokenizer=tokenizer, extra=extra)
     else:
         on_main(runtime, lambda: save_model(model, tokenizer, path, extra=extra) and None)
+
+
+def check_rows(runtime: Runtime, name: str, samples: Iterable[Sample]) -> None:
+    """ValueError on every rank unless all of them have read the same tokens and loss weights."""
+    if runtime.world_size == 1:
+        return
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.tokens.tobytes())
+        digest.update(sample.weights.tobytes())
+    check_same(runtime, f"{name}: tokens of the rows", digest.hexdigest()[:16])
 
 
 def sample_limit(max_length: int | None, config: ModelConfig, training: Training) -> int:

@@ -44,6 +44,15 @@ training.Run.update = update
 if HOW == "rows" and int(os.environ["RANK"]) == RANK:
     at = sys.argv.index("--data") + 1
     sys.argv[at] = str(Path(sys.argv[at]).with_name("other.jsonl"))
+if HOW == "tokens" and int(os.environ["RANK"]) == RANK:
+    read = sft.read_samples
+
+    def read_other(*args, **options):
+        samples, rejected = read(*args, **options)
+        samples[3].tokens[1] += 1
+        return samples, rejected
+
+    sft.read_samples = read_other
 if HOW == "options" and int(os.environ["RANK"]) == RANK:
     sys.argv += ["--training.lr", "0.5"]
 recipe.launch(sft.main, sft.Config)

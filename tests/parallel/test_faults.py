@@ -124,6 +124,7 @@ def test_rank_that_a_collective_waits_for_is_named(root, tmp_path, how, text):
     [
         ("rows", r"[rank 1/2] sft: configuration: expected the same on every rank"),
         ("options", r"[rank 1/2] sft: configuration: expected the same on every rank"),
+        ("tokens", r"[rank 1/2] sft: tokens of the rows: expected the same on every rank"),
     ],
 )
 def test_rank_with_other_options_or_files_is_named_before_the_first_step(root, tmp_path, how, text):
