@@ -10,6 +10,7 @@ in one step of each: parameters, gradients, moments, gathered buffers and activa
 import argparse
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -164,9 +165,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, default=None, help="append a line with everything measured")
     options = parser.parse_args()
-    out = Path(f"/tmp/sharded_{os.getpid()}.json")
-    found = measure(options, out)
-    out.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder, "found.json"))
     about = environment()
     print(f"{about['hardware']}, {options.ranks} ranks of one thread, torch {about['torch']}, commit {about['commit']}")
     ours, theirs = found["seconds"]["this engine"], found["seconds"]["fully_shard"]
