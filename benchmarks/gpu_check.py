@@ -196,16 +196,21 @@ def mixture_shares(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def train(out: Path, seconds: float) -> int:
-    """One training step of the 7B shapes."""
+    """Training steps of the 7B shapes, with and without recomputation as time allows, and a trace of the first."""
     from benchmarks import train_step
 
-    found = train_step.run(_device())
-    append(out / "train.jsonl", gpu_timing.environment(_device()) | found)
-    text = (
-        f"{found['layers']} layers, {found['tokens_per_second']:,.0f} tokens/s, {found['mfu']:.1%} MFU, "
-        f"{found['peak_memory_gib']:.1f} GiB"
-    )
-    print(f"{NOTE}{text}")
+    began, device = time.monotonic(), _device()
+    for number, (recompute, lengths) in enumerate(train_step.CASES):
+        if number and (time.monotonic() - began) * (number + 1) / number > seconds:
+            print(f"{NOTE}{len(train_step.CASES) - number} cases left out for lack of time")
+            break
+        trace = None if number else out / "train_step.trace.json"
+        found = train_step.run(device, recompute=recompute, lengths=lengths, trace=trace)
+        append(out / "train.jsonl", gpu_timing.environment(device) | found)
+        print(
+            f"{NOTE}recomputation {recompute}: {found['layers']} layers, {found['tokens_per_second']:,.0f} tokens/s, "
+            f"{found['mfu']:.1%} MFU, {found['peak_memory_gib']:.1f} GiB"
+        )
     return 0
 
 
@@ -334,13 +339,9 @@ def _rows_text(rows: Sequence[dict]) -> list[str]:
 
 
 def _train_text(row: dict) -> str:
-    times = ", ".join(f"{name} {1e3 * value['p50']:.0f} ms" for name, value in row["seconds"].items())
-    return (
-        f"## Training step\n\n7B shapes, {row['layers']} of {row['layers_of_preset']} layers, {row['tokens']} tokens "
-        f"in {row['documents']} documents, bf16: {row['tokens_per_second']:,.0f} tokens/s, {row['tflops']:.0f} "
-        f"TFLOP/s, MFU {row['mfu']:.1%} of {row['peak_tflops']:.0f} TFLOP/s (3 x forward operations, documents apart, "
-        f"nothing recomputed), peak {row['peak_memory_gib']:.1f} GiB; {times}"
-    )
+    from benchmarks import train_step
+
+    return f"## Training step\n\n{train_step.text_of(row)}"
 
 
 def default_out(name: str, date: datetime.date, folder: Path) -> Path:

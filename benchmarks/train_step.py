@@ -1,72 +1,66 @@
-"""One training step of the 7B shapes in bf16 on one GPU, with as many layers as fit: tokens/s, MFU, peak memory.
+"""A supervised training step of the 7B shapes in bf16 on one GPU, with as many layers as fit: tokens/s, MFU, memory.
 
-Forward over a packed row of documents, log-probabilities of the targets, backward, AdamW with an fp32 master copy. bf16
-parameters and gradients and fp32 master and moments take 16 bytes a parameter. How many layers fit follows from the
-peaks of models with one and with two layers.
+    python -m benchmarks.train_step --recompute full --sequences 4
+    python -m benchmarks.train_step --recompute none --sequences 1 --trace step.json
 
-    MFU = 3 sum_i len_i flops_per_token(len_i) / seconds / peak
+The engine's own step: forward over packed sequences, log-probabilities of the targets, backward, clip, AdamW with fp32
+masters, gradients and moments (18 bytes a parameter). How many layers fit follows from the peaks of models with one and
+with two layers.
+
+    MFU = 3 sum_i len_i flops_per_token(len_i) / seconds / peak, recomputation not counted
 """
 
+import argparse
 import gc
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.gpu_timing import spread
-from kernels.adamw import adamw
 from wizard_engine.loss import sft_loss
 from wizard_engine.model.config import PRESETS, ModelConfig
 from wizard_engine.model.transformer import Transformer
+from wizard_engine.optim import AdamW
+from wizard_engine.parallel import Sharding, parallelize
+from wizard_engine.parallel.mesh import Mesh
 from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token, peak_flops
 
 DOCUMENTS = (3900, 2700, 2100, 1700, 1400, 1100, 900, 700, 550, 430, 330, 240, 170, 110, 44, 10)
 # Share of the memory that the estimate fills: allocations do not pack without gaps.
-FILLED = 0.93
-NUMBERS = {"lr": 1e-5, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.1}
+FILLED = 0.97
+SEQUENCE = 4096
+LR, CLIP = 1e-5, 1.0
+# Recomputation and lengths of what gpu_check measures, the most telling first.
+CASES = (("full", (SEQUENCE,) * 4), ("none", (SEQUENCE,)), ("none", DOCUMENTS))
 
 
 @dataclass
 class State:
-    """A model whose parameters and gradients are views of flat buffers, with fp32 master and moments."""
+    """A model that computes in bf16, and its optimizer."""
 
     model: Transformer
-    parameters: Tensor
-    gradients: Tensor
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: int = 0
+    optimizer: AdamW
 
 
-def build(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> State:
+def build(config: ModelConfig, device: torch.device, recompute: str = "none") -> State:
     """Random weights of a configuration, made on the device."""
     with torch.device("meta"):
         model = Transformer(config)
-    flat = torch.empty(config.num_parameters, dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    flat.normal_(std=config.init_std, generator=generator)
-    state = State(model, flat, torch.zeros_like(flat), flat.float(), *(_zeros(flat) for _ in range(2)))
-    offset = 0
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            part = slice(offset, offset + parameter.numel())
-            offset = part.stop
-            if parameter.dim() == 1:
-                flat[part] = 1.0
-                state.master[part] = 1.0
-            view = nn.Parameter(flat[part].view(parameter.shape))
-            view.grad = state.gradients[part].view(parameter.shape)
-            setattr(module, name, view)
-    assert offset == flat.numel(), f"{offset} parameters of {flat.numel()} placed"
-    return state
-
-
-def _zeros(flat: Tensor) -> Tensor:
-    return torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
+    parallelize(model, Mesh(device), Sharding(dtype="bfloat16", recompute=recompute))
+    optimizer = AdamW(model, weight_decay=0.1)
+    engine = optimizer.sharded
+    engine.master.normal_(std=config.init_std, generator=torch.Generator(device).manual_seed(0))
+    for name, _, values in engine.parts(engine.master):
+        if len(engine.shapes[name]) == 1:
+            values.fill_(1.0)
+    engine.publish()
+    return State(model, optimizer)
 
 
 @dataclass(frozen=True)
@@ -103,10 +97,10 @@ def parts(state: State, batch: Packed):
         loss.pop().backward()
 
     def update() -> None:
-        state.step += 1
-        buffers = (state.master, state.exp_avg, state.exp_avg_sq, state.gradients)
-        adamw(*buffers, step=state.step, copy=state.parameters, **NUMBERS)
-        state.gradients.zero_()
+        state.optimizer.sharded.finish()
+        state.optimizer.clip(CLIP)
+        state.optimizer.step(LR)
+        state.optimizer.zero_grad()
 
     return {"forward": forward, "backward": backward, "update": update}
 
@@ -135,10 +129,10 @@ def layers_that_fit(one: float, two: float, whole: float, most: int) -> int:
     return max(1, min(most, 1 + int((FILLED * whole - one) / max(1.0, two - one))))
 
 
-def _peak(config: ModelConfig, batch: Packed, device: torch.device) -> float:
+def _peak(config: ModelConfig, batch: Packed, device: torch.device, recompute: str) -> float:
     """Largest memory of one step, bytes; the model is gone afterwards."""
     torch.cuda.reset_peak_memory_stats(device)
-    state = build(config, device)
+    state = build(config, device, recompute)
     for call in parts(state, batch).values():
         call()
     torch.cuda.synchronize(device)
@@ -150,18 +144,26 @@ def _forget() -> None:
     torch.cuda.empty_cache()
 
 
-def run(device: torch.device, steps: int = 5) -> dict[str, Any]:
-    """Figures of the largest model that fits: fewer layers are tried where memory runs out all the same."""
-    full, lengths = PRESETS["7b"], DOCUMENTS
+def run(
+    device: torch.device, *, recompute: str = "none", lengths: Sequence[int] = DOCUMENTS, steps: int = 5,
+    trace: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of the largest model that fits: fewer layers are tried where memory runs out all the same.
+
+    Args:
+        recompute: none, selective or full.   lengths: of the packed sequences, tokens.
+        trace: file for the Chrome trace of one further step.
+    """
+    full = PRESETS["7b"]
     batch = Packed.of(lengths, full.vocab_size, device)
     peaks = []
     for layers in (1, 2):
-        peaks.append(_peak(replace(full, layers=layers), batch, device))
+        peaks.append(_peak(replace(full, layers=layers), batch, device, recompute))
         _forget()
     layers = layers_that_fit(*peaks, torch.cuda.mem_get_info(device)[0], full.layers)
     while True:
         try:
-            return _measured(replace(full, layers=layers), batch, lengths, device, steps)
+            return _measured(replace(full, layers=layers), batch, lengths, device, recompute, steps, trace)
         except torch.OutOfMemoryError:
             if layers == 1:
                 raise
@@ -171,19 +173,58 @@ def run(device: torch.device, steps: int = 5) -> dict[str, Any]:
 
 
 def _measured(
-    config: ModelConfig, batch: Packed, lengths: Sequence[int], device: torch.device, steps: int
-) -> dict[str, Any]:
-    state = build(config, device)
+    config: ModelConfig, batch: Packed, lengths: Sequence[int], device: torch.device, recompute: str, steps: int,
+    trace: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    state = build(config, device, recompute)
     for _ in range(2):
         timed_step(state, batch)
     torch.cuda.reset_peak_memory_stats(device)
     found = [timed_step(state, batch) for _ in range(steps)]
+    memory = torch.cuda.max_memory_allocated(device)
+    if trace is not None:
+        with torch.profiler.profile() as profile:
+            timed_step(state, batch)
+        profile.export_chrome_trace(str(trace))
     seconds = {name: spread([step[name] for step in found]) for name in found[0]}
     flops, median = training_flops(config, lengths), seconds["step"]["p50"]
     return {
         "preset": "7b", "layers": config.layers, "layers_of_preset": PRESETS["7b"].layers, "tokens": sum(lengths),
-        "documents": len(lengths), "parameters": config.num_parameters, "seconds": seconds,
+        "documents": len(lengths), "recompute": recompute, "parameters": config.num_parameters, "seconds": seconds,
         "tokens_per_second": sum(lengths) / median, "flops": flops, "tflops": flops / median / 1e12,
         "mfu": flops / median / peak_flops(device), "peak_tflops": peak_flops(device) / 1e12,
-        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30, "steps": steps,
+        "peak_memory_gib": memory / 2**30, "steps": steps,
     }  # fmt: skip
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """One line of figures."""
+    times = ", ".join(f"{name} {1e3 * value['p50']:.0f} ms" for name, value in found["seconds"].items())
+    return (
+        f"7B shapes, {found['layers']} of {found['layers_of_preset']} layers, {found['tokens']} tokens in "
+        f"{found['documents']} documents, bf16, recomputation {found['recompute']}: "
+        f"{found['tokens_per_second']:,.0f} tokens/s, {found['tflops']:.0f} TFLOP/s, MFU {found['mfu']:.1%} of "
+        f"{found['peak_tflops']:.0f} TFLOP/s (3 x forward operations, documents apart, recomputation not counted), "
+        f"peak {found['peak_memory_gib']:.1f} GiB; {times}"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Measure and print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="full")
+    parser.add_argument("--sequences", type=int, default=4, help=f"packed sequences of {SEQUENCE} tokens")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--trace", type=Path, default=None, help="write a Chrome trace of one step")
+    options = parser.parse_args(args)
+    if not torch.cuda.is_available():
+        print("train_step: expected a GPU, got none; nothing was run", file=sys.stderr)
+        return 2
+    lengths = (SEQUENCE,) * options.sequences
+    device = torch.device("cuda", torch.cuda.current_device())
+    print(text_of(run(device, recompute=options.recompute, lengths=lengths, steps=options.steps, trace=options.trace)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

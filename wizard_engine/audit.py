@@ -117,7 +117,7 @@ def supervised_checks(model: Transformer, samples: Sequence[Sample]) -> list[Che
 
 def tolerance(model: Transformer) -> float:
     """Relative error that rounding explains: more where the model computes in 16 bits."""
-    return TOLERANCE if model.embedding.weight.dtype.itemsize > 2 else 200 * TOLERANCE
+    return TOLERANCE if model.embedding.weight.dtype.itemsize > 2 else 25 * TOLERANCE
 
 
 def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
@@ -166,6 +166,12 @@ def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tenso
     report(checks + supervised_checks(model, [pair.chosen for pair in few]), quiet=quiet)
 
 
-def check_rollout(largest_ratio_error: float, *, quiet: bool, limit: float = 1e-3) -> None:
-    """Audit of PPO: on fresh rollouts the trainer's log-probabilities are the sampler's, so that the ratio is 1."""
+def check_rollout(largest_ratio_error: float, *, quiet: bool, is_wide: bool = True) -> None:
+    """Audit of PPO: on fresh rollouts the trainer's log-probabilities are the sampler's, so that the ratio is 1.
+
+    Args:
+        is_wide: the policy computes in 32 bits or more. In 16, sampler and trainer round apart, by 0.16 nats at the
+            worst of 2,700 tokens of the demo's policy; another template or other weights show as several.
+    """
+    limit = 1e-3 if is_wide else 0.5
     report([Check("PPO ratio on fresh rollouts is 1 (nats)", largest_ratio_error, limit)], quiet=quiet)

@@ -48,7 +48,7 @@ class Watch:
         self._ended.set()
         try:
             self.store.compare_set("error", "", json.dumps({"rank": self.rank, "text": text}))
-        except Exception as error:
+        except dist.DistError as error:
             print(f"[rank {self.rank}/{self.world_size}] the other ranks could not be told: {error}", file=sys.stderr)
 
     def failure(self) -> str:
@@ -57,7 +57,7 @@ class Watch:
             if not self.store.check(["error"]):
                 return ""
             found = json.loads(self.store.get("error"))
-        except Exception:
+        except dist.DistError:
             return ""
         return "" if found["rank"] == self.rank else f"[rank {found['rank']}/{self.world_size}] {found['text']}"
 
@@ -87,7 +87,7 @@ class Watch:
             try:
                 if self.store.check([f"mark/{rank}"]):
                     found[rank] = json.loads(self.store.get(f"mark/{rank}"))
-            except Exception:
+            except dist.DistError:
                 return found
         return found
 
@@ -97,7 +97,7 @@ class Watch:
             self._beat += 1
             try:
                 self.store.set(f"mark/{self.rank}", json.dumps({"mark": count, "text": text, "beat": self._beat}))
-            except Exception:
+            except dist.DistError:
                 return
             found = self.failure()
             if found:

@@ -150,6 +150,7 @@ def test_summary_shows_what_is_wrong(tmp_path):
         gpu_check.append(tmp_path / "checks.jsonl", entry | {"wrong": wrong})
     figures = dict.fromkeys(("tokens_per_second", "tflops", "mfu", "peak_tflops", "peak_memory_gib"), 0.5)
     figures |= dict.fromkeys(("layers", "layers_of_preset", "tokens", "documents"), 7)
+    figures |= {"recompute": "none"}
     gpu_check.append(tmp_path / "train.jsonl", figures | {"seconds": {"forward": {"p50": 0.5}, "step": {"p50": 1.5}}})
     (tmp_path / "results.jsonl").write_text('{"op": "cut in the mid')
     text = summary(tmp_path, [Outcome("tables", "wrong", 12.0, "2 of 90")])
@@ -204,25 +205,31 @@ LENGTHS = (17, 5, 30, 1)
 
 
 # Catches: gradients that do not reach the flat buffer; parameters that do not follow the master copy.
-def test_training_step_moves_flat_parameters_and_clears_gradients():
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_training_step_moves_masters_and_clears_gradients(recompute):
     config = replace(PRESETS["tiny"], tied=False)
-    state = train_step.build(config, CPU)
-    before = state.master.clone()
+    state = train_step.build(config, CPU, recompute)
+    engine = state.optimizer.sharded
+    before = engine.master.clone()
     calls = train_step.parts(state, train_step.Packed.of(LENGTHS, config.vocab_size, CPU))
     calls["forward"]()
     calls["backward"]()
-    reached = [bool(p.grad.any()) for p in state.model.parameters()]
-    assert all(reached) and bool(state.gradients.any())
+    names = [name for name, _, values in engine.parts(engine.gradient()) if bool(values.any())]
+    assert sorted(names) == sorted(engine.shapes)
     calls["update"]()
-    assert not state.gradients.any() and not torch.equal(state.master, before)
-    assert torch.equal(state.parameters, state.master.bfloat16())
-    weight = state.model.blocks[0].attention.out.weight
-    assert weight.dtype == torch.bfloat16 and weight.untyped_storage().data_ptr() == state.parameters.data_ptr()
-    assert all(
-        torch.equal(p.detach(), torch.ones_like(p))
-        for p in train_step.build(config, CPU).model.parameters()
-        if p.dim() == 1
-    )
+    assert not engine.gradient().any() and not torch.equal(engine.master, before)
+    for name, _, values in engine.parts(engine.master):
+        own = state.model.get_parameter(name)
+        assert own.dtype == torch.bfloat16 and torch.equal(own.flatten(), values.bfloat16()), name
+    fresh = train_step.build(config, CPU).model
+    assert all(torch.equal(p.detach(), torch.ones_like(p)) for p in fresh.parameters() if p.dim() == 1)
+
+
+def test_training_step_says_that_it_needs_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert train_step.main(["--recompute", "none"]) == 2
+    assert "expected a GPU, got none" in capsys.readouterr().err
 
 
 def test_training_operations_count_documents_apart():

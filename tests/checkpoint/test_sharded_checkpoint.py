@@ -3,31 +3,17 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from many_ranks import ROOT, save_base, torchrun, untimed, word_texts
 
 from wizard_engine import checkpoint
-from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.records import conversation, write_rows
-from wizard_engine.data.tokenizer import train_tokenizer
-from wizard_engine.log import read_metrics
-from wizard_engine.model import ModelConfig, Transformer, load_hf, save_model
+from wizard_engine.model import load_hf
 
-ROOT = Path(__file__).parents[2]
-TIMED = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
 STEPS, SAVED = 20, 10
-
-
-def torchrun(ranks, *words, timeout=240):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [str(word) for word in words]
-    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def train(root, out, ranks, *words):
@@ -44,24 +30,14 @@ def train(root, out, ranks, *words):
 def root(tmp_path_factory):
     """A run of four ranks, not interrupted; `run` has its checkpoint of step 10 alone."""
     root = tmp_path_factory.mktemp("resharded")
-    generator = np.random.default_rng(0)
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    texts = [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(40)]
-    tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=20, layers=2, heads=3, kv_heads=1, head_width=8, ffn_width=28,
-        max_positions=128, init_std=0.2, tied=False, experts=3, balance_loss=0.01,
-    )  # fmt: skip
-    save_model(Transformer(config, seed=0), tokenizer, root / "base")
+    texts = word_texts(40)
+    shapes = {"width": 20, "layers": 2, "heads": 3, "kv_heads": 1, "head_width": 8, "ffn_width": 28, "tied": False}
+    save_base(root / "base", texts, experts=3, balance_loss=0.01, **shapes)
     write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in zip(texts[::2], texts[1::2])])
     train(root, root / "whole", 4)
     (root / "run" / "checkpoints").mkdir(parents=True)
     shutil.copytree(*(root / name / "checkpoints" / f"step_{SAVED:08d}" for name in ("whole", "run")))
     return root
-
-
-def numbers(out, first):
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")][first:]
 
 
 def resumed(root, name, ranks, *words):
@@ -116,7 +92,7 @@ def test_transformers_reads_what_four_ranks_exported(root):
 
 def test_four_ranks_resume_bit_equal(root):
     out = resumed(root, "again", 4)
-    assert numbers(out, 0) == numbers(root / "whole", 0) and len(numbers(out, 0)) == STEPS
+    assert untimed(out) == untimed(root / "whole") and len(untimed(out)) == STEPS
     ours, theirs = (load_hf(path / "model") for path in (out, root / "whole"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
@@ -125,7 +101,7 @@ def test_four_ranks_resume_bit_equal(root):
 def test_other_numbers_of_ranks_go_on_with_the_same_losses(root, ranks):
     words = ("--mesh.dp-replicate", "2") if ranks == 2 else ()
     out = resumed(root, f"with_{ranks}", ranks, *words)
-    ours, theirs = numbers(out, SAVED), numbers(root / "whole", SAVED)
+    ours, theirs = untimed(out)[SAVED:], untimed(root / "whole")[SAVED:]
     assert len(ours) == len(theirs) == STEPS - SAVED
     for a, b in zip(ours, theirs):
         assert a["step"] == b["step"] and a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
@@ -149,11 +125,7 @@ def test_lost_file_and_another_model_are_named_on_every_rank(root, tmp_path):
     done = torchrun(2, script, tmp_path, "out", 1)
     assert done.returncode and "[rank 1/2]" in done.stderr and "part_00003.safetensors: tensor" in done.stderr
     shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
-    from wizard_engine.data.tokenizer import load_tokenizer
-
-    other = ModelConfig(
-        vocab_size=300, width=24, layers=2, heads=3, kv_heads=1, head_width=8, ffn_width=28, tied=False, experts=3
-    )
-    save_model(Transformer(other, seed=0), load_tokenizer(root / "base"), tmp_path / "base")
+    shapes = {"width": 24, "layers": 2, "heads": 3, "kv_heads": 1, "head_width": 8, "ffn_width": 28, "tied": False}
+    save_base(tmp_path / "base", word_texts(40), experts=3, **shapes)
     done = torchrun(2, script, tmp_path, "out", 1)
     assert done.returncode and "this checkpoint is another model's" in done.stderr

@@ -1,6 +1,7 @@
 """Worker of the tests of faults: trains a tiny model with the supervised recipe, and lets one rank go wrong."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -16,7 +17,9 @@ sys.argv[1:] = sys.argv[4:]
 torch.set_num_threads(1)
 
 
-def go_wrong():
+def go_wrong(run):
+    if HOW == "nan":
+        run.sharded.gradients[0][3] = float("nan")
     if HOW == "error":
         raise ValueError("rows.jsonl:7: this row is bad")
     if HOW == "bug":
@@ -25,6 +28,8 @@ def go_wrong():
         os.kill(os.getpid(), signal.SIGKILL)
     if HOW == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if HOW == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
     if HOW == "late":
         time.sleep(60)
 
@@ -33,10 +38,8 @@ inner = training.Run.update
 
 
 def update(self):
-    if self.step == STEP and int(os.environ["RANK"]) == RANK and HOW in ("error", "bug", "kill", "stop", "late"):
-        go_wrong()
-    if HOW == "nan" and self.step == STEP and int(os.environ["RANK"]) == RANK:
-        self.sharded.gradients[0][3] = float("nan")
+    if self.step == STEP and int(os.environ["RANK"]) == RANK:
+        go_wrong(self)
     inner(self)
 
 

@@ -1,29 +1,23 @@
 """Two gloo ranks do what one process does: losses, gradient norms, weights; errors reach every rank."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from many_ranks import save_base, torchrun, untimed, word_texts
 from safetensors.torch import load_file
 
 from recipes import reward, rleif, sft, stage_dpo
-from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.loader import Loader
 from wizard_engine.data.records import Message, Preference, Process, conversation, write_rows
-from wizard_engine.data.tokenizer import train_tokenizer
-from wizard_engine.log import read_metrics
-from wizard_engine.model import ModelConfig, Transformer, save_model
 from wizard_engine.parallel import MeshOptions, check_same, gather_objects, sum_over_ranks
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Training
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys, torch
 from pathlib import Path
@@ -31,7 +25,7 @@ from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine import runtime
 from wizard_engine.parallel import check_same, gather_objects, sum_over_ranks
 from wizard_engine.recipe import on_main
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_data_parallel import configurations
 
 torch.set_num_threads(1)
@@ -84,7 +78,8 @@ def configurations(root, name):
             data=(root / "rows.jsonl",), out=root / name / "rleif", model=str(root / "mixture_base"), steps=3,
             instruction_model=root / name / "irm" / "model", process_model=root / name / "prm" / "model",
             prompts_per_step=4, samples_per_prompt=4, max_new_tokens=60, minibatches=2, epochs=2, lr=1e-4,
-            critic_lr=1e-4, pack_tokens=300, ptx=0.1, ptx_rows=5, average_from=0.5, device="cpu", quiet=True,
+            critic_lr=1e-4, pack_tokens=300, ptx=0.1, ptx_rows=5, average_from=0.3, save_every=1,
+            device="cpu", quiet=True,
         )),
     ]  # fmt: skip
 
@@ -93,17 +88,10 @@ def configurations(root, name):
 def ranks(tmp_path_factory):
     """Directory with what one process and what two ranks made."""
     root = tmp_path_factory.mktemp("ranks")
-    generator = np.random.default_rng(0)
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    texts = [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(60)]
-    tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=1, head_width=8, ffn_width=24,
-        max_positions=128, init_std=0.2,
-    )  # fmt: skip
-    save_model(Transformer(config, seed=0), tokenizer, root / "base")
-    mixture = replace(config, experts=4, balance_loss=0.1, z_loss=0.01)
-    save_model(Transformer(mixture, seed=0), tokenizer, root / "mixture_base")
+    texts = word_texts(60)
+    shapes = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "ffn_width": 24}
+    save_base(root / "base", texts, **shapes)
+    save_base(root / "mixture_base", texts, experts=4, balance_loss=0.1, z_loss=0.01, **shapes)
     write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in pairwise(texts)])
     pairs = [Preference((Message("user", a),), b, c) for a, b, c in zip(texts[::3], texts[1::3], texts[2::3])]
     write_rows(root / "pairs.jsonl", pairs)
@@ -113,10 +101,10 @@ def ranks(tmp_path_factory):
     write_rows(
         root / "steps.jsonl", [Process((Message("user", "one"),), tuple(text.split("\n")), (1, -1)) for text in steps]
     )
-    (root / "script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(root)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(root / "script.py")], env=environment, capture_output=True, text=True)
+    (root / "script.py").write_text(
+        SCRIPT.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], root=str(root))
+    )
+    done = torchrun(2, root / "script.py")
     assert done.returncode == 0, done.stderr[-3000:]
     for recipe, cfg in configurations(root, "one"):
         recipe.main(cfg)
@@ -128,19 +116,30 @@ RUNS = ["sft", "mixture", "spread", "dpo/stage_1", "dpo/stage_2", "alone/stage_1
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_ranks_log_the_numbers_of_one(ranks, run):
-    one, two = (read_metrics(ranks / name / run / "metrics.jsonl") for name in ("one", "two"))
+    one, two = (untimed(ranks / name / run) for name in ("one", "two"))
     assert len(one) == len(two) > (0 if run.startswith("alone") else 1)
-    timed = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
     # Once rounding has changed one sampled token, the answers after it are others.
     for a, b in list(zip(one, two))[: 2 if run == "rleif" else None]:
         assert a.keys() == b.keys()
         # At policy = reference every margin is rounding noise, and its sign with it.
         # Returns that hardly differ make their explained share a quotient of rounding errors.
         noise = {"ratio_error", "explained_variance"} | ({"accuracy"} if a["step"] == 1 else set())
-        for name in a.keys() - timed - noise:
+        for name in a.keys() - noise:
             # The log shows the last of several updates, each of which divides rounding errors by their own size.
             close = {"rel": 5e-3, "abs": 1e-3} if run == "rleif" else {"rel": 1e-4, "abs": 1e-5}
             assert a[name] == pytest.approx(b[name], **close), (a["step"], name)
+
+
+def test_reinforcement_learning_of_two_ranks_goes_on_with_one(ranks):
+    out, whole = ranks / "resumed", ranks / "one" / "rleif"
+    shutil.copytree(ranks / "two" / "rleif", out, ignore=shutil.ignore_patterns("stage.json", "model", "step_00000002"))
+    recipe, cfg = configurations(ranks, "two")[-1]
+    assert recipe is rleif and [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000001"]
+    recipe.main(replace(cfg, out=out))
+    first, second = untimed(out)[1], untimed(whole)[1]
+    assert first["step"] == second["step"] == 2 and len(untimed(out)) == 3
+    for name in ("loss", "reward", "length", "finished", "kl_k3", "value_loss", "grad_norm", "critic_grad_norm"):
+        assert first[name] == pytest.approx(second[name], rel=5e-3, abs=1e-3), name
 
 
 def test_two_ranks_train_the_weights_of_one(ranks):

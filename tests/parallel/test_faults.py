@@ -5,38 +5,27 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from many_ranks import ENVIRONMENT, save_base, torchrun_words, untimed, word_texts
 
 from wizard_engine import checkpoint
-from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.records import conversation, write_rows
-from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.log import read_metrics
-from wizard_engine.model import ModelConfig, Transformer, load_hf, save_model
+from wizard_engine.model import load_hf
 
-ROOT, WORKER = Path(__file__).parents[2], Path(__file__).parent / "failing.py"
-TIMED = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+WORKER = Path(__file__).parent / "failing.py"
 KILLS = 10
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("faults")
-    generator = np.random.default_rng(0)
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    texts = [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(60)]
-    tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1, head_width=8, ffn_width=24,
-        max_positions=128, init_std=0.2, tied=False,
-    )  # fmt: skip
-    save_model(Transformer(config, seed=0), tokenizer, root / "base")
+    texts = word_texts(60)
+    shapes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 8, "ffn_width": 24}
+    save_base(root / "base", texts, tied=False, **shapes)
     write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in zip(texts[::2], texts[1::2])])
     write_rows(root / "other.jsonl", [conversation(b, a) for a, b in zip(texts[::2], texts[1::2])])
     return root
@@ -44,13 +33,12 @@ def root(tmp_path_factory):
 
 def command(root, out, how="fine", rank=0, step=0, ranks=2, steps=12, options=(), launcher=()):
     words = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *launcher, WORKER,
-        how, rank, step, "--model", root / "base", "--data", root / "rows.jsonl", "--out", out, "--training.lr", "3e-3",
-        "--training.pack-tokens", "120", "--training.packs-per-step", "4", "--training.epochs", "400",
-        "--training.max-steps", steps, "--training.save-every", "4", "--quiet", "--no-audit",
-        "--mesh.timeout-seconds", "8", *options,
+        WORKER, how, rank, step, "--model", root / "base", "--data", root / "rows.jsonl", "--out", out,
+        "--training.lr", "3e-3", "--training.pack-tokens", "120", "--training.packs-per-step", "4",
+        "--training.epochs", "400", "--training.max-steps", steps, "--training.save-every", "4", "--quiet",
+        "--no-audit", "--mesh.timeout-seconds", "8", *options,
     ]  # fmt: skip
-    return [str(word) for word in words]
+    return torchrun_words(ranks, *words, launcher=launcher)
 
 
 def run(*args, **options):
@@ -70,10 +58,6 @@ def killed(out, rank):
         except OSError:
             continue
     return 0
-
-
-def losses(out):
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +123,19 @@ def test_number_of_ranks_that_the_mesh_does_not_have_is_refused(root, tmp_path):
     assert done.returncode and "got 2 x 2 x 1 = 4" in done.stderr and "or start 4 ranks" in done.stderr
 
 
+def test_disk_that_is_full_on_one_rank_ends_all_and_keeps_the_checkpoint_before(root, tmp_path):
+    """Rank 1 cannot write its part of the checkpoint of step 8; the run ends at the next save."""
+    done, _ = run(root, tmp_path, "full", rank=1, step=6)
+    assert done.returncode and done.stderr.count("[rank 1/2]") >= 2
+    assert "step_00000008: not saved" in done.stderr and "part_00001.safetensors" in done.stderr
+    assert "earlier checkpoints are intact" in done.stderr
+    folder = tmp_path / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step_00000004"]
+    checkpoint.load(checkpoint.latest(tmp_path))
+    done, _ = run(root, tmp_path)
+    assert done.returncode == 0 and len(untimed(tmp_path)) == 12, done.stderr[-2000:]
+
+
 def test_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(root, tmp_path):
     done, _ = run(root, tmp_path, "nan", rank=1, step=5)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -171,8 +168,8 @@ def test_killed_ranks_are_started_again_and_the_losses_are_those_of_no_kill(root
                 time.sleep(generator.random() * 0.2)
             kills += killed(out, generator.randrange(2))
         assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert kills == KILLS, f"{kills} kills in {len(losses(out))} steps"
-    assert losses(out) == losses(tmp_path / "whole")
+    assert kills == KILLS, f"{kills} kills in {len(untimed(out))} steps"
+    assert untimed(out) == untimed(tmp_path / "whole")
     result = json.loads((out / "stage.json").read_text())["result"]
     assert result == json.loads((tmp_path / "whole" / "stage.json").read_text())["result"]
     for a, b in zip(*(load_hf(path / "model").parameters() for path in (out, tmp_path / "whole")), strict=True):

@@ -2,15 +2,11 @@
 all-reduce does, in fp32."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import sharded_cases
+from many_ranks import torchrun
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-10
 
 
@@ -18,11 +14,8 @@ TOLERANCE = 1e-10
 def found(tmp_path_factory):
     """World size -> what each of its ranks found."""
     out = tmp_path_factory.mktemp("sharded")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for world in sharded_cases.LAYOUTS:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        script = Path(sharded_cases.__file__)
-        done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, text=True)
+        done = torchrun(world, sharded_cases.__file__, out)
         assert done.returncode == 0, done.stderr[-3000:]
     return {
         world: [json.loads((out / f"found_{world}_{rank}.json").read_text()) for rank in range(world)]

@@ -16,6 +16,7 @@ from wizard_engine.data.samples import Pair
 from wizard_engine.log import read_metrics
 from wizard_engine.model import ScoringModel, load_model
 from wizard_engine.online import OnlineRun
+from wizard_engine.parallel import Sharding
 from wizard_engine.recipe import launch
 from wizard_engine.training import Training
 
@@ -344,3 +345,21 @@ def test_accuracy_counts_what_it_writes(world, tmp_path):
         (tmp_path / "accuracy.json").read_text()
     ).keys()
     assert {line["greedy"] for line in lines} != {line["sampled"] for line in lines}
+
+
+# Catches: a model part that only takes the dtype of fp32 runs; a GPU run computes in bf16 by default.
+def test_every_training_recipe_computes_in_bf16(world, reward_models, tmp_path):
+    half = Sharding(dtype="bfloat16", recompute="selective")
+    cfg = dataclasses.replace(supervised(world, tmp_path / "sft", steps=8), sharding=half)
+    sft.main(cfg)
+    lines = read_metrics(tmp_path / "sft" / "metrics.jsonl")
+    assert lines[-1]["loss"] < 0.95 * lines[0]["loss"]
+    assert {tensor.dtype for tensor in weights(tmp_path / "sft").values()} == {torch.bfloat16}
+    stage_dpo.main(staged(world, tmp_path / "dpo", sharding=half))
+    first = read_metrics(tmp_path / "dpo" / "stage_1" / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    for kind, (cfg, _) in reward_models.items():
+        result = reward.main(dataclasses.replace(cfg, out=tmp_path / kind, sharding=half))
+        assert result["steps"] > 0 and load_model(tmp_path / kind / "model")[0].score is not None
+    result = rleif.main(online(world, reward_models, tmp_path / "rleif", sharding=half))
+    assert result["steps"] == 3 and 0 < result["largest_ratio_error"] < 0.5

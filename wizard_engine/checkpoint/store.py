@@ -1,5 +1,6 @@
 """Saving and loading checkpoints of a run directory, by one rank or by many."""
 
+import errno
 import json
 import os
 import re
@@ -111,14 +112,16 @@ class Saver:
         Raises:
             OSError: it could not be; on every rank, and names the first that failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            error, self._error = self._error, None
-            text = first_error(error, self.runtime)
-            if text:
-                shown = error if error is not None and self.runtime.world_size == 1 else None
-                raise OSError(getattr(shown, "errno", None) or 5, text)
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None and self.runtime.world_size == 1:
+            raise error
+        text = first_error(error, self.runtime)
+        if text:
+            raise OSError(text)
 
     @property
     def is_writing(self) -> bool:
@@ -157,9 +160,7 @@ class Saver:
             entry = write_parts(partial / file_name(self.runtime.rank), parts)
             write_json(note, {"entry": entry, "tensors": listed})
         except Exception as error:
-            self._error = OSError(
-                getattr(error, "errno", None) or 5, f"{final}: not saved ({error}); earlier checkpoints are intact"
-            )
+            self._error = _not_saved(final, error)
             with suppress(OSError):
                 write_json(note, {"error": str(self._error)})
         if self.runtime.is_main:
@@ -167,9 +168,7 @@ class Saver:
                 if self._error is None:
                     self._commit(step, partial, final, state)
             except Exception as error:
-                self._error = OSError(
-                    getattr(error, "errno", None) or 5, f"{final}: not saved ({error}); earlier checkpoints are intact"
-                )
+                self._error = _not_saved(final, error)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 
@@ -178,6 +177,9 @@ class Saver:
         files, tensors = {}, {}
         for rank in range(self.runtime.world_size):
             found = self._note(partial / f"{file_name(rank)}.json", rank)
+            if "error" in found:
+                # That rank says so itself, to all, in `wait`.
+                return
             files[file_name(rank)] = found["entry"]
             for group, values in found["tensors"].items():
                 tensors.setdefault(group, {}).update(values)
@@ -199,10 +201,13 @@ class Saver:
             if time.monotonic() - began > limit:
                 raise OSError(f"expected the file of rank {rank} within {limit:.0f} seconds, got none")
             time.sleep(POLL_SECONDS)
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if "error" in found:
-            raise OSError(f"rank {rank}: {found['error']}")
-        return found
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _not_saved(final: Path, error: Exception) -> OSError:
+    """What the thread leaves for the training, which raises it on every rank."""
+    number = getattr(error, "errno", None) or errno.EIO
+    return OSError(number, f"{final}: not saved ({error}); earlier checkpoints are intact")
 
 
 def _yield_to_others() -> None:

@@ -64,10 +64,10 @@ class ScoringModel(nn.Module):
     ) -> Tensor:
         """(T, outputs) fp32 (of a float64 model float64) scores at every position; arguments as for Transformer."""
         hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen, routes)
-        hidden_TD = hidden_TD if hidden_TD.dtype == torch.float64 else hidden_TD.float()
+        wide_TD = hidden_TD if hidden_TD.dtype == torch.float64 else hidden_TD.float()
         if self.surprise:
-            hidden_TD = torch.cat((hidden_TD, self._surprises(hidden_TD.detach(), tokens, positions)), dim=-1)
-        return self.score(hidden_TD)
+            wide_TD = torch.cat((wide_TD, self._surprises(hidden_TD.detach(), tokens, positions)), dim=-1)
+        return self.score(wide_TD)
 
     @torch.no_grad()
     def _surprises(self, hidden_TD: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..parallel import Sharded, from_main, sharded
 from ..parallel.data_parallel import first_error
 from ..runtime import Runtime, write_json
+from .config import ModelConfig
 from .heads import ScoringModel
 from .published import Box, Piece, pieces, published_config, published_tensors, read_config
 from .safetensors_file import DTYPES, NAMES, SafetensorsFile, file_header, write_file
@@ -48,9 +49,9 @@ class ModelDirectory:
         self._files: list[SafetensorsFile] = []
         try:
             self._where = self._open()
+            self.shapes = {name: tuple(p.shape) for name, p in self.empty_model().named_parameters()}
             self._pieces = {piece.name: piece for piece in self._expected()}
             self._check()
-            self.shapes = {name: tuple(p.shape) for name, p in self.empty_model().named_parameters()}
             self._by_parameter: dict[str, list[Piece]] = {name: [] for name in self.shapes}
             for piece in self._pieces.values():
                 self._by_parameter[piece.parameter].append(piece)
@@ -103,13 +104,7 @@ class ModelDirectory:
     def _expected(self) -> Iterator[Piece]:
         """What the files must hold: the layout of the experts is theirs."""
         stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in self._where)
-        body = "" if self.outputs is None else "body."
-        for piece in pieces(self.config, stacked=stacked):
-            yield Piece(piece.name, piece.shape, body + piece.parameter, piece.box)
-        if self.outputs is not None:
-            for name, parameter in self.empty_model().named_parameters():
-                if name.startswith("score."):
-                    yield Piece(name, tuple(parameter.shape), name, tuple(slice(0, n) for n in parameter.shape))
+        return _pieces_of(self.config, self.shapes, stacked=stacked)
 
     def _check(self) -> None:
         missing = sorted(self._pieces.keys() - self._where.keys())
@@ -288,8 +283,7 @@ def save_hf(
     if len(dtypes) > 1 or not dtypes <= NAMES.keys():
         got = sorted(map(str, dtypes))
         raise ValueError(f"model: expected parameters of one dtype of {', '.join(NAMES.values())}, got {got}")
-    name = str(dtypes.pop()).removeprefix("torch.")
-    fields = published_config(model.config, tokenizer, dtype=name) | dict(extra or {})
+    fields = _fields(model, tokenizer, dtypes.pop(), extra)
     return _write(tensors, fields, tokenizer, Path(path), max_shard_bytes)
 
 
@@ -299,15 +293,35 @@ def save_model(
     """`save_hf` with a tokenizer, of a language model or a scoring model (adds `score.*` tensors, `wizard_outputs`)."""
     if not isinstance(model, ScoringModel):
         return save_hf(model, path, tokenizer=tokenizer, extra=extra)
-    fields = published_config(model.body.config, tokenizer) | (extra or {})
-    fields |= {"wizard_outputs": model.outputs, "wizard_surprise": model.surprise}
     tensors = published_tensors(model.body)
     tensors |= {f"score.{name}": parameter for name, parameter in model.score.named_parameters()}
+    fields = _fields(model, tokenizer, model.body.embedding.weight.dtype, extra)
     return _write(tensors, fields, tokenizer, Path(path), MAX_SHARD_BYTES)
 
 
+def _fields(
+    model: Transformer | ScoringModel, tokenizer: Tokenizer | None, dtype: torch.dtype, extra: Mapping | None
+) -> dict[str, Any]:
+    """config.json of a model whose body is in a dtype."""
+    name = str(dtype).removeprefix("torch.")
+    fields = published_config(model.config, tokenizer, dtype=name) | dict(extra or {})
+    if isinstance(model, ScoringModel):
+        fields |= {"wizard_outputs": model.outputs, "wizard_surprise": model.surprise}
+    return fields
+
+
+def _pieces_of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], *, stacked: bool = False) -> Iterator[Piece]:
+    """Published tensors of a language model or a scoring model with these parameters."""
+    body = "" if "embedding.weight" in shapes else "body."
+    for piece in pieces(config, stacked=stacked):
+        yield Piece(piece.name, piece.shape, body + piece.parameter, piece.box)
+    for name, shape in shapes.items():
+        if name.startswith("score."):
+            yield Piece(name, shape, name, tuple(slice(0, n) for n in shape))
+
+
 def save_divided(
-    model: nn.Module, path: Path | str, runtime: Runtime, *, tokenizer: Tokenizer | None = None,
+    model: Transformer | ScoringModel, path: Path | str, runtime: Runtime, *, tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES, extra: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """`save_model` of a model that is divided over ranks: each of them writes its ranges of every file, nothing is
@@ -317,17 +331,10 @@ def save_divided(
         ValueError, OSError: on every rank, what failed on one; what was at `path` is intact.
     """
     engine, path = sharded(model), Path(path)
-    body, prefix = (model.body, "body.") if isinstance(model, ScoringModel) else (model, "")
     dtypes = {slot.name: flat.dtype for flat in engine.flats for slot in flat.layout.slots}
-    listed = [Piece(p.name, p.shape, prefix + p.parameter, p.box) for p in pieces(body.config)]
-    for name, shape in engine.shapes.items():
-        if name.startswith("score."):
-            listed.append(Piece(name, shape, name, tuple(slice(0, n) for n in shape)))
+    listed = list(_pieces_of(model.config, engine.shapes))
     specs = {piece.name: (dtypes[piece.parameter], piece.shape) for piece in listed}
-    dtype = str(dtypes[f"{prefix}embedding.weight"]).removeprefix("torch.")
-    fields = published_config(body.config, tokenizer, dtype=dtype) | dict(extra or {})
-    if isinstance(model, ScoringModel):
-        fields |= {"wizard_outputs": model.outputs, "wizard_surprise": model.surprise}
+    fields = _fields(model, tokenizer, dtypes[listed[0].parameter], extra)
     files, index = _files(specs, max_shard_bytes)
     headers = {file: file_header({name: specs[name] for name in names}) for file, names in files.items()}
     partial = path.with_name(f".{path.name}.partial")

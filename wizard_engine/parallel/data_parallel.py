@@ -42,7 +42,7 @@ def with_names_of_all_ranks(numbers: dict[str, float]) -> dict[str, float]:
 
 def first_error(error: Exception | None, runtime: Runtime) -> str:
     """The first rank's error with that rank in front, on every rank; "" where no rank has one."""
-    own = None if error is None else str(error) or repr(error)
+    own = None if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
     if runtime.world_size == 1:
         return own or ""
     for rank, text in enumerate(gather_objects(own)):
@@ -69,13 +69,16 @@ def from_main(runtime: Runtime, work: Callable[[], T]) -> T:
 
 
 def check_same(runtime: Runtime, what: str, value: Any) -> None:
-    """ValueError on every rank, naming the first that differs, unless a value is the same everywhere."""
-    found = gather_objects(value) if runtime.world_size > 1 else [value]
+    """ValueError on every rank, naming the first that differs from most, unless a value is the same everywhere."""
+    if runtime.world_size == 1:
+        return
+    found = gather_objects(value)
+    usual = max(found, key=found.count)
     for rank, other in enumerate(found):
-        if other != found[0]:
+        if other != usual:
             raise ValueError(
                 f"[rank {rank}/{runtime.world_size}] {what}: expected the same on every rank, got {_short(other)}, "
-                f"and {_short(found[0])} on rank 0; start every rank with the same options and files"
+                f"and {_short(usual)} on rank {found.index(usual)}; start every rank with the same options and files"
             )
 
 

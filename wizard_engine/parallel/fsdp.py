@@ -20,119 +20,23 @@ the activations (parallel/estimate.py adds them up). A parameter whose unit is n
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .layout import Layout, Slot, Span
-from .mesh import Axis, Mesh
+from .layout import Layout, Slot
+from .mesh import Mesh
+from .units import Flat, Place, Unit, UnitSpec, is_absent, merged
 
 T = TypeVar("T")
 # Elements of a partial norm: one fp32 sum over a large buffer is off by 1e-4 at 4M and 4e-3 at 50M elements.
 NORM_CHUNK = 2**16
 FORWARD, BACKWARD = "forward", "backward"
-
-
-@dataclass(frozen=True)
-class UnitSpec:
-    """What is gathered at once.
-
-    Attributes:
-        name: for messages.   parameters: name -> parameter.   dtype: what it computes in.
-        resident: stays gathered.   expert: divided over the expert mesh.   needs_weights: its backward reads them.
-    """
-
-    name: str
-    parameters: dict[str, nn.Parameter]
-    dtype: torch.dtype
-    resident: bool = False
-    expert: bool = False
-    needs_weights: bool = True
-
-
-@dataclass
-class Flat:
-    """The parameters of a unit that train, or those that do not, as one flat tensor divided over an axis.
-
-    weights: this rank's part in the compute dtype.   master, gradient: in the master dtype, of those that train; the
-    gradient of a divided one takes memory from its first reduction of a step to the next step.
-    fresh: the next reduction is the first of the step.   staged: weights in host memory, on their way to the device.
-    """
-
-    layout: Layout
-    parameters: list[nn.Parameter]
-    axis: Axis
-    dtype: torch.dtype
-    trains: bool
-    weights: Tensor = field(default_factory=lambda: torch.empty(0))
-    master: Tensor | None = None
-    gradient: Tensor | None = None
-    fresh: bool = True
-    staged: Tensor | None = None
-
-    def spans(self) -> Iterator[Span]:
-        """This rank's part of each parameter."""
-        return self.layout.spans(self.axis.index)
-
-
-class Place:
-    """A buffer for whole units in turn, who has it, and what still moves into it."""
-
-    def __init__(self) -> None:
-        self.buffer: Tensor | None = None
-        self.size = 0
-        self.owner: Unit | None = None
-        self.works: list[Any] = []
-
-
-class Unit:
-    """A unit at work: its flats, the place that it takes, and whether its gradients are on their way.
-
-    slopes: whole gradients that wait for the step's last micro-batch.
-    """
-
-    def __init__(self, spec: UnitSpec, index: int, flats: list[Flat], place: Place) -> None:
-        self.spec, self.index, self.flats, self.place = spec, index, flats, place
-        self.trains = any(flat.trains for flat in flats)
-        self.views: list[tuple[nn.Parameter, Tensor]] = []
-        self.slopes: list[Tensor] = []
-        self.attached, self.passed = False, False
-        self.absent = [(p, _absent(p, spec.dtype)) for flat in flats for p in flat.parameters]
-
-    def attach(self, views: Iterable[tuple[nn.Parameter, Tensor]] | None = None) -> None:
-        """Point the parameters at gathered numbers."""
-        for parameter, view in self.views if views is None else views:
-            parameter.data = view
-        self.attached = True
-
-    def detach(self) -> None:
-        """Point them at NaN of their shape, which takes no memory."""
-        for parameter, nothing in self.absent:
-            parameter.data = nothing
-        self.attached = False
-
-
-def _absent(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.full((), float("nan"), dtype=dtype, device=parameter.device).expand(parameter.shape)
-
-
-def is_absent(tensor: Tensor) -> bool:
-    """Whether a parameter stands for numbers that are not there: several elements, one of them in memory."""
-    return tensor.numel() > 1 and not any(tensor.stride())
-
-
-def materialised(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with its parameters on the meta device replaced by absent ones on a device, in place."""
-    for name, parameter in list(module.named_parameters()):
-        if parameter.is_meta and device.type != "meta":
-            owner, _, leaf = name.rpartition(".")
-            absent = torch.full((), float("nan"), dtype=parameter.dtype, device=device).expand(parameter.shape)
-            new = nn.Parameter(absent, requires_grad=parameter.requires_grad)
-            setattr(module.get_submodule(owner), leaf, new)
-    return module
+# torch 2.13 has new names for these two, and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Sharded:
@@ -148,10 +52,8 @@ class Sharded:
         gathered_bytes, reduced_bytes, replicated_bytes: sizes of the whole buffers of all collectives so far.
     """
 
-    def __init__(
-        self, module: nn.Module, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False
-    ) -> None:
-        self.module, self.mesh, self.whole, self.host = weakref.proxy(module), mesh, whole, host
+    def __init__(self, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False) -> None:
+        self.mesh, self.whole, self.host = mesh, whole, host
         self.is_divided = mesh.shard.size > 1
         self.last, self.gathered_bytes, self.reduced_bytes, self.replicated_bytes = True, 0, 0, 0
         self._phase, self._is_gathered = FORWARD, False
@@ -159,7 +61,7 @@ class Sharded:
         self._spare: Tensor | None = None
         self._reducing: tuple[Any, Flat, Tensor | None, Tensor] | None = None
         if not self.is_divided:
-            units = _merged(units)
+            units = merged(units)
         first = next(iter(units[0].parameters.values()))
         self.device = first.device
         self.fires: dict[int, Unit | None] = {}
@@ -197,42 +99,28 @@ class Sharded:
         return rotating, resident
 
     def _allocate(self) -> None:
-        """Parts of all flats, those that train end to end: first those with a copy in another dtype or memory."""
+        """This rank's parts of all flats; masters of those that train end to end."""
         storage = torch.device("cpu") if self.host and self.device.type != "meta" else self.device
         pinned = storage.type == "cpu" and self.device.type == "cuda"
-        training = [flat for flat in self.flats if flat.trains]
-        training.sort(key=lambda flat: not self._has_copy(flat))
-        size = sum(flat.layout.part for flat in training)
-        copied = [flat for flat in training if self._has_copy(flat)]
+        self.training = [flat for flat in self.flats if flat.trains]
+        sizes = [flat.layout.part for flat in self.training]
         options = {"dtype": self.master_dtype, "device": storage, "pin_memory": pinned}
-        self.master = torch.zeros(size, **options)
+        self.master = torch.zeros(sum(sizes), **options)
         # Gradients of divided models come and go, those of others stay where autograd adds to them.
         self.keeps_buffer = not self.is_divided or pinned
-        gradient = torch.zeros(size, **options) if self.keeps_buffer else None
-        dtypes = {flat.dtype for flat in copied}
-        if len(dtypes) > 1:
-            # Scores compute in fp32 beside a body in bf16; with the masters in host memory both need a copy.
-            copied.sort(key=lambda flat: str(flat.dtype))
-        self.copies: list[Tensor] = []
-        at = 0
-        for flat in training:
-            part = slice(at, at + flat.layout.part)
-            flat.master = self.master[part]
-            flat.gradient = None if gradient is None else gradient[part]
-            at = part.stop
-            flat.weights = flat.master
-        self.training = training
-        for dtype in sorted(dtypes, key=str):
-            own = [flat for flat in copied if flat.dtype == dtype]
-            copy = torch.zeros(sum(flat.layout.part for flat in own), dtype=dtype, device=self.device)
-            for flat, piece in zip(own, copy.split([flat.layout.part for flat in own])):
-                flat.weights = piece
-                if pinned and dtype == torch.bfloat16:
-                    flat.staged = torch.zeros(piece.shape, dtype=dtype, pin_memory=True)
-            self.copies.append(copy)
+        gradients = torch.zeros(sum(sizes), **options).split(sizes) if self.keeps_buffer else [None] * len(sizes)
+        for flat, master, gradient in zip(self.training, self.master.split(sizes), gradients):
+            flat.master, flat.gradient, flat.weights = master, gradient, master
+            if self._has_copy(flat) and pinned and flat.dtype == torch.bfloat16:
+                flat.staged = torch.zeros(flat.layout.part, dtype=flat.dtype, pin_memory=True)
         for flat in self.flats:
-            if not flat.trains:
+            if not flat.trains or self._has_copy(flat):
                 flat.weights = torch.zeros(flat.layout.part, dtype=flat.dtype, device=self.device)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """This rank's parts in the compute dtype, of what trains and has other masters."""
+        return [flat.weights for flat in self.training if self._has_copy(flat)]
 
     def _has_copy(self, flat: Flat) -> bool:
         return flat.dtype != self.master_dtype or (self.host and self.device.type == "cuda")
@@ -245,7 +133,7 @@ class Sharded:
                 self._hook_gradients(flat)
         if not self.is_divided:
             for unit in self.resident:
-                unit.views = [pair for flat in unit.flats for pair in _pairs(flat, flat.weights)]
+                unit.views = [pair for flat in unit.flats for pair in flat.pairs(flat.weights)]
                 unit.attach()
             return
         for unit in (*self.resident, *self.units):
@@ -255,7 +143,7 @@ class Sharded:
                 unit.place.buffer = torch.zeros(unit.place.size, dtype=unit.spec.dtype, device=self.device)
             sizes = [flat.layout.size for flat in unit.flats]
             wholes = unit.place.buffer[: sum(sizes)].split(sizes)
-            unit.views = [pair for flat, whole in zip(unit.flats, wholes) for pair in _pairs(flat, whole)]
+            unit.views = [pair for flat, whole in zip(unit.flats, wholes) for pair in flat.pairs(whole)]
             unit.detach()
 
     @property
@@ -267,7 +155,7 @@ class Sharded:
         if not flat.trains:
             return
         if self.keeps_gradients:
-            for parameter, view in _pairs(flat, flat.gradient):
+            for parameter, view in flat.pairs(flat.gradient):
                 parameter.grad = view
             return
         # Parameters keep their hooks alive: through references to what holds the parameters, nothing would ever go.
@@ -307,7 +195,7 @@ class Sharded:
     def publish(self) -> None:
         """Make the masters what the model computes with: after `put`, and after an update without `copy`."""
         for flat in self.training:
-            if flat.weights.data_ptr() != flat.master.data_ptr() or flat.weights.dtype != flat.master.dtype:
+            if self._has_copy(flat):
                 flat.weights.copy_(flat.master)
         self.forget()
 
@@ -328,12 +216,6 @@ class Sharded:
             unit.place.works = []
             unit.place.owner = None
             unit.detach()
-
-    def wanted(self) -> Iterator[tuple[str, int, int]]:
-        """(parameter, start, stop): the elements that this rank keeps."""
-        for flat in self.flats:
-            for span in flat.spans():
-                yield span.slot.name, span.start, span.stop
 
     def parts(self, buffer: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """(parameter, start, values) in a buffer that stands like `master`: values are elements from start on."""
@@ -357,7 +239,7 @@ class Sharded:
             same = flat.weights.device == self.master.device
             copy = (flat.weights if same else flat.staged) if self._has_copy(flat) else None
             first = 0
-            for size, decayed in zip(_halves(flat), (True, False)):
+            for size, decayed in zip(flat.halves(), (True, False)):
                 own = slice(first, first + size)
                 if size:
                     there = None if copy is None else copy[own]
@@ -377,7 +259,7 @@ class Sharded:
             for flat in unit.flats:
                 whole = torch.empty(flat.layout.size, dtype=flat.dtype, device=self.device)
                 works.append(self._gather(whole, flat))
-                views.append((unit, _pairs(flat, whole)))
+                views.append((unit, flat.pairs(whole)))
         for work in works:
             if work is not None:
                 work.wait()
@@ -439,7 +321,7 @@ class Sharded:
             whole.copy_(flat.weights)
             return None
         self.gathered_bytes += whole.numel() * whole.element_size()
-        return dist.all_gather_into_tensor(whole, flat.weights, group=flat.axis.group, async_op=True)
+        return all_gather(whole, flat.weights, group=flat.axis.group, async_op=True)
 
     # Backward
 
@@ -536,7 +418,7 @@ class Sharded:
             out.copy_(slopes)
         else:
             self.reduced_bytes += slopes.numel() * slopes.element_size()
-            work = dist.reduce_scatter_tensor(out, slopes, group=flat.axis.reduce, async_op=True)
+            work = reduce_scatter(out, slopes, group=flat.axis.reduce, async_op=True)
         self._reducing = work, flat, None if direct else out, slopes
         if direct:
             flat.fresh = False
@@ -622,7 +504,7 @@ class Sharded:
             [
                 chunk.norm()
                 for flat, piece in zip(self.training, pieces)
-                for part in piece.split([n for n in _halves(flat) if n])
+                for part in piece.split([n for n in flat.halves() if n])
                 for chunk in part.split(NORM_CHUNK)
             ]
         )
@@ -631,26 +513,6 @@ class Sharded:
         total = own.double().square().sum().to(self.device)
         dist.all_reduce(total, group=self.mesh.shard.group)
         return float(total.sqrt())
-
-
-def _pairs(flat: Flat, whole: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    views = flat.layout.views(whole)
-    return [(parameter, views[slot.name]) for parameter, slot in zip(flat.parameters, flat.layout.slots)]
-
-
-def _halves(flat: Flat) -> tuple[int, int]:
-    """Elements of this rank's part that belong to matrices, and to vectors."""
-    matrices = flat.layout.decayed(flat.axis.index)
-    return matrices, flat.layout.part - matrices
-
-
-def _merged(units: Sequence[UnitSpec]) -> list[UnitSpec]:
-    """One unit per dtype: where nothing is gathered, the fewer buffers the better."""
-    dtypes = dict.fromkeys(unit.dtype for unit in units)
-    return [
-        UnitSpec(str(dtype), {n: p for u in units if u.dtype == dtype for n, p in u.parameters.items()}, dtype, True)
-        for dtype in dtypes
-    ]
 
 
 def sharded(module: nn.Module) -> Sharded | None:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .fsdp import Sharded, Unit, UnitSpec, materialised
+from .fsdp import Sharded
 from .mesh import Mesh
 from .recompute import ActivationOffload, recompute_block
+from .units import Unit, UnitSpec, materialised
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     for block in blocks:
         recompute_block(block, sharding.recompute)
     specs = unit_specs(model, body, dtype) if blocks else [UnitSpec("all", dict(model.named_parameters()), dtype)]
-    engine = Sharded(
-        model, specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer
-    )  # fmt: skip
+    engine = Sharded(specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer)
     model._sharded = engine
     if engine.is_divided:
         _hook(engine, body, recomputes=sharding.recompute == "full")

@@ -1,0 +1,49 @@
+"""What tests with several ranks share: torchrun, rows of a few words, and what of the metrics depends on the clock."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from wizard_engine.data.chat import CHAT_ATOMS
+from wizard_engine.data.tokenizer import train_tokenizer
+from wizard_engine.log import read_metrics
+from wizard_engine.model import ModelConfig, Transformer, save_model
+
+ROOT = Path(__file__).parents[1]
+TIMED = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun_words(ranks, *words, launcher=()):
+    """The command that starts a script on some ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *launcher]
+    return [str(word) for word in (*command, *words)]
+
+
+def torchrun(ranks, *words, timeout=240):
+    """A script run on some ranks to its end."""
+    command = torchrun_words(ranks, *words)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+
+
+def word_texts(count):
+    """Texts of 2 to 24 of ten words."""
+    generator = np.random.default_rng(0)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    return [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(count)]
+
+
+def save_base(path, texts, **shapes):
+    """Write a small random model with a tokenizer of its own; its configuration."""
+    tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, max_positions=128, init_std=0.2, **shapes)
+    save_model(Transformer(config, seed=0), tokenizer, path)
+    return config
+
+
+def untimed(out):
+    """A run's metrics without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")]
