@@ -1,9 +1,10 @@
-"""Expert permutation: tokens copied to the sorted rows of their experts."""
+"""Expert permutation: tokens copied to the sorted rows of their experts, and the rows added up again."""
 
 import torch
 from torch import Tensor
 
 from .backend import contiguous_rows, runs_triton
+from .moe_route import Routing
 
 VECTOR_BYTES = 16
 
@@ -53,3 +54,56 @@ def _permute_cuda(library, x: Tensor, index: Tensor, choices: int) -> Tensor:
         )
     csrc.cuda.check(status, "wizard_permute_rows")
     return out
+
+
+def _combine(rows: Tensor, gates: Tensor | None, positions: Tensor) -> Tensor:
+    """The sum over a token's choices of its rows, each times its gate where gates are given."""
+    if rows.is_meta:
+        return rows.new_empty((positions.shape[0], rows.shape[1]))
+    if runs_triton(rows, "rows"):
+        from ._expert_rows import moe_combine
+
+        return moe_combine(rows, gates, positions)
+    own = rows[positions.long()]
+    return (own if gates is None else gates.to(rows.dtype)[..., None] * own).sum(1)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows, positions):
+        ctx.save_for_backward(positions)
+        return permute(x, rows, positions.shape[1])
+
+    @staticmethod
+    def backward(ctx, slope):
+        return _combine(slope.contiguous(), None, *ctx.saved_tensors), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, gates, rows, positions):
+        ctx.save_for_backward(out, gates, rows, positions)
+        return _combine(out, gates, positions)
+
+    @staticmethod
+    def backward(ctx, slope):
+        out, gates, rows, positions = ctx.saved_tensors
+        slope_RD = permute(slope.contiguous(), rows, positions.shape[1])
+        dout = dgates = None
+        if ctx.needs_input_grad[0]:
+            dout = slope_RD * gates.flatten()[rows.long(), None].to(slope.dtype)
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(gates.dtype, slope.dtype)
+            dgates = (out * slope_RD).sum(-1, dtype=wide)[positions.long()].to(gates.dtype)
+        return dout, dgates, None, None
+
+
+def permute_rows(x: Tensor, routing: Routing) -> Tensor:
+    """(R, D) rows of the tokens x (T, D), sorted by expert, as a routing says; differentiable in x."""
+    return _Permute.apply(x, routing.rows, routing.positions)
+
+
+def combine(out: Tensor, routing: Routing) -> Tensor:
+    """(T, D): the sum over a token's choices of its sorted rows `out` (R, D), each times its gate; differentiable in
+    both."""
+    return _Combine.apply(out, routing.gates, routing.rows, routing.positions)

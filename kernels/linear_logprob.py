@@ -24,15 +24,27 @@ def linear_logprob_reference(
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """This rank's slice of a vocabulary that is divided over ranks.
+    """What this rank has of a vocabulary that is divided over ranks, and of tokens that are.
 
     start: the first word of the slice.   words: of the whole vocabulary.
-    gather: a function of this rank's (4, T) statistics that returns those of all ranks, (n, 4, T).
+    gather: a function of this rank's (4, T) statistics that returns those of all slices, (n, 4, T).
+    own: where the tokens are divided too, a function of per-token values (T,) and what padding gets that returns those
+    of this rank's hidden states, (t,).   to_all: its counterpart, of (4, t) statistics and T, that returns (4, T).
     """
 
     start: int
     words: int
     gather: Callable[[Tensor], Tensor]
+    own: Callable[[Tensor, int], Tensor] | None = None
+    to_all: Callable[[Tensor, int], Tensor] | None = None
+
+    def of(self, values_T: Tensor, fill: int = 0) -> Tensor:
+        """Per-token values of this rank's hidden states."""
+        return values_T if self.own is None else self.own(values_T, fill)
+
+    def all_tokens(self, statistics: Tensor, tokens: int) -> Tensor:
+        """(4, T) statistics of all tokens from those of this rank's."""
+        return statistics if self.to_all is None else self.to_all(statistics, tokens)
 
 
 @torch.library.custom_op("wizard_engine::linear_logprob_statistics", mutates_args=())
@@ -85,10 +97,12 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, shard):
-        start = 0 if shard is None else shard.start
-        found = gathered(statistics(hidden, weight, targets, temperature, entropy, start), shard)
-        ctx.save_for_backward(hidden, weight, targets, found)
-        ctx.temperature, ctx.entropy, ctx.start = temperature, entropy, start
+        start, own = (0, targets) if shard is None else (shard.start, shard.of(targets, -1))
+        found = gathered(statistics(hidden, weight, own, temperature, entropy, start), shard)
+        ctx.save_for_backward(hidden, weight, own, found)
+        ctx.temperature, ctx.entropy, ctx.start, ctx.shard = temperature, entropy, start, shard
+        if shard is not None:
+            found = shard.all_tokens(found, targets.shape[0])
         logprob_T, entropy_T = chunks.finish(found, targets)
         ctx.mark_non_differentiable(*([] if entropy else [entropy_T]))
         return logprob_T, entropy_T
@@ -96,10 +110,11 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogprob_T, dentropy_T):
         needed = ctx.needs_input_grad[:2]
-        found = gradients(
-            dlogprob_T.contiguous(), dentropy_T.contiguous() if ctx.entropy else None, *ctx.saved_tensors,
-            ctx.temperature, ctx.start, *needed,
-        )  # fmt: skip
+        slopes = [dlogprob_T, dentropy_T if ctx.entropy else None]
+        if ctx.shard is not None:
+            slopes = [None if x is None else ctx.shard.of(x) for x in slopes]
+        slopes = [None if x is None else x.contiguous() for x in slopes]
+        found = gradients(*slopes, *ctx.saved_tensors, ctx.temperature, ctx.start, *needed)
         dhidden, dweight = (dx if wanted else None for dx, wanted in zip(found, needed))
         return dhidden, dweight, None, None, None, None
 
@@ -123,7 +138,8 @@ def linear_logprob(
         temperature: divides the logits, > 0.   entropy: whether to compute the entropy.
         shard: where the vocabulary is divided over ranks: `weight` is then this rank's slice (v, D), targets count in
             the whole vocabulary, results are those of the whole, and the gradient of `hidden` is this rank's share, to
-            be summed over the ranks.
+            be summed over the ranks. Where tokens are divided too, `hidden` (t, D) are this rank's, and targets and
+            results those of all, which every rank does the same with.
     Returns:
         logprob: (T,) fp32 (fp64 for fp64 input), nats.   entropy: the same, or None. Both differentiable in hidden and
         weight. Infinite or NaN logits give a NaN.
@@ -178,7 +194,8 @@ def check(
         raise ValueError(
             f"hidden, weight: expected (T, D), (V, D) with V >= 1, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
         )
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+    tokens = targets.shape if shard is None else shard.of(targets, -1).shape
+    if tokens != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"targets: expected ({hidden.shape[0]},) int64, got {tuple(targets.shape)} "
             f"{str(targets.dtype).removeprefix('torch.')}"

@@ -112,12 +112,15 @@ def _in_one_pass(ctx, hidden, weight, targets, temperature, formula, shard, metr
 
 
 def _in_two_passes(ctx, hidden, weight, targets, temperature, formula, shard, metrics) -> tuple[Tensor, Tensor]:
-    start = 0 if shard is None else shard.start
-    found = gathered(statistics(hidden, weight, targets, temperature, formula.uses_entropy, start), shard)
+    start, own = (0, targets) if shard is None else (shard.start, shard.of(targets, -1))
+    mine = gathered(statistics(hidden, weight, own, temperature, formula.uses_entropy, start), shard)
+    found = mine if shard is None else shard.all_tokens(mine, targets.shape[0])
     logprob_T, entropy_T = chunks.finish(found, targets)
     loss, values, *slopes = formula.slopes(logprob_T, entropy_T if formula.uses_entropy else None, slice(None))
     metrics |= values
-    ctx.save_for_backward(hidden, weight, targets, found, *slopes)
+    if shard is not None:
+        slopes = [None if x is None else shard.of(x).contiguous() for x in slopes]
+    ctx.save_for_backward(hidden, weight, own, mine, *slopes)
     ctx.temperature, ctx.start = temperature, start
     return loss, found
 

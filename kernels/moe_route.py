@@ -140,6 +140,40 @@ def moe_route(hidden: Tensor, router: Tensor, *, experts_per_token: int, given: 
     return Routing(*_Route.apply(hidden, router, experts_per_token, None if given is None else given.contiguous()))
 
 
+def expert_layout(counts: Tensor, total: int) -> Routing:
+    """Routing of rows that came from several places, each row to one expert with weight 1; no logits.
+
+    Rows stand by place, then by expert, and are sorted by expert, then by place. Nothing waits for the device.
+
+    Args:
+        counts: (P, E) integers, rows of each expert from each place.   total: their sum, R.
+    """
+    counts_PE = counts.long()
+    places, experts = counts_PE.shape
+    device, cumulated_P = counts.device, counts_PE.flatten().cumsum(0)
+    segment_R = torch.repeat_interleave(
+        torch.arange(places * experts, device=device), counts_PE.flatten(), output_size=total
+    )
+    offsets = torch.nn.functional.pad(counts_PE.sum(0).cumsum(0), (1, 0))
+    first_PE = offsets[:-1] + counts_PE.cumsum(0) - counts_PE
+    own_R = torch.arange(total, device=device)
+    positions_R = own_R - (cumulated_P - counts_PE.flatten())[segment_R] + first_PE.flatten()[segment_R]
+    rows_R = torch.empty_like(positions_R).scatter_(0, positions_R, own_R)
+    slot = torch.arange(num_slots(total, experts), device=device)
+    tiles_E = (offsets.diff() + TILE_ROWS - 1) // TILE_ROWS
+    ends_E = tiles_E.cumsum(0)
+    owner = torch.searchsorted(ends_E, slot, right=True)
+    known = owner.clamp(max=experts - 1)
+    start = offsets[:-1][known] + TILE_ROWS * (slot - (ends_E - tiles_E)[known])
+    beyond = slot >= ends_E[-1]
+    tiles = torch.stack((owner.masked_fill(beyond, -1), start.masked_fill(beyond, 0))).int()
+    chosen = (segment_R % experts).int()[:, None]
+    gates = torch.ones((total, 1), dtype=torch.float32, device=device)
+    return Routing(
+        gates.new_empty((total, 0)), gates, chosen, offsets.int(), rows_R.int(), positions_R.int()[:, None], tiles
+    )
+
+
 def _check(hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None) -> None:
     if hidden.dim() != 2 or router.dim() != 2 or hidden.shape[1] != router.shape[1] or not router.shape[0]:
         raise ValueError(
@@ -178,8 +212,9 @@ def expert_counts(experts: Tensor, num_experts: int, real: Tensor | None = None)
 
 
 def load_balancing_loss(
-    logits: Tensor, experts: Tensor, *, num_tokens: float | Tensor, real: Tensor | None = None
-) -> Tensor:
+    logits: Tensor, experts: Tensor, *, num_tokens: float | Tensor, real: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """A micro-batch's share of the load-balancing loss, A where the load is even.
 
     loss = E sum_e f_e P_e,   f_e = share of the real tokens that e was chosen by,   P_e = sum_t softmax(logits_t)_e /
@@ -189,6 +224,7 @@ def load_balancing_loss(
         logits: (T, E) fp32.   experts: (T, A) integers.   num_tokens: tokens of the step over all ranks and
             micro-batches, so that the sum of the shares is the mean over the step weighted by tokens.
         real: (T,) bool, False for padding, which counts in neither; None: all are real.
+        counts: (E,) real tokens that chose each expert, where these tokens are one rank's share of a micro-batch.
     Returns:
         () fp32 (fp64 for fp64).
     Source: Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6, with f summed over the choices as in Mixtral's code.
@@ -196,8 +232,9 @@ def load_balancing_loss(
     probability_TE = logits.softmax(-1)
     if real is not None:
         probability_TE = probability_TE.masked_fill(~real[:, None], 0.0)
-    tokens = logits.shape[0] if real is None else real.sum()
-    share_E = expert_counts(experts, logits.shape[1], real) / torch.as_tensor(tokens, device=logits.device).clamp(min=1)
+    if counts is None:
+        counts = expert_counts(experts, logits.shape[1], real)
+    share_E = counts / (counts.sum() / experts.shape[1]).clamp(min=1)
     return logits.shape[1] * (share_E * probability_TE.sum(0)).sum() / num_tokens
 
 

@@ -48,24 +48,25 @@ def samples(seed, count=4):
 
 
 def loss_of(kind, model, rows, seed, config):
-    """A micro-batch's share of a loss, the router's losses included; denominators are constants of the step."""
+    """A micro-batch's share of a loss, and of the router's losses; denominators are constants of the step."""
     batch, routes = collate(rows), Routes()
     generator = torch.Generator().manual_seed(seed)
     hidden = model(*batch.inputs, routes)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights, wide = batch.weights.to(dtype), {"generator": generator, "dtype": dtype}
+    shard = getattr(model, "shard", None)
     if kind == "sft":
-        loss = sft_loss(hidden, model.head_weight, batch.targets, weights, num_tokens=57.0).loss
+        loss = sft_loss(hidden, model.head_weight, batch.targets, weights, num_tokens=57.0, shard=shard).loss
     elif kind == "dpo":
         reference = -10 * torch.rand(len(rows), **wide)
         loss = dpo_loss(
             hidden, model.head_weight, batch.targets, weights, batch.cu_seqlens, reference, beta=0.3, num_pairs=10,
-            nll=0.2, num_chosen_tokens=31.0,
+            nll=0.2, num_chosen_tokens=31.0, shard=shard,
         )[0]  # fmt: skip
     elif kind == "reward":
         better, worse = hidden[batch.cu_seqlens[1:].long() - 1, 0].chunk(2)
         loss = ranking_loss(better, worse, torch.rand(len(better), **wide), num_pairs=10)
-    elif kind == "process":
+    elif kind in ("process", "surprise"):
         labels = torch.randint(-1, 2, (len(rows),), generator=generator)
         loss = process_loss(hidden[batch.cu_seqlens[1:].long() - 1], labels, num_steps=20)
     else:
@@ -74,8 +75,9 @@ def loss_of(kind, model, rows, seed, config):
         targets = torch.where(weights > 0, batch.targets, -1)
         loss = policy_loss(
             hidden, model.head_weight, targets, old, advantages, clip=0.2, num_tokens=57.0, reference=old - 1, kl=0.1,
+            entropy=0.05, shard=shard,
         )[0]  # fmt: skip
-    return loss + routes.loss(config, 200.0)
+    return loss, routes.loss(config, 200.0)
 
 
 def value_share(model, rows, seed, config):
@@ -85,7 +87,7 @@ def value_share(model, rows, seed, config):
     generator = torch.Generator().manual_seed(seed)
     old, returns = (torch.randn(len(values), generator=generator, dtype=values.dtype) for _ in range(2))
     loss, _ = value_loss(values, old, returns, clip=0.2, num_tokens=57.0)
-    return loss + routes.loss(config, 200.0)
+    return loss, routes.loss(config, 200.0)
 
 
 def built(kind, config, freeze=""):
@@ -93,10 +95,11 @@ def built(kind, config, freeze=""):
     found = []
     if kind in ("sft", "dpo", "ppo"):
         found.append(Transformer(config, seed=3))
-    if kind in ("reward", "process", "ppo"):
-        scoring = ScoringModel(config, 3 if kind == "process" else 1)
+    if kind in ("reward", "process", "ppo", "surprise"):
+        scoring = ScoringModel(config, 3 if kind in ("process", "surprise") else 1, surprise=kind == "surprise")
         scoring.body.initialise(5)
-        torch.nn.init.normal_(scoring.score.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+        last = list(scoring.score.modules())[-1]
+        torch.nn.init.normal_(last.weight, std=0.5, generator=torch.Generator().manual_seed(1))
         found.append(scoring)
     for model in found:
         model.double()
@@ -127,9 +130,9 @@ def plain_steps(kind, models, config):
             model.zero_grad()
         total = 0.0
         for number in range(MICRO_BATCHES):
-            for loss in shares(kind, models, samples(10 * step + number), number, config):
-                loss.backward()
-                total += float(loss.detach())
+            for loss, router in shares(kind, models, samples(10 * step + number), number, config):
+                (loss + router).backward()
+                total += float(loss.detach()) + float(torch.as_tensor(router).detach())
         grads = [{n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None} for m in models]
         norms = [float(torch.cat([g.flatten() for g in own.values()]).norm()) for own in grads]
         out.append((total, norms, grads))
@@ -153,9 +156,9 @@ def compare(kind, config, mesh, sharding, freeze=""):
         own = 0.0
         mine = list(range(MICRO_BATCHES))[mesh.data.index :: mesh.data.size]
         for number in paced(mine, *models, backward=True):
-            for loss in shares(kind, models, samples(10 * step + number), number, config):
-                loss.backward()
-                own += float(loss.detach())
+            for loss, router in shares(kind, models, samples(10 * step + number), number, config):
+                (loss + router).backward()
+                own += float(loss.detach()) * mesh.speaks + float(torch.as_tensor(router).detach())
         for engine in engines:
             engine.finish()
         summed = torch.tensor(own, dtype=torch.float64)
@@ -167,6 +170,7 @@ def compare(kind, config, mesh, sharding, freeze=""):
             for name, start, values in engine.parts(engine.gradient()):
                 found = own_grads.get(name, torch.zeros(engine.shapes[name], dtype=torch.float64))
                 scale = max(float(found.abs().max()), 1e-3)
+                found = engine.cuts[name].of(found)
                 error = float((found.flatten()[start : start + len(values)] - values).abs().max()) / scale
                 worst["gradient"] = max(worst["gradient"], error)
             engine.master.add_(engine.gradient(), alpha=-LR)
@@ -214,13 +218,13 @@ def bits_of(mesh, sharding, dtype):
         engine = sharded(parallelize(model, mesh, sharding))
         engine.zero_grad()
         for number in paced(numbers, model, backward=True):
-            loss_of("sft", model, samples(100 * mesh.rank + number), number, config).backward()
+            sum(loss_of("sft", model, samples(100 * mesh.rank + number), number, config)).backward()
         engine.finish()
         alone = Transformer(config, seed=3).to(dtype)
         wide = {}
         for number in numbers:
             alone.zero_grad()
-            loss_of("sft", alone, samples(100 * mesh.rank + number), number, config).backward()
+            sum(loss_of("sft", alone, samples(100 * mesh.rank + number), number, config)).backward()
             for key, parameter in alone.named_parameters():
                 wide[key] = parameter.grad.float() + wide.get(key, 0.0)
         equal[name] = True

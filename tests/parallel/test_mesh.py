@@ -1,5 +1,6 @@
 """The mesh: which ranks make which groups, and what is said of sizes that do not fit."""
 
+import dataclasses
 import itertools
 import math
 
@@ -17,17 +18,19 @@ from wizard_engine.runtime import Runtime
 @pytest.mark.parametrize(
     ("options", "ranks", "shape"),
     [
-        ({}, 1, (1, 1, 1, 1, 1)),
-        ({}, 8, (1, 8, 1, 8, 1)),
-        ({"dp_shard": 1}, 8, (8, 1, 1, 1, 1)),
-        ({"dp_replicate": 2}, 8, (2, 4, 1, 4, 1)),
-        ({"dp_shard": 4, "tp": 2}, 16, (2, 4, 2, 8, 1)),
-        ({"tp": 2, "ep": 8}, 16, (1, 8, 2, 2, 8)),
-        ({"dp_replicate": 2, "dp_shard": 4}, 8, (2, 4, 1, 4, 1)),
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1, 8, 1)),
+        ({"dp_shard": 1}, 8, (8, 1, 1, 1, 1, 1)),
+        ({"dp_replicate": 2}, 8, (2, 4, 1, 1, 4, 1)),
+        ({"dp_shard": 4, "tp": 2}, 16, (2, 4, 1, 2, 8, 1)),
+        ({"tp": 2, "ep": 8}, 16, (1, 8, 1, 2, 2, 8)),
+        ({"dp_replicate": 2, "dp_shard": 4}, 8, (2, 4, 1, 1, 4, 1)),
+        ({"cp": 2, "tp": 4, "ep": 4, "dp_shard": 1}, 16, (2, 1, 2, 4, 2, 4)),
     ],
 )
 def test_sizes_left_out_take_the_rest(options, ranks, shape):
-    assert resolve(MeshOptions(**options), ranks) == shape
+    found = resolve(MeshOptions(**options), ranks)
+    assert (found.replicate, found.dp_shard, found.cp, found.tp, found.efsdp, found.ep) == shape
 
 
 @pytest.mark.parametrize(
@@ -35,16 +38,17 @@ def test_sizes_left_out_take_the_rest(options, ranks, shape):
     [
         ({"tp": 0}, 8, r"mesh\.tp: expected at least 1, got 0"),
         ({"dp_shard": -1}, 8, r"mesh\.dp_shard: expected at least 1, got -1"),
-        ({"tp": 3}, 8, r"mesh\.tp must divide the ranks: tp=3, ranks=8; choose from \[1, 2, 4, 8\]"),
-        ({"dp_shard": 3}, 8, r"dp_shard=3, ranks / tp = 8; choose from \[1, 2, 4, 8\]"),
-        ({"dp_replicate": 5, "tp": 2}, 12, r"dp_replicate=5, ranks / tp = 6; choose from \[1, 2, 3, 6\]"),
+        ({"tp": 3}, 8, r"mesh\.tp must divide the ranks: tp=3, ranks = 8; choose from \[1, 2, 4, 8\]"),
+        ({"tp": 2, "cp": 3}, 8, r"mesh\.cp must divide the ranks / tp: cp=3, ranks / tp = 4; choose from \[1, 2, 4\]"),
+        ({"dp_shard": 3}, 8, r"dp_shard=3, ranks / \(cp x tp\) = 8; choose from \[1, 2, 4, 8\]"),
+        ({"dp_replicate": 5, "tp": 2}, 12, r"dp_replicate=5, ranks / \(cp x tp\) = 6; choose from \[1, 2, 3, 6\]"),
         (
             {"dp_replicate": 2, "dp_shard": 2}, 8,
-            r"expected dp_replicate x dp_shard x tp = 8 ranks, got 2 x 2 x 1 = 4; with tp=1 choose dp_replicate x "
-            r"dp_shard from 1 x 8, 2 x 4, 4 x 2, 8 x 1, or start 4 ranks",
+            r"expected dp_replicate x dp_shard x cp x tp = 8 ranks, got 2 x 2 x 1 x 1 = 4; with cp=1 and tp=1 choose "
+            r"dp_replicate x dp_shard from 1 x 8, 2 x 4, 4 x 2, 8 x 1, or start 4 ranks",
         ),
-        ({"ep": 3}, 8, r"ep=3, dp_shard x tp = 8; choose from \[1, 2, 4, 8\]"),
-        ({"dp_replicate": 4, "ep": 4}, 8, r"ep=4, dp_shard x tp = 2; choose from \[1, 2\]"),
+        ({"ep": 3}, 8, r"ep=3, dp_shard x cp x tp = 8; choose from \[1, 2, 4, 8\]"),
+        ({"dp_replicate": 4, "ep": 4}, 8, r"ep=4, dp_shard x cp x tp = 2; choose from \[1, 2\]"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_name_those_that_would(options, ranks, text):
@@ -80,10 +84,10 @@ def simulated():
 
 
 def test_every_rank_of_512_agrees_on_who_is_with_whom(simulated):
-    meshes = [simulated(rank, 512, dp_replicate=4, tp=8, ep=16) for rank in range(0, 512, 37)]
+    meshes = [simulated(rank, 512, dp_replicate=4, tp=8, ep=16, cp=2) for rank in range(0, 512, 37)]
     for mesh in meshes:
-        assert mesh.shape == "dp_replicate 4 x dp_shard 16 x tp 8, efsdp 8 x ep 16"
-        for name in ("replicate", "shard", "tp", "efsdp", "ep", "data"):
+        assert mesh.shape == "dp_replicate 4 x dp_shard 8 x cp 2 x tp 8, efsdp 8 x ep 16"
+        for name in ("replicate", "shard", "tp", "cp", "row", "copy", "efsdp", "ep", "data"):
             axis = getattr(mesh, name)
             assert axis.ranks[axis.index] == mesh.rank and len(axis.ranks) == axis.size
             for other in meshes:
@@ -95,13 +99,29 @@ def test_every_rank_of_512_agrees_on_who_is_with_whom(simulated):
         assert mesh.shard.group is not mesh.shard.reduce and mesh.replicate.reduce is None
 
 
-def test_parallelism_that_a_model_lacks_is_refused(simulated):
+@pytest.mark.parametrize(
+    ("preset", "options", "text"),
+    [
+        ("tiny-mixtral", {"tp": 4}, r"mesh\.tp must divide kv_heads: tp=4, kv_heads=2; choose from \[1, 2\]"),
+        ("tiny-mixtral", {"ep": 8}, r"mesh\.ep must divide experts: ep=8, experts=4; choose from \[1, 2, 4\]"),
+        ("tiny-llama", {"ep": 2}, r"mesh\.ep: expected 1 for a model without experts, got 2"),
+    ],
+)
+def test_layouts_that_do_not_divide_a_model_name_those_that_would(simulated, preset, options, text):
     with torch.device("meta"):
-        model = Transformer(PRESETS["tiny-mixtral"])
-    for options in ({"tp": 2}, {"ep": 2}):
-        with pytest.raises(ValueError, match=f"mesh.{next(iter(options))}: expected 1, got 2"):
-            parallelize(model, simulated(0, 4, **options))
-    mesh = simulated(0, 4)
+        model = Transformer(PRESETS[preset])
+    with pytest.raises(ValueError, match=text):
+        parallelize(model, simulated(0, 16, **options))
+    mesh = simulated(0, 16)
     parallelize(model, mesh)
     with pytest.raises(ValueError, match="expected one that is not divided yet"):
         parallelize(model, mesh)
+
+
+@pytest.mark.parametrize(("what", "number"), [("heads", 6), ("vocab_size", 250), ("ffn_width", 90)])
+def test_every_width_that_tp_divides_is_looked_at(simulated, what, number):
+    config = dataclasses.replace(PRESETS["tiny-llama"], heads=4, kv_heads=4, head_width=8, vocab_size=256, ffn_width=96)
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(config, **{what: number} | ({"kv_heads": 2} if what == "heads" else {})))
+    with pytest.raises(ValueError, match=f"mesh.tp must divide {what}: tp=4, {what}={number}; choose from"):
+        parallelize(model, simulated(0, 4, tp=4))

@@ -62,23 +62,29 @@ class ScoringModel(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
     ) -> Tensor:
-        """(T, outputs) fp32 (of a float64 model float64) scores at every position; arguments as for Transformer."""
-        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen, routes)
+        """(T, outputs) fp32 (of a float64 model float64) scores at every position; arguments as for Transformer.
+
+        Where several ranks divide the tokens of a row each scores its own, and all of them get all scores.
+        """
+        hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen, routes, own_tokens=True)
         wide_TD = hidden_TD if hidden_TD.dtype == torch.float64 else hidden_TD.float()
         if self.surprise:
             wide_TD = torch.cat((wide_TD, self._surprises(hidden_TD.detach(), tokens, positions)), dim=-1)
-        return self.score(wide_TD)
+        return self.body.spread.to_whole(self.score(wide_TD), tokens.shape[0])
 
     @torch.no_grad()
     def _surprises(self, hidden_TD: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """(T, 2 LAGS + 2): surprise in nats and scaled probability of each of the last LAGS tokens, and the extremes.
+        """(t, 2 LAGS + 2): surprise in nats and scaled probability of each of the last LAGS tokens, and the extremes, of
+        this rank's tokens.
 
         The first token of a sequence, and lags before it, count as certain.
         """
-        logprob, _ = linear_logprob(hidden_TD[:-1], self.body.head_weight, tokens[1:])
-        logprob_T = torch.cat((logprob.new_zeros(1), logprob)).masked_fill_(positions == 0, 0.0)
+        spread, body = self.body.spread, self.body
+        following_T = torch.cat((tokens[1:], tokens.new_full((1,), -1)))
+        logprob, _ = linear_logprob(spread.gather(hidden_TD), body.head_weight, following_T, shard=body.shard)
+        logprob_T = logprob.roll(1).masked_fill_(positions == 0, 0.0)
         lagged = [logprob_T.roll(lag).masked_fill(positions < lag, 0.0) for lag in range(LAGS)]
         logprob_TK = torch.stack(lagged, dim=1)
         surprise_TK, probability_TK = -logprob_TK.clamp(min=-CLIP_NATS), CLIP_NATS * logprob_TK.exp()
         extremes = (surprise_TK.amax(1, keepdim=True), probability_TK.amin(1, keepdim=True))
-        return torch.cat((surprise_TK, probability_TK, *extremes), dim=1)
+        return spread.of_tokens(torch.cat((surprise_TK, probability_TK, *extremes), dim=1))

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.grouped_matmul import expert_mlp
 from kernels.moe_route import Routing, expert_counts, load_balancing_loss, moe_route, router_z_loss
 
+from ..parallel.spread import ALONE, Spread
 from .config import ModelConfig
 
 
@@ -15,6 +15,9 @@ class Routes:
     A layer that it already knows is replayed: its tokens go to the same experts, with the gates of now. So a block that
     is computed again in the backward, with the object that its forward had, routes as it did; and a trainer routes as
     its sampler did with `Routes(experts)` of what was recorded there.
+
+    On several ranks that divide the tokens of a row, what it is given is that of the whole row, and what it has then
+    that of this rank's tokens.
 
     Args:
         experts: (T, L, A) integers, the choices to replay; None: each layer chooses.
@@ -27,6 +30,13 @@ class Routes:
         self.experts: dict[int, Tensor] = {} if experts is None else dict(enumerate(experts.unbind(1)))
         self.logits: dict[int, Tensor] = {}
         self.real: Tensor | None = None
+        self._spread = ALONE
+
+    def begin(self, real: Tensor, spread: Spread) -> None:
+        """A forward pass over a row starts, of whose tokens those in `real` (T,) are no padding."""
+        self._spread, self.real = spread, spread.of_tokens(real)
+        if spread.divides_rows:
+            self.experts = {layer: _of_tokens(experts, spread) for layer, experts in self.experts.items()}
 
     def stacked(self) -> Tensor:
         """(T, L, A) int32 choices of all layers, as the constructor takes them.
@@ -39,7 +49,7 @@ class Routes:
         return torch.stack([self.experts[layer].int() for layer in sorted(self.experts)], dim=1)
 
     def loss(self, config: ModelConfig, num_tokens: float | Tensor) -> Tensor | float:
-        """This micro-batch's share of the router's losses, mean over the layers; 0.0 for a dense model.
+        """This rank's share of the router's losses of a micro-batch, mean over the layers; 0.0 for a dense model.
 
         balance_loss * load-balancing loss + z_loss * router z-loss, both over real tokens only.
 
@@ -47,10 +57,15 @@ class Routes:
             num_tokens: tokens of the step over all ranks and micro-batches.
         """
         total: Tensor | float = 0.0
+        counts: dict[int, Tensor] = {}
+        if config.balance_loss and self.logits and self._spread.divides_rows:
+            counts = dict(zip(sorted(self.logits), self._spread.counts(self.load())))
         for layer, logits_TE in self.logits.items():
             options = {"num_tokens": num_tokens * len(self.logits), "real": self.real}
             if config.balance_loss:
-                total = total + config.balance_loss * load_balancing_loss(logits_TE, self.experts[layer], **options)
+                total = total + config.balance_loss * load_balancing_loss(
+                    logits_TE, self.experts[layer], counts=counts.get(layer), **options
+                )  # fmt: skip
             if config.z_loss:
                 total = total + config.z_loss * router_z_loss(logits_TE, **options)
         return total
@@ -64,8 +79,21 @@ class Routes:
         return torch.stack([expert_counts(self.experts[i], self.logits[i].shape[1], self.real) for i in layers])
 
 
+def _of_tokens(experts_TA: Tensor, spread: Spread) -> Tensor:
+    """A rank's share of replayed choices; padding goes to the first experts."""
+    first_A = torch.arange(experts_TA.shape[1], device=experts_TA.device, dtype=experts_TA.dtype)
+    # Offset by one, so that what stands for padding can be told from a choice.
+    own_TA = spread.of_tokens(experts_TA + 1)
+    return torch.where(own_TA > 0, own_TA - 1, first_A)
+
+
 class Experts(nn.Module):
-    """Stacked gated feed-forward blocks.   gate_up: (E, 2 F, D), the gate in the first F rows.   down: (E, D, F)."""
+    """Stacked gated feed-forward blocks, of which a rank may have some alone.
+
+    gate_up: (E, 2 F, D), the gate in the first F rows.   down: (E, D, F).
+    """
+
+    spread: Spread = ALONE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,7 +105,13 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """(T, D): each token's weighted sum over the experts that it is sent to."""
-        return expert_mlp(x_TD, self.gate_up, self.down, routing)
+        return self.spread.experts(x_TD, self.gate_up, self.down, routing)
+
+
+class Router(nn.Linear):
+    """Scores of the experts."""
+
+    is_router = True
 
 
 class Mixture(nn.Module):
@@ -87,7 +121,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.layer, self.experts_per_token = layer, config.experts_per_token
         self.experts = Experts(config)
-        self.router = nn.Linear(config.width, config.experts, bias=False)
+        self.router = Router(config.width, config.experts, bias=False)
 
     def forward(self, x_TD: Tensor, routes: Routes | None = None) -> Tensor:
         """(T, D): each token's weighted sum over its experts; `routes` records the choice, or replays what it has."""

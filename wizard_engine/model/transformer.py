@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import attention
+from kernels.linear_logprob import VocabularyShard
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_tables
 from kernels.swiglu import swiglu
 
+from ..parallel.spread import ALONE, Spread
 from .config import ModelConfig
 from .mixture import Mixture, Routes
 
@@ -28,8 +29,20 @@ class Norm(nn.Module):
         return rms_norm(x_TD, self.weight, self.epsilon)
 
 
+class Embedding(nn.Embedding):
+    """Rows of a table; on several ranks, of this rank's tokens of a row."""
+
+    spread: Spread = ALONE
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(T, D) rows of tokens (T,)."""
+        return self.spread.embed(self.spread.of_row(tokens), self.weight)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention; q, k and v come out of one product."""
+    """Grouped-query attention; q, k and v come out of one product. A rank may have some of the heads alone."""
+
+    spread: Spread = ALONE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,14 +58,15 @@ class Attention(nn.Module):
     def split(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same out of the product with `qkv`."""
         heads = qkv.view(qkv.shape[0], -1, self.head_width)
-        q_THC, k_TKC, v_TKC = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        kv_heads = heads.shape[1] * self.kv_heads // (self.heads + 2 * self.kv_heads)
+        q_THC, k_TKC, v_TKC = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
         return *rope(q_THC, k_TKC, cos, sin), v_TKC
 
     def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(T, D) out of the product with `qkv`, (T, (H + 2 K) C)."""
         q_THC, k_TKC, v_TKC = self.split(qkv, cos, sin)
-        out_THC = attention(q_THC, k_TKC, v_TKC, cu_seqlens, max_seqlen, window=self.window)
-        return self.out(out_THC.reshape(qkv.shape[0], -1))
+        out_THC = self.spread.attend(q_THC, k_TKC, v_TKC, cu_seqlens, max_seqlen, window=self.window)
+        return self.spread.columns(out_THC.reshape(qkv.shape[0], -1), self.out.weight)
 
 
 class FeedForward(nn.Module):
@@ -66,6 +80,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    spread: Spread = ALONE
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = Norm(config.width, config.norm_epsilon)
@@ -75,15 +91,15 @@ class Block(nn.Module):
 
     def projected(self, x_TD: Tensor) -> Tensor:
         """q, k and v of the stream."""
-        return self.attention.qkv(self.attention_norm(x_TD))
+        return self.spread.rows(self.attention_norm(x_TD), self.attention.qkv.weight)
 
     def inner(self, x_TD: Tensor) -> Tensor:
         """Gate and up of the stream, of a dense block."""
-        return self.feed_forward.gate_up(self.feed_forward_norm(x_TD))
+        return self.spread.rows(self.feed_forward_norm(x_TD), self.feed_forward.gate_up.weight)
 
     def outer(self, gate_up: Tensor) -> Tensor:
         """What a dense block adds to the stream."""
-        return self.feed_forward.down(swiglu(gate_up))
+        return self.spread.columns(swiglu(gate_up), self.feed_forward.down.weight)
 
     def forward(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
@@ -98,13 +114,15 @@ class Transformer(nn.Module):
     """Decoder-only language model over packed tokens.
 
     `model(tokens, positions, cu_seqlens, max_seqlen)` returns the hidden states after the last norm, (T, D);
-    `model.logits(hidden)` the (T, V) logits in fp32.
+    `model.logits(hidden)` the (T, V) logits in fp32. `parallelize` says how several ranks divide it: see `Spread`.
     """
+
+    spread: Spread = ALONE
 
     def __init__(self, config: ModelConfig, *, seed: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = Norm(config.width, config.norm_epsilon)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
@@ -134,25 +152,35 @@ class Transformer(nn.Module):
         """(V, D) rows that score the vocabulary: the embedding itself where the head is tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    @property
+    def shard(self) -> VocabularyShard | None:
+        """What this rank has of the vocabulary and of a row's tokens, for losses of hidden states; None: all."""
+        return self.spread.head(self.head_weight)
+
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None, *,
+        own_tokens: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Hidden states after the last norm.
 
         Args:
             tokens: (T,) int64.   positions: (T,) int64, counted from each sequence's start.
             cu_seqlens: (S + 1,) int32.   max_seqlen: longest sequence, tokens.
             routes: of a model with experts, records where the tokens go, or replays what it has (see `Routes`).
+            own_tokens: on several ranks, give this rank's tokens back.
         Returns:
-            (T, D).
+            (T, D). Where several ranks divide the tokens of a row, every one of them is given the whole row, and gets
+            what its context-parallel rank has of it, padding included; `shard` tells a loss which tokens these are.
         """
-        cos, sin = rope_tables(positions, self.config.head_width, self.config.rope_base)
+        spread = self.spread
+        cos, sin = rope_tables(spread.of_row(positions), self.config.head_width, self.config.rope_base)
         x_TD = self.embedding(tokens)
         if routes is not None:
-            routes.real = torch.arange(tokens.shape[0], device=tokens.device) < cu_seqlens[-1]
+            routes.begin(torch.arange(tokens.shape[0], device=tokens.device) < cu_seqlens[-1], spread)
         for block in self.blocks:
             x_TD = block(x_TD, cos, sin, cu_seqlens, max_seqlen, routes)
-        return self.norm(x_TD)
+        x_TD = self.norm(x_TD)
+        return x_TD if own_tokens else spread.gather(x_TD)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) fp32 logits of hidden states."""

@@ -61,7 +61,7 @@ def estimate(
     parts, places, staying, largest = 0, [0, 0], 0, 0
     rotating = 0
     for spec in unit_specs(model, model, dtype):
-        count = mesh.efsdp.size if spec.expert else mesh.shard.size
+        count = getattr(mesh, spec.over).size
         layout = Layout([(name, tuple(p.shape)) for name, p in spec.parameters.items()], count)
         sizes[spec.name] = layout.size
         parts += layout.part * (4 * wide + (narrow if narrow != wide else 0))

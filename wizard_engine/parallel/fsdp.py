@@ -13,12 +13,17 @@ the next unit's backward to end; nothing is ever divided, for the losses know th
 have communicators of their own. Small units that are needed from the first operation to the last (a tied embedding, the
 scores of a reward model) stay gathered.
 
+Where the ranks of a tensor-parallel group divide matrices, or those of an expert-parallel group experts, this rank's rows
+or columns are what its flats hold, and the axes of the flats are the ranks that have the same; what every rank of a copy
+of the model uses with tokens of its own is divided over all of them. So each element has one owner, whose gradient is the
+sum over all tokens, and one norm over all owners counts it once.
+
 Peak memory of a rank: its parts, two gathered units, a unit of gradients in fp32 and one as they come, what stays, and
 the activations (parallel/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,35 +31,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .collectives import all_gather, gathered_rows, reduce_scatter
+from .cut import Cut, Division, as_matrix
 from .layout import Layout, Slot
 from .mesh import Mesh
+from .spread import Spread
 from .units import Flat, Place, Unit, UnitSpec, is_absent, merged
 
 T = TypeVar("T")
 # Elements of a partial norm: one fp32 sum over a large buffer is off by 1e-4 at 4M and 4e-3 at 50M elements.
 NORM_CHUNK = 2**16
 FORWARD, BACKWARD = "forward", "backward"
-# torch 2.13 has new names for these two, and warns of the old ones.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Sharded:
     """A module whose parameters are divided over the ranks of a mesh; `parallelize` makes it.
 
     Args:
-        units: in the order of the forward pass, resident ones anywhere.
+        units: in the order of the forward pass, resident ones anywhere; of parameters as this rank has them.
+        divisions: of the parameters of which each rank of an axis has other rows or columns.
+        spread: what else the model divides among ranks.   dummy: a pass of the model over a row of no weight, backward
+            too if told so.
         whole: keep gradients of whole units between the micro-batches of a step, and reduce in the last alone.
         host: keep master, gradient and (in the optimizer) moments in host memory.
     Attributes:
         master: this rank's parts of all that trains, end to end, (P,).   training: the flats that it is made of.
+        shapes: of whole parameters.   cuts: what this rank and those that divide it further have of them.
         last: whether the coming backward is the step's last (see `paced`).
         gathered_bytes, reduced_bytes, replicated_bytes: sizes of the whole buffers of all collectives so far.
     """
 
-    def __init__(self, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False) -> None:
+    def __init__(
+        self, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False,
+        divisions: Mapping[str, Division] | None = None, spread: Spread | None = None,
+        dummy: Callable[[bool], None] | None = None,
+    ) -> None:  # fmt: skip
         self.mesh, self.whole, self.host = mesh, whole, host
-        self.is_divided = mesh.shard.size > 1
+        self.divisions, self.spread, self.dummy = dict(divisions or {}), spread, dummy
+        self.is_divided = mesh.copy.size > 1
         self.last, self.gathered_bytes, self.reduced_bytes, self.replicated_bytes = True, 0, 0, 0
         self._phase, self._is_gathered = FORWARD, False
         self._flat: Tensor | None = None
@@ -64,16 +78,17 @@ class Sharded:
             units = merged(units)
         first = next(iter(units[0].parameters.values()))
         self.device = first.device
-        self.fires: dict[int, Unit | None] = {}
         self.master_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.units, self.resident = self._make_units(units)
         self.flats = [flat for unit in (*self.resident, *self.units) for flat in unit.flats]
-        self.shapes = {slot.name: slot.shape for flat in self.flats for slot in flat.layout.slots}
+        local = {slot.name: slot.shape for flat in self.flats for slot in flat.layout.slots}
+        self.cuts = {n: self.divisions[n].own if n in self.divisions else Cut.whole(s) for n, s in local.items()}
+        self.shapes = {name: cut.shape for name, cut in self.cuts.items()}
         values = {name: p.detach() for spec in units for name, p in spec.parameters.items()}
         self._allocate()
         for name, value in values.items():
             if not is_absent(value):
-                self.put(name, value)
+                self._put(name, value)
         self._place_views()
         self.publish()
 
@@ -84,7 +99,7 @@ class Sharded:
         rotating: list[Unit] = []
         resident: list[Unit] = []
         for spec in specs:
-            axis = self.mesh.efsdp if spec.expert else self.mesh.shard
+            axis = getattr(self.mesh, spec.over)
             flats = []
             for trains in (True, False):
                 named = {n: p for n, p in spec.parameters.items() if p.requires_grad == trains}
@@ -137,13 +152,11 @@ class Sharded:
                 unit.attach()
             return
         for unit in (*self.resident, *self.units):
-            unit.place.size = max(unit.place.size, sum(flat.layout.size for flat in unit.flats))
+            unit.place.size = max(unit.place.size, sum(unit.sizes))
         for unit in (*self.resident, *self.units):
             if unit.place.buffer is None:
                 unit.place.buffer = torch.zeros(unit.place.size, dtype=unit.spec.dtype, device=self.device)
-            sizes = [flat.layout.size for flat in unit.flats]
-            wholes = unit.place.buffer[: sum(sizes)].split(sizes)
-            unit.views = [pair for flat, whole in zip(unit.flats, wholes) for pair in flat.pairs(whole)]
+            unit.views = [pair for flat, whole in zip(unit.flats, unit.wholes()) for pair in flat.pairs(whole)]
             unit.detach()
 
     @property
@@ -180,7 +193,18 @@ class Sharded:
     # Numbers in and out
 
     def put(self, name: str, value: Tensor, start: int = 0) -> None:
-        """Take what this rank keeps of elements [start, start + n) of a parameter; `publish` when all are there."""
+        """Take what this rank keeps of elements [start, start + n) of a parameter; `publish` when all are there.
+
+        Of one whose matrices are divided over ranks, the elements are all of them.
+        """
+        cut = self.cuts[name]
+        if cut.is_whole:
+            self._put(name, value, start)
+        else:
+            self._put(name, cut.of(value.view(cut.shape)))
+
+    def _put(self, name: str, value: Tensor, start: int = 0) -> None:
+        """The same of what this rank and those that divide it further have."""
         values = value.reshape(-1)
         for flat in self.flats:
             for span in flat.spans():
@@ -218,7 +242,8 @@ class Sharded:
             unit.detach()
 
     def parts(self, buffer: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """(parameter, start, values) in a buffer that stands like `master`: values are elements from start on."""
+        """(parameter, start, values) in a buffer that stands like `master`: values are elements from start on of what
+        `cuts` says of the parameter."""
         at = 0
         for flat in self.training:
             for span in flat.spans():
@@ -259,18 +284,35 @@ class Sharded:
             for flat in unit.flats:
                 whole = torch.empty(flat.layout.size, dtype=flat.dtype, device=self.device)
                 works.append(self._gather(whole, flat))
-                views.append((unit, flat.pairs(whole)))
+                views.append((unit, flat, whole))
         for work in works:
             if work is not None:
                 work.wait()
-        for unit, pairs in views:
-            unit.attach(pairs)
+        for unit, flat, whole in views:
+            unit.attach([(p, self._put_together(slot.name, view)) for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)])
+        if self.spread is not None:
+            self.spread.whole = True
         self._is_gathered = True
         try:
             yield
         finally:
             self._is_gathered = False
+            if self.spread is not None:
+                self.spread.whole = False
             self.forget()
+
+    def _put_together(self, name: str, own: Tensor) -> Tensor:
+        """A whole parameter from what each rank of its axis has."""
+        division = self.divisions.get(name)
+        if division is None or division.axis.size == 1:
+            return own
+        parts, _ = gathered_rows(own.reshape(1, -1), division.axis)
+        whole = own.new_empty(division.shape)
+        matrix = whole.view(as_matrix(division.shape))
+        for index, values in enumerate(parts):
+            for box in division.cut(index).boxes(0, values.numel()):
+                box.inside(matrix).copy_(box.of(values))
+        return whole
 
     # Forward
 
@@ -300,9 +342,7 @@ class Sharded:
         if place.owner is not None:
             place.owner.detach()
         place.owner = unit
-        sizes = [flat.layout.size for flat in unit.flats]
-        wholes = place.buffer[: sum(sizes)].split(sizes)
-        works = [self._gather(whole, flat) for flat, whole in zip(unit.flats, wholes)]
+        works = [self._gather(whole, flat) for flat, whole in zip(unit.flats, unit.wholes())]
         place.works = [work for work in works if work is not None]
 
     def _need(self, unit: Unit) -> None:
@@ -318,7 +358,8 @@ class Sharded:
 
     def _gather(self, whole: Tensor, flat: Flat) -> Any:
         if flat.axis.size == 1:
-            whole.copy_(flat.weights)
+            if whole is not flat.weights:
+                whole.copy_(flat.weights)
             return None
         self.gathered_bytes += whole.numel() * whole.element_size()
         return all_gather(whole, flat.weights, group=flat.axis.group, async_op=True)
@@ -443,18 +484,8 @@ class Sharded:
 
     def idle(self, *, backward: bool) -> None:
         """Take part in the collectives of a pass without one's own rows; `backward`: of a backward pass too."""
-        if not self.is_divided or self._is_gathered:
-            return
-        self.begin()
-        for unit in self.units:
-            self.enter(unit)
-        if not backward or not any(unit.trains for unit in (*self.units, *self.resident)):
-            return
-        self._phase = BACKWARD
-        for unit in reversed(self.units):
-            if unit.index >= self.first_trained and unit.index in self.fires:
-                self.before_backward(unit, self.fires[unit.index])
-        self.end_backward()
+        if self.is_divided and not self._is_gathered:
+            self.dummy(backward)
 
     # The step
 
@@ -510,8 +541,9 @@ class Sharded:
         )
         if not self.is_divided:
             return float(own.norm())
+        # No element is in the parts of two ranks.
         total = own.double().square().sum().to(self.device)
-        dist.all_reduce(total, group=self.mesh.shard.group)
+        dist.all_reduce(total, group=self.mesh.copy.group)
         return float(total.sqrt())
 
 
@@ -532,7 +564,7 @@ def paced(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T
         yield from items
         return
     count = torch.tensor([len(items)], device=engines[0].device)
-    dist.all_reduce(count, dist.ReduceOp.MAX, group=engines[0].mesh.shard.group)
+    dist.all_reduce(count, dist.ReduceOp.MAX, group=engines[0].mesh.copy.group)
     most = int(count)
     for number in range(most):
         for engine in engines:

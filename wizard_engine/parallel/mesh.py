@@ -1,8 +1,9 @@
 """The mesh of ranks, and the only place that makes process groups.
 
-Dense parameters see the ranks as dp_replicate x dp_shard x tp, rank = (replicate * dp_shard + shard) * tp + t; experts
-see the same ranks as dp_replicate x efsdp x ep, rank = (replicate * efsdp + f) * ep + e, with efsdp ep = dp_shard tp.
-What stands last varies fastest, so that tp and ep stay among neighbours.
+Dense parameters see the ranks as dp_replicate x dp_shard x cp x tp, the last varying fastest; experts see the same ranks
+as dp_replicate x efsdp x ep, with efsdp ep = dp_shard cp tp. What stands last stays among neighbours.
+
+Ranks that differ in cp and tp alone have the same packed rows, and each its own tokens of them.
 """
 
 import datetime
@@ -24,9 +25,11 @@ class MeshOptions:
     dp_shard: int | None = None
     """Ranks that divide the parameters, gradients and optimizer state of one copy; default: all that are left."""
     tp: int = 1
-    """Ranks that divide each matrix; 1 until there is tensor parallelism."""
+    """Ranks that divide each matrix and the vocabulary, and the tokens between the products."""
     ep: int = 1
-    """Ranks that divide the experts of a layer; 1 until there is expert parallelism."""
+    """Ranks that divide the experts of a layer; they are taken from dp_shard, cp and tp."""
+    cp: int = 1
+    """Ranks that divide the tokens of each packed row, for long documents."""
     timeout_seconds: float = 600.0
     """Longest wait for the other ranks in one collective, seconds."""
 
@@ -52,9 +55,10 @@ class Axis:
 class Mesh:
     """Where this rank stands among all, and its groups.
 
-    shard: ranks that divide one copy of the dense parameters.   replicate: ranks that hold the same part of each copy.
-    tp: ranks that divide each matrix.   efsdp, ep: of the experts.   data: ranks with rows of their own (replicate and
-    shard together).
+    shard: ranks that divide a rank's matrices further (dp_shard and cp).   replicate: ranks that hold the same part of
+    each copy of the model.   tp: ranks that divide each matrix.   cp: ranks that divide the tokens of a row.
+    row: both; ranks with the same rows.   copy: all ranks of one copy.   efsdp, ep: of the experts.
+    data: ranks with rows of their own (dp_replicate and dp_shard).
     """
 
     device: torch.device
@@ -63,60 +67,94 @@ class Mesh:
     replicate: Axis = Axis()
     shard: Axis = Axis()
     tp: Axis = Axis()
+    cp: Axis = Axis()
+    row: Axis = Axis()
+    copy: Axis = Axis()
     efsdp: Axis = Axis()
     ep: Axis = Axis()
     data: Axis = Axis()
 
     @property
     def shape(self) -> str:
-        """`dp_replicate 2 x dp_shard 4 x tp 1, efsdp 4 x ep 1`."""
+        """`dp_replicate 2 x dp_shard 4 x cp 1 x tp 1, efsdp 4 x ep 1`."""
         return (
-            f"dp_replicate {self.replicate.size} x dp_shard {self.shard.size} x tp {self.tp.size}, "
-            f"efsdp {self.efsdp.size} x ep {self.ep.size}"
+            f"dp_replicate {self.replicate.size} x dp_shard {self.shard.size // self.cp.size} x cp {self.cp.size} x tp "
+            f"{self.tp.size}, efsdp {self.efsdp.size} x ep {self.ep.size}"
         )
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank counts its rows, which others may have too."""
+        return self.row.index == 0
 
-def resolve(options: MeshOptions, world_size: int) -> tuple[int, int, int, int, int]:
-    """(dp_replicate, dp_shard, tp, efsdp, ep) of a number of ranks.
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the axes of a mesh."""
+
+    replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+    ep: int
+
+    @property
+    def copy(self) -> int:
+        """Ranks of one copy of the model."""
+        return self.dp_shard * self.cp * self.tp
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks that divide what an expert-parallel rank has of the experts."""
+        return self.copy // self.ep
+
+
+def resolve(options: MeshOptions, world_size: int) -> MeshShape:
+    """The shape of a mesh of a number of ranks.
 
     Raises:
         ValueError: a size below 1, or sizes that do not divide the ranks; names the choices that would.
     """
-    for name in ("dp_replicate", "dp_shard", "tp", "ep"):
+    for name in ("dp_replicate", "dp_shard", "tp", "ep", "cp"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"mesh.{name}: expected at least 1, got {value}")
-    if world_size % options.tp:
+    left = world_size
+    for name in ("tp", "cp"):
+        value = getattr(options, name)
+        if left % value:
+            what = "ranks" if left == world_size else "ranks / tp"
+            raise ValueError(
+                f"mesh.{name} must divide the {what}: {name}={value}, {what} = {left}; choose from {divisors(left)}"
+            )
+        left //= value
+    replicate, shard, rest = options.dp_replicate, options.dp_shard, options.cp * options.tp
+    if replicate is not None and shard is not None and replicate * shard != left:
+        fitting = ", ".join(f"{n} x {left // n}" for n in divisors(left))
         raise ValueError(
-            f"mesh.tp must divide the ranks: tp={options.tp}, ranks={world_size}; choose from {_divisors(world_size)}"
-        )
-    data = world_size // options.tp
-    replicate, shard = options.dp_replicate, options.dp_shard
-    if replicate is not None and shard is not None and replicate * shard != data:
-        fitting = ", ".join(f"{n} x {data // n}" for n in _divisors(data))
-        raise ValueError(
-            f"mesh: expected dp_replicate x dp_shard x tp = {world_size} ranks, got {replicate} x {shard} x "
-            f"{options.tp} = {replicate * shard * options.tp}; with tp={options.tp} choose dp_replicate x dp_shard "
-            f"from {fitting}, or start {replicate * shard * options.tp} ranks"
+            f"mesh: expected dp_replicate x dp_shard x cp x tp = {world_size} ranks, got {replicate} x {shard} x "
+            f"{options.cp} x {options.tp} = {replicate * shard * rest}; with cp={options.cp} and tp={options.tp} choose "
+            f"dp_replicate x dp_shard from {fitting}, or start {replicate * shard * rest} ranks"
         )
     for name, value in (("dp_replicate", replicate), ("dp_shard", shard)):
-        if value is not None and data % value:
+        if value is not None and left % value:
             raise ValueError(
-                f"mesh.{name} must divide the ranks of data: {name}={value}, ranks / tp = {data}; choose from "
-                f"{_divisors(data)}"
+                f"mesh.{name} must divide the ranks of data: {name}={value}, ranks / (cp x tp) = {left}; choose from "
+                f"{divisors(left)}"
             )
     if replicate is None:
-        replicate = 1 if shard is None else data // shard
-    shard = data // replicate
-    if shard * options.tp % options.ep:
+        replicate = 1 if shard is None else left // shard
+    found = MeshShape(replicate, left // replicate, options.cp, options.tp, options.ep)
+    if found.copy % options.ep:
         raise ValueError(
-            f"mesh.ep must divide dp_shard x tp: ep={options.ep}, dp_shard x tp = {shard * options.tp}; choose from "
-            f"{_divisors(shard * options.tp)}"
+            f"mesh.ep must divide dp_shard x cp x tp: ep={options.ep}, dp_shard x cp x tp = {found.copy}; choose from "
+            f"{divisors(found.copy)}"
         )
-    return replicate, shard, options.tp, shard * options.tp // options.ep, options.ep
+    return found
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Of a number, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -134,12 +172,12 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
     Raises:
         ValueError: as `resolve`.
     """
-    replicate, shard, tp, efsdp, ep = resolve(options, runtime.world_size)
+    shape = resolve(options, runtime.world_size)
     timeout = datetime.timedelta(seconds=options.timeout_seconds)
-    dense, expert = (replicate, shard, tp), (replicate, efsdp, ep)
+    dense, expert = (shape.replicate, shape.dp_shard, shape.cp, shape.tp), (shape.replicate, shape.efsdp, shape.ep)
     made: dict[tuple, dist.ProcessGroup] = {}
 
-    def axis(shape: tuple[int, ...], axes: tuple[int, ...], *, reduce: bool = False) -> Axis:
+    def axis(shape: tuple[int, ...], *axes: int, purposes: tuple[str, ...] = ()) -> Axis:
         groups = lines(shape, axes)
         own = next(ranks for ranks in groups if runtime.rank in ranks)
         if len(own) == 1:
@@ -153,10 +191,14 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
                     made[ranks, purpose] = dist.group.WORLD if world else dist.new_group(list(ranks), timeout=timeout)
             return made[own, purpose]
 
-        return Axis(len(own), own.index(runtime.rank), own, of("gather"), of("reduce") if reduce else None)
+        return Axis(len(own), own.index(runtime.rank), own, *(of(purpose) for purpose in purposes))
 
+    # What moves tokens does not wait for what moves parameters.
+    parameters, tokens = ("gather", "reduce"), ("tokens",)
     return Mesh(
-        device=runtime.device, rank=runtime.rank, world_size=runtime.world_size, replicate=axis(dense, (0,)),
-        shard=axis(dense, (1,), reduce=True), tp=axis(dense, (2,)), efsdp=axis(expert, (1,), reduce=True),
-        ep=axis(expert, (2,)), data=axis(dense, (0, 1)),
+        device=runtime.device, rank=runtime.rank, world_size=runtime.world_size,
+        replicate=axis(dense, 0, purposes=("gather",)), shard=axis(dense, 1, 2, purposes=parameters),
+        tp=axis(dense, 3, purposes=tokens), cp=axis(dense, 2, purposes=tokens), row=axis(dense, 2, 3, purposes=tokens),
+        copy=axis(dense, 1, 2, 3, purposes=parameters), efsdp=axis(expert, 1, purposes=parameters),
+        ep=axis(expert, 2, purposes=tokens), data=axis(dense, 0, 1),
     )  # fmt: skip

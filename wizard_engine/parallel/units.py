@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,16 @@ class UnitSpec:
 
     Attributes:
         name: for messages.   parameters: name -> parameter.   dtype: what it computes in.
-        resident: stays gathered.   expert: divided over the expert mesh.   needs_weights: its backward reads them.
+        over: the axis of the mesh whose ranks divide it and add up its gradients: `shard`; `copy` where every rank of a
+            copy has tokens of its own for it; `efsdp` of experts.
+        resident: stays gathered.   needs_weights: its backward reads them.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
     dtype: torch.dtype
+    over: Literal["shard", "copy", "efsdp"] = "shard"
     resident: bool = False
-    expert: bool = False
     needs_weights: bool = True
 
 
@@ -87,6 +89,16 @@ class Unit:
         self.attached, self.passed = False, False
         self.absent = [(p, _absent(p, spec.dtype, p.device)) for flat in flats for p in flat.parameters]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of its place for each flat; none for one that is this rank's alone, which is used where it stands."""
+        return [flat.layout.size if flat.axis.size > 1 else 0 for flat in self.flats]
+
+    def wholes(self) -> list[Tensor]:
+        """Whole flat tensors, those in the place to be gathered into."""
+        rooms = self.place.buffer[: sum(self.sizes)].split(self.sizes)
+        return [room if flat.axis.size > 1 else flat.weights for flat, room in zip(self.flats, rooms)]
+
     def attach(self, views: Iterable[tuple[nn.Parameter, Tensor]] | None = None) -> None:
         """Point the parameters at gathered numbers."""
         for parameter, view in self.views if views is None else views:
@@ -124,6 +136,6 @@ def merged(units: Sequence[UnitSpec]) -> list[UnitSpec]:
     """One unit per dtype: where nothing is gathered, the fewer buffers the better."""
     dtypes = dict.fromkeys(unit.dtype for unit in units)
     return [
-        UnitSpec(str(dtype), {n: p for u in units if u.dtype == dtype for n, p in u.parameters.items()}, dtype, True)
+        UnitSpec(str(dtype), {n: p for u in units if u.dtype == dtype for n, p in u.parameters.items()}, dtype, resident=True)
         for dtype in dtypes
     ]

@@ -1,0 +1,86 @@
+"""What the tests of tensor, sequence, expert and context parallelism run on every rank, against one plain process."""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from sharded_cases import BASE, LOSSES, compare
+
+from wizard_engine import runtime
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+
+EVEN = dataclasses.replace(BASE, vocab_size=62, heads=4, kv_heads=2)
+EXPERTS = {"experts": 4, "balance_loss": 0.1, "z_loss": 0.01}
+MODELS = {
+    "dense": EVEN,
+    "tied": dataclasses.replace(EVEN, tied=True, layers=2),
+    "window": dataclasses.replace(EVEN, window=5, kv_heads=4),
+    "mixture": dataclasses.replace(EVEN, **EXPERTS),
+    # More experts than a micro-batch may have tokens for: some get none, on some ranks and on all.
+    "many experts": dataclasses.replace(EVEN, **EXPERTS | {"experts": 16}, experts_per_token=1, layers=2, tied=True),
+}
+DENSE, MIXTURES = ("dense", "tied", "window"), ("mixture", "many experts")
+LAYOUTS = {
+    2: {
+        "tp 2": MeshOptions(tp=2), "ep 2": MeshOptions(ep=2), "cp 2": MeshOptions(cp=2),
+        "tp 2, ep 2": MeshOptions(tp=2, ep=2), "cp 2, ep 2": MeshOptions(cp=2, ep=2),
+    },
+    4: {
+        "tp 2, dp 2": MeshOptions(tp=2), "ep 2, dp 2": MeshOptions(ep=2), "tp 2, ep 2, dp 2": MeshOptions(tp=2, ep=2),
+        "tp 2, ep 4, dp 2": MeshOptions(tp=2, ep=4), "cp 2, tp 2": MeshOptions(cp=2, tp=2),
+        "cp 2, tp 2, ep 4": MeshOptions(cp=2, tp=2, ep=4), "cp 2, dp 2": MeshOptions(cp=2),
+        "tp 2, replicas 2": MeshOptions(tp=2, dp_shard=1), "ep 2, replicas 2": MeshOptions(ep=2, dp_replicate=2),
+    },
+}  # fmt: skip
+
+
+def cases(world):
+    """Name -> (loss, model, layout, sharding, what is frozen)."""
+    found = {}
+    for layout, kind, model in itertools.product(LAYOUTS[world], LOSSES, ("dense", "mixture")):
+        found[f"{layout}, {kind}, {model}"] = (kind, model, layout, Sharding(), "")
+    for layout, model, again in itertools.product(LAYOUTS[world], MODELS, ("none", "selective", "full")):
+        found[f"{layout}, sft, {model}, {again}"] = ("sft", model, layout, Sharding(recompute=again), "")
+    for layout, model, freeze in itertools.product(LAYOUTS[world], ("tied", "mixture"), ("first", "norms")):
+        found[f"{layout}, sft, {model}, frozen {freeze}"] = ("sft", model, layout, Sharding(), freeze)
+    for layout in LAYOUTS[world]:
+        whole = Sharding(accumulate="whole", recompute="full")
+        found[f"{layout}, dpo, mixture, whole"] = ("dpo", "mixture", layout, whole, "")
+        found[f"{layout}, surprise, dense"] = ("surprise", "dense", layout, Sharding(), "")
+        kept = Sharding(offload_activations=True, offload_optimizer=True)
+        found[f"{layout}, sft, mixture, kept in host memory"] = ("sft", "mixture", layout, kept, "")
+    return {name: case for name, case in found.items() if "ep " not in case[2] or case[1] in MIXTURES}
+
+
+def main(out, only=""):
+    """Run every case of this world and write what was found."""
+    torch.set_num_threads(1)
+    rt = runtime.start("cpu")
+    from wizard_engine.parallel import recompute
+
+    recompute.LEAST_BYTES = 1
+    meshes = {name: make_mesh(options, rt) for name, options in LAYOUTS[rt.world_size].items()}
+    found = {}
+    for name, (kind, model, layout, sharding, freeze) in cases(rt.world_size).items():
+        if only not in name:
+            continue
+        try:
+            found[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
+            if only:
+                print(rt.rank, name, found[name], flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"error": repr(error)}
+            break
+    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps(found))
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())
+    main(*sys.argv[1:])

@@ -1,0 +1,145 @@
+"""Which rows and columns of a parameter a rank has, where matrices or experts are divided among ranks.
+
+Every parameter is looked at as a matrix: its last dimension are the columns. What divides matrices takes an even share of
+each block of rows (q, k and v of a joint product; gate and up; experts; words), or an even share of the columns.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .mesh import Axis
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a parameter: `rows` from `row` on, `columns` from `column` on; and where its numbers stand among a
+    rank's: one after the other, row by row, from `offset` on."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.rows * self.columns
+
+    def of(self, values: Tensor) -> Tensor:
+        """(rows, columns) view of a rank's values (n,)."""
+        return values[self.offset : self.offset + self.size].view(self.rows, self.columns)
+
+    def inside(self, matrix: Tensor) -> Tensor:
+        """(rows, columns) view of the whole parameter as a matrix."""
+        return matrix[self.row : self.row + self.rows, self.column : self.column + self.columns]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A rank's rows and columns of a parameter.
+
+    Attributes:
+        shape: of the whole parameter.   rows: runs [first, last) in their order.   columns: the run [first, last).
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> "Cut":
+        """All of a parameter."""
+        height, width = as_matrix(shape)
+        return cls(tuple(shape), ((0, height),), (0, width))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self == Cut.whole(self.shape)
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return sum(last - first for first, last in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.columns[1] - self.columns[0]
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of what the rank has."""
+        if len(self.shape) < 2:
+            return (self.width,)
+        inner = math.prod(self.shape[1:-1])
+        return (self.height // inner, *self.shape[1:-1], self.width)
+
+    def boxes(self, start: int, stop: int) -> Iterator[Box]:
+        """Elements [start, stop) of what the rank has, in row-major order, as rectangles."""
+        at = start
+        while at < stop:
+            row, column = divmod(at, self.width)
+            count, length = (stop - at) // self.width, self.width
+            if column or not count:
+                count, length = 1, min(self.width - column, stop - at)
+            for first, height in self._runs(row, count):
+                yield Box(first, height, self.columns[0] + column, length, at - start)
+                at += height * length
+
+    def _runs(self, row: int, count: int) -> Iterator[tuple[int, int]]:
+        """Rows [row, row + count) of the rank's as runs (first row of the whole, rows)."""
+        before = 0
+        for first, last in self.rows:
+            low, high = max(row, before), min(row + count, before + last - first)
+            if low < high:
+                yield first + low - before, high - low
+            before += last - first
+
+    def of(self, whole: Tensor) -> Tensor:
+        """A copy of what the rank has of a whole parameter."""
+        matrix = whole.reshape(as_matrix(self.shape))
+        own = torch.cat([matrix[first:last, slice(*self.columns)] for first, last in self.rows])
+        return own.reshape(self.local_shape)
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a parameter."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a parameter is divided over an axis.
+
+    Attributes:
+        shape: of the whole parameter.   blocks: heights of the blocks of rows of which each rank has an even share; none:
+            the columns are divided.   axis: of the ranks.
+    """
+
+    shape: tuple[int, ...]
+    blocks: tuple[int, ...] = ()
+    axis: Axis = field(default_factory=Axis)
+
+    def cut(self, index: int) -> Cut:
+        """What rank `index` of the axis has."""
+        height, width = as_matrix(self.shape)
+        if not self.blocks:
+            share = width // self.axis.size
+            return Cut(self.shape, ((0, height),), (index * share, (index + 1) * share))
+        rows, at = [], 0
+        for block in self.blocks:
+            share = block // self.axis.size
+            rows.append((at + index * share, at + (index + 1) * share))
+            at += block
+        return Cut(self.shape, tuple(rows), (0, width))
+
+    @property
+    def own(self) -> Cut:
+        """What this rank has."""
+        return self.cut(self.axis.index)
