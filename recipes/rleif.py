@@ -154,7 +154,7 @@ def main(cfg: Config) -> dict:
         rollout = roll_out(
             policy, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt,
             temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step),
-            first=rt.rank, stride=rt.world_size,
+            first=mesh.data.index, stride=mesh.data.size,
         )  # fmt: skip
         rewards = score_answers(rollout.prompts, rollout.texts, rollout.finished, instruction=irm, process=prm)
         fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
@@ -177,7 +177,7 @@ def main(cfg: Config) -> dict:
                 run.zero_grad()
                 if supervised:
                     drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, 2))
-                    picks = drawn.integers(len(supervised), size=cfg.ptx_rows)[rt.rank :: rt.world_size]
+                    picks = drawn.integers(len(supervised), size=cfg.ptx_rows)[mesh.data.index :: mesh.data.size]
                     _add_supervised(cfg, run, policy, [supervised[i] for i in picks])
                 _update(cfg, run, policy, critic, rollout, targets, minibatch)
         run.record(rollout, rewards, kl, values, targets)
@@ -205,7 +205,9 @@ def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: l
     num_tokens = run.totals(sum(float(batch.weights.sum()) for batch in batches))[0]
     for batch in paced(batches, policy, backward=True):
         hidden = policy(*batch.inputs)
-        out = sft_loss(hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
+        out = sft_loss(
+            hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=policy.shard
+        )  # fmt: skip
         (cfg.ptx * out.loss).backward()
         run.share(ptx_loss=out.loss)
 
@@ -229,7 +231,7 @@ def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows:
             num_sequences=None if per_token else num_answers, cu_seqlens=batch.cu_seqlens, dual_clip=cfg.dual_clip,
             reference=own.reference if cfg.kl_loss else None, kl=cfg.kl_loss, kl_estimator=cfg.kl_estimator,
             entropy=cfg.entropy, sampled=own.sampled if cfg.importance_cap else None,
-            importance_cap=cfg.importance_cap or 1.0, temperature=cfg.temperature,
+            importance_cap=cfg.importance_cap or 1.0, temperature=cfg.temperature, shard=policy.shard,
         )  # fmt: skip
         (loss + run.routers["policy"].loss(routes)).backward()
         error, value_metrics = value_loss(

@@ -73,7 +73,9 @@ def main(cfg: Config) -> dict:
         for batch in run.paced(batches):
             routes = Routes()
             hidden = model(*batch.inputs, routes)
-            loss, _, logprob = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens)
+            loss, _, logprob = sft_loss(
+                hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=model.shard
+            )  # fmt: skip
             (loss + run.router.loss(routes)).backward()
             run.add(loss, batch.tokens.numel(), logprob=logprob)
         run.update()

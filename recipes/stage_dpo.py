@@ -121,7 +121,7 @@ def _train_stage(
                 model(*batch.inputs, routes), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,
                 ref.T.flatten(), beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
                 label_smoothing=cfg.label_smoothing, length_normalised=normalise, nll=cfg.nll,
-                num_chosen_tokens=num_chosen,
+                num_chosen_tokens=num_chosen, shard=model.shard,
             )  # fmt: skip
             (loss + run.router.loss(routes)).backward()
             metrics["drift_to_reference"] = ref[:, 0].sum() - metrics["chosen_logprob"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data.batch import collate
+from .data.batch import Batch, collate
 from .data.chat import Sample
 from .data.samples import Pair
 from .data.tokenizer import Tokenizer
@@ -71,13 +71,18 @@ def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -
     for group in groups:
         batch = collate(group).to(device)
         hidden = model(*batch.inputs)
-        loss = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=total).loss
+        loss = _supervised_loss(model, hidden, batch, total)
         loss.backward()
         value += float(loss.detach())
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for parameter, old in zip(model.parameters(), saved):
         parameter.grad = old
     return value, gradient
+
+
+def _supervised_loss(model: Transformer, hidden: Tensor, batch: Batch, total: float) -> Tensor:
+    shard = model.shard
+    return sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=total, shard=shard).loss
 
 
 def _divided_gradient_and_loss(
@@ -89,7 +94,7 @@ def _divided_gradient_and_loss(
     for group in paced(groups, model, backward=True):
         batch = collate(group).to(engine.device)
         hidden = model(*batch.inputs)
-        loss = sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=total).loss
+        loss = _supervised_loss(model, hidden, batch, total)
         loss.backward()
         value += float(loss.detach())
     engine.finish()
@@ -151,7 +156,7 @@ def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tenso
     with torch.no_grad():
         own = model(*batch.inputs), model.head_weight
         loss, _, logprob = dpo_loss(
-            *own, batch.targets, batch.weights, batch.cu_seqlens, own, beta=beta, num_pairs=len(few)
+            *own, batch.targets, batch.weights, batch.cu_seqlens, own, beta=beta, num_pairs=len(few), shard=model.shard
         )  # fmt: skip
     recorded = reference[: len(few)]
     sums, means = (

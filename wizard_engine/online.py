@@ -17,11 +17,12 @@ from .model import ScoringModel, Transformer
 from .optim import AdamW, cosine_with_warmup
 from .parallel import (
     MeshOptions,
+    any_rank,
     make_mesh,
     paced,
     parallelize,
     sharded,
-    sum_over_ranks,
+    sum_over_rows,
     with_names_of_all_ranks,
 )
 from .rollout.rewards import AnswerReward
@@ -43,18 +44,21 @@ class OnlineRun:
     def __init__(
         self, cfg: Any, runtime: Runtime, policy: Transformer, critic: ScoringModel, *, num_prompts: int
     ) -> None:
-        if cfg.prompts_per_step % runtime.world_size:
-            raise ValueError(
-                f"prompts_per_step: expected a multiple of {runtime.world_size} ranks, got {cfg.prompts_per_step}"
-            )
         self.cfg, self.runtime, self.device, self.num_prompts = cfg, runtime, runtime.device, num_prompts
         self.modules = {"policy": policy, "critic": critic}
         for module in self.modules.values():
             if sharded(module) is None:
                 parallelize(module, make_mesh(MeshOptions(dp_shard=1), runtime))
+        self.mesh = sharded(policy).mesh
+        self.data = self.mesh.data
+        if cfg.prompts_per_step % self.data.size:
+            raise ValueError(
+                f"prompts_per_step: expected a multiple of {self.data.size} ranks with prompts of their own, got "
+                f"{cfg.prompts_per_step}"
+            )
         self.saver = checkpoint.Saver(cfg.out, runtime, keep_last=2)
         self.optimizers = {name: AdamW(module, betas=(0.9, 0.95)) for name, module in self.modules.items()}
-        self.routers = {name: RouterMeter(module.config, self.device) for name, module in self.modules.items()}
+        self.routers = {name: RouterMeter(module.config, self.mesh) for name, module in self.modules.items()}
         self.step, self.answer_tokens, self.skipped, self.largest_ratio_error = 0, 0, 0, 0.0
         self.average: Tensor | None = None
         self.averaged = 0
@@ -79,7 +83,7 @@ class OnlineRun:
                 engine = sharded(self.modules["policy"])
                 self.average = torch.zeros_like(engine.master)
                 for name, start, values in engine.parts(self.average):
-                    found.read("average", name, start, values)
+                    found.read("average", name, engine.cuts[name], start, values)
         self.step, self.answer_tokens, self.skipped = state["step"], state["answer_tokens"], state["skipped"]
         self.largest_ratio_error = state["largest_ratio_error"]
 
@@ -141,21 +145,21 @@ class OnlineRun:
             for epoch in {i // self.num_prompts for i in wanted}
         }
         chosen = [int(orders[i // self.num_prompts][i % self.num_prompts]) for i in wanted]
-        return chosen[self.runtime.rank :: self.runtime.world_size]
+        return chosen[self.data.index :: self.data.size]
 
     def minibatches(self, epoch: int, count: int) -> list[list[int]]:
         """This rank's answers in each part of a seeded permutation of all ranks' answers of this step."""
-        each, world = self.cfg.samples_per_prompt, self.runtime.world_size
+        each, ranks = self.cfg.samples_per_prompt, self.data.size
         size = self.cfg.prompts_per_step * each
         order = np.random.default_rng(step_seed(self.cfg.seed, self.step, epoch)).permutation(size)
         return [
-            [i // each // world * each + i % each for i in part.tolist() if i // each % world == self.runtime.rank]
+            [i // each // ranks * each + i % each for i in part.tolist() if i // each % ranks == self.data.index]
             for part in np.array_split(order, count)
         ]
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
-        """Each number summed over the ranks."""
-        return tuple(sum_over_ranks({str(i): float(x) for i, x in enumerate(numbers)}, self.device).values())
+        """Each number summed over the ranks with prompts of their own."""
+        return tuple(sum_over_rows({str(i): float(x) for i, x in enumerate(numbers)}, self.mesh).values())
 
     def zero_grad(self) -> None:
         """Clear the gradients of policy and critic."""
@@ -215,16 +219,16 @@ class OnlineRun:
             "mean_step_score": sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores),
             "steps_per_answer": sum(len(r.scores) for r in rewards),
             "kl_k1": float(kl["k1"].sum()), "kl_k3": float(kl["k3"].sum()),
-            "value": float(values.sum()), "stop": float(self.stop.requested),
+            "value": float(values.sum()),
         }  # fmt: skip
         returns = torch.cat(targets.returns)
         own |= {"r": float(returns.sum()), "rr": float(returns.square().sum())}
         own |= {"ee": float((returns - values).square().sum())}
-        sums = sum_over_ranks(own, self.device)
+        sums = sum_over_rows(own, self.mesh)
         shares = {k: v for k, v in self._sums.items() if k != "ratio_error"}
-        shares = sum_over_ranks(with_names_of_all_ranks(shares), self.device)
+        shares = sum_over_rows(with_names_of_all_ranks(shares), self.mesh)
         self.largest_ratio_error = max(self.largest_ratio_error, self._sums.get("ratio_error", 0.0))
-        self._asked_to_stop = sums["stop"] > 0
+        self._asked_to_stop = any_rank(self.stop.requested, self.runtime)
         count, tokens = sums["answers"], sums["tokens"]
         self.answer_tokens += int(tokens)
         variance = max(sums["rr"] / tokens - (sums["r"] / tokens) ** 2, 1e-12)
@@ -260,7 +264,7 @@ class OnlineRun:
             groups[name], groups[f"{name}_optimizer"] = parts_of(module, self.optimizers[name])
         policy = sharded(self.modules["policy"])
         if self.averaged and not policy.mesh.replicate.index:
-            groups["average"] = {n: Part(policy.shapes[n], at, x) for n, at, x in policy.parts(self.average)}
+            groups["average"] = {n: Part(policy.cuts[n], at, x) for n, at, x in policy.parts(self.average)}
         state = {
             "step": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped,
             "largest_ratio_error": self.largest_ratio_error, "averaged": self.averaged,

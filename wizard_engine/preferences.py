@@ -84,7 +84,9 @@ class ReferenceCache:
     def _computed(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
         """Of a divided model each rank computes its share of the pairs."""
         engine = sharded(model)
-        rank, size = (0, 1) if engine is None or not engine.is_divided else (engine.mesh.rank, engine.mesh.world_size)
+        rank, size = 0, 1
+        if engine is not None and engine.is_divided:
+            rank, size = engine.mesh.data.index, engine.mesh.data.size
         own = pairs[rank::size]
         samples = [pair.chosen for pair in own] + [pair.rejected for pair in own]
         values = sequence_logprobs(model, samples, mean=self.normalise)
@@ -92,6 +94,6 @@ class ReferenceCache:
         if size == 1:
             return logprobs
         out = torch.empty(len(pairs), 2)
-        for other, part in enumerate(gather_objects(logprobs.tolist())):
+        for other, part in gather_objects((rank, logprobs.tolist())):
             out[other::size] = torch.tensor(part).view(-1, 2)
         return out

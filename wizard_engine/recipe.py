@@ -169,11 +169,10 @@ def fill(model: nn.Module, directory: ModelDirectory, *, body_only: bool = False
     theirs = "" if directory.outputs is None else "body."
     ours = "body." if isinstance(model, ScoringModel) else ""
     for name, start, values in engine.weight_parts():
-        if name.startswith("score."):
-            if not body_only:
-                directory.read(name, start, values)
-        else:
-            directory.read(theirs + name.removeprefix(ours), start, values)
+        if not name.startswith("score."):
+            directory.read(theirs + name.removeprefix(ours), start, values, cut=engine.cuts[name])
+        elif not body_only:
+            directory.read(name, start, values)
     engine.publish()
 
 

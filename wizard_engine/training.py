@@ -23,13 +23,16 @@ from .model.mixture import Routes, load_metrics
 from .optim import AdamW, cosine_with_warmup
 from .optim.adamw import MOMENTS
 from .parallel import (
+    Mesh,
     MeshOptions,
+    any_rank,
     check_same,
     make_mesh,
     paced,
     parallelize,
     sharded,
     sum_over_ranks,
+    sum_over_rows,
     with_names_of_all_ranks,
 )
 from .runtime import Runtime, StopRequest, mark
@@ -87,8 +90,8 @@ class RouterMeter:
     For a dense model every call costs nothing and gives nothing.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+        self.config, self.device, self.mesh = config, mesh.device, mesh
         self._num_tokens = 0.0
         self._clear()
 
@@ -100,7 +103,7 @@ class RouterMeter:
     def start(self, tokens: int) -> None:
         """Begin a step with this rank's tokens of all its micro-batches; every rank makes the call."""
         if self.config.experts:
-            self._num_tokens = sum_over_ranks({"tokens": float(tokens)}, self.device)["tokens"]
+            self._num_tokens = sum_over_rows({"tokens": float(tokens)}, self.mesh)["tokens"]
 
     def loss(self, routes: Routes) -> Tensor | float:
         """A micro-batch's share of the router's losses, to be added to its loss; 0.0 for a dense model."""
@@ -149,10 +152,10 @@ def parts_of(model: nn.Module, optimizer: AdamW) -> tuple[dict[str, Part], dict[
     engine = sharded(model)
     if engine.mesh.replicate.index:
         return {}, {}
-    shapes = engine.shapes
-    weights = {name: Part(shapes[name], start, values) for name, start, values in engine.parts(engine.master)}
+    cuts = engine.cuts
+    weights = {name: Part(cuts[name], start, values) for name, start, values in engine.parts(engine.master)}
     moments = {
-        f"{moment}.{name}": Part(shapes[name], start, values) for moment, name, start, values in optimizer.state_parts()
+        f"{moment}.{name}": Part(cuts[name], start, values) for moment, name, start, values in optimizer.state_parts()
     }
     return weights, moments
 
@@ -166,15 +169,15 @@ def restore(found: Checkpoint, group: str, model: nn.Module, optimizer: AdamW, c
         ValueError: the checkpoint is another model's.
     """
     engine = sharded(model)
-    shapes = {slot.name: slot.shape for flat in engine.training for slot in flat.layout.slots}
+    shapes = {slot.name: engine.shapes[slot.name] for flat in engine.training for slot in flat.layout.slots}
     found.check_like(group, shapes)
     found.check_like(
         f"{group}_optimizer", {f"{moment}.{n}": shape for moment in MOMENTS for n, shape in shapes.items()}
     )
     for name, start, values in engine.parts(engine.master):
-        found.read(group, name, start, values)
+        found.read(group, name, engine.cuts[name], start, values)
     for moment, name, start, values in optimizer.state_parts():
-        found.read(f"{group}_optimizer", f"{moment}.{name}", start, values)
+        found.read(f"{group}_optimizer", f"{moment}.{name}", engine.cuts[name], start, values)
     optimizer.count = count
     engine.publish()
 
@@ -208,7 +211,7 @@ class Run:
         if self.total < 1:
             raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
         check_same(runtime, f"{name}: rows and their order", self.loader.state()["order"])
-        self.lengths, self.router = np.asarray(lengths), RouterMeter(model.config, runtime.device)
+        self.lengths, self.router = np.asarray(lengths), RouterMeter(model.config, self.sharded.mesh)
         self.optimizer = AdamW(model, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
         self.spikes = Spikes(options.spike)
         self.saver = checkpoint.Saver(self.out, runtime, keep_last=options.keep_last)
@@ -272,8 +275,8 @@ class Run:
         self.stop.close()
 
     def total_over_ranks(self, **numbers: float) -> dict[str, float]:
-        """Each number summed over the ranks."""
-        return sum_over_ranks(numbers, self.runtime.device)
+        """Each number summed over the ranks with rows of their own."""
+        return sum_over_rows(numbers, self.sharded.mesh)
 
     def _clear(self) -> None:
         """Forget the step's sums."""
@@ -304,8 +307,8 @@ class Run:
         shares = {name: float(value) for name, value in self._sums.items()}
         loss, tokens = shares.pop("loss"), shares.pop("tokens")
         own = self._complete(shares)
-        numbers = self.total_over_ranks(loss=loss, tokens=tokens, stop=float(self.stop.requested), **own)
-        self._asked_to_stop = numbers.pop("stop") > 0
+        numbers = self.total_over_ranks(loss=loss, tokens=tokens, **own)
+        self._asked_to_stop = any_rank(self.stop.requested, self.runtime)
         if not (math.isfinite(norm) and math.isfinite(numbers["loss"])):
             self._skip(numbers["loss"], norm, "were not finite")
         elif self.spikes.is_spike(numbers["loss"]):

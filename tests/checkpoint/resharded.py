@@ -16,17 +16,17 @@ from wizard_engine.recipe import language_model
 from wizard_engine.training import parts_of, restore
 
 
-def main(root, name, replicas):
-    """`root`/whole/run has the checkpoint; what this world made of it goes to `root`/name."""
+def main(root, source, name, options):
+    """`root`/source has the checkpoint; what this world made of it goes to `root`/name."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu", timeout_seconds=30)
-    mesh = make_mesh(MeshOptions(dp_replicate=replicas), rt)
+    mesh = make_mesh(MeshOptions(**options), rt)
     model, _ = language_model(
         str(root / "base"), None, seed=0, device=rt.device, mesh=mesh, sharding=Sharding(dtype="bfloat16")
     )  # fmt: skip
     optimizer = AdamW(model)
     with ExitStack() as stack:
-        found = checkpoint.resume(root / "run", rt, stack)
+        found = checkpoint.resume(root / source, rt, stack)
         restore(found, "model", model, optimizer, found.state["updates"])
         state = found.state
     weights, moments = parts_of(model, optimizer)
@@ -34,7 +34,7 @@ def main(root, name, replicas):
     saver.save(found.step, {"model": weights, "model_optimizer": moments}, state)
     saver.wait()
     tokenizer = load_tokenizer(root / "base")
-    if mesh.shard.size > 1:
+    if mesh.copy.size > 1:
         save_divided(model, root / name / "model", rt, tokenizer=tokenizer, max_shard_bytes=20_000)
     (root / name / f"rank_{rt.rank}.json").write_text(
         json.dumps({"count": optimizer.count, "stall": saver.stall_seconds})
@@ -43,4 +43,4 @@ def main(root, name, replicas):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))

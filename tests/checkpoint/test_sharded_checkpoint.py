@@ -31,8 +31,8 @@ def root(tmp_path_factory):
     """A run of four ranks, not interrupted; `run` has its checkpoint of step 10 alone."""
     root = tmp_path_factory.mktemp("resharded")
     texts = word_texts(40)
-    shapes = {"width": 20, "layers": 2, "heads": 3, "kv_heads": 1, "head_width": 8, "ffn_width": 28, "tied": False}
-    save_base(root / "base", texts, experts=3, balance_loss=0.01, **shapes)
+    shapes = {"width": 20, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_width": 28, "tied": False}
+    save_base(root / "base", texts, experts=4, balance_loss=0.01, **shapes)
     write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in zip(texts[::2], texts[1::2])])
     train(root, root / "whole", 4)
     (root / "run" / "checkpoints").mkdir(parents=True)
@@ -55,31 +55,62 @@ def test_every_rank_writes_its_own_part(root):
     assert max(sizes) < 1.1 * min(sizes)
 
 
-@pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2), (4, 1)])
-def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replicas):
-    name = f"on_{ranks}_{replicas}"
-    done = torchrun(ranks, Path(__file__).parent / "resharded.py", root, name, replicas)
+def reshard(root, ranks, source, name, **options):
+    script = Path(__file__).parent / "resharded.py"
+    done = torchrun(ranks, script, root, source, name, json.dumps(options))
     assert done.returncode == 0, done.stderr[-3000:]
-    first, state = checkpoint.load(checkpoint.latest(root / "run"))
+
+
+def check_same_state(root, name, expected="run"):
+    first, state = checkpoint.load(checkpoint.latest(root / expected))
     second, again = checkpoint.load(checkpoint.latest(root / name))
     assert state == again and first.keys() == second.keys() == {"model", "model_optimizer"}
     for group, tensors in first.items():
         assert tensors.keys() == second[group].keys() and len(tensors) > 10
         for key, tensor in tensors.items():
             assert torch.equal(tensor, second[group][key]), (group, key)
+
+
+def check_export(root, name):
+    expected, _ = checkpoint.load(checkpoint.latest(root / "run"))
+    exported = load_hf(root / name / "model", dtype=torch.bfloat16)
+    assert len(list((root / name / "model").glob("model-*.safetensors"))) > 2
+    for key, parameter in exported.named_parameters():
+        assert torch.equal(parameter, expected["model"][key].bfloat16()), key
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2), (4, 1)])
+def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replicas):
+    name = f"on_{ranks}_{replicas}"
+    reshard(root, ranks, "run", name, dp_replicate=replicas)
+    check_same_state(root, name)
     for rank in range(ranks):
         assert json.loads((root / name / f"rank_{rank}.json").read_text())["count"] == SAVED
     if ranks > replicas:
-        exported = load_hf(root / name / "model", dtype=torch.bfloat16)
-        assert len(list((root / name / "model").glob("model-*.safetensors"))) > 2
-        for key, parameter in exported.named_parameters():
-            assert torch.equal(parameter, first["model"][key].bfloat16()), key
+        check_export(root, name)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, {"tp": 2}), (2, {"ep": 2}), (2, {"tp": 2, "ep": 2}), (4, {"tp": 2, "ep": 2}), (4, {"ep": 4}),
+        (4, {"tp": 2, "cp": 2, "ep": 4}), (4, {"tp": 2, "dp_replicate": 2}),
+    ],
+)  # fmt: skip
+def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, ranks, layout):
+    """From four ranks of data to this layout, and from it to one rank, to four, and to experts on two."""
+    name = "_".join([f"in_{ranks}", *(f"{key}_{size}" for key, size in layout.items())])
+    reshard(root, ranks, "run", name, **layout)
+    check_same_state(root, name)
+    check_export(root, name)
+    for back, (count, options) in {"one": (1, {}), "four": (4, {}), "experts": (2, {"ep": 2})}.items():
+        reshard(root, count, name, f"{name}_{back}", **options)
+        check_same_state(root, f"{name}_{back}")
 
 
 def test_transformers_reads_what_four_ranks_exported(root):
     transformers = pytest.importorskip("transformers")
-    done = torchrun(4, Path(__file__).parent / "resharded.py", root, "exported", 1)
-    assert done.returncode == 0, done.stderr[-3000:]
+    reshard(root, 4, "run", "exported", tp=2, ep=2)
     path = root / "exported" / "model"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ours, tokens = load_hf(path), torch.arange(40) % 250
@@ -97,10 +128,15 @@ def test_four_ranks_resume_bit_equal(root):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_other_numbers_of_ranks_go_on_with_the_same_losses(root, ranks):
-    words = ("--mesh.dp-replicate", "2") if ranks == 2 else ()
-    out = resumed(root, f"with_{ranks}", ranks, *words)
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (1, ()), (2, ("--mesh.dp-replicate", "2")), (3, ()), (2, ("--mesh.tp", "2", "--mesh.ep", "2")),
+        (2, ("--mesh.cp", "2")), (4, ("--mesh.tp", "2", "--mesh.ep", "4")),
+    ],
+)  # fmt: skip
+def test_other_layouts_go_on_with_the_same_losses(root, ranks, words):
+    out = resumed(root, "with_" + "_".join([str(ranks), *words]).replace("--mesh.", ""), ranks, *words)
     ours, theirs = untimed(out)[SAVED:], untimed(root / "whole")[SAVED:]
     assert len(ours) == len(theirs) == STEPS - SAVED
     for a, b in zip(ours, theirs):
@@ -115,17 +151,17 @@ def test_lost_file_and_another_model_are_named_on_every_rank(root, tmp_path):
     shutil.copytree(root / "run", tmp_path / "run")
     path = checkpoint.latest(tmp_path / "run")
     (path / "part_00002.safetensors").unlink()
-    done = torchrun(2, script, tmp_path, "out", 1)
+    done = torchrun(2, script, tmp_path, "run", "out", "{}")
     assert done.returncode and done.stderr.count("[rank 0/2]") >= 2
     assert "part_00002.safetensors: missing; expected tensors model/" in done.stderr
     shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
     content = bytearray((path / "part_00003.safetensors").read_bytes())
     content[-1] ^= 1
     (path / "part_00003.safetensors").write_bytes(content)
-    done = torchrun(2, script, tmp_path, "out", 1)
+    done = torchrun(2, script, tmp_path, "run", "out", "{}")
     assert done.returncode and "[rank 1/2]" in done.stderr and "part_00003.safetensors: tensor" in done.stderr
     shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
-    shapes = {"width": 24, "layers": 2, "heads": 3, "kv_heads": 1, "head_width": 8, "ffn_width": 28, "tied": False}
+    shapes = {"width": 24, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_width": 28, "tied": False}
     save_base(tmp_path / "base", word_texts(40), experts=3, **shapes)
-    done = torchrun(2, script, tmp_path, "out", 1)
+    done = torchrun(2, script, tmp_path, "run", "out", "{}")
     assert done.returncode and "this checkpoint is another model's" in done.stderr

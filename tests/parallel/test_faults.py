@@ -118,9 +118,9 @@ def test_rank_with_other_options_or_files_is_named_before_the_first_step(root, t
 
 def test_number_of_ranks_that_the_mesh_does_not_have_is_refused(root, tmp_path):
     done, _ = run(root, tmp_path, options=("--mesh.dp-shard", "3"))
-    assert done.returncode and "dp_shard must divide the ranks of data: dp_shard=3, ranks / tp = 2" in done.stderr
+    assert done.returncode and "must divide the ranks of data: dp_shard=3, ranks / (cp x tp) = 2" in done.stderr
     done, _ = run(root, tmp_path, options=("--mesh.dp-shard", "2", "--mesh.dp-replicate", "2"))
-    assert done.returncode and "got 2 x 2 x 1 = 4" in done.stderr and "or start 4 ranks" in done.stderr
+    assert done.returncode and "got 2 x 2 x 1 x 1 = 4" in done.stderr and "or start 4 ranks" in done.stderr
 
 
 def test_disk_that_is_full_on_one_rank_ends_all_and_keeps_the_checkpoint_before(root, tmp_path):

@@ -122,6 +122,8 @@ def test_layouts_that_do_not_divide_a_model_name_those_that_would(simulated, pre
 def test_every_width_that_tp_divides_is_looked_at(simulated, what, number):
     config = dataclasses.replace(PRESETS["tiny-llama"], heads=4, kv_heads=4, head_width=8, vocab_size=256, ffn_width=96)
     with torch.device("meta"):
-        model = Transformer(dataclasses.replace(config, **{what: number} | ({"kv_heads": 2} if what == "heads" else {})))
+        model = Transformer(
+            dataclasses.replace(config, **{what: number} | ({"kv_heads": 2} if what == "heads" else {}))
+        )
     with pytest.raises(ValueError, match=f"mesh.tp must divide {what}: tp=4, {what}={number}; choose from"):
         parallelize(model, simulated(0, 4, tp=4))

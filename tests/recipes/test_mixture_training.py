@@ -10,6 +10,7 @@ from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.log import read_metrics
 from wizard_engine.model import PRESETS, Routes, Transformer, save_model
+from wizard_engine.parallel import Mesh
 from wizard_engine.training import RouterMeter, Run, Training
 
 QUICK = {"pack_tokens": 384, "packs_per_step": 2, "lr": 2e-3}
@@ -112,7 +113,7 @@ def test_preferences_rewards_and_rleif_train_mixtures(world, tmp_path):
 def test_meter_by_hand():
     config = PRESETS["tiny-mixtral"]
     model = Transformer(config, seed=0)
-    meter = RouterMeter(dataclasses.replace(config, balance_loss=1.0), torch.device("cpu"))
+    meter = RouterMeter(dataclasses.replace(config, balance_loss=1.0), Mesh(torch.device("cpu")))
     meter.start(30)
     total, loads = 0.0, []
     for length in (12, 18):
@@ -125,6 +126,6 @@ def test_meter_by_hand():
     share = (sum(loads) / sum(loads).float().mean(1, keepdim=True)).amax(1)
     assert metrics["expert_load_max"] == pytest.approx(share.tolist(), abs=1e-4)
     assert meter.metrics()["router_loss"] == 0.0
-    dense = RouterMeter(PRESETS["tiny"], torch.device("cpu"))
+    dense = RouterMeter(PRESETS["tiny"], Mesh(torch.device("cpu")))
     dense.start(3)
     assert dense.loss(Routes()) == 0.0 and dense.metrics() == {}

@@ -1,11 +1,11 @@
 """The files of a checkpoint and its manifest: who wrote which elements of which tensor, and the checks against both.
 
-A rank's file is a safetensors file of one-dimensional parts, named group/tensor: elements [start, stop) of the tensor
-in row-major order. The manifest lists the tensors with their shapes and, per file, its parts with a checksum each.
+A rank's file is a safetensors file of one-dimensional parts, named group/tensor: elements [start, stop), in row-major
+order, of the tensor or of some of its rows and columns (see `parallel.cut`). The manifest lists the tensors with their
+shapes and, per file, its parts with a checksum each, and rows and columns where they are not all.
 """
 
 import json
-import math
 import mmap
 import os
 import re
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import csrc
+from wizard_engine.parallel.cut import Cut, as_matrix
 
 NAME = "manifest.json"
 FORMAT = "wizard-engine checkpoint 2"
@@ -36,16 +37,16 @@ _ADVICE = "remove this checkpoint to continue from the one before it"
 
 @dataclass(frozen=True)
 class Part:
-    """Elements of a tensor of some shape, from `start` on in row-major order: values (n,)."""
+    """Elements of what a cut leaves of a tensor, from `start` on in row-major order: values (n,)."""
 
-    shape: tuple[int, ...]
+    cut: Cut
     start: int
     values: Tensor
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "Part":
         """All of a tensor."""
-        return cls(tuple(tensor.shape), 0, tensor.detach().reshape(-1))
+        return cls(Cut.whole(tensor.shape), 0, tensor.detach().reshape(-1))
 
 
 def file_name(rank: int) -> str:
@@ -79,9 +80,12 @@ def _written(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
         os.fsync(file.fileno())
     totals = iter(sums)
     listed = {
-        key: [part.start, part.start + part.values.numel(), next(totals) if part.values.numel() else 0]
+        key: [
+            part.start, part.start + part.values.numel(), next(totals) if part.values.numel() else 0,
+            *([] if part.cut.is_whole else [part.cut.rows, part.cut.columns]),
+        ]
         for key, part in parts.items()
-    }
+    }  # fmt: skip
     return {"bytes": len(text) + at, "header": [len(text), zlib.crc32(text)], "parts": listed}
 
 
@@ -116,23 +120,49 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def cut_of(shape: tuple[int, ...], entry: list) -> Cut:
+    """Rows and columns of a part's manifest entry."""
+    if len(entry) == 3:
+        return Cut.whole(shape)
+    return Cut(tuple(shape), tuple((first, last) for first, last in entry[3]), tuple(entry[4]))
+
+
 def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
     """Every element of every tensor is in exactly one part."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for entry in manifest["files"].values():
-        for key, (start, stop, _) in entry["parts"].items():
-            found.setdefault(key, []).append((start, stop))
     expected = {f"{g}/{n}": e for g, tensors in manifest["tensors"].items() for n, e in tensors.items()}
+    found: dict[str, list[list]] = {}
+    for file in manifest["files"].values():
+        for key, entry in file["parts"].items():
+            found.setdefault(key, []).append(entry)
     for key in sorted({*found, *expected}):
         if key not in expected:
             raise ValueError(f"{path}: tensor {key}: expected it among the tensors, got a part of it alone; {_ADVICE}")
-        at, size = 0, math.prod(expected[key]["shape"])
-        for start, stop in sorted(found.get(key, ())):
-            if start != at:
-                break
-            at = stop
-        if at != size:
-            raise ValueError(f"{path}: tensor {key}: expected parts of {size} elements, got none at {at}; {_ADVICE}")
+        shape = tuple(expected[key]["shape"])
+        cuts: dict[Cut, list[tuple[int, int]]] = {}
+        for entry in found.get(key, []):
+            cuts.setdefault(cut_of(shape, entry), []).append((entry[0], entry[1]))
+        for cut, ranges in (cuts or {Cut.whole(shape): []}).items():
+            at, size = 0, cut.height * cut.width
+            for start, stop in sorted(ranges):
+                if start != at:
+                    break
+                at = stop
+            if at != size:
+                raise ValueError(
+                    f"{path}: tensor {key}: expected parts of {size} elements, got none at {at}; {_ADVICE}"
+                )
+        _check_tiles(path, key, shape, list(cuts))
+
+
+def _check_tiles(path: Path, key: str, shape: tuple[int, ...], cuts: list[Cut]) -> None:
+    """Every row and column of a tensor is in exactly one cut."""
+    height, width = as_matrix(shape)
+    boxes = [box for cut in cuts for box in cut.boxes(0, cut.height * cut.width)]
+    twice = any(a.overlap(b) is not None for i, a in enumerate(boxes) for b in boxes[:i])
+    if twice or sum(box.size for box in boxes) != height * width:
+        covered = sum(box.size for box in boxes)
+        what = "some twice" if twice else f"{covered}"
+        raise ValueError(f"{path}: tensor {key}: expected parts of {height * width} elements, got {what}; {_ADVICE}")
 
 
 class PartFile:
@@ -178,7 +208,7 @@ class PartFile:
         Raises:
             ValueError: a part is damaged; names file and tensor.
         """
-        for key, (_, _, checksum) in self.entry["parts"].items():
+        for key, (_, _, checksum, *_) in self.entry["parts"].items():
             first, last = (self._data + n for n in self.places[key]["data_offsets"])
             total = 0
             for at in range(first, last, CHUNK):
@@ -188,15 +218,15 @@ class PartFile:
                     f"{self.path}: tensor {key}: corrupt: its bytes are not those that were saved; {_ADVICE}"
                 )
 
-    def copy(self, key: str, start: int, out: Tensor) -> None:
-        """Copy elements of a part, from its element `start` on, into `out` (n,)."""
+    def values(self, key: str, start: int, count: int) -> Tensor:
+        """(count,) elements of a part from its element `start` on, read when they are looked at."""
         place = self.places[key]
         dtype = DTYPES[place["dtype"]]
+        if not count:
+            return torch.empty(0, dtype=dtype)
         at = self._data + place["data_offsets"][0] + start * dtype.itemsize
-        if out.numel():
-            data = bytearray(self._map[at : at + out.numel() * dtype.itemsize]) if at % dtype.itemsize else self._map
-            offset = 0 if data is not self._map else at
-            out.copy_(torch.frombuffer(data, dtype=dtype, count=out.numel(), offset=offset))
+        data = bytearray(self._map[at : at + count * dtype.itemsize]) if at % dtype.itemsize else self._map
+        return torch.frombuffer(data, dtype=dtype, count=count, offset=at if data is self._map else 0)
 
 
 def _names(names: Any) -> str:

@@ -22,11 +22,13 @@ from wizard_engine.checkpoint.manifest import (
     NAME,
     Part,
     PartFile,
+    cut_of,
     file_name,
     read_manifest,
     write_parts,
 )
 from wizard_engine.files import sync_directory, to_plain, write_json, write_text
+from wizard_engine.parallel.cut import Cut
 from wizard_engine.parallel.data_parallel import first_error, from_main
 from wizard_engine.runtime import Runtime
 
@@ -149,7 +151,7 @@ class Saver:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             self._host[key] = host
         host.copy_(values, non_blocking=True)
-        return Part(part.shape, part.start, host)
+        return Part(part.cut, part.start, host)
 
     def _work(self, step: int, partial: Path, parts: Mapping[str, Part], listed: Mapping[str, Any], state: Any) -> None:
         """The thread: this rank's file, and on rank 0 the rest."""
@@ -217,8 +219,8 @@ def _yield_to_others() -> None:
 
 
 def _described(part: Part | Tensor) -> dict[str, Any]:
-    values = part if isinstance(part, Tensor) else part.values
-    return {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(part.shape)}
+    values, shape = (part, part.shape) if isinstance(part, Tensor) else (part.values, part.cut.shape)
+    return {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(shape)}
 
 
 class Checkpoint:
@@ -237,13 +239,14 @@ class Checkpoint:
         self.state, self.step, self.tensors = manifest["state"], manifest["step"], manifest["tensors"]
         keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
         self._files: list[PartFile] = []
-        self._where: dict[str, list[tuple[int, int, PartFile]]] = {}
+        self._where: dict[str, list[tuple[Cut, int, int, PartFile]]] = {}
         try:
             for name, entry in manifest["files"].items():
                 file = PartFile(self.path / name, entry, keyed)
                 self._files.append(file)
-                for key, (start, stop, _) in entry["parts"].items():
-                    self._where.setdefault(key, []).append((start, stop, file))
+                for key, (start, stop, *rest) in entry["parts"].items():
+                    cut = cut_of(tuple(keyed[key]["shape"]), [start, stop, *rest])
+                    self._where.setdefault(key, []).append((cut, start, stop, file))
         except BaseException:
             self.__exit__()
             raise
@@ -276,19 +279,28 @@ class Checkpoint:
                     "another model's: use the configuration it was made with, or another --out"
                 )
 
-    def read(self, group: str, name: str, start: int, out: Tensor) -> None:
-        """Copy elements of a tensor, from `start` on in row-major order, into `out` (n,) of any dtype and device."""
-        stop = start + out.numel()
-        for first, last, file in self._where.get(f"{group}/{name}", ()):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                file.copy(f"{group}/{name}", low - first, out[low - start : high - start])
+    def read(self, group: str, name: str, cut: Cut, start: int, out: Tensor) -> None:
+        """Copy elements of what a cut leaves of a tensor, from `start` on in row-major order, into `out` (n,) of any
+        dtype and device; whoever wrote them, and however they were cut."""
+        key, stop = f"{group}/{name}", start + out.numel()
+        for theirs, first, last, file in self._where.get(key, ()):
+            if theirs == cut:
+                low, high = max(start, first), min(stop, last)
+                if low < high:
+                    out[low - start : high - start].copy_(file.values(key, low - first, high - low))
+                continue
+            for box in cut.boxes(start, stop):
+                for other in theirs.boxes(first, last):
+                    common = box.overlap(other)
+                    if common is not None:
+                        source = file.values(key, other.offset, other.size).view(other.rows, other.columns)
+                        box.part(box.of(out), common).copy_(other.part(source, common))
 
     def whole(self, group: str, name: str) -> Tensor:
         """A whole tensor on the CPU."""
         entry = self.tensors[group][name]
         out = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        self.read(group, name, 0, out.view(-1))
+        self.read(group, name, Cut.whole(out.shape), 0, out.view(-1))
         return out
 
 

@@ -74,8 +74,8 @@ class ScoringModel(nn.Module):
 
     @torch.no_grad()
     def _surprises(self, hidden_TD: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """(t, 2 LAGS + 2): surprise in nats and scaled probability of each of the last LAGS tokens, and the extremes, of
-        this rank's tokens.
+        """(t, 2 LAGS + 2) of this rank's tokens: surprise in nats and scaled probability of each of the last LAGS
+        tokens, and the extremes.
 
         The first token of a sequence, and lags before it, count as certain.
         """

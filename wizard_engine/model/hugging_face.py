@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..parallel import Sharded, from_main, sharded
+from ..parallel.cut import Cut
 from ..parallel.data_parallel import first_error
 from ..runtime import Runtime, write_json
 from .config import ModelConfig
@@ -158,17 +159,31 @@ class ModelDirectory:
                 self._fill(out, box, piece)
             yield name, out
 
-    def read(self, name: str, start: int, out: Tensor) -> None:
+    def read(self, name: str, start: int, out: Tensor, *, cut: Cut | None = None) -> None:
         """Copy elements of a parameter, from `start` on in row-major order, into `out` (n,) of any dtype and device.
 
+        Args:
+            cut: count in what is left of the parameter by it; None: in all of it.
         Raises:
             ValueError: an unknown parameter, or elements outside it.
         """
         shape = self.shapes.get(name)
-        if shape is None or not 0 <= start <= start + out.numel() <= math.prod(shape):
+        cut = Cut.whole(shape or ()) if cut is None else cut
+        size = cut.height * cut.width
+        if shape is None or cut.shape != shape or not 0 <= start <= start + out.numel() <= size:
             raise ValueError(f"{name}: expected elements of a parameter, got {start} to {start + out.numel()}")
+        for box in cut.boxes(start, start + out.numel()):
+            if box.columns == shape[-1] or box.rows == 1:
+                self._read_run(name, box.row * shape[-1] + box.column, box.of(out).view(-1))
+                continue
+            inside = slice(box.row, box.row + box.rows), slice(box.column, box.column + box.columns)
+            for piece in self._by_parameter[name]:
+                self._fill(box.of(out), inside, piece)
+
+    def _read_run(self, name: str, start: int, out: Tensor) -> None:
+        """Elements of a whole parameter that stand together."""
         for piece in self._by_parameter[name]:
-            first = piece.start_in(shape)
+            first = piece.start_in(self.shapes[name])
             low, high = max(start, first), min(start + out.numel(), first + math.prod(piece.shape))
             if low < high:
                 self._where[piece.name].copy_elements(piece.name, low - first, out[low - start : high - start])
@@ -378,23 +393,28 @@ def _write_ranges(
     opened = {file: os.open(folder / file, os.O_WRONLY) for file in files}
     try:
         for name, start, values in engine.weight_parts(exact=False):
-            for piece in by_parameter[name]:
-                first = piece.start_in(engine.shapes[name])
-                low = max(start, first)
-                high = min(start + values.numel(), first + math.prod(piece.shape))
-                if low >= high:
-                    continue
-                own = values[low - start : high - start].detach().cpu().contiguous()
-                at = headers[file_of[piece.name]][1][piece.name] + (low - first) * own.element_size()
-                data = memoryview(own.view(torch.uint8).numpy())
-                while data:
-                    written = os.pwrite(opened[file_of[piece.name]], data, at)
-                    data, at = data[written:], at + written
+            own = values.detach().cpu().contiguous()
+            for first, offset, count in engine.cuts[name].runs(start, start + own.numel()):
+                for piece in by_parameter[name]:
+                    begin = piece.start_in(engine.shapes[name])
+                    low, high = max(first, begin), min(first + count, begin + math.prod(piece.shape))
+                    if low < high:
+                        at = headers[file_of[piece.name]][1][piece.name] + (low - begin) * own.element_size()
+                        part = own[offset + low - first : offset + high - first]
+                        _write_at(opened[file_of[piece.name]], part, at)
         for descriptor in opened.values():
             os.fsync(descriptor)
     finally:
         for descriptor in opened.values():
             os.close(descriptor)
+
+
+def _write_at(descriptor: int, values: Tensor, at: int) -> None:
+    """Write values at a place of a file."""
+    data = memoryview(values.view(torch.uint8).numpy())
+    while data:
+        written = os.pwrite(descriptor, data, at)
+        data, at = data[written:], at + written
 
 
 def _write(

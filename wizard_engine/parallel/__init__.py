@@ -1,11 +1,20 @@
 """Meshes of ranks, sharded models, and reductions over ranks: every one of them is a sum."""
 
-from .data_parallel import check_same, from_main, gather_objects, sum_over_ranks, with_names_of_all_ranks
+from .data_parallel import (
+    any_rank,
+    check_same,
+    from_main,
+    gather_objects,
+    sum_over_ranks,
+    sum_over_rows,
+    with_names_of_all_ranks,
+)
 from .fsdp import Sharded, paced, sharded
 from .mesh import Mesh, MeshOptions, make_mesh
 from .parallelize import Sharding, compute_dtype, parallelize
 
 __all__ = [
-    "Mesh", "MeshOptions", "Sharded", "Sharding", "check_same", "compute_dtype", "from_main", "gather_objects",
-    "make_mesh", "paced", "parallelize", "sharded", "sum_over_ranks", "with_names_of_all_ranks",
+    "Mesh", "MeshOptions", "Sharded", "Sharding", "any_rank", "check_same", "compute_dtype", "from_main",
+    "gather_objects", "make_mesh", "paced", "parallelize", "sharded", "sum_over_ranks", "sum_over_rows",
+    "with_names_of_all_ranks",
 ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""Collectives on an axis of the mesh, and those with a gradient: the gradient of what is gathered is summed and divided,
-the gradient of what is summed and divided is gathered. Nothing is ever averaged."""
+"""Collectives on an axis of the mesh, and those with a gradient: the gradient of what is gathered is summed and
+divided, the gradient of what is summed and divided is gathered. Nothing is ever averaged."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Which rows and columns of a parameter a rank has, where matrices or experts are divided among ranks.
 
-Every parameter is looked at as a matrix: its last dimension are the columns. What divides matrices takes an even share of
-each block of rows (q, k and v of a joint product; gate and up; experts; words), or an even share of the columns.
+Every parameter is looked at as a matrix: its last dimension are the columns. A rank has an even share of each block of
+rows (q, k and v of a joint product; gate and up; experts; words), or an even share of the columns.
 """
 
 import math
@@ -33,6 +33,18 @@ class Box:
     def of(self, values: Tensor) -> Tensor:
         """(rows, columns) view of a rank's values (n,)."""
         return values[self.offset : self.offset + self.size].view(self.rows, self.columns)
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """What two rectangles have in common, at no offset."""
+        row, column = max(self.row, other.row), max(self.column, other.column)
+        rows = min(self.row + self.rows, other.row + other.rows) - row
+        columns = min(self.column + self.columns, other.column + other.columns) - column
+        return Box(row, rows, column, columns, 0) if rows > 0 and columns > 0 else None
+
+    def part(self, values: Tensor, inner: "Box") -> Tensor:
+        """The view that a rectangle inside this one has of this one's values (rows, columns)."""
+        row, column = inner.row - self.row, inner.column - self.column
+        return values[row : row + inner.rows, column : column + inner.columns]
 
     def inside(self, matrix: Tensor) -> Tensor:
         """(rows, columns) view of the whole parameter as a matrix."""
@@ -76,7 +88,7 @@ class Cut:
     def local_shape(self) -> tuple[int, ...]:
         """Of what the rank has."""
         if len(self.shape) < 2:
-            return (self.width,)
+            return self.shape
         inner = math.prod(self.shape[1:-1])
         return (self.height // inner, *self.shape[1:-1], self.width)
 
@@ -91,6 +103,17 @@ class Cut:
             for first, height in self._runs(row, count):
                 yield Box(first, height, self.columns[0] + column, length, at - start)
                 at += height * length
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The same as runs of elements of the whole parameter in row-major order: (first, offset, length)."""
+        width = as_matrix(self.shape)[1]
+        for box in self.boxes(start, stop):
+            first = box.row * width + box.column
+            if box.columns == width:
+                yield first, box.offset, box.size
+            else:
+                for row in range(box.rows):
+                    yield first + row * width, box.offset + row * box.columns, box.columns
 
     def _runs(self, row: int, count: int) -> Iterator[tuple[int, int]]:
         """Rows [row, row + count) of the rank's as runs (first row of the whole, rows)."""
@@ -110,7 +133,7 @@ class Cut:
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) of a parameter."""
-    return math.prod(shape[:-1]), shape[-1]
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 @dataclass(frozen=True)
@@ -118,8 +141,8 @@ class Division:
     """How a parameter is divided over an axis.
 
     Attributes:
-        shape: of the whole parameter.   blocks: heights of the blocks of rows of which each rank has an even share; none:
-            the columns are divided.   axis: of the ranks.
+        shape: of the whole parameter.   axis: of the ranks.
+        blocks: heights of the blocks of rows of which each rank has an even share; none: the columns are divided.
     """
 
     shape: tuple[int, ...]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..runtime import Runtime
+from .mesh import Axis, Mesh
 
 T = TypeVar("T")
 
@@ -25,12 +26,23 @@ def sum_over_ranks(numbers: dict[str, float], device: torch.device | str = "cpu"
     return dict(zip(numbers, packed.tolist()))
 
 
-def gather_objects(local: object) -> list:
-    """Every rank's JSON-like object, in rank order, on every rank."""
-    if not is_distributed():
+def sum_over_rows(numbers: dict[str, float], mesh: Mesh) -> dict[str, float]:
+    """Each number summed in float64 over the ranks with rows of their own: of those that share rows, one counts."""
+    return sum_over_ranks({name: float(x) if mesh.speaks else 0.0 for name, x in numbers.items()}, mesh.device)
+
+
+def any_rank(flag: bool, runtime: Runtime) -> bool:
+    """Whether a flag is set on some rank."""
+    return sum_over_ranks({"flag": float(flag)}, runtime.device)["flag"] > 0
+
+
+def gather_objects(local: object, axis: Axis | None = None) -> list:
+    """Every rank's JSON-like object, in rank order, on every rank; of all ranks, or of those of an axis of the mesh."""
+    if (axis is not None and axis.size == 1) or not is_distributed():
         return [local]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, local)
+    group = None if axis is None else axis.group
+    gathered = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, local, group=group)
     return gathered
 
 

@@ -13,10 +13,10 @@ the next unit's backward to end; nothing is ever divided, for the losses know th
 have communicators of their own. Small units that are needed from the first operation to the last (a tied embedding, the
 scores of a reward model) stay gathered.
 
-Where the ranks of a tensor-parallel group divide matrices, or those of an expert-parallel group experts, this rank's rows
-or columns are what its flats hold, and the axes of the flats are the ranks that have the same; what every rank of a copy
-of the model uses with tokens of its own is divided over all of them. So each element has one owner, whose gradient is the
-sum over all tokens, and one norm over all owners counts it once.
+Where tensor-parallel ranks divide matrices, or expert-parallel ones experts, this rank's rows or columns are what its
+flats hold, and the axes of the flats are the ranks that have the same; what every rank of a copy of the model uses with
+tokens of its own is divided over all of them. So each element has one owner, whose gradient is the sum over all tokens,
+and one norm over all owners counts it once.
 
 Peak memory of a rank: its parts, two gathered units, a unit of gradients in fp32 and one as they come, what stays, and
 the activations (parallel/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
@@ -289,7 +289,12 @@ class Sharded:
             if work is not None:
                 work.wait()
         for unit, flat, whole in views:
-            unit.attach([(p, self._put_together(slot.name, view)) for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)])
+            unit.attach(
+                [
+                    (p, self._put_together(slot.name, view))
+                    for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)
+                ]
+            )
         if self.spread is not None:
             self.spread.whole = True
         self._is_gathered = True

@@ -1,7 +1,7 @@
 """The mesh of ranks, and the only place that makes process groups.
 
-Dense parameters see the ranks as dp_replicate x dp_shard x cp x tp, the last varying fastest; experts see the same ranks
-as dp_replicate x efsdp x ep, with efsdp ep = dp_shard cp tp. What stands last stays among neighbours.
+Dense parameters see the ranks as dp_replicate x dp_shard x cp x tp, the last varying fastest; experts see the same
+ranks as dp_replicate x efsdp x ep, with efsdp ep = dp_shard cp tp. What stands last stays among neighbours.
 
 Ranks that differ in cp and tp alone have the same packed rows, and each its own tokens of them.
 """
@@ -133,8 +133,8 @@ def resolve(options: MeshOptions, world_size: int) -> MeshShape:
         fitting = ", ".join(f"{n} x {left // n}" for n in divisors(left))
         raise ValueError(
             f"mesh: expected dp_replicate x dp_shard x cp x tp = {world_size} ranks, got {replicate} x {shard} x "
-            f"{options.cp} x {options.tp} = {replicate * shard * rest}; with cp={options.cp} and tp={options.tp} choose "
-            f"dp_replicate x dp_shard from {fitting}, or start {replicate * shard * rest} ranks"
+            f"{options.cp} x {options.tp} = {replicate * shard * rest}; with cp={options.cp} and tp={options.tp} "
+            f"choose dp_replicate x dp_shard from {fitting}, or start {replicate * shard * rest} ranks"
         )
     for name, value in (("dp_replicate", replicate), ("dp_shard", shard)):
         if value is not None and left % value:

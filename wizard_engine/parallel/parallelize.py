@@ -43,9 +43,9 @@ def compute_dtype(sharding: Sharding, device: torch.device) -> torch.dtype:
 def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) -> nn.Module:
     """The model with its parameters divided over the mesh, in place; `sharded(model)` is what divides them.
 
-    Matrices are divided over tp and experts over ep first, then what each rank has of them over the ranks that have the
-    same. A model with numbers gives each rank its part of them, and they must be the same on every rank. One on the meta
-    device waits for `Sharded.put` and `publish`. Parameters in float64 compute in float64.
+    Matrices are divided over tp and experts over ep first, then what each rank has of them over the ranks that have
+    the same. A model with numbers gives each rank its part of them, and they must be the same on every rank. One on the
+    meta device waits for `Sharded.put` and `publish`. Parameters in float64 compute in float64.
 
     Args:
         model: Transformer or ScoringModel: `blocks`, `embedding`, `norm`, `head`, maybe as `body` of a larger module.
@@ -173,13 +173,13 @@ def unit_specs(model: nn.Module, body: nn.Module, dtype: torch.dtype, *, apart: 
         apart: norms and routers in a unit of their own, for every rank has tokens of its own for them.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    of_tokens = {id(p) for m in body.modules() for p in m.parameters(recurse=False) if _is_of_tokens(m)} if apart else set()
+    of_tokens = (
+        {id(p) for m in body.modules() for p in m.parameters(recurse=False) if _is_of_tokens(m)} if apart else set()
+    )
 
     def of(*modules: nn.Module, without: nn.Module | None = None) -> dict[str, nn.Parameter]:
         left_out = {id(p) for p in without.parameters()} if without is not None else set()
-        return {
-            names[id(p)]: p for module in modules for p in module.parameters() if id(p) not in left_out | of_tokens
-        }
+        return {names[id(p)]: p for module in modules for p in module.parameters() if id(p) not in left_out | of_tokens}
 
     units = []
     if body.head is None:

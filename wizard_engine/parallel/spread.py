@@ -1,7 +1,7 @@
 """How the tokens of a packed row, the matrices and the experts of a model are divided among ranks.
 
-    row     a packed row of T tokens, padded to what divides evenly, is cut into 2 cp chunks; context-parallel rank r has
-            chunks r and 2 cp - 1 - r, so that all have as many pairs of query and key
+    row     a packed row of T tokens, padded to what divides evenly, is cut into 2 cp chunks; context-parallel rank r
+            has chunks r and 2 cp - 1 - r, so that all have as many pairs of query and key
     tokens  tensor-parallel ranks divide those evenly: norms, routers, the residual stream
     matrix  before a product whose rows are divided (q, k, v; gate, up; the vocabulary) the tokens are gathered over tp,
             behind one whose columns are divided (out; down) they are summed and divided again
@@ -92,7 +92,7 @@ class Spread:
         return x[:tokens]
 
     def to_whole(self, x: Tensor, tokens: int) -> Tensor:
-        """Per-token values (T, ...) of a whole row from those of each rank's tokens; all ranks do the same with them."""
+        """Per-token values (T, ...) of a whole row from those of each rank's tokens; all do the same with them."""
         if not self._divides(self.row):
             return x
         # Ranks of a row are in the order of cp, then of tp, as their tokens are.
@@ -130,7 +130,7 @@ class Spread:
         return F.linear(Gather.apply(x_TD, self.tp), weight)
 
     def columns(self, x: Tensor, weight: Tensor) -> Tensor:
-        """This rank's tokens of the product with a matrix (D, N) of which each rank of tp has other columns, as x has."""
+        """This rank's tokens of the product with a matrix (D, N) of which tp ranks have other columns each, as of x."""
         out = F.linear(x, weight)
         return SumAndDivide.apply(out, self.tp) if self._divides(self.tp) else out
 

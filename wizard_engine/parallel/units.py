@@ -91,7 +91,7 @@ class Unit:
 
     @property
     def sizes(self) -> list[int]:
-        """Elements of its place for each flat; none for one that is this rank's alone, which is used where it stands."""
+        """Elements of its place for each flat; none for one that is this rank's alone, used where it stands."""
         return [flat.layout.size if flat.axis.size > 1 else 0 for flat in self.flats]
 
     def wholes(self) -> list[Tensor]:
@@ -136,6 +136,8 @@ def merged(units: Sequence[UnitSpec]) -> list[UnitSpec]:
     """One unit per dtype: where nothing is gathered, the fewer buffers the better."""
     dtypes = dict.fromkeys(unit.dtype for unit in units)
     return [
-        UnitSpec(str(dtype), {n: p for u in units if u.dtype == dtype for n, p in u.parameters.items()}, dtype, resident=True)
+        UnitSpec(
+            str(dtype), {n: p for u in units if u.dtype == dtype for n, p in u.parameters.items()}, dtype, resident=True
+        )
         for dtype in dtypes
     ]

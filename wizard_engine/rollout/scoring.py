@@ -44,7 +44,9 @@ def token_logprobs(
     for group in paced(groups, model, backward=False):
         batch = collate([samples[i] for i in group]).to(device)
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
-        logprob, _ = linear_logprob(hidden, model.head_weight, batch.targets, temperature=temperature)
+        logprob, _ = linear_logprob(
+            hidden, model.head_weight, batch.targets, temperature=temperature, shard=model.shard
+        )
         pieces = np.split(logprob.float().cpu().numpy(), batch.cu_seqlens.cpu().numpy()[1:-1])
         for index, piece in zip(group, pieces):
             out[index] = piece

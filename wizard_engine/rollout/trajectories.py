@@ -17,8 +17,9 @@ from ..data.records import Message
 from ..data.tokenizer import Tokenizer
 from ..loss import kl_estimates
 from ..model import Routes, ScoringModel, Transformer
-from ..parallel import sharded
-from .generation import generate
+from ..parallel import gather_objects, sharded
+from ..parallel.mesh import Axis
+from .generation import Generation, generate
 from .rewards import AnswerReward, score_tokens
 from .scoring import token_logprobs
 
@@ -64,17 +65,21 @@ def roll_out(
 
     Args:
         first, stride: the prompts are number first, first + stride, ... of those of all ranks; an answer does not
-            depend on how they are divided.
+            depend on how they are divided. Ranks that have the same prompts, for they divide a model's matrices or
+            tokens, sample a share of the answers each, and all of them get all.
     """
     numbers = [(first + i * stride) * samples + j for i in range(len(prompts)) for j in range(samples)]
     repeated = [tuple(prompt) for prompt in prompts for _ in range(samples)]
     ids = [encode_prompt(tokenizer, prompt) for prompt in repeated]
     engine = sharded(model)
+    row = Axis() if engine is None else engine.mesh.row
+    mine = slice(row.index, None, row.size)
     with engine.gathered() if engine is not None else nullcontext():
         drawn = generate(
-            model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, eos_id=tokenizer.eos_id,
-            batch_size=batch_size, numbers=numbers,
+            model, ids[mine], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            eos_id=tokenizer.eos_id, batch_size=batch_size, numbers=numbers[mine],
         )  # fmt: skip
+    drawn = _interleaved(gather_objects(drawn, row))
     packed = []
     for prompt, answer in zip(ids, drawn.tokens):
         weights = np.concatenate((np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)))
@@ -83,6 +88,20 @@ def roll_out(
     behaviour = torch.tensor([x for row in drawn.logprobs for x in row], dtype=torch.float32)
     lengths = [len(tokens) for tokens in drawn.tokens]
     return Rollout(repeated, packed, texts, drawn.finished, lengths, behaviour, drawn.experts)
+
+
+def _interleaved(parts: Sequence[Generation]) -> Generation:
+    """What was drawn for rows r, r + n, ... by part r of n, in the order of the rows."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = Generation()
+    for name, values in vars(whole).items():
+        columns = [getattr(part, name) for part in parts]
+        if columns[0] is not None:
+            rows = itertools.zip_longest(*columns)
+            values = [x for row in rows for x in row if x is not None]
+        setattr(whole, name, values)
+    return whole
 
 
 def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float) -> Tensor:
