@@ -122,13 +122,15 @@ def language_model(
         mesh: divide it over these ranks, each of which reads its own part alone; None: a whole, plain model.
         frozen: it is not going to be trained.
     Raises:
-        ValueError: neither a directory nor a preset, a preset without a tokenizer, or a reward model's directory.
+        ValueError: neither a directory nor a preset, a preset without a tokenizer, a reward model's directory, or
+            ranks for the experts of a model without them.
     """
     if model in PRESETS and not Path(model).is_dir():
         if tokenizer is None:
             raise ValueError(f"model: preset {model} has random weights; say which --tokenizer it shall have")
         loaded = load_tokenizer(tokenizer)
         config = dataclasses.replace(PRESETS[model], vocab_size=loaded.vocab_size)
+        _check_experts(config, mesh)
         if mesh is None:
             return Transformer(config, seed=seed).to(device), loaded
         with torch.device("meta"):
@@ -141,9 +143,16 @@ def language_model(
         found, own = load_model(model, device=device)
     else:
         found, own = divided_directory(Path(model), mesh, sharding, frozen=frozen), load_tokenizer(Path(model))
+    _check_experts(found.config, mesh)
     if isinstance(found, ScoringModel):
         raise ValueError(f"{model}: expected a language model, got a reward model with {found.outputs} outputs")
     return found, own if tokenizer is None else load_tokenizer(tokenizer)
+
+
+def _check_experts(config: ModelConfig, mesh: Mesh | None) -> None:
+    """Beside a mixture, dense reward models may stand on a mesh with ep; alone, ep is a mistake."""
+    if mesh is not None and mesh.ep.size > 1 and not config.experts:
+        raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep.size}")
 
 
 def divided(

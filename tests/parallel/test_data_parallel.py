@@ -48,8 +48,9 @@ try:
 except ValueError as error:
     found["error"] = str(error)
 (root / f"found_{{rt.rank}}.json").write_text(json.dumps(found))
-for recipe, cfg in configurations(root, "two"):
-    recipe.main(cfg)
+for name in sys.argv[1:]:
+    for recipe, cfg in configurations(root, name):
+        recipe.main(cfg)
 runtime.stop()
 tasks = Path("/proc/self/task")
 names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.is_dir() else []
@@ -57,29 +58,37 @@ names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.is_di
 """
 
 
+# Directory -> the mesh of dense models, and that of mixtures.
+LAYOUTS = {
+    "one": (MeshOptions(), MeshOptions()), "two": (MeshOptions(), MeshOptions()),
+    "tp": (MeshOptions(tp=2), MeshOptions(tp=2, ep=2)), "cp": (MeshOptions(cp=2), MeshOptions(ep=2)),
+}  # fmt: skip
+
+
 def configurations(root, name):
-    """The same supervised and preference training into directories of another name."""
+    """The same training into directories of another name, in its layout."""
     training = Training(lr=2e-3, pack_tokens=200, packs_per_step=4, epochs=2, clip=0.5)
     shared = {"model": str(root / "base"), "training": training, "device": "cpu", "quiet": True}
+    shared["mesh"] = LAYOUTS[name][0]
     # One pack a pass: the second rank never has a row.
-    mixture = {"model": str(root / "mixture_base")}
+    mixture = {"model": str(root / "mixture_base"), "mesh": LAYOUTS[name][1]}
     alone = shared | {"training": replace(training, packs_per_step=2, epochs=1)}
     rewards = shared | {"training": replace(training, epochs=1)}
-    copies = MeshOptions(dp_shard=1)
+    copies = {"mesh": replace(LAYOUTS[name][0], dp_shard=1)}
     return [
         (stage_dpo, stage_dpo.Config(data=(root / "pair.jsonl",), out=root / name / "alone", slices=1, **alone)),
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "sft", **shared)),
         (stage_dpo, stage_dpo.Config(data=(root / "pairs.jsonl",), out=root / name / "dpo", slices=2, **shared)),
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "mixture", **shared | mixture)),
-        (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "spread", **shared, mesh=copies)),
+        (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "spread", **shared | copies)),
         (reward, reward.Config(kind="instruction", data=(root / "ranks.jsonl",), out=root / name / "irm", **rewards)),
         (reward, reward.Config(kind="process", data=(root / "steps.jsonl",), out=root / name / "prm", **rewards)),
         (rleif, rleif.Config(
-            data=(root / "rows.jsonl",), out=root / name / "rleif", model=str(root / "mixture_base"), steps=3,
+            data=(root / "rows.jsonl",), out=root / name / "rleif", model=str(root / "policy"), steps=3,
             instruction_model=root / name / "irm" / "model", process_model=root / name / "prm" / "model",
             prompts_per_step=4, samples_per_prompt=4, max_new_tokens=60, minibatches=2, epochs=2, lr=1e-4,
             critic_lr=1e-4, pack_tokens=300, ptx=0.1, ptx_rows=5, average_from=0.3, save_every=1,
-            device="cpu", quiet=True,
+            device="cpu", quiet=True, mesh=LAYOUTS[name][1],
         )),
     ]  # fmt: skip
 
@@ -89,9 +98,11 @@ def ranks(tmp_path_factory):
     """Directory with what one process and what two ranks made."""
     root = tmp_path_factory.mktemp("ranks")
     texts = word_texts(60)
-    shapes = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "ffn_width": 24}
+    shapes = {"width": 16, "layers": 1, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_width": 24}
     save_base(root / "base", texts, **shapes)
     save_base(root / "mixture_base", texts, experts=4, balance_loss=0.1, z_loss=0.01, **shapes)
+    # The balance of a micro-batch is that of its own tokens, and each rank packs the answers that it sampled.
+    save_base(root / "policy", texts, experts=4, z_loss=0.01, **shapes)
     write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in pairwise(texts)])
     pairs = [Preference((Message("user", a),), b, c) for a, b, c in zip(texts[::3], texts[1::3], texts[2::3])]
     write_rows(root / "pairs.jsonl", pairs)
@@ -104,7 +115,7 @@ def ranks(tmp_path_factory):
     (root / "script.py").write_text(
         SCRIPT.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], root=str(root))
     )
-    done = torchrun(2, root / "script.py")
+    done = torchrun(2, root / "script.py", "two", "tp", "cp", timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     for recipe, cfg in configurations(root, "one"):
         recipe.main(cfg)
@@ -115,8 +126,9 @@ RUNS = ["sft", "mixture", "spread", "dpo/stage_1", "dpo/stage_2", "alone/stage_1
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_two_ranks_log_the_numbers_of_one(ranks, run):
-    one, two = (untimed(ranks / name / run) for name in ("one", "two"))
+@pytest.mark.parametrize("layout", ["two", "tp", "cp"])
+def test_two_ranks_log_the_numbers_of_one(ranks, layout, run):
+    one, two = (untimed(ranks / name / run) for name in ("one", layout))
     assert len(one) == len(two) > (0 if run.startswith("alone") else 1)
     # Once rounding has changed one sampled token, the answers after it are others.
     for a, b in list(zip(one, two))[: 2 if run == "rleif" else None]:
@@ -127,6 +139,8 @@ def test_two_ranks_log_the_numbers_of_one(ranks, run):
         for name in a.keys() - noise:
             # The log shows the last of several updates, each of which divides rounding errors by their own size.
             close = {"rel": 5e-3, "abs": 1e-3} if run == "rleif" else {"rel": 1e-4, "abs": 1e-5}
+            # A token may stand at the edge of the clipping interval.
+            close["abs"] = 3e-3 if name.endswith("clip_fraction") else close["abs"]
             assert a[name] == pytest.approx(b[name], **close), (a["step"], name)
 
 
@@ -142,10 +156,11 @@ def test_reinforcement_learning_of_two_ranks_goes_on_with_one(ranks):
         assert first[name] == pytest.approx(second[name], rel=5e-3, abs=1e-3), name
 
 
-def test_two_ranks_train_the_weights_of_one(ranks):
+@pytest.mark.parametrize("layout", ["two", "tp", "cp"])
+def test_two_ranks_train_the_weights_of_one(ranks, layout):
     for run, start in (("sft", "base"), ("spread", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
         base = load_file(ranks / start / "model.safetensors")
-        one, two = (load_file(ranks / name / run / "model" / "model.safetensors") for name in ("one", "two"))
+        one, two = (load_file(ranks / name / run / "model" / "model.safetensors") for name in ("one", layout))
         for name, tensor in one.items():
             moved = float((tensor - base[name]).abs().max())
             assert moved > 0 and float((tensor - two[name]).abs().max()) < 0.02 * moved, (run, name)

@@ -104,7 +104,6 @@ def test_every_rank_of_512_agrees_on_who_is_with_whom(simulated):
     [
         ("tiny-mixtral", {"tp": 4}, r"mesh\.tp must divide kv_heads: tp=4, kv_heads=2; choose from \[1, 2\]"),
         ("tiny-mixtral", {"ep": 8}, r"mesh\.ep must divide experts: ep=8, experts=4; choose from \[1, 2, 4\]"),
-        ("tiny-llama", {"ep": 2}, r"mesh\.ep: expected 1 for a model without experts, got 2"),
     ],
 )
 def test_layouts_that_do_not_divide_a_model_name_those_that_would(simulated, preset, options, text):

@@ -106,9 +106,7 @@ def divisions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Div
     def divide(parameter: nn.Parameter, axis: Any, *blocks: int) -> None:
         found[names[id(parameter)]] = Division(tuple(parameter.shape), blocks, axis)
 
-    if ep.size > 1:
-        if not config.experts:
-            raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {ep.size}")
+    if ep.size > 1 and config.experts:
         _check_divides("ep", ep.size, experts=config.experts)
         for block in body.blocks:
             experts = block.feed_forward.experts
