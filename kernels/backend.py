@@ -65,7 +65,7 @@ def runs_triton(tensor: Tensor, argument: str) -> bool:
             f"{argument}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}; "
             'use kernels.use_backend("reference") for others'
         )
-    if not tensor.is_cuda and not is_interpreted():
+    if not (tensor.is_cuda or tensor.is_meta or is_interpreted()):
         raise ValueError(
             f"{argument}: expected a CUDA tensor for the Triton backend, got one on {tensor.device}; "
             "set TRITON_INTERPRET=1 before python starts to run kernels on the CPU"

@@ -56,10 +56,20 @@ def _permute_cuda(library, x: Tensor, index: Tensor, choices: int) -> Tensor:
     return out
 
 
+@torch.library.custom_op("wizard_engine::permute_rows", mutates_args=())
+def _permute(x: Tensor, rows: Tensor, choices: int) -> Tensor:
+    """Rows of tokens, sorted by expert."""
+    return permute(x, rows, choices)
+
+
+@_permute.register_fake
+def _(x, rows, choices):
+    return x.new_empty((rows.shape[0], x.shape[1]))
+
+
+@torch.library.custom_op("wizard_engine::combine_rows", mutates_args=())
 def _combine(rows: Tensor, gates: Tensor | None, positions: Tensor) -> Tensor:
     """The sum over a token's choices of its rows, each times its gate where gates are given."""
-    if rows.is_meta:
-        return rows.new_empty((positions.shape[0], rows.shape[1]))
     if runs_triton(rows, "rows"):
         from ._expert_rows import moe_combine
 
@@ -68,11 +78,16 @@ def _combine(rows: Tensor, gates: Tensor | None, positions: Tensor) -> Tensor:
     return (own if gates is None else gates.to(rows.dtype)[..., None] * own).sum(1)
 
 
+@_combine.register_fake
+def _(rows, gates, positions):
+    return rows.new_empty((positions.shape[0], rows.shape[1]))
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows, positions):
         ctx.save_for_backward(positions)
-        return permute(x, rows, positions.shape[1])
+        return _permute(x, rows, positions.shape[1])
 
     @staticmethod
     def backward(ctx, slope):
@@ -88,7 +103,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         out, gates, rows, positions = ctx.saved_tensors
-        slope_RD = permute(slope.contiguous(), rows, positions.shape[1])
+        slope_RD = _permute(slope.contiguous(), rows, positions.shape[1])
         dout = dgates = None
         if ctx.needs_input_grad[0]:
             dout = slope_RD * gates.flatten()[rows.long(), None].to(slope.dtype)

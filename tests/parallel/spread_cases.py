@@ -9,10 +9,12 @@ import traceback
 from pathlib import Path
 
 import torch
-from sharded_cases import BASE, LOSSES, compare
+from sharded_cases import BASE, LOSSES, compare, loss_of, samples
 
 from wizard_engine import runtime
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+from wizard_engine.data.batch import collate
+from wizard_engine.model import ScoringModel, Transformer
+from wizard_engine.parallel import MeshOptions, Sharding, gather_objects, make_mesh, parallelize, sharded
 
 EVEN = dataclasses.replace(BASE, vocab_size=62, heads=4, kv_heads=2)
 EXPERTS = {"experts": 4, "balance_loss": 0.1, "z_loss": 0.01}
@@ -57,6 +59,36 @@ def cases(world):
     return {name: case for name, case in found.items() if "ep " not in case[2] or case[1] in MIXTURES}
 
 
+def is_alike(mesh, mixture):
+    """Whether ranks of a row see the same losses and scores, and all of a copy the same norms and routers, bit for
+    bit."""
+    config = MODELS["mixture" if mixture else "dense"]
+    model, scoring = Transformer(config, seed=3), ScoringModel(config, 3)
+    scoring.body.initialise(5)
+    torch.nn.init.normal_(scoring.score.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    engines = [sharded(parallelize(m, mesh, Sharding())) for m in (model, scoring)]
+    seen = []
+    for step in range(2):
+        rows = samples(10 * step + mesh.data.index)
+        for engine, module, kind in zip(engines, (model, scoring), ("sft", "process")):
+            engine.zero_grad()
+            loss, router = loss_of(kind, module, rows, step, config)
+            (loss + router).backward()
+            engine.finish()
+            engine.master.add_(engine.gradient(), alpha=-0.05)
+            engine.publish()
+            seen.append(loss.detach().clone())
+        seen.append(scoring(*collate(rows).inputs).detach())
+    for engine, module in zip(engines, (model, scoring)):
+        with engine.gathered():
+            own = {n: p.clone() for n, p in module.named_parameters() if "norm" in n or "router" in n or "score" in n}
+        everyone = gather_objects(own, mesh.copy)
+        if not all(torch.equal(x[name], own[name]) for x in everyone for name in own):
+            return False
+    everyone = gather_objects(seen, mesh.row)
+    return all(torch.equal(a, b) for other in everyone for a, b in zip(seen, other, strict=True))
+
+
 def main(out, only=""):
     """Run every case of this world and write what was found."""
     torch.set_num_threads(1)
@@ -77,7 +109,8 @@ def main(out, only=""):
             traceback.print_exc()
             found[name] = {"error": repr(error)}
             break
-    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps(found))
+    alike = {} if only else {name: is_alike(mesh, "ep" in name) for name, mesh in meshes.items()}
+    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps({"cases": found, "alike": alike}))
     runtime.stop()
 
 

@@ -184,11 +184,11 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
             return Axis(ranks=own)
 
         def of(purpose: str) -> dist.ProcessGroup:
-            # Every rank makes every group, in one order; groups of the same ranks and purpose are made once.
-            for ranks in groups:
-                if (ranks, purpose) not in made:
-                    world = purpose == "gather" and len(ranks) == runtime.world_size
-                    made[ranks, purpose] = dist.group.WORLD if world else dist.new_group(list(ranks), timeout=timeout)
+            # Its own ranks alone make a group, all of them in one order; those of the same ranks and purpose once.
+            if (own, purpose) not in made:
+                world = purpose == "gather" and len(own) == runtime.world_size
+                local = {"timeout": timeout, "use_local_synchronization": True}
+                made[own, purpose] = dist.group.WORLD if world else dist.new_group(list(own), **local)
             return made[own, purpose]
 
         return Axis(len(own), own.index(runtime.rank), own, *(of(purpose) for purpose in purposes))

@@ -1,0 +1,39 @@
+"""Models whose matrices, experts and tokens are divided do what one process does: losses, norms, gradients, weights, in
+float64."""
+
+import json
+
+import pytest
+import spread_cases
+from many_ranks import torchrun
+
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """World size -> what each of its ranks found."""
+    out = tmp_path_factory.mktemp("spread")
+    for world in spread_cases.LAYOUTS:
+        done = torchrun(world, spread_cases.__file__, out, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        world: [json.loads((out / f"found_{world}_{rank}.json").read_text()) for rank in range(world)]
+        for world in spread_cases.LAYOUTS
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world in spread_cases.LAYOUTS for name in spread_cases.cases(world)]
+)
+def test_divided_model_equals_one_process(found, world, name):
+    for rank, own in enumerate(found[world]):
+        errors = own["cases"][name]
+        assert max(errors.values()) < TOLERANCE, (rank, errors)
+
+
+@pytest.mark.parametrize("world", spread_cases.LAYOUTS)
+def test_what_ranks_of_a_row_have_alike_is_alike_bit_for_bit(found, world):
+    """Weights of norms and routers after two steps, and every score and log-probability that a loss is made of."""
+    for layout in spread_cases.LAYOUTS[world]:
+        assert all(own["alike"][layout] is True for own in found[world]), layout
