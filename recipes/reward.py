@@ -19,6 +19,7 @@ from wizard_engine.data.samples import Pair, encode_all, fitting_pair, read_pair
 from wizard_engine.loss import process_loss, ranking_loss
 from wizard_engine.model import Routes, ScoringModel
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+from wizard_engine.presets import presets
 from wizard_engine.recipe import check_rows, finish_stage, launch, open_stage, sample_limit, scoring_start, write_model
 from wizard_engine.rollout.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime import Runtime
@@ -180,4 +181,4 @@ def _process_accuracy(model: ScoringModel, items: list) -> dict:
 
 
 if __name__ == "__main__":
-    launch(main, Config)
+    launch(main, Config, presets(Config))

@@ -15,6 +15,7 @@ from wizard_engine.data.samples import read_samples
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import Routes
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+from wizard_engine.presets import presets
 from wizard_engine.recipe import check_rows, finish_stage, language_model, launch, open_stage, sample_limit, write_model
 from wizard_engine.training import Run, Training, num_supervised
 
@@ -85,4 +86,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    launch(main, Config)
+    launch(main, Config, presets(Config))

@@ -20,6 +20,7 @@ from wizard_engine.loss import dpo_loss
 from wizard_engine.model import Routes
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.preferences import ReferenceCache, order_slices
+from wizard_engine.presets import presets
 from wizard_engine.recipe import check_rows, finish_stage, language_model, launch, open_stage, sample_limit, write_model
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Run, Training
@@ -134,4 +135,4 @@ def _train_stage(
 
 
 if __name__ == "__main__":
-    launch(main, Config)
+    launch(main, Config, presets(Config))

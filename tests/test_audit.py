@@ -8,7 +8,8 @@ from wizard_engine import audit
 from wizard_engine.data.chat import Sample
 from wizard_engine.data.samples import Pair
 from wizard_engine.loss import sft_loss
-from wizard_engine.model import ModelConfig, Transformer, transformer
+from wizard_engine.model import ModelConfig, Transformer
+from wizard_engine.parallel import spread
 from wizard_engine.rollout import sequence_logprobs
 
 SUPERVISED = (
@@ -65,19 +66,19 @@ def test_audit_shows_the_mask():
 
 
 def test_audit_sees_attention_across_sequences(monkeypatch):
-    right = transformer.attention
+    right = spread.attention
 
     def leaking(q, k, v, cu_seqlens, max_seqlen, **options):
         return right(q, k, v, cu_seqlens[[0, -1]], q.shape[0], **options)
 
-    monkeypatch.setattr(transformer, "attention", leaking)
+    monkeypatch.setattr(spread, "attention", leaking)
     assert not any(verdicts(audit.supervised_checks(model(), samples())).values())
     with pytest.raises(ValueError, match="audit: packed loss = unpacked loss: expected an error of at most 2e-05, got"):
         audit.check_supervised(model(), samples(), Letters(), quiet=True)
 
 
 def test_audit_sees_a_denominator_of_the_micro_batch(monkeypatch):
-    def narrow(hidden, weight, targets, weights, num_tokens):
+    def narrow(hidden, weight, targets, weights, num_tokens, shard):
         return sft_loss(hidden, weight, targets, weights, num_tokens=weights.sum())
 
     monkeypatch.setattr(audit, "sft_loss", narrow)
@@ -85,7 +86,7 @@ def test_audit_sees_a_denominator_of_the_micro_batch(monkeypatch):
 
 
 def test_audit_sees_a_gradient_that_the_loss_does_not_show(monkeypatch):
-    def shrunk(hidden, weight, targets, weights, num_tokens):
+    def shrunk(hidden, weight, targets, weights, num_tokens, shard):
         out = sft_loss(hidden, weight, targets, weights, num_tokens=num_tokens)
         return out._replace(loss=out.loss.detach() + (out.loss - out.loss.detach()) / len(weights))
 

@@ -98,7 +98,8 @@ class _Unit:
         return "experts" if self.name.endswith("experts") else "block" if "." in self.name else self.name
 
 
-def _units(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[_Unit]:
+def sizes_of_units(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[_Unit]:
+    """Sizes of the units of a model on a mesh."""
     divisions = divisions_of(model, model, mesh)
     found = []
     for spec in unit_specs(model, model, dtype, apart=mesh.tp.size > 1):
@@ -113,17 +114,18 @@ def _units(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[_Unit]:
 
 
 def estimate(
-    model: nn.Module, mesh: Mesh, sharding: Sharding, *, tokens: int, micro_batches: int = 1
+    model: nn.Module, mesh: Mesh, sharding: Sharding, *, tokens: int, micro_batches: int = 1,
+    units: list[_Unit] | None = None,
 ) -> Estimate:  # fmt: skip
     """Memory and traffic of training steps with AdamW, all parameters trained, everything on the device.
 
     Args:
         model: a plain Transformer, on the meta device say.   tokens: of a packed row, or more; padding included.
-        micro_batches: of a step.
+        micro_batches: of a step.   units: what `sizes_of_units` gave for this mesh, where it is asked for often.
     """
     dtype = compute_dtype(sharding, mesh.device)
     wide, narrow = 4, dtype.itemsize
-    units = _units(model, mesh, dtype)
+    units = sizes_of_units(model, mesh, dtype) if units is None else units
     per_element = 4 * wide + (narrow if narrow != wide else 0)
     elements = sum(unit.part for unit in units)
     places, whole = 0, sharding.accumulate == "whole"
@@ -160,11 +162,12 @@ def _traffic(
             found[kind, axis] = found.get((kind, axis), 0) + size
 
     times = _times_gathered(model, micro_batches)
-    layers = len(model.blocks)
     for unit in units:
-        count = 1 if unit.resident else times[unit.kind]
-        share = layers if unit.kind in ("block", "experts") and not unit.resident else 1
-        add("gather", unit.over, unit.size * narrow * count // share)
+        if unit.resident or unit.kind not in ("block", "experts"):
+            add("gather", unit.over, unit.size * narrow * (1 if unit.resident else times[unit.kind]))
+        elif unit.name.startswith("blocks.0"):
+            # All blocks are alike.
+            add("gather", unit.over, unit.size * narrow * times[unit.kind])
         if mesh.copy.size > 1:
             add("reduce", unit.over, unit.size * 4 * (1 if sharding.accumulate == "whole" else micro_batches))
     add("sum", "replicate", sum(unit.part for unit in units) * 4)

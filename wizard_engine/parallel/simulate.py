@@ -84,7 +84,7 @@ def simulated_rank(options: MeshOptions, rank: int, ranks: int) -> Iterator[Mesh
 def language_step(
     model: Any, tokens: int, micro_batches: int = 1, *, before: Callable[[], None] = lambda: None
 ) -> None:  # fmt: skip
-    """Forward and backward passes of one training step of a language model on rows of this many tokens, one document.
+    """Forward and backward passes of one training step of a language model on rows of one document, on any device.
 
     Args:
         before: called before each micro-batch.
@@ -92,13 +92,14 @@ def language_step(
     from ..loss import sft_loss
 
     engine = sharded(model)
-    ids, weights = torch.zeros(tokens, dtype=torch.int64, device=META), torch.ones(tokens, device=META)
-    marks = torch.zeros(2, dtype=torch.int32, device=META)
+    weights, positions = torch.ones(tokens, device=engine.device), torch.arange(tokens, device=engine.device)
+    ids = positions % model.config.vocab_size
+    marks = torch.tensor([0, tokens], dtype=torch.int32, device=engine.device)
     engine.zero_grad()
     for number in range(micro_batches):
         before()
         engine.last = number + 1 == micro_batches
-        hidden = model(ids, ids, marks, tokens)
+        hidden = model(ids, positions, marks, tokens)
         loss = sft_loss(
             hidden, model.head_weight, ids, weights, num_tokens=float(tokens), shard=model.shard
         ).loss  # fmt: skip

@@ -1,0 +1,511 @@
+"""What a training run costs before it starts: memory of a GPU by component, bytes moved by axis of the mesh, seconds of
+a step, for any preset and layout; the best layouts, and why a run cannot fit.
+
+    memory    the closed forms of parallel/estimate.py, which tests hold against the engine on simulated ranks
+    traffic   the same, byte for byte what the engine moves when experts have even loads
+    seconds   a model: each kind of work at a rate of its own (`Rates`), each collective at the speed of the links that
+              its group spans; the gathers and reductions of parameters run beside the computation, and what is longer
+              counts; what moves tokens is waited for
+
+The rates are assumptions until they are measured; the plan prints them.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .model import PRESETS, ModelConfig, Transformer
+from .parallel import MeshOptions, Sharding
+from .parallel.estimate import Estimate, estimate, mesh_of, sizes_of_units
+from .parallel.mesh import MeshShape, divisors, resolve
+from .parallel.parallelize import divisions_of
+from .throughput import TRAINING_FACTOR, flops_per_token, mean_keys
+
+GIB = 2**30
+# Work of one GPU; the rest of a step waits for others.
+COMPUTED = ("matrices", "experts", "attention", "memory", "optimizer")
+META = torch.device("meta")
+RECOMPUTE = ("none", "selective", "full")
+ROWS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of the makers' data sheets and its links, per direction.
+
+    Attributes:
+        memory_gib: what torch sees.   flops: dense bf16, per second.   bandwidth: of its memory, bytes/s.
+        node_link: to the GPUs of its node, bytes/s.   network: to other nodes, bytes/s.   node: GPUs of a node.
+    """
+
+    memory_gib: float
+    flops: float
+    bandwidth: float
+    node_link: float
+    network: float
+    node: int = 8
+
+
+GPUS = {
+    "A100-80GB": Gpu(79.2, 312e12, 2.04e12, 300e9, 25e9),
+    "H100": Gpu(79.1, 989e12, 3.35e12, 450e9, 50e9),
+    "H200": Gpu(139.8, 989e12, 4.8e12, 450e9, 50e9),
+    "B200": Gpu(178.0, 2250e12, 8.0e12, 900e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of what the data sheet promises that work of each kind gets.
+
+    `python -m benchmarks.plan_rates` measures those of one GPU and writes a file for --rates.
+    """
+
+    matrix: float = 0.75
+    """Products with matrices."""
+    grouped: float = 0.62
+    """Products of experts."""
+    attention_forward: float = 0.60
+    attention_backward: float = 0.45
+    memory: float = 0.80
+    """What reads and writes memory: norms, activations, the optimizer."""
+    link: float = 0.80
+    """Collectives, of the slowest link that they need."""
+    latency: float = 20e-6
+    """Start of a collective, seconds."""
+    reserve_gib: float = 4.0
+    """Of a GPU's memory, what the context, the communication library and fragments take, GiB."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to plan: memory, traffic and time of a training step, and the best layouts."""
+
+    preset: str
+    """Preset of the model."""
+    gpus: int
+    """GPUs in all."""
+    gpu: str = "H100"
+    """Which: A100-80GB, H100, H200, B200."""
+    layout: str | None = None
+    """Plan this one alone: dp_replicate, dp_shard, cp, tp, ep and recompute, as in tp=2,ep=8,recompute=full."""
+    sequence: int = 4096
+    """Tokens of a document; a packed row holds one, or several."""
+    step_tokens: int = 2**20
+    """Tokens of an optimizer step over all GPUs; where too few, a row on each rank with rows of its own."""
+    best: int = 5
+    """Layouts to show."""
+    simulate: bool = True
+    """Run the best layout on simulated ranks, and compare memory and traffic."""
+    rates: Path | None = None
+    """JSON file of measured rates; default: assumptions, which are printed."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("preset", self.preset, PRESETS), ("gpu", self.gpu, GPUS)):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name in ("gpus", "sequence", "step_tokens", "best"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, what is computed again, and how a step's rows are cut.
+
+    rows: documents of a packed row.   micro_batches: packed rows of a step of each rank with rows of its own.
+    """
+
+    mesh: MeshShape
+    recompute: Literal["none", "selective", "full"]
+    rows: int
+    micro_batches: int
+
+    @property
+    def words(self) -> str:
+        """As in --layout."""
+        m = self.mesh
+        sizes = {"dp_replicate": m.replicate, "dp_shard": m.dp_shard, "cp": m.cp, "tp": m.tp, "ep": m.ep}
+        shown = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+        return ",".join([*shown, f"recompute={self.recompute}", f"rows={self.rows}"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout's cost.
+
+    Attributes:
+        memory: component -> bytes of a GPU.   peak: of them at once, bytes.   fits: whether they are there.
+        traffic: "kind axis" -> bytes of a step, whole buffers.   seconds: kind of work -> seconds of a step; what runs
+            beside other work is there for what is left of it.   step: their sum.
+        tokens_per_second: of a GPU.   mfu: formula of throughput.py.   bottleneck: what takes most of the step.
+        waits: share of the step that waits for other GPUs.   hidden: seconds of what runs beside the computation.
+    """
+
+    layout: Layout
+    memory: dict[str, int]
+    peak: int
+    fits: bool
+    traffic: dict[str, int]
+    seconds: dict[str, float]
+    step: float
+    tokens_per_second: float
+    mfu: float
+    bottleneck: str
+    waits: float
+    hidden: dict[str, float]
+
+
+class Planner:
+    """Plans of one model on one kind of GPU.
+
+    Args:
+        options: see Options.   rates: see Rates.
+    """
+
+    def __init__(self, options: Options, rates: Rates) -> None:
+        self.options, self.rates, self.gpu = options, rates, GPUS[options.gpu]
+        self.config: ModelConfig = PRESETS[options.preset]
+        with META:
+            self.model = Transformer(self.config)
+        self._units: dict[tuple[int, ...], list] = {}
+
+    # Which layouts
+
+    def layouts(self) -> Iterator[Layout]:
+        """All that divide the model and the GPUs, tensor parallelism within a node."""
+        c, gpus = self.config, self.options.gpus
+        for tp in divisors(math.gcd(c.heads, c.kv_heads, c.vocab_size, c.ffn_width)):
+            if tp > self.gpu.node or gpus % tp:
+                continue
+            for cp in divisors(gpus // tp):
+                if cp > 1 and (cp & (cp - 1) or self.options.sequence // cp < 2048):
+                    continue
+                for replicate in divisors(gpus // tp // cp):
+                    yield from self._with_experts(replicate, gpus // tp // cp // replicate, cp, tp)
+
+    def _with_experts(self, replicate: int, dp_shard: int, cp: int, tp: int) -> Iterator[Layout]:
+        copy = dp_shard * cp * tp
+        for ep in divisors(math.gcd(self.config.experts, copy)) if self.config.experts else (1,):
+            mesh = MeshShape(replicate, dp_shard, cp, tp, ep)
+            for recompute in RECOMPUTE:
+                yield from self.cut(mesh, recompute)
+
+    def cut(self, mesh: MeshShape, recompute: Any, rows: int | None = None) -> Iterator[Layout]:
+        """The layouts of a mesh whose rows make up a step."""
+        each = max(1, self.options.step_tokens // self.options.sequence // (mesh.replicate * mesh.dp_shard))
+        for count in ROWS if rows is None else (rows,):
+            if count <= each or rows is not None:
+                yield Layout(mesh, recompute, count, max(1, each // count))
+
+    def layout_of(self, words: str) -> list[Layout]:
+        """The layouts that --layout allows.
+
+        Raises:
+            ValueError: an unknown word, or sizes that do not divide the GPUs or the model.
+        """
+        sizes: dict[str, Any] = {}
+        known = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "rows", "recompute")
+        for word in filter(None, words.split(",")):
+            name, sign, value = word.partition("=")
+            name = name.strip().replace("-", "_")
+            if name not in known or not sign:
+                raise ValueError(f"layout: expected words like tp=2 of {', '.join(known)}, got {word!r}")
+            if name == "recompute" and value not in RECOMPUTE:
+                raise ValueError(f"layout: recompute: expected one of {', '.join(RECOMPUTE)}, got {value!r}")
+            if name != "recompute" and not value.isdecimal():
+                raise ValueError(f"layout: {name}: expected a number, got {value!r}")
+            sizes[name] = value if name == "recompute" else int(value)
+        rows, recompute = sizes.pop("rows", None), sizes.pop("recompute", None)
+        mesh = resolve(MeshOptions(**sizes), self.options.gpus)
+        if mesh.ep > 1 and not self.config.experts:
+            raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep}")
+        divisions_of(self.model, self.model, mesh_of(mesh, META))
+        modes = RECOMPUTE if recompute is None else (recompute,)
+        return [layout for mode in modes for layout in self.cut(mesh, mode, rows)]
+
+    # What one costs
+
+    def plan(self, layout: Layout) -> Plan:
+        """Memory, traffic and time of a layout."""
+        tokens = self._row_tokens(layout)
+        sharding = Sharding(dtype="bfloat16", recompute=layout.recompute)
+        mesh = mesh_of(layout.mesh, META)
+        divided = mesh.tp.size, mesh.shard.size, mesh.copy.size, mesh.efsdp.size, mesh.ep.size
+        if divided not in self._units:
+            self._units[divided] = sizes_of_units(self.model, mesh, torch.bfloat16)
+        found = estimate(
+            self.model, mesh, sharding, tokens=tokens, micro_batches=layout.micro_batches, units=self._units[divided]
+        )  # fmt: skip
+        peak = found.peak + found.workspace
+        seconds, hidden = self._seconds(layout, found, tokens)
+        step = sum(seconds.values())
+        data = layout.mesh.replicate * layout.mesh.dp_shard
+        done = layout.rows * self.options.sequence * layout.micro_batches * data
+        rate = done / step / self.options.gpus
+        work = TRAINING_FACTOR * flops_per_token(self.config, self.options.sequence)
+        waits = sum(s for name, s in seconds.items() if name not in COMPUTED)
+        return Plan(
+            layout=layout,
+            memory={
+                "parameters, gradients, moments": found.parts, "gathered units": found.places,
+                "activations": found.activations, "kernels' workspace": found.workspace,
+                "not there at once": -found.saved,
+            },
+            peak=peak, fits=peak <= self.room,
+            traffic={f"{kind} {axis}": size for (kind, axis), size in found.traffic.items()},
+            seconds=seconds, step=step, tokens_per_second=rate, mfu=rate * work / self.gpu.flops,
+            bottleneck=max(seconds, key=seconds.get), waits=waits / step, hidden=hidden,
+        )  # fmt: skip
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that a plan may take."""
+        return (self.gpu.memory_gib - self.rates.reserve_gib) * GIB
+
+    def _row_tokens(self, layout: Layout) -> int:
+        """Tokens of a packed row, padded to what divides evenly."""
+        least = layout.mesh.tp * (2 * layout.mesh.cp if layout.mesh.cp > 1 else 1)
+        return -(-layout.rows * self.options.sequence // least) * least
+
+    def _seconds(self, layout: Layout, found: Estimate, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of a step by kind of work, and those of what runs beside it."""
+        k, rates, gpu = layout.micro_batches, self.rates, self.gpu
+        work = self._work(layout, tokens)
+        again = 1 if layout.recompute == "full" else 0
+        matrix, grouped = gpu.flops * rates.matrix, gpu.flops * rates.grouped
+        forward_rate, backward_rate = (gpu.flops * x for x in (rates.attention_forward, rates.attention_backward))
+        seconds = {
+            # The head's kernel makes its logits anew in the backward.
+            "matrices": k * ((3 + again) * work["matrices"] + 4 * work["head"]) / matrix,
+            "experts": k * (3 + again) * work["experts"] / grouped,
+            # The backward makes the scores anew: five products where the forward has two.
+            "attention": k * work["attention"] * ((1 + again) / forward_rate + 2.5 / backward_rate),
+            "memory": k * (3 + again) * work["bytes"] / (gpu.bandwidth * rates.memory),
+            "optimizer": found.gradients / 4 * 38 / (gpu.bandwidth * rates.memory),
+        }
+        if not found.gradients:
+            elements = found.parts / 18
+            seconds["optimizer"] = elements * 38 / (gpu.bandwidth * rates.memory)
+        computed = sum(seconds.values()) - seconds["optimizer"]
+        hidden: dict[str, float] = {}
+        for (kind, axis), size in found.traffic.items():
+            took = self._collectives(kind, axis, size, layout)
+            if axis in ("shard", "copy", "efsdp"):
+                hidden["parameters"] = hidden.get("parameters", 0.0) + took
+            else:
+                name = {"tp": "tensor parallel", "cp": "context parallel", "ep": "expert exchange"}.get(axis, "copies")
+                seconds[name] = seconds.get(name, 0.0) + took
+        # The first unit of a pass and the last gradients have nothing to run beside.
+        ends = 2 / (2 * len(self.model.blocks) + 1)
+        moved = hidden.get("parameters", 0.0)
+        seconds["parameters, waited for"] = max(moved - computed, ends * moved)
+        return {name: s for name, s in seconds.items() if s}, hidden
+
+    def _work(self, layout: Layout, tokens: int) -> dict[str, float]:
+        """Operations, and bytes of what is bound by memory, of a forward pass of one rank over one row."""
+        c, mesh = self.config, layout.mesh
+        row, own = tokens / mesh.cp, tokens / mesh.cp / mesh.tp
+        attention = c.width * c.head_width * 2 * (c.heads + c.kv_heads)
+        dense = 0 if c.experts else 3 * c.width * c.ffn_width
+        expert_rows = own * c.experts_per_token if c.experts else 0
+        streams = 10 * own * c.width + 3 * row * (c.heads + 2 * c.kv_heads) * c.head_width / mesh.tp
+        streams += 5 * expert_rows * c.width + 3 * expert_rows * c.ffn_width
+        streams += 0 if c.experts else 3 * row * c.ffn_width / mesh.tp
+        keys = mean_keys(self.options.sequence, c.window)
+        return {
+            "matrices": c.layers * (2 * row * (attention + dense) / mesh.tp + 2 * own * c.width * c.experts),
+            "head": 2 * row * c.width * c.vocab_size / mesh.tp,
+            "experts": c.layers * 2 * expert_rows * 3 * c.width * c.ffn_width,
+            "attention": 4 * c.layers * c.heads / mesh.tp * c.head_width * keys * row,
+            "bytes": c.layers * 2 * streams,
+        }
+
+    def _collectives(self, kind: str, axis: str, size: int, layout: Layout) -> float:
+        """Seconds of all collectives of a kind on an axis, given the bytes of their whole buffers."""
+        mesh, gpu = layout.mesh, self.gpu
+        sizes = {
+            "replicate": (mesh.replicate, mesh.copy), "shard": (mesh.dp_shard * mesh.cp, mesh.tp),
+            "copy": (mesh.copy, 1), "tp": (mesh.tp, 1), "cp": (mesh.cp, mesh.tp), "efsdp": (mesh.efsdp, mesh.ep),
+            "ep": (mesh.ep, 1),
+        }  # fmt: skip
+        ranks, stride = sizes[axis]
+        inside = max(1, min(ranks, gpu.node // stride))
+        nodes = -(-ranks // inside)
+        within, between = gpu.node_link * self.rates.link, gpu.network * self.rates.link
+        if kind == "exchange":
+            bytes_between, bytes_within = size * (ranks - inside) / ranks, size * (inside - 1) / ranks
+        else:
+            times = 2 if kind == "sum" else 1
+            # What a node has not got comes in over the links of all its GPUs of the group.
+            bytes_between = times * size * (nodes - 1) / nodes / inside
+            bytes_within = times * size * (inside - 1) / inside
+        count = self._starts(kind, axis, layout)
+        return max(bytes_between / between, bytes_within / within) + count * self.rates.latency
+
+    def _starts(self, kind: str, axis: str, layout: Layout) -> int:
+        """About how many collectives of a kind a step has on an axis."""
+        per_pass = {"tp": 4 if not self.config.experts else 2, "cp": 2, "ep": 3}.get(axis, 1)
+        return layout.micro_batches * len(self.model.blocks) * per_pass if axis not in ("replicate", "copy") else 1
+
+    def best(self) -> list[Plan]:
+        """Plans that fit, fastest first; one for each mesh."""
+        found: dict[MeshShape, Plan] = {}
+        for layout in self.layouts() if self.options.layout is None else self.layout_of(self.options.layout):
+            plan = self.plan(layout)
+            known = found.get(layout.mesh)
+            if plan.fits and (known is None or plan.tokens_per_second > known.tokens_per_second):
+                found[layout.mesh] = plan
+        return sorted(found.values(), key=lambda plan: -plan.tokens_per_second)
+
+    def smallest(self) -> Plan:
+        """The plan that takes least memory."""
+        layouts: Iterable[Layout] = self.layout_of(self.options.layout or "recompute=full,rows=1")
+        if self.options.layout is None:
+            layouts = (one for one in self.layouts() if one.recompute == "full" and one.rows == 1)
+        return min((self.plan(layout) for layout in layouts), key=lambda plan: plan.peak)
+
+    def refusal(self) -> str:
+        """Why nothing fits, and what would."""
+        least = self.smallest()
+        shown = ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.memory.items() if size > 0)
+        text = (
+            f"{self.options.preset} does not fit on {self.options.gpus} {self.options.gpu}: the smallest layout, "
+            f"{least.layout.words}, takes {least.peak / GIB:.1f} GiB of a GPU ({shown}), and there are "
+            f"{self.room / GIB:.1f}"
+        )
+        gpus = self.options.gpus
+        while self.options.layout is None and gpus < 4096:
+            gpus *= 2
+            more = Planner(replace(self.options, gpus=gpus), self.rates)
+            if more.smallest().fits:
+                return f"{text}; it fits on {gpus}"
+        return text
+
+
+def simulated(planner: Planner, plan: Plan) -> dict[str, Any]:
+    """Peak and traffic of a plan's step as the engine has them on a simulated rank, and whether ranks' collectives fit.
+
+    The rank runs all layers; the collectives of every rank of its groups are compared on a model of two.
+    """
+    from .optim import AdamW
+    from .parallel import parallelize
+    from .parallel import simulate as sim
+
+    mesh, gpus = plan.layout.mesh, planner.options.gpus
+    options = MeshOptions(mesh.replicate, mesh.dp_shard, mesh.tp, mesh.ep, mesh.cp)
+    sharding = Sharding(dtype="bfloat16", recompute=plan.layout.recompute)
+    tokens, k = planner._row_tokens(plan.layout), min(plan.layout.micro_batches, 2)
+
+    def empty(config: ModelConfig) -> Transformer:
+        with META:
+            return Transformer(config)
+
+    with sim.simulated_rank(options, 0, gpus) as own:
+        model = parallelize(empty(planner.config), own, sharding)
+        peak = sim.peak_bytes(model, AdamW(model), tokens, k)
+        bound = estimate(planner.model, own, sharding, tokens=tokens, micro_batches=k)
+        looked_at = sorted({rank for axis in (own.replicate, own.copy, own.row, own.ep) for rank in axis.ranks})
+    small = replace(planner.config, layers=2)
+    records = {
+        rank: sim.record(lambda: empty(small), options, rank, gpus, sharding, tokens=tokens) for rank in looked_at
+    }
+    return {
+        "peak": peak, "bound": bound.peak, "micro_batches": k, "ranks_compared": len(records),
+        "collectives": sim.first_difference(records) or "fit",
+    }  # fmt: skip
+
+
+def rates_of(path: Path | None) -> Rates:
+    """Rates of a JSON file, or the assumptions.
+
+    Raises:
+        ValueError: the file is no JSON object of rates.
+    """
+    if path is None:
+        return Rates()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: float(value) for name, value in found.items() if name in Rates.__dataclass_fields__}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a JSON object of rates, got {error}") from error
+    if not known or not all(0 < value < float("inf") for value in known.values()):
+        raise ValueError(f"{path}: expected positive {', '.join(Rates.__dataclass_fields__)}, got {found}")
+    return Rates(**known)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The plans as a JSON-like object.
+
+    Raises:
+        ValueError: nothing fits; says why, and on how many GPUs it would.
+    """
+    planner = Planner(options, rates_of(options.rates))
+    plans = planner.best()
+    if not plans:
+        raise ValueError(planner.refusal())
+    shown = plans[: options.best]
+    return {
+        "preset": options.preset, "gpus": options.gpus, "gpu": options.gpu, "sequence": options.sequence,
+        "room_gib": planner.room / GIB, "rates": asdict(planner.rates),
+        "measured": options.rates is not None, "layouts_that_fit": len(plans),
+        "plans": [asdict(plan) | {"words": plan.layout.words} for plan in shown],
+        "simulated": simulated(planner, shown[0]) if options.simulate else None,
+    }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    """The same for the eye."""
+    first = found["plans"][0]
+    lines = [
+        f"{found['preset']} on {found['gpus']} {found['gpu']}, documents of {found['sequence']} tokens: "
+        f"{found['layouts_that_fit']} meshes fit; the best of each",
+        "",
+        f"{'tokens/s/GPU':>12}  {'MFU':>5}  {'step s':>7}  {'GiB':>6}  {'waits':>5}  {'most of it':<20}  layout",
+    ]
+    for plan in found["plans"]:
+        lines.append(
+            f"{plan['tokens_per_second']:12,.0f}  {plan['mfu']:5.1%}  {plan['step']:7.2f}  {plan['peak'] / GIB:6.1f}  "
+            f"{plan['waits']:5.1%}  {plan['bottleneck']:<20}  {plan['words']}"
+        )
+    lines += ["", f"The first one: {first['words']}, {first['layout']['micro_batches']} micro-batches a step", ""]
+    lines.append(f"  memory of a GPU, GiB (of {found['room_gib']:.1f} that there are)")
+    lines += [f"    {size / GIB:9.2f}  {name}" for name, size in first["memory"].items() if size]
+    lines += ["", "  bytes moved in a step, GiB of whole buffers"]
+    lines += [f"    {size / GIB:9.2f}  {name}" for name, size in sorted(first["traffic"].items())]
+    lines += ["", "  seconds of a step"]
+    ordered = sorted(first["seconds"].items(), key=lambda item: -item[1])
+    lines += [f"    {seconds:9.3f}  {seconds / first['step']:5.1%}  {name}" for name, seconds in ordered]
+    lines += [f"    {seconds:9.3f}         {name}, beside the computation" for name, seconds in first["hidden"].items()]
+    sim = found["simulated"]
+    if sim is not None:
+        lines += [
+            "",
+            f"  simulated: peak {sim['peak'] / GIB:.2f} GiB ({sim['micro_batches']} micro-batches; bound "
+            f"{sim['bound'] / GIB:.2f}), collectives of {sim['ranks_compared']} ranks: {sim['collectives']}",
+        ]
+    kind = "measured" if found["measured"] else "assumed, not measured"
+    rates = ", ".join(f"{name} {value:g}" for name, value in found["rates"].items())
+    return "\n".join([*lines, "", f"  rates ({kind}): {rates}"])
+
+
+def main(options: Options) -> int:
+    """Print the plans; 1 where nothing fits."""
+    try:
+        found = run(options)
+    except ValueError as error:
+        print(f"plan: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found, default=str, indent=1) if options.json else table(found))
+    return 0
+
+
+__all__ = ["Options", "Plan", "Planner", "Rates", "main", "run", "table"]
