@@ -103,6 +103,11 @@ def built(kind, config, freeze=""):
         found.append(scoring)
     for model in found:
         model.double()
+        if freeze == "one expert":
+            # Equal scores go to the first expert: it gets every token, the others none.
+            for name, parameter in model.named_parameters():
+                if "router" in name:
+                    torch.nn.init.zeros_(parameter)
         for name, parameter in model.named_parameters():
             if freeze == "first" and ("embedding" in name or "blocks.0." in name):
                 parameter.requires_grad_(False)

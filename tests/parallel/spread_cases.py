@@ -26,7 +26,9 @@ MODELS = {
     # More experts than a micro-batch may have tokens for: some get none, on some ranks and on all.
     "many experts": dataclasses.replace(EVEN, **EXPERTS | {"experts": 16}, experts_per_token=1, layers=2, tied=True),
 }
-DENSE, MIXTURES = ("dense", "tied", "window"), ("mixture", "many experts")
+# With one choice and no losses of its own a router has no gradient, and equal scores stay equal.
+MODELS["one expert"] = dataclasses.replace(MODELS["many experts"], balance_loss=0.0, z_loss=0.0)
+MIXTURES = ("mixture", "many experts", "one expert")
 LAYOUTS = {
     2: {
         "tp 2": MeshOptions(tp=2), "ep 2": MeshOptions(ep=2), "cp 2": MeshOptions(cp=2),
@@ -50,6 +52,9 @@ def cases(world):
         found[f"{layout}, sft, {model}, {again}"] = ("sft", model, layout, Sharding(recompute=again), "")
     for layout, model, freeze in itertools.product(LAYOUTS[world], ("tied", "mixture"), ("first", "norms")):
         found[f"{layout}, sft, {model}, frozen {freeze}"] = ("sft", model, layout, Sharding(), freeze)
+    for layout, again in itertools.product(LAYOUTS[world], ("none", "full")):
+        name = f"{layout}, sft, one expert gets every token, {again}"
+        found[name] = ("sft", "one expert", layout, Sharding(recompute=again), "one expert")
     for layout in LAYOUTS[world]:
         whole = Sharding(accumulate="whole", recompute="full")
         found[f"{layout}, dpo, mixture, whole"] = ("dpo", "mixture", layout, whole, "")
