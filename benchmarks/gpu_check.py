@@ -214,6 +214,25 @@ def train(out: Path, seconds: float) -> int:
     return 0
 
 
+def plan_rates(out: Path, seconds: float) -> int:
+    """What the planner assumes of a GPU, at the shapes of 7B and 8x22B, and its seconds for a block of each."""
+    from benchmarks import plan_rates as rates
+    from wizard_engine import plan
+
+    began, name, wrong = time.monotonic(), torch.cuda.get_device_name(0), 0
+    gpu = next((known for known in plan.GPUS if known.partition("-")[0] in name), "H200")
+    for number, preset in enumerate(("7b", "8x22b")):
+        if number and time.monotonic() - began > seconds / 2:
+            print(f"{NOTE}{preset} left out for lack of time")
+            break
+        config = rates.PRESETS[preset]
+        found = rates.compared(rates.measure(config, 8192, _device(), plan.GPUS[gpu]), preset, config, 8192, gpu)
+        write_text(out / f"plan_rates_{preset}.json", json.dumps(found, indent=1))
+        print(f"{NOTE}{preset}: planned block over measured {found['planned_over_measured']:.3f}, goal within 10 %")
+        wrong += abs(found["planned_over_measured"] - 1) > rates.GOAL
+    return int(wrong > 0)
+
+
 def tests(out: Path, seconds: float) -> int:
     """The kernels' tests on the GPU, where pytest is installed."""
     if importlib.util.find_spec("pytest") is None:
@@ -228,7 +247,8 @@ PHASES = (
     Phase("attention_forward", 85, measure("attention_forward")),
     Phase("attention_backward", 60, measure("attention_backward")),
     Phase("linear_logprob", 45, measure("linear_logprob")), Phase("mixture", 65, measure("mixture")),
-    Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train), Phase("pytest", 45, tests),
+    Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train), Phase("plan_rates", 25, plan_rates),
+    Phase("pytest", 45, tests),
 )  # fmt: skip
 
 

@@ -168,12 +168,12 @@ class Planner:
     """Plans of one model on one kind of GPU.
 
     Args:
-        options: see Options.   rates: see Rates.
+        options: see Options.   rates: see Rates.   config: of the model; None: the preset's.
     """
 
-    def __init__(self, options: Options, rates: Rates) -> None:
+    def __init__(self, options: Options, rates: Rates, config: ModelConfig | None = None) -> None:
         self.options, self.rates, self.gpu = options, rates, GPUS[options.gpu]
-        self.config: ModelConfig = PRESETS[options.preset]
+        self.config: ModelConfig = PRESETS[options.preset] if config is None else config
         with META:
             self.model = Transformer(self.config)
         self._units: dict[tuple[int, ...], list] = {}
@@ -278,24 +278,11 @@ class Planner:
 
     def _seconds(self, layout: Layout, found: Estimate, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of a step by kind of work, and those of what runs beside it."""
-        k, rates, gpu = layout.micro_batches, self.rates, self.gpu
-        work = self._work(layout, tokens)
-        again = 1 if layout.recompute == "full" else 0
-        matrix, grouped = gpu.flops * rates.matrix, gpu.flops * rates.grouped
-        forward_rate, backward_rate = (gpu.flops * x for x in (rates.attention_forward, rates.attention_backward))
-        seconds = {
-            # The head's kernel makes its logits anew in the backward.
-            "matrices": k * ((3 + again) * work["matrices"] + 4 * work["head"]) / matrix,
-            "experts": k * (3 + again) * work["experts"] / grouped,
-            # The backward makes the scores anew: five products where the forward has two.
-            "attention": k * work["attention"] * ((1 + again) / forward_rate + 2.5 / backward_rate),
-            "memory": k * (3 + again) * work["bytes"] / (gpu.bandwidth * rates.memory),
-            "optimizer": found.gradients / 4 * 38 / (gpu.bandwidth * rates.memory),
-        }
-        if not found.gradients:
-            elements = found.parts / 18
-            seconds["optimizer"] = elements * 38 / (gpu.bandwidth * rates.memory)
-        computed = sum(seconds.values()) - seconds["optimizer"]
+        seconds = {name: layout.micro_batches * s for name, s in self.computing(layout, tokens).items()}
+        computed = sum(seconds.values())
+        # Master, gradient, moments read, three of them written, the copy written; the gradient's norm and its scaling.
+        elements = found.parts / (16 + 2)
+        seconds["optimizer"] = elements * 38 / (self.gpu.bandwidth * self.rates.memory)
         hidden: dict[str, float] = {}
         for (kind, axis), size in found.traffic.items():
             took = self._collectives(kind, axis, size, layout)
@@ -309,6 +296,25 @@ class Planner:
         moved = hidden.get("parameters", 0.0)
         seconds["parameters, waited for"] = max(moved - computed, ends * moved)
         return {name: s for name, s in seconds.items() if s}, hidden
+
+    def computing(self, layout: Layout, tokens: int, *, head: bool = True) -> dict[str, float]:
+        """Seconds of forward and backward of one rank over one row, by kind of work, other GPUs aside.
+
+        Args:
+            tokens: of the row.   head: with the vocabulary's products.
+        """
+        rates, gpu, work = self.rates, self.gpu, self._work(layout, tokens)
+        again = 1 if layout.recompute == "full" else 0
+        matrix, grouped = gpu.flops * rates.matrix, gpu.flops * rates.grouped
+        forward_rate, backward_rate = (gpu.flops * x for x in (rates.attention_forward, rates.attention_backward))
+        return {
+            # The head's kernel makes its logits anew in the backward.
+            "matrices": ((3 + again) * work["matrices"] + (4 * work["head"] if head else 0.0)) / matrix,
+            "experts": (3 + again) * work["experts"] / grouped,
+            # The backward makes the scores anew: five products where the forward has two.
+            "attention": work["attention"] * ((1 + again) / forward_rate + 2.5 / backward_rate),
+            "memory": (3 + again) * work["bytes"] / (gpu.bandwidth * rates.memory),
+        }
 
     def _work(self, layout: Layout, tokens: int) -> dict[str, float]:
         """Operations, and bytes of what is bound by memory, of a forward pass of one rank over one row."""
