@@ -243,12 +243,12 @@ def tests(out: Path, seconds: float) -> int:
 
 
 PHASES = (
-    Phase("environment", 20, environment), Phase("tables", 110, check_entries), Phase("ceilings", 20, ceilings),
+    Phase("environment", 20, environment), Phase("tables", 100, check_entries), Phase("ceilings", 20, ceilings),
     Phase("attention_forward", 85, measure("attention_forward")),
     Phase("attention_backward", 60, measure("attention_backward")),
     Phase("linear_logprob", 45, measure("linear_logprob")), Phase("mixture", 65, measure("mixture")),
-    Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train), Phase("plan_rates", 25, plan_rates),
-    Phase("pytest", 45, tests),
+    Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train),
+    Phase("plan_rates", 20, plan_rates), Phase("pytest", 35, tests),
 )  # fmt: skip
 
 
