@@ -15,6 +15,7 @@ from wizard_engine import runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.model import ScoringModel, Transformer
 from wizard_engine.parallel import MeshOptions, Sharding, gather_objects, make_mesh, parallelize, sharded
+from wizard_engine.recipe import divided
 
 EVEN = dataclasses.replace(BASE, vocab_size=62, heads=4, kv_heads=2)
 EXPERTS = {"experts": 4, "balance_loss": 0.1, "z_loss": 0.01}
@@ -94,6 +95,17 @@ def is_alike(mesh, mixture):
     return all(torch.equal(a, b) for other in everyone for a, b in zip(seen, other, strict=True))
 
 
+def is_random_model(mesh, mixture):
+    """Whether a preset's random weights are those of one process, bit for bit."""
+    config = MODELS["mixture" if mixture else "dense"]
+    with torch.device("meta"):
+        empty = Transformer(config)
+    model = divided(empty, mesh, Sharding(), empty.random_parameters(7))
+    with sharded(model).gathered():
+        pairs = zip(model.parameters(), Transformer(config, seed=7).parameters(), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
 def main(out, only=""):
     """Run every case of this world and write what was found."""
     torch.set_num_threads(1)
@@ -114,8 +126,11 @@ def main(out, only=""):
             traceback.print_exc()
             found[name] = {"error": repr(error)}
             break
+    random = {} if only else {name: is_random_model(mesh, "ep" in name) for name, mesh in meshes.items()}
     alike = {} if only else {name: is_alike(mesh, "ep" in name) for name, mesh in meshes.items()}
-    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps({"cases": found, "alike": alike}))
+    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(
+        json.dumps({"cases": found, "alike": alike, "random": random})
+    )
     runtime.stop()
 
 

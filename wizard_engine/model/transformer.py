@@ -137,15 +137,18 @@ class Transformer(nn.Module):
 
     def random_parameters(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Every parameter in turn, on the CPU in fp32: normal weights of `init_std`, those that write to the residual
-        stream scaled by 1 / sqrt(2 L); vectors of ones."""
+        stream scaled by 1 / sqrt(2 L); vectors of ones. The shapes are those of now, whatever becomes of the model."""
+        return self._drawn([(name, parameter.shape) for name, parameter in self.named_parameters()], seed)
+
+    def _drawn(self, shapes: list[tuple[str, torch.Size]], seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         residual = self.config.init_std / math.sqrt(2 * self.config.layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                yield name, torch.ones(parameter.shape)
+        for name, shape in shapes:
+            if len(shape) < 2:
+                yield name, torch.ones(shape)
                 continue
-            std = residual if name.endswith(RESIDUAL) else None
-            yield name, torch.randn(parameter.shape, generator=generator) * (std or self.config.init_std)
+            std = residual if name.endswith(RESIDUAL) else self.config.init_std
+            yield name, torch.randn(shape, generator=generator) * std
 
     @property
     def head_weight(self) -> Tensor:
