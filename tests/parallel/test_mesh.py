@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from many_ranks import torchrun
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wizard_engine.model import PRESETS, Transformer
@@ -115,6 +116,28 @@ def test_layouts_that_do_not_divide_a_model_name_those_that_would(simulated, pre
     parallelize(model, mesh)
     with pytest.raises(ValueError, match="expected one that is not divided yet"):
         parallelize(model, mesh)
+
+
+SCRIPT = """
+from wizard_engine import runtime
+from wizard_engine.parallel import MeshOptions, make_mesh
+
+rt = runtime.start("cpu", timeout_seconds=20)
+try:
+    make_mesh(MeshOptions(tp=2) if rt.rank == 0 else MeshOptions(cp=2), rt)
+except ValueError as error:
+    print(f"rank {rt.rank} heard: {error}")
+runtime.stop()
+"""
+
+
+def test_ranks_with_other_options_are_refused_on_every_rank(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = torchrun(2, tmp_path / "script.py", timeout=60)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        text = f"rank {rank} heard: [rank 1/2] mesh: expected the same on every rank, got MeshOptions("
+        assert text in done.stdout and "cp=2" in done.stdout and "on rank 0" in done.stdout
 
 
 @pytest.mark.parametrize(("what", "number"), [("heads", 6), ("vocab_size", 250), ("ffn_width", 90)])

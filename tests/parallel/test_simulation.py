@@ -151,6 +151,10 @@ class Skewed(Transformer):
         rank = dist.get_rank()
         if self.how == "absent" and rank != 5:
             dist.all_reduce(torch.zeros(4, device=META))
+        if self.how == "never":
+            group = dist.new_group(list(range(8)), use_local_synchronization=True)
+            if rank != 5:
+                dist.all_reduce(torch.zeros(4, device=META), group=group)
         if self.how == "size":
             dist.all_reduce(torch.zeros(4 + (rank == 5), device=META))
         if self.how == "order":
@@ -161,7 +165,13 @@ class Skewed(Transformer):
 
 
 @pytest.mark.parametrize(
-    ("how", "text"), [("absent", "collectives of group"), ("size", "bytes"), ("order", "sum of 16 bytes")]
+    ("how", "text"),
+    [
+        ("absent", "collectives of group"),
+        ("never", "1 collectives of group 0, 1, 2, 3, ... (8 ranks) against 0"),
+        ("size", "bytes"),
+        ("order", "sum of 16 bytes"),
+    ],
 )
 def test_collective_that_depends_on_the_rank_is_found(monkeypatch, how, text):
     monkeypatch.setattr(Skewed, "how", how)

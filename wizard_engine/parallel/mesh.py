@@ -170,8 +170,12 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
     """The mesh of this run; every rank makes the call, with the same options, once its process group exists.
 
     Raises:
-        ValueError: as `resolve`.
+        ValueError: as `resolve`, or on every rank where one has other options.
     """
+    if runtime.device.type != "meta":
+        from .data_parallel import check_same
+
+        check_same(runtime, "mesh", str(options))
     shape = resolve(options, runtime.world_size)
     timeout = datetime.timedelta(seconds=options.timeout_seconds)
     dense, expert = (shape.replicate, shape.dp_shard, shape.cp, shape.tp), (shape.replicate, shape.efsdp, shape.ep)
