@@ -93,6 +93,7 @@ def test_8x22b_on_128_is_planned_in_under_a_minute():
     assert first["fits"] and first["bottleneck"] in first["seconds"] and 0.2 < first["mfu"] < 0.6
     assert sum(first["memory"].values()) == first["peak"] < found["room_gib"] * 2**30
     assert simulated["collectives"] == "fit" and simulated["ranks_compared"] == 128
+    assert simulated["traffic_as_planned"] is True
     assert 0.9 < simulated["peak"] / simulated["bound"] <= 1.0
 
 

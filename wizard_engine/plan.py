@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import torch
 
+from kernels import use_backend
+
 from .model import PRESETS, ModelConfig, Transformer
 from .parallel import MeshOptions, Sharding
 from .parallel.estimate import Estimate, estimate, mesh_of, sizes_of_units
@@ -94,7 +96,7 @@ class Options:
     gpu: str = "H100"
     """Which: A100-80GB, H100, H200, B200."""
     layout: str | None = None
-    """Plan this one alone: dp_replicate, dp_shard, cp, tp, ep and recompute, as in tp=2,ep=8,recompute=full."""
+    """Plan this one alone: dp_replicate, dp_shard, cp, tp, ep, recompute, rows, as in tp=2,ep=8,rows=2."""
     sequence: int = 4096
     """Tokens of a document; a packed row holds one, or several."""
     step_tokens: int = 2**20
@@ -417,15 +419,18 @@ def simulated(planner: Planner, plan: Plan) -> dict[str, Any]:
 
     with sim.simulated_rank(options, 0, gpus) as own:
         model = parallelize(empty(planner.config), own, sharding)
+        with sim.Record() as moved, use_backend("triton"):
+            sim.language_step(model, tokens, k)
         peak = sim.peak_bytes(model, AdamW(model), tokens, k)
         bound = estimate(planner.model, own, sharding, tokens=tokens, micro_batches=k)
+        as_planned = sim.by_ranks(sim.by_axis(moved.collectives, own), own) == sim.by_ranks(bound.traffic, own)
         looked_at = sorted({rank for axis in (own.replicate, own.copy, own.row, own.ep) for rank in axis.ranks})
     small = replace(planner.config, layers=2)
     records = {
         rank: sim.record(lambda: empty(small), options, rank, gpus, sharding, tokens=tokens) for rank in looked_at
     }
     return {
-        "peak": peak, "bound": bound.peak, "micro_batches": k, "ranks_compared": len(records),
+        "peak": peak, "bound": bound.peak, "traffic_as_planned": as_planned, "micro_batches": k, "ranks_compared": len(records),
         "collectives": sim.first_difference(records) or "fit",
     }  # fmt: skip
 
@@ -495,8 +500,9 @@ def table(found: dict[str, Any]) -> str:
     if sim is not None:
         lines += [
             "",
-            f"  simulated: peak {sim['peak'] / GIB:.2f} GiB ({sim['micro_batches']} micro-batches; bound "
-            f"{sim['bound'] / GIB:.2f}), collectives of {sim['ranks_compared']} ranks: {sim['collectives']}",
+            f"  simulated, {sim['micro_batches']} micro-batches: peak {sim['peak'] / GIB:.2f} GiB (bound "
+            f"{sim['bound'] / GIB:.2f}), bytes moved {'as' if sim['traffic_as_planned'] else 'NOT as'} planned, "
+            f"collectives of {sim['ranks_compared']} ranks: {sim['collectives']}",
         ]
     kind = "measured" if found["measured"] else "assumed, not measured"
     rates = ", ".join(f"{name} {value:g}" for name, value in found["rates"].items())

@@ -17,6 +17,7 @@ from wizard_engine.parallel.simulate import (
     META,
     Record,
     by_axis,
+    by_ranks,
     first_difference,
     language_step,
     peak_bytes,
@@ -42,15 +43,6 @@ def empty(config):
         return Transformer(config)
 
 
-def merged(traffic, mesh):
-    """Traffic of axes with the same ranks counted as one."""
-    found = {}
-    for (kind, name), size in traffic.items():
-        ranks = getattr(mesh, name).ranks
-        found[kind, ranks] = found.get((kind, ranks), 0) + size
-    return found
-
-
 @pytest.mark.parametrize(("name", "options"), list(itertools.product(MODELS, LAYOUTS)))
 def test_bytes_on_every_axis_are_those_of_the_closed_form(name, options):
     if "ep" in options and not MODELS[name].experts:
@@ -62,7 +54,7 @@ def test_bytes_on_every_axis_are_those_of_the_closed_form(name, options):
             with Record() as found:
                 language_step(model, 64, micro_batches)
             expected = estimate(empty(MODELS[name]), mesh, sharding, tokens=64, micro_batches=micro_batches)
-            assert merged(by_axis(found.collectives, mesh), mesh) == merged(expected.traffic, mesh)
+            assert by_ranks(by_axis(found.collectives, mesh), mesh) == by_ranks(expected.traffic, mesh)
 
 
 @pytest.mark.parametrize(

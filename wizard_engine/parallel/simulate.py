@@ -139,6 +139,15 @@ def by_axis(collectives: Iterable[Collective], mesh: Mesh) -> dict[tuple[str, st
     return total
 
 
+def by_ranks(traffic: dict[tuple[str, str], int], mesh: Mesh) -> dict[tuple[str, tuple[int, ...]], int]:
+    """(kind, ranks) -> bytes, of what `by_axis` or an estimate says: axes of the same ranks count as one."""
+    total: dict[tuple[str, tuple[int, ...]], int] = {}
+    for (kind, name), size in traffic.items():
+        key = kind, getattr(mesh, name).ranks
+        total[key] = total.get(key, 0) + size
+    return total
+
+
 def first_difference(records: dict[int, list[Collective]]) -> str:
     """What two ranks of a group would wait for each other with, in words; "" where all ranks fit.
 
