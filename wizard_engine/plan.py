@@ -430,8 +430,8 @@ def simulated(planner: Planner, plan: Plan) -> dict[str, Any]:
         rank: sim.record(lambda: empty(small), options, rank, gpus, sharding, tokens=tokens) for rank in looked_at
     }
     return {
-        "peak": peak, "bound": bound.peak, "traffic_as_planned": as_planned, "micro_batches": k, "ranks_compared": len(records),
-        "collectives": sim.first_difference(records) or "fit",
+        "peak": peak, "bound": bound.peak, "traffic_as_planned": as_planned, "micro_batches": k,
+        "ranks_compared": len(records), "collectives": sim.first_difference(records) or "fit",
     }  # fmt: skip
 
 
