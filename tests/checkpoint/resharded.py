@@ -9,9 +9,9 @@ import torch
 
 from wizard_engine import checkpoint, runtime
 from wizard_engine.data.tokenizer import load_tokenizer
-from wizard_engine.model import save_divided
+from wizard_engine.model import load_hf, save_divided
 from wizard_engine.optim import AdamW
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, sharded
 from wizard_engine.recipe import language_model
 from wizard_engine.training import parts_of, restore
 
@@ -24,6 +24,9 @@ def main(root, source, name, options):
     model, _ = language_model(
         str(root / "base"), None, seed=0, device=rt.device, mesh=mesh, sharding=Sharding(dtype="bfloat16")
     )  # fmt: skip
+    with sharded(model).gathered():
+        pairs = zip(model.parameters(), load_hf(root / "base", dtype=torch.bfloat16).parameters(), strict=True)
+        is_read = all(torch.equal(a, b) for a, b in pairs)
     optimizer = AdamW(model)
     with ExitStack() as stack:
         found = checkpoint.resume(root / source, rt, stack)
@@ -37,7 +40,7 @@ def main(root, source, name, options):
     if mesh.copy.size > 1:
         save_divided(model, root / name / "model", rt, tokenizer=tokenizer, max_shard_bytes=20_000)
     (root / name / f"rank_{rt.rank}.json").write_text(
-        json.dumps({"count": optimizer.count, "stall": saver.stall_seconds})
+        json.dumps({"count": optimizer.count, "stall": saver.stall_seconds, "is_read": is_read})
     )
     runtime.stop()
 

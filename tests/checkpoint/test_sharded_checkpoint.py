@@ -101,6 +101,7 @@ def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, 
     """From four ranks of data to this layout, and from it to one rank, to four, and to experts on two."""
     name = "_".join([f"in_{ranks}", *(f"{key}_{size}" for key, size in layout.items())])
     reshard(root, ranks, "run", name, **layout)
+    assert all(json.loads((root / name / f"rank_{rank}.json").read_text())["is_read"] for rank in range(ranks))
     check_same_state(root, name)
     check_export(root, name)
     for back, (count, options) in {"one": (1, {}), "four": (4, {}), "experts": (2, {"ep": 2})}.items():
