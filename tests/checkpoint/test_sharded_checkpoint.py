@@ -98,13 +98,17 @@ def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replica
     ],
 )  # fmt: skip
 def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, ranks, layout):
-    """From four ranks of data to this layout, and from it to one rank, to four, and to experts on two."""
+    """From four ranks of data to this layout, and from it to one rank, to four, or to experts on two."""
     name = "_".join([f"in_{ranks}", *(f"{key}_{size}" for key, size in layout.items())])
     reshard(root, ranks, "run", name, **layout)
     assert all(json.loads((root / name / f"rank_{rank}.json").read_text())["is_read"] for rank in range(ranks))
     check_same_state(root, name)
     check_export(root, name)
-    for back, (count, options) in {"one": (1, {}), "four": (4, {}), "experts": (2, {"ep": 2})}.items():
+    backs = {"one": (1, {}), "four": (4, {}), "experts": (2, {"ep": 2})}
+    # All three for tp 2 x dp 2 with experts on two ranks; one each for the others.
+    wanted = backs if (ranks, layout) == (4, {"tp": 2, "ep": 2}) else [list(backs)[len(name) % 3]]
+    for back in wanted:
+        count, options = backs[back]
         reshard(root, count, name, f"{name}_{back}", **options)
         check_same_state(root, f"{name}_{back}")
 
