@@ -136,6 +136,7 @@ def _ceilings_text(found: dict[str, float]) -> str:
 def measured_cases(phase: str) -> list[Case]:
     """Cases of a phase: those of a quick run first, then the others."""
     groups = {"attention": ["attention"], "linear_logprob": ["linear_logprob"], "mixture": list(MIXTURE)}
+    groups["decode"] = ["decode_attention"]
     taken = {name for group in groups.values() for name in group}
     own = next((group for name, group in groups.items() if phase.startswith(name)), None)
     names = own or [name for name in OPERATIONS if name not in taken]
@@ -243,12 +244,12 @@ def tests(out: Path, seconds: float) -> int:
 
 
 PHASES = (
-    Phase("environment", 20, environment), Phase("tables", 100, check_entries), Phase("ceilings", 20, ceilings),
+    Phase("environment", 20, environment), Phase("tables", 90, check_entries), Phase("ceilings", 20, ceilings),
     Phase("attention_forward", 85, measure("attention_forward")),
     Phase("attention_backward", 60, measure("attention_backward")),
-    Phase("linear_logprob", 45, measure("linear_logprob")), Phase("mixture", 65, measure("mixture")),
+    Phase("linear_logprob", 45, measure("linear_logprob")), Phase("mixture", 55, measure("mixture")),
     Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train),
-    Phase("plan_rates", 20, plan_rates), Phase("pytest", 35, tests),
+    Phase("decode", 25, measure("decode")), Phase("plan_rates", 20, plan_rates), Phase("pytest", 30, tests),
 )  # fmt: skip
 
 

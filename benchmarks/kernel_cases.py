@@ -14,6 +14,7 @@ E experts, A of them per token, P parameters, b bytes of an element:
     experts    forward 6 T A D F, backward 12 T A D F operations     (3 E D F + 2 T D + 3 T A F) b bytes, twice
     moe_route  forward 2 T D E operations     T (D b + 4 E) bytes, twice
     moe_permute, moe_combine  (1 + A) T D b bytes
+    decode_attention  4 C H keys operations     2 (keys K + B H) C b bytes, of B sequences
     adamw      28 P bytes: fp32 master and moments read and written, bf16 gradient read, bf16 copy written
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention_problem import Attention
+from benchmarks.decode_problem import DecodeAttention
 from benchmarks.head_problem import LinearLogprob
 from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu, Work
 from benchmarks.moe_problem import Experts, MoeCombine, MoePermute, MoeRoute
@@ -63,6 +65,7 @@ OPERATIONS: dict[str, type[Problem]] = {
     kind.op: kind
     for kind in (
         Attention, LinearLogprob, Experts, MoeRoute, MoePermute, MoeCombine, RmsNorm, Rope, SwiGlu, AdamW,
+        DecodeAttention,
     )
 }  # fmt: skip
 TOKENS = 16384
@@ -112,19 +115,29 @@ def moe_problems(quick: bool = False) -> list[Problem]:
     return layers + around[: None if not quick else 6 : 1 if not quick else 2]
 
 
+def decode_problems(quick: bool = False) -> list[DecodeAttention]:
+    """The 7B shape at a step of generation: few sequences and many, short and long, two sizes of pages, a window."""
+    shapes = [(32, 4096), (256, 2048)]
+    if not quick:
+        shapes += [(1, 4096), (1, 32768), (8, 32768), (256, 512)]
+    found = [DecodeAttention(batch, length) for batch, length in shapes]
+    return found if quick else [*found, DecodeAttention(256, 2048, page=16), DecodeAttention(32, 8192, window=4096)]
+
+
 def small_problems() -> list[Problem]:
     """Shapes for a CPU, to try the harness on."""
     return [
         Attention((48, 48), 4, 2, 16), Attention((31, 2, 40), 4, 2, 16, window=8), RmsNorm(64, 48),
         LinearLogprob(64, 96, 48), RmsNorm(64, 48, residual=True), Rope(64, 4, 2, 16), SwiGlu(64, 48), AdamW(5000),
         Experts(40, 48, 32, experts=4, load="zipf"), MoeRoute(40, 48), MoePermute(40, 48), MoeCombine(40, 48),
+        DecodeAttention(3, 40, 4, 2, 16, 16),
     ]  # fmt: skip
 
 
 def cases(names: Sequence[str], device: torch.device, quick: bool = False) -> list[Case]:
     """What is measured on the device, of the operations named: forwards of attention first, then its backwards."""
     on_gpu = device.type == "cuda"
-    large = (attention_problems, head_problems, moe_problems, row_problems)
+    large = (attention_problems, head_problems, moe_problems, row_problems, decode_problems)
     problems = [p for make in large for p in make(quick)] if on_gpu else small_problems()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     chosen = [p for p in problems if p.op in names]

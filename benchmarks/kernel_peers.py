@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.attention_problem import Attention
+from benchmarks.decode_problem import DecodeAttention
 from benchmarks.head_problem import LinearLogprob, linear_logprob_formula
 from benchmarks.kernel_cases import Case
 from benchmarks.kernel_problems import (
@@ -61,7 +62,7 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     if device.type != "cuda":
         return [Variant("reference", is_ours=True), Variant("eager", lambda problem, _: problem.formula)]
     special = {Attention: _attention_peers, LinearLogprob: _head_peers, Experts: _expert_peers}
-    special |= dict.fromkeys((MoeRoute, MoePermute, MoeCombine), _plain_peers)
+    special |= dict.fromkeys((MoeRoute, MoePermute, MoeCombine, DecodeAttention), _plain_peers)
     peers = special[type(case.problem)](case) if type(case.problem) in special else _row_peers(case.problem)
     ours = own_configs(case, device).items()
     return [*(Variant(name, _with_config(config), is_ours=True) for name, config in ours), *peers]

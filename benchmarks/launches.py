@@ -279,6 +279,32 @@ def _sample(dtype: torch.dtype, truncated: bool, seeded: bool) -> None:
     )  # fmt: skip
 
 
+def decode_attention(shape: dict[str, int]) -> Iterator[Form]:
+    """The 7B and 70B shapes, keys in one share and in several; other groups and widths, small pages, a window."""
+    for dtype in (d for d in NAMES if d.itemsize == shape.get("bytes", 2)):
+        for name, heads, kv_heads, width, page, longest, window in (
+            ("7b", 32, 8, 128, 64, 8192, None), ("7b one share", 32, 8, 128, 64, 512, None),
+            ("70b page=16", 64, 8, 128, 16, 8192, None), ("H=12/12 C=96 window", 12, 12, 96, 256, 8192, 4096),
+        ):  # fmt: skip
+            shapes = heads, kv_heads, width, page, longest, window
+            yield f"{name} {NAMES[dtype]}", lambda d=dtype, s=shapes: _decode_attention(d, *s)
+
+
+def decode_attention_sum(shape: dict[str, int]) -> Iterator[Form]:
+    """Those of the above with several shares."""
+    yield from (form for form in decode_attention(shape) if "one share" not in form[0])
+
+
+def _decode_attention(
+    dtype: torch.dtype, heads: int, kv_heads: int, width: int, page: int, longest: int, window: int | None
+) -> None:
+    from kernels._decode_attention import decode_attention as attend
+
+    pages = _meta(256, page, kv_heads, width, dtype=dtype)
+    table, lengths = _meta(64, longest // page, dtype=torch.int32), _meta(64, dtype=torch.int32)
+    attend(_meta(64, heads, width, dtype=dtype), pages, pages, table, lengths, longest, window, width**-0.5)
+
+
 def moe_route(shape: dict[str, int]) -> Iterator[Form]:
     """The 8x22B shape, choosing and replaying; a width that the tiles do not divide, experts that are not all there."""
     dtype = DTYPES[shape["bytes"]]
@@ -375,5 +401,5 @@ FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "sequence_logprobs": sequence_logprobs, "ppo": ppo, "value_loss": value_loss, "gae": gae, "sample": sample,
     "moe_route": moe_route, "moe_offsets": moe_layout, "moe_place": moe_layout, "moe_combine": moe_rows,
     "moe_permute": moe_rows, "grouped_swiglu": experts, "grouped_dswiglu": experts, "grouped_dweight": experts,
-    "grouped_matmul": down_products,
+    "grouped_matmul": down_products, "decode_attention": decode_attention, "decode_attention_sum": decode_attention_sum,
 }  # fmt: skip

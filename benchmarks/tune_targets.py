@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention_problem import Attention
+from benchmarks.decode_problem import DecodeAttention
 from benchmarks.head_problem import LinearLogprob
 from benchmarks.kernel_cases import OPERATIONS, Case
 from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu
@@ -31,8 +32,8 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Tables of kernels over a few numbers per token or one row per sample: a launch costs more than they do, and nothing is
 # gained by tuning them. Their entries are cases of the tests.
 UNTUNED = frozenset(
-    ("dpo", "gae", "linear_logprob_merge", "moe_offsets", "moe_place", "ppo", "sample", "sequence_logprobs",
-     "value_loss")
+    ("decode_attention_sum", "dpo", "gae", "linear_logprob_merge", "moe_offsets", "moe_place", "ppo", "sample",
+     "sequence_logprobs", "value_loss")
 )  # fmt: skip
 # Tables whose kernel a backward launches in another form: a product with the other side of the weights.
 BOTH_PHASES = ("grouped_matmul",)
@@ -113,7 +114,7 @@ def timed_case(target: Target) -> Case:
         "linear_logprob": LinearLogprob(8192 if dtype.itemsize == 2 else 1024, 32000, 4096),
         "experts": Experts(8192, 6144, 16384) if dtype.itemsize == 2 else Experts(1024, 2048, 4096),
         "moe_route": MoeRoute(16384, 6144), "moe_permute": MoePermute(16384, 6144),
-        "moe_combine": MoeCombine(16384, 6144),
+        "moe_combine": MoeCombine(16384, 6144), "decode_attention": DecodeAttention(64, 4096),
     }  # fmt: skip
     return Case(problems[target.op], target.phase, dtype)
 
@@ -152,6 +153,11 @@ def _problems(target: Target, full: bool, small: bool) -> list[Problem]:
         return [Experts(700, 512, 1088, load=load) for load in loads] + ([Experts(517, 456, 200)] if full else [])
     if target.op in ("moe_route", "moe_permute", "moe_combine"):
         return [OPERATIONS[target.op](rows, 40 if small else 1032)]
+    if target.op == "decode_attention":
+        if small:
+            return [DecodeAttention(3, 40, 4, 2, 16, 16)]
+        found = [DecodeAttention(5, 1500, 32, 8, 128, 64), DecodeAttention(3, 700, 12, 12, 96, 16, window=200)]
+        return found if full else found[:1]
     if target.op == "swiglu":
         wide = [SwiGlu(rows, 14336), SwiGlu(rows, width + 40)] if width >= 2048 else [SwiGlu(rows, width)]
         return wide[-1:] if small else wide if full else wide[:1]
@@ -171,6 +177,8 @@ def candidates(target: Target, arch: int, entry: Config) -> list[Config]:
     found = [config for config in found if arch >= 90 or not config.get("TMA")]
     if target.op in ("experts", "moe_route"):
         found = [config for config in found if _is_product(config, target.shape["bytes"], arch)]
+    if target.op == "decode_attention":
+        found = [c for c in found if c["BLOCK_N"] >= 16 and c["SHARE"] % c["BLOCK_N"] == 0]
     return [entry, *(config for config in found if config != entry)]
 
 
@@ -304,6 +312,11 @@ def _run(problem: Problem, phase: str, t: dict) -> None:
         from kernels._expert_rows import moe_combine
 
         moe_combine(t["outer"], t["gates"], t["positions"])
+    elif isinstance(problem, DecodeAttention):
+        from kernels._decode_attention import decode_attention
+
+        arguments = [t[name] for name in ("q", "keys", "values", "table", "lengths")]
+        decode_attention(*arguments, problem.length, problem.window, problem.width**-0.5)
     elif isinstance(problem, SwiGlu):
         from kernels import _swiglu
 
