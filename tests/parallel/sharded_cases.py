@@ -1,6 +1,7 @@
 """What the parity tests run on every rank: losses, models and layouts, each against one plain process."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -149,9 +150,16 @@ def plain_steps(kind, models, config):
     return out
 
 
+@functools.cache
+def one_process(kind, config, freeze):
+    """What one process finds in each step, and its parameters after the last."""
+    models = built(kind, config, freeze)
+    return plain_steps(kind, models, config), [[p.detach().clone() for p in m.parameters()] for m in models]
+
+
 def compare(kind, config, mesh, sharding, freeze=""):
     """Largest relative errors of loss, norm and gradients of a sharded model against one process."""
-    expected = plain_steps(kind, built(kind, config, freeze), config)
+    expected, finals = one_process(kind, config, freeze)
     models = built(kind, config, freeze)
     engines = [sharded(parallelize(model, mesh, sharding)) for model in models]
     worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weights": 0.0}
@@ -182,12 +190,10 @@ def compare(kind, config, mesh, sharding, freeze=""):
             engine.publish()
     for model in models:
         assert not sharding.offload_activations or model._offload.moved_bytes > 10_000
-    finals = built(kind, config, freeze)
-    plain_steps(kind, finals, config)
     for model, final in zip(models, finals):
         with sharded(model).gathered():
-            for a, b in zip(model.parameters(), final.parameters()):
-                error = float((a.detach() - b.detach()).abs().max())
+            for a, b in zip(model.parameters(), final, strict=True):
+                error = float((a.detach() - b).abs().max())
                 worst["weights"] = max(worst["weights"], error if a.isfinite().all() else float("inf"))
     return worst
 
