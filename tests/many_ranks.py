@@ -1,5 +1,6 @@
 """What tests with several ranks share: torchrun, rows of a few words, and what of the metrics depends on the clock."""
 
+import json
 import os
 import subprocess
 import sys
@@ -47,3 +48,14 @@ def save_base(path, texts, **shapes):
 def untimed(out):
     """A run's metrics without what depends on the clock."""
     return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")]
+
+
+def found_by_ranks(script, worlds, out, timeout=500):
+    """World size -> what each of its ranks wrote to OUT/found_WORLD_RANK.json."""
+    for world in worlds:
+        done = torchrun(world, script, out, timeout=timeout)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        world: [json.loads((Path(out) / f"found_{world}_{rank}.json").read_text()) for rank in range(world)]
+        for world in worlds
+    }

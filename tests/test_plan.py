@@ -12,7 +12,7 @@ import torch
 from many_ranks import ENVIRONMENT, ROOT, torchrun
 
 from recipes import reward, sft, stage_dpo
-from wizard_engine import plan
+from wizard_engine import plan, plan_report
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, parallelize
@@ -104,7 +104,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
     assert "parameters, gradients, moments 2357.3" in done.stderr and "Traceback" not in done.stderr
     assert pytest.approx(PRESETS["8x22b"].num_parameters * 18 / 2**30, abs=0.1) == 2357.3
     with pytest.raises(ValueError, match=r"70b does not fit on 16 H100: the smallest layout, .*tp=2,recompute=full"):
-        plan.run(plan.Options("70b", 16, layout="tp=2,recompute=full"))
+        plan_report.run(plan.Options("70b", 16, layout="tp=2,recompute=full"))
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ def main() -> int:
         print(text if asked else f"wizard_engine: error: expected a command, got {word!r}; the nearest is {close[0]}",
               file=sys.stdout if asked else sys.stderr)  # fmt: skip
         return 0 if asked else 2
-    from . import plan
     from .config import cli
+    from .plan import Options
+    from .plan_report import main as plan
 
     sys.argv[0] = "wizard_engine plan"
-    return plan.main(cli(plan.Options, args=sys.argv[2:]))
+    return plan(cli(Options, args=sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from .model import ScoringModel, Transformer
 from .optim import AdamW, cosine_with_warmup
 from .parallel import (
     MeshOptions,
-    any_rank,
     make_mesh,
     paced,
     parallelize,
@@ -224,11 +223,11 @@ class OnlineRun:
         returns = torch.cat(targets.returns)
         own |= {"r": float(returns.sum()), "rr": float(returns.square().sum())}
         own |= {"ee": float((returns - values).square().sum())}
-        sums = sum_over_rows(own, self.mesh)
+        sums = sum_over_rows(own, self.mesh, stop=self.stop.requested)
         shares = {k: v for k, v in self._sums.items() if k != "ratio_error"}
         shares = sum_over_rows(with_names_of_all_ranks(shares), self.mesh)
         self.largest_ratio_error = max(self.largest_ratio_error, self._sums.get("ratio_error", 0.0))
-        self._asked_to_stop = any_rank(self.stop.requested, self.runtime)
+        self._asked_to_stop = sums["stop"] > 0
         count, tokens = sums["answers"], sums["tokens"]
         self.answer_tokens += int(tokens)
         variance = max(sums["rr"] / tokens - (sums["r"] / tokens) ** 2, 1e-12)

@@ -93,7 +93,7 @@ def _files(value: Any) -> list[Path]:
 def open_stage(cfg: Any, name: str, runtime: Runtime) -> Stage:
     """The stage that a recipe's configuration describes, claimed unless it is done (`stage.done`)."""
     options, inputs = identity(cfg)
-    check_same(runtime, f"{name}: configuration", {key: str(value) for key, value in (options | inputs).items()})
+    check_same(runtime, f"{name}: configuration", options | {key: str(path) for key, path in inputs.items()})
     stage = Stage(cfg.out, name, options, inputs, overwrite=cfg.overwrite)
 
     def claim() -> bool:

@@ -25,7 +25,6 @@ from .optim.adamw import MOMENTS
 from .parallel import (
     Mesh,
     MeshOptions,
-    any_rank,
     check_same,
     make_mesh,
     paced,
@@ -307,8 +306,9 @@ class Run:
         shares = {name: float(value) for name, value in self._sums.items()}
         loss, tokens = shares.pop("loss"), shares.pop("tokens")
         own = self._complete(shares)
-        numbers = self.total_over_ranks(loss=loss, tokens=tokens, **own)
-        self._asked_to_stop = any_rank(self.stop.requested, self.runtime)
+        summed = {"loss": loss, "tokens": tokens, **own}
+        numbers = sum_over_rows(summed, self.sharded.mesh, stop=self.stop.requested)
+        self._asked_to_stop = numbers.pop("stop") > 0
         if not (math.isfinite(norm) and math.isfinite(numbers["loss"])):
             self._skip(numbers["loss"], norm, "were not finite")
         elif self.spikes.is_spike(numbers["loss"]):

@@ -168,5 +168,5 @@ def test_lost_file_and_another_model_are_named_on_every_rank(root, tmp_path):
     shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
     shapes = {"width": 24, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_width": 28, "tied": False}
     save_base(tmp_path / "base", word_texts(40), experts=3, **shapes)
-    done = torchrun(2, script, tmp_path, "run", "out", "{}")
+    done = torchrun(2, script, tmp_path, "run", "out", '{"tp": 2}')
     assert done.returncode and "this checkpoint is another model's" in done.stderr

@@ -1,6 +1,7 @@
 """Two gloo ranks do what one process does: losses, gradient norms, weights; errors reach every rank."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.loader import Loader
 from wizard_engine.data.records import Message, Preference, Process, conversation, write_rows
-from wizard_engine.parallel import MeshOptions, check_same, gather_objects, sum_over_ranks
+from wizard_engine.parallel import MeshOptions, check_same, data_parallel, gather_objects, sum_over_ranks
 from wizard_engine.runtime import Runtime
 from wizard_engine.training import Training
 
@@ -190,3 +191,17 @@ def test_one_process_needs_no_collectives():
 def test_ranks_must_divide_the_packs_of_a_step(ranks):
     with pytest.raises(ValueError, match="world_size must divide packs_per_step: packs_per_step=3, world_size=2"):
         Loader(np.array([5, 5]), capacity=8, packs_per_step=3, seed=0, epochs=1.0, rank=0, world_size=2)
+
+
+def test_the_option_that_differs_is_named(monkeypatch):
+    own = {"seed": 0, "training": {"lr": 0.1, "epochs": 2.0}, "data": "rows.jsonl"}
+    others = {
+        "seed: expected the same on every rank, got 1, and 0 on rank 0": own | {"seed": 1},
+        "training: lr: expected the same on every rank, got 0.2, and 0.1 on rank 0": own
+        | {"training": {"lr": 0.2, "epochs": 2.0}},
+        "model: expected the same on every rank, got tiny, and None on rank 0": own | {"model": "tiny"},
+    }
+    for text, other in others.items():
+        monkeypatch.setattr(data_parallel, "gather_objects", lambda value, other=other: [own, other, own])
+        with pytest.raises(ValueError, match=re.escape(f"[rank 1/3] sft: configuration: {text}")):
+            check_same(Runtime(0, 3), "sft: configuration", own)

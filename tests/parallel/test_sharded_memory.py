@@ -1,11 +1,11 @@
 """Memory and traffic of sharded models, simulated: 7B and 70B on 8, 64 and 512 ranks, on the meta device."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_models import MODELS, TINY
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kernels import use_backend
@@ -17,13 +17,6 @@ from wizard_engine.parallel.simulate import Record, language_step, peak_bytes
 from wizard_engine.runtime import Runtime
 
 META = torch.device("meta")
-TINY = dataclasses.replace(PRESETS["tiny"], layers=4)
-MODELS = {
-    "tied": TINY,
-    "untied": dataclasses.replace(TINY, tied=False),
-    "mixture": dataclasses.replace(TINY, tied=False, experts=4),
-    "tied mixture": dataclasses.replace(TINY, experts=4),
-}
 
 
 @pytest.fixture(autouse=True)

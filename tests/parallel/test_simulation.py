@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_models import MODELS, TINY
 
 from kernels import use_backend
 from wizard_engine.model import PRESETS, Transformer
@@ -25,13 +26,6 @@ from wizard_engine.parallel.simulate import (
     simulated_rank,
 )
 
-TINY = dataclasses.replace(PRESETS["tiny"], layers=4)
-MODELS = {
-    "tied": TINY,
-    "untied": dataclasses.replace(TINY, tied=False),
-    "mixture": dataclasses.replace(TINY, tied=False, experts=4),
-    "tied mixture": dataclasses.replace(TINY, experts=4),
-}
 LAYOUTS = [
     {}, {"tp": 2}, {"cp": 2}, {"cp": 2, "tp": 2}, {"tp": 2, "dp_shard": 1}, {"ep": 2}, {"tp": 2, "ep": 4},
     {"cp": 2, "tp": 2, "ep": 2, "dp_replicate": 2},

@@ -1,11 +1,9 @@
 """Models whose matrices, experts and tokens are divided do what one process does: losses, norms, gradients, weights, in
 float64."""
 
-import json
-
 import pytest
 import spread_cases
-from many_ranks import torchrun
+from many_ranks import found_by_ranks
 
 TOLERANCE = 1e-10
 
@@ -14,13 +12,7 @@ TOLERANCE = 1e-10
 def found(tmp_path_factory):
     """World size -> what each of its ranks found."""
     out = tmp_path_factory.mktemp("spread")
-    for world in spread_cases.LAYOUTS:
-        done = torchrun(world, spread_cases.__file__, out, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        world: [json.loads((out / f"found_{world}_{rank}.json").read_text()) for rank in range(world)]
-        for world in spread_cases.LAYOUTS
-    }
+    return found_by_ranks(spread_cases.__file__, spread_cases.LAYOUTS, out)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Meshes of ranks, sharded models, and reductions over ranks: every one of them is a sum."""
 
 from .data_parallel import (
-    any_rank,
     check_same,
     from_main,
     gather_objects,
@@ -14,7 +13,7 @@ from .mesh import Mesh, MeshOptions, make_mesh
 from .parallelize import Sharding, compute_dtype, parallelize
 
 __all__ = [
-    "Mesh", "MeshOptions", "Sharded", "Sharding", "any_rank", "check_same", "compute_dtype", "from_main",
+    "Mesh", "MeshOptions", "Sharded", "Sharding", "check_same", "compute_dtype", "from_main",
     "gather_objects", "make_mesh", "paced", "parallelize", "sharded", "sum_over_ranks", "sum_over_rows",
     "with_names_of_all_ranks",
 ]  # fmt: skip

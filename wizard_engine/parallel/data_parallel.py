@@ -26,14 +26,14 @@ def sum_over_ranks(numbers: dict[str, float], device: torch.device | str = "cpu"
     return dict(zip(numbers, packed.tolist()))
 
 
-def sum_over_rows(numbers: dict[str, float], mesh: Mesh) -> dict[str, float]:
-    """Each number summed in float64 over the ranks with rows of their own: of those that share rows, one counts."""
-    return sum_over_ranks({name: float(x) if mesh.speaks else 0.0 for name, x in numbers.items()}, mesh.device)
+def sum_over_rows(numbers: dict[str, float], mesh: Mesh, **flags: bool) -> dict[str, float]:
+    """Each number summed in float64 over the ranks with rows of their own: of those that share rows, one counts.
 
-
-def any_rank(flag: bool, runtime: Runtime) -> bool:
-    """Whether a flag is set on some rank."""
-    return sum_over_ranks({"flag": float(flag)}, runtime.device)["flag"] > 0
+    Args:
+        flags: summed over all ranks, in the same collective.
+    """
+    own = {name: float(x) if mesh.speaks else 0.0 for name, x in numbers.items()}
+    return sum_over_ranks(own | {name: float(flag) for name, flag in flags.items()}, mesh.device)
 
 
 def gather_objects(local: object, axis: Axis | None = None) -> list:
@@ -81,17 +81,30 @@ def from_main(runtime: Runtime, work: Callable[[], T]) -> T:
 
 
 def check_same(runtime: Runtime, what: str, value: Any) -> None:
-    """ValueError on every rank, naming the first that differs from most, unless a value is the same everywhere."""
+    """ValueError on every rank, naming the first that differs from most, unless a value is the same everywhere.
+
+    Of mappings, nested ones too, the entry that differs is named.
+    """
     if runtime.world_size == 1:
         return
     found = gather_objects(value)
     usual = max(found, key=found.count)
     for rank, other in enumerate(found):
         if other != usual:
+            where, own, theirs = _difference(what, other, usual)
             raise ValueError(
-                f"[rank {rank}/{runtime.world_size}] {what}: expected the same on every rank, got {_short(other)}, "
-                f"and {_short(usual)} on rank {found.index(usual)}; start every rank with the same options and files"
+                f"[rank {rank}/{runtime.world_size}] {where}: expected the same on every rank, got {_short(own)}, and "
+                f"{_short(theirs)} on rank {found.index(usual)}; start every rank with the same options and files"
             )
+
+
+def _difference(what: str, own: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two values differ: its name, and what it is in both."""
+    if isinstance(own, dict) and isinstance(theirs, dict):
+        for key in {**own, **theirs}:
+            if own.get(key) != theirs.get(key):
+                return _difference(f"{what}: {key}", own.get(key), theirs.get(key))
+    return what, own, theirs
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ without the former, or at its end, without the latter; with several micro-batche
 
 They are upper bounds of what a device allocates at once; fragmentation and the communication library come on top.
 Traffic is counted in whole buffers: of a gather what comes out, of a reduction what goes in, of an exchange what is
-sent. The load of the experts is even.
+sent. The load of the experts is even. The few numbers that norms, router losses and logs sum up are left out.
 """
 
 from dataclasses import dataclass, field

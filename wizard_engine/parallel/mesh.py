@@ -8,7 +8,7 @@ Ranks that differ in cp and tp alone have the same packed rows, and each its own
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -175,7 +175,7 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
     if runtime.device.type != "meta":
         from .data_parallel import check_same
 
-        check_same(runtime, "mesh", str(options))
+        check_same(runtime, "mesh", asdict(options))
     shape = resolve(options, runtime.world_size)
     timeout = datetime.timedelta(seconds=options.timeout_seconds)
     dense, expert = (shape.replicate, shape.dp_shard, shape.cp, shape.tp), (shape.replicate, shape.efsdp, shape.ep)
