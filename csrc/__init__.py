@@ -33,6 +33,14 @@ _SIGNATURES = {
         _int64,
         (_pointer,) * 5 + (_int32, _pointer, _int64) + (_double,) * 5 + (_int64, _double, _int32, _int32),
     ),
+    "wizard_paged_attention": (
+        _int64,
+        (_int32, *(_pointer,) * 7, *(_int64,) * 7, _double, _int64, _int64, _int32, _int32),
+    ),
+    "wizard_write_pages": (
+        _int64,
+        (_int32, _pointer, _int64, *(_pointer,) * 6, *(_int64,) * 5, _int32),
+    ),
     "wizard_write": (_int64, (_int32, _pointer, _pointer, _int64, _pointer)),
     "wizard_clusters": (_int64, (_pointer,) * 4 + (_int64,) * 3 + (ctypes.c_double, _pointer)),
 }

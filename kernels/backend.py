@@ -11,6 +11,7 @@ from torch import Tensor
 # Triton reads the variable when a kernel is defined, so what it says later changes nothing.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CSRC_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 _forced: str | None = None
 _checks_values = False
@@ -71,6 +72,11 @@ def runs_triton(tensor: Tensor, argument: str) -> bool:
             "set TRITON_INTERPRET=1 before python starts to run kernels on the CPU"
         )
     return True
+
+
+def runs_csrc(tensor: Tensor) -> bool:
+    """True if an operation on `tensor` that has C++ code for the CPU takes it."""
+    return _forced is None and tensor.device.type == "cpu" and tensor.dtype in CSRC_DTYPES
 
 
 def is_interpreted() -> bool:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_triton, same_device, same_dtype, values_are_checked
+from .backend import runs_csrc, runs_triton, same_device, same_dtype, values_are_checked
+from .paged_rows import attend_rows
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_WIDTH = 256
@@ -47,6 +48,8 @@ def _decode_attention(
         from ._decode_attention import decode_attention as kernels
 
         return kernels(q, keys, values, page_table, lengths, max_length, seen, scale)
+    if runs_csrc(q):
+        return attend_rows(q, keys, values, page_table, None, lengths, seen, scale)
     out = decode_attention_reference(q, keys, values, page_table, lengths, max_length, window=seen, scale=scale)
     return out.clone()
 

@@ -40,8 +40,8 @@ def uniforms(seeds: Tensor) -> Tensor:
     return ((philox(seeds)[0] >> 9).float() + 0.5) * 2.0**-23
 
 
-def row_seeds(seed: int, rows: Tensor, steps: int) -> Tensor:
-    """(B, steps) int64: a seed for every row and step, by SplitMix64's finaliser m and its increment g.
+def row_seeds(seed: int, rows: Tensor, steps: int, first: int = 0) -> Tensor:
+    """(B, steps) int64: a seed for every row and step from `first` on, by SplitMix64's finaliser m and increment g.
 
     m(m(seed + (row + 1) g) + (step + 1) g) modulo 2^64
 
@@ -49,7 +49,7 @@ def row_seeds(seed: int, rows: Tensor, steps: int) -> Tensor:
     """
     golden = -7046029254386353131
     start = _mixed((seed + 2**63) % 2**64 - 2**63 + (rows.long() + 1) * golden)
-    return _mixed(start[:, None] + (torch.arange(steps, device=rows.device) + 1) * golden)
+    return _mixed(start[:, None] + (torch.arange(first, first + steps, device=rows.device) + 1) * golden)
 
 
 def _mixed(x: Tensor) -> Tensor:

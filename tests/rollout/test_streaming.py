@@ -1,5 +1,6 @@
 """Tokens one at a time: those of `generate`, from a cache kept between turns; text that is never taken back."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,7 @@ import pytest
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.rollout import generate
-from wizard_engine.rollout import streaming as module
-from wizard_engine.rollout.streaming import Streamer, stream_text
+from wizard_engine.rollout.streaming import Streamer, TextStream, stream_text
 
 PROMPTS = ([5, 9, 2, 7], [1], [5, 9, 2, 7, 3, 3, 8, 1, 4, 4, 250, 17])
 
@@ -22,10 +22,9 @@ def model(request):
 SETTINGS = ({}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "seed": 5})
 
 
-# Catches: a window off by one; a cache that loses its beginning when it grows; another uniform number for a step.
+# Catches: a window off by one; another uniform number for a step.
 @pytest.mark.parametrize("how", SETTINGS)
-def test_ids_are_those_of_generate(model, how, monkeypatch):
-    monkeypatch.setattr(module, "FIRST_CAPACITY", 8)
+def test_ids_are_those_of_generate(model, how):
     streamer = Streamer(model, eos_id=-1)
     for prompt in PROMPTS:
         expected = generate(model, [prompt], max_new_tokens=30, eos_id=-1, **how).tokens[0]
@@ -33,13 +32,13 @@ def test_ids_are_those_of_generate(model, how, monkeypatch):
 
 
 # Catches: keys of a former turn that are taken for the new one's; the last token of a prompt not read again.
-def test_the_next_turn_is_read_from_where_it_differs(model):
-    streamer = Streamer(model, eos_id=-1)
-    first = list(streamer.stream(PROMPTS[0], max_new_tokens=6))
-    assert streamer.reused == 0 and streamer.cached == PROMPTS[0] + first[:-1]
+def test_the_next_turn_is_read_from_the_page_where_it_differs(model):
+    streamer, long = Streamer(model, eos_id=-1), [i % 250 for i in range(3, 60)]
+    first = list(streamer.stream(long, max_new_tokens=6))
+    assert streamer.reused == 0
     for turn, reused in (
-        (PROMPTS[0] + first + [11, 12], 4 + 5), (PROMPTS[0] + first + [11, 13, 14], 4 + 6 + 1), ([5, 9, 8], 2),
-        ([5, 9, 8], 2), ([6, 9, 8], 0),
+        (long + first + [11, 12], 48), (long + first + [11, 13, 14], 64), (long[:40] + [1, 2], 32), (long[:33], 32),
+        (long[:32], 16), ([9, *long], 0),
     ):  # fmt: skip
         expected = generate(model, [turn], max_new_tokens=6, eos_id=-1).tokens[0]
         assert list(streamer.stream(turn, max_new_tokens=6)) == expected
@@ -60,7 +59,7 @@ def test_eos_ends_the_answer_and_so_does_leaving(model):
 @pytest.mark.parametrize(("prompt", "new"), [([], 3), ([1] * 510, 3), ([1], 0), ([1], 512)])
 def test_a_prompt_without_room_is_refused(prompt, new):
     streamer = Streamer(Transformer(PRESETS["tiny"], seed=0), eos_id=-1)
-    with pytest.raises(ValueError, match="prompt: expected 1 to"):
+    with pytest.raises(ValueError, match="prompt: expected 1 to|max_new_tokens: expected >= 1"):
         next(streamer.stream(prompt, max_new_tokens=new))
 
 
@@ -85,3 +84,38 @@ def test_a_piece_comes_as_soon_as_it_is_sure():
     ids = tokenizer.encode("é\n\nx")
     assert len(ids) == 5
     assert [list(stream_text(tokenizer, iter(ids[:n]))) for n in range(2, 6)] == [["é"], ["é"], ["é"], ["é", "\n\nx"]]
+
+
+# Catches: a stop string cut across ids and shown in part; text behind it; one that begins inside another.
+@pytest.mark.parametrize("strip", [True, False])
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("one two. three. four", ["three"], "one two. "), ("one two. three. four", ["four", " two"], "one"),
+        ("aaab", ["aab"], "a"), ("no such", ["nope", ""], "no such"), ("x é\u20acé y", ["\u20acé"], "x é"),
+        ("stop at once", ["stop"], ""), ("ends with sto", ["stop"], "ends with sto"), ("  a b  c", ["  c"], "  a b"),
+    ],
+)  # fmt: skip
+def test_text_ends_before_the_first_stop_string(text, stop, shown, strip):
+    tokenizer = train_tokenizer(["two words plain"], vocab_size=300)
+    stream = TextStream(tokenizer, stop, strip=strip)
+    ids, pieces = tokenizer.encode(text), []
+    for token in ids:
+        pieces.append(stream.push(token))
+        assert shown.startswith("".join(pieces)) or strip
+        if stream.stopped:
+            break
+    pieces.append(stream.end())
+    assert "".join(pieces) == stream.text == (shown.strip() if strip else shown)
+    assert stream.stopped == any(s and s in text for s in stop)
+    assert not stream.stopped or stream.push(ids[0]) == ""
+
+
+# Catches: a window that moves in the middle of a character, or decodes its first id as the beginning of a text.
+@pytest.mark.parametrize("seed", range(4))
+def test_long_texts_are_decoded_window_by_window(seed):
+    tokenizer = train_tokenizer(["two words plain é 😀"], vocab_size=300)
+    draw = random.Random(seed)
+    text = "".join(draw.choice(["two", " ", "é", "😀", "\n", "words ", "\ufffd", "中"]) for _ in range(300))
+    stream, ids = TextStream(tokenizer, strip=False), tokenizer.encode(text)
+    assert "".join([*map(stream.push, ids), stream.end()]) == tokenizer.decode(ids) == text

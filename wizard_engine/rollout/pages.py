@@ -88,6 +88,17 @@ class PagePool:
         held.pages += [self._fresh() for _ in range(missing)]
         return True
 
+    def fork(self, held: Held, tokens: int) -> Held | None:
+        """Pages for a further sequence with the same first `tokens` tokens, all computed: full ones are shared, and a
+        last one that is not full is its own, into which the caller copies; None, and nothing taken, without a page."""
+        full, rest = divmod(tokens, self.size)
+        if rest and not self._free:
+            return None
+        for page in held.pages[:full]:
+            self._use(page)
+        pages = held.pages[:full] + ([self._fresh()] if rest else [])
+        return Held(pages, full * self.size, held.known, held.last, held.weights)
+
     def computed(self, held: Held, ids: Sequence[int]) -> None:
         """The keys of these ids, the sequence's first ones, are there: others may find its full pages, unless they are
         of weights that are no more."""

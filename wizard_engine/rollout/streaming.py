@@ -1,38 +1,34 @@
-"""One conversation at a time, token by token: a cache that is kept between turns, and text that is never taken back."""
+"""Answers as they come: one conversation at a time, and text that is never taken back."""
 
 from collections.abc import Iterator, Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from kernels.rope import rope_tables
-from kernels.sample import row_seeds, sample, uniforms
-
 from ..data.tokenizer import Tokenizer
 from ..model import Transformer
+from .engine import Engine
+from .scheduler import Sampling
 
-FIRST_CAPACITY = 256
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+# Ids that are decoded again with each new one: at most WINDOW, of which CONTEXT stay when the window moves.
+WINDOW, CONTEXT = 64, 16
 
 
 class Streamer:
     """Continues prompts one token at a time, keeping keys and values of what it has read.
 
-    A prompt that begins like what is in the cache, as the next turn of a conversation does, is read from where it
-    differs. The ids are those of `rollout.generate` for the same prompt as its only row.
+    A prompt that begins like what is in the cache, as the next turn of a conversation does, is read from the page where
+    it differs. The ids are those of `rollout.generate` for the same prompt as its only row.
 
+    Args:
+        cache_tokens: that are kept; default: the model's context.
     Attributes:
-        cached: ids whose keys and values are kept.   reused: how many of the last prompt's were there already.
+        reused: tokens of the last prompt that were there already.
     """
 
-    def __init__(self, model: Transformer, eos_id: int) -> None:
-        self.model, self.config, self.eos_id = model, model.config, eos_id
-        self.device = model.embedding.weight.device
-        self.cached: list[int] = []
-        self.reused = 0
-        self._grow(FIRST_CAPACITY)
+    def __init__(self, model: Transformer, eos_id: int, *, cache_tokens: int | None = None) -> None:
+        self.config, self.eos_id, self.reused = model.config, eos_id, 0
+        tokens = cache_tokens or model.config.max_positions + 16
+        self.engine = Engine(model, cache_tokens=tokens, page_size=16, max_sequences=1)
 
-    @torch.no_grad()
     def stream(
         self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
         top_p: float | None = None, seed: int = 0,
@@ -44,90 +40,88 @@ class Streamer:
         Raises:
             ValueError: an empty prompt, or no room for it and the new tokens in the context.
         """
-        room = self.config.max_positions - max_new_tokens
-        if max_new_tokens < 1 or not 1 <= len(prompt) <= room:
-            raise ValueError(f"prompt: expected 1 to {room} tokens beside {max_new_tokens} new ones, got {len(prompt)}")
-        uniform = uniforms(row_seeds(seed, torch.tensor([0]), max_new_tokens if temperature > 0 else 1)).to(self.device)
-        hidden = self._read(prompt)
-        for step in range(max_new_tokens):
-            tokens, _ = sample(
-                self.model.logits(hidden), uniform=uniform[:, min(step, uniform.shape[1] - 1)],
-                temperature=float(temperature), top_k=top_k, top_p=top_p,
-            )  # fmt: skip
-            token = int(tokens)
-            yield token
-            if token == self.eos_id or step + 1 == max_new_tokens:
-                return
-            hidden = self._feed([token])
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, eos_id=self.eos_id)
+        (sequence,) = self.engine.add(prompt, sampling)
+        try:
+            while sequence.reason is None:
+                if self.engine.step():
+                    self.reused = sequence.cached
+                    yield sequence.ids[-1]
+        finally:
+            self.engine.cancel(sequence)
 
-    def _read(self, prompt: Sequence[int]) -> Tensor:
-        """(1, D) hidden state after the prompt; what the cache has of its beginning is not computed again."""
-        common = 0
-        while common < min(len(prompt) - 1, len(self.cached)) and prompt[common] == self.cached[common]:
-            common += 1
-        self.cached, self.reused = self.cached[:common], common
-        return self._feed(list(prompt[common:]))
 
-    def _feed(self, tokens: list[int]) -> Tensor:
-        """(1, D) hidden state after the last of further tokens."""
-        first, last = len(self.cached), len(self.cached) + len(tokens)
-        while last > self.keys.shape[2]:
-            self._grow(2 * self.keys.shape[2])
-        positions = torch.arange(first, last, device=self.device)
-        cos_sin = rope_tables(positions, self.config.head_width, self.config.rope_base)
-        x_TD = self.model.embedding(torch.tensor(tokens, device=self.device))
-        for layer, block in enumerate(self.model.blocks):
-            x_TD = x_TD + self._attend(layer, block, x_TD, positions, cos_sin)
-            x_TD = x_TD + block.feed_forward(block.feed_forward_norm(x_TD))
-        self.cached += tokens
-        return self.model.norm(x_TD[-1:])
+class TextStream:
+    """The text of an answer as its ids come, up to the first of some stop strings.
 
-    def _attend(self, layer: int, block, x_TD: Tensor, positions: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        """What a block's attention adds to the new tokens; their keys and values go into the cache."""
-        config, attention = self.config, block.attention
-        q_THC, k_TKC, v_TKC = attention.project(block.attention_norm(x_TD), *cos_sin)
-        first, last = len(self.cached), len(self.cached) + len(positions)
-        self.keys[layer][:, first:last] = k_TKC.transpose(0, 1)
-        self.values[layer][:, first:last] = v_TKC.transpose(0, 1)
-        # Queries see at most a window's keys: older ones are not read.
-        start = 0 if config.window is None else max(0, first - config.window + 1)
-        key_positions = torch.arange(start, last, device=self.device)
-        seen = key_positions[None, :] <= positions[:, None]
-        if config.window is not None:
-            seen &= key_positions[None, :] > positions[:, None] - config.window
-        grouped = q_THC.view(len(positions), config.kv_heads, -1, config.head_width).permute(1, 2, 0, 3)
-        keys, values = (cache[layer][:, None, start:last] for cache in (self.keys, self.values))
-        group = grouped.shape[1]
-        out = F.scaled_dot_product_attention(
-            grouped, keys.expand(-1, group, -1, -1), values.expand(-1, group, -1, -1), attn_mask=seen
-        )
-        return attention.out(out.permute(2, 0, 1, 3).reshape(len(positions), -1))
+    A piece is held back while a later id could change it: half a character, white space that may be the last, the
+    beginning of a stop string. All pieces together are `tokenizer.decode(ids)`, cut before the stop string, and without
+    white space around it where it is stripped.
 
-    def _grow(self, capacity: int) -> None:
-        """Caches (L, K, capacity, C) with what was in the former ones."""
-        config = self.config
-        shape = (config.layers, config.kv_heads, capacity, config.head_width)
-        grown = [torch.zeros(shape, dtype=self.model.embedding.weight.dtype, device=self.device) for _ in range(2)]
-        if self.cached:
-            for new, old in zip(grown, (self.keys, self.values)):
-                new[:, :, : old.shape[2]] = old
-        self.keys, self.values = grown
+    Args:
+        stop: strings that end the text.   strip: leave white space at its beginning and end out.
+    Attributes:
+        stopped: whether a stop string came.   text: what has been given out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, strip: bool = True) -> None:
+        self.tokenizer, self.stop, self.strip = tokenizer, [s for s in stop if s], strip
+        self.stopped, self.text = False, ""
+        self._ids: list[int] = []
+        self._whole, self._start, self._skip, self._base, self._searched = "", 0, 0, "", 0
+
+    def push(self, token: int) -> str:
+        """The piece that is sure with one more id; "" while nothing is."""
+        if self.stopped:
+            return ""
+        self._decode(token)
+        found = [self._whole.find(s, max(0, self._searched - len(s) + 1)) for s in self.stop]
+        found = [place for place in found if place >= 0]
+        if found:
+            self.stopped = True
+            return self._give(self._whole[: min(found)].rstrip() if self.strip else self._whole[: min(found)])
+        ready = self._whole.rstrip(UNKNOWN)
+        self._searched = len(ready)
+        held = max((_overlap(ready, s) for s in self.stop), default=0)
+        ready = ready[: len(ready) - held]
+        return self._give(ready.rstrip() if self.strip else ready)
+
+    def end(self) -> str:
+        """The last piece, when no more ids come."""
+        if self.stopped:
+            return ""
+        return self._give(self._whole.rstrip() if self.strip else self._whole)
+
+    def _give(self, whole: str) -> str:
+        ready = whole.lstrip() if self.strip else whole
+        piece = ready[len(self.text) :]
+        self.text += piece
+        return piece
+
+    def _decode(self, token: int) -> None:
+        """Text of all ids, of which only the last ones are decoded again."""
+        self._ids.append(token)
+        self._whole = self._base + self.tokenizer.decode(self._ids[self._start :])[self._skip :]
+        if len(self._ids) - self._start >= WINDOW and not self._whole.endswith(UNKNOWN):
+            self._base, self._start = self._whole, len(self._ids) - CONTEXT
+            self._skip = len(self.tokenizer.decode(self._ids[self._start :]))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text that a stop string begins with."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Pieces of the answer as its ids come; together they are `tokenizer.decode(ids).strip()`.
-
-    A piece is held back while a later id could change it: half a character, or white space that may be the last.
-    """
-    ids: list[int] = []
-    shown = ""
+    """Pieces of the answer as its ids come; together they are `tokenizer.decode(ids).strip()`."""
+    stream = TextStream(tokenizer)
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids).lstrip()
-        ready = text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
-        if len(ready) > len(shown):
-            yield ready[len(shown) :]
-            shown = ready
-    rest = tokenizer.decode(ids).strip()[len(shown) :]
+        piece = stream.push(token)
+        if piece:
+            yield piece
+    rest = stream.end()
     if rest:
         yield rest

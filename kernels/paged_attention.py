@@ -1,0 +1,196 @@
+"""Attention of generation: new tokens of many sequences, one each or a piece of a prompt, over keys in pages."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import attention
+from .backend import runs_csrc, same_device, same_dtype, values_are_checked
+from .decode_attention import decode_attention
+from .paged_rows import attend_rows, write_rows
+from .rope import rope
+
+
+@dataclass
+class PagedBatch:
+    """Where the new tokens of a batch stand, packed end to end, and the keys that they see.
+
+    Sequence s has `counts[s]` new tokens, the last of its `lengths[s]`; the first `decodes` sequences have one each.
+    Rows of q behind the last sequence's are padding, and give zeros.
+
+    Attributes:
+        page_table: (S, N) int32, the pages of each sequence.   lengths: (S,) int32.   counts: tokens, on the host.
+        max_length: longest, the host's.   decodes: see above.   page: tokens of a page.
+        checked: the values have been looked at.
+    """
+
+    page_table: Tensor
+    lengths: Tensor
+    counts: list[int]
+    max_length: int
+    decodes: int
+    page: int
+    checked: bool = False
+    _rows: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _pieces: tuple | None = field(default=None, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens in all."""
+        return sum(self.counts)
+
+    def rows(self, padded: int) -> tuple[Tensor, Tensor]:
+        """(T,) int32 each: the sequence of every token, and the keys that it sees; none of padding."""
+        if self._rows is None or self._rows[0].shape[0] != padded:
+            counts = torch.tensor(self.counts)
+            owners = torch.repeat_interleave(torch.arange(len(self.counts)), counts)
+            last = counts.cumsum(0)[owners]
+            seen = self.lengths.cpu()[owners] - last + torch.arange(1, len(owners) + 1)
+            room = (0, padded - len(owners))
+            self._rows = F.pad(owners.int(), room), F.pad(seen.int(), room)
+        return self._rows
+
+    def pieces(self) -> tuple[Tensor, int, Tensor, int, Tensor]:
+        """Of the sequences behind the first `decodes`: boundaries of their tokens, the most of them; boundaries of
+        their keys, the most of them, and (Tk,) int64 where these stand in keys.view(-1, K, C)."""
+        if self._pieces is None:
+            device, counts = self.page_table.device, self.counts[self.decodes :]
+            lengths = self.lengths[self.decodes :].long()
+            cu_q = F.pad(torch.tensor(counts).cumsum(0), (1, 0)).int().to(device)
+            cu_k = F.pad(lengths.cumsum(0), (1, 0))
+            owner = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths)
+            position = torch.arange(owner.shape[0], device=device) - cu_k[owner]
+            pages = self.page_table[self.decodes :][owner, position // self.page].long()
+            slots = pages * self.page + position % self.page
+            self._pieces = cu_q, max(counts), cu_k.int(), self.max_length, slots
+        return self._pieces
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, *, window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention of new tokens over the keys of their sequences, which stand in pages; no gradient.
+
+    out_th = sum_j softmax_j(scale q_th . k_j) v_j over the keys j of t's sequence up to its own, at most `window`
+
+    On a CPU every token is computed alone, in the order of its keys: bit-equal whatever else is in the batch and
+    however a prompt was cut. On a GPU single tokens go through `decode_attention`, and pieces of prompts through
+    `attention` over keys that are copied together.
+
+    Args:
+        q: (T, H, C) contiguous, rows of `batch`, then padding; T at least its tokens.
+        keys, values: (P, page, K, C) of q's dtype, contiguous; the tokens' own are in them.
+        window: keys that are seen, the own included; None: all.   scale: of the scores; None: 1 / sqrt(C).
+    Returns:
+        (T, H, C), dtype of q.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a length or page is out of range.
+    """
+    _check(q, keys, values, batch, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if runs_csrc(q):
+        owners, seen = batch.rows(q.shape[0])
+        return attend_rows(q, keys, values, batch.page_table, owners, seen, window, scale)
+    n, tokens = batch.decodes, batch.tokens
+    options = {"window": window, "scale": scale}
+    out = torch.zeros_like(q) if tokens < q.shape[0] else torch.empty_like(q)
+    if n:
+        out[:n] = decode_attention(
+            q[:n], keys, values, batch.page_table[:n], batch.lengths[:n], batch.max_length, **options
+        )
+    if n < len(batch.counts):
+        cu_q, max_q, cu_k, max_k, slots = batch.pieces()
+        k, v = (x.view(-1, *x.shape[2:]).index_select(0, slots) for x in (keys, values))
+        out[n:tokens] = attention(
+            q[n:tokens], k, v, cu_q, max_q, cu_seqlens_k=cu_k, max_seqlen_k=max_k, **options
+        )  # fmt: skip
+    return out
+
+
+def _check(q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, window: int | None) -> None:
+    if q.dim() != 3 or keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] != q.shape[2]:
+        raise ValueError(
+            f"q, keys, values: expected (T, H, C), (P, page, K, C) twice, got {tuple(q.shape)}, {tuple(keys.shape)}, "
+            f"{tuple(values.shape)}"
+        )
+    if keys.shape[1] != batch.page or keys.shape[1] % 16:
+        raise ValueError(f"keys: expected pages of {batch.page} tokens, a multiple of 16, got {keys.shape[1]}")
+    if not keys.shape[2] or q.shape[1] % keys.shape[2]:
+        raise ValueError(f"keys: expected key/value heads that divide {q.shape[1]} heads, got {keys.shape[2]}")
+    if q.shape[0] < batch.tokens:
+        raise ValueError(f"q: expected at least {batch.tokens} rows, got {q.shape[0]}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 or None, got {window}")
+    same_dtype(q=q, keys=keys, values=values)
+    same_device(q=q, keys=keys, values=values, page_table=batch.page_table, lengths=batch.lengths)
+    for name, tensor in (("q", q), ("keys", keys), ("values", values), ("page_table", batch.page_table)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
+    if values_are_checked(q) and batch.counts and not batch.checked:
+        _check_batch(batch, keys.shape[0])
+        batch.checked = True
+
+
+def _check_batch(batch: PagedBatch, pages: int) -> None:
+    """The values of a batch, looked at once."""
+    lengths = batch.lengths.tolist()
+    for number, (length, count) in enumerate(zip(lengths, batch.counts, strict=True)):
+        if not 1 <= count <= length <= batch.max_length:
+            raise ValueError(
+                f"batch: expected 1 to {min(length, batch.max_length)} new tokens of {length} in sequence {number}, "
+                f"got {count}"
+            )
+    used = torch.arange(batch.page_table.shape[1]) * batch.page < batch.lengths.cpu()[:, None]
+    table = batch.page_table.cpu()
+    wrong = (used & ((table < 0) | (table >= pages))).nonzero()
+    if wrong.numel() or batch.max_length > table.shape[1] * batch.page:
+        raise ValueError(f"batch: expected pages of 0 to {pages - 1} for every key, got {table.tolist()}")
+
+
+def write_pages_reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> Tensor:  # fmt: skip
+    """The same by rotating q and k, and two copies."""
+    kv_heads = keys.shape[2]
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    q, k = rope(q, k, cos, sin)
+    for cache, new in ((keys, k), (values, v)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
+    return q.contiguous()
+
+
+def write_pages(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """Queries turned by their positions' angles; turned keys, and values, go to their places in the pages.
+
+    Args:
+        qkv: (T, H + 2 K, C): heads of q, then of k, then of v.   cos, sin: (T, C/2) fp32, see `rope_tables`.
+        keys, values: (P, page, K, C) of the same dtype, contiguous, written in place.
+        slots: (T,) int64, page * size + place of each token; padding may share one.
+    Returns:
+        (T, H, C) contiguous.
+    Raises:
+        ValueError: shapes or dtypes do not fit, or (where values are looked at) a slot is out of range.
+    """
+    tokens, heads, width = qkv.shape
+    kv_heads = keys.shape[2]
+    if heads <= 2 * kv_heads or width != keys.shape[3] or keys.shape != values.shape or qkv.stride(2) != 1:
+        raise ValueError(
+            f"qkv: expected (T, H + 2 K, C) with K, C = {kv_heads}, {keys.shape[3]}, got {tuple(qkv.shape)}"
+        )
+    if slots.shape != (tokens,) or slots.dtype != torch.int64 or cos.shape != (tokens, width // 2):
+        raise ValueError(
+            f"slots, cos: expected ({tokens},) int64 and ({tokens}, {width // 2}), got {tuple(slots.shape)} "
+            f"{slots.dtype} and {tuple(cos.shape)}"
+        )
+    same_dtype(qkv=qkv, keys=keys, values=values)
+    is_native = runs_csrc(qkv) and qkv.stride(1) == width
+    if values_are_checked(slots) and tokens and not is_native:
+        low, high = (int(x) for x in slots.aminmax())
+        if low < 0 or high >= keys.shape[0] * keys.shape[1]:
+            raise ValueError(f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}, got {low} to {high}")
+    if is_native:
+        return write_rows(qkv, cos, sin, keys, values, slots)
+    return write_pages_reference(qkv, cos, sin, keys, values, slots)
