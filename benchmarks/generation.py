@@ -1,4 +1,9 @@
-"""Greedy generation of prompts of mixed lengths: rollout.generate and transformers' generate, same weights, fp32."""
+"""Greedy generation of requests of mixed lengths: the engine and transformers' generate, same weights, fp32.
+
+Every request has a prompt and a limit of new tokens of its own, spread evenly over the logarithms of 8 to 256, as answers
+differ in use. The engine ends each at its limit; transformers' generate has one limit for a batch, and its answers are
+cut. Tokens/s count what was asked for.
+"""
 
 from typing import Any
 
@@ -9,10 +14,10 @@ from benchmarks.peers import SEED, SHAPES, build, describe, examples, transforme
 from benchmarks.timing import interleave
 from wizard_engine.data.chat import Sample
 from wizard_engine.model import Transformer
-from wizard_engine.rollout import generate
+from wizard_engine.rollout.engine import Engine, Sampling
 
 PEER = "transformers"
-PROMPTS, NEW_TOKENS = 64, 64
+PROMPTS, NEW_TOKENS = 64, (8, 256)
 
 
 def prompt_ids(samples: list[Sample]) -> list[list[int]]:
@@ -20,22 +25,32 @@ def prompt_ids(samples: list[Sample]) -> list[list[int]]:
     return [sample.tokens[: int(np.argmax(sample.weights > 0))].tolist() for sample in samples]
 
 
+def limits(count: int) -> list[int]:
+    """New tokens of each request."""
+    return np.random.default_rng(SEED).permutation(np.geomspace(*NEW_TOKENS, count).round().astype(int)).tolist()
+
+
 def ours(model: Transformer, prompts: list[list[int]], eos_id: int) -> list[list[int]]:
-    """New tokens of each prompt, up to and with EOS."""
-    return generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_id=eos_id, temperature=0.0).tokens
+    """New tokens of each request, up to and with EOS."""
+    counts = limits(len(prompts))
+    pages = sum(-(-(len(prompt) + count) // 16) + 1 for prompt, count in zip(prompts, counts))
+    engine = Engine(model, cache_tokens=16 * pages, max_sequences=len(prompts))
+    rows = [engine.add(prompt, Sampling(count, eos_id=eos_id))[0] for prompt, count in zip(prompts, counts)]
+    engine.run()
+    return [row.tokens for row in rows]
 
 
 def theirs(model: Any, prompts: list[list[int]], eos_id: int) -> list[list[int]]:
     """The same by transformers, padded on the left as its generation asks for."""
-    longest = max(map(len, prompts))
+    longest, counts = max(map(len, prompts)), limits(len(prompts))
     tokens = torch.tensor([[eos_id] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
         out = model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+            input_ids=tokens, attention_mask=mask, max_new_tokens=max(counts), do_sample=False, use_cache=True,
             eos_token_id=eos_id, pad_token_id=eos_id,
         )  # fmt: skip
-    new = [row[longest:].tolist() for row in out]
+    new = [row[longest : longest + count].tolist() for row, count in zip(out, counts)]
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new]
 
 
@@ -61,7 +76,7 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
             twin = transformers_twin(model, tokenizer).eval()
             check_same(answers, theirs(twin, prompts, eos_id))
             variants[PEER] = lambda twin=twin: theirs(twin, prompts, eos_id)
-        shape = f"{describe(preset, model)}  {PROMPTS} prompts of {min(lengths)}..{max(lengths)}, {NEW_TOKENS} new"
+        shape = f"{describe(preset, model)}  {PROMPTS} prompts of {min(lengths)}..{max(lengths)}, {NEW_TOKENS[0]}..{NEW_TOKENS[1]} new"
         rows += interleave(
             "generation", variants, items=sum(map(len, answers)), unit="tokens/s", shape=shape,
             repeats=2 if quick else 5, peer=PEER,

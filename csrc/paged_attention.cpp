@@ -208,66 +208,86 @@ INLINE void add_values(const Real* weights, const Cell* values, int64_t count, i
         std::memcpy(sums + i * kLanes<Real>, &own[i], (i + 1 < kVectors ? kLanes<Real> : std::min(last, kLanes<Real>)) * sizeof(Real));
 }
 
-// One token's heads of one key/value head. `room`: the scores of each head, then queries and sums.
+// Asks for memory that comes next, as the order in which heads read it hides it from the processor.
+INLINE void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+// All heads of one token, page by page as they stand in memory. `room`: scores of each head, then queries and sums.
 template <bool kShuffle, typename Cell, typename Real>
-INLINE void attend(const Attention& a, int64_t token, int64_t kv_head, Real* room) {
+INLINE void attend(const Attention& a, int64_t token, Real* room) {
     const int64_t group = a.heads / a.kv_heads, width = a.width;
     const int64_t last = a.lengths[token], first = a.window && last > a.window ? last - a.window : 0;
-    const int64_t at = (token * a.heads + kv_head * group) * width;
+    const int64_t at = token * a.heads * width;
     Cell* out = static_cast<Cell*>(a.out) + at;
     if (last <= first) {
-        for (int64_t i = 0; i < group * width; ++i) narrow(Real(0), out[i]);
+        for (int64_t i = 0; i < a.heads * width; ++i) narrow(Real(0), out[i]);
         return;
     }
     // Scores begin with the block of the first key that is seen, and end with a whole block.
-    const int64_t start = first / kLanes<Real> * kLanes<Real>, apart = (last - start + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
-    Real *scores = room, *query = room + group * apart, *sums = query + group * width;
+    constexpr int64_t lanes = kLanes<Real>;
+    const int64_t start = first / lanes * lanes, apart = (last - start + lanes - 1) / lanes * lanes;
+    Real *scores = room, *query = room + a.heads * apart, *sums = query + a.heads * width;
     const Cell* q = static_cast<const Cell*>(a.q) + at;
-    for (int64_t i = 0; i < group * width; ++i) {
+    for (int64_t i = 0; i < a.heads * width; ++i) {
         query[i] = widened(q[i]) * static_cast<Real>(a.scale);
         sums[i] = 0;
     }
     const int32_t* pages = a.table + (a.owners ? a.owners[token] : token) * a.columns;
     const int64_t stride = a.kv_heads * width, page_stride = a.page * stride;
-    for (int64_t key = start; key < last; key += kLanes<Real>) {
-        const Cell* k = static_cast<const Cell*>(a.keys) + pages[key / a.page] * page_stride +
-                        (key % a.page) * stride + kv_head * width;
-        if (width % kLanes<Real> == 0)
-            score<kShuffle, true, Cell, Real>(query, k, stride, width, group, scores + key - start, apart);
+    const auto place = [&](const void* cache, int64_t key) {
+        return static_cast<const Cell*>(cache) + pages[key / a.page] * page_stride + (key % a.page) * stride;
+    };
+    const int64_t bytes = lanes * stride * sizeof(Cell);
+    for (int64_t key = start; key < last; key += lanes) {
+        const Cell* keys = place(a.keys, key);
+        if (key + lanes < last)
+            fetch(place(a.keys, key + lanes), bytes);
         else
-            score<kShuffle, false, Cell, Real>(query, k, stride, width, group, scores + key - start, apart);
-    }
-    Real total = 0;
-    for (int64_t g = 0; g < group; ++g) {
-        total = weigh<Real>(scores + g * apart + first - start, last - first);
-        for (int64_t key = first; key < last;) {
-            const int64_t stop = std::min(last, (key / a.page + 1) * a.page);
-            const Cell* v = static_cast<const Cell*>(a.values) + pages[key / a.page] * page_stride +
-                            (key % a.page) * stride + kv_head * width;
-            const Real* weights = scores + g * apart + key - start;
-            int64_t c = 0;
-            for (int64_t j = key; !kShuffle && j < stop; ++j)
-                for (int64_t i = 0; i < width; ++i)
-                    sums[g * width + i] += weights[j - key] * widened(v[(j - key) * stride + i]);
-            if (!kShuffle) c = width;
-            for (; width - c >= 4 * kLanes<Real>; c += 4 * kLanes<Real>)
-                add_values<4, Cell, Real>(weights, v + c, stop - key, stride, 4 * kLanes<Real>, sums + g * width + c);
-            if (width - c >= 2 * kLanes<Real>) {
-                add_values<2, Cell, Real>(weights, v + c, stop - key, stride, 2 * kLanes<Real>, sums + g * width + c);
-                c += 2 * kLanes<Real>;
-            }
-            for (; c < width; c += kLanes<Real>)
-                add_values<1, Cell, Real>(weights, v + c, stop - key, stride, width - c, sums + g * width + c);
-            key = stop;
+            fetch(place(a.values, start), bytes);
+        for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head) {
+            const Cell* k = keys + kv_head * width;
+            const Real* own = query + kv_head * group * width;
+            Real* found = scores + kv_head * group * apart + key - start;
+            if (width % lanes == 0)
+                score<kShuffle, true, Cell, Real>(own, k, stride, width, group, found, apart);
+            else
+                score<kShuffle, false, Cell, Real>(own, k, stride, width, group, found, apart);
         }
-        for (int64_t c = 0; c < width; ++c) narrow(sums[g * width + c] / total, out[g * width + c]);
     }
+    // The weights' sum takes the place of the first query of its head.
+    for (int64_t h = 0; h < a.heads; ++h)
+        query[h * width] = weigh<Real>(scores + h * apart + first - start, last - first);
+    for (int64_t key = first; key < last;) {
+        const int64_t stop = std::min(last, (key / lanes + 1) * lanes);
+        const Cell* values = place(a.values, key);
+        if (stop < last) fetch(place(a.values, stop), bytes);
+        for (int64_t h = 0; h < a.heads; ++h) {
+            const Cell* v = values + h / group * width;
+            const Real* weights = scores + h * apart + key - start;
+            Real* own = sums + h * width;
+            if (!kShuffle) {
+                for (int64_t j = 0; j < stop - key; ++j)
+                    for (int64_t c = 0; c < width; ++c) own[c] += weights[j] * widened(v[j * stride + c]);
+                continue;
+            }
+            int64_t c = 0;
+            for (; width - c >= 4 * lanes; c += 4 * lanes)
+                add_values<4, Cell, Real>(weights, v + c, stop - key, stride, 4 * lanes, own + c);
+            for (; width - c >= 2 * lanes; c += 2 * lanes)
+                add_values<2, Cell, Real>(weights, v + c, stop - key, stride, 2 * lanes, own + c);
+            for (; c < width; c += lanes)
+                add_values<1, Cell, Real>(weights, v + c, stop - key, stride, width - c, own + c);
+        }
+        key = stop;
+    }
+    for (int64_t h = 0; h < a.heads; ++h)
+        for (int64_t c = 0; c < width; ++c) narrow(sums[h * width + c] / query[h * width], out[h * width + c]);
 }
 
 template <bool kShuffle, typename Cell, typename Real>
 INLINE void attend_all(const Attention& a, std::atomic<int64_t>& next, Real* room) {
-    for (int64_t token; (token = next.fetch_add(1)) < a.tokens;)
-        for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head) attend<kShuffle, Cell, Real>(a, token, kv_head, room);
+    for (int64_t token; (token = next.fetch_add(1)) < a.tokens;) attend<kShuffle, Cell, Real>(a, token, room);
 }
 
 // Rows of q, k and v: q and k are turned by the angles of their token, q goes out, k and v go to their place.
@@ -378,7 +398,7 @@ Writes write_of(int32_t level) {
 }
 
 // Products of queries and keys that are worth a thread of its own.
-constexpr double kLeast = 4e6;
+constexpr double kLeast = 5e5;
 
 }  // namespace
 
@@ -415,7 +435,7 @@ EXPORT int64_t wizard_paged_attention(int32_t type, const void* q, const void* k
         products += static_cast<double>(seen) * heads * width;
     }
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>({threads, tokens, int64_t(products / kLeast)}));
-    const int64_t size = heads / kv_heads * (longest + 32 + 2 * width) * (type == kDouble ? 8 : 4);
+    const int64_t size = heads * (longest + 32 + 2 * width) * (type == kDouble ? 8 : 4);
     std::atomic<int64_t> next{0};
     const Attend run = attend_of(level);
     try {

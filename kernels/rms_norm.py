@@ -19,14 +19,19 @@ def rms_norm_reference(
     return y if residual is None else (y, stream)
 
 
+def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + epsilon), and what x was multiplied with."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return wide * rstd, rstd
+
+
 class _RmsNorm(torch.autograd.Function):
     """The same in three passes over x, saving x and rstd instead of every intermediate."""
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        wide = x if x.dtype == torch.float64 else x.float()
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        normed = wide * rstd
+        normed, rstd = _normed(x, epsilon)
         ctx.save_for_backward(normed, weight, rstd)
         return normed.to(x.dtype) * weight
 
@@ -112,6 +117,8 @@ def rms_norm(
         rows, added = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, residual))
         y, stream, _ = _forward(rows, weight, epsilon, added)
         return y.view(x.shape) if residual is None else (y.view(x.shape), stream.view(x.shape))
+    if residual is None and not torch.is_grad_enabled():
+        return _normed(x, epsilon)[0].to(x.dtype) * weight
     if residual is None:
         return _RmsNorm.apply(x, weight, epsilon)
     stream = x + residual

@@ -86,6 +86,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up: expected a float dtype, got {str(gate_up.dtype).removeprefix('torch.')}")
     contiguous_rows(gate_up=gate_up)
     if not runs_triton(gate_up, "gate_up"):
-        return _SwiGlu.apply(gate_up)
+        return _SwiGlu.apply(gate_up) if torch.is_grad_enabled() else swiglu_reference(gate_up)
     width = gate_up.shape[-1]
     return _forward(gate_up.reshape(-1, width)).view(*gate_up.shape[:-1], width // 2)

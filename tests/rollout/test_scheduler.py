@@ -44,7 +44,7 @@ class Memory:
         counts = [chunk.count for chunk in chunks]
         assert counts == sorted(counts, key=lambda n: n > 1) and len({c.sequence.row for c in chunks}) == len(chunks)
         for sequence, start, count in chunks:
-            assert 0 < count and start == sequence.computed and start + count <= len(sequence.ids)
+            assert count > 0 and start == sequence.computed and start + count <= len(sequence.ids)
             for at in range(start, start + count):
                 self.cells[sequence.held.pages[at // self.size], at % self.size] = sequence.ids[at]
         for sequence, start, count in chunks:
@@ -97,7 +97,7 @@ def run(seed):
         served = memory.step()
         if oldest is not None:
             assert oldest in {s.number for s in served}, "the oldest that runs did not go on"
-        # Whoever is oldest of all is let in as soon as nothing older runs: never more than one step passes without work.
+        # Whoever is oldest is let in as soon as nothing older runs: at most one step passes without work.
         waited = 0 if served or not scheduler.has_work else waited + 1
         assert waited < 2
         alive = [s for s in alive if s.reason is None]

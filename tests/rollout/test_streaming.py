@@ -59,7 +59,7 @@ def test_eos_ends_the_answer_and_so_does_leaving(model):
 @pytest.mark.parametrize(("prompt", "new"), [([], 3), ([1] * 510, 3), ([1], 0), ([1], 512)])
 def test_a_prompt_without_room_is_refused(prompt, new):
     streamer = Streamer(Transformer(PRESETS["tiny"], seed=0), eos_id=-1)
-    with pytest.raises(ValueError, match="prompt: expected 1 to|max_new_tokens: expected >= 1"):
+    with pytest.raises(ValueError, match=r"prompt: expected 1 to|max_new_tokens: expected >= 1"):
         next(streamer.stream(prompt, max_new_tokens=new))
 
 

@@ -142,7 +142,7 @@ class Engine:
 
     def add_all(self, prompt: Several[int], samplings: Several[Sampling]) -> list[Sequence]:
         """A sequence of one prompt for each sampling."""
-        if prompt and not (0 <= min(prompt) and max(prompt) < self.config.vocab_size):
+        if prompt and not (min(prompt) >= 0 and max(prompt) < self.config.vocab_size):
             raise ValueError(
                 f"prompt: expected ids of 0 to {self.config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
             )
