@@ -1,8 +1,8 @@
 """Greedy generation of requests of mixed lengths: the engine and transformers' generate, same weights, fp32.
 
-Every request has a prompt and a limit of new tokens of its own, spread evenly over the logarithms of 8 to 256, as answers
-differ in use. The engine ends each at its limit; transformers' generate has one limit for a batch, and its answers are
-cut. Tokens/s count what was asked for.
+Every request has a prompt and a limit of new tokens of its own, spread evenly over the logarithms of 8 to 256, as
+answers differ in use. The engine ends each at its limit; transformers' generate has one limit for a batch, and its
+answers are cut. Tokens/s count what was asked for.
 """
 
 from typing import Any
@@ -76,7 +76,8 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
             twin = transformers_twin(model, tokenizer).eval()
             check_same(answers, theirs(twin, prompts, eos_id))
             variants[PEER] = lambda twin=twin: theirs(twin, prompts, eos_id)
-        shape = f"{describe(preset, model)}  {PROMPTS} prompts of {min(lengths)}..{max(lengths)}, {NEW_TOKENS[0]}..{NEW_TOKENS[1]} new"
+        span = f"{min(lengths)}..{max(lengths)}, {NEW_TOKENS[0]}..{NEW_TOKENS[1]} new"
+        shape = f"{describe(preset, model)}  {PROMPTS} prompts of {span}"
         rows += interleave(
             "generation", variants, items=sum(map(len, answers)), unit="tokens/s", shape=shape,
             repeats=2 if quick else 5, peer=PEER,

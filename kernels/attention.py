@@ -93,26 +93,28 @@ class _ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, slots, bias, rows, scale):
-        q_NMC, k_NMC, v_NMC = (_heads_first(x, slots, rows) for x in (q, k, v))
+    def forward(ctx, q, k, v, slots, bias, rows, scale, slots_k, rows_k):
+        q_NMC = _heads_first(q, slots, rows)
+        k_NMC, v_NMC = (_heads_first(x, slots_k, rows_k) for x in (k, v))
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k_NMC, v_NMC = k_NMC.repeat_interleave(groups, dim=0), v_NMC.repeat_interleave(groups, dim=0)
         probability = torch.baddbmm(bias, q_NMC, k_NMC.transpose(1, 2), alpha=scale).softmax(-1)
-        ctx.save_for_backward(q_NMC, k_NMC, v_NMC, probability, slots)
-        ctx.scale, ctx.rows, ctx.groups = scale, rows, groups
+        ctx.save_for_backward(q_NMC, k_NMC, v_NMC, probability, slots, slots_k)
+        ctx.scale, ctx.rows, ctx.rows_k, ctx.groups = scale, rows, rows_k, groups
         return _packed(probability @ v_NMC, slots, rows)
 
     @staticmethod
     def backward(ctx, dout):
-        q_NMC, k_NMC, v_NMC, probability, slots = ctx.saved_tensors
+        q_NMC, k_NMC, v_NMC, probability, slots, slots_k = ctx.saved_tensors
         dout_NMC = _heads_first(dout, slots, ctx.rows)
         dprobability = dout_NMC @ v_NMC.transpose(1, 2)
         dlogits = torch._softmax_backward_data(dprobability, probability, -1, probability.dtype).mul_(ctx.scale)
         dk_NMC, dv_NMC = dlogits.transpose(1, 2) @ q_NMC, probability.transpose(1, 2) @ dout_NMC
         if ctx.groups > 1:
             dk_NMC, dv_NMC = (x.unflatten(0, (x.shape[0] // ctx.groups, ctx.groups)).sum(1) for x in (dk_NMC, dv_NMC))
-        return *(_packed(x, slots, ctx.rows) for x in (dlogits @ k_NMC, dk_NMC, dv_NMC)), None, None, None, None
+        dq = _packed(dlogits @ k_NMC, slots, ctx.rows)
+        return dq, *(_packed(x, slots_k, ctx.rows_k) for x in (dk_NMC, dv_NMC)), *(None,) * 6
 
 
 def _heads_first(x_TNC: Tensor, slots_T: Tensor, rows: tuple[int, int]) -> Tensor:
@@ -136,7 +138,22 @@ def _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale) -> 
     bias = bias.expand(num_sequences, q.shape[1], -1, -1).reshape(-1, max_seqlen, max_seqlen) if not causal else bias[0]
     slots_T = _padded_slots(cu_seqlens, max_seqlen, q.shape[0])
     rows = (num_sequences, max_seqlen)
-    return _ShortAttention.apply(q, k, v, slots_T, bias, rows, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _ShortAttention.apply(q, k, v, slots_T, bias, rows, scale, slots_T, rows)
+
+
+def _short_aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:
+    """The same where keys are other tokens than the queries."""
+    seen, blind = _aligned_mask(cu_q.diff(), cu_k.diff(), max_q, max_k, causal, window)
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+    rows, rows_k = (cu_q.numel() - 1, max_q), (cu_k.numel() - 1, max_k)
+    bias = bias.expand(-1, q.shape[1], -1, -1).reshape(-1, max_q, max_k)
+    slots_T, slots_N = _padded_slots(cu_q, max_q, q.shape[0]), _padded_slots(cu_k, max_k, k.shape[0])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out_THC = _ShortAttention.apply(q, k, v, slots_T, bias, rows, scale, slots_N, rows_k)
+    if not bool(blind.any()):
+        return out_THC
+    return out_THC.masked_fill(blind[:, 0, :, 0].reshape(-1)[slots_T][:, None, None], 0.0)
 
 
 def _padded_slots(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:
@@ -267,9 +284,13 @@ def attention(
     if cu_seqlens_k is None:
         used_k = used
     rows, keys, values = q[:used], k[:used_k], v[:used_k]
-    probabilities = (cu_seqlens.numel() - 1) * q.shape[1] * max_seqlen**2
+    probabilities = (cu_seqlens.numel() - 1) * q.shape[1] * max_seqlen * (max_seqlen_k or max_seqlen)
     if q.device.type == "cpu" and cu_seqlens_k is None and probabilities <= SHORT_PROBABILITIES:
         out = _short_attention(rows, keys, values, cu_seqlens, max_seqlen, causal, window, scale)
+    elif q.device.type == "cpu" and cu_seqlens_k is not None and used and probabilities <= SHORT_PROBABILITIES:
+        out = _short_aligned(
+            rows, keys, values, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, window, scale
+        )
     else:
         out = attention_reference(
             rows, keys, values, cu_seqlens, max_seqlen, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k,

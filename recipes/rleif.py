@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from kernels.linear_logprob import linear_logprob
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
-from wizard_engine.data.chat import Sample, encode_conversation
+from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt
 from wizard_engine.data.records import Conversation, read_located
 from wizard_engine.data.samples import encode_all, fitting_prompt
 from wizard_engine.data.tokenizer import Tokenizer
@@ -34,16 +35,23 @@ from wizard_engine.recipe import (
     scoring_start,
     write_model,
 )
+from wizard_engine.rollout.answers import answer_runs
 from wizard_engine.rollout.rewards import FACTORS, score_answers
-from wizard_engine.rollout.scoring import packed_groups
+from wizard_engine.rollout.sampler import Sampler
 from wizard_engine.rollout.trajectories import (
+    Rollout,
+    Targets,
+    advantages_of_groups,
     answer_logprobs,
     answer_values,
     make_targets,
     roll_out,
     step_seed,
     token_rewards,
+    trusted,
 )
+
+PAGE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class Config:
     """Longest answer, tokens."""
     group_baseline: bool = True
     """Take each answer's reward relative to the mean of the other answers to its prompt; the critic adds the rest."""
+    advantages: Literal["critic", "rloo", "grpo"] = "critic"
+    """Baseline of the rewards: a critic (PPO), the mean of the other answers to the prompt (RLOO), or that of all of
+    them over their standard deviation (GRPO), which cancels the instruction factor and is refused with it."""
     temperature: float = 1.0
     epochs: int = 1
     """Passes over each rollout."""
@@ -98,9 +109,10 @@ class Config:
     kl_loss: float = 0.0
     """Coefficient of --kl-estimator as a term of the loss, with a gradient, per token."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    importance_cap: float | None = None
-    """Take the ratio to the trainer's own log-probabilities at the rollout, and weigh each token by trainer over
-    sampler, at most this; by default the sampler's log-probabilities are taken as the trainer's."""
+    importance_limit: float = 0.01
+    """Nats by which trainer and sampler may differ in a token's log-probability; of one beyond, the ratio is taken to
+    the trainer's own, and it is weighed by trainer over sampler, at most --importance-cap."""
+    importance_cap: float = 2.0
     entropy: float = 0.0
     """Coefficient of the entropy bonus, per token."""
     ptx: float = 0.0
@@ -109,6 +121,12 @@ class Config:
     """Rows of that loss per update over all ranks."""
     gamma: float = 1.0
     lam: float = 0.95
+    sampler_tp: int = 1
+    """Ranks that divide the sampler's matrices and experts; each such group has the whole policy to sample from."""
+    batch_size: int = 128
+    """Answers that a rank samples at once."""
+    cache_tokens: int | None = None
+    """Keys and values that a rank keeps while sampling, tokens; default: enough for --batch-size of the longest."""
     replay_routing: bool = True
     """Mixtures of experts: train each token with the experts that the sampler sent it to."""
     no_eos_penalty: float = 0.5
@@ -130,6 +148,13 @@ class Config:
         unknown = [name for name in self.factors if name not in FACTORS]
         if unknown or not self.factors:
             raise ValueError(f"factors: expected some of {', '.join(FACTORS)}, got {unknown or 'none'}")
+        if self.advantages != "critic" and self.samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt: expected at least 2 with --advantages {self.advantages}, got 1")
+        if self.advantages == "grpo" and "instruction" in self.factors:
+            raise ValueError(
+                "advantages: expected critic or rloo with the instruction factor, got grpo; the factor is the same for "
+                "all answers to a prompt, and their standard deviation cancels it; or choose --factors process"
+            )
 
 
 def main(cfg: Config) -> dict:
@@ -144,42 +169,43 @@ def main(cfg: Config) -> dict:
     reference, _ = language_model(cfg.model, None, seed=cfg.seed, device=rt.device, **divided, frozen=True)
     irm = instruction_reward(cfg.instruction_model, **divided)
     prm = process_reward(cfg.process_model, **divided, neutral=cfg.neutral)
-    critic, _ = scoring_start(str(cfg.critic or cfg.process_model), None, 1, seed=0, **divided)
+    critic = None
+    if cfg.advantages == "critic":
+        critic, _ = scoring_start(str(cfg.critic or cfg.process_model), None, 1, seed=0, **divided)
     room = policy.config.max_positions - cfg.max_new_tokens
     rows, _ = read_located(cfg.data, kind="conversation")
     prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", cfg.out / "rejects.jsonl")
     supervised = _supervised(cfg, tokenizer, policy, rows) if cfg.ptx else []
     run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
+    sampler = _sampler(cfg, tokenizer, policy, prompts, rt)
     for step, chosen in run.steps():
-        rollout = roll_out(
-            policy, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt,
-            temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step),
-            first=mesh.data.index, stride=mesh.data.size,
-        )  # fmt: skip
-        rewards = score_answers(rollout.prompts, rollout.texts, rollout.finished, instruction=irm, process=prm)
-        fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
-        values = answer_values(critic, rollout)
-        per_token, kl = token_rewards(
-            rollout,
-            rewards,
-            fixed,
-            factors=cfg.factors,
-            kl=cfg.kl,
-            no_eos_penalty=cfg.no_eos_penalty,
-            group=cfg.samples_per_prompt if cfg.group_baseline else 1,
-        )
-        own = None if cfg.importance_cap is None else answer_logprobs(policy, rollout, temperature=cfg.temperature)
-        targets = make_targets(
-            rollout, per_token, values, fixed, gamma=cfg.gamma, lam=cfg.lam, moments=run.totals, own=own
-        )  # fmt: skip
-        for epoch in range(cfg.epochs):
-            for number, minibatch in enumerate(run.minibatches(epoch, cfg.minibatches)):
-                run.zero_grad()
-                if supervised:
-                    drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, 2))
-                    picks = drawn.integers(len(supervised), size=cfg.ptx_rows)[mesh.data.index :: mesh.data.size]
-                    _add_supervised(cfg, run, policy, [supervised[i] for i in picks])
-                _update(cfg, run, policy, critic, rollout, targets, minibatch)
+        with run.phase("hand_over"):
+            sampler.take()
+        with run.phase("generate"):
+            rollout = roll_out(
+                sampler, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt,
+                temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step),
+                first=mesh.data.index, stride=mesh.data.size,
+            )  # fmt: skip
+        with run.phase("hand_over"):
+            sampler.release()
+        with run.phase("score"):
+            rewards = score_answers(rollout.prompts, rollout.texts, rollout.finished, instruction=irm, process=prm)
+            fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
+            values = None if critic is None else answer_values(critic, rollout)
+            several = cfg.epochs * cfg.minibatches > 1
+            own = answer_logprobs(policy, rollout, temperature=cfg.temperature) if several else None
+            sampler.check(rollout.stamp)
+        targets, kl = _targets(cfg, run, rollout, rewards, fixed, values, own)
+        with run.phase("train"):
+            for epoch in range(cfg.epochs):
+                for number, minibatch in enumerate(run.minibatches(epoch, cfg.minibatches)):
+                    run.zero_grad()
+                    if supervised:
+                        drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, 2))
+                        picks = drawn.integers(len(supervised), size=cfg.ptx_rows)[mesh.data.index :: mesh.data.size]
+                        _add_supervised(cfg, run, policy, [supervised[i] for i in picks])
+                    _update(cfg, run, policy, critic, rollout, targets, minibatch, is_first=not several)
         run.record(rollout, rewards, kl, values, targets)
         if step == 0 and cfg.audit:
             is_wide = policy.embedding.weight.dtype.itemsize > 2
@@ -187,6 +213,37 @@ def main(cfg: Config) -> dict:
     run.take_average()
     write_model(rt, policy, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
+
+
+def _sampler(cfg: Config, tokenizer: Tokenizer, policy: Transformer, prompts: list, rt: runtime.Runtime) -> Sampler:
+    """The policy to sample from, with room for what is sampled at once."""
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + cfg.max_new_tokens
+    pages = -(-longest // PAGE_TOKENS) + 1
+    return Sampler(
+        policy, rt, tp=cfg.sampler_tp, max_sequences=cfg.batch_size,
+        cache_tokens=cfg.cache_tokens or cfg.batch_size * pages * PAGE_TOKENS,
+    )  # fmt: skip
+
+
+def _targets(
+    cfg: Config, run: OnlineRun, rollout: Rollout, rewards: list, fixed: torch.Tensor, values: torch.Tensor | None,
+    own: torch.Tensor | None,
+) -> tuple[Targets, dict]:  # fmt: skip
+    """What the losses need of each answer token, and the estimates of the divergence from the reference."""
+    is_relative = cfg.group_baseline and cfg.advantages == "critic"
+    per_token, kl = token_rewards(
+        rollout, rewards, fixed, factors=cfg.factors, kl=cfg.kl, no_eos_penalty=cfg.no_eos_penalty,
+        group=cfg.samples_per_prompt if is_relative else 1,
+    )  # fmt: skip
+    options = {"own": None if own is None else trusted(own, rollout.behaviour, cfg.importance_limit)}
+    if own is not None:
+        run.note_difference(own - rollout.behaviour)
+    if cfg.advantages == "critic":
+        options |= {"gamma": cfg.gamma, "lam": cfg.lam, "moments": run.totals}
+    else:
+        group = cfg.samples_per_prompt
+        options["advantages"] = advantages_of_groups(per_token, rollout, group, kind=cfg.advantages)
+    return make_targets(rollout, per_token, values, fixed, **options), kl
 
 
 def _supervised(cfg: Config, tokenizer: Tokenizer, policy: Transformer, rows: list) -> list[Sample]:
@@ -212,37 +269,47 @@ def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: l
         run.share(ptx_loss=out.loss)
 
 
-def _update(cfg: Config, run: OnlineRun, policy, critic, rollout, targets, rows: list[int]) -> None:
-    """One update of policy and critic on some answers of a rollout."""
+def _update(
+    cfg: Config, run: OnlineRun, policy, critic, rollout: Rollout, targets: Targets, rows: list[int], *, is_first: bool
+) -> None:
+    """One update of policy and critic on some answers of a rollout; `is_first`: of the weights that sampled it."""
     num_tokens, num_answers = run.totals(sum(rollout.lengths[i] for i in rows), len(rows))
+    runs = answer_runs(rollout.samples, rollout.prompt_tokens, rows, cfg.pack_tokens, policy.spread)
+    batches = [(picked, rollout.batch(picked, policy.spread, run.device)) for picked in runs]
     for router in run.routers.values():
-        router.start(sum(len(rollout.samples[i].tokens) - 1 for i in rows))
+        router.start(sum(last - first for _, batch in batches for _, first, last in batch.pieces))
     per_token = cfg.normalisation == "token"
-    for group in run.paced(packed_groups([len(rollout.samples[i].tokens) for i in rows], cfg.pack_tokens)):
-        picked = [rows[i] for i in group]
-        batch = collate([rollout.samples[i] for i in picked]).to(run.device)
-        answer = batch.weights > 0
-        own = targets.of(picked, answer)
-        routes = rollout.routes(picked, run.device) if cfg.replay_routing else Routes()
-        critic_routes = Routes()
+    for picked, batch in run.paced(batches):
+        own = targets.of(picked, batch)
+        routes = rollout.routes(picked, batch, run.device) if cfg.replay_routing else Routes()
+        hidden = batch.hidden(policy, policy(*batch.inputs, routes))
+        if is_first:
+            with torch.no_grad():
+                found, _ = linear_logprob(
+                    hidden.detach(), policy.head_weight, batch.targets, temperature=cfg.temperature, shard=policy.shard
+                )  # fmt: skip
+            run.note_difference(batch.of_answers(found - own.sampled))
+            own.behaviour = trusted(found, own.sampled, cfg.importance_limit)
         loss, metrics, logprob = policy_loss(
-            policy(*batch.inputs, routes), policy.head_weight, torch.where(answer, batch.targets, -1), own.behaviour,
-            own.advantages, clip=cfg.clip, num_tokens=num_tokens if per_token else None,
-            num_sequences=None if per_token else num_answers, cu_seqlens=batch.cu_seqlens, dual_clip=cfg.dual_clip,
-            reference=own.reference if cfg.kl_loss else None, kl=cfg.kl_loss, kl_estimator=cfg.kl_estimator,
-            entropy=cfg.entropy, sampled=own.sampled if cfg.importance_cap else None,
-            importance_cap=cfg.importance_cap or 1.0, temperature=cfg.temperature, shard=policy.shard,
+            hidden, policy.head_weight, batch.targets, own.behaviour, own.advantages, clip=cfg.clip,
+            num_tokens=num_tokens if per_token else None, num_sequences=None if per_token else num_answers,
+            cu_seqlens=batch.cu_seqlens, dual_clip=cfg.dual_clip, reference=own.reference if cfg.kl_loss else None,
+            kl=cfg.kl_loss, kl_estimator=cfg.kl_estimator, entropy=cfg.entropy, sampled=own.sampled,
+            importance_cap=cfg.importance_cap, temperature=cfg.temperature, shard=policy.shard,
         )  # fmt: skip
         (loss + run.routers["policy"].loss(routes)).backward()
-        error, value_metrics = value_loss(
-            critic(*batch.inputs, critic_routes)[answer][:, 0], own.values[answer], own.returns[answer],
-            clip=cfg.value_clip, num_tokens=num_tokens,
-        )  # fmt: skip
-        (error + run.routers["critic"].loss(critic_routes)).backward()
+        shares = {"policy_loss": loss}
+        if critic is not None:
+            critic_routes = Routes()
+            error, value_metrics = value_loss(
+                batch.before(critic(*batch.inputs, critic_routes))[:, 0],
+                *(batch.of_answers(x) for x in (own.values, own.returns)), clip=cfg.value_clip, num_tokens=num_tokens,
+            )  # fmt: skip
+            (error + run.routers["critic"].loss(critic_routes)).backward()
+            metrics, shares = metrics | value_metrics, shares | {"value_loss": error}
         # The rollout's own divergence is logged as kl_k1 and kl_k3.
         metrics = {f"update_{name}" if name.startswith("kl_") else name: value for name, value in metrics.items()}
-        shares = {name: value / num_tokens for name, value in (metrics | value_metrics).items()}
-        run.add(logprob, (logprob - own.behaviour)[answer], policy_loss=loss, value_loss=error, **shares)
+        run.add(logprob, **shares, **{name: value / num_tokens for name, value in metrics.items()})
     run.update()
 
 

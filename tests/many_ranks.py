@@ -14,7 +14,18 @@ from wizard_engine.log import read_metrics
 from wizard_engine.model import ModelConfig, Transformer, save_model
 
 ROOT = Path(__file__).parents[1]
-TIMED = {"wait_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gib"}
+TIMED = {
+    "wait_seconds",
+    "seconds",
+    "hand_over_seconds",
+    "generate_seconds",
+    "score_seconds",
+    "train_seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "mfu",
+    "peak_memory_gib",
+}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from .model import ScoringModel, Transformer
 from .optim import AdamW, cosine_with_warmup
 from .parallel import (
     MeshOptions,
+    gather_objects,
     make_mesh,
     paced,
     parallelize,
@@ -25,7 +26,7 @@ from .parallel import (
     with_names_of_all_ranks,
 )
 from .rollout.rewards import AnswerReward
-from .rollout.trajectories import Rollout, Targets, step_seed
+from .rollout.trajectories import Rollout, Targets, idle_share, step_seed
 from .runtime import Runtime, StopRequest, mark
 from .training import Interrupted, RouterMeter, blame, parts_of, peak_memory_gib, restore
 
@@ -34,17 +35,18 @@ MAX_SKIPPED = 10
 
 
 class OnlineRun:
-    """Rollout steps of PPO with a policy and a critic: which prompts, the updates, resume, metrics.
+    """Rollout steps of PPO with a policy and maybe a critic: which prompts, the updates, resume, metrics.
 
     Args:
-        cfg: configuration of the RLEIF recipe.   num_prompts: prompts to draw from, in seeded epochs.
+        cfg: configuration of the RLEIF recipe.   critic: None where advantages come from the other answers to a prompt.
+        num_prompts: prompts to draw from, in seeded epochs.
     """
 
     def __init__(
-        self, cfg: Any, runtime: Runtime, policy: Transformer, critic: ScoringModel, *, num_prompts: int
+        self, cfg: Any, runtime: Runtime, policy: Transformer, critic: ScoringModel | None, *, num_prompts: int
     ) -> None:
         self.cfg, self.runtime, self.device, self.num_prompts = cfg, runtime, runtime.device, num_prompts
-        self.modules = {"policy": policy, "critic": critic}
+        self.modules: dict[str, Any] = {"policy": policy} | ({} if critic is None else {"critic": critic})
         for module in self.modules.values():
             if sharded(module) is None:
                 parallelize(module, make_mesh(MeshOptions(dp_shard=1), runtime))
@@ -66,6 +68,8 @@ class OnlineRun:
         self.logger = MetricsLogger(cfg.out / "metrics.jsonl", cfg.steps, "rleif", quiet=quiet, resume_step=self.step)
         self.stop, self._asked_to_stop = StopRequest(), False
         self._sums: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._difference = 0.0
         self._updates, self._norms = 0, {}
         self._logprobs: list[Tensor] = []
 
@@ -90,7 +94,7 @@ class OnlineRun:
         """(step, this rank's prompt indices) of each remaining rollout; saves and stops on request."""
         while self.step < self.cfg.steps:
             self._began = time.perf_counter()
-            self._sums, self._updates = {}, 0
+            self._sums, self._seconds, self._difference, self._updates = {}, {}, 0.0, 0
             mark(f"rleif step {self.step}")
             yield self.step, self._chosen(self.step)
             self.step += 1
@@ -165,13 +169,23 @@ class OnlineRun:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
-    def add(self, logprob: Tensor, difference: Tensor, **shares: Tensor) -> None:
-        """Add a micro-batch to an update: its log-probabilities (T,), those of answer tokens minus the behaviour's, and
-        this rank's share of metrics."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of the block as those of a phase of this step."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def note_difference(self, difference: Tensor) -> None:
+        """Trainer's minus sampler's log-probabilities of answer tokens (N,), nats."""
+        if difference.numel():
+            self._difference = max(self._difference, float(difference.abs().max()))
+
+    def add(self, logprob: Tensor, **shares: Tensor) -> None:
+        """Add a micro-batch to an update: its log-probabilities and this rank's share of metrics."""
         self._logprobs.append(logprob)
-        if self._updates == 0 and difference.numel():
-            error = float(difference.detach().abs().max())
-            self._sums["ratio_error"] = max(self._sums.get("ratio_error", 0.0), error)
         self.share(**shares)
 
     def share(self, **shares: Tensor) -> None:
@@ -206,50 +220,49 @@ class OnlineRun:
         self.logger.warn(f"[rank {self.runtime.rank}/{self.runtime.world_size}] {what}: the update is skipped")
 
     def record(
-        self, rollout: Rollout, rewards: Sequence[AnswerReward], kl: dict[str, Tensor], values: Tensor, targets: Targets
-    ) -> None:
-        """Log one rollout: reward and its factors, KL, clipping, entropy, lengths, critic, seconds."""
-        count, tokens = len(rewards), sum(rollout.lengths)
+        self, rollout: Rollout, rewards: Sequence[AnswerReward], kl: dict[str, Tensor], values: Tensor | None,
+        targets: Targets,
+    ) -> None:  # fmt: skip
+        """Log one rollout: reward and its factors, KL, clipping, entropy, lengths, critic, seconds of each phase."""
         own = {
-            "answers": count, "tokens": tokens, "finished": sum(rollout.finished),
+            "answers": len(rewards), "tokens": sum(rollout.lengths), "finished": sum(rollout.finished),
             "reward": sum(r.total(self.cfg.factors) for r in rewards),
             "instruction_factor": sum(r.instruction for r in rewards),
             "process_factor": sum(r.process for r in rewards),
             "mean_step_score": sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores),
             "steps_per_answer": sum(len(r.scores) for r in rewards),
             "kl_k1": float(kl["k1"].sum()), "kl_k3": float(kl["k3"].sum()),
-            "value": float(values.sum()),
         }  # fmt: skip
-        returns = torch.cat(targets.returns)
-        own |= {"r": float(returns.sum()), "rr": float(returns.square().sum())}
-        own |= {"ee": float((returns - values).square().sum())}
+        if values is not None:
+            returns = torch.cat(targets.returns)
+            own |= {"value": float(values.sum()), "r": float(returns.sum()), "rr": float(returns.square().sum())}
+            own |= {"ee": float((returns - values).square().sum())}
         sums = sum_over_rows(own, self.mesh, stop=self.stop.requested)
-        shares = {k: v for k, v in self._sums.items() if k != "ratio_error"}
-        shares = sum_over_rows(with_names_of_all_ranks(shares), self.mesh)
-        self.largest_ratio_error = max(self.largest_ratio_error, self._sums.get("ratio_error", 0.0))
+        shares = sum_over_rows(with_names_of_all_ranks(self._sums), self.mesh)
+        ranks = gather_objects((self._difference, self._seconds, rollout.load))
+        self._difference = max(difference for difference, _, _ in ranks)
+        self.largest_ratio_error = max(self.largest_ratio_error, self._difference)
         self._asked_to_stop = sums["stop"] > 0
         count, tokens = sums["answers"], sums["tokens"]
         self.answer_tokens += int(tokens)
-        variance = max(sums["rr"] / tokens - (sums["r"] / tokens) ** 2, 1e-12)
-        per_answer = (
-            "reward",
-            "instruction_factor",
-            "process_factor",
-            "mean_step_score",
-            "steps_per_answer",
-            "finished",
-        )
         seconds = time.perf_counter() - self._began
-        numbers = {name: sums[name] / count for name in per_answer}
-        numbers |= {name: sums[name] / tokens for name in ("kl_k1", "kl_k3", "value")}
+        per_answer = ("reward", "instruction_factor", "process_factor", "mean_step_score", "steps_per_answer")
+        numbers = {name: sums[name] / count for name in (*per_answer, "finished")}
+        numbers |= {name: sums[name] / tokens for name in ("kl_k1", "kl_k3")}
         numbers |= {name: value / max(1, self._updates) for name, value in shares.items()}
+        if values is not None:
+            variance = max(sums["rr"] / tokens - (sums["r"] / tokens) ** 2, 1e-12)
+            numbers |= {"value": sums["value"] / tokens, "critic_grad_norm": self._norms["critic"]}
+            numbers |= {"explained_variance": 1 - sums["ee"] / tokens / variance}
+            numbers |= {f"critic_{name}": value for name, value in self.routers["critic"].metrics().items()}
+        # A phase ends, for all, when its slowest rank does.
+        numbers |= {f"{name}_seconds": max(s.get(name, 0.0) for _, s, _ in ranks) for name in self._seconds}
         loss = numbers.pop("policy_loss")
         self.logger.log(
-            step=self.step + 1, loss=loss, grad_norm=self._norms["policy"], critic_grad_norm=self._norms["critic"],
-            lr=self.cfg.lr, tokens=self.answer_tokens, tokens_per_second=tokens / seconds, length=tokens / count,
-            explained_variance=1 - sums["ee"] / tokens / variance, ratio_error=self._sums.get("ratio_error", 0.0),
+            step=self.step + 1, loss=loss, grad_norm=self._norms["policy"], lr=self.cfg.lr, tokens=self.answer_tokens,
+            tokens_per_second=tokens / seconds, seconds=seconds, length=tokens / count,
+            ratio_error=self._difference, tail_idle=idle_share([load for _, _, load in ranks]),
             peak_memory_gib=peak_memory_gib(self.device), **numbers, **self.routers["policy"].metrics(),
-            **{f"critic_{name}": value for name, value in self.routers["critic"].metrics().items()},
         )  # fmt: skip
 
     def result(self) -> dict:

@@ -27,7 +27,7 @@ def test_surprise_is_the_language_models_own_log_probability_per_lag() -> None:
     model, inputs = scoring(), packed([5, 12])
     tokens, positions = inputs[:2]
     hidden = model.body(*inputs)
-    seen = model._surprises(hidden, tokens, positions)
+    seen = model._surprises(hidden, tokens, positions, inputs[2])
     logprob = model.body.logits(hidden).log_softmax(-1)
     for place, position in enumerate(positions.tolist()):
         for lag in range(LAGS):

@@ -277,7 +277,7 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
 
     def marked(self, *arguments):
         if self.step == 0:
-            fresh.append(self._sums["ratio_error"])
+            fresh.append(self._difference)
             self._sums["ratio_error"] = 5e-4
         right(self, *arguments)
 

@@ -11,7 +11,9 @@ from wizard_engine.data.records import Message
 from wizard_engine.data.steps import split_steps
 from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
+from wizard_engine.parallel.spread import ALONE
 from wizard_engine.rollout import rewards, trajectories
+from wizard_engine.rollout.sampler import Sampler
 from wizard_engine.rollout.rewards import AnswerReward, InstructionReward, ProcessReward, encode_steps, score_answers
 
 ASK = (Message("user", "How many apples are left?"),)
@@ -138,8 +140,8 @@ def test_make_targets_whitens_with_the_moments_of_all_ranks():
     mean, std = 9 / 4, (27 / 4 - (9 / 4) ** 2) ** 0.5
     assert torch.cat(found.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
     assert torch.cat(found.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in found.values] == [2, 1]
-    spread = found.of([1, 0], torch.tensor([False, True, False, True, True]))
-    assert spread.reference.tolist() == [0, -3, 0, -1, -2] and spread.returns.tolist() == [0, 3, 0, 1, 1]
+    spread = found.of([1, 0], drawn.batch([1, 0], ALONE, torch.device("cpu")))
+    assert spread.reference.tolist() == [-3, -1, -2] and spread.returns.tolist() == [3, 1, 1]
     assert torch.equal(spread.behaviour, spread.sampled)
     own = torch.tensor([-0.5, -0.25, -0.125])
     found = trajectories.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, own=own)
@@ -150,14 +152,18 @@ def test_rollout_and_its_logprobs_and_values_line_up():
     tokenizer = train_tokenizer([*ANSWERS, ASK[0].content], vocab_size=400, atoms=CHAT_ATOMS)
     critic = scoring(tokenizer, 1)
     policy = critic.body
+    sampler = Sampler(policy, cache_tokens=1600)
+    sampler.take()
     drawn = trajectories.roll_out(
-        policy, tokenizer, [ASK, (Message("user", "Go."),)], samples=3, max_new_tokens=6, temperature=0.8, seed=1
+        sampler, tokenizer, [ASK, (Message("user", "Go."),)], samples=3, max_new_tokens=6, temperature=0.8, seed=1
     )
     assert len(drawn.samples) == 6 and drawn.prompts[0] == drawn.prompts[2] == ASK != drawn.prompts[3]
     assert sum(drawn.lengths) == drawn.behaviour.numel() and len({s.tokens.tobytes() for s in drawn.samples}) > 3
+    sampler.check(drawn.stamp)
     again = trajectories.answer_logprobs(policy, drawn, temperature=0.8)
     torch.testing.assert_close(again, drawn.behaviour, rtol=0, atol=2e-5)
     values = drawn.split(trajectories.answer_values(critic, drawn))
     scores = rewards.score_tokens(critic, drawn.samples)
     for value, score, length in zip(values, scores, drawn.lengths):
-        assert torch.equal(value, score[len(score) - length - 1 : -1, 0]) and len(value) == length
+        torch.testing.assert_close(value, score[len(score) - length - 1 : -1, 0], rtol=0, atol=2e-5)
+        assert len(value) == length

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from wizard_engine import world
-from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.loss import policy_loss
 from wizard_engine.model import PRESETS, Routes, Transformer
 from wizard_engine.rollout import generate
+from wizard_engine.rollout.sampler import Sampler
 from wizard_engine.rollout.trajectories import roll_out
 
 PROMPTS = [[5, 9, 2, 7], [1], [5, 9, 2, 7], [8, 8, 3]]
@@ -55,17 +55,17 @@ def tokenizer():
     return train_tokenizer([m.content for r in rows for m in r.messages], vocab_size=512, atoms=CHAT_ATOMS)
 
 
-def ratio_error(model, rollout, picked, routes):
+def ratio_error(model, rollout, picked, replayed):
     """Largest difference between the trainer's and the sampler's log-probabilities of answer tokens, nats."""
-    batch = collate([rollout.samples[i] for i in picked])
-    answer = batch.weights > 0
-    behaviour = torch.cat([rollout.split(rollout.behaviour)[i] for i in picked])
-    own = torch.zeros(answer.shape).masked_scatter_(answer, behaviour)
+    device = torch.device("cpu")
+    batch = rollout.batch(picked, model.spread, device)
+    routes = rollout.routes(picked, batch, device) if replayed else Routes()
+    own = batch.place([rollout.split(rollout.behaviour)[i] for i in picked])
     _, _, logprob = policy_loss(
-        model(*batch.inputs, routes), model.head_weight, torch.where(answer, batch.targets, -1), own,
-        torch.ones_like(own), clip=0.2, num_tokens=float(answer.sum()),
+        batch.hidden(model, model(*batch.inputs, routes)), model.head_weight, batch.targets, own,
+        torch.ones_like(own), clip=0.2, num_tokens=float(own.numel()),
     )  # fmt: skip
-    return float((logprob - own)[answer].detach().abs().max())
+    return float(batch.of_answers(logprob - own).detach().abs().max())
 
 
 # Catches: experts of another sample, or shifted by a token.
@@ -73,19 +73,23 @@ def test_a_trainer_that_replays_has_the_samplers_ratio(tokenizer):
     config = replace(PRESETS["tiny-mixtral"], vocab_size=tokenizer.vocab_size, init_std=0.2)
     model = Transformer(config, seed=1)
     prompts = [(Message("user", text),) for text in ("Sam has 3 pens", "hello", "How many are 2 and 2?")]
-    rollout = roll_out(model, tokenizer, prompts, samples=2, max_new_tokens=8, temperature=1.0, seed=4)
+    rollout = roll_out(
+        Sampler(model, cache_tokens=3200), tokenizer, prompts, samples=2, max_new_tokens=8, temperature=1.0, seed=4
+    )
     picked = [5, 0, 3]
-    assert ratio_error(model, rollout, picked, rollout.routes(picked, torch.device("cpu"))) < 1e-5
-    assert ratio_error(model, rollout, picked, Routes()) < 1e-5
+    assert ratio_error(model, rollout, picked, True) < 1e-5
+    assert ratio_error(model, rollout, picked, False) < 1e-5
     # A sampler that broke its ties the other way: with equal rows in the router, all experts are equally good.
     with torch.no_grad():
         for block in model.blocks:
             block.feed_forward.router.weight[:] = block.feed_forward.router.weight[:1]
-    rollout = roll_out(model, tokenizer, prompts, samples=2, max_new_tokens=8, temperature=1.0, seed=4)
+    rollout = roll_out(
+        Sampler(model, cache_tokens=3200), tokenizer, prompts, samples=2, max_new_tokens=8, temperature=1.0, seed=4
+    )
     assert all(experts.unique().tolist() == [0, 1] for experts in rollout.experts)
     with torch.no_grad():
         for block in model.blocks:
             block.feed_forward.router.weight[2:] *= 1 + 1e-6
             block.feed_forward.router.weight[:2] *= 1 - 1e-6
-    assert ratio_error(model, rollout, picked, rollout.routes(picked, torch.device("cpu"))) < 1e-5
-    assert ratio_error(model, rollout, picked, Routes()) > 1e-3
+    assert ratio_error(model, rollout, picked, True) < 1e-5
+    assert ratio_error(model, rollout, picked, False) > 1e-3

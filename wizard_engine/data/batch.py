@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.shared_prefix import Prefixes
 from wizard_engine.data.chat import Sample
 
 
@@ -61,3 +62,121 @@ def collate(samples: Sequence[Sample]) -> Batch:
         weights=torch.from_numpy(weights.astype(np.float32)),
         num_supervised=int(np.count_nonzero(weights)),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBatch:
+    """Packed samples of which those with the same prompt have its tokens once: T positions.
+
+    tokens, positions: (T,) int64, prompts first.   prefixes: who continues what.
+    rows: (R,) int64, for each answer token, sample after sample, the position whose hidden state predicts it.
+    targets: (R,) int64, those tokens.   own: (R,) int64, their own positions, with `last` (else -1).   cu_answers: (S + 1,) int32, where each sample's answer tokens start.
+    pieces: (sample, first, last) of the tokens that stand in the row, in their order.   max_seqlen: longest sample.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    prefixes: Prefixes
+    rows: Tensor
+    targets: Tensor
+    own: Tensor
+    cu_answers: Tensor
+    pieces: list[tuple[int, int, int]]
+    max_seqlen: int
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Prefixes, int]:
+        """What a model takes."""
+        return self.tokens, self.positions, self.prefixes, self.max_seqlen
+
+    def to(self, device: torch.device | str) -> "SharedBatch":
+        """The batch with its tensors on a device."""
+        names = ("tokens", "positions", "prefixes", "rows", "targets", "own", "cu_answers")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def share_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int], *, last: bool = False) -> SharedBatch:
+    """Batch of the samples in their order, each prompt once.
+
+    Args:
+        prompt_tokens: how many tokens at the beginning of each sample are its prompt, at least 1.
+        last: keep each sample's last token as a position too, which predicts nothing.
+    Raises:
+        ValueError: no samples, or one without a prompt or an answer.
+    """
+    for number, (sample, count) in enumerate(zip(samples, prompt_tokens, strict=True)):
+        if not 1 <= count < len(sample.tokens):
+            raise ValueError(
+                f"samples: expected 1 to {len(sample.tokens) - 1} prompt tokens in sample {number}, got {count}"
+            )
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
+    owner: dict[bytes, int] = {}
+    first_of: list[int] = []
+    group = []
+    for number, (sample, count) in enumerate(zip(samples, prompt_tokens)):
+        key = sample.tokens[:count].tobytes()
+        if key not in owner:
+            owner[key] = len(first_of)
+            first_of.append(number)
+        group.append(owner[key])
+    ends = [len(sample.tokens) - (0 if last else 1) for sample in samples]
+    prompts = [(number, 0, prompt_tokens[number]) for number in first_of]
+    tails = [(number, prompt_tokens[number], end) for number, end in enumerate(ends)]
+    pieces = [*prompts, *tails]
+    starts = np.cumsum([0, *(b - a for _, a, b in pieces)])
+    prefix_tokens, total = int(starts[len(prompts)]), int(starts[-1])
+    previous = np.arange(-1, total - 1)
+    previous[starts[: len(prompts)]] = starts[: len(prompts)]
+    keys, rows, targets, places = [], [], [], []
+    for number, (own, count, end) in enumerate(zip(group, prompt_tokens, ends)):
+        begin, tail = starts[own], starts[len(prompts) + number]
+        keys += [np.arange(begin, begin + count), np.arange(tail, tail + end - count)]
+        if end > count:
+            previous[tail] = begin + count - 1
+        answer = len(samples[number].tokens) - count
+        rows += [[begin + count - 1], np.arange(tail, tail + answer - 1)]
+        targets.append(samples[number].tokens[count:])
+        places.append(np.arange(tail, tail + answer) if last else np.full(answer, -1))
+    lengths = [len(sample.tokens) - count for sample, count in zip(samples, prompt_tokens)]
+
+    def marks(sizes: Sequence[int]) -> Tensor:
+        return torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32)
+
+    prefixes = Prefixes(
+        marks([b - a for _, a, b in prompts]), max(b for _, _, b in prompts), marks([b - a for _, a, b in tails]),
+        max(1, *(b - a for _, a, b in tails)), marks(ends), max(ends), torch.from_numpy(np.concatenate(keys)),
+        torch.from_numpy(previous), prefix_tokens, total,
+    )  # fmt: skip
+    return SharedBatch(
+        tokens=torch.from_numpy(np.concatenate([samples[i].tokens[a:b] for i, a, b in pieces]).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate([np.arange(a, b) for _, a, b in pieces])),
+        prefixes=prefixes, rows=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        own=torch.from_numpy(np.concatenate(places).astype(np.int64)), cu_answers=marks(lengths), pieces=pieces,
+        max_seqlen=max(ends),
+    )  # fmt: skip
+
+
+def prompt_groups(
+    samples: Sequence[Sample], prompt_tokens: Sequence[int], indices: Sequence[int], capacity: int
+) -> list[list[int]]:
+    """Some samples in runs that keep those of one prompt together, each of at most `capacity` shared tokens (or one
+    sample that is longer)."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for index in indices:
+        by_prompt.setdefault(samples[index].tokens[: prompt_tokens[index]].tobytes(), []).append(index)
+    ordered = sorted(by_prompt.values(), key=lambda group: max(len(samples[i].tokens) for i in group))
+    runs: list[list[int]] = []
+    filled = capacity
+    for group in ordered:
+        is_new = True
+        for index in group:
+            answer = len(samples[index].tokens) - prompt_tokens[index]
+            needed = answer + (prompt_tokens[index] if is_new else 0)
+            if not runs or filled + needed > capacity:
+                runs.append([])
+                filled, needed = 0, answer + prompt_tokens[index]
+            runs[-1].append(index)
+            filled, is_new = filled + needed, False
+    return runs

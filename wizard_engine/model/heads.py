@@ -1,9 +1,11 @@
 """A transformer with a small linear head instead of the vocabulary: reward models and critics."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear_logprob import linear_logprob
+from kernels.shared_prefix import Prefixes
 
 from .config import ModelConfig
 from .mixture import Routes
@@ -60,8 +62,9 @@ class ScoringModel(nn.Module):
         return scoring.to(next(model.parameters()).device)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int,
+        routes: Routes | None = None,
+    ) -> Tensor:  # fmt: skip
         """(T, outputs) fp32 (of a float64 model float64) scores at every position; arguments as for Transformer.
 
         Where several ranks divide the tokens of a row each scores its own, and all of them get all scores.
@@ -69,21 +72,32 @@ class ScoringModel(nn.Module):
         hidden_TD = self.body(tokens, positions, cu_seqlens, max_seqlen, routes, own_tokens=True)
         wide_TD = hidden_TD if hidden_TD.dtype == torch.float64 else hidden_TD.float()
         if self.surprise:
-            wide_TD = torch.cat((wide_TD, self._surprises(hidden_TD.detach(), tokens, positions)), dim=-1)
+            wide_TD = torch.cat((wide_TD, self._surprises(hidden_TD.detach(), tokens, positions, cu_seqlens)), dim=-1)
         return self.body.spread.to_whole(self.score(wide_TD), tokens.shape[0])
 
     @torch.no_grad()
-    def _surprises(self, hidden_TD: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _surprises(self, hidden_TD: Tensor, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | Prefixes) -> Tensor:
         """(t, 2 LAGS + 2) of this rank's tokens: surprise in nats and scaled probability of each of the last LAGS
         tokens, and the extremes.
 
         The first token of a sequence, and lags before it, count as certain.
         """
         spread, body = self.body.spread, self.body
-        following_T = torch.cat((tokens[1:], tokens.new_full((1,), -1)))
-        logprob, _ = linear_logprob(spread.gather(hidden_TD), body.head_weight, following_T, shard=body.shard)
-        logprob_T = logprob.roll(1).masked_fill_(positions == 0, 0.0)
-        lagged = [logprob_T.roll(lag).masked_fill(positions < lag, 0.0) for lag in range(LAGS)]
+        hidden_TD, count = spread.gather(hidden_TD), tokens.shape[0]
+        if isinstance(cu_seqlens, Prefixes):
+            previous_T = F.pad(cu_seqlens.previous, (0, count - cu_seqlens.tokens))
+            before_TD = spread.pick(hidden_TD, previous_T)
+            logprob_T, _ = linear_logprob(before_TD, body.head_weight, tokens, shard=body.shard)
+        else:
+            previous_T = torch.arange(-1, count - 1, device=tokens.device).clamp(min=0)
+            following_T = torch.cat((tokens[1:], tokens.new_full((1,), -1)))
+            logprob, _ = linear_logprob(hidden_TD, body.head_weight, following_T, shard=body.shard)
+            logprob_T = logprob.roll(1)
+        logprob_T = logprob_T.masked_fill_(positions == 0, 0.0)
+        lagged, place_T = [], torch.arange(count, device=tokens.device)
+        for lag in range(LAGS):
+            lagged.append(logprob_T[place_T].masked_fill(positions < lag, 0.0))
+            place_T = previous_T[place_T]
         logprob_TK = torch.stack(lagged, dim=1)
         surprise_TK, probability_TK = -logprob_TK.clamp(min=-CLIP_NATS), CLIP_NATS * logprob_TK.exp()
         extremes = (surprise_TK.amax(1, keepdim=True), probability_TK.amin(1, keepdim=True))

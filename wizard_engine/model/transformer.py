@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kernels.linear_logprob import VocabularyShard
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_tables
+from kernels.shared_prefix import Prefixes
 from kernels.swiglu import swiglu
 
 from ..parallel.spread import ALONE, Spread
@@ -161,14 +162,14 @@ class Transformer(nn.Module):
         return self.spread.head(self.head_weight)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None, *,
-        own_tokens: bool = False,
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int,
+        routes: Routes | None = None, *, own_tokens: bool = False,
     ) -> Tensor:  # fmt: skip
         """Hidden states after the last norm.
 
         Args:
             tokens: (T,) int64.   positions: (T,) int64, counted from each sequence's start.
-            cu_seqlens: (S + 1,) int32.   max_seqlen: longest sequence, tokens.
+            cu_seqlens: (S + 1,) int32, or the prefixes that sequences share.   max_seqlen: longest sequence, tokens.
             routes: of a model with experts, records where the tokens go, or replays what it has (see `Routes`).
             own_tokens: on several ranks, give this rank's tokens back.
         Returns:
@@ -179,7 +180,8 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(spread.of_row(positions), self.config.head_width, self.config.rope_base)
         x_TD = self.embedding(tokens)
         if routes is not None:
-            routes.begin(torch.arange(tokens.shape[0], device=tokens.device) < cu_seqlens[-1], spread)
+            used = cu_seqlens.tokens if isinstance(cu_seqlens, Prefixes) else cu_seqlens[-1]
+            routes.begin(torch.arange(tokens.shape[0], device=tokens.device) < used, spread)
         for block in self.blocks:
             x_TD = block(x_TD, cos, sin, cu_seqlens, max_seqlen, routes)
         x_TD = self.norm(x_TD)

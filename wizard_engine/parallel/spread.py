@@ -21,6 +21,7 @@ from kernels.attention import attention
 from kernels.grouped_matmul import expert_mlp
 from kernels.linear_logprob import VocabularyShard
 from kernels.moe_route import Routing
+from kernels.shared_prefix import Prefixes, pick, shared_attention
 
 from .collectives import Gather, GatheredLinear, Share, SumAndDivide, gathered_rows
 from .experts import dispatched_mlp
@@ -121,6 +122,12 @@ class Spread:
         """The tokens of the row's ranks of tp, each of which has its own use for them."""
         return Gather.apply(x_TD, self.tp) if self._divides(self.tp) else x_TD
 
+    def pick(self, x_TD: Tensor, rows: Tensor) -> Tensor:
+        """Rows of the tokens of a whole row, which `head` takes for another row: padded as it pads one."""
+        if self._divides(self.row):
+            rows = torch.cat((rows, rows.new_zeros(self._padded(rows.shape[0]) - rows.shape[0])))
+        return pick(x_TD, rows)
+
     def rows(self, x_TD: Tensor, weight: Tensor) -> Tensor:
         """All tokens of the row's ranks of tp times a matrix (N, D) of which each has other rows."""
         if not self._divides(self.tp):
@@ -135,12 +142,15 @@ class Spread:
         return SumAndDivide.apply(out, self.tp) if self._divides(self.tp) else out
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int, *, window: int | None
     ) -> Tensor:  # fmt: skip
         """`kernels.attention` of this rank's queries over the keys of the whole row.
 
         A chunk's queries stand at the end of the keys before the chunk's end, document by document.
         """
+        if isinstance(cu_seqlens, Prefixes):
+            assert not self._divides(self.cp), "context-parallel ranks take whole sequences"
+            return shared_attention(q, k, v, cu_seqlens, window=window)
         if not self._divides(self.cp):
             return attention(q, k, v, cu_seqlens, max_seqlen, window=window)
         size, chunk = self.cp.size, q.shape[0] // 2

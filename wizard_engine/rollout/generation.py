@@ -29,6 +29,10 @@ class Generation:
     finished: list[bool] = field(default_factory=list)
     experts: list[Tensor] | None = None
 
+    def rows(self, places: Sequence[int]) -> "Generation":
+        """Those of some prompts."""
+        return Generation(*(None if column is None else [column[i] for i in places] for column in vars(self).values()))
+
 
 def generate(
     model: Transformer,

@@ -14,6 +14,7 @@ from ..data.tokenizer import Tokenizer
 from ..loss.process_reward import step_scores
 from ..model import ScoringModel
 from ..parallel import paced
+from .answers import answer_batch, answer_runs, with_end
 from .scoring import packed_groups
 
 FACTORS = ("instruction", "process")
@@ -91,9 +92,27 @@ def score_tokens(model: ScoringModel, samples: Sequence[Sample], *, capacity: in
     return out
 
 
-def with_end(sample: Sample) -> Sample:
-    """The sample with one more token, so that its own last token is among the inputs of a packed batch."""
-    return Sample(np.append(sample.tokens, sample.tokens[-1:]), np.append(sample.weights, np.float32(0)))
+@torch.no_grad()
+def score_answer_tokens(
+    model: ScoringModel, samples: Sequence[Sample], prompt_tokens: Sequence[int], *, before: bool, capacity: int = 8192
+) -> list[torch.Tensor]:
+    """For each sample the (n, outputs) fp32 scores at its answer's tokens, or just before them.
+
+    Args:
+        prompt_tokens: at the beginning of each sample; equal prompts are read once.
+    """
+    device, spread = next(model.parameters()).device, model.body.spread
+    out: list[torch.Tensor] = [torch.zeros(0)] * len(samples)
+    runs = answer_runs(samples, prompt_tokens, range(len(samples)), capacity, spread)
+    for run in paced(runs, model, backward=False):
+        counts = [prompt_tokens[i] for i in run]
+        batch = answer_batch([samples[i] for i in run], counts, spread, device, last=not before)
+        scores = model(*batch.inputs)
+        scores = (batch.before(scores) if before else batch.at(scores)).float().cpu()
+        lengths = [len(samples[i].tokens) - prompt_tokens[i] for i in run]
+        for index, piece in zip(run, scores.split(lengths)):
+            out[index] = piece
+    return out
 
 
 class InstructionReward:
@@ -122,10 +141,12 @@ class ProcessReward:
         """Scores in [0, 1] of the steps of each answer."""
         encoded = [encode_steps(self.tokenizer, p, a) if a.strip() else None for p, a in zip(prompts, answers)]
         kept = [i for i, item in enumerate(encoded) if item is not None]
-        scored = score_tokens(self.model, [encoded[i][0] for i in kept])
+        prompt_tokens = [len(encode_prompt(self.tokenizer, prompts[i])) for i in kept]
+        scored = score_answer_tokens(self.model, [encoded[i][0] for i in kept], prompt_tokens, before=False)
         out: list[list[float]] = [[] for _ in answers]
-        for index, scores in zip(kept, scored):
-            out[index] = step_scores(scores[encoded[index][1]], neutral=self.neutral).tolist()
+        for index, count, scores in zip(kept, prompt_tokens, scored):
+            ends = torch.tensor(encoded[index][1]) - count
+            out[index] = step_scores(scores[ends], neutral=self.neutral).tolist()
         return out
 
 

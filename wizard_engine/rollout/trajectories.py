@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,17 +10,20 @@ import torch
 from torch import Tensor
 
 from kernels.gae import gae, whiten
+from kernels.linear_logprob import linear_logprob
 
 from ..data.chat import Sample, encode_prompt
 from ..data.records import Message
 from ..data.tokenizer import Tokenizer
 from ..loss import kl_estimates
 from ..model import Routes, ScoringModel, Transformer
-from ..parallel import gather_objects, sharded
-from ..parallel.mesh import Axis
-from .generation import Generation, generate
-from .rewards import AnswerReward, score_tokens
-from .scoring import token_logprobs
+from ..parallel import gather_objects, paced
+from ..parallel.spread import Spread
+from .answers import AnswerBatch, answer_batch, answer_runs
+from .generation import Generation, continued
+from .rewards import AnswerReward, score_answer_tokens
+from .sampler import Sampler
+from .scheduler import Sampling
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Rollout:
     samples: prompt and answer ids, weight 1 on every answer token.   texts: the answers.   lengths: answer tokens.
     behaviour: (N,) log-probability of the answer tokens as sampled, all answers end to end, nats.
     experts: of a policy with experts, where the sampler sent each token that a trainer feeds, (n - 1, L, A) per sample.
+    stamp: checksum of the weights that it was sampled from.
+    load: of this rank's engine: steps, tokens that came out of them, sequences that could run at once.
     """
 
     prompts: list[tuple[Message, ...]]
@@ -40,12 +44,25 @@ class Rollout:
     lengths: list[int]
     behaviour: Tensor
     experts: list[Tensor] | None = None
+    stamp: int | None = None
+    load: tuple[int, int, int] = (0, 0, 0)
 
-    def routes(self, picked: Sequence[int], device: torch.device) -> Routes:
-        """The sampler's choices for some samples packed in this order; fresh ones of a dense policy."""
+    @property
+    def prompt_tokens(self) -> list[int]:
+        """Tokens of each sample's prompt."""
+        return [len(sample.tokens) - length for sample, length in zip(self.samples, self.lengths)]
+
+    def batch(self, picked: Sequence[int], spread: Spread, device: torch.device) -> AnswerBatch:
+        """Some answers for one forward pass of a model that is spread so."""
+        counts = self.prompt_tokens
+        return answer_batch([self.samples[i] for i in picked], [counts[i] for i in picked], spread, device)
+
+    def routes(self, picked: Sequence[int], batch: AnswerBatch, device: torch.device) -> Routes:
+        """The sampler's choices for the tokens of a batch of some samples; fresh ones of a dense policy."""
         if self.experts is None:
             return Routes()
-        return Routes(torch.cat([self.experts[i] for i in picked]).to(device).int())
+        pieces = [self.experts[picked[i]][first:last] for i, first, last in batch.pieces]
+        return Routes(torch.cat(pieces).to(device).int())
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Per-answer pieces of a tensor over all answer tokens."""
@@ -58,28 +75,36 @@ def step_seed(*parts: int) -> int:
 
 
 def roll_out(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, samples: int,
-    max_new_tokens: int, temperature: float, seed: int, batch_size: int = 128, first: int = 0, stride: int = 1,
+    sampler: Sampler, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, samples: int,
+    max_new_tokens: int, temperature: float, seed: int, first: int = 0, stride: int = 1,
 ) -> Rollout:  # fmt: skip
-    """`samples` answers to each prompt, drawn from the model itself.
+    """`samples` answers to each prompt, drawn from the weights that the sampler has taken.
 
     Args:
         first, stride: the prompts are number first, first + stride, ... of those of all ranks; an answer does not
             depend on how they are divided. Ranks that have the same prompts, for they divide a model's matrices or
-            tokens, sample a share of the answers each, and all of them get all.
+            tokens, sample a share of the prompts each, and all of them get all; ranks that divide the sampler's
+            matrices sample what any of them has together.
     """
     numbers = [(first + i * stride) * samples + j for i in range(len(prompts)) for j in range(samples)]
     repeated = [tuple(prompt) for prompt in prompts for _ in range(samples)]
     ids = [encode_prompt(tokenizer, prompt) for prompt in repeated]
-    engine = sharded(model)
-    row = Axis() if engine is None else engine.mesh.row
-    mine = slice(row.index, None, row.size)
-    with engine.gathered() if engine is not None else nullcontext():
-        drawn = generate(
-            model, ids[mine], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-            eos_id=tokenizer.eos_id, batch_size=batch_size, numbers=numbers[mine],
-        )  # fmt: skip
-    drawn = _interleaved(gather_objects(drawn, row))
+    row, tp = sampler.row, sampler.mesh.tp
+    shares = [[i for i in range(len(ids)) if i // samples % row.size == r] for r in range(row.size)]
+    parts = gather_objects([(numbers[i], ids[i]) for i in shares[row.index]], tp)
+    together = [pair for part in parts for pair in part]
+    samplings = [
+        Sampling(max_new_tokens, float(temperature), seed=seed, row=number, eos_id=tokenizer.eos_id)
+        for number, _ in together
+    ]
+    engine = sampler.engine
+    before = engine.steps, engine.generated
+    drawn = continued(engine, [prompt for _, prompt in together], samplings)
+    slots = min(engine.max_sequences, len(together))
+    load = engine.steps - before[0], engine.generated - before[1], slots
+    begin = sum(len(part) for part in parts[: tp.index])
+    own = drawn.rows(range(begin, begin + len(parts[tp.index])))
+    drawn = _in_order(gather_objects(own, row), shares)
     packed = []
     for prompt, answer in zip(ids, drawn.tokens):
         weights = np.concatenate((np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)))
@@ -87,34 +112,46 @@ def roll_out(
     texts = [tokenizer.decode(tokens).strip() for tokens in drawn.tokens]
     behaviour = torch.tensor([x for row in drawn.logprobs for x in row], dtype=torch.float32)
     lengths = [len(tokens) for tokens in drawn.tokens]
-    return Rollout(repeated, packed, texts, drawn.finished, lengths, behaviour, drawn.experts)
+    return Rollout(repeated, packed, texts, drawn.finished, lengths, behaviour, drawn.experts, sampler.stamp, load)
 
 
-def _interleaved(parts: Sequence[Generation]) -> Generation:
-    """What was drawn for rows r, r + n, ... by part r of n, in the order of the rows."""
+def _in_order(parts: Sequence[Generation], shares: Sequence[Sequence[int]]) -> Generation:
+    """What each part drew for its share of the rows, in the order of the rows."""
     if len(parts) == 1:
         return parts[0]
-    whole = Generation()
-    for name, values in vars(whole).items():
-        columns = [getattr(part, name) for part in parts]
-        if columns[0] is not None:
-            rows = itertools.zip_longest(*columns)
-            values = [x for row in rows for x in row if x is not None]
-        setattr(whole, name, values)
+    places = {row: (r, i) for r, share in enumerate(shares) for i, row in enumerate(share)}
+    whole = Generation(experts=None if parts[0].experts is None else [])
+    for row in range(len(places)):
+        part, place = places[row]
+        for name, values in vars(parts[part]).items():
+            if values is not None:
+                getattr(whole, name).append(values[place])
     return whole
 
 
-def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float) -> Tensor:
+@torch.no_grad()
+def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float, capacity: int = 8192) -> Tensor:
     """(N,) log-probability of the answer tokens under another model, with the sampler's temperature."""
-    pieces = token_logprobs(model, rollout.samples, temperature=temperature)
-    return torch.from_numpy(np.concatenate([p[-n:] for p, n in zip(pieces, rollout.lengths)]))
+    device, spread = model.embedding.weight.device, model.spread
+    out: list[Tensor] = [torch.zeros(0)] * len(rollout.samples)
+    runs = answer_runs(rollout.samples, rollout.prompt_tokens, range(len(out)), capacity, spread)
+    for run in paced(runs, model, backward=False):
+        batch = rollout.batch(run, spread, device)
+        hidden = batch.hidden(model, model(*batch.inputs))
+        logprob, _ = linear_logprob(
+            hidden, model.head_weight, batch.targets, temperature=temperature, shard=model.shard
+        )
+        pieces = batch.of_answers(logprob).float().cpu().split([rollout.lengths[i] for i in run])
+        for index, piece in zip(run, pieces):
+            out[index] = piece
+    return torch.cat(out)
 
 
 @torch.no_grad()
 def answer_values(critic: ScoringModel, rollout: Rollout) -> Tensor:
     """(N,) critic's value of the state before each answer token."""
-    scores = score_tokens(critic, rollout.samples)
-    return torch.cat([s[-n - 1 : -1, 0] for s, n in zip(scores, rollout.lengths)])
+    scores = score_answer_tokens(critic, rollout.samples, rollout.prompt_tokens, before=True)
+    return torch.cat([score[:, 0] for score in scores])
 
 
 def token_rewards(
@@ -140,6 +177,43 @@ def token_rewards(
     return tokens, estimates
 
 
+def trusted(own: Tensor, sampled: Tensor, limit: float) -> Tensor:
+    """Log-probabilities that ratios are taken to: the sampler's, and the trainer's own where the two are further apart
+    than `limit` nats; there the truncated importance weight of the loss, trainer over sampler, is not 1."""
+    return torch.where((own - sampled).abs() > limit, own, sampled)
+
+
+def idle_share(loads: Sequence[tuple[int, int, int]]) -> float:
+    """Share of the sampling that went by with nothing to sample, at the end of the longest answers: 1 - tokens over
+    what all ranks' sequences could have got in the steps of the slowest rank.
+
+    Args:
+        loads: `Rollout.load` of every rank.
+    """
+    steps = max(load[0] for load in loads)
+    room = steps * sum(load[2] for load in loads)
+    return 1 - sum(load[1] for load in loads) / room if room else 0.0
+
+
+def advantages_of_groups(rewards: Tensor, rollout: Rollout, group: int, *, kind: str) -> Tensor:
+    """(N,) the same advantage for every token of an answer, relative to the other answers to its prompt.
+
+    rloo: R_i - mean of R_j, j != i.   grpo: (R_i - mean of R_j) / (standard deviation of R_j + 1e-6), i included.
+    R is the sum of an answer's token rewards.
+
+    Args:
+        rewards: (N,) reward of each token.   group: answers per prompt, at least 2, one after the other.
+    Source: Ahmadian et al. 2024, arXiv:2402.14740; Shao et al. 2024, arXiv:2402.03300.
+    """
+    total = torch.stack([piece.sum() for piece in rollout.split(rewards)])
+    if kind == "rloo":
+        advantage = _relative(total, group)
+    else:
+        rows = total.view(-1, group)
+        advantage = ((rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-6)).flatten()
+    return torch.repeat_interleave(advantage, torch.tensor(rollout.lengths))
+
+
 def _relative(finals: Tensor, group: int) -> Tensor:
     """Each reward minus the mean of the other rewards of its group; unchanged for groups of one."""
     if group == 1:
@@ -150,7 +224,7 @@ def _relative(finals: Tensor, group: int) -> Tensor:
 
 @dataclass
 class TokenTargets:
-    """What the losses need of each token of a packed row, (T,) each; 0 outside the answers."""
+    """What the losses need of each answer token, (N,), or of each row of a batch."""
 
     behaviour: Tensor
     sampled: Tensor
@@ -171,31 +245,29 @@ class Targets:
     returns: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    def of(self, picked: Sequence[int], is_answer: Tensor) -> TokenTargets:
-        """Those of some answers packed in this order, whose answer tokens are marked in `is_answer` (T,)."""
-        return TokenTargets(*(_spread([pieces[i] for i in picked], is_answer) for pieces in vars(self).values()))
-
-
-def _spread(pieces: Sequence[Tensor], is_answer: Tensor) -> Tensor:
-    return torch.zeros(is_answer.shape, device=is_answer.device).masked_scatter_(
-        is_answer, torch.cat(list(pieces)).to(is_answer.device)
-    )
+    def of(self, picked: Sequence[int], batch: AnswerBatch) -> TokenTargets:
+        """Those of some answers, as a batch of them stands; 0 where it predicts nothing."""
+        return TokenTargets(*(batch.place([pieces[i] for i in picked]) for pieces in vars(self).values()))
 
 
 def make_targets(
-    rollout: Rollout, rewards: Tensor, values: Tensor, reference: Tensor, *, gamma: float, lam: float, moments,
-    own: Tensor | None = None,
+    rollout: Rollout, rewards: Tensor, values: Tensor | None, reference: Tensor, *, gamma: float = 1.0,
+    lam: float = 1.0, moments=None, own: Tensor | None = None, advantages: Tensor | None = None,
 ) -> Targets:  # fmt: skip
-    """GAE over the rollout, advantages whitened with moments over all ranks.
+    """GAE over the rollout, advantages whitened with moments over all ranks; or advantages that are given.
 
     Args:
-        reference: (N,) log-probabilities under the reference.
+        values: (N,) of a critic.   reference: (N,) log-probabilities under the reference.
         moments: function of (sum, sum of squares, count) on this rank giving the totals over ranks.
         own: (N,) the trainer's log-probabilities of the answers; default: the sampler's are taken for them.
+        advantages: (N,) where no critic takes part.
     """
-    marks = torch.tensor([0, *itertools.accumulate(rollout.lengths)], dtype=torch.int32)
-    advantages, returns = gae(rewards, values, marks, gamma=gamma, lam=lam)
-    whitened = whiten(advantages, moments=moments)
+    if advantages is None:
+        marks = torch.tensor([0, *itertools.accumulate(rollout.lengths)], dtype=torch.int32)
+        advantages, returns = gae(rewards, values, marks, gamma=gamma, lam=lam)
+        advantages = whiten(advantages, moments=moments)
+    else:
+        returns = values = torch.zeros_like(advantages)
     behaviour = rollout.behaviour if own is None else own
-    parts = (behaviour, rollout.behaviour, reference, whitened, returns, values)
+    parts = (behaviour, rollout.behaviour, reference, advantages, returns, values)
     return Targets(*(rollout.split(x) for x in parts))

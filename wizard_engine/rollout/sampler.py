@@ -1,0 +1,126 @@
+"""The policy of reinforcement learning as a sampler: its trainer's weights behind the engine, in memory that the two
+take in turns."""
+
+import torch
+from torch import nn
+
+from ..model import Transformer
+from ..parallel import MeshOptions, make_mesh, sharded
+from ..parallel.cut import Cut
+from ..parallel.mesh import Axis, Mesh
+from ..parallel.parallelize import divide
+from ..parallel.spread import Spread
+from ..parallel.units import is_absent, materialised
+from ..runtime import Runtime
+from .engine import Engine
+from .handover import HandOver, checksum, trainer_checksum
+
+
+class Sampler:
+    """Samples from a policy that is being trained.
+
+    `take` hands the trainer's weights of now over, `engine` samples from them, `release` gives the memory back. A policy
+    that no ranks divide is sampled from where it stands. Otherwise each rank, or each group of `tp` of them, has weights
+    of its own, which exist between `take` and `release` alone.
+
+    Args:
+        policy: as `parallelize` left it.   runtime: needed where ranks divide the policy.   tp: ranks that divide the sampler's matrices, and its experts.
+        cache_tokens: of this rank's, or group's, cache.   max_sequences: that run at once.
+    Attributes:
+        stamp: checksum of the weights that were handed over last.
+    Raises:
+        ValueError: tp does not divide the ranks of a copy of the policy, its heads, words or experts.
+    """
+
+    def __init__(
+        self, policy: Transformer, runtime: Runtime | None = None, *, cache_tokens: int, max_sequences: int = 128,
+        tp: int = 1,
+    ) -> None:  # fmt: skip
+        self.policy, self.trainer = policy, sharded(policy)
+        self.stamp: int | None = None
+        self.row, self.mesh = Axis(), Mesh(device=policy.embedding.weight.device)
+        self.options = {"cache_tokens": cache_tokens, "max_sequences": max_sequences, "record_routes": True}
+        divided = self.trainer is not None and self.trainer.is_divided
+        ranks = self.trainer.mesh.copy.size if divided else 1
+        if ranks % tp:
+            raise ValueError(f"sampler tp must divide the {ranks} ranks of a copy of the policy, got {tp}")
+        self.model, self.moves = policy, None
+        if divided:
+            self.row = self.trainer.mesh.row
+            experts = tp if policy.config.experts else 1
+            self.mesh = make_mesh(MeshOptions(dp_shard=1, tp=tp, ep=experts), runtime)
+            self.model, cuts = _empty_sampler(policy, self.mesh)
+            self._restore()
+            targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
+            self.moves = HandOver(self.trainer, targets, cuts)
+        self.engine = Engine(self.model, **self.options)
+
+    def _restore(self) -> None:
+        """Have memory for weights of the sampler's own."""
+        for parameter in self.model.parameters():
+            if is_absent(parameter) or not parameter.numel():
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+    def take(self) -> None:
+        """Have the trainer's weights of now, and memory to sample with; every rank makes the call.
+
+        Raises:
+            ValueError: what arrived is not what the trainer has.
+        """
+        if self.moves is not None:
+            self._restore()
+            self.moves.targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
+            self.moves.run()
+        self.engine.restore()
+        self.engine.forget()
+        self.stamp = self.expected()
+        found = self.stamp if self.moves is None else self.moves.stamp_of_sampler(self.mesh.tp, self.mesh.ep)
+        if found != self.stamp:
+            raise ValueError(
+                f"[rank {self.mesh.rank}/{self.mesh.world_size}] weights of the sampler: expected checksum "
+                f"{self.stamp:x}, the trainer's, got {found:x}"
+            )
+
+    def expected(self) -> int:
+        """Checksum of the trainer's weights of now; every rank makes the call."""
+        if self.trainer is not None:
+            return trainer_checksum(self.trainer)
+        return checksum((n, Cut.whole(p.shape), 0, p.detach()) for n, p in self.policy.named_parameters())
+
+    def check(self, stamp: int | None) -> None:
+        """ValueError unless the trainer still has the weights that something with this stamp was sampled from."""
+        now = self.expected()
+        if stamp != now:
+            raise ValueError(
+                f"rollout: expected one of the trainer's weights, checksum {now:x}, got "
+                f"{'none' if stamp is None else f'{stamp:x}'}; hand the weights over before sampling"
+            )
+
+    def release(self) -> None:
+        """Give the memory of the cache, and of weights of the sampler's own, back to the trainer."""
+        self.engine.release()
+        if self.moves is not None:
+            self.moves.targets = {}
+            for parameter in self.model.parameters():
+                nothing = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device)
+                parameter.data = nothing.expand(parameter.shape)
+
+
+def _empty_sampler(policy: Transformer, mesh: Mesh) -> tuple[Transformer, dict]:
+    """A model like the policy, divided over a mesh, without numbers; and what of each parameter this rank has."""
+    with torch.device("meta"):
+        model = Transformer(policy.config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    divisions = divide(model, model, mesh)
+    dtype = next(policy.parameters()).dtype
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    materialised(model, mesh.device)
+    if mesh.tp.size > 1 or mesh.ep.size > 1:
+        spread = Spread.over(mesh, policy.config.vocab_size, keeps_tokens=False)
+        for module in model.modules():
+            if hasattr(module, "spread"):
+                module.spread = spread
+    cuts = {name: divisions[name].own if name in divisions else Cut.whole(shape) for name, shape in shapes.items()}
+    return model.eval(), cuts
