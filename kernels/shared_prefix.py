@@ -1,4 +1,4 @@
-"""Attention of packed sequences of which several begin with the same tokens, which are there once; rows picked again."""
+"""Attention of packed sequences of which several begin with the same tokens, which are there once."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -15,8 +15,8 @@ class Prefixes:
     cu_prefixes: (G + 1,) int32, where prefixes start, then P.   max_prefix: the longest.
     cu_tails: (S + 1,) int32, where continuations start behind the first P tokens, then their number.   max_tail.
     cu_keys: (S + 1,) int32, where the keys of each continuation start, its prefix's and its own.   max_keys.
-    keys: (N,) int64 rows of those keys.   previous: (T,) int64, the row of the token before each; its own at a beginning.
-    prefix_tokens: P, on the host.   tokens: of the row, on the host.
+    keys: (N,) int64 rows of those keys.   previous: (T,) int64, the row of the token before each, its own at a
+    beginning.   prefix_tokens: P.   tokens: of the row; both on the host.
     """
 
     cu_prefixes: Tensor

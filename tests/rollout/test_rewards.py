@@ -13,8 +13,8 @@ from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
 from wizard_engine.parallel.spread import ALONE
 from wizard_engine.rollout import rewards, trajectories
-from wizard_engine.rollout.sampler import Sampler
 from wizard_engine.rollout.rewards import AnswerReward, InstructionReward, ProcessReward, encode_steps, score_answers
+from wizard_engine.rollout.sampler import Sampler
 
 ASK = (Message("user", "How many apples are left?"),)
 

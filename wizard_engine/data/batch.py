@@ -70,7 +70,8 @@ class SharedBatch:
 
     tokens, positions: (T,) int64, prompts first.   prefixes: who continues what.
     rows: (R,) int64, for each answer token, sample after sample, the position whose hidden state predicts it.
-    targets: (R,) int64, those tokens.   own: (R,) int64, their own positions, with `last` (else -1).   cu_answers: (S + 1,) int32, where each sample's answer tokens start.
+    targets: (R,) int64, those tokens.   own: (R,) int64, their own positions, with `last` (else -1).
+    cu_answers: (S + 1,) int32, where each sample's answer tokens start.
     pieces: (sample, first, last) of the tokens that stand in the row, in their order.   max_seqlen: longest sample.
     """
 
@@ -170,13 +171,15 @@ def prompt_groups(
     runs: list[list[int]] = []
     filled = capacity
     for group in ordered:
-        is_new = True
-        for index in group:
-            answer = len(samples[index].tokens) - prompt_tokens[index]
-            needed = answer + (prompt_tokens[index] if is_new else 0)
-            if not runs or filled + needed > capacity:
+        prompt = prompt_tokens[group[0]]
+        answers = [len(samples[i].tokens) - prompt for i in group]
+        # A prompt is cut only where it does not fit into a run of its own.
+        is_new, closes = True, prompt + sum(answers) <= capacity < filled + prompt + sum(answers)
+        for index, answer in zip(group, answers):
+            needed = answer + (prompt if is_new else 0)
+            if not runs or closes or filled + needed > capacity:
                 runs.append([])
-                filled, needed = 0, answer + prompt_tokens[index]
+                filled, needed, closes = 0, answer + prompt, False
             runs[-1].append(index)
             filled, is_new = filled + needed, False
     return runs

@@ -1,4 +1,4 @@
-"""Micro-batches of sampled answers: what a model reads, and where each answer token's numbers are in what it returns."""
+"""Micro-batches of sampled answers: what a model reads, and where the numbers of their tokens are in what it says."""
 
 from collections.abc import Sequence
 from typing import Protocol

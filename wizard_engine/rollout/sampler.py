@@ -19,12 +19,13 @@ from .handover import HandOver, checksum, trainer_checksum
 class Sampler:
     """Samples from a policy that is being trained.
 
-    `take` hands the trainer's weights of now over, `engine` samples from them, `release` gives the memory back. A policy
-    that no ranks divide is sampled from where it stands. Otherwise each rank, or each group of `tp` of them, has weights
-    of its own, which exist between `take` and `release` alone.
+    `take` hands the trainer's weights of now over, `engine` samples from them, `release` gives the memory back. A
+    policy that no ranks divide is sampled from where it stands. Otherwise each rank, or each group of `tp` of them, has
+    weights of its own, which exist between `take` and `release` alone.
 
     Args:
-        policy: as `parallelize` left it.   runtime: needed where ranks divide the policy.   tp: ranks that divide the sampler's matrices, and its experts.
+        policy: as `parallelize` left it.   runtime: needed where ranks divide the policy.
+        tp: ranks that divide the sampler's matrices, and its experts.
         cache_tokens: of this rank's, or group's, cache.   max_sequences: that run at once.
     Attributes:
         stamp: checksum of the weights that were handed over last.
