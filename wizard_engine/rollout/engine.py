@@ -142,11 +142,16 @@ class Engine:
 
     def add_all(self, prompt: Several[int], samplings: Several[Sampling]) -> list[Sequence]:
         """A sequence of one prompt for each sampling."""
-        if prompt and not (min(prompt) >= 0 and max(prompt) < self.config.vocab_size):
+        self.check(prompt, *samplings)
+        return self.scheduler.add(prompt, samplings)
+
+    def check(self, prompt: Several[int], *samplings: Sampling) -> None:
+        """ValueError unless a prompt has room beside its new tokens, and ids of the vocabulary alone."""
+        self.scheduler.check(prompt, samplings)
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
             raise ValueError(
                 f"prompt: expected ids of 0 to {self.config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
             )
-        return self.scheduler.add(prompt, samplings)
 
     def finish(self, sequence: Sequence, reason: Reason) -> None:
         """End a sequence where it stands; its pages are free for others at once."""

@@ -4,7 +4,7 @@ take in turns."""
 import torch
 from torch import nn
 
-from ..model import Transformer
+from ..model import ModelConfig, Transformer
 from ..parallel import MeshOptions, make_mesh, sharded
 from ..parallel.cut import Cut
 from ..parallel.mesh import Axis, Mesh
@@ -50,7 +50,7 @@ class Sampler:
             self.row = self.trainer.mesh.row
             experts = tp if policy.config.experts else 1
             self.mesh = make_mesh(MeshOptions(dp_shard=1, tp=tp, ep=experts), runtime)
-            self.model, cuts = _empty_sampler(policy, self.mesh)
+            self.model, cuts = empty_sampler(policy.config, next(policy.parameters()).dtype, self.mesh)
             self._restore()
             targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
             self.moves = HandOver(self.trainer, targets, cuts)
@@ -107,19 +107,18 @@ class Sampler:
                 parameter.data = nothing.expand(parameter.shape)
 
 
-def _empty_sampler(policy: Transformer, mesh: Mesh) -> tuple[Transformer, dict]:
-    """A model like the policy, divided over a mesh, without numbers; and what of each parameter this rank has."""
+def empty_sampler(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Transformer, dict[str, Cut]]:
+    """A model divided over the tp and ep of a mesh, without numbers, and what of each parameter this rank has."""
     with torch.device("meta"):
-        model = Transformer(policy.config)
+        model = Transformer(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     divisions = divide(model, model, mesh)
-    dtype = next(policy.parameters()).dtype
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     materialised(model, mesh.device)
     if mesh.tp.size > 1 or mesh.ep.size > 1:
-        spread = Spread.over(mesh, policy.config.vocab_size, keeps_tokens=False)
+        spread = Spread.over(mesh, config.vocab_size, keeps_tokens=False)
         for module in model.modules():
             if hasattr(module, "spread"):
                 module.spread = spread

@@ -145,11 +145,7 @@ class Scheduler:
         Raises:
             ValueError: an empty prompt, or one that leaves no room for the new tokens.
         """
-        room = self.max_length - max(sampling.max_new_tokens for sampling in samplings)
-        if not 1 <= len(prompt) <= room:
-            raise ValueError(
-                f"prompt: expected 1 to {room} tokens beside {self.max_length - room} new ones, got {len(prompt)}"
-            )
+        self.check(prompt, samplings)
         made = []
         for sampling in samplings:
             made.append(Sequence(self._numbers, sampling, len(prompt), list(prompt)))
@@ -157,6 +153,14 @@ class Scheduler:
         made[0].followers = made[1:]
         self.waiting.append(made[0])
         return made
+
+    def check(self, prompt: Several[int], samplings: Several[Sampling]) -> None:
+        """ValueError unless there is a prompt, and room for it with each one's new tokens."""
+        room = self.max_length - max(sampling.max_new_tokens for sampling in samplings)
+        if not 1 <= len(prompt) <= room:
+            raise ValueError(
+                f"prompt: expected 1 to {room} tokens beside {self.max_length - room} new ones, got {len(prompt)}"
+            )
 
     def plan(self) -> list[Chunk]:
         """What to compute next, single tokens first; empty where nothing waits or runs."""

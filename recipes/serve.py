@@ -1,0 +1,151 @@
+"""Serve a checkpoint to any OpenAI client: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
+
+    python recipes/serve.py --model DIR --port 8000
+    torchrun --nproc-per-node 2 recipes/serve.py --model DIR --tp 2
+
+The server listens on this machine alone unless --host says otherwise; a key that clients must send comes from the
+environment (WIZARD_API_KEY). SIGTERM and SIGINT let the answers that are on their way end. /openapi.json describes it.
+"""
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from wizard_engine import runtime
+from wizard_engine.data.tokenizer import load_tokenizer
+from wizard_engine.model import ModelDirectory, Transformer
+from wizard_engine.parallel import MeshOptions, make_mesh
+from wizard_engine.recipe import launch
+from wizard_engine.rollout.driver import Driver, follow
+from wizard_engine.rollout.engine import Engine, cache_bytes
+from wizard_engine.rollout.handover import checksum
+from wizard_engine.rollout.sampler import empty_sampler
+
+KEY = "WIZARD_API_KEY"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Serve a checkpoint over HTTP, as OpenAI's API."""
+
+    model: Path
+    """Model directory of this project or of Hugging Face (Mistral, Llama, Mixtral)."""
+    port: int = 8000
+    """0 takes a free one; the first line of the log says which."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, which a key should guard."""
+    name: str | None = None
+    """What clients call the model; default: the directory's name."""
+    tp: int = 1
+    """Ranks of torchrun that divide the matrices and experts."""
+    cache_gib: float | None = None
+    """Memory of keys and values, GiB per rank; default: nine tenths of a GPU's free memory, or 2 GiB on a CPU."""
+    max_sequences: int = 64
+    """Sequences that are continued at once."""
+    max_queue: int = 256
+    """Sequences that wait beside them; more are refused with status 429."""
+    max_new_tokens: int = 1024
+    """Longest answer, tokens, and that of a chat that does not say."""
+    max_choices: int = 64
+    """Choices (n, times prompts) of one request."""
+    max_body_mib: float = 4.0
+    """Longest request, MiB."""
+    read_seconds: float = 30.0
+    """Longest wait for the whole of a request."""
+    write_seconds: float = 30.0
+    """Longest wait for a client to take a piece of its answer."""
+    drain_seconds: float = 30.0
+    """Time that answers have to end after SIGTERM."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "max_sequences", "max_new_tokens", "max_choices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port: expected 0 to 65535, got {self.port}")
+
+
+def main(cfg: Config) -> None:
+    """Load the model and serve until told to stop."""
+    try:
+        import uvicorn
+
+        from wizard_engine.rollout.server import Limits, Server
+    except ImportError as error:
+        raise ValueError(f"serve: expected starlette and uvicorn, got {error}; pip install -e '.[serve]'") from None
+    rt = runtime.start(cfg.device)
+    if rt.world_size != cfg.tp:
+        raise ValueError(f"tp: expected the {rt.world_size} ranks of this run, got {cfg.tp}")
+    engine, mesh, fingerprint = _engine(cfg, rt)
+    if not rt.is_main:
+        follow(engine, mesh.tp)
+        return
+    tokenizer = load_tokenizer(cfg.model)
+    driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
+    limits = Limits(
+        min(cfg.max_new_tokens, engine.scheduler.max_length), cfg.max_choices, int(cfg.max_body_mib * 2**20),
+        cfg.read_seconds, cfg.write_seconds,
+    )  # fmt: skip
+    name = cfg.name or cfg.model.resolve().name
+    server = Server(
+        driver, tokenizer, limits, name=name, context=engine.scheduler.max_length, fingerprint=fingerprint,
+        api_key=os.environ.get(KEY) or None,
+    )  # fmt: skip
+    options = uvicorn.Config(
+        server.app(), host=cfg.host, port=cfg.port, log_level="warning", timeout_keep_alive=30, lifespan="off",
+        timeout_graceful_shutdown=max(1, round(cfg.drain_seconds)), limit_concurrency=8 * driver.max_jobs,
+    )  # fmt: skip
+    listening = options.bind_socket()
+    where = f"http://{cfg.host}:{listening.getsockname()[1]}/v1"
+    keyed = "with the key of " + KEY if server.api_key else "without a key"
+    print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)
+    driver.start()
+    try:
+        uvicorn.Server(options).run(sockets=[listening])
+    finally:
+        driver.close(drain_seconds=1.0)
+        listening.close()
+    print(f"served {engine.generated} tokens", file=sys.stderr)
+
+
+def _engine(cfg: Config, rt: runtime.Runtime) -> tuple[Engine, object, str]:
+    """The engine over this rank's part of the model, the mesh, and a fingerprint of the weights."""
+    chosen = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if rt.device.type == "cuda" else "float32"
+    with ModelDirectory(cfg.model) as directory:
+        if directory.outputs is not None:
+            raise ValueError(f"{cfg.model}: expected a language model, got a reward model; it cannot answer")
+        experts = cfg.tp if directory.config.experts else 1
+        mesh = make_mesh(MeshOptions(dp_shard=1, tp=cfg.tp, ep=experts), rt)
+        model, cuts = empty_sampler(directory.config, getattr(torch, chosen), mesh)
+        for name, parameter in model.named_parameters():
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=rt.device)
+            directory.read(name, 0, parameter.data.view(-1), cut=cuts[name])
+    engine = Engine(model, cache_tokens=_cache_tokens(cfg, model, rt), max_sequences=cfg.max_sequences)
+    own = checksum((name, cuts[name], 0, p.data.view(-1)) for name, p in model.named_parameters())
+    return engine, mesh, "fp_" + hashlib.sha256(f"{own}{chosen}".encode()).hexdigest()[:12]
+
+
+def _cache_tokens(cfg: Config, model: Transformer, rt: runtime.Runtime) -> int:
+    each = cache_bytes(model, 1)
+    if cfg.cache_gib is not None:
+        tokens = int(cfg.cache_gib * 2**30) // each
+    elif rt.device.type == "cuda":
+        tokens = int(0.9 * torch.cuda.mem_get_info(rt.device)[0]) // each
+    else:
+        tokens = 2**31 // each
+    tokens = min(tokens, cfg.max_sequences * model.config.max_positions)
+    if tokens < 256:
+        raise ValueError(f"cache_gib: expected room for 256 tokens of {each} bytes or more, got {tokens}")
+    return tokens
+
+
+if __name__ == "__main__":
+    launch(main, Config)
