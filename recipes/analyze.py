@@ -2,6 +2,7 @@
 
     python recipes/analyze.py --data alpaca_en.json alpaca_zh.json gsm8k/train.jsonl --out runs/analysis
     python recipes/analyze.py --data rows.jsonl --out runs/analysis --checkpoint runs/sft/model
+    python recipes/analyze.py --data rows.jsonl --out runs/analysis --tagger openai:MODEL@http://127.0.0.1:8000/v1
 
 Writes OUT/rows.jsonl (the rows with their attributes), OUT/analysis.json and OUT/analysis.html. Perplexity is that of
 the answers under the checkpoint; without one it is left out.
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wizard_engine import runtime
+from wizard_engine.agents import Cast
 from wizard_engine.data.analysis import Analysis, analyze, answered
 from wizard_engine.data.analysis_page import write_analysis
 from wizard_engine.data.records import Row, read_files
 from wizard_engine.parallel.data_parallel import gather_objects
 from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
 from wizard_engine.rollout import perplexities
+from wizard_engine.synthesis.tagging import tag_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Config:
     """Directory for rows.jsonl, analysis.json and analysis.html."""
     checkpoint: Path | None = None
     """Model directory whose perplexity is an attribute; default: none."""
+    tagger: str | None = None
+    """Agent that names topic, skill and difficulty of rows that do not bring them along: a model directory or an
+    endpoint, openai:MODEL@URL. Default: heuristics name them."""
     limit: int | None = None
     """Rows read at most; default: all."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -54,6 +60,17 @@ def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -
     for rank, part in enumerate(gather_objects(mine)):
         found[rank :: rt.world_size] = part
     return found
+
+
+def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row], dict[str, int]]:
+    """Rows with the tagger's attributes, and how many got them; as they are, and nothing, without one."""
+    if cfg.tagger is None:
+        return rows, {}
+    cast = Cast(cfg.out / "ledger.sqlite", rt)
+    try:
+        return tag_rows(rows, cast.agent(cfg.tagger), seed=cfg.seed)
+    finally:
+        cast.close()
 
 
 def brief(analysis: Analysis, rejected: int) -> dict[str, Any]:
@@ -80,6 +97,7 @@ def main(cfg: Config) -> dict:
         return stage.result()
     rows, bad = read_files(cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
     rows = rows[: cfg.limit]
+    rows, tags = tagged(cfg, rows, rt)
     values = checkpoint_perplexities(cfg, rows, rt)
 
     def work() -> tuple[dict[str, Any], list[Path]]:
@@ -87,7 +105,9 @@ def main(cfg: Config) -> dict:
         analysis = analyze(rows, perplexity=perplexity, seed=cfg.seed)
         if not cfg.quiet:
             print_tables(analysis)
-        return brief(analysis, len(bad)), list(write_analysis(analysis, cfg.out).values())
+        return brief(analysis, len(bad)) | ({"tags": tags} if tags else {}), list(
+            write_analysis(analysis, cfg.out).values()
+        )
 
     result, outputs = on_main(rt, work)
     return finish_stage(stage, rt, result, outputs)

@@ -43,5 +43,5 @@ def test_cast_makes_each_agent_once_with_one_ledger(fixed, tmp_path):
 def test_make_agent_names_the_nearest(fixed, tmp_path):
     with pytest.raises(ValueError, match="got 'test:fixd'; did you mean 'test:fixed'"):
         make_agent("test:fixd")
-    with pytest.raises(ValueError, match="or a directory holding a saved model, got"):
+    with pytest.raises(ValueError, match="openai:MODEL@URL, or a directory holding a saved model, got"):
         make_agent(tmp_path)

@@ -13,7 +13,9 @@ from importlib import resources
 
 from wizard_engine.data.records import Message
 
-TASKS = ("evolve", "compare", "rewrite", "judge", "rate", "label", "rank", "suggest", "analyse", "optimise")
+TASKS = (
+    "evolve", "compare", "rewrite", "judge", "rate", "label", "rank", "suggest", "analyse", "optimise", "tag", "user",
+)  # fmt: skip
 ROLES = ("system", "user", "assistant")
 
 _FIELD_LINE = re.compile(r"^\{(\w+)\}$", re.MULTILINE)

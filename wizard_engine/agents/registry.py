@@ -1,4 +1,4 @@
-"""Agents by name: programs that were registered, and directories that hold a checkpoint."""
+"""Agents by name: programs that were registered, directories that hold a checkpoint, endpoints."""
 
 import difflib
 from collections.abc import Callable
@@ -35,15 +35,20 @@ def make_agent(
     """The agent that a recipe's option names.
 
     Args:
-        spec: a registered name, or a directory with a saved model (see model.save_model).
+        spec: a registered name, a directory with a saved model (see model.save_model), or an endpoint:
+            `openai:MODEL`, `openai:MODEL@URL`, `openai:MODEL@URL#concurrency=16,budget=1000000` (see endpoint.Options).
         ledger: where given, every call goes through it.
         device: where a checkpoint runs; the runtime's device where a runtime is given.
         batch_size: calls of one transaction; for a checkpoint also conversations decoded together.
         runtime: with several ranks, each answers its share of the requests and all get all replies.
     Raises:
-        ValueError: neither a registered name nor a directory with a model.
+        ValueError: neither a registered name nor a directory with a model, or an endpoint that cannot be asked.
     """
-    agent = _make(str(spec), str(runtime.device) if runtime else device, batch_size)
+    agent = _make(
+        str(spec), str(runtime.device) if runtime else device, batch_size, runtime.world_size if runtime else 1
+    )
+    # Calls that cost money are written down in smaller parts.
+    batch_size = min(batch_size, getattr(agent, "batch_size", batch_size)) if _is_endpoint(spec) else batch_size
     if ledger is not None:
         agent = LedgeredAgent(agent, ledger, batch_size=batch_size)
     if runtime is not None and runtime.world_size > 1:
@@ -85,13 +90,22 @@ class Cast:
         return None if spec is None else self.agent(spec)
 
 
-def _make(spec: str, device: str, batch_size: int) -> Agent:
+def _is_endpoint(spec: str | Path) -> bool:
+    return str(spec).startswith("openai:")
+
+
+def _make(spec: str, device: str, batch_size: int, ranks: int) -> Agent:
     if spec in _FACTORIES:
         return _FACTORIES[spec]()
+    if _is_endpoint(spec):
+        from wizard_engine.agents.endpoint import EndpointAgent  # loads the client, which others do not need
+
+        return EndpointAgent.from_spec(spec, ranks=ranks)
     if (Path(spec) / "config.json").is_file():
         from wizard_engine.agents.local import LocalAgent  # loads the model code, which programs do not need
 
         return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
     near = difflib.get_close_matches(spec, registered(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"
-    raise ValueError(f"agent: expected a registered name or a directory holding a saved model, got {spec!r}; {hint}")
+    kinds = "a registered name, openai:MODEL@URL, or a directory holding a saved model"
+    raise ValueError(f"agent: expected {kinds}, got {spec!r}; {hint}")

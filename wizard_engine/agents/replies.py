@@ -56,3 +56,14 @@ def read_method(text: str) -> str | None:
     """The content of the last block fenced by three backticks, or None where there is none or it is blank."""
     blocks = [block.strip() for block in _FENCE.findall(text)]
     return blocks[-1] if blocks and blocks[-1] else None
+
+
+_TAG_LINE = re.compile(r"^\W*(topic|skill|difficulty)\W*:\W*(.*?)\W*$", re.MULTILINE | re.IGNORECASE)
+_DIFFICULTIES = ("easy", "medium", "hard")
+
+
+def read_tags(text: str) -> dict[str, str] | None:
+    """Topic, skill and difficulty, from lines `Topic: ...`; None where one is missing, long, or no difficulty."""
+    found = {name.lower(): flatten(value).lower() for name, value in _TAG_LINE.findall(text)}
+    fits = all(0 < len(found.get(name, "")) <= 40 for name in ("topic", "skill", "difficulty"))
+    return found if fits and found["difficulty"] in _DIFFICULTIES else None

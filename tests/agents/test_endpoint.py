@@ -1,0 +1,303 @@
+"""Endpoints that answer, refuse, hang, answer rubbish; budgets, ledgers, keys that nobody ever reads."""
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+from serving import Serving, small_model  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.responses import JSONResponse, Response  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+from recipes import analyze, mt_bench  # noqa: E402
+from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent, prompts  # noqa: E402
+from wizard_engine.agents.endpoint import EndpointAgent, Options, parse_spec  # noqa: E402
+from wizard_engine.agents.local import LocalAgent  # noqa: E402
+from wizard_engine.data.records import Message, conversation, read_rows, write_rows  # noqa: E402
+
+KEY = "sk-very-secret-0123456789"
+
+
+def answer(text="fine", tokens=10):
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    usage = {"prompt_tokens": tokens // 2, "completion_tokens": tokens - tokens // 2, "total_tokens": tokens}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+
+class Fake:
+    """An endpoint whose behaviour is a function of (request body, how often it came); a list of what it was asked."""
+
+    def __init__(self, behave):
+        self.behave, self.asked, self.seen, self.at_once, self.most = behave, [], Counter(), 0, 0
+        self.keys = set()
+
+        async def complete(request):
+            body = await request.json()
+            self.asked.append(body)
+            self.keys.add(request.headers.get("authorization"))
+            key = json.dumps(body, sort_keys=True)
+            self.seen[key] += 1
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+            try:
+                found = self.behave(body, self.seen[key])
+                found = await found if asyncio.iscoroutine(found) else found
+            finally:
+                self.at_once -= 1
+            return JSONResponse(found) if isinstance(found, dict) else found
+
+        config = uvicorn.Config(
+            Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])]), port=0,
+            log_level="error", lifespan="off",
+        )  # fmt: skip
+        self.socket = config.bind_socket()
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *_):
+        self.server.force_exit = self.server.should_exit = True
+        self.thread.join(10)
+        self.socket.close()
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def ask(count, task="answer", **changes):
+    return [
+        Request(
+            task, (Message("user", f"Question {i}"),), **{"seed": i, "temperature": 1.0, "max_tokens": 20} | changes
+        )
+        for i in range(count)
+    ]
+
+
+def agent(fake, **options):
+    return EndpointAgent("m", fake.url, Options(**{"backoff": 0.01, "max_wait": 0.05} | options))
+
+
+def test_replies_come_in_order_and_no_more_at_once_than_allowed():
+    async def behave(body, _):
+        number = int(body["messages"][0]["content"].split()[-1])
+        await asyncio.sleep(0.03 if number % 2 else 0.001)
+        return answer(f" reply {number}\n", 7)
+
+    with Fake(behave) as fake:
+        found = agent(fake, concurrency=3)
+        replies = found.respond(ask(12))
+        assert [reply.text for reply in replies] == [f"reply {i}" for i in range(12)] and all(r.ok for r in replies)
+        assert fake.most == 3 and found.spent == 12 * 7 and (found.calls, found.retried, found.failed) == (12, 0, 0)
+        body = fake.asked[0]
+        assert body["model"] == "m" and body["max_tokens"] == 20 and body["temperature"] == 1.0 and "seed" in body
+        assert fake.keys == {f"Bearer {KEY}"}
+        assert "seed" not in {k for b in fake.asked[12:] for k in b}
+        agent(fake).respond(ask(1, temperature=0.0))
+        assert "seed" not in fake.asked[-1]
+
+
+BROKEN = {
+    "429": lambda: JSONResponse({"error": {"message": "slow down"}}, 429, {"Retry-After": "0"}),
+    "500": lambda: JSONResponse({"error": {"message": "oh"}}, 500),
+    "503 without a body": lambda: Response(status_code=503),
+    "html": lambda: Response("<html>welcome</html>", media_type="text/html"),
+    "no json": lambda: Response("{", media_type="application/json"),
+    "no choices": lambda: {"object": "chat.completion"},
+    "empty choices": lambda: answer() | {"choices": []},
+    "null": lambda: answer(None),
+    "list": lambda: Response("[1, 2]", media_type="application/json"),
+    "wrong types": lambda: answer() | {"choices": [7], "usage": "many"},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_no_answer_is_asked_again(kind):
+    with Fake(lambda _, times: answer("at last") if times > 2 else BROKEN[kind]()) as fake:
+        found = agent(fake)
+        assert [reply.text for reply in found.respond(ask(3))] == ["at last"] * 3
+        assert found.retried == 6 and found.calls == 9 and found.failed == 0
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_never_is_an_answer_is_a_failed_call(kind):
+    with Fake(lambda *_: BROKEN[kind]()) as fake:
+        found = agent(fake, retries=2)
+        replies = found.respond(ask(3))
+        assert not any(reply.ok for reply in replies) and found.failed == 3 and len(fake.asked) == 9
+        assert all(reply.error and reply.text == "" and KEY not in reply.error for reply in replies)
+
+
+def test_an_endpoint_that_hangs_is_left():
+    async def hang(*_):
+        await asyncio.sleep(30)
+
+    with Fake(hang) as fake:
+        began = time.monotonic()
+        replies = agent(fake, timeout=0.2, retries=1).respond(ask(4))
+        assert time.monotonic() - began < 5
+        assert {reply.error for reply in replies} == {"no answer within 0.2 seconds"} and len(fake.asked) == 8
+
+
+def test_nobody_there_is_a_failed_call():
+    found = EndpointAgent("m", "http://127.0.0.1:9/v1", Options(backoff=0.01, retries=1))
+    assert "APIConnectionError" in found.respond(ask(1))[0].error
+
+
+def test_bad_requests_are_not_repeated_and_a_refused_key_ends_all():
+    with Fake(lambda *_: JSONResponse({"error": {"message": "too long"}}, 400)) as fake:
+        assert "status 400" in agent(fake).respond(ask(1))[0].error and len(fake.asked) == 1
+    with Fake(lambda *_: JSONResponse({"error": {"message": f"bad key {KEY}"}}, 401)) as fake:
+        found = agent(fake, concurrency=1)
+        errors = {reply.error for reply in found.respond(ask(5))}
+        assert len(fake.asked) == 1 and len(errors) == 2 and not any(KEY in error for error in errors)
+
+
+def test_an_endpoint_that_is_down_is_given_up():
+    with Fake(lambda *_: BROKEN["500"]()) as fake:
+        found = agent(fake, retries=0, give_up=5, concurrency=1)
+        replies = found.respond(ask(40))
+        assert len(fake.asked) == 5 and found.failed == 40 and "5 calls in a row failed" in replies[-1].error
+
+
+def test_no_call_is_made_that_could_pass_the_budget():
+    with Fake(lambda *_: answer(tokens=40)) as fake:
+        found = agent(fake, budget=300, concurrency=4)
+        replies = found.respond(ask(50))
+        done = sum(reply.ok for reply in replies)
+        assert found.spent == 40 * done == 40 * len(fake.asked) <= 300 and done >= 4
+        assert "budget: " in replies[-1].error
+        assert not found.respond(ask(1))[0].ok or found.spent <= 300
+
+
+def test_retries_wait_longer_each_time_and_as_long_as_the_endpoint_asks():
+    found = EndpointAgent("m", "http://127.0.0.1:9/v1", Options(backoff=1.0, max_wait=10.0))
+    request = ask(1)[0]
+    waits = [found._wait(request, attempt, None) for attempt in range(8)]
+    assert all(0.5 * min(2**i, 10) <= w <= 10 for i, w in enumerate(waits)) and waits[-1] == 10.0
+    assert found._wait(request, 0, "7") == 7.0 and found._wait(request, 0, "1000") == 10.0
+    assert found._wait(request, 0, "Wed, 21 Oct 2026") < 1.01
+
+
+def test_a_stopped_run_goes_on_from_its_ledger(tmp_path):
+    failing = True
+
+    def behave(body, _):
+        number = int(body["messages"][0]["content"].split()[-1])
+        return BROKEN["500"]() if failing and number % 2 else answer(f"reply {number}")
+
+    with Fake(behave) as fake:
+        for attempt in range(2):
+            ledger = Ledger(tmp_path / "ledger.sqlite")
+            replies = LedgeredAgent(agent(fake, retries=0), ledger).respond(ask(10))
+            assert [reply.ok for reply in replies] == [bool(attempt) or not i % 2 for i in range(10)]
+            assert ledger.counts()["m@" + fake.url[7:-3]]["answer"]["failures"] == 5
+            ledger.close()
+            failing = False
+        assert len(fake.asked) == 15
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert KEY.encode() not in written
+
+
+def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    with Fake(lambda *_: BROKEN["500"]()) as fake:
+        found = agent(fake, retries=1)
+        found.respond(ask(2))
+        assert KEY not in found.fingerprint + found.name + repr(found.options)
+    assert KEY not in caplog.text
+    captured = capfd.readouterr()
+    assert KEY not in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("openai:", "got no model"), ("openai:m@ftp://x", "expected an address such as"),
+        ("openai:m@https://user:secret@x/v1", "without a key in it"),
+        ("openai:m@https://x/v1?key=secret", "without a key in it"),
+        ("openai:m@http://x#speed=3", "expected options of concurrency"),
+        ("openai:m#retries=many", "retries: expected int"),
+        ("openai:m#concurrency=0", "concurrency: expected at least 1"),
+        ("openai:m#timeout=0", "timeout: expected above 0"),
+        ("openai:m#key_env=sk-abc", "expected the name of an environment variable"),
+        ("openai:m@https://example.org/v1#key_env=NOT_THERE", "expected a key in NOT_THERE"),
+    ],
+)  # fmt: skip
+def test_specs_that_cannot_be_asked_are_refused_without_their_secrets(spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_agent(spec)
+    assert "secret" not in str(caught.value)
+
+
+def test_specs_say_model_address_and_options():
+    assert parse_spec("openai:org/model:7b") == ("org/model:7b", None, Options())
+    model, url, options = parse_spec("openai:a@b@http://127.0.0.1:1/v1/#concurrency=3,budget=9,timeout=0.5,seed=no")
+    assert (model, url) == ("a@b", "http://127.0.0.1:1/v1")
+    assert options == Options(concurrency=3, budget=9, timeout=0.5, seed=False)
+    shared = EndpointAgent.from_spec("openai:m@http://127.0.0.1:1/v1#concurrency=3,budget=9", ranks=2).options
+    assert (shared.concurrency, shared.budget) == (1, 4)
+    first, second = (EndpointAgent("m", f"http://127.0.0.1:{port}/v1") for port in (1, 2))
+    assert first.fingerprint != second.fingerprint != EndpointAgent("n", "http://127.0.0.1:2/v1").fingerprint
+
+
+# Against the project's own server, by option alone
+
+
+def test_our_server_answers_as_the_local_agent_does(tmp_path):
+    with Serving() as serving:
+        local = LocalAgent(*small_model(), "local")
+        remote = make_agent(f"openai:small@{serving.url}/v1", Ledger(tmp_path / "l.sqlite"))
+        requests = [
+            Request("answer", (Message("user", text),), max_tokens=16) for text in ("two and three?", "Count", "ten")
+        ]
+        assert [r.text for r in remote.respond(requests)] == [r.text for r in local.respond(requests)]
+        talk = (Message("user", "Count"), Message("assistant", "one"))
+        reply = remote.respond([Request("user", talk, max_tokens=200)])[0]
+        assert reply.ok or "expected 1 to" in reply.error
+        refused = remote.respond([Request("answer", (Message("user", "two " * 400),), max_tokens=16)])[0]
+        assert "status 400" in refused.error and "prompt: expected 1 to" in refused.error
+
+
+def test_recipes_run_on_an_endpoint_by_option_alone(tmp_path, monkeypatch):
+    def behave(body, _):
+        text = body["messages"][-1]["content"]
+        if "#Tags#:" in text:
+            return answer("Topic: Counting\nSkill: **addition**\nDifficulty: Easy")
+        return answer("It is fine. [[7]]" if "Assessment" in text else "It is five.")
+
+    rows = [conversation("What is two and three?", "Five."), conversation("Count to ten.", "1 2 3")]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with Fake(behave) as fake:
+        spec = f"openai:m@{fake.url}"
+        found = analyze.main(
+            analyze.Config(data=(tmp_path / "rows.jsonl",), out=tmp_path / "a", tagger=spec, quiet=True)
+        )
+        assert found["tags"] == {"tagged": 2, "kept": 0, "failed": 0, "unreadable": 0}
+        tagged = [row.attributes for row in read_rows(tmp_path / "a" / "rows.jsonl")]
+        assert {(a["topic"], a["skill"], a["difficulty"]) for a in tagged} == {("counting", "addition", "easy")}
+        (tmp_path / "questions.jsonl").write_text(
+            json.dumps({"question_id": 1, "category": "math", "turns": ["What is 2 + 3?", "And 4?"]}) + "\n"
+        )
+        result = mt_bench.main(
+            mt_bench.Config(
+                model=spec, judge=spec, questions=tmp_path / "questions.jsonl", out=tmp_path / "mt", quiet=True
+            )
+        )
+        assert result and os.path.exists(tmp_path / "mt" / "ledger.sqlite")
+        assert prompts.load_template("user").fields == ("history",)

@@ -1,0 +1,256 @@
+"""Any OpenAI-compatible endpoint as an agent: limited, retried, budgeted, and silent about its key."""
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from wizard_engine.agents import prompts
+from wizard_engine.agents.protocol import Reply, Request
+
+PREFIX = "openai:"
+MAX_ERROR = 200
+# A call's tokens are counted as this many more than its text has bytes, until the endpoint says how many they were.
+OVERHEAD_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an endpoint is asked; `openai:MODEL@URL#name=value,...` changes them.
+
+    Attributes:
+        concurrency: calls at once.   retries: of a call, after statuses 429 and 5xx, time-outs and lost connections.
+        timeout: seconds for one try.   backoff: seconds before the first retry; each one after waits twice as long.
+        max_wait: longest of those waits, also where the endpoint asks for more.
+        budget: tokens, prompts and replies, of this agent's life in one process; no call is made that could pass it.
+        give_up: calls in a row that fail for good, after which no more are made.
+        key_env: environment variable that holds the key.   seed: whether requests' seeds are sent.
+    """
+
+    concurrency: int = 8
+    retries: int = 6
+    timeout: float = 120.0
+    backoff: float = 1.0
+    max_wait: float = 60.0
+    budget: int = 0
+    give_up: int = 32
+    key_env: str = "OPENAI_API_KEY"
+    seed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "give_up"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("retries", "backoff", "max_wait", "budget"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout: expected above 0 seconds, got {self.timeout}")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise ValueError("key_env: expected the name of an environment variable, got something else")
+
+
+def parse_spec(spec: str) -> tuple[str, str | None, Options]:
+    """Model, address and options of `openai:MODEL`, `openai:MODEL@URL` or `openai:MODEL@URL#name=value,...`.
+
+    Raises:
+        ValueError: no model, an address that is none or holds a key, an unknown option or value.
+    """
+    rest, _, settings = spec.removeprefix(PREFIX).partition("#")
+    found = re.fullmatch(r"(.*?)@([a-z]+:.*)", rest)
+    model, url = found.groups() if found else (rest, "")
+    if not model:
+        raise ValueError(f"agent: expected {PREFIX}MODEL or {PREFIX}MODEL@URL, got no model")
+    if url:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"agent: expected an address such as http://127.0.0.1:8000/v1 behind {model}@")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("agent: expected an address without a key in it; keys come from the environment alone")
+    return model, url.rstrip("/") or None, Options(**_settings(settings))
+
+
+def _settings(text: str) -> dict[str, Any]:
+    kinds = {field.name: type(field.default) for field in fields(Options)}
+    found: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        if name not in kinds:
+            raise ValueError(f"agent: expected options of {', '.join(kinds)}, got {name[:40]!r}")
+        try:
+            found[name] = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
+        except ValueError:
+            raise ValueError(f"agent: {name}: expected {kinds[name].__name__}, got {value[:40]!r}") from None
+    return found
+
+
+class EndpointAgent:
+    """A model behind an OpenAI-compatible endpoint.
+
+    A call that fails for good is a Reply with an error; it never raises, and never says the key. Calls that a ledger
+    has are not made again, so that a run that was stopped goes on where it was.
+
+    Args:
+        model: as the endpoint calls it.   base_url: of the API; None: OPENAI_BASE_URL, or OpenAI's own.
+    Attributes:
+        spent: tokens so far.   calls, retried, failed: tries that were made, that were repeated, calls without a reply.
+    """
+
+    def __init__(self, model: str, base_url: str | None = None, options: Options | None = None) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise ValueError(f"agent: expected the openai client, got {error}; pip install -e '.[endpoint]'") from None
+        self.options = options or Options()
+        self.model = model
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        parts = urlsplit(base_url)
+        self.name = f"{model}@{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+        self.fingerprint = hashlib.sha256(json.dumps(["openai/1", base_url, model]).encode()).hexdigest()[:16]
+        self._openai, self._base_url = openai, base_url
+        self._key = os.environ.get(self.options.key_env, "")
+        if not self._key and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(f"agent {self.name}: expected a key in {self.options.key_env}, got none; export it")
+        self.spent = self.calls = self.retried = self.failed = 0
+        self._reserved = self._in_a_row = 0
+        self._stopped = ""
+
+    @classmethod
+    def from_spec(cls, spec: str, *, ranks: int = 1) -> "EndpointAgent":
+        """The agent of `openai:MODEL@URL#name=value,...`; several ranks have a share of its calls and budget each."""
+        model, url, options = parse_spec(spec)
+        if ranks > 1:
+            budget = max(1, options.budget // ranks) if options.budget else 0
+            options = replace(options, concurrency=max(1, options.concurrency // ranks), budget=budget)
+        return cls(model, url, options)
+
+    @property
+    def batch_size(self) -> int:
+        """Calls that should go to a ledger together: few enough that a stop loses little."""
+        return 4 * self.options.concurrency
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies in the order of the requests, several asked at once."""
+        return asyncio.run(self._respond(requests))
+
+    async def _respond(self, requests: Sequence[Request]) -> list[Reply]:
+        gate = asyncio.Semaphore(self.options.concurrency)
+        async with self._openai.AsyncOpenAI(
+            api_key=self._key or "none", base_url=self._base_url, max_retries=0, timeout=self.options.timeout
+        ) as client:
+            return list(await asyncio.gather(*(self._one(client, gate, request) for request in requests)))
+
+    async def _one(self, client: Any, gate: asyncio.Semaphore, request: Request) -> Reply:
+        async with gate:
+            try:
+                messages = _messages(request)
+            except ValueError as error:
+                return self._no(str(error))
+            most = sum(len(m["content"].encode()) + OVERHEAD_TOKENS for m in messages) + request.max_tokens
+            if not self._stopped and self.options.budget and self.spent + self._reserved + most > self.options.budget:
+                # Calls on their way may turn out to be shorter; this one is not made all the same.
+                return self._no(f"budget: {self.spent} of {self.options.budget} tokens are spent, this may take {most}")
+            if self._stopped:
+                return self._no(self._stopped)
+            self._reserved += most
+            try:
+                return await self._tries(client, request, messages)
+            finally:
+                self._reserved -= most
+
+    async def _tries(self, client: Any, request: Request, messages: list[dict]) -> Reply:
+        error = ""
+        for attempt in range(self.options.retries + 1):
+            if attempt:
+                self.retried += 1
+            self.calls += 1
+            try:
+                async with asyncio.timeout(self.options.timeout):
+                    answer = await client.chat.completions.create(**self._arguments(request, messages))
+            except TimeoutError:
+                error = f"no answer within {self.options.timeout:g} seconds"
+                wait = self._wait(request, attempt, None)
+            except self._openai.APIStatusError as failed:
+                error = f"status {failed.status_code}: {failed.message}"
+                if failed.status_code in (401, 403):
+                    self._stopped = self._clean(f"the endpoint refuses the key of {self.options.key_env} ({error})")
+                if failed.status_code != 429 and failed.status_code < 500 and failed.status_code != 408:
+                    break
+                wait = self._wait(request, attempt, failed.response.headers.get("retry-after"))
+            except self._openai.OpenAIError as failed:
+                # No connection, or an answer that is no answer.
+                error, wait = f"{type(failed).__name__}: {failed}", self._wait(request, attempt, None)
+            except (ValueError, TypeError, AttributeError) as failed:
+                error, wait = f"an answer that is none: {type(failed).__name__}", self._wait(request, attempt, None)
+            else:
+                reply, error = self._read(answer)
+                if reply is not None:
+                    self._in_a_row = 0
+                    return reply
+                wait = self._wait(request, attempt, None)
+            if attempt < self.options.retries:
+                await asyncio.sleep(wait)
+        self._in_a_row += 1
+        if self._in_a_row >= self.options.give_up and not self._stopped:
+            self._stopped = self._clean(f"{self._in_a_row} calls in a row failed, the last with: {error}")
+        return self._no(error)
+
+    def _arguments(self, request: Request, messages: list[dict]) -> dict[str, Any]:
+        arguments = {
+            "model": self.model, "messages": messages, "temperature": request.temperature,
+            "max_tokens": request.max_tokens,
+        }  # fmt: skip
+        if self.options.seed and request.temperature > 0:
+            # 31 bits, which every implementation takes.
+            arguments["seed"] = request.seed % 2**31
+        return arguments
+
+    def _wait(self, request: Request, attempt: int, asked: str | None) -> float:
+        """Seconds before the next try: twice as long each time, less up to half of it, so that calls come apart."""
+        wait = self.options.backoff * 2**attempt * random.Random(f"{request.seed}/{attempt}").uniform(0.5, 1.0)
+        if asked is not None and re.fullmatch(r"\d+(\.\d+)?", asked.strip()):
+            wait = max(wait, float(asked))
+        return min(wait, self.options.max_wait)
+
+    def _read(self, answer: Any) -> tuple[Reply | None, str]:
+        """The reply of an answer, its tokens counted; or what is wrong with it."""
+        choices = getattr(answer, "choices", None)
+        usage = getattr(getattr(answer, "usage", None), "total_tokens", None)
+        text = getattr(getattr(choices[0], "message", None), "content", None) if choices else None
+        if isinstance(usage, int) and usage >= 0:
+            self.spent += usage
+        elif isinstance(text, str):
+            self.spent += len(text.encode()) + OVERHEAD_TOKENS
+        if not isinstance(text, str):
+            return None, "an answer without a text"
+        return Reply(text.strip()), ""
+
+    def _no(self, error: str) -> Reply:
+        self.failed += 1
+        return Reply("", self._clean(error))
+
+    def _clean(self, text: str) -> str:
+        """An error in one short line, without the key."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        return " ".join(text.split())[:MAX_ERROR] or "unknown"
+
+
+def _messages(request: Request) -> list[dict[str, str]]:
+    """What the endpoint is sent: the conversation, or for "user" the prompt that asks for its next turn.
+
+    Raises:
+        ValueError: a conversation for "user" that does not end with the assistant's turn.
+    """
+    if request.task == "user":
+        if not request.messages or request.messages[-1].role != "assistant":
+            raise ValueError("task 'user': expected a conversation that ends with an assistant turn")
+        text = prompts.render("user", history=prompts.dialogue(request.messages))
+        return [{"role": "user", "content": text}]
+    return [{"role": message.role, "content": message.content} for message in request.messages]

@@ -1,0 +1,33 @@
+"""Attributes of rows from an agent: topic, skill and difficulty, where a row does not bring them along."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from wizard_engine.agents import Agent, Request, prompts
+from wizard_engine.agents.replies import read_tags
+from wizard_engine.data.attributes import view
+from wizard_engine.data.records import Row
+
+TAGS = ("topic", "skill", "difficulty")
+
+
+def tag_rows(rows: Sequence[Row], tagger: Agent, *, seed: int = 0) -> tuple[list[Row], dict[str, int]]:
+    """Rows with the attributes that the tagger gives their first instruction; those that they have are kept.
+
+    Returns:
+        rows in order, and counts: tagged, kept (nothing was missing), failed (no reply), unreadable.
+    """
+    asked = [i for i, row in enumerate(rows) if not set(TAGS) <= set(row.attributes or {})]
+    requests = [
+        Request("tag", prompts.request_messages("tag", instruction=view(rows[i]).first), seed, 0.0, 64) for i in asked
+    ]
+    found, counts = list(rows), Counter(tagged=0, kept=len(rows) - len(asked), failed=0, unreadable=0)
+    for i, reply in zip(asked, tagger.respond(requests)):
+        tags = read_tags(reply.text) if reply.ok else None
+        if tags is None:
+            counts["unreadable" if reply.ok else "failed"] += 1
+            continue
+        counts["tagged"] += 1
+        found[i] = replace(rows[i], attributes={**tags, **(rows[i].attributes or {})})
+    return found, dict(counts)
