@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wizard_engine.data.chat import CHAT_ATOMS, encode_conversation, encode_prompt
+from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer, load_model, save_model
 from wizard_engine.model.hugging_face import published_tensors
@@ -287,3 +289,22 @@ def test_model_starts_from_its_seed_and_counts_its_parameters(tokenizer):
     same, other = small(tokenizer), small(tokenizer, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
     assert not torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+# Catches: a space too many between turns; a system prompt that is left out; a closing EOS that is missing.
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_saved_models_name_their_chat_format(tmp_path, system):
+    tokenizer = train_tokenizer(["What is two and two? It is four."], vocab_size=400, atoms=CHAT_ATOMS)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=2, head_width=8)
+    save_model(Transformer(config, seed=0), tokenizer, tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    messages = [] if system is None else [Message("system", system)]
+    for role, text in (("user", "What is two?"), ("assistant", "It is four."), ("user", "and two?")):
+        messages.append(Message(role, text))
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        is_asked = role == "user"
+        found = theirs.apply_chat_template(turns, add_generation_prompt=is_asked, return_dict=False)
+        if is_asked:
+            assert list(found) == encode_prompt(tokenizer, messages)
+        else:
+            assert list(found) == encode_conversation(tokenizer, messages).tokens.tolist()

@@ -26,6 +26,15 @@ USER, NEXT_USER, ASSISTANT = " USER:", "USER:", " ASSISTANT:"
 # The fixed segments: as atoms of `train_tokenizer` each is one token.
 CHAT_ATOMS = (SYSTEM, USER, NEXT_USER, ASSISTANT)
 
+# The same as a Jinja template, for others that read a model's directory; the ids are those of the whole text.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
+    "{% else %}" + SYSTEM + "{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}{{ ' USER: ' if loop.first else 'USER: ' }}"
+    "{{ message['content'] }}{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
 Encode = Callable[[str], list[int]]
 
 

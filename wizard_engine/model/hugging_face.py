@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.chat import CHAT_TEMPLATE
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..parallel import Sharded, from_main, sharded
 from ..parallel.cut import Cut
@@ -302,6 +303,13 @@ def save_hf(
     return _write(tensors, fields, tokenizer, Path(path), max_shard_bytes)
 
 
+def _say_chat_format(directory: Path) -> None:
+    """Name the chat format in tokenizer_config.json, unless that names one already."""
+    path = directory / "tokenizer_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {"chat_template": CHAT_TEMPLATE, **fields})
+
+
 def save_model(
     model: Transformer | ScoringModel, tokenizer: Tokenizer, path: Path | str, *, extra: dict | None = None
 ) -> Path:
@@ -365,6 +373,7 @@ def save_divided(
             write_json(partial / INDEX, index)
         if tokenizer is not None:
             tokenizer.save(partial)
+            _say_chat_format(partial)
         write_json(partial / "config.json", fields)
 
     from_main(runtime, begin)
@@ -427,6 +436,7 @@ def _write(
         _write_weights(tensors, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
+            _say_chat_format(partial)
         write_json(partial / "config.json", fields)
         _swap(partial, path)
     except OSError as error:
