@@ -56,6 +56,9 @@ def test_sampled_replies_follow_the_seed(agent):
     assert sampled(1) == sampled(1) != sampled(2)
     mixed = texts(agent.respond([ask(text, seed, temperature=1.0) for seed in (2, 1) for text in TEXTS]))
     assert mixed == sampled(2) + sampled(1)
+    # Whatever else is asked, and wherever the request stands.
+    alone = [texts(agent.respond([ask(text, 1, temperature=1.0)]))[0] for text in TEXTS]
+    assert alone == sampled(1)
 
 
 def test_settings_of_each_request_are_its_own(agent, tokenizer):

@@ -49,6 +49,9 @@ DETAILS = {
     "ablations": [{"name": "slices", "rows": [{"setting": "three", "accuracy": 0.6, "se": 0.01}]}],
     "machine": {"CPU": EVIL},
     "timing": [{"name": "base", "seconds": 61.0}],
+    "phases": [
+        {"name": EVIL, "steps": 3, "step": 1.5, "tail_idle": 0.25, "difference": 3e-6, "seconds": {"hand_over": 0.1}}
+    ],
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """A checkpoint of this project as an agent."""
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +12,18 @@ from wizard_engine.data.chat import NEXT_USER, encode_answer, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.model import Transformer, load_model
-from wizard_engine.rollout import generate
+from wizard_engine.rollout.generation import continued, engine_for
+from wizard_engine.rollout.scheduler import Sampling
 
-_FORMAT = "vicuna-v1.1/1"
+_FORMAT = "vicuna-v1.1/2"
 
 
 class LocalAgent:
     """A language model in this process, asked in the Vicuna format.
 
-    Every task is answered as the next assistant turn, except "user", which continues with the next user turn. A greedy
-    reply (temperature 0) depends on its request alone, whatever its seed; a sampled one also on its place among the
-    requests of the same seed in the batch. A prompt that leaves no room in the context is a failed call.
+    Every task is answered as the next assistant turn, except "user", which continues with the next user turn. A reply
+    depends on its own request alone, a greedy one (temperature 0) not even on its seed. A prompt that leaves no room in
+    the context is a failed call.
 
     Args:
         model: on the device it shall run on.
@@ -56,19 +56,24 @@ class LocalAgent:
         return digest.hexdigest()[:16]
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in the order of the requests; one generation for each setting (and seed, where one is used)."""
+        """Replies in the order of the requests, all of them in one generation."""
         prompts = [self._prompt(request) for request in requests]
         replies: list[Reply | None] = [self._refusal(prompt, r) for prompt, r in zip(prompts, requests)]
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            if replies[index] is None:
-                seed = request.seed if request.temperature > 0 else 0
-                groups[request.temperature, request.max_tokens, seed].append(index)
-        for (temperature, max_tokens, seed), indices in groups.items():
-            texts = self._generate([prompts[i] for i in indices], temperature, max_tokens, seed)
-            for index, text in zip(indices, texts):
-                replies[index] = Reply(_own_turn(text, requests[index].task))
+        asked = [i for i, reply in enumerate(replies) if reply is None]
+        if asked:
+            samplings = [self._sampling(prompts[i], requests[i]) for i in asked]
+            own = [prompts[i] for i in asked]
+            found = continued(engine_for(self.model, own, samplings, self.batch_size), own, samplings)
+            for index, tokens in zip(asked, found.tokens):
+                replies[index] = Reply(_own_turn(self.tokenizer.decode(tokens).strip(), requests[index].task))
         return replies
+
+    def _sampling(self, prompt: list[int], request: Request) -> Sampling:
+        """How a request is continued; prompts with one seed draw other numbers."""
+        row = int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:7], "big")
+        return Sampling(
+            request.max_tokens, float(request.temperature), seed=request.seed, row=row, eos_id=self.tokenizer.eos_id
+        )
 
     def _prompt(self, request: Request) -> list[int]:
         if request.task == "user":
@@ -82,18 +87,6 @@ class LocalAgent:
         return Reply(
             "", f"prompt: expected at most {room} tokens, to leave {request.max_tokens} free, got {len(prompt)}"
         )
-
-    def _generate(self, prompts: list[list[int]], temperature: float, max_tokens: int, seed: int) -> list[str]:
-        result = generate(
-            self.model,
-            prompts,
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            eos_id=self.tokenizer.eos_id,
-            batch_size=self.batch_size,
-        )
-        return [self.tokenizer.decode(tokens).strip() for tokens in result.tokens]
 
 
 def _encode_for_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

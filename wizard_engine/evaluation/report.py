@@ -41,6 +41,8 @@ class Details(TypedDict, total=False):
         ablations: [{"name", "rows": [{"setting", "accuracy", "se", "sampled_accuracy", "sampled_se", "note"}]}].
         machine: {"CPU": "...", ...}: what it ran on, and the student's size.
         timing: [{"name", "seconds"}].
+        phases: [{"name", "steps", "seconds": {phase: mean per rollout}, "tail_idle", "difference"}] of reinforcement
+            learning: idle share of sampling, largest difference of log-probabilities between sampler and trainer, nats.
         agents_note: replaces the statement that the agents are programs.
     """
 
@@ -57,6 +59,7 @@ class Details(TypedDict, total=False):
     ablations: list[dict[str, Any]]
     machine: dict[str, str]
     timing: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
     agents_note: str
 
 
@@ -340,6 +343,7 @@ def _running(summary: Mapping[str, Any], details: Details) -> str:
     command = details.get("command") or f"make demo SEED={summary['seed']}"
     machine = list(details.get("machine", {}).items())
     reproduce = card(pre(command), table(("", ""), machine) if machine else "", title="Reproduce")
-    beside = f'<div class="stack">{parts.timing(details.get("timing", []))}{reproduce}</div>'
+    phases = parts.phases(details.get("phases", []))
+    beside = f'<div class="stack">{parts.timing(details.get("timing", []))}{phases}{reproduce}</div>'
     cards = [parts.call_table(details.get("calls", [])), beside]
     return section("How it ran", grid([item for item in cards if item], wide=True))

@@ -211,6 +211,26 @@ def call_table(calls: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Ma
     return card(body, title="Agents' calls", note=f"{sum(numbers):,} in the ledger")
 
 
+def phases(items: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds of each phase of a rollout step, and how far sampler and trainer are apart."""
+    if not items:
+        return ""
+    names = list(dict.fromkeys(name for item in items for name in item["seconds"]))
+    head = ("", *(name.replace("_", " ") for name in names), "step", "idle", "apart")
+    lines = [
+        (
+            item["name"], *(f"{item['seconds'].get(name, 0.0):.3f}" for name in names), f"{item['step']:.3f}",
+            f"{100 * item['tail_idle']:.0f} %", f"{item['difference']:.0e}",
+        )
+        for item in items
+    ]  # fmt: skip
+    note = (
+        "Mean seconds of a rollout; share of the sampling with nothing left to sample; largest difference between "
+        "sampler and trainer, nats of a token"
+    )
+    return card(table(head, lines, numeric=tuple(range(1, len(head)))), title="RLEIF, phase by phase", note=note)
+
+
 def timing(items: Sequence[Mapping[str, Any]]) -> str:
     """Where the time went."""
     if not items:

@@ -107,7 +107,33 @@ def details(
         "calls": calls(out),
         "machine": machine(out),
         "timing": [{"name": name, "seconds": value} for name, value in timing.items()],
+        "phases": phases(out, last),
     }
+
+
+PHASES = ("hand_over", "generate", "score", "train")
+
+
+def phases(out: Path, slices: int) -> list[dict[str, Any]]:
+    """Mean seconds of each phase of a rollout step of RLEIF, slice by slice; the first step, which warms up, apart."""
+    found = []
+    for index in range(1, slices + 1):
+        path = out / f"slice_{index}" / "rleif" / "metrics.jsonl"
+        rows = [row for row in (read_metrics(path) if path.exists() else []) if "generate_seconds" in row][1:]
+        if not rows:
+            continue
+
+        def mean(name: str, rows: list[dict[str, Any]] = rows) -> float:
+            return sum(row[name] for row in rows) / len(rows)
+
+        found.append(
+            {
+                "name": f"slice {index}", "steps": len(rows), "step": mean("seconds"), "tail_idle": mean("tail_idle"),
+                "seconds": {name: mean(f"{name}_seconds") for name in PHASES},
+                "difference": max(row["ratio_error"] for row in rows),
+            }
+        )  # fmt: skip
+    return found
 
 
 def data_flow(out: Path, slices: int) -> list[dict[str, Any]]:

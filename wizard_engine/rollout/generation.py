@@ -72,15 +72,22 @@ def generate(
             raise ValueError(f"prompts[{index}]: expected 1 to {limit} tokens, got {len(prompt)}")
     if not prompts:
         return Generation(experts=[] if model.config.experts else None)
+    return continued(engine_for(model, prompts, samplings, batch_size, record_routes=True), prompts, samplings)
+
+
+def engine_for(
+    model: Transformer, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], batch_size: int,
+    **options: bool,
+) -> Engine:  # fmt: skip
+    """An engine with a cache in which any `batch_size` of some prompts run beside each other to their ends."""
     page_size = 16 if model.embedding.weight.device.type == "cpu" else 64
     # A page more for each, so that none has to wait for pages.
-    longest = sorted((-(-(len(p) + max_new_tokens) // page_size) + 1 for p in prompts), reverse=True)
-    pages = sum(longest[:batch_size])
-    engine = Engine(
+    needed = [-(-(len(p) + s.max_new_tokens) // page_size) + 1 for p, s in zip(prompts, samplings)]
+    pages = sum(sorted(needed, reverse=True)[:batch_size])
+    return Engine(
         model, cache_tokens=pages * page_size, page_size=page_size, max_sequences=min(batch_size, len(prompts)),
-        record_routes=True, use_graphs=False,
+        use_graphs=False, **options,
     )  # fmt: skip
-    return continued(engine, prompts, samplings)
 
 
 def continued(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Generation:
