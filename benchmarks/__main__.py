@@ -21,7 +21,7 @@ import torch
 
 from wizard_engine import runtime
 
-NAMES = ("packing", "minhash", "train", "generation", "losses")
+NAMES = ("packing", "minhash", "train", "generation", "serve", "losses")
 SEED = 0
 
 

@@ -234,6 +234,16 @@ def plan_rates(out: Path, seconds: float) -> int:
     return int(wrong > 0)
 
 
+def rollout(out: Path, seconds: float) -> int:
+    """The engine at the shapes of 7B: steps of single tokens, a rollout."""
+    from benchmarks import rollout as engine
+
+    for row in engine.measure("7b", _device()):
+        append(out / "rollout.jsonl", gpu_timing.environment(_device()) | row)
+        print(NOTE + engine.text_of(row))
+    return 0
+
+
 def tests(out: Path, seconds: float) -> int:
     """The kernels' tests on the GPU, where pytest is installed."""
     if importlib.util.find_spec("pytest") is None:
@@ -249,7 +259,8 @@ PHASES = (
     Phase("attention_backward", 60, measure("attention_backward")),
     Phase("linear_logprob", 45, measure("linear_logprob")), Phase("mixture", 55, measure("mixture")),
     Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train),
-    Phase("decode", 25, measure("decode")), Phase("plan_rates", 20, plan_rates), Phase("pytest", 30, tests),
+    Phase("decode", 25, measure("decode")), Phase("rollout", 60, rollout),
+    Phase("plan_rates", 20, plan_rates), Phase("pytest", 30, tests),
 )  # fmt: skip
 
 

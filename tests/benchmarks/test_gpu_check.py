@@ -120,7 +120,7 @@ def test_log_of_a_phase_is_cut(tmp_path, monkeypatch):
 
 def test_phases_begin_with_what_is_worth_most():
     first = ["environment", "tables", "ceilings", "attention_forward", "attention_backward"]
-    last = ["train_step", "decode", "plan_rates", "pytest"]
+    last = ["train_step", "decode", "rollout", "plan_rates", "pytest"]
     assert [phase.name for phase in PHASES] == [*first, "linear_logprob", "mixture", "row_kernels", *last]
     assert sum(phase.seconds for phase in PHASES) == 540
 
