@@ -254,13 +254,13 @@ def tests(out: Path, seconds: float) -> int:
 
 
 PHASES = (
-    Phase("environment", 20, environment), Phase("tables", 90, check_entries), Phase("ceilings", 20, ceilings),
-    Phase("attention_forward", 85, measure("attention_forward")),
-    Phase("attention_backward", 60, measure("attention_backward")),
-    Phase("linear_logprob", 45, measure("linear_logprob")), Phase("mixture", 55, measure("mixture")),
-    Phase("row_kernels", 40, measure("row_kernels")), Phase("train_step", 50, train),
-    Phase("decode", 25, measure("decode")), Phase("rollout", 60, rollout),
-    Phase("plan_rates", 20, plan_rates), Phase("pytest", 30, tests),
+    Phase("environment", 20, environment), Phase("tables", 80, check_entries), Phase("ceilings", 20, ceilings),
+    Phase("attention_forward", 75, measure("attention_forward")),
+    Phase("attention_backward", 52, measure("attention_backward")),
+    Phase("linear_logprob", 40, measure("linear_logprob")), Phase("mixture", 47, measure("mixture")),
+    Phase("row_kernels", 34, measure("row_kernels")), Phase("train_step", 45, train),
+    Phase("decode", 22, measure("decode")), Phase("rollout", 60, rollout),
+    Phase("plan_rates", 20, plan_rates), Phase("pytest", 25, tests),
 )  # fmt: skip
 
 

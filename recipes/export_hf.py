@@ -14,24 +14,12 @@ from typing import Literal
 
 import torch
 
-from wizard_engine.data.chat import SYSTEM
+from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.files import write_json, write_text
 from wizard_engine.model import Transformer, load_model, save_hf
 from wizard_engine.recipe import launch
-
-TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
-    "{% else %}{{ system }}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ (' ' if loop.first else '') + 'USER: ' + message['content'] }}"
-    "{% if loop.last %}{{ ' ASSISTANT:' }}{% endif %}"
-    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -57,17 +45,12 @@ class Config:
             raise ValueError(f"--max-shard-gb: expected a positive number, got {self.max_shard_gb}")
 
 
-def chat_template() -> str:
-    """The Vicuna v1.1 format in Jinja: the ids of `encode_prompt` where each turn is encoded for itself."""
-    return TEMPLATE.replace("{{ system }}", "{{ " + json.dumps(SYSTEM) + " }}")
-
-
 def companions(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     """Add the chat template to tokenizer_config.json, write generation_config.json, and where the tokenizer is a
     SentencePiece model, tokenizer.json too, which transformers reads without further packages."""
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
-    write_json(file, fields | {"chat_template": chat_template(), "model_max_length": model.config.max_positions})
+    write_json(file, fields | {"chat_template": CHAT_TEMPLATE, "model_max_length": model.config.max_positions})
     sentencepiece = folder / "tokenizer.model"
     if sentencepiece.exists():
         write_text(folder / "tokenizer.json", tokenizer_json(sentencepiece.read_bytes()))

@@ -9,6 +9,7 @@ taken for a boundary. Trained are the ids of ` a1` and the EOS that closes it, o
 Source: FastChat's template vicuna_v1.1.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -26,14 +27,18 @@ USER, NEXT_USER, ASSISTANT = " USER:", "USER:", " ASSISTANT:"
 # The fixed segments: as atoms of `train_tokenizer` each is one token.
 CHAT_ATOMS = (SYSTEM, USER, NEXT_USER, ASSISTANT)
 
-# The same as a Jinja template, for others that read a model's directory; the ids are those of the whole text.
+# The same in Jinja, for others that read a model's directory; the ids are those of the whole text.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
-    "{% else %}" + SYSTEM + "{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{% if message['role'] == 'user' %}{{ ' USER: ' if loop.first else 'USER: ' }}"
-    "{{ message['content'] }}{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
+    "{% else %}{{ system }}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ (' ' if loop.first else '') + 'USER: ' + message['content'] }}"
+    "{% if loop.last %}{{ ' ASSISTANT:' }}{% endif %}"
+    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+).replace("{{ system }}", "{{ " + json.dumps(SYSTEM) + " }}")
 
 Encode = Callable[[str], list[int]]
 
