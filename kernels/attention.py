@@ -95,7 +95,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, slots, bias, rows, scale, slots_k, rows_k):
         q_NMC = _heads_first(q, slots, rows)
-        k_NMC, v_NMC = (_heads_first(x, slots_k, rows_k) for x in (k, v))
+        k_NMC, v_NMC = (_heads_first(x, slots if slots_k is None else slots_k, rows_k) for x in (k, v))
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k_NMC, v_NMC = k_NMC.repeat_interleave(groups, dim=0), v_NMC.repeat_interleave(groups, dim=0)
@@ -114,6 +114,7 @@ class _ShortAttention(torch.autograd.Function):
         if ctx.groups > 1:
             dk_NMC, dv_NMC = (x.unflatten(0, (x.shape[0] // ctx.groups, ctx.groups)).sum(1) for x in (dk_NMC, dv_NMC))
         dq = _packed(dlogits @ k_NMC, slots, ctx.rows)
+        slots_k = slots if slots_k is None else slots_k
         return dq, *(_packed(x, slots_k, ctx.rows_k) for x in (dk_NMC, dv_NMC)), *(None,) * 6
 
 
@@ -139,7 +140,7 @@ def _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale) -> 
     slots_T = _padded_slots(cu_seqlens, max_seqlen, q.shape[0])
     rows = (num_sequences, max_seqlen)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _ShortAttention.apply(q, k, v, slots_T, bias, rows, scale, slots_T, rows)
+    return _ShortAttention.apply(q, k, v, slots_T, bias, rows, scale, None, rows)
 
 
 def _short_aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:

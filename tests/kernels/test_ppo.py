@@ -185,15 +185,15 @@ def test_ppo_equals_eager_with_full_logits(
             hidden, weight, targets, given["behaviour"], given["advantages"], clip=(0.2, 0.3), dual_clip=dual_clip,
             reference=given["reference"], kl=kl, kl_estimator=estimator, entropy=entropy,
             sampled=given["sampled"] if cap else None, importance_cap=cap or 2.0, temperature=temperature, **options,
-        ).loss  # fmt: skip
+        ).loss + 1.0  # fmt: skip
 
     def other(hidden, weight, first=False):
         return eager(
             hidden, weight, targets, given, per_sequence=per_sequence, kl=kl, estimator=estimator, entropy=entropy,
             dual_clip=dual_clip, cap=cap, temperature=temperature, first=first,
-        )  # fmt: skip
+        ) + 1.0  # fmt: skip
 
-    # The loss is one number whose terms cancel: the order of the division alone moves it.
+    # The loss is one number whose terms, which are of the size of 1, cancel: it is compared at their scale.
     check(node, other, inputs, dtype, also=lambda hidden, weight: other(hidden, weight, first=True))
 
 

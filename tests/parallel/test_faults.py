@@ -106,8 +106,8 @@ def test_rank_that_a_collective_waits_for_is_named(root, tmp_path, how, text):
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("rows", r"[rank 1/2] sft: configuration: expected the same on every rank"),
-        ("options", r"[rank 1/2] sft: configuration: expected the same on every rank"),
+        ("rows", r"[rank 1/2] sft: configuration: data: expected the same on every rank"),
+        ("options", r"[rank 1/2] sft: configuration: training: lr: expected the same on every rank"),
         ("tokens", r"[rank 1/2] sft: tokens of the rows: expected the same on every rank"),
     ],
 )
