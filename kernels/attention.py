@@ -1,5 +1,7 @@
 """Softmax attention over packed sequences: q_THC, k_TKC, v_TKC -> out_THC."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from .packed import check_cu_seqlens, num_packed
 
 # Largest number of attention probabilities that the CPU path for short sequences keeps for the backward.
 SHORT_PROBABILITIES = 8 * 2**20
+# Sequences are padded together while that makes their products at most so many times as large.
+PADDED = 1.6
 MAX_HEAD_WIDTH = 256
 
 
@@ -144,7 +148,35 @@ def _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale) -> 
 
 
 def _short_aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:
-    """The same where keys are other tokens than the queries."""
+    """The same where keys are other tokens than the queries, run by run of sequences of similar sizes."""
+    queries, keys = cu_q.tolist(), cu_k.tolist()
+    runs = _similar([b - a for a, b in pairwise(queries)], [b - a for a, b in pairwise(keys)])
+    if len(runs) == 1:
+        return _aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale)
+    found = []
+    for first, last, most_q, most_k in runs:
+        own_q, own_k = (slice(marks[first], marks[last]) for marks in (queries, keys))
+        marks_q, marks_k = (cu[first : last + 1] - cu[first] for cu in (cu_q, cu_k))
+        found.append(_aligned(q[own_q], k[own_k], v[own_k], marks_q, most_q, marks_k, most_k, causal, window, scale))
+    return torch.cat(found)
+
+
+def _similar(queries: list[int], keys: list[int]) -> list[tuple[int, int, int, int]]:
+    """Runs [first, last) of sequences, with their longest queries and keys, that padding makes at most PADDED times as
+    large as they are."""
+    runs: list[tuple[int, int, int, int]] = []
+    first, most_q, most_k, real = 0, 1, 1, 0
+    for place, (m, n) in enumerate(zip(queries, keys)):
+        wide, long = max(most_q, m), max(most_k, n)
+        if place > first and (place + 1 - first) * wide * long > PADDED * (real + m * n):
+            runs.append((first, place, most_q, most_k))
+            first, wide, long, real = place, max(1, m), max(1, n), 0
+        most_q, most_k, real = wide, long, real + m * n
+    return [*runs, (first, len(queries), most_q, most_k)]
+
+
+def _aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:
+    """Attention of sequences of similar sizes by padding them to the longest."""
     seen, blind = _aligned_mask(cu_q.diff(), cu_k.diff(), max_q, max_k, causal, window)
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
     rows, rows_k = (cu_q.numel() - 1, max_q), (cu_k.numel() - 1, max_k)

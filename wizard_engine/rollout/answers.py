@@ -114,7 +114,9 @@ def answer_runs(
 ) -> list[list[int]]:
     """Some samples in runs of at most `capacity` tokens each, or one longer sample."""
     if spread.cp.size == 1:
-        return prompt_groups(samples, prompt_tokens, indices, capacity)
+        runs = prompt_groups(samples, prompt_tokens, indices, capacity)
+        # Answers of similar lengths stand together: their attention is padded run by run.
+        return [sorted(run, key=lambda i: len(samples[i].tokens) - prompt_tokens[i]) for run in runs]
     groups = packed_groups([len(samples[i].tokens) for i in indices], capacity)
     return [[indices[i] for i in group] for group in groups]
 
