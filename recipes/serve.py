@@ -9,6 +9,7 @@ environment (WIZARD_API_KEY). SIGTERM and SIGINT let the answers that are on the
 
 import hashlib
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,11 @@ def main(cfg: Config) -> None:
         raise ValueError(f"tp: expected the {rt.world_size} ranks of this run, got {cfg.tp}")
     engine, mesh, fingerprint = _engine(cfg, rt)
     if not rt.is_main:
+        # The first rank says when to end, once its answers have.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         follow(engine, mesh.tp)
+        runtime.stop()
         return
     tokenizer = load_tokenizer(cfg.model)
     driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
@@ -113,6 +118,7 @@ def main(cfg: Config) -> None:
     finally:
         driver.close(drain_seconds=1.0)
         listening.close()
+        runtime.stop()
     print(f"served {engine.generated} tokens", file=sys.stderr)
 
 

@@ -425,7 +425,12 @@ def test_two_ranks_serve_one_model(tmp_path):
             )
             texts = [tokenizer.decode(tokens).strip() for tokens in right.tokens]
             assert [choice.message.content for choice in answer.choices] == texts
+            # torchrun tells both ranks to end; the answer on its way still comes.
+            stream = web.chat.completions.create(model="tiny", messages=ASK, max_tokens=128, stream=True, seed=1)
+            first = next(iter(stream))
             process.send_signal(signal.SIGTERM)
+            rest = [chunk.choices[0].finish_reason for chunk in stream]
+            assert first and rest[-1] in ("stop", "length")
             process.wait(30)
         finally:
             process.kill()

@@ -27,7 +27,9 @@ class AnswerBatch(Protocol):
     pieces: list[tuple[int, int, int]]
 
     @property
-    def inputs(self) -> tuple: ...
+    def inputs(self) -> tuple:
+        """Arguments of the model's forward."""
+        ...
 
     def hidden(self, model: Transformer, out: Tensor) -> Tensor:
         """Rows of a model's hidden states that predict `targets`."""
@@ -51,7 +53,7 @@ class AnswerBatch(Protocol):
 
 
 class SharedAnswers:
-    """Prompts of several answers are read once."""
+    """Prompts of several answers are read once; methods as `AnswerBatch` says."""
 
     def __init__(self, batch: SharedBatch) -> None:
         self.batch, self.targets, self.cu_seqlens, self.pieces = batch, batch.targets, batch.cu_answers, batch.pieces
@@ -77,7 +79,8 @@ class SharedAnswers:
 
 
 class WholeAnswers:
-    """Every answer is read behind its own prompt: where ranks divide the tokens of a sequence."""
+    """Every answer is read behind its own prompt: where ranks divide the tokens of a sequence; methods as `AnswerBatch`
+    says."""
 
     def __init__(self, batch: Batch, counts: Sequence[int], *, last: bool) -> None:
         self.batch, self.cu_seqlens = batch, batch.cu_seqlens

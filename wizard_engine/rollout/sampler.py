@@ -49,8 +49,11 @@ class Sampler:
         if divided:
             self.row = self.trainer.mesh.row
             experts = tp if policy.config.experts else 1
-            self.mesh = make_mesh(MeshOptions(dp_shard=1, tp=tp, ep=experts), runtime)
-            self.model, cuts = empty_sampler(policy.config, next(policy.parameters()).dtype, self.mesh)
+            try:
+                self.mesh = make_mesh(MeshOptions(dp_shard=1, tp=tp, ep=experts), runtime)
+                self.model, cuts = empty_sampler(policy.config, next(policy.parameters()).dtype, self.mesh)
+            except ValueError as error:
+                raise ValueError(f"sampler: {error}") from None
             self._restore()
             targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
             self.moves = HandOver(self.trainer, targets, cuts)

@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,6 +23,7 @@ from .metrics import Metrics
 from .openapi import description
 from .protocol import Refused, chat_fields, checked, completion_fields, wrong
 from .scheduler import Sampling
+from .wire import AnswerFormat, Asked
 
 GONE = "gone"
 CLIENT_CLOSED_REQUEST = 499
@@ -44,44 +45,6 @@ class Limits:
     write_seconds: float = 30.0
 
 
-@dataclass
-class Choice:
-    """What has come of one choice."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tops: list[list[tuple[int, float]]] = field(default_factory=list)
-    reason: str | None = None
-    ended_by_eos: bool = False
-
-    def take(self, piece: Piece, eos_id: int) -> None:
-        self.text += piece.text
-        self.reason = piece.reason
-        if piece.token is not None:
-            self.tokens.append(piece.token)
-            self.logprobs.append(piece.logprob)
-            self.tops.append(piece.top)
-            self.ended_by_eos = piece.token == eos_id
-
-
-@dataclass
-class Asked:
-    """A request that has been understood.
-
-    jobs: one for each prompt.   kind: chat or completion.   logprobs: whether they are wanted.
-    """
-
-    kind: str
-    jobs: list[Job]
-    queue: asyncio.Queue
-    logprobs: bool
-    stream: bool
-    usage: bool
-    number: str
-    created: int = field(default_factory=lambda: int(time.time()))
-
-
 class Server:
     """Answers HTTP requests with a driver's engine.
 
@@ -95,7 +58,8 @@ class Server:
         api_key: str | None = None,
     ) -> None:  # fmt: skip
         self.driver, self.tokenizer, self.limits = driver, tokenizer, limits
-        self.name, self.context, self.fingerprint, self.api_key = name, context, fingerprint, api_key
+        self.name, self.context, self.api_key = name, context, api_key
+        self.format = AnswerFormat(tokenizer, name, fingerprint)
         self.started, self.metrics = int(time.time()), Metrics()
         self.chat_fields = chat_fields(limits.new_tokens, limits.choices)
         self.completion_fields = completion_fields(limits.new_tokens, limits.choices)
@@ -154,9 +118,11 @@ class Server:
     # Small answers
 
     async def models(self, request: Request) -> Response:
+        """The model served, as a list."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
+        """The model served, by its name."""
         if request.path_params["model"] != self.name:
             raise self._unknown_model(request.path_params["model"])
         return JSONResponse(self._model())
@@ -171,11 +137,13 @@ class Server:
         return Refused(404, f"model: expected {self.name!r}, got {name[:200]!r}", param="model", code="model_not_found")
 
     async def health(self, request: Request) -> Response:
+        """Whether the engine works."""
         if self.driver.error:
             return JSONResponse({"status": "failed", "error": self.driver.error}, 503)
         return JSONResponse({"status": "ok", "open": self.driver.open})
 
     async def show_metrics(self, request: Request) -> Response:
+        """Numbers for Prometheus."""
         engine = self.driver.engine
         gauges = {
             "sequences_open": self.driver.open, "sequences_running": len(engine.scheduler.running),
@@ -188,15 +156,18 @@ class Server:
         return PlainTextResponse(self.metrics.text(gauges, totals), media_type="text/plain; version=0.0.4")
 
     async def schema(self, request: Request) -> Response:
+        """The OpenAPI description."""
         known = {"model": self.name, "needs_key": self.api_key is not None}
         return JSONResponse(description(self.chat_fields, self.completion_fields, **known))
 
     # Completions
 
     async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
         return await self._answer(request, "chat")
 
     async def completions(self, request: Request) -> Response:
+        """Continue texts or ids."""
         return await self._answer(request, "completion")
 
     async def _answer(self, request: Request, kind: str) -> Response:
@@ -357,7 +328,7 @@ class Server:
                 self.metrics.observe("request_seconds", time.perf_counter() - began)
 
     async def _whole(self, asked: Asked, pieces: AsyncIterator[tuple[int, Piece]]) -> Response:
-        choices = [Choice() for job in asked.jobs for _ in range(job.n)]
+        choices = asked.choices()
         try:
             async for number, piece in pieces:
                 choices[number].take(piece, self.tokenizer.eos_id)
@@ -365,73 +336,19 @@ class Server:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         if any(choice.reason == "cancelled" for choice in choices):
             raise Refused(503, "the engine has failed", code="engine_failed")
-        found = [self._choice(asked, number, choice) for number, choice in enumerate(choices)]
-        kind = "chat.completion" if asked.kind == "chat" else "text_completion"
-        return JSONResponse(self._envelope(asked, kind, found) | {"usage": self._usage(asked, choices)})
-
-    def _envelope(self, asked: Asked, kind: str, choices: list[dict]) -> dict[str, Any]:
-        return {
-            "id": asked.number, "object": kind, "created": asked.created, "model": self.name, "choices": choices,
-            "system_fingerprint": self.fingerprint or None,
-        }  # fmt: skip
-
-    def _usage(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
-        prompt, new = sum(len(job.prompt) for job in asked.jobs), sum(len(choice.tokens) for choice in choices)
-        return {
-            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in asked.jobs)},
-        }  # fmt: skip
-
-    def _choice(self, asked: Asked, number: int, choice: Choice) -> dict[str, Any]:
-        found: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
-        if asked.logprobs:
-            found["logprobs"] = self._logprobs(asked, choice, 0)
-        if asked.kind == "chat":
-            return found | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return found | {"text": choice.text}
-
-    def _logprobs(self, asked: Asked, choice: Choice, first: int) -> dict[str, Any]:
-        """Of the tokens of a choice from `first` on; EOS is none of them."""
-        last = len(choice.tokens) - (1 if choice.ended_by_eos else 0)
-        rows = [
-            (self._token(choice.tokens, i, choice.tokens[i]), choice.logprobs[i],
-             [(self._token(choice.tokens, i, word), value) for word, value in choice.tops[i]])
-            for i in range(first, last)
-        ]  # fmt: skip
-        if asked.kind == "chat":
-            return {
-                "content": [
-                    _chat_logprob(text, value) | {"top_logprobs": [_chat_logprob(*top) for top in tops]}
-                    for text, value, tops in rows
-                ],
-                "refusal": None,
-            }
-        texts = [text for text, _, _ in rows]
-        offset = len(self.tokenizer.decode(choice.tokens[:first]))
-        return {
-            "tokens": texts, "token_logprobs": [value for _, value, _ in rows],
-            "top_logprobs": [dict(tops) for _, _, tops in rows] if any(tops for _, _, tops in rows) else None,
-            "text_offset": [offset + sum(map(len, texts[:i])) for i in range(len(texts))],
-        }  # fmt: skip
-
-    def _token(self, tokens: Sequence[int], place: int, word: int) -> str:
-        """The text of one token where it stands."""
-        before = list(tokens[max(0, place - 1) : place])
-        return self.tokenizer.decode([*before, word])[len(self.tokenizer.decode(before)) :]
+        return JSONResponse(self.format.whole(asked, choices))
 
     async def _events(self, asked: Asked, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
         """Server-sent events of a request."""
-        choices = [Choice() for job in asked.jobs for _ in range(job.n)]
-        kind = "chat.completion.chunk" if asked.kind == "chat" else "text_completion"
+        choices, form = asked.choices(), self.format
         extra = {"usage": None} if asked.usage else {}
 
         def event(found: list[dict], **more: Any) -> str:
-            return f"data: {json.dumps(self._envelope(asked, kind, found) | extra | more, ensure_ascii=False)}\n\n"
+            return f"data: {json.dumps(form.envelope(asked, found) | extra | more, ensure_ascii=False)}\n\n"
 
         if asked.kind == "chat":
             for number in range(len(choices)):
-                delta = {"role": "assistant", "content": "", "refusal": None}
-                yield event([{"index": number, "delta": delta, "logprobs": None, "finish_reason": None}])
+                yield event([form.opening(number)])
         async for number, piece in pieces:
             choice = choices[number]
             first = len(choice.tokens)
@@ -439,25 +356,15 @@ class Server:
             if piece.reason == "cancelled":
                 yield f"data: {json.dumps(Refused(503, 'the engine has failed').body())}\n\n"
                 return
-            if not (piece.text or asked.logprobs or piece.reason):
-                continue
-            logprobs = self._logprobs(asked, choice, first) if asked.logprobs else None
-            found = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
-            text = {"delta": {"content": piece.text} if piece.text else {}} if asked.kind == "chat" else {
-                "text": piece.text
-            }  # fmt: skip
-            yield event([found | text])
+            if piece.text or asked.logprobs or piece.reason:
+                yield event([form.piece(asked, number, choice, piece, first)])
         if asked.usage:
-            yield event([], usage=self._usage(asked, choices))
+            yield event([], usage=form.usage(asked, choices))
         yield "data: [DONE]\n\n"
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-def _chat_logprob(text: str, value: float) -> dict[str, Any]:
-    return {"token": text, "logprob": value, "bytes": list(text.encode(errors="replace"))}
 
 
 class Events(Response):
