@@ -1,4 +1,4 @@
-// Attention of generation on CPU: queries of tokens over keys and values that stand in pages, and writing new ones there.
+// Attention of generation on CPU: tokens' queries over keys and values that stand in pages, and writing new ones there.
 //
 // A query's sums run over its own keys in their order, so its numbers do not depend on what else is computed with it.
 // The loops are compiled for plain x86-64, AVX2 and AVX-512; the widest that the processor has is chosen at run time.
@@ -49,7 +49,8 @@ INLINE auto rounded(decltype(widened(Cell())) value) {
     return widened(cell);
 }
 
-// e^x of x <= 0 to two units in the last place; below -87 it is 0. Cody and Waite's reduction, a polynomial of degree 6.
+// e^x of x <= 0 to two units in the last place; below -87 it is 0. Cody and Waite's reduction, a polynomial of
+// degree 6.
 INLINE float exponential(float x) {
     const float clamped = x < -87.0f ? -87.0f : x;
     const float shifted = clamped * 1.44269504f + 12582912.0f;
@@ -169,7 +170,8 @@ INLINE void score(const Real* query, const Cell* keys, int64_t stride, int64_t w
             }
         }
         if (kShuffle) transposed_sums<Real>(sums, scores + g * apart);
-        for (int64_t j = 0; !kShuffle && j < kLanes<Real>; ++j) scores[g * apart + j] = dot(own, keys + j * stride, width);
+        for (int64_t j = 0; !kShuffle && j < kLanes<Real>; ++j)
+            scores[g * apart + j] = dot(own, keys + j * stride, width);
     }
 }
 
@@ -198,14 +200,16 @@ INLINE void add_values(const Real* weights, const Cell* values, int64_t count, i
                        Real* sums) {
     Vector<Real> own[kVectors], v;
     const int64_t last = width - (kVectors - 1) * kLanes<Real>;
-    for (int i = 0; i < kVectors; ++i) load_some<Real, Real>(sums + i * kLanes<Real>, i + 1 < kVectors ? kLanes<Real> : last, own[i]);
+    for (int i = 0; i < kVectors; ++i)
+        load_some<Real, Real>(sums + i * kLanes<Real>, i + 1 < kVectors ? kLanes<Real> : last, own[i]);
     for (int64_t j = 0; j < count; ++j)
         for (int i = 0; i < kVectors; ++i) {
             load_some<Cell, Real>(values + j * stride + i * kLanes<Real>, i + 1 < kVectors ? kLanes<Real> : last, v);
             own[i] += weights[j] * v;
         }
     for (int i = 0; i < kVectors; ++i)
-        std::memcpy(sums + i * kLanes<Real>, &own[i], (i + 1 < kVectors ? kLanes<Real> : std::min(last, kLanes<Real>)) * sizeof(Real));
+        std::memcpy(sums + i * kLanes<Real>, &own[i],
+                    (i + 1 < kVectors ? kLanes<Real> : std::min(last, kLanes<Real>)) * sizeof(Real));
 }
 
 // Asks for memory that comes next, as the order in which heads read it hides it from the processor.
@@ -425,8 +429,8 @@ EXPORT int64_t wizard_paged_attention(int32_t type, const void* q, const void* k
             if (found < 0 || found >= pages) return -3;
         }
     }
-    const Attention a{q,    keys,  values,   table, owners, lengths, out,   tokens,
-                      heads, kv_heads, width, page,  columns, window, scale};
+    const Attention a{q,     keys,     values, table, owners,  lengths, out,  tokens,
+                      heads, kv_heads, width,  page,  columns, window,  scale};
     int64_t longest = 0;
     double products = 0;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -442,6 +446,7 @@ EXPORT int64_t wizard_paged_attention(int32_t type, const void* q, const void* k
         std::vector<std::vector<char>> rooms;
         for (int64_t i = 0; i < workers; ++i) rooms.emplace_back(size + 8);
         std::vector<std::thread> others;
+        others.reserve(workers);
         for (int64_t i = 1; i < workers; ++i) {
             try {
                 others.emplace_back(run, std::cref(a), type, std::ref(next), rooms[i].data());
@@ -457,12 +462,11 @@ EXPORT int64_t wizard_paged_attention(int32_t type, const void* q, const void* k
     return level;
 }
 
-// Turns q and k of `qkv` (tokens, heads + 2 kv_heads, width; rows `row_stride` apart) by cos and sin (tokens, width / 2):
-// q goes to `q`, k and v to token `slots[t]` of `places` of keys and values (places, kv_heads, width). Returns as above.
-EXPORT int64_t wizard_write_pages(int32_t type, const void* qkv, int64_t row_stride, const float* cos,
-                                  const float* sin, const int64_t* slots, void* q, void* keys, void* values,
-                                  int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t places,
-                                  int32_t level) {
+// Turns q and k of `qkv` (tokens, heads + 2 kv_heads, width; rows `row_stride` apart) by cos and sin (tokens, half the
+// width): q goes to `q`, k and v to place `slots[t]` of keys and values (places, kv_heads, width). Returns as above.
+EXPORT int64_t wizard_write_pages(int32_t type, const void* qkv, int64_t row_stride, const float* cos, const float* sin,
+                                  const int64_t* slots, void* q, void* keys, void* values, int64_t tokens,
+                                  int64_t heads, int64_t kv_heads, int64_t width, int64_t places, int32_t level) {
     if (level > widest()) return -2;
     if (level < 0) level = widest();
     for (int64_t t = 0; t < tokens; ++t)
