@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kernels
 from wizard_engine.data.chat import Sample
 from wizard_engine.model import PRESETS, Transformer, load_hf
 from wizard_engine.rollout.engine import Engine, Sampling, cache_bytes
@@ -298,3 +299,19 @@ def test_graphs_give_the_tokens_of_eager_steps(name):
         rows.append([engine.add(p, Sampling(25, 1.0, seed=i))[0] for i, p in enumerate(prompts)])
         engine.run()
     assert [s.tokens for s in rows[0]] == [s.tokens for s in rows[1]]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "tiny-mixtral"])
+def test_the_kernels_of_a_gpu_give_the_same_tokens(name):
+    if not (torch.cuda.is_available() or kernels.backend.is_interpreted()):
+        pytest.skip("Triton needs a GPU or its interpreter")
+    model, prompts = tiny(name), prompts_of(12, 5, longest=20)
+    rows = []
+    for backend in ("reference", "triton"):
+        with kernels.use_backend(backend):
+            engine = Engine(model, cache_tokens=16 * 9, max_sequences=4, max_tokens=16)
+            rows.append([engine.add(p, Sampling(6))[0] for p in prompts])
+            engine.run()
+    assert [s.tokens for s in rows[0]] == [s.tokens for s in rows[1]]
+    for a, b in zip(*rows):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=2e-5)
