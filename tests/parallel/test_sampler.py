@@ -9,6 +9,7 @@ from many_ranks import ROOT, torchrun
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel.cut import Cut, Division
 from wizard_engine.parallel.mesh import Axis
+from wizard_engine.rollout.engine import Engine, Sampling
 from wizard_engine.rollout.handover import Part, checksum, moves
 from wizard_engine.rollout.sampler import Sampler
 
@@ -99,3 +100,19 @@ def test_moves_cover_what_is_wanted_once():
     expected = torch.zeros(shape)
     expected[[2, 3, 6, 7], :3] = 1
     assert torch.equal(marks, expected)
+
+
+# Catches: keys of the former weights that a prompt finds again.
+def test_weights_taken_anew_without_a_release_forget_the_keys_of_before():
+    policy, prompt = Transformer(PRESETS["tiny"], seed=0), [5] * 40
+    sampler = Sampler(policy, cache_tokens=320)
+    for change in (1.0, 1.5):
+        with torch.no_grad():
+            policy.blocks[0].attention.qkv.weight.mul_(change)
+        sampler.take()
+        (row,) = sampler.engine.add(prompt, Sampling(4))
+        sampler.engine.run()
+        fresh = Engine(policy, cache_tokens=320)
+        (right,) = fresh.add(prompt, Sampling(4))
+        fresh.run()
+        assert row.logprobs == right.logprobs and row.cached == 0
