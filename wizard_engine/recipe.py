@@ -37,7 +37,7 @@ T = TypeVar("T")
 # Options that change how a stage runs but not what it makes.
 INCIDENTAL = (
     "out", "quiet", "overwrite", "device", "save_every", "keep_last", "audit", "batch_size", "mesh", "recompute",
-    "accumulate", "offload_activations", "offload_optimizer",
+    "accumulate", "offload_activations", "offload_optimizer", "cache_tokens", "sampler_tp",
 )  # fmt: skip
 
 
