@@ -314,6 +314,8 @@ def test_a_client_that_does_not_read_is_given_up():
             slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             serving.until(lambda: serving.driver.open == 64 or serving.engine.generated > 100)
             serving.until(serving.is_idle, 30)
+            # Its handler has ended, too, while the connection is still there.
+            serving.until(lambda: not serving.uvicorn.server_state.tasks, 5)
             assert post(serving, json=GOOD).status_code == 200
 
 
