@@ -111,14 +111,17 @@ def test_stop_strings_end_the_text_before_them(serving, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_are_those_of_the_tokens(serving, stream):
-    how = {"model": "small", "messages": ASK, "max_tokens": 12, "seed": 2, "logprobs": True, "top_logprobs": 4}
+    # A short answer that ends with EOS, which is none of the tokens shown.
+    seed = next(i for i in range(200) if expected(serving, 40, {"seed": i})[1].finished[0])
+    how = {"model": "small", "messages": ASK, "max_tokens": 40, "seed": seed, "logprobs": True, "top_logprobs": 4}
     if stream:
         chunks = [c.choices[0] for c in client(serving).chat.completions.create(**how, stream=True)]
         content = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
     else:
         content = client(serving).chat.completions.create(**how).choices[0].logprobs.content
-    texts, found = expected(serving, 12, {"seed": 2})
-    count = len(found.tokens[0]) - found.finished[0]
+    texts, found = expected(serving, 40, {"seed": seed})
+    count = len(found.tokens[0]) - 1
+    assert len(content) == count
     assert [token.logprob for token in content] == pytest.approx(found.logprobs[0][:count], abs=1e-5)
     assert "".join(token.token for token in content).strip() == texts[0]
     for token in content:
@@ -308,6 +311,8 @@ def test_a_client_that_does_not_read_is_given_up():
     with Serving(write_seconds=0.3) as serving:
         ask = {"model": "small", "prompt": "two", "max_tokens": 128, "n": 64, "stream": True, "logprobs": 5}
         body = json.dumps(ask).encode()
+        # Little is kept on the way, so that the server soon has to wait.
+        serving.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with socket.socket() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.connect(("127.0.0.1", serving.port))
