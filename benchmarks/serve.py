@@ -37,7 +37,8 @@ async def _ask(web: Any, number: int, messages: list[dict], found: dict[str, lis
         async for line in answer.aiter_lines():
             if line == "data: [DONE]":
                 found["seconds"].append(time.perf_counter() - began)
-                found["first"].append(first)
+                # An answer may be empty.
+                found["first"] += [] if first is None else [first]
                 return
             if '"content": "' in line and '"content": ""' not in line:
                 first = first or time.perf_counter() - began
@@ -96,7 +97,7 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
     assert not found["lost"] and not found["refused"], found
     assert len(found["seconds"]) + len(found["left"]) == count
     assert values["wizard_pages"] == values["wizard_pages_free"] and values["wizard_sequences_open"] == "0"
-    shape = f"{describe(PRESET, model)}  {count} requests, {AT_ONCE} at once, {len(found['left'])} left"
+    shape = f"{describe(PRESET, model).partition(' V=')[0]}  {count}, {AT_ONCE} at once, {len(found['left'])} left"
     rows = []
     for name, numbers in (("first token", found["first"]), ("whole answer", found["seconds"])):
         p20, p50, p80, p95, p99 = np.percentile(numbers, (20, 50, 80, 95, 99))

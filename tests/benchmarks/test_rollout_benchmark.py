@@ -23,4 +23,4 @@ def test_server_benchmark_loses_nothing():
     pytest.importorskip("uvicorn")
     first, whole = serve.run(quick=True)
     assert first["variant"] == "first token" and 0 < first["seconds"]["p50"] < whole["seconds"]["p99"]
-    assert whole["requests_per_second"] > 0 and "100 requests" in whole["shape"]
+    assert whole["requests_per_second"] > 0 and "100, 64 at once" in whole["shape"]
