@@ -304,7 +304,8 @@ struct Write {
 };
 
 template <typename Cell>
-INLINE void turn(const Cell* x, const float* cos, const float* sin, Cell* out, int64_t half) {
+INLINE void turn(const Cell* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
+                 Cell* __restrict__ out, int64_t half) {
     using Real = decltype(widened(Cell()));
     for (int64_t c = 0; c < half; ++c) {
         const Real first = widened(x[c]), second = widened(x[c + half]);
@@ -402,7 +403,7 @@ Writes write_of(int32_t level) {
 }
 
 // Products of queries and keys that are worth a thread of its own.
-constexpr double kLeast = 5e5;
+constexpr double kLeast = 2e6;
 
 }  // namespace
 
