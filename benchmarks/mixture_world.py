@@ -55,7 +55,9 @@ def trained(name: str, config: ModelConfig, world: Path, folder: Path, seed: int
     samples = [encode_conversation(tokenizer, row.messages) for row in rows]
     loss = -sequence_logprobs(model, samples).sum() / sum(float(s.weights.sum()) for s in samples)
     found = accuracy.main(
-        accuracy.Config(folder / "sft" / "model", world / "held_out.jsonl", folder / "accuracy", seed=seed, quiet=True)
+        accuracy.Config(
+            str(folder / "sft" / "model"), world / "held_out.jsonl", folder / "accuracy", seed=seed, quiet=True
+        )
     )
     row = {
         "model": name, "seed": seed, "parameters": config.num_parameters, "active": config.active_parameters,

@@ -1,13 +1,15 @@
-"""Exact-answer accuracy of a checkpoint on held-out problems: greedy, and one sample per problem.
+"""Exact-answer accuracy of a checkpoint, or of any agent, on held-out problems: greedy, and one sample per problem.
 
 python recipes/accuracy.py --model DIR --data held_out.jsonl --out runs/accuracy
+python recipes/accuracy.py --model openai:MODEL@http://127.0.0.1:8000/v1 --data held_out.jsonl --out runs/accuracy
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wizard_engine import runtime
+from wizard_engine import runtime, world
+from wizard_engine.agents import Cast, Request
 from wizard_engine.data.records import read_rows
 from wizard_engine.evaluation.accuracy import accuracy
 from wizard_engine.files import write_json, write_text
@@ -21,7 +23,8 @@ from wizard_engine.rollout.trajectories import step_seed
 class Config:
     """Greedy and sampled accuracy."""
 
-    model: Path
+    model: str
+    """Model directory, world:NAME, or an endpoint, openai:MODEL@URL."""
     data: Path
     """Conversation rows; the last answer of each is the reference."""
     out: Path
@@ -39,26 +42,62 @@ class Config:
 def main(cfg: Config) -> dict:
     """Answer and count; returns what accuracy.json holds."""
     rt = runtime.start(cfg.device)
+    if Path(cfg.model).is_dir():
+        # Directories count by their content, whatever they are called.
+        cfg = replace(cfg, model=str(Path(cfg.model).resolve()))
     stage = open_stage(cfg, "accuracy", rt)
     if stage.done:
         return stage.result()
-    model, tokenizer = language_model(str(cfg.model), None, seed=0, device=rt.device)
     rows = read_rows(cfg.data, kind="conversation")
-    mine = range(rt.rank, len(rows), rt.world_size)
-    prompts = [rows[i].messages[:-1] for i in mine]
-    answers: dict[str, list[str]] = {}
-    for name, temperature in (("greedy", 0.0), ("sampled", cfg.temperature)):
-        texts = answer_texts(
-            model, tokenizer, prompts, max_new_tokens=cfg.max_new_tokens, temperature=temperature,
-            seed=step_seed(cfg.seed, rt.rank), batch_size=cfg.batch_size,
-        )  # fmt: skip
-        merged = [""] * len(rows)
-        for rank, part in enumerate(gather_objects(texts)):
-            merged[rank :: rt.world_size] = part
-        answers[name] = merged
-    result = _count(answers, [row.answer for row in rows])
+    prompts = [row.messages[:-1] for row in rows]
+    failed = 0
+    if Path(cfg.model).is_dir():
+        answers = _by_checkpoint(cfg, rt, prompts)
+    else:
+        answers, failed = _by_agent(cfg, rt, prompts)
+    result = _count(answers, [row.answer for row in rows]) | ({"failed_calls": failed} if failed else {})
     on_main(rt, lambda: _write(cfg.out, rows, answers, result))
     return finish_stage(stage, rt, result, [cfg.out / "answers.jsonl", cfg.out / "accuracy.json"])
+
+
+def _temperatures(cfg: Config) -> dict[str, float]:
+    return {"greedy": 0.0, "sampled": cfg.temperature}
+
+
+def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str, list[str]]:
+    """Answers of a checkpoint, the problems divided over the ranks."""
+    model, tokenizer = language_model(cfg.model, None, seed=0, device=rt.device)
+    answers: dict[str, list[str]] = {}
+    for name, temperature in _temperatures(cfg).items():
+        texts = answer_texts(
+            model, tokenizer, prompts[rt.rank :: rt.world_size], max_new_tokens=cfg.max_new_tokens,
+            temperature=temperature, seed=step_seed(cfg.seed, rt.rank), batch_size=cfg.batch_size,
+        )  # fmt: skip
+        answers[name] = [""] * len(prompts)
+        for rank, part in enumerate(gather_objects(texts)):
+            answers[name][rank :: rt.world_size] = part
+    return answers
+
+
+def _by_agent(cfg: Config, rt: runtime.Runtime, prompts: list) -> tuple[dict[str, list[str]], int]:
+    """Answers of an agent, through the ledger, "" where a call failed; and how many did."""
+    world.register()
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    answers, failed = {}, 0
+    try:
+        agent = cast.agent(cfg.model)
+        for name, temperature in _temperatures(cfg).items():
+            replies = agent.respond(
+                [
+                    Request("answer", prompt, step_seed(cfg.seed, i), temperature, cfg.max_new_tokens)
+                    for i, prompt in enumerate(prompts)
+                ]
+            )
+            failed += sum(not reply.ok for reply in replies)
+            answers[name] = [reply.text if reply.ok else "" for reply in replies]
+    finally:
+        cast.close()
+    return answers, failed
 
 
 def _count(answers: dict[str, list[str]], references: list[str]) -> dict:

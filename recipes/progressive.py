@@ -298,7 +298,7 @@ class Pipeline:
     def measure(self, t: int, name: str, model: Path) -> Path:
         """Greedy and sampled accuracy of one model."""
         return self.run(
-            f"slice_{t}/accuracy_{name}", accuracy, model=model, data=self.held_out,
+            f"slice_{t}/accuracy_{name}", accuracy, model=str(model), data=self.held_out,
             max_new_tokens=self.cfg.max_new_tokens,
         )  # fmt: skip
 

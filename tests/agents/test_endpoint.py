@@ -17,7 +17,7 @@ from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
-from recipes import analyze, mt_bench  # noqa: E402
+from recipes import accuracy, analyze, mt_bench  # noqa: E402
 from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent, prompts  # noqa: E402
 from wizard_engine.agents.endpoint import EndpointAgent, Options, parse_spec  # noqa: E402
 from wizard_engine.agents.local import LocalAgent  # noqa: E402
@@ -281,7 +281,7 @@ def test_recipes_run_on_an_endpoint_by_option_alone(tmp_path, monkeypatch):
             return answer("Topic: Counting\nSkill: **addition**\nDifficulty: Easy")
         return answer("It is fine. [[7]]" if "Assessment" in text else "It is five.")
 
-    rows = [conversation("What is two and three?", "Five."), conversation("Count to ten.", "1 2 3")]
+    rows = [conversation("What is two and three?", "The answer is 5."), conversation("Count to ten.", "10")]
     write_rows(tmp_path / "rows.jsonl", rows)
     with Fake(behave) as fake:
         spec = f"openai:m@{fake.url}"
@@ -300,4 +300,8 @@ def test_recipes_run_on_an_endpoint_by_option_alone(tmp_path, monkeypatch):
             )
         )
         assert result and os.path.exists(tmp_path / "mt" / "ledger.sqlite")
+        counted = accuracy.main(
+            accuracy.Config(model=spec, data=tmp_path / "rows.jsonl", out=tmp_path / "accuracy", quiet=True)
+        )
+        assert counted["total"] == 2 and "failed_calls" not in counted
         assert prompts.load_template("user").fields == ("history",)
