@@ -377,13 +377,13 @@ def test_a_thousand_requests_with_cancellations_lose_none(serving):
     serving.until(serving.is_idle)
 
 
-def test_a_fuzzed_client_finds_no_5xx(serving):
+def test_a_fuzzed_client_finds_no_5xx(serving, tmp_path):
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,content_type_conformance,response_schema_conformance,status_code_conformance"
     words = ["run", serving.url + "/openapi.json", "--max-examples", "15", "--seed", "3", "--checks", checks]
     words += ["--phases", "examples,fuzzing"]
     done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", *words], capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "schemathesis.cli", *words], capture_output=True, text=True, timeout=200, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
