@@ -185,6 +185,19 @@ def test_no_call_is_made_that_could_pass_the_budget():
         assert not found.respond(ask(1))[0].ok or found.spent <= 300
 
 
+# Catches: tries of one call that together pass the budget; calls that are billed and never answered.
+@pytest.mark.parametrize("kind", ["null", "hang"])
+def test_tries_without_an_answer_spend_the_budget_too(kind):
+    async def hang():
+        await asyncio.sleep(30)
+
+    with Fake(lambda *_: hang() if kind == "hang" else answer(None, tokens=40)) as fake:
+        found = agent(fake, budget=200, retries=9, concurrency=1, timeout=0.2)
+        (reply,) = found.respond(ask(1))
+        assert reply.error.startswith("budget: ") and found.spent <= 200 and 2 <= len(fake.asked) <= 5
+        assert not found.respond(ask(1))[0].ok and len(fake.asked) <= 5
+
+
 def test_retries_wait_longer_each_time_and_as_long_as_the_endpoint_asks():
     found = EndpointAgent("m", "http://127.0.0.1:9/v1", Options(backoff=1.0, max_wait=10.0))
     request = ask(1)[0]

@@ -28,7 +28,8 @@ class Options:
         concurrency: calls at once.   retries: of a call, after statuses 429 and 5xx, time-outs and lost connections.
         timeout: seconds for one try.   backoff: seconds before the first retry; each one after waits twice as long.
         max_wait: longest of those waits, also where the endpoint asks for more.
-        budget: tokens, prompts and replies, of this agent's life in one process; no call is made that could pass it.
+        budget: tokens, prompts and replies, of this agent's life in one process; no call is made that could pass it,
+            and one without an answer counts in full.
         give_up: calls in a row that fail for good, after which no more are made.
         key_env: environment variable that holds the key.   seed: whether requests' seeds are sent.
     """
@@ -153,21 +154,29 @@ class EndpointAgent:
             except ValueError as error:
                 return self._no(str(error))
             most = sum(len(m["content"].encode()) + OVERHEAD_TOKENS for m in messages) + request.max_tokens
-            if not self._stopped and self.options.budget and self.spent + self._reserved + most > self.options.budget:
-                # Calls on their way may turn out to be shorter; this one is not made all the same.
-                return self._no(f"budget: {self.spent} of {self.options.budget} tokens are spent, this may take {most}")
             if self._stopped:
                 return self._no(self._stopped)
+            if self._is_spent(most):
+                # Calls on their way may turn out to be shorter; this one is not made all the same.
+                return self._no(f"budget: {self.spent} of {self.options.budget} tokens are spent, this may take {most}")
             self._reserved += most
             try:
-                return await self._tries(client, request, messages)
+                return await self._tries(client, request, messages, most)
             finally:
                 self._reserved -= most
 
-    async def _tries(self, client: Any, request: Request, messages: list[dict]) -> Reply:
+    def _is_spent(self, more: int) -> bool:
+        """Whether the budget, less what calls on their way may take, leaves less than `more`."""
+        return bool(self.options.budget) and self.spent + self._reserved + more > self.options.budget
+
+    async def _tries(self, client: Any, request: Request, messages: list[dict], most: int) -> Reply:
+        """The reply to a request that may take `most` tokens a try."""
         error = ""
         for attempt in range(self.options.retries + 1):
             if attempt:
+                if self._is_spent(0):
+                    error = f"budget: {self.spent} of {self.options.budget} tokens are spent; before that {error}"
+                    break
                 self.retried += 1
             self.calls += 1
             try:
@@ -175,6 +184,8 @@ class EndpointAgent:
                     answer = await client.chat.completions.create(**self._arguments(request, messages))
             except TimeoutError:
                 error = f"no answer within {self.options.timeout:g} seconds"
+                # What was made of it is unknown.
+                self.spent += most
                 wait = self._wait(request, attempt, None)
             except self._openai.APIStatusError as failed:
                 error = f"status {failed.status_code}: {failed.message}"
