@@ -268,7 +268,8 @@ def online(world, reward_models, out, **changes):
 LOGGED = {
     "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "reward", "instruction_factor", "process_factor",
     "kl_k1", "kl_k3", "clip_fraction", "value_clip_fraction", "entropy", "length", "finished", "value",
-    "explained_variance", "ratio_error", "critic_grad_norm",
+    "explained_variance", "ratio_error", "critic_grad_norm", "seconds", "hand_over_seconds", "generate_seconds",
+    "score_seconds", "train_seconds", "tail_idle", "importance",
 }  # fmt: skip
 
 
@@ -278,7 +279,7 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
     def marked(self, *arguments):
         if self.step == 0:
             fresh.append(self._difference)
-            self._sums["ratio_error"] = 5e-4
+            self._difference = 5e-4
         right(self, *arguments)
 
     monkeypatch.setattr(OnlineRun, "record", marked)
@@ -316,6 +317,28 @@ def test_rleif_warms_the_critic_up_alone(world, reward_models, tmp_path):
     cfg = online(world, reward_models, tmp_path, steps=1, critic_warmup=1, factors=("process",))
     rleif.main(cfg)
     assert same(weights(tmp_path), load_file(world.root / "base" / "model" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("advantages", "factors"), [("rloo", ("instruction", "process")), ("grpo", ("process",))])
+def test_rleif_learns_without_a_critic(world, reward_models, tmp_path, advantages, factors):
+    cfg = online(
+        world, reward_models, tmp_path, advantages=advantages, factors=factors, samples_per_prompt=4, minibatches=1,
+        importance_limit=0.0,
+    )  # fmt: skip
+    rleif.main(cfg)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(lines) == 3 and not {"value", "critic_grad_norm", "value_loss"} & lines[0].keys()
+    assert all(line["grad_norm"] > 0 and line["ratio_error"] < 1e-4 for line in lines)
+    # Every token is weighed, by next to one.
+    assert lines[0]["importance"] == pytest.approx(1.0, abs=1e-4)
+    assert not same(weights(tmp_path), load_file(world.root / "base" / "model" / "model.safetensors"))
+
+
+def test_rleif_refuses_baselines_that_cannot_be(world, reward_models, tmp_path):
+    with pytest.raises(ValueError, match="their standard deviation cancels it"):
+        online(world, reward_models, tmp_path, advantages="grpo")
+    with pytest.raises(ValueError, match="samples_per_prompt: expected at least 2 with --advantages rloo, got 1"):
+        online(world, reward_models, tmp_path, advantages="rloo", samples_per_prompt=1)
 
 
 def test_rleif_refuses_long_prompts_by_line_and_models_of_another_kind(world, reward_models, tmp_path):
