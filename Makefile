@@ -49,12 +49,12 @@ gpu-check:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@if command -v clang-format > /dev/null; then clang-format --dry-run --Werror csrc/*.cpp csrc/cuda/*.cu; else echo "clang-format: not installed, C++ format not checked"; fi
+	@if command -v clang-format > /dev/null; then clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cuda/*.cu; else echo "clang-format: not installed, C++ format not checked"; fi
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	@if command -v clang-format > /dev/null; then clang-format -i csrc/*.cpp csrc/cuda/*.cu; fi
+	@if command -v clang-format > /dev/null; then clang-format -i csrc/*.cpp csrc/*.h csrc/cuda/*.cu; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info csrc/*.so csrc/cuda/*.so

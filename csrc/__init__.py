@@ -57,8 +57,9 @@ def is_current() -> bool:
 
 
 def is_newer(library: Path, sources: Sequence[Path]) -> bool:
-    """Whether a library is there and no older than its sources."""
-    return library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in sources)
+    """Whether a library is there and no older than its sources and the headers beside it."""
+    read = [*sources, *library.parent.glob("*.h")]
+    return library.exists() and all(library.stat().st_mtime >= source.stat().st_mtime for source in read)
 
 
 def build() -> Path:

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "processor.h"
 
 namespace {
 
@@ -27,23 +27,8 @@ struct Buffers {
     uint16_t* copy;
 };
 
-inline __attribute__((always_inline)) float widened(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-// To the nearest bf16, ties to even; any NaN to the one that torch writes.
-inline __attribute__((always_inline)) uint16_t rounded(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
-}
-
 template <bool kHalf, bool kAccumulated, bool kCopy>
-inline __attribute__((always_inline)) void update(const Buffers& b, const Numbers& n, int64_t first, int64_t last) {
+INLINE void update(const Buffers& b, const Numbers& n, int64_t first, int64_t last) {
     float* __restrict__ master = b.master;
     float* __restrict__ exp_avg = b.exp_avg;
     float* __restrict__ exp_avg_sq = b.exp_avg_sq;
@@ -78,15 +63,14 @@ inline __attribute__((always_inline)) void update(const Buffers& b, const Number
 }
 
 template <bool kHalf, bool kAccumulated>
-inline __attribute__((always_inline)) void with_copy(const Buffers& b, const Numbers& n, int64_t first, int64_t last) {
+INLINE void with_copy(const Buffers& b, const Numbers& n, int64_t first, int64_t last) {
     if (b.copy)
         update<kHalf, kAccumulated, true>(b, n, first, last);
     else
         update<kHalf, kAccumulated, false>(b, n, first, last);
 }
 
-inline __attribute__((always_inline)) void dispatch(const Buffers& b, const Numbers& n, int32_t half, int64_t first,
-                                                    int64_t last) {
+INLINE void dispatch(const Buffers& b, const Numbers& n, int32_t half, int64_t first, int64_t last) {
     if (half)
         b.accumulated ? with_copy<true, true>(b, n, first, last) : with_copy<true, false>(b, n, first, last);
     else
@@ -105,23 +89,11 @@ __attribute__((target("avx2"))) void avx2(const Buffers& b, const Numbers& n, in
     dispatch(b, n, half, first, last);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void avx512(
-    const Buffers& b, const Numbers& n, int32_t half, int64_t first, int64_t last) {
+__attribute__((target(AVX512))) void avx512(const Buffers& b, const Numbers& n, int32_t half, int64_t first,
+                                            int64_t last) {
     dispatch(b, n, half, first, last);
 }
 #endif
-
-// Widest level that the processor has: 0 plain, 1 AVX2, 2 AVX-512.
-int32_t widest() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return wide ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
-#else
-    return 0;
-#endif
-}
 
 Kernel kernel_of(int32_t level) {
 #if defined(__x86_64__)

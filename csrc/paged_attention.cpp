@@ -14,8 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#define INLINE inline __attribute__((always_inline))
+#include "processor.h"
 
 namespace {
 
@@ -23,27 +22,16 @@ struct Half {
     uint16_t bits;
 };
 
-INLINE float widened(Half x) {
-    const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
+INLINE float widened(Half x) { return ::widened(x.bits); }
 INLINE float widened(float x) { return x; }
 INLINE double widened(double x) { return x; }
 
-// To the nearest bf16, ties to even; any NaN to the one that torch writes.
-INLINE void narrow(float value, Half& out) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
-}
+INLINE void narrow(float value, Half& out) { out.bits = ::rounded(value); }
 INLINE void narrow(float value, float& out) { out = value; }
 INLINE void narrow(double value, double& out) { out = value; }
 
 template <typename Cell>
-INLINE auto rounded(decltype(widened(Cell())) value) {
+INLINE auto as_cell(decltype(widened(Cell())) value) {
     Cell cell;
     narrow(value, cell);
     return widened(cell);
@@ -309,9 +297,9 @@ INLINE void turn(const Cell* __restrict__ x, const float* __restrict__ cos, cons
     using Real = decltype(widened(Cell()));
     for (int64_t c = 0; c < half; ++c) {
         const Real first = widened(x[c]), second = widened(x[c + half]);
-        const Real cosine = rounded<Cell>(static_cast<Real>(cos[c])), sine = rounded<Cell>(static_cast<Real>(sin[c]));
-        narrow(rounded<Cell>(first * cosine) - rounded<Cell>(second * sine), out[c]);
-        narrow(rounded<Cell>(second * cosine) + rounded<Cell>(first * sine), out[c + half]);
+        const Real cosine = as_cell<Cell>(static_cast<Real>(cos[c])), sine = as_cell<Cell>(static_cast<Real>(sin[c]));
+        narrow(as_cell<Cell>(first * cosine) - as_cell<Cell>(second * sine), out[c]);
+        narrow(as_cell<Cell>(second * cosine) + as_cell<Cell>(first * sine), out[c + half]);
     }
 }
 
@@ -361,30 +349,17 @@ void attend_plain(const Attention& a, int32_t type, std::atomic<int64_t>& next, 
 void write_plain(const Write& w, int32_t type) { write_typed(w, type); }
 
 #if defined(__x86_64__)
-#define WIDE "avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"
 __attribute__((target("avx2"))) void attend_avx2(const Attention& a, int32_t type, std::atomic<int64_t>& next,
                                                  void* room) {
     attend_typed<false>(a, type, next, room);
 }
-__attribute__((target(WIDE))) void attend_avx512(const Attention& a, int32_t type, std::atomic<int64_t>& next,
-                                                 void* room) {
+__attribute__((target(AVX512))) void attend_avx512(const Attention& a, int32_t type, std::atomic<int64_t>& next,
+                                                   void* room) {
     attend_typed<true>(a, type, next, room);
 }
 __attribute__((target("avx2"))) void write_avx2(const Write& w, int32_t type) { write_typed(w, type); }
-__attribute__((target(WIDE))) void write_avx512(const Write& w, int32_t type) { write_typed(w, type); }
+__attribute__((target(AVX512))) void write_avx512(const Write& w, int32_t type) { write_typed(w, type); }
 #endif
-
-// The widest level that the processor has: 0 plain, 1 AVX2, 2 AVX-512.
-int32_t widest() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return wide ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
-#else
-    return 0;
-#endif
-}
 
 Attend attend_of(int32_t level) {
 #if defined(__x86_64__)

@@ -78,3 +78,13 @@ def test_check_turns_the_memory_status_into_an_error():
     assert csrc.check(3, "x") == 3
     with pytest.raises(MemoryError, match="packing: not enough memory"):
         csrc.check(csrc.MEMORY, "packing")
+
+
+def test_a_library_is_old_once_a_header_beside_it_is_newer(tmp_path):
+    source, header, library = (tmp_path / name for name in ("one.cpp", "one.h", "lib.so"))
+    for second, path in enumerate((source, header, library)):
+        path.write_text("")
+        os.utime(path, (second, second))
+    assert csrc.is_newer(library, [source])
+    os.utime(header, (9, 9))
+    assert not csrc.is_newer(library, [source])
