@@ -7,12 +7,15 @@ The server listens on this machine alone unless --host says otherwise; a key tha
 environment (WIZARD_API_KEY). SIGTERM and SIGINT let the answers that are on their way end. /openapi.json describes it.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 import torch
@@ -113,13 +116,27 @@ def main(cfg: Config) -> None:
     keyed = "with the key of " + KEY if server.api_key else "without a key"
     print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)
     driver.start()
+    web = uvicorn.Server(options)
+    # Its own way raises the signal again at its end, which would leave the engine and the other ranks as they are.
+    web.capture_signals = lambda: _signals_to(web.handle_exit)
     try:
-        uvicorn.Server(options).run(sockets=[listening])
+        web.run(sockets=[listening])
     finally:
         driver.close(drain_seconds=1.0)
         listening.close()
         runtime.stop()
     print(f"served {engine.generated} tokens", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT go to a handler inside the block."""
+    former = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before)
 
 
 def _engine(cfg: Config, rt: runtime.Runtime) -> tuple[Engine, object, str]:
