@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def main(cfg: Config) -> None:
     rt = runtime.start(cfg.device)
     if rt.world_size != cfg.tp:
         raise ValueError(f"tp: expected the {rt.world_size} ranks of this run, got {cfg.tp}")
+    # Before the model is read, which may take minutes.
+    listening = _listening(cfg) if rt.is_main else None
     engine, mesh, fingerprint = _engine(cfg, rt)
     if not rt.is_main:
         # The first rank says when to end, once its answers have.
@@ -108,10 +111,9 @@ def main(cfg: Config) -> None:
         api_key=os.environ.get(KEY) or None,
     )  # fmt: skip
     options = uvicorn.Config(
-        server.app(), host=cfg.host, port=cfg.port, log_level="warning", timeout_keep_alive=30, lifespan="off",
+        server.app(), log_level="warning", timeout_keep_alive=30, lifespan="off",
         timeout_graceful_shutdown=max(1, round(cfg.drain_seconds)), limit_concurrency=8 * driver.max_jobs,
     )  # fmt: skip
-    listening = options.bind_socket()
     where = f"http://{cfg.host}:{listening.getsockname()[1]}/v1"
     keyed = "with the key of " + KEY if server.api_key else "without a key"
     print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)
@@ -126,6 +128,23 @@ def main(cfg: Config) -> None:
         listening.close()
         runtime.stop()
     print(f"served {engine.generated} tokens", file=sys.stderr)
+
+
+def _listening(cfg: Config) -> socket.socket:
+    """The socket of the host and port.
+
+    Raises:
+        ValueError: it cannot be had; says why.
+    """
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((cfg.host, cfg.port))
+    except OSError as error:
+        found.close()
+        raise ValueError(f"host, port: expected a free address, got {cfg.host}:{cfg.port}: {error.strerror}") from None
+    return found
 
 
 @contextlib.contextmanager

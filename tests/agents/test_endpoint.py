@@ -227,6 +227,31 @@ def test_a_stopped_run_goes_on_from_its_ledger(tmp_path):
     assert KEY.encode() not in written
 
 
+# Catches: a run that goes on to its end with nothing but failed calls, and is taken for done.
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 120, "concurrency": 1}, "budget: .* what came is in the ledger"),
+        ({"retries": 0}, "no call was answered, the last one: status 500"),
+    ],
+)
+def test_an_endpoint_that_has_ended_ends_the_run_and_the_ledger_goes_on(tmp_path, options, message):
+    works = "budget" in options
+    with Fake(lambda *_: answer(tokens=40) if works else BROKEN["500"]()) as fake:
+        ledger = Ledger(tmp_path / "ledger.sqlite")
+        with pytest.raises(ValueError, match=f"agent m@.*{message}"):
+            LedgeredAgent(agent(fake, **options), ledger).respond(ask(6))
+        asked, works = len(fake.asked), True
+        assert all(reply.ok for reply in LedgeredAgent(agent(fake), ledger).respond(ask(6)))
+        assert len(fake.asked) - asked == (6 - asked if "budget" in options else 6)
+
+
+def test_a_request_at_fault_ends_no_run(tmp_path):
+    with Fake(lambda *_: JSONResponse({"error": {"message": "too long"}}, 400)) as fake:
+        replies = LedgeredAgent(agent(fake, give_up=2), Ledger(tmp_path / "l.sqlite")).respond(ask(5))
+        assert len(fake.asked) == 5 and all("status 400" in reply.error for reply in replies)
+
+
 def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
     caplog.set_level(logging.DEBUG)
     with Fake(lambda *_: BROKEN["500"]()) as fake:

@@ -221,6 +221,18 @@ def test_requests_that_do_not_fit_are_refused_by_field(serving, changes, status,
 
 
 @pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([0, 10**6], "prompt[1]: expected 0 to 277, got 1000000"), ([[1], [-1]], "prompt[1][0]: expected 0 to 277"),
+        ([], "prompt: expected"), ([[]], "prompt[0]: expected"), (["two", 3], "prompt["), (3, "prompt: expected"),
+    ],
+)  # fmt: skip
+def test_prompts_that_are_none_are_refused(serving, prompt, message):
+    answer = post(serving, "/v1/completions", json={"model": "small", "prompt": prompt, "max_tokens": 3})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message), answer.text
+
+
+@pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[1]", b"null", b'{"model": NaN}', b"\xff\xfe", b"[" * 100_000, b'{"model": 1e999}', b"\x00"],
     ids=range(9),
@@ -458,3 +470,15 @@ def test_options_of_the_recipe_that_do_not_fit(tmp_path, words, message):
     command = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--model", str(tmp_path / "tiny"), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert done.returncode != 0 and message in done.stderr + done.stdout
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    model, tokenizer = small_model()
+    save_model(model, tokenizer, tmp_path / "tiny")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["--model", str(tmp_path / "tiny"), "--port", str(port)]
+        command = [sys.executable, str(ROOT / "recipes" / "serve.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 1
+    assert f"host, port: expected a free address, got 127.0.0.1:{port}: Address already in use" in done.stderr

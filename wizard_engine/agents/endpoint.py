@@ -101,6 +101,8 @@ class EndpointAgent:
         model: as the endpoint calls it.   base_url: of the API; None: OPENAI_BASE_URL, or OpenAI's own.
     Attributes:
         spent: tokens so far.   calls, retried, failed: tries that were made, that were repeated, calls without a reply.
+        answered: calls with a reply.   ended: why no more calls are made (the budget, a refused key, an endpoint that
+            is down); "" while they are.
     """
 
     def __init__(self, model: str, base_url: str | None = None, options: Options | None = None) -> None:
@@ -118,9 +120,9 @@ class EndpointAgent:
         self._key = os.environ.get(self.options.key_env, "")
         if not self._key and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"agent {self.name}: expected a key in {self.options.key_env}, got none; export it")
-        self.spent = self.calls = self.retried = self.failed = 0
+        self.spent = self.calls = self.retried = self.failed = self.answered = 0
         self._reserved = self._in_a_row = 0
-        self._stopped = ""
+        self._stopped = self.ended = ""
 
     @classmethod
     def from_spec(cls, spec: str, *, ranks: int = 1) -> "EndpointAgent":
@@ -138,7 +140,11 @@ class EndpointAgent:
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in the order of the requests, several asked at once."""
-        return asyncio.run(self._respond(requests))
+        replies = asyncio.run(self._respond(requests))
+        if self._in_a_row and not self.answered:
+            self._stopped = self._stopped or f"no call was answered, the last one: {replies[-1].error}"
+        self.ended = self.ended or self._stopped
+        return replies
 
     async def _respond(self, requests: Sequence[Request]) -> list[Reply]:
         gate = asyncio.Semaphore(self.options.concurrency)
@@ -158,7 +164,8 @@ class EndpointAgent:
                 return self._no(self._stopped)
             if self._is_spent(most):
                 # Calls on their way may turn out to be shorter; this one is not made all the same.
-                return self._no(f"budget: {self.spent} of {self.options.budget} tokens are spent, this may take {most}")
+                self.ended = f"budget: {self.spent} of {self.options.budget} tokens are spent, this may take {most}"
+                return self._no(self.ended)
             self._reserved += most
             try:
                 return await self._tries(client, request, messages, most)
@@ -176,6 +183,7 @@ class EndpointAgent:
             if attempt:
                 if self._is_spent(0):
                     error = f"budget: {self.spent} of {self.options.budget} tokens are spent; before that {error}"
+                    self.ended = self._clean(error)
                     break
                 self.retried += 1
             self.calls += 1
@@ -192,7 +200,8 @@ class EndpointAgent:
                 if failed.status_code in (401, 403):
                     self._stopped = self._clean(f"the endpoint refuses the key of {self.options.key_env} ({error})")
                 if failed.status_code != 429 and failed.status_code < 500 and failed.status_code != 408:
-                    break
+                    # The request is at fault, not the endpoint.
+                    return self._no(error)
                 wait = self._wait(request, attempt, failed.response.headers.get("retry-after"))
             except self._openai.OpenAIError as failed:
                 # No connection, or an answer that is no answer.
@@ -202,7 +211,7 @@ class EndpointAgent:
             else:
                 reply, error = self._read(answer)
                 if reply is not None:
-                    self._in_a_row = 0
+                    self._in_a_row, self.answered = 0, self.answered + 1
                     return reply
                 wait = self._wait(request, attempt, None)
             if attempt < self.options.retries:

@@ -177,6 +177,8 @@ class LedgeredAgent:
     Requests that are equal are asked once. They go out in batches of `batch_size`, cut from the whole list before
     stored ones are left out: an interrupted run that is started again asks for the same batches as an undisturbed one.
 
+    An agent that says it has `ended`, an endpoint whose budget is spent or that is down, ends the run with its reason.
+
     Attributes:
         served: task -> replies handed out without a call, in this process.
         asked: task -> calls made, in this process.
@@ -215,6 +217,11 @@ class LedgeredAgent:
                 f"agent {self.name}: expected {len(requests)} replies, got {len(replies)}; return one a request"
             )
         self.ledger.store(self.agent, keys, requests, replies)
+        ended = getattr(self.agent, "ended", "")
+        if ended:
+            raise ValueError(
+                f"agent {self.name}: {ended}; what came is in the ledger, and the same command goes on from there"
+            )
         self.asked.update(request.task for request in requests)
         self.served.subtract(request.task for request in requests)
         first = self.ledger.lookup([key for key, reply in zip(keys, replies) if reply.ok])

@@ -79,7 +79,6 @@ _STREAM_OPTIONS = {
     "type": ["object", "null"], "additionalProperties": False,
     "properties": {"include_usage": {"type": "boolean"}, "include_obfuscation": {"type": "boolean"}},
 }  # fmt: skip
-_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 
 
 def _shared(most: int, choices: int) -> dict[str, Field]:
@@ -125,11 +124,12 @@ def chat_fields(most: int, choices: int) -> dict[str, Field]:
     }  # fmt: skip
 
 
-def completion_fields(most: int, choices: int) -> dict[str, Field]:
-    """Fields of /v1/completions."""
-    prompts = [{"type": "string"}, _IDS, {"type": "array", "minItems": 1, "items": {"type": "string"}}]
+def completion_fields(most: int, choices: int, words: int) -> dict[str, Field]:
+    """Fields of /v1/completions; `words`: of the vocabulary."""
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": words - 1}}
+    prompts = [{"type": "string"}, ids, {"type": "array", "minItems": 1, "items": {"type": "string"}}]
     return _shared(most, choices) | {
-        "prompt": Field({"anyOf": [*prompts, {"type": "array", "minItems": 1, "items": _IDS}]}, required=True),
+        "prompt": Field({"anyOf": [*prompts, {"type": "array", "minItems": 1, "items": ids}]}, required=True),
         "logprobs": Field(_number(0, 5, "integer")),
         "echo": Field({"enum": [False, None]}),
         "suffix": Field({"enum": ["", None]}),

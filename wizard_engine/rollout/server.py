@@ -62,7 +62,8 @@ class Server:
         self.format = AnswerFormat(tokenizer, name, fingerprint)
         self.started, self.metrics = int(time.time()), Metrics()
         self.chat_fields = chat_fields(limits.new_tokens, limits.choices)
-        self.completion_fields = completion_fields(limits.new_tokens, limits.choices)
+        words = driver.engine.config.vocab_size
+        self.completion_fields = completion_fields(limits.new_tokens, limits.choices, words)
 
     def app(self) -> Starlette:
         """The ASGI application."""
