@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-import torch
 from tqdm import tqdm
 
 from wizard_engine import runtime
@@ -27,7 +26,7 @@ from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.files import write_text
 from wizard_engine.model import Transformer, load_model
-from wizard_engine.recipe import launch
+from wizard_engine.recipe import launch, weights_dtype
 from wizard_engine.rollout import generate
 from wizard_engine.rollout.streaming import Streamer, stream_text
 
@@ -346,8 +345,7 @@ def main(
     """Load the model and chat in the mode that the options ask for."""
     stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
     rt = runtime.start(cfg.device)
-    chosen = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if rt.device.type == "cuda" else "float32"
-    model, tokenizer = load_model(cfg.model, device=rt.device, dtype=getattr(torch, chosen))
+    model, tokenizer = load_model(cfg.model, device=rt.device, dtype=weights_dtype(cfg.dtype, rt.device))
     if not isinstance(model, Transformer):
         raise ValueError(f"{cfg.model}: expected a language model, got a reward model; it cannot answer")
     model.eval().requires_grad_(False)

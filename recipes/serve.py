@@ -25,7 +25,7 @@ from wizard_engine import runtime
 from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.model import ModelDirectory, Transformer
 from wizard_engine.parallel import MeshOptions, make_mesh
-from wizard_engine.recipe import launch
+from wizard_engine.recipe import launch, weights_dtype
 from wizard_engine.rollout.driver import Driver, follow
 from wizard_engine.rollout.engine import Engine, cache_bytes
 from wizard_engine.rollout.handover import checksum
@@ -160,19 +160,19 @@ def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 def _engine(cfg: Config, rt: runtime.Runtime) -> tuple[Engine, object, str]:
     """The engine over this rank's part of the model, the mesh, and a fingerprint of the weights."""
-    chosen = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if rt.device.type == "cuda" else "float32"
+    dtype = weights_dtype(cfg.dtype, rt.device)
     with ModelDirectory(cfg.model) as directory:
         if directory.outputs is not None:
             raise ValueError(f"{cfg.model}: expected a language model, got a reward model; it cannot answer")
         experts = cfg.tp if directory.config.experts else 1
         mesh = make_mesh(MeshOptions(dp_shard=1, tp=cfg.tp, ep=experts), rt)
-        model, cuts = empty_sampler(directory.config, getattr(torch, chosen), mesh)
+        model, cuts = empty_sampler(directory.config, dtype, mesh)
         for name, parameter in model.named_parameters():
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=rt.device)
             directory.read(name, 0, parameter.data.view(-1), cut=cuts[name])
     engine = Engine(model, cache_tokens=_cache_tokens(cfg, model, rt), max_sequences=cfg.max_sequences)
     own = checksum((name, cuts[name], 0, p.data.view(-1)) for name, p in model.named_parameters())
-    return engine, mesh, "fp_" + hashlib.sha256(f"{own}{chosen}".encode()).hexdigest()[:12]
+    return engine, mesh, "fp_" + hashlib.sha256(f"{own}{dtype}".encode()).hexdigest()[:12]
 
 
 def _cache_tokens(cfg: Config, model: Transformer, rt: runtime.Runtime) -> int:

@@ -222,6 +222,13 @@ def scoring_of(
     return divided(model, mesh, sharding, ((f"body.{name}", value.detach()) for name, value in body))
 
 
+def weights_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights that only generate; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
 def write_model(
     runtime: Runtime, model: Any, tokenizer: Tokenizer, path: Path, *, extra: dict | None = None
 ) -> None:  # fmt: skip
