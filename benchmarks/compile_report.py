@@ -23,7 +23,7 @@ from triton import knobs
 from benchmarks.__main__ import environment
 from benchmarks.command_line import Parser
 from benchmarks.compile_rows import Row, compile_all, problems
-from benchmarks.launches import Case, cases
+from benchmarks.launch_forms import Case, cases
 from benchmarks.machine_code import ptxas_version
 from kernels import configuration
 from wizard_engine.files import write_text

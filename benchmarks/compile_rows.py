@@ -18,7 +18,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from benchmarks.issue_model import overlapped_exponentials
-from benchmarks.launches import Case, launch_of
+from benchmarks.launch_forms import Case, launch_of
 from benchmarks.machine_code import SHARED_PER_BLOCK, MachineCode, compile_launch, count
 
 Row = dict[str, Any]

@@ -19,7 +19,7 @@ from benchmarks.command_line import Parser
 from benchmarks.compile_rows import Row, compile_all, compile_case, problems
 from benchmarks.issue_costs import TENSOR_FLOPS
 from benchmarks.issue_model import PRODUCTS, estimate
-from benchmarks.launches import Case, cases_of, launch_of, words
+from benchmarks.launch_forms import Case, cases_of, launch_of, words
 from benchmarks.machine_code import compile_launch
 from benchmarks.tune_targets import Target, candidates
 from kernels import configuration

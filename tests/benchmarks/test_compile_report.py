@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compile_report, compile_rows, compile_search, launches
+from benchmarks import compile_report, compile_rows, compile_search, launch_forms
 from benchmarks.compile_report import diff, differences, line_of, markdown
 from benchmarks.compile_rows import compile_all, problems
-from benchmarks.launches import Case, cases, cases_of, launch_of
+from benchmarks.launch_forms import Case, cases, cases_of, launch_of
 from kernels import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_entries_of_a_table_compile_and_are_reported(tmp_path):
 
 ATTENTION = """
 from benchmarks.compile_rows import compile_case
-from benchmarks.launches import cases
+from benchmarks.launch_forms import cases
 import json
 for arch in (80, 90, 100):
     case = next(c for c in cases("attention_backward_q", arch) if c.label.endswith("width=64 bytes=2 full bf16"))
@@ -78,12 +78,12 @@ def test_attention_takes_the_tensor_cores_of_each_architecture():
 SPILLING = """
 import sys
 from pathlib import Path
-from benchmarks import compile_report, launches
+from benchmarks import compile_report, launch_forms
 from kernels import configuration
 configuration.FOLDER = Path({folder!r})
 compile_report.COMMITTED = configuration.FOLDER / "none.json"
-forms = launches.attention
-launches.FORMS["attention_forward"] = lambda shape: [form for form in forms(shape) if form[0] == "full bf16"]
+forms = launch_forms.attention
+launch_forms.FORMS["attention_forward"] = lambda shape: [form for form in forms(shape) if form[0] == "full bf16"]
 sys.exit(compile_report.main(["--jobs", "0", "--arch", "90", "--kernel", "attention_forward"]))
 """
 
@@ -176,7 +176,7 @@ def test_table_without_launches_is_named():
 
 
 def test_launch_of_another_kernel_is_refused(monkeypatch):
-    monkeypatch.setitem(launches.FORMS, "rope", lambda shape: [("forward", lambda: None)])
+    monkeypatch.setitem(launch_forms.FORMS, "rope", lambda shape: [("forward", lambda: None)])
     with pytest.raises(ValueError, match="rope sm_90 half=8 forward: expected a launch of rope_kernel, got none"):
         launch_of(Case("rope", 90, (("half", 8),), (), "forward"))
 

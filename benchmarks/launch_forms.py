@@ -62,7 +62,8 @@ def cases_of(table: str, arch: int, shape: Mapping[str, int], config: Mapping[st
         ValueError: no function says how to launch the kernels of this table.
     """
     if table not in FORMS:
-        raise ValueError(f"{table}: expected a table of {', '.join(FORMS)}; add its launches to benchmarks/launches.py")
+        known = ", ".join(FORMS)
+        raise ValueError(f"{table}: expected a table of {known}; add its launches to benchmarks/launch_forms.py")
     items = tuple(shape.items()), tuple(config.items())
     return [Case(table, arch, *items, form) for form, _ in FORMS[table](dict(shape))]
 
