@@ -3,6 +3,7 @@
 python -m benchmarks
 python -m benchmarks train generation --json results.jsonl
 python -m benchmarks --quick
+python -m benchmarks launches --preset 7b        commands with options of their own: see `--help` of each
 """
 
 import argparse
@@ -21,6 +22,8 @@ import torch
 
 from wizard_engine import runtime
 
+# Commands that read their own options.
+COMMANDS = ("launches",)
 NAMES = ("packing", "minhash", "train", "generation", "serve", "losses")
 SEED = 0
 
@@ -77,8 +80,16 @@ def measure(name: str, quick: bool) -> list[dict[str, Any]]:
 
 def main(args: list[str] | None = None) -> int:
     """Runs what the command line names; returns the exit status."""
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] in COMMANDS:
+        return importlib.import_module(f"benchmarks.{args[0]}").main(args[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of this machine.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"of {', '.join(NAMES)}; default: all; or one of the commands {', '.join(COMMANDS)}",
+    )
     parser.add_argument(
         "--json", type=Path, default=Path("runs/benchmarks.jsonl"), help="JSON lines; default %(default)s"
     )

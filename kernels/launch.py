@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _recorded: list["Launch"] | None = None
+_observer: Callable[["Launch"], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ def record() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+@contextmanager
+def observe(observer: Callable[[Launch], None]) -> Iterator[None]:
+    """Tell `observer` of every launch of the block, after it."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options) on the device of its tensors; nothing where the grid is empty.
 
@@ -50,6 +62,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+    if _observer is not None:
+        _observer(Launch(kernel, grid, arguments, options))
 
 
 def named(operation: str, *constants: str) -> Callable[[Any], str]:
