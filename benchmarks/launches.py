@@ -29,6 +29,7 @@ import torch
 from benchmarks.command_line import Parser
 from benchmarks.launch_costs import workload
 from benchmarks.standin import Event, Log, stand_in
+from benchmarks.standin.host import torch_launch_seconds, triton_launch_seconds
 from wizard_engine.model import PRESETS, ModelConfig
 from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token
 
@@ -277,12 +278,18 @@ def main(args: Sequence[str] | None = None) -> int:
         "--recompute", default="full", choices=("none", "selective", "full"), help="default: %(default)s"
     )
     reader.add_argument("--layers", type=int, help="of the model, default: the preset's")
+    reader.add_argument(
+        "--measure-host", action="store_true",
+        help="measure this machine's host seconds of a launch first, instead of assuming them",
+    )  # fmt: skip
     reader.add_argument("--rates", type=Path, metavar="FILE", help="JSON of rates in place of the assumed ones")
     reader.add_argument("--json", type=Path, metavar="PATH", help="write the ledgers as JSON lines")
     options = reader.parse_args(args)
     defaults = {"train": [4096, 16384], "decode": [1, 32, 256], "rleif": [16384]}
     try:
         rates = read_rates(options.rates)
+        if options.measure_host:
+            rates = replace(rates, triton_launch=triton_launch_seconds(), torch_launch=torch_launch_seconds())
         sizes = options.tokens or defaults.get(options.step, [1])
         for size in sizes:
             config_of(options.preset, size, options.step, options.layers)
@@ -295,7 +302,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"launches: {error}", file=sys.stderr)
         return 2
-    print("a prediction at assumed rates, on a stand-in device: nothing here was measured on a GPU")
+    host = "measured" if options.measure_host else "assumed"
+    print(
+        f"a prediction at assumed rates of the device; host seconds {host}: {1e6 * rates.triton_launch:.0f} us a "
+        f"Triton launch, {1e6 * rates.torch_launch:.1f} us a torch operator; no kernel has run"
+    )
     if options.json is not None:
         from benchmarks.__main__ import environment
 

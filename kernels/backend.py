@@ -109,3 +109,10 @@ def contiguous_rows(**tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{name}: expected a contiguous last dim, got strides {tuple(tensor.stride())}; call .contiguous()"
             )
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; on its way to a GPU it passes pinned memory, so that the host does not wait."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

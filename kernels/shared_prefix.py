@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention
+from .backend import to_device
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Prefixes:
     def to(self, device: torch.device | str) -> "Prefixes":
         """The same with its tensors on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+        return replace(self, **{name: to_device(x, device) for name, x in tensors.items()})
 
 
 class _Pick(torch.autograd.Function):

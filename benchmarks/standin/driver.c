@@ -6,15 +6,16 @@
 #include <stdint.h>
 #include <string.h>
 
-#define STANDIN_MEMORY (1ull << 44)
+#define STANDIN_MEMORY (1ull << 50)
 
 static int capability = 90, multiprocessors = 132, shared_optin = 232448;
 static uint64_t launches;
 static unsigned last[8];
-static int context;
+static int context, takes_host_memory;
 
 /* What Python sets and reads. */
 void standin_device(int arch, int sms, int shared) { capability = arch; multiprocessors = sms; shared_optin = shared; }
+void standin_host_memory(int takes) { takes_host_memory = takes; }
 uint64_t standin_launches(void) { return launches; }
 void standin_last(unsigned *out) { memcpy(out, last, sizeof last); }
 
@@ -53,7 +54,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 }
 
 CUresult cuPointerGetAttribute(void *out, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  if (pointer < STANDIN_MEMORY) return CUDA_ERROR_INVALID_VALUE; /* host memory */
+  if (pointer < STANDIN_MEMORY && !takes_host_memory) return CUDA_ERROR_INVALID_VALUE; /* host memory */
   *(CUdeviceptr *)out = pointer;
   return CUDA_SUCCESS;
 }
@@ -106,7 +107,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
-  if ((uint64_t)address < STANDIN_MEMORY || (uint64_t)address % 16 || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+  if ((uint64_t)address % 16 || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
   for (cuuint32_t i = 0; i < rank; i++) {
     if (!dims[i] || dims[i] > (1ull << 32) || !box[i] || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
     if (i + 1 < rank && (strides[i] % 16 || strides[i] >= (1ull << 40))) return CUDA_ERROR_INVALID_VALUE;

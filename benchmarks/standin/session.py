@@ -63,6 +63,8 @@ def driver_library() -> Path:
         if done.returncode:
             raise ValueError(f"stand-in: gcc: {done.stderr.strip()[:500]}")
         os.replace(made, target)
+    # Triton links its launchers against what it finds there.
+    os.environ["TRITON_LIBCUDA_PATH"] = str(target.parent)
     return target
 
 
@@ -177,8 +179,8 @@ class Cuda:
 
 
 @contextmanager
-def triton_driver(log: Log, library: ctypes.CDLL, *, compiles: bool) -> Iterator[None]:
-    """Triton's own CUDA driver on the stand-in library; kernels are compiled, or stopped at the launch."""
+def triton_driver(log: Log, *, compiles: bool, checks: bool) -> Iterator[None]:
+    """Triton's own CUDA driver on the stand-in library; kernels are compiled, checked, or stopped at the launch."""
     from triton.backends.nvidia.driver import CudaDriver
     from triton.compiler import compiler
     from triton.runtime import driver
@@ -192,6 +194,8 @@ def triton_driver(log: Log, library: ctypes.CDLL, *, compiles: bool) -> Iterator
         log.variants.setdefault(src.fn.__name__, []).append((key, attributes))
         if compiles:
             return real(src, target=target, options=options, **rest)
+        if checks:
+            check_types(src, target, options or {})
         return UncompiledKernel(src, target, options or {})
 
     before = driver._active
@@ -205,6 +209,19 @@ def triton_driver(log: Log, library: ctypes.CDLL, *, compiles: bool) -> Iterator
             yield
     finally:
         driver._active = before
+
+
+def check_types(src: Any, target: Any, options: dict[str, Any]) -> None:
+    """Compile a kernel as far as its types go: Triton's intermediate form of it, for its arguments."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    backend = make_backend(target)
+    parsed = backend.parse_options(dict(options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    src.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
 
 
 def descriptors(src: Any) -> list[dict[str, Any]] | None:
@@ -253,21 +270,20 @@ class UncompiledKernel:
 @contextmanager
 def stand_in(
     *, arch: int = 90, multiprocessors: int = 132, memory: int = 141 * 10**9, name: str = "NVIDIA H200",
-    compiles: bool = False,
+    compiles: bool = False, checks: bool = False,
 ) -> Iterator[Log]:  # fmt: skip
     """Stand in for a GPU inside the block, in a process that does nothing else.
 
     Args:
         arch: compute capability as 10 major + minor.   memory: bytes that torch sees.   name: of the device.
-        compiles: compile Triton kernels instead of stopping at their launch.
+        compiles: compile Triton kernels instead of stopping at their launch.   checks: compile them as far as their
+            types go, which takes a tenth of the time.
     Yields:
         The log of what the device was asked to do.
     Raises:
         ValueError: no triton or no C compiler.
     """
-    library_path = driver_library()
-    os.environ["TRITON_LIBCUDA_PATH"] = str(library_path.parent)
-    library = ctypes.CDLL(str(library_path), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(driver_library()), mode=ctypes.RTLD_GLOBAL)
     library.standin_device(arch, multiprocessors, SHARED_MEMORY[arch])
     log = Log()
 
@@ -278,7 +294,7 @@ def stand_in(
     with ExitStack() as stack:
         fake = stack.enter_context(cuda_tensors())
         stack.enter_context(Cuda(log, arch, multiprocessors, memory, name).patched())
-        stack.enter_context(triton_driver(log, library, compiles=compiles))
+        stack.enter_context(triton_driver(log, compiles=compiles, checks=checks))
         stack.enter_context(observe(on_launch))
         stack.enter_context(CudaMode(fake, log))
         stack.enter_context(Devices())

@@ -28,8 +28,9 @@ from .events import Event, Log
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
-# Addresses of the device: the driver library takes what lies below for host memory. One tensor's storage every 2^36.
-FIRST_ADDRESS, STORAGE_SPACING = 1 << 44, 1 << 36
+# Addresses of the device, beyond those of any process: the driver library takes what lies below for host memory. One
+# tensor's storage every 2^38.
+FIRST_ADDRESS, STORAGE_SPACING = 1 << 50, 1 << 38
 # Below so many bytes a copy from pageable memory is staged by the driver, and the host goes on.
 STAGED_BYTES = 64 * 1024
 # Operators that make memory and launch nothing.
@@ -308,8 +309,9 @@ def _remember(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Compute an operator on the numbers that are remembered too, where all of its few whole numbers are."""
     if not isinstance(out, Tensor) or out.dtype.is_floating_point or out.numel() > REMEMBERED:
         return
-    given = [x for x in tree_leaves((args, kwargs)) if is_cuda(x)]
-    if "empty" not in func.overloadpacket.__name__ and all(hasattr(x, "standin_numbers") for x in given):
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    is_known = all(hasattr(x, "standin_numbers") if is_cuda(x) else not x.is_meta for x in given)
+    if is_known and "empty" not in func.overloadpacket.__name__:
         on_host = tree_map(
             lambda x: torch.device("cpu") if isinstance(x, torch.device) else _numbers(x), (args, kwargs)
         )

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.backend import to_device
 from kernels.shared_prefix import Prefixes
 from wizard_engine.data.chat import Sample
 
@@ -36,7 +37,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on a device."""
         names = ("tokens", "targets", "positions", "cu_seqlens", "weights")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -92,8 +93,9 @@ class SharedBatch:
 
     def to(self, device: torch.device | str) -> "SharedBatch":
         """The batch with its tensors on a device."""
-        names = ("tokens", "positions", "prefixes", "rows", "targets", "own", "cu_answers")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("tokens", "positions", "rows", "targets", "own", "cu_answers")
+        moved = {name: to_device(getattr(self, name), device) for name in names}
+        return replace(self, prefixes=self.prefixes.to(device), **moved)
 
 
 def share_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int], *, last: bool = False) -> SharedBatch:

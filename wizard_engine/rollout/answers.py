@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.backend import to_device
+
 from ..data.batch import Batch, SharedBatch, collate, prompt_groups, share_prompts
 from ..data.chat import Sample
 from ..model import Transformer
@@ -66,7 +68,7 @@ class SharedAnswers:
         return model.spread.pick(out, self.batch.rows)
 
     def place(self, pieces: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(pieces)).to(self.targets.device)
+        return to_device(torch.cat(list(pieces)), self.targets.device)
 
     def of_answers(self, rows: Tensor) -> Tensor:
         return rows
@@ -99,7 +101,7 @@ class WholeAnswers:
         return out
 
     def place(self, pieces: Sequence[Tensor]) -> Tensor:
-        values = torch.cat(list(pieces)).to(self.rows.device)
+        values = to_device(torch.cat(list(pieces)), self.rows.device)
         return values.new_zeros(self.targets.shape).index_copy_(0, self.rows, values)
 
     def of_answers(self, rows: Tensor) -> Tensor:
