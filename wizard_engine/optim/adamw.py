@@ -18,8 +18,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AdamW:
     """AdamW of one copy of a model, whose state is divided over the ranks as the parameters are.
 
-    One buffer makes the gradient norm and the update one or two launches each, whatever the number of parameters. Nothing
-    waits for the device: whether a step was skipped is read with its other numbers, and `take_back` told then.
+    One buffer makes the gradient norm and the update one or two launches each, whatever the number of parameters.
+    Nothing waits for the device: whether a step was skipped is read with its other numbers, and `take_back` told then.
     `zero_grad` must be used instead of setting gradients to None.
 
     Args:
