@@ -180,6 +180,15 @@ def _adamw(dtype: torch.dtype, copied: bool) -> None:
     adamw_step(*state, gradient, 1e-4, 0.9, 0.95, 1e-8, 0.1, 10, scale, gradient if copied else None)
 
 
+def grad_norm(shape: dict[str, int]) -> Iterator[Form]:
+    """One form: buffers of both dtypes, whose addresses are numbers to the kernel."""
+    from kernels._grad_norm import chunk_squares
+    from kernels.grad_norm import CHUNK
+
+    grads = [_meta(TOKENS * TOKENS, dtype=dtype) for dtype in DTYPES.values()]
+    yield "fp32 and bf16", lambda: chunk_squares(grads, CHUNK)
+
+
 def linear_logprob(shape: dict[str, int]) -> Iterator[Form]:
     """With and without entropies; fp16 once."""
     dtype = DTYPES[shape["bytes"]]
@@ -397,8 +406,8 @@ FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "attention_forward": attention, "attention_backward_kv": attention, "attention_backward_q": attention,
     "attention_delta": attention_delta, "rms_norm_forward": rms_norm, "rms_norm_backward": rms_norm,
     "rms_norm_reduce": rms_norm_reduce, "rope": rope, "swiglu_forward": swiglu, "swiglu_backward": swiglu,
-    "adamw": adamw, "linear_logprob_statistics": linear_logprob, "linear_logprob_merge": linear_logprob_merge,
-    "linear_logprob_dlogits": linear_logprob, "dpo": dpo,
+    "adamw": adamw, "grad_norm": grad_norm, "linear_logprob_statistics": linear_logprob,
+    "linear_logprob_merge": linear_logprob_merge, "linear_logprob_dlogits": linear_logprob, "dpo": dpo,
     "sequence_logprobs": sequence_logprobs, "ppo": ppo, "value_loss": value_loss, "gae": gae, "sample": sample,
     "moe_route": moe_route, "moe_offsets": moe_layout, "moe_place": moe_layout, "moe_combine": moe_rows,
     "moe_permute": moe_rows, "grouped_swiglu": experts, "grouped_dswiglu": experts, "grouped_dweight": experts,

@@ -1,5 +1,7 @@
 """AdamW: the update of flat buffers in one pass."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,16 +28,18 @@ def adamw_reference(
 
 def _on_cpu(master, exp_avg, exp_avg_sq, gradient, lr, betas, epsilon, weight_decay, step, scale, copy) -> None:
     """The same by torch's fused kernel, which torch cannot trace."""
-    slope, skipped = gradient.float(), None
-    if scale is not None:
-        slope, skipped = slope * scale, (~scale.isfinite()).float()
+    # Here reading the scale waits for nothing.
+    factor = 1.0 if scale is None else float(scale)
+    if not math.isfinite(factor):
+        return
+    slope = gradient.float() if factor == 1.0 else gradient.float() * scale
     count = torch.tensor(float(step))
     torch._fused_adamw_(
         [master], [slope], [exp_avg], [exp_avg_sq], [], [count], lr=lr, beta1=betas[0], beta2=betas[1],
-        weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False, found_inf=skipped,
+        weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
     )  # fmt: skip
     if copy is not None:
-        copy.copy_(master if scale is None else torch.where(scale.isfinite(), master.to(copy.dtype), copy))
+        copy.copy_(master)
 
 
 @torch.library.custom_op("wizard_engine::adamw", mutates_args=("master", "exp_avg", "exp_avg_sq", "copy"))

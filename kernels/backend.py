@@ -1,7 +1,7 @@
 """Which code an operation runs on: Triton kernels for CUDA tensors, plain PyTorch for CPU tensors."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -82,6 +82,12 @@ def runs_csrc(tensor: Tensor) -> bool:
 def is_interpreted() -> bool:
     """True if this process runs Triton kernels in the interpreter."""
     return INTERPRETED
+
+
+def from_host(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(N,) numbers of the host on a device, without a wait for it."""
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def same_device(**tensors: Tensor | None) -> None:

@@ -50,6 +50,7 @@ from wizard_engine.rollout.trajectories import (
     token_rewards,
     trusted,
 )
+from wizard_engine.training import num_supervised
 
 PAGE_TOKENS = 64
 
@@ -200,7 +201,7 @@ def main(cfg: Config) -> dict:
         with run.phase("train"):
             for epoch in range(cfg.epochs):
                 for number, minibatch in enumerate(run.minibatches(epoch, cfg.minibatches)):
-                    run.zero_grad()
+                    run.zero_grad(multiple=bool(supervised))
                     if supervised:
                         drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, 2))
                         picks = drawn.integers(len(supervised), size=cfg.ptx_rows)[mesh.data.index :: mesh.data.size]
@@ -258,9 +259,9 @@ def _supervised(cfg: Config, tokenizer: Tokenizer, policy: Transformer, rows: li
 
 def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: list[Sample]) -> None:
     """Add the gradient of the supervised loss, weighted by ptx (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
-    batches = [collate(samples).to(run.device)] if samples else []
-    num_tokens = run.totals(sum(float(batch.weights.sum()) for batch in batches))[0]
-    for batch in paced(batches, policy, backward=True):
+    batches = [collate(samples)] if samples else []
+    num_tokens = run.totals(num_supervised(batches))[0]
+    for batch in paced([batch.to(run.device) for batch in batches], policy, backward=True):
         hidden = policy(*batch.inputs)
         out = sft_loss(
             hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=policy.shard

@@ -69,9 +69,9 @@ def main(cfg: Config) -> dict:
     lengths = [len(sample.tokens) - 1 for sample in samples]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet)
     for packs in run.steps():
-        batches = [collate([samples[i] for i in pack]).to(rt.device) for pack in packs]
+        batches = [collate([samples[i] for i in pack]) for pack in packs]
         num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
-        for batch in run.paced(batches):
+        for batch in run.paced([batch.to(rt.device) for batch in batches]):
             routes = Routes()
             hidden = model(*batch.inputs, routes)
             loss, _, logprob = sft_loss(

@@ -116,7 +116,7 @@ def _train_stage(
         for pack in run.paced(packs):
             batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(rt.device)
             rows = torch.as_tensor(pack, dtype=torch.int64)
-            ref, first = (x[rows].to(rt.device) for x in (reference, initial))
+            ref, first = (x[rows].to(rt.device, non_blocking=True) for x in (reference, initial))
             routes = Routes()
             loss, metrics, logprob = dpo_loss(
                 model(*batch.inputs, routes), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,

@@ -20,11 +20,12 @@ from .parallel import (
     gather_objects,
     make_mesh,
     paced,
+    pack_over_rows,
     parallelize,
     sharded,
     sum_over_rows,
-    with_names_of_all_ranks,
 )
+from .parallel.data_parallel import pack
 from .rollout.rewards import AnswerReward
 from .rollout.trajectories import Rollout, Targets, idle_share, step_seed
 from .runtime import Runtime, StopRequest, mark
@@ -67,9 +68,9 @@ class OnlineRun:
         quiet = cfg.quiet or not runtime.is_main
         self.logger = MetricsLogger(cfg.out / "metrics.jsonl", cfg.steps, "rleif", quiet=quiet, resume_step=self.step)
         self.stop, self._asked_to_stop = StopRequest(), False
-        self._sums: dict[str, float] = {}
+        self._shares: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
-        self._difference = 0.0
+        self._differences: list[Tensor] = []
         self._updates, self._norms = 0, {}
         self._logprobs: list[Tensor] = []
 
@@ -94,7 +95,7 @@ class OnlineRun:
         """(step, this rank's prompt indices) of each remaining rollout; saves and stops on request."""
         while self.step < self.cfg.steps:
             self._began = time.perf_counter()
-            self._sums, self._seconds, self._difference, self._updates = {}, {}, 0.0, 0
+            self._shares, self._seconds, self._differences, self._updates = {}, {}, [], 0
             mark(f"rleif step {self.step}")
             yield self.step, self._chosen(self.step)
             self.step += 1
@@ -161,13 +162,13 @@ class OnlineRun:
         ]
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
-        """Each number summed over the ranks with prompts of their own."""
+        """Each number of the host summed over the ranks with prompts of their own."""
         return tuple(sum_over_rows({str(i): float(x) for i, x in enumerate(numbers)}, self.mesh).values())
 
-    def zero_grad(self) -> None:
-        """Clear the gradients of policy and critic."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+    def zero_grad(self, *, multiple: bool = False) -> None:
+        """Clear the gradients of policy and critic; `multiple`: further losses of the policy come before the update."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.zero_grad(multiple=multiple and name == "policy")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -181,7 +182,7 @@ class OnlineRun:
     def note_difference(self, difference: Tensor) -> None:
         """Trainer's minus sampler's log-probabilities of answer tokens (N,), nats."""
         if difference.numel():
-            self._difference = max(self._difference, float(difference.abs().max()))
+            self._differences.append(difference.detach().abs().max())
 
     def add(self, logprob: Tensor, **shares: Tensor) -> None:
         """Add a micro-batch to an update: its log-probabilities and this rank's share of metrics."""
@@ -189,26 +190,36 @@ class OnlineRun:
         self.share(**shares)
 
     def share(self, **shares: Tensor) -> None:
-        """Add this rank's share of metrics that are averaged over the updates of a step."""
+        """Add this rank's share of metrics that are averaged over the updates of a step; `record` reads them."""
         for name, value in shares.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+            self._shares.setdefault(name, []).append(value.detach())
 
     def update(self) -> None:
-        """Reduce, clip and step both optimizers; the policy waits during the critic's warm-up."""
+        """Reduce, clip and step both optimizers; the policy waits during the critic's warm-up.
+
+        The host reads the norms once, behind both launches: an update that is not finite is skipped on the device.
+        """
         cfg = self.cfg
         peaks = {"policy": cfg.lr if self.step >= cfg.critic_warmup else 0.0, "critic": cfg.critic_lr}
+        norms: dict[str, Tensor] = {}
+        stepped = []
         for name, optimizer in self.optimizers.items():
             optimizer.sharded.finish()
-            norm = optimizer.clip(cfg.max_grad_norm)
-            self._norms[name] = norm
+            norms[name] = optimizer.clip(cfg.max_grad_norm)
             lr = cosine_with_warmup(
                 self.step, peak=peaks[name], warmup=max(1, round(cfg.warmup * cfg.steps)), total=cfg.steps,
                 floor=cfg.lr_floor,
             )  # fmt: skip
-            if not math.isfinite(norm):
-                self._skip(name, norm)
-            elif lr > 0:
+            if lr > 0:
                 optimizer.step(lr)
+                stepped.append(name)
+        self._norms = dict(zip(norms, torch.stack(list(norms.values())).tolist()))
+        bad = [name for name, norm in self._norms.items() if not math.isfinite(norm)]
+        for name in bad:
+            if name in stepped:
+                self.optimizers[name].take_back()
+        for name in bad:
+            self._skip(name, self._norms[name])
         self._updates += 1
         self._logprobs.clear()
 
@@ -224,25 +235,27 @@ class OnlineRun:
         targets: Targets,
     ) -> None:  # fmt: skip
         """Log one rollout: reward and its factors, KL, clipping, entropy, lengths, critic, seconds of each phase."""
-        own = {
+        own: dict[str, Tensor | float] = {
             "answers": len(rewards), "tokens": sum(rollout.lengths), "finished": sum(rollout.finished),
             "reward": sum(r.total(self.cfg.factors) for r in rewards),
             "instruction_factor": sum(r.instruction for r in rewards),
             "process_factor": sum(r.process for r in rewards),
             "mean_step_score": sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores),
             "steps_per_answer": sum(len(r.scores) for r in rewards),
-            "kl_k1": float(kl["k1"].sum()), "kl_k3": float(kl["k3"].sum()),
+            "kl_k1": kl["k1"].sum(), "kl_k3": kl["k3"].sum(),
         }  # fmt: skip
         if values is not None:
             returns = torch.cat(targets.returns)
-            own |= {"value": float(values.sum()), "r": float(returns.sum()), "rr": float(returns.square().sum())}
-            own |= {"ee": float((returns - values).square().sum())}
-        sums = sum_over_rows(own, self.mesh, stop=self.stop.requested)
-        shares = sum_over_rows(with_names_of_all_ranks(self._sums), self.mesh)
-        ranks = gather_objects((self._difference, self._seconds, rollout.load))
-        self._difference = max(difference for difference, _, _ in ranks)
-        self.largest_ratio_error = max(self.largest_ratio_error, self._difference)
-        self._asked_to_stop = sums["stop"] > 0
+            own |= {"value": values.sum(), "r": returns.sum(), "rr": returns.square().sum()}
+            own |= {"ee": (returns - values).square().sum()}
+        shares, difference = self._read()
+        ranks = gather_objects((difference, self._seconds, rollout.load, list(shares)))
+        names = dict.fromkeys(name for *_, names in ranks for name in names)
+        own |= {f"share {name}": shares.get(name, 0.0) for name in names}
+        sums, routers = self._summed(own)
+        shares = {name: sums[f"share {name}"] for name in names}
+        difference = max(one[0] for one in ranks)
+        self.largest_ratio_error = max(self.largest_ratio_error, difference)
         count, tokens = sums["answers"], sums["tokens"]
         self.answer_tokens += int(tokens)
         seconds = time.perf_counter() - self._began
@@ -254,16 +267,37 @@ class OnlineRun:
             variance = max(sums["rr"] / tokens - (sums["r"] / tokens) ** 2, 1e-12)
             numbers |= {"value": sums["value"] / tokens, "critic_grad_norm": self._norms["critic"]}
             numbers |= {"explained_variance": 1 - sums["ee"] / tokens / variance}
-            numbers |= {f"critic_{name}": value for name, value in self.routers["critic"].metrics().items()}
+            numbers |= {f"critic_{name}": value for name, value in routers["critic"].items()}
         # A phase ends, for all, when its slowest rank does.
-        numbers |= {f"{name}_seconds": max(s.get(name, 0.0) for _, s, _ in ranks) for name in self._seconds}
+        numbers |= {f"{name}_seconds": max(one[1].get(name, 0.0) for one in ranks) for name in self._seconds}
         loss = numbers.pop("policy_loss")
         self.logger.log(
             step=self.step + 1, loss=loss, grad_norm=self._norms["policy"], lr=self.cfg.lr, tokens=self.answer_tokens,
             tokens_per_second=tokens / seconds, seconds=seconds, length=tokens / count,
-            ratio_error=self._difference, tail_idle=idle_share([load for _, _, load in ranks]),
-            peak_memory_gib=peak_memory_gib(self.device), **numbers, **self.routers["policy"].metrics(),
+            ratio_error=difference, tail_idle=idle_share([one[2] for one in ranks]),
+            peak_memory_gib=peak_memory_gib(self.device), **numbers, **routers["policy"],
         )  # fmt: skip
+
+    def _read(self) -> tuple[dict[str, float], float]:
+        """This rank's shares of the step, and its largest difference of log-probabilities: one transfer."""
+        counts = {name: len(values) for name, values in self._shares.items()}
+        kept = [*(x for values in self._shares.values() for x in values), *self._differences]
+        numbers = iter(pack(kept, self.device).tolist() if kept else ())
+        shares = {name: sum(next(numbers) for _ in range(count)) for name, count in counts.items()}
+        return shares, max([0.0, *numbers])
+
+    def _summed(self, own: dict[str, Tensor | float]) -> tuple[dict[str, float], dict[str, dict]]:
+        """Numbers of the rollout over all ranks, and the routers' metrics: one reduction, one transfer."""
+        taken = {name: router.take() for name, router in self.routers.items()}
+        packed = pack_over_rows(own, self.mesh, float(self.stop.requested), *(x for xs in taken.values() for x in xs))
+        values = iter(packed.tolist())
+        sums = {name: next(values) for name in own}
+        self._asked_to_stop = next(values) > 0
+        routers = {}
+        for name, numbers in taken.items():
+            count = sum(x.numel() if isinstance(x, Tensor) else 1 for x in numbers)
+            routers[name] = self.routers[name].metrics([next(values) for _ in range(count)])
+        return sums, routers
 
     def result(self) -> dict:
         """What a stage records of the run."""

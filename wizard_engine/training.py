@@ -26,11 +26,12 @@ from .parallel import (
     Mesh,
     MeshOptions,
     check_same,
+    is_distributed,
     make_mesh,
     paced,
+    pack_over_rows,
     parallelize,
     sharded,
-    sum_over_ranks,
     sum_over_rows,
     with_names_of_all_ranks,
 )
@@ -86,12 +87,12 @@ class Interrupted(SystemExit):
 class RouterMeter:
     """What the routers of a model with experts add to a step: their losses, and the load of the experts.
 
-    For a dense model every call costs nothing and gives nothing.
+    For a dense model every call costs nothing and gives nothing. No call reads a number on the host.
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         self.config, self.device, self.mesh = config, mesh.device, mesh
-        self._num_tokens = 0.0
+        self._num_tokens: Tensor | float = 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -102,7 +103,8 @@ class RouterMeter:
     def start(self, tokens: int) -> None:
         """Begin a step with this rank's tokens of all its micro-batches; every rank makes the call."""
         if self.config.experts:
-            self._num_tokens = sum_over_rows({"tokens": float(tokens)}, self.mesh)["tokens"]
+            sum_of_ranks = is_distributed()
+            self._num_tokens = pack_over_rows({"tokens": tokens}, self.mesh)[0].float() if sum_of_ranks else tokens
 
     def loss(self, routes: Routes) -> Tensor | float:
         """A micro-batch's share of the router's losses, to be added to its loss; 0.0 for a dense model."""
@@ -113,16 +115,21 @@ class RouterMeter:
             self._loss = self._loss + (found.detach() if isinstance(found, Tensor) else found)
         return found
 
-    def metrics(self) -> dict[str, float | list[float]]:
-        """The step's router loss and load over all ranks, and a clean slate; every rank makes the call."""
+    def take(self) -> list[Tensor | float]:
+        """This rank's router loss and load of the experts in this step, to be summed over all ranks, and a clean slate;
+        nothing for a dense model."""
+        if not self.config.experts:
+            return []
+        numbers = [self._loss, self._load]
+        self._clear()
+        return numbers
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float | list[float]]:
+        """The step's router loss and load, out of the sums over all ranks of what `take` gave."""
         if not self.config.experts:
             return {}
-        counts = {str(i): float(n) for i, n in enumerate(self._load.flatten().tolist())}
-        total = sum_over_ranks({"router_loss": float(self._loss)} | counts, self.device)
-        loss = total.pop("router_loss")
-        load = torch.tensor(list(total.values()), dtype=torch.float64).view(self._load.shape)
-        self._clear()
-        return {"router_loss": loss} | load_metrics(load)
+        load = torch.tensor(sums[1:], dtype=torch.float64).view(self._load.shape)
+        return {"router_loss": sums[0]} | load_metrics(load)
 
 
 class Spikes:
@@ -216,6 +223,7 @@ class Run:
         self.saver = checkpoint.Saver(self.out, runtime, keep_last=options.keep_last)
         self.step, self.skipped, self.tokens = 0, 0, 0
         self._names: tuple[str, ...] = ()
+        self._agreed = False
         self._clear()
         self._resume()
         self.logger = MetricsLogger(
@@ -296,35 +304,53 @@ class Run:
             self._logprobs.append(logprob)
 
     def update(self) -> None:
-        """Reduce, clip, step and log what was added."""
+        """Reduce, clip, step and log what was added.
+
+        The host reads the step's numbers once, behind the optimizer's launch: a step that is not finite is skipped on
+        the device. Where spikes are skipped it reads them before, for they depend on the losses so far.
+        """
         self.sharded.finish()
         lr = cosine_with_warmup(
             self.step, peak=self.options.lr, warmup=max(1, round(self.options.warmup * self.total)), total=self.total,
             floor=self.options.lr_floor,
         )  # fmt: skip
-        norm = self.optimizer.clip(self.options.clip)
-        shares = {name: float(value) for name, value in self._sums.items()}
-        loss, tokens = shares.pop("loss"), shares.pop("tokens")
-        own = self._complete(shares)
-        summed = {"loss": loss, "tokens": tokens, **own}
-        numbers = sum_over_rows(summed, self.sharded.mesh, stop=self.stop.requested)
-        self._asked_to_stop = numbers.pop("stop") > 0
-        if not (math.isfinite(norm) and math.isfinite(numbers["loss"])):
-            self._skip(numbers["loss"], norm, "were not finite")
-        elif self.spikes.is_spike(numbers["loss"]):
-            self._skip(numbers["loss"], norm, "were spikes")
-        else:
+        summed = self._summed()
+        norm_and_sums = torch.cat([self.optimizer.clip(self.options.clip, summed[0]).reshape(1), summed])
+        early = norm_and_sums.tolist() if self.options.spike > 0 else None
+        is_spike = early is not None and _is_finite(early) and self.spikes.is_spike(early[1])
+        if not is_spike:
             self.optimizer.step(lr)
-        self.step += 1
-        self.tokens += int(numbers["tokens"])
-        self._log(numbers, norm, lr)
+        sums = norm_and_sums.tolist() if early is None else early
+        norm, loss = sums[:2]
+        if not _is_finite(sums):
+            self.optimizer.take_back()
+            self._skip(loss, norm, "were not finite")
+        elif is_spike:
+            self._skip(loss, norm, "were spikes")
+        self._record(sums, lr)
 
-    def _complete(self, own: dict[str, float]) -> dict[str, float]:
+    def _summed(self) -> Tensor:
+        """(N,) fp64 sums over ranks: loss, tokens, metrics, whether to stop, the routers' numbers."""
+        metrics = self._complete({name: x for name, x in self._sums.items() if name not in ("loss", "tokens")})
+        rows = {"loss": self._sums["loss"], "tokens": self._sums["tokens"], **metrics}
+        return pack_over_rows(rows, self.sharded.mesh, float(self.stop.requested), *self.router.take())
+
+    def _complete(self, own: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
         """Metrics by the names that the ranks agreed on in the first update; 0 where this rank has no rows."""
-        if not self._names:
-            self._names = tuple(with_names_of_all_ranks(own))
+        if not self._agreed:
+            self._names, self._agreed = tuple(with_names_of_all_ranks(own)), True
         assert own.keys() <= set(self._names), "a metric that the first update did not have"
         return {name: own.get(name, 0.0) for name in self._names}
+
+    def _record(self, sums: list[float], lr: float) -> None:
+        """Count and log a step: its norm, then what `_summed` gave."""
+        norm, loss, tokens, *rest = sums
+        count = len(self._names)
+        self._asked_to_stop = rest[count] > 0
+        self.step += 1
+        self.tokens += int(tokens)
+        numbers = {"loss": loss, "tokens": tokens} | dict(zip(self._names, rest))
+        self._log(numbers, self.router.metrics(rest[count + 1 :]), norm, lr)
 
     def _skip(self, loss: float, norm: float, why: str) -> None:
         self.skipped += 1
@@ -335,7 +361,7 @@ class Run:
             )
         self.logger.warn(f"[rank {self.runtime.rank}/{self.runtime.world_size}] {what}: the step is skipped")
 
-    def _log(self, numbers: dict[str, float], norm: float, lr: float) -> None:
+    def _log(self, numbers: dict[str, float], router: dict[str, float | list[float]], norm: float, lr: float) -> None:
         seconds = time.perf_counter() - self._began
         tokens = numbers.pop("tokens")
         rate = tokens / seconds
@@ -346,7 +372,7 @@ class Run:
             step=self.step, loss=numbers.pop("loss"), grad_norm=norm, lr=lr, tokens=self.tokens,
             tokens_per_second=rate, tokens_per_second_per_device=rate / world,
             mfu=used / peak_flops(self.runtime.device), wait_seconds=self._waiting, skipped=self.skipped,
-            peak_memory_gib=peak_memory_gib(self.runtime.device), **numbers, **self.router.metrics(),
+            peak_memory_gib=peak_memory_gib(self.runtime.device), **numbers, **router,
         )  # fmt: skip
 
     def result(self) -> dict:
@@ -373,6 +399,11 @@ def blame(logprobs: Sequence[Tensor]) -> str:
     return ""
 
 
+def _is_finite(sums: Sequence[float]) -> bool:
+    """Whether norm and loss, the first two, are."""
+    return math.isfinite(sums[0]) and math.isfinite(sums[1])
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Largest memory so far, GiB: allocated on a GPU, resident set on a CPU."""
     if device.type == "cuda":
@@ -383,5 +414,5 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def num_supervised(batches: Iterable) -> float:
-    """Sum of the loss weights of batches."""
+    """Sum of the loss weights of batches, which are in host memory still: on a device, each would be waited for."""
     return float(sum(float(batch.weights.sum()) for batch in batches))

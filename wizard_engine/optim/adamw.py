@@ -1,6 +1,7 @@
 """AdamW over this rank's parts of a sharded model: matrices with weight decay, vectors without."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AdamW:
     """AdamW of one copy of a model, whose state is divided over the ranks as the parameters are.
 
-    One buffer makes the gradient norm, clipping and the reduction over copies a single operation each, whatever the
-    number of parameters. `zero_grad` must be used instead of setting gradients to None.
+    One buffer makes the gradient norm and the update one or two launches each, whatever the number of parameters.
+    Nothing waits for the device: whether a step was skipped is read with its other numbers, and `take_back` told then.
+    `zero_grad` must be used instead of setting gradients to None.
 
     Args:
         model: what `parallelize` gave; a plain module becomes one that is not divided.
@@ -41,39 +43,57 @@ class AdamW:
         self.sharded: Sharded = sharded(model)
         self.betas, self.epsilon, self.weight_decay, self.count = betas, epsilon, weight_decay, 0
         self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.sharded.master) for _ in range(2))
+        self._scale: Tensor | None = None
 
     @property
     def gradients(self) -> list[Tensor]:
         """The flat gradient buffers of this rank."""
         return self.sharded.gradients
 
-    def zero_grad(self) -> None:
-        """Begin a step."""
-        self.sharded.zero_grad()
+    def zero_grad(self, *, multiple: bool = False) -> None:
+        """Begin a step; `multiple` as in `Sharded.zero_grad`."""
+        self._scale = None
+        self.sharded.zero_grad(multiple=multiple)
 
-    def clip(self, max_norm: float) -> float:
-        """Scale the gradients to a norm, over all ranks, of at most `max_norm`; returns the norm before.
+    def clip(self, max_norm: float, *others: Tensor) -> Tensor:
+        """() fp64 on the device: the gradients' norm over all ranks, to which the coming `step` will cut them.
 
-        A non-finite norm leaves them alone: the caller decides what to do with the step.
+        scale = min(1, max_norm / norm), 1 where max_norm is 0; not finite, so that the step changes nothing, where the
+        norm or one of the others is not.
+
+        Args:
+            others: () each, on the device, the same on every rank: the loss.
         """
         norm = self.sharded.norm()
-        if max_norm > 0 and norm > max_norm and norm != float("inf"):
-            for gradient in self.gradients:
-                gradient.mul_(max_norm / norm)
+        factor = max_norm / norm.clamp(min=max_norm) if max_norm > 0 else torch.ones_like(norm)
+        for number in (norm, *others):
+            # 0 where it is finite, NaN otherwise.
+            factor = factor + 0.0 * number
+        self._scale = factor.float()
         return norm
 
     def step(self, lr: float) -> None:
-        """One update at learning rate `lr`."""
+        """One update at learning rate `lr`, of gradients scaled as `clip` said."""
         self.count += 1
-        engine = self.sharded
+        engine, (scale, self._scale) = self.sharded, (self._scale, None)
+        host = None
         for where, gradient, decayed, copy in engine.segments():
             buffers = (*(x[where] for x in (engine.master, self.exp_avg, self.exp_avg_sq)), gradient)
-            update = offloaded_adamw if engine.host or (copy is not None and copy.device.type == "cpu") else adamw
-            update(
-                *buffers, lr=lr, betas=self.betas, epsilon=self.epsilon, step=self.count,
-                weight_decay=self.weight_decay if decayed else 0.0, copy=copy,
-            )  # fmt: skip
+            options: dict[str, Any] = {
+                "lr": lr, "betas": self.betas, "epsilon": self.epsilon, "step": self.count, "copy": copy,
+                "weight_decay": self.weight_decay if decayed else 0.0,
+            }  # fmt: skip
+            if not (engine.host or (copy is not None and copy.device.type == "cpu")):
+                adamw(*buffers, scale=scale, **options)
+                continue
+            # In host memory the update waits for the gradients, and so may for their scale.
+            host = (1.0 if scale is None else float(scale)) if host is None else host
+            offloaded_adamw(*buffers, scale=host, **options)
         engine.updated()
+
+    def take_back(self) -> None:
+        """The last step's scale was not finite, so that it changed nothing: it does not count."""
+        self.count -= 1
 
     def state_parts(self) -> Iterator[tuple[str, str, int, Tensor]]:
         """(moment, parameter, start, values): this rank's elements of the moments, from `start` on."""

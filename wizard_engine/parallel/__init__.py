@@ -4,6 +4,8 @@ from .data_parallel import (
     check_same,
     from_main,
     gather_objects,
+    is_distributed,
+    pack_over_rows,
     sum_over_ranks,
     sum_over_rows,
     with_names_of_all_ranks,
@@ -14,6 +16,6 @@ from .parallelize import Sharding, compute_dtype, parallelize
 
 __all__ = [
     "Mesh", "MeshOptions", "Sharded", "Sharding", "check_same", "compute_dtype", "from_main",
-    "gather_objects", "make_mesh", "paced", "parallelize", "sharded", "sum_over_ranks", "sum_over_rows",
-    "with_names_of_all_ranks",
+    "gather_objects", "is_distributed", "make_mesh", "paced", "pack_over_rows", "parallelize", "sharded",
+    "sum_over_ranks", "sum_over_rows", "with_names_of_all_ranks",
 ]  # fmt: skip

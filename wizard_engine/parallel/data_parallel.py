@@ -1,10 +1,13 @@
 """Statistics and objects over all ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from kernels.backend import from_host
 
 from ..runtime import Runtime
 from .mesh import Axis, Mesh
@@ -34,6 +37,27 @@ def sum_over_rows(numbers: dict[str, float], mesh: Mesh, **flags: bool) -> dict[
     """
     own = {name: float(x) if mesh.speaks else 0.0 for name, x in numbers.items()}
     return sum_over_ranks(own | {name: float(flag) for name, flag in flags.items()}, mesh.device)
+
+
+def pack(numbers: Iterable[Tensor | float], device: torch.device) -> Tensor:
+    """(N,) fp64 on a device: numbers of the host and tensors there, flattened end to end, without a wait for it."""
+    numbers = list(numbers)
+    host = from_host([0.0 if isinstance(x, Tensor) else float(x) for x in numbers], torch.float64, device)
+    pieces = [x.detach().reshape(-1) if isinstance(x, Tensor) else host[i : i + 1] for i, x in enumerate(numbers)]
+    return torch.cat([piece.to(device, torch.float64, non_blocking=True) for piece in pieces])
+
+
+def pack_over_rows(numbers: Mapping[str, Tensor | float], mesh: Mesh, *everywhere: Tensor | float) -> Tensor:
+    """(N,) fp64 on the device: each number summed over the ranks with rows of their own, in the order of the mapping,
+    the same on every rank; without a wait for the device.
+
+    Args:
+        everywhere: summed over all ranks, in the same collective; they stand behind the numbers.
+    """
+    packed = pack([*(x if mesh.speaks else 0.0 for x in numbers.values()), *everywhere], mesh.device)
+    if is_distributed():
+        dist.all_reduce(packed)
+    return packed
 
 
 def gather_objects(local: object, axis: Axis | None = None) -> list:

@@ -31,16 +31,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.grad_norm import grad_norm
+
+from .accumulate import Accumulator
 from .collectives import all_gather, gathered_rows, reduce_scatter
 from .cut import Cut, Division, as_matrix
 from .layout import Layout, Slot
 from .mesh import Mesh
+from .offload import DONE, DirectLink, Event, Landing, Link, StreamLink
 from .spread import Spread
 from .units import Flat, Place, Unit, UnitSpec, is_absent, merged
 
 T = TypeVar("T")
-# Elements of a partial norm: one fp32 sum over a large buffer is off by 1e-4 at 4M and 4e-3 at 50M elements.
-NORM_CHUNK = 2**16
 FORWARD, BACKWARD = "forward", "backward"
 
 
@@ -53,7 +55,8 @@ class Sharded:
         spread: what else the model divides among ranks.   dummy: a pass of the model over a row of no weight, backward
             too if told so.
         whole: keep gradients of whole units between the micro-batches of a step, and reduce in the last alone.
-        host: keep master, gradient and (in the optimizer) moments in host memory.
+        host: keep master, gradient and (in the optimizer) moments in host memory.   link: copies between it and the
+            device; None: on a CUDA stream, or none where the device is the host.
     Attributes:
         master: this rank's parts of all that trains, end to end, (P,).   training: the flats that it is made of.
         shapes: of whole parameters.   cuts: what this rank and those that divide it further have of them.
@@ -64,7 +67,7 @@ class Sharded:
     def __init__(
         self, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False,
         divisions: Mapping[str, Division] | None = None, spread: Spread | None = None,
-        dummy: Callable[[bool], None] | None = None,
+        dummy: Callable[[bool], None] | None = None, link: Link | None = None,
     ) -> None:  # fmt: skip
         self.mesh, self.whole, self.host = mesh, whole, host
         self.divisions, self.spread, self.dummy = dict(divisions or {}), spread, dummy
@@ -74,10 +77,14 @@ class Sharded:
         self._flat: Tensor | None = None
         self._spare: Tensor | None = None
         self._reducing: tuple[Any, Flat, Tensor | None, Tensor] | None = None
-        if not self.is_divided:
-            units = merged(units)
         first = next(iter(units[0].parameters.values()))
         self.device = first.device
+        self.offloads = host and (link is not None or self.device.type == "cuda")
+        if not (self.is_divided or self.offloads):
+            units = merged(units)
+        self.link = link or (StreamLink(self.device) if self.offloads else DirectLink())
+        self._landing = Landing(self.link, pinned=self.device.type == "cuda") if self.offloads else None
+        self._spare_sent: Event = DONE
         self.master_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.units, self.resident = self._make_units(units)
         self.flats = [flat for unit in (*self.resident, *self.units) for flat in unit.flats]
@@ -121,13 +128,20 @@ class Sharded:
         sizes = [flat.layout.part for flat in self.training]
         options = {"dtype": self.master_dtype, "device": storage, "pin_memory": pinned}
         self.master = torch.zeros(sum(sizes), **options)
-        # Gradients of divided models come and go, those of others stay where autograd adds to them.
-        self.keeps_buffer = not self.is_divided or pinned
-        gradients = torch.zeros(sum(sizes), **options).split(sizes) if self.keeps_buffer else [None] * len(sizes)
+        # Gradients of divided models come and go, those of others stay where they are added up.
+        keeps_buffer = self.keeps_gradients or (self.is_divided and self.offloads)
+        gradients = torch.zeros(sum(sizes), **options).split(sizes) if keeps_buffer else [None] * len(sizes)
         for flat, master, gradient in zip(self.training, self.master.split(sizes), gradients):
             flat.master, flat.gradient, flat.weights = master, gradient, master
-            if self._has_copy(flat) and pinned and flat.dtype == torch.bfloat16:
-                flat.staged = torch.zeros(flat.layout.part, dtype=flat.dtype, pin_memory=True)
+            if self.offloads and flat.dtype == torch.bfloat16:
+                flat.staged = torch.zeros(flat.layout.part, dtype=flat.dtype, pin_memory=pinned)
+        self._accumulator = None
+        if not (self.is_divided or self.keeps_gradients):
+            # The sum over copies of the model is one in the master dtype.
+            narrow = self.mesh.replicate.size == 1
+            self._accumulator = Accumulator(
+                self.training, self.master_dtype, storage, narrow=narrow, landing=self._landing
+            )  # fmt: skip
         for flat in self.flats:
             if not flat.trains or self._has_copy(flat):
                 flat.weights = torch.zeros(flat.layout.part, dtype=flat.dtype, device=self.device)
@@ -138,7 +152,7 @@ class Sharded:
         return [flat.weights for flat in self.training if self._has_copy(flat)]
 
     def _has_copy(self, flat: Flat) -> bool:
-        return flat.dtype != self.master_dtype or (self.host and self.device.type == "cuda")
+        return flat.dtype != self.master_dtype or self.offloads
 
     def _place_views(self) -> None:
         """Whole buffers, and every parameter's view in them."""
@@ -180,9 +194,8 @@ class Sharded:
                 if sharded is not None and sharded.is_divided:
                     sharded._start_backward()
                 elif sharded is not None:
-                    gradient, parameter.grad = parameter.grad, None
-                    total = flat_ref().gradient
-                    total[slot.start : slot.stop].view(slot.shape).add_(gradient.to(total.device))
+                    grad, parameter.grad = parameter.grad, None
+                    sharded._accumulator.add(flat_ref(), slot, grad)
 
             return hook
 
@@ -220,14 +233,17 @@ class Sharded:
         """Make the masters what the model computes with: after `put`, and after an update without `copy`."""
         for flat in self.training:
             if self._has_copy(flat):
+                flat.sent.synchronize()
                 flat.weights.copy_(flat.master)
         self.forget()
 
     def updated(self) -> None:
         """The masters have changed, and those copies with them that `segments` gave."""
-        for flat in self.training:
-            if flat.weights.device != flat.master.device:
-                flat.weights.copy_(flat.master if flat.staged is None else flat.staged, non_blocking=True)
+        for flat in self.training if self.offloads else ():
+            flat.sent.wait()
+            if flat.staged is None:
+                # The masters themselves are on their way.
+                flat.sent.synchronize()
         self.forget()
 
     def forget(self) -> None:
@@ -258,18 +274,23 @@ class Sharded:
                 yield span.slot.name, span.start, source[span.offset : span.offset + span.stop - span.start]
 
     def segments(self) -> Iterator[tuple[slice, Tensor, bool, Tensor | None]]:
-        """(where in `master`, the gradient there, whether of matrices, the copy to write): all that trains."""
+        """(where in `master`, the gradient there, whether of matrices, the copy to write): all that trains.
+
+        From host memory, a flat's new weights leave for the device while the next one is updated.
+        """
         at = 0
-        for flat in self.training:
-            same = flat.weights.device == self.master.device
-            copy = (flat.weights if same else flat.staged) if self._has_copy(flat) else None
+        for flat, gradient in self._landed():
+            flat.sent.synchronize()
+            copy = (flat.staged if self.offloads else flat.weights) if self._has_copy(flat) else None
             first = 0
             for size, decayed in zip(flat.halves(), (True, False)):
                 own = slice(first, first + size)
                 if size:
                     there = None if copy is None else copy[own]
-                    yield slice(at + first, at + first + size), flat.gradient[own], decayed, there
+                    yield slice(at + first, at + first + size), gradient[own], decayed, there
                 first += size
+            if self.offloads:
+                flat.sent = self.link.copy(flat.weights, flat.master if flat.staged is None else flat.staged)
             at += flat.layout.part
 
     @contextmanager
@@ -454,11 +475,13 @@ class Sharded:
     def _reduce(self, flat: Flat, slopes: Tensor) -> None:
         if flat.gradient is None:
             flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
-        direct = flat.fresh and flat.gradient.device == slopes.device
+        direct = flat.fresh and not self.offloads
         if not direct and self._spare is None:
             size = self._largest(lambda flat: flat.layout.part)
             self._spare = torch.empty(size, dtype=self.master_dtype, device=self.device)
         out = flat.gradient if direct else self._spare[: flat.layout.part]
+        # What was there before has left for host memory.
+        self._spare_sent.wait()
         work = None
         if flat.axis.size == 1:
             out.copy_(slopes)
@@ -478,14 +501,12 @@ class Sharded:
         if work is not None:
             work.wait()
         if out is not None:
-            moved = out.to(flat.gradient.device)
-            flat.gradient.copy_(moved) if flat.fresh else flat.gradient.add_(moved)
+            if self.offloads:
+                flat.landed = (self._landing.store if flat.fresh else self._landing.add)(flat.gradient, out)
+                self._spare_sent = flat.landed
+            else:
+                flat.gradient.copy_(out) if flat.fresh else flat.gradient.add_(out)
             flat.fresh = False
-
-    def _empty_gradient(self, flat: Flat) -> None:
-        flat.fresh = True
-        if not self.keeps_buffer:
-            flat.gradient = None
 
     def idle(self, *, backward: bool) -> None:
         """Take part in the collectives of a pass without one's own rows; `backward`: of a backward pass too."""
@@ -494,16 +515,30 @@ class Sharded:
 
     # The step
 
-    def zero_grad(self) -> None:
-        """Begin a step."""
+    def zero_grad(self, *, multiple: bool = False) -> None:
+        """Begin a step.
+
+        Args:
+            multiple: more than one backward will come, though `paced` is not told so: gradients are added up in the
+                master dtype from the first on, which spares the memory of both kinds at once.
+        """
+        if self._accumulator is not None:
+            self._accumulator.begin(multiple=multiple)
         for flat in self.training:
-            if not self.is_divided:
+            flat.fresh = True
+            if self.keeps_gradients:
                 flat.gradient.zero_()
-            self._empty_gradient(flat)
+            elif self.is_divided and not self.offloads:
+                flat.gradient = None
         for unit in (*self.units, *self.resident):
             unit.slopes = []
             for parameter in (p for flat in unit.flats for p in flat.parameters if self.is_divided):
                 parameter.grad = None
+
+    def expect(self, backwards: int) -> None:
+        """So many backward passes come next."""
+        if self._accumulator is not None and backwards > 1:
+            self._accumulator.multiple = True
 
     def finish(self) -> None:
         """The step's last backward is done: sum the gradients over the copies of the model."""
@@ -515,41 +550,63 @@ class Sharded:
                 flat.fresh = False
         if self.mesh.replicate.size == 1:
             return
-        for flat in self.training:
-            gradient = flat.gradient.to(self.device)
+        for flat, gradient in self._landed():
             self.replicated_bytes += gradient.nbytes
-            dist.all_reduce(gradient, group=self.mesh.replicate.group)
-            if gradient is not flat.gradient:
-                flat.gradient.copy_(gradient)
+            if self.offloads:
+                self._sum_over_copies(flat, gradient)
+            else:
+                dist.all_reduce(gradient, group=self.mesh.replicate.group)
+
+    def _sum_over_copies(self, flat: Flat, gradient: Tensor) -> None:
+        """The same of a gradient in host memory."""
+        there = torch.empty_like(gradient, device=self.device)
+        self.link.copy(there, gradient).wait()
+        dist.all_reduce(there, group=self.mesh.replicate.group)
+        flat.landed = self.link.copy(gradient, there)
+
+    def _landed(self) -> Iterator[tuple[Flat, Tensor]]:
+        """Every flat that trains with its gradient, as soon as that is whole and here."""
+        for flat in self.training:
+            if self._accumulator is not None:
+                self._accumulator.settle(flat)
+            elif self.offloads:
+                self._landing.settle()
+                flat.landed.synchronize()
+            yield flat, flat.gradient
 
     @property
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradient, of each flat in `training`, between `finish` and `zero_grad`."""
-        return [flat.gradient for flat in self.training]
+        return [gradient for _, gradient in self._landed()]
 
     def gradient(self) -> Tensor:
         """A copy of them that stands like `master`."""
-        return torch.cat(self.gradients) if self.training else self.master.clone()
+        wide = [gradient.to(self.master_dtype) for gradient in self.gradients]
+        return torch.cat(wide) if wide else self.master.clone()
 
-    def norm(self, buffer: Tensor | None = None) -> float:
-        """Euclidean norm over all ranks of a buffer that stands like `master`; default: of the gradient."""
+    def norm(self, buffer: Tensor | None = None) -> Tensor:
+        """() fp64 on the device: Euclidean norm over all ranks of a buffer that stands like `master`; default: of the
+        gradient. Nothing waits for the device, but where the gradient is in host memory."""
         if not self.master.numel():
-            return 0.0
-        pieces = self.gradients if buffer is None else buffer.split([flat.layout.part for flat in self.training])
-        own = torch.stack(
-            [
-                chunk.norm()
-                for flat, piece in zip(self.training, pieces)
-                for part in piece.split([n for n in flat.halves() if n])
-                for chunk in part.split(NORM_CHUNK)
-            ]
-        )
-        if not self.is_divided:
-            return float(own.norm())
-        # No element is in the parts of two ranks.
-        total = own.double().square().sum().to(self.device)
-        dist.all_reduce(total, group=self.mesh.copy.group)
-        return float(total.sqrt())
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        norm = grad_norm(self._norm_pieces(buffer), reduce=self._sum_over_copy if self.is_divided else None)
+        return norm.to(self.device, non_blocking=True)
+
+    def _norm_pieces(self, buffer: Tensor | None) -> Iterator[Tensor]:
+        if buffer is None:
+            pieces = self._landed()
+        else:
+            pieces = zip(self.training, buffer.split([flat.layout.part for flat in self.training]))
+        for flat, piece in pieces:
+            # Chunks of the CPU's sums begin with the matrices and with the vectors.
+            yield from piece.split([n for n in flat.halves() if n]) if piece.device.type == "cpu" else (piece,)
+
+    def _sum_over_copy(self, total: Tensor) -> None:
+        """Add a sum of squares up over the ranks of a copy of the model: no element is in the parts of two of them."""
+        there = total.to(self.device)
+        dist.all_reduce(there, group=self.mesh.copy.group)
+        if there is not total:
+            total.copy_(there)
 
 
 def sharded(module: nn.Module) -> Sharded | None:
@@ -564,7 +621,10 @@ def paced(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T
         backward: whether a pass has a backward.   modules: those that every item runs through, in this order.
     """
     items = list(items)
-    engines = [found for found in map(sharded, modules) if found is not None and found.is_divided]
+    known = [found for found in map(sharded, modules) if found is not None]
+    for engine in known if backward else ():
+        engine.expect(len(items))
+    engines = [engine for engine in known if engine.is_divided]
     if not engines:
         yield from items
         return

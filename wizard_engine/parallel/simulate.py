@@ -95,7 +95,7 @@ def language_step(
     weights, positions = torch.ones(tokens, device=engine.device), torch.arange(tokens, device=engine.device)
     ids = positions % model.config.vocab_size
     marks = torch.tensor([0, tokens], dtype=torch.int32, device=engine.device)
-    engine.zero_grad()
+    engine.zero_grad(multiple=micro_batches > 1)
     for number in range(micro_batches):
         before()
         engine.last = number + 1 == micro_batches
@@ -197,8 +197,7 @@ def peak_bytes(model: Any, optimizer: Any, tokens: int, micro_batches: int = 1) 
     tracker = MemTracker()
     buffers = {id(unit.place): unit.place.buffer for unit in (*engine.units, *engine.resident)}
     parts: list[Tensor] = [engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies]
-    if engine.keeps_buffer:
-        parts += engine.gradients
+    parts += [flat.gradient for flat in engine.training if flat.gradient is not None]
     tracker.track_external(*parts, *(buffer for buffer in buffers.values() if buffer is not None))
     with tracker, use_backend("triton"):
         language_step(model, tokens, micro_batches, before=tracker.reset_mod_stats)

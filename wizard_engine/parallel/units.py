@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .layout import Layout, Span
 from .mesh import Axis
+from .offload import DONE, Event
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,11 @@ class UnitSpec:
 class Flat:
     """The parameters of a unit that train, or those that do not, as one flat tensor divided over an axis.
 
-    weights: this rank's part in the compute dtype.   master, gradient: in the master dtype, of those that train; the
-    gradient of a divided one takes memory from its first reduction of a step to the next step.
-    fresh: the next reduction is the first of the step.   staged: weights in host memory, on their way to the device.
+    weights: this rank's part in the compute dtype.   master: in the master dtype, of those that train.
+    gradient: in the master dtype, or on one device that of the weights (see accumulate.py); that of a divided one takes
+    memory from its first reduction of a step to the next step.   fresh: the next reduction is the first of the step.
+    arrived: parameters with a gradient in this step, on one device.   staged: weights in host memory, on their way to
+    the device.   landed, sent: events of the last copies of gradients to host memory, and of weights from there.
     """
 
     layout: Layout
@@ -48,7 +51,10 @@ class Flat:
     master: Tensor | None = None
     gradient: Tensor | None = None
     fresh: bool = True
+    arrived: set[str] = field(default_factory=set)
     staged: Tensor | None = None
+    landed: Event = DONE
+    sent: Event = DONE
 
     def spans(self) -> Iterator[Span]:
         """This rank's part of each parameter."""

@@ -1,0 +1,86 @@
+"""Kernel of the gradient norm: sums of squares of many buffers in one launch."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import from_host
+from .configuration import configuration
+from .launch import launch, named
+
+# A row of the kernel's table: address, elements, bytes of an element.
+COLUMNS = 3
+
+
+@triton.jit
+def _add_squares(
+    total, pointer, first, count, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """(BLOCK,) sums, each of every BLOCK-th square of a chunk."""
+    for start in range(0, CHUNK, BLOCK):
+        at = first + start + tl.arange(0, BLOCK)
+        elements = pointer + at
+        if ALIGNED:
+            # What the compiler cannot know of an address out of memory; without it, loads are one element wide.
+            elements = tl.multiple_of(elements, 16)
+        if MASKED:
+            x = tl.load(elements, mask=at < count, other=0.0).to(tl.float32)
+        else:
+            x = tl.load(elements).to(tl.float32)
+        total += x * x
+    return total
+
+
+@triton.jit
+def _squares(total, pointer, first, count, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The same, masked in the last chunk alone."""
+    if first + CHUNK <= count:
+        total = _add_squares(total, pointer, first, count, ALIGNED, CHUNK, BLOCK, False)
+    else:
+        total = _add_squares(total, pointer, first, count, ALIGNED, CHUNK, BLOCK, True)
+    return total
+
+
+@triton.jit(repr=named("grad_norm", "BLOCK", "ALIGNED"))
+def grad_norm_kernel(table, sums, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    chunk = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1)
+    address = tl.load(table + row * 3)
+    count = tl.load(table + row * 3 + 1)
+    first = chunk * CHUNK
+    total = tl.zeros((BLOCK,), tl.float32)
+    if first < count:
+        if tl.load(table + row * 3 + 2) == 2:
+            bf16 = address.to(tl.pointer_type(tl.bfloat16))
+            total = _squares(total, bf16, first, count, ALIGNED, CHUNK, BLOCK)
+        else:
+            fp32 = address.to(tl.pointer_type(tl.float32))
+            total = _squares(total, fp32, first, count, ALIGNED, CHUNK, BLOCK)
+    tl.store(sums + row * tl.num_programs(0).to(tl.int64) + chunk, tl.sum(total, 0))
+
+
+# The last table and what it was made of: buffers that stay where they are need no new one.
+_tables: dict[torch.device, tuple[tuple[int, ...], Tensor]] = {}
+
+
+def _table(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    numbers = tuple(x for grad in grads for x in (grad.data_ptr(), grad.numel(), grad.element_size()))
+    known, table = _tables.get(device, ((), None))
+    if known != numbers or device.type == "meta":
+        table = from_host(numbers, torch.int64, device)
+        _tables[device] = numbers, table
+    return table
+
+
+def chunk_squares(grads: Sequence[Tensor], chunk: int) -> Tensor:
+    """(N,) fp32: sums of squares of chunks of the buffers, 0 for those that a shorter buffer lacks."""
+    device = grads[0].device
+    config = configuration("grad_norm", device)
+    grid = triton.cdiv(max(grad.numel() for grad in grads), chunk), len(grads)
+    sums = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=device)
+    aligned = all(grad.data_ptr() % 16 == 0 for grad in grads)
+    launch(grad_norm_kernel, grid, _table(grads, device), sums, ALIGNED=aligned, CHUNK=chunk, **config)
+    return sums

@@ -1,0 +1,152 @@
+"""Gradient norm: the kernel against float64, its launches counted, and the bits of the CPU."""
+
+import pytest
+import torch
+from closeness import scaled
+
+import kernels
+from kernels.configuration import table, use_arch, use_config
+from kernels.grad_norm import CHUNK, chunk_norms_reference, grad_norm
+from kernels.launch import record
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(1,), (CHUNK,), (CHUNK + 1, 7), (3 * CHUNK + 4099, 1, 2 * CHUNK)]
+
+
+def drawn(sizes, dtype=torch.float32):
+    """Buffers of mixed scales."""
+    return [scaled(size, 1, seed=n)[:, 0].to(DEVICE, dtype) for n, size in enumerate(sizes)]
+
+
+def wide(grads):
+    return torch.cat([grad.double() for grad in grads]).norm()
+
+
+# Catches: the mask of the last chunk; chunks that overlap; rows of the table mixed up; bf16 read as fp32.
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_equals_float64(sizes, dtype):
+    grads = drawn(sizes, dtype)
+    with kernels.use_backend("triton"):
+        found, again = grad_norm(grads), grad_norm(grads)
+    # Sums of 65,536 squares in fp32, 4,096 side by side, and all further ones in fp64.
+    assert abs(found - wide(grads)) <= 2e-7 * wide(grads) and found.dtype == torch.float64 and found.shape == ()
+    assert torch.equal(found, again)
+    assert abs(grad_norm(grads) - wide(grads)) <= 1e-5 * wide(grads)
+
+
+def test_norm_of_both_dtypes_and_of_slices_between_nan():
+    around = [torch.full((3000,), float("nan"), dtype=dtype, device=DEVICE) for dtype in (torch.float32, torch.bfloat16)]
+    for offset in (0, 8, 5):
+        inside = [x[offset : offset + 1500] for x in around]
+        for x, own in zip(inside, drawn((1500, 1500))):
+            x.copy_(own)
+        with kernels.use_backend("triton"):
+            assert abs(grad_norm(inside) - wide(inside)) <= 2e-7 * wide(inside)
+        for x in inside:
+            x.fill_(float("nan"))
+
+
+def test_norm_of_integers_is_exact_and_of_what_is_not_finite_is_not():
+    grads = [torch.full((4 * CHUNK,), 3.0, device=DEVICE), torch.full((CHUNK,), 2.0, device=DEVICE).bfloat16()]
+    with kernels.use_backend("triton"):
+        assert grad_norm(grads).item() == (40 * CHUNK) ** 0.5
+        for value in (float("nan"), float("inf"), -float("inf")):
+            grads[1][-1] = value
+            assert not grad_norm(grads).isfinite()
+
+
+@pytest.mark.parametrize("entry", table("grad_norm"), ids=lambda entry: f"sm{entry['arch']}")
+def test_norm_is_right_with_every_table_entry(entry):
+    if DEVICE == "cuda" and entry["arch"] > 10 * torch.cuda.get_device_capability()[0]:
+        pytest.skip(f"the entries of sm_{entry['arch']} are for a newer GPU")
+    grads = drawn((CHUNK + 77,))
+    with use_arch(entry["arch"]), kernels.use_backend("triton"):
+        assert abs(grad_norm(grads) - wide(grads)) <= 2e-7 * wide(grads)
+
+
+# Catches: a launch per chunk or per buffer; a table made anew where the buffers stayed.
+def test_one_kernel_and_one_sum_whatever_the_buffers():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    for sizes in ((5,), (10 * CHUNK,), (CHUNK, 3, 2 * CHUNK, 9)):
+        names: list[str] = []
+        grads = [torch.empty(size, device="meta") for size in sizes]
+        with kernels.use_backend("triton"), Operators():
+            grad_norm(grads)
+        # One operation of two launches, and the root.
+        assert names == ["grad_squares.default", "sqrt.default"], names
+        from kernels._grad_norm import chunk_squares
+
+        with record() as made:
+            chunk_squares(grads, CHUNK)
+        seen.append([(launch.kernel.__name__, launch.grid) for launch in made])
+    assert seen == [[("grad_norm_kernel", grid)] for grid in ((1, 1), (10, 1), (2, 4))]
+    from kernels._grad_norm import _table
+
+    grads = drawn((100, 100))
+    device = grads[0].device
+    assert _table(grads, device) is _table(grads, device) is not _table(grads[:1], device)
+
+
+# Catches: 32-bit offsets of a chunk.
+@pytest.mark.skipif(DEVICE == "cuda", reason="shown in the interpreter, where untouched pages are free")
+def test_norm_reaches_elements_beyond_2_31(monkeypatch):
+    """Only the last program runs, on a buffer of 2^31 + 100 elements whose other pages are never touched."""
+    from triton.runtime import interpreter
+
+    from kernels import _grad_norm
+
+    grad = torch.empty(2**31 + 100)
+    grad[2**31 :] = torch.arange(100.0)
+    number = interpreter.np.array
+    ids = {axis: number([n], dtype=interpreter.np.int32) for axis, n in ((0, 2**31 // CHUNK), (1, 0), (2, 0))}
+    sums = torch.zeros(2**31 // CHUNK + 1)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_get_program_id",
+        lambda self, axis: interpreter.TensorHandle(ids[axis], interpreter.tl.int32),
+    )  # fmt: skip
+    monkeypatch.setattr(_grad_norm.torch, "empty", lambda *a, **k: sums)
+    monkeypatch.setattr("triton.cdiv", lambda a, b: 1)
+    with use_config("grad_norm", BLOCK=4096, num_warps=4, num_stages=1):
+        _grad_norm.chunk_squares([grad], CHUNK)
+    assert sums.sum() == torch.arange(100.0).square().sum()
+
+
+# Catches: chunks of another size, bf16 summed in bf16, the reduction over ranks out of rounded norms.
+def test_norm_on_the_cpu_has_the_bits_of_chunk_norms():
+    grads = [grad.cpu() for grad in drawn((2 * CHUNK + 5, 100))]
+    norms = torch.stack([chunk.norm() for grad in grads for chunk in grad.split(CHUNK)])
+    assert torch.equal(grad_norm(iter(grads)), norms.norm().double())
+    assert torch.equal(grad_norm(grads, reduce=lambda total: total.mul_(2)), norms.double().square().sum().mul(2).sqrt())
+    narrow = [grad.bfloat16() for grad in grads]
+    assert torch.equal(chunk_norms_reference(narrow), chunk_norms_reference([grad.float() for grad in narrow]))
+
+
+def test_reduction_over_ranks_gets_the_sum_of_squares():
+    grads = drawn((100, 300))
+    with kernels.use_backend("triton"):
+        found = grad_norm(grads, reduce=lambda total: total.add_(3.0))
+    assert abs(found.square() - wide(grads).square() - 3.0) <= 1e-6 * found.square()
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ([], "grads: expected at least one buffer, got none"),
+        ([torch.zeros(4), torch.zeros(4, dtype=torch.float16)], "grads: expected float32 or bfloat16, got float16"),
+        ([torch.zeros(2, 2)], r"grads: expected contiguous buffers of one dim, got \(2, 2\)"),
+        ([torch.zeros(8)[::2]], "grads: expected contiguous buffers of one dim"),
+        ([torch.zeros(4), torch.zeros(4, device="meta")], "grad: expected the device of grads"),
+    ],
+)
+def test_norm_refuses(grads, message):
+    grads = [grad if grad.is_meta else grad.to(DEVICE) for grad in grads]
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match=message):
+        grad_norm(grads)
