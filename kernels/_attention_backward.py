@@ -54,7 +54,7 @@ def attention_delta_kernel(
 
 @triton.jit(
     repr=named("attention_backward_kv", "WIDTH", "CAUSAL", "WINDOWED", "BLOCK_M", "BLOCK_N"),
-    do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window"],
+    do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window", "slots"],
 )
 def attention_backward_kv_kernel(
     q, k, v, dout, q_tiles, k_tiles, v_tiles, do_tiles, lse, delta, dk, dv, cu_q, cu_k, num_sequences,
@@ -156,7 +156,7 @@ def attention_backward_kv_kernel(
 
 @triton.jit(
     repr=named("attention_backward_q", "WIDTH", "CAUSAL", "WINDOWED", "BLOCK_M", "BLOCK_N"),
-    do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window"],
+    do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window", "slots"],
 )
 def attention_backward_q_kernel(
     q, k, v, dout, q_tiles, k_tiles, v_tiles, do_tiles, lse, delta, dq, cu_q, cu_k, num_sequences,

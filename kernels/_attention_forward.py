@@ -48,7 +48,7 @@ def _softmax(scores, peak, total, scale, MASKED: tl.constexpr):
 
 @triton.jit(
     repr=named("attention_forward", "WIDTH", "CAUSAL", "WINDOWED", "BLOCK_M", "BLOCK_N", "VARIANT"),
-    do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window"],
+    do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window", "slots"],
 )
 def attention_forward_kernel(
     q, k, v, q_tiles, k_tiles, v_tiles, out, lse, cu_q, cu_k, num_sequences, tokens_q, tokens_k, window, scale,

@@ -130,8 +130,8 @@ def dpo_slopes(
     sums = torch.empty((len(SUMS), pairs), dtype=torch.float32, device=logprob.device)
     config = configuration("dpo", logprob.device)
     launch(
-        dpo_kernel, (pairs,), logprob, weights, cu_seqlens, reference, dlogprob, sums, pairs, beta, label_smoothing,
-        1.0 / num_pairs, nll_scale, VARIANT=variant, MEAN=mean, **config,
+        dpo_kernel, (pairs,), logprob, weights, cu_seqlens, reference, dlogprob, sums, pairs, float(beta),
+        float(label_smoothing), 1.0 / num_pairs, float(nll_scale), VARIANT=variant, MEAN=mean, **config,
     )  # fmt: skip
     loss, *metrics = sums.sum(1).unbind()
     return loss, dict(zip(SUMS[1:], metrics)), dlogprob

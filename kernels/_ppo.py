@@ -116,8 +116,8 @@ def ppo_slopes(
     sums = torch.zeros((len(SUMS), blocks), dtype=torch.float32, device=logprob.device)
     launch(
         ppo_kernel, (blocks,), logprob, entropy, behaviour, advantages, scale, reference, sampled, dlogprob, dentropy,
-        sums, tokens, blocks, 1.0 - clip[0], 1.0 + clip[1], dual_clip or 0.0, kl, entropy_bonus, importance_cap,
-        DUAL=dual_clip is not None, ESTIMATOR=kl_estimator, **config,
+        sums, tokens, blocks, 1.0 - clip[0], 1.0 + clip[1], float(dual_clip or 0.0), float(kl), float(entropy_bonus),
+        float(importance_cap), DUAL=dual_clip is not None, ESTIMATOR=kl_estimator, **config,
     )  # fmt: skip
     totals = dict(zip(SUMS, sums.sum(1).unbind()))
     absent = {"dual_clip_fraction"} if dual_clip is None else set()

@@ -1,4 +1,11 @@
-"""The one place that launches Triton kernels, and can record launches instead, for compiling them ahead of time."""
+"""The one place that launches Triton kernels, and can record launches instead, for compiling them ahead of time.
+
+Triton compiles another variant of a kernel where an integer argument is 1 or divisible by 16. Counts (tokens,
+sequences, programs, tile slots, pages) change from step to step: they stand in `do_not_specialize`. Strides are
+specialised, since a row stride that 16 divides makes wide loads and stores. A model's widths fix those of activations
+and weights; those that grow with tokens (log-sum-exp, delta) or chunks of a vocabulary (its gradients) are of whole
+blocks. Numbers that are not counts are floats: a plain 0 or 1 would be another type.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
