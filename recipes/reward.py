@@ -95,16 +95,7 @@ def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit
     lengths = [pair.length for pair in train]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward instruction", quiet=cfg.quiet)
     for packs in run.steps():
-        num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
-        for pack in run.paced(packs):
-            batch = collate([train[i].chosen for i in pack] + [train[i].rejected for i in pack]).to(rt.device)
-            routes = Routes()
-            better, worse = _last_scores(model, batch, routes).chunk(2)
-            margin = torch.tensor([train[i].margin for i in pack], device=rt.device)
-            loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
-            (loss + run.router.loss(routes)).backward()
-            run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
-        run.update()
+        instruction_step(run, model, train, packs)
     sides = [[_cut(side) for side in (pair.chosen, pair.rejected)] for pair in test]
     scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
     pool = np.asarray(scores).ravel()
@@ -113,6 +104,21 @@ def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit
         "held_out_accuracy": float(np.mean([better > worse for better, worse in scores])),
     }  # fmt: skip
     return result, {"wizard_mean": float(pool.mean()), "wizard_std": float(pool.std() + 1e-6)}
+
+
+def instruction_step(run: Run, model: ScoringModel, pairs: list[Pair], packs: list[np.ndarray]) -> None:
+    """One optimizer step of the instruction model on this rank's packs (indices of pairs)."""
+    device = run.runtime.device
+    num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
+    for pack in run.paced(packs):
+        batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
+        routes = Routes()
+        better, worse = _last_scores(model, batch, routes).chunk(2)
+        margin = torch.tensor([pairs[i].margin for i in pack], device=device)
+        loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
+        (loss + run.router.loss(routes)).backward()
+        run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
+    run.update()
 
 
 def _cut(sample):
