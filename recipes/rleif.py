@@ -207,7 +207,7 @@ class Setup:
     supervised: list[Sample]
 
 
-def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: list[int]) -> None:
+def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: list[int]) -> Rollout:
     """One rollout and its updates: weights to the sampler, answers to the chosen prompts, rewards, losses."""
     with run.phase("hand_over"):
         setup.sampler.take()
@@ -239,6 +239,7 @@ def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: lis
                     _add_supervised(cfg, run, setup.policy, [setup.supervised[i] for i in picks])
                 _update(cfg, run, setup.policy, setup.critic, rollout, targets, minibatch, is_first=not several)
     run.record(rollout, rewards, kl, values, targets)
+    return rollout
 
 
 def sampler_of(cfg: Config, tokenizer: Tokenizer, policy: Transformer, prompts: list, rt: runtime.Runtime) -> Sampler:
