@@ -73,7 +73,8 @@ class CommunicationMeter:
         self.originals.clear()
 
     def _replace(self, owner: type, name: str, method: Any) -> None:
-        self.originals.append((owner, name, getattr(owner, name)))
+        # What stands in the class: what `getattr` gives of these methods would not bind again.
+        self.originals.append((owner, name, vars(owner)[name]))
         setattr(owner, name, method)
 
     def _now(self) -> Any:

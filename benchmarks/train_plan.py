@@ -281,7 +281,7 @@ def _seconds(call: Any, times: int = 5) -> float:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the planner says of a step: seconds, tokens/s of a GPU, MFU, a rank's peak memory; where its rates are from."""
+    """What the planner says of a step: seconds, tokens/s of a GPU, MFU, peak memory of a rank; whose rates it took."""
 
     seconds: float | None
     tokens_per_second: float | None
