@@ -158,7 +158,9 @@ class ClosedForm:
     # An online step
 
     def _online(self, models: dict[str, nn.Module], passes: Sequence[Pass]) -> dict[Key, int]:
-        """Parameters alone, of dense models."""
+        """Parameters alone, of dense models; nothing for a mixture."""
+        if self.config.experts:
+            return {}
         found: Counter[Key] = Counter()
         trained = {one.role for one in passes if one.trains}
         for role, model in models.items():
@@ -174,12 +176,8 @@ class ClosedForm:
                 found.update(self._scores(model, updates, frozen=role not in trained))
         n = self.mesh.copy.size
         # Every rank sends its part to all others; of a copy, together, that is the model n - 1 times.
-        found["exchange", "copy"] = (n - 1) * self._own_part() * self.dtype.itemsize
+        found["exchange", "copy"] = (n - 1) * self.config.num_parameters / n * self.dtype.itemsize
         return self._by_group(found)
-
-    def _own_part(self) -> float:
-        """Parameters that a rank of a copy has on average."""
-        return self.config.num_parameters / self.mesh.copy.size
 
     def _gathered(self, passes: Sequence[Pass], *, frozen: bool) -> dict[Key, int]:
         """Of a model that was updated since the last step, or of one that is frozen and was used as now before."""

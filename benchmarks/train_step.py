@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from benchmarks.command_line import nearest
 from benchmarks.communication import NUMBERS, Communication, CommunicationMeter
 from benchmarks.gpu_timing import spread
 from benchmarks.train_plan import (
+    PARAMETER_AXES,
     ClosedForm,
     Pass,
     PassLog,
@@ -97,6 +98,8 @@ class Options:
     """Start torchrun for each layout of this file (TOML or JSON lines); other options are their defaults."""
     plot: Path | None = None
     """With --sweep, write a scaling plot (SVG): tokens/s per GPU over ranks, and the planner's."""
+    name: str = ""
+    """Name of the layout, in its rows."""
     seed: int = 0
     device: str = "auto"
 
@@ -190,7 +193,7 @@ def measured(options: Options, recipe: str, rt: Runtime, mesh: Mesh) -> dict[str
             logged = read_metrics(out / "metrics.jsonl")
         memory = peak_memory_gib(rt.device)
         everyone = gather_objects((steps, memory))
-    row = summary([found for found, _ in everyone], mesh.row.size, peak_flops(rt.device))
+    row = summary(recipe, [found for found, _ in everyone], mesh.row.size, peak_flops(rt.device))
     row["peak_memory_gib"] = max(memory for _, memory in everyone)
     if logged is not None:
         row |= {"logged_tokens": logged[-1]["tokens"], "phases": phases(logged[-options.steps :])}
@@ -224,7 +227,7 @@ def planned_bytes(form: ClosedForm, recipe: str, models: dict, calls: Sequence[P
     return {} if form.mesh.world_size == 1 else form.of_step(recipe, models, calls)
 
 
-def summary(ranks: Sequence[Sequence[Step]], sharing: int, peak: float) -> dict[str, Any]:
+def summary(recipe: str, ranks: Sequence[Sequence[Step]], sharing: int, peak: float) -> dict[str, Any]:
     """Figures of the steps of all ranks.
 
     Args:
@@ -255,7 +258,21 @@ def summary(ranks: Sequence[Sequence[Step]], sharing: int, peak: float) -> dict[
         "bytes": {_name(key): n / each for key, n in sorted(moved.items()) if key[1] != NUMBERS and n},
         "numbers_bytes": sum(n for key, n in moved.items() if key[1] == NUMBERS) / each,
         "planned_bytes": {_name(key): n / each for key, n in sorted(planned.items()) if n},
+        "bytes_as_planned": as_planned(recipe, moved, planned),
     }  # fmt: skip
+
+
+def as_planned(
+    recipe: str, moved: Mapping[tuple[str, str], int], planned: Mapping[tuple[str, str], float]
+) -> bool | None:
+    """Whether bytes are those of the closed form, which of an online step leaves out what moves tokens; None for the
+    online step of a mixture, which has none."""
+    keys = {key for key in (*moved, *planned) if key[1] != NUMBERS}
+    if recipe == "rleif":
+        keys = {key for key in keys if key[1] in PARAMETER_AXES}
+        if keys and not planned:
+            return None
+    return all(moved.get(key, 0) == planned.get(key, 0) for key in keys)
 
 
 def _name(key: tuple[str, str]) -> str:
@@ -276,7 +293,8 @@ def about(
     on_gpu = rt.device.type == "cuda"
     device = torch.cuda.get_device_name(rt.device) if on_gpu else "CPU ranks"
     backend = "one process" if "RANK" not in os.environ else "nccl" if on_gpu else "gloo"
-    known = {"benchmark": "train_step", **environment(), "seed": options.seed, "triton": _triton_version()}
+    known = {"benchmark": "train_step", "name": options.name or _mesh_words(mesh), **environment()}
+    known |= {"seed": options.seed, "triton": _triton_version()}
     return known | {
         "device": device, "backend": backend, "recipe": recipe, "preset": options.preset,
         "layers": shape.config.layers, "tokens": shape.tokens, "document_tokens": shape.document_tokens,
@@ -312,8 +330,8 @@ def line_of(row: dict[str, Any]) -> str:
     text += f"{row['tokens_per_second_per_gpu']:>12,.0f} tokens/s/GPU  MFU {row['mfu']:6.1%}  "
     text += f"planned {'-' if rate is None else f'{rate:,.0f}':>10}  waits {sum(waits.values()):6.1%}"
     text += f"  peak {row['peak_memory_gib']:.2f} GiB (planned {planned['peak_memory_gib']:.2f})"
-    same = "as" if row["bytes"] == row["planned_bytes"] else "NOT as" if row["recipe"] != "rleif" else "see row for"
-    return text + f"  {sum(row['bytes'].values()) / 2**20:.1f} MiB moved, {same} planned"
+    same = {True: "as planned", False: "NOT as planned", None: "not planned"}[row["bytes_as_planned"]]
+    return text + f"  {sum(row['bytes'].values()) / 2**20:.1f} MiB moved, {same}"
 
 
 # The command
