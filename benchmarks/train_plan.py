@@ -292,14 +292,8 @@ def predict(
     recipe: str, shape: Shape, preset: str, options: MeshOptions, form: ClosedForm, rates: plan.Rates
 ) -> Prediction:  # fmt: skip
     """The plan of a step of this shape on this mesh; every rank makes the call."""
-    mesh = form.mesh
+    mesh, peak = form.mesh, peak_bytes(recipe, shape, form)
     gpu, origin = device_of_plan(mesh.device, mesh)
-    found = form.estimate(shape.tokens, shape.packs)
-    peak = float(found.peak + found.workspace)
-    if recipe == "rleif":
-        # Two models that train, three that do not, and the sampler's weights before they train.
-        frozen = form.config.num_parameters / mesh.copy.size * form.dtype.itemsize
-        peak += found.parts + found.places + 3 * frozen
     if gpu is None:
         return Prediction(None, None, None, peak, origin)
     planner_options = plan.Options(preset, mesh.world_size, sequence=shape.document_tokens)
@@ -312,6 +306,16 @@ def predict(
     rate = shape.packs * shape.tokens * mesh.data.size / seconds / mesh.world_size
     work = TRAINING_FACTOR * flops_per_token(form.config, shape.document_tokens)
     return Prediction(seconds, rate, rate * work / gpu.flops, peak, origin)
+
+
+def peak_bytes(recipe: str, shape: Shape, form: ClosedForm) -> float:
+    """Bound of what a rank holds at once; of an online step while policy and critic train."""
+    found = form.estimate(shape.tokens, shape.packs)
+    peak = float(found.peak + found.workspace)
+    if recipe == "rleif":
+        frozen = form.config.num_parameters / form.mesh.copy.size * form.dtype.itemsize
+        peak += found.parts + found.places + 3 * frozen
+    return peak
 
 
 def check_shape(recipe: str, shape: Shape) -> None:

@@ -42,6 +42,7 @@ from benchmarks.train_plan import (
     check_memory,
     check_shape,
     memory_bytes,
+    peak_bytes,
     predict,
 )
 from benchmarks.train_recipes import PAIRED, RECIPES, Place, Shape, Work, phases
@@ -103,23 +104,22 @@ class Options:
     seed: int = 0
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        for name, values, known in (("recipe", self.recipe, RECIPES), ("preset", (self.preset,), PRESETS)):
-            for value in values:
-                if value not in known:
-                    raise ValueError(
-                        f"{name}: expected one of {', '.join(known)}, got {value!r}{nearest(value, list(known))}"
-                    )
-        for name in ("layers", "tokens", "document_tokens", "packs", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.warmup < 1:
-            raise ValueError(f"warmup: expected at least 1, got {self.warmup}; the first step is not like the others")
-        if not self.recipe:
-            raise ValueError(f"recipe: expected one or more of {', '.join(RECIPES)}, got none")
-        if self.plot is not None and self.sweep is None:
-            raise ValueError("plot: expected --sweep beside it, got none; a plot needs several layouts")
+
+def check_values(options: Options) -> None:
+    """ValueError for a value that no run can have."""
+    for name, values, known in (("recipe", options.recipe, RECIPES), ("preset", (options.preset,), PRESETS)):
+        for value in values:
+            if value not in known:
+                hint = nearest(value, list(known))
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
+    for name in ("layers", "tokens", "document_tokens", "packs", "steps", "warmup"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not options.recipe:
+        raise ValueError(f"recipe: expected one or more of {', '.join(RECIPES)}, got none")
+    if options.plot is not None and options.sweep is None:
+        raise ValueError("plot: expected --sweep beside it, got none; a plot needs several layouts")
 
 
 def shape_of(options: Options, recipe: str) -> Shape:
@@ -144,6 +144,13 @@ def check(options: Options, world_size: int, is_launched: bool) -> None:
         raise ValueError(
             f"{error}; this is a single process: start `torchrun --nproc-per-node RANKS -m benchmarks.train_step ...`"
         ) from None
+    has_gpu = torch.cuda.is_available() and options.device != "cpu"
+    device = torch.device("cuda" if has_gpu else "cpu")
+    if options.memory is not None and not has_gpu:
+        raise ValueError(
+            f"memory: expected a GPU (CUDA), got --device {options.device} without one; leave --memory out"
+        )
+    rates_of(options.rates)
     for recipe in options.recipe:
         shape = shape_of(options, recipe)
         check_shape(recipe, shape)
@@ -152,11 +159,8 @@ def check(options: Options, world_size: int, is_launched: bool) -> None:
         with torch.device("meta"):
             model = Transformer(shape.config)
         divisions_of(model, model, mesh_of(mesh, torch.device("meta")))
-    has_gpu = torch.cuda.is_available() and options.device != "cpu"
-    if options.memory is not None and not has_gpu:
-        raise ValueError(
-            f"memory: expected a GPU (CUDA), got --device {options.device} without one; leave --memory out"
-        )
+        form = ClosedForm(shape.config, mesh_of(mesh, device), options.sharding)
+        check_memory(peak_bytes(recipe, shape, form), memory_bytes(device), shape)
 
 
 # Measuring
@@ -184,7 +188,6 @@ def measured(options: Options, recipe: str, rt: Runtime, mesh: Mesh) -> dict[str
     shape = shape_of(options, recipe)
     form = ClosedForm(shape.config, mesh, options.sharding)
     predicted = predict(recipe, shape, options.preset, options.mesh, form, rates_of(options.rates))
-    check_memory(predicted.peak_bytes, memory_bytes(rt.device), shape)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(from_main(rt, lambda: folder))
         made = RECIPES[recipe](shape, Place(rt, mesh, options.sharding, out))
@@ -196,8 +199,18 @@ def measured(options: Options, recipe: str, rt: Runtime, mesh: Mesh) -> dict[str
     row = summary(recipe, [found for found, _ in everyone], mesh.row.size, peak_flops(rt.device))
     row["peak_memory_gib"] = max(memory for _, memory in everyone)
     if logged is not None:
-        row |= {"logged_tokens": logged[-1]["tokens"], "phases": phases(logged[-options.steps :])}
+        row |= from_log(logged, options.warmup, row["peak_tflops"] * 1e12)
     return about(options, recipe, shape, rt, mesh, form) | row | {"predicted": _readable(predicted)}
+
+
+def from_log(lines: Sequence[Mapping[str, Any]], warmup: int, peak: float) -> dict[str, Any]:
+    """What the run's own log says of the measured steps: tokens, operations of a token (whose attention it counts over
+    whole packed rows), seconds of phases."""
+    last = lines[-1]
+    found = {"logged_tokens": last["tokens"] - lines[warmup - 1]["tokens"], "phases": phases(lines[warmup:])}
+    if "mfu" in last:
+        found["logged_flops_per_token"] = last["mfu"] * peak / last["tokens_per_second_per_device"]
+    return found
 
 
 def _measured_steps(
@@ -378,6 +391,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status: 2 for options that do not fit, 1 where a layout of a sweep failed."""
     options = cli(Options, args=args)
     try:
+        check_values(options)
         if options.sweep is not None:
             from benchmarks import train_sweep
 

@@ -117,8 +117,11 @@ def _layout(where: str, options: dict[str, Any]) -> Layout:
     words = tuple(word for option, value in options.items() for word in words_of(option, value))
     try:
         found = cli(train_step.Options, args=words)
+        train_step.check_values(found)
     except SystemExit:
         raise ValueError(f"{where}: expected options of a layout, got {' '.join(words)}; see above") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return Layout(name or f"{ranks} ranks", ranks, words, found.recipe)
 
 
