@@ -5,7 +5,7 @@ module's forward; the trace's own arrows link an operator of the backward to the
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from benchmarks.train_recipes import RECIPES, Place, Shape
 from wizard_engine.parallel import Mesh, Sharding, from_main
 from wizard_engine.runtime import Runtime
 
+# Methods of a block that use its modules' weights without a call of the module, and the names of their ranges.
+METHODS = {"projected": "attention.qkv", "inner": "feed_forward.gate_up", "outer": "feed_forward.down"}
 # Events that a memory snapshot keeps at most, the latest ones.
 EVENTS = 200_000
 
@@ -26,30 +28,46 @@ EVENTS = 200_000
 @contextmanager
 def module_ranges(models: dict[str, nn.Module]) -> Iterator[None]:
     """In the block, every forward of a module with parameters of its own or below it is a range `role.module`."""
-    open_ranges: list[Any] = []
+    open_ranges: list[ExitStack] = []
 
     def enter(name: str, module: nn.Module, args: Any) -> None:
-        stack = ExitStack()
-        stack.enter_context(record_function(name))
-        if torch.cuda.is_available():
-            stack.enter_context(torch.cuda.nvtx.range(name))
-        open_ranges.append(stack)
+        open_ranges.append(named_range(name))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         open_ranges.pop().close()
 
-    handles = []
-    for role, model in models.items():
-        for name, module in model.named_modules():
-            if any(True for _ in module.parameters()):
-                full = f"{role}.{name}" if name else role
-                handles.append(module.register_forward_pre_hook(partial(enter, full)))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
+    with ExitStack() as stack:
+        for role, model in models.items():
+            for name, module in model.named_modules():
+                if any(True for _ in module.parameters()):
+                    full = f"{role}.{name}" if name else role
+                    for handle in (
+                        module.register_forward_pre_hook(partial(enter, full)),
+                        module.register_forward_hook(leave, always_call=True),
+                    ):
+                        stack.callback(handle.remove)
+                for method in METHODS:
+                    if hasattr(module, method):
+                        setattr(module, method, _ranged(getattr(module, method), f"{role}.{name}.{METHODS[method]}"))
+                        stack.callback(delattr, module, method)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def named_range(name: str) -> ExitStack:
+    """An open range, which `close` ends."""
+    stack = ExitStack()
+    stack.enter_context(record_function(name))
+    if torch.cuda.is_available():
+        stack.enter_context(torch.cuda.nvtx.range(name))
+    return stack
+
+
+def _ranged(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with named_range(name):
+            return method(*args)
+
+    return call
 
 
 def activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
