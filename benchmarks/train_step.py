@@ -1,228 +1,409 @@
-"""A supervised training step of the 7B shapes in bf16 on one GPU, with as many layers as fit: tokens/s, MFU, memory.
+"""Throughput per GPU of the training step of every recipe, on one GPU or under torchrun.
 
-    python -m benchmarks.train_step --recompute full --sequences 4
-    python -m benchmarks.train_step --recompute none --sequences 1 --trace step.json
+    torchrun --nproc-per-node 8 -m benchmarks.train_step --recipe sft --preset 7b --tokens 16384 --document-tokens 4096
+    python -m benchmarks.train_step --recipe sft rleif --preset demo --tokens 256 --json rows.jsonl
+    python -m benchmarks.train_step --sweep layouts.toml --json rows.jsonl --plot scaling.svg
 
-The engine's own step: forward over packed sequences, log-probabilities of the targets, backward, clip, AdamW with fp32
-masters, gradients and moments (18 bytes a parameter). How many layers fit follows from the peaks of models with one and
-with two layers.
+The step is the recipe's own, on random tokens and weights (benchmarks/train_recipes.py). Reported are
 
-    MFU = 3 sum_i len_i flops_per_token(len_i) / seconds / peak, recomputation not counted
+    tokens/s per GPU   tokens of all ranks with rows of their own / seconds / ranks; of rleif, tokens of answers
+    MFU                operations of each document (throughput.py) / seconds / ranks / peak; recomputation not counted
+    waits              exposed communication by axis of the mesh (benchmarks/communication.py)
+    bytes, memory      moved by axis, and the peak of a rank: on a CPU the resident set of the process
+
+beside what the planner says of the same layout (benchmarks/train_plan.py). Every row is written as soon as it exists;
+the trace and the memory snapshot come last.
 """
 
-import argparse
-import gc
-import itertools
+import json
+import os
+import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.__main__ import environment
+from benchmarks.command_line import nearest
+from benchmarks.communication import NUMBERS, Communication, CommunicationMeter
 from benchmarks.gpu_timing import spread
-from wizard_engine.loss import sft_loss
-from wizard_engine.model.config import PRESETS, ModelConfig
-from wizard_engine.model.transformer import Transformer
-from wizard_engine.optim import AdamW
-from wizard_engine.parallel import Sharding, parallelize
-from wizard_engine.parallel.mesh import Mesh
-from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token, peak_flops
+from benchmarks.train_plan import (
+    PARAMETER_AXES,
+    ClosedForm,
+    Pass,
+    PassLog,
+    Prediction,
+    check_memory,
+    check_shape,
+    memory_bytes,
+    peak_bytes,
+    predict,
+)
+from benchmarks.train_recipes import PAIRED, RECIPES, Place, Shape, Work, phases
+from benchmarks.train_single import CASES, run, text_of, trace
+from benchmarks.train_trace import snapshot, write_trace
+from wizard_engine import runtime
+from wizard_engine.config import cli
+from wizard_engine.log import read_metrics
+from wizard_engine.model import PRESETS, Transformer
+from wizard_engine.parallel import Mesh, MeshOptions, Sharding, from_main, gather_objects, make_mesh
+from wizard_engine.parallel.estimate import mesh_of
+from wizard_engine.parallel.mesh import resolve
+from wizard_engine.parallel.parallelize import divisions_of
+from wizard_engine.plan import rates_of
+from wizard_engine.runtime import Runtime
+from wizard_engine.throughput import peak_flops
+from wizard_engine.training import peak_memory_gib
 
-DOCUMENTS = (3900, 2700, 2100, 1700, 1400, 1100, 900, 700, 550, 430, 330, 240, 170, 110, 44, 10)
-# Share of the memory that the estimate fills: allocations do not pack without gaps.
-FILLED = 0.97
-SEQUENCE = 4096
-LR, CLIP = 1e-5, 1.0
-# Recomputation and lengths of what gpu_check measures, the most telling first.
-CASES = (("full", (SEQUENCE,) * 4), ("none", (SEQUENCE,)), ("none", DOCUMENTS))
-
-
-@dataclass
-class State:
-    """A model that computes in bf16, and its optimizer."""
-
-    model: Transformer
-    optimizer: AdamW
-
-
-def build(config: ModelConfig, device: torch.device, recompute: str = "none") -> State:
-    """Random weights of a configuration, made on the device."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    parallelize(model, Mesh(device), Sharding(dtype="bfloat16", recompute=recompute))
-    optimizer = AdamW(model, weight_decay=0.1)
-    engine = optimizer.sharded
-    engine.master.normal_(std=config.init_std, generator=torch.Generator(device).manual_seed(0))
-    for name, _, values in engine.parts(engine.master):
-        if len(engine.shapes[name]) == 1:
-            values.fill_(1.0)
-    engine.publish()
-    return State(model, optimizer)
+# What gpu_check measures on one GPU stands in benchmarks/train_single.py.
+__all__ = ["CASES", "Options", "main", "measure_all", "run", "text_of", "trace"]
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A packed row of random tokens in documents, each token's successor its target."""
+class Options:
+    """Throughput per GPU of the training steps of recipes."""
 
-    tokens: Tensor
-    targets: Tensor
-    positions: Tensor
-    marks: Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], vocab_size: int, device: torch.device) -> "Packed":
-        """Documents of these lengths."""
-        total = sum(lengths)
-        drawn = torch.randint(0, vocab_size, (total + 1,), generator=torch.Generator().manual_seed(1)).to(device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        marks = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-        return cls(drawn[:-1], drawn[1:], positions, marks, max(lengths))
-
-
-def parts(state: State, batch: Packed):
-    """The step in three calls: forward to the loss, backward, update."""
-    loss: list[Tensor] = []
-
-    def forward() -> None:
-        hidden = state.model(batch.tokens, batch.positions, batch.marks, batch.longest)
-        weights = torch.ones_like(batch.targets, dtype=torch.float32)
-        out = sft_loss(hidden, state.model.head_weight, batch.targets, weights, num_tokens=len(batch.targets))
-        loss.append(out.loss)
-
-    def backward() -> None:
-        loss.pop().backward()
-
-    def update() -> None:
-        state.optimizer.sharded.finish()
-        state.optimizer.clip(CLIP)
-        state.optimizer.step(LR)
-        state.optimizer.zero_grad()
-
-    return {"forward": forward, "backward": backward, "update": update}
+    recipe: tuple[str, ...] = ("sft",)
+    """Which, one after the other: sft, stage_dpo, reward, rleif."""
+    preset: str = "7b"
+    """Preset of the model; its weights are random."""
+    layers: int | None = None
+    """Layers of the model; default: the preset's."""
+    tokens: int = 4096
+    """Tokens of a packed row."""
+    document_tokens: int | None = None
+    """Tokens of each document in it; default: the whole row, or half of it where documents come in pairs."""
+    packs: int = 1
+    """Packed rows of a step of each rank with rows of its own."""
+    warmup: int = 2
+    """Steps before those that are measured."""
+    steps: int = 5
+    """Steps that are measured."""
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    sharding: Sharding = field(default_factory=Sharding)
+    rates: Path | None = None
+    """JSON file of measured rates for the planner (benchmarks/plan_rates.py); default: its assumptions."""
+    json: Path | None = None
+    """File to which a JSON line is appended for each row."""
+    trace: Path | None = None
+    """Write a Chrome trace of one step of one layer, ranges named by module."""
+    memory: Path | None = None
+    """Write a snapshot of the GPU's memory over one step, for pytorch.org/memory_viz."""
+    sweep: Path | None = None
+    """Start torchrun for each layout of this file (TOML or JSON lines); other options are their defaults."""
+    plot: Path | None = None
+    """With --sweep, write a scaling plot (SVG): tokens/s per GPU over ranks, and the planner's."""
+    name: str = ""
+    """Name of the layout, in its rows."""
+    seed: int = 0
+    device: str = "auto"
 
 
-def timed_step(state: State, batch: Packed) -> dict[str, float]:
-    """Seconds of each part of one step on a GPU, and of the whole."""
-    marks = [torch.cuda.Event(enable_timing=True)]
-    marks[0].record()
-    calls = parts(state, batch)
-    for call in calls.values():
-        call()
-        marks.append(torch.cuda.Event(enable_timing=True))
-        marks[-1].record()
-    torch.cuda.synchronize()
-    seconds = [1e-3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    return dict(zip(calls, seconds)) | {"step": sum(seconds)}
+def check_values(options: Options) -> None:
+    """ValueError for a value that no run can have."""
+    for name, values, known in (("recipe", options.recipe, RECIPES), ("preset", (options.preset,), PRESETS)):
+        for value in values:
+            if value not in known:
+                hint = nearest(value, list(known))
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
+    for name in ("layers", "tokens", "document_tokens", "packs", "steps", "warmup"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not options.recipe:
+        raise ValueError(f"recipe: expected one or more of {', '.join(RECIPES)}, got none")
+    if options.plot is not None and options.sweep is None:
+        raise ValueError("plot: expected --sweep beside it, got none; a plot needs several layouts")
 
 
-def training_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
-    """Operations of a training step over documents of these lengths."""
-    return TRAINING_FACTOR * sum(length * flops_per_token(config, length) for length in lengths)
+def shape_of(options: Options, recipe: str) -> Shape:
+    """What a step of a recipe is made of."""
+    config = PRESETS[options.preset]
+    config = replace(config, layers=options.layers or config.layers)
+    length = options.document_tokens or max(1, options.tokens // (2 if recipe in PAIRED else 1))
+    return Shape(config, options.tokens, length, options.packs, options.warmup + options.steps, options.seed)
 
 
-def layers_that_fit(one: float, two: float, whole: float, most: int) -> int:
-    """Layers of a model that takes `one` bytes with one layer and `two` with two, in `whole` bytes; at least one."""
-    return max(1, min(most, 1 + int((FILLED * whole - one) / max(1.0, two - one))))
-
-
-def _peak(config: ModelConfig, batch: Packed, device: torch.device, recompute: str) -> float:
-    """Largest memory of one step, bytes; the model is gone afterwards."""
-    torch.cuda.reset_peak_memory_stats(device)
-    state = build(config, device, recompute)
-    for call in parts(state, batch).values():
-        call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
-
-
-def _forget() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def run(
-    device: torch.device, *, recompute: str = "none", lengths: Sequence[int] = DOCUMENTS, steps: int = 5,
-    trace: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Figures of the largest model that fits: fewer layers are tried where memory runs out all the same.
+def check(options: Options, world_size: int, is_launched: bool) -> None:
+    """ValueError for options that no step can be made of, before a process group or a file exists.
 
     Args:
-        recompute: none, selective or full.   lengths: of the packed sequences, tokens.
-        trace: file for the Chrome trace of one further step.
+        is_launched: by torchrun.
     """
-    full = PRESETS["7b"]
-    batch = Packed.of(lengths, full.vocab_size, device)
-    peaks = []
-    for layers in (1, 2):
-        peaks.append(_peak(replace(full, layers=layers), batch, device, recompute))
-        _forget()
-    layers = layers_that_fit(*peaks, torch.cuda.mem_get_info(device)[0], full.layers)
-    while True:
-        try:
-            return _measured(replace(full, layers=layers), batch, lengths, device, recompute, steps, trace)
-        except torch.OutOfMemoryError:
-            if layers == 1:
-                raise
-            print(f"{layers} layers do not fit, trying {layers - 1}")
-            layers -= 1
-        _forget()
+    try:
+        mesh = resolve(options.mesh, world_size)
+    except ValueError as error:
+        if is_launched:
+            raise
+        raise ValueError(
+            f"{error}; this is a single process: start `torchrun --nproc-per-node RANKS -m benchmarks.train_step ...`"
+        ) from None
+    has_gpu = torch.cuda.is_available() and options.device != "cpu"
+    device = torch.device("cuda" if has_gpu else "cpu")
+    if options.memory is not None and not has_gpu:
+        raise ValueError(
+            f"memory: expected a GPU (CUDA), got --device {options.device} without one; leave --memory out"
+        )
+    rates_of(options.rates)
+    for recipe in options.recipe:
+        shape = shape_of(options, recipe)
+        check_shape(recipe, shape)
+        if mesh.ep > 1 and not shape.config.experts:
+            raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep}")
+        with torch.device("meta"):
+            model = Transformer(shape.config)
+        divisions_of(model, model, mesh_of(mesh, torch.device("meta")))
+        form = ClosedForm(shape.config, mesh_of(mesh, device), options.sharding)
+        check_memory(peak_bytes(recipe, shape, form), memory_bytes(device), shape)
 
 
-def _measured(
-    config: ModelConfig, batch: Packed, lengths: Sequence[int], device: torch.device, recompute: str, steps: int,
-    trace: Path | None,
-) -> dict[str, Any]:  # fmt: skip
-    state = build(config, device, recompute)
-    for _ in range(2):
-        timed_step(state, batch)
-    torch.cuda.reset_peak_memory_stats(device)
-    found = [timed_step(state, batch) for _ in range(steps)]
-    memory = torch.cuda.max_memory_allocated(device)
-    if trace is not None:
-        with torch.profiler.profile() as profile:
-            timed_step(state, batch)
-        profile.export_chrome_trace(str(trace))
-    seconds = {name: spread([step[name] for step in found]) for name in found[0]}
-    flops, median = training_flops(config, lengths), seconds["step"]["p50"]
+# Measuring
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measured step of one rank; `work` of ranks that share rows counts once."""
+
+    seconds: float
+    work: Work
+    moved: Communication
+    planned: dict[tuple[str, str], int]
+
+
+def synchronised(device: torch.device) -> float:
+    """Seconds now, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measured(options: Options, recipe: str, rt: Runtime, mesh: Mesh) -> dict[str, Any]:
+    """The row of a recipe; every rank makes the call."""
+    shape = shape_of(options, recipe)
+    form = ClosedForm(shape.config, mesh, options.sharding)
+    predicted = predict(recipe, shape, options.preset, options.mesh, form, rates_of(options.rates))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(from_main(rt, lambda: folder))
+        made = RECIPES[recipe](shape, Place(rt, mesh, options.sharding, out))
+        steps, logged = _measured_steps(options, recipe, made, form, rt, mesh), None
+        if rt.is_main:
+            logged = read_metrics(out / "metrics.jsonl")
+        memory = peak_memory_gib(rt.device)
+        everyone = gather_objects((steps, memory))
+    row = summary(recipe, [found for found, _ in everyone], mesh.row.size, peak_flops(rt.device))
+    row["peak_memory_gib"] = max(memory for _, memory in everyone)
+    if logged is not None:
+        row |= from_log(logged, options.warmup, row["peak_tflops"] * 1e12)
+    return about(options, recipe, shape, rt, mesh, form) | row | {"predicted": _readable(predicted)}
+
+
+def from_log(lines: Sequence[Mapping[str, Any]], warmup: int, peak: float) -> dict[str, Any]:
+    """What the run's own log says of the measured steps: tokens, operations of a token (whose attention it counts over
+    whole packed rows), seconds of phases."""
+    last = lines[-1]
+    found = {"logged_tokens": last["tokens"] - lines[warmup - 1]["tokens"], "phases": phases(lines[warmup:])}
+    if "mfu" in last:
+        found["logged_flops_per_token"] = last["mfu"] * peak / last["tokens_per_second_per_device"]
+    return found
+
+
+def _measured_steps(
+    options: Options, recipe: str, made: Any, form: ClosedForm, rt: Runtime, mesh: Mesh
+) -> list[Step]:  # fmt: skip
+    """This rank's steps behind the warm-up."""
+    passes, found = PassLog(), []
+    passes.watch(made.models)
+    with CommunicationMeter(mesh) as meter:
+        for number in range(options.warmup + options.steps):
+            if number == options.warmup and rt.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(rt.device)
+            meter.take()
+            began = synchronised(rt.device)
+            work = next(made.steps)
+            seconds = synchronised(rt.device) - began
+            moved, calls = meter.take(), passes.take()
+            if number >= options.warmup:
+                found.append(Step(seconds, work, moved, planned_bytes(form, recipe, made.models, calls)))
+        # The run closes its log behind the last step.
+        assert next(made.steps, None) is None
+    return found
+
+
+def planned_bytes(form: ClosedForm, recipe: str, models: dict, calls: Sequence[Pass]) -> dict[tuple[str, str], int]:
+    """The closed form of a step that made these calls; nothing where one rank has the whole model."""
+    return {} if form.mesh.world_size == 1 else form.of_step(recipe, models, calls)
+
+
+def summary(recipe: str, ranks: Sequence[Sequence[Step]], sharing: int, peak: float) -> dict[str, Any]:
+    """Figures of the steps of all ranks.
+
+    Args:
+        ranks: steps of each.   sharing: ranks that have the same rows, one after the other.
+        peak: operations of a rank per second.
+    """
+    world, count = len(ranks), len(ranks[0])
+    # A step ends, for all, when its slowest rank does.
+    seconds = [max(steps[i].seconds for steps in ranks) for i in range(count)]
+    own = [steps for rank, steps in enumerate(ranks) if rank % sharing == 0]
+    tokens = [sum(steps[i].work.tokens for steps in own) for i in range(count)]
+    flops = [sum(steps[i].work.flops for steps in own) for i in range(count)]
+    rates = [n / s / world for n, s in zip(tokens, seconds)]
+    waited: Counter[str] = Counter()
+    moved: Counter[tuple[str, str]] = Counter()
+    planned: Counter[tuple[str, str]] = Counter()
+    for step in (step for steps in ranks for step in steps):
+        waited.update(step.moved.seconds)
+        moved.update(step.moved.bytes)
+        planned.update(step.planned)
+    each = world * count
     return {
-        "preset": "7b", "layers": config.layers, "layers_of_preset": PRESETS["7b"].layers, "tokens": sum(lengths),
-        "documents": len(lengths), "recompute": recompute, "parameters": config.num_parameters, "seconds": seconds,
-        "tokens_per_second": sum(lengths) / median, "flops": flops, "tflops": flops / median / 1e12,
-        "mfu": flops / median / peak_flops(device), "peak_tflops": peak_flops(device) / 1e12,
-        "peak_memory_gib": memory / 2**30, "steps": steps,
+        "seconds": spread(seconds), "step_tokens": tokens, "step_flops": flops,
+        "tokens_per_second_per_gpu": statistics.median(rates),
+        "mfu": statistics.median(n / s / world / peak for n, s in zip(flops, seconds)), "peak_tflops": peak / 1e12,
+        "exposed_seconds": {axis: s / each for axis, s in sorted(waited.items())},
+        "exposed_share": {axis: s / world / sum(seconds) for axis, s in sorted(waited.items())},
+        "bytes": {_name(key): n / each for key, n in sorted(moved.items()) if key[1] != NUMBERS and n},
+        "numbers_bytes": sum(n for key, n in moved.items() if key[1] == NUMBERS) / each,
+        "planned_bytes": {_name(key): n / each for key, n in sorted(planned.items()) if n},
+        "bytes_as_planned": as_planned(recipe, moved, planned),
     }  # fmt: skip
 
 
-def text_of(found: dict[str, Any]) -> str:
-    """One line of figures."""
-    times = ", ".join(f"{name} {1e3 * value['p50']:.0f} ms" for name, value in found["seconds"].items())
-    return (
-        f"7B shapes, {found['layers']} of {found['layers_of_preset']} layers, {found['tokens']} tokens in "
-        f"{found['documents']} documents, bf16, recomputation {found['recompute']}: "
-        f"{found['tokens_per_second']:,.0f} tokens/s, {found['tflops']:.0f} TFLOP/s, MFU {found['mfu']:.1%} of "
-        f"{found['peak_tflops']:.0f} TFLOP/s (3 x forward operations, documents apart, recomputation not counted), "
-        f"peak {found['peak_memory_gib']:.1f} GiB; {times}"
-    )
+def as_planned(
+    recipe: str, moved: Mapping[tuple[str, str], int], planned: Mapping[tuple[str, str], float]
+) -> bool | None:
+    """Whether bytes are those of the closed form, which of an online step leaves out what moves tokens; None for the
+    online step of a mixture, which has none."""
+    keys = {key for key in (*moved, *planned) if key[1] != NUMBERS}
+    if recipe == "rleif":
+        keys = {key for key in keys if key[1] in PARAMETER_AXES}
+        if keys and not planned:
+            return None
+    return all(moved.get(key, 0) == planned.get(key, 0) for key in keys)
+
+
+def _name(key: tuple[str, str]) -> str:
+    return " ".join(key)
+
+
+def _readable(found: Prediction) -> dict[str, Any]:
+    return {
+        "seconds": found.seconds, "tokens_per_second_per_gpu": found.tokens_per_second, "mfu": found.mfu,
+        "peak_memory_gib": found.peak_bytes / 2**30, "device": found.rates,
+    }  # fmt: skip
+
+
+def about(
+    options: Options, recipe: str, shape: Shape, rt: Runtime, mesh: Mesh, form: ClosedForm
+) -> dict[str, Any]:  # fmt: skip
+    """What a row is of."""
+    on_gpu = rt.device.type == "cuda"
+    device = torch.cuda.get_device_name(rt.device) if on_gpu else "CPU ranks"
+    backend = "one process" if "RANK" not in os.environ else "nccl" if on_gpu else "gloo"
+    known = {"benchmark": "train_step", "name": options.name or _mesh_words(mesh), **environment()}
+    known |= {"seed": options.seed, "triton": _triton_version()}
+    return known | {
+        "device": device, "backend": backend, "recipe": recipe, "preset": options.preset,
+        "layers": shape.config.layers, "tokens": shape.tokens, "document_tokens": shape.document_tokens,
+        "packs": shape.packs, "ranks": rt.world_size, "mesh": _mesh_words(mesh), "sharding": asdict(form.sharding),
+        "warmup": options.warmup, "steps": options.steps,
+    }  # fmt: skip
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
+def _mesh_words(mesh: Mesh) -> str:
+    """Axes of more than one rank: `dp_shard 2 x tp 2`."""
+    sizes = {
+        "dp_replicate": mesh.replicate.size, "dp_shard": mesh.shard.size // mesh.cp.size, "cp": mesh.cp.size,
+        "tp": mesh.tp.size, "ep": mesh.ep.size,
+    }  # fmt: skip
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 rank"
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """The aligned line of a row."""
+    planned, waits = row["predicted"], row["exposed_share"]
+    shape = f"{row['preset']} T={row['tokens']}/{row['document_tokens']} x {row['packs']}"
+    layout = f"{row['mesh']}, {row['sharding']['dtype']}, recompute {row['sharding']['recompute']}"
+    rate = planned["tokens_per_second_per_gpu"]
+    text = f"{row['recipe']:10}{row['ranks']:>3} ranks  {layout:46}{shape:24}"
+    text += f"{row['tokens_per_second_per_gpu']:>12,.0f} tokens/s/GPU  MFU {row['mfu']:6.1%}  "
+    text += f"planned {'-' if rate is None else f'{rate:,.0f}':>10}  waits {sum(waits.values()):6.1%}"
+    text += f"  peak {row['peak_memory_gib']:.2f} GiB (planned {planned['peak_memory_gib']:.2f})"
+    same = {True: "as planned", False: "NOT as planned", None: "not planned"}[row["bytes_as_planned"]]
+    return text + f"  {sum(row['bytes'].values()) / 2**20:.1f} MiB moved, {same}"
+
+
+# The command
+
+
+def measure_all(options: Options, rt: Runtime) -> list[dict[str, Any]]:
+    """Rows of all recipes, each written and printed as soon as it exists; every rank makes the call."""
+    mesh, rows = make_mesh(options.mesh, rt), []
+    for recipe in options.recipe:
+        row = measured(options, recipe, rt, mesh)
+        rows.append(row)
+        if rt.is_main:
+            if options.json is not None:
+                append(options.json, row)
+            print(line_of(row), flush=True)
+    return rows
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a JSON line to a file, on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def work(options: Options) -> None:
+    """All rows, then trace and snapshot; every rank makes the call."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check(options, world_size, "RANK" in os.environ)
+    rt = runtime.start(options.device, timeout_seconds=options.mesh.timeout_seconds)
+    measure_all(options, rt)
+    mesh = make_mesh(options.mesh, rt)
+    recipe = options.recipe[0]
+    if options.memory is not None:
+        snapshot(recipe, shape_of(options, recipe), options.sharding, rt, mesh, options.memory)
+    if options.trace is not None:
+        one_layer = replace(shape_of(options, recipe), config=replace(PRESETS[options.preset], layers=1))
+        write_trace(recipe, one_layer, options.sharding, rt, mesh, options.trace)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="full")
-    parser.add_argument("--sequences", type=int, default=4, help=f"packed sequences of {SEQUENCE} tokens")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--trace", type=Path, default=None, help="write a Chrome trace of one step")
-    options = parser.parse_args(args)
-    if not torch.cuda.is_available():
-        print("train_step: expected a GPU, got none; nothing was run", file=sys.stderr)
+    """Measure and print; returns the exit status: 2 for options that do not fit, 1 where a layout of a sweep failed."""
+    options = cli(Options, args=args)
+    try:
+        check_values(options)
+        if options.sweep is not None:
+            from benchmarks import train_sweep
+
+            return train_sweep.sweep(options)
+        work(options)
+    except (ValueError, OSError) as error:
+        # Under torchrun every rank finds the same.
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"train_step: error: {error}", file=sys.stderr)
         return 2
-    lengths = (SEQUENCE,) * options.sequences
-    device = torch.device("cuda", torch.cuda.current_device())
-    print(text_of(run(device, recompute=options.recompute, lengths=lengths, steps=options.steps, trace=options.trace)))
+    finally:
+        runtime.stop()
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from kernels.backend import to_device
 from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
 from wizard_engine.data.samples import Pair, encode_all, fitting_pair, read_pairs, read_processes
@@ -95,16 +96,7 @@ def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit
     lengths = [pair.length for pair in train]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward instruction", quiet=cfg.quiet)
     for packs in run.steps():
-        num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
-        for pack in run.paced(packs):
-            batch = collate([train[i].chosen for i in pack] + [train[i].rejected for i in pack]).to(rt.device)
-            routes = Routes()
-            better, worse = _last_scores(model, batch, routes).chunk(2)
-            margin = torch.tensor([train[i].margin for i in pack]).to(rt.device, non_blocking=True)
-            loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
-            (loss + run.router.loss(routes)).backward()
-            run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
-        run.update()
+        instruction_step(run, model, train, packs)
     sides = [[_cut(side) for side in (pair.chosen, pair.rejected)] for pair in test]
     scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
     pool = np.asarray(scores).ravel()
@@ -113,6 +105,21 @@ def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit
         "held_out_accuracy": float(np.mean([better > worse for better, worse in scores])),
     }  # fmt: skip
     return result, {"wizard_mean": float(pool.mean()), "wizard_std": float(pool.std() + 1e-6)}
+
+
+def instruction_step(run: Run, model: ScoringModel, pairs: list[Pair], packs: list[np.ndarray]) -> None:
+    """One optimizer step of the instruction model on this rank's packs (indices of pairs)."""
+    device = run.runtime.device
+    num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
+    for pack in run.paced(packs):
+        batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
+        routes = Routes()
+        better, worse = _last_scores(model, batch, routes).chunk(2)
+        margin = to_device(torch.tensor([pairs[i].margin for i in pack]), device)
+        loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
+        (loss + run.router.loss(routes)).backward()
+        run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
+    run.update()
 
 
 def _cut(sample):
@@ -145,7 +152,7 @@ def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: in
         num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
         for pack in run.paced(packs):
             batch = collate([train[i][0] for i in pack])
-            ends, labels = (x.to(rt.device, non_blocking=True) for x in _labelled(train, pack, batch))
+            ends, labels = (to_device(x, rt.device) for x in _labelled(train, pack, batch))
             batch = batch.to(rt.device)
             routes = Routes()
             scores = model(*batch.inputs, routes)[ends]

@@ -18,11 +18,11 @@ from kernels.linear_logprob import linear_logprob
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt
-from wizard_engine.data.records import Conversation, read_located
+from wizard_engine.data.records import Conversation, Message, read_located
 from wizard_engine.data.samples import encode_all, fitting_prompt
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
-from wizard_engine.model import Routes, Transformer
+from wizard_engine.model import Routes, ScoringModel, Transformer
 from wizard_engine.online import OnlineRun
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced
 from wizard_engine.recipe import (
@@ -36,7 +36,7 @@ from wizard_engine.recipe import (
     write_model,
 )
 from wizard_engine.rollout.answers import answer_runs
-from wizard_engine.rollout.rewards import FACTORS, score_answers
+from wizard_engine.rollout.rewards import FACTORS, InstructionReward, ProcessReward, score_answers
 from wizard_engine.rollout.sampler import Sampler
 from wizard_engine.rollout.trajectories import (
     Rollout,
@@ -178,36 +178,10 @@ def main(cfg: Config) -> dict:
     prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", cfg.out / "rejects.jsonl")
     supervised = _supervised(cfg, tokenizer, policy, rows) if cfg.ptx else []
     run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
-    sampler = _sampler(cfg, tokenizer, policy, prompts, rt)
+    sampler = sampler_of(cfg, tokenizer, policy, prompts, rt)
+    setup = Setup(tokenizer, policy, reference, critic, irm, prm, sampler, prompts, supervised)
     for step, chosen in run.steps():
-        with run.phase("hand_over"):
-            sampler.take()
-        with run.phase("generate"):
-            rollout = roll_out(
-                sampler, tokenizer, [prompts[i] for i in chosen], samples=cfg.samples_per_prompt,
-                temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step),
-                first=mesh.data.index, stride=mesh.data.size,
-            )  # fmt: skip
-        with run.phase("hand_over"):
-            sampler.release()
-        with run.phase("score"):
-            rewards = score_answers(rollout.prompts, rollout.texts, rollout.finished, instruction=irm, process=prm)
-            fixed = answer_logprobs(reference, rollout, temperature=cfg.temperature)
-            values = None if critic is None else answer_values(critic, rollout)
-            several = cfg.epochs * cfg.minibatches > 1
-            own = answer_logprobs(policy, rollout, temperature=cfg.temperature) if several else None
-            sampler.check(rollout.stamp)
-        targets, kl = _targets(cfg, run, rollout, rewards, fixed, values, own)
-        with run.phase("train"):
-            for epoch in range(cfg.epochs):
-                for number, minibatch in enumerate(run.minibatches(epoch, cfg.minibatches)):
-                    run.zero_grad(multiple=bool(supervised))
-                    if supervised:
-                        drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, 2))
-                        picks = drawn.integers(len(supervised), size=cfg.ptx_rows)[mesh.data.index :: mesh.data.size]
-                        _add_supervised(cfg, run, policy, [supervised[i] for i in picks])
-                    _update(cfg, run, policy, critic, rollout, targets, minibatch, is_first=not several)
-        run.record(rollout, rewards, kl, values, targets)
+        train_step(cfg, run, setup, step, chosen)
         if step == 0 and cfg.audit:
             is_wide = policy.embedding.weight.dtype.itemsize > 2
             audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main, is_wide=is_wide)
@@ -216,7 +190,60 @@ def main(cfg: Config) -> dict:
     return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
 
 
-def _sampler(cfg: Config, tokenizer: Tokenizer, policy: Transformer, prompts: list, rt: runtime.Runtime) -> Sampler:
+@dataclass
+class Setup:
+    """What a step of RLEIF works with.
+
+    prompts: to draw from.   supervised: samples of the rows' own answers, where --ptx asks for them.
+    """
+
+    tokenizer: Tokenizer
+    policy: Transformer
+    reference: Transformer
+    critic: ScoringModel | None
+    instruction: InstructionReward
+    process: ProcessReward
+    sampler: Sampler
+    prompts: list[tuple[Message, ...]]
+    supervised: list[Sample]
+
+
+def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: list[int]) -> Rollout:
+    """One rollout and its updates: weights to the sampler, answers to the chosen prompts, rewards, losses."""
+    with run.phase("hand_over"):
+        setup.sampler.take()
+    with run.phase("generate"):
+        rollout = roll_out(
+            setup.sampler, setup.tokenizer, [setup.prompts[i] for i in chosen], samples=cfg.samples_per_prompt,
+            temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, seed=step_seed(cfg.seed, step),
+            first=run.data.index, stride=run.data.size,
+        )  # fmt: skip
+    with run.phase("hand_over"):
+        setup.sampler.release()
+    with run.phase("score"):
+        rewards = score_answers(
+            rollout.prompts, rollout.texts, rollout.finished, instruction=setup.instruction, process=setup.process
+        )
+        fixed = answer_logprobs(setup.reference, rollout, temperature=cfg.temperature)
+        values = None if setup.critic is None else answer_values(setup.critic, rollout)
+        several = cfg.epochs * cfg.minibatches > 1
+        own = answer_logprobs(setup.policy, rollout, temperature=cfg.temperature) if several else None
+        setup.sampler.check(rollout.stamp)
+    targets, kl = _targets(cfg, run, rollout, rewards, fixed, values, own)
+    with run.phase("train"):
+        for epoch in range(cfg.epochs):
+            for number, minibatch in enumerate(run.minibatches(epoch, cfg.minibatches)):
+                run.zero_grad(multiple=bool(setup.supervised))
+                if setup.supervised:
+                    drawn = np.random.default_rng(step_seed(cfg.seed, step, epoch, number, 2))
+                    picks = drawn.integers(len(setup.supervised), size=cfg.ptx_rows)[run.data.index :: run.data.size]
+                    _add_supervised(cfg, run, setup.policy, [setup.supervised[i] for i in picks])
+                _update(cfg, run, setup.policy, setup.critic, rollout, targets, minibatch, is_first=not several)
+    run.record(rollout, rewards, kl, values, targets)
+    return rollout
+
+
+def sampler_of(cfg: Config, tokenizer: Tokenizer, policy: Transformer, prompts: list, rt: runtime.Runtime) -> Sampler:
     """The policy to sample from, with room for what is sampled at once."""
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + cfg.max_new_tokens
     pages = -(-longest // PAGE_TOKENS) + 1

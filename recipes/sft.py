@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from wizard_engine import audit, runtime
-from wizard_engine.data.batch import collate
+from wizard_engine.data.batch import Batch, collate
 from wizard_engine.data.samples import read_samples
 from wizard_engine.loss import sft_loss
-from wizard_engine.model import Routes
+from wizard_engine.model import Routes, Transformer
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.presets import presets
 from wizard_engine.recipe import check_rows, finish_stage, language_model, launch, open_stage, sample_limit, write_model
@@ -69,20 +69,24 @@ def main(cfg: Config) -> dict:
     lengths = [len(sample.tokens) - 1 for sample in samples]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet)
     for packs in run.steps():
-        batches = [collate([samples[i] for i in pack]) for pack in packs]
-        num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
-        for batch in run.paced([batch.to(rt.device) for batch in batches]):
-            routes = Routes()
-            hidden = model(*batch.inputs, routes)
-            loss, _, logprob = sft_loss(
-                hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=model.shard
-            )  # fmt: skip
-            (loss + run.router.loss(routes)).backward()
-            run.add(loss, batch.tokens.numel(), logprob=logprob)
-        run.update()
+        train_step(run, model, [collate([samples[i] for i in pack]) for pack in packs])
     result = run.result() | {"samples": len(samples), "rejected": rejected}
     write_model(rt, model, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, result, [cfg.out / "model"])
+
+
+def train_step(run: Run, model: Transformer, batches: list[Batch]) -> None:
+    """One optimizer step on this rank's packed rows, which are still in host memory."""
+    num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
+    for batch in run.paced([batch.to(run.runtime.device) for batch in batches]):
+        routes = Routes()
+        hidden = model(*batch.inputs, routes)
+        loss, _, logprob = sft_loss(
+            hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=model.shard
+        )  # fmt: skip
+        (loss + run.router.loss(routes)).backward()
+        run.add(loss, batch.tokens.numel(), logprob=logprob)
+    run.update()
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
+from kernels.backend import to_device
 from wizard_engine import audit, runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.samples import Pair, answer_pair, read_pairs
 from wizard_engine.loss import dpo_loss
-from wizard_engine.model import Routes
+from wizard_engine.model import Routes, Transformer
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.preferences import ReferenceCache, order_slices
 from wizard_engine.presets import presets
@@ -86,52 +88,69 @@ def main(cfg: Config) -> dict:
     )
     check_rows(rt, "stage_dpo", (side for pair in pairs for side in (pair.chosen, pair.rejected)))
     slices = order_slices(pairs, cfg.slices, cfg.order, cfg.seed)
-    normalise = cfg.length_normalised or cfg.variant == "ipo"
-    cache = ReferenceCache(cfg.out / "reference", tokenizer.fingerprint, normalise)
+    cache = ReferenceCache(cfg.out / "reference", tokenizer.fingerprint, _normalises(cfg))
     initial = cache.logprobs(model, pairs)
     if cfg.audit:
         audit.check_preference(model, pairs, initial, beta=cfg.beta, quiet=cfg.quiet or not rt.is_main)
     results = []
     for index in range(cfg.slices):
         rows = [i for part in slices[: index + 1] for i in part] if cfg.cumulative else slices[index]
-        results.append(_train_stage(cfg, rt, model, [pairs[i] for i in rows], cache, initial[rows], index, normalise))
+        results.append(_train_stage(cfg, rt, model, [pairs[i] for i in rows], cache, initial[rows], index))
     write_model(rt, model, tokenizer, cfg.out / "model")
     result = {"stages": results, "pairs": len(pairs), "rejected": rejected}
     return finish_stage(stage, rt, result, [cfg.out / "model"])
 
 
 def _train_stage(
-    cfg: Config, rt: Runtime, model, pairs: list[Pair], cache: ReferenceCache, initial: torch.Tensor, index: int,
-    normalise: bool,
-) -> dict:  # fmt: skip
+    cfg: Config, rt: Runtime, model, pairs: list[Pair], cache: ReferenceCache, initial: torch.Tensor, index: int
+) -> dict:
     """One pass over a slice; `initial` are the (N, 2) log-probabilities under the initial model."""
     reference = initial if cfg.reference == "initial" or index == 0 else cache.logprobs(model, pairs)
     name, out = f"stage_dpo {index + 1}/{cfg.slices}", cfg.out / f"stage_{index + 1}"
     lengths = [pair.length for pair in pairs]
     run = Run(cfg.training, rt, model, lengths, out, seed=cfg.seed + index, name=name, quiet=cfg.quiet)
     for packs in run.steps():
-        num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
-        chosen_tokens = sum(pairs[i].chosen.weights.sum() for pack in packs for i in pack)
-        num_chosen = run.total_over_ranks(n=float(chosen_tokens))["n"]
-        for pack in run.paced(packs):
-            batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(rt.device)
-            rows = torch.as_tensor(pack, dtype=torch.int64)
-            ref, first = (x[rows].to(rt.device, non_blocking=True) for x in (reference, initial))
-            routes = Routes()
-            loss, metrics, logprob = dpo_loss(
-                model(*batch.inputs, routes), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,
-                ref.T.flatten(), beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
-                label_smoothing=cfg.label_smoothing, length_normalised=normalise, nll=cfg.nll,
-                num_chosen_tokens=num_chosen, shard=model.shard,
-            )  # fmt: skip
-            (loss + run.router.loss(routes)).backward()
-            metrics["drift_to_reference"] = ref[:, 0].sum() - metrics["chosen_logprob"]
-            metrics["drift_to_initial"] = first[:, 0].sum() - metrics["chosen_logprob"]
-            shares = {name: value / num_pairs for name, value in metrics.items() if name != "chosen_nll"}
-            shares["chosen_nll"] = metrics["chosen_nll"] / num_chosen
-            run.add(loss, batch.tokens.numel(), logprob=logprob, **shares)
-        run.update()
+        train_step(cfg, run, model, pairs, packs, reference, initial)
     return run.result() | {"pairs": len(pairs)}
+
+
+def _normalises(cfg: Config) -> bool:
+    """Whether log-probabilities are taken per token."""
+    return cfg.length_normalised or cfg.variant == "ipo"
+
+
+def train_step(
+    cfg: Config, run: Run, model: Transformer, pairs: list[Pair], packs: list[np.ndarray], reference: torch.Tensor,
+    initial: torch.Tensor,
+) -> None:  # fmt: skip
+    """One optimizer step on this rank's packs of pairs.
+
+    Args:
+        packs: indices of pairs.   reference, initial: (N, 2) log-probabilities of the pairs' two answers under the
+            reference of the stage and under the initial model.
+    """
+    device = run.runtime.device
+    num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
+    chosen_tokens = sum(pairs[i].chosen.weights.sum() for pack in packs for i in pack)
+    num_chosen = run.total_over_ranks(n=float(chosen_tokens))["n"]
+    for pack in run.paced(packs):
+        batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
+        rows = torch.as_tensor(pack, dtype=torch.int64)
+        ref, first = (to_device(x[rows], device) for x in (reference, initial))
+        routes = Routes()
+        loss, metrics, logprob = dpo_loss(
+            model(*batch.inputs, routes), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,
+            ref.T.flatten(), beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
+            label_smoothing=cfg.label_smoothing, length_normalised=_normalises(cfg), nll=cfg.nll,
+            num_chosen_tokens=num_chosen, shard=model.shard,
+        )  # fmt: skip
+        (loss + run.router.loss(routes)).backward()
+        metrics["drift_to_reference"] = ref[:, 0].sum() - metrics["chosen_logprob"]
+        metrics["drift_to_initial"] = first[:, 0].sum() - metrics["chosen_logprob"]
+        shares = {name: value / num_pairs for name, value in metrics.items() if name != "chosen_nll"}
+        shares["chosen_nll"] = metrics["chosen_nll"] / num_chosen
+        run.add(loss, batch.tokens.numel(), logprob=logprob, **shares)
+    run.update()
 
 
 if __name__ == "__main__":

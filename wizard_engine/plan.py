@@ -168,10 +168,13 @@ class Planner:
 
     Args:
         options: see Options.   rates: see Rates.   config: of the model; None: the preset's.
+        gpu: the device; None: the one that the options name.
     """
 
-    def __init__(self, options: Options, rates: Rates, config: ModelConfig | None = None) -> None:
-        self.options, self.rates, self.gpu = options, rates, GPUS[options.gpu]
+    def __init__(
+        self, options: Options, rates: Rates, config: ModelConfig | None = None, gpu: Gpu | None = None
+    ) -> None:  # fmt: skip
+        self.options, self.rates, self.gpu = options, rates, GPUS[options.gpu] if gpu is None else gpu
         self.config: ModelConfig = PRESETS[options.preset] if config is None else config
         with META:
             self.model = Transformer(self.config)
@@ -233,10 +236,10 @@ class Planner:
 
     # What one costs
 
-    def plan(self, layout: Layout) -> Plan:
-        """Memory, traffic and time of a layout."""
+    def plan(self, layout: Layout, sharding: Sharding | None = None) -> Plan:
+        """Memory, traffic and time of a layout; sharding: with a dtype that is named, default bf16."""
         tokens = self.row_tokens(layout)
-        sharding = Sharding(dtype="bfloat16", recompute=layout.recompute)
+        sharding = sharding or Sharding(dtype="bfloat16", recompute=layout.recompute)
         mesh = mesh_of(layout.mesh, META)
         divided = mesh.tp.size, mesh.shard.size, mesh.copy.size, mesh.efsdp.size, mesh.ep.size
         if divided not in self._units:

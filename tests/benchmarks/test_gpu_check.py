@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, train_step
+from benchmarks import gpu_check, train_single
 from benchmarks.gpu_check import PHASES, Outcome, Phase, run_phases, share_of, spawn, summary
 from wizard_engine.model.config import PRESETS
 from wizard_engine.throughput import flops_per_token
@@ -208,10 +208,10 @@ LENGTHS = (17, 5, 30, 1)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_training_step_moves_masters_and_clears_gradients(recompute):
     config = replace(PRESETS["tiny"], tied=False)
-    state = train_step.build(config, CPU, recompute)
+    state = train_single.build(config, CPU, recompute)
     engine = state.optimizer.sharded
     before = engine.master.clone()
-    calls = train_step.parts(state, train_step.Packed.of(LENGTHS, config.vocab_size, CPU))
+    calls = train_single.parts(state, train_single.Packed.of(LENGTHS, config.vocab_size, CPU))
     calls["forward"]()
     calls["backward"]()
     names = [name for name, _, values in engine.parts(engine.gradient()) if bool(values.any())]
@@ -221,29 +221,22 @@ def test_training_step_moves_masters_and_clears_gradients(recompute):
     for name, _, values in engine.parts(engine.master):
         own = state.model.get_parameter(name)
         assert own.dtype == torch.bfloat16 and torch.equal(own.flatten(), values.bfloat16()), name
-    fresh = train_step.build(config, CPU).model
+    fresh = train_single.build(config, CPU).model
     assert all(torch.equal(p.detach(), torch.ones_like(p)) for p in fresh.parameters() if p.dim() == 1)
-
-
-def test_training_step_says_that_it_needs_a_gpu(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert train_step.main(["--recompute", "none"]) == 2
-    assert "expected a GPU, got none" in capsys.readouterr().err
 
 
 def test_training_operations_count_documents_apart():
     config = PRESETS["7b"]
     expected = 3 * (5 * flops_per_token(config, 5) + 7 * flops_per_token(config, 7))
-    assert train_step.training_flops(config, (5, 7)) == expected
-    assert sum(train_step.DOCUMENTS) == 16384
+    assert train_single.training_flops(config, (5, 7)) == expected
+    assert sum(train_single.DOCUMENTS) == 16384
 
 
 @pytest.mark.parametrize(
     ("one", "two", "whole", "layers"), [(10, 13, 50, 13), (10, 13, 11, 1), (10, 13, 9, 1), (10, 13, 1000, 32)]
 )
 def test_layers_that_fit_follow_from_two_peaks(one, two, whole, layers):
-    assert train_step.layers_that_fit(one, two, whole, 32) == layers
+    assert train_single.layers_that_fit(one, two, whole, 32) == layers
 
 
 def test_shares_of_the_mixture_are_those_of_one_size():

@@ -124,14 +124,20 @@ def record(
         return found.collectives
 
 
-def by_axis(collectives: Iterable[Collective], mesh: Mesh) -> dict[tuple[str, str], int]:
-    """(kind, axis of the mesh) -> bytes; axes of the same ranks go by the first of them that has the group."""
-    names = {}
+def axis_names(mesh: Mesh) -> dict[str, str]:
+    """Name of a process group -> axis of the mesh; axes of the same ranks go by the first of them that has the group."""
+    names: dict[str, str] = {}
     for axis in ("shard", "copy", "efsdp", "replicate", "tp", "cp", "ep", "row"):
         found = getattr(mesh, axis)
         for group in (found.group, found.reduce):
             if group is not None:
                 names.setdefault(group.group_name, axis)
+    return names
+
+
+def by_axis(collectives: Iterable[Collective], mesh: Mesh) -> dict[tuple[str, str], int]:
+    """(kind, axis of the mesh) -> bytes, by `axis_names`."""
+    names = axis_names(mesh)
     total: dict[tuple[str, str], int] = {}
     for one in collectives:
         key = one.kind, names.get(one.purpose, "world")
