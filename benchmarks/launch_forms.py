@@ -150,6 +150,24 @@ def _rope(half: int, dtype: torch.dtype, packed: bool, inverse: bool) -> None:
     rope_forward(q, k, table, table, positions if packed else None, inverse)
 
 
+def write_pages(shape: dict[str, int]) -> Iterator[Form]:
+    """With angles by position, as an engine on a GPU has them, and a row of angles for each token; fp16 once."""
+    dtype = DTYPES[shape["bytes"]]
+    for name, packed in (("by position", True), ("one row", False)):
+        yield f"{name} {NAMES[dtype]}", lambda p=packed: _write_pages(shape["half"], dtype, p)
+    if shape["bytes"] == 2:
+        yield "by position fp16", lambda: _write_pages(shape["half"], torch.float16, True)
+
+
+def _write_pages(half: int, dtype: torch.dtype, packed: bool) -> None:
+    from kernels._write_pages import write_pages
+
+    qkv = _meta(TOKENS, HEADS + 2 * KV_HEADS, 2 * half, dtype=dtype)
+    pages, table = _meta(TOKENS, 64, KV_HEADS, 2 * half, dtype=dtype), _meta(TOKENS, half, dtype=torch.float32)
+    slots = _meta(TOKENS, dtype=torch.int64)
+    write_pages(qkv, table, table, pages, pages, slots, slots if packed else None)
+
+
 def swiglu(shape: dict[str, int]) -> Iterator[Form]:
     """A width that the tiles divide and one that they do not; the widest class stands for any width above it."""
     dtype, width = DTYPES[shape["bytes"]], shape["width"]
@@ -412,4 +430,5 @@ FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
     "moe_route": moe_route, "moe_offsets": moe_layout, "moe_place": moe_layout, "moe_combine": moe_rows,
     "moe_permute": moe_rows, "grouped_swiglu": experts, "grouped_dswiglu": experts, "grouped_dweight": experts,
     "grouped_matmul": down_products, "decode_attention": decode_attention, "decode_attention_sum": decode_attention_sum,
+    "write_pages": write_pages,
 }  # fmt: skip

@@ -1,14 +1,15 @@
-"""The engine at a model's shapes on one GPU: steps of single tokens at several batch sizes, and a whole rollout.
+"""The engine at a model's shapes on one GPU: decode steps at several batch sizes, and a whole rollout.
 
     python -m benchmarks.rollout --preset 7b --out rollout.jsonl
 
-A step of single tokens reads all weights and all keys once: its share of the copy bandwidth says how far it is from
+A decode step reads all weights and all keys once: its share of the copy bandwidth says how far it is from
 what the memory allows. Weights are random; sequences end at their limit.
 """
 
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from benchmarks import gpu_timing
 from benchmarks.command_line import Parser
 from wizard_engine.model import PRESETS, ModelConfig, Transformer
 from wizard_engine.rollout.engine import Engine, Sampling, cache_bytes
+from wizard_engine.rollout.graphs import batch_size
 
 BATCHES = (1, 32, 256)
-KEYS, STEPS = 1024, 32
+KEYS, STEPS, WARM_STEPS = 1024, 32, 4
 PROMPTS, NEW_TOKENS, PROMPT_TOKENS = 512, 512, 256
 GOAL = 0.78
 
@@ -44,81 +46,124 @@ def synchronised(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def decode(model: Transformer, batch: int, keys: int, steps: int) -> dict[str, Any]:
-    """Median seconds of a step of `batch` single tokens behind `keys` others each, and the bytes that it reads."""
+def decode(model: Transformer, batch: int, keys: int, steps: int, *, most: int = 8192) -> dict[str, Any]:
+    """Median seconds of a decode step of `batch` sequences behind `keys` prompt tokens each, and the bytes it reads.
+
+    Every sequence runs from the first timed step to the last, and graphs are captured before; where that turns out
+    otherwise the row has an `error` and no figures.
+
+    Args:
+        most: tokens of a step while prompts are computed.
+    """
     device = model.embedding.weight.device
     page = 64 if device.type == "cuda" else 16
-    each = (-(-(keys + steps + 4) // page) + 1) * page
-    engine = Engine(model, cache_tokens=batch * each, max_sequences=batch, page_size=page, max_tokens=8192)
+    # Steps in which prompts are computed: those that are done with theirs go on meanwhile.
+    lead = -(-batch * keys // (most - batch)) + 4
+    new = lead + WARM_STEPS + steps + 2
+    each = (-(-(keys + new) // page) + 1) * page
+    engine = Engine(model, cache_tokens=batch * each, max_sequences=batch, page_size=page, max_tokens=most)
+    engine.capture([batch], keys + new)
     for i in range(batch):
-        prompt = [(7 * i + 13 * j) % model.config.vocab_size for j in range(keys)]
-        engine.add(prompt, Sampling(steps + 4))
-    while len(engine.scheduler.waiting) or any(len(s.ids) == s.prompt_tokens for s in engine.scheduler.running):
+        engine.add([(7 * i + 13 * j) % model.config.vocab_size for j in range(keys)], Sampling(new))
+    while engine.scheduler.waiting or any(not s.drawn for s in engine.scheduler.running):
         engine.step()
-    seconds = []
-    for number in range(min(steps, model.config.max_positions - keys - 8)):
-        began = synchronised(device)
-        if not engine.step():
-            break
-        if number > 3:
-            seconds.append(synchronised(device) - began)
+    for _ in range(WARM_STEPS):
+        engine.step()
+    row = {"op": "decode_step", "batch": batch, "keys": keys}
+    seconds, error = timed_steps(engine, batch, steps)
+    if error:
+        return row | {"error": error}
     weights = sum(p.nbytes for p in model.parameters()) - model.embedding.weight.nbytes * (not model.config.tied)
-    moved = weights + batch * cache_bytes(model, keys + steps // 2)
+    length = sum(len(s.ids) for s in engine.scheduler.running) // batch - steps // 2
+    moved = weights + batch * cache_bytes(model, length)
     spread = gpu_timing.spread(seconds)
-    return {
-        "op": "decode_step", "batch": batch, "keys": keys, "seconds": spread, "bytes": moved,
-        "tokens_per_second": batch / spread["p50"], "bytes_per_second": moved / spread["p50"],
+    return row | {
+        "seconds": spread, "bytes": moved, "tokens_per_second": batch / spread["p50"],
+        "bytes_per_second": moved / spread["p50"],
     }  # fmt: skip
 
 
+def timed_steps(engine: Engine, batch: int, steps: int) -> tuple[list[float], str]:
+    """Seconds between the ends of steps, and what was not as it had to be: '' where all was.
+
+    Nothing waits for the device but the engine itself, which reads each step's tokens.
+    """
+    seconds, captures, began = [], engine.captures, synchronised(engine.device)
+    for number in range(steps):
+        grown = len(engine.step())
+        running = len(engine.scheduler.running)
+        ended = time.perf_counter()
+        seconds.append(ended - began)
+        began = ended
+        if grown != batch or len(engine.scheduler.running) != batch:
+            return (
+                [],
+                f"step {number}: expected a batch of {batch}, got {grown}, {len(engine.scheduler.running)} after it",
+            )
+    if engine.captures != captures:
+        return [], f"expected no capture of a graph while steps are timed, got {engine.captures - captures}"
+    return seconds, ""
+
+
 def rollout(model: Transformer, prompts: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Seconds of a whole rollout, four samples a prompt, 256 at once."""
-    device = model.embedding.weight.device
+    """Seconds of a whole rollout, four samples a prompt, 256 at once; graphs are captured before."""
     at_once = min(256, prompts)
     engine = Engine(
         model, cache_tokens=at_once * (prompt_tokens + new_tokens + 192), max_sequences=at_once, max_tokens=8192
     )
+    engine.capture(sorted({batch_size(n, at_once) for n in range(1, at_once + 1)}), prompt_tokens + new_tokens)
     for i in range(prompts // 4):
         prompt = [(7 * i + 13 * j) % model.config.vocab_size for j in range(prompt_tokens)]
         engine.add(prompt, Sampling(new_tokens, 1.0, seed=i), n=4)
-    began = synchronised(device)
-    engine.run()
-    seconds = synchronised(device) - began
-    return {
+    row = {
         "op": "rollout", "sequences": prompts // 4 * 4, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+        "captures": engine.captures,
+    }  # fmt: skip
+    began = synchronised(engine.device)
+    engine.run()
+    seconds = synchronised(engine.device) - began
+    if engine.captures != row["captures"]:
+        extra = engine.captures - row["captures"]
+        return row | {"error": f"expected no capture of a graph while a rollout is timed, got {extra}"}
+    return row | {
         "seconds": seconds, "tokens_per_second": engine.generated / seconds, "steps": engine.steps,
         "preemptions": engine.scheduler.preemptions,
     }  # fmt: skip
 
 
-def measure(preset: str, device: torch.device, *, small: bool = False) -> list[dict[str, Any]]:
-    """Rows of all of it."""
+def measure(preset: str, device: torch.device, *, small: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of all of it, each as soon as it is measured."""
     model = empty(PRESETS[preset], device)
     copy = 1e9 * gpu_timing.ceilings(device)["copy_gbps"] if device.type == "cuda" else None
     keys, steps = (32, 12) if small else (KEYS, STEPS)
-    rows = [decode(model, batch, keys, steps) for batch in ((1, 4) if small else BATCHES)]
-    if copy:
-        for row in rows:
+    for batch in (1, 4) if small else BATCHES:
+        row = decode(model, batch, keys, steps)
+        if copy and "error" not in row:
             row["share_of_copy"] = row["bytes_per_second"] / copy
-    return [*rows, rollout(model, *((8, 16, 16) if small else (PROMPTS, PROMPT_TOKENS, NEW_TOKENS)))]
+        yield row
+    yield rollout(model, *((8, 16, 16) if small else (PROMPTS, PROMPT_TOKENS, NEW_TOKENS)))
 
 
 def text_of(row: dict[str, Any]) -> str:
     """One line."""
-    if row["op"] == "rollout":
+    what = (
+        f"batch {row['batch']}, {row['keys']} keys" if row["op"] == "decode_step" else f"{row['sequences']} sequences"
+    )
+    if "error" in row:
+        return f"{row['op']:<11}  {what}   error: {row['error']}"
+    if not is_step:
         return (
             f"rollout      {row['sequences']} x {row['new_tokens']} tokens   {row['seconds']:.1f} s   "
             f"{row['tokens_per_second']:,.0f} tokens/s"
         )
     share = f"   {100 * row['share_of_copy']:.0f} % of copy" if "share_of_copy" in row else ""
     return (
-        f"decode_step  batch {row['batch']}, {row['keys']} keys   {1e3 * row['seconds']['p50']:.2f} ms   "
-        f"{row['tokens_per_second']:,.0f} tokens/s{share}"
+        f"decode_step  {what}   {1e3 * row['seconds']['p50']:.2f} ms   {row['tokens_per_second']:,.0f} tokens/s{share}"
     )
 
 
 def main(args: list[str] | None = None) -> int:
-    """Measure and write; returns the exit status: 2 without a GPU."""
+    """Measure and write; returns the exit status: 1 where a row is an error, 2 without a GPU."""
     reader = Parser("python -m benchmarks.rollout", __doc__)
     reader.add_argument("--preset", default="7b", help="of the model; default: %(default)s")
     reader.add_argument("--out", type=Path, default=Path("rollout.jsonl"), help="default: %(default)s")
@@ -129,11 +174,14 @@ def main(args: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda:0")
     about = gpu_timing.environment(device)
-    rows = measure(options.preset, device)
-    options.out.write_text("".join(json.dumps(about | {"preset": options.preset} | row) + "\n" for row in rows))
-    for row in rows:
-        print(text_of(row))
-    return 0
+    errors = 0
+    with options.out.open("w", encoding="utf-8") as file:
+        for row in measure(options.preset, device):
+            file.write(json.dumps(about | {"preset": options.preset} | row) + "\n")
+            file.flush()
+            print(text_of(row), flush=True)
+            errors += "error" in row
+    return int(errors > 0)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention
-from .backend import runs_csrc, same_device, same_dtype, values_are_checked
+from .backend import runs_csrc, runs_triton, same_device, same_dtype, values_are_checked
 from .decode_attention import decode_attention
 from .paged_rows import attend_rows, write_rows
-from .rope import rope
+from .rope import MAX_HEAD_WIDTH, rope
 
 
 @dataclass
@@ -96,6 +96,8 @@ def paged_attention(
         return attend_rows(q, keys, values, batch.page_table, owners, seen, window, scale)
     n, tokens = batch.decodes, batch.tokens
     options = {"window": window, "scale": scale}
+    if n == len(batch.counts) == q.shape[0]:
+        return decode_attention(q, keys, values, batch.page_table, batch.lengths, batch.max_length, **options)
     out = torch.zeros_like(q) if tokens < q.shape[0] else torch.empty_like(q)
     if n:
         out[:n] = decode_attention(
@@ -151,46 +153,91 @@ def _check_batch(batch: PagedBatch, pages: int) -> None:
 
 
 def write_pages_reference(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
+    positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same by rotating q and k, and two copies."""
     kv_heads = keys.shape[2]
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
-    q, k = rope(q, k, cos, sin)
+    q, k = rope(q, k, cos, sin, positions)
     for cache, new in ((keys, k), (values, v)):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
     return q.contiguous()
 
 
-def write_pages(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-    """Queries turned by their positions' angles; turned keys, and values, go to their places in the pages.
+@torch.library.custom_op("wizard_engine::write_pages", mutates_args=("keys", "values"))
+def _write_pages(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor | None
+) -> Tensor:
+    from ._write_pages import write_pages as kernel
+
+    return kernel(qkv, cos, sin, keys, values, slots, positions)
+
+
+@_write_pages.register_fake
+def _(qkv, cos, sin, keys, values, slots, positions):
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2], qkv.shape[2])
+
+
+def write_pages(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Queries rotated by their positions' angles; rotated keys, and values, are stored in the pages. No gradient.
+
+    One launch on CUDA.
 
     Args:
-        qkv: (T, H + 2 K, C): heads of q, then of k, then of v.   cos, sin: (T, C/2) fp32, see `rope_tables`.
-        keys, values: (P, page, K, C) of the same dtype, contiguous, written in place.
+        qkv: (T, H + 2 K, C): heads of q, then of k, then of v; last dim contiguous.
+        cos, sin: (P, C/2) fp32, see `rope_tables`.
+        keys, values: (pages, page, K, C) of the same dtype, contiguous, written in place.
         slots: (T,) int64, page * size + place of each token; padding may share one.
+        positions: (T,) int32 or int64, the row of the tables that each token takes; None: token t takes row t, P = T.
     Returns:
         (T, H, C) contiguous.
     Raises:
-        ValueError: shapes or dtypes do not fit, or (where values are looked at) a slot is out of range.
+        ValueError: shapes or dtypes do not fit, or (where values are looked at) a slot or position is out of range;
+            elsewhere a slot out of range is not written, and a token of such a position becomes NaN.
     """
-    tokens, heads, width = qkv.shape
-    kv_heads = keys.shape[2]
+    _check_write(qkv, cos, sin, keys, values, slots, positions)
+    is_native = runs_csrc(qkv) and qkv.stride(1) == qkv.shape[2] and positions is None
+    if values_are_checked(slots) and slots.numel() and not is_native:
+        _check_range("slots", slots, keys.shape[0] * keys.shape[1])
+        if positions is not None:
+            _check_range("positions", positions, cos.shape[0])
+    if is_native:
+        return write_rows(qkv, cos, sin, keys, values, slots)
+    if runs_triton(qkv, "qkv"):
+        if qkv.shape[2] > MAX_HEAD_WIDTH:
+            raise ValueError(f"qkv: expected heads of at most {MAX_HEAD_WIDTH} elements, got {qkv.shape[2]}")
+        return _write_pages(qkv, cos, sin, keys, values, slots, positions)
+    return write_pages_reference(qkv, cos, sin, keys, values, slots, positions)
+
+
+def _check_range(name: str, values: Tensor, limit: int) -> None:
+    low, high = (int(x) for x in values.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {low} to {high}")
+
+
+def _check_write(qkv, cos, sin, keys, values, slots, positions) -> None:
+    (tokens, heads, width), kv_heads = qkv.shape, keys.shape[2]
     if heads <= 2 * kv_heads or width != keys.shape[3] or keys.shape != values.shape or qkv.stride(2) != 1:
         raise ValueError(
             f"qkv: expected (T, H + 2 K, C) with K, C = {kv_heads}, {keys.shape[3]}, got {tuple(qkv.shape)}"
         )
-    if slots.shape != (tokens,) or slots.dtype != torch.int64 or cos.shape != (tokens, width // 2):
+    rows = tokens if positions is None else cos.shape[0]
+    if slots.shape != (tokens,) or slots.dtype != torch.int64 or not cos.shape == sin.shape == (rows, width // 2):
         raise ValueError(
-            f"slots, cos: expected ({tokens},) int64 and ({tokens}, {width // 2}), got {tuple(slots.shape)} "
+            f"slots, cos: expected ({tokens},) int64 and ({rows}, {width // 2}), got {tuple(slots.shape)} "
             f"{slots.dtype} and {tuple(cos.shape)}"
         )
+    if positions is not None and (positions.shape != (tokens,) or positions.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"positions: expected ({tokens},) int32 or int64, got {tuple(positions.shape)} {positions.dtype}"
+        )
     same_dtype(qkv=qkv, keys=keys, values=values)
-    is_native = runs_csrc(qkv) and qkv.stride(1) == width
-    if values_are_checked(slots) and tokens and not is_native:
-        low, high = (int(x) for x in slots.aminmax())
-        if low < 0 or high >= keys.shape[0] * keys.shape[1]:
-            raise ValueError(f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}, got {low} to {high}")
-    if is_native:
-        return write_rows(qkv, cos, sin, keys, values, slots)
-    return write_pages_reference(qkv, cos, sin, keys, values, slots)
+    same_device(qkv=qkv, cos=cos, sin=sin, keys=keys, values=values, slots=slots, positions=positions)
+    for name, tensor in (("keys", keys), ("values", values)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")

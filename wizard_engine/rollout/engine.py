@@ -1,37 +1,30 @@
 """Generation on a model's own weights: each step packs tokens of many sequences, whose keys stand in pages."""
 
+import itertools
 from collections.abc import Sequence as Several
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.paged_attention import PagedBatch, paged_attention, write_pages
+from kernels.paged_attention import paged_attention, write_pages
+from kernels.rms_norm import rms_norm
 from kernels.rope import rope_tables
 from kernels.sample import sample
 
 from ..model import Routes, Transformer
 from ..model.mixture import Mixture
+from ..model.transformer import Norm
 from ..parallel.collectives import gathered_rows
+from .device_memory import LentTensors
+from .drawing import Draws, Flight
 from .graphs import DecodeGraphs
+from .packing import Packed, Packer, Step
 from .pages import PagePool
-from .scheduler import Chunk, Reason, Sampling, Scheduler, Sequence, next_uniforms, numbered
+from .scheduler import Chunk, Reason, Sampling, Scheduler, Sequence, numbered
+from .staging import Staging
 
 # Rows of a product that a CPU computes alike whatever their number: it has other code for fewer.
 CPU_ROWS = 8
-
-
-class Step(NamedTuple):
-    """Where the tokens of a step stand.
-
-    tokens, positions, slots: (T,) int64, padding included.   batch: of the attention.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    slots: Tensor
-    batch: PagedBatch
 
 
 def cache_bytes(model: Transformer, tokens: int) -> int:
@@ -55,7 +48,10 @@ class Engine:
         model: whole on this rank, or divided over tp and ep.   cache_tokens: that the cache holds, all sequences.
         page_size: tokens of a page; default 16 on a CPU, 64 on a GPU.   max_sequences: that run at once.
         max_tokens: of one step.   record_routes: keep where the experts of a mixture sent each token.
-        use_graphs: on a GPU, replay the step of single tokens as a CUDA graph.
+        use_graphs: on a GPU, replay decode steps as CUDA graphs.
+        keeps_addresses: graphs stay valid over `release` and `restore`, on a GPU whose driver can.
+        lookahead: start a step before the tokens of the one before are read: the host plans while the device computes;
+            default: on a GPU. Sequences get the same tokens, one call of `step` later.
     Raises:
         ValueError: numbers out of range, or a model whose rows context-parallel ranks divide.
     """
@@ -63,10 +59,12 @@ class Engine:
     def __init__(
         self, model: Transformer, *, cache_tokens: int, page_size: int | None = None, max_sequences: int = 256,
         max_tokens: int = 2048, record_routes: bool = False, use_graphs: bool = True,
+        keeps_addresses: bool = False, lookahead: bool | None = None,
     ) -> None:  # fmt: skip
         self.model, self.config = model, model.config
         self.device = model.embedding.weight.device
-        self.page_size = page_size or (16 if self.device.type == "cpu" else 64)
+        on_gpu = self.device.type == "cuda"
+        self.page_size = page_size or (64 if on_gpu else 16)
         if self.page_size % 16:
             raise ValueError(f"page_size: expected a multiple of 16, got {self.page_size}")
         if model.spread.cp.size > 1 and not model.spread.whole:
@@ -74,39 +72,61 @@ class Engine:
         self.pages = max(1, cache_tokens // self.page_size)
         self.max_sequences, self.max_tokens = max_sequences, max(max_tokens, max_sequences)
         self.records_routes = record_routes and bool(self.config.experts)
+        self.lookahead = on_gpu if lookahead is None else lookahead
         self.pool = PagePool(self.pages, self.page_size)
         self.scheduler = Scheduler(
             self.pool, max_sequences=max_sequences, max_tokens=self.max_tokens, max_length=self.config.max_positions
         )
-        longest = self.scheduler.max_length
-        self.table = torch.zeros(max_sequences, -(-longest // self.page_size), dtype=torch.int32)
-        # A page more, for the keys of padding.
+        self._stage()
+        positions = torch.arange(self.scheduler.max_length, device=self.device)
+        self.tables = rope_tables(positions, self.config.head_width, self.config.rope_base) if on_gpu else None
+        self.memory = self._memory(keeps_addresses)
         self.keys = self.values = self.routes = None
-        uses_graphs = use_graphs and self.device.type == "cuda" and not model.spread.ep.size > 1
+        self._addresses: tuple[int, ...] = ()
+        uses_graphs = use_graphs and on_gpu and not model.spread.ep.size > 1
         self.graphs = self._graphs() if uses_graphs else None
+        self.flight: Flight | None = None
         self.steps = self.generated = 0
         self.restore()
 
+    def _stage(self) -> None:
+        """Have buffers for what the host tells the device, and for the tokens that a step samples in front of it."""
+        longest, most = self.scheduler.max_length, self.max_sequences
+        unit = 1 if self.model.spread.whole else self.model.spread.tp.size
+        unit *= CPU_ROWS if self.device.type == "cpu" else 1
+        columns = -(-longest // self.page_size)
+        # Of each token, four numbers; of each sequence its length and pages, its row, a copy, and how it is sampled.
+        room = 32 * (self.max_tokens + unit) + 4 * most * (1 + columns) + 8 * (most + CPU_ROWS) + 32 * most + 256
+        self.staging = Staging(self.device, room, kept=8 * most)
+        self.words = self.staging.buffer.view(torch.int64)
+        self.sampled = self.words[: self.staging.kept // 8]
+        self.packer = Packer(
+            pages=self.pages, page_size=self.page_size, max_sequences=most, max_length=longest,
+            sampled=len(self.sampled), unit=unit,
+        )  # fmt: skip
+
     def _graphs(self) -> DecodeGraphs:
-        scratch = self.pages * self.page_size
-        return DecodeGraphs(
-            self._blocks, self.device, sequences=self.max_sequences, length=self.scheduler.max_length, scratch=scratch
-        )
+        return DecodeGraphs(self._blocks, self.device, sequences=self.max_sequences, length=self.scheduler.max_length)
 
     # Memory and weights
 
-    def restore(self) -> None:
-        """Have memory for the cache, after `release`."""
-        if self.keys is not None:
-            return
+    def _memory(self, stays: bool) -> LentTensors:
+        """That of keys, values and routes."""
         config, model = self.config, self.model
         kv_heads = config.kv_heads // (1 if model.spread.whole else model.spread.tp.size)
-        shape = (config.layers, self.pages + 1, self.page_size, kv_heads, config.head_width)
-        options = {"device": self.device, "dtype": model.embedding.weight.dtype}
-        self.keys, self.values = torch.empty(shape, **options), torch.empty(shape, **options)
+        # A page more, for the keys of padding.
+        cache = (config.layers, self.pages + 1, self.page_size, kv_heads, config.head_width)
+        like = [(cache, model.embedding.weight.dtype)] * 2
         if self.records_routes:
-            shape = (self.pages + 1, self.page_size, config.layers, config.experts_per_token)
-            self.routes = torch.empty(shape, dtype=torch.int16, device=self.device)
+            like.append(((self.pages + 1, self.page_size, config.layers, config.experts_per_token), torch.int16))
+        return LentTensors(like, self.device, stays=stays)
+
+    def restore(self) -> None:
+        """Have memory for the cache, after `release`."""
+        if self.keys is None:
+            self.keys, self.values, *routes = self.memory.restore()
+            self.routes = routes[0] if routes else None
+            self._find_graphs()
 
     def release(self) -> None:
         """Give the memory of the cache back; what was in it is forgotten.
@@ -117,20 +137,30 @@ class Engine:
         if self.has_work:
             raise ValueError("engine: expected no sequences that have not ended when its memory is given back")
         self.keys = self.values = self.routes = None
-        if self.graphs is not None:
-            self.graphs.forget()
-        self.forget()
+        self.memory.release()
+        self.pool.forget()
 
     def forget(self) -> None:
         """The weights have changed: no new sequence takes keys of the former ones."""
         self.pool.forget()
+        self._find_graphs()
+
+    def _find_graphs(self) -> None:
+        """Graphs are valid as long as weights and cache stand where they stood."""
+        if self.graphs is None or self.keys is None:
+            return
+        tensors = [*self.model.parameters(), *(x for x in (self.keys, self.values, self.routes) if x is not None)]
+        now = tuple(x.data_ptr() for x in tensors)
+        if now != self._addresses:
+            self.graphs.forget()
+        self._addresses = now
 
     # Sequences in and out
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence has not ended."""
-        return self.scheduler.has_work
+        """Whether any sequence has not ended, or a token is not read yet."""
+        return self.scheduler.has_work or self.flight is not None
 
     def add(self, prompt: Several[int], sampling: Sampling, *, n: int = 1) -> list[Sequence]:
         """`n` sequences of one prompt, with the uniform numbers of `n` rows.
@@ -154,9 +184,9 @@ class Engine:
             )
 
     def finish(self, sequence: Sequence, reason: Reason) -> None:
-        """End a sequence where it stands; its pages are free for others at once."""
-        if self.records_routes and sequence.row >= 0:
-            sequence.experts = self._experts(sequence)
+        """End a sequence where it stands; its pages are free for others at once, and a token on its way is dropped."""
+        sequence.pending = 0
+        self._keep_experts(sequence)
         self.scheduler.finish(sequence, reason)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -172,22 +202,78 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sequence]:
-        """Compute the next tokens; the sequences that got one, those that ended with it included."""
+        """Compute the next tokens; the sequences that got one that the host has read, those that ended included.
+
+        With `lookahead` those are the tokens of the step before, read while this one runs.
+        """
+        grown = []
+        if self.flight is not None and self.scheduler.is_short:
+            # Who has ended already gives up its pages before anybody else does.
+            grown = self._land()
         chunks = self.scheduler.plan()
-        if not chunks:
-            return []
-        hidden = self._forward(chunks)
-        for chunk in chunks:
-            self.scheduler.done(chunk)
-        rows, grown = self._grown(chunks)
-        self.steps += 1
-        if not grown:
-            return []
-        self._draw(self._logits(hidden, rows), grown)
+        flight = self._launch(chunks) if chunks else None
+        if self.flight is not None:
+            grown = self._land()
+        self.flight = flight
+        if flight is not None and not self.lookahead:
+            return self._land()
+        for sequence in flight.grown if flight is not None else ():
+            if sequence.reason is None and sequence.drawn == sequence.sampling.max_new_tokens:
+                self._keep_experts(sequence)
+                self.scheduler.retire(sequence)
         return grown
 
-    def _grown(self, chunks: list[Chunk]) -> tuple[list[int], list[Sequence]]:
-        """Rows of the step whose hidden state a sequence's next token comes of, and those sequences."""
+    def _launch(self, chunks: list[Chunk]) -> Flight | None:
+        """Tell the device to compute some chunks and draw the tokens behind them."""
+        single = all(chunk.count == 1 for chunk in chunks)
+        room = None
+        if self.graphs is not None and single:
+            longest = max(chunk.start + 1 for chunk in chunks)
+            room = self.graphs.room(len(chunks), longest, self.page_size)
+        packed = self.packer.pack(chunks, room)
+        for chunk in chunks:
+            self.scheduler.done(chunk)
+        rows, grown, copies = self._grown(chunks)
+        draws = Draws.of(grown)
+        step, (rows_R, copies_2N, *options) = self._staged(packed, self._padded(rows), copies, draws.arrays)
+        hidden_TD = self._blocks(step) if room is None else self.graphs.run(step)[: len(chunks)]
+        if copies:
+            self._copy_pages(*copies_2N)
+        self.steps += 1
+        if not grown:
+            return None
+        logits_BV = self._logits(hidden_TD, rows, rows_R)
+        tokens, logprobs = sample(logits_BV, **draws.options(options))
+        if self.lookahead:
+            self.sampled[: len(grown)].copy_(tokens)
+        for place, sequence in enumerate(grown):
+            sequence.pending, sequence.place = sequence.pending + 1, place
+        return Flight.of(grown, logits_BV, tokens, logprobs)
+
+    def _land(self) -> list[Sequence]:
+        """Read what the step before has drawn; the sequences that it was for. Tokens behind an end are dropped."""
+        flight, self.flight = self.flight, None
+        grown = []
+        for sequence, (token, logprob, top) in zip(flight.grown, flight.read()):
+            if sequence.reason is not None:
+                continue
+            grown.append(sequence)
+            sequence.pending -= 1
+            sequence.ids.append(token)
+            sequence.logprobs.append(logprob)
+            if top is not None:
+                sequence.top.append(top)
+            if token == sequence.sampling.eos_id:
+                self.finish(sequence, "stop")
+            elif sequence.steps == sequence.sampling.max_new_tokens:
+                self.finish(sequence, "length")
+            elif sequence.row >= 0:
+                self.scheduler.register(sequence)
+        self.generated += len(grown)
+        return grown
+
+    def _grown(self, chunks: list[Chunk]) -> tuple[list[int], list[Sequence], list[tuple[int, int]]]:
+        """Rows of the step whose hidden state a sequence's next token comes of; those sequences; pages to copy."""
         rows, grown, copies, at = [], [], [], -1
         for chunk in chunks:
             at += chunk.count
@@ -201,155 +287,97 @@ class Engine:
                     grown.append(follower)
                     if source >= 0:
                         copies.append((source, target))
-        if copies:
-            sources, targets = torch.tensor(copies, device=self.device).unbind(1)
-            for cache in (self.keys, self.values):
-                cache[:, targets] = cache[:, sources]
-            if self.routes is not None:
-                self.routes[targets] = self.routes[sources]
-        return rows, grown
+        return rows, grown, copies
 
-    def _forward(self, chunks: list[Chunk]) -> Tensor:
-        """(T, D) hidden states of the tokens of chunks after the last norm, in their order."""
-        step = self._packed(chunks)
-        if self.graphs is not None and step.batch.decodes == len(chunks):
-            return self.graphs.run(step)
-        return self._blocks(step)
+    def _padded(self, rows: list[int]) -> list[int]:
+        """Rows of the logits' product, of a number that changes nothing on a CPU."""
+        return rows + rows[-1:] * (-len(rows) % CPU_ROWS if self.device.type == "cpu" else 0)
 
-    def _packed(self, chunks: list[Chunk]) -> Step:
-        """The step's tokens, packed."""
-        self._write_table(chunks)
-        counts = [chunk.count for chunk in chunks]
-        lengths = torch.tensor([chunk.start + chunk.count for chunk in chunks], dtype=torch.int32)
-        decodes = sum(count == 1 for count in counts)
-        table = self.table[[chunk.sequence.row for chunk in chunks]]
-        if decodes == len(chunks):
-            tokens = torch.tensor([chunk.sequence.ids[chunk.start] for chunk in chunks])
-            positions = lengths.long() - 1
-            pages = table.gather(1, (positions // self.page_size)[:, None])[:, 0]
-        else:
-            tokens = torch.tensor([i for c in chunks for i in c.sequence.ids[c.start : c.start + c.count]])
-            owner = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(counts))
-            positions = torch.cat([torch.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks])
-            pages = table[owner, positions // self.page_size]
-        slots = pages.long() * self.page_size + positions % self.page_size
-        longest = int(lengths.max())
-        table = table[:, : -(-longest // self.page_size)].contiguous()
-        missing = self._padding(len(tokens))
-        if missing:
-            tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
-            slots = F.pad(slots, (0, missing), value=self.pages * self.page_size)
-        tokens, positions, slots, table, lengths = (
-            x.to(self.device, non_blocking=True) for x in (tokens, positions, slots, table, lengths)
+    def _staged(
+        self, packed: Packed, rows: list[int], copies: list[tuple[int, int]], options: tuple[Tensor, ...]
+    ) -> tuple[Step, list[Tensor]]:
+        """The step on the device; rows, copies and options there."""
+        others = (
+            torch.tensor(rows, dtype=torch.int64),
+            torch.tensor(copies, dtype=torch.int64).view(-1, 2).T.contiguous(),
         )
-        batch = PagedBatch(table, lengths, counts, longest, decodes, self.page_size)
-        return Step(tokens, positions, slots, batch)
+        staged = self.staging.put((*packed.arrays, *others, *options))
+        mine, others = staged[: len(packed.arrays)], staged[len(packed.arrays) :]
+        words = self.words[: self.packer.sampled + len(packed.arrays[0])]
+        return packed.step(mine, words, self.page_size), others
 
-    def _padding(self, tokens: int) -> int:
-        """Rows of padding, so that products have a number of rows that changes nothing, and that tp divides."""
-        unit = 1 if self.model.spread.whole else self.model.spread.tp.size
-        if self.device.type == "cpu":
-            unit *= CPU_ROWS
-        return -tokens % unit
+    def _copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        for cache in (self.keys, self.values):
+            cache[:, targets] = cache[:, sources]
+        if self.routes is not None:
+            self.routes[targets] = self.routes[sources]
 
-    def _write_table(self, chunks: list[Chunk]) -> None:
-        for chunk in chunks:
-            sequence = chunk.sequence
-            pages = sequence.held.pages
-            if sequence.tabled < len(pages):
-                self.table[sequence.row, sequence.tabled : len(pages)] = torch.tensor(
-                    pages[sequence.tabled :], dtype=torch.int32
-                )
-                sequence.tabled = len(pages)
+    def capture(self, batches: Several[int], longest: int) -> None:
+        """Capture the graphs of decode steps of these numbers of sequences and up to so many keys, ahead of the steps.
+
+        Does nothing without graphs.
+        """
+        if self.graphs is None:
+            return
+        with torch.no_grad():
+            for sequences, length in itertools.product(batches, self.graphs.lengths(longest)):
+                room = self.graphs.room(sequences, length, self.page_size)
+                self.graphs.run(self._staged(self.packer.pack([], room), [], [], ())[0])
+
+    @property
+    def captures(self) -> int:
+        """Graphs that were captured so far."""
+        return 0 if self.graphs is None else self.graphs.captures
 
     def _blocks(self, step: Step) -> Tensor:
         """(T, D) hidden states of a packed step after the last norm; keys and values go into the cache."""
         model, config, spread = self.model, self.config, self.model.spread
-        cos, sin = rope_tables(step.positions, config.head_width, config.rope_base)
-        x_TD = model.embedding(step.tokens)
+        tables, positions = self.tables, step.positions
+        if tables is None:
+            tables, positions = rope_tables(positions, config.head_width, config.rope_base), None
+        stream_TD, delta_TD = model.embedding(step.tokens.index_select(0, step.sources)), None
         routes = Routes() if self.records_routes else None
         if routes is not None:
-            routes.begin(torch.ones_like(step.tokens, dtype=torch.bool), spread)
+            routes.begin(torch.ones_like(step.sources, dtype=torch.bool), spread)
         for layer, block in enumerate(model.blocks):
             keys, values = self.keys[layer], self.values[layer]
-            qkv = block.projected(x_TD)
-            q_THC = write_pages(qkv.view(qkv.shape[0], -1, config.head_width), cos, sin, keys, values, step.slots)
+            x_TD, stream_TD = _added(stream_TD, delta_TD, block.attention_norm)
+            qkv = spread.rows(x_TD, block.attention.qkv.weight)
+            heads = qkv.view(qkv.shape[0], -1, config.head_width)
+            q_THC = write_pages(heads, *tables, keys, values, step.slots, positions)
             out_THC = paged_attention(q_THC, keys, values, step.batch, window=config.window)
-            x_TD = x_TD + spread.columns(out_THC.view(qkv.shape[0], -1), block.attention.out.weight)
+            delta_TD = spread.columns(out_THC.view(qkv.shape[0], -1), block.attention.out.weight)
+            x_TD, stream_TD = _added(stream_TD, delta_TD, block.feed_forward_norm)
             if isinstance(block.feed_forward, Mixture):
-                x_TD = x_TD + block.feed_forward(block.feed_forward_norm(x_TD), routes)
+                delta_TD = block.feed_forward(x_TD, routes)
             else:
-                x_TD = x_TD + block.outer(block.inner(x_TD))
+                delta_TD = block.outer(spread.rows(x_TD, block.feed_forward.gate_up.weight))
         if routes is not None:
             chosen = spread.gather(routes.stacked())
             self.routes.view(-1, *self.routes.shape[2:])[step.slots] = chosen.to(torch.int16)
-        return spread.gather(model.norm(x_TD))
+        return spread.gather(_added(stream_TD, delta_TD, model.norm)[0])
 
-    def _logits(self, hidden_TD: Tensor, rows: list[int]) -> Tensor:
-        """(B, V) fp32 logits after some rows."""
+    def _logits(self, hidden_TD: Tensor, rows: list[int], rows_R: Tensor) -> Tensor:
+        """(B, V) fp32 logits after some rows, which are on the device, and padded, as `rows_R`."""
         spread = self.model.spread
-        is_all = rows == list(range(hidden_TD.shape[0]))
-        if not is_all:
-            padded = rows + [rows[-1]] * (-len(rows) % CPU_ROWS if self.device.type == "cpu" else 0)
-            hidden_TD = hidden_TD.index_select(0, torch.tensor(padded, device=self.device))
+        if rows != list(range(hidden_TD.shape[0])):
+            hidden_TD = hidden_TD.index_select(0, rows_R)
         logits_BV = self.model.logits(hidden_TD)[: len(rows)]
         if spread.tp.size > 1 and not spread.whole:
             parts, _ = gathered_rows(logits_BV[None], spread.tp)
             logits_BV = parts.transpose(0, 1).reshape(len(rows), -1)
         return logits_BV
 
-    def _draw(self, logits: Tensor, grown: list[Sequence]) -> None:
-        """Sample the next token of every sequence; end those that are done."""
-        how = {(s.sampling.temperature, s.sampling.top_k, s.sampling.top_p) for s in grown}
-        uniform = torch.tensor(next_uniforms(grown), dtype=torch.float32).to(self.device)
-        if len(how) == 1:
-            temperature, top_k, top_p = how.pop()
-            options = {"temperature": float(temperature), "top_k": top_k or None, "top_p": top_p}
-        else:
-            options = self._options(grown)
-        tokens, logprobs = sample(logits, uniform=uniform, **options)
-        drawn = list(zip(tokens.tolist(), logprobs.tolist()))
-        wanted = [i for i, s in enumerate(grown) if s.sampling.top_logprobs]
-        tops = self._top(logits, grown, wanted, drawn) if wanted else {}
-        for i, (sequence, (token, logprob)) in enumerate(zip(grown, drawn)):
-            sequence.ids.append(token)
-            sequence.logprobs.append(logprob)
-            if i in tops:
-                sequence.top.append(tops[i])
-            if token == sequence.sampling.eos_id:
-                self.finish(sequence, "stop")
-            elif sequence.steps == sequence.sampling.max_new_tokens:
-                self.finish(sequence, "length")
-        self.generated += len(grown)
+    def _keep_experts(self, sequence: Sequence) -> None:
+        """Have (n, L, A) int16 experts of every token that a sequence has read, before its pages are others'."""
+        if self.records_routes and sequence.row >= 0:
+            read = min(sequence.computed, sequence.length - 1)
+            pages = torch.tensor(sequence.held.pages, device=self.device)
+            sequence.experts = self.routes[pages].flatten(0, 1)[:read].cpu()
 
-    def _options(self, grown: list[Sequence]) -> dict:
-        """Temperature and truncation of each row; where nobody truncates, nothing is sorted."""
-        hows = [s.sampling for s in grown]
-        options = {"temperature": torch.tensor([float(h.temperature) for h in hows]), "top_k": None, "top_p": None}
-        if any(h.top_k for h in hows):
-            options["top_k"] = torch.tensor([h.top_k or 0 for h in hows])
-        if any(h.top_p not in (None, 1.0) for h in hows):
-            options["top_p"] = torch.tensor([1.0 if h.top_p is None else float(h.top_p) for h in hows])
-        return {name: None if x is None else x.to(self.device) for name, x in options.items()}
 
-    def _top(
-        self, logits: Tensor, grown: list[Sequence], wanted: list[int], drawn: list[tuple[int, float]]
-    ) -> dict[int, list[tuple[int, float]]]:
-        """Likeliest words of some rows, under the distribution that their tokens were drawn from."""
-        found = {}
-        for i in wanted:
-            how, (token, logprob) = grown[i].sampling, drawn[i]
-            every = (logits[i].float() / (how.temperature or 1.0)).log_softmax(-1)
-            values, words = every.topk(min(how.top_logprobs, every.shape[0]))
-            # A truncated distribution is the whole one over the mass of what is kept.
-            values = values + (logprob - every[token])
-            if how.temperature and (how.top_k or how.top_p not in (None, 1.0)):
-                before = values.exp().cumsum(0) - values.exp()
-                values, words = (x[before < 1 - 1e-5] for x in (values, words))
-            found[i] = list(zip(words.tolist(), values.tolist()))
-        return found
-
-    def _experts(self, sequence: Sequence) -> Tensor:
-        """(n, L, A) int16 experts of every token that a sequence has read."""
-        pages = torch.tensor(sequence.held.pages, device=self.device)
-        return self.routes[pages].flatten(0, 1)[: sequence.computed].cpu()
+def _added(stream_TD: Tensor, delta_TD: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The norm of the residual stream behind what a layer adds to it, and the stream."""
+    if delta_TD is None:
+        return norm(stream_TD), stream_TD
+    return rms_norm(delta_TD, norm.weight, norm.epsilon, residual=stream_TD)

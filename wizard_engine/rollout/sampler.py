@@ -12,6 +12,7 @@ from ..parallel.parallelize import divide
 from ..parallel.spread import Spread
 from ..parallel.units import is_absent, materialised
 from ..runtime import Runtime
+from .device_memory import LentTensors
 from .engine import Engine
 from .handover import HandOver, checksum, trainer_checksum
 
@@ -40,7 +41,10 @@ class Sampler:
         self.policy, self.trainer = policy, sharded(policy)
         self.stamp: int | None = None
         self.row, self.mesh = Axis(), Mesh(device=policy.embedding.weight.device)
-        self.options = {"cache_tokens": cache_tokens, "max_sequences": max_sequences, "record_routes": True}
+        self.options = {
+            "cache_tokens": cache_tokens, "max_sequences": max_sequences, "record_routes": True,
+            "keeps_addresses": True,
+        }  # fmt: skip
         divided = self.trainer is not None and self.trainer.is_divided
         ranks = self.trainer.mesh.copy.size if divided else 1
         if ranks % tp:
@@ -54,6 +58,9 @@ class Sampler:
                 self.model, cuts = empty_sampler(policy.config, next(policy.parameters()).dtype, self.mesh)
             except ValueError as error:
                 raise ValueError(f"sampler: {error}") from None
+            own = [p for p in self.model.parameters() if is_absent(p) or not p.numel()]
+            self.memory = LentTensors([(p.shape, p.dtype) for p in own], self.mesh.device, stays=True)
+            self.own, self.nothing = own, [p.data for p in own]
             self._restore()
             targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
             self.moves = HandOver(self.trainer, targets, cuts)
@@ -61,9 +68,9 @@ class Sampler:
 
     def _restore(self) -> None:
         """Have memory for weights of the sampler's own."""
-        for parameter in self.model.parameters():
-            if is_absent(parameter) or not parameter.numel():
-                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        if any(is_absent(parameter) for parameter in self.own):
+            for parameter, values in zip(self.own, self.memory.restore()):
+                parameter.data = values
 
     def take(self) -> None:
         """Have the trainer's weights of now, and memory to sample with; every rank makes the call.
@@ -105,9 +112,9 @@ class Sampler:
         self.engine.release()
         if self.moves is not None:
             self.moves.targets = {}
-            for parameter in self.model.parameters():
-                nothing = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device)
-                parameter.data = nothing.expand(parameter.shape)
+            for parameter, nothing in zip(self.own, self.nothing):
+                parameter.data = nothing
+            self.memory.release()
 
 
 def empty_sampler(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Transformer, dict[str, Cut]]:

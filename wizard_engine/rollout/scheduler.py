@@ -68,7 +68,8 @@ class Sequence:
         reason: why it ended; None while it goes on.   cached: tokens of the prompt that were not computed again.
         computed: ids whose keys are in the cache.   row: of the table of pages; tabled: pages written there.
         followers: sequences with the same prompt that wait for this one's first hidden state.
-        preempted: times that it gave its pages back.
+        preempted: times that it gave its pages back.   pending: tokens that are drawn and not read yet.
+        place: of the last of them among the tokens that its step drew.
     """
 
     number: int
@@ -87,6 +88,13 @@ class Sequence:
     preempted: int = 0
     uniform: list[float] = field(default_factory=list)
     experts: torch.Tensor | None = None
+    pending: int = 0
+    place: int = -1
+
+    @property
+    def length(self) -> int:
+        """Tokens, those that are not read yet included."""
+        return len(self.ids) + self.pending
 
     @property
     def tokens(self) -> list[int]:
@@ -97,6 +105,11 @@ class Sequence:
     def steps(self) -> int:
         """How many there are."""
         return len(self.ids) - self.prompt_tokens
+
+    @property
+    def drawn(self) -> int:
+        """New tokens, those that are not read yet included."""
+        return self.length - self.prompt_tokens
 
 
 class Chunk(NamedTuple):
@@ -109,7 +122,7 @@ class Chunk(NamedTuple):
     @property
     def is_last(self) -> bool:
         """Whether the sequence's next token comes out of it."""
-        return self.start + self.count == len(self.sequence.ids)
+        return self.start + self.count == self.sequence.length
 
 
 class Scheduler:
@@ -162,14 +175,20 @@ class Scheduler:
                 f"prompt: expected 1 to {room} tokens beside {self.max_length - room} new ones, got {len(prompt)}"
             )
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the next plan makes a sequence give its pages back."""
+        singles = (s for s in self.running if s.length - s.computed == 1)
+        return sum(max(0, self.pool.needed(s.length) - len(s.held.pages)) for s in singles) > self.pool.free
+
     def plan(self) -> list[Chunk]:
         """What to compute next, single tokens first; empty where nothing waits or runs."""
         chunks: list[Chunk] = []
         preempted, left = False, self.max_tokens
         for sequence in list(self.running):
-            if sequence.row < 0 or len(sequence.ids) - sequence.computed != 1:
+            if sequence.row < 0 or sequence.length - sequence.computed != 1:
                 continue
-            while not self.pool.extend(sequence.held, len(sequence.ids)):
+            while not self.pool.extend(sequence.held, sequence.length):
                 preempted = True
                 if self._preempt(self.running[-1]) is sequence:
                     break
@@ -177,12 +196,12 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.computed, 1))
                 left -= 1
         for sequence in self.running:
-            missing = len(sequence.ids) - sequence.computed
+            missing = sequence.length - sequence.computed
             if missing > 1 and left:
                 chunks.append(Chunk(sequence, sequence.computed, min(missing, left)))
                 left -= chunks[-1].count
         while left and not preempted and (sequence := self._admit()):
-            chunks.append(Chunk(sequence, sequence.computed, min(len(sequence.ids) - sequence.computed, left)))
+            chunks.append(Chunk(sequence, sequence.computed, min(sequence.length - sequence.computed, left)))
             left -= chunks[-1].count
         # A piece may be a single token, too.
         return sorted(chunks, key=lambda chunk: chunk.count > 1)
@@ -215,6 +234,7 @@ class Scheduler:
         self.pool.give_back(sequence.held)
 
     def _preempt(self, sequence: Sequence) -> Sequence:
+        assert not sequence.pending, "a sequence gave its pages back before its tokens were read"
         self._stop(sequence)
         sequence.computed = 0
         sequence.preempted += 1
@@ -227,10 +247,18 @@ class Scheduler:
 
     def done(self, chunk: Chunk) -> None:
         """A chunk is computed."""
-        sequence = chunk.sequence
-        sequence.computed += chunk.count
-        if sequence.computed // self.pool.size > sequence.held.known:
-            self.pool.computed(sequence.held, sequence.ids[: sequence.computed])
+        chunk.sequence.computed += chunk.count
+        self.register(chunk.sequence)
+
+    def register(self, sequence: Sequence) -> None:
+        """Let others find the pages of a sequence whose keys are computed and whose ids are known."""
+        known = min(sequence.computed, len(sequence.ids))
+        if known // self.pool.size > sequence.held.known:
+            self.pool.computed(sequence.held, sequence.ids[:known])
+
+    def retire(self, sequence: Sequence) -> None:
+        """A sequence has drawn its last token, which is not read yet: its row and pages are free for others."""
+        self._stop(sequence)
 
     def fork(self, leader: Sequence) -> list[tuple[Sequence, int, int]]:
         """Followers of a sequence whose prompt is computed, that go on from it: (follower, page to copy, page to copy
@@ -272,14 +300,14 @@ def next_uniforms(sequences: Several[Sequence]) -> list[float]:
     """The number in (0, 1) that decides the next token of each sequence."""
     short: dict[tuple[int, int], list[Sequence]] = {}
     for sequence in sequences:
-        if sequence.steps >= len(sequence.uniform) and sequence.sampling.temperature > 0:
+        if sequence.drawn >= len(sequence.uniform) and sequence.sampling.temperature > 0:
             short.setdefault((sequence.sampling.seed, len(sequence.uniform)), []).append(sequence)
     # Those of a seed are made at once.
     for (seed, first), group in short.items():
         seeds = row_seeds(seed, torch.tensor([s.sampling.row for s in group]), READY, first)
         for sequence, numbers in zip(group, uniforms(seeds).tolist()):
             sequence.uniform += numbers
-    return [s.uniform[s.steps] if s.sampling.temperature > 0 else 0.5 for s in sequences]
+    return [s.uniform[s.drawn] if s.sampling.temperature > 0 else 0.5 for s in sequences]
 
 
 def numbered(sampling: Sampling, count: int) -> list[Sampling]:
