@@ -9,7 +9,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -150,26 +150,27 @@ def launcher_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
 
 
 class Compilers:
-    """As many processes that compile as there are cores but one; a job that breaks its process costs no other job."""
+    """Processes that do a job each at a time; a job that breaks its process costs no other job."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int | None = None, work: Callable[[Any], dict[str, Any]] = compile_one) -> None:
+        """`workers` processes, by default one less than there are cores; `work` does a job and says what came of it."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = concurrent.futures.ThreadPoolExecutor(max(1, cores - 1))
-        self.own, self.processes = threading.local(), []
+        self.threads = concurrent.futures.ThreadPoolExecutor(workers or max(1, cores - 1))
+        self.own, self.processes, self.work = threading.local(), [], work
 
-    def submit(self, jobs: Sequence[Job]) -> list[concurrent.futures.Future]:
+    def submit(self, jobs: Sequence[Any]) -> list[concurrent.futures.Future]:
         """Start the jobs, in their order."""
         return [self.threads.submit(self._run, job) for job in jobs]
 
-    def _run(self, job: Job) -> dict[str, Any]:
-        """`compile_one` in the process of this thread."""
+    def _run(self, job: Any) -> dict[str, Any]:
+        """The work in the process of this thread."""
         process = getattr(self.own, "process", None)
         if process is None:
             context = multiprocessing.get_context("spawn")
             process = self.own.process = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
             self.processes.append(process)
         try:
-            return process.submit(compile_one, job).result()
+            return process.submit(self.work, job).result()
         except BrokenProcessPool:
             self.own.process = None
             return {"error": "the compiler ended its process"}
