@@ -31,6 +31,26 @@ def test_start_refuses_bad_arguments(arguments, text):
         runtime.start(*arguments)
 
 
+# Catches: NCCL that learns its device from the first collective, and guesses it for a barrier.
+@pytest.mark.parametrize(("device", "bound"), [("cuda", torch.device("cuda", 1)), ("cpu", None)])
+def test_start_tells_nccl_its_device(monkeypatch, device, bound):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda name, **more: calls.append((name, more)))
+    monkeypatch.setattr(runtime, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(runtime, "run_store", lambda purpose: None)
+    monkeypatch.setattr(runtime, "Watch", lambda *found: None)
+    monkeypatch.setattr(runtime, "_watch", None)
+    assert runtime.start(device).device.type == device
+    name, options = calls[-1]
+    assert name == {"cuda": "nccl", "cpu": "gloo"}[device] and options.get("device_id") == bound
+    assert [call for call in calls if call[0] == "set_device"] == ([("set_device", bound)] if bound else [])
+
+
 RANKS = """
 import sys
 from pathlib import Path

@@ -85,6 +85,9 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
         importlib.import_module("torch.distributed.nn.functional")
         timeout = datetime.timedelta(seconds=timeout_seconds)
         found = {"store": run_store("groups"), "rank": rank, "world_size": world_size} if _has_agent_store() else {}
+        if chosen.type == "cuda":
+            # NCCL connects now, on this device, where its errors name their cause; groups of a mesh are splits of it.
+            found["device_id"] = chosen
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **found)
         global _watch
         if world_size > 1:

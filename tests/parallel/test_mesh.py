@@ -100,6 +100,25 @@ def test_every_rank_of_512_agrees_on_who_is_with_whom(simulated):
         assert mesh.shard.group is not mesh.shard.reduce and mesh.replicate.reduce is None
 
 
+# Catches: a group that some ranks leave out: NCCL's communicators are splits of the world's, in which all take part.
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (8, {}), (8, {"dp_replicate": 2}), (16, {"tp": 2, "ep": 8}), (16, {"cp": 2, "tp": 2, "ep": 4}),
+        (16, {"dp_replicate": 2, "tp": 4, "ep": 8}), (12, {"dp_shard": 1, "tp": 2, "cp": 3, "ep": 2}),
+    ],
+)  # fmt: skip
+def test_every_rank_takes_part_in_every_split_of_the_world(simulated, monkeypatch, world, options):
+    made = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **more: made[-1].append(tuple(ranks)))
+    for rank in range(world):
+        made.append([])
+        simulated(rank, world, **options)
+    assert len({len(own) for own in made}) == 1 and made[0]
+    for groups in zip(*made):
+        assert sorted(rank for ranks in set(groups) for rank in ranks) == list(range(world))
+
+
 @pytest.mark.parametrize(
     ("preset", "options", "text"),
     [
