@@ -169,7 +169,9 @@ class Figures:
         return float(torch.cat([grad.flatten() for grad in self.grads.values()]).norm())
 
 
-def figures(step: Step, model: nn.Module, device: torch.device, experts: Tensor | None = None) -> tuple[Figures, Routes]:
+def figures(
+    step: Step, model: nn.Module, device: torch.device, experts: Tensor | None = None
+) -> tuple[Figures, Routes]:
     """Loss and gradients of a step with this model, on the device; experts as given, or the router's."""
     routes = Routes() if experts is None else Routes(experts.to(device))
     model.zero_grad()

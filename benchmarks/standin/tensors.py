@@ -60,8 +60,8 @@ KERNELS = {
 COUNTED = ("nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive")
 # Operators that write rows of a larger tensor.
 PLACED = ("index_copy_", "index_put_", "scatter_", "slice_scatter")
-# Largest tensor whose numbers are remembered after a copy to the device, elements.
-REMEMBERED = 4096
+# Largest storage whose numbers are remembered, bytes.
+REMEMBERED = 2**20
 
 
 def is_cuda(tensor: Any) -> bool:
@@ -149,6 +149,9 @@ class Devices(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if kwargs.pop("pin_memory", False):
+            with self:
+                return func(*args, **kwargs).pin_memory()
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             kwargs["device"] = CUDA
             if func in (torch.tensor, torch.as_tensor) and not is_cuda(args[0]):
@@ -165,6 +168,64 @@ def _names_cuda(device: str | torch.device) -> bool:
     return str(device).partition(":")[0] == "cuda"
 
 
+class Numbers:
+    """Numbers of small tensors on the device, where they came from the host or from others that are known.
+
+    Where tokens stand, how long sequences are: what the engine's code asks for again. A kernel's results are not known.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: dict[int, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """A tensor's numbers, as a view of what is remembered; None where they are not known."""
+        storage = tensor.untyped_storage()
+        known = self._bytes.get(storage._cdata)
+        # A storage that is gone may have left its numbers where another one is now.
+        if known is None or known.numel() != storage.nbytes() or known.numel() % tensor.element_size():
+            return None
+        return known.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def put(self, tensor: Tensor, values: Tensor | None) -> None:
+        """Remember a tensor's numbers, or that they are not known any more."""
+        storage = tensor.untyped_storage()
+        if values is None:
+            self._bytes.pop(storage._cdata, None)
+        elif 0 < storage.nbytes() <= REMEMBERED and not storage.nbytes() % tensor.element_size():
+            if self.of(tensor) is None:
+                self._bytes[storage._cdata] = torch.zeros(storage.nbytes(), dtype=torch.uint8)
+            self.of(tensor).copy_(values)
+
+    def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """An operator has given `out`: what is known of it."""
+        name, made = func.overloadpacket.__name__, [x for x in tree_leaves(out) if is_cuda(x)]
+        if _is_view(func):
+            return
+        if len(made) != 1 or made[0].untyped_storage().nbytes() > REMEMBERED or "empty" in name:
+            for tensor in made:
+                self.put(tensor, None)
+            return
+        values = self._computed(func, args, kwargs)
+        self.put(made[0], values if isinstance(values, Tensor) else None)
+
+    def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x.is_meta if not is_cuda(x) else self.of(x) is None for x in given):
+            return None
+
+        def real(x: Any) -> Any:
+            if isinstance(x, torch.device):
+                return torch.device("cpu")
+            return self.of(x).clone() if is_cuda(x) else x
+
+        args, kwargs = tree_map(real, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_view(func: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
 class CudaMode(TorchDispatchMode):
     """Runs operators on tensors of a device that is not there, and logs them.
 
@@ -174,7 +235,7 @@ class CudaMode(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode, log: Log) -> None:
         super().__init__()
-        self.fake, self.log = fake, log
+        self.fake, self.log, self.numbers = fake, log, Numbers()
         self.pinned: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,11 +252,11 @@ class CudaMode(TorchDispatchMode):
         if not on_device and not makes:
             return self._on_host(func, name, args, kwargs)
         if func.namespace == "wizard_engine":
-            with self:
+            with self, Devices():
                 return OPDEFS[f"wizard_engine::{name}"]._init_fn(*args, **kwargs)
         if name in ("_local_scalar_dense", "equal", "is_nonzero"):
             self._wait(name)
-            return _scalar(on_device[0]) if name == "_local_scalar_dense" else True
+            return self._scalar(on_device[0]) if name == "_local_scalar_dense" else True
         if on_device and target is not None and target.type == "cpu":
             return self._to_host(on_device[0], kwargs)
         if name == "copy_":
@@ -212,6 +273,12 @@ class CudaMode(TorchDispatchMode):
             self.pinned.add(out.untyped_storage().data_ptr())
         return out
 
+    def _scalar(self, tensor: Tensor) -> Any:
+        known = self.numbers.of(tensor)
+        if known is not None:
+            return known.item()
+        return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
+
     def _wait(self, what: str) -> None:
         self.log.add(Event("sync", what, launches=0, where=caller()))
 
@@ -219,8 +286,8 @@ class CudaMode(TorchDispatchMode):
         """A copy to new memory of the host, which is pageable: the host waits."""
         self._wait("copy to the host")
         dtype = kwargs.get("dtype") or tensor.dtype
-        numbers = getattr(tensor, "standin_numbers", None)
-        return torch.zeros(tensor.shape, dtype=dtype) if numbers is None else numbers.to(dtype)
+        known = self.numbers.of(tensor)
+        return torch.zeros(tensor.shape, dtype=dtype) if known is None else known.to(dtype, copy=True)
 
     def _is_pinned(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.pinned
@@ -234,8 +301,10 @@ class CudaMode(TorchDispatchMode):
         if is_cuda(target):
             with self.fake:
                 func(target, self.fake.from_tensor(source))
+            self.numbers.put(target, source)
         else:
-            target.zero_()
+            known = self.numbers.of(source)
+            target.zero_() if known is None else target.copy_(known)
         return target
 
     def _count_copy(self, host: Tensor, non_blocking: bool) -> None:
@@ -250,12 +319,12 @@ class CudaMode(TorchDispatchMode):
             return self._to_device(func, args[0], kwargs)
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             self._wait(name)
-            kwargs["output_size"] = int(args[-1].standin_numbers.sum())
+            kwargs["output_size"] = int(self.numbers.of(args[-1]).sum())
         if name in COUNTED or (name.startswith("index") and _has_mask(args)):
             self._wait(name)
         kwargs.pop("pin_memory", None)
         out = self._fake_call(func, name, args, kwargs)
-        _remember(func, args, kwargs, out)
+        self.numbers.follow(func, args, kwargs, out)
         if launches_kernels(func, name, args, out):
             self.log.add(self._event(func, name, args, kwargs, out))
         return out
@@ -263,8 +332,7 @@ class CudaMode(TorchDispatchMode):
     def _to_device(self, func: Any, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         self._count_copy(source, kwargs.get("non_blocking", False))
         out = self._fake_call(func, "_to_copy", (source,), kwargs)
-        if source.numel() <= REMEMBERED:
-            out.standin_numbers = source.clone()
+        self.numbers.put(out, source.to(out.dtype))
         return out
 
     def _fake_call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -305,23 +373,6 @@ def _flops(name: str, args: Any) -> float:
     return 2.0 * left.numel() * right.shape[-1]
 
 
-def _remember(func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Compute an operator on the numbers that are remembered too, where all of its few whole numbers are."""
-    if not isinstance(out, Tensor) or out.dtype.is_floating_point or out.numel() > REMEMBERED:
-        return
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    is_known = all(hasattr(x, "standin_numbers") if is_cuda(x) else not x.is_meta for x in given)
-    if is_known and "empty" not in func.overloadpacket.__name__:
-        on_host = tree_map(
-            lambda x: torch.device("cpu") if isinstance(x, torch.device) else _numbers(x), (args, kwargs)
-        )
-        out.standin_numbers = func(*on_host[0], **on_host[1])
-
-
-def _numbers(x: Any) -> Any:
-    return x.standin_numbers if is_cuda(x) else x
-
-
 def _read_bytes(name: str, read: list[Tensor], written: list[Tensor]) -> int:
     """Bytes that an operator reads; what it fills anew is not read, and of a table only the rows that are wanted."""
     if name in (
@@ -347,16 +398,10 @@ def _has_mask(args: Any) -> bool:
     return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1:2]))
 
 
-def _scalar(tensor: Tensor) -> Any:
-    return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
-
-
 def launches_kernels(func: Any, name: str, args: Any, out: Any) -> bool:
     """Whether an operator runs anything on the device: not where it makes a view, or memory without numbers."""
     if name.startswith(SILENT) or name in ("new_empty", "empty_like", "_local_scalar_dense"):
         return False
     if not any(is_cuda(x) for x in tree_leaves((args, out))):
         return False
-    returns = func._schema.returns
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return not is_view and any(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+    return not _is_view(func) and any(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
