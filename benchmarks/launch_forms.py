@@ -136,10 +136,11 @@ def _rms_norm(width: int, dtype: torch.dtype, residual: bool) -> None:
 
 
 def rope(shape: dict[str, int]) -> Iterator[Form]:
-    """Forwards, with and without positions, and backwards."""
+    """Forwards, with and without positions, and backwards: of q and k alone, and to the product they came out of."""
     dtype = DTYPES[shape["bytes"]]
     for name, packed, inverse in (("forward", True, False), ("forward one row", False, False), ("inverse", True, True)):
         yield f"{name} {NAMES[dtype]}", lambda p=packed, i=inverse: _rope(shape["half"], dtype, p, i)
+    yield f"joined {NAMES[dtype]}", lambda: _rope_joined(shape["half"], dtype)
 
 
 def _rope(half: int, dtype: torch.dtype, packed: bool, inverse: bool) -> None:
@@ -166,6 +167,14 @@ def _write_pages(half: int, dtype: torch.dtype, packed: bool) -> None:
     pages, table = _meta(TOKENS, 64, KV_HEADS, 2 * half, dtype=dtype), _meta(TOKENS, half, dtype=torch.float32)
     slots = _meta(TOKENS, dtype=torch.int64)
     write_pages(qkv, table, table, pages, pages, slots, slots if packed else None)
+
+
+def _rope_joined(half: int, dtype: torch.dtype) -> None:
+    from kernels._rope import rope_joined
+
+    q, k = (_meta(TOKENS, heads, 2 * half, dtype=dtype) for heads in (HEADS, KV_HEADS))
+    table = _meta(TOKENS, half, dtype=torch.float32)
+    rope_joined(q, k, k, table, table)
 
 
 def swiglu(shape: dict[str, int]) -> Iterator[Form]:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from benchmarks.standin import Event, Log
+from recipes import sft
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
-from wizard_engine.loss import sft_loss
-from wizard_engine.model import ModelConfig, Routes, ScoringModel, Transformer
+from wizard_engine.model import ModelConfig, ScoringModel, Transformer
 from wizard_engine.online import OnlineRun
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize
 from wizard_engine.rollout.engine import Engine, Sampling
@@ -23,7 +23,7 @@ from wizard_engine.rollout.sampler import Sampler
 from wizard_engine.rollout.trajectories import Rollout, answer_logprobs, answer_values
 from wizard_engine.runtime import Runtime
 from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token
-from wizard_engine.training import Run, Training, num_supervised
+from wizard_engine.training import Run, Training
 
 DOCUMENT = 4096
 # Tokens of a page, sequences and keys of the decode steps.
@@ -71,17 +71,7 @@ def train(log: Log, config: ModelConfig, device: torch.device, tokens: int, reco
         counted: list[Event] = []
         for packs in run.steps():
             log.events.clear()
-            batches = [collate([samples[i] for i in pack]).to(device) for pack in packs]
-            num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
-            for batch in run.paced(batches):
-                routes = Routes()
-                hidden = model(*batch.inputs, routes)
-                loss, _, logprob = sft_loss(
-                    hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=model.shard
-                )  # fmt: skip
-                (loss + run.router.loss(routes)).backward()
-                run.add(loss, batch.tokens.numel(), logprob=logprob)
-            run.update()
+            sft.train_step(run, model, [collate([samples[i] for i in pack]) for pack in packs])
             counted = list(log.events)
             log.events.clear()
     return counted
@@ -196,10 +186,27 @@ def flattened(events: Sequence[Event]) -> Iterator[Event]:
             yield event
 
 
+def full_waits(events: Sequence[Event]) -> list[Event]:
+    """Waits of the host for all that the device has been asked to do.
+
+    A wait for an event is one where nothing was launched after the event; otherwise the device has work meanwhile.
+    """
+    found: list[Event] = []
+    since: dict[str, int] = {}
+    launched = 0
+    for event in events:
+        launched += event.launches
+        if event.kind == "mark":
+            since[event.name] = launched
+        elif event.kind == "sync" or (event.kind == "wait" and since.get(event.name) == launched):
+            found.append(event)
+    return found
+
+
 def counts(events: Sequence[Event]) -> dict[str, Any]:
     """Launches, waits, bytes and operations of a step."""
     flat = list(flattened(events))
     return {
-        "launches": sum(event.launches for event in flat), "host_syncs": sum(event.kind == "sync" for event in flat),
+        "launches": sum(event.launches for event in flat), "host_syncs": len(full_waits(flat)),
         "bytes": sum(event.bytes for event in flat), "flops": sum(event.flops for event in flat),
     }  # fmt: skip

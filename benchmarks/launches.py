@@ -84,7 +84,7 @@ def device_seconds(event: Event, rates: Rates) -> float:
     """How long the device works on an event."""
     if event.kind == "graph":
         return sum(device_seconds(part, rates) + rates.graph_node for part in event.parts)
-    if event.kind == "sync":
+    if event.kind in ("sync", "mark", "wait"):
         return 0.0
     if event.kind == "copy":
         return rates.shortest + event.bytes / rates.link
@@ -101,16 +101,21 @@ def device_seconds(event: Event, rates: Rates) -> float:
 
 def host_seconds(event: Event, rates: Rates) -> float:
     """How long the host takes to ask for an event."""
-    known = {"graph": rates.graph_launch, "triton": rates.triton_launch, "sync": 0.0}
+    known = {"graph": rates.graph_launch, "triton": rates.triton_launch} | dict.fromkeys(("sync", "mark", "wait"), 0.0)
     return known.get(event.kind, event.launches * rates.torch_launch)
 
 
 def predict_events(events: Sequence[Event], rates: Rates) -> Prediction:
     """Run host and device against each other: one stream, in order, the host ahead until it waits."""
     host = device = idle = busy = 0.0
+    marks: dict[str, float] = {}
     for event in events:
-        if event.kind == "sync":
-            host = max(host, device) + rates.wait
+        if event.kind == "mark":
+            marks[event.name] = device
+            continue
+        if event.kind in ("sync", "wait"):
+            # An event of an earlier step has long passed.
+            host = max(host, device if event.kind == "sync" else marks.get(event.name, 0.0)) + rates.wait
             continue
         taken = host_seconds(event, rates)
         host, busy = host + taken, busy + taken
@@ -121,16 +126,18 @@ def predict_events(events: Sequence[Event], rates: Rates) -> Prediction:
 
 def rows_of(events: Sequence[Event], rates: Rates) -> list[dict[str, Any]]:
     """Launches, bytes, operations and device seconds by kernel and operator, the longest first."""
-    from benchmarks.launch_steps import flattened
+    from benchmarks.launch_steps import flattened, full_waits
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for event in flattened(events):
-        row = rows.setdefault((event.kind, event.name), dict.fromkeys(("launches", "bytes", "flops", "seconds"), 0))
+    waits = full_waits(list(flattened(events)))
+    for event in (*(e for e in flattened(events) if e.kind not in ("sync", "mark", "wait")), *waits):
+        kind, name = ("sync", "event") if event.kind == "wait" else (event.kind, event.name)
+        row = rows.setdefault((kind, name), dict.fromkeys(("launches", "bytes", "flops", "seconds"), 0))
         row["launches"] += event.launches
         row["bytes"] += event.bytes
         row["flops"] += event.flops
         row["seconds"] += device_seconds(event, rates)
-        if event.kind == "sync":
+        if kind == "sync":
             row["count"] = row.get("count", 0) + 1
             row["where"] = sorted({*row.get("where", ()), event.where} - {""})
     named = [{"kind": kind, "name": name} | row for (kind, name), row in rows.items()]

@@ -112,7 +112,7 @@ def _block(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.
         block = Transformer(one, seed=None).blocks[0].to(dtype)
     cos_sin = rope_tables(torch.arange(tokens, device=device), config.head_width, config.rope_base)
     x = normal(tokens, config.width, dtype=dtype, device=device, seed=3).requires_grad_()
-    return both(lambda: block(x, *cos_sin, marks, tokens), [x, *block.parameters()])[1]
+    return both(lambda: block(x, None, *cos_sin, marks, tokens)[1], [x, *block.parameters()])[1]
 
 
 def compared(found: dict[str, float], preset: str, config: ModelConfig, tokens: int, gpu: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Kernel of rotary embedding: the heads of q and k in one launch, angles kept in registers over the heads."""
+"""Kernel of rotary embedding: the heads of q and k in one launch, angles kept in registers over the heads.
+
+Backwards it takes the gradients of q, k and v to one buffer, that of the product they came out of.
+"""
 
 import torch
 import triton
@@ -14,10 +17,11 @@ MIN_BLOCK_HALF = 8
 @triton.jit
 def _turn(
     source, target, start, tokens, cos, sin, first_head, stride, stride_head,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    HEADS: tl.constexpr, TO_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Rotate BLOCK_HEADS heads of BLOCK_TOKENS tokens from `source` (T, HEADS, 2 HALF), strided, into `target`."""
+    """Rotate, or (not TURN) copy, BLOCK_HEADS heads of BLOCK_TOKENS tokens from `source` (T, HEADS, 2 HALF), strided,
+    to the first of the TO_HEADS heads that stand in each row of `target`."""
     token = start + tl.arange(0, BLOCK_TOKENS)
     column = tl.arange(0, BLOCK_HALF)[None, :]
     row = token.to(tl.int64)[:, None]
@@ -32,20 +36,31 @@ def _turn(
         at = source + row * stride + head.to(tl.int64) * stride_head + column
         first = tl.load(at, mask=kept, other=0.0).to(tl.float32)
         second = tl.load(at + HALF, mask=kept, other=0.0).to(tl.float32)
-        to = target + row * (HEADS * 2 * HALF) + head * (2 * HALF) + column
-        tl.store(to, (first * cos - second * sin).to(target.dtype.element_ty), mask=kept)
-        tl.store(to + HALF, (second * cos + first * sin).to(target.dtype.element_ty), mask=kept)
+        to = target + row * (TO_HEADS * 2 * HALF) + head * (2 * HALF) + column
+        turned_first = first
+        turned_second = second
+        if TURN:
+            turned_first = first * cos - second * sin
+            turned_second = second * cos + first * sin
+        tl.store(to, turned_first.to(target.dtype.element_ty), mask=kept)
+        tl.store(to + HALF, turned_second.to(target.dtype.element_ty), mask=kept)
 
 
 @triton.jit(repr=named("rope", "HALF", "HEADS", "KV_HEADS", "INVERSE"), do_not_specialize=["tokens", "table_rows"])
 def rope_kernel(
-    q, k, cos, sin, positions, turned_q, turned_k, tokens, table_rows, stride_q, stride_qh, stride_k, stride_kh,
+    q, k, v, cos, sin, positions, turned_q, turned_k, tokens, table_rows, stride_q, stride_qh, stride_k, stride_kh,
+    stride_v, stride_vh,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
+    """Without `v`, into `turned_q` and `turned_k`; with it, all three side by side into `turned_q`."""
     # The programs of one token block stand side by side, so that its angles come from L2.
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    blocks: tl.constexpr = q_blocks + (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    joined: tl.constexpr = v is not None
+    blocks: tl.constexpr = q_blocks + (2 if joined else 1) * kv_blocks
+    to_q: tl.constexpr = HEADS + 2 * KV_HEADS if joined else HEADS
+    to_k: tl.constexpr = HEADS + 2 * KV_HEADS if joined else KV_HEADS
     start = tl.program_id(0) // blocks * BLOCK_TOKENS
     block = tl.program_id(0) % blocks
     token = start + tl.arange(0, BLOCK_TOKENS)
@@ -65,12 +80,18 @@ def rope_kernel(
     if block < q_blocks:
         _turn(
             q, turned_q, start, tokens, cosine, sine, block * BLOCK_HEADS, stride_q, stride_qh,
-            HEADS, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS,
+            HEADS, to_q, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, True,
         )  # fmt: skip
-    else:
+    elif block < q_blocks + kv_blocks:
         _turn(
             k, turned_k, start, tokens, cosine, sine, (block - q_blocks) * BLOCK_HEADS, stride_k, stride_kh,
-            KV_HEADS, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS,
+            KV_HEADS, to_k, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, True,
+        )  # fmt: skip
+    elif joined:
+        _turn(
+            v, turned_k + KV_HEADS * 2 * HALF, start, tokens, cosine, sine,
+            (block - q_blocks - kv_blocks) * BLOCK_HEADS, stride_v, stride_vh,
+            KV_HEADS, to_k, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, False,
         )  # fmt: skip
 
 
@@ -84,15 +105,32 @@ def rope_forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """q (T, H, C) and k (T, K, C) turned by their angles, or by the negative ones where `inverse`."""
+    turned_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    turned_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    _launch(q, k, None, cos, sin, positions, turned_q, turned_k, inverse)
+    return turned_q, turned_k
+
+
+def rope_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(T, H + 2 K, C): q and k turned by the negative angles, and v as it is, in one buffer."""
+    tokens, heads, width = q.shape
+    joined = torch.empty((tokens, heads + 2 * k.shape[1], width), dtype=q.dtype, device=q.device)
+    _launch(q, k, v, cos, sin, None, joined, joined[:, heads:], True)
+    return joined
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, to_q: Tensor,
+    to_k: Tensor, inverse: bool,
+) -> None:  # fmt: skip
     tokens, heads, width = q.shape
     shape = shape_class(q)
     config = configuration("rope", q.device, **shape)
-    turned_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    turned_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    blocks = triton.cdiv(heads, config["BLOCK_HEADS"]) + triton.cdiv(k.shape[1], config["BLOCK_HEADS"])
+    per_token = [x.shape[1] for x in (q, k, v) if x is not None]
+    blocks = sum(triton.cdiv(count, config["BLOCK_HEADS"]) for count in per_token)
+    strides = (0, 0) if v is None else v.stride()[:2]
     launch(
-        rope_kernel, (triton.cdiv(tokens, config["BLOCK_TOKENS"]) * blocks,), q, k, cos.contiguous(), sin.contiguous(),
-        positions, turned_q, turned_k, tokens, cos.shape[0], q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        rope_kernel, (triton.cdiv(tokens, config["BLOCK_TOKENS"]) * blocks,), q, k, v, cos.contiguous(),
+        sin.contiguous(), positions, to_q, to_k, tokens, cos.shape[0], *q.stride()[:2], *k.stride()[:2], *strides,
         HEADS=heads, KV_HEADS=k.shape[1], HALF=width // 2, BLOCK_HALF=shape["half"], INVERSE=inverse, **config,
     )  # fmt: skip
-    return turned_q, turned_k

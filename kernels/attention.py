@@ -251,10 +251,14 @@ def _save(ctx, inputs, output):
     q, k, v, cu_q, cu_k, ctx.causal, ctx.window, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    # No zeros for a gradient that lse does not have.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
 
 
 def _differentiate(ctx, dout, _):
+    if dout is None:
+        return (None,) * 8
     q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
     if dout.stride(-1) != 1:
         dout = dout.contiguous()

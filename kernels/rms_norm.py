@@ -32,12 +32,13 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, epsilon):
         normed, rstd = _normed(x, epsilon)
-        ctx.save_for_backward(normed, weight, rstd)
+        ctx.save_for_backward(x, weight, rstd)
         return normed.to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx, dy):
-        normed, weight, rstd = ctx.saved_tensors
+        x, weight, rstd = ctx.saved_tensors
+        normed = x * rstd
         wide = dy.to(normed.dtype)
         dweight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
         scaled = wide * weight.to(normed.dtype)
@@ -117,12 +118,12 @@ def rms_norm(
         rows, added = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, residual))
         y, stream, _ = _forward(rows, weight, epsilon, added)
         return y.view(x.shape) if residual is None else (y.view(x.shape), stream.view(x.shape))
-    if residual is None and not torch.is_grad_enabled():
-        return _normed(x, epsilon)[0].to(x.dtype) * weight
-    if residual is None:
-        return _RmsNorm.apply(x, weight, epsilon)
-    stream = x + residual
-    return _RmsNorm.apply(stream, weight, epsilon), stream
+    stream = x if residual is None else x + residual
+    if torch.is_grad_enabled():
+        y = _RmsNorm.apply(stream, weight, epsilon)
+    else:
+        y = _normed(stream, epsilon)[0].to(x.dtype) * weight
+    return y if residual is None else (y, stream)
 
 
 def _check(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> None:

@@ -91,6 +91,61 @@ def _differentiate(ctx, dq, dk):
 _rotate.register_autograd(_differentiate, setup_context=_save)
 
 
+@torch.library.custom_op("wizard_engine::rope_joined", mutates_args=())
+def _joined_gradient(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from ._rope import rope_joined
+
+    return rope_joined(dq, dk, dv, cos, sin)
+
+
+@_joined_gradient.register_fake
+def _(dq, dk, dv, cos, sin):
+    return dq.new_empty((dq.shape[0], dq.shape[1] + 2 * dk.shape[1], dq.shape[2]))
+
+
+class _RopeOfProduct(torch.autograd.Function):
+    """q, k and v out of one product; their gradients go to one buffer, without slices that are put together."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, kv_heads):
+        ctx.save_for_backward(cos, sin)
+        ctx.runs_triton = runs_triton(qkv, "qkv")
+        q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+        if ctx.runs_triton:
+            return *_rotate(q, k, cos, sin, None, False), v
+        turned = _turned(qkv[:, : q.shape[1] + kv_heads], *_angles(cos, sin, None, qkv.shape[0]))
+        return turned[:, : q.shape[1]], turned[:, q.shape[1] :], v
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        cos, sin = ctx.saved_tensors
+        if ctx.runs_triton:
+            grads = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
+            return _joined_gradient(*grads, cos, sin), None, None, None
+        cos, sin = _angles(cos, sin, None, dq.shape[0])
+        return torch.cat((_turned(_joined(dq, dk), cos, -sin), dv), dim=1), None, None, None
+
+
+def rope_of_product(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value heads out of one product, queries and keys rotated as `rope` does.
+
+    Args:
+        qkv: (T, H + 2 K, C): the heads of q, k and v side by side, H >= 1; else as q of `rope`.
+        cos, sin: (P, C/2) fp32, P >= T, as `rope_tables` gives them.   kv_heads: K >= 1.
+    Returns:
+        q' (T, H, C), k' (T, K, C) and v (T, K, C), the last a view of qkv. Differentiable in qkv; bit-equal to `rope`
+        of slices, and so is the gradient.
+    Raises:
+        ValueError: as `rope`, or kv_heads that leave no query head.
+    """
+    if qkv.dim() != 3 or not 1 <= kv_heads <= (qkv.shape[1] - 1) // 2:
+        raise ValueError(f"qkv: expected (T, H + 2 K, C) with H, K >= 1, got {tuple(qkv.shape)} and K = {kv_heads}")
+    _check(qkv[:, : -2 * kv_heads], qkv[:, -2 * kv_heads : -kv_heads], cos, sin, None)
+    if runs_triton(qkv, "qkv") and qkv.shape[-1] > MAX_HEAD_WIDTH:
+        raise ValueError(f"qkv: expected heads of at most {MAX_HEAD_WIDTH} elements, got {qkv.shape[-1]}")
+    return _RopeOfProduct.apply(qkv, cos, sin, kv_heads)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rotated query and key heads.
 

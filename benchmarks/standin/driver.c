@@ -96,6 +96,41 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   return CUDA_SUCCESS;
 }
 
+/* Memory whose addresses are reserved apart: pieces of 2 MiB, mapped before they are unmapped. */
+#define PIECE (2ull << 20)
+static uint64_t next_address = STANDIN_MEMORY << 1, handles, mapped;
+
+CUresult cuMemGetAllocationGranularity(size_t *size, const CUmemAllocationProp *kind,
+                                       CUmemAllocationGranularity_flags flags) {
+  *size = PIECE;
+  return CUDA_SUCCESS;
+}
+CUresult cuMemAddressReserve(CUdeviceptr *address, size_t size, size_t alignment, CUdeviceptr wish,
+                             unsigned long long flags) {
+  if (!size || size % PIECE) return CUDA_ERROR_INVALID_VALUE;
+  *address = next_address;
+  next_address += size;
+  return CUDA_SUCCESS;
+}
+CUresult cuMemAddressFree(CUdeviceptr address, size_t size) { return CUDA_SUCCESS; }
+CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *kind,
+                     unsigned long long flags) {
+  if (!size || size % PIECE) return CUDA_ERROR_INVALID_VALUE;
+  *handle = ++handles;
+  return CUDA_SUCCESS;
+}
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle) { return CUDA_SUCCESS; }
+CUresult cuMemMap(CUdeviceptr address, size_t size, size_t offset, CUmemGenericAllocationHandle handle,
+                  unsigned long long flags) {
+  if (address % PIECE || size % PIECE) return CUDA_ERROR_INVALID_VALUE;
+  mapped++;
+  return CUDA_SUCCESS;
+}
+CUresult cuMemSetAccess(CUdeviceptr address, size_t size, const CUmemAccessDesc *access, size_t count) {
+  return CUDA_SUCCESS;
+}
+CUresult cuMemUnmap(CUdeviceptr address, size_t size) { return mapped-- ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }
+
 static int bytes_of(CUtensorMapDataType type) {
   static const int sizes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
   return (int)type < 13 ? sizes[type] : 1;

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["triton", "torch", "copy", "sync", "graph", "collective"]
+Kind = Literal["triton", "torch", "copy", "sync", "graph", "mark", "wait"]
 
 
 @dataclass
@@ -13,8 +13,9 @@ class Event:
     """One request to the device, or one wait for it.
 
     Attributes:
-        kind: a Triton kernel, a torch operator, a copy between host and device, a wait of the host, a CUDA graph or a
-            collective.   name: of the kernel, operator, or what the host waited for.
+        kind: a Triton kernel, a torch operator, a copy between host and device, a wait of the host for all of it, a CUDA
+            graph, the record of an event (a mark), or a wait of the host for that.
+        name: of the kernel or operator, what the host waited for, or the number of the mark.
         bytes: read and written.   flops: operations.   launches: kernels that the device runs.
         where: "file:line" of the engine's code that asked, of waits.
         parts: of a graph, the events that it replays.   launch: of a Triton kernel.

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from kernels.launch import Launch, observe
 
 from ..launch_costs import cost_of
 from .events import Event, Log
-from .tensors import CudaMode, Devices, cuda_tensors
+from .tensors import CudaMode, Devices, caller, cuda_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes and number of the element types of descriptors, as Triton's compiler counts them.
@@ -83,9 +84,6 @@ class FakeStream:
     def __exit__(self, *args: Any) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> "FakeStream":
-        return event or FakeStream()
-
     def elapsed_time(self, other: Any) -> float:
         return 1.0
 
@@ -113,19 +111,30 @@ class Cuda:
         )  # fmt: skip
 
     def wait(self, what: str) -> None:
-        from .tensors import caller
-
         self.log.add(Event("sync", what, launches=0, where=caller()))
 
     def functions(self) -> dict[str, Any]:
         """Name in torch.cuda -> what stands in for it."""
         log, wait = self.log, self.wait
 
+        numbers = itertools.count()
+
         class StandInEvent(FakeStream):
+            number = ""
+
+            def record(self, stream: Any = None) -> None:
+                self.number = str(next(numbers))
+                log.add(Event("mark", self.number, launches=0))
+
             def synchronize(self) -> None:
-                wait("event")
+                log.add(Event("wait", self.number, launches=0, where=caller()))
 
         class StandInStream(FakeStream):
+            def record_event(self, event: Any = None) -> StandInEvent:
+                event = event or StandInEvent()
+                event.record()
+                return event
+
             def synchronize(self) -> None:
                 wait("stream")
 
@@ -149,7 +158,7 @@ class Cuda:
                 yield
             made.events = list(events)
 
-        stream, numbers = StandInStream(), {"allocated_bytes.all.peak": 0}
+        stream, statistics = StandInStream(), {"allocated_bytes.all.peak": 0}
         return {
             "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
             "_lazy_init": lambda: None,
@@ -160,7 +169,7 @@ class Cuda:
             "mem_get_info": lambda device=None: (self.memory, self.memory), "empty_cache": lambda: None,
             "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 0,
             "memory_reserved": lambda device=None: 0, "max_memory_reserved": lambda device=None: 0,
-            "memory_stats": lambda device=None: numbers, "reset_peak_memory_stats": lambda device=None: None,
+            "memory_stats": lambda device=None: statistics, "reset_peak_memory_stats": lambda device=None: None,
             "synchronize": lambda device=None: wait("synchronize"), "current_stream": lambda device=None: stream,
             "default_stream": lambda device=None: stream, "Stream": StandInStream, "Event": StandInEvent,
             "stream": lambda stream: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),

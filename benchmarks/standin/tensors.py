@@ -86,6 +86,13 @@ class Addresses:
             self._known[key] = next(self._next)
         return self._known[key] + tensor.storage_offset() * tensor.element_size()
 
+    def place(self, tensor: Tensor, address: int) -> None:
+        """Say where a tensor's storage lies."""
+        self._known[tensor.untyped_storage()._cdata] = address
+
+
+ADDRESSES = Addresses()
+
 
 @contextmanager
 def cuda_tensors() -> Iterator[FakeTensorMode]:
@@ -93,7 +100,7 @@ def cuda_tensors() -> Iterator[FakeTensorMode]:
 
     torch's C++ looks for a device's streams and guards by the device that it sees; a build without CUDA has none.
     """
-    make, addresses = Tensor._make_subclass, Addresses()
+    make = Tensor._make_subclass
 
     def make_subclass(cls: type, data: Tensor, requires_grad: bool = False, **options: Any) -> Any:
         if cls is FakeTensor:
@@ -104,7 +111,7 @@ def cuda_tensors() -> Iterator[FakeTensorMode]:
         "is_cuda": property(lambda tensor: tensor.fake_device.type == "cuda"),
         "is_cpu": property(lambda tensor: tensor.fake_device.type == "cpu"),
         "is_meta": property(lambda tensor: False),
-        "data_ptr": lambda tensor: addresses.of(tensor),
+        "data_ptr": lambda tensor: ADDRESSES.of(tensor),
         "is_pinned": lambda tensor, *args: False,
         "tolist": lambda tensor: tensor.cpu().tolist(),
         "numpy": lambda tensor: tensor.cpu().numpy(),
@@ -154,6 +161,8 @@ class Devices(TorchFunctionMode):
                 return func(*args, **kwargs).pin_memory()
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             kwargs["device"] = CUDA
+            if hasattr(args[0] if args else None, "__cuda_array_interface__") and not isinstance(args[0], Tensor):
+                return _wrapped(args[0].__cuda_array_interface__)
             if func in (torch.tensor, torch.as_tensor) and not is_cuda(args[0]):
                 del kwargs["device"]
                 return func(*args, **kwargs).to(CUDA)
@@ -162,6 +171,14 @@ class Devices(TorchFunctionMode):
         elif func is Tensor.cuda:
             return args[0].to(CUDA, **{name: kwargs[name] for name in ("non_blocking",) if name in kwargs})
         return func(*args, **kwargs)
+
+
+def _wrapped(memory: dict[str, Any]) -> Tensor:
+    """A tensor over memory that is not torch's."""
+    dtype = {"|u1": torch.uint8, "<i2": torch.int16, "<i4": torch.int32, "<i8": torch.int64}[memory["typestr"]]
+    tensor = torch.empty(memory["shape"], dtype=dtype, device=CUDA)
+    ADDRESSES.place(tensor, memory["data"][0])
+    return tensor
 
 
 def _names_cuda(device: str | torch.device) -> bool:

@@ -151,7 +151,7 @@ def summary(events: list) -> dict:
     flat = list(launch_steps.flattened(events))
     return launch_steps.counts(events) | {
         "kinds": dict(Counter(f"{e.kind} {e.name}" for e in flat)),
-        "waits": dict(Counter(e.where for e in flat if e.kind == "sync")),
+        "waits": dict(Counter(e.where for e in launch_steps.full_waits(flat))),
     }
 
 

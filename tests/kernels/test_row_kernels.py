@@ -8,7 +8,7 @@ import kernels
 from kernels.adamw import adamw, adamw_reference
 from kernels.configuration import table, use_arch, use_config
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope, rope_of_product, rope_tables
 from kernels.swiglu import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,6 +175,41 @@ def test_rope_turns_q_and_k(tokens, heads, kv_heads, width, dtype):
     tensors = {"q": drawn(tokens, heads, width), "k": drawn(tokens, kv_heads, width, seed=1)}
     for form in (lambda q, k: rope(q, k, *tables, positions), lambda q, k: rope(q, k, *own)):
         check(form, lambda q, k: plain_rope(q, k, *own), tensors, dtype)
+
+
+# Catches: v's gradient turned, or put where k's last heads stand; a head of the wrong neighbour's.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "width"), [(1, 1, 1, 2), (33, 5, 2, 20), (67, 4, 4, 64), (9, 3, 1, 256)]
+)
+def test_rope_of_a_product_is_that_of_its_slices(tokens, heads, kv_heads, width, dtype):
+    tables = [x.to(DEVICE) for x in rope_tables(torch.arange(tokens), width, 100.0)]
+    qkv = drawn(tokens, heads + 2 * kv_heads, width).to(dtype)
+
+    def of_slices(qkv):
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        return *rope(q, k, *tables), v
+
+    product = lambda qkv: rope_of_product(qkv, *tables, kv_heads)  # noqa: E731
+    same_bits(results(product, qkv), results(of_slices, qkv))
+    with kernels.use_backend("reference"):
+        same_bits(results(product, qkv), results(of_slices, qkv))
+    assert product(qkv)[2].data_ptr() == qkv[:, heads + kv_heads :].data_ptr()
+
+
+def test_rope_of_a_product_keeps_infinite_gradients_of_v_apart():
+    qkv = drawn(3, 4, 8).float().requires_grad_()
+    _, _, v = rope_of_product(qkv, *(x.to(DEVICE) for x in rope_tables(torch.arange(3), 8, 100.0)), 1)
+    dv = torch.full_like(v, float("inf"))
+    dv[:, :, 4:] = 1.0
+    (found,) = torch.autograd.grad(v, qkv, dv)
+    assert torch.equal(found[:, 3:], dv) and not found[:, :3].any()
+
+
+@pytest.mark.parametrize(("shape", "kv_heads"), [((3, 2, 8), 1), ((3, 4, 8), 0), ((3, 4, 8), 2), ((3, 32), 1)])
+def test_rope_of_a_product_refuses_heads_that_do_not_fit(shape, kv_heads):
+    with pytest.raises(ValueError, match=r"qkv: expected \(T, H \+ 2 K, C\) with H, K >= 1, got"):
+        rope_of_product(torch.zeros(shape, device=DEVICE), *rope_tables(torch.arange(3), 8, 100.0), kv_heads)
 
 
 @pytest.mark.parametrize(("arch", "shape"), entries("rope"))

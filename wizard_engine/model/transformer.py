@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear_logprob import VocabularyShard
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope_of_product, rope_tables
 from kernels.shared_prefix import Prefixes
 from kernels.swiglu import swiglu
 
+from ..parallel.recompute import behind_norm
 from ..parallel.spread import ALONE, Spread
 from .config import ModelConfig
 from .mixture import Mixture, Routes
@@ -26,8 +28,9 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.epsilon = epsilon
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return rms_norm(x_TD, self.weight, self.epsilon)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normed rows; with `residual_TD`, those of the sum of both, and the sum, in one pass."""
+        return rms_norm(x_TD, self.weight, self.epsilon, residual_TD)
 
 
 class Embedding(nn.Embedding):
@@ -60,8 +63,7 @@ class Attention(nn.Module):
         """The same out of the product with `qkv`."""
         heads = qkv.view(qkv.shape[0], -1, self.head_width)
         kv_heads = heads.shape[1] * self.kv_heads // (self.heads + 2 * self.kv_heads)
-        q_THC, k_TKC, v_TKC = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
-        return *rope(q_THC, k_TKC, cos, sin), v_TKC
+        return rope_of_product(heads, cos, sin, kv_heads)
 
     def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(T, D) out of the product with `qkv`, (T, (H + 2 K) C)."""
@@ -81,7 +83,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and a feed-forward block, each behind a norm.
+
+    A sum with the residual stream is one pass with the norm behind it, and so is the gradient of both: a block takes
+    the stream and what is to be added to it, and gives back the same.
+    """
+
     spread: Spread = ALONE
+    recompute = "none"
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -90,25 +99,55 @@ class Block(nn.Module):
         self.feed_forward_norm = Norm(config.width, config.norm_epsilon)
         self.feed_forward = Mixture(config, layer) if config.experts else FeedForward(config)
 
-    def projected(self, x_TD: Tensor) -> Tensor:
-        """q, k and v of the stream."""
-        return self.spread.rows(self.attention_norm(x_TD), self.attention.qkv.weight)
+    def projected(self, x_TD: Tensor, delta_TD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """q, k and v of the stream; with `delta_TD`, of the stream plus that, and the sum."""
+        out, stream_TD = self._product(self.attention_norm, self.attention.qkv, x_TD, delta_TD)
+        return out if delta_TD is None else (out, stream_TD)
 
-    def inner(self, x_TD: Tensor) -> Tensor:
-        """Gate and up of the stream, of a dense block."""
-        return self.spread.rows(self.feed_forward_norm(x_TD), self.feed_forward.gate_up.weight)
+    def inner(self, x_TD: Tensor, delta_TD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Gate and up of a dense block, of what `projected` takes; with `delta_TD`, the sum too."""
+        out, stream_TD = self._product(self.feed_forward_norm, self.feed_forward.gate_up, x_TD, delta_TD)
+        return out if delta_TD is None else (out, stream_TD)
+
+    def _product(self, norm: Norm, linear: nn.Linear, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The normed stream times a matrix, and the stream."""
+        product = behind_norm(
+            norm, lambda y_TD, _: self.spread.rows(y_TD, linear.weight), again=self.recompute == "selective"
+        )
+        return product(x_TD, delta_TD)
 
     def outer(self, gate_up: Tensor) -> Tensor:
         """What a dense block adds to the stream."""
         return self.spread.columns(swiglu(gate_up), self.feed_forward.down.weight)
 
     def forward(
-        self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, routes: Routes | None = None
-    ) -> Tensor:
-        x_TD = x_TD + self.attention(self.projected(x_TD), cos, sin, cu_seqlens, max_seqlen)
+        self, x_TD: Tensor, delta_TD: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        routes: Routes | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The stream (T, D) behind attention, and what the feed-forward block adds to it.
+
+        Args:
+            x_TD: the stream.   delta_TD: what is to be added to it, or None.
+        """
+        rest = cos, sin, cu_seqlens, max_seqlen, routes
+        if self.recompute == "full":
+            return behind_norm(self.attention_norm, self._behind_norm, again=True)(x_TD, delta_TD, *rest)[0]
+        qkv, x_TD = self._product(self.attention_norm, self.attention.qkv, x_TD, delta_TD)
+        return self._behind_product(qkv, x_TD, *rest)
+
+    def _behind_norm(self, y_TD: Tensor, x_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return self._behind_product(self.spread.rows(y_TD, self.attention.qkv.weight), x_TD, *rest)
+
+    def _behind_product(
+        self, qkv: Tensor, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        routes: Routes | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        delta_TD = self.attention(qkv, cos, sin, cu_seqlens, max_seqlen)
         if isinstance(self.feed_forward, Mixture):
-            return x_TD + self.feed_forward(self.feed_forward_norm(x_TD), routes)
-        return x_TD + self.outer(self.inner(x_TD))
+            y_TD, x_TD = self.feed_forward_norm(delta_TD, x_TD)
+            return x_TD, self.feed_forward(y_TD, routes)
+        gate_up, x_TD = self.inner(x_TD, delta_TD)
+        return x_TD, self.outer(gate_up)
 
 
 class Transformer(nn.Module):
@@ -178,13 +217,13 @@ class Transformer(nn.Module):
         """
         spread = self.spread
         cos, sin = rope_tables(spread.of_row(positions), self.config.head_width, self.config.rope_base)
-        x_TD = self.embedding(tokens)
+        x_TD, delta_TD = self.embedding(tokens), None
         if routes is not None:
             used = cu_seqlens.tokens if isinstance(cu_seqlens, Prefixes) else cu_seqlens[-1]
             routes.begin(torch.arange(tokens.shape[0], device=tokens.device) < used, spread)
         for block in self.blocks:
-            x_TD = block(x_TD, cos, sin, cu_seqlens, max_seqlen, routes)
-        x_TD = self.norm(x_TD)
+            x_TD, delta_TD = block(x_TD, delta_TD, cos, sin, cu_seqlens, max_seqlen, routes)
+        x_TD = self.norm(x_TD) if delta_TD is None else self.norm(delta_TD, x_TD)[0]
         return x_TD if own_tokens else spread.gather(x_TD)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

@@ -230,8 +230,9 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
             tensor.register_hook(lambda _: own().before_backward(unit, also))
 
     def after(unit: Unit, also: Unit | None = None):
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            watch(output, unit, also)
+        def hook(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
+            # Of a block: what it adds to the stream, whose gradient comes with that of the stream, from one node.
+            watch(output if isinstance(output, Tensor) else output[1], unit, also)
 
         return hook
 

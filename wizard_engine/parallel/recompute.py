@@ -3,6 +3,9 @@ where: on the device, or in host memory.
 
 `selective` computes again what takes next to no arithmetic and much memory: outputs of norms and of the activation.
 What makes that possible is that a product saves its input before it multiplies, so that recomputing stops there.
+
+A norm that also adds to the residual stream stands in front of what is computed again, not in it: it keeps the sum, and
+from that its rows are made once more. Inside, both terms of the sum would have to be kept.
 """
 
 from collections.abc import Callable
@@ -26,13 +29,42 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def behind_norm(norm: Callable[..., Any], function: Callable[..., Any], *, again: bool) -> Callable[..., Any]:
+    """A call that takes the residual stream x, what is to be added to it or None, and more arguments of `function`, and
+    gives function(normed, stream, *more) and the stream, the sum of both.
+
+    Args:
+        norm: of rows; of rows and what is to be added to them, the normed sum and the sum.
+        again: compute what `function` makes, and the normed rows, again in the backward.
+    """
+
+    def call(x: Tensor, delta: Tensor | None, *more: Any) -> tuple[Any, Tensor]:
+        normed, stream = (norm(x), x) if delta is None else norm(delta, x)
+        if not (again and torch.is_grad_enabled()):
+            return function(normed, stream, *more), stream
+        rows, has_gradient = [normed], normed.requires_grad
+        del normed
+
+        def inside(stream: Tensor, *more: Any) -> Any:
+            # The first time its rows are there.
+            return function(rows.pop() if rows else _normed(norm, stream, has_gradient), stream, *more)
+
+        return recomputed(inside)(stream, *more), stream
+
+    return call
+
+
+def _normed(norm: Callable[[Tensor], Tensor], stream: Tensor, has_gradient: bool) -> Tensor:
+    """Rows of a norm whose own node is there already."""
+    with torch.no_grad():
+        return norm(stream).requires_grad_(has_gradient)
+
+
 def recompute_block(block: nn.Module, mode: str) -> None:
     """Make a transformer block forget what it can compute again; `mode` is none, selective or full."""
-    if mode == "full":
-        block.forward = recomputed(block.forward)
-    elif mode == "selective":
-        for name in ("projected", "inner", "outer"):
-            setattr(block, name, recomputed(getattr(block, name)))
+    block.recompute = mode
+    if mode == "selective":
+        block.outer = recomputed(block.outer)
 
 
 class ActivationOffload:
