@@ -95,11 +95,8 @@ def timed_steps(engine: Engine, batch: int, steps: int) -> tuple[list[float], st
         ended = time.perf_counter()
         seconds.append(ended - began)
         began = ended
-        if grown != batch or len(engine.scheduler.running) != batch:
-            return (
-                [],
-                f"step {number}: expected a batch of {batch}, got {grown}, {len(engine.scheduler.running)} after it",
-            )
+        if grown != batch or running != batch:
+            return [], f"step {number}: expected a batch of {batch}, got {grown}, {running} after it"
     if engine.captures != captures:
         return [], f"expected no capture of a graph while steps are timed, got {engine.captures - captures}"
     return seconds, ""
@@ -146,9 +143,8 @@ def measure(preset: str, device: torch.device, *, small: bool = False) -> Iterat
 
 def text_of(row: dict[str, Any]) -> str:
     """One line."""
-    what = (
-        f"batch {row['batch']}, {row['keys']} keys" if row["op"] == "decode_step" else f"{row['sequences']} sequences"
-    )
+    is_step = row["op"] == "decode_step"
+    what = f"batch {row['batch']}, {row['keys']} keys" if is_step else f"{row['sequences']} sequences"
     if "error" in row:
         return f"{row['op']:<11}  {what}   error: {row['error']}"
     if not is_step:
