@@ -136,9 +136,24 @@ def _decode(arguments: Arguments, name: str) -> Cost:
     return Cost(moved + _without(arguments, "keys", "values"), 4.0 * batch * seen * q.shape[1] * q.shape[2])
 
 
+def _grad_norm(arguments: Arguments, name: str) -> Cost:
+    """Every element of every buffer of the table (address, elements, bytes of an element) once."""
+    from benchmarks.standin.tensors import NUMBERS
+
+    known = NUMBERS.of(arguments["table"])
+    read = 0 if known is None else int((known.view(-1, 3)[:, 1] * known.view(-1, 3)[:, 2]).sum())
+    return Cost(read + size_of(arguments["sums"]))
+
+
+def _write_pages(arguments: Arguments, name: str) -> Cost:
+    """The rows of a step; the cache holds more than those."""
+    rows = size_of(arguments["qkv"])
+    return Cost(2 * rows + size_of(arguments["slots"]))
+
+
 COSTS: dict[str, Callable[[Arguments, str], Cost]] = {
     "attention_forward_kernel": _attention(2), "attention_backward_kv_kernel": _attention(4),
     "attention_backward_q_kernel": _attention(3), "linear_logprob_statistics_kernel": _logprob,
     "linear_logprob_dlogits_kernel": _logprob, "grouped_matmul_kernel": _grouped, "grouped_swiglu_kernel": _grouped,
-    "grouped_dswiglu_kernel": _grouped, "grouped_dweight_kernel": _grouped_dweight, "decode_attention_kernel": _decode,
+    "grouped_dswiglu_kernel": _grouped, "grouped_dweight_kernel": _grouped_dweight, "decode_attention_kernel": _decode, "grad_norm_kernel": _grad_norm, "write_pages_kernel": _write_pages,
 }  # fmt: skip

@@ -28,6 +28,8 @@ from wizard_engine.training import Run, Training
 DOCUMENT = 4096
 # Tokens of a page, sequences and keys of the decode steps.
 PAGE, KEYS = 64, 1024
+# Prompt tokens of a step.
+PREFILL = 8192
 # Tokens of a prompt and an answer of an online step, answers to a prompt.
 PROMPT, ANSWER, GROUP = 256, 256, 4
 # Forward passes, and what is worth them, of an online step: sampling, reference, two rewards, values; training of two.
@@ -83,20 +85,23 @@ def engine_of(config: ModelConfig, device: torch.device, batch: int, keys: int, 
         model = Transformer(config).to(torch.bfloat16)
     model = model.to_empty(device=device).requires_grad_(False)
     each = (-(-(keys + steps + 4) // PAGE) + 1) * PAGE
-    return Engine(model, cache_tokens=batch * each, max_sequences=batch, page_size=PAGE, max_tokens=8192)
+    return Engine(model, cache_tokens=batch * each, max_sequences=batch, page_size=PAGE, max_tokens=PREFILL)
 
 
 def decode(log: Log, config: ModelConfig, device: torch.device, batch: int, keys: int = KEYS) -> list[Event]:
     """Events of one step in which `batch` sequences behind `keys` others get a token each."""
-    config = replace(config, max_positions=max(config.max_positions, keys + 64))
-    engine = engine_of(config, device, batch, keys, 16)
+    # The first sequences decode while the last prompts are read: none may end before the step that counts.
+    limit = -(-batch * keys // PREFILL) + 16
+    config = replace(config, max_positions=max(config.max_positions, keys + limit + 1))
+    engine = engine_of(config, device, batch, keys, limit)
     for i in range(batch):
-        engine.add([(7 * i + j) % config.vocab_size for j in range(keys)], Sampling(16))
+        engine.add([(7 * i + j) % config.vocab_size for j in range(keys)], Sampling(limit))
     while len(engine.scheduler.waiting) or any(len(s.ids) == s.prompt_tokens for s in engine.scheduler.running):
         engine.step()
     for _ in range(WARM + 1):
         log.events.clear()
         engine.step()
+    assert len(engine.scheduler.running) == batch, "a sequence ended before the step that counts"
     return list(log.events)
 
 

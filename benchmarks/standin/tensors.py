@@ -239,6 +239,9 @@ class Numbers:
         return func(*args, **kwargs)
 
 
+NUMBERS = Numbers()
+
+
 def _is_view(func: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
@@ -252,7 +255,7 @@ class CudaMode(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode, log: Log) -> None:
         super().__init__()
-        self.fake, self.log, self.numbers = fake, log, Numbers()
+        self.fake, self.log, self.numbers = fake, log, NUMBERS
         self.pinned: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -271,6 +274,10 @@ class CudaMode(TorchDispatchMode):
         if func.namespace == "wizard_engine":
             with self, Devices():
                 return OPDEFS[f"wizard_engine::{name}"]._init_fn(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            # Inside an operator of the engine's own, below autograd, compositions come whole.
+            with self:
+                return func.decompose(*args, **kwargs)
         if name in ("_local_scalar_dense", "equal", "is_nonzero"):
             self._wait(name)
             return self._scalar(on_device[0]) if name == "_local_scalar_dense" else True
