@@ -115,17 +115,19 @@ def compile_one(job: Job) -> dict[str, Any]:
 def resources(compiled: Any, arch: int, options: dict[str, Any]) -> dict[str, int]:
     """Registers, bytes of spills and shared memory, and warp groups' register changes of a binary.
 
-    Shared memory alone where the binary cannot be read.
+    Shared memory alone where the binary cannot be read. Nothing of spills where a binary with a stack came out of a
+    cache made ahead, which keeps no PTX to assemble again.
     """
     try:
         shared, registers, stack, instructions = read(compiled.asm["cubin"], arch)
-        spills = (0, 0)
+        spills = {"spill_bytes": 0}
         if stack or count(instructions, "LDL", "STL"):
-            spills = spills_of(assembler_log(compiled.asm["ptx"], arch, options))
+            log = assembler_log(compiled.asm["ptx"], arch, options) if "ptx" in compiled.asm else None
+            spills = {} if log is None else {"spill_bytes": sum(spills_of(log))}
     except (OSError, subprocess.SubprocessError):
         return {"shared_bytes": compiled.metadata.shared}
-    return {
-        "registers": registers, "spill_bytes": sum(spills), "shared_bytes": compiled.metadata.shared + shared,
+    return spills | {
+        "registers": registers, "shared_bytes": compiled.metadata.shared + shared,
         "group_registers": count(instructions, "USETMAXREG"),
     }  # fmt: skip
 
