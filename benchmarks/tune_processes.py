@@ -154,11 +154,11 @@ def launcher_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
 class Compilers:
     """Processes that do a job each at a time; a job that breaks its process costs no other job."""
 
-    def __init__(self, workers: int | None = None, work: Callable[[Any], dict[str, Any]] = compile_one) -> None:
-        """`workers` processes, by default one less than there are cores; `work` does a job and says what came of it."""
+    def __init__(self, workers: int | None = None, work: Callable[[Any], dict[str, Any]] | None = None) -> None:
+        """`workers` processes, by default one less than there are cores, that do `work`, by default `compile_one`."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = concurrent.futures.ThreadPoolExecutor(workers or max(1, cores - 1))
-        self.own, self.processes, self.work = threading.local(), [], work
+        self.own, self.processes, self.work = threading.local(), [], work or compile_one
 
     def submit(self, jobs: Sequence[Any]) -> list[concurrent.futures.Future]:
         """Start the jobs, in their order."""

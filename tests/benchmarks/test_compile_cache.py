@@ -8,12 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from triton import knobs
 from triton.backends.nvidia import compiler as nvidia
 
-from benchmarks import compile_cache, launch_sources
+from benchmarks import compile_cache, launch_sources, tune_processes
 from benchmarks.compile_cache import Manifest
 from kernels import configuration
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = """
 import sys, torch
 from pathlib import Path
+from types import SimpleNamespace
 from benchmarks import compile_cache, jit_requests, launch_forms, launch_sources
 
 def toy(arch):
@@ -224,3 +226,14 @@ def test_folder_with_other_things_is_left_alone(cache, copied, tmp_path, monkeyp
     _fails(["--out", str(copied)], f"made for the path {cache[0]}", capsys)
     assert (tmp_path / "full" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     assert json.loads((copied / "manifest.json").read_text())["path"] == str(cache[0])
+
+
+def test_binary_of_a_cache_made_ahead_is_measured_without_its_ptx(monkeypatch):
+    """A variant whose spills nobody can read is still worth running."""
+    monkeypatch.setattr(tune_processes, "read", lambda cubin, arch: (0, 99, 16, ()))
+    monkeypatch.setattr(tune_processes, "assembler_log", lambda *_: "8 bytes spill stores, 4 bytes spill loads")
+    compiled = SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(shared=1024))
+    found = {"registers": 99, "shared_bytes": 1024, "group_registers": 0}
+    assert tune_processes.resources(compiled, 90, {}) == found
+    compiled.asm["ptx"] = "text"
+    assert tune_processes.resources(compiled, 90, {}) == found | {"spill_bytes": 12}
