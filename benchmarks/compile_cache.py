@@ -115,7 +115,13 @@ def toolchain(arch: int) -> str:
     from triton.compiler.compiler import make_backend
     from triton.runtime.cache import triton_key
 
-    backend = make_backend(GPUTarget("cuda", arch, 32))
+    try:
+        backend = make_backend(GPUTarget("cuda", arch, 32))
+        backend.hash()
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"ptxas: expected Triton's assembler for sm_{arch}, got {error}; set TRITON_PTXAS_PATH to one"
+        ) from None
     text = f"{triton_key()}-{backend.hash()}-{sorted(get_cache_invalidating_env_vars().items())}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -222,9 +228,7 @@ def use(folder: Path, arch: int = 90) -> str:
     return text
 
 
-def compile_missing(
-    launches: Iterable["Launch"], arch: int, deadline: float = float("inf"), workers: int | None = None
-) -> str:
+def compile_missing(launches: Iterable["Launch"], arch: int, deadline: float, workers: int | None = None) -> str:
     """Compile in parallel what launches ask for and the cache does not hold, until a deadline (`time.monotonic`).
 
     Returns:

@@ -115,17 +115,19 @@ def compile_one(job: Job) -> dict[str, Any]:
 def resources(compiled: Any, arch: int, options: dict[str, Any]) -> dict[str, int]:
     """Registers, bytes of spills and shared memory, and warp groups' register changes of a binary.
 
-    Shared memory alone where the binary cannot be read.
+    Shared memory alone where the binary cannot be read. Nothing of spills where a binary with a stack came out of a
+    cache made ahead, which keeps no PTX to assemble again.
     """
     try:
         shared, registers, stack, instructions = read(compiled.asm["cubin"], arch)
-        spills = (0, 0)
+        spills = {"spill_bytes": 0}
         if stack or count(instructions, "LDL", "STL"):
-            spills = spills_of(assembler_log(compiled.asm["ptx"], arch, options))
+            log = assembler_log(compiled.asm["ptx"], arch, options) if "ptx" in compiled.asm else None
+            spills = {} if log is None else {"spill_bytes": sum(spills_of(log))}
     except (OSError, subprocess.SubprocessError):
         return {"shared_bytes": compiled.metadata.shared}
-    return {
-        "registers": registers, "spill_bytes": sum(spills), "shared_bytes": compiled.metadata.shared + shared,
+    return spills | {
+        "registers": registers, "shared_bytes": compiled.metadata.shared + shared,
         "group_registers": count(instructions, "USETMAXREG"),
     }  # fmt: skip
 
@@ -152,11 +154,11 @@ def launcher_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
 class Compilers:
     """Processes that do a job each at a time; a job that breaks its process costs no other job."""
 
-    def __init__(self, workers: int | None = None, work: Callable[[Any], dict[str, Any]] = compile_one) -> None:
-        """`workers` processes, by default one less than there are cores; `work` does a job and says what came of it."""
+    def __init__(self, workers: int | None = None, work: Callable[[Any], dict[str, Any]] | None = None) -> None:
+        """`workers` processes, by default one less than there are cores, that do `work`, by default `compile_one`."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = concurrent.futures.ThreadPoolExecutor(workers or max(1, cores - 1))
-        self.own, self.processes, self.work = threading.local(), [], work
+        self.own, self.processes, self.work = threading.local(), [], work or compile_one
 
     def submit(self, jobs: Sequence[Any]) -> list[concurrent.futures.Future]:
         """Start the jobs, in their order."""

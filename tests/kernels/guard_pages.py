@@ -5,7 +5,8 @@ unreadable page, once with the first byte behind one. What lies between is a ten
 addressed byte, so that an overrun into the rest of a storage is found, too. Bytes that the kernel changed are copied
 back. A launch that reads or writes outside fails its test with kernel, argument and side.
 
-Gaps inside an extent (rows of a slice) are readable; the interpreter does not touch what a mask leaves out.
+Left alone are gaps inside an extent (rows of a slice) and arguments of more than MOST_BYTES. What a mask leaves out is
+not touched by the interpreter, wherever its address points.
 """
 
 import ctypes
@@ -31,6 +32,8 @@ PAGE = mmap.PAGESIZE
 # Unreadable bytes on either side: an overrun of many rows stays among them. Address space only, no memory.
 GUARD = 1 << 20
 MAX_HITS, PROT_NONE = 64, 0
+# A test of indices behind 2^31 elements has more address space than memory.
+MOST_BYTES = 1 << 28
 KINDS = ("read", "wrote", "touched")
 # TMA's rule for addresses, which the interpreter checks.
 DESCRIPTOR_ALIGNMENT = 16
@@ -122,10 +125,9 @@ class Copy:
             bytes_at(self.extent.address, self.extent.count)[changed] = after[changed]
 
     def where(self, address: int) -> str:
-        """A touched address as a distance from the argument."""
-        if address < self.address:
-            return f"{self.address - address} bytes before its first element"
-        return f"{address - self.address - self.extent.count + 1} bytes past its last element"
+        """A touched address, from the argument's first byte."""
+        place, side = address - self.address, "before its start" if address < self.address else "behind its end"
+        return f"at byte {place} of {self.extent.count}, {side}"
 
     def __del__(self) -> None:
         system().munmap(self.start, self.mapped)
@@ -134,7 +136,7 @@ class Copy:
 def copies_of(arguments: dict[str, Any], at_end: bool) -> dict[str, Copy]:
     """Guarded copies of the tensors and descriptors that have elements, by argument."""
     extents = [Extent.of(name, x) for name, x in arguments.items() if isinstance(x, Tensor | TensorDescriptor)]
-    return {extent.name: Copy(extent, at_end) for extent in extents if extent.count}
+    return {extent.name: Copy(extent, at_end) for extent in extents if 0 < extent.count <= MOST_BYTES}
 
 
 def replaced(value: Any, copy: Copy) -> Tensor | TensorDescriptor:
