@@ -114,7 +114,7 @@ def instruction_step(run: Run, model: ScoringModel, pairs: list[Pair], packs: li
         batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
         routes = Routes()
         better, worse = _last_scores(model, batch, routes).chunk(2)
-        margin = torch.tensor([pairs[i].margin for i in pack], device=device)
+        margin = torch.tensor([pairs[i].margin for i in pack]).to(device, non_blocking=True)
         loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
         (loss + run.router.loss(routes)).backward()
         run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
@@ -150,8 +150,9 @@ def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: in
     for packs in run.steps():
         num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
         for pack in run.paced(packs):
-            batch = collate([train[i][0] for i in pack]).to(rt.device)
-            ends, labels = _labelled(train, pack, batch)
+            batch = collate([train[i][0] for i in pack])
+            ends, labels = (x.to(rt.device, non_blocking=True) for x in _labelled(train, pack, batch))
+            batch = batch.to(rt.device)
             routes = Routes()
             scores = model(*batch.inputs, routes)[ends]
             loss = process_loss(scores, labels, num_steps=num_steps)
@@ -163,11 +164,11 @@ def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: in
 
 
 def _labelled(items: list, pack, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed positions of the step ends of a pack's rows, and their labels."""
+    """Packed positions of the step ends of a pack's rows, and their labels, all in host memory."""
     starts = batch.cu_seqlens.tolist()
     ends = [starts[n] + end for n, i in enumerate(pack) for end in items[i][1]]
     labels = [label for i in pack for label in items[i][2]]
-    return torch.tensor(ends, device=batch.tokens.device), torch.tensor(labels, device=batch.tokens.device)
+    return torch.tensor(ends), torch.tensor(labels)
 
 
 def _process_accuracy(model: ScoringModel, items: list) -> dict:

@@ -69,7 +69,7 @@ def main(cfg: Config) -> dict:
     lengths = [len(sample.tokens) - 1 for sample in samples]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet)
     for packs in run.steps():
-        batches = [collate([samples[i] for i in pack]).to(rt.device) for pack in packs]
+        batches = [collate([samples[i] for i in pack]) for pack in packs]
         train_step(run, model, batches)
     result = run.result() | {"samples": len(samples), "rejected": rejected}
     write_model(rt, model, tokenizer, cfg.out / "model")
@@ -77,9 +77,9 @@ def main(cfg: Config) -> dict:
 
 
 def train_step(run: Run, model: Transformer, batches: list[Batch]) -> None:
-    """One optimizer step on this rank's packed rows."""
+    """One optimizer step on this rank's packed rows, which are in host memory."""
     num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
-    for batch in run.paced(batches):
+    for batch in run.paced([batch.to(run.runtime.device) for batch in batches]):
         routes = Routes()
         hidden = model(*batch.inputs, routes)
         loss, _, logprob = sft_loss(
