@@ -241,7 +241,7 @@ def make_sft(shape: Shape, place: Place) -> Recipe:
     def steps() -> Iterator[Work]:
         run = Run(options, place.runtime, model, lengths, place.out, seed=shape.seed, name="sft", quiet=True)
         for packs in run.steps():
-            batches = [collate([samples[i] for i in pack]).to(place.runtime.device) for pack in packs]
+            batches = [collate([samples[i] for i in pack]) for pack in packs]
             sft.train_step(run, model, batches)
             own = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
             yield Work(sum(own), TRAINING_FACTOR * forward_flops(shape.config, ((0, n) for n in own), sum(own)))
