@@ -36,7 +36,9 @@ def test_norm_equals_float64(sizes, dtype):
 
 
 def test_norm_of_both_dtypes_and_of_slices_between_nan():
-    around = [torch.full((3000,), float("nan"), dtype=dtype, device=DEVICE) for dtype in (torch.float32, torch.bfloat16)]
+    around = [
+        torch.full((3000,), float("nan"), dtype=dtype, device=DEVICE) for dtype in (torch.float32, torch.bfloat16)
+    ]
     for offset in (0, 8, 5):
         inside = [x[offset : offset + 1500] for x in around]
         for x, own in zip(inside, drawn((1500, 1500))):
@@ -124,7 +126,9 @@ def test_norm_on_the_cpu_has_the_bits_of_chunk_norms():
     grads = [grad.cpu() for grad in drawn((2 * CHUNK + 5, 100))]
     norms = torch.stack([chunk.norm() for grad in grads for chunk in grad.split(CHUNK)])
     assert torch.equal(grad_norm(iter(grads)), norms.norm().double())
-    assert torch.equal(grad_norm(grads, reduce=lambda total: total.mul_(2)), norms.double().square().sum().mul(2).sqrt())
+    assert torch.equal(
+        grad_norm(grads, reduce=lambda total: total.mul_(2)), norms.double().square().sum().mul(2).sqrt()
+    )
     narrow = [grad.bfloat16() for grad in grads]
     assert torch.equal(chunk_norms_reference(narrow), chunk_norms_reference([grad.float() for grad in narrow]))
 

@@ -179,7 +179,7 @@ def compare(kind, config, mesh, sharding, freeze=""):
             dist.all_reduce(summed)
         worst["loss"] = max(worst["loss"], abs(float(summed) - total) / abs(total))
         for engine, norm, own_grads in zip(engines, norms, grads):
-            worst["norm"] = max(worst["norm"], abs(engine.norm() - norm) / norm)
+            worst["norm"] = max(worst["norm"], abs(float(engine.norm()) - norm) / norm)
             for name, start, values in engine.parts(engine.gradient()):
                 found = own_grads.get(name, torch.zeros(engine.shapes[name], dtype=torch.float64))
                 scale = max(float(found.abs().max()), 1e-3)
