@@ -114,6 +114,16 @@ def test_clip_gives_the_norm_and_the_step_scales_to_it(max_norm):
     assert optimizer.clip(max_norm) == pytest.approx(norm) and optimizer.sharded.norm().dtype == torch.float64
 
 
+# Catches: a factor that is divided in fp32.
+def test_clip_factor_has_the_bits_of_a_division_in_double():
+    optimizer, _ = filled()
+    for value in torch.rand(300, generator=torch.Generator().manual_seed(0)).tolist():
+        for gradient in optimizer.gradients:
+            gradient.fill_(value)
+        norm = float(optimizer.clip(0.3))
+        assert optimizer._scale.item() == torch.tensor(min(1.0, 0.3 / norm)).item()
+
+
 # Catches: a bias correction that counts a skipped step; an infinite norm that becomes a factor of 0; a scale that is
 # kept for the step after; the loss not looked at.
 @pytest.mark.parametrize("where", ["gradient", "loss"])
