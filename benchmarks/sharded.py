@@ -63,7 +63,7 @@ class Ours:
         self.optimizer.sharded.finish()
         norm = self.optimizer.clip(CLIP)
         self.optimizer.step(LR)
-        return norm
+        return float(norm)
 
     def buffers(self) -> list[Tensor]:
         """What it holds between steps."""

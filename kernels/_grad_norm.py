@@ -1,6 +1,7 @@
 """Kernel of the gradient norm: sums of squares of many buffers in one launch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,9 +11,6 @@ from torch import Tensor
 from .backend import from_host
 from .configuration import configuration
 from .launch import launch, named
-
-# A row of the kernel's table: address, elements, bytes of an element.
-COLUMNS = 3
 
 
 @triton.jit
@@ -46,6 +44,7 @@ def _squares(total, pointer, first, count, ALIGNED: tl.constexpr, CHUNK: tl.cons
 
 @triton.jit(repr=named("grad_norm", "BLOCK", "ALIGNED"))
 def grad_norm_kernel(table, sums, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    # A row of the table: address, elements, bytes of an element.
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     address = tl.load(table + row * 3)
@@ -62,17 +61,10 @@ def grad_norm_kernel(table, sums, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BL
     tl.store(sums + row * tl.num_programs(0).to(tl.int64) + chunk, tl.sum(total, 0))
 
 
-# The last table and what it was made of: buffers that stay where they are need no new one.
-_tables: dict[torch.device, tuple[tuple[int, ...], Tensor]] = {}
-
-
-def _table(grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    numbers = tuple(x for grad in grads for x in (grad.data_ptr(), grad.numel(), grad.element_size()))
-    known, table = _tables.get(device, ((), None))
-    if known != numbers or device.type == "meta":
-        table = from_host(numbers, torch.int64, device)
-        _tables[device] = numbers, table
-    return table
+@lru_cache(maxsize=16)
+def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows of addresses and sizes on a device; buffers that stay where they are need no new one."""
+    return from_host(numbers, torch.int64, device)
 
 
 def chunk_squares(grads: Sequence[Tensor], chunk: int) -> Tensor:
@@ -82,5 +74,8 @@ def chunk_squares(grads: Sequence[Tensor], chunk: int) -> Tensor:
     grid = triton.cdiv(max(grad.numel() for grad in grads), chunk), len(grads)
     sums = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=device)
     aligned = all(grad.data_ptr() % 16 == 0 for grad in grads)
-    launch(grad_norm_kernel, grid, _table(grads, device), sums, ALIGNED=aligned, CHUNK=chunk, **config)
+    numbers = tuple(x for grad in grads for x in (grad.data_ptr(), grad.numel(), grad.element_size()))
+    # A table that stands for one, in a trace, serves that trace alone.
+    made = _table if type(grads[0]) is Tensor and not grads[0].is_meta else _table.__wrapped__
+    launch(grad_norm_kernel, grid, made(numbers, device), sums, ALIGNED=aligned, CHUNK=chunk, **config)
     return sums

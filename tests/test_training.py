@@ -7,8 +7,9 @@ import signal
 import numpy as np
 import pytest
 import torch
+from host_reads import HostReads
 
-from wizard_engine import checkpoint
+from wizard_engine import checkpoint, training
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.log import read_metrics
@@ -193,3 +194,38 @@ def test_spikes_after_a_resume_are_those_of_no_resume(tmp_path):
         train(tmp_path / "cut", at={42: kill}, **options)
     resumed, run = train(tmp_path / "cut", at=leaps, **options)
     assert run.skipped == 1 and same(whole, resumed) and numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+# Catches: a norm, a loss or a metric that the host reads before the optimizer has been launched, or one by one.
+@pytest.mark.parametrize("spike", [0.0, 6.0])
+def test_numbers_of_a_step_are_read_once_behind_the_optimizer(tmp_path, monkeypatch, spike):
+    log, update = [], Run.update
+    # What AdamW reads on the CPU, where reading waits for nothing, is its own affair.
+    monkeypatch.setattr(training.AdamW, "step", lambda self, lr: log.append("launch"))
+
+    def watched(run):
+        with monkeypatch.context() as patch, HostReads(log, patch):
+            update(run)
+
+    monkeypatch.setattr(Run, "update", watched)
+    train(tmp_path, max_steps=2, spike=spike)
+    assert log == (["read", "launch"] if spike else ["launch", "read"]) * 2
+
+
+# Catches: a count of updates that a skipped step went into; a decision on the loss alone, or on the norm alone.
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_skipped_steps_leave_the_bias_correction_alone(tmp_path, monkeypatch, what):
+    update = Run.update
+
+    def poisoned(run):
+        if run.step == 3 and what == "gradient":
+            run.sharded.gradients[0][0] = float("inf")
+        elif run.step == 3:
+            run._sums["loss"] = run._sums["loss"] * float("nan")
+        update(run)
+
+    monkeypatch.setattr(Run, "update", poisoned)
+    _, run = train(tmp_path, max_steps=6, save_every=4)
+    assert run.optimizer.count == 5 and run.skipped == 1 and run.step == 6
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert (lines[3]["loss"] is None) == (what == "loss") and (lines[3]["grad_norm"] is None) == (what == "gradient")

@@ -74,7 +74,8 @@ class Training:
     """Steps with a non-finite gradient, or a spike, that may be skipped before the run ends with an error."""
     spike: float = 0.0
     """Skip a step whose loss is so many standard deviations above the mean of the last 128 steps; 0 skips none. 6 is
-    usual for large batches; the losses of small ones have long tails."""
+    usual for large batches; the losses of small ones have long tails. Any but 0 lets the host wait for the loss before
+    the update."""
 
 
 class Interrupted(SystemExit):

@@ -90,11 +90,19 @@ def test_one_kernel_and_one_sum_whatever_the_buffers():
             chunk_squares(grads, CHUNK)
         seen.append([(launch.kernel.__name__, launch.grid) for launch in made])
     assert seen == [[("grad_norm_kernel", grid)] for grid in ((1, 1), (10, 1), (2, 4))]
-    from kernels._grad_norm import _table
 
-    grads = drawn((100, 100))
-    device = grads[0].device
-    assert _table(grads, device) is _table(grads, device) is not _table(grads[:1], device)
+
+# Catches: a table that is copied to the device anew where the buffers stayed, or is kept where they moved.
+def test_table_is_made_once_for_the_same_buffers(monkeypatch):
+    from kernels import _grad_norm
+
+    made, inner = [], _grad_norm.from_host
+    monkeypatch.setattr(_grad_norm, "from_host", lambda *numbers: made.append(1) or inner(*numbers))
+    grads, others = drawn((100, 100)), drawn((300,))
+    with kernels.use_backend("triton"):
+        for own in (grads, others, grads, others, grads[:1]):
+            assert abs(grad_norm(own) - wide(own)) <= 2e-7 * wide(own)
+    assert len(made) == 3
 
 
 # Catches: 32-bit offsets of a chunk.

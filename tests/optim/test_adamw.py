@@ -89,21 +89,74 @@ def test_adamw_state_names_every_element_once():
     assert optimizer.exp_avg.abs().max() == 0 and optimizer.exp_avg_sq.abs().max() == 0
 
 
-def test_clip_scales_to_the_norm_and_returns_the_one_before():
-    module = model()
-    optimizer = AdamW(module)
+def filled(value=0.5):
+    """An optimizer whose gradients are all one number, and their norm."""
+    optimizer = AdamW(model(), weight_decay=0.1)
     for gradient in optimizer.gradients:
-        gradient.fill_(0.5)
-    count = sum(g.numel() for g in optimizer.gradients)
-    assert optimizer.clip(100.0) == optimizer.clip(0.0) == pytest.approx(0.5 * count**0.5)
+        gradient.fill_(value)
+    return optimizer, value * sum(g.numel() for g in optimizer.gradients) ** 0.5
+
+
+# Catches: a clip that multiplies the gradients, a factor above 1, a factor for the wrong norm.
+@pytest.mark.parametrize("max_norm", [0.0, 100.0, 1.0, 0.3])
+def test_clip_gives_the_norm_and_the_step_scales_to_it(max_norm):
+    optimizer, norm = filled()
+    factor = min(1.0, max_norm / norm) if max_norm else 1.0
+    assert optimizer.clip(max_norm) == pytest.approx(norm)
     assert all((g == 0.5).all() for g in optimizer.gradients)
+    optimizer.step(0.1)
+    scaled, _ = filled()
+    for gradient in scaled.gradients:
+        gradient.mul_(factor)
+    scaled.step(0.1)
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(getattr(optimizer, name), getattr(scaled, name), rtol=1e-6, atol=0.0)
+    assert optimizer.clip(max_norm) == pytest.approx(norm) and optimizer.sharded.norm().dtype == torch.float64
+
+
+# Catches: a factor that is divided in fp32.
+def test_clip_factor_has_the_bits_of_a_division_in_double():
+    optimizer, _ = filled()
+    for value in torch.rand(300, generator=torch.Generator().manual_seed(0)).tolist():
+        for gradient in optimizer.gradients:
+            gradient.fill_(value)
+        norm = float(optimizer.clip(0.3))
+        assert optimizer._scale.item() == torch.tensor(min(1.0, 0.3 / norm)).item()
+
+
+# Catches: a bias correction that counts a skipped step; an infinite norm that becomes a factor of 0; a scale that is
+# kept for the step after; the loss not looked at.
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_step_that_is_not_finite_changes_nothing_and_does_not_count(where, value):
+    optimizer, _ = filled()
     optimizer.clip(1.0)
-    assert optimizer.clip(1.0) == pytest.approx(1.0, rel=1e-6)
-    for value in (float("nan"), float("inf")):
+    optimizer.step(0.1)
+    before = [x.clone() for x in (optimizer.sharded.master, optimizer.exp_avg, optimizer.exp_avg_sq)]
+    if where == "gradient":
         optimizer.gradients[0][0] = value
-        before = [g.clone() for g in optimizer.gradients]
-        assert not torch.isfinite(torch.tensor(optimizer.clip(0.1)))
-        assert all(torch.equal(g[1:], b[1:]) for g, b in zip(optimizer.gradients, before))
+    norm = optimizer.clip(1.0, torch.tensor(value if where == "loss" else 1.0, dtype=torch.float64))
+    assert norm.isfinite() == (where == "loss")
+    optimizer.step(0.1)
+    optimizer.take_back()
+    after = (optimizer.sharded.master, optimizer.exp_avg, optimizer.exp_avg_sq)
+    assert all(torch.equal(a, b) for a, b in zip(after, before)) and optimizer.count == 1
+    optimizer.zero_grad()
+    loss(optimizer_model(optimizer), 0).backward()
+    optimizer.step(0.1)
+    assert not torch.equal(optimizer.sharded.master, before[0]) and optimizer.count == 2
+
+
+def optimizer_model(optimizer):
+    """A module with the optimizer's parameters."""
+    module = model()
+    own = dict(zip([slot.name for f in optimizer.sharded.training for slot in f.layout.slots],
+                   [p for f in optimizer.sharded.training for p in f.parameters]))  # fmt: skip
+    for name, parameter in own.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, parameter)
+    module.head.weight = module.embedding.weight
+    return module
 
 
 @pytest.mark.parametrize(

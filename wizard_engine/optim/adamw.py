@@ -65,7 +65,8 @@ class AdamW:
             others: () each, on the device, the same on every rank: the loss.
         """
         norm = self.sharded.norm()
-        factor = max_norm / norm.clamp(min=max_norm) if max_norm > 0 else torch.ones_like(norm)
+        # Tensor by tensor: a number divided by one is multiplied by its reciprocal, which rounds twice.
+        factor = norm.new_full((), max_norm) / norm.clamp(min=max_norm) if max_norm > 0 else torch.ones_like(norm)
         for number in (norm, *others):
             # 0 where it is finite, NaN otherwise.
             factor = factor + 0.0 * number

@@ -1,6 +1,7 @@
 """Closed forms of what a rank of a divided model holds and moves, out of the shapes alone.
 
-    parts        4 (master) + 4 (gradient) + 8 (moments) + the compute dtype's copy, bytes for each element of the part
+    parts        4 (master) + 4 (gradient) + 8 (moments) + the compute dtype's copy, bytes for each element of the part;
+                 on one device, where one micro-batch makes the step, the gradient is in the compute dtype
     places       two gathered units in the compute dtype, a unit of gradients in fp32 and one as they come, what stays
     activations  what the backward keeps of every block, and the tensors of the block or loss at work
     workspace    what kernels take for themselves: chunks of logits, fp32 sums of the head's gradients
@@ -31,7 +32,7 @@ class Estimate:
     """Bytes of one rank.
 
     parts, places, activations, workspace: see the module.   kept: of the activations, what the backward keeps of the
-    blocks.   gradients: of the parts.   micro_batches: of a step.
+    blocks.   gradients: of the parts, where they come and go.   micro_batches: of a step.   elements: of the parts.
     traffic: (kind of collective, axis of the mesh) -> bytes of a step; kinds gather, reduce, sum, exchange.
     """
 
@@ -42,6 +43,7 @@ class Estimate:
     kept: int
     gradients: int
     micro_batches: int
+    elements: int
     traffic: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
@@ -126,7 +128,8 @@ def estimate(
     dtype = compute_dtype(sharding, mesh.device)
     wide, narrow = 4, dtype.itemsize
     units = sizes_of_units(model, mesh, dtype) if units is None else units
-    per_element = 4 * wide + (narrow if narrow != wide else 0)
+    is_single = mesh.copy.size == mesh.replicate.size == micro_batches == 1
+    per_element = 3 * wide + (narrow if is_single else wide) + (narrow if narrow != wide else 0)
     elements = sum(unit.part for unit in units)
     places, whole = 0, sharding.accumulate == "whole"
     if mesh.copy.size > 1:
@@ -148,6 +151,7 @@ def estimate(
         kept=kept,
         gradients=elements * wide if mesh.copy.size > 1 else 0,
         micro_batches=micro_batches,
+        elements=elements,
         traffic=_traffic(model, mesh, sharding, units, tokens, micro_batches, narrow),
     )
 

@@ -564,9 +564,9 @@ class Sharded:
         dist.all_reduce(there, group=self.mesh.replicate.group)
         flat.landed = self.link.copy(gradient, there)
 
-    def _landed(self) -> Iterator[tuple[Flat, Tensor]]:
+    def _landed(self, *, last_first: bool = False) -> Iterator[tuple[Flat, Tensor]]:
         """Every flat that trains with its gradient, as soon as that is whole and here."""
-        for flat in self.training:
+        for flat in reversed(self.training) if last_first else self.training:
             if self._accumulator is not None:
                 self._accumulator.settle(flat)
             elif self.offloads:
@@ -594,7 +594,8 @@ class Sharded:
 
     def _norm_pieces(self, buffer: Tensor | None) -> Iterator[Tensor]:
         if buffer is None:
-            pieces = self._landed()
+            # In the order in which they come to host memory.
+            pieces = self._landed(last_first=self.offloads)
         else:
             pieces = zip(self.training, buffer.split([flat.layout.part for flat in self.training]))
         for flat, piece in pieces:
