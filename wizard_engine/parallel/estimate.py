@@ -214,7 +214,8 @@ def _token_traffic(
     if c.experts:
         passes = 3 if again == "full" else 2
         rows = own * c.experts_per_token
-        found["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + (passes - 1) * 4 * c.experts)
+        # The counts once: what is computed again goes the same ways.
+        found["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + 4 * c.experts)
     return found
 
 
