@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from kernels.moe_route import Routing, expert_counts, load_balancing_loss, moe_route, router_z_loss
 
+from ..parallel.experts import Dispatch
 from ..parallel.spread import ALONE, Spread
 from .config import ModelConfig
 
@@ -23,18 +24,20 @@ class Routes:
         experts: (T, L, A) integers, the choices to replay; None: each layer chooses.
     Attributes:
         experts: layer -> (T, A).   logits: layer -> (T, E) fp32 of the first pass, with its graph.
+        dispatches: layer -> how many rows go to which rank, of the pass that began last.
         real: (T,) bool, False for padding behind the last sequence, or None.
     """
 
     def __init__(self, experts: Tensor | None = None) -> None:
         self.experts: dict[int, Tensor] = {} if experts is None else dict(enumerate(experts.unbind(1)))
         self.logits: dict[int, Tensor] = {}
+        self.dispatches: dict[int, Dispatch] = {}
         self.real: Tensor | None = None
         self._spread = ALONE
 
     def begin(self, real: Tensor, spread: Spread) -> None:
         """A forward pass over a row starts, of whose tokens those in `real` (T,) are no padding."""
-        self._spread, self.real = spread, spread.of_tokens(real)
+        self._spread, self.real, self.dispatches = spread, spread.of_tokens(real), {}
         if spread.divides_rows:
             self.experts = {layer: _of_tokens(experts, spread) for layer, experts in self.experts.items()}
 
@@ -103,9 +106,9 @@ class Experts(nn.Module):
             if not weight.is_meta:
                 nn.init.normal_(weight, std=config.init_std)
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, dispatch: Dispatch | None = None) -> Tensor:
         """(T, D): each token's weighted sum over the experts that it is sent to."""
-        return self.spread.experts(x_TD, self.gate_up, self.down, routing)
+        return self.spread.experts(x_TD, self.gate_up, self.down, routing, dispatch)
 
 
 class Router(nn.Linear):
@@ -127,10 +130,11 @@ class Mixture(nn.Module):
         """(T, D): each token's weighted sum over its experts; `routes` records the choice, or replays what it has."""
         given = None if routes is None else routes.experts.get(self.layer)
         routing = moe_route(x_TD, self.router.weight, experts_per_token=self.experts_per_token, given=given)
-        if routes is not None:
-            routes.experts.setdefault(self.layer, routing.experts)
-            routes.logits.setdefault(self.layer, routing.logits)
-        return self.experts(x_TD, routing)
+        if routes is None:
+            return self.experts(x_TD, routing)
+        routes.experts.setdefault(self.layer, routing.experts)
+        routes.logits.setdefault(self.layer, routing.logits)
+        return self.experts(x_TD, routing, routes.dispatches.setdefault(self.layer, Dispatch()))
 
 
 def load_metrics(load: Tensor) -> dict[str, list[float]]:

@@ -218,6 +218,9 @@ class Transformer(nn.Module):
         spread = self.spread
         cos, sin = rope_tables(spread.of_row(positions), self.config.head_width, self.config.rope_base)
         x_TD, delta_TD = self.embedding(tokens), None
+        if routes is None and self.config.experts and torch.is_grad_enabled():
+            # What is computed again in the backward goes the same ways.
+            routes = Routes()
         if routes is not None:
             used = cu_seqlens.tokens if isinstance(cu_seqlens, Prefixes) else cu_seqlens[-1]
             routes.begin(torch.arange(tokens.shape[0], device=tokens.device) < used, spread)

@@ -218,7 +218,8 @@ def _token_traffic(
     if c.experts:
         passes = 3 if again == "full" else 2
         rows = own * c.experts_per_token
-        found["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + (passes - 1) * 4 * c.experts)
+        # The counts once: what is computed again goes the same ways.
+        found["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + 4 * c.experts)
     return found
 
 
@@ -247,7 +248,9 @@ def activation_bytes(
     block = own * 4 * c.width + attention + feed_forward
     numbers += 4 * (row * c.heads // tp + 2 * own)
     saved = {"none": block, "selective": block - cheap, "full": own * c.width}[sharding.recompute]
-    kept = c.layers * (saved * size + (0 if sharding.recompute == "full" else numbers))
+    # What goes to host memory is there of two blocks at a time; small tensors stay.
+    whole = min(c.layers, 2) if sharding.offload_activations else c.layers
+    kept = whole * saved * size + c.layers * (4 * own if sharding.recompute == "full" else numbers)
     again = block * size + numbers if sharding.recompute != "none" else 0
     # The slopes of a feed-forward block and of the stream, and gathered tokens of the latter.
     slopes = rows * 3 * c.ffn_width if c.experts else feed_forward

@@ -1,6 +1,8 @@
 """Experts that are divided among ranks: tokens travel to the ranks that have their experts, and what those make of them
 travels back. Nothing is dropped, whatever the load; every rank takes part in every exchange, also without a row."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,38 +15,76 @@ from .collectives import Exchange
 from .mesh import Axis
 
 
-def dispatched_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, axis: Axis) -> Tensor:
+class Dispatch:
+    """How many rows of a layer go to each rank of an axis, and come from each: exchanged once, known to the host once.
+
+    The same rows go the same ways where a block is computed again and on all ways back, so that nothing waits there.
+
+    Attributes:
+        incoming: (size, E / size) rows of each of this rank's experts from each rank; None before `begin`.
+    """
+
+    def __init__(self) -> None:
+        self.incoming: Tensor | None = None
+        self._sizes: tuple[list[int], list[int]] | None = None
+        self._host: Tensor | None = None
+        self._event: Any = None
+
+    def begin(self, counts: Tensor, axis: Axis) -> None:
+        """Exchange counts (size, E / size) and start the sums of both on their way to the host."""
+        self.incoming = torch.empty_like(counts)
+        dist.all_to_all_single(self.incoming, counts.contiguous(), group=axis.group)
+        if counts.is_meta:
+            return
+        totals = torch.stack((counts.sum(1), self.incoming.sum(1)))
+        self._host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=totals.is_cuda)
+        self._host.copy_(totals, non_blocking=True)
+        if totals.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(totals.device))
+
+    def sizes(self, rows: int) -> tuple[list[int], list[int]]:
+        """Rows sent to each rank, of `rows` in all, and received from each; the first call waits for the device.
+
+        On the meta device, where there are no numbers, an even load.
+        """
+        if self._sizes is None:
+            self._sizes = self._even(rows) if self.incoming.is_meta else self._read()
+        return self._sizes
+
+    def _even(self, rows: int) -> tuple[list[int], list[int]]:
+        ranks = self.incoming.shape[0]
+        sizes = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+        return sizes, sizes
+
+    def _read(self) -> tuple[list[int], list[int]]:
+        if self._event is not None:
+            self._event.synchronize()
+        sent, received = self._host.tolist()
+        self._host = self._event = None
+        return sent, received
+
+
+def dispatched_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, axis: Axis, dispatch: Dispatch | None = None
+) -> Tensor:
     """`kernels.expert_mlp` where rank r of the axis has experts r E / size to (r + 1) E / size.
 
     The rows of a routing are sorted by expert, so that those for one rank stand together; how many there are is
-    exchanged first, and is the only thing that the host waits for.
+    exchanged first, and is the only thing that the host waits for, with the permutation queued behind it.
 
     Args:
         x: (T, D) this rank's tokens.   gate_up: (E / size, 2 F, D).   down: (E / size, D, F).
-        routing: of these tokens over all E experts.
+        routing: of these tokens over all E experts.   dispatch: of this layer, kept by who may compute it again.
     Returns:
         (T, D). Differentiable in x, routing.gates, gate_up and down; what the weights get is the sum over the tokens of
         all ranks.
     """
-    local = gate_up.shape[0]
-    counts = routing.counts.view(axis.size, local)
-    incoming = torch.empty_like(counts)
-    dist.all_to_all_single(incoming, counts.contiguous(), group=axis.group)
-    sent, received = split_sizes(counts, incoming, routing)
-    rows = Exchange.apply(permute_rows(x, routing), sent, received, axis)
-    own = expert_mlp(rows, gate_up, down, expert_layout(incoming, sum(received)))
+    dispatch = Dispatch() if dispatch is None else dispatch
+    if dispatch.incoming is None:
+        dispatch.begin(routing.counts.view(axis.size, gate_up.shape[0]), axis)
+    permuted = permute_rows(x, routing)
+    sent, received = dispatch.sizes(routing.rows.numel())
+    rows = Exchange.apply(permuted, sent, received, axis)
+    own = expert_mlp(rows, gate_up, down, expert_layout(dispatch.incoming, sum(received)))
     return combine(Exchange.apply(own, received, sent, axis), routing)
-
-
-def split_sizes(counts: Tensor, incoming: Tensor, routing: Routing) -> tuple[list[int], list[int]]:
-    """Rows sent to each rank, and received from each, on the host.
-
-    On the meta device, where there are no numbers, an even load.
-    """
-    if counts.is_meta:
-        even = routing.rows.numel() // counts.shape[0]
-        rest = routing.rows.numel() - even * counts.shape[0]
-        sizes = [even + (rank < rest) for rank in range(counts.shape[0])]
-        return sizes, sizes
-    sent, received = torch.stack((counts.sum(1), incoming.sum(1))).tolist()
-    return sent, received

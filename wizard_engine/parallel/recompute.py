@@ -8,6 +8,7 @@ A norm that also adds to the residual stream stands in front of what is computed
 from that its rows are made once more. Inside, both terms of the sum would have to be kept.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -67,98 +68,146 @@ def recompute_block(block: nn.Module, mode: str) -> None:
         block.outer = recomputed(block.outer)
 
 
+class Copies:
+    """Copies between the memories of host and device, where they are one: at once."""
+
+    def start(self, target: Tensor, source: Tensor) -> Any:
+        """Start a copy behind what has been computed so far; something to `wait` for."""
+        target.copy_(source)
+        return None
+
+    def wait(self, event: Any) -> None:
+        """Have what is computed from now on wait for a copy."""
+
+
+class CudaCopies(Copies):
+    """Copies on a stream of their own, beside the computation; nothing waits on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def start(self, target: Tensor, source: Tensor) -> Any:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+
 class ActivationOffload:
     """Keeps what blocks save for their backward in host memory.
 
-    Each block's tensors leave on a stream of their own while the next block computes, and come back while the block
-    behind it goes backward. Parameters, small tensors and tensors already on the way are left alone.
+    A block's tensors leave while it and the next block compute, and the device lets them go when the block behind that
+    starts; they come back while the block behind their own goes backward. So the device holds those of two blocks at
+    most, and a copy has the time of a whole block before anything waits for it. Parameters, small tensors and what all
+    blocks share are left alone; what a block saves twice travels once.
 
     Args:
-        is_weight: whether a tensor's memory holds parameters.
+        is_weight: whether a tensor's memory holds parameters.   copies: what moves tensors; default: by the device.
     """
 
-    def __init__(self, device: torch.device, is_weight: Callable[[Tensor], bool]) -> None:
+    def __init__(
+        self, device: torch.device, is_weight: Callable[[Tensor], bool], copies: Copies | None = None
+    ) -> None:  # fmt: skip
         self.device, self.is_weight = device, is_weight
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = copies or (CudaCopies(device) if device.type == "cuda" else Copies())
         self.moved_bytes = 0
-        self._block: list[_Kept] | None = None
-        self._former: list[_Kept] = []
-        self._leaving: list[_Kept] = []
+        # Of the last two blocks. Who needs them keeps them alive: the graph.
+        self._leaving: list[list[weakref.ref[_Kept]]] = []
 
     def wrap(self, block: nn.Module) -> None:
-        """Keep what a block saves in host memory."""
+        """Keep what a block saves in host memory; what it takes behind the stream and the delta all blocks share."""
         inner = block.forward
 
         def forward(*args: Any) -> Any:
             if not torch.is_grad_enabled():
                 return inner(*args)
-            kept: list[_Kept] = []
-            former, self._former = self._former, kept
-            for earlier in self._leaving:
-                earlier.settle()
-            self._leaving = kept
+            shared = {_storage(x) for x in args[2:] if isinstance(x, Tensor)}
+            former, kept = self._next()
+            known: dict[Any, tuple[_Kept, Tensor]] = {}
 
             def pack(tensor: Tensor) -> Any:
-                if tensor.nbytes < LEAST_BYTES or self.is_weight(tensor):
+                if tensor.nbytes < LEAST_BYTES or _storage(tensor) in shared or self.is_weight(tensor):
                     return tensor
-                kept.append(_Kept(self, tensor, former))
-                return kept[-1]
+                key = _place(tensor)
+                if key not in known:
+                    # The tensor itself, so that no other takes its place in memory while the block runs.
+                    known[key] = _Kept(self, tensor, former), tensor
+                    kept.append(weakref.ref(known[key][0]))
+                known[key][0].uses += 1
+                return known[key][0], tensor.shape
 
-            with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-                return inner(*args)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+                    return inner(*args)
+            finally:
+                # What is saved keeps its hooks.
+                known.clear()
 
         block.forward = forward
 
+    def _next(self) -> tuple[list["weakref.ref[_Kept]"], list["weakref.ref[_Kept]"]]:
+        """What the former block saved, and a list for what the next one saves; those before let their memory go."""
+        for kept in (ref() for leaving in self._leaving[:-1] for ref in leaving):
+            if kept is not None:
+                kept.settle()
+        self._leaving = [*self._leaving[-1:], []]
+        return (self._leaving[0] if len(self._leaving) > 1 else []), self._leaving[-1]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors with the same elements in the same order in memory have in common."""
+    form = tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
+    return _storage(tensor), tensor.storage_offset(), tensor.dtype, form
+
 
 class _Kept:
-    """A tensor in host memory, on its way there, or back."""
+    """A tensor in host memory, on its way there, or back; saved `uses` times."""
 
-    def __init__(self, owner: ActivationOffload, tensor: Tensor, former: "list[_Kept]") -> None:
+    def __init__(self, owner: ActivationOffload, tensor: Tensor, former: "list[weakref.ref[_Kept]]") -> None:
         self.owner, self.former = owner, former
-        self.shape, self.dtype = tensor.shape, tensor.dtype
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self.source: Tensor | None = tensor
         self.back: Tensor | None = None
-        self.event: Any = None
+        self.uses = self.taken = 0
         owner.moved_bytes += tensor.nbytes
-        if owner.stream is None:
-            self.host.copy_(tensor)
-            self.source = None
-            return
-        owner.stream.wait_stream(torch.cuda.current_stream(owner.device))
-        with torch.cuda.stream(owner.stream):
-            self.host.copy_(tensor, non_blocking=True)
-            self.event = owner.stream.record_event()
+        self.event = owner.copies.start(self.host, tensor)
 
     def settle(self) -> None:
         """Let the device's copy go once the host has it."""
-        if self.source is not None and self.event is not None:
-            torch.cuda.current_stream(self.owner.device).wait_event(self.event)
+        if self.source is not None:
+            self.owner.copies.wait(self.event)
         self.source = None
 
     def fetch(self) -> None:
         """Start the way back."""
-        if self.back is not None or self.source is not None:
-            return
-        if self.owner.stream is None:
-            self.back = self.host.clone()
-            return
-        self.back = torch.empty(self.shape, dtype=self.dtype, device=self.owner.device)
-        self.owner.stream.wait_stream(torch.cuda.current_stream(self.owner.device))
-        with torch.cuda.stream(self.owner.stream):
-            self.back.copy_(self.host, non_blocking=True)
-            self.event = self.owner.stream.record_event()
+        if self.back is None and self.source is None:
+            self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.owner.device)
+            self.event = self.owner.copies.start(self.back, self.host)
+
+    def take(self) -> Tensor:
+        """The tensor on the device; those of the block before start their way back."""
+        self.fetch()
+        for earlier in (ref() for ref in self.former):
+            if earlier is not None:
+                earlier.fetch()
+        if self.source is not None:
+            return self.source
+        self.owner.copies.wait(self.event)
+        out, self.taken = self.back, self.taken + 1
+        if self.taken == self.uses:
+            self.back, self.taken = None, 0
+        return out
 
 
-def _unpack(kept: Any) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    kept.fetch()
-    for earlier in kept.former:
-        earlier.fetch()
-    if kept.source is not None:
-        return kept.source
-    if kept.event is not None:
-        torch.cuda.current_stream(kept.owner.device).wait_event(kept.event)
-    out, kept.back = kept.back, None
-    return out
+def _unpack(saved: Any) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    kept, shape = saved
+    return kept.take().view(shape)

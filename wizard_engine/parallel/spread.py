@@ -24,7 +24,7 @@ from kernels.moe_route import Routing
 from kernels.shared_prefix import Prefixes, pick, shared_attention
 
 from .collectives import Gather, GatheredLinear, Share, SumAndDivide, gathered_rows
-from .experts import dispatched_mlp
+from .experts import Dispatch, dispatched_mlp
 from .mesh import Axis, Mesh
 
 
@@ -166,11 +166,13 @@ class Spread:
             )  # fmt: skip
         return torch.cat(out)
 
-    def experts(self, x_TD: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    def experts(
+        self, x_TD: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, dispatch: Dispatch | None
+    ) -> Tensor:
         """`kernels.expert_mlp` of this rank's tokens, each expert where it is."""
         if not self._divides(self.ep):
             return expert_mlp(x_TD, gate_up, down, routing)
-        return dispatched_mlp(x_TD, gate_up, down, routing, self.ep)
+        return dispatched_mlp(x_TD, gate_up, down, routing, self.ep, dispatch)
 
     def head(self, weight_VD: Tensor) -> VocabularyShard | None:
         """What this rank has of the vocabulary and of a row's tokens, for the kernels that end in log-probabilities."""
