@@ -115,11 +115,7 @@ def instruction_step(run: Run, model: ScoringModel, pairs: list[Pair], packs: li
         batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
         routes = Routes()
         better, worse = _last_scores(model, batch, routes).chunk(2)
-<<<<<<< HEAD
         margin = to_device(torch.tensor([pairs[i].margin for i in pack]), device)
-=======
-        margin = torch.tensor([pairs[i].margin for i in pack]).to(device, non_blocking=True)
->>>>>>> step
         loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
         (loss + run.router.loss(routes)).backward()
         run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
@@ -156,11 +152,7 @@ def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: in
         num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
         for pack in run.paced(packs):
             batch = collate([train[i][0] for i in pack])
-<<<<<<< HEAD
             ends, labels = (to_device(x, rt.device) for x in _labelled(train, pack, batch))
-=======
-            ends, labels = (x.to(rt.device, non_blocking=True) for x in _labelled(train, pack, batch))
->>>>>>> step
             batch = batch.to(rt.device)
             routes = Routes()
             scores = model(*batch.inputs, routes)[ends]

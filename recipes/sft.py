@@ -69,23 +69,14 @@ def main(cfg: Config) -> dict:
     lengths = [len(sample.tokens) - 1 for sample in samples]
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet)
     for packs in run.steps():
-<<<<<<< HEAD
         train_step(run, model, [collate([samples[i] for i in pack]) for pack in packs])
-=======
-        batches = [collate([samples[i] for i in pack]) for pack in packs]
-        train_step(run, model, batches)
->>>>>>> step
     result = run.result() | {"samples": len(samples), "rejected": rejected}
     write_model(rt, model, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, result, [cfg.out / "model"])
 
 
 def train_step(run: Run, model: Transformer, batches: list[Batch]) -> None:
-<<<<<<< HEAD
     """One optimizer step on this rank's packed rows, which are still in host memory."""
-=======
-    """One optimizer step on this rank's packed rows, which are in host memory."""
->>>>>>> step
     num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
     for batch in run.paced([batch.to(run.runtime.device) for batch in batches]):
         routes = Routes()

@@ -136,11 +136,7 @@ def train_step(
     for pack in run.paced(packs):
         batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
         rows = torch.as_tensor(pack, dtype=torch.int64)
-<<<<<<< HEAD
         ref, first = (to_device(x[rows], device) for x in (reference, initial))
-=======
-        ref, first = (x[rows].to(device, non_blocking=True) for x in (reference, initial))
->>>>>>> step
         routes = Routes()
         loss, metrics, logprob = dpo_loss(
             model(*batch.inputs, routes), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,

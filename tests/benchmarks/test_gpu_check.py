@@ -15,7 +15,6 @@ import fake_gpu
 import pytest
 import torch
 
-<<<<<<< HEAD
 from benchmarks import (
     check_cases,
     check_files,
@@ -26,11 +25,7 @@ from benchmarks import (
     train_single,
     train_step,
 )
-from benchmarks.check_cases import DONE, LOST, WRONG, Visit, run_cases
-=======
-from benchmarks import check_cases, check_files, check_phases, check_summary, gpu_check, phase_processes, train_step
 from benchmarks.check_cases import DONE, LEFT_OUT, LOST, WRONG, Visit, run_cases
->>>>>>> check
 from benchmarks.check_phases import PHASES
 from benchmarks.phase_processes import Outcome, Phase, run_phases, share_of, spawn
 from wizard_engine.model.config import PRESETS

@@ -5,6 +5,7 @@ import torch
 from closeness import scaled
 
 import kernels
+from kernels import configuration
 from kernels.launch import record
 from kernels.paged_attention import write_pages, write_pages_reference
 from kernels.rope import rope_tables
@@ -67,6 +68,22 @@ def test_one_launch_rotates_and_stores(tokens, shape, dtype):
     with kernels.use_backend("triton"), record() as launches:
         write_pages(qkv, cos, sin, *caches[:2], slots, positions)
     assert [launch.kernel.__name__ for launch in launches] == ["write_pages_kernel"]
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+@pytest.mark.parametrize("half", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_table_entry_is_right(arch, half, dtype):
+    if DEVICE == "cuda" and configuration.architecture(torch.device(DEVICE)) < arch:
+        pytest.skip("an entry of a newer GPU")
+    qkv, cos, sin, caches, slots, positions = inputs(3, 3, 1, 2 * half, dtype)
+    exact = exactly(qkv, cos, sin, caches[:2], slots, positions)
+    with kernels.use_backend("reference"):
+        base = write_pages(qkv, cos, sin, *caches[2:], slots, positions)
+    with kernels.use_backend("triton"), configuration.use_arch(arch):
+        found = write_pages(qkv, cos, sin, *caches[:2], slots, positions)
+    for mine, right, other in zip((found, *caches[:2]), exact, (base, *caches[2:])):
+        near(mine, right, other)
 
 
 def test_without_positions_each_token_has_a_row_of_the_tables():

@@ -13,14 +13,15 @@ from wizard_engine.rollout.scheduler import Sampling
 TEXT = "one two three four five six seven eight nine ten"
 
 
-@pytest.fixture
-def driver():
+@pytest.fixture(params=[False, True], ids=["synchronous", "lookahead"])
+def driver(request):
     tokenizer = train_tokenizer([TEXT], vocab_size=300, atoms=CHAT_ATOMS)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, width=32, layers=1, heads=4, kv_heads=2, head_width=8, ffn_width=48,
         max_positions=128, init_std=0.25,
     )  # fmt: skip
-    engine = Engine(Transformer(config, seed=5).eval(), cache_tokens=1600, max_sequences=8)
+    model = Transformer(config, seed=5).eval()
+    engine = Engine(model, cache_tokens=1600, max_sequences=8, lookahead=request.param)
     return Driver(engine, tokenizer, max_jobs=8)
 
 
@@ -60,7 +61,8 @@ def test_a_job_that_is_cancelled_before_it_begins_never_runs(driver):
     driver.submit(kept)
     driver.cancel(dropped)
     driver._turn()
-    assert driver.open == 1 and len(driver.engine.scheduler.running) == 1 and driver.engine.generated == 1
+    drawn = [s.drawn for s in driver.engine.scheduler.running]
+    assert driver.open == 1 and drawn == [1] and driver.engine.generated == (0 if driver.engine.lookahead else 1)
     while driver.open:
         driver._turn()
     assert not dropped.heard and len(kept.heard) == 2 and is_idle(driver)

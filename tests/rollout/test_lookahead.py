@@ -134,10 +134,13 @@ def test_a_token_behind_an_end_is_dropped_and_its_pages_come_back():
         engine.step()
     stop = row.tokens.index(eos) + 1
     assert found.tokens == row.tokens[:stop] and found.reason == "stop" and engine.pool.free == 10
-    # The step that had begun is read by another call.
-    assert engine.has_work and engine.steps == stop + 1
-    assert engine.step() == [] and not engine.has_work and engine.generated == stop
+    # A step that had begun is nobody's.
+    assert not engine.has_work and engine.steps == stop + 1 and engine.generated == stop
     engine.release()
+    engine.restore()
+    (again,) = engine.add([3, 4], Sampling(60, eos_id=eos))
+    engine.run()
+    assert again.tokens == found.tokens and engine.generated == 2 * stop
 
 
 def test_memory_that_runs_out_is_taken_from_nobody_whose_token_is_unread():

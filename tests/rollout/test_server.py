@@ -168,6 +168,7 @@ def test_models_health_and_metrics(serving):
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["wizard_pages_free"]) == float(values["wizard_pages"]) == serving.engine.pages
     assert float(values["wizard_tokens_drawn_total"]) == serving.engine.generated > 0
+    assert float(values["wizard_graph_captures_total"]) == serving.engine.captures == 0
     assert float(values['wizard_requests_total{route="/v1/chat/completions",status="200"}']) > 0
     buckets = [float(v) for k, v in values.items() if k.startswith("wizard_first_token_seconds_bucket")]
     assert buckets == sorted(buckets) and buckets[-1] == float(values["wizard_first_token_seconds_count"])

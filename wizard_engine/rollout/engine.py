@@ -136,7 +136,7 @@ class Engine:
         """
         if self.has_work:
             raise ValueError("engine: expected no sequences that have not ended when its memory is given back")
-        self.keys = self.values = self.routes = None
+        self.keys = self.values = self.routes = self.flight = None
         self.memory.release()
         self.pool.forget()
 
@@ -159,8 +159,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence has not ended, or a token is not read yet."""
-        return self.scheduler.has_work or self.flight is not None
+        """Whether any sequence has not ended, or waits for a token that is not read yet."""
+        unread = () if self.flight is None else self.flight.grown
+        return self.scheduler.has_work or any(s.reason is None for s in unread)
 
     def add(self, prompt: Several[int], sampling: Sampling, *, n: int = 1) -> list[Sequence]:
         """`n` sequences of one prompt, with the uniform numbers of `n` rows.

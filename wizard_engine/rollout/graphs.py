@@ -99,6 +99,8 @@ class DecodeGraphs:
             # Kernels are compiled and libraries loaded before anything is recorded.
             self.function(step)
         torch.cuda.current_stream(self.device).wait_stream(side)
+        # A capture begins with this, too: only what the pool takes is counted.
+        torch.cuda.empty_cache()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self.device)
         with torch.cuda.graph(graph, pool=self._pool):
             hidden = self.function(step)

@@ -15,6 +15,7 @@ HELP = {
     "steps_total": "Steps of the engine.",
     "step_seconds_total": "Seconds of those steps.",
     "preemptions_total": "Sequences that gave their pages back.",
+    "graph_captures_total": "CUDA graphs of decode steps that were captured.",
     "sequences_open": "Sequences that run and wait.",
     "sequences_running": "Sequences that run.",
     "pages": "Pages of the key/value cache.",

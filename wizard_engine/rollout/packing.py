@@ -85,7 +85,8 @@ class Packer:
         rows = len(tokens) + sequences - len(chunks)
         missing = rows + -rows % self.unit - len(tokens)
         tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
-        sources = F.pad(sources, (0, missing), value=self.sampled)
+        # The first of the padding is token 0, whatever the step has.
+        sources = F.pad(sources, (0, missing), value=self.sampled + len(sources))
         slots = F.pad(slots, (0, missing), value=self.scratch)
         absent = sequences - len(chunks)
         table, lengths = F.pad(table, (0, 0, 0, absent)).contiguous(), F.pad(lengths, (0, absent))

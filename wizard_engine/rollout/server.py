@@ -153,6 +153,7 @@ class Server:
         totals = {
             "steps_total": self.driver.steps, "step_seconds_total": self.driver.step_seconds,
             "preemptions_total": engine.scheduler.preemptions, "tokens_drawn_total": engine.generated,
+            "graph_captures_total": engine.captures,
         }  # fmt: skip
         return PlainTextResponse(self.metrics.text(gauges, totals), media_type="text/plain; version=0.0.4")
 
