@@ -13,8 +13,8 @@ class Event:
     """One request to the device, or one wait for it.
 
     Attributes:
-        kind: a Triton kernel, a torch operator, a copy between host and device, a wait of the host for all of it, a CUDA
-            graph, the record of an event (a mark), or a wait of the host for that.
+        kind: a Triton kernel, a torch operator, a copy between host and device, a wait of the host for all of it, a
+            CUDA graph, the record of an event (a mark), or a wait of the host for that.
         name: of the kernel or operator, what the host waited for, or the number of the mark.
         bytes: read and written.   flops: operations.   launches: kernels that the device runs.
         where: "file:line" of the engine's code that asked, of waits.

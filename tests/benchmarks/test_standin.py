@@ -1,4 +1,4 @@
-"""A stand-in GPU sees what a real one would refuse, what makes the host wait, and the launches of the engine's steps."""
+"""A stand-in GPU sees what a real one would refuse, waits of the host, and the launches of the engine's steps."""
 
 import json
 import os

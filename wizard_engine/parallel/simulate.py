@@ -125,7 +125,7 @@ def record(
 
 
 def axis_names(mesh: Mesh) -> dict[str, str]:
-    """Name of a process group -> axis of the mesh; axes of the same ranks go by the first of them that has the group."""
+    """Name of a process group -> axis of the mesh; of axes with the same ranks, the first that has the group."""
     names: dict[str, str] = {}
     for axis in ("shard", "copy", "efsdp", "replicate", "tp", "cp", "ep", "row"):
         found = getattr(mesh, axis)
