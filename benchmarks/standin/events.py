@@ -36,11 +36,11 @@ class Log:
     """Events in order; inside `capture` they go into a graph instead.
 
     Attributes:
-        variants: Triton kernel -> the keys under which it was compiled.
+        variants: Triton kernel -> what each compilation was asked for, and what Triton made of its run-time numbers.
     """
 
     events: list[Event] = field(default_factory=list)
-    variants: dict[str, list[Any]] = field(default_factory=dict)
+    variants: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         self.events.append(event)

@@ -197,10 +197,7 @@ def triton_driver(log: Log, *, compiles: bool, checks: bool) -> Iterator[None]:
     real = compiler.compile
 
     def compile(src: Any, target: Any = None, options: Any = None, **rest: Any) -> Any:
-        signature = tuple(src.signature.items())
-        constants, attributes = dict(src.constants), dict(src.attrs)
-        key = (signature, tuple(sorted(map(str, constants.items()))), str(sorted((options or {}).items())))
-        log.variants.setdefault(src.fn.__name__, []).append((key, attributes))
+        log.variants.setdefault(src.fn.__name__, []).append(variant_of(src, options or {}))
         if compiles:
             return real(src, target=target, options=options, **rest)
         if checks:
@@ -218,6 +215,18 @@ def triton_driver(log: Log, *, compiles: bool, checks: bool) -> Iterator[None]:
             yield
     finally:
         driver._active = before
+
+
+def variant_of(src: Any, options: dict[str, Any]) -> tuple[str, str]:
+    """(what a launch asked for: dtypes and constexprs; what Triton made of its run-time numbers: divisibility, ones)."""
+    declared = {p.name for p in src.fn.params if p.is_constexpr}
+    names = src.fn.arg_names
+    constants = {names[path[0]]: value for path, value in src.constants.items() if len(path) == 1}
+    kinds = {n: str(kind) for n, kind in src.signature.items() if str(kind).startswith(("*", "tensordesc"))}
+    absent = {n for n, value in constants.items() if value is None}
+    asked = kinds, absent, {n: value for n, value in constants.items() if n in declared}, sorted(options.items())
+    made = dict(src.attrs), {n: v for n, v in constants.items() if n not in declared and v is not None}
+    return str(asked), str(made)
 
 
 def check_types(src: Any, target: Any, options: dict[str, Any]) -> None:

@@ -182,7 +182,9 @@ def main() -> None:
         found = {"tensors": tensors(), "waits": waits(log), "refusals": refusals(), "variants": variants(log)}
         log.variants.clear()
         found["steps"] = steps(log)
-        found["compiled"] = {name: len(keys) for name, keys in log.variants.items()}
+        found["compiled"] = {
+            name: max(Counter(asked for asked, _ in pairs).values()) for name, pairs in log.variants.items()
+        }
         found["caller"] = caller()
     print(json.dumps(found))
 

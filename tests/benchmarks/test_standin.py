@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Launches of a training step of two blocks, and of each block more (recomputed in full), at most.
-STEP_LAUNCHES, BLOCK_LAUNCHES = 170, 52
+STEP_LAUNCHES, BLOCK_LAUNCHES = 172, 42
 DECODE_BLOCK_LAUNCHES = 10
 
 
@@ -108,7 +108,7 @@ def test_online_step_waits_by_phase_and_not_by_micro_batch(seen):
 
 # Catches: a number that differs between the passes of a step (slots, tokens, programs) and is not exempt.
 def test_no_kernel_is_compiled_twice_for_one_shape(seen):
-    assert all(count <= limit for count, limit in seen["compiled"].values()), seen["compiled"]
+    assert len(seen["compiled"]) >= 20 and set(seen["compiled"].values()) == {1}, seen["compiled"]
 
 
 def test_ledger_adds_up(seen):
