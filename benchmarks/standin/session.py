@@ -218,7 +218,7 @@ def triton_driver(log: Log, *, compiles: bool, checks: bool) -> Iterator[None]:
 
 
 def variant_of(src: Any, options: dict[str, Any]) -> tuple[str, str]:
-    """(what a launch asked for: dtypes and constexprs; what Triton made of its run-time numbers: divisibility, ones)."""
+    """(dtypes and constexprs that a launch asked for, what Triton made of its run-time numbers: divisibility, ones)."""
     declared = {p.name for p in src.fn.params if p.is_constexpr}
     names = src.fn.arg_names
     constants = {names[path[0]]: value for path, value in src.constants.items() if len(path) == 1}
