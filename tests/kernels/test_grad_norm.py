@@ -3,10 +3,12 @@
 import pytest
 import torch
 from closeness import scaled
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels._grad_norm import chunk_squares
 from kernels.configuration import table, use_arch, use_config
-from kernels.grad_norm import CHUNK, chunk_norms_reference, grad_norm
+from kernels.grad_norm import CHUNK, _sum_of_squares, chunk_norms_reference, grad_norm
 from kernels.launch import record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,25 +69,34 @@ def test_norm_is_right_with_every_table_entry(entry):
         assert abs(grad_norm(grads) - wide(grads)) <= 2e-7 * wide(grads)
 
 
+class Operators(TorchDispatchMode):
+    """Names of torch's operators, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# How numbers of the host become a tensor on a device.
+TABLE = ("lift_fresh.default", "detach.default", "_to_copy.default")
+
+
 # Catches: a launch per chunk or per buffer; a table made anew where the buffers stayed.
 def test_one_kernel_and_one_sum_whatever_the_buffers():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Operators(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.__name__)
-            return func(*args, **(kwargs or {}))
-
     seen = []
     for sizes in ((5,), (10 * CHUNK,), (CHUNK, 3, 2 * CHUNK, 9)):
-        names: list[str] = []
         grads = [torch.empty(size, device="meta") for size in sizes]
-        with kernels.use_backend("triton"), Operators():
+        with kernels.use_backend("triton"), Operators() as outside:
             grad_norm(grads)
-        # One operation of two launches, and the root.
-        assert names == ["grad_squares.default", "sqrt.default"], names
-        from kernels._grad_norm import chunk_squares
-
+        # One operation, and the root; inside, beside the kernel, room for the sums and their sum.
+        assert outside.names == ["grad_squares.default", "sqrt.default"]
+        with record(), Operators() as inside:
+            _sum_of_squares._init_fn(grads)
+        assert [name for name in inside.names if name not in TABLE] == ["empty.memory_format", "sum.default"]
         with record() as made:
             chunk_squares(grads, CHUNK)
         seen.append([(launch.kernel.__name__, launch.grid) for launch in made])
