@@ -18,9 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def inputs(tokens, heads, kv_heads, width, dtype, *, page=16, seed=0):
-    """qkv with a stride of its own, tables longer than the tokens, free places of pages that are poisoned."""
-    rows = scaled(tokens, (heads + 2 * kv_heads) * width + 3, seed=seed).to(dtype).to(DEVICE)
-    qkv = rows[:, : (heads + 2 * kv_heads) * width].view(tokens, -1, width)
+    """qkv with strides of its own, tables longer than the tokens, free places of pages that are poisoned."""
+    qkv = scaled(tokens, heads + 2 * kv_heads, width + 3, seed=seed).to(dtype).to(DEVICE)[..., :width]
     cos, sin = (x.to(DEVICE) for x in rope_tables(torch.arange(50), width, 100.0))
     generator = torch.Generator().manual_seed(seed)
     pages = -(-tokens // page) + 2
