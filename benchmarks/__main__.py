@@ -23,7 +23,7 @@ import torch
 from wizard_engine import runtime
 
 # Commands that read their own options.
-COMMANDS = ("launches",)
+COMMANDS = ("launches", "compile_cache")
 NAMES = ("packing", "minhash", "train", "generation", "serve", "losses")
 SEED = 0
 

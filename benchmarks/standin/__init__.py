@@ -14,6 +14,6 @@ A process that has stood in for a GPU is of no use for anything else: run it in 
 """
 
 from .events import Event, Log
-from .session import stand_in
+from .session import install, stand_in
 
-__all__ = ["Event", "Log", "stand_in"]
+__all__ = ["Event", "Log", "install", "stand_in"]
