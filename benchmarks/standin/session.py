@@ -25,6 +25,7 @@ from .tensors import CudaMode, Devices, caller, cuda_tensors
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes and number of the element types of descriptors, as Triton's compiler counts them.
 DESCRIPTOR_TYPES = {"fp16": (2, 6), "bf16": (2, 10), "fp32": (4, 7)}
+NVTX = ("range_push", "range_pop", "mark")
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 
 
@@ -97,6 +98,17 @@ class FakeStream:
     def wait_stream(self, stream: Any) -> None: ...
 
     def wait(self, stream: Any = None) -> None: ...
+
+
+class HostGenerator(torch.Generator):
+    """A generator of random numbers, on the host whatever device it is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        return super().__new__(cls)
+
+
+def _take_data(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.data = source
 
 
 class Cuda:
@@ -184,6 +196,12 @@ class Cuda:
         with ExitStack() as stack:
             for name, value in self.functions().items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            for owner, names in ((torch.cuda.profiler, ("start", "stop")), (torch.cuda.nvtx, NVTX)):
+                for name in names:
+                    stack.enter_context(mock.patch.object(owner, name, lambda *args, **options: None))
+            stack.enter_context(mock.patch.object(torch, "Generator", HostGenerator))
+            # A module's parameters take other tensors' place by their data: weak references keep them from a swap.
+            stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _take_data))
             yield
 
 
