@@ -1,9 +1,9 @@
 """Result rows of the kernel benchmarks: their line, their file, their comparison with older ones, their README table.
 
 A row is one variant of one case: op, phase, label, dtype, variant, `status` (right, wrong, error, absent, profiled),
-and where it was timed kernel_us and wall_us ({p20, p50, p80}), `us` (the median that rates are computed from), tflops,
-gbps, shares of the ceilings of the same run, and `speedup` over each peer; with everything that the figures depend on,
-from commit to seed.
+and where it was timed, right or wrong, kernel_us and wall_us ({p20, p50, p80}), `us` (the median that rates are
+computed from), tflops, gbps, shares of the ceilings of the same run, and `speedup` over each peer; with everything that
+the figures depend on, from commit to seed.
 """
 
 import json
@@ -25,8 +25,11 @@ def add_rates(row: Row, flops: int, moved: int, us: float, is_matrix: bool, ceil
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """To the timed rows of one case: `speedup` over every other timed peer, and the share of the equal-FLOP product."""
-    timed = [row for row in rows if "us" in row]
+    """To the timed rows of one case: `speedup` over every other right peer, and the share of the equal-FLOP product.
+
+    A wrong row has neither, and is nobody's peer.
+    """
+    timed = [row for row in rows if "us" in row and row["status"] != "wrong"]
     equal = next((row["tflops"] for row in timed if row["variant"] == EQUAL_FLOPS), None)
     peers = {row["variant"]: row["us"] for row in timed if not row["is_ours"] and row["variant"] != EQUAL_FLOPS}
     for row in timed:
@@ -49,6 +52,7 @@ def line_of(row: Row) -> str:
     text += "".join(f"  {ratio:.2f}x {name}" for name, ratio in row.get("speedup", {}).items())
     if row.get("peak_memory_gib") is not None:
         text += f"  peak {row['peak_memory_gib']:.2f} GiB"
+    text += "  WRONG" if row["status"] == "wrong" else ""
     return text + (f"  [{row['note']}]" if row.get("note") else "")
 
 
@@ -140,10 +144,10 @@ TITLE = ("operation", "shape", "us (20th to 80th)", "rate", "of the ceiling", "t
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """README tables of this project's timed rows, one for each machine and command, with what they were measured on."""
+    """README tables of this project's right, timed rows, one for each machine and command, with what they depend on."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.get("is_ours") and "us" in row:
+        if row.get("is_ours") and "us" in row and row["status"] != "wrong":
             groups.setdefault((row.get("gpu") or row.get("hardware"), row.get("command", "")), []).append(row)
     return "\n\n".join(_table(hardware, command, some) for (hardware, command), some in groups.items())
 

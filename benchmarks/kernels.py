@@ -7,7 +7,7 @@
   python -m benchmarks.kernels --table RESULTS.json       the README table of a results file
   python -m benchmarks.kernels --op rms_norm --case D=4096 --profile one repetition for ncu or nsys
 
-Every variant is checked against float64 before it is timed; a wrong one is reported and not timed. Times are medians
+Every variant is checked against float64 before it is timed; a wrong one is timed too, and marked. Times are medians
 with the 20th and 80th percentile, of variants that take turns, with a cold L2; kernel time and wall time apart; a
 backward is timed alone. Rates are compared with a device copy and a matrix product (cuBLAS, on a GPU) measured in the
 same run. Where there is no GPU the plain PyTorch code runs on small shapes, so that the harness itself can be tried.
@@ -96,7 +96,7 @@ def compile_ahead(session: Session, found: Sequence[Case], deadline: float) -> N
 
 
 def measure(session: Session, case: Case) -> list[Row]:
-    """Rows of a case: every variant checked, then those that are right timed together."""
+    """Rows of a case: every variant checked, then those that ran timed together."""
     inputs = _Inputs(case, case.problem.inputs(case.dtype, session.device, SEED))
     chosen = [v for v in variants(case, session.device) if v.name in (session.only or [v.name])]
     chosen = [v for v in chosen if v.name not in session.skip]
@@ -177,11 +177,10 @@ class _Inputs:
 
 
 def _checked_call(session: Session, inputs: _Inputs, variant: Variant, row: Row) -> gpu_timing.Call | None:
-    """The variant's call where it runs and is right; otherwise None, and the row says why."""
+    """The variant's call where it runs, right or wrong, as the row says; otherwise None, and the row says why."""
     try:
         function = variant.prepare(inputs.case.problem, session.device)
-        if not _is_right(inputs, variant, function, row):
-            return None
+        _compare_results(inputs, variant, function, row)
         call = inputs.call(variant, function, timed=True)
         for _ in range(2):
             call()
@@ -191,11 +190,12 @@ def _checked_call(session: Session, inputs: _Inputs, variant: Variant, row: Row)
         return call
     except FAILURES as error:
         row |= {"status": "error", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"}
+        print(f"{inputs.case.label} {variant.name}: {row['note']}", flush=True)
         gpu_timing.check_alive(session.device)
         return None
 
 
-def _is_right(inputs: _Inputs, variant: Variant, function: Function, row: Row) -> bool:
+def _compare_results(inputs: _Inputs, variant: Variant, function: Function, row: Row) -> None:
     """Run the variant twice, compare the first run with the oracle and with the second, and put it into the row."""
     runs = [inputs.call(variant, function, timed=False)() for _ in range(2)]
     first, second = ({name: x.detach() for name, x in run.items()} for run in runs)
@@ -205,7 +205,6 @@ def _is_right(inputs: _Inputs, variant: Variant, function: Function, row: Row) -
     row |= {"checked": inputs.oracle.scope, "repeats_bits": repeats_bits(first, second)}
     wrong = [str(verdict) for verdict in verdicts if not verdict.is_right]
     row |= {"status": "wrong", "note": "; ".join(wrong)} if wrong else {"status": "right"}
-    return not wrong
 
 
 def configurations(call: gpu_timing.Call) -> dict[str, dict[str, Any]]:
@@ -221,14 +220,15 @@ def configurations(call: gpu_timing.Call) -> dict[str, dict[str, Any]]:
 
 
 def _time_or_say(session: Session, case: Case, calls: dict[str, gpu_timing.Call], rows: list[Row]) -> list[Row]:
-    """`_time`; where it fails (memory, as a rule: all variants are there at once), the rows that were right say so."""
+    """`_time`; where it fails (memory, as a rule: all variants are there at once), the rows that ran say so."""
     try:
         return _time(session, case, calls, rows)
     except FAILURES as error:
         gpu_timing.check_alive(session.device)
         for row in rows:
-            if row["status"] == "right":
-                row["note"] = f"not timed: {type(error).__name__}: {' '.join(str(error).split())[:240]}"
+            if row["status"] in ("right", "wrong"):
+                why = f"not timed: {type(error).__name__}: {' '.join(str(error).split())[:240]}"
+                row["note"] = "; ".join(filter(None, [row.get("note", ""), why]))
         return []
 
 

@@ -44,8 +44,8 @@ def decades(low: float, high: float) -> tuple[int, int]:
 
 
 def point_of(row: Row) -> tuple[float, float] | None:
-    """Operations per byte and TFLOP/s of a timed row; None for others."""
-    if "us" not in row or not row["bytes"] or not row["flops"]:
+    """Operations per byte and TFLOP/s of a right, timed row; None for others."""
+    if "us" not in row or row["status"] == "wrong" or not row["bytes"] or not row["flops"]:
         return None
     return row["flops"] / row["bytes"], row["tflops"]
 
@@ -111,7 +111,7 @@ def _roofs(axes: Axes, copy_gbps: float, matrix_tflops: float) -> list[str]:
 
 def page_of(rows: Sequence[Row]) -> str:
     """The whole page: hardware and command, the chart, and every timed row as a table."""
-    timed = [row for row in rows if "us" in row]
+    timed = [row for row in rows if "us" in row and row["status"] != "wrong"]
     if not timed:
         return page.page(
             "Kernels", header="<h1>Kernels: no row was timed</h1>", body=page.pre("\n".join(_untimed(rows)))
@@ -129,16 +129,16 @@ def page_of(rows: Sequence[Row]) -> str:
     body = page.section("Roofline", keys + page.card(chart(rows)), lead=lead) + page.section("Rows", _table(timed))
     untimed = _untimed(rows)
     if untimed:
-        body += page.section("Not timed", page.pre("\n".join(untimed)))
+        body += page.section("Wrong or not timed", page.pre("\n".join(untimed)))
     return page.page("Kernels", header=header, body=body)
 
 
 def _untimed(rows: Sequence[Row]) -> list[str]:
-    """One line for each row without a time, and why."""
+    """One line for each row without a time, or with a wrong result, and why."""
     return [
         f"{row['op']} {row['phase']} {row['label']} {row['variant']}: {row['status']} {row.get('note', '')}"
         for row in rows
-        if "us" not in row
+        if "us" not in row or row["status"] == "wrong"
     ]
 
 

@@ -12,6 +12,7 @@ than the table's must be 1 % faster. Entries of other architectures stay as they
 """
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -269,30 +270,41 @@ def _as_before(choice: Choice, current: Config) -> str:
     return "as before" if choice.config == current else f"instead of {current}"
 
 
-def check_tables(
+def entry_checks(
     arch: int, names: Sequence[str], ask: Ask, compilers: Compilers | None = None, deadline: float = float("inf")
-) -> Iterator[dict[str, Any]]:
-    """For every entry that the architecture takes: kernel, class, config, what is wrong with it, seconds.
+) -> list[tuple[Target, Callable[[], dict[str, Any]]]]:
+    """The entries that the architecture takes, the most important first, each with a check of it.
 
-    With `compilers` the kernels are compiled ahead, in the order in which they are checked. After the deadline no
-    further entry is started.
+    A check gives kernel, class, config, what is wrong with it, seconds. With `compilers` the kernels are compiled ahead
+    from now on, in that order; behind the deadline nothing waits for a compiler.
     """
     todo = entries_for(arch, names)
     ahead = [
         compilers.submit([Job(target.kernel, case, arch) for case in checked_cases(target, full=True)])
         for target, _ in (todo if compilers else ())
     ]
-    for place, (target, config) in enumerate(todo):
-        began = time.monotonic()
-        if began > deadline:
-            return
+
+    def check(place: int) -> dict[str, Any]:
+        (target, config), began = todo[place], time.monotonic()
         if compilers:
             compilers.results(ahead[place], deadline)
         wrong = _ask_check(ask, target, config, full=True)
-        yield {
+        return {
             "kernel": target.kernel, "class": target.shape, "config": config, "wrong": wrong,
             "seconds": round(time.monotonic() - began, 2),
         }  # fmt: skip
+
+    return [(target, functools.partial(check, place)) for place, (target, _) in enumerate(todo)]
+
+
+def check_tables(
+    arch: int, names: Sequence[str], ask: Ask, compilers: Compilers | None = None, deadline: float = float("inf")
+) -> Iterator[dict[str, Any]]:
+    """What `entry_checks` find, in their order; after the deadline no further one is started."""
+    for _, check in entry_checks(arch, names, ask, compilers, deadline):
+        if time.monotonic() > deadline:
+            return
+        yield check()
 
 
 def print_candidates(arch: int, names: Sequence[str]) -> None:

@@ -41,6 +41,8 @@ FORWARDS = frozenset(("linear_logprob_statistics", "grouped_swiglu", "grouped_ma
 # Sequences of a check: around the tile sizes, an empty one, one token, an odd prime; small ones for the interpreter.
 LENGTHS = (129, 0, 1, 64, 257, 63, 127)
 SMALL_LENGTHS = (17, 0, 1, 33)
+# Operations of models with experts alone.
+MIXTURE = ("experts", "moe_route", "moe_permute", "moe_combine")
 # Widths of each operation's classes that are worth their time first: those of the 7B and 70B presets, then others.
 FIRST = {"attention": (128, 64, 256), "rms_norm": (4096, 8192), "rope": (128,), "swiglu": (2048,)}
 
@@ -89,11 +91,14 @@ class Target:
 
     @property
     def importance(self) -> tuple:
-        """Sorts what matters first: 2-byte elements, widths of the presets, attention, forwards."""
+        """Sorts what matters first: training and decode of 7B, 2-byte elements, widths of the presets, attention."""
         width, first = self.shape.get("width", 2 * self.shape.get("half", 0)), FIRST.get(self.op, ())
         place = first.index(width) if width in first else len(first) if width else 0
+        # Training gives AdamW gradients in fp32.
+        is_wide = self.shape.get("bytes", 2) != 2 and self.op != "adamw"
+        is_other = is_wide or bool(place) or self.op in MIXTURE
         is_second = self.phase == "backward"
-        return self.shape.get("bytes", 2) != 2, place, list(OPERATIONS).index(self.op), is_second, self.kernel, -width
+        return is_other, is_wide, place, list(OPERATIONS).index(self.op), is_second, self.kernel, -width
 
     def __str__(self) -> str:
         return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.keys)])
