@@ -4,9 +4,9 @@
   python -m benchmarks.gpu_check --minutes 8.5          results in benchmarks/results/GPUNAME-DATE
   make gpu-check ARGS="--out $OUT"                      results in that folder: six flat files, none over 16 MiB
 
-Each phase is a process of its own, and each row is on disk the moment it is known. A case that ends its process or loses
-the device costs itself alone: the phase goes on behind it. A phase may take its share of the minutes that are left, and
-says what it would need to finish; when the minutes are spent, no further phase is started.
+Each phase is a process of its own, and each row is on disk the moment it is known. A case that ends its process or
+loses the device costs itself alone: the phase goes on behind it. A phase may take its share of the minutes that are
+left, and says what it would need to finish; when the minutes are spent, no further phase is started.
 
 Exit status: 0; 1 where something was wrong, crashed or lost the device; 3 where nothing was, but phases were stopped or
 left out; 2 where there is no GPU, no Triton, or the command line is wrong.
@@ -58,6 +58,7 @@ def parser(names: Sequence[str]) -> Parser:
     found.add_argument("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results/GPUNAME-DATE")
     found.add_argument("--minutes", type=minutes, default=MINUTES, help="for everything; default: %(default)s")
     found.add_argument("--only", nargs="+", metavar="PHASE", help=f"of {', '.join(names)}; default: all, in this order")
+    found.add_argument("--cache", type=Path, metavar="FOLDER", help="kernels that benchmarks.compile_cache made ahead")
     found.add_argument(
         "--stand-in", metavar="MODULE", help="its install() puts something in the place of the GPU first"
     )
@@ -67,26 +68,13 @@ def parser(names: Sequence[str]) -> Parser:
     return found
 
 
-def missing() -> str:
-    """What this machine lacks, or ""."""
-    if importlib.util.find_spec("triton") is None:
-        return "expected triton, got none; install the one that your torch names"
-    return "" if torch.cuda.is_available() else "expected a GPU, got none"
-
-
 def main(args: list[str] | None = None) -> int:
     """Runs what the command line asks for; returns the exit status."""
     words = sys.argv[1:] if args is None else args
+    if importlib.util.find_spec("triton") is None:
+        return _refuse("expected triton, got none; install the one that belongs to your torch")
     if "--stand-in" in words[:-1]:
         importlib.import_module(words[words.index("--stand-in") + 1]).install()
-    elif lack := missing():
-        if "-h" not in words and "--help" not in words:
-            print(f"gpu_check: {lack}; nothing was run", file=sys.stderr)
-            return 2
-    return _run(words)
-
-
-def _run(words: list[str]) -> int:
     from benchmarks import check_phases
 
     phases = check_phases.PHASES
@@ -96,13 +84,25 @@ def _run(words: list[str]) -> int:
     chosen = reader.names("--only", options.only, names)
     if options.phase:
         reader.names("--phase", [options.phase], names)
+    if not torch.cuda.is_available():
+        return _refuse("expected a GPU, got none")
+    if options.phase:
         phase = next(phase for phase in phases if phase.name == options.phase)
         return check_phases.run_phase(phase, options.out, options.scratch, options.seconds)
     try:
         out = folder(options.out)
     except ValueError as error:
         reader.error(str(error))
+    if options.cache:
+        from benchmarks import compile_cache
+
+        print(f"{options.cache}: {compile_cache.use(options.cache) or 'used'}", flush=True)
     return check([phase for phase in phases if phase.name in chosen], out, options)
+
+
+def _refuse(lack: str) -> int:
+    print(f"gpu_check: {lack}; nothing was run", file=sys.stderr)
+    return 2
 
 
 def folder(out: Path | None) -> Path:

@@ -1,6 +1,7 @@
 """The GPU check: order, shares of the time, isolation of crashes, what is written; the training step on a CPU."""
 
 import datetime
+import gzip
 import json
 import os
 import re
@@ -13,26 +14,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, train_step
-from benchmarks.gpu_check import PHASES, Outcome, Phase, run_phases, share_of, spawn, summary
+from benchmarks import check_cases, check_files, check_phases, check_summary, gpu_check, phase_processes, train_step
+from benchmarks.check_cases import DONE, LOST, WRONG, Visit, run_cases
+from benchmarks.check_phases import PHASES
+from benchmarks.phase_processes import Outcome, Phase, run_phases, share_of, spawn
 from wizard_engine.model.config import PRESETS
 from wizard_engine.throughput import flops_per_token
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 THREE = [Phase("first", 10, None), Phase("second", 30, None), Phase("third", 60, None)]
 
 
 class FakeTime:
     """A clock, and a launcher whose phases take the seconds given."""
 
-    def __init__(self, takes: dict[str, float]) -> None:
-        self.now, self.takes, self.given, self.seen = 0.0, takes, {}, []
+    def __init__(self, takes: dict[str, float], out: Path) -> None:
+        self.now, self.takes, self.out, self.given, self.seen = 0.0, takes, out, {}, []
 
     def clock(self) -> float:
         return self.now
 
-    def launch(self, phase: Phase, out: Path, seconds: float) -> Outcome:
-        path = out / "phases.jsonl"
+    def launch(self, phase: Phase, seconds: float) -> Outcome:
+        path = self.out / "phases.jsonl"
         self.seen.append([json.loads(line)["name"] for line in path.read_text().splitlines()] if path.exists() else [])
         self.given[phase.name] = seconds
         used = min(self.takes[phase.name], seconds)
@@ -47,39 +51,22 @@ def test_share_of_the_time_left():
 
 # Catches: shares that do not shrink after a slow phase; time that a quick phase leaves lost; results kept to the end.
 def test_phases_run_in_order_and_pass_on_the_time_they_leave(tmp_path):
-    fake = FakeTime({"first": 1.0, "second": 99.0, "third": 20.0})
-    outcomes = run_phases(THREE, tmp_path, 100.0, fake.launch, fake.clock)
+    fake, reported = FakeTime({"first": 1.0, "second": 99.0, "third": 20.0}, tmp_path), []
+    outcomes = run_phases(THREE, tmp_path, 100.0, fake.launch, lambda o: reported.append(len(o)), fake.clock)
     assert [(o.name, o.status) for o in outcomes] == [("first", "done"), ("second", "stopped"), ("third", "done")]
     assert fake.given == {"first": 10.0, "second": pytest.approx(33.0), "third": pytest.approx(66.0)}
-    assert fake.seen == [[], ["first"], ["first", "second"]]
-    assert "| second | stopped | 33 |" in (tmp_path / "summary.md").read_text()
+    assert fake.seen == [[], ["first"], ["first", "second"]] and reported == [1, 2, 3]
 
 
 def test_phases_are_not_started_when_the_time_is_spent(tmp_path, capsys):
-    def launch(phase: Phase, out: Path, seconds: float) -> Outcome:
+    def launch(phase: Phase, seconds: float) -> Outcome:
         fake.now += 95.0
         return Outcome(phase.name, "done", 95.0)
 
-    fake = FakeTime({})
-    outcomes = run_phases(THREE, tmp_path, 100.0, launch, fake.clock)
+    fake = FakeTime({}, tmp_path)
+    outcomes = run_phases(THREE, tmp_path, 100.0, launch, lambda o: None, fake.clock)
     assert [o.status for o in outcomes] == ["done", "skipped", "skipped"]
     assert "second: skipped" in capsys.readouterr().out
-
-
-CHILD = """
-import os, signal, subprocess, sys, time
-name = sys.argv[sys.argv.index("--phase") + 1]
-print("note: began " + name, flush=True)
-if name == "segfault":
-    os.kill(os.getpid(), signal.SIGSEGV)
-if name == "wrong":
-    sys.exit(1)
-if name == "hang":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    open(sys.argv[sys.argv.index("--out") + 1] + "/child", "w").write(str(child.pid))
-    time.sleep(60)
-print("seconds " + sys.argv[sys.argv.index("--seconds") + 1])
-"""
 
 
 def has_ended(process: int) -> bool:
@@ -92,73 +79,222 @@ def has_ended(process: int) -> bool:
     return False
 
 
-# Catches: a crash that ends the run; children of a stopped phase that go on; a stop taken for a success.
-def test_a_crash_or_hang_costs_one_phase(tmp_path):
-    names = ["segfault", "hang", "wrong", "fine"]
-    phases = [Phase(name, 1.0, None) for name in names]
-    seconds = {"hang": 1.5}
+def rows_of(out: Path, phase: str) -> list[dict]:
+    return [row for row in check_files.read_lines(out / "rows.jsonl") if row.get("from") == phase]
 
-    def launch(phase: Phase, out: Path, share: float) -> Outcome:
-        return spawn(phase, out, seconds.get(phase.name, 20.0), [sys.executable, "-c", CHILD])
 
-    outcomes = run_phases(phases, tmp_path, 100.0, launch)
-    assert [o.status for o in outcomes] == ["crashed (exit -11)", "stopped", "wrong", "done"]
-    assert [o.note for o in outcomes] == [f"began {name}" for name in names]
-    log = (tmp_path / "log.txt").read_text()
-    assert "[fine] seconds 17.0" in log and "[segfault] note: began segfault" in log
-    assert has_ended(int((tmp_path / "child").read_text())), "a child of the stopped phase goes on"
-    found = json.loads((tmp_path / "phases.jsonl").read_text().splitlines()[0])
-    assert found["name"] == "segfault" and found["status"] == "crashed (exit -11)"
+# Catches: a crash or a lost device that ends the phase or the run; children of a stopped phase that go on; results that
+# a crash leaves behind in hundreds of files or one huge one; a phase started on a GPU that is too small.
+def test_whole_check_with_phases_that_crash_hang_flood_and_lose_the_device(tmp_path):
+    out = tmp_path / "results"
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--stand-in", "fake_gpu", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'benchmarks'}"}
+    done = subprocess.run([*command, "--minutes", "4"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    outcomes = {line["name"]: line for line in check_files.read_lines(out / "phases.jsonl")}
+    assert {name: line["status"] for name, line in outcomes.items()} == {
+        "crash": "wrong", "hang": "stopped", "flood": "done", "lost": "wrong", "dies": "lost the device",
+        "large": "left out", "broken": "crashed (exit 1)", "fine": "done",
+    }, done.stdout[-3000:] + done.stderr  # fmt: skip
+    assert done.returncode == 1 and list(outcomes) == [phase.name for phase in fake_phases()]
+
+    crash = {row["case"]: row for row in rows_of(out, "crash") if "pid" in row or "status" in row}
+    assert crash["b"]["status"] == "lost" and crash["d"] == crash["d"] | {
+        "status": "error",
+        "note": "ValueError: odd shape",
+    }
+    assert crash["a"]["pid"] != crash["c"]["pid"] == crash["e"]["pid"]
+    assert {"from": "crash", "case": "b", "value": "before the end"} in rows_of(out, "crash")
+    assert outcomes["crash"]["note"] == "5 of 5 cases, 2 not right: b, d"
+    lost = {row["case"]: row for row in rows_of(out, "lost")}
+    assert [lost[case].get("status") for case in "abcde"] == [None, "lost", None, "lost", None]
+    assert len({lost[case]["pid"] for case in "ace"}) == 3
+    assert sum(row["status"] == "lost" for row in rows_of(out, "dies")) == phase_processes.RESTARTS
+    assert outcomes["dies"]["note"].endswith(f"in case {phase_processes.RESTARTS}")
+
+    before, child = rows_of(out, "hang")
+    assert before["value"] == "before the hang" and has_ended(child["child"])
+    assert outcomes["large"]["note"] == "needs 80 GiB of the GPU's memory, there are 40: left out"
+    assert "removed 401 that are no files of the check" in outcomes["flood"]["note"]
+    assert "flooded" in outcomes["flood"]["note"] and "log.txt: cut here" in outcomes["flood"]["note"]
+    files = list(out.rglob("*"))
+    assert {path.name for path in files} == {"rows.jsonl", "phases.jsonl", "summary.md", "log.txt"}
+    assert all(path.is_file() and path.stat().st_size <= 16 * 2**20 for path in files)
+    assert len(done.stdout) < 2**21 and "further lines are left out" in done.stdout
+    text = (out / "summary.md").read_text()
+    assert "| hang | stopped |" in text and "- lost b  lost: the process or the device did not survive" in text
+
+
+def fake_phases() -> tuple[Phase, ...]:
+    import fake_gpu
+
+    return fake_gpu.phases()
+
+
+def visit(tmp_path: Path, phase: str = "some", seconds: float = 60.0) -> Visit:
+    return Visit(phase, tmp_path, tmp_path, seconds, CPU)
+
+
+# Catches: rows that are kept until the case or the phase ends.
+def test_each_row_is_on_disk_before_the_next_is_made(tmp_path):
+    seen = []
+
+    def case():
+        for number in range(3):
+            yield {"number": number}
+            seen.append(len(rows_of(tmp_path, "some")))
+
+    assert run_cases(visit(tmp_path), [("one", case)]) == DONE and seen == [1, 2, 3]
+
+
+def test_a_phase_says_what_it_would_need_to_finish(tmp_path, monkeypatch, capsys):
+    one = visit(tmp_path)
+
+    def slow():
+        one.seconds = -1.0
+        return [{"status": "wrong"}]
+
+    assert run_cases(one, [("a", list), ("b", slow), ("c", list), ("d", list)]) == WRONG
+    journal = check_cases.journal_of(tmp_path, "some")
+    seconds = {"a": 1.0, "b": 8.0}
+    monkeypatch.setattr(check_cases.Journal, "ended", {name: (s, name == "a") for name, s in seconds.items()})
+    text = check_cases.progress(journal, ["a", "b", "c", "d"])
+    assert re.fullmatch(r"2 of 4 cases, 1 not right: b, all need about 18 s, next would be c", text)
+    assert "note: 2 of 4 cases, 1 not right: b" in capsys.readouterr().out
+
+
+def test_a_lost_device_ends_the_process_and_a_peers_failure_does_not_make_a_phase_wrong(tmp_path):
+    def lose():
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_cases(visit(tmp_path), [("a", list), ("b", lose)])
+    assert stopped.value.code == LOST and check_cases.journal_of(tmp_path, "some").open == "b"
+    peer = [("a", lambda: [{"status": "error", "is_ours": False}, {"status": "absent"}])]
+    assert run_cases(visit(tmp_path, "peers"), peer) == DONE
+    for text, lost in (
+        ("CUDA error: unspecified launch failure", True), ("CUDA out of memory", False), ("no kernel image", False),
+        ("CUDA error: device-side assert triggered", True), ("expected fp32", False),
+    ):  # fmt: skip
+        assert check_cases.is_lost(RuntimeError(text)) == lost, text
+
+
+def test_rows_stop_at_the_limit_and_say_so_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_files, "ROW_BYTES", 300)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"half')
+    assert [check_files.append(path, {"text": "x" * 80}) for _ in range(6)] == 3 * [True] + 3 * [False]
+    lines = check_files.read_lines(path)
+    assert [line.get("text", "")[:1] for line in lines] == ["", "x", "x", "x", ""]
+    assert lines[0] == {"cut": '{"half'} and "full" in lines[-1]["cut"]
+
+
+def test_files_are_cut_at_a_line_and_others_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_files, "FILE_BYTES", 5000)
+    (tmp_path / "rows.jsonl").write_text('{"value": 1}\n' * 1000)
+    (tmp_path / "train_step.trace.json.gz").write_bytes(os.urandom(6000))
+    (tmp_path / "log.txt").write_text("short\n")
+    (tmp_path / "link").symlink_to(tmp_path / "log.txt")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    said = check_files.enforce(tmp_path)
+    assert len(said) == 3 and "removed 2" in said[0]
+    lines = check_files.read_lines(tmp_path / "rows.jsonl")
+    assert lines[0] == lines[-2] == {"value": 1} and lines[-1]["cut"].startswith("cut here: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "log.txt"}
+    assert (tmp_path / "rows.jsonl").stat().st_size <= 5000 and check_files.enforce(tmp_path) == []
 
 
 def test_log_of_a_phase_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "LOG_LINES", 3)
+    monkeypatch.setattr(phase_processes, "LOG_LINES", 3)
     script = "print('line\\n' * 10 + 'note: end')"
-    outcome = spawn(Phase("loud", 1.0, None), tmp_path, 20.0, [sys.executable, "-c", script])
-    assert (tmp_path / "log.txt").read_text().count("line") == 3 and outcome.note == "end"
+    outcome = spawn(Phase("loud", 1.0, None), tmp_path, tmp_path, 20.0, [sys.executable, "-c", script])
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("line") == 4 and "[loud] 8 further lines are left out" in log
+    assert outcome.note == "end" and outcome.status == "done"
 
 
 def test_phases_begin_with_what_is_worth_most():
-    first = ["environment", "tables", "ceilings", "attention_forward", "attention_backward"]
-    last = ["train_step", "decode", "rollout", "plan_rates", "pytest"]
-    assert [phase.name for phase in PHASES] == [*first, "linear_logprob", "mixture", "row_kernels", *last]
-    assert sum(phase.seconds for phase in PHASES) == 540
+    order = ["operations", "train_step", "attention", "rollout", "tables", "recipes", "mixture", "linear_logprob"]
+    assert [phase.name for phase in PHASES] == [*order, "row_kernels", "one_rank", "plan_rates", "pytest", "trace"]
+    assert sum(phase.seconds for phase in PHASES) == 510 == 60 * gpu_check.MINUTES
+    assert all(0 < phase.bytes <= 80 * 2**30 for phase in PHASES)
 
 
-def test_measured_cases_of_a_phase_are_the_quick_ones_first():
-    forward, backward, rows, heads = (
-        gpu_check.measured_cases(n)
-        for n in ("attention_forward", "attention_backward", "row_kernels", "linear_logprob")
+# Catches: peers that compile for tens of seconds; the backward of the first shapes behind the forward of the last ones.
+def test_measured_cases_of_a_phase_are_the_quick_ones_first(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    attention, rows, heads = (
+        check_phases.chosen_cases(n, cuda) for n in ("attention", "row_kernels", "linear_logprob")
     )
-    assert {case.op for case in heads} == {"linear_logprob"}
-    assert {case.phase for case in heads} == {"forward", "backward"} and heads[0].problem.tokens == 8192
-    assert {case.phase for case in forward} == {"forward"} and {case.phase for case in backward} == {"backward"}
-    assert [case.problem for case in forward] == [case.problem for case in backward]
-    assert {case.op for case in rows} == {"rms_norm", "rope", "swiglu", "adamw"}
-    assert len(set(forward)) == len(forward) and "D=8192" not in rows[0].label
-    special = [case for case in forward if case.problem.is_ragged or case.problem.window]
-    assert [gpu_check.skipped_peers(case) for case in special] == [(), ()]
-    assert gpu_check.skipped_peers(forward[0]) == ("flex",) and gpu_check.skipped_peers(rows[0]) == ()
+    assert {case.op for case in heads} == {"linear_logprob"} and heads[0].problem.tokens == 8192
+    assert [case.phase for case in attention[:4]] == ["forward", "backward"] * 2
+    assert attention[0].problem == attention[1].problem and len(set(attention)) == len(attention)
+    assert {case.op for case in rows} == {"rms_norm", "rope", "swiglu", "adamw", "decode_attention"}
+    assert "D=8192" not in rows[0].label
+    assert set(check_phases.skipped_peers(attention[0])) == {"flex", "eager", "sdpa flash"}
+    assert check_phases.skipped_peers(rows[0]) == check_phases.skipped_peers(heads[0]) == ("compile",)
+
+
+def test_the_step_stands_beside_the_ledgers_prediction_and_goes_without(tmp_path, monkeypatch, capsys):
+    row = {"tokens": 16384, "seconds": {"step": {"p50": 3.0}}}
+    ledger = type(sys)("benchmarks.launches")
+    ledger.predict = lambda preset, tokens, step: {
+        "predicted_seconds": 2.0,
+        "mfu": 0.5,
+        "asked": (preset, tokens, step),
+    }
+    monkeypatch.setitem(sys.modules, "benchmarks.launches", ledger)
+    monkeypatch.setattr(sys.modules["benchmarks"], "launches", ledger, raising=False)
+    (found,) = check_phases.predicted(visit(tmp_path), row)
+    assert found["measured_over_predicted"] == 1.5 and found["prediction"]["asked"] == ("7b", 16384, "train")
+
+    def refuse(*words):
+        raise ValueError("tokens: expected fewer")
+
+    ledger.predict = refuse
+    assert list(check_phases.predicted(visit(tmp_path), row)) == []
+    assert "no prediction: tokens: expected fewer" in capsys.readouterr().out
+
+
+# Catches: a trace that is written before the figures, or that makes the folder too large.
+@pytest.mark.parametrize(("limit", "there"), [(16 * 2**20, True), (10, False)])
+def test_trace_is_compressed_and_left_out_where_it_is_too_large(tmp_path, monkeypatch, limit, there):
+    monkeypatch.setattr(check_phases, "FILE_BYTES", limit)
+    monkeypatch.setattr(train_step, "trace", lambda device, path: path.write_text("[1]" * 1000), raising=False)
+    out = tmp_path / "out"
+    out.mkdir()
+    one = Visit("trace", out, tmp_path, 60.0, CPU)
+    assert check_phases.trace(one) == DONE and PHASES[-1].name == "trace"
+    path = out / "train_step.trace.json.gz"
+    assert path.exists() == there and (not there or gzip.decompress(path.read_bytes()) == b"[1]" * 1000)
+    (row,) = rows_of(out, "trace")
+    assert (row["trace"] is not None) == there
 
 
 def test_summary_shows_what_is_wrong(tmp_path):
     about = {"gpu": "H100", "date": "2026-11-25T00:00:00", "torch": "2.11"}
-    gpu_check.append(tmp_path / "phases.jsonl", {"environment": about})
-    gpu_check.append(tmp_path / "phases.jsonl", {"ceilings": {"copy_gbps": 3000.0, "matrix_tflops": 700.0}})
-    entry = {"kernel": "rope", "class": {"half": 8}, "config": {"BLOCK": 1}}
-    for wrong in ("", "dq: error 3"):
-        gpu_check.append(tmp_path / "checks.jsonl", entry | {"wrong": wrong})
     figures = dict.fromkeys(("tokens_per_second", "tflops", "mfu", "peak_tflops", "peak_memory_gib"), 0.5)
     figures |= dict.fromkeys(("layers", "layers_of_preset", "tokens", "documents"), 7)
-    figures |= {"recompute": "none"}
-    gpu_check.append(tmp_path / "train.jsonl", figures | {"seconds": {"forward": {"p50": 0.5}, "step": {"p50": 1.5}}})
-    (tmp_path / "results.jsonl").write_text('{"op": "cut in the mid')
-    text = summary(tmp_path, [Outcome("tables", "wrong", 12.0, "2 of 90")])
+    figures |= {"recompute": "none", "seconds": {"forward": {"p50": 0.5}, "step": {"p50": 1.5}}}
+    rows = [
+        {"environment": about}, {"ceilings": {"copy_gbps": 3000.0, "matrix_tflops": 700.0}},
+        {"entry": {"wrong": ""}, "status": "right", "from": "tables", "case": "swiglu"},
+        {"entry": {"wrong": "dq"}, "status": "wrong", "note": "dq: error 3", "from": "tables", "case": "rope half=8"},
+        {"train_step": figures},
+        {"op": "x", "status": "error", "is_ours": False, "phase": "step", "label": "", "variant": "y"},
+        {"prediction": {"predicted_seconds": 1.0}, "measured_seconds": 1.5, "measured_over_predicted": 1.5},
+    ]  # fmt: skip
+    for row in rows:
+        check_files.append(tmp_path / "rows.jsonl", row)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"op": "cut in the mid')
+    check_summary.report(tmp_path, [Outcome("tables", "wrong", 12.0, "2 of 90")])
+    text = (tmp_path / "summary.md").read_text()
     for part in (
         "# GPU check: H100, 2026-11-25", "torch 2.11", "| tables | wrong | 12 | 2 of 90 |", "2 checked, 1 wrong",
-        "- rope {'half': 8} {'BLOCK': 1}: dq: error 3", "copy 3,000 GB/s", "forward 500 ms, step 1500 ms", "MFU 50.0%",
+        "- tables rope half=8  wrong: dq: error 3", "copy 3,000 GB/s", "forward 500 ms, step 1500 ms", "MFU 50.0%",
+        "predicted 1.000 s, measured 1.500 s: 1.50 times as long", "rows cut: {\"op\": \"cut in the mid",
     ):  # fmt: skip
-        assert part in text
+        assert part in text, text
 
 
 def test_default_folder_has_a_plain_name_and_takes_no_other_runs(tmp_path):
@@ -169,17 +305,62 @@ def test_default_folder_has_a_plain_name_and_takes_no_other_runs(tmp_path):
     assert gpu_check.default_out("NVIDIA H100 80GB (HBM3)/x", date, tmp_path).name == f"{first.name}-2"
 
 
-def test_whole_check_with_fake_phases_writes_few_flat_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "spawn", lambda phase, out, seconds: Outcome(phase.name, "done", 1.0))
+@pytest.fixture
+def has_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert gpu_check.main(["--out", str(tmp_path / "run"), "--minutes", "1", "--only", "ceilings", "pytest"]) == 0
+
+
+def test_exit_status_says_what_became_of_the_phases(tmp_path, monkeypatch, has_gpu, capsys):
+    status = {}
+    monkeypatch.setattr(
+        gpu_check, "spawn", lambda phase, *more: Outcome(phase.name, status.get(phase.name, "done"), 1.0)
+    )
+    words = ["--out", str(tmp_path / "run")]
+    assert gpu_check.main([*words, "--only", "tables", "pytest"]) == 0
     assert "every phase was run" in capsys.readouterr().out
-    files = list((tmp_path / "run").iterdir())
-    assert 1 <= len(files) <= 8 and all(f.is_file() and re.fullmatch(r"[A-Za-z0-9._-]+", f.name) for f in files)
-    monkeypatch.setattr(gpu_check, "spawn", lambda phase, out, seconds: Outcome(phase.name, "crashed (exit -11)", 1.0))
-    assert gpu_check.main(["--out", str(tmp_path / "run"), "--only", "ceilings"]) == 1
-    assert gpu_check.main(["--out", str(tmp_path / "two"), "--minutes", "0.1"]) == 0
-    assert "not run for lack of time: environment, tables" in capsys.readouterr().out
+    for what, expected in (
+        ("left out", 3),
+        ("stopped", 3),
+        ("wrong", 1),
+        ("lost the device", 1),
+        ("crashed (exit -11)", 1),
+    ):
+        status["pytest"] = what
+        assert gpu_check.main([*words, "--only", "tables", "pytest"]) == expected, what
+    assert gpu_check.main(["--out", str(tmp_path / "two"), "--minutes", "0.2"]) == 3
+    assert "skipped: operations the minutes are spent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "atention"], "the nearest is attention"), (["--minutes", "0"], "above 0, got '0'"),
+        (["--minutes", "-3"], "above 0, got '-3'"), (["--minutes", "soon"], "above 0, got 'soon'"),
+        (["--minutes", "nan"], "above 0, got 'nan'"),
+        (["--out", "FILE"], "--out: expected a folder that can be written"),
+        (["--out", "FILE/below"], "--out: expected a folder that can be written"),
+        (["--out", "USED"], "--out: expected an empty folder or one of an earlier check"),
+    ],
+)  # fmt: skip
+def test_command_line_refuses_with_status_2(tmp_path, has_gpu, capsys, words, message):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("x")
+    words = [w.replace("FILE", str(tmp_path / "file")).replace("USED", str(tmp_path / "used")) for w in words]
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main(words)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert (tmp_path / "used" / "thesis.tex").exists() and (tmp_path / "file").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, has_gpu, monkeypatch, capsys):
+    def fail(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(gpu_check.tempfile, "TemporaryFile", fail)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main(["--out", str(tmp_path)])
+    assert stopped.value.code == 2 and "Permission denied" in capsys.readouterr().err
 
 
 def test_without_a_gpu_there_is_one_line_and_status_2(monkeypatch, capsys):
@@ -187,18 +368,38 @@ def test_without_a_gpu_there_is_one_line_and_status_2(monkeypatch, capsys):
     assert gpu_check.main([]) == 2
     printed = capsys.readouterr()
     assert printed.err == "gpu_check: expected a GPU, got none; nothing was run\n" and not printed.out
-    with pytest.raises(SystemExit) as stopped:
-        gpu_check.main(["--only", "atention_forward"])
-    assert stopped.value.code == 2 and "the nearest is attention_forward" in capsys.readouterr().err
 
 
-def test_make_gpu_check_runs_the_module_and_installs_nothing():
-    root = Path(__file__).parents[2]
-    command = ["make", "-n", "gpu-check", "PYTHON=some-python", "ARGS=--minutes 5"]
+# Catches: an import at the top of the command that needs Triton.
+def test_without_triton_there_is_one_line_and_status_2():
+    script = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            sys.modules.pop(name, None)
+            raise ModuleNotFoundError(name, name=name)
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+sys.meta_path.insert(0, Absent())
+from benchmarks import gpu_check
+sys.exit(gpu_check.main([]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        "gpu_check: expected triton, got none; install the one that belongs to your torch; nothing was run\n"
+    )
+
+
+@pytest.mark.parametrize("words", ["--minutes 5", '--out "$OUT/check" --minutes 8.5'])
+def test_make_gpu_check_runs_the_module_and_installs_nothing(words):
+    command = ["make", "-n", "gpu-check", "PYTHON=some-python", f"ARGS={words.replace('$', '$$')}"]
     # Under `make test` this make would be a sub-make, and print the folders that it enters.
     own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, env=own).stdout
-    assert printed.strip() == "PYTHONPATH=. some-python -m benchmarks.gpu_check --minutes 5"
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=own).stdout
+    assert printed.strip() == f"PYTHONPATH=. some-python -m benchmarks.gpu_check {words}"
 
 
 LENGTHS = (17, 5, 30, 1)
@@ -257,7 +458,7 @@ def test_shares_of_the_mixture_are_those_of_one_size():
         row("moe_permute", "T=8 D=6", 3.0), row("moe_combine", "T=8 D=6", 2.0), row("moe_combine", "T=9 D=6", 2.0),
         row("moe_route", "T=8 D=6", 99.0, phase="backward"),
     ]  # fmt: skip
-    assert gpu_check.mixture_shares(rows) == ["T=8: routing and rows 15.0% of the layer's forward"]
-    assert gpu_check.mixture_shares(rows[1:]) == []
+    assert check_phases.mixture_shares(rows) == ["T=8: routing and rows 15.0% of the layer's forward"]
+    assert check_phases.mixture_shares(rows[1:]) == []
     timed = row("experts", "T=8", 5.0, phase="backward", share_of_equal=0.715)
-    assert gpu_check.mixture_shares([timed]) == ["T=8 backward: 0.71 of cuBLAS at equal FLOPs, goal 0.72"]
+    assert check_phases.mixture_shares([timed]) == ["T=8 backward: 0.71 of cuBLAS at equal FLOPs, goal 0.72"]

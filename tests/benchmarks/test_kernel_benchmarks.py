@@ -421,8 +421,9 @@ def session() -> kernels.Session:
     return kernels.Session(CPU, about, {"copy_gbps": 10.0, "matrix_tflops": 1.0}, seconds=0.001)
 
 
-# Catches: a wrong variant that is timed; an error that ends the run; speedups over a variant that was not timed.
-def test_wrong_and_failing_variants_are_reported_and_not_timed(monkeypatch):
+# Catches: a wrong variant whose time is lost, or taken for a right one; an error that ends the run; speedups over
+# a variant that is wrong or was not timed.
+def test_wrong_variants_are_timed_and_marked_and_failing_ones_reported(monkeypatch):
     ran = []
 
     def wrong(problem, device):
@@ -437,16 +438,21 @@ def test_wrong_and_failing_variants_are_reported_and_not_timed(monkeypatch):
     chosen = [
         Variant("reference", is_ours=True), Variant("eager", lambda problem, _: problem.formula),
         Variant("wrong", wrong, is_ours=True), Variant("failing", failing), Variant("late", fails_in_the_end),
+        Variant("wrong peer", wrong),
         Variant("gone", absent="is not installed"),
     ]  # fmt: skip
     monkeypatch.setattr(kernels, "variants", lambda case, device: chosen)
     rows = {r["variant"]: r for r in kernels.measure(session(), Case(SwiGlu(8, 16), "forward", torch.float32))}
     status = {name: r["status"] for name, r in rows.items()}
     assert status == {
-        "reference": "right", "eager": "right", "wrong": "wrong", "failing": "error", "late": "error", "gone": "absent"
+        "reference": "right", "eager": "right", "wrong": "wrong", "failing": "error", "late": "error",
+        "gone": "absent", "wrong peer": "wrong",
     }  # fmt: skip
-    assert {name for name, r in rows.items() if "us" in r} == {"reference", "eager"}
-    assert len(ran) == 2 and "y: error" in rows["wrong"]["note"]
+    assert {name for name, r in rows.items() if "us" in r} == {"reference", "eager", "wrong", "wrong peer"}
+    assert len(ran) > 10 and "y: error" in rows["wrong"]["note"] and "speedup" not in rows["wrong"]
+    assert " WRONG  [y: error" in kernel_rows.line_of(rows["wrong"])
+    assert "(wrong)" not in kernel_rows.markdown(list(rows.values()))
+    assert roofline.point_of(rows["wrong"]) is None and "Wrong or not timed" in roofline.page_of(list(rows.values()))
     assert rows["failing"]["note"] == "RuntimeError: no kernel image"
     assert rows["late"]["note"] == "ValueError: odd shape" and rows["gone"]["note"] == "is not installed"
     assert set(rows["reference"]["speedup"]) == {"eager"}

@@ -184,6 +184,11 @@ def test_every_table_belongs_to_an_operation_and_the_important_come_first():
         "attention_forward bytes=2 width=128", "attention_backward_kv bytes=2 width=128"
     ]  # fmt: skip
     assert all(target.shape.get("bytes") == 4 for target in found[-20:])
+    # Training and decode of 7B, AdamW's gradients in fp32 and half precision included, before everything else.
+    assert {(t.op, t.shape.get("width"), t.shape.get("bytes", 2)) for t in found[:15]} == {
+        ("attention", 128, 2), ("linear_logprob", None, 2), ("rms_norm", 4096, 2), ("rms_norm", None, 2),
+        ("rope", None, 2), ("swiglu", 2048, 2), ("adamw", None, 2), ("adamw", None, 4), ("decode_attention", None, 2),
+    }  # fmt: skip
     with pytest.raises(ValueError, match="expected the table of one of attention"):
         _ = Target.of("softmax_forward", {}).op
 
@@ -275,6 +280,8 @@ def test_check_tables_reports_every_entry(capsys):
     assert list(check_tables(90, ["rope"], lambda request: {}, deadline=0.0)) == []
     (row, *_) = check_tables(90, ["rope"], lambda request: {"crash": "the process ended with -11"})
     assert row["wrong"] == "crash: the process ended with -11"
+    checks = tune.entry_checks(90, tuned(), lambda request: {"failures": []})
+    assert len(checks) == len(entries_for(90, tuned())) and checks[0][1]()["kernel"] == checks[0][0].kernel
 
 
 SERVER = """
