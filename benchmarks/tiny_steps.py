@@ -1,0 +1,245 @@
+"""A training step of every recipe with a tiny random model, against the CPU: loss, gradient norm, every gradient.
+
+    python -m benchmarks.tiny_steps                  on the GPU, in fp32 and bf16
+
+The reference is the plain path in float64 on the CPU, with the weights that the tested dtype holds; the allowance is
+twice what the same path in the tested dtype is off by, as for kernels. Gradients are taken relative to the largest
+element of each, all together: the worst of them counts. A mixture replays the reference's choice of experts.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.check_cases import Case, Row
+from benchmarks.command_line import Parser
+from benchmarks.kernel_checks import UNIT
+from kernels import use_backend
+from wizard_engine.data.batch import Batch, collate
+from wizard_engine.data.chat import Sample
+from wizard_engine.loss import dpo_loss, policy_loss, process_loss, ranking_loss, sft_loss, value_loss
+from wizard_engine.model import ModelConfig, Routes, ScoringModel, Transformer
+from wizard_engine.optim import AdamW
+from wizard_engine.parallel import Sharding, parallelize
+from wizard_engine.parallel.mesh import Mesh
+from wizard_engine.rollout.answers import answer_batch
+
+VOCABULARY, PROMPT = 97, 6
+LENGTHS = (9, 17, 5, 12)
+LAYERS = 2
+CPU = torch.device("cpu")
+
+
+def config(experts: int = 0) -> ModelConfig:
+    """Two layers with grouped heads, a window, and a head of its own."""
+    return ModelConfig(
+        vocab_size=VOCABULARY, width=48, layers=LAYERS, heads=4, kv_heads=2, head_width=16, ffn_width=40, window=8,
+        tied=False, init_std=0.1, experts=experts,
+    )  # fmt: skip
+
+
+def samples(seed: int) -> list[Sample]:
+    """Sequences that begin with one of two prompts, uneven weights behind it."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, VOCABULARY, (2, PROMPT))
+    found = []
+    for number, length in enumerate(LENGTHS):
+        answer = rng.integers(0, VOCABULARY, length)
+        weights = np.concatenate((np.zeros(PROMPT), 0.5 + rng.random(length))).astype(np.float32)
+        found.append(Sample(np.concatenate((prompts[number % 2], answer)).astype(np.int32), weights))
+    return found
+
+
+def batch(seed: int) -> Batch:
+    """The samples, packed."""
+    return collate(samples(seed))
+
+
+def _drawn(count: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def _wide(model: nn.Module) -> torch.dtype:
+    """Of what a loss takes beside hidden states."""
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+
+
+def _sft(model: Transformer, device: torch.device, routes: Routes) -> Tensor:
+    packed = batch(0).to(device)
+    hidden, weights = model(*packed.inputs, routes), packed.weights.to(_wide(model))
+    return sft_loss(hidden, model.head_weight, packed.targets, weights, num_tokens=43.0, shard=model.shard).loss
+
+
+def _dpo(model: Transformer, device: torch.device, routes: Routes) -> Tensor:
+    packed = batch(1).to(device)
+    reference = -40 + _drawn(len(LENGTHS), device, _wide(model), 1)
+    out = dpo_loss(
+        model(*packed.inputs, routes), model.head_weight, packed.targets, packed.weights.to(_wide(model)),
+        packed.cu_seqlens, reference, beta=0.3, num_pairs=2, nll=0.2, num_chosen_tokens=26.0, shard=model.shard,
+    )  # fmt: skip
+    return out.loss
+
+
+def _last_scores(model: ScoringModel, device: torch.device, routes: Routes) -> Tensor:
+    packed = batch(2).to(device)
+    return model(*packed.inputs, routes)[packed.cu_seqlens[1:].long() - 1]
+
+
+def _ranking(model: ScoringModel, device: torch.device, routes: Routes) -> Tensor:
+    better, worse = _last_scores(model, device, routes)[:, 0].chunk(2)
+    return ranking_loss(better, worse, _drawn(2, device, _wide(model), 3).abs(), num_pairs=2)
+
+
+def _process(model: ScoringModel, device: torch.device, routes: Routes) -> Tensor:
+    labels = torch.tensor([-1, 0, 1, 1], device=device)
+    return process_loss(_last_scores(model, device, routes), labels, num_steps=len(labels))
+
+
+def _answers(model: nn.Module, device: torch.device):
+    spread = getattr(model, "body", model).spread
+    return answer_batch(samples(4), [PROMPT] * len(LENGTHS), spread, device)
+
+
+def _policy(model: Transformer, device: torch.device, routes: Routes) -> Tensor:
+    answers, wide = _answers(model, device), _wide(model)
+    hidden = answers.hidden(model, model(*answers.inputs, routes))
+    count = len(answers.targets)
+    behaviour, advantages = -5 + 0.3 * _drawn(count, device, wide, 5), _drawn(count, device, wide, 6)
+    out = policy_loss(
+        hidden, model.head_weight, answers.targets, behaviour, advantages, clip=0.2, num_tokens=float(count),
+        cu_seqlens=answers.cu_seqlens, dual_clip=3.0, reference=behaviour - 0.1, kl=0.1, entropy=0.05,
+        sampled=behaviour + 0.05, temperature=0.9, shard=model.shard,
+    )  # fmt: skip
+    return out.loss
+
+
+def _critic(model: ScoringModel, device: torch.device, routes: Routes) -> Tensor:
+    answers = _answers(model, device)
+    values = answers.before(model(*answers.inputs, routes))[:, 0]
+    old, returns = (_drawn(len(values), device, values.dtype, seed) for seed in (7, 8))
+    return value_loss(values, old, returns, clip=0.2, num_tokens=float(len(values)))[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recipe's step: what makes its model in fp32 on the CPU, and its loss."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, torch.device, Routes], Tensor]
+
+
+def _language(experts: int = 0) -> Transformer:
+    return Transformer(config(experts), seed=3)
+
+
+def _scoring(outputs: int, *, surprise: bool = False) -> ScoringModel:
+    model = ScoringModel(config(), outputs, surprise=surprise)
+    model.body.initialise(5)
+    last = list(model.score.modules())[-1]
+    nn.init.normal_(last.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+STEPS = (
+    Step("sft", _language, _sft), Step("sft of a mixture", lambda: _language(4), _sft),
+    Step("stage_dpo", _language, _dpo), Step("reward ranking", lambda: _scoring(1), _ranking),
+    Step("reward process", lambda: _scoring(3), _process),
+    Step("reward process, body frozen", lambda: _scoring(3, surprise=True), _process),
+    Step("rleif policy", _language, _policy), Step("rleif critic", lambda: _scoring(1), _critic),
+)  # fmt: skip
+
+
+@dataclass
+class Figures:
+    """Loss and gradients by parameter, in float64 on the CPU."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+
+    @property
+    def norm(self) -> float:
+        """Of all gradients."""
+        return float(torch.cat([grad.flatten() for grad in self.grads.values()]).norm())
+
+
+def figures(step: Step, model: nn.Module, device: torch.device, experts: Tensor | None = None) -> tuple[Figures, Routes]:
+    """Loss and gradients of a step with this model, on the device; experts as given, or the router's."""
+    routes = Routes() if experts is None else Routes(experts.to(device))
+    model.zero_grad()
+    loss = step.loss(model, device, routes)
+    (loss + routes.loss(getattr(model, "config", None), 43.0)).backward()
+    grads = {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    return Figures(loss.detach().double().cpu(), grads), routes
+
+
+def engine_norm(step: Step, model: nn.Module, device: torch.device, experts: Tensor | None) -> float:
+    """The gradient norm that the engine finds for the same step."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    parallelize(model, Mesh(device), Sharding(dtype=dtype))
+    optimizer = AdamW(model, weight_decay=0.1)
+    routes = Routes() if experts is None else Routes(experts.to(device))
+    loss = step.loss(model, device, routes)
+    (loss + routes.loss(model.config, 43.0)).backward()
+    optimizer.sharded.finish()
+    return float(optimizer.clip(0.0))
+
+
+def largest_error(found: Figures, ref: Figures) -> float:
+    """Worst error of the loss and the gradients, each relative to its largest element; infinite for NaN."""
+    pairs = [(found.loss, ref.loss), *((found.grads[name], grad) for name, grad in ref.grads.items())]
+    errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs]
+    return max(float("inf") if error != error else error for error in errors)
+
+
+def rows(step: Step, device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """What a step on the device, on the backend of the moment, is off by."""
+    model = step.build().to(dtype)
+    with use_backend("reference"):
+        ref, routes = figures(step, copy.deepcopy(model).double(), CPU)
+        experts = routes.stacked() if model.config.experts else None
+        base, _ = figures(step, copy.deepcopy(model), CPU, experts)
+    found, _ = figures(step, copy.deepcopy(model).to(device), device, experts)
+    norm = engine_norm(step, model.to(device), device, experts)
+    error, allowed = largest_error(found, ref), 2 * largest_error(base, ref) + 4 * UNIT
+    norm_error = abs(norm - ref.norm) / ref.norm
+    right = found.grads.keys() == ref.grads.keys() and error <= allowed and norm_error <= allowed
+    worst = max(ref.grads, key=lambda name: float((found.grads[name] - ref.grads[name]).abs().max()))
+    return [
+        {
+            "status": "right" if right else "wrong", "loss": float(found.loss), "reference_loss": float(ref.loss),
+            "norm": norm, "reference_norm": ref.norm, "error": error, "norm_error": norm_error, "allowed": allowed,
+            "note": "" if right else f"error {error:.2e}, of the norm {norm_error:.2e}, allowed {allowed:.2e}; {worst}",
+        }
+    ]  # fmt: skip
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Name of each step in each dtype, and what gives its rows."""
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    return [
+        (f"{step.name} {str(dtype).removeprefix('torch.')}", lambda s=step, d=dtype: rows(s, device, d))
+        for dtype in dtypes
+        for step in STEPS
+    ]
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run and print every step; returns the exit status: 1 where one is wrong, 2 without a GPU."""
+    Parser("python -m benchmarks.tiny_steps", __doc__).parse_args(args)
+    if not torch.cuda.is_available():
+        print("tiny_steps: expected a GPU, got none; nothing was run", file=sys.stderr)
+        return 2
+    found = [{"case": name} | row for name, run in cases(torch.device("cuda:0")) for row in run()]
+    print("\n".join(json.dumps(row) for row in found))
+    return int(any(row["status"] == "wrong" for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
