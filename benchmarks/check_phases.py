@@ -42,12 +42,13 @@ def operations(visit: Visit) -> int:
     from benchmarks import every_operation
 
     device = visit.device
-    checks = [
-        (f"{name} {str(dtype).removeprefix('torch.')}", lambda o=operation, t=dtype: every_operation.rows(o, device, t))
+    named = [
+        (f"{operation.name} {str(dtype).removeprefix('torch.')}", operation, dtype)
         for dtype in every_operation.dtypes(device)
-        for name, operation in every_operation.OPERATIONS
+        for operation in every_operation.OPERATIONS
     ]
-    checks.append(("decode graph", lambda: every_operation.rows(every_operation.decode_graph, device, torch.float32)))
+    named += [(name, operation, torch.float32) for name, operation in every_operation.WHOLE]
+    checks = [(name, lambda o=o, t=dtype: every_operation.rows(o, device, t)) for name, o, dtype in named]
     first = ("environment", lambda: [environment(device)])
     return run_cases(visit, [first, *checks, ("ceilings", lambda: [{"ceilings": gpu_timing.ceilings(device)}])])
 

@@ -3,8 +3,9 @@
     python -m benchmarks.tiny_steps                  on the GPU, in fp32 and bf16
 
 The reference is the plain path in float64 on the CPU, with the weights that the tested dtype holds; the allowance is
-twice what the same path in the tested dtype is off by, as for kernels. Gradients are taken relative to the largest
-element of each, all together: the worst of them counts. A mixture replays the reference's choice of experts.
+twice what the same path in the tested dtype is off by, as for kernels, and 16 units of fp32: a step is a chain of them.
+Gradients are taken relative to the largest element of each, all together: the worst of them counts. A mixture replays
+the reference's choice of experts.
 """
 
 import copy
@@ -32,14 +33,14 @@ from wizard_engine.rollout.answers import answer_batch
 
 VOCABULARY, PROMPT = 97, 6
 LENGTHS = (9, 17, 5, 12)
-LAYERS = 2
+LAYERS, KV_HEADS = 2, 2
 CPU = torch.device("cpu")
 
 
 def config(experts: int = 0) -> ModelConfig:
     """Two layers with grouped heads, a window, and a head of its own."""
     return ModelConfig(
-        vocab_size=VOCABULARY, width=48, layers=LAYERS, heads=4, kv_heads=2, head_width=16, ffn_width=40, window=8,
+        vocab_size=VOCABULARY, width=48, layers=LAYERS, heads=2 * KV_HEADS, kv_heads=KV_HEADS, head_width=16, ffn_width=40, window=8,
         tied=False, init_std=0.1, experts=experts,
     )  # fmt: skip
 
@@ -93,12 +94,12 @@ def _last_scores(model: ScoringModel, device: torch.device, routes: Routes) -> T
 
 def _ranking(model: ScoringModel, device: torch.device, routes: Routes) -> Tensor:
     better, worse = _last_scores(model, device, routes)[:, 0].chunk(2)
-    return ranking_loss(better, worse, _drawn(2, device, _wide(model), 3).abs(), num_pairs=2)
+    return ranking_loss(better, worse, _drawn(len(better), device, _wide(model), 3).abs(), num_pairs=2)
 
 
 def _process(model: ScoringModel, device: torch.device, routes: Routes) -> Tensor:
-    labels = torch.tensor([-1, 0, 1, 1], device=device)
-    return process_loss(_last_scores(model, device, routes), labels, num_steps=len(labels))
+    scores = _last_scores(model, device, routes)
+    return process_loss(scores, torch.arange(len(scores), device=device) % 3 - 1, num_steps=len(scores))
 
 
 def _answers(model: nn.Module, device: torch.device):
@@ -143,7 +144,7 @@ def _scoring(outputs: int, *, surprise: bool = False) -> ScoringModel:
     model = ScoringModel(config(), outputs, surprise=surprise)
     model.body.initialise(5)
     last = list(model.score.modules())[-1]
-    nn.init.normal_(last.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    nn.init.normal_(last.weight, std=0.1, generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -169,7 +170,9 @@ class Figures:
         return float(torch.cat([grad.flatten() for grad in self.grads.values()]).norm())
 
 
-def figures(step: Step, model: nn.Module, device: torch.device, experts: Tensor | None = None) -> tuple[Figures, Routes]:
+def figures(
+    step: Step, model: nn.Module, device: torch.device, experts: Tensor | None = None
+) -> tuple[Figures, Routes]:
     """Loss and gradients of a step with this model, on the device; experts as given, or the router's."""
     routes = Routes() if experts is None else Routes(experts.to(device))
     model.zero_grad()
@@ -207,7 +210,7 @@ def rows(step: Step, device: torch.device, dtype: torch.dtype) -> list[Row]:
         base, _ = figures(step, copy.deepcopy(model), CPU, experts)
     found, _ = figures(step, copy.deepcopy(model).to(device), device, experts)
     norm = engine_norm(step, model.to(device), device, experts)
-    error, allowed = largest_error(found, ref), 2 * largest_error(base, ref) + 4 * UNIT
+    error, allowed = largest_error(found, ref), 2 * largest_error(base, ref) + 16 * UNIT
     norm_error = abs(norm - ref.norm) / ref.norm
     right = found.grads.keys() == ref.grads.keys() and error <= allowed and norm_error <= allowed
     worst = max(ref.grads, key=lambda name: float((found.grads[name] - ref.grads[name]).abs().max()))
