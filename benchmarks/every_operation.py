@@ -52,17 +52,18 @@ NOT_OPERATIONS = frozenset(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of a head, a row, a feed-forward block and a vocabulary."""
+    """Widths of a head, a row, a feed-forward block, of the hidden states of losses, and a vocabulary."""
 
     head: int
     width: int
     ffn: int
+    hidden: int
     vocab: int
 
     @classmethod
     def of(cls, device: torch.device) -> "Sizes":
-        """Those of 7B on a GPU; small ones for the interpreter."""
-        return cls(128, 4096, 14336, 32000) if device.type == "cuda" else cls(16, 24, 40, 70)
+        """Those of 7B on a GPU, smaller ones of the same kernels for losses; small ones for the interpreter."""
+        return cls(128, 4096, 14336, 1024, 3200) if device.type == "cuda" else cls(16, 24, 40, 24, 70)
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def _rope(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
 def _head(s: Sizes) -> Tensors:
     targets = whole(0, s.vocab, 19, seed=2)
     targets[3] = -1
-    weight = drawn(s.vocab, s.width, seed=1, scale=s.width**-0.5)
-    return {"hidden": drawn(19, s.width, seed=0), "weight": weight, "targets": targets}
+    weight = drawn(s.vocab, s.hidden, seed=1, scale=s.hidden**-0.5)
+    return {"hidden": drawn(19, s.hidden, seed=0), "weight": weight, "targets": targets}
 
 
 def _tokens(s: Sizes, **names: float) -> Tensors:
@@ -376,9 +377,9 @@ OPERATIONS: tuple[Operation, ...] = (
         lambda s: {n: drawn(5, seed=i) for i, n in enumerate(("chosen", "rejected", "ref_chosen", "ref_rejected"))},
         _preference, ("chosen", "rejected"), ("chosen", "rejected", "ref_chosen", "ref_rejected"),
     ),
-    Operation("adamw fp32 gradient", ("adamw",), _state, _adamw("fp32"), wide=tuple(_state(Sizes(1, 1, 1, 1)))),
-    Operation("adamw bf16 gradient, scale", ("adamw",), _state, _adamw("bf16"), wide=tuple(_state(Sizes(1, 1, 1, 1)))),
-    Operation("offloaded_adamw", ("offloaded_adamw",), _state, _offloaded, wide=tuple(_state(Sizes(1, 1, 1, 1)))),
+    Operation("adamw fp32 gradient", ("adamw",), _state, _adamw("fp32"), wide=tuple(_state(Sizes(*[1] * 5)))),
+    Operation("adamw bf16 gradient, scale", ("adamw",), _state, _adamw("bf16"), wide=tuple(_state(Sizes(*[1] * 5)))),
+    Operation("offloaded_adamw", ("offloaded_adamw",), _state, _offloaded, wide=tuple(_state(Sizes(*[1] * 5)))),
     Operation(
         "moe_route", ("moe_route", "expert_counts", "load_balancing_loss", "router_z_loss"),
         lambda s: {"hidden": drawn(33, s.width, seed=0), "router": drawn(8, s.width, seed=1, scale=s.width**-0.5)},

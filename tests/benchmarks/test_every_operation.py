@@ -46,6 +46,16 @@ def test_every_operation_is_right_in_the_interpreter(operation):
     assert row["status"] == "right" and 0 < row["error_over_limit"] <= 1, row
 
 
+# Catches: dtypes that do not meet in half precision, which the interpreter cannot run.
+def test_inputs_and_references_are_right_in_bf16():
+    for operation in OPERATIONS:
+        (row,) = rows(operation, CPU, torch.bfloat16)
+        assert row["status"] == "right", (operation.name, row)
+    for step in tiny_steps.STEPS:
+        (row,) = tiny_steps.rows(step, CPU, torch.bfloat16)
+        assert row["status"] == "right" and row["allowed"] < 0.2, (step.name, row)
+
+
 @pytest.mark.parametrize(("name", "operation"), WHOLE, ids=[name for name, _ in WHOLE])
 def test_norm_and_generation_agree_with_their_plain_forms(name, operation):
     (row,) = rows(operation, CPU, torch.float32)
@@ -71,7 +81,7 @@ def test_a_wrong_kernel_gradient_shape_or_nan_is_seen(monkeypatch):
 
 def test_inputs_on_a_gpu_are_of_the_7b_models_widths():
     sizes = every_operation.Sizes.of(torch.device("cuda", 0))
-    assert (sizes.head, sizes.width, sizes.ffn, sizes.vocab) == (128, 4096, 14336, 32000)
+    assert (sizes.head, sizes.width, sizes.ffn) == (128, 4096, 14336)
     assert every_operation.dtypes(torch.device("cuda", 0)) == (torch.bfloat16, torch.float32)
 
 
