@@ -11,11 +11,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fake_gpu
 import pytest
 import torch
 
 from benchmarks import check_cases, check_files, check_phases, check_summary, gpu_check, phase_processes, train_step
-from benchmarks.check_cases import DONE, LOST, WRONG, Visit, run_cases
+from benchmarks.check_cases import DONE, LEFT_OUT, LOST, WRONG, Visit, run_cases
 from benchmarks.check_phases import PHASES
 from benchmarks.phase_processes import Outcome, Phase, run_phases, share_of, spawn
 from wizard_engine.model.config import PRESETS
@@ -84,36 +85,28 @@ def rows_of(out: Path, phase: str) -> list[dict]:
 
 
 # Catches: a crash or a lost device that ends the phase or the run; children of a stopped phase that go on; results that
-# a crash leaves behind in hundreds of files or one huge one; a phase started on a GPU that is too small.
+# a crash leaves behind in hundreds of files or one huge one.
 def test_whole_check_with_phases_that_crash_hang_flood_and_lose_the_device(tmp_path):
     out = tmp_path / "results"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--stand-in", "fake_gpu", "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'benchmarks'}"}
-    done = subprocess.run([*command, "--minutes", "4"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--minutes", "8"], cwd=ROOT, env=environment, capture_output=True, text=True)
     outcomes = {line["name"]: line for line in check_files.read_lines(out / "phases.jsonl")}
     assert {name: line["status"] for name, line in outcomes.items()} == {
-        "crash": "wrong", "hang": "stopped", "flood": "done", "lost": "wrong", "dies": "lost the device",
-        "large": "left out", "broken": "crashed (exit 1)", "fine": "done",
+        "bad": "wrong", "hang": "stopped", "flood": "done", "dies": "lost the device",
     }, done.stdout[-3000:] + done.stderr  # fmt: skip
-    assert done.returncode == 1 and list(outcomes) == [phase.name for phase in fake_phases()]
+    assert done.returncode == 1 and list(outcomes) == [phase.name for phase in fake_gpu.phases()]
 
-    crash = {row["case"]: row for row in rows_of(out, "crash") if "pid" in row or "status" in row}
-    assert crash["b"]["status"] == "lost" and crash["d"] == crash["d"] | {
-        "status": "error",
-        "note": "ValueError: odd shape",
-    }
-    assert crash["a"]["pid"] != crash["c"]["pid"] == crash["e"]["pid"]
-    assert {"from": "crash", "case": "b", "value": "before the end"} in rows_of(out, "crash")
-    assert outcomes["crash"]["note"] == "5 of 5 cases, 2 not right: b, d"
-    lost = {row["case"]: row for row in rows_of(out, "lost")}
-    assert [lost[case].get("status") for case in "abcde"] == [None, "lost", None, "lost", None]
-    assert len({lost[case]["pid"] for case in "ace"}) == 3
-    assert sum(row["status"] == "lost" for row in rows_of(out, "dies")) == phase_processes.RESTARTS
-    assert outcomes["dies"]["note"].endswith(f"in case {phase_processes.RESTARTS}")
+    bad = {row["case"]: row for row in rows_of(out, "bad") if "pid" in row or "status" in row}
+    assert [bad[case].get("status") for case in "abcdef"] == [None, "lost", None, "lost", "error", None]
+    assert bad["e"]["note"] == "ValueError: odd shape" and len({bad[case]["pid"] for case in "acf"}) == 3
+    assert {"from": "bad", "case": "b", "value": "before the end"} in rows_of(out, "bad")
+    assert outcomes["bad"]["note"] == "6 of 6 cases, 3 not right: b, d, e"
+    assert [row["case"] for row in rows_of(out, "dies")] == ["0", "1"]
+    assert outcomes["dies"]["note"] == "in case 2"
 
     before, child = rows_of(out, "hang")
     assert before["value"] == "before the hang" and has_ended(child["child"])
-    assert outcomes["large"]["note"] == "needs 80 GiB of the GPU's memory, there are 40: left out"
     assert "removed 401 that are no files of the check" in outcomes["flood"]["note"]
     assert "flooded" in outcomes["flood"]["note"] and "log.txt: cut here" in outcomes["flood"]["note"]
     files = list(out.rglob("*"))
@@ -121,17 +114,32 @@ def test_whole_check_with_phases_that_crash_hang_flood_and_lose_the_device(tmp_p
     assert all(path.is_file() and path.stat().st_size <= 16 * 2**20 for path in files)
     assert len(done.stdout) < 2**21 and "further lines are left out" in done.stdout
     text = (out / "summary.md").read_text()
-    assert "| hang | stopped |" in text and "- lost b  lost: the process or the device did not survive" in text
-
-
-def fake_phases() -> tuple[Phase, ...]:
-    import fake_gpu
-
-    return fake_gpu.phases()
+    assert "| hang | stopped |" in text and "- bad b  lost: the process or the device did not survive" in text
 
 
 def visit(tmp_path: Path, phase: str = "some", seconds: float = 60.0) -> Visit:
     return Visit(phase, tmp_path, tmp_path, seconds, CPU)
+
+
+def test_a_phase_is_left_out_on_a_gpu_that_is_too_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check_phases, "gpu", lambda: CPU)
+    monkeypatch.setattr(check_phases, "device_bytes", lambda device: 40 * 2**30)
+    ran = []
+    for gib, status in ((80, LEFT_OUT), (40, DONE)):
+        phase = Phase("some", 1, lambda visit: ran.append(visit.device) or DONE, gib * 2**30)
+        assert check_phases.run_phase(phase, tmp_path, tmp_path, 9.0) == status
+    assert ran == [CPU]
+    assert "note: needs 80 GiB of the GPU's memory, there are 40: left out" in capsys.readouterr().out
+
+
+# Catches: a traceback, which is exit status 1, taken for wrong results.
+@pytest.mark.parametrize(
+    ("code", "status"), [(0, "done"), (1, "crashed (exit 1)"), (WRONG, "wrong"), (LEFT_OUT, "left out")]
+)
+def test_status_of_a_phase_is_that_of_its_process(tmp_path, code, status):
+    command = [sys.executable, "-c", f"import sys; print('note: x'); sys.exit({code})"]
+    outcome = spawn(Phase("some", 1.0, None), tmp_path, tmp_path, 30.0, command)
+    assert (outcome.status, outcome.note) == (status, "x")
 
 
 # Catches: rows that are kept until the case or the phase ends.
