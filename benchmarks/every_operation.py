@@ -319,11 +319,21 @@ def _critic(logprob, reference, rewards) -> tuple[Tensor, ...]:
     estimates = kl_estimates(logprob.detach(), reference)
     targets = torch.arange(19, device=rewards.device) % 5 - 1
     value = clipped_value_loss(logprob, reference, returns, clip=0.2, num_tokens=19.0)
+    # Nothing is clipped: every token has its gradient.
+    loose = clipped_value_loss(logprob, reference, returns, clip=50.0, num_tokens=19.0)[0]
     factors = token_scale(targets, num_sequences=4.0, cu_seqlens=boundaries)
     sums = (
         sequence_logprobs(logprob.detach(), factors.to(logprob.dtype), boundaries, mean=mean) for mean in (False, True)
     )
-    return *_loss(value), advantages, returns, whiten(advantages), *(estimates[n] for n in sorted(estimates)), *sums
+    return (
+        *_loss(value),
+        loose,
+        advantages,
+        returns,
+        whiten(advantages),
+        *(estimates[n] for n in sorted(estimates)),
+        *sums,
+    )
 
 
 def _preference(chosen, rejected, ref_chosen, ref_rejected) -> tuple[Tensor, ...]:
