@@ -266,9 +266,9 @@ def tests(visit: Visit) -> int:
 
 # Seconds of 510, in the order of what a figure is worth.
 PHASES = (
-    Phase("operations", 60, operations, 2 * GIB), Phase("train_step", 85, train, 20 * GIB),
+    Phase("operations", 60, operations, 4 * GIB), Phase("train_step", 85, train, 20 * GIB),
     Phase("attention", 80, measure("attention"), 20 * GIB), Phase("rollout", 60, rollout, 60 * GIB),
-    Phase("tables", 55, tables, 12 * GIB), Phase("recipes", 25, recipes, 2 * GIB),
+    Phase("tables", 55, tables, 12 * GIB), Phase("recipes", 25, recipes, 6 * GIB),
     Phase("mixture", 35, measure("mixture"), 40 * GIB),
     Phase("linear_logprob", 25, measure("linear_logprob"), 30 * GIB),
     Phase("row_kernels", 20, measure("row_kernels"), 12 * GIB), Phase("one_rank", 15, one_rank, 2 * GIB),

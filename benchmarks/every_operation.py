@@ -319,11 +319,21 @@ def _critic(logprob, reference, rewards) -> tuple[Tensor, ...]:
     estimates = kl_estimates(logprob.detach(), reference)
     targets = torch.arange(19, device=rewards.device) % 5 - 1
     value = clipped_value_loss(logprob, reference, returns, clip=0.2, num_tokens=19.0)
+    # Nothing is clipped: every token has its gradient.
+    loose = clipped_value_loss(logprob, reference, returns, clip=50.0, num_tokens=19.0)[0]
     factors = token_scale(targets, num_sequences=4.0, cu_seqlens=boundaries)
     sums = (
         sequence_logprobs(logprob.detach(), factors.to(logprob.dtype), boundaries, mean=mean) for mean in (False, True)
     )
-    return *_loss(value), advantages, returns, whiten(advantages), *(estimates[n] for n in sorted(estimates)), *sums
+    return (
+        *_loss(value),
+        loose,
+        advantages,
+        returns,
+        whiten(advantages),
+        *(estimates[n] for n in sorted(estimates)),
+        *sums,
+    )
 
 
 def _preference(chosen, rejected, ref_chosen, ref_rejected) -> tuple[Tensor, ...]:
@@ -414,9 +424,9 @@ def gradient_norm(device: torch.device, dtype: torch.dtype) -> list[Triple]:
     from benchmarks import tiny_steps
     from wizard_engine.model import Transformer
 
-    config = replace(tiny_steps.config(), vocab_size=1500, layers=1)
-    step = replace(tiny_steps.STEPS[0], build=lambda: Transformer(config, seed=3))
-    model = step.build().to(device)
+    config = replace(tiny_steps.config(device=device), vocab_size=1500, layers=1)
+    step = replace(tiny_steps.STEPS[0], build=lambda device: Transformer(config, seed=3))
+    model = step.build(device).to(device)
     grads, _ = tiny_steps.figures(step, model, device)
     norm = tiny_steps.engine_norm(step, model, device, None)
     plain = torch.cat([grad.flatten() for grad in grads.grads.values()])
@@ -429,7 +439,7 @@ def decode_graph(device: torch.device, dtype: torch.dtype) -> list[Triple]:
     from wizard_engine.model import Transformer
     from wizard_engine.rollout.engine import Engine, Sampling
 
-    model = Transformer(config(), seed=3).to(device, dtype).requires_grad_(False)
+    model = Transformer(config(device=device), seed=3).to(device, dtype).requires_grad_(False)
     found = []
     for use_graphs in (True, False):
         engine = Engine(model, cache_tokens=1024, max_sequences=4, use_graphs=use_graphs)

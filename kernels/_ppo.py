@@ -96,8 +96,10 @@ def value_loss_kernel(
     moved = old + tl.minimum(tl.maximum(step, -clip), clip) - goal
     plain = off * off
     clipped = moved * moved
-    # Inside the interval both are the same; outside, at a tie, torch.maximum gives half of the gradient to each.
-    slope = tl.where(clipped > plain, 0.0, tl.where((clipped == plain) & (tl.abs(step) > clip), 0.5 * off, off))
+    # Inside the interval both are the same up to a rounding, which must not decide; outside, at a tie, torch.maximum
+    # gives half of the gradient to each.
+    beyond = tl.where(clipped > plain, 0.0, tl.where(clipped == plain, 0.5 * off, off))
+    slope = tl.where(tl.abs(step) > clip, beyond, off)
     tl.store(dvalues + token, slope * scale, mask=inside)
     _put(sums, 0, block, blocks, 0.5 * scale * tl.maximum(plain, clipped), inside)
     _put(sums, 1, block, blocks, (clipped > plain).to(tl.float32), inside)

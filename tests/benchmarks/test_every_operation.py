@@ -82,6 +82,8 @@ def test_a_wrong_kernel_gradient_shape_or_nan_is_seen(monkeypatch):
 def test_inputs_on_a_gpu_are_of_the_7b_models_widths():
     sizes = every_operation.Sizes.of(torch.device("cuda", 0))
     assert (sizes.head, sizes.width, sizes.ffn) == (128, 4096, 14336)
+    wide = tiny_steps.config(device=torch.device("cuda", 0))
+    assert (wide.head_width, wide.width, wide.ffn_width) == (128, 4096, 2048)
     assert every_operation.dtypes(torch.device("cuda", 0)) == (torch.bfloat16, torch.float32)
 
 
@@ -126,7 +128,7 @@ def test_recipes_that_train_are_all_there(capsys):
     names = " ".join(step.name for step in tiny_steps.STEPS)
     assert all(part in names for part in ("sft", "stage_dpo", "ranking", "process", "rleif policy", "rleif critic"))
     cuda = tiny_steps.cases(torch.device("cuda", 0))
-    assert [name for name, _ in cuda][:: len(tiny_steps.STEPS)] == ["sft float32", "sft bfloat16"]
+    assert [name for name, _ in cuda][:: len(tiny_steps.STEPS)] == ["sft bfloat16", "sft float32"]
     if not torch.cuda.is_available():
         assert tiny_steps.main([]) == 2 and "expected a GPU, got none" in capsys.readouterr().err
 
