@@ -143,6 +143,20 @@ def test_a_token_behind_an_end_is_dropped_and_its_pages_come_back():
     assert again.tokens == found.tokens and engine.generated == 2 * stop
 
 
+# Catches: pages whose last ids are read when their sequence has given them back already.
+@pytest.mark.parametrize("new", range(20, 25))
+def test_answers_are_found_again_as_in_the_synchronous_order(new):
+    model, cached = tiny(), []
+    for lookahead in (False, True):
+        engine = Engine(model, cache_tokens=320, lookahead=lookahead)
+        (first,) = engine.add([5] * 10, Sampling(new))
+        engine.run()
+        (second,) = engine.add(first.ids + [3, 4], Sampling(2))
+        engine.run()
+        cached.append((second.cached, second.tokens))
+    assert cached[0] == cached[1] and cached[0][0] == (32 if new > 22 else 16)
+
+
 def test_memory_that_runs_out_is_taken_from_nobody_whose_token_is_unread():
     model = tiny()
     for lookahead in (False, True):
