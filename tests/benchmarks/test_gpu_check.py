@@ -15,7 +15,16 @@ import fake_gpu
 import pytest
 import torch
 
-from benchmarks import check_cases, check_files, check_phases, check_summary, gpu_check, phase_processes, train_single
+from benchmarks import (
+    check_cases,
+    check_files,
+    check_phases,
+    check_summary,
+    gpu_check,
+    phase_processes,
+    train_single,
+    train_step,
+)
 from benchmarks.check_cases import DONE, LEFT_OUT, LOST, WRONG, Visit, run_cases
 from benchmarks.check_phases import PHASES
 from benchmarks.phase_processes import Outcome, Phase, run_phases, share_of, spawn
