@@ -5,8 +5,8 @@ unreadable page, once with the first byte behind one. What lies between is a ten
 addressed byte, so that an overrun into the rest of a storage is found, too. Bytes that the kernel changed are copied
 back. A launch that reads or writes outside fails its test with kernel, argument and side.
 
-Left alone are gaps inside an extent (rows of a slice) and arguments of more than MOST_BYTES. What a mask leaves out is
-not touched by the interpreter, wherever its address points.
+Left alone are gaps inside an extent (rows of a slice) and launches with an argument of more than MOST_BYTES. What a
+mask leaves out is not touched by the interpreter, wherever its address points.
 """
 
 import ctypes
@@ -133,10 +133,15 @@ class Copy:
         system().munmap(self.start, self.mapped)
 
 
+def extents_of(arguments: dict[str, Any]) -> list[Extent]:
+    """Extents of the tensors and descriptors that have elements."""
+    found = [Extent.of(name, x) for name, x in arguments.items() if isinstance(x, Tensor | TensorDescriptor)]
+    return [extent for extent in found if extent.count]
+
+
 def copies_of(arguments: dict[str, Any], at_end: bool) -> dict[str, Copy]:
     """Guarded copies of the tensors and descriptors that have elements, by argument."""
-    extents = [Extent.of(name, x) for name, x in arguments.items() if isinstance(x, Tensor | TensorDescriptor)]
-    return {extent.name: Copy(extent, at_end) for extent in extents if 0 < extent.count <= MOST_BYTES}
+    return {extent.name: Copy(extent, at_end) for extent in extents_of(arguments)}
 
 
 def replaced(value: Any, copy: Copy) -> Tensor | TensorDescriptor:
@@ -189,6 +194,8 @@ def guarded(report: int = 2) -> Iterator[None]:
     def run(self: InterpretedFunction, *values: Any, grid: Any, warmup: bool, **options: Any) -> None:
         arguments = dict(zip(self.arg_names, values)) | options
         launched.add(self.__name__)
+        if any(extent.count > MOST_BYTES for extent in extents_of(arguments)):
+            return plain(self, *values, grid=grid, warmup=warmup, **options)
         for at_end in (True, False):
             copies = run_once(self, arguments, at_end, functools.partial(plain, self, grid=grid, warmup=warmup))
         for copy in copies:

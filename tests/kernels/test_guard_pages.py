@@ -152,6 +152,13 @@ def test_guarded_launch_changes_aliases_and_nothing_else():
     assert torch.equal(storage, expected)
 
 
+def test_launch_with_a_huge_argument_runs_once_and_unguarded(monkeypatch):
+    monkeypatch.setattr("guard_pages.MOST_BYTES", 147)
+    x = torch.zeros(37)
+    launch_toy(x, x)
+    assert torch.equal(x, torch.ones(37))
+
+
 @pytest.mark.parametrize("rows", [3, 7])
 def test_guarded_descriptors_are_read_inside_their_shape(rows):
     x, y = torch.randn(9, 16)[:rows], torch.zeros(12, 16)
