@@ -166,3 +166,20 @@ def test_launches_of_a_dense_block_are_few():
     forward, backward = launches("full")
     assert not {"add", "cat", "clone", "copy_"} & {*forward, *backward}, (forward, backward)
     assert sum(forward.values()) == 9
+
+
+# Catches: a last norm that takes a sum made before it.
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_model_adds_to_its_stream_nowhere_apart(recompute):
+    config = dataclasses.replace(PRESETS["7b"], layers=2, vocab_size=64, tied=False)
+    with torch.device("meta"), use_backend("triton"):
+        model = Transformer(config).bfloat16()
+        for block in model.blocks:
+            recompute_block(block, recompute)
+        ids, marks = torch.empty(64, dtype=torch.int64), torch.empty(2, dtype=torch.int32)
+        hidden, forward = counted(lambda: model(ids, ids, marks, 64))
+        weights = [p for n, p in model.named_parameters() if n != "head.weight"]
+        _, backward = counted(lambda: torch.autograd.grad(hidden, weights, torch.empty_like(hidden)))
+    assert forward["add"] == 0 and forward["rms_norm_forward_kernel"] == 2 * config.layers + 1
+    # The first block's stream has a norm and a sum that take it, and no delta.
+    assert backward["add"] == 1
