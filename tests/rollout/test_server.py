@@ -340,7 +340,7 @@ def test_a_client_that_does_not_read_is_given_up():
 def test_a_failed_engine_is_told_and_does_not_hang(monkeypatch):
     with Serving() as serving:
         serving.slow = 0.02
-        monkeypatch.setattr(type(serving.engine), "_draw", lambda *_: 1 / 0)
+        monkeypatch.setattr(type(serving.engine), "_launch", lambda *_: 1 / 0)
         monkeypatch.setattr("threading.excepthook", lambda _: None)
         answer = post(serving, json=GOOD)
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_failed"
