@@ -24,7 +24,7 @@ from .scheduler import Chunk, Reason, Sampling, Scheduler, Sequence, numbered
 from .staging import Staging
 
 # Rows of a product that a CPU computes alike whatever their number: it has other code for fewer.
-CPU_ROWS = 8
+CPU_ROWS = 16
 
 
 def cache_bytes(model: Transformer, tokens: int) -> int:
