@@ -82,13 +82,19 @@ class Operation:
 
     def __call__(self, device: torch.device, dtype: torch.dtype) -> list[Triple]:
         """(out, ref, base) of each result, by the backend of the moment and by the plain path."""
-        drawn = self.inputs(Sizes.of(device))
-        rounded = {name: self._rounded(name, x, dtype) for name, x in drawn.items()}
+        rounded = self._drawn(device, dtype)
         out = self._results({name: x.to(device) for name, x in rounded.items()})
         with use_backend("reference"):
             base = self._results(rounded)
             ref = self._results({name: x.double() if x.is_floating_point() else x for name, x in rounded.items()})
         return list(zip(out, ref, base, strict=True))
+
+    def run(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """The results on the device alone."""
+        return self._results({name: x.to(device) for name, x in self._drawn(device, dtype).items()})
+
+    def _drawn(self, device: torch.device, dtype: torch.dtype) -> Tensors:
+        return {name: self._rounded(name, x, dtype) for name, x in self.inputs(Sizes.of(device)).items()}
 
     def _rounded(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x if not x.is_floating_point() else x.to(torch.float32 if name in self.wide else dtype)

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+import csrc.cuda
 from kernels.launch import Launch, observe
 
 from ..launch_costs import cost_of
@@ -200,6 +201,8 @@ class Cuda:
                 for name in names:
                     stack.enter_context(mock.patch.object(owner, name, lambda *args, **options: None))
             stack.enter_context(mock.patch.object(torch, "Generator", HostGenerator))
+            # What nvcc builds starts CUDA's own runtime: Triton's kernels of the same operations run instead.
+            stack.enter_context(mock.patch.object(csrc.cuda, "library", lambda: None))
             # A module's parameters take other tensors' place by their data: weak references keep them from a swap.
             stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _take_data))
             yield

@@ -100,7 +100,14 @@ def cuda_tensors() -> Iterator[FakeTensorMode]:
 
     torch's C++ looks for a device's streams and guards by the device that it sees; a build without CUDA has none.
     """
-    make = Tensor._make_subclass
+    make, common = Tensor._make_subclass, FakeTensor._find_common_device
+
+    def find_common_device(func: Any, flat_args: Any) -> Any:
+        for x in flat_args:
+            if isinstance(x, FakeTensor) and x.fake_device.type == "meta":
+                # A number that C++ put on the device that it sees.
+                x.fake_device = CUDA
+        return common(func, flat_args)
 
     def make_subclass(cls: type, data: Tensor, requires_grad: bool = False, **options: Any) -> Any:
         if cls is FakeTensor:
@@ -121,12 +128,14 @@ def cuda_tensors() -> Iterator[FakeTensorMode]:
     # A build with CUDA would start the driver with the first such tensor.
     start, fake_tensor.init_gpu_context = fake_tensor.init_gpu_context, lambda device: None
     Tensor._make_subclass = staticmethod(make_subclass)
+    FakeTensor._find_common_device = staticmethod(find_common_device)
     for name, value in properties.items():
         setattr(FakeTensor, name, value)
     try:
         yield FakeTensorMode(allow_non_fake_inputs=False)
     finally:
         Tensor._make_subclass, fake_tensor.init_gpu_context = make, start
+        FakeTensor._find_common_device = staticmethod(common)
         for name, value in before.items():
             delattr(FakeTensor, name) if value is None else setattr(FakeTensor, name, value)
 
@@ -363,9 +372,12 @@ class CudaMode(TorchDispatchMode):
         def fake(x: Any) -> Any:
             if not isinstance(x, Tensor) or is_cuda(x):
                 return x
-            if isinstance(x, FakeTensor) or x.is_meta:
-                # A number that C++ put on the device that it sees.
-                return FakeTensor(self.fake, torch.empty_like(x, device="meta"), CUDA)
+            # A number that C++ put on the device that it sees.
+            if isinstance(x, FakeTensor):
+                x.fake_device = CUDA
+                return x
+            if x.is_meta:
+                return FakeTensor(self.fake, x, CUDA)
             return self.fake.from_tensor(x)
 
         if is_cuda(kwargs.get("out")):

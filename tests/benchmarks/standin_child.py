@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import launch_steps
+from benchmarks import every_operation, launch_steps, tiny_steps
 from benchmarks.launches import predict
 from benchmarks.standin import Log, stand_in
 from benchmarks.standin.tensors import caller
@@ -134,6 +134,23 @@ def variants(log: Log) -> dict:
     return {name: len(keys) for name, keys in log.variants.items()}
 
 
+def operations(log: Log) -> dict:
+    """Every public operation of the kernels and the loss of every recipe: what refused them, what they launched."""
+    found = {}
+    for operation in every_operation.OPERATIONS:
+        for dtype in (torch.bfloat16, torch.float32):
+            log.events.clear()
+            error = message(lambda op=operation, d=dtype: op.run(CUDA, d))
+            found[f"{operation.name} {dtype}"] = [error, sum(e.kind == "triton" for e in log.events)]
+    for step in tiny_steps.STEPS:
+        model = step.build(CUDA)
+        getattr(model, "body", model).to(torch.bfloat16)
+        log.events.clear()
+        error = message(lambda s=step, m=model: tiny_steps.figures(s, m.to(CUDA), CUDA))
+        found[step.name] = [error, sum(e.kind == "triton" for e in log.events)]
+    return found
+
+
 @contextmanager
 def planted(owner: type, name: str, extra):
     """A method that does something more first."""
@@ -181,6 +198,7 @@ def main() -> None:
     with stand_in(checks=True) as log:
         found = {"tensors": tensors(), "waits": waits(log), "refusals": refusals(), "variants": variants(log)}
         log.variants.clear()
+        found["operations"] = operations(log)
         found["steps"] = steps(log)
         found["compiled"] = {
             name: max(Counter(asked for asked, _ in pairs).values()) for name, pairs in log.variants.items()
