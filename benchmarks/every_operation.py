@@ -23,6 +23,7 @@ from kernels.decode_attention import decode_attention
 from kernels.dpo import dpo, preference_loss, sequence_logprobs
 from kernels.expert_permute import combine, permute, permute_rows
 from kernels.gae import gae, whiten
+from kernels.grad_norm import grad_norm
 from kernels.grouped_matmul import expert_mlp
 from kernels.linear_logprob import linear_logprob, linear_logprob_partial, merge_partials
 from kernels.moe_route import expert_counts, expert_layout, load_balancing_loss, moe_route, router_z_loss
@@ -30,7 +31,7 @@ from kernels.offloaded_adamw import offloaded_adamw
 from kernels.paged_attention import PagedBatch, paged_attention, write_pages
 from kernels.ppo import clipped_value_loss, kl_estimates, ppo, token_scale
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope, rope_of_product, rope_tables
 from kernels.sample import philox, row_seeds, sample, uniforms
 from kernels.shared_prefix import Prefixes, pick, shared_attention
 from kernels.swiglu import swiglu
@@ -43,10 +44,11 @@ ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.1,
 # parts of operations that stand here whole, code for CPUs alone.
 NOT_OPERATIONS = frozenset(
     ("architecture", "attend_rows", "check", "check_cu_seqlens", "check_numbers", "check_per_token", "check_positive",
-     "check_values", "configuration", "contiguous_rows", "fits_vectors", "gathered", "gradients", "is_interpreted",
-     "kernels", "launch", "linear_loss", "named", "num_packed", "num_slots", "record", "runs_csrc", "runs_triton",
-     "same_device", "same_dtype", "sequence_ids", "statistics", "table", "use_arch", "use_backend", "use_config",
-     "values_are_checked", "widest_level", "write_rows")
+     "check_values", "configuration", "contiguous_rows", "fits_vectors", "from_host", "gathered", "gradients",
+     "is_interpreted", "kernels", "launch", "linear_loss", "named", "num_packed", "num_slots", "observe", "record",
+     "runs_csrc", "runs_triton",
+     "same_device", "same_dtype", "sequence_ids", "statistics", "table", "to_device", "use_arch", "use_backend",
+     "use_config",     "values_are_checked", "widest_level", "write_rows")
 )  # fmt: skip
 
 
@@ -166,6 +168,10 @@ def _norm(s: Sizes) -> Tensors:
 def _rope(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
     cos, sin = rope_tables(torch.arange(40, device=q.device), q.shape[-1], 10_000.0)
     return rope(q, k, cos, sin, positions)
+
+
+def _rope_of_product(qkv: Tensor) -> tuple[Tensor, ...]:
+    return rope_of_product(qkv, *rope_tables(torch.arange(19, device=qkv.device), qkv.shape[-1], 10_000.0), 2)
 
 
 def _head(s: Sizes) -> Tensors:
@@ -357,6 +363,14 @@ OPERATIONS: tuple[Operation, ...] = (
         "rope", ("rope", "rope_tables"),
         lambda s: {n: x for n, x in _qkv(s, 19).items() if n != "v"} | {"positions": whole(0, 40, 19, seed=5)},
         _rope, ("q", "k"),
+    ),
+    Operation(
+        "rope_of_product", ("rope_of_product",), lambda s: {"qkv": drawn(19, 8, s.head, seed=6)}, _rope_of_product,
+        ("qkv",),
+    ),
+    Operation(
+        "grad_norm", ("grad_norm",), lambda s: {n: drawn(c, seed=c) for n, c in (("one", 70_001), ("other", 13))},
+        lambda one, other: grad_norm([one, other]),
     ),
     Operation("swiglu", ("swiglu",), lambda s: {"gate_up": drawn(7, 2 * s.ffn, seed=0)}, swiglu, ("gate_up",)),
     Operation("attention", ("attention",), _attention, _packed(None), ("q", "k", "v")),
