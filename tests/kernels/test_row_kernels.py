@@ -429,7 +429,8 @@ def test_a_block_traces_without_a_graph_break(backend, experts):
     with kernels.use_backend(backend):
         for form in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
             block.zero_grad()
-            out = form(x, *tables, cu, 8)
+            stream, delta = form(x, x.flip(0), *tables, cu, 8)
+            out = stream + delta
             out.sin().sum().backward()
             found.append([out, *(p.grad for p in block.parameters())])
     torch._dynamo.reset()
