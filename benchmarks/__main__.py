@@ -97,7 +97,7 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
-        parser.error(f"name: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
+        parser.error(f"name: expected some of {', '.join((*NAMES, *COMMANDS))}, got {', '.join(unknown)}")
     about = environment()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     lines = []
