@@ -233,7 +233,7 @@ def one_rank(visit: Visit) -> int:
 def plan_rates(visit: Visit) -> int:
     """What the planner assumes of a GPU, at the shapes of 7B and 8x22B, and its seconds for a block of each."""
     from benchmarks import plan_rates as rates
-    from wizard_engine import plan
+    from wizard_engine.planning import planner as plan
 
     name = torch.cuda.get_device_name(visit.device)
     gpu_name = next((known for known in plan.GPUS if known.partition("-")[0] in name), None)

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks import kernel_rows, roofline
 from benchmarks.check_files import LINE_CHARACTERS, ROOFLINE, ROWS, SUMMARY, read_lines
 from benchmarks.phase_processes import Outcome
-from wizard_engine.files import write_text
+from wizard_engine.runtime.files import write_text
 
 Row = dict[str, Any]
 KEPT = ("driver", "torch", "triton", "ptxas", "cuda", "python", "commit", "power_limit_watt", "max_sm_mhz")

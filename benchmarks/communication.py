@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from wizard_engine.parallel import Mesh
-from wizard_engine.parallel.simulate import axis_names
+from wizard_engine.planning.simulate import axis_names
 
 # Methods of a process group -> kind of collective, and which argument is the whole buffer. torch 2.13 has new names.
 METHODS = {

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.command_line import Parser
-from wizard_engine.files import write_text
+from wizard_engine.runtime.files import write_text
 
 if TYPE_CHECKING:
     from benchmarks.jit_requests import Request

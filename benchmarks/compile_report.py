@@ -26,7 +26,7 @@ from benchmarks.compile_rows import Row, compile_all, problems
 from benchmarks.launch_forms import Case, cases
 from benchmarks.machine_code import ptxas_version
 from kernels import configuration
-from wizard_engine.files import write_text
+from wizard_engine.runtime.files import write_text
 
 ARCHS = ("80", "86", "90", "100")
 COMMITTED = Path(__file__).parent / "results" / "compile_report.json"

@@ -456,8 +456,8 @@ def gradient_norm(device: torch.device, dtype: torch.dtype) -> list[Triple]:
 def decode_graph(device: torch.device, dtype: torch.dtype) -> list[Triple]:
     """Tokens and log-probabilities of a replayed CUDA graph against those of plain steps; greedy and drawn."""
     from benchmarks.tiny_steps import config
+    from wizard_engine.generation.engine import Engine, Sampling
     from wizard_engine.model import Transformer
-    from wizard_engine.rollout.engine import Engine, Sampling
 
     model = Transformer(config(device=device), seed=3).to(device, dtype).requires_grad_(False)
     found = []

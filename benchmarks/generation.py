@@ -13,8 +13,8 @@ import torch
 from benchmarks.peers import SEED, SHAPES, build, describe, examples, transformers_twin
 from benchmarks.timing import interleave
 from wizard_engine.data.chat import Sample
+from wizard_engine.generation.engine import Engine, Sampling
 from wizard_engine.model import Transformer
-from wizard_engine.rollout.engine import Engine, Sampling
 
 PEER = "transformers"
 PROMPTS, NEW_TOKENS = 64, (8, 256)

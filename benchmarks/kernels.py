@@ -36,7 +36,7 @@ from benchmarks.tune_processes import Compilers, Job
 from benchmarks.tune_targets import kernel_name
 from kernels.configuration import architecture
 from kernels.launch import record
-from wizard_engine.files import write_text
+from wizard_engine.runtime.files import write_text
 
 SEED = 0
 COMPILE_SECONDS = 300.0

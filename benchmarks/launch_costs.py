@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels.launch import Launch
-from wizard_engine.throughput import mean_keys
+from wizard_engine.planning.flops import mean_keys
 
 Arguments = dict[str, Any]
 # Tensors that a kernel reads and writes.

@@ -13,17 +13,18 @@ from benchmarks.standin import Event, Log
 from recipes import sft
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
+from wizard_engine.generation.engine import Engine, Sampling
+from wizard_engine.generation.offline import continued
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
-from wizard_engine.online import OnlineRun
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize
-from wizard_engine.rollout.engine import Engine, Sampling
-from wizard_engine.rollout.generation import continued
-from wizard_engine.rollout.rewards import AnswerReward, score_answer_tokens
-from wizard_engine.rollout.sampler import Sampler
-from wizard_engine.rollout.trajectories import Rollout, answer_logprobs, answer_values
-from wizard_engine.runtime import Runtime
-from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token
-from wizard_engine.training import Run, Training
+from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
+from wizard_engine.rl.rewards import AnswerReward, score_answer_tokens
+from wizard_engine.rl.sampler import Sampler
+from wizard_engine.rl.trajectories import Rollout, answer_logprobs, answer_values
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.training.online_run import OnlineRun
+from wizard_engine.training.options import Training
+from wizard_engine.training.run import Run
 
 DOCUMENT = 4096
 # Tokens of a page, sequences and keys of the decode steps.

@@ -31,7 +31,7 @@ from benchmarks.launch_costs import workload
 from benchmarks.standin import Event, Log, stand_in
 from benchmarks.standin.host import torch_launch_seconds, triton_launch_seconds
 from wizard_engine.model import PRESETS, ModelConfig
-from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token
+from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
 
 STEPS = ("train", "decode", "rleif")
 DEVICE = torch.device("cuda", 0)

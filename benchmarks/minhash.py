@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import interleave
-from wizard_engine.data.dedupe import band_rows, minhash_signatures, near_duplicates, shingle_texts
-from wizard_engine.data.words import words
+from wizard_engine.curation.dedupe import band_rows, minhash_signatures, near_duplicates, shingle_texts
+from wizard_engine.curation.words import words
 
 PEER = "datasketch"
 COUNT, PERMUTATIONS, THRESHOLD, SHINGLE = 2000, 128, 0.8, 3

@@ -21,10 +21,10 @@ from recipes.progressive import DEMO
 from wizard_engine.data.chat import encode_conversation
 from wizard_engine.data.records import read_rows
 from wizard_engine.data.tokenizer import load_tokenizer
-from wizard_engine.files import write_json
-from wizard_engine.log import read_metrics
+from wizard_engine.generation import sequence_logprobs
 from wizard_engine.model import PRESETS, ModelConfig, Transformer, load_model, save_model
-from wizard_engine.rollout import sequence_logprobs
+from wizard_engine.runtime.files import write_json
+from wizard_engine.runtime.metrics import read_metrics
 
 EXPERTS = 8
 

@@ -21,9 +21,9 @@ from benchmarks.check_cases import Case, Row
 from benchmarks.command_line import Parser
 from wizard_engine import runtime
 from wizard_engine.parallel import MeshOptions, Sharding, collectives, make_mesh, parallelize
-from wizard_engine.parallel.data_parallel import from_main
-from wizard_engine.parallel.experts import dispatched_mlp
+from wizard_engine.parallel.expert_parallel import dispatched_mlp
 from wizard_engine.parallel.mesh import Axis
+from wizard_engine.runtime.object_collectives import from_main
 
 ROWS, WIDTH = 5, 8
 

@@ -28,10 +28,10 @@ from kernels.moe_route import moe_route
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope_tables
 from kernels.swiglu import swiglu
-from wizard_engine import plan
 from wizard_engine.model import PRESETS, ModelConfig, Transformer
 from wizard_engine.parallel.mesh import MeshShape
-from wizard_engine.throughput import mean_keys
+from wizard_engine.planning import planner as plan
+from wizard_engine.planning.flops import mean_keys
 
 GOAL = 0.10
 

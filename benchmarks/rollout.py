@@ -17,9 +17,9 @@ import torch
 
 from benchmarks import gpu_timing
 from benchmarks.command_line import Parser
+from wizard_engine.generation.cuda_graphs import batch_size
+from wizard_engine.generation.engine import Engine, Sampling, cache_bytes
 from wizard_engine.model import PRESETS, ModelConfig, Transformer
-from wizard_engine.rollout.engine import Engine, Sampling, cache_bytes
-from wizard_engine.rollout.graphs import batch_size
 
 BATCHES = (1, 32, 256)
 KEYS, STEPS, WARM_STEPS = 1024, 32, 4

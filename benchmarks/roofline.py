@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from benchmarks.kernel_rows import EQUAL_FLOPS, Row
-from wizard_engine import charts, page
+from wizard_engine.html import charts, page
 
 WIDTH, HEIGHT = 1040.0, 560.0
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 1010.0, 20.0, 510.0

@@ -25,7 +25,7 @@ from benchmarks.sharded import Batch, Ours, quantiles
 from wizard_engine import checkpoint, runtime
 from wizard_engine.model import PRESETS
 from wizard_engine.parallel import MeshOptions, make_mesh
-from wizard_engine.training import parts_of
+from wizard_engine.training.train_state import parts_of
 
 
 def work(rank: int, options: argparse.Namespace, out: str) -> None:

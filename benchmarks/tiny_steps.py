@@ -29,7 +29,7 @@ from wizard_engine.model import ModelConfig, Routes, ScoringModel, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import Sharding, parallelize
 from wizard_engine.parallel.mesh import Mesh
-from wizard_engine.rollout.answers import answer_batch
+from wizard_engine.rl.answer_batches import answer_batch
 
 VOCABULARY, PROMPT = 97, 6
 LENGTHS = (9, 17, 5, 12)

@@ -25,14 +25,16 @@ from torch import nn
 
 from benchmarks.communication import Key
 from benchmarks.train_recipes import PAIRED, Shape
-from wizard_engine import plan
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
-from wizard_engine.parallel import Mesh, MeshOptions, Sharding, compute_dtype, gather_objects
-from wizard_engine.parallel.estimate import Estimate, estimate, sizes_of_units
-from wizard_engine.parallel.layout import Layout
+from wizard_engine.parallel import Mesh, MeshOptions, Sharding, compute_dtype
+from wizard_engine.parallel.flat_layout import Layout
 from wizard_engine.parallel.mesh import resolve
-from wizard_engine.parallel.simulate import axis_names
-from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token, peak_flops
+from wizard_engine.planning import planner as plan
+from wizard_engine.planning.estimate import Estimate, estimate, sizes_of_units
+from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
+from wizard_engine.planning.rates import peak_flops
+from wizard_engine.planning.simulate import axis_names
+from wizard_engine.runtime.object_collectives import gather_objects
 
 PARAMETER_AXES = ("shard", "copy", "efsdp", "replicate")
 WIDE = 4

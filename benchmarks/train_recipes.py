@@ -27,14 +27,15 @@ from wizard_engine.data.chat import Sample, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.samples import Pair
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
-from wizard_engine.online import OnlineRun
+from wizard_engine.model.loading import divided
 from wizard_engine.parallel import Mesh, Sharding, sharded
-from wizard_engine.recipe import divided
-from wizard_engine.rollout.rewards import InstructionReward, ProcessReward
-from wizard_engine.rollout.trajectories import Rollout
-from wizard_engine.runtime import Runtime
-from wizard_engine.throughput import TRAINING_FACTOR, matrix_parameters, mean_keys
-from wizard_engine.training import Run, Training
+from wizard_engine.planning.flops import TRAINING_FACTOR, matrix_parameters, mean_keys
+from wizard_engine.rl.rewards import InstructionReward, ProcessReward
+from wizard_engine.rl.trajectories import Rollout
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.training.online_run import OnlineRun
+from wizard_engine.training.options import Training
+from wizard_engine.training.run import Run
 
 Span = tuple[int, int]
 SAMPLES = 4

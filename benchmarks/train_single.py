@@ -26,7 +26,8 @@ from wizard_engine.model.transformer import Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import Sharding, parallelize
 from wizard_engine.parallel.mesh import Mesh
-from wizard_engine.throughput import TRAINING_FACTOR, flops_per_token, peak_flops
+from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
+from wizard_engine.planning.rates import peak_flops
 
 DOCUMENTS = (3900, 2700, 2100, 1700, 1400, 1100, 900, 700, 550, 430, 330, 240, 170, 110, 44, 10)
 # Share of the memory that the estimate fills: allocations do not pack without gaps.

@@ -49,17 +49,17 @@ from benchmarks.train_recipes import PAIRED, RECIPES, Place, Shape, Work, phases
 from benchmarks.train_single import CASES, run, text_of, trace
 from benchmarks.train_trace import snapshot, write_trace
 from wizard_engine import runtime
-from wizard_engine.config import cli
-from wizard_engine.log import read_metrics
 from wizard_engine.model import PRESETS, Transformer
-from wizard_engine.parallel import Mesh, MeshOptions, Sharding, from_main, gather_objects, make_mesh
-from wizard_engine.parallel.estimate import mesh_of
+from wizard_engine.parallel import Mesh, MeshOptions, Sharding, make_mesh
 from wizard_engine.parallel.mesh import resolve
 from wizard_engine.parallel.parallelize import divisions_of
-from wizard_engine.plan import rates_of
-from wizard_engine.runtime import Runtime
-from wizard_engine.throughput import peak_flops
-from wizard_engine.training import peak_memory_gib
+from wizard_engine.planning.estimate import mesh_of
+from wizard_engine.planning.rates import peak_flops, rates_of
+from wizard_engine.runtime.cli import cli
+from wizard_engine.runtime.memory import peak_memory_gib
+from wizard_engine.runtime.metrics import read_metrics
+from wizard_engine.runtime.object_collectives import from_main, gather_objects
+from wizard_engine.runtime.process import Runtime
 
 # What gpu_check measures on one GPU stands in benchmarks/train_single.py.
 __all__ = ["CASES", "Options", "main", "measure_all", "run", "text_of", "trace"]

@@ -30,9 +30,9 @@ from typing import Any
 from benchmarks import train_step
 from benchmarks.__main__ import environment
 from benchmarks.command_line import nearest
-from wizard_engine import charts
-from wizard_engine.config import cli, option_names
-from wizard_engine.files import write_text
+from wizard_engine.html import charts
+from wizard_engine.runtime.cli import cli, option_names
+from wizard_engine.runtime.files import write_text
 
 # Options of the sweep itself, not of its layouts.
 OWN = ("sweep", "plot", "json", "trace", "memory", "name")

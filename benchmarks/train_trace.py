@@ -17,8 +17,9 @@ from torch import nn
 from torch.profiler import record_function
 
 from benchmarks.train_recipes import RECIPES, Place, Shape
-from wizard_engine.parallel import Mesh, Sharding, from_main
-from wizard_engine.runtime import Runtime
+from wizard_engine.parallel import Mesh, Sharding
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.process import Runtime
 
 # Methods of a block that use its modules' weights without a call of the module, and the names of their ranges.
 METHODS = {"projected": "attention.qkv", "inner": "feed_forward.gate_up", "outer": "feed_forward.down"}

@@ -33,7 +33,7 @@ from benchmarks.tune_targets import Config, Target, candidates, checked_cases, s
 from kernels import configuration as tables
 from kernels import use_backend
 from kernels.configuration import SMALL_MEMORY, use_config
-from wizard_engine.files import write_text
+from wizard_engine.runtime.files import write_text
 
 FINALISTS = 4
 # Share by which a new configuration must beat the table's: less is noise.

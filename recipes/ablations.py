@@ -15,9 +15,10 @@ from typing import Any
 
 from recipes import accuracy, progressive, rleif, sft
 from wizard_engine import runtime, world
-from wizard_engine.files import read_object, write_json
-from wizard_engine.recipe import launch, on_main
-from wizard_engine.rollout.rewards import FACTORS
+from wizard_engine.rl.rewards import FACTORS
+from wizard_engine.runtime.files import read_object, write_json
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def main(cfg: Config) -> dict:
     ablations.data()
     ablations.rewards()
     result = {"seed": cfg.seed, "demo": str(cfg.demo), "tables": ablations.tables}
-    on_main(rt, lambda: write_json(cfg.out / "ablations.json", result))
+    from_main(rt, lambda: write_json(cfg.out / "ablations.json", result))
     return json.loads(json.dumps(result))
 
 

@@ -12,11 +12,13 @@ from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
 from wizard_engine.data.records import read_rows
 from wizard_engine.evaluation.accuracy import accuracy
-from wizard_engine.files import write_json, write_text
-from wizard_engine.parallel.data_parallel import gather_objects
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
-from wizard_engine.rollout import answer_texts
-from wizard_engine.rollout.trajectories import step_seed
+from wizard_engine.generation import answer_texts
+from wizard_engine.model.loading import language_model
+from wizard_engine.rl.trajectories import step_seed
+from wizard_engine.runtime.files import write_json, write_text
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main, gather_objects
+from wizard_engine.runtime.stage import finish_stage, open_stage
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def main(cfg: Config) -> dict:
     else:
         answers, failed = _by_agent(cfg, rt, prompts)
     result = _count(answers, [row.answer for row in rows]) | ({"failed_calls": failed} if failed else {})
-    on_main(rt, lambda: _write(cfg.out, rows, answers, result))
+    from_main(rt, lambda: _write(cfg.out, rows, answers, result))
     return finish_stage(stage, rt, result, [cfg.out / "answers.jsonl", cfg.out / "accuracy.json"])
 
 

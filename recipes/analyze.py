@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 from wizard_engine import runtime
 from wizard_engine.agents import Cast
-from wizard_engine.data.analysis import Analysis, analyze, answered
-from wizard_engine.data.analysis_page import write_analysis
+from wizard_engine.curation.analysis import Analysis, analyze, answered
+from wizard_engine.curation.analysis_page import write_analysis
 from wizard_engine.data.records import Row, read_files
-from wizard_engine.parallel.data_parallel import gather_objects
-from wizard_engine.recipe import finish_stage, language_model, launch, on_main, open_stage
-from wizard_engine.rollout import perplexities
+from wizard_engine.generation import perplexities
+from wizard_engine.model.loading import language_model
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main, gather_objects
+from wizard_engine.runtime.stage import finish_stage, open_stage
 from wizard_engine.synthesis.tagging import tag_rows
 
 
@@ -109,7 +111,7 @@ def main(cfg: Config) -> dict:
             write_analysis(analysis, cfg.out).values()
         )
 
-    result, outputs = on_main(rt, work)
+    result, outputs = from_main(rt, work)
     return finish_stage(stage, rt, result, outputs)
 
 

@@ -22,9 +22,10 @@ from wizard_engine.data.records import Message, read_rows
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.elo import Rating, elo
 from wizard_engine.evaluation.pairwise import Pairwise, all_pairs
-from wizard_engine.files import to_plain, write_json, write_text
-from wizard_engine.recipe import launch, on_main
-from wizard_engine.stage import Stage
+from wizard_engine.runtime.files import to_plain, write_json, write_text
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,10 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
     world.register()
     models = read_models(cfg.models)
     stage = open_arena(cfg, models)
-    if on_main(rt, stage.is_current):
-        return on_main(rt, stage.result)
+    if from_main(rt, stage.is_current):
+        return from_main(rt, stage.result)
     ids, prompts = read_prompts(cfg)
-    on_main(rt, stage.start)
+    from_main(rt, stage.start)
     cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
     found = {name: answer(cfg, spec, ids, prompts, cast) for name, spec in models.items()}
     answers = {name: texts for name, (texts, _) in found.items()}
@@ -159,7 +160,7 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
             print_report(results, ratings)
         return done
 
-    report = on_main(rt, finish)
+    report = from_main(rt, finish)
     cast.close()
     return report
 

@@ -24,11 +24,12 @@ from wizard_engine import runtime
 from wizard_engine.data.chat import encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
-from wizard_engine.files import write_text
+from wizard_engine.generation import generate
+from wizard_engine.generation.streaming import Streamer, stream_text
 from wizard_engine.model import Transformer, load_model
-from wizard_engine.recipe import launch, weights_dtype
-from wizard_engine.rollout import generate
-from wizard_engine.rollout.streaming import Streamer, stream_text
+from wizard_engine.model.loading import weights_dtype
+from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.launch import launch
 
 HELP = """/new            forget the conversation
 /retry          answer the last message again, with another seed

@@ -13,7 +13,9 @@ from typing import Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
-from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import finish_stage, open_stage
 from wizard_engine.synthesis import co_teach
 from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
 
@@ -89,7 +91,7 @@ def main(cfg: Config) -> dict:
     )  # fmt: skip
     report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
     files = {"sft": found.sft, "preferences": found.preferences}
-    outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"battles": found.battles}, report))
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": found.battles}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
         print(f"{len(found.sft)} lessons, {len(found.preferences)} preference rows from {len(found.battles)} battles")

@@ -13,7 +13,9 @@ from typing import Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
-from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import finish_stage, open_stage
 from wizard_engine.synthesis import evolve_answers
 from wizard_engine.synthesis.evol_answer import OPERATORS
 from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
@@ -78,7 +80,7 @@ def main(cfg: Config) -> dict:
     )  # fmt: skip
     report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
     files = {"rows": found.rows, "preferences": found.preferences}
-    outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"chains": found.chains}, report))
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": found.chains}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
         changed, pairs = found.statistics["rows_changed"], len(found.preferences)

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
+from wizard_engine.curation.selection import Kept, remove_contaminated
 from wizard_engine.data.records import Conversation, read_prompts
-from wizard_engine.data.selection import Kept, remove_contaminated
-from wizard_engine.files import write_text
-from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import finish_stage, open_stage
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
 from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
 from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
@@ -152,7 +154,7 @@ def main(cfg: Config) -> dict:
         objects = {"eliminated": evolved.eliminated, "removed": clean.removed}
         return [cfg.out / "method.txt", *write_outputs(cfg.out, files, objects, report)]
 
-    outputs = on_main(rt, write)
+    outputs = from_main(rt, write)
     cast.close()
     if rt.is_main and not cfg.quiet:
         print("  ".join(f"{name} {count}" for name, count in counts.items()))

@@ -17,9 +17,9 @@ import torch
 from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
-from wizard_engine.files import write_json, write_text
 from wizard_engine.model import Transformer, load_model, save_hf
-from wizard_engine.recipe import launch
+from wizard_engine.runtime.files import write_json, write_text
+from wizard_engine.runtime.launch import launch
 
 
 @dataclass(frozen=True)

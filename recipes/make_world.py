@@ -11,8 +11,10 @@ from wizard_engine import runtime, world
 from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.records import write_rows
 from wizard_engine.data.tokenizer import train_tokenizer
-from wizard_engine.files import write_text
-from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import finish_stage, open_stage
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "make_world", rt)
     if stage.done:
         return stage.result()
-    counts, outputs = on_main(rt, lambda: write(cfg))
+    counts, outputs = from_main(rt, lambda: write(cfg))
     return finish_stage(stage, rt, counts, outputs)
 
 

@@ -22,9 +22,10 @@ from wizard_engine.agents import Agent, Cast, Request
 from wizard_engine.data.records import Message
 from wizard_engine.evaluation.mt_bench import Mean, MTBench, mt_bench
 from wizard_engine.evaluation.questions import Question, read_questions
-from wizard_engine.files import to_plain, write_json, write_text
-from wizard_engine.recipe import launch, on_main
-from wizard_engine.stage import Stage
+from wizard_engine.runtime.files import to_plain, write_json, write_text
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,10 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
     rt = rt or runtime.Runtime()
     world.register()
     stage = open_bench(cfg)
-    if on_main(rt, stage.is_current):
-        return on_main(rt, stage.result)
+    if from_main(rt, stage.is_current):
+        return from_main(rt, stage.result)
     questions = read(cfg)
-    on_main(rt, stage.start)
+    from_main(rt, stage.start)
     cast, failures = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size), []
     agent = cast.agent(cfg.model)
     result = mt_bench(
@@ -148,7 +149,7 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
             print_report(result)
         return report
 
-    report = on_main(rt, finish)
+    report = from_main(rt, finish)
     cast.close()
     return report
 

@@ -34,11 +34,12 @@ from recipes import (
 )
 from wizard_engine import runtime, world
 from wizard_engine.evaluation.summary import Timing, write_summary
-from wizard_engine.files import write_json
 from wizard_engine.parallel import MeshOptions, Sharding
-from wizard_engine.recipe import launch, on_main
-from wizard_engine.rollout.rewards import FACTORS
-from wizard_engine.training import Training
+from wizard_engine.rl.rewards import FACTORS
+from wizard_engine.runtime.files import write_json
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.training.options import Training
 
 # Shares wanted of each attribute's values in the demo: rarer topics, Spanish, harder problems and careful sources up.
 TARGETS = {
@@ -182,7 +183,7 @@ class Pipeline:
             print(f"== {where}", flush=True)
         with self.timing.of(where, out):
             config = recipe.Config(out=out, **common, **options)
-            on_main(self.rt, lambda: recipe.main(config) and None) if alone else recipe.main(config)
+            from_main(self.rt, lambda: recipe.main(config) and None) if alone else recipe.main(config)
         return out
 
     def prepare(self) -> tuple[list[Path], Path]:
@@ -191,7 +192,7 @@ class Pipeline:
         base = Path(cfg.base) if cfg.base else self._base()
         data = cfg.data or (self.out / "world" / "corpus.jsonl",)
         analysis = self.run("analysis", analyze, data=data, checkpoint=base)
-        on_main(self.rt, lambda: write_json(self.out / "targets.json", TARGETS if cfg.weighted else {}))
+        from_main(self.rt, lambda: write_json(self.out / "targets.json", TARGETS if cfg.weighted else {}))
         drawn = self.run(
             "sample", sample, data=(analysis / "rows.jsonl",), evaluation=(self.held_out,), size=cfg.sizes.sample,
             slices=cfg.slices, targets=self.out / "targets.json", cap=cfg.cap,
@@ -335,7 +336,7 @@ def main(cfg: Config) -> dict:
             questions=pipeline.out / "world" / "questions.jsonl", max_new_tokens=cfg.max_new_tokens,
         )  # fmt: skip
     seconds = time.perf_counter() - began
-    return on_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
+    return from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
 
 
 if __name__ == "__main__":

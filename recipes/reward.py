@@ -16,15 +16,18 @@ import torch
 from kernels.backend import to_device
 from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
-from wizard_engine.data.samples import Pair, encode_all, fitting_pair, read_pairs, read_processes
+from wizard_engine.data.samples import Pair, check_rows, encode_all, fitting_pair, read_pairs, read_processes
 from wizard_engine.loss import process_loss, ranking_loss
 from wizard_engine.model import Routes, ScoringModel
+from wizard_engine.model.loading import scoring_start, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
-from wizard_engine.presets import presets
-from wizard_engine.recipe import check_rows, finish_stage, launch, open_stage, sample_limit, scoring_start, write_model
-from wizard_engine.rollout.rewards import encode_instruction, encode_steps, score_tokens, with_end
-from wizard_engine.runtime import Runtime
-from wizard_engine.training import Run, Training
+from wizard_engine.planning.presets import presets
+from wizard_engine.rl.rewards import encode_instruction, encode_steps, score_tokens, with_end
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.training.options import Training, sample_limit
+from wizard_engine.training.run import Run
 
 
 @dataclass(frozen=True)

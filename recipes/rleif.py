@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kernels.linear_logprob import linear_logprob
-from wizard_engine import audit, runtime
+from wizard_engine import runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt
 from wizard_engine.data.records import Conversation, Message, read_located
@@ -23,34 +23,25 @@ from wizard_engine.data.samples import encode_all, fitting_prompt
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
 from wizard_engine.model import Routes, ScoringModel, Transformer
-from wizard_engine.online import OnlineRun
+from wizard_engine.model.loading import language_model, scoring_start, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced
-from wizard_engine.recipe import (
-    finish_stage,
+from wizard_engine.rl.advantages import Targets, advantages_of_groups, make_targets, token_rewards, trusted
+from wizard_engine.rl.answer_batches import answer_runs
+from wizard_engine.rl.rewards import (
+    FACTORS,
+    InstructionReward,
+    ProcessReward,
     instruction_reward,
-    language_model,
-    launch,
-    open_stage,
     process_reward,
-    scoring_start,
-    write_model,
+    score_answers,
 )
-from wizard_engine.rollout.answers import answer_runs
-from wizard_engine.rollout.rewards import FACTORS, InstructionReward, ProcessReward, score_answers
-from wizard_engine.rollout.sampler import Sampler
-from wizard_engine.rollout.trajectories import (
-    Rollout,
-    Targets,
-    advantages_of_groups,
-    answer_logprobs,
-    answer_values,
-    make_targets,
-    roll_out,
-    step_seed,
-    token_rewards,
-    trusted,
-)
-from wizard_engine.training import num_supervised
+from wizard_engine.rl.sampler import Sampler
+from wizard_engine.rl.trajectories import Rollout, answer_logprobs, answer_values, roll_out, step_seed
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.training import audit
+from wizard_engine.training.online_run import OnlineRun
+from wizard_engine.training.run import num_supervised
 
 PAGE_TOKENS = 64
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wizard_engine import runtime
+from wizard_engine.curation.sampling import uniform_target
+from wizard_engine.curation.selection import Selection, select
 from wizard_engine.data.records import Row, read_files, read_prompts, write_rows
-from wizard_engine.data.sampling import uniform_target
-from wizard_engine.data.selection import Selection, select
-from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import finish_stage, open_stage
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "sample", rt)
     if stage.done:
         return stage.result()
-    report, outputs = on_main(rt, lambda: sample(cfg))
+    report, outputs = from_main(rt, lambda: sample(cfg))
     if rt.is_main and not cfg.quiet:
         print_report(report)
     return finish_stage(stage, rt, report, outputs)

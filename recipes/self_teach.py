@@ -16,7 +16,9 @@ from typing import Any, Literal
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
 from wizard_engine.data.records import Conversation, Process
-from wizard_engine.recipe import finish_stage, launch, on_main, open_stage
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.stage import finish_stage, open_stage
 from wizard_engine.synthesis import label_processes, self_teach
 from wizard_engine.synthesis.outputs import read_conversations, write_outputs
 
@@ -105,7 +107,7 @@ def main(cfg: Config) -> dict:
     processes, labels = label(cfg, cast, rows)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics, "labels": labels}
     files = {"sft": found.sft, "preferences": found.preferences, "processes": processes}
-    outputs = on_main(rt, lambda: write_outputs(cfg.out, files, {"scores": found.scores}, report))
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": found.scores}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
         print(f"{found.statistics['selected']} of {found.statistics['prompts']} prompts selected by {cfg.score}:")

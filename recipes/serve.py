@@ -23,13 +23,14 @@ import torch
 
 from wizard_engine import runtime
 from wizard_engine.data.tokenizer import load_tokenizer
+from wizard_engine.generation.engine import Engine, cache_bytes
 from wizard_engine.model import ModelDirectory, Transformer
+from wizard_engine.model.loading import weights_dtype
 from wizard_engine.parallel import MeshOptions, make_mesh
-from wizard_engine.recipe import launch, weights_dtype
-from wizard_engine.rollout.driver import Driver, follow
-from wizard_engine.rollout.engine import Engine, cache_bytes
-from wizard_engine.rollout.handover import checksum
-from wizard_engine.rollout.sampler import empty_sampler
+from wizard_engine.rl.sampler import empty_sampler
+from wizard_engine.rl.weight_sync import checksum
+from wizard_engine.runtime.launch import launch
+from wizard_engine.serving.driver import Driver, follow
 
 KEY = "WIZARD_API_KEY"
 
@@ -83,7 +84,7 @@ def main(cfg: Config) -> None:
     try:
         import uvicorn
 
-        from wizard_engine.rollout.server import Limits, Server
+        from wizard_engine.serving.server import Limits, Server
     except ImportError as error:
         raise ValueError(f"serve: expected starlette and uvicorn, got {error}; pip install -e '.[serve]'") from None
     rt = runtime.start(cfg.device)

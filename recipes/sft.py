@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wizard_engine import audit, runtime
+from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
-from wizard_engine.data.samples import read_samples
+from wizard_engine.data.samples import check_rows, read_samples
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import Routes, Transformer
+from wizard_engine.model.loading import language_model, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
-from wizard_engine.presets import presets
-from wizard_engine.recipe import check_rows, finish_stage, language_model, launch, open_stage, sample_limit, write_model
-from wizard_engine.training import Run, Training, num_supervised
+from wizard_engine.planning.presets import presets
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.training import audit
+from wizard_engine.training.options import Training, sample_limit
+from wizard_engine.training.run import Run, num_supervised
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,22 @@ import numpy as np
 import torch
 
 from kernels.backend import to_device
-from wizard_engine import audit, runtime
+from wizard_engine import runtime
 from wizard_engine.data.batch import collate
-from wizard_engine.data.samples import Pair, answer_pair, read_pairs
+from wizard_engine.data.samples import Pair, answer_pair, check_rows, read_pairs
 from wizard_engine.loss import dpo_loss
 from wizard_engine.model import Routes, Transformer
+from wizard_engine.model.loading import language_model, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
-from wizard_engine.preferences import ReferenceCache, order_slices
-from wizard_engine.presets import presets
-from wizard_engine.recipe import check_rows, finish_stage, language_model, launch, open_stage, sample_limit, write_model
-from wizard_engine.runtime import Runtime
-from wizard_engine.training import Run, Training
+from wizard_engine.planning.presets import presets
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.training import audit
+from wizard_engine.training.options import Training, sample_limit
+from wizard_engine.training.preference_slices import order_slices
+from wizard_engine.training.reference_logprobs import ReferenceCache
+from wizard_engine.training.run import Run
 
 
 @dataclass(frozen=True)

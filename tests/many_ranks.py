@@ -10,8 +10,8 @@ import numpy as np
 
 from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.tokenizer import train_tokenizer
-from wizard_engine.log import read_metrics
 from wizard_engine.model import ModelConfig, Transformer, save_model
+from wizard_engine.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TIMED = {

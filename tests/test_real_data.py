@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from recipes import reward, sft, stage_dpo
-from wizard_engine.data.analysis import analyze
+from wizard_engine.curation.analysis import analyze
+from wizard_engine.curation.selection import select
 from wizard_engine.data.records import read_files, read_prompts, read_rows, write_rows
-from wizard_engine.data.selection import select
 from wizard_engine.model import load_model
-from wizard_engine.training import Training
+from wizard_engine.training.options import Training
 
 INSTRUCTIONS = ("instructions/alpaca_en.json", "instructions/alpaca_zh.json", "instructions/sharegpt_tools_en.json")
 GSM8K = "gsm8k/train.jsonl"

@@ -16,9 +16,9 @@ def main() -> int:
         print(text if asked else f"wizard_engine: error: expected a command, got {word!r}; the nearest is {close[0]}",
               file=sys.stdout if asked else sys.stderr)  # fmt: skip
         return 0 if asked else 2
-    from .config import cli
-    from .plan import Options
-    from .plan_report import main as plan
+    from wizard_engine.planning.planner import Options
+    from wizard_engine.planning.report import main as plan
+    from wizard_engine.runtime.cli import cli
 
     sys.argv[0] = "wizard_engine plan"
     return plan(cli(Options, args=sys.argv[2:]))

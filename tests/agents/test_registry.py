@@ -4,7 +4,7 @@ import pytest
 
 from wizard_engine.agents import Cast, Ledger, LedgeredAgent, Reply, Request, make_agent, register, registered
 from wizard_engine.data.records import Message
-from wizard_engine.runtime import Runtime
+from wizard_engine.runtime.process import Runtime
 
 
 class Fixed:

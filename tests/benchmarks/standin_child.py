@@ -19,7 +19,7 @@ from kernels.launch import launch
 from kernels.rms_norm import rms_norm
 from wizard_engine.model import PRESETS
 from wizard_engine.parallel.fsdp import Sharded
-from wizard_engine.training import Run
+from wizard_engine.training.run import Run
 
 CUDA = torch.device("cuda", 0)
 SMALL = replace(PRESETS["7b"], layers=2, width=512, ffn_width=1024, heads=4, kv_heads=2, vocab_size=2048)

@@ -29,7 +29,7 @@ from benchmarks.check_cases import DONE, LEFT_OUT, LOST, WRONG, Visit, run_cases
 from benchmarks.check_phases import PHASES
 from benchmarks.phase_processes import Outcome, Phase, run_phases, share_of, spawn
 from wizard_engine.model.config import PRESETS
-from wizard_engine.throughput import flops_per_token
+from wizard_engine.planning.flops import flops_per_token
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import plan_rates
-from wizard_engine import plan
 from wizard_engine.model import PRESETS
+from wizard_engine.planning import planner as plan
 
 GPU = plan.Gpu(8.0, 1e11, 1e10, 1e9, 1e9)
 

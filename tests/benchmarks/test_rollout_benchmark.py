@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import rollout, serve
+from wizard_engine.generation.engine import Engine, Sampling
 from wizard_engine.model import PRESETS
-from wizard_engine.rollout.engine import Engine, Sampling
 
 CPU = torch.device("cpu")
 

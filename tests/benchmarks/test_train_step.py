@@ -20,9 +20,9 @@ from benchmarks.train_recipes import Words, Work, forward_flops, rollout_flops
 from wizard_engine.data.chat import Sample
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel import Mesh
-from wizard_engine.parallel.estimate import _times_gathered
-from wizard_engine.rollout.trajectories import Rollout
-from wizard_engine.throughput import flops_per_token, matrix_parameters
+from wizard_engine.planning.estimate import _times_gathered
+from wizard_engine.planning.flops import flops_per_token, matrix_parameters
+from wizard_engine.rl.trajectories import Rollout
 
 CPU = torch.device("cpu")
 RECIPES = ["sft", "stage_dpo", "reward", "rleif"]

@@ -10,10 +10,10 @@ import torch
 from wizard_engine import checkpoint, runtime
 from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.model import load_hf, save_divided
+from wizard_engine.model.loading import language_model
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, sharded
-from wizard_engine.recipe import language_model
-from wizard_engine.training import parts_of, restore
+from wizard_engine.training.train_state import parts_of, restore
 
 
 def main(root, source, name, options):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from wizard_engine.data import units
+from wizard_engine.data import pretokenizer as units
 from wizard_engine.data.tokenizer import JsonTokenizer, load_tokenizer, train_tokenizer
 
 CORPUS = [

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from wizard_engine import charts
-from wizard_engine.evaluation.flow import flow, wrapped
 from wizard_engine.evaluation.report import headline_pair, report_page, write_report
 from wizard_engine.evaluation.report_parts import change, duration, marked
+from wizard_engine.html import charts
+from wizard_engine.html.flow import flow, wrapped
 
 STAGES = [
     {"slice": s, "name": name, "accuracy": a, "correct": round(1000 * a), "total": 1000, "sampled_accuracy": a - 0.05,

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from recipes import sft
-from wizard_engine import recipe, training
+from wizard_engine.model import loading as recipe
+from wizard_engine.training import run as training
 
 HOW, RANK, STEP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv[1:] = sys.argv[4:]

@@ -11,7 +11,7 @@ from wizard_engine import runtime
 from wizard_engine.model import ModelConfig, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize
-from wizard_engine.parallel.simulate import Record, by_axis, language_step, peak_bytes
+from wizard_engine.planning.simulate import Record, by_axis, language_step, peak_bytes
 
 
 def main(out, problems):

@@ -10,9 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel import Sharding
 from wizard_engine.parallel import recompute as recompute_module
-from wizard_engine.parallel.estimate import activation_bytes, mesh_of
 from wizard_engine.parallel.mesh import MeshShape
 from wizard_engine.parallel.recompute import ActivationOffload, Copies, recompute_block
+from wizard_engine.planning.estimate import activation_bytes, mesh_of
 
 CPU = torch.device("cpu")
 LAYERS, TOKENS = 5, 96

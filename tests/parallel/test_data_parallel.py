@@ -15,17 +15,20 @@ from safetensors.torch import load_file
 from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.loader import Loader
 from wizard_engine.data.records import Message, Preference, Process, conversation, write_rows
-from wizard_engine.parallel import MeshOptions, check_same, data_parallel, gather_objects, sum_over_ranks
-from wizard_engine.runtime import Runtime
-from wizard_engine.training import Training
+from wizard_engine.parallel import MeshOptions, sum_over_ranks
+from wizard_engine.parallel import reductions as data_parallel
+from wizard_engine.runtime.object_collectives import check_same, gather_objects
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.training.options import Training
 
 SCRIPT = """
 import json, sys, torch
 from pathlib import Path
 from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine import runtime
-from wizard_engine.parallel import check_same, gather_objects, sum_over_ranks
-from wizard_engine.recipe import on_main
+from wizard_engine.runtime.object_collectives import check_same, gather_objects
+from wizard_engine.parallel import sum_over_ranks
+from wizard_engine.runtime.object_collectives import from_main
 sys.path[:0] = {tests!r}
 from test_data_parallel import configurations
 
@@ -43,9 +46,9 @@ except ValueError as error:
 def fail():
     raise ValueError("only the main rank knows")
 
-found["work"] = on_main(rt, lambda: rt.rank + 41)
+found["work"] = from_main(rt, lambda: rt.rank + 41)
 try:
-    on_main(rt, fail)
+    from_main(rt, fail)
 except ValueError as error:
     found["error"] = str(error)
 (root / f"found_{{rt.rank}}.json").write_text(json.dumps(found))

@@ -13,8 +13,8 @@ from many_ranks import ENVIRONMENT, save_base, torchrun_words, untimed, word_tex
 
 from wizard_engine import checkpoint
 from wizard_engine.data.records import conversation, write_rows
-from wizard_engine.log import read_metrics
 from wizard_engine.model import load_hf
+from wizard_engine.runtime.metrics import read_metrics
 
 WORKER = Path(__file__).parent / "failing.py"
 KILLS = 10

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel import MeshOptions, make_mesh, parallelize
 from wizard_engine.parallel.mesh import lines, resolve
-from wizard_engine.runtime import Runtime
+from wizard_engine.runtime.process import Runtime
 
 
 @pytest.mark.parametrize(

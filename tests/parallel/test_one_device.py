@@ -12,10 +12,10 @@ from kernels import use_backend
 from wizard_engine.model import PRESETS, ScoringModel, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import Sharding, paced, parallelize, sharded
-from wizard_engine.parallel.accumulate import Accumulator
-from wizard_engine.parallel.estimate import estimate
+from wizard_engine.parallel.gradient_accumulation import Accumulator
 from wizard_engine.parallel.mesh import Mesh
-from wizard_engine.parallel.simulate import language_step, peak_bytes
+from wizard_engine.planning.estimate import estimate
+from wizard_engine.planning.simulate import language_step, peak_bytes
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 BF16 = Sharding(dtype="bfloat16")

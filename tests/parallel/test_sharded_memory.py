@@ -12,9 +12,9 @@ from kernels import use_backend
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize, sharded
-from wizard_engine.parallel.estimate import estimate
-from wizard_engine.parallel.simulate import Record, language_step, peak_bytes
-from wizard_engine.runtime import Runtime
+from wizard_engine.planning.estimate import estimate
+from wizard_engine.planning.simulate import Record, language_step, peak_bytes
+from wizard_engine.runtime.process import Runtime
 
 META = torch.device("meta")
 

@@ -8,8 +8,8 @@ import pytest
 
 from recipes import make_world, sft
 from wizard_engine.data.records import Conversation, Preference, Process, read_rows, write_rows
-from wizard_engine.data.steps import step_texts
-from wizard_engine.training import Training
+from wizard_engine.data.solution_steps import step_texts
+from wizard_engine.training.options import Training
 
 QUICK = {"pack_tokens": 384, "packs_per_step": 2, "lr": 2e-3}
 

@@ -16,8 +16,8 @@ from wizard_engine import world
 from wizard_engine.data.chat import CHAT_ATOMS, encode_prompt
 from wizard_engine.data.records import Message, read_rows
 from wizard_engine.data.tokenizer import train_tokenizer
+from wizard_engine.generation import generate
 from wizard_engine.model import PRESETS, ScoringModel, Transformer, load_model, save_model
-from wizard_engine.rollout import generate
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,11 +8,13 @@ from safetensors.torch import load_file
 
 from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.tokenizer import load_tokenizer
-from wizard_engine.log import read_metrics
 from wizard_engine.model import PRESETS, Routes, Transformer, save_model
 from wizard_engine.parallel import Mesh
-from wizard_engine.parallel.data_parallel import pack
-from wizard_engine.training import RouterMeter, Run, Training
+from wizard_engine.parallel.reductions import pack
+from wizard_engine.runtime.metrics import read_metrics
+from wizard_engine.training.options import Training
+from wizard_engine.training.router_metrics import RouterMeter
+from wizard_engine.training.run import Run
 
 QUICK = {"pack_tokens": 384, "packs_per_step": 2, "lr": 2e-3}
 LONGER = Training(**QUICK | {"lr": 1e-2}, max_steps=40, epochs=20)

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import accuracy, make_world, reward, rleif, sft, stage_dpo
-from wizard_engine import preferences
 from wizard_engine.data.chat import Sample
 from wizard_engine.data.records import conversation, read_rows
 from wizard_engine.data.samples import Pair
-from wizard_engine.log import read_metrics
 from wizard_engine.model import ScoringModel, load_model
-from wizard_engine.online import OnlineRun
 from wizard_engine.parallel import Sharding
-from wizard_engine.recipe import launch
-from wizard_engine.training import Training
+from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.metrics import read_metrics
+from wizard_engine.training import reference_logprobs as preferences
+from wizard_engine.training.online_run import OnlineRun
+from wizard_engine.training.options import Training
 
 QUICK = {"pack_tokens": 384, "packs_per_step": 2, "lr": 2e-3}
 

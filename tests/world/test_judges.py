@@ -7,7 +7,7 @@ import pytest
 from wizard_engine.agents import prompts, replies
 from wizard_engine.agents.protocol import Request
 from wizard_engine.data.records import Message
-from wizard_engine.data.steps import step_texts
+from wizard_engine.data.solution_steps import step_texts
 from wizard_engine.world import vocabulary as words
 from wizard_engine.world.judges import Judge, Ranker, quality
 from wizard_engine.world.parse import parse

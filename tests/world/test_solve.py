@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wizard_engine.data.steps import step_texts
+from wizard_engine.data.solution_steps import step_texts
 from wizard_engine.world.parse import parse
 from wizard_engine.world.problems import Problem
 from wizard_engine.world.solve import STYLES, check_answer, claimed_answer, label_steps, solve

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from wizard_engine.agents import prompts
-from wizard_engine.agents.protocol import Reply, Request
+from . import prompts
+from .protocol import Reply, Request
 
 PREFIX = "openai:"
 MAX_ERROR = 200

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wizard_engine.agents.protocol import Agent, Reply, Request
 from wizard_engine.data.records import Message
+
+from .protocol import Agent, Reply, Request
 
 _VERSION = 1
 _APPLICATION = 0x57495A4C

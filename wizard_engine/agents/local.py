@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from wizard_engine.agents.protocol import Reply, Request
 from wizard_engine.data.chat import NEXT_USER, encode_answer, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.generation.offline import continued, engine_for
+from wizard_engine.generation.scheduler import Sampling
 from wizard_engine.model import Transformer, load_model
-from wizard_engine.rollout.generation import continued, engine_for
-from wizard_engine.rollout.scheduler import Sampling
+
+from .protocol import Reply, Request
 
 _FORMAT = "vicuna-v1.1/2"
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wizard_engine.agents.ledger import Ledger, LedgeredAgent
-from wizard_engine.agents.protocol import Agent
+from .ledger import Ledger, LedgeredAgent
+from .protocol import Agent
 
 if TYPE_CHECKING:  # programs need no torch
-    from wizard_engine.runtime import Runtime
+    from wizard_engine.runtime.process import Runtime
 
 _FACTORIES: dict[str, Callable[[], Agent]] = {}
 
@@ -52,7 +52,7 @@ def make_agent(
     if ledger is not None:
         agent = LedgeredAgent(agent, ledger, batch_size=batch_size)
     if runtime is not None and runtime.world_size > 1:
-        from wizard_engine.agents.split import SplitAgent
+        from .split import SplitAgent
 
         agent = SplitAgent(agent, runtime.rank, runtime.world_size)
     return agent
@@ -98,11 +98,11 @@ def _make(spec: str, device: str, batch_size: int, ranks: int) -> Agent:
     if spec in _FACTORIES:
         return _FACTORIES[spec]()
     if _is_endpoint(spec):
-        from wizard_engine.agents.endpoint import EndpointAgent  # loads the client, which others do not need
+        from .endpoint import EndpointAgent  # loads the client, which others do not need
 
         return EndpointAgent.from_spec(spec, ranks=ranks)
     if (Path(spec) / "config.json").is_file():
-        from wizard_engine.agents.local import LocalAgent  # loads the model code, which programs do not need
+        from .local import LocalAgent  # loads the model code, which programs do not need
 
         return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
     near = difflib.get_close_matches(spec, registered(), n=1)

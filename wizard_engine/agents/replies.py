@@ -2,7 +2,7 @@
 
 import re
 
-from wizard_engine.agents.prompts import flatten
+from .prompts import flatten
 
 REWRITTEN_HEADING = "#Rewritten Instruction#:"
 

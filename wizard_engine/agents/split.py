@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from wizard_engine.agents.protocol import Agent, Reply, Request
-from wizard_engine.parallel.data_parallel import gather_objects
+from wizard_engine.runtime.object_collectives import gather_objects
+
+from .protocol import Agent, Reply, Request
 
 
 class SplitAgent:

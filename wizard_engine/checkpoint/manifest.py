@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import csrc
-from wizard_engine.parallel.cut import Cut, as_matrix
+from wizard_engine.parallel.shard_spec import Cut, as_matrix
 
 NAME = "manifest.json"
 FORMAT = "wizard-engine checkpoint 2"

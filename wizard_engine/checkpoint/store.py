@@ -16,21 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wizard_engine.checkpoint.manifest import (
-    FORMAT,
-    GROUP_PATTERN,
-    NAME,
-    Part,
-    PartFile,
-    cut_of,
-    file_name,
-    read_manifest,
-    write_parts,
-)
-from wizard_engine.files import sync_directory, to_plain, write_json, write_text
-from wizard_engine.parallel.cut import Cut
-from wizard_engine.parallel.data_parallel import first_error, from_main
-from wizard_engine.runtime import Runtime
+from wizard_engine.parallel.shard_spec import Cut
+from wizard_engine.runtime.files import sync_directory, to_plain, write_json, write_text
+from wizard_engine.runtime.object_collectives import first_error, from_main
+from wizard_engine.runtime.process import Runtime
+
+from .manifest import FORMAT, GROUP_PATTERN, NAME, Part, PartFile, cut_of, file_name, read_manifest, write_parts
 
 STEP_PATTERN = re.compile(r"step_(\d{8,})")
 PARTIAL, REPLACED = ".partial_", ".replaced_"

@@ -1,1 +1,1 @@
-"""Records, tokenizers, packing, loading, analysis, sampling, deduplication and decontamination."""
+"""Records and their formats, tokenizers, chat formats, samples, batches, packing, loading."""

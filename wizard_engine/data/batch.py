@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels.backend import to_device
 from kernels.shared_prefix import Prefixes
-from wizard_engine.data.chat import Sample
+
+from .chat import Sample
 
 
 @dataclass(frozen=True, eq=False)

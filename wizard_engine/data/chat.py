@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from wizard_engine.data.rows import Conversation, Message, Preference
-from wizard_engine.data.tokenizer import Tokenizer
+from .rows import Conversation, Message, Preference
+from .tokenizer import Tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from wizard_engine.data.rows import Conversation, Message, Preference, Process, Row, brief, check_text
+from .rows import Conversation, Message, Preference, Process, Row, brief, check_text
 
 SHAREGPT_ROLES = {
     "system": "system",

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from wizard_engine.data.packing import bin_members, check_lengths, pack
-from wizard_engine.data.shuffle import seeded_order
+from .packing import bin_members, check_lengths, pack
+from .shuffle import seeded_order
 
 Pack = np.ndarray
 

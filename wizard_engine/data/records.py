@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from wizard_engine.data.formats import convert
-from wizard_engine.data.rows import (
+from .formats import convert
+from .rows import (
     KINDS,
     Conversation,
     Message,

@@ -1,12 +1,16 @@
 """Row files to token samples of each kind of training, with rows that cannot be learned from refused or counted."""
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ..files import write_text
+from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.object_collectives import check_same
+from wizard_engine.runtime.process import Runtime
+
 from .chat import Sample, encode_conversation, encode_preference, encode_prompt, encode_text
 from .records import Conversation, Message, Preference, Process, read_located
 from .tokenizer import Tokenizer
@@ -149,3 +153,14 @@ def _texts(path: Path) -> list[str]:
     if not texts:
         raise ValueError(f"{path}: expected JSON lines, got an empty file")
     return texts
+
+
+def check_rows(runtime: Runtime, name: str, samples: Iterable[Sample]) -> None:
+    """ValueError on every rank unless all of them have read the same tokens and loss weights."""
+    if runtime.world_size == 1:
+        return
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.tokens.tobytes())
+        digest.update(sample.weights.tobytes())
+    check_same(runtime, f"{name}: tokens of the rows", digest.hexdigest()[:16])

@@ -24,8 +24,9 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from wizard_engine.data.units import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
-from wizard_engine.files import write_bytes, write_json, write_text
+from wizard_engine.runtime.files import write_bytes, write_json, write_text
+
+from .pretokenizer import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
 
 BOS, EOS = "<s>", "</s>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")

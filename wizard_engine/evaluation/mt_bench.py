@@ -17,7 +17,8 @@ from wizard_engine.agents.prompts import dialogue, request_messages
 from wizard_engine.agents.protocol import Agent, Reply, Request
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
-from wizard_engine.evaluation.questions import WRONG_REFERENCES, Question
+
+from .questions import WRONG_REFERENCES, Question
 
 AnswerFn = Callable[[list[tuple[Message, ...]], float], list[str]]
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}

@@ -16,7 +16,8 @@ from wizard_engine.agents.prompts import dialogue, request_messages
 from wizard_engine.agents.protocol import Agent, Request
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
-from wizard_engine.evaluation.accuracy import wilson_interval
+
+from .accuracy import wilson_interval
 
 TIE_MARGIN = 0.1
 BOOTSTRAP = 2000

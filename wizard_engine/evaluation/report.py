@@ -9,12 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypedDict
 
-from wizard_engine import charts
-from wizard_engine.charts import Interval, Point
-from wizard_engine.evaluation import report_parts as parts
-from wizard_engine.evaluation.flow import FlowNode
-from wizard_engine.files import write_text
-from wizard_engine.page import card, grid, legend, page, pre, section, table, tiles
+from wizard_engine.html import charts
+from wizard_engine.html.charts import Interval, Point
+from wizard_engine.html.flow import FlowNode
+from wizard_engine.html.page import card, grid, legend, page, pre, section, table, tiles
+from wizard_engine.runtime.files import write_text
+
+from . import report_parts as parts
 
 STAGE_COLOURS = {"base": charts.GREY, "sft": charts.BLUE, "stage_dpo": charts.VIOLET, "rleif": charts.ORANGE}
 AGENTS_NOTE = (

@@ -6,9 +6,9 @@ from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
-from wizard_engine import charts
-from wizard_engine.evaluation.flow import FlowNode, flow
-from wizard_engine.page import Html, card, chip, grid, legend, pre, section, table
+from wizard_engine.html import charts
+from wizard_engine.html.flow import FlowNode, flow
+from wizard_engine.html.page import Html, card, chip, grid, legend, pre, section, table
 
 STYLE = """
 .steps { list-style:none; margin:0; padding:0 0 0 26px; border-left:2px solid #d5deea }

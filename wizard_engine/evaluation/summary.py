@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import read_object, write_json
-from ..log import read_metrics
-from ..runtime import Runtime
+from wizard_engine.runtime.files import read_object, write_json
+from wizard_engine.runtime.metrics import read_metrics
+from wizard_engine.runtime.process import Runtime
+
 from .report import Details, write_report
 
 Measured = tuple[int, str, Path]
@@ -275,7 +276,7 @@ def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str
 
 def calls(out: Path) -> list[dict[str, Any]]:
     """Calls and failures per agent and task, over all ledgers of the run."""
-    from ..agents.ledger import Ledger
+    from wizard_engine.agents.ledger import Ledger
 
     totals: dict[tuple[str, str], list[int]] = {}
     for path in sorted(out.rglob("ledger*.sqlite")):

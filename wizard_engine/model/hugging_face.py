@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.chat import CHAT_TEMPLATE
-from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..parallel import Sharded, from_main, sharded
-from ..parallel.cut import Cut
-from ..parallel.data_parallel import first_error
-from ..runtime import Runtime, write_json
+from wizard_engine.data.chat import CHAT_TEMPLATE
+from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
+from wizard_engine.parallel import Sharded, sharded
+from wizard_engine.parallel.shard_spec import Cut
+from wizard_engine.runtime.files import write_json
+from wizard_engine.runtime.object_collectives import first_error, from_main
+from wizard_engine.runtime.process import Runtime
+
 from .config import ModelConfig
 from .heads import ScoringModel
 from .published import Box, Piece, pieces, published_config, published_tensors, read_config

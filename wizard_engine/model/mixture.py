@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.moe_route import Routing, expert_counts, load_balancing_loss, moe_route, router_z_loss
+from wizard_engine.parallel.context import ALONE, Spread
+from wizard_engine.parallel.expert_parallel import Dispatch
 
-from ..parallel.experts import Dispatch
-from ..parallel.spread import ALONE, Spread
 from .config import ModelConfig
 
 

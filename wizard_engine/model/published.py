@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.tokenizer import Tokenizer
+from wizard_engine.data.tokenizer import Tokenizer
+
 from .config import ModelConfig
 from .transformer import Transformer
 

@@ -12,9 +12,9 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope_of_product, rope_tables
 from kernels.shared_prefix import Prefixes
 from kernels.swiglu import swiglu
+from wizard_engine.parallel.context import ALONE, Spread
+from wizard_engine.parallel.recompute import behind_norm
 
-from ..parallel.recompute import behind_norm
-from ..parallel.spread import ALONE, Spread
 from .config import ModelConfig
 from .mixture import Mixture, Routes
 

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from kernels.adamw import adamw
 from kernels.offloaded_adamw import offloaded_adamw
-
-from ..parallel import Sharded, parallelize, sharded
-from ..parallel.mesh import Mesh
+from wizard_engine.parallel import Sharded, parallelize, sharded
+from wizard_engine.parallel.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 
 from kernels.grad_norm import grad_norm
 
-from .accumulate import Accumulator
 from .collectives import all_gather, gathered_rows, reduce_scatter
-from .cut import Cut, Division, as_matrix
-from .layout import Layout, Slot
+from .context import Spread
+from .flat_layout import Layout, Slot
+from .fsdp_units import Flat, Place, Unit, UnitSpec, is_absent, merged
+from .gradient_accumulation import Accumulator
 from .mesh import Mesh
 from .offload import DONE, DirectLink, Event, Landing, Link, StreamLink
-from .spread import Spread
-from .units import Flat, Place, Unit, UnitSpec, is_absent, merged
+from .shard_spec import Cut, Division, as_matrix
 
 T = TypeVar("T")
 FORWARD, BACKWARD = "forward", "backward"

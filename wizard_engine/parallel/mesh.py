@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from ..runtime import Runtime
+from wizard_engine.runtime.object_collectives import check_same
+from wizard_engine.runtime.process import Runtime
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,6 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
         ValueError: as `resolve`, or on every rank where one has other options.
     """
     if runtime.device.type != "meta":
-        from .data_parallel import check_same
-
         check_same(runtime, "mesh", asdict(options))
     shape = resolve(options, runtime.world_size)
     timeout = datetime.timedelta(seconds=options.timeout_seconds)

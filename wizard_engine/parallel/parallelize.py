@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .cut import Division
+from .context import Spread
 from .fsdp import Sharded, sharded
+from .fsdp_units import Unit, UnitSpec, materialised
 from .mesh import Mesh, divisors
 from .recompute import ActivationOffload, recompute_block
-from .spread import Spread
-from .units import Unit, UnitSpec, materialised
+from .shard_spec import Division
 
 
 @dataclass(frozen=True)

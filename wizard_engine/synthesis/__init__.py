@@ -1,11 +1,11 @@
 """Evol-Instruct, Evol-Answer, co-teaching, self-teaching, labels and rankings: records and agents in, records out."""
 
-from wizard_engine.synthesis.co_teaching import CoTaught, co_teach
-from wizard_engine.synthesis.evol_answer import EvolvedAnswers, evolve_answers
-from wizard_engine.synthesis.evol_instruct import Evolved, evolve_instructions
-from wizard_engine.synthesis.labels import instruction_groups, label_processes, rank_instructions
-from wizard_engine.synthesis.method import Optimised, optimise_method
-from wizard_engine.synthesis.self_teaching import SelfTaught, self_teach
+from .co_teaching import CoTaught, co_teach
+from .evol_answer import EvolvedAnswers, evolve_answers
+from .evol_instruct import Evolved, evolve_instructions
+from .labels import instruction_groups, label_processes, rank_instructions
+from .method import Optimised, optimise_method
+from .self_teaching import SelfTaught, self_teach
 
 __all__ = [
     "CoTaught",

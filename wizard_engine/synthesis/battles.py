@@ -8,8 +8,9 @@ from typing import Any
 from wizard_engine.agents.prompts import flatten
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.data.records import Conversation, Message
-from wizard_engine.synthesis.calls import Calls
-from wizard_engine.synthesis.judging import Match, Verdict, judge_matches
+
+from .calls import Calls
+from .judging import Match, Verdict, judge_matches
 
 
 @dataclass

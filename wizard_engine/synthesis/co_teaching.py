@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.data.records import Conversation, Message, Preference
-from wizard_engine.synthesis.battles import Scene, battle_records, battle_tables, hold_battles
-from wizard_engine.synthesis.calls import Calls, as_read, derive_seed
-from wizard_engine.synthesis.elimination import detect_failure
-from wizard_engine.synthesis.evol_answer import strip_meta
-from wizard_engine.synthesis.judging import Match, judge_matches
-from wizard_engine.synthesis.lessons import choose_lessons
-from wizard_engine.synthesis.pairs import Pairs, instruction_attributes
+
+from .battles import Scene, battle_records, battle_tables, hold_battles
+from .calls import Calls, as_read, derive_seed
+from .elimination import detect_failure
+from .evol_answer import strip_meta
+from .judging import Match, judge_matches
+from .lessons import choose_lessons
+from .pairs import Pairs, instruction_attributes
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.data.records import Conversation, Message, Preference
-from wizard_engine.synthesis.calls import Calls, as_read, derive_seed
-from wizard_engine.synthesis.judging import Match, Verdict, judge_matches
-from wizard_engine.synthesis.pairs import Pairs, instruction_attributes
+
+from .calls import Calls, as_read, derive_seed
+from .judging import Match, Verdict, judge_matches
+from .pairs import Pairs, instruction_attributes
 
 OPERATORS = ("helpfulness", "relevance", "depth", "correctness", "details")
 # Answers shorter than this may grow to length_cap times it, so that a bare number can become a worked solution.

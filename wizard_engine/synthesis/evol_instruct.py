@@ -14,8 +14,9 @@ from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_equal, read_evolved
 from wizard_engine.data.records import Conversation, Message
-from wizard_engine.synthesis.calls import Calls, derive_seed
-from wizard_engine.synthesis.elimination import instruction_fault, response_fault
+
+from .calls import Calls, derive_seed
+from .elimination import instruction_fault, response_fault
 
 OPERATORS = ("constraint", "deepen", "concretise", "steps", "complicate", "breadth")
 # What an evolved row keeps of its parent's attributes; a new subject keeps less. The rest describes the parent alone.

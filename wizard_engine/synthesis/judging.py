@@ -7,7 +7,8 @@ from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
-from wizard_engine.synthesis.calls import Calls
+
+from .calls import Calls
 
 
 class Match(NamedTuple):

@@ -13,9 +13,10 @@ from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_labels, read_ranking
 from wizard_engine.data.records import Conversation, Preference, Process
-from wizard_engine.data.steps import step_texts
-from wizard_engine.synthesis.calls import Calls, derive_seed
-from wizard_engine.synthesis.pairs import instruction_attributes
+from wizard_engine.data.solution_steps import step_texts
+
+from .calls import Calls, derive_seed
+from .pairs import instruction_attributes
 
 
 def label_processes(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from wizard_engine.data.records import Conversation
-from wizard_engine.synthesis.battles import label
+
+from .battles import label
 
 
 def choose_lessons(

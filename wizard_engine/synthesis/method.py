@@ -14,8 +14,9 @@ from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_evolved, read_method
 from wizard_engine.data.records import Conversation, Message
-from wizard_engine.synthesis.calls import Calls, as_read, derive_seed
-from wizard_engine.synthesis.elimination import detect_failure, instruction_fault
+
+from .calls import Calls, as_read, derive_seed
+from .elimination import detect_failure, instruction_fault
 
 IN_DEPTH = ("constraint", "deepen", "concretise", "steps", "complicate")
 

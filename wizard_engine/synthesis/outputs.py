@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wizard_engine.data.records import Conversation, Row, read_files, write_rows
-from wizard_engine.files import write_json, write_text
+from wizard_engine.runtime.files import write_json, write_text
 
 
 def read_conversations(

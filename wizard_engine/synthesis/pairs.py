@@ -4,7 +4,8 @@ from collections import Counter
 from typing import Any
 
 from wizard_engine.data.records import Conversation, Preference
-from wizard_engine.synthesis.judging import Match, Verdict
+
+from .judging import Match, Verdict
 
 # What a row made on the same instruction keeps of the attributes of the row it came from; the others describe its text.
 INSTRUCTION_ATTRIBUTES = ("source", "topic", "language", "skill", "difficulty", "evolutions")

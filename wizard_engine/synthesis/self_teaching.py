@@ -16,11 +16,12 @@ from wizard_engine.agents.prompts import flatten
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_evolved
 from wizard_engine.data.records import Conversation, Message, Preference
-from wizard_engine.synthesis.calls import Calls, derive_seed
-from wizard_engine.synthesis.elimination import detect_failure, instruction_fault
-from wizard_engine.synthesis.evol_instruct import KEPT_IN_BREADTH, KEPT_IN_DEPTH, OPERATORS
-from wizard_engine.synthesis.judging import Match, Verdict, judge_matches, rate_answers
-from wizard_engine.synthesis.pairs import Pairs, instruction_attributes
+
+from .calls import Calls, derive_seed
+from .elimination import detect_failure, instruction_fault
+from .evol_instruct import KEPT_IN_BREADTH, KEPT_IN_DEPTH, OPERATORS
+from .judging import Match, Verdict, judge_matches, rate_answers
+from .pairs import Pairs, instruction_attributes
 
 Score = Literal["spread", "flip", "margin"]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from wizard_engine.agents import Agent, Request, prompts
 from wizard_engine.agents.replies import read_tags
-from wizard_engine.data.attributes import view
+from wizard_engine.curation.attributes import view
 from wizard_engine.data.records import Row
 
 TAGS = ("topic", "skill", "difficulty")

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Request
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.corpus import SPANISH
-from wizard_engine.world.evolve import OPERATORS, evolve
-from wizard_engine.world.problems import Problem, random_problem
-from wizard_engine.world.programs import program
-from wizard_engine.world.render import render
-from wizard_engine.world.solve import STYLES, label_steps, solve
+
+from . import vocabulary as words
+from .corpus import SPANISH
+from .evolve import OPERATORS, evolve
+from .problems import Problem, random_problem
+from .programs import program
+from .render import render
+from .solve import STYLES, label_steps, solve
 
 
 def problem_lines(rng: random.Random) -> Iterator[str]:

@@ -12,24 +12,15 @@ from dataclasses import asdict, dataclass
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Reply, Request
 from wizard_engine.agents.replies import REWRITTEN_HEADING
-from wizard_engine.data.steps import step_texts
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.corpus import follow_up
-from wizard_engine.world.evolve import FAILURE_RATES, RULES, evolved_text, failure_of
-from wizard_engine.world.parse import parse, parse_turns
-from wizard_engine.world.problems import Equation, Problem, Quantity, random_problem
-from wizard_engine.world.render import render
-from wizard_engine.world.solve import (
-    asks_back,
-    careless_trace,
-    check_answer,
-    label_steps,
-    rambling,
-    solve,
-    terse,
-    written,
-    wrong_solution,
-)
+from wizard_engine.data.solution_steps import step_texts
+
+from . import vocabulary as words
+from .corpus import follow_up
+from .evolve import FAILURE_RATES, RULES, evolved_text, failure_of
+from .parse import parse, parse_turns
+from .problems import Equation, Problem, Quantity, random_problem
+from .render import render
+from .solve import asks_back, careless_trace, check_answer, label_steps, rambling, solve, terse, written, wrong_solution
 
 VERSION = 1
 ANSWER_TASKS = ("answer", "user")

@@ -8,20 +8,12 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from wizard_engine.data.records import Conversation, Message
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.parse import follow_up_indices
-from wizard_engine.world.problems import (
-    FACTORS,
-    LARGEST,
-    LARGEST_OPERAND,
-    Equation,
-    Problem,
-    Quantity,
-    calculate,
-    random_problem,
-)
-from wizard_engine.world.render import noun_of, render, render_follow_up
-from wizard_engine.world.solve import rambling, solve
+
+from . import vocabulary as words
+from .parse import follow_up_indices
+from .problems import FACTORS, LARGEST, LARGEST_OPERAND, Equation, Problem, Quantity, calculate, random_problem
+from .render import noun_of, render, render_follow_up
+from .solve import rambling, solve
 
 
 class Source(NamedTuple):

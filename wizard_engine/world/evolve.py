@@ -6,10 +6,10 @@
 import random
 from collections.abc import Mapping
 
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.corpus import TOPIC_SHARES, draw, make_vague
-from wizard_engine.world.parse import parse
-from wizard_engine.world.problems import (
+from . import vocabulary as words
+from .corpus import TOPIC_SHARES, draw, make_vague
+from .parse import parse
+from .problems import (
     FACTORS,
     LARGEST,
     LARGEST_EACH,
@@ -24,7 +24,7 @@ from wizard_engine.world.problems import (
     random_problem,
     random_step,
 )
-from wizard_engine.world.render import render
+from .render import render
 
 OPERATORS = ("constraint", "deepen", "concretise", "steps", "complicate", "breadth")
 TRIES = 24

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from wizard_engine.agents import prompts
-from wizard_engine.data.steps import step_texts
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.agents import Program
-from wizard_engine.world.evolve import is_same
-from wizard_engine.world.parse import parse, parse_turns
-from wizard_engine.world.problems import MAX_OPERATIONS, Problem
-from wizard_engine.world.solve import asks_back, check_answer, claimed_answer, label_steps, states_answer
+from wizard_engine.data.solution_steps import step_texts
+
+from . import vocabulary as words
+from .agents import Program
+from .evolve import is_same
+from .parse import parse, parse_turns
+from .problems import MAX_OPERATIONS, Problem
+from .solve import asks_back, check_answer, claimed_answer, label_steps, states_answer
 
 _NUMBERED = re.compile(r"^\s*(\d+)\.\s?(.*)$")
 

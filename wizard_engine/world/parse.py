@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.problems import Problem, Quantity, Statement
+from . import vocabulary as words
+from .problems import Problem, Quantity, Statement
 
 _NAME, _NOUN, _NUMBER = "@", "~", "#"
 _CHATTER = "chatter"

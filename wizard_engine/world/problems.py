@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from wizard_engine.world import vocabulary as words
+from . import vocabulary as words
 
 LARGEST = 49
 LARGEST_OPERAND = 20

@@ -5,8 +5,9 @@ from functools import partial
 
 from wizard_engine.agents import registry
 from wizard_engine.agents.protocol import Agent
-from wizard_engine.world.agents import Answerer, Evolver, Habits, Optimizer
-from wizard_engine.world.judges import Judge, Ranker
+
+from .agents import Answerer, Evolver, Habits, Optimizer
+from .judges import Judge, Ranker
 
 HABITS = {
     "world:expert": Habits(slip=0.03, mistake=0.0, asks=1.0, repairs=0.85),

@@ -2,8 +2,8 @@
 
 import random
 
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.problems import Problem, Statement
+from . import vocabulary as words
+from .problems import Problem, Statement
 
 # A phrasing index for all sentences, a generator that draws one per sentence, or None for the first.
 Phrasing = int | random.Random | None

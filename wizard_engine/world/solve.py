@@ -5,9 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from wizard_engine.world import vocabulary as words
-from wizard_engine.world.problems import Apply, Equation, Problem, calculate, exactly
-from wizard_engine.world.render import noun_of
+from . import vocabulary as words
+from .problems import Apply, Equation, Problem, calculate, exactly
+from .render import noun_of
 
 STYLES = ("good", "terse", "careless", "wrong", "rambling", "refusal")
 

@@ -1,0 +1,122 @@
+"""Run by test_sampler.py on several ranks: weights handed from divided trainers to samplers, and what they sample.
+
+torchrun --nproc-per-node N sampler_cases.py OUT
+"""
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from wizard_engine import runtime
+from wizard_engine.generation.engine import Engine, Sampling
+from wizard_engine.generation.offline import continued
+from wizard_engine.model import PRESETS, Transformer
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize, sharded
+from wizard_engine.rl.sampler import Sampler
+
+LAYOUTS = {
+    2: [{}, {"tp": 2}, {"cp": 2}, {"dp_shard": 1}],
+    4: [{}, {"tp": 2}, {"tp": 2, "dp_shard": 1}, {"tp": 2, "cp": 2}],
+}
+PROMPTS = [[1, 5, 9], [2], [1, 5, 9, 7, 7], [3] * 20]
+
+
+def trained(name, experts):
+    config = replace(PRESETS[name], init_std=0.3)
+    return Transformer(replace(config, experts=experts) if experts else config, seed=6)
+
+
+def sampled(engine):
+    samplings = [Sampling(12, 1.0, seed=3, row=row) for row in range(len(PROMPTS) * 2)]
+    found = continued(engine, [p for p in PROMPTS for _ in range(2)], samplings)
+    experts = None if found.experts is None else [x.tolist() for x in found.experts]
+    return [found.tokens, experts]
+
+
+def case(rt, name, layout, tp, dtype):
+    """Samples of the model whole and of its sampler, before and after an update, and the bytes that moved."""
+    experts = 4 if name == "tiny-mixtral" else 0
+    ep = layout.get("tp", 1) if experts else 1
+    mesh = make_mesh(MeshOptions(**layout, ep=ep), rt)
+    policy = parallelize(trained(name, experts), mesh, Sharding(dtype=dtype))
+    sampler = Sampler(policy, rt, cache_tokens=1600, max_sequences=8, tp=tp)
+    whole = trained(name, experts).to(getattr(torch, dtype))
+    right = Engine(whole, cache_tokens=1600, max_sequences=8, record_routes=True)
+    results = []
+    for change in (1.0, 1.25):
+        engine = sharded(policy)
+        engine.master.mul_(change)
+        engine.publish()
+        with torch.no_grad():
+            for parameter, own in zip(whole.parameters(), trained(name, experts).parameters()):
+                parameter.copy_(own.detach() * change)
+        right.forget()
+        sampler.take()
+        results.append([sampled(sampler.engine), sampled(right), sampler.stamp])
+        stamp = sampler.stamp
+        sampler.release()
+        sampler.check(stamp)
+        engine.master.mul_(1.5)
+        engine.publish()
+        try:
+            sampler.check(stamp)
+        except ValueError as error:
+            results[-1].append(str(error))
+        engine.master.div_(1.5)
+        engine.publish()
+    moved = 0 if sampler.moves is None else sampler.moves.moved_bytes
+    absent = sampler.moves is None or bool(next(sampler.model.parameters()).isnan().any())
+    return {
+        "name": name,
+        "layout": layout,
+        "tp": tp,
+        "dtype": dtype,
+        "results": results,
+        "moved": moved,
+        "absent": absent,
+    }
+
+
+def damaged(rt):
+    """The error of a sampler whose weights are not the trainer's."""
+    policy = parallelize(trained("tiny", 0), make_mesh(MeshOptions(), rt))
+    sampler = Sampler(policy, rt, cache_tokens=160)
+    run = sampler.moves.run
+
+    def wrong():
+        run()
+        if rt.rank == 1:
+            sampler.model.norm.weight.data[3] += 1e-6
+
+    sampler.moves.run = wrong
+    try:
+        sampler.take()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def main(out):
+    rt = runtime.start("cpu", threads=1)
+    found = []
+    for layout, name in itertools.product(LAYOUTS[rt.world_size], ("tiny", "tiny-llama", "tiny-mixtral")):
+        for tp in (1, 2):
+            divides = MeshOptions(**layout).dp_shard != 1 or layout.get("tp", 1) > 1
+            if tp == 2 and not divides:
+                continue
+            found.append(case(rt, name, layout, tp, "float32"))
+    found.append(case(rt, "tiny-llama", {}, 1, "bfloat16"))
+    errors = [damaged(rt)]
+    try:
+        Sampler(parallelize(trained("tiny", 0), make_mesh(MeshOptions(), rt)), rt, cache_tokens=160, tp=3)
+    except ValueError as error:
+        errors.append(str(error))
+    Path(f"{out}.{rt.rank}").write_text(json.dumps([found, errors]))
+    runtime.stop()
+
+
+main(sys.argv[1])

@@ -1,0 +1,169 @@
+"""Advantages, step ends, rewards and the pieces of a rollout."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from wizard_engine.data.chat import CHAT_ATOMS, Sample, encode_prompt
+from wizard_engine.data.records import Message
+from wizard_engine.data.solution_steps import split_steps
+from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
+from wizard_engine.model import ModelConfig, ScoringModel, Transformer
+from wizard_engine.parallel.context import ALONE
+from wizard_engine.rl import rewards, trajectories
+from wizard_engine.rl.rewards import AnswerReward, InstructionReward, ProcessReward, encode_steps, score_answers
+from wizard_engine.rl.sampler import Sampler
+
+ASK = (Message("user", "How many apples are left?"),)
+
+
+def reward(scores=(0.9, 0.4), instruction=0.5, finished=True):
+    return AnswerReward(tuple((i, i + 1) for i in range(len(scores))), tuple(scores), instruction, finished)
+
+
+def test_answer_reward_is_the_product_with_the_minimum_over_steps():
+    assert reward().process == 0.4 and reward().total() == pytest.approx(0.2)
+    assert reward().total(("instruction",)) == 0.5 and reward().total(("process",)) == 0.4
+    assert reward(scores=(0.2, 0.9)).process == 0.2
+
+
+@pytest.mark.parametrize("lost", [{"finished": False}, {"scores": ()}])
+def test_answer_reward_is_zero_for_a_cut_answer_or_one_without_steps(lost):
+    for factors in (("instruction", "process"), ("instruction",), ("process",)):
+        assert reward(**lost).total(factors) == 0.0
+    assert reward(**lost).process == 0.0
+
+
+ANSWERS = [
+    "12-5=7\nThe answer is 7.",
+    "First 3 + 4 = 7. Then 7 * 2 = 14. The answer is 14.",
+    "12-5=7",
+    "One line.\n\n  indented line \nThe answer is 1.",
+    "Größe: 3 m²\n苹果还剩七个。\nThe answer is 7.",
+    "苹果还剩七个。答案是7。",
+]
+
+
+@pytest.fixture(params=["json", "sentencepiece"])
+def tokenizer(request):
+    if request.param == "json":
+        return train_tokenizer([*ANSWERS[:3], ASK[0].content], vocab_size=400, atoms=CHAT_ATOMS)
+    files = sorted((request.getfixturevalue("shared_data") / "tokenizer").glob("*.model"))
+    if not files:
+        pytest.skip("no SentencePiece model among the real data")
+    return load_tokenizer(files[0])
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_step_ends_are_the_last_tokens_of_the_steps(tokenizer, answer):
+    sample, ends = encode_steps(tokenizer, ASK, answer)
+    spans = split_steps(answer)
+    start = len(encode_prompt(tokenizer, ASK))
+    assert len(ends) == len(spans) and ends == sorted(set(ends)) and sample.tokens[-1] == tokenizer.eos_id
+    assert np.flatnonzero(sample.weights).tolist() == ends
+    ids = sample.tokens.tolist()
+    for end, (_, stop) in zip(ends, spans):
+        with_it, without = (tokenizer.decode(ids[start:k]).lstrip(" ") for k in (end + 1, end))
+        assert with_it.startswith(answer[:stop]) and not without.startswith(answer[:stop])
+
+
+def scoring(tokenizer, outputs, seed=0):
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=2, head_width=8, ffn_width=16,
+        init_std=0.5,
+    )  # fmt: skip
+    model = ScoringModel.from_language_model(Transformer(config, seed=seed), outputs)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+def test_score_tokens_score_every_token_in_any_company():
+    tokenizer = train_tokenizer(ANSWERS, vocab_size=400)
+    model = scoring(tokenizer, 3)
+    samples = [Sample(np.arange(n, dtype=np.int32) + 3, np.ones(n, np.float32)) for n in (5, 1, 9, 3)]
+    found = rewards.score_tokens(model, samples, capacity=8)
+    assert [tuple(scores.shape) for scores in found] == [(5, 3), (1, 3), (9, 3), (3, 3)]
+    for sample, scores in zip(samples, found):
+        n = len(sample.tokens)
+        marks = torch.tensor([0, n], dtype=torch.int32)
+        with torch.no_grad():
+            alone = model(torch.from_numpy(sample.tokens).long(), torch.arange(n), marks, n)
+        torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_score_answers_joins_factors_and_steps():
+    tokenizer = train_tokenizer([*ANSWERS, ASK[0].content], vocab_size=400, atoms=CHAT_ATOMS)
+    irm, prm = scoring(tokenizer, 1), scoring(tokenizer, 3, seed=1)
+    instruction = InstructionReward(irm, tokenizer, mean=0.3, std=2.0)
+    process = ProcessReward(prm, tokenizer, neutral=0.25)
+    other = (Message("user", "Count."), Message("assistant", "1"), Message("user", "Go on."))
+    asked, answers = [ASK, other, ASK, ASK], [ANSWERS[0], ANSWERS[1], "  ", ANSWERS[2]]
+    found = score_answers(asked, answers, [True, True, True, False], instruction=instruction, process=process)
+    assert [len(r.scores) for r in found] == [2, 3, 0, 1] and [r.finished for r in found] == [True, True, True, False]
+    assert found[0].spans == ((0, 6), (7, 23)) and found[2].total() == found[3].total() == 0
+    raw = instruction.raw(["Go on."])[0]
+    assert found[1].instruction == pytest.approx(1 / (1 + math.exp(-(raw - 0.3) / 2.0)))
+    sample, ends = encode_steps(tokenizer, ASK, ANSWERS[0])
+    probability = rewards.score_tokens(prm, [sample])[0][ends].softmax(-1)
+    assert found[0].scores == pytest.approx((probability[:, 2] + 0.25 * probability[:, 1]).tolist())
+    assert found[0].total() == pytest.approx(found[0].instruction * min(found[0].scores))
+
+
+def rollout(lengths, behaviour):
+    samples = [Sample(np.arange(n + 2, dtype=np.int32), np.ones(n + 2, np.float32)) for n in lengths]
+    return trajectories.Rollout([ASK] * len(lengths), samples, [""] * len(lengths), [True] * len(lengths), lengths,
+                                torch.tensor(behaviour))  # fmt: skip
+
+
+def test_token_rewards_pay_at_the_end_and_take_kl_off_every_token():
+    """k1 = behaviour - reference = 1, -1, 2; an open answer pays the penalty instead of its reward."""
+    found, estimates = trajectories.token_rewards(
+        rollout([2, 1], [-1.0, -2.0, -1.0]), [reward(), reward(finished=False)], torch.tensor([-2.0, -1.0, -3.0]),
+        factors=("instruction", "process"), kl=0.1, no_eos_penalty=0.5,
+    )  # fmt: skip
+    assert found.tolist() == pytest.approx([-0.1, 0.1 + 0.2, -0.2 - 0.5])
+    assert estimates["k1"].tolist() == [1.0, -1.0, 2.0]
+
+
+def test_make_targets_whitens_with_the_moments_of_all_ranks():
+    drawn = rollout([2, 1], [0.0, 0.0, 0.0])
+    given, values = torch.tensor([0.0, 1.0, 3.0]), torch.zeros(3)
+
+    def moments(total, squares, count):
+        return total + 4.0, squares + 16.0, count + 1
+
+    reference = torch.tensor([-1.0, -2.0, -3.0])
+    found = trajectories.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments)
+    mean, std = 9 / 4, (27 / 4 - (9 / 4) ** 2) ** 0.5
+    assert torch.cat(found.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
+    assert torch.cat(found.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in found.values] == [2, 1]
+    spread = found.of([1, 0], drawn.batch([1, 0], ALONE, torch.device("cpu")))
+    assert spread.reference.tolist() == [-3, -1, -2] and spread.returns.tolist() == [3, 1, 1]
+    assert torch.equal(spread.behaviour, spread.sampled)
+    own = torch.tensor([-0.5, -0.25, -0.125])
+    found = trajectories.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, own=own)
+    assert torch.equal(torch.cat(found.behaviour), own) and torch.equal(torch.cat(found.sampled), drawn.behaviour)
+
+
+def test_rollout_and_its_logprobs_and_values_line_up():
+    tokenizer = train_tokenizer([*ANSWERS, ASK[0].content], vocab_size=400, atoms=CHAT_ATOMS)
+    critic = scoring(tokenizer, 1)
+    policy = critic.body
+    sampler = Sampler(policy, cache_tokens=1600)
+    sampler.take()
+    drawn = trajectories.roll_out(
+        sampler, tokenizer, [ASK, (Message("user", "Go."),)], samples=3, max_new_tokens=6, temperature=0.8, seed=1
+    )
+    assert len(drawn.samples) == 6 and drawn.prompts[0] == drawn.prompts[2] == ASK != drawn.prompts[3]
+    assert sum(drawn.lengths) == drawn.behaviour.numel() and len({s.tokens.tobytes() for s in drawn.samples}) > 3
+    sampler.check(drawn.stamp)
+    again = trajectories.answer_logprobs(policy, drawn, temperature=0.8)
+    torch.testing.assert_close(again, drawn.behaviour, rtol=0, atol=2e-5)
+    values = drawn.split(trajectories.answer_values(critic, drawn))
+    scores = rewards.score_tokens(critic, drawn.samples)
+    for value, score, length in zip(values, scores, drawn.lengths):
+        torch.testing.assert_close(value, score[len(score) - length - 1 : -1, 0], rtol=0, atol=2e-5)
+        assert len(value) == length

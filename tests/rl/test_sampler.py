@@ -1,0 +1,118 @@
+"""Weights handed from trainers divided over two and four ranks to samplers divided otherwise, and what they sample."""
+
+import json
+
+import pytest
+import torch
+from many_ranks import ROOT, torchrun
+
+from wizard_engine.generation.engine import Engine, Sampling
+from wizard_engine.model import PRESETS, Transformer
+from wizard_engine.parallel.mesh import Axis
+from wizard_engine.parallel.shard_spec import Cut, Division
+from wizard_engine.rl.sampler import Sampler
+from wizard_engine.rl.weight_sync import Part, checksum, moves
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampler") / "found"
+    done = torchrun(request.param, ROOT / "tests" / "parallel" / "sampler_cases.py", out, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(out.with_name(f"found.{rank}").read_text()) for rank in range(request.param)]
+
+
+# Catches: columns of another rank; an expert in another's place; logits joined in another order; old keys found again.
+def test_samplers_of_any_division_draw_what_the_whole_model_draws(found):
+    assert len(found[0][0]) > 10
+    for cases in zip(*(cases for cases, _ in found)):
+        for case in cases:
+            where = case["name"], case["layout"], case["tp"], case["dtype"]
+            first, second = case["results"]
+            for mine, right, stamp, error in (first, second):
+                assert mine == right, where
+                assert "hand the weights over before sampling" in error and f"{stamp:x}" in error
+            assert first[0] != second[0] and first[2] != second[2] and case["absent"], where
+        assert len({json.dumps(case["results"]) for case in cases}) == 1
+        assert any(case["moved"] for case in cases) or cases[0]["layout"] == {"dp_shard": 1}
+
+
+def test_checksums_do_not_depend_on_the_division(found):
+    stamps = {}
+    for case in found[0][0]:
+        stamps.setdefault((case["name"], case["dtype"]), set()).add((case["results"][0][2], case["results"][1][2]))
+    assert all(len(values) == 1 for values in stamps.values()) and len(stamps) == 4
+    assert len({next(iter(values)) for values in stamps.values()}) == 4
+
+
+def test_damaged_weights_and_divisions_that_do_not_fit_are_refused(found):
+    damaged, uneven = found[1][1]
+    assert "weights of the sampler: expected checksum" in damaged and damaged.startswith("[rank 1/")
+    assert found[0][1][0] == "nothing" and "sampler tp must divide the" in uneven
+
+
+def test_undivided_policies_are_sampled_from_where_they_stand():
+    policy = Transformer(PRESETS["tiny"], seed=0)
+    sampler = Sampler(policy, cache_tokens=160)
+    sampler.take()
+    assert sampler.model is policy
+    sampler.check(sampler.stamp)
+    with torch.no_grad():
+        policy.norm.weight[0] += 1
+    with pytest.raises(ValueError, match="rollout: expected one of the trainer's weights"):
+        sampler.check(sampler.stamp)
+    with pytest.raises(ValueError, match="got none"):
+        sampler.check(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_checksum_is_that_of_its_parts_and_changes_with_every_bit_and_place(dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 6, generator=generator, dtype=torch.float64).to(dtype)
+    whole = Cut.whole(values.shape)
+    total = checksum([("a", whole, 0, values)])
+    division = Division((12, 6), (8, 4), Axis(size=2))
+    parts = []
+    for index in range(2):
+        own = division.cut(index).of(values).reshape(-1)
+        parts += [("a", division.cut(index), start, own[start : start + 10]) for start in range(0, len(own), 10)]
+    assert sum(checksum([part]) for part in parts) % 2**64 == total % 2**64
+    columns = Division((12, 6), (), Axis(size=3))
+    own = [("a", columns.cut(i), 0, columns.cut(i).of(values).reshape(-1)) for i in range(3)]
+    assert checksum(own) == total != checksum([("b", whole, 0, values)])
+    swapped = values.clone()
+    swapped[0, 0], swapped[0, 1] = values[0, 1], values[0, 0]
+    nudged = values.clone().view(torch.int16 if dtype == torch.bfloat16 else torch.uint8)
+    nudged[3, 0] ^= 1
+    for other in (swapped, nudged.view(dtype)):
+        assert checksum([("a", whole, 0, other)]) != total
+
+
+def test_moves_cover_what_is_wanted_once():
+    shape = (8, 6)
+    have = [Part("w", Division(shape, (4, 4), Axis(size=2)).cut(1), start, start + 6) for start in range(0, 24, 6)]
+    want = [Part("w", Division(shape, (), Axis(size=2)).cut(0), 0, 24), Part("other", Cut.whole((3,)), 0, 3)]
+    planned = moves(have, want)
+    marks = torch.zeros(shape)
+    for move in planned:
+        move.common.inside(marks).add_(1)
+        assert move.target == 0
+    expected = torch.zeros(shape)
+    expected[[2, 3, 6, 7], :3] = 1
+    assert torch.equal(marks, expected)
+
+
+# Catches: keys of the former weights that a prompt finds again.
+def test_weights_taken_anew_without_a_release_forget_the_keys_of_before():
+    policy, prompt = Transformer(PRESETS["tiny"], seed=0), [5] * 40
+    sampler = Sampler(policy, cache_tokens=320)
+    for change in (1.0, 1.5):
+        with torch.no_grad():
+            policy.blocks[0].attention.qkv.weight.mul_(change)
+        sampler.take()
+        (row,) = sampler.engine.add(prompt, Sampling(4))
+        sampler.engine.run()
+        fresh = Engine(policy, cache_tokens=320)
+        (right,) = fresh.add(prompt, Sampling(4))
+        fresh.run()
+        assert row.logprobs == right.logprobs and row.cached == 0

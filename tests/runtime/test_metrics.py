@@ -1,0 +1,73 @@
+"""Metrics: full precision, resume, cut lines, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from wizard_engine.runtime.metrics import MetricsLogger, read_metrics
+
+
+def logger(path, **options):
+    return MetricsLogger(path, 10, "test", quiet=True, **options)
+
+
+def test_log_keeps_every_digit(tmp_path):
+    values = {"loss": 0.1 + 0.2, "tiny": 5e-324, "lr": np.float64(1 / 3), "norm": torch.tensor(0.1), "tokens": 2**60}
+    log = logger(tmp_path / "deep" / "m.jsonl")
+    log.log(step=1, **values)
+    log.close()
+    log.close()
+    (line,) = read_metrics(tmp_path / "deep" / "m.jsonl")
+    assert line == {"step": 1, **values, "norm": float(torch.tensor(0.1))}
+    assert list(line)[:2] == ["step", "loss"] and isinstance(line["tokens"], int)
+
+
+def test_log_writes_each_line_at_once_and_not_a_number_as_null(tmp_path):
+    log = logger(tmp_path / "m")
+    log.log(step=1, loss=float("nan"), norm=float("inf"))
+    assert (tmp_path / "m").read_text() == '{"step": 1, "loss": null, "norm": null}\n'
+    log.close()
+
+
+@pytest.mark.parametrize("value", ["1", None, ["x"], (1.0,), 1j])
+def test_log_refuses_what_is_no_number(tmp_path, value):
+    log = logger(tmp_path / "m")
+    with pytest.raises(TypeError, match="metric loss: expected a number"):
+        log.log(step=1, loss=value)
+    assert (tmp_path / "m").read_text() == ""
+    log.close()
+
+
+def test_resume_drops_later_and_cut_lines_and_goes_on(tmp_path):
+    log = logger(tmp_path / "m")
+    for step in range(1, 6):
+        log.log(step=step, loss=step / 3)
+    log.close()
+    with open(tmp_path / "m", "a") as file:
+        file.write('{"step": 6, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path / "m")] == [1, 2, 3, 4, 5]
+    log = logger(tmp_path / "m", resume_step=3)
+    log.log(step=4, loss=9.0)
+    log.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "m")] == [
+        (1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 9.0)
+    ]  # fmt: skip
+    logger(tmp_path / "m").close()
+    assert (tmp_path / "m").read_text() == ""
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[]", "{}"])
+def test_resume_names_a_broken_line(tmp_path, line):
+    (tmp_path / "m").write_text(json.dumps({"step": 1}) + f"\n{line}\n" + json.dumps({"step": 2}) + "\n")
+    with pytest.raises(ValueError, match=r"m:2: expected a JSON object"):
+        logger(tmp_path / "m", resume_step=2)
+
+
+def test_bar_shows_loss_rate_and_mfu(tmp_path, capsys):
+    log = MetricsLogger(tmp_path / "m", 4, "sft", resume_step=1)
+    log.log(step=2, loss=0.123456, tokens_per_second=31234.5, mfu=0.25, other=7.0)
+    log.close()
+    text = capsys.readouterr().err
+    assert "sft" in text and "2/4" in text and "loss=0.1235" in text and "mfu=0.25" in text and "other" not in text

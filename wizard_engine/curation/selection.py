@@ -1,0 +1,155 @@
+"""From raw rows to the slices that are trained on: duplicates and contaminated rows out, weighted draw, partition."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from wizard_engine.data.records import Row, texts_of, user_text
+
+from .decontaminate import contaminated
+from .dedupe import exact_duplicates, near_duplicates
+from .sampling import Targets, Weights, column, largest_sample, partition, rake, sample_without_replacement, shares
+
+REPORTED = ("topic", "language", "skill", "source", "difficulty", "turns", "toxic")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows that stay, and why each of the others was removed: {"id", "reason", ...} in row order."""
+
+    rows: list[Row]
+    removed: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Rows drawn by weight, and the report on weights and marginals (JSON)."""
+
+    rows: list[Row]
+    report: dict[str, Any]
+
+
+def remove_duplicates(
+    rows: Sequence[Row], *, threshold: float = 0.8, shingle: int = 3, by: Literal["prompt", "row"] = "prompt"
+) -> Kept:
+    """Rows without exact and near-duplicates; the first of each cluster stays.
+
+    Args:
+        threshold: least Jaccard index of near-duplicates; 1 removes texts of the same words only.
+        shingle: words of a shingle.
+        by: "prompt" compares the user turns, "row" all turns.
+    Returns:
+        Kept, the reasons "exact_duplicate" and "near_duplicate" with the id of the row that stayed under "of".
+    """
+    texts = [user_text(row) if by == "prompt" else "\n".join(texts_of(row)) for row in rows]
+    exact = exact_duplicates(texts)
+    first = np.flatnonzero(exact == np.arange(len(texts)))
+    near = first[near_duplicates([texts[i] for i in first], threshold=threshold, shingle=shingle)]
+    cluster = near[np.searchsorted(first, exact)]
+    kept, removed = [], []
+    for index, row in enumerate(rows):
+        if cluster[index] == index:
+            kept.append(row)
+            continue
+        reason = "exact_duplicate" if exact[index] != index else "near_duplicate"
+        removed.append({"id": row.id, "reason": reason, "of": rows[cluster[index]].id})
+    return Kept(kept, removed)
+
+
+def remove_contaminated(rows: Sequence[Row], evaluation: Sequence[str], *, n: int = 13, min_share: float = 0.0) -> Kept:
+    """Rows of which no turn repeats an evaluation text (see `contaminated`).
+
+    Returns:
+        Kept, the reason "contaminated" with the number of the evaluation text, the n-gram and the share.
+    """
+    turns = [texts_of(row) for row in rows]
+    matches = iter(contaminated([turn for texts in turns for turn in texts], evaluation, n=n, min_share=min_share))
+    kept, removed = [], []
+    for row, texts in zip(rows, turns):
+        match = next(filter(None, [next(matches) for _ in texts]), None)
+        if match is None:
+            kept.append(row)
+        else:
+            removed.append({"id": row.id, "reason": "contaminated", **vars(match)})
+    return Kept(kept, removed)
+
+
+def draw(
+    rows: Sequence[Row],
+    targets: Targets,
+    *,
+    size: int | None = None,
+    cap: float = 5.0,
+    iterations: int = 200,
+    seed: int = 0,
+) -> Draw:
+    """A weighted sample of rows without replacement, raked to the targets.
+
+    Args:
+        targets: attribute -> value -> share, see `rake`; {} draws with equal weights.
+        size: rows to draw; None takes as many as the weights allow without repeating a row.
+        cap: most that a weight may be, in mean weights.
+    Returns:
+        Draw; report: the raked marginals, and under "drawn" the shares of the rows drawn.
+    Raises:
+        ValueError: as `rake` and `sample_without_replacement`.
+    """
+    names = dict.fromkeys((*targets, *(n for n in REPORTED if any(n in row.attributes for row in rows))))
+    columns = {name: [row.attributes.get(name) for row in rows] for name in names}
+    if columns:
+        weights = rake(columns, targets, cap=cap, iterations=iterations)
+    else:
+        weights = Weights(np.ones(len(rows)), {}, {}, {}, 0.0, True, float(len(rows)), 0, 0)
+    count = largest_sample(weights.weights) if size is None else size
+    chosen = sample_without_replacement(weights.weights, count, seed)
+    report = {**weights.to_json(), "largest_sample": largest_sample(weights.weights), "drawn": {}}
+    for name, values in columns.items():
+        labels = column([values[i] for i in chosen], targets.get(name, {}))
+        report["drawn"][name] = shares(labels, np.ones(len(labels)))
+    return Draw([rows[i] for i in chosen], report)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The slices, every removed row with its reason, and the report (JSON): counts, weights, marginals."""
+
+    slices: list[list[Row]]
+    removed: list[dict[str, Any]]
+    report: dict[str, Any]
+
+
+def select(
+    rows: Sequence[Row],
+    evaluation: Sequence[str] = (),
+    targets: Targets | None = None,
+    *,
+    size: int | None = None,
+    slices: int = 1,
+    seed: int = 0,
+    cap: float = 5.0,
+    dedupe: Mapping[str, Any] | None = None,
+    decontaminate: Mapping[str, Any] | None = None,
+) -> Selection:
+    """Duplicates out, contaminated rows out, weighted draw, random partition.
+
+    Args:
+        evaluation: held-out texts.
+        dedupe, decontaminate: keyword arguments of `remove_duplicates` and `remove_contaminated`.
+        Others: as in `draw` and `partition`.
+    Raises:
+        ValueError: nothing is left after cleaning, or as the steps.
+    """
+    unique = remove_duplicates(rows, **(dedupe or {}))
+    clean = remove_contaminated(unique.rows, evaluation, **(decontaminate or {}))
+    removed = unique.removed + clean.removed
+    counts = {"rows": len(rows), "exact_duplicate": 0, "near_duplicate": 0, "contaminated": 0}
+    for item in removed:
+        counts[item["reason"]] += 1
+    if not clean.rows:
+        raise ValueError(f"rows: expected some to be left after cleaning, got none of {len(rows)}; removed: {counts}")
+    drawn = draw(clean.rows, targets or {}, size=size, cap=cap, seed=seed)
+    parts = partition(drawn.rows, slices, seed)
+    counts |= {"clean": len(clean.rows), "drawn": len(drawn.rows), "slices": list(map(len, parts))}
+    return Selection(parts, removed, {"counts": counts, **drawn.report})

@@ -1,0 +1,135 @@
+"""Continuations of many prompts at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wizard_engine.data.chat import encode_prompt
+from wizard_engine.data.records import Message
+from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.model import Transformer
+
+from .engine import Engine
+from .scheduler import Sampling
+
+
+@dataclass
+class Generation:
+    """What was sampled, one entry per prompt.
+
+    tokens: ids after the prompt, the closing EOS included where it came.   logprobs: nats, under the distribution that
+    each id was drawn from (temperature, top-k and top-p applied).   finished: whether EOS came within the limit.
+    experts: of a model with experts, where it sent each token that it read, (n, L, A) int16 on the CPU: all of the
+    prompt's and of the answer's but the last; else None.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+    experts: list[Tensor] | None = None
+
+    def rows(self, places: Sequence[int]) -> "Generation":
+        """Those of some prompts."""
+        return Generation(*(None if column is None else [column[i] for i in places] for column in vars(self).values()))
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    eos_id: int,
+    batch_size: int = 128,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Generation:
+    """Continuations of prompts by a model that is whole on this rank, or gathered.
+
+    Row i draws its uniform number of a step from `kernels.sample.row_seeds` of (seed, i, step), so its text does not
+    depend on how rows are batched; nor on how they are divided over ranks, where `numbers` says which rows of all
+    these are.
+
+    Args:
+        prompts: token ids, each at least one.   max_new_tokens: limit per row, EOS counted.
+        temperature: 0 is greedy; otherwise logits are divided by it.   batch_size: rows decoded together.
+        top_k, top_p: truncation of the distribution, as in `kernels.sample`; None: none.
+    Returns:
+        Generation, in the order of the prompts. Log-probabilities are those of the truncated distribution; greedy ones
+        those at temperature 1 over the whole vocabulary.
+    Raises:
+        ValueError: an empty prompt, a number out of its range, or a prompt that leaves no room in the context.
+    """
+    rows = range(len(prompts)) if numbers is None else numbers
+    how = {"temperature": temperature, "seed": seed, "eos_id": eos_id, "top_k": top_k, "top_p": top_p}
+    samplings = [Sampling(max_new_tokens, row=row, **how) for row in rows] or [Sampling(max_new_tokens, **how)]
+    limit = model.config.max_positions - max_new_tokens
+    for index, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= limit:
+            raise ValueError(f"prompts[{index}]: expected 1 to {limit} tokens, got {len(prompt)}")
+    if not prompts:
+        return Generation(experts=[] if model.config.experts else None)
+    return continued(engine_for(model, prompts, samplings, batch_size, record_routes=True), prompts, samplings)
+
+
+def engine_for(
+    model: Transformer, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], batch_size: int,
+    **options: bool,
+) -> Engine:  # fmt: skip
+    """An engine with a cache in which any `batch_size` of some prompts run beside each other to their ends."""
+    page_size = 16 if model.embedding.weight.device.type == "cpu" else 64
+    # A page more for each, so that none has to wait for pages.
+    needed = [-(-(len(p) + s.max_new_tokens) // page_size) + 1 for p, s in zip(prompts, samplings)]
+    pages = sum(sorted(needed, reverse=True)[:batch_size])
+    return Engine(
+        model, cache_tokens=pages * page_size, page_size=page_size, max_sequences=min(batch_size, len(prompts)),
+        use_graphs=False, **options,
+    )  # fmt: skip
+
+
+def continued(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Generation:
+    """Continuations of prompts, each by its own sampling; equal prompts are computed once."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt), []).append(place)
+    sequences = {}
+    for prompt, places in by_prompt.items():
+        sequences.update(zip(places, engine.add_all(prompt, [samplings[place] for place in places])))
+    engine.run()
+    rows = [sequences[place] for place in range(len(prompts))]
+    return Generation(
+        [s.tokens for s in rows], [s.logprobs for s in rows], [s.reason == "stop" for s in rows],
+        [torch.empty(0) if s.experts is None else s.experts for s in rows] if engine.records_routes else None,
+    )  # fmt: skip
+
+
+def answer_texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int = 96,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> list[str]:
+    """The model's next answer in each conversation (which ends with a user turn), in the Vicuna format."""
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    sampled = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+        batch_size=batch_size,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    return [tokenizer.decode(tokens).strip() for tokens in sampled.tokens]

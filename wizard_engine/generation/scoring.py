@@ -1,0 +1,78 @@
+"""Log-probabilities of given texts under a model, without gradients."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from kernels.linear_logprob import linear_logprob
+from wizard_engine.data.batch import collate
+from wizard_engine.data.chat import Sample, encode_conversation
+from wizard_engine.data.records import Conversation
+from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.model import Transformer
+from wizard_engine.parallel import paced
+
+
+def packed_groups(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
+    """Indices in runs of similar length, each run at most `capacity` tokens (or a single longer sample)."""
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    group, filled = [], 0
+    for index in order.tolist():
+        if group and filled + lengths[index] > capacity:
+            yield group
+            group, filled = [], 0
+        group.append(index)
+        filled += lengths[index]
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def token_logprobs(
+    model: Transformer, samples: Sequence[Sample], *, capacity: int = 8192, temperature: float = 1.0
+) -> list[np.ndarray]:
+    """For each sample the (n - 1,) fp32 log-probability of tokens[1:], nats.
+
+    Of a divided model every rank makes the call, with samples of its own.
+    """
+    device = model.embedding.weight.device
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
+    groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
+    for group in paced(groups, model, backward=False):
+        batch = collate([samples[i] for i in group]).to(device)
+        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        logprob, _ = linear_logprob(
+            hidden, model.head_weight, batch.targets, temperature=temperature, shard=model.shard
+        )
+        pieces = np.split(logprob.float().cpu().numpy(), batch.cu_seqlens.cpu().numpy()[1:-1])
+        for index, piece in zip(group, pieces):
+            out[index] = piece
+    return out
+
+
+def sequence_logprobs(
+    model: Transformer, samples: Sequence[Sample], *, capacity: int = 8192, mean: bool = False
+) -> np.ndarray:
+    """(N,) float64 log-probability of each sample's supervised tokens: their sum, or mean, in nats."""
+    totals = np.zeros(len(samples))
+    for index, logprob in enumerate(token_logprobs(model, samples, capacity=capacity)):
+        weights = samples[index].weights[1:]
+        total = float(np.dot(logprob.astype(np.float64), weights))
+        totals[index] = total / max(float(weights.sum()), 1.0) if mean else total
+    return totals
+
+
+def perplexities(model: Transformer, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[float]:
+    """exp of the mean negative log-probability of each conversation's answers; NaN where the context is too short."""
+    samples, kept = [], []
+    out = [math.nan] * len(conversations)
+    for index, row in enumerate(conversations):
+        sample = encode_conversation(tokenizer, row.messages)
+        if len(sample.tokens) <= model.config.max_positions:
+            samples.append(sample)
+            kept.append(index)
+    for index, value in zip(kept, sequence_logprobs(model, samples, mean=True)):
+        out[index] = math.exp(min(-value, 700.0))
+    return out

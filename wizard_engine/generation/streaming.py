@@ -1,0 +1,128 @@
+"""Answers as they come: one conversation at a time, and text that is never taken back."""
+
+from collections.abc import Iterator, Sequence
+
+from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.model import Transformer
+
+from .engine import Engine
+from .scheduler import Sampling
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+# Ids that are decoded again with each new one: at most WINDOW, of which CONTEXT stay when the window moves.
+WINDOW, CONTEXT = 64, 16
+
+
+class Streamer:
+    """Continues prompts one token at a time, keeping keys and values of what it has read.
+
+    A prompt that begins like what is in the cache, as the next turn of a conversation does, is read from the page where
+    it differs. The ids are those of `rollout.generate` for the same prompt as its only row.
+
+    Args:
+        cache_tokens: that are kept; default: the model's context.
+    Attributes:
+        reused: tokens of the last prompt that were there already.
+    """
+
+    def __init__(self, model: Transformer, eos_id: int, *, cache_tokens: int | None = None) -> None:
+        self.config, self.eos_id, self.reused = model.config, eos_id, 0
+        tokens = cache_tokens or model.config.max_positions + 16
+        self.engine = Engine(model, cache_tokens=tokens, page_size=16, max_sequences=1)
+
+    def stream(
+        self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+        top_p: float | None = None, seed: int = 0,
+    ) -> Iterator[int]:  # fmt: skip
+        """Ids after the prompt, as they are sampled; EOS, where it comes, is the last one.
+
+        Args:
+            max_new_tokens: limit, EOS counted.   temperature: 0 is greedy.   top_k, top_p: as `kernels.sample`.
+        Raises:
+            ValueError: an empty prompt, or no room for it and the new tokens in the context.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, eos_id=self.eos_id)
+        (sequence,) = self.engine.add(prompt, sampling)
+        try:
+            while sequence.reason is None:
+                if self.engine.step():
+                    self.reused = sequence.cached
+                    yield sequence.ids[-1]
+        finally:
+            self.engine.cancel(sequence)
+
+
+class TextStream:
+    """The text of an answer as its ids come, up to the first of some stop strings.
+
+    A piece is held back while a later id could change it: half a character, white space that may be the last, the
+    beginning of a stop string. All pieces together are `tokenizer.decode(ids)`, cut before the stop string, and without
+    white space around it where it is stripped.
+
+    Args:
+        stop: strings that end the text.   strip: leave white space at its beginning and end out.
+    Attributes:
+        stopped: whether a stop string came.   text: what has been given out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, strip: bool = True) -> None:
+        self.tokenizer, self.stop, self.strip = tokenizer, [s for s in stop if s], strip
+        self.stopped, self.text = False, ""
+        self._ids: list[int] = []
+        self._whole, self._start, self._skip, self._base, self._searched = "", 0, 0, "", 0
+
+    def push(self, token: int) -> str:
+        """The piece that is sure with one more id; "" while nothing is."""
+        if self.stopped:
+            return ""
+        self._decode(token)
+        found = [self._whole.find(s, max(0, self._searched - len(s) + 1)) for s in self.stop]
+        found = [place for place in found if place >= 0]
+        if found:
+            self.stopped = True
+            return self._give(self._whole[: min(found)].rstrip() if self.strip else self._whole[: min(found)])
+        ready = self._whole.rstrip(UNKNOWN)
+        self._searched = len(ready)
+        held = max((_overlap(ready, s) for s in self.stop), default=0)
+        ready = ready[: len(ready) - held]
+        return self._give(ready.rstrip() if self.strip else ready)
+
+    def end(self) -> str:
+        """The last piece, when no more ids come."""
+        if self.stopped:
+            return ""
+        return self._give(self._whole.rstrip() if self.strip else self._whole)
+
+    def _give(self, whole: str) -> str:
+        ready = whole.lstrip() if self.strip else whole
+        piece = ready[len(self.text) :]
+        self.text += piece
+        return piece
+
+    def _decode(self, token: int) -> None:
+        """Text of all ids, of which only the last ones are decoded again."""
+        self._ids.append(token)
+        self._whole = self._base + self.tokenizer.decode(self._ids[self._start :])[self._skip :]
+        if len(self._ids) - self._start >= WINDOW and not self._whole.endswith(UNKNOWN):
+            self._base, self._start = self._whole, len(self._ids) - CONTEXT
+            self._skip = len(self.tokenizer.decode(self._ids[self._start :]))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text that a stop string begins with."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """Pieces of the answer as its ids come; together they are `tokenizer.decode(ids).strip()`."""
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        piece = stream.push(token)
+        if piece:
+            yield piece
+    rest = stream.end()
+    if rest:
+        yield rest

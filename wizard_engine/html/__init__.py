@@ -1,0 +1,1 @@
+"""Self-contained pages, SVG charts and flow pictures."""

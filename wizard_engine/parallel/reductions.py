@@ -1,0 +1,60 @@
+"""Sums over ranks, and objects along an axis of the mesh."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.backend import from_host
+from wizard_engine.runtime.object_collectives import gather_objects, is_distributed
+
+from .mesh import Axis, Mesh
+
+T = TypeVar("T")
+
+
+def sum_over_ranks(numbers: dict[str, float], device: torch.device | str = "cpu") -> dict[str, float]:
+    """Each number summed over the ranks, in float64."""
+    if not is_distributed():
+        return dict(numbers)
+    packed = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    return dict(zip(numbers, packed.tolist()))
+
+
+def sum_over_rows(numbers: dict[str, float], mesh: Mesh, **flags: bool) -> dict[str, float]:
+    """Each number summed in float64 over the ranks with rows of their own: of those that share rows, one counts.
+
+    Args:
+        flags: summed over all ranks, in the same collective.
+    """
+    own = {name: float(x) if mesh.speaks else 0.0 for name, x in numbers.items()}
+    return sum_over_ranks(own | {name: float(flag) for name, flag in flags.items()}, mesh.device)
+
+
+def pack(numbers: Iterable[Tensor | float], device: torch.device) -> Tensor:
+    """(N,) fp64 on a device: numbers of the host and tensors there, flattened end to end, without a wait for it."""
+    numbers = list(numbers)
+    host = from_host([0.0 if isinstance(x, Tensor) else float(x) for x in numbers], torch.float64, device)
+    pieces = [x.detach().reshape(-1) if isinstance(x, Tensor) else host[i : i + 1] for i, x in enumerate(numbers)]
+    return torch.cat([piece.to(device, torch.float64, non_blocking=True) for piece in pieces])
+
+
+def pack_over_rows(numbers: Mapping[str, Tensor | float], mesh: Mesh, *everywhere: Tensor | float) -> Tensor:
+    """(N,) fp64 on the device: each number summed over the ranks with rows of their own, in the order of the mapping,
+    the same on every rank; without a wait for the device.
+
+    Args:
+        everywhere: summed over all ranks, in the same collective; they stand behind the numbers.
+    """
+    packed = pack([*(x if mesh.speaks else 0.0 for x in numbers.values()), *everywhere], mesh.device)
+    if is_distributed():
+        dist.all_reduce(packed)
+    return packed
+
+
+def gather_along(axis: Axis, local: object) -> list:
+    """Every rank's JSON-like object along an axis of the mesh, in rank order, on every rank of it."""
+    return [local] if axis.size == 1 else gather_objects(local, axis.group)

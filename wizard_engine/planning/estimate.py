@@ -1,0 +1,258 @@
+"""Closed forms of what a rank of a divided model holds and moves, out of the shapes alone.
+
+    parts        4 (master) + 4 (gradient) + 8 (moments) + the compute dtype's copy, bytes for each element of the part;
+                 on one device, where one micro-batch makes the step, the gradient is in the compute dtype
+    places       two gathered units in the compute dtype, a unit of gradients in fp32 and one as they come, what stays
+    activations  what the backward keeps of every block, and the tensors of the block or loss at work
+    workspace    what kernels take for themselves: chunks of logits, fp32 sums of the head's gradients
+
+Gradients of the parts come as what the backward keeps goes, block by block: the peak is at the backward's beginning,
+without the former, or at its end, without the latter; with several micro-batches both are there at once.
+
+They are upper bounds of what a device allocates at once; fragmentation and the communication library come on top.
+Traffic is counted in whole buffers: of a gather what comes out, of a reduction what goes in, of an exchange what is
+sent. The load of the experts is even. The few numbers that norms, router losses and logs sum up are left out.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from wizard_engine.parallel.flat_layout import Layout
+from wizard_engine.parallel.mesh import Axis, Mesh, MeshShape
+from wizard_engine.parallel.parallelize import Sharding, compute_dtype, divisions_of, unit_specs
+
+# What the head's kernels take for chunks of logits at most, bytes (kernels/linear_logprob.py).
+LOGITS_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank.
+
+    parts, places, activations, workspace: see the module.   kept: of the activations, what the backward keeps of the
+    blocks.   gradients: of the parts, where they come and go.   micro_batches: of a step.   elements: of the parts.
+    traffic: (kind of collective, axis of the mesh) -> bytes of a step; kinds gather, reduce, sum, exchange.
+    """
+
+    parts: int
+    places: int
+    activations: int
+    workspace: int
+    kept: int
+    gradients: int
+    micro_batches: int
+    elements: int
+    traffic: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def saved(self) -> int:
+        """What is not there at once."""
+        return 0 if self.micro_batches > 1 else min(self.kept, self.gradients)
+
+    @property
+    def peak(self) -> int:
+        """Largest memory at one time, kernels' own workspace aside."""
+        return self.parts + self.places + self.activations - self.saved
+
+    @property
+    def gathered(self) -> int:
+        """Of parameters."""
+        return sum(n for (kind, axis), n in self.traffic.items() if kind == "gather" and axis in PARAMETER_AXES)
+
+    @property
+    def reduced(self) -> int:
+        """Of gradients."""
+        return sum(n for (kind, axis), n in self.traffic.items() if kind == "reduce" and axis in PARAMETER_AXES)
+
+    @property
+    def replicated(self) -> int:
+        """Of the sum over the copies of the model."""
+        return self.traffic.get(("sum", "replicate"), 0)
+
+
+PARAMETER_AXES = ("shard", "copy", "efsdp")
+
+
+def mesh_of(shape: MeshShape, device: torch.device) -> Mesh:
+    """The first rank's place in a mesh of this shape, without groups: sizes alone."""
+    return Mesh(
+        device=device, world_size=shape.replicate * shape.copy, replicate=Axis(shape.replicate),
+        shard=Axis(shape.dp_shard * shape.cp), tp=Axis(shape.tp), cp=Axis(shape.cp), row=Axis(shape.cp * shape.tp),
+        copy=Axis(shape.copy), efsdp=Axis(shape.efsdp), ep=Axis(shape.ep), data=Axis(shape.replicate * shape.dp_shard),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Sizes of a unit: elements of a rank's part, of the whole flat, and the axis that divides it."""
+
+    name: str
+    part: int
+    size: int
+    over: str
+    resident: bool
+
+    @property
+    def kind(self) -> str:
+        """What it is, whichever block it is of."""
+        return "experts" if self.name.endswith("experts") else "block" if "." in self.name else self.name
+
+
+def sizes_of_units(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[_Unit]:
+    """Sizes of the units of a model on a mesh."""
+    divisions = divisions_of(model, model, mesh)
+    found = []
+    for spec in unit_specs(model, model, dtype, apart=mesh.tp.size > 1):
+        count = getattr(mesh, spec.over).size
+        shapes = [
+            (name, divisions[name].own.local_shape if name in divisions else tuple(p.shape))
+            for name, p in spec.parameters.items()
+        ]
+        layout = Layout(shapes, count)
+        found.append(_Unit(spec.name, layout.part, layout.size, spec.over, spec.resident))
+    return found
+
+
+def estimate(
+    model: nn.Module, mesh: Mesh, sharding: Sharding, *, tokens: int, micro_batches: int = 1,
+    units: list[_Unit] | None = None,
+) -> Estimate:  # fmt: skip
+    """Memory and traffic of training steps with AdamW, all parameters trained, everything on the device.
+
+    Args:
+        model: a plain Transformer, on the meta device say.   tokens: of a packed row, or more; padding included.
+        micro_batches: of a step.   units: what `sizes_of_units` gave for this mesh, where it is asked for often.
+    """
+    dtype = compute_dtype(sharding, mesh.device)
+    wide, narrow = 4, dtype.itemsize
+    units = sizes_of_units(model, mesh, dtype) if units is None else units
+    is_single = mesh.copy.size == mesh.replicate.size == micro_batches == 1
+    per_element = 3 * wide + (narrow if is_single else wide) + (narrow if narrow != wide else 0)
+    elements = sum(unit.part for unit in units)
+    places, whole = 0, sharding.accumulate == "whole"
+    if mesh.copy.size > 1:
+        room = {unit: unit.size if getattr(mesh, unit.over).size > 1 else 0 for unit in units}
+        rotating = [room[unit] for unit in units if not unit.resident]
+        largest = max(unit.size for unit in units)
+        places = (max(rotating[::2], default=0) + max(rotating[1::2], default=0)) * narrow
+        places += sum((room[unit] + unit.size) * narrow for unit in units if unit.resident)
+        places += (sum(unit.size for unit in units) if whole else largest) * wide + largest * narrow
+        if micro_batches > 1 and not whole:
+            places += max(unit.part for unit in units) * wide
+    kept, working = activation_bytes(model, mesh, tokens, sharding, dtype)
+    width, words = model.config.width, model.config.vocab_size // mesh.tp.size
+    return Estimate(
+        parts=elements * per_element,
+        places=places,
+        activations=kept + working,
+        workspace=LOGITS_BYTES + (words + tokens // mesh.cp.size) * width * wide,
+        kept=kept,
+        gradients=elements * wide if mesh.copy.size > 1 else 0,
+        micro_batches=micro_batches,
+        elements=elements,
+        traffic=_traffic(model, mesh, sharding, units, tokens, micro_batches, narrow),
+    )
+
+
+def _traffic(
+    model: nn.Module, mesh: Mesh, sharding: Sharding, units: list[_Unit], tokens: int, micro_batches: int, narrow: int
+) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+
+    def add(kind: str, axis: str, size: int) -> None:
+        if getattr(mesh, axis).size > 1 and size:
+            found[kind, axis] = found.get((kind, axis), 0) + size
+
+    times = _times_gathered(model, micro_batches)
+    for unit in units:
+        if unit.resident or unit.kind not in ("block", "experts"):
+            add("gather", unit.over, unit.size * narrow * (1 if unit.resident else times[unit.kind]))
+        elif unit.name.startswith("blocks.0"):
+            # All blocks are alike.
+            add("gather", unit.over, unit.size * narrow * times[unit.kind])
+        if mesh.copy.size > 1:
+            add("reduce", unit.over, unit.size * 4 * (1 if sharding.accumulate == "whole" else micro_batches))
+    add("sum", "replicate", sum(unit.part for unit in units) * 4)
+    for (kind, axis), size in _token_traffic(model, mesh, sharding, tokens, narrow).items():
+        add(kind, axis, size * micro_batches)
+    return found
+
+
+def _times_gathered(model: nn.Module, k: int) -> dict[str, int]:
+    """How often a step of k micro-batches gathers each kind of unit, all blocks together.
+
+    A forward takes every unit, a backward every one but the embedding, in reverse. Two places keep the last two units
+    from one pass to the next, so that those are not gathered again.
+    """
+    layers, tied, mixture = len(model.blocks), model.head is None, bool(model.config.experts)
+    if tied:
+        blocks = layers + (2 * k - 1) * (layers - (1 if mixture else 2))
+        return {"block": blocks, "experts": blocks}
+    ends = {"embedding": k, "head": k}
+    if mixture:
+        return ends | {"block": 2 * k * layers - (k - 1), "experts": k * (2 * layers - 1)}
+    return ends | {"block": 2 * k * (layers - 1) + 1}
+
+
+def _token_traffic(
+    model: nn.Module, mesh: Mesh, sharding: Sharding, tokens: int, narrow: int
+) -> dict[tuple[str, str], int]:  # fmt: skip
+    """What a micro-batch's tokens move."""
+    c, again = model.config, sharding.recompute
+    row, own = tokens // mesh.cp.size, tokens // mesh.row.size
+    # The residual stream gathered before, and summed behind, products with divided matrices.
+    stream, products = row * c.width * narrow, 1 if c.experts else 2
+    gathers = sums = 1 + products * c.layers
+    more = products * c.layers
+    # The backward sums what the forward gathered and the other way round, and needs the gathered tokens once more.
+    gathers, sums = gathers + sums + more, sums + gathers
+    if again == "full":
+        sums += c.layers
+    numbers = 4 * 4 * row
+    found = {("gather", "tp"): gathers * stream + mesh.tp.size * numbers, ("reduce", "tp"): sums * stream}
+    keys = 2 * tokens * (c.kv_heads // mesh.tp.size) * c.head_width * narrow * c.layers
+    found["gather", "cp"] = keys * (2 if again == "full" else 1) + mesh.cp.size * numbers
+    found["reduce", "cp"] = keys
+    if c.experts:
+        passes = 3 if again == "full" else 2
+        rows = own * c.experts_per_token
+        # The counts once: what is computed again goes the same ways.
+        found["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + 4 * c.experts)
+    return found
+
+
+def activation_bytes(
+    model: nn.Module, mesh: Mesh, tokens: int, sharding: Sharding, dtype: torch.dtype
+) -> tuple[int, int]:  # fmt: skip
+    """Bound of what forward and backward of a micro-batch hold besides parameters and their gradients' buffers: what is
+    kept of all blocks, and what is at work beside it."""
+    c, size, tp = model.config, dtype.itemsize, mesh.tp.size
+    row, own = tokens // mesh.cp.size, tokens // mesh.row.size
+    inner, kv = c.heads * c.head_width // tp, c.kv_heads * c.head_width // tp
+    # q and k turned, the product that v is a view of, attention's output; over several ranks all keys and values.
+    attention = row * (inner + kv + (inner + 2 * kv) + inner)
+    if mesh.cp.size > 1:
+        attention = row * 3 * inner + tokens * 2 * kv
+    if c.experts:
+        rows = own * c.experts_per_token
+        travelled = 2 * c.width if mesh.ep.size > 1 else 0
+        # The activation is made again in the backward.
+        feed_forward, cheap = rows * (2 * c.ffn_width + travelled), own * c.width
+        numbers = 4 * own * (c.experts + 4 * c.experts_per_token)
+    else:
+        feed_forward, cheap = row * 3 * c.ffn_width // tp, own * 2 * c.width + row * c.ffn_width // tp
+        numbers = 0
+    # Stream and its norm, twice.
+    block = own * 4 * c.width + attention + feed_forward
+    numbers += 4 * (row * c.heads // tp + 2 * own)
+    saved = {"none": block, "selective": block - cheap, "full": own * c.width}[sharding.recompute]
+    # What goes to host memory is there of two blocks at a time; small tensors stay.
+    whole = min(c.layers, 2) if sharding.offload_activations else c.layers
+    kept = whole * saved * size + c.layers * (4 * own if sharding.recompute == "full" else numbers)
+    again = block * size + numbers if sharding.recompute != "none" else 0
+    # The slopes of a feed-forward block and of the stream, and gathered tokens of the latter.
+    slopes = rows * 3 * c.ffn_width if c.experts else feed_forward
+    working = (slopes + 4 * own * c.width + (2 * row * c.width if tp > 1 else 0)) * size
+    return kept, again + working

@@ -1,0 +1,1 @@
+"""Reinforcement learning: trajectories, rewards, advantages, weights from trainer to sampler."""

@@ -1,0 +1,104 @@
+"""What a run measures: a JSON line per step for programs, a progress bar for people."""
+
+import json
+import math
+import numbers
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .files import write_bytes
+
+BAR_METRICS = ("loss", "tokens_per_second", "mfu")
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The objects of a metrics file, in order; a last line that was cut by a kill is left out."""
+    lines = Path(path).read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class MetricsLogger:
+    """Appends a JSON line per step to a file and moves a tqdm bar.
+
+    On resume, lines of steps after `resume_step` (they will be run again) and a line cut by a kill are dropped. Under
+    torchrun only rank 0 writes.
+
+    Args:
+        path: the file; its directory is made.
+        total_steps: steps of the whole run.
+        desc: the bar's label.
+        quiet: no bar; the file is written all the same.
+        resume_step: steps done before; 0 begins a new file.
+    Raises:
+        ValueError: a line of the existing file, other than a cut last one, is no JSON object with a `step`.
+    """
+
+    def __init__(
+        self, path: Path | str, total_steps: int, desc: str, quiet: bool = False, *, resume_step: int = 0
+    ) -> None:
+        self._file = self._bar = None
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return
+        path = Path(path)
+        write_bytes(path, _lines_until(path, resume_step))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._bar = tqdm(total=total_steps, initial=resume_step, desc=desc, disable=quiet, dynamic_ncols=True)
+
+    def log(self, *, step: int, **values: float | list[float]) -> None:
+        """Write one step: numbers in full precision, not-a-number and infinity as null.
+
+        Raises:
+            TypeError: a value that is not a number.
+        """
+        line = json.dumps({name: _number(name, value) for name, value in {"step": step, **values}.items()})
+        if self._file is None or self._bar is None:
+            return
+        self._file.write(line + "\n")
+        self._file.flush()
+        shown = {name: f"{values[name]:.4g}" for name in BAR_METRICS if name in values}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    @staticmethod
+    def warn(text: str) -> None:
+        """Print a line on stderr, above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file and the bar; a second call does nothing."""
+        if self._file is not None and self._bar is not None:
+            self._file.close()
+            self._bar.close()
+        self._file = self._bar = None
+
+
+def _number(name: str, value: Any) -> Any:
+    """The value as JSON holds it; a list of numbers is one value per layer, say."""
+    if isinstance(value, list):
+        return [_number(name, item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"metric {name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+def _lines_until(path: Path, step: int) -> bytes:
+    """The file's whole lines of steps 1 to `step`."""
+    if step < 1 or not path.exists():
+        return b""
+    kept = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found = json.loads(line)["step"]
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: expected a JSON object with `step`; remove the line") from None
+        if found <= step:
+            kept.append(line + b"\n")
+    return b"".join(kept)

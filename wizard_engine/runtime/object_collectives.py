@@ -1,0 +1,90 @@
+"""Objects of all ranks: gathered, sent out by rank 0, compared; errors that reach every rank."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from .process import Runtime
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether more than one rank takes part."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_objects(local: object, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's JSON-like object, in rank order, on every rank; of all ranks, or of those of a group."""
+    if not is_distributed():
+        return [local]
+    gathered = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, local, group=group)
+    return gathered
+
+
+def with_names_of_all_ranks(numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers in one order on every rank, with 0 for what only other ranks have: a rank may be without rows."""
+    names = dict.fromkeys(name for names in gather_objects(list(numbers)) for name in names)
+    return {name: numbers.get(name, 0.0) for name in names}
+
+
+def first_error(error: Exception | None, runtime: Runtime) -> str:
+    """The first rank's error with that rank in front, on every rank; "" where no rank has one."""
+    own = None if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
+    if runtime.world_size == 1:
+        return own or ""
+    for rank, text in enumerate(gather_objects(own)):
+        if text is not None:
+            return f"[rank {rank}/{runtime.world_size}] {text}"
+    return ""
+
+
+def from_main(runtime: Runtime, work: Callable[[], T]) -> T:
+    """The result of `work`, done by rank 0 alone and sent to every rank; its ValueError or OSError is raised on every
+    rank, as ValueError on those where it did not happen."""
+    if runtime.world_size == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if runtime.is_main:
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError) as error:
+            outcome[1] = f"{error}"
+    dist.broadcast_object_list(outcome, 0)
+    if outcome[1] is not None:
+        raise ValueError(f"[rank 0/{runtime.world_size}] {outcome[1]}")
+    return outcome[0]
+
+
+def check_same(runtime: Runtime, what: str, value: Any) -> None:
+    """ValueError on every rank, naming the first that differs from most, unless a value is the same everywhere.
+
+    Of mappings, nested ones too, the entry that differs is named.
+    """
+    if runtime.world_size == 1:
+        return
+    found = gather_objects(value)
+    usual = max(found, key=found.count)
+    for rank, other in enumerate(found):
+        if other != usual:
+            where, own, theirs = _difference(what, other, usual)
+            raise ValueError(
+                f"[rank {rank}/{runtime.world_size}] {where}: expected the same on every rank, got {_short(own)}, and "
+                f"{_short(theirs)} on rank {found.index(usual)}; start every rank with the same options and files"
+            )
+
+
+def _difference(what: str, own: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two values differ: its name, and what it is in both."""
+    if isinstance(own, dict) and isinstance(theirs, dict):
+        for key in {**own, **theirs}:
+            if own.get(key) != theirs.get(key):
+                return _difference(f"{what}: {key}", own.get(key), theirs.get(key))
+    return what, own, theirs
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,221 @@
+"""Stages of work that know their parents, and are skipped when nothing they depend on has changed."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import file_hash, file_mark, read_object, to_plain, write_json
+from .object_collectives import check_same, from_main
+from .process import Runtime
+
+# Options that change how a stage runs but not what it makes.
+INCIDENTAL = (
+    "out", "quiet", "overwrite", "device", "save_every", "keep_last", "audit", "batch_size", "mesh", "recompute",
+    "accumulate", "offload_activations", "offload_optimizer", "cache_tokens", "sampler_tp",
+)  # fmt: skip
+
+MISSING = "(absent)"
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two JSON values differ, each with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*new, *old]))
+        pairs = [(old.get(key, MISSING), new.get(key, MISSING), f"{prefix}.{key}" if prefix else key) for key in keys]
+        return [line for a, b, name in pairs for line in _differences(a, b, name)]
+    return [] if old == new else [f"{prefix} ({_short(old)} -> {_short(new)})"]
+
+
+def _short(value: Any) -> str:
+    text = value if value is MISSING else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 48 else text[:45] + "..."
+
+
+class Stage:
+    """One step of work with parents: skipped when its inputs, its configuration and its outputs are unchanged.
+
+    `OUT/config.json` says what is being made there, and is written by `start`; `OUT/stage.json` says that it is made,
+    and is written, by one rename, by `finish`. Under torchrun rank 0 alone makes these calls.
+
+    Args:
+        out: directory of the stage.
+        name: which stage it is, "sft" say.
+        config: everything that decides the result, seed included; leave out what does not (paths, thread counts).
+        inputs: name -> file or directory that the stage reads; they count by content, not by path.
+        overwrite: replace what another configuration left in `out`.
+    Attributes:
+        done: set by whoever found the stage current.
+    """
+
+    def __init__(
+        self, out: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, Path], overwrite: bool = False
+    ):
+        self.out, self.name, self.overwrite = Path(out), name, overwrite
+        self.config: dict[str, Any] = json.loads(json.dumps(to_plain(config)))
+        self.inputs = {key: Path(path) for key, path in inputs.items()}
+        self.done = False
+        self._identity: dict[str, Any] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """{"stage", "config", "inputs" (name -> SHA-256)}: equal identities make equal outputs.
+
+        Raises:
+            ValueError: an input is absent.
+        """
+        if self._identity is None:
+            for key, path in self.inputs.items():
+                if not path.exists():
+                    raise ValueError(f"{self.name}: input {key}: expected a file or directory, got none at {path}")
+            hashes = {key: file_hash(path) for key, path in self.inputs.items()}
+            self._identity = {"stage": self.name, "config": self.config, "inputs": hashes}
+        return self._identity
+
+    def is_current(self) -> bool:
+        """True when `finish` has been reached with this identity and every output is still as it was written."""
+        record = read_object(self.out / "stage.json")
+        if record is None or not all(path.exists() for path in self.inputs.values()):
+            return False
+        if {key: record.get(key) for key in ("stage", "config", "inputs")} != self.identity():
+            return False
+        outputs = {self.out / name: mark for name, mark in record["outputs"].items()}
+        return all(path.exists() and file_mark(path) == mark for path, mark in outputs.items())
+
+    def result(self) -> dict:
+        """What `finish` was given.
+
+        Raises:
+            ValueError: the stage is not finished.
+        """
+        record = read_object(self.out / "stage.json")
+        if record is None:
+            raise ValueError(f"{self.out}: expected a finished stage {self.name!r}, got no stage.json; run the stage")
+        return record["result"]
+
+    def start(self) -> None:
+        """Claim `out` for this identity, keeping what an interrupted run of the same identity left there.
+
+        A configuration without any work beside it, as a run leaves it that failed on its rows, is replaced.
+
+        Raises:
+            ValueError: `out` holds work of another configuration and `overwrite` is off; names what differs.
+        """
+        path = self.out / "config.json"
+        former = read_object(path)
+        if path.exists() and (former is None or "stage" not in former):
+            raise ValueError(
+                f"{path}: expected a stage's configuration, got another kind of file; choose another --out"
+            )
+        differing = [] if former is None else _differences(former, self.identity())
+        if differing and self._work() and not self.overwrite:
+            raise ValueError(
+                f"{self.out}: expected the configuration that is there, got another: {'; '.join(differing)}; "
+                "choose another --out, or --overwrite to replace it"
+            )
+        if differing:
+            self._clear()
+        (self.out / "stage.json").unlink(missing_ok=True)
+        write_json(path, self.identity())
+
+    def _work(self) -> list[Path]:
+        """Records, checkpoints and metrics of a stage in `out`, those of its parts one folder down included."""
+        found = [self.out / name for name in ("stage.json", "checkpoints", "metrics.jsonl")]
+        found += [*self.out.glob("*/checkpoints"), *self.out.glob("*/metrics.jsonl")]
+        return [path for path in found if path.exists()]
+
+    def _clear(self) -> None:
+        """Remove what the former stage wrote here: its listed outputs, checkpoints and metrics, nothing else."""
+        record = read_object(self.out / "stage.json") or {}
+        names = [
+            name for name in record.get("outputs", {}) if not Path(name).is_absolute() and ".." not in Path(name).parts
+        ]
+        for path in [*(self.out / name for name in names), *self._work()]:
+            if path.is_dir() and path.resolve() != self.out.resolve():
+                shutil.rmtree(path)
+            elif path.is_file():
+                path.unlink()
+
+    def finish(self, result: Mapping[str, Any], outputs: Sequence[Path] = ()) -> None:
+        """Record the stage as done.
+
+        Args:
+            result: JSON object that `result()` gives back later.
+            outputs: files and directories that must still be there, unchanged, for the stage to count as done.
+        Raises:
+            ValueError: an output is absent.
+        """
+        marks = {}
+        for path in map(Path, outputs):
+            if not path.exists():
+                raise ValueError(f"{self.name}: output {path}: expected a file or directory, got none")
+            marks[os.path.relpath(path, self.out)] = file_mark(path)
+        write_json(self.out / "stage.json", {**self.identity(), "outputs": marks, "result": result})
+
+
+def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What a configuration makes: the options that count, and the files and directories that it reads."""
+    options: dict[str, Any] = {}
+    inputs: dict[str, Path] = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in INCIDENTAL:
+            continue
+        if dataclasses.is_dataclass(value):
+            inner, more = identity(value)
+            options[field.name] = inner
+            inputs |= {f"{field.name}.{key}": path for key, path in more.items()}
+            continue
+        files = _files(value)
+        for index, path in enumerate(files):
+            inputs[field.name if len(files) == 1 else f"{field.name}.{index}"] = path
+        rest = _without_files(value)
+        if rest not in (None, [], {}) or not files:
+            options[field.name] = rest
+    return options, inputs
+
+
+def _without_files(value: Any) -> Any:
+    """An option's value without the paths in it."""
+    if isinstance(value, tuple | list):
+        return [item for item in value if not _files(item)]
+    if isinstance(value, Mapping):
+        return {key: item for key, item in value.items() if not _files(item)}
+    return None if _files(value) else value
+
+
+def _files(value: Any) -> list[Path]:
+    """Paths in an option's value: paths, lists of them, and text that names an existing directory."""
+    if isinstance(value, Path):
+        return [value]
+    if isinstance(value, str) and "/" in value and Path(value).is_dir():
+        return [Path(value)]
+    if isinstance(value, Mapping):
+        return [path for item in value.values() for path in _files(item)]
+    if isinstance(value, tuple | list):
+        return [path for item in value for path in _files(item)]
+    return []
+
+
+def open_stage(cfg: Any, name: str, runtime: Runtime) -> Stage:
+    """The stage that a recipe's configuration describes, claimed unless it is done (`stage.done`)."""
+    options, inputs = identity(cfg)
+    check_same(runtime, f"{name}: configuration", options | {key: str(path) for key, path in inputs.items()})
+    stage = Stage(cfg.out, name, options, inputs, overwrite=cfg.overwrite)
+
+    def claim() -> bool:
+        if stage.is_current():
+            return True
+        stage.start()
+        return False
+
+    stage.done = from_main(runtime, claim)
+    return stage
+
+
+def finish_stage(stage: Stage, runtime: Runtime, result: dict, outputs: list[Path]) -> dict:
+    """Record the stage as done (rank 0) and give its result back on every rank."""
+    from_main(runtime, lambda: stage.finish(result, outputs))
+    return result

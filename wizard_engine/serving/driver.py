@@ -1,0 +1,268 @@
+"""The engine at work for many clients at once: a thread that steps, jobs that come and go, ranks that do the same."""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.generation.engine import Engine
+from wizard_engine.generation.scheduler import Reason, Sampling, numbered
+from wizard_engine.generation.scheduler import Sequence as Row
+from wizard_engine.generation.streaming import TextStream
+from wizard_engine.parallel.mesh import Axis
+
+# Ranks that wait for work hear from the first one at least this often, seconds.
+HEARTBEAT = 30.0
+
+
+@dataclass
+class Piece:
+    """What one step brought to one choice of a job.
+
+    Attributes:
+        choice: which of the job's.   text: sure by now.   token, logprob, top: of the step, where a token came.
+        reason: why the choice ended, with its last piece.
+    """
+
+    choice: int
+    text: str
+    token: int | None = None
+    logprob: float = 0.0
+    top: list[tuple[int, float]] = field(default_factory=list)
+    reason: Reason | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt to be continued n times, and who hears of it.
+
+    Attributes:
+        deliver: called by the driver's thread with the pieces of every step.   stop: strings that end a choice.
+        cached: tokens of the prompt that were not computed again.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    n: int
+    deliver: Callable[[list[Piece]], None]
+    stop: tuple[str, ...] = ()
+    strip: bool = True
+    rows: list[Row] = field(default_factory=list)
+    streams: list[TextStream] = field(default_factory=list)
+    open: int = 0
+    cached: int = 0
+    came: float = field(default_factory=time.monotonic)
+
+
+class Full(Exception):
+    """There are as many jobs as the driver takes, or it is about to end."""
+
+
+class Driver:
+    """Runs an engine in a thread of its own.
+
+    On several ranks that divide the model, rank 0 of the axis has a driver, and `follow` makes the others do the same.
+
+    Args:
+        max_jobs: sequences that run and wait.   axis: ranks that divide the model.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_jobs: int, axis: Axis | None = None) -> None:
+        self.engine, self.tokenizer, self.max_jobs, self.axis = engine, tokenizer, max_jobs, axis or Axis()
+        self._wake = threading.Condition()
+        self._inbox: deque[tuple[str, Job]] = deque()
+        self._jobs: dict[int, tuple[Job, int]] = {}
+        self._open, self._ends, self.error = 0, False, ""
+        self.step_seconds = self.steps = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    @property
+    def open(self) -> int:
+        """Sequences that have not ended."""
+        return self._open
+
+    def submit(self, job: Job) -> None:
+        """Continue a job's prompt.
+
+        Raises:
+            Full: there is no room for its sequences, or the driver ends.   ValueError: as `Engine.add`.
+        """
+        self.engine.check(job.prompt, job.sampling)
+        with self._wake:
+            if self._ends or self.error:
+                raise Full(self.error or "the server is about to end")
+            if self._open + job.n > self.max_jobs:
+                raise Full(f"{self._open} sequences run and wait, at most {self.max_jobs} are taken")
+            self._open += job.n
+            job.open = job.n
+            self._inbox.append(("add", job))
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for a job any more; its pages are free for others before the next step."""
+        with self._wake:
+            self._inbox.append(("cancel", job))
+            self._wake.notify()
+
+    def close(self, *, drain_seconds: float = 0.0) -> None:
+        """Take nothing more, let what runs end for so long, and stop."""
+        with self._wake:
+            self._ends = True
+            self._wake.notify()
+            self._wake.wait_for(lambda: not self._open, drain_seconds)
+            self._inbox.append(("end", None))  # type: ignore[arg-type]
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            # Whoever waits must hear of it; the process goes on to say so.
+            self.error = f"{type(error).__name__}: {error}"
+            with self._wake:
+                waiting = {id(job): job for job, _ in self._jobs.values()}
+                waiting |= {id(job): job for what, job in self._inbox if what == "add"}
+                self._open = 0
+                self._wake.notify_all()
+            for job in waiting.values():
+                self._tell(job, [Piece(i, "", reason="cancelled") for i in range(job.n)])
+            raise
+
+    def _turn(self) -> bool:
+        """Take what has come, make a step; False at the end."""
+        with self._wake:
+            timeout = HEARTBEAT if self.axis.size > 1 else None
+            self._wake.wait_for(lambda: self._inbox or self.engine.has_work, timeout)
+            inbox, self._inbox = list(self._inbox), deque()
+        added = [job for what, job in inbox if what == "add"]
+        dropped = {id(job): job for what, job in inbox if what == "cancel"}
+        # A job that is cancelled before it began never begins.
+        begun = [job for job in added if id(job) not in dropped]
+        commands: list[tuple] = [("add", job.prompt, numbered(job.sampling, job.n)) for job in begun]
+        commands += [
+            ("finish", row.number, "cancelled")
+            for job in dropped.values() for row in job.rows if row.reason is None
+        ]  # fmt: skip
+        commands += [("end",) for what, _ in inbox if what == "end"]
+        shared(commands, self.axis)
+        waiting = iter(begun)
+        for command in commands:
+            if command[0] == "end":
+                return False
+            made = apply(self.engine, command)
+            if made is not None:
+                self._begin(next(waiting), made)
+        for job in dropped.values():
+            self._dropped(job)
+        self._step()
+        return True
+
+    def _begin(self, job: Job, rows: list[Row]) -> None:
+        job.rows = rows
+        job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in rows]
+        for choice, row in enumerate(rows):
+            self._jobs[row.number] = job, choice
+
+    def _dropped(self, job: Job) -> None:
+        """Forget what is open of a job that was cancelled."""
+        for row in job.rows:
+            self._jobs.pop(row.number, None)
+        gone, job.open = job.open, 0
+        self._closed(gone)
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        grown = self.engine.step()
+        self.step_seconds += time.perf_counter() - began
+        self.steps += 1
+        pieces: dict[int, tuple[Job, list[Piece]]] = {}
+        stopped: list[tuple] = []
+        for row in grown:
+            if row.number not in self._jobs:
+                continue
+            job, choice = self._jobs[row.number]
+            piece = self._piece(job, choice, row)
+            if piece.reason is not None and row.reason is None:
+                stopped.append(("finish", row.number, "stop"))
+            pieces.setdefault(id(job), (job, []))[1].append(piece)
+        shared(stopped, self.axis)
+        for command in stopped:
+            apply(self.engine, command)
+        for job, found in pieces.values():
+            ended = [piece for piece in found if piece.reason is not None]
+            for piece in ended:
+                del self._jobs[job.rows[piece.choice].number]
+            job.open -= len(ended)
+            self._closed(len(ended))
+            self._tell(job, found)
+
+    def _piece(self, job: Job, choice: int, row: Row) -> Piece:
+        """What the last token of a sequence says."""
+        stream, token = job.streams[choice], row.ids[-1]
+        if row.steps == 1 and choice == 0:
+            job.cached = row.cached
+        is_end = token == row.sampling.eos_id
+        text = "" if is_end else stream.push(token)
+        reason = "stop" if stream.stopped else row.reason
+        if reason is not None and not stream.stopped:
+            text += stream.end()
+        top = row.top[-1] if row.sampling.top_logprobs and row.top else []
+        return Piece(choice, text, token, row.logprobs[-1], top, reason)
+
+    def _tell(self, job: Job, pieces: list[Piece]) -> None:
+        # The loop of a client that is gone may be closed.
+        with contextlib.suppress(RuntimeError):
+            job.deliver(pieces)
+
+    def _closed(self, count: int) -> None:
+        if count:
+            with self._wake:
+                self._open -= count
+                self._wake.notify_all()
+
+
+def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
+    """The first rank's commands, on every rank of an axis."""
+    if axis.size > 1:
+        box: list[Any] = [commands]
+        dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
+        return box[0]
+    return commands
+
+
+def apply(engine: Engine, command: Sequence[Any]) -> list[Row] | None:
+    """Do what a command says; the sequences of one that adds."""
+    if command[0] == "add":
+        return engine.add_all(command[1], command[2])
+    if command[0] == "finish":
+        scheduler = engine.scheduler
+        waiting = (*scheduler.running, *scheduler.waiting)
+        for row in (*waiting, *(follower for leader in waiting for follower in leader.followers)):
+            if row.number == command[1]:
+                engine.finish(row, command[2])
+                break
+    return None
+
+
+def follow(engine: Engine, axis: Axis) -> None:
+    """Do what the driver of the first rank does, until it ends."""
+    while True:
+        for command in shared([], axis):
+            if command[0] == "end":
+                return
+            apply(engine, command)
+        engine.step()
+        for command in shared([], axis):
+            apply(engine, command)

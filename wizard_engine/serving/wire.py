@@ -1,0 +1,145 @@
+"""Answers of the OpenAI-compatible server: what has come of a request, and how the API says it."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from wizard_engine.data.tokenizer import Tokenizer
+
+from .driver import Job, Piece
+
+
+@dataclass
+class Choice:
+    """What has come of one choice; `shown`: characters of the tokens that log-probabilities were given of."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    reason: str | None = None
+    ended_by_eos: bool = False
+    shown: int = 0
+
+    def take(self, piece: Piece, eos_id: int) -> None:
+        """Add what a step brought."""
+        self.text += piece.text
+        self.reason = piece.reason
+        if piece.token is not None:
+            self.tokens.append(piece.token)
+            self.logprobs.append(piece.logprob)
+            self.tops.append(piece.top)
+            self.ended_by_eos = piece.token == eos_id
+
+
+@dataclass
+class Asked:
+    """A request that has been understood.
+
+    Attributes:
+        jobs: one for each prompt.   queue: of (prompt, pieces).   logprobs, stream, usage: whether they are wanted.
+        number: the answer's id.
+    """
+
+    kind: Literal["chat", "completion"]
+    jobs: list[Job]
+    queue: asyncio.Queue
+    logprobs: bool
+    stream: bool
+    usage: bool
+    number: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def choices(self) -> list[Choice]:
+        """Empty ones, for all jobs."""
+        return [Choice() for job in self.jobs for _ in range(job.n)]
+
+
+class AnswerFormat:
+    """JSON objects of the API for one model.
+
+    Args:
+        name: of the model, as clients know it.   fingerprint: of its weights.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str, fingerprint: str) -> None:
+        self.tokenizer, self.name, self.fingerprint = tokenizer, name, fingerprint
+
+    def whole(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        found = [self._choice(asked, number, choice) for number, choice in enumerate(choices)]
+        return self.envelope(asked, found) | {"usage": self.usage(asked, choices)}
+
+    def envelope(self, asked: Asked, choices: list[dict]) -> dict[str, Any]:
+        """The object around choices, or around pieces of them."""
+        chat = "chat.completion.chunk" if asked.stream else "chat.completion"
+        return {
+            "id": asked.number, "object": chat if asked.kind == "chat" else "text_completion",
+            "created": asked.created, "model": self.name, "choices": choices,
+            "system_fingerprint": self.fingerprint or None,
+        }  # fmt: skip
+
+    def opening(self, number: int) -> dict[str, Any]:
+        """The first piece of a chat's choice."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def piece(self, asked: Asked, number: int, choice: Choice, piece: Piece, first: int) -> dict[str, Any]:
+        """A further piece, whose tokens are those of the choice from `first` on."""
+        logprobs = self.logprobs(asked, choice, first) if asked.logprobs else None
+        found = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
+        if asked.kind == "chat":
+            return found | {"delta": {"content": piece.text} if piece.text else {}}
+        return found | {"text": piece.text}
+
+    def usage(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Tokens of prompts, each counted once, and of all choices, EOS included."""
+        prompt, new = sum(len(job.prompt) for job in asked.jobs), sum(len(choice.tokens) for choice in choices)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in asked.jobs)},
+        }  # fmt: skip
+
+    def _choice(self, asked: Asked, number: int, choice: Choice) -> dict[str, Any]:
+        found: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
+        if asked.logprobs:
+            found["logprobs"] = self.logprobs(asked, choice, 0)
+        if asked.kind == "chat":
+            return found | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        return found | {"text": choice.text}
+
+    def logprobs(self, asked: Asked, choice: Choice, first: int) -> dict[str, Any]:
+        """Of the tokens of a choice from `first` on; EOS is none of them."""
+        last = len(choice.tokens) - (1 if choice.ended_by_eos else 0)
+        rows = [
+            (self._token(choice.tokens, i, choice.tokens[i]), choice.logprobs[i],
+             [(self._token(choice.tokens, i, word), value) for word, value in choice.tops[i]])
+            for i in range(first, last)
+        ]  # fmt: skip
+        if asked.kind == "chat":
+            return {
+                "content": [
+                    _chat_logprob(text, value) | {"top_logprobs": [_chat_logprob(*top) for top in tops]}
+                    for text, value, tops in rows
+                ],
+                "refusal": None,
+            }
+        texts = [text for text, _, _ in rows]
+        offsets = [choice.shown + sum(map(len, texts[:i])) for i in range(len(texts))]
+        choice.shown += sum(map(len, texts))
+        return {
+            "tokens": texts, "token_logprobs": [value for _, value, _ in rows],
+            "top_logprobs": [dict(tops) for _, _, tops in rows] if any(tops for _, _, tops in rows) else None,
+            "text_offset": offsets,
+        }  # fmt: skip
+
+    def _token(self, tokens: Sequence[int], place: int, word: int) -> str:
+        """The text of one token where it stands."""
+        before = list(tokens[max(0, place - 1) : place])
+        return self.tokenizer.decode([*before, word])[len(self.tokenizer.decode(before)) :]
+
+
+def _chat_logprob(text: str, value: float) -> dict[str, Any]:
+    return {"token": text, "logprob": value, "bytes": list(text.encode(errors="replace"))}

@@ -1,0 +1,182 @@
+"""Numerical self-audit at the start of a run: a pass / fail table of the invariants that silent bugs break.
+
+A failed check ends the run, because every figure after it would be worthless.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wizard_engine.data.batch import Batch, collate
+from wizard_engine.data.chat import Sample
+from wizard_engine.data.samples import Pair
+from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.loss import dpo_loss, sequence_logprobs, sft_loss
+from wizard_engine.model import Transformer
+from wizard_engine.parallel import Sharded, paced, sharded
+
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table: what should hold, how far off it is, how far it may be."""
+
+    name: str
+    error: float
+    limit: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its limit; NaN never is."""
+        return self.error <= self.limit
+
+
+def report(checks: Sequence[Check], *, quiet: bool) -> None:
+    """Print the table on stderr; stop on a failure.
+
+    Raises:
+        ValueError: a check failed; names it with its error and limit.
+    """
+    if not quiet:
+        for check in checks:
+            verdict = "pass" if check.passed else "FAIL"
+            print(
+                f"audit  {verdict}  {check.name:<44} {check.error:.1e} <= {check.limit:.0e}  {check.note}",
+                file=sys.stderr,
+            )
+    for check in checks:
+        if not check.passed:
+            raise ValueError(
+                f"audit: {check.name}: expected an error of at most {check.limit:.0e}, got {check.error:.3e}"
+            )
+
+
+def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -> tuple[float, Tensor]:
+    """Loss of samples packed as given, one denominator over all, and the flat gradient; leaves no gradient behind."""
+    device = model.embedding.weight.device
+    total = float(sum(sample.weights[1:].sum() for group in groups for sample in group))
+    engine = sharded(model)
+    if engine is not None and not engine.keeps_gradients:
+        return _divided_gradient_and_loss(model, engine, groups, total)
+    saved = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    value = 0.0
+    for group in groups:
+        batch = collate(group).to(device)
+        hidden = model(*batch.inputs)
+        loss = _supervised_loss(model, hidden, batch, total)
+        loss.backward()
+        value += float(loss.detach())
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    for parameter, old in zip(model.parameters(), saved):
+        parameter.grad = old
+    return value, gradient
+
+
+def _supervised_loss(model: Transformer, hidden: Tensor, batch: Batch, total: float) -> Tensor:
+    shard = model.shard
+    return sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=total, shard=shard).loss
+
+
+def _divided_gradient_and_loss(
+    model: Transformer, engine: Sharded, groups: Sequence[Sequence[Sample]], total: float
+) -> tuple[float, Tensor]:
+    """The same of a divided model, all of whose ranks do the same; this rank's part of the gradient."""
+    engine.zero_grad()
+    value = 0.0
+    for group in paced(groups, model, backward=True):
+        batch = collate(group).to(engine.device)
+        hidden = model(*batch.inputs)
+        loss = _supervised_loss(model, hidden, batch, total)
+        loss.backward()
+        value += float(loss.detach())
+    engine.finish()
+    gradient = engine.gradient()
+    engine.zero_grad()
+    return value, gradient
+
+
+def supervised_checks(model: Transformer, samples: Sequence[Sample]) -> list[Check]:
+    """Packed = unpacked, and k micro-batches = one batch, for loss and gradient, on up to eight short samples."""
+    few = sorted(samples, key=lambda sample: len(sample.tokens))[: len(samples) // 2 + 1][-8:]
+    together, whole = _gradient_and_loss(model, [few])
+    apart, single = _gradient_and_loss(model, [[sample] for sample in few])
+    halves, split = _gradient_and_loss(model, [part for part in (few[::2], few[1::2]) if part])
+    engine = sharded(model)
+    norm = Tensor.norm if engine is None or not engine.is_divided else engine.norm
+    scale, limit = max(float(norm(whole)), 1e-12), tolerance(model)
+    return [
+        Check("packed loss = unpacked loss", abs(together - apart) / max(abs(together), 1e-12), limit),
+        Check("packed gradient = unpacked gradient", float(norm(whole - single)) / scale, 50 * limit),
+        Check("two micro-batches = one batch", abs(together - halves) / max(abs(together), 1e-12), limit),
+        Check("gradient of two micro-batches = of one", float(norm(whole - split)) / scale, 50 * limit),
+    ]
+
+
+def tolerance(model: Transformer) -> float:
+    """Relative error that rounding explains: more where the model computes in 16 bits."""
+    return TOLERANCE if model.embedding.weight.dtype.itemsize > 2 else 25 * TOLERANCE
+
+
+def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
+    """The sample's text with what is trained in square brackets, for the eye."""
+    pieces, trained = [], False
+    runs: list[list[int]] = []
+    for token, weight in zip(sample.tokens.tolist(), sample.weights.tolist()):
+        if not runs or (weight > 0) != trained:
+            runs.append([])
+            pieces.append(weight > 0)
+            trained = weight > 0
+        runs[-1].append(token)
+    closed = [(tokenizer.decode(run) + ("</s>" if tokenizer.eos_id in run else "")) for run in runs]
+    return "".join(f"[{text}]" if on else text for text, on in zip(closed, pieces)).replace("\n", "\\n")
+
+
+def check_supervised(model: Transformer, samples: Sequence[Sample], tokenizer: Tokenizer, *, quiet: bool) -> None:
+    """Audit of supervised training; prints one sample with its mask."""
+    closing = sum(int(s.tokens[-1] != tokenizer.eos_id or s.weights[-1] == 0) for s in samples)
+    checks = [Check("every sample trains its closing </s>", closing / len(samples), 0.0)]
+    checks.append(Check("nothing trains the first token", float(sum(s.weights[0] for s in samples)), 0.0))
+    if not quiet:
+        print(f"audit  mask  {shown_mask(samples[0], tokenizer)[:300]}", file=sys.stderr)
+    report(checks + supervised_checks(model, samples), quiet=quiet)
+
+
+def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tensor, *, beta: float, quiet: bool) -> None:
+    """Audit of DPO: where policy = reference the loss is ln 2; and the supervised checks on the chosen answers."""
+    few = list(pairs[:8])
+    batch = collate([p.chosen for p in few] + [p.rejected for p in few]).to(model.embedding.weight.device)
+    with torch.no_grad():
+        own = model(*batch.inputs), model.head_weight
+        loss, _, logprob = dpo_loss(
+            *own, batch.targets, batch.weights, batch.cu_seqlens, own, beta=beta, num_pairs=len(few), shard=model.shard
+        )  # fmt: skip
+    recorded = reference[: len(few)]
+    sums, means = (
+        sequence_logprobs(logprob, batch.weights, batch.cu_seqlens, mean=mean).view(2, -1).T.cpu()
+        for mean in (False, True)
+    )
+    apart = min(float((x - recorded).abs().max() / x.abs().max().clamp(min=1.0)) for x in (sums, means))
+    checks = [
+        Check("DPO loss at policy = reference is ln 2", abs(float(loss) - math.log(2)), 1e-6),
+        Check("reference log-probabilities = a fresh forward", apart, tolerance(model)),
+    ]
+    report(checks + supervised_checks(model, [pair.chosen for pair in few]), quiet=quiet)
+
+
+def check_rollout(largest_ratio_error: float, *, quiet: bool, is_wide: bool = True) -> None:
+    """Audit of PPO: on fresh rollouts the trainer's log-probabilities are the sampler's, so that the ratio is 1.
+
+    Args:
+        is_wide: the policy computes in 32 bits or more. In 16, sampler and trainer round apart, by 0.16 nats at the
+            worst of 2,700 tokens of the demo's policy; another template or other weights show as several.
+    """
+    limit = 1e-3 if is_wide else 0.5
+    report([Check("PPO ratio on fresh rollouts is 1 (nats)", largest_ratio_error, limit)], quiet=quiet)

@@ -1,0 +1,51 @@
+"""Options that the training recipes share."""
+
+from dataclasses import dataclass
+
+from wizard_engine.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """Optimisation options that all training recipes share."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    epochs: float = 1.0
+    """Passes over the rows; a fraction stops inside a pass."""
+    pack_tokens: int = 1024
+    """Capacity of one packed row (micro-batch), tokens."""
+    packs_per_step: int = 1
+    """Packed rows of one optimizer step over all ranks; a multiple of the number of ranks."""
+    warmup: float = 0.05
+    """Share of the steps with a rising learning rate."""
+    lr_floor: float = 0.05
+    """Share of the peak learning rate left at the end."""
+    weight_decay: float = 0.0
+    beta2: float = 0.95
+    """Decay rate of the second moment."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    save_every: int = 200
+    """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+    max_skipped: int = 10
+    """Steps with a non-finite gradient, or a spike, that may be skipped before the run ends with an error."""
+    spike: float = 0.0
+    """Skip a step whose loss is so many standard deviations above the mean of the last 128 steps; 0 skips none. 6 is
+    usual for large batches; the losses of small ones have long tails. Any but 0 lets the host wait for the loss before
+    the update."""
+
+
+def sample_limit(max_length: int | None, config: ModelConfig, training: Training) -> int:
+    """Longest sample, tokens: what was asked for, or the context, and never more than a packed row takes.
+
+    Raises:
+        ValueError: more was asked for than the model's context.
+    """
+    if max_length is not None and not 2 <= max_length <= config.max_positions:
+        raise ValueError(f"max_length: expected 2 to {config.max_positions} (the model's context), got {max_length}")
+    return min(max_length or config.max_positions, training.pack_tokens + 1)

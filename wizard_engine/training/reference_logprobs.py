@@ -1,0 +1,77 @@
+"""What Stage-DPO needs beside the loss: slices in an order, answer log-probabilities, a cache of the reference's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wizard_engine.data.samples import Pair
+from wizard_engine.generation import sequence_logprobs
+from wizard_engine.model import Transformer
+from wizard_engine.parallel import sharded
+from wizard_engine.runtime.files import content_hash
+from wizard_engine.runtime.object_collectives import gather_objects
+
+
+class ReferenceCache:
+    """Reference log-probabilities on disk, under a key of all they depend on.
+
+    The key covers the weights, every token id and loss weight, the tokenizer, the precision and the normalisation.
+    """
+
+    def __init__(self, directory: Path, tokenizer_fingerprint: str, normalise: bool) -> None:
+        self.directory, self.tokenizer, self.normalise = Path(directory), tokenizer_fingerprint, normalise
+
+    def key(self, model: Transformer, pairs: Sequence[Pair]) -> str:
+        """Hash of everything that the log-probabilities depend on."""
+        import hashlib
+
+        digest = hashlib.sha256()
+        engine = sharded(model)
+        if engine is not None and engine.is_divided:
+            parts = hashlib.sha256()
+            for name, start, values in engine.weight_parts(exact=False):
+                parts.update(f"{name} {start} {values.dtype}".encode())
+                parts.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(repr(gather_objects(parts.hexdigest())).encode())
+        else:
+            for name, parameter in model.named_parameters():
+                digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for sample in (side for pair in pairs for side in (pair.chosen, pair.rejected)):
+            digest.update(sample.tokens.tobytes())
+            digest.update(sample.weights.tobytes())
+        rest = {"tokenizer": self.tokenizer, "normalise": self.normalise, "config": str(model.config)}
+        return content_hash({"model": digest.hexdigest(), **rest})[:32]
+
+    def logprobs(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
+        """(N, 2) fp32 log-probabilities of the chosen and rejected answers under `model`, nats; computed once."""
+        file = self.directory / f"{self.key(model, pairs)}.safetensors"
+        found = gather_objects(file.exists())
+        if all(found):
+            return load_file(file)["logprobs"]
+        logprobs = self._computed(model, pairs)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{torch.randint(2**31, ()).item()}.partial")
+        save_file({"logprobs": logprobs}, partial)
+        partial.rename(file)
+        return logprobs
+
+    def _computed(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
+        """Of a divided model each rank computes its share of the pairs."""
+        engine = sharded(model)
+        rank, size = 0, 1
+        if engine is not None and engine.is_divided:
+            rank, size = engine.mesh.data.index, engine.mesh.data.size
+        own = pairs[rank::size]
+        samples = [pair.chosen for pair in own] + [pair.rejected for pair in own]
+        values = sequence_logprobs(model, samples, mean=self.normalise)
+        logprobs = torch.tensor(values, dtype=torch.float32).view(2, -1).T.contiguous()
+        if size == 1:
+            return logprobs
+        out = torch.empty(len(pairs), 2)
+        for other, part in gather_objects((rank, logprobs.tolist())):
+            out[other::size] = torch.tensor(part).view(-1, 2)
+        return out
