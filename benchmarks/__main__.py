@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from wizard_engine import runtime
+from wizard_engine.runtime.files import write_text
 
 # Commands that read their own options.
 COMMANDS = ("launches", "compile_cache")
@@ -105,7 +105,7 @@ def main(args: list[str] | None = None) -> int:
         for row in measure(name, options.quick):
             print(line_of(row), flush=True)
             lines.append(json.dumps(about | {"quick": options.quick} | row) + "\n")
-    runtime.write_text(options.json, "".join(lines))
+    write_text(options.json, "".join(lines))
     print(f"written: {options.json}")
     return 0
 

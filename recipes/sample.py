@@ -15,6 +15,7 @@ from wizard_engine import runtime
 from wizard_engine.curation.sampling import uniform_target
 from wizard_engine.curation.selection import Selection, select
 from wizard_engine.data.records import Row, read_files, read_prompts, write_rows
+from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.stage import finish_stage, open_stage
@@ -102,8 +103,8 @@ def write(out: Path, selection: Selection, report: dict[str, Any]) -> list[Path]
     for path, rows in zip(paths, selection.slices):
         write_rows(path, rows)
     removed = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in selection.removed)
-    runtime.write_text(out / "removed.jsonl", removed)
-    runtime.write_json(out / "sampling.json", report)
+    write_text(out / "removed.jsonl", removed)
+    write_json(out / "sampling.json", report)
     return [*paths, out / "removed.jsonl", out / "sampling.json"]
 
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks import plan_rates
 from wizard_engine.model import PRESETS
 from wizard_engine.planning import planner as plan
+from wizard_engine.planning import rates
 
 GPU = plan.Gpu(8.0, 1e11, 1e10, 1e9, 1e9)
 
@@ -26,7 +27,7 @@ def test_every_rate_is_measured_and_makes_a_plan(monkeypatch, tmp_path, preset):
     assert whole["planned_over_measured"] == pytest.approx(whole["planned_block_seconds"] / found["block_seconds"])
     path = tmp_path / "rates.json"
     path.write_text(json.dumps(whole))
-    assert plan.rates_of(path).matrix == found["matrix"]
+    assert rates.rates_of(path).matrix == found["matrix"]
 
 
 def test_a_machine_without_a_gpu_is_refused(capsys):

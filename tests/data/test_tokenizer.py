@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from wizard_engine.data import pretokenizer as units
+from wizard_engine.data import pretokenizer
 from wizard_engine.data.tokenizer import JsonTokenizer, load_tokenizer, train_tokenizer
 
 CORPUS = [
@@ -177,7 +177,7 @@ def test_trained_tokenizer_has_a_token_per_word_digit_newline_and_atom():
     assert tokens_of(TRAINED, "¿Cuántas peras") == ["¿Cuántas", " peras"]
     assert TRAINED.vocab_size < 330 and MERGED.vocab_size == 275
     for text in CORPUS:
-        assert len(TRAINED.encode(text)) <= len(units.splitter().pre_tokenize_str(text))
+        assert len(TRAINED.encode(text)) <= len(pretokenizer.splitter().pre_tokenize_str(text))
 
 
 def test_trained_tokenizer_is_the_same_for_the_same_corpus():

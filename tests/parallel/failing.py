@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from recipes import sft
-from wizard_engine.model import loading as recipe
-from wizard_engine.training import run as training
+from wizard_engine.runtime.launch import launch
+from wizard_engine.training.run import Run
 
 HOW, RANK, STEP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv[1:] = sys.argv[4:]
@@ -35,7 +35,7 @@ def go_wrong(run):
         time.sleep(60)
 
 
-inner = training.Run.update
+inner = Run.update
 
 
 def update(self):
@@ -44,7 +44,7 @@ def update(self):
     inner(self)
 
 
-training.Run.update = update
+Run.update = update
 if HOW == "rows" and int(os.environ["RANK"]) == RANK:
     at = sys.argv.index("--data") + 1
     sys.argv[at] = str(Path(sys.argv[at]).with_name("other.jsonl"))
@@ -59,4 +59,4 @@ if HOW == "tokens" and int(os.environ["RANK"]) == RANK:
     sft.read_samples = read_other
 if HOW == "options" and int(os.environ["RANK"]) == RANK:
     sys.argv += ["--training.lr", "0.5"]
-recipe.launch(sft.main, sft.Config)
+launch(sft.main, sft.Config)

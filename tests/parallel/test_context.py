@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from kernels.attention import attention
-from wizard_engine.parallel import context as spread
+from wizard_engine.parallel import context
 from wizard_engine.parallel.context import Spread
 from wizard_engine.parallel.mesh import Axis
 
@@ -32,11 +32,11 @@ def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, 
         assert torch.equal(together, ranks[c * tp].of_row(row))
     if cp * tp > 1:
         together = torch.cat(own)
-        monkeypatch.setattr(spread.Share, "apply", lambda x, axis: together)
+        monkeypatch.setattr(context.Share, "apply", lambda x, axis: together)
         assert torch.equal(ranks[0].to_whole(own[0], tokens), row)
     if cp > 1:
         rows = torch.cat([ranks[c * tp].of_row(row) for c in range(cp)])
-        monkeypatch.setattr(spread, "gathered_rows", lambda x, axis: (rows, None))
+        monkeypatch.setattr(context, "gathered_rows", lambda x, axis: (rows, None))
         assert torch.equal(ranks[0].to_row(own[0], tokens), row)
 
 
@@ -63,7 +63,7 @@ def test_attention_over_chunks_is_that_of_the_row(monkeypatch, backend, window, 
         expected = expected, *torch.autograd.grad(expected, (q, k, v), slope)
     ranks = ranks_of(4, 1)
     # Keys in the order in which a gather has them; every rank's work with them adds up.
-    monkeypatch.setattr(spread.Gather, "apply", lambda x, axis: x)
+    monkeypatch.setattr(context.Gather, "apply", lambda x, axis: x)
     order = torch.cat([rank.of_row(torch.arange(tokens)) for rank in ranks])
     with kernels.use_backend(backend):
         parts = [

@@ -1,8 +1,8 @@
 """Models whose matrices, experts and tokens are divided do what one process does: losses, norms, gradients, weights, in
 float64."""
 
+import context_cases
 import pytest
-import spread_cases
 from many_ranks import found_by_ranks
 
 TOLERANCE = 1e-10
@@ -12,11 +12,11 @@ TOLERANCE = 1e-10
 def found(tmp_path_factory):
     """World size -> what each of its ranks found."""
     out = tmp_path_factory.mktemp("spread")
-    return found_by_ranks(spread_cases.__file__, spread_cases.LAYOUTS, out)
+    return found_by_ranks(context_cases.__file__, context_cases.LAYOUTS, out)
 
 
 @pytest.mark.parametrize(
-    ("world", "name"), [(world, name) for world in spread_cases.LAYOUTS for name in spread_cases.cases(world)]
+    ("world", "name"), [(world, name) for world in context_cases.LAYOUTS for name in context_cases.cases(world)]
 )
 def test_divided_model_equals_one_process(found, world, name):
     for rank, own in enumerate(found[world]):
@@ -24,8 +24,8 @@ def test_divided_model_equals_one_process(found, world, name):
         assert max(errors.values()) < TOLERANCE, (rank, errors)
 
 
-@pytest.mark.parametrize("world", spread_cases.LAYOUTS)
+@pytest.mark.parametrize("world", context_cases.LAYOUTS)
 def test_what_ranks_of_a_row_have_alike_is_alike_bit_for_bit(found, world):
     """Weights of norms and routers after two steps, losses and scores; and random weights are those of one process."""
-    for layout in spread_cases.LAYOUTS[world]:
+    for layout in context_cases.LAYOUTS[world]:
         assert all(own["alike"][layout] is True and own["random"][layout] is True for own in found[world]), layout

@@ -16,7 +16,7 @@ from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.loader import Loader
 from wizard_engine.data.records import Message, Preference, Process, conversation, write_rows
 from wizard_engine.parallel import MeshOptions, sum_over_ranks
-from wizard_engine.parallel import reductions as data_parallel
+from wizard_engine.runtime import object_collectives
 from wizard_engine.runtime.object_collectives import check_same, gather_objects
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.training.options import Training
@@ -208,6 +208,6 @@ def test_the_option_that_differs_is_named(monkeypatch):
         "model: expected the same on every rank, got tiny, and None on rank 0": own | {"model": "tiny"},
     }
     for text, other in others.items():
-        monkeypatch.setattr(data_parallel, "gather_objects", lambda value, other=other: [own, other, own])
+        monkeypatch.setattr(object_collectives, "gather_objects", lambda value, other=other: [own, other, own])
         with pytest.raises(ValueError, match=re.escape(f"[rank 1/3] sft: configuration: {text}")):
             check_same(Runtime(0, 3), "sft: configuration", own)

@@ -16,9 +16,10 @@ from wizard_engine.model import ScoringModel, load_model
 from wizard_engine.parallel import Sharding
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.metrics import read_metrics
-from wizard_engine.training import reference_logprobs as preferences
+from wizard_engine.training import reference_logprobs
 from wizard_engine.training.online_run import OnlineRun
 from wizard_engine.training.options import Training
+from wizard_engine.training.preference_slices import order_slices
 
 QUICK = {"pack_tokens": 384, "packs_per_step": 2, "lr": 2e-3}
 
@@ -151,8 +152,8 @@ def test_stage_dpo_starts_at_its_reference_and_drifts(world, tmp_path, changes):
 
 def test_stage_dpo_computes_references_once_per_stage(world, tmp_path, monkeypatch):
     calls = []
-    right = preferences.sequence_logprobs
-    monkeypatch.setattr(preferences, "sequence_logprobs", lambda *a, **k: calls.append(1) or right(*a, **k))
+    right = reference_logprobs.sequence_logprobs
+    monkeypatch.setattr(reference_logprobs, "sequence_logprobs", lambda *a, **k: calls.append(1) or right(*a, **k))
     cfg = staged(world, tmp_path)
     stage_dpo.main(cfg)
     assert len(calls) == 2 and len(list((tmp_path / "reference").iterdir())) == 2
@@ -171,7 +172,7 @@ def test_reference_key_covers_all_that_the_logprobs_depend_on(world):
     lighter = Sample(sample.tokens, torch.tensor([0.0, 1, 1, 1, 1]).numpy())
 
     def key(pair=(sample, sample), fingerprint="f", normalise=False):
-        return preferences.ReferenceCache(world.root, fingerprint, normalise).key(model, [Pair(*pair)])
+        return reference_logprobs.ReferenceCache(world.root, fingerprint, normalise).key(model, [Pair(*pair)])
 
     keys = [key(), key((sample, other)), key((other, sample)), key((sample, lighter)), key(fingerprint="g")]
     keys.append(key(normalise=True))
@@ -202,8 +203,8 @@ def test_order_slices_goes_by_length_or_gap(order, expected):
         return Sample(torch.zeros(9).int().numpy(), (torch.arange(9) < count).float().numpy())
 
     pairs = [Pair(side(n), side(1), margin) for n, margin in ((3, 0.1), (8, 0.2), (2, 0.3), (5, 0.4))]
-    assert preferences.order_slices(pairs, 2, order, seed=0) == expected
-    drawn = preferences.order_slices(pairs, 3, "random", seed=1)
+    assert order_slices(pairs, 2, order, seed=0) == expected
+    drawn = order_slices(pairs, 3, "random", seed=1)
     assert sorted(sum(drawn, [])) == [0, 1, 2, 3] and [len(part) for part in drawn] == [2, 1, 1]  # noqa: RUF017
 
 

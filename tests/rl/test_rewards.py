@@ -12,7 +12,7 @@ from wizard_engine.data.solution_steps import split_steps
 from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
 from wizard_engine.parallel.context import ALONE
-from wizard_engine.rl import rewards, trajectories
+from wizard_engine.rl import advantages, rewards, trajectories
 from wizard_engine.rl.rewards import AnswerReward, InstructionReward, ProcessReward, encode_steps, score_answers
 from wizard_engine.rl.sampler import Sampler
 
@@ -120,7 +120,7 @@ def rollout(lengths, behaviour):
 
 def test_token_rewards_pay_at_the_end_and_take_kl_off_every_token():
     """k1 = behaviour - reference = 1, -1, 2; an open answer pays the penalty instead of its reward."""
-    found, estimates = trajectories.token_rewards(
+    found, estimates = advantages.token_rewards(
         rollout([2, 1], [-1.0, -2.0, -1.0]), [reward(), reward(finished=False)], torch.tensor([-2.0, -1.0, -3.0]),
         factors=("instruction", "process"), kl=0.1, no_eos_penalty=0.5,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def test_make_targets_whitens_with_the_moments_of_all_ranks():
         return total + 4.0, squares + 16.0, count + 1
 
     reference = torch.tensor([-1.0, -2.0, -3.0])
-    found = trajectories.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments)
+    found = advantages.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments)
     mean, std = 9 / 4, (27 / 4 - (9 / 4) ** 2) ** 0.5
     assert torch.cat(found.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
     assert torch.cat(found.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in found.values] == [2, 1]
@@ -144,7 +144,7 @@ def test_make_targets_whitens_with_the_moments_of_all_ranks():
     assert spread.reference.tolist() == [-3, -1, -2] and spread.returns.tolist() == [3, 1, 1]
     assert torch.equal(spread.behaviour, spread.sampled)
     own = torch.tensor([-0.5, -0.25, -0.125])
-    found = trajectories.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, own=own)
+    found = advantages.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, own=own)
     assert torch.equal(torch.cat(found.behaviour), own) and torch.equal(torch.cat(found.sampled), drawn.behaviour)
 
 

@@ -17,7 +17,7 @@ from wizard_engine.rl.weight_sync import Part, checksum, moves
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("sampler") / "found"
-    done = torchrun(request.param, ROOT / "tests" / "parallel" / "sampler_cases.py", out, timeout=400)
+    done = torchrun(request.param, ROOT / "tests" / "rl" / "sampler_cases.py", out, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(out.with_name(f"found.{rank}").read_text()) for rank in range(request.param)]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import pytest
 import tyro
 
-from wizard_engine.runtime import cli as config
+from wizard_engine.runtime import cli
 
 
 class Order(enum.Enum):
@@ -44,13 +44,13 @@ PRESETS = {"small": Options(lr=0.5), "large": Options(lr=0.25, data=Data("skip")
 
 
 def test_cli_without_words_gives_the_defaults():
-    assert config.cli(Options, args=[]) == Options()
+    assert cli.cli(Options, args=[]) == Options()
 
 
 def test_cli_preset_is_the_default_and_options_override_it():
-    got = config.cli(Options, PRESETS, ["--preset", "large", "--max-steps", "7", "--data.files", "a", "b"])
+    got = cli.cli(Options, PRESETS, ["--preset", "large", "--max-steps", "7", "--data.files", "a", "b"])
     assert got == Options(lr=0.25, data=Data("skip", (Path("a"), Path("b"))), max_steps=7)
-    assert config.cli(Options, PRESETS, ["--lr=0.125", "--preset=small"]) == Options(lr=0.125)
+    assert cli.cli(Options, PRESETS, ["--lr=0.125", "--preset=small"]) == Options(lr=0.125)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_cli_preset_is_the_default_and_options_override_it():
 )
 def test_cli_unknown_option_exits_2_and_names_the_nearest(words, capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.cli(Options, PRESETS, words)
+        cli.cli(Options, PRESETS, words)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert "nearest is --data.on-error" in error
@@ -84,9 +84,9 @@ class Required:
 )  # fmt: skip
 def test_cli_misspelt_option_is_named_where_another_is_missing(words, text, capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.cli(Required, args=words)
+        cli.cli(Required, args=words)
     assert stopped.value.code == 2 and text in capsys.readouterr().err
-    assert config.cli(Required, args=["--model", "x", "--limit", "5"]) == Required(Path("x"), 5)
+    assert cli.cli(Required, args=["--model", "x", "--limit", "5"]) == Required(Path("x"), 5)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_cli_misspelt_option_is_named_where_another_is_missing(words, text, caps
 )
 def test_cli_bad_words_exit_2_and_say_why(words, text, capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.cli(Options, PRESETS, words)
+        cli.cli(Options, PRESETS, words)
     assert stopped.value.code == 2
     assert text in capsys.readouterr().err
 
 
 def test_cli_help_shows_defaults_help_texts_and_presets(capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.cli(Options, PRESETS, ["--preset", "small", "--help"])
+        cli.cli(Options, PRESETS, ["--preset", "small", "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in ("Peak learning rate. (default: 0.5)", "--data.on-error", "small, large", "{random,easy}"):
@@ -118,7 +118,7 @@ def test_cli_help_shows_defaults_help_texts_and_presets(capsys):
 
 
 def test_option_names_are_the_ones_that_are_typed():
-    assert config.option_names(Options) == ["--data.on-error", "--data.files", "--lr", "--order", "--max-steps"]
+    assert cli.option_names(Options) == ["--data.on-error", "--data.files", "--lr", "--order", "--max-steps"]
 
 
 def test_import_refuses_a_foreign_kernels_package(tmp_path):

@@ -1,7 +1,11 @@
-"""Whose directory is it: a stage's claim on its output."""
+"""Stages: their identity, their claim on a directory, what makes them current."""
+
+import json
+import os
 
 import pytest
 
+from wizard_engine.runtime import files
 from wizard_engine.runtime.stage import Stage
 
 
@@ -28,3 +32,113 @@ def test_stage_keeps_work_of_another_configuration_unless_told_to(tmp_path, work
     assert path.exists()
     stage(tmp_path, 2.0, overwrite=True).start()
     assert not path.exists() and other.read_text() == "mine"
+
+
+def finished(tmp_path, config=None, text="rows"):
+    """A stage of one input and one output, done."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.write_text(text)
+    stage = Stage(out, "double", config or {"lr": 0.1, "seed": 0}, {"source": source})
+    stage.start()
+    (out / "result.txt").write_text(text * 2)
+    (out / "folder").mkdir(exist_ok=True)
+    (out / "folder" / "x").write_text("x")
+    stage.finish({"rows": 2}, [out / "result.txt", out / "folder"])
+    return Stage(out, "double", config or {"lr": 0.1, "seed": 0}, {"source": source})
+
+
+def test_stage_is_current_when_nothing_changed(tmp_path):
+    stage = finished(tmp_path)
+    assert stage.is_current() and stage.result() == {"rows": 2}
+
+
+def test_stage_does_not_mind_where_its_input_lies(tmp_path):
+    stage = finished(tmp_path)
+    moved = tmp_path / "moved"
+    stage.inputs["source"].rename(moved)
+    assert Stage(stage.out, "double", {"seed": 0, "lr": 0.1}, {"source": moved}).is_current()
+
+
+@pytest.mark.parametrize(
+    "change", ["input", "no input", "config", "output", "no output", "in folder", "record", "name"]
+)
+def test_stage_is_not_current_after_a_change(tmp_path, change):
+    stage = finished(tmp_path)
+    config, name = {"lr": 0.1, "seed": 0}, "double"
+    if change == "input":
+        stage.inputs["source"].write_text("Rows")
+    elif change == "no input":
+        stage.inputs["source"].unlink()
+    elif change == "config":
+        config["lr"] = 0.2
+    elif change == "output":
+        (stage.out / "result.txt").write_text("rowsRows")
+    elif change == "no output":
+        (stage.out / "result.txt").unlink()
+    elif change == "in folder":
+        (stage.out / "folder" / "y").write_text("y")
+    elif change == "record":
+        (stage.out / "stage.json").write_text('{"stage": "dou')
+    else:
+        name = "triple"
+    assert not Stage(stage.out, name, config, stage.inputs).is_current()
+
+
+def test_stage_start_refuses_another_configuration_and_names_the_fields(tmp_path):
+    stage = finished(tmp_path)
+    other = Stage(stage.out, "double", {"lr": 0.2, "seed": 0, "extra": {"k": 1}}, stage.inputs)
+    with pytest.raises(ValueError, match=r"config\.lr \(0\.1 -> 0\.2\).*config\.extra") as caught:
+        other.start()
+    assert "seed" not in str(caught.value)
+    assert stage.is_current()
+
+
+def test_stage_start_refuses_changed_inputs(tmp_path):
+    stage = finished(tmp_path)
+    stage.inputs["source"].write_text("other")
+    with pytest.raises(ValueError, match=r"inputs\.source"):
+        Stage(stage.out, "double", stage.config, stage.inputs).start()
+
+
+def test_stage_overwrite_removes_what_the_former_stage_wrote_and_nothing_else(tmp_path):
+    stage = finished(tmp_path)
+    (stage.out / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (stage.out / "notes.txt").write_text("mine")
+    Stage(stage.out, "double", {"lr": 0.2}, stage.inputs, overwrite=True).start()
+    assert sorted(os.listdir(stage.out)) == ["config.json", "notes.txt"]
+
+
+def test_stage_start_keeps_what_an_interrupted_run_left(tmp_path):
+    stage = finished(tmp_path)
+    (stage.out / "checkpoints").mkdir()
+    again = Stage(stage.out, "double", stage.config, stage.inputs, overwrite=True)
+    again.start()
+    assert (stage.out / "checkpoints").is_dir() and not again.is_current()
+    with pytest.raises(ValueError, match="no stage"):
+        again.result()
+
+
+@pytest.mark.parametrize("text", ['{"architectures": []}', "[]", "{"])
+def test_stage_start_refuses_a_directory_with_a_foreign_config(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="choose another --out"):
+        Stage(tmp_path, "x", {}, {}, overwrite=True).start()
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_stage_names_absent_inputs_and_outputs(tmp_path):
+    with pytest.raises(ValueError, match="input rows: expected a file"):
+        Stage(tmp_path, "x", {}, {"rows": tmp_path / "absent"}).start()
+    stage = Stage(tmp_path, "x", {}, {})
+    stage.start()
+    with pytest.raises(ValueError, match=r"output .*absent"):
+        stage.finish({}, [tmp_path / "absent"])
+
+
+def test_large_output_is_recognised_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE_FILE_BYTES", 3)
+    stage = finished(tmp_path)
+    assert stage.is_current()
+    assert "mtime_ns" in json.loads((stage.out / "stage.json").read_text())["outputs"]["result.txt"]
+    os.utime(stage.out / "result.txt", ns=(1, 1))
+    assert not stage.is_current()

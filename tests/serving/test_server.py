@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
 from many_ranks import ENVIRONMENT, ROOT, torchrun_words  # noqa: E402
-from serving import Serving, small_model  # noqa: E402
+from served_model import Serving, small_model  # noqa: E402
 
 from wizard_engine.data.chat import encode_prompt  # noqa: E402
 from wizard_engine.data.records import Message  # noqa: E402

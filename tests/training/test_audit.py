@@ -9,7 +9,7 @@ from wizard_engine.data.samples import Pair
 from wizard_engine.generation import sequence_logprobs
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import ModelConfig, Transformer
-from wizard_engine.parallel import context as spread
+from wizard_engine.parallel import context
 from wizard_engine.training import audit
 
 SUPERVISED = (
@@ -66,12 +66,12 @@ def test_audit_shows_the_mask():
 
 
 def test_audit_sees_attention_across_sequences(monkeypatch):
-    right = spread.attention
+    right = context.attention
 
     def leaking(q, k, v, cu_seqlens, max_seqlen, **options):
         return right(q, k, v, cu_seqlens[[0, -1]], q.shape[0], **options)
 
-    monkeypatch.setattr(spread, "attention", leaking)
+    monkeypatch.setattr(context, "attention", leaking)
     assert not any(verdicts(audit.supervised_checks(model(), samples())).values())
     with pytest.raises(ValueError, match="audit: packed loss = unpacked loss: expected an error of at most 2e-05, got"):
         audit.check_supervised(model(), samples(), Letters(), quiet=True)

@@ -8,8 +8,8 @@ import torch
 from host_reads import HostReads
 
 from wizard_engine.model import PRESETS, ScoringModel, Transformer
+from wizard_engine.optim import AdamW
 from wizard_engine.runtime.process import Runtime
-from wizard_engine.training import online_run as online
 from wizard_engine.training.online_run import OnlineRun
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], vocab_size=31, width=16, layers=1)
@@ -43,7 +43,7 @@ def backward(run):
 def test_update_reads_once_behind_both_launches(run, monkeypatch):
     log = []
     backward(run)
-    monkeypatch.setattr(online.AdamW, "step", lambda self, lr: log.append("launch"))
+    monkeypatch.setattr(AdamW, "step", lambda self, lr: log.append("launch"))
     with monkeypatch.context() as patch, HostReads(log, patch):
         for _ in range(2):
             run.add(torch.zeros(3), policy_loss=torch.tensor(0.5, requires_grad=True), other=torch.tensor(1.0))

@@ -14,9 +14,9 @@ from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import ModelConfig, Transformer
+from wizard_engine.optim import AdamW
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.runtime.process import Interrupted, Runtime
-from wizard_engine.training import run as training
 from wizard_engine.training.options import Training
 from wizard_engine.training.run import Run, blame
 
@@ -203,7 +203,7 @@ def test_spikes_after_a_resume_are_those_of_no_resume(tmp_path):
 def test_numbers_of_a_step_are_read_once_behind_the_optimizer(tmp_path, monkeypatch, spike):
     log, update = [], Run.update
     # What AdamW reads on the CPU, where reading waits for nothing, is its own affair.
-    monkeypatch.setattr(training.AdamW, "step", lambda self, lr: log.append("launch"))
+    monkeypatch.setattr(AdamW, "step", lambda self, lr: log.append("launch"))
 
     def watched(run):
         with monkeypatch.context() as patch, HostReads(log, patch):
