@@ -394,7 +394,7 @@ EXPERTS, CHOICES = 8, 2
 
 def _layout() -> Any:
     from kernels._grouped_matmul import Layout
-    from kernels.moe_route import num_slots
+    from kernels.expert_tiles import num_slots
 
     rows, slots = TOKENS * CHOICES, num_slots(TOKENS * CHOICES, EXPERTS)
     shapes = ((rows,), (TOKENS, CHOICES), (EXPERTS + 1,), (2, slots))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import normal
 from benchmarks.kernel_problems import SEED_STEP, Problem, Tensors, Work, whole_numbers
-from kernels.moe_route import Routing, layout_reference, num_slots
+from kernels.expert_tiles import num_slots
+from kernels.moe_route import Routing, layout_reference
 
 LAYOUT = ("rows", "positions", "offsets", "tiles")
 LOADS = ("uniform", "zipf", "one", "idle")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ._tiles import descriptor, fits_tma, place
 from .configuration import configuration
+from .expert_tiles import TILE_ROWS
 from .launch import launch, named
-from .moe_route import TILE_ROWS
 
 # Blocks of rows that run side by side: their operands stay in L2 while the columns go by.
 GROUP = 16

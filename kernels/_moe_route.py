@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ._tiles import pointer_products
 from .configuration import configuration
+from .expert_tiles import TILE_ROWS, num_slots
 from .launch import launch, named
-from .moe_route import TILE_ROWS, num_slots
 
 
 @triton.jit(repr=named("moe_route", "WIDTH", "EXPERTS", "CHOICES"), do_not_specialize=["tokens"])

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import contiguous_rows, runs_triton, same_device, same_dtype
-from .moe_route import TILE_ROWS, Routing, num_slots
+from .expert_tiles import TILE_ROWS, num_slots
+from .moe_route import Routing
 
 
 def grouped_matmul_reference(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

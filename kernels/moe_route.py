@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from .backend import contiguous_rows, runs_triton, same_device, same_dtype, values_are_checked
-
-# Rows of a tile of the tile table; blocks of rows of the grouped products divide it.
-TILE_ROWS = 128
+from .expert_tiles import TILE_ROWS, num_slots
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,6 @@ def layout_reference(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     number = torch.arange(owner.numel(), device=experts.device) - (per_expert.cumsum(0) - per_expert)[owner]
     tiles[0, : owner.numel()], tiles[1, : owner.numel()] = owner.int(), (offsets[owner] + TILE_ROWS * number).int()
     return offsets.int(), rows_R.int(), positions_R.view_as(experts).int(), tiles
-
-
-def num_slots(rows: int, num_experts: int) -> int:
-    """Tiles that R rows of E experts can need at most: ceil(R / 128) + E - 1."""
-    return -(-rows // TILE_ROWS) + num_experts - 1
 
 
 @torch.library.custom_op("wizard_engine::moe_route", mutates_args=())

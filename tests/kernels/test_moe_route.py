@@ -7,7 +7,8 @@ from closeness import check, scaled
 import kernels
 from benchmarks.moe_problem import LOADS, chosen
 from kernels.configuration import table, use_arch, use_config
-from kernels.moe_route import TILE_ROWS, moe_route, moe_route_reference, num_slots
+from kernels.expert_tiles import TILE_ROWS, num_slots
+from kernels.moe_route import moe_route, moe_route_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"BLOCK_T": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
