@@ -1,6 +1,6 @@
 """What a block of code moves between ranks, and how long it waits for that: by kind of collective and axis of the mesh.
 
-    bytes    whole buffers, as parallel/estimate.py counts them: of a gather what comes out, of a reduction
+    bytes    whole buffers, as planning/estimate.py counts them: of a gather what comes out, of a reduction
              what goes in, of an exchange what this rank sends
     seconds  exposed communication: on a GPU, how long the compute stream stands still for a collective, measured with
              events around each wait; on a CPU, wall clock inside `wait` and inside collectives that block

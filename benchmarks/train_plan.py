@@ -1,10 +1,10 @@
 """What the closed forms and the planner say of a training step before it runs: bytes by axis, peak memory, seconds.
 
-    bytes    parallel/estimate.py for language models; for scoring models the same with scores in place of the
+    bytes    planning/estimate.py for language models; for scoring models the same with scores in place of the
              vocabulary; of an online step the parameters that its passes gather and reduce, and the weights that go to
              the sampler, but not what moves tokens
-    memory   parallel/estimate.py, kernels' workspace included
-    seconds  wizard_engine/plan.py with the rates of --rates, or its assumptions; on a CPU the peak, the bandwidth of
+    memory   planning/estimate.py, kernels' workspace included
+    seconds  wizard_engine/planning/planner.py with the rates of --rates, or its assumptions; on a CPU the peak, the bandwidth of
              the memory and that of the ranks' links are measured first
 
 The planner has no plan of generation: of an online step it predicts the phase that trains.

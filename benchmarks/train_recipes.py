@@ -7,7 +7,7 @@
     rleif      weights to the sampler, four answers to each prompt, both reward models, reference and critic over
                them, one update of policy and critic
 
-What a step is worth is counted from its documents, each with its own attention (wizard_engine/throughput.py).
+What a step is worth is counted from its documents, each with its own attention (wizard_engine/planning/flops.py).
 """
 
 import zlib
@@ -104,7 +104,7 @@ class Place:
 
 
 def forward_flops(config: ModelConfig, spans: Iterable[Span], heads: int) -> float:
-    """Operations of a forward pass, formula of throughput.py, of parts of documents.
+    """Operations of a forward pass, formula of flops.py, of parts of documents.
 
     Args:
         spans: (first, last): the tokens [first, last) of a document, which see those before them.

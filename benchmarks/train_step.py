@@ -7,7 +7,7 @@
 The step is the recipe's own, on random tokens and weights (benchmarks/train_recipes.py). Reported are
 
     tokens/s per GPU   tokens of all ranks with rows of their own / seconds / ranks; of rleif, tokens of answers
-    MFU                operations of each document (throughput.py) / seconds / ranks / peak; recomputation not counted
+    MFU                operations of each document (flops.py) / seconds / ranks / peak; recomputation not counted
     waits              exposed communication by axis of the mesh (benchmarks/communication.py)
     bytes, memory      moved by axis, and the peak of a rank: on a CPU the resident set of the process
 

@@ -17,7 +17,7 @@ class Streamer:
     """Continues prompts one token at a time, keeping keys and values of what it has read.
 
     A prompt that begins like what is in the cache, as the next turn of a conversation does, is read from the page where
-    it differs. The ids are those of `rollout.generate` for the same prompt as its only row.
+    it differs. The ids are those of `generation.generate` for the same prompt as its only row.
 
     Args:
         cache_tokens: that are kept; default: the model's context.

@@ -19,7 +19,7 @@ tokens of its own is divided over all of them. So each element has one owner, wh
 and one norm over all owners counts it once.
 
 Peak memory of a rank: its parts, two gathered units, a unit of gradients in fp32 and one as they come, what stays, and
-the activations (parallel/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
+the activations (planning/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
 """
 
 import weakref

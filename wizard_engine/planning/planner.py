@@ -1,7 +1,7 @@
 """What a training run costs before it starts: memory of a GPU by component, bytes moved by axis of the mesh, seconds of
 a step, for any preset and layout; the best layouts, and why a run cannot fit.
 
-    memory    the closed forms of parallel/estimate.py, which tests hold against the engine on simulated ranks
+    memory    the closed forms of planning/estimate.py, which tests hold against the engine on simulated ranks
     traffic   the same, byte for byte what the engine moves when experts have even loads
     seconds   a model: each kind of work at a rate of its own (`Rates`), each collective at the speed of the links that
               its group spans; the gathers and reductions of parameters run beside the computation, and what is longer
@@ -98,7 +98,7 @@ class Plan:
         memory: component -> bytes of a GPU.   peak: of them at once, bytes.   fits: whether they are there.
         traffic: "kind axis" -> bytes of a step, whole buffers.   seconds: kind of work -> seconds of a step; what runs
             beside other work is there for what is left of it.   step: their sum.
-        tokens_per_second: of a GPU.   mfu: formula of throughput.py.   bottleneck: what takes most of the step.
+        tokens_per_second: of a GPU.   mfu: formula of flops.py.   bottleneck: what takes most of the step.
         waits: share of the step that waits for other GPUs.   hidden: seconds of what runs beside the computation.
     """
 

@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 class Scale:
     """A model on a number of GPUs.
 
-    gpu: the smallest kind that it fits on (`plan.GPUS`).   pack_tokens: of a packed row.   packs: rows of a step.
+    gpu: the smallest kind that it fits on (`rates.GPUS`).   pack_tokens: of a packed row.   packs: rows of a step.
     """
 
     model: str
