@@ -10,7 +10,7 @@ host, and predicts the step's time:
     a launch takes     max(bytes / bandwidth, operations / rate of its kind, 2.5 us) on the device
     the host takes     its measured or assumed seconds per launch; it runs ahead of the device until it waits for it
     host-bound         share of the step in which the device has nothing to do
-    MFU                operations by wizard_engine/planning/flops.py (recomputation not counted) / seconds / peak of the GPU
+    MFU                operations by planning/flops.py (recomputation not counted) / seconds / peak of the GPU
 
 These are predictions: no kernel has run. Rates are assumptions, printed with the result; --rates replaces them by those
 that `python -m benchmarks.plan_rates` measured.

@@ -4,7 +4,7 @@
              vocabulary; of an online step the parameters that its passes gather and reduce, and the weights that go to
              the sampler, but not what moves tokens
     memory   planning/estimate.py, kernels' workspace included
-    seconds  wizard_engine/planning/planner.py with the rates of --rates, or its assumptions; on a CPU the peak, the bandwidth of
+    seconds  planning/planner.py with the rates of --rates, or its assumptions; on a CPU the peak, the bandwidth of
              the memory and that of the ranks' links are measured first
 
 The planner has no plan of generation: of an online step it predicts the phase that trains.

@@ -21,8 +21,8 @@ from benchmarks.kernel_cases import OPERATIONS, Case
 from benchmarks.kernel_problems import AdamW, Problem, RmsNorm, Rope, SwiGlu
 from benchmarks.moe_problem import LAYOUT, Experts, MoeCombine, MoePermute, MoeRoute
 from kernels.configuration import kernels, use_arch
-from kernels.launch import Launch, record
 from kernels.expert_tiles import TILE_ROWS
+from kernels.launch import Launch, record
 
 Config = dict[str, Any]
 META = torch.device("meta")

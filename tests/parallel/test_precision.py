@@ -9,7 +9,7 @@ from wizard_engine.loss import sft_loss
 from wizard_engine.model import PRESETS, ScoringModel, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import Sharding, parallelize, sharded
-from wizard_engine.parallel.fsdp import is_absent
+from wizard_engine.parallel.fsdp_units import is_absent
 from wizard_engine.parallel.mesh import Mesh
 
 CPU = Mesh(torch.device("cpu"))
