@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wizard_engine.data import records
 from wizard_engine.data.formats import equation_holds, step_label
 from wizard_engine.data.records import (
     Conversation,
@@ -224,7 +223,7 @@ def test_write_rows_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_rows(path, [conversation("c", "d")])
     assert [row.instruction for row in read_rows(path)] == ["a"]

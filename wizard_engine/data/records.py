@@ -5,14 +5,13 @@ checked arithmetic, and self-instruct files, each as JSONL or as one JSON array.
 file, line and field, or, with on_error="skip", is counted, logged and written to a reject file.
 """
 
-import contextlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
+
+from wizard_engine.runtime.files import replacing
 
 from .formats import convert
 from .rows import (
@@ -216,18 +215,8 @@ def _line(value: dict) -> bytes:
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.writelines(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    with replacing(path) as file:
+        file.writelines(lines)
 
 
 def _rows_of(piece: Piece, path: Path, kind: Kind | None) -> list[Row]:

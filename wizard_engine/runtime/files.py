@@ -5,6 +5,7 @@ import enum
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,13 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """Binary file that becomes `path` when the block ends, and vanishes if the block raises."""
+def replacing(path: Path) -> Iterator[Any]:
+    """Binary file that becomes `path`, on disk, when the block ends, and vanishes if the block raises.
+
+    Parent directories are made. Several processes, on several machines too, may write the same path: one of them wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -46,7 +50,7 @@ def _replacing(path: Path) -> Iterator[Any]:
 
 def write_bytes(path: Path | str, content: bytes) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename. Parent directories are made."""
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(content)
 
 

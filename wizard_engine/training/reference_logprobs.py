@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from wizard_engine.data.samples import Pair
 from wizard_engine.generation import sequence_logprobs
 from wizard_engine.model import Transformer
 from wizard_engine.parallel import sharded
-from wizard_engine.runtime.files import content_hash
+from wizard_engine.runtime.files import content_hash, write_bytes
 from wizard_engine.runtime.object_collectives import gather_objects
 
 
@@ -53,10 +53,7 @@ class ReferenceCache:
         if all(found):
             return load_file(file)["logprobs"]
         logprobs = self._computed(model, pairs)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{torch.randint(2**31, ()).item()}.partial")
-        save_file({"logprobs": logprobs}, partial)
-        partial.rename(file)
+        write_bytes(file, save({"logprobs": logprobs}))
         return logprobs
 
     def _computed(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
