@@ -1,6 +1,8 @@
 """How good answers are: exact-answer accuracy, blind pairwise preference, Elo ratings, MT-Bench, and the report."""
 
-from .accuracy import Accuracy, accuracy, accuracy_by, extract_answer, same_answer
+from wizard_engine.data.final_answers import extract_answer, same_answer
+
+from .accuracy import Accuracy, accuracy, accuracy_by
 from .elo import Rating, elo
 from .mt_bench import MTBench, mt_bench
 from .pairwise import Battle, Pairwise, all_pairs, pairwise

@@ -1,6 +1,7 @@
 """Summary and report of a progressive run, gathered from the files that its stages left."""
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from wizard_engine.agents.ledger import Ledger
+from wizard_engine.data.final_answers import extract_answer
 from wizard_engine.runtime.files import read_object, write_json
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.runtime.process import Runtime
@@ -256,8 +261,6 @@ def _series(path: Path, name: str, most: int = 120) -> list[tuple[float, float]]
 
 def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str, Any]]:
     """Held-out problems whose sampled answers got right on the way: each stage's answer, and whether it was right."""
-    from .accuracy import extract_answer
-
     answers = {name: _rows(path / "answers.jsonl") for name, path in stages}
     first, final = (answers[stages[place][0]] for place in (0, -1))
     chosen = []
@@ -276,8 +279,6 @@ def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str
 
 def calls(out: Path) -> list[dict[str, Any]]:
     """Calls and failures per agent and task, over all ledgers of the run."""
-    from wizard_engine.agents.ledger import Ledger
-
     totals: dict[tuple[str, str], list[int]] = {}
     for path in sorted(out.rglob("ledger*.sqlite")):
         ledger = Ledger(path)
@@ -298,10 +299,6 @@ def _short(agent: str) -> str:
 
 def machine(out: Path) -> dict[str, str]:
     """What the run stood on."""
-    import os
-
-    import torch
-
     config = _read(out / "base" / "model" / "config.json")
     found = {
         "CPU": platform.processor() or platform.machine(),

@@ -1,8 +1,8 @@
-"""What recipes share around their loop: stages opened from a configuration, work of the main rank, models by name."""
+"""Models of recipes: by directory or preset, whole or divided over a mesh, filled and written."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +16,6 @@ from .config import PRESETS, ModelConfig
 from .heads import ScoringModel, scoring_head
 from .hugging_face import ModelDirectory, load_model, save_divided, save_model
 from .transformer import Transformer
-
-T = TypeVar("T")
 
 
 def language_model(

@@ -1,7 +1,6 @@
 """Sums over ranks, and objects along an axis of the mesh."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,8 +10,6 @@ from kernels.backend import from_host
 from wizard_engine.runtime.object_collectives import gather_objects, is_distributed
 
 from .mesh import Axis, Mesh
-
-T = TypeVar("T")
 
 
 def sum_over_ranks(numbers: dict[str, float], device: torch.device | str = "cpu") -> dict[str, float]:

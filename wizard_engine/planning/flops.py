@@ -1,4 +1,4 @@
-"""How fast a run is against what the machine can do: operations per token.
+"""FLOPs of a model per token, and the formula of MFU.
 
 A forward pass takes, per token, 2 operations (a multiplication and an addition) for every weight of a matrix that the
 token is multiplied with (N: all blocks, of experts those that it is sent to, and the output head, not the input

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import use_backend
+from wizard_engine.loss import sft_loss
 from wizard_engine.parallel.fsdp import Sharded, sharded
 from wizard_engine.parallel.mesh import Mesh, MeshOptions, make_mesh
 from wizard_engine.parallel.parallelize import Sharding, parallelize
@@ -88,8 +89,6 @@ def language_step(
     Args:
         before: called before each micro-batch.
     """
-    from wizard_engine.loss import sft_loss
-
     engine = sharded(model)
     weights, positions = torch.ones(tokens, device=engine.device), torch.arange(tokens, device=engine.device)
     ids = positions % model.config.vocab_size

@@ -1,4 +1,4 @@
-"""What Stage-DPO needs beside the loss: slices in an order, answer log-probabilities, a cache of the reference's."""
+"""Log-probabilities of answers under the reference model of Stage-DPO, in a cache on disk."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every training loop shares: the plan of steps, resume, one update, its log line, checkpoints, stopping."""
+"""The run that every training loop shares: its steps, resume, one update, its log line, checkpoints, stopping."""
 
 import math
 import time
