@@ -426,7 +426,11 @@ def test_make_gpu_check_runs_the_module_and_installs_nothing(words):
     # Under `make test` this make would be a sub-make, and print the folders that it enters.
     own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=own).stdout
-    assert printed.strip() == f"PYTHONPATH=. some-python -m benchmarks.gpu_check {words}"
+    assert printed.splitlines()[-1] == f"PYTHONPATH=. some-python -m benchmarks.gpu_check {words}"
+    done = subprocess.run(command[:1] + command[2:], cwd=ROOT, capture_output=True, text=True, env=own)
+    assert (
+        done.returncode == 2 and "some-python has no torch; PYTHON=" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 LENGTHS = (17, 5, 30, 1)
