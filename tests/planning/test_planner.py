@@ -16,9 +16,11 @@ from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, parallelize
 from wizard_engine.parallel.mesh import MeshShape, resolve
-from wizard_engine.planning import planner, rates, report
+from wizard_engine.planning import report
 from wizard_engine.planning.estimate import estimate
+from wizard_engine.planning.planner import Layout, Options, Planner
 from wizard_engine.planning.presets import SCALES, presets
+from wizard_engine.planning.rates import GPUS, Rates, rates_of
 from wizard_engine.planning.simulate import peak_bytes, simulated_rank
 
 SMALL = dataclasses.replace(PRESETS["tiny"], width=64, layers=6, ffn_width=96, head_width=16, tied=False)
@@ -73,7 +75,7 @@ def test_memory_and_traffic_are_those_of_real_ranks(measured, world, name):
 
 
 def planned(preset, gpus, **options):
-    return planner.Planner(planner.Options(preset, gpus, **options), planner.Rates())
+    return Planner(Options(preset, gpus, **options), Rates())
 
 
 def command(*words):
@@ -104,7 +106,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
     assert "parameters, gradients, moments 2357.3" in done.stderr and "Traceback" not in done.stderr
     assert pytest.approx(PRESETS["8x22b"].num_parameters * 18 / 2**30, abs=0.1) == 2357.3
     with pytest.raises(ValueError, match=r"70b does not fit on 16 H100: the smallest layout, .*tp=2,recompute=full"):
-        report.run(planner.Options("70b", 16, layout="tp=2,recompute=full"))
+        report.run(Options("70b", 16, layout="tp=2,recompute=full"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_bad_input_is_named(words, code, text):
 
 def test_seconds_of_one_gpu_by_hand():
     planner = planned("7b", 1, gpu="H200", step_tokens=4096)
-    layout = planner.Layout(MeshShape(1, 1, 1, 1, 1), "full", 1, 1)
+    layout = Layout(MeshShape(1, 1, 1, 1, 1), "full", 1, 1)
     seconds, c = planner.plan(layout).seconds, PRESETS["7b"]
     block = 2 * 4096 * (c.width * 128 * 2 * (32 + 8) + 3 * c.width * c.ffn_width)
     head = 2 * 4096 * c.width * c.vocab_size
@@ -148,7 +150,7 @@ def test_seconds_of_one_gpu_by_hand():
 
 def test_seconds_of_collectives_by_hand():
     planner = planned("8x22b", 128)
-    layout = planner.Layout(MeshShape(1, 16, 1, 8, 8), "full", 1, 1)
+    layout = Layout(MeshShape(1, 16, 1, 8, 8), "full", 1, 1)
 
     def seconds(kind, axis, size):
         return planner._collectives(kind, axis, size, layout) - planner._starts(kind, axis, layout) * 20e-6
@@ -159,15 +161,15 @@ def test_seconds_of_collectives_by_hand():
     # All GPUs of 16 nodes: each of the eight links of a node takes its share.
     assert seconds("reduce", "copy", 16e9) == pytest.approx(16e9 * 15 / 16 / 8 / (0.8 * 50e9))
     assert seconds("exchange", "ep", 8e9) == pytest.approx(8e9 * 7 / 8 / (0.8 * 450e9))
-    wide = planner.Layout(MeshShape(8, 16, 1, 1, 1), "full", 1, 1)
+    wide = Layout(MeshShape(8, 16, 1, 1, 1), "full", 1, 1)
     summed = planner._collectives("sum", "replicate", 8e9, wide) - 20e-6
     assert summed == pytest.approx(2 * 8e9 * 7 / 8 / (0.8 * 50e9))
 
 
 def test_faster_links_and_more_memory_never_make_a_plan_worse(monkeypatch):
     before = planned("70b", 32).best()
-    gpu = planner.GPUS["H100"]
-    monkeypatch.setitem(planner.GPUS, "H100", dataclasses.replace(gpu, network=2 * gpu.network, memory_gib=120.0))
+    gpu = GPUS["H100"]
+    monkeypatch.setitem(GPUS, "H100", dataclasses.replace(gpu, network=2 * gpu.network, memory_gib=120.0))
     after = {one.layout.mesh: one for one in planned("70b", 32).best()}
     assert len(after) > len(before)
     for one in before:
@@ -177,10 +179,10 @@ def test_faster_links_and_more_memory_never_make_a_plan_worse(monkeypatch):
 def test_measured_rates_take_the_place_of_assumptions(tmp_path):
     path = tmp_path / "rates.json"
     path.write_text(json.dumps({"matrix": 0.5, "machine": "some GPU"}))
-    assert rates.rates_of(path) == planner.Rates(matrix=0.5)
+    assert rates_of(path) == Rates(matrix=0.5)
     path.write_text(json.dumps({"matrix": -1}))
     with pytest.raises(ValueError, match="expected positive matrix, grouped"):
-        rates.rates_of(path)
+        rates_of(path)
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -188,7 +190,7 @@ def test_presets_fit_and_are_near_the_best_that_is_found(name):
     scale = SCALES[name]
     planner = planned(scale.model, scale.gpus, gpu=scale.gpu, step_tokens=scale.packs * scale.pack_tokens)
     mesh = resolve(scale.mesh, scale.gpus)
-    layout = planner.Layout(
+    layout = Layout(
         mesh, scale.sharding.recompute, scale.pack_tokens // 4096, scale.packs // (mesh.replicate * mesh.dp_shard)
     )
     own, best = planner.plan(layout), planner.best()[0]
