@@ -176,20 +176,19 @@ def predict(
             with workload(documents=lengths):
                 events = launch_steps.train(own, config, DEVICE, tokens, recompute)
             flops = TRAINING_FACTOR * sum(n * flops_per_token(config, n) for n in lengths)
-            useful = tokens
         elif step == "decode":
             with workload(keys=launch_steps.KEYS):
                 events = launch_steps.decode(own, config, DEVICE, tokens)
-            flops, useful = tokens * flops_per_token(config, 2 * launch_steps.KEYS), tokens
+            flops = tokens * flops_per_token(config, 2 * launch_steps.KEYS)
         else:
-            events, flops, useful = launch_steps.rleif(own, config, DEVICE, tokens, recompute)
+            events, flops = launch_steps.rleif(own, config, DEVICE, tokens, recompute)
     return result_of(events, rates, preset=preset, layers=config.layers, step=step, tokens=tokens, model_flops=flops,
-                     useful=useful, recompute=recompute)  # fmt: skip
+                     recompute=recompute)  # fmt: skip
 
 
 def result_of(
     events: Sequence[Event], rates: Rates, *, preset: str, layers: int, step: str, tokens: int, model_flops: float,
-    useful: int, recompute: str,
+    recompute: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The JSON of a ledger."""
     from benchmarks import launch_steps
@@ -200,7 +199,7 @@ def result_of(
     return {
         "preset": preset, "layers": layers, "step": step, "tokens": tokens, "recompute": recompute,
         **found, "host_seconds": predicted.host, "predicted_seconds": predicted.seconds,
-        "host_bound": predicted.idle / predicted.seconds, "tokens_per_second": useful / predicted.seconds,
+        "host_bound": predicted.idle / predicted.seconds, "tokens_per_second": tokens / predicted.seconds,
         "mfu": model_flops / predicted.seconds / rates.peak,
         "share_of_copy": found["bytes"] / predicted.seconds / rates.memory,
         "rates": asdict(rates), "rows": rows,

@@ -179,18 +179,21 @@ def steps(log: Log) -> dict:
         return summary(launch_steps.train(log, config, CUDA, tokens, recompute))
 
     launch_steps.PROMPT = launch_steps.ANSWER = 32
+    online = launch_steps.rleif(log, replace(SMALL, layers=1), CUDA, 256, "none")
     found = {
         "train": train(), "deeper": train(replace(SMALL, layers=4)),
         "wider": train(replace(SMALL, width=1024, ffn_width=4096, vocab_size=8192)), "longer": train(tokens=8192),
         "selective": train(recompute="selective"), "none": train(recompute="none"),
         "decode": summary(launch_steps.decode(log, SMALL, CUDA, 4)),
-        "rleif": summary(launch_steps.rleif(log, replace(SMALL, layers=1), CUDA, 256, "none")[0]),
+        "rleif": summary(online[0]),
     }  # fmt: skip
     with planted(Run, "add", lambda self, loss, *rest: float(loss)):
         found["host read"] = train()
     with planted(Sharded, "finish", lambda self: [chunk.norm() for chunk in self.master.split(65536)]):
         found["launch a chunk"] = train()
     found["ledger"] = predict("small", 1024, log=log)
+    with mock.patch.object(launch_steps, "rleif", lambda *arguments: online):
+        found["online ledger"] = predict("small", 256, "rleif", log=log)
     return found
 
 

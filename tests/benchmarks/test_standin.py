@@ -120,10 +120,11 @@ def test_no_kernel_is_compiled_twice_for_one_shape(seen):
     assert len(seen["compiled"]) >= 30 and set(seen["compiled"].values()) == {1}, seen["compiled"]
 
 
-def test_ledger_adds_up(seen):
-    ledger = seen["steps"]["ledger"]
+@pytest.mark.parametrize(("step", "tokens"), [("ledger", 1024), ("online ledger", 256)])
+def test_ledger_adds_up(seen, step, tokens):
+    ledger = seen["steps"][step]
     assert ledger["launches"] == sum(row["launches"] for row in ledger["rows"])
     assert ledger["bytes"] == sum(row["bytes"] for row in ledger["rows"])
     assert ledger["flops"] == sum(row["flops"] for row in ledger["rows"])
-    assert ledger["tokens_per_second"] == pytest.approx(1024 / ledger["predicted_seconds"])
+    assert ledger["tokens_per_second"] == pytest.approx(tokens / ledger["predicted_seconds"])
     assert 0 < ledger["mfu"] < 1 and 0 <= ledger["host_bound"] < 1
