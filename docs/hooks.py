@@ -43,7 +43,10 @@ def api_pages() -> dict[str, str]:
     summary = ["# API reference", "", "Made from the docstrings. One page for each package.", "", "| package | holds |"]
     summary.append("|---|---|")
     for top in PACKAGES:
-        for folder in [ROOT / top, *sorted(p.parent for p in (ROOT / top).rglob("__init__.py") if p.parent.name != top)]:
+        for folder in [
+            ROOT / top,
+            *sorted(p.parent for p in (ROOT / top).rglob("__init__.py") if p.parent.name != top),
+        ]:
             name = ".".join(folder.relative_to(ROOT).parts)
             modules = public_modules(folder)
             if not modules:
@@ -77,4 +80,3 @@ def page(name: str, modules: list[Path]) -> str:
     for path in modules:
         parts.append(f"## {path.stem}\n\n::: {name}.{path.stem}\n    options:\n      heading_level: 3")
     return "\n\n".join(parts) + "\n"
-
