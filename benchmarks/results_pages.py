@@ -123,7 +123,8 @@ def mixture() -> str:
                (zip(*values) for values in means.values())]  # fmt: skip
     lines.append(["mean", *average, ""])
     head = ["seed", "dense: loss, accuracy", "mixture: loss, accuracy", "largest share"]
-    return f"{table(head, lines)}\n\n{made_by('mixture_world.json', [found['environment']])} Command: `{found['command']}`."
+    made = made_by("mixture_world.json", [found["environment"]])
+    return f"{table(head, lines)}\n\n{made} Command: `{found['command']}`."
 
 
 def launches() -> str:
@@ -151,12 +152,12 @@ def compiled() -> str:
         cells = []
         for arch in ARCHS:
             forms = [row for row in own if row["arch"] == arch]
-            cells.append(f"{max(r['registers'] for r in forms)}, {max(r['shared_bytes'] for r in forms) / 1024:.0f} KB")
+            cells.append(f"{max(r['registers'] for r in forms)}, {max(r['shared_bytes'] for r in forms) / 1024:.0f}")
         names = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
         used = [name for name in names if any(r["counts"].get(name) for r in own if r["arch"] == 90)]
         lines.append([kernel, str(len(own)), *cells, ", ".join(used) or "-"])
     spilled = sum(bool(row["spill_store_bytes"] + row["spill_load_bytes"]) for row in rows)
-    head = ["table", "forms", *(f"sm_{arch}" for arch in ARCHS), "products and loads on sm_90"]
+    head = ["table", "forms", *(f"sm_{arch}: registers, KB" for arch in ARCHS), "products and loads on sm_90"]
     note = f"{len(rows):,} forms, of which {spilled or 'none'} spill."
     return f"{table(head, lines)}\n\n{note} {made_by('compile_report.json', rows)}"
 

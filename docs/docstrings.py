@@ -63,11 +63,11 @@ def named(item: str) -> str:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Paragraphs; those that are equations or aligned lines become code."""
+    """Paragraphs; those behind the first that are equations become code."""
     found = []
-    for block in re.split(r"\n{2,}", text.strip("\n")):
+    for number, block in enumerate(re.split(r"\n{2,}", text.strip("\n"))):
         lines = block.split("\n")
-        is_plain = not lines[0].startswith(("- ", "|", "**", "    ", "#", "`"))
+        is_plain = number and not lines[0].startswith(("- ", "|", "**", "    ", "#", "`"))
         if is_plain and all(RELATION.search(line) for line in lines):
             block = "\n".join(["```text", *lines, "```"])
         found += [block, ""]
