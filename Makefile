@@ -53,7 +53,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 	@echo "written: build/docs/index.html; its search needs a server: python3 -m http.server --directory build/docs"
 
 # Installs nothing: the python that runs it must have torch and triton. ARGS="--minutes 5", for example.

@@ -70,5 +70,12 @@ def paragraphs(text: str) -> list[str]:
         is_plain = number and not lines[0].startswith(("- ", "|", "**", "    ", "#", "`"))
         if is_plain and all(RELATION.search(line) for line in lines):
             block = "\n".join(["```text", *lines, "```"])
+        elif not lines[0].startswith("    "):
+            block = "`".join(literal(piece) if not n % 2 else piece for n, piece in enumerate(block.split("`")))
         found += [block, ""]
     return found
+
+
+def literal(text: str) -> str:
+    """Text whose brackets and stars are no links, tags or emphasis; the bold titles of sections stay."""
+    return re.sub(r"(?<!\*)\*(?!\*)", r"\\*", text.replace("[", r"\[").replace("<", "&lt;"))
