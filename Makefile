@@ -58,6 +58,7 @@ docs: $(VENV)/.docs
 
 # Installs nothing: the python that runs it must have torch and triton. ARGS="--minutes 5", for example.
 gpu-check:
+	@$(PYTHON) -c "import torch" 2> /dev/null || { echo "gpu-check: $(PYTHON) has no torch; PYTHON=... names one that has" >&2; exit 2; }
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.dev

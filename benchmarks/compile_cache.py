@@ -20,19 +20,15 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from benchmarks.command_line import Parser
 from wizard_engine.files import write_text
-
-if TYPE_CHECKING:
-    from benchmarks.jit_requests import Request
-    from kernels.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = "manifest.json"
@@ -141,14 +137,13 @@ def make(folder: Path, arch: int, workers: int | None = None, sources: Sequence[
         ValueError: the folder holds something else, or a cache that does not fit this machine.
         RuntimeError: a compiler is missing.
     """
-    from benchmarks import jit_requests, launch_sources
+    from benchmarks import launch_sources
 
     began, folder = time.monotonic(), folder.resolve()
     manifest = Manifest.of(folder, arch)
     _claim(folder, manifest)
     os.environ["TRITON_CACHE_DIR"] = str(folder)
-    asked = jit_requests.requests(launch_sources.launches(arch, tuple(sources or launch_sources.SOURCES)), arch)
-    wrong = _compile(asked, arch, workers)
+    wrong = _compile(tuple(sources or launch_sources.SOURCES), arch, workers)
     prune(folder)
     _count(manifest, folder, time.monotonic() - began).write(folder)
     return wrong
@@ -169,21 +164,27 @@ def _claim(folder: Path, manifest: Manifest) -> None:
         manifest.write(folder)
 
 
-def _compile(asked: Sequence["Request"], arch: int, workers: int | None) -> list[str]:
-    """Compile requests, and the driver's own C code, in parallel; what failed, in words."""
+def _compile(names: Sequence[str], arch: int, workers: int | None) -> list[str]:
+    """Compile what sources ask for, and the driver's own C code, in parallel; what failed, in words."""
     from tqdm import tqdm
 
     from benchmarks.jit_requests import compile_request, driver_request
+    from benchmarks.launch_sources import Asked
     from benchmarks.tune_processes import Compilers
 
-    jobs = [driver_request(arch), *asked]
-    compilers = Compilers(workers, compile_request)
+    compilers, asked = Compilers(workers, compile_request), Asked(names, arch)
+    jobs = [driver_request(arch)]
+    waiting = compilers.submit(jobs)
     try:
-        waiting = compilers.submit(jobs)
+        for request in tqdm(asked, desc="ask", unit="kernel", disable=None):
+            jobs.append(request)
+            waiting += compilers.submit([request])
         results = [job.result() for job in tqdm(waiting, desc="compile", unit="kernel", disable=None)]
     finally:
+        asked.close()
         compilers.close()
-    return [f"{job.name}: {result['error']}" for job, result in zip(jobs, results) if "error" in result]
+    failed = [f"{job.name}: {result['error']}" for job, result in zip(jobs, results) if "error" in result]
+    return [*asked.failed, *failed]
 
 
 def _count(manifest: Manifest, folder: Path, seconds: float) -> Manifest:
@@ -203,6 +204,17 @@ def prune(folder: Path) -> None:
             write_text(index, json.dumps({"child_paths": children}))
 
 
+def reasons_against(folder: Path, arch: int) -> list[str]:
+    """Why a folder is no cache that this machine can use; empty where it is one.
+
+    Raises:
+        ValueError: it holds no manifest.
+        RuntimeError, ImportError: this machine cannot say what it would make.
+    """
+    found = Manifest.read(folder)
+    return Manifest.of(folder, arch).differences(found) + ([] if found.kernels else ["never finished"])
+
+
 def use(folder: Path, arch: int = 90) -> str:
     """Let this process and those that it starts look kernels up in a cache made ahead; a line that says what was done.
 
@@ -210,47 +222,52 @@ def use(folder: Path, arch: int = 90) -> str:
     indices written anew.
     """
     try:
-        found = Manifest.read(folder)
-        here = Manifest.of(folder, arch)
+        wrong = reasons_against(folder, arch)
     except (ImportError, ValueError, RuntimeError) as error:
         return f"compile cache: not used, {error}"
-    wrong = here.differences(found)
-    if not found.kernels:
-        wrong.append("never finished")
     if wrong:
         return f"compile cache: {folder} not used, it was {'; '.join(wrong)}; kernels are compiled anew"
+    found, here = Manifest.read(folder), str(folder.resolve())
     text = f"compile cache: {found.kernels} kernels and {found.launchers} launchers, {found.bytes / 2**20:.1f} MiB"
-    if found.path != here.path:
+    if found.path != here:
         prune(folder)
-        replace(found, path=here.path).write(folder)
-        text += f"; made for the path {found.path}, indices written anew for {here.path}"
-    os.environ["TRITON_CACHE_DIR"] = here.path
+        replace(found, path=here).write(folder)
+        text += f"; made for the path {found.path}, indices written anew for {here}"
+    os.environ["TRITON_CACHE_DIR"] = here
     return text
 
 
-def compile_missing(launches: Iterable["Launch"], arch: int, deadline: float, workers: int | None = None) -> str:
-    """Compile in parallel what launches ask for and the cache does not hold, until a deadline (`time.monotonic`).
+def compile_missing(names: Sequence[str], arch: int, deadline: float, workers: int | None = None) -> str:
+    """Compile in parallel what sources ask for and the cache does not hold, until a deadline (`time.monotonic`).
 
     Returns:
         A line that says how many were there, were compiled, failed or missed the deadline.
     """
-    from benchmarks.jit_requests import compile_request, requests
+    from benchmarks.jit_requests import Request, compile_request
+    from benchmarks.launch_sources import Asked
     from benchmarks.tune_processes import Compilers
 
-    began, asked = time.monotonic(), requests(launches, arch)
-    missing = [request for request in asked if not request.is_cached]
-    results: list[dict[str, Any]] = []
-    if missing:
-        compilers = Compilers(workers, compile_request)
-        results = compilers.results(compilers.submit(missing), deadline)
+    began, count = time.monotonic(), 0
+    missing: list[Request] = []
+    waiting: list[Any] = []
+    compilers, asked = Compilers(workers, compile_request), Asked(names, arch, deadline)
+    try:
+        for request in asked:
+            count += 1
+            if not request.is_cached:
+                missing.append(request)
+                waiting += compilers.submit([request])
+        results = compilers.results(waiting, deadline)
+    finally:
+        asked.close()
         compilers.close()
     failed = [f"{job.name}: {result['error']}" for job, result in zip(missing, results) if "error" in result]
     late = sum(not result for result in results)
     text = (
-        f"{len(asked) - len(missing)} of {len(asked)} kernels cached, {len(missing) - len(failed) - late} compiled "
+        f"{count - len(missing)} of {count} kernels cached, {len(missing) - len(failed) - late} compiled "
         f"ahead in {time.monotonic() - began:.1f} s, {len(failed)} failed, {late} not reached"
     )
-    return "; ".join([text, *failed])
+    return "; ".join([text, *asked.failed, *failed])
 
 
 def check_machine() -> None:
@@ -280,9 +297,7 @@ def main(args: Sequence[str] | None = None) -> int:
         check_machine()
         from benchmarks.launch_sources import SOURCES
 
-        wrong = make(
-            options.out, int(options.arch), options.workers, reader.names("--source", options.source, [*SOURCES])
-        )
+        wrong = make(options.out, int(options.arch), options.workers, reader.names("--source", options.source, SOURCES))
     except (RuntimeError, ValueError) as error:
         reader.error(str(error))
     for line in wrong:

@@ -96,7 +96,8 @@ def main(args: list[str] | None = None) -> int:
     if options.cache:
         from benchmarks import compile_cache
 
-        print(f"{options.cache}: {compile_cache.use(options.cache) or 'used'}", flush=True)
+        major, minor = torch.cuda.get_device_capability(0)
+        print(compile_cache.use(options.cache, 10 * major + minor), flush=True)
     return check([phase for phase in phases if phase.name in chosen], out, options)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,8 +82,8 @@ def ahead(arch: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collected(arch: int) -> Iterator[list[Request]]:
-    """Collect what the JIT is asked for inside the block instead of compiling it, each binary once."""
+def collected(arch: int, on_request: Callable[[Request], None] | None = None) -> Iterator[list[Request]]:
+    """Collect what the JIT is asked for inside the block instead of compiling it, each binary once; tell of each."""
     found: dict[str, Request] = {}
     requested: list[Request] = []
 
@@ -93,6 +93,8 @@ def collected(arch: int) -> Iterator[list[Request]]:
             name = fn.name.rpartition(".")[2]
             found[folder] = Request(fn.module, name, arch, compile["specialization_data"], folder)
             requested.append(found[folder])
+            if on_request is not None:
+                on_request(found[folder])
         return True
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, hook
@@ -112,9 +114,11 @@ def _folder(kernel: Any, asked: dict[str, Any], target: GPUTarget) -> str:
     return _base32(hashlib.sha256(key.encode()).hexdigest())
 
 
-def requests(launches: Iterable[Launch], arch: int) -> list[Request]:
-    """What launches ask the JIT for, each request once, in their order."""
-    with ahead(arch), collected(arch) as found:
+def requests(
+    launches: Iterable[Launch], arch: int, on_request: Callable[[Request], None] | None = None
+) -> list[Request]:
+    """What launches ask the JIT for, each request once, in their order; tells of each as it comes."""
+    with ahead(arch), collected(arch, on_request) as found:
         for launch in launches:
             launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
     return found

@@ -1,25 +1,91 @@
-"""The launches of a GPU check by where they come from, recorded on the meta device: what a cache made ahead must hold.
+"""What a GPU check asks Triton's compiler for, by where it comes from: what a compile cache made ahead must hold.
 
-`SOURCES` names each; a source yields launches of one architecture. What no source knows is compiled at its first
+    python -m benchmarks.launch_sources operations --arch 90        the requests of a source, as lines of JSON
+
+Steps run the check's own phases on a stand-in GPU, and take what the just-in-time compiler is asked for. Tables are
+recorded on the meta device. Each source runs in a process of its own; what no source knows is compiled at its first
 launch: slower, not wrong.
 """
 
-import itertools
+import concurrent.futures
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor
 
-from benchmarks import launch_forms, tune, tune_targets
+from benchmarks import jit_requests, launch_forms, tune, tune_targets
+from benchmarks.command_line import Parser
+from benchmarks.jit_requests import Request
 from benchmarks.kernel_cases import OPERATIONS, cases
 from benchmarks.kernel_peers import own_configs
 from kernels.configuration import use_arch, use_config
-from kernels.launch import Launch, record
-from wizard_engine.model.config import PRESETS, ModelConfig
+from kernels.launch import Launch
+from wizard_engine.model.config import PRESETS
 
-GPU, META, DTYPE = torch.device("cuda:0"), torch.device("meta"), torch.bfloat16
-# Tokens of a training step, sequences of a decode step and their longest: divisible by 16, and not.
-TOKENS, BATCHES, LONGEST, PAGE = (4096, 4097), (1, 32, 256), (512, 2048, 8192), 64
+GPU = torch.device("cuda:0")
+# In front of a request, among whatever else a step prints.
+MARK = "request: "
+COMMAND = (sys.executable, "-m", "benchmarks.launch_sources")
+
+
+def operations() -> None:
+    """Every public operation in every dtype."""
+    from benchmarks import every_operation
+
+    for dtype in every_operation.dtypes(GPU):
+        for operation in every_operation.OPERATIONS:
+            every_operation.rows(operation, GPU, dtype)
+    for _, whole in every_operation.WHOLE:
+        every_operation.rows(whole, GPU, torch.float32)
+
+
+def training() -> None:
+    """Supervised steps of the 7B shapes: what a block needs, the loss, the norm, AdamW. One layer asks for all."""
+    from benchmarks import train_single
+
+    config = replace(PRESETS["7b"], layers=1)
+    for recompute in ("none", "selective", "full"):
+        for lengths in dict.fromkeys(lengths for _, lengths in train_single.CASES):
+            state = train_single.build(config, GPU, recompute)
+            batch = train_single.Packed.of(lengths, config.vocab_size, GPU)
+            for call in train_single.parts(state, batch).values():
+                call()
+
+
+def decoding() -> None:
+    """Prompts and decode steps of the 7B shapes at every size of a batch that a graph is captured for."""
+    from benchmarks import rollout
+
+    model = rollout.empty(replace(PRESETS["7b"], layers=1), GPU)
+    for batch in rollout.BATCHES:
+        rollout.decode(model, batch, rollout.KEYS, 2)
+    rollout.rollout(model, rollout.PROMPTS, rollout.PROMPT_TOKENS, 4)
+
+
+def recipes() -> None:
+    """A training step of each recipe with a tiny model."""
+    from benchmarks import tiny_steps
+
+    for _, rows in tiny_steps.cases(GPU):
+        rows()
+
+
+def rates() -> None:
+    """What the planner's rates are measured on."""
+    from benchmarks import plan_rates
+
+    for preset in ("7b", "8x22b"):
+        for call in plan_rates.calls_of(PRESETS[preset], 8192, GPU).calls.values():
+            call()
 
 
 def losses(arch: int) -> Iterator[Launch]:
@@ -42,121 +108,99 @@ def measured(arch: int) -> Iterator[Launch]:
     with use_arch(arch):
         found = [(case, config) for case in cases(list(OPERATIONS), GPU) for config in own_configs(case, GPU).values()]
     for case, config in found:
-        if config:
-            with use_config("attention_forward", **config):
-                yield from tune_targets.launches(case, arch)
-        else:
+        with use_config("attention_forward", **config) if config else contextlib.nullcontext():
             yield from tune_targets.launches(case, arch)
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=META)
-
-
-def training(arch: int) -> Iterator[Launch]:
-    """A supervised training step of the 7B shapes: a block forward and backward, the loss, AdamW in each form."""
-    for tokens in TOKENS:
-        with use_arch(arch), record() as made:
-            _block(PRESETS["7b"], tokens)
-            _loss(PRESETS["7b"], tokens)
-            _update(tokens * tokens)
-        yield from made
-
-
-def _block(config: ModelConfig, tokens: int) -> None:
-    """Kernels of a block over a packed row, on views of one product as the model makes them."""
-    from kernels._attention_backward import attention_backward
-    from kernels._attention_forward import attention_forward
-    from kernels._rms_norm import rms_norm_backward, rms_norm_forward
-    from kernels._swiglu import swiglu_backward, swiglu_forward
-
-    x_TD, weight = _meta(tokens, config.width, dtype=DTYPE), _meta(config.width, dtype=DTYPE)
-    marks = _meta(2, dtype=torch.int32)
-    for residual in (None, x_TD):
-        _, stream, rstd = rms_norm_forward(x_TD, weight, config.norm_epsilon, residual)
-        rms_norm_backward(x_TD, residual, x_TD if residual is None else stream, weight, rstd)
-    q_THC, k_TKC, v_TKC = _rotated(config, tokens, inverse=False)
-    options = True, config.window, config.head_width**-0.5
-    out, lse = attention_forward(q_THC, k_TKC, v_TKC, marks, marks, *options)
-    attention_backward(out, q_THC, k_TKC, v_TKC, out, lse, marks, marks, *options)
-    _rotated(config, tokens, inverse=True)
-    gate_up = _meta(tokens, 2 * config.ffn_width, dtype=DTYPE)
-    swiglu_backward(swiglu_forward(gate_up), gate_up)
-
-
-def _rotated(config: ModelConfig, tokens: int, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from kernels._rope import rope_forward
-
-    heads = _meta(tokens, config.heads + 2 * config.kv_heads, config.head_width, dtype=DTYPE)
-    q_THC, k_TKC, v_TKC = heads.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
-    angles = _meta(tokens, config.head_width // 2, dtype=torch.float32)
-    return *rope_forward(q_THC, k_TKC, angles, angles, None, inverse), v_TKC
-
-
-def _loss(config: ModelConfig, tokens: int) -> None:
-    from kernels._linear_logprob import linear_logprob_gradients, linear_logprob_statistics
-
-    hidden, weight = _meta(tokens, config.width, dtype=DTYPE), _meta(config.vocab_size, config.width, dtype=DTYPE)
-    targets, upstream = _meta(tokens, dtype=torch.int64), _meta(tokens, dtype=torch.float32)
-    for entropy in (False, True):
-        found = linear_logprob_statistics(hidden, weight, targets, 1.0, entropy, 0)
-        second = upstream if entropy else None
-        linear_logprob_gradients(upstream, second, hidden, weight, targets, found, 1.0, 0, True, True)
-
-
-def _update(count: int) -> None:
-    from kernels._adamw import adamw_step
-
-    state = [_meta(count, dtype=torch.float32) for _ in range(3)]
-    copy, scale = _meta(count, dtype=DTYPE), _meta(1, dtype=torch.float32)
-    for grads in (_meta(count, dtype=torch.float32), copy):
-        for out, factor in itertools.product((copy, None), (scale, None)):
-            adamw_step(*state, grads, 1e-4, 0.9, 0.95, 1e-8, 0.1, 10, factor, out)
-
-
-def decoding(arch: int) -> Iterator[Launch]:
-    """Decode steps of the 7B shapes: the block at each batch, attention over pages at each length, sampling."""
-    for batch in BATCHES:
-        with use_arch(arch), record() as made:
-            _decode(PRESETS["7b"], batch)
-            _draw(PRESETS["7b"], batch)
-        yield from made
-
-
-def _decode(config: ModelConfig, batch: int) -> None:
-    from kernels._decode_attention import decode_attention
-    from kernels._rms_norm import rms_norm_forward
-    from kernels._swiglu import swiglu_forward
-
-    x_TD, weight = _meta(batch, config.width, dtype=DTYPE), _meta(config.width, dtype=DTYPE)
-    for residual in (None, x_TD):
-        rms_norm_forward(x_TD, weight, config.norm_epsilon, residual)
-    swiglu_forward(_meta(batch, 2 * config.ffn_width, dtype=DTYPE))
-    q_THC, _, _ = _rotated(config, batch, inverse=False)
-    pages = _meta(256, PAGE, config.kv_heads, config.head_width, dtype=DTYPE)
-    for longest in LONGEST:
-        table, lengths = _meta(batch, longest // PAGE, dtype=torch.int32), _meta(batch, dtype=torch.int32)
-        decode_attention(q_THC, pages, pages, table, lengths, longest, config.window, config.head_width**-0.5)
-
-
-def _draw(config: ModelConfig, batch: int) -> None:
-    from kernels._sample import sample_rows
-
-    seeds, numbers = _meta(batch, dtype=torch.int64), _meta(batch, dtype=torch.float32)
-    counts = _meta(batch, dtype=torch.int32)
-    for dtype in (torch.float32, DTYPE):
-        logits = _meta(batch, config.vocab_size, dtype=dtype)
-        sample_rows(logits, seeds, None, numbers, None, None)
-        sample_rows(logits, seeds, None, numbers, counts, numbers)
-
-
-# The most valuable first.
-SOURCES: dict[str, Callable[[int], Iterator[Launch]]] = {
-    "training": training, "decoding": decoding, "losses": losses, "measured": measured, "entries": entries,
+STEPS: dict[str, Callable[[], None]] = {
+    "operations": operations, "training": training, "decoding": decoding, "recipes": recipes, "rates": rates,
 }  # fmt: skip
+TABLES: dict[str, Callable[[int], Iterator[Launch]]] = {"measured": measured, "losses": losses, "entries": entries}
+# The most valuable first.
+SOURCES = (*STEPS, *TABLES)
 
 
-def launches(arch: int, names: Sequence[str] = tuple(SOURCES)) -> Iterator[Launch]:
-    """The launches of the sources named, one source behind the other."""
-    for name in names:
-        yield from SOURCES[name](arch)
+def run_source(name: str, arch: int, on_request: Callable[[Request], None]) -> None:
+    """Run a source in this process, which is of no use for anything else afterwards."""
+    if name in TABLES:
+        jit_requests.requests(TABLES[name](arch), arch, on_request)
+        return
+    from benchmarks.standin import stand_in
+
+    with stand_in(arch=arch), jit_requests.collected(arch, on_request):
+        STEPS[name]()
+
+
+@dataclass
+class Asked:
+    """The requests of sources while their processes run: iterate over it, close it.
+
+    Attributes:
+        failed: sources whose process failed, with the last line that it wrote.
+    """
+
+    names: Sequence[str]
+    arch: int
+    deadline: float = float("inf")
+    failed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._processes: list[subprocess.Popen] = []
+        self._closed = threading.Event()
+        self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
+        self._waiting = [self._threads.submit(self._run, name) for name in self.names]
+
+    def _run(self, name: str) -> None:
+        with tempfile.TemporaryFile("w+") as errors:
+            try:
+                if self._closed.is_set():
+                    return
+                command = [*COMMAND, name, "--arch", str(self.arch)]
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+                self._processes.append(process)
+                for line in process.stdout or ():
+                    self._lines.put(line)
+                if process.wait() and not self._closed.is_set():
+                    errors.seek(0)
+                    self.failed.append(f"{name}: {(errors.read().strip().splitlines() or ['no word'])[-1][:200]}")
+            finally:
+                self._lines.put(None)
+
+    def __iter__(self) -> Iterator[Request]:
+        """Each binary once, as it is asked for, until the sources or the time end."""
+        folders: set[str] = set()
+        ended = 0
+        while ended < len(self.names):
+            try:
+                line = self._lines.get(timeout=min(1e6, max(0.0, self.deadline - time.monotonic())))
+            except queue.Empty:
+                return
+            ended += line is None
+            if line is not None and line.startswith(MARK):
+                request = Request(**json.loads(line.removeprefix(MARK)))
+                if request.folder not in folders:
+                    folders.add(request.folder)
+                    yield request
+
+    def close(self) -> None:
+        """End the processes."""
+        self._closed.set()
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Prints what a source asks for; returns the exit status."""
+    reader = Parser("python -m benchmarks.launch_sources", __doc__ or "")
+    reader.add_argument("source", help=f"of {', '.join(SOURCES)}")
+    reader.add_argument("--arch", type=int, default=90, help="default: %(default)s")
+    options = reader.parse_args(args)
+    (name,) = reader.names("source", [options.source], SOURCES)
+    run_source(name, options.arch, lambda request: print(MARK + json.dumps(asdict(request)), flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

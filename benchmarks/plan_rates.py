@@ -46,12 +46,17 @@ def both(forward: Call, inputs: list[Tensor]) -> tuple[Call, Call]:
     return forward, whole
 
 
-def measure(config: ModelConfig, tokens: int, device: torch.device, gpu: plan.Gpu) -> dict[str, float]:
-    """Rates of a GPU as `plan.Rates` has them, and `block_seconds`, forward and backward of one block.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is timed, and the sizes that its operations and bytes follow from."""
 
-    Args:
-        tokens: of a packed row of one document.   gpu: whose data sheet the rates are shares of.
-    """
+    calls: dict[str, Call]
+    shapes: list[tuple[int, int]]
+    state_elements: int
+
+
+def calls_of(config: ModelConfig, tokens: int, device: torch.device) -> Problem:
+    """The parts of a block over a packed row of one document, and the block."""
     c, dtype = config, torch.bfloat16 if device.type == "cuda" else torch.float32
     like = {"dtype": dtype, "device": device}
     marks = torch.tensor([0, tokens], dtype=torch.int32, device=device)
@@ -87,11 +92,22 @@ def measure(config: ModelConfig, tokens: int, device: torch.device, gpu: plan.Gp
         *state, lr=1e-4, betas=(0.9, 0.95), epsilon=1e-8, step=1, weight_decay=0.1, copy=copy
     )  # fmt: skip
     calls["block"] = _block(config, tokens, device, dtype, marks)
-    us = {name: timing.us for name, timing in time_calls(calls, device).items()}
+    return Problem(calls, shapes, size)
 
+
+def measure(config: ModelConfig, tokens: int, device: torch.device, gpu: plan.Gpu) -> dict[str, float]:
+    """Rates of a GPU as `plan.Rates` has them, and `block_seconds`, forward and backward of one block.
+
+    Args:
+        tokens: of a packed row of one document.   gpu: whose data sheet the rates are shares of.
+    """
+    c, problem = config, calls_of(config, tokens, device)
+    shapes, size = problem.shapes, problem.state_elements
+    itemsize = 2 if device.type == "cuda" else 4
+    us = {name: timing.us for name, timing in time_calls(problem.calls, device).items()}
     products = sum(6 * tokens * a * b for a, b in shapes)
     scores = 4 * c.heads * c.head_width * mean_keys(tokens, c.window) * tokens
-    moved = dtype.itemsize * tokens * (2 * c.width + 3 * c.ffn_width) + size * (28 + copy.itemsize)
+    moved = itemsize * tokens * (2 * c.width + 3 * c.ffn_width) + size * (28 + 2)
     found = {
         "matrix": products / sum(us[f"matrix {n}"] for n in range(len(shapes))) * 1e6 / gpu.flops,
         "attention_forward": scores / us["attention forward"] * 1e6 / gpu.flops,

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from kernels import configuration
 ROOT = Path(__file__).resolve().parents[2]
 # Losses and samples at once: pointers, None, divisible and odd numbers, texts among the constants.
 SOURCE = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
 from benchmarks import compile_cache, jit_requests, launch_forms, launch_sources
@@ -31,7 +32,9 @@ def toy(arch):
         for case in launch_forms.cases(table, arch):
             yield launch_forms.launch_of(case)
 
-launch_sources.SOURCES = {"toy": toy}
+launch_sources.TABLES, launch_sources.SOURCES = {"toy": toy}, ("toy", "broken")
+child = "sys.exit(launch_sources.main())"
+launch_sources.COMMAND = (sys.executable, "-c", os.environ["TOY"] + child)
 """
 SECOND = """
 from triton import knobs
@@ -56,7 +59,7 @@ def run(code, *arguments, source=SOURCE, **variables):
     """A fresh process with the compiler, not the interpreter."""
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
     command = [sys.executable, "-c", source + code, *map(str, arguments)]
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])} | variables
+    env |= {"TOY": source, "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])} | variables
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -64,7 +67,7 @@ def run(code, *arguments, source=SOURCE, **variables):
 def cache(tmp_path_factory):
     """A cache of the toy source's kernels, and what was printed about it."""
     folder = tmp_path_factory.mktemp("made") / "cache"
-    done = run(MAKE, "--out", folder, "--workers", "1")
+    done = run(MAKE, "--out", folder, "--workers", "1", "--source", "toy")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -82,7 +85,7 @@ def environment(monkeypatch):
 
 
 def test_every_table_is_among_the_launches():
-    names = {launch.kernel.__name__ for launch in launch_sources.launches(90)}
+    names = {launch.kernel.__name__ for source in launch_sources.TABLES.values() for launch in source(90)}
     assert {f"{name}_kernel" for name in configuration.kernels()} - names == set()
 
 
@@ -124,14 +127,47 @@ def test_compile_missing_compiles_what_is_missing_alone(copied):
         shutil.rmtree(next(copied.glob(f"*/{name}_kernel.cubin")).parent)
     code = """
 compile_cache.use(Path(sys.argv[1]))
-for seconds in (0, 300, 300):
-    print(compile_cache.compile_missing(toy(90), 90, time.monotonic() + seconds, workers=1))
+for seconds in (300, 300):
+    print(compile_cache.compile_missing(['toy'], 90, time.monotonic() + seconds, workers=1))
 """
     done = run("import time" + code, copied)
-    late, found, again = done.stdout.splitlines()
-    assert late.startswith("3 of 5 kernels cached, 0 compiled ahead in ") and "0 failed, 2 not reached" in late
+    found, again = done.stdout.splitlines()
     assert found.startswith("3 of 5 kernels cached, 2 compiled ahead in ") and "0 failed, 0 not reached" in found
     assert again.startswith("5 of 5 kernels cached, 0 compiled ahead"), done.stderr
+
+
+def test_source_that_fails_or_never_ends_costs_itself_alone(monkeypatch):
+    """Catches: a source that holds up the others, or processes that go on behind the deadline."""
+    code = """
+import json, sys, time
+if sys.argv[1] == "broken":
+    sys.exit("no such layer")
+for folder in "aab":
+    print("noise\\nrequest: " + json.dumps(dict(module="m", name="k", arch=90, data="", folder=folder)), flush=True)
+time.sleep(600 * (sys.argv[1] == "endless"))
+"""
+    monkeypatch.setattr(launch_sources, "COMMAND", (sys.executable, "-c", code))
+    asked = launch_sources.Asked(["broken", "right"], 90)
+    assert [request.folder for request in asked] == ["a", "b"] and asked.failed == ["broken: no such layer"]
+    asked.close()
+    began = time.monotonic()
+    asked = launch_sources.Asked(["endless"], 90, began + 3)
+    assert [request.folder for request in asked] == ["a", "b"]
+    asked.close()
+    assert time.monotonic() - began < 60 and asked.failed == []
+    assert all(process.poll() is not None for process in asked._processes)
+
+
+def test_training_step_on_the_stand_in_asks_for_its_kernels(monkeypatch):
+    """Catches: a form that the step launches and no source knows; one layer asks for as much as two."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = [sys.executable, "-m", "benchmarks.launch_sources", "training"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    lines = [line.removeprefix("request: ") for line in done.stdout.splitlines() if line.startswith("request: ")]
+    names = {json.loads(line)["name"] for line in lines}
+    needed = ("adamw", "attention_backward_kv", "grad_norm", "linear_logprob_dlogits", "rms_norm_backward", "rope")
+    assert {f"{name}_kernel" for name in needed} <= names, done.stderr[-2000:]
+    assert 15 <= len(lines) <= 30
 
 
 def test_kernel_that_does_not_compile_is_named(tmp_path):
@@ -140,7 +176,7 @@ def test_kernel_that_does_not_compile_is_named(tmp_path):
         '            yield replace(launch_forms.launch_of(case), options={"BLOCK": 3, "num_warps": 4})',
     ).replace('"gae", "dpo"', '"gae",')
     source = "from dataclasses import replace\n" + source
-    done = run(MAKE, "--out", tmp_path / "cache", "--workers", "1", source=source)
+    done = run(MAKE, "--out", tmp_path / "cache", "--workers", "1", "--source", "toy", source=source)
     assert done.returncode == 1 and "gae_kernel: " in done.stderr, done.stdout + done.stderr
     assert "1 failed" in done.stdout and Manifest.read(tmp_path / "cache").kernels == 0
     assert "never finished" in compile_cache.use(tmp_path / "cache")
@@ -182,7 +218,7 @@ def test_manifest_that_is_none_is_named(tmp_path, text):
     "arguments, text",
     [
         (["--arch", "91"], "--arch: expected some of 80, 86, 90, 100, got 91; the nearest is 90"),
-        (["--source", "trainig"], "--source: expected some of training, decoding, losses, measured, entries, got tra"),
+        (["--source", "trainig"], "--source: expected some of operations, training, decoding, recipes"),
         (["--workers", "0"], "--workers: expected 1 or more, got 0"),
         (["--worker", "2"], "--worker: expected a known option, got an unknown one; the nearest is --workers"),
     ],

@@ -73,7 +73,8 @@ def commands_of(path: Path) -> Iterator[Command]:
                 joined = joined[:-1]
                 continue
             for part in joined.split(" && "):
-                if shlex.split(part, comments=True):
+                # A line that only sets a variable says nothing that could be wrong.
+                if not all(re.fullmatch(r"\w+=.*", word) for word in shlex.split(part, comments=True)):
                     yield Command(page, start, part.strip(), is_run)
             joined = ""
     plain = FENCE.sub(lambda block: "\n" * block[0].count("\n"), text)

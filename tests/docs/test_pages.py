@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results_pages
+from benchmarks import check_phases, results_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,3 +69,9 @@ def test_files_that_a_page_names_are_there(path):
 def test_every_recipe_has_a_page():
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"__init__"}
     assert recipes == {path.stem for path in (ROOT / "docs" / "recipes").glob("*.md")} - {"index"}
+
+
+def test_phases_of_the_gpu_check_are_those_of_its_page():
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    table = text[text.index("| phase | does |") : text.index("Each row is on disk")]
+    assert re.findall(r"`(\w+)`", table) == [phase.name for phase in check_phases.PHASES]
