@@ -144,7 +144,7 @@ TITLE = ("operation", "shape", "us (20th to 80th)", "rate", "of the ceiling", "t
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Markdown tables of this project's right, timed rows, one for each machine and command, with what they depend on."""
+    """Markdown tables of this project's right, timed rows, one per machine and command, with what they depend on."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.get("is_ours") and "us" in row and row["status"] != "wrong":

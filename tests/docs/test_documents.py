@@ -1,5 +1,7 @@
 """Pages against what they are made of: rows of benchmarks, messages in the sources, files and headings they link to."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -75,3 +77,15 @@ def test_phases_of_the_gpu_check_are_those_of_its_page():
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     table = text[text.index("| phase | does |") : text.index("Each row is on disk")]
     assert re.findall(r"`(\w+)`", table) == [phase.name for phase in check_phases.PHASES]
+
+
+def test_names_that_python_in_a_page_imports_are_there():
+    python = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    blocks = [block for path in PAGES for block in python.findall(path.read_text(encoding="utf-8"))]
+    assert len(blocks) >= 3
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kernels":
+            assert hasattr(importlib.import_module("kernels"), node.attr), ast.unparse(node)
