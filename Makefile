@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu-check | lint.  A bare machine needs python >= 3.11, g++ and make.
+# make demo | test | bench | gpu-check | docs | lint.  A bare machine needs python >= 3.11, g++ and make.
 PYTHON ?= python3
 SEED ?= 0
 RANKS ?= 2
@@ -6,7 +6,7 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo ablations test bench gpu-check lint format clean
+.PHONY: demo ablations test bench gpu-check docs lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test            every test this machine can run; lists what it skipped and why"
 	@echo "make bench           the benchmarks this machine can run"
 	@echo "make gpu-check       on a machine with a GPU: checks and measures the kernels, benchmarks/results/GPU-DATE"
+	@echo "make docs            the HTML documentation with its API reference: build/docs/index.html"
 	@echo "make lint            ruff check and format, clang-format where installed"
 
 $(BIN)/python:
@@ -27,6 +28,15 @@ $(VENV)/.core: $(BIN)/python pyproject.toml setup.py
 $(VENV)/.dev: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@ $(VENV)/.core
+
+# The site reads docstrings and imports nothing: of the project's packages it needs the extra `docs` alone.
+DOCS := $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))'
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	@$(DOCS) > $(VENV)/docs.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/docs.txt || { \
+		echo "docs: expected `tr '\n' ' ' < $(VENV)/docs.txt`in $(VENV), and pip could not install them; without network, install them there by hand and do: touch $@" >&2; exit 1; }
+	@touch $@
 
 RUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 
@@ -41,6 +51,10 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+	@echo "written: build/docs/index.html; its search needs a server: python3 -m http.server --directory build/docs"
 
 # Installs nothing: the python that runs it must have torch and triton. ARGS="--minutes 5", for example.
 gpu-check:

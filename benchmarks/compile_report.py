@@ -3,7 +3,7 @@
   python -m benchmarks.compile_report                               all tables, sm_80, 86, 90 and 100
   python -m benchmarks.compile_report --arch 90 --kernel attention_forward --json report.json
   python -m benchmarks.compile_report --against OLD.json            what changed since an older report
-  python -m benchmarks.compile_report --markdown                    the summary for the README
+  python -m benchmarks.compile_report --markdown                    the summary as a Markdown table
   python -m benchmarks.compile_report --model                       attention's variants, ranked by the issue model
   python -m benchmarks.compile_report --search attention_forward --arch 90 --width 128
 
@@ -130,7 +130,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--against", type=Path, metavar="OLD.json", help="default: the committed report, if there is one"
     )
-    parser.add_argument("--markdown", action="store_true", help="print the summary for the README")
+    parser.add_argument("--markdown", action="store_true", help="print the summary as a Markdown table")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes, 0: this one; default %(default)s")
     parser.add_argument("--model", action="store_true", help="rank variants of attention by the issue model")
     parser.add_argument("--search", metavar="KERNEL", help="rank configurations of an attention table")

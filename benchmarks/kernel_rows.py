@@ -1,4 +1,4 @@
-"""Result rows of the kernel benchmarks: their line, their file, their comparison with older ones, their README table.
+"""Result rows of the kernel benchmarks: their line, their file, their comparison with older ones, their Markdown table.
 
 A row is one variant of one case: op, phase, label, dtype, variant, `status` (right, wrong, error, absent, profiled),
 and where it was timed, right or wrong, kernel_us and wall_us ({p20, p50, p80}), `us` (the median that rates are
@@ -144,7 +144,7 @@ TITLE = ("operation", "shape", "us (20th to 80th)", "rate", "of the ceiling", "t
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """README tables of this project's right, timed rows, one for each machine and command, with what they depend on."""
+    """Markdown tables of this project's right, timed rows, one per machine and command, with what they depend on."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.get("is_ours") and "us" in row and row["status"] != "wrong":

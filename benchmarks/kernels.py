@@ -4,7 +4,7 @@
   python -m benchmarks.kernels --op attention --quick     fewer shapes
   python -m benchmarks.kernels --compare OLD.json --fail-over 5%     exit status 1 where a row got slower
   python -m benchmarks.kernels --compare OLD.json NEW.json           the same of two files, nothing measured
-  python -m benchmarks.kernels --table RESULTS.json       the README table of a results file
+  python -m benchmarks.kernels --table RESULTS.json       a Markdown table of a results file
   python -m benchmarks.kernels --op rms_norm --case D=4096 --profile one repetition for ncu or nsys
 
 Every variant is checked against float64 before it is timed; a wrong one is timed too, and marked. Times are medians
@@ -300,7 +300,7 @@ def parser() -> Parser:
     found.add_argument(
         "--fail-over", type=percent, default=0.05, metavar="SHARE", help="slowdown that fails --compare; default: 5%%"
     )
-    found.add_argument("--table", type=Path, metavar="RESULTS", help="print the README table of a results file")
+    found.add_argument("--table", type=Path, metavar="RESULTS", help="print a Markdown table of a results file")
     return found
 
 
