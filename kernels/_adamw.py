@@ -15,10 +15,10 @@ def _update(
     master, exp_avg, exp_avg_sq, gradient, copy, at, mask, factor, blend, keep_sq, blend_sq, decay, step_size,
     correction, epsilon,
 ):  # fmt: skip
-    slope = tl.load(gradient + at, mask=mask).to(tl.float32) * factor
+    grad = tl.load(gradient + at, mask=mask).to(tl.float32) * factor
     mean = tl.load(exp_avg + at, mask=mask)
-    mean += (slope - mean) * blend
-    square = tl.load(exp_avg_sq + at, mask=mask) * keep_sq + slope * slope * blend_sq
+    mean += (grad - mean) * blend
+    square = tl.load(exp_avg_sq + at, mask=mask) * keep_sq + grad * grad * blend_sq
     value = tl.load(master + at, mask=mask)
     # One rounding: decay and step are added before they meet the larger value.
     value -= decay * value + step_size * tl.div_rn(mean, tl.sqrt_rn(square) * correction + epsilon)

@@ -15,8 +15,8 @@ from ._attention_tiles import (
     LOG2_E,
     aligned_length,
     aligned_start,
+    apply_mask,
     find_tile,
-    hide,
     key_range,
     load_rows,
     query_tile,
@@ -32,18 +32,18 @@ TAIL = 16
 
 
 @triton.jit
-def _softmax(scores, peak, total, scale, MASKED: tl.constexpr):
+def _online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr):
     """Probabilities of a block, and the factor by which sums so far shrink; `scale` is in units of log2.
 
     `peak` is the largest unscaled score so far. Rows that have seen no key (`MASKED`) keep probabilities of 0.
     """
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    shift = new_peak * scale
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = new_max * scale
     if MASKED:
-        shift = tl.where(new_peak == float("-inf"), 0.0, shift)
+        shift = tl.where(new_max == float("-inf"), 0.0, shift)
     probability = tl.math.exp2(scores * scale - shift[:, None])
-    decay = tl.math.exp2(peak * scale - shift)
-    return probability, decay, new_peak, total * decay + tl.sum(probability, 1)
+    rescale = tl.math.exp2(row_max * scale - shift)
+    return probability, rescale, new_max, row_sum * rescale + tl.sum(probability, 1)
 
 
 @triton.jit(
@@ -75,8 +75,8 @@ def attention_forward_kernel(
     q_MC = load_rows(
         q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
     )  # fmt: skip
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
     if VARIANT == "rotated":
         if first < whole:
@@ -84,8 +84,8 @@ def attention_forward_kernel(
                 k, k_tiles, start_k, first, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
             )  # fmt: skip
             scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-            scores = hide(scores, rows, first, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
-            p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
+            scores = apply_mask(scores, rows, first, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
+            p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, True)
             for column in tl.range(first + BLOCK_N, whole, BLOCK_N):
                 k_NC = load_rows(
                     k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH,
@@ -96,17 +96,17 @@ def attention_forward_kernel(
                     v, v_tiles, start_k, column - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
                     BLOCK_WIDTH, TMA,
                 )  # fmt: skip
-                acc = acc * decay[:, None]
+                acc = acc * rescale[:, None]
                 acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
                 if CAUSAL or WINDOWED:
                     if (column < left) | (column >= right):
-                        scores = hide(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
-                p_MN, decay, peak, total = _softmax(scores, peak, total, scale, CAUSAL or WINDOWED)
+                        scores = apply_mask(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
+                p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, CAUSAL or WINDOWED)
             v_NC = load_rows(
                 v, v_tiles, start_k, whole - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
                 BLOCK_WIDTH, TMA,
             )  # fmt: skip
-            acc = acc * decay[:, None]
+            acc = acc * rescale[:, None]
             acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
     else:
         for part in tl.static_range(0, 3):
@@ -126,9 +126,9 @@ def attention_forward_kernel(
                         BLOCK_WIDTH, TMA,
                     )  # fmt: skip
                     if part != 1:
-                        scores = hide(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
-                    p_MN, decay, peak, total = _softmax(scores, peak, total, scale, part != 1)
-                    acc = acc * decay[:, None]
+                        scores = apply_mask(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
+                    p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, part != 1)
+                    acc = acc * rescale[:, None]
                     acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
     for column in tl.range(whole, last, TAIL, num_stages=1):
         k_NC = load_rows(
@@ -138,19 +138,19 @@ def attention_forward_kernel(
             v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, TAIL, WIDTH, BLOCK_WIDTH, False
         )  # fmt: skip
         scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-        scores = hide(scores, rows, column, num_keys, offset, window, TAIL, CAUSAL, WINDOWED)
-        p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
-        acc = acc * decay[:, None]
+        scores = apply_mask(scores, rows, column, num_keys, offset, window, TAIL, CAUSAL, WINDOWED)
+        p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, True)
+        acc = acc * rescale[:, None]
         acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
 
     # A row without keys gives 0; its log-sum-exp of +inf makes every probability of the backward 0.
-    empty = total == 0.0
-    safe = tl.where(empty, 1.0, total)
-    acc = acc / safe[:, None]
+    is_empty = row_sum == 0.0
+    divisor = tl.where(is_empty, 1.0, row_sum)
+    acc = acc / divisor[:, None]
     store_rows(
         out, acc, start, row, num_queries, head, HEADS * WIDTH, WIDTH, BLOCK_M, WIDTH, BLOCK_WIDTH
     )  # fmt: skip
-    lse_M = tl.where(empty, float("inf"), peak * scale + tl.math.log2(safe))
+    lse_M = tl.where(is_empty, float("inf"), row_max * scale + tl.math.log2(divisor))
     lse_rows = lse + head.to(tl.int64) * stride_lse + aligned_start(start, sequence, ALIGNMENT)
     tl.store(lse_rows + rows, lse_M)
 

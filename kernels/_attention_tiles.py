@@ -60,10 +60,10 @@ def load_rows(
         rows = row + tl.arange(0, BLOCK)
         columns = tl.arange(0, BLOCK_WIDTH)
         base = source + start.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
-        kept = (rows < limit)[:, None]
+        mask = (rows < limit)[:, None]
         if WIDTH != BLOCK_WIDTH:
-            kept = kept & (columns < WIDTH)[None, :]
-        tile = tl.load(base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :], mask=kept, other=0.0)
+            mask = mask & (columns < WIDTH)[None, :]
+        tile = tl.load(base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :], mask=mask, other=0.0)
     return tile
 
 
@@ -77,10 +77,10 @@ def store_rows(
     columns = tl.arange(0, BLOCK_WIDTH)
     base = target + start.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
     pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
-    kept = (rows < limit)[:, None]
+    mask = (rows < limit)[:, None]
     if WIDTH != BLOCK_WIDTH:
-        kept = kept & (columns < WIDTH)[None, :]
-    tl.store(pointers, values.to(target.dtype.element_ty), mask=kept)
+        mask = mask & (columns < WIDTH)[None, :]
+    tl.store(pointers, values.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def span(cu_seqlens, sequence, num_sequences, tokens):
 
 
 @triton.jit
-def hide(
+def apply_mask(
     scores, rows, column, num_keys, offset, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
 ):
     """Scores of queries `rows` (BLOCK_M,) and the keys from `column` on, -inf where a key is not seen."""

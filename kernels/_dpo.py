@@ -32,7 +32,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _sums(logprob, weights, start, end, BLOCK: tl.constexpr):
+def _weighted_sum(logprob, weights, start, end, BLOCK: tl.constexpr):
     """Sum of weight times log-probability, and of weights, of the tokens from `start` to `end`."""
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
@@ -45,12 +45,12 @@ def _sums(logprob, weights, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _spread(dlogprob, weights, start, end, slope, BLOCK: tl.constexpr):
+def _write_grads(dlogprob, weights, start, end, grad, BLOCK: tl.constexpr):
     """Write the slope times each token's weight."""
     for first in tl.range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         weight = tl.load(weights + token, mask=token < end, other=0.0)
-        tl.store(dlogprob + token, weight * slope, mask=token < end)
+        tl.store(dlogprob + token, weight * grad, mask=token < end)
 
 
 @triton.jit(repr=named("sequence_logprobs", "MEAN"))
@@ -58,7 +58,7 @@ def sequence_logprobs_kernel(logprob, weights, cu_seqlens, out, MEAN: tl.constex
     sequence = tl.program_id(0)
     start = tl.load(cu_seqlens + sequence)
     end = tl.load(cu_seqlens + sequence + 1)
-    total, count = _sums(logprob, weights, start, end, BLOCK)
+    total, count = _weighted_sum(logprob, weights, start, end, BLOCK)
     if MEAN:
         total = total / tl.maximum(count, 1.0)
     tl.store(out + sequence, total)
@@ -74,33 +74,33 @@ def dpo_kernel(
     chosen_end = tl.load(cu_seqlens + pair + 1)
     rejected_start = tl.load(cu_seqlens + pairs + pair)
     rejected_end = tl.load(cu_seqlens + pairs + pair + 1)
-    likelihood, chosen_count = _sums(logprob, weights, chosen_start, chosen_end, BLOCK)
-    rejected, rejected_count = _sums(logprob, weights, rejected_start, rejected_end, BLOCK)
+    likelihood, chosen_count = _weighted_sum(logprob, weights, chosen_start, chosen_end, BLOCK)
+    rejected, rejected_count = _weighted_sum(logprob, weights, rejected_start, rejected_end, BLOCK)
     chosen = likelihood
-    chosen_over = 1.0
-    rejected_over = 1.0
+    chosen_scale = 1.0
+    rejected_scale = 1.0
     if MEAN:
-        chosen_over = 1.0 / tl.maximum(chosen_count, 1.0)
-        rejected_over = 1.0 / tl.maximum(rejected_count, 1.0)
+        chosen_scale = 1.0 / tl.maximum(chosen_count, 1.0)
+        rejected_scale = 1.0 / tl.maximum(rejected_count, 1.0)
         chosen = chosen / tl.maximum(chosen_count, 1.0)
         rejected = rejected / tl.maximum(rejected_count, 1.0)
     chosen_reward = beta * (chosen - tl.load(reference + pair))
     rejected_reward = beta * (rejected - tl.load(reference + pairs + pair))
     margin = chosen_reward - rejected_reward
     if VARIANT == "ipo":
-        apart = margin / beta - 1.0 / (2.0 * beta)
-        loss = apart * apart
-        slope = 2.0 * apart / beta
+        residual = margin / beta - 1.0 / (2.0 * beta)
+        loss = residual * residual
+        grad = 2.0 * residual / beta
     elif VARIANT == "robust":
-        over = 1.0 / (1.0 - 2.0 * smoothing)
-        loss = (smoothing * _log_sigmoid(-margin) - (1.0 - smoothing) * _log_sigmoid(margin)) * over
-        slope = (0.0 - smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)) * over
+        debias = 1.0 / (1.0 - 2.0 * smoothing)
+        loss = (smoothing * _log_sigmoid(-margin) - (1.0 - smoothing) * _log_sigmoid(margin)) * debias
+        grad = (0.0 - smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)) * debias
     else:
         loss = 0.0 - (1.0 - smoothing) * _log_sigmoid(margin) - smoothing * _log_sigmoid(-margin)
-        slope = smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)
-    slope = slope * beta * pair_scale
-    _spread(dlogprob, weights, chosen_start, chosen_end, slope * chosen_over - nll_scale, BLOCK)
-    _spread(dlogprob, weights, rejected_start, rejected_end, 0.0 - slope * rejected_over, BLOCK)
+        grad = smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)
+    grad = grad * beta * pair_scale
+    _write_grads(dlogprob, weights, chosen_start, chosen_end, grad * chosen_scale - nll_scale, BLOCK)
+    _write_grads(dlogprob, weights, rejected_start, rejected_end, 0.0 - grad * rejected_scale, BLOCK)
     tl.store(sums + pair, loss * pair_scale - nll_scale * likelihood)
     tl.store(sums + pairs + pair, chosen_reward)
     tl.store(sums + 2 * pairs + pair, rejected_reward)
@@ -120,7 +120,7 @@ def sequence_sums(logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, mean: bo
     return out
 
 
-def dpo_slopes(
+def dpo_grads(
     logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, reference: Tensor, *, beta: float, num_pairs: float,
     variant: str, label_smoothing: float, mean: bool, nll_scale: float,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip

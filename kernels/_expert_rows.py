@@ -15,11 +15,11 @@ def _tile(rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.c
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     row = tl.program_id(0) // BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(0) % BLOCKS * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    live = row < rows
-    kept = live[:, None]
+    row_mask = row < rows
+    mask = row_mask[:, None]
     if WIDTH % BLOCK_WIDTH != 0:
-        kept = kept & (column < WIDTH)[None, :]
-    return row, column, live, kept
+        mask = mask & (column < WIDTH)[None, :]
+    return row, column, row_mask, mask
 
 
 @triton.jit(repr=named("moe_combine", "WIDTH", "CHOICES"), do_not_specialize=["tokens"])
@@ -27,17 +27,17 @@ def moe_combine_kernel(
     rows, gates, positions, out, tokens,
     WIDTH: tl.constexpr, CHOICES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    token, column, live, kept = _tile(tokens, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
+    token, column, row_mask, mask = _tile(tokens, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
     pair = token.to(tl.int64) * CHOICES
     acc = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     for choice in tl.static_range(CHOICES):
-        position = tl.load(positions + pair + choice, mask=live, other=0).to(tl.int64)
-        own = tl.load(rows + position[:, None] * WIDTH + column[None, :], mask=kept, other=0.0).to(tl.float32)
+        position = tl.load(positions + pair + choice, mask=row_mask, other=0).to(tl.int64)
+        expert_row = tl.load(rows + position[:, None] * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if gates is None:
-            acc += own
+            acc += expert_row
         else:
-            acc += tl.load(gates + pair + choice, mask=live, other=0.0)[:, None] * own
-    tl.store(out + token.to(tl.int64)[:, None] * WIDTH + column[None, :], acc.to(out.dtype.element_ty), mask=kept)
+            acc += tl.load(gates + pair + choice, mask=row_mask, other=0.0)[:, None] * expert_row
+    tl.store(out + token.to(tl.int64)[:, None] * WIDTH + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=named("moe_permute", "WIDTH"), do_not_specialize=["total"])
@@ -45,10 +45,10 @@ def moe_permute_kernel(
     x, index, out, total, stride,
     WIDTH: tl.constexpr, CHOICES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, column, live, kept = _tile(total, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
-    token = (tl.load(index + row, mask=live, other=0) // CHOICES).to(tl.int64)
-    value = tl.load(x + token[:, None] * stride + column[None, :], mask=kept, other=0.0)
-    tl.store(out + row.to(tl.int64)[:, None] * WIDTH + column[None, :], value, mask=kept)
+    row, column, row_mask, mask = _tile(total, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
+    token = (tl.load(index + row, mask=row_mask, other=0) // CHOICES).to(tl.int64)
+    value = tl.load(x + token[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    tl.store(out + row.to(tl.int64)[:, None] * WIDTH + column[None, :], value, mask=mask)
 
 
 def _grid(rows: int, width: int, config: dict) -> tuple[int]:

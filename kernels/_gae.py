@@ -10,7 +10,7 @@ from .launch import launch
 
 
 @triton.jit
-def _behind(later_decay, later_value, decay, value):
+def _compose(later_decay, later_value, decay, value):
     """Two stretches of a recursion A_t = value_t + decay_t A_{t+1} as one; the scan runs from the end."""
     return later_decay * decay, value + decay * later_value
 
@@ -23,15 +23,15 @@ def gae_kernel(rewards, values, cu_seqlens, advantages, returns, gamma, decay, B
     carry = 0.0
     for block in tl.range(tl.cdiv(length, BLOCK) - 1, -1, -1, num_stages=1):
         token = block * BLOCK + tl.arange(0, BLOCK)
-        inside = token < length
-        value = tl.load(values + start + token, mask=inside, other=0.0)
-        following = tl.load(values + start + token + 1, mask=token + 1 < length, other=0.0)
-        delta = tl.load(rewards + start + token, mask=inside, other=0.0) + gamma * following - value
-        factors = tl.where(inside, decay, 1.0).to(tl.float32)
-        reach, advantage = tl.associative_scan((factors, delta), 0, _behind, reverse=True)
-        advantage += reach * carry
-        tl.store(advantages + start + token, advantage, mask=inside)
-        tl.store(returns + start + token, advantage + value, mask=inside)
+        in_range = token < length
+        value = tl.load(values + start + token, mask=in_range, other=0.0)
+        next_value = tl.load(values + start + token + 1, mask=token + 1 < length, other=0.0)
+        delta = tl.load(rewards + start + token, mask=in_range, other=0.0) + gamma * next_value - value
+        factors = tl.where(in_range, decay, 1.0).to(tl.float32)
+        carry_factor, advantage = tl.associative_scan((factors, delta), 0, _compose, reverse=True)
+        advantage += carry_factor * carry
+        tl.store(advantages + start + token, advantage, mask=in_range)
+        tl.store(returns + start + token, advantage + value, mask=in_range)
         carry = tl.sum(tl.where(tl.arange(0, BLOCK) == 0, advantage, 0.0), 0)
 
 

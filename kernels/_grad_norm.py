@@ -74,8 +74,8 @@ def chunk_squares(grads: Sequence[Tensor], chunk: int) -> Tensor:
     grid = triton.cdiv(max(grad.numel() for grad in grads), chunk), len(grads)
     sums = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=device)
     aligned = all(grad.data_ptr() % 16 == 0 for grad in grads)
-    numbers = tuple(x for grad in grads for x in (grad.data_ptr(), grad.numel(), grad.element_size()))
+    entries = tuple(x for grad in grads for x in (grad.data_ptr(), grad.numel(), grad.element_size()))
     # A table that stands for one, in a trace, serves that trace alone.
-    made = _table if type(grads[0]) is Tensor and not grads[0].is_meta else _table.__wrapped__
-    launch(grad_norm_kernel, grid, made(numbers, device), sums, ALIGNED=aligned, CHUNK=chunk, **config)
+    make_table = _table if type(grads[0]) is Tensor and not grads[0].is_meta else _table.__wrapped__
+    launch(grad_norm_kernel, grid, make_table(entries, device), sums, ALIGNED=aligned, CHUNK=chunk, **config)
     return sums

@@ -22,7 +22,7 @@ from .launch import launch, named
 # Blocks of rows that run side by side: their operands stay in L2 while the columns go by.
 GROUP = 16
 
-_forced: bool | None = None
+_forced_gather: bool | None = None
 
 
 @triton.jit
@@ -103,10 +103,10 @@ def _mask(
     """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and which elements exist; STEP: between programs' columns."""
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
-    kept = (rows < end)[:, None]
+    mask = (rows < end)[:, None]
     if COLUMNS % STEP != 0:
-        kept = kept & (columns < COLUMNS)[None, :]
-    return rows.to(tl.int64)[:, None], columns[None, :], kept
+        mask = mask & (columns < COLUMNS)[None, :]
+    return rows.to(tl.int64)[:, None], columns[None, :], mask
 
 
 @triton.jit(repr=named("grouped_matmul", "DEPTH", "COLUMNS", "TRANSPOSED"), do_not_specialize=["slots"])
@@ -123,8 +123,8 @@ def grouped_matmul_kernel(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, TRANSPOSED,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
-    tl.store(out + rows * COLUMNS + columns, product.to(out.dtype.element_ty), mask=kept)
+    rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
+    tl.store(out + rows * COLUMNS + columns, product.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=named("grouped_swiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots"])
@@ -141,41 +141,41 @@ def grouped_swiglu_kernel(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, True, False,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
+    rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
     # Rounded as they are stored: the backward starts from the stored numbers.
     gate = gate.to(out.dtype.element_ty)
     up = up.to(out.dtype.element_ty)
     if gate_up is not None:
-        tl.store(gate_up + rows * (2 * COLUMNS) + columns, gate, mask=kept)
-        tl.store(gate_up + rows * (2 * COLUMNS) + COLUMNS + columns, up, mask=kept)
-    wide = gate.to(tl.float32)
-    hidden = wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)
-    tl.store(out + rows * COLUMNS + columns, hidden.to(out.dtype.element_ty), mask=kept)
+        tl.store(gate_up + rows * (2 * COLUMNS) + columns, gate, mask=mask)
+        tl.store(gate_up + rows * (2 * COLUMNS) + COLUMNS + columns, up, mask=mask)
+    gate_fp32 = gate.to(tl.float32)
+    hidden = gate_fp32 / (1.0 + tl.exp(-gate_fp32)) * up.to(tl.float32)
+    tl.store(out + rows * COLUMNS + columns, hidden.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _dswiglu(
-    slope, weight_M, gate_up, dgate_up, gated, row, end, column,
+    dhidden, weight_M, gate_up, dgate_up, gated, row, end, column,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile's slopes and weighted activations; what its rows add up to before the weight, (BLOCK_M,).
 
     That sum is the slope of the weight.
     """
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, 2 * BLOCK_N)
+    rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, 2 * BLOCK_N)
     at = rows * (2 * COLUMNS) + columns
-    gate = tl.load(gate_up + at, mask=kept, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + at + COLUMNS, mask=kept, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + COLUMNS, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    own = tl.sum(tl.where(kept, slope * silu * up, 0.0), 1)
+    dweight_M = tl.sum(tl.where(mask, dhidden * silu * up, 0.0), 1)
     hidden = weight_M[:, None] * silu * up
-    tl.store(gated + rows * COLUMNS + columns, hidden.to(gated.dtype.element_ty), mask=kept)
-    slope = slope * weight_M[:, None]
-    tl.store(dgate_up + at + COLUMNS, (slope * silu).to(dgate_up.dtype.element_ty), mask=kept)
-    dgate = slope * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=kept)
-    return own
+    tl.store(gated + rows * COLUMNS + columns, hidden.to(gated.dtype.element_ty), mask=mask)
+    dhidden = dhidden * weight_M[:, None]
+    tl.store(dgate_up + at + COLUMNS, (dhidden * silu).to(dgate_up.dtype.element_ty), mask=mask)
+    dgate = dhidden * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=mask)
+    return dweight_M
 
 
 @triton.jit(repr=named("grouped_dswiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots", "total"])
@@ -189,31 +189,31 @@ def grouped_dswiglu_kernel(
     expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
     if row >= end:
         return
-    slope, _ = _products(
+    dhidden, _ = _products(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, True,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
     # In two halves, or the tiles of the activation would not fit into registers beside the product.
     HALF: tl.constexpr = BLOCK_N // 2
-    left, right = tl.split(tl.permute(tl.reshape(slope, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-    numbers = row + tl.arange(0, BLOCK_M)
-    pair = tl.load(pairs + numbers, mask=numbers < end, other=0)
-    weight_M = tl.load(gates + pair, mask=numbers < end, other=0.0)
-    own = _dswiglu(left, weight_M, gate_up, dgate_up, gated, row, end, column, COLUMNS, BLOCK_M, HALF)
-    own += _dswiglu(right, weight_M, gate_up, dgate_up, gated, row, end, column + HALF, COLUMNS, BLOCK_M, HALF)
-    tl.store(partial + (column // BLOCK_N).to(tl.int64) * total + numbers, own, mask=numbers < end)
+    left, right = tl.split(tl.permute(tl.reshape(dhidden, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    rows = row + tl.arange(0, BLOCK_M)
+    pair = tl.load(pairs + rows, mask=rows < end, other=0)
+    weight_M = tl.load(gates + pair, mask=rows < end, other=0.0)
+    dweight_M = _dswiglu(left, weight_M, gate_up, dgate_up, gated, row, end, column, COLUMNS, BLOCK_M, HALF)
+    dweight_M += _dswiglu(right, weight_M, gate_up, dgate_up, gated, row, end, column + HALF, COLUMNS, BLOCK_M, HALF)
+    tl.store(partial + (column // BLOCK_N).to(tl.int64) * total + rows, dweight_M, mask=rows < end)
 
 
 @triton.jit
 def _rows(x, index, rows, end, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr):
     """(rows, columns) of x, or of the tokens that `index` names; zero behind the expert's last row."""
-    kept = rows < end
+    mask = rows < end
     if index is not None:
-        rows = tl.load(index + rows, mask=kept, other=0) // CHOICES
-    kept = kept[:, None]
+        rows = tl.load(index + rows, mask=mask, other=0) // CHOICES
+    mask = mask[:, None]
     if WIDTH % BLOCK != 0:
-        kept = kept & (columns < WIDTH)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=kept, other=0.0)
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -223,17 +223,17 @@ def _whole_rows(
 ):  # fmt: skip
     """The same for a block that is full of rows."""
     if TMA and index is None:
-        found = x_tiles.load([row, column])
+        tile = x_tiles.load([row, column])
     else:
         rows = row + tl.arange(0, BLOCK_R)
         if index is not None:
             rows = tl.load(index + rows) // CHOICES
         at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
         if WIDTH % BLOCK == 0:
-            found = tl.load(at)
+            tile = tl.load(at)
         else:
-            found = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
-    return found
+            tile = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit(repr=named("grouped_dweight", "ROWS", "COLUMNS"))
@@ -245,20 +245,20 @@ def grouped_dweight_kernel(
     BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // (BLOCKS * ACROSS)
-    block, number = place(tl.program_id(0) % (BLOCKS * ACROSS), BLOCKS, ACROSS, GROUP)
+    block, column_block = place(tl.program_id(0) % (BLOCKS * ACROSS), BLOCKS, ACROSS, GROUP)
     first = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     whole = first + (end - first) // BLOCK_R * BLOCK_R
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = number * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for row in tl.range(first, whole, BLOCK_R):
         left_RM = _whole_rows(
             left, left_index, left_tiles, row, block * BLOCK_M, stride_left, m, ROWS, BLOCK_M, BLOCK_R, CHOICES, TMA
         )
         right_RN = _whole_rows(
-            right, right_index, right_tiles, row, number * BLOCK_N, stride_right, n, COLUMNS, BLOCK_N, BLOCK_R, CHOICES,
-            TMA,
+            right, right_index, right_tiles, row, column_block * BLOCK_N, stride_right, n, COLUMNS, BLOCK_N, BLOCK_R,
+            CHOICES, TMA,
         )  # fmt: skip
         acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
     for row in tl.range(whole, end, TAIL, num_stages=1):
@@ -267,8 +267,8 @@ def grouped_dweight_kernel(
         right_RN = _rows(right, right_index, rows, end, stride_right, n, COLUMNS, BLOCK_N, CHOICES)
         acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
     at = out + expert.to(tl.int64) * (ROWS * COLUMNS) + m[:, None] * COLUMNS + n[None, :]
-    kept = (m < ROWS)[:, None] & (n < COLUMNS)[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=kept)
+    mask = (m < ROWS)[:, None] & (n < COLUMNS)[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -293,26 +293,26 @@ def shape_class(x: Tensor) -> dict[str, int]:
 def _config(table: str, x: Tensor, *operands: Tensor, depth: int | None = None) -> dict:
     """The table's configuration; without TMA where an operand does not fit it, or tiles would reach other experts."""
     config = dict(configuration(table, x.device, **shape_class(x)))
-    fits = all(fits_tma(operand) for operand in operands)
-    config["TMA"] = config["TMA"] and fits and (depth is None or depth % config["BLOCK_K"] == 0)
+    all_fit = all(fits_tma(operand) for operand in operands)
+    config["TMA"] = config["TMA"] and all_fit and (depth is None or depth % config["BLOCK_K"] == 0)
     return config
 
 
 @contextmanager
 def use_gather(gather: bool) -> Iterator[None]:
     """Gather rows in the load, or permute them beforehand, inside the block, whatever the tables say."""
-    global _forced
-    before, _forced = _forced, gather
+    global _forced_gather
+    before, _forced_gather = _forced_gather, gather
     try:
         yield
     finally:
-        _forced = before
+        _forced_gather = before
 
 
 def _gathered(x: Tensor, layout: Layout, config: dict) -> tuple[Tensor, Tensor | None]:
     """x (T, D) and the index to gather it by in the load, or its rows permuted beforehand and no index."""
     gather = config.pop("GATHER")
-    if gather if _forced is None else _forced:
+    if gather if _forced_gather is None else _forced_gather:
         return x, layout.rows
     from .expert_permute import permute
 

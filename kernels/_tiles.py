@@ -32,9 +32,9 @@ def pointer_products(
             x_MK = tl.load(x_at + k)
             w_NK = tl.load(w_at + k)
         else:
-            kept = (depth < WIDTH - k)[None, :]
-            x_MK = tl.load(x_at + k, mask=kept, other=0.0)
-            w_NK = tl.load(w_at + k, mask=kept, other=0.0)
+            mask = (depth < WIDTH - k)[None, :]
+            x_MK = tl.load(x_at + k, mask=mask, other=0.0)
+            w_NK = tl.load(w_at + k, mask=mask, other=0.0)
         acc = tl.dot(x_MK, w_NK.T, acc, input_precision=PRECISION)
     return acc
 

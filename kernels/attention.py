@@ -37,12 +37,12 @@ def attention_reference(
     heads, kv_heads = q.shape[1], k.shape[1]
     same_tokens = cu_seqlens_k is None
     cu_seqlens_k, max_seqlen_k = _keys(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
-    blind = mask = None
+    no_keys = mask = None
     if same_tokens:
         mask = _mask(cu_seqlens.diff(), max_seqlen, causal, window, q.device)
     else:
         max_seqlen_k = max(max_seqlen_k, 1)
-        mask, blind = _aligned_mask(cu_seqlens.diff(), cu_seqlens_k.diff(), max_seqlen, max_seqlen_k, causal, window)
+        mask, no_keys = _aligned_mask(cu_seqlens.diff(), cu_seqlens_k.diff(), max_seqlen, max_seqlen_k, causal, window)
     q_SHMC, k_SHMC, v_SHMC = (
         _padded(x, cu, longest)
         for x, cu, longest in (
@@ -55,8 +55,8 @@ def attention_reference(
     out_SHMC = F.scaled_dot_product_attention(
         q_SHMC, k_SHMC, v_SHMC, attn_mask=mask, is_causal=mask is None, scale=scale
     )
-    if blind is not None:
-        out_SHMC = out_SHMC.masked_fill(blind, 0.0)
+    if no_keys is not None:
+        out_SHMC = out_SHMC.masked_fill(no_keys, 0.0)
     flat = out_SHMC.transpose(1, 2).reshape(-1, heads, v.shape[-1])
     return flat.index_select(0, _padded_slots(cu_seqlens, max_seqlen, q.shape[0]))
 
@@ -87,8 +87,8 @@ def _aligned_mask(
         seen = seen & (key <= query)
     if window is not None:
         seen = seen & (key > query - window)
-    blind = ~seen.any(-1, keepdim=True)
-    return (seen | (blind & (key == 0)))[:, None], blind[:, None]
+    no_keys = ~seen.any(-1, keepdim=True)
+    return (seen | (no_keys & (key == 0)))[:, None], no_keys[:, None]
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -153,40 +153,42 @@ def _short_aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> 
     runs = _similar([b - a for a, b in pairwise(queries)], [b - a for a, b in pairwise(keys)])
     if len(runs) == 1:
         return _aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale)
-    found = []
-    for first, last, most_q, most_k in runs:
-        own_q, own_k = (slice(marks[first], marks[last]) for marks in (queries, keys))
-        marks_q, marks_k = (cu[first : last + 1] - cu[first] for cu in (cu_q, cu_k))
-        found.append(_aligned(q[own_q], k[own_k], v[own_k], marks_q, most_q, marks_k, most_k, causal, window, scale))
-    return torch.cat(found)
+    outputs = []
+    for first, last, longest_q, longest_k in runs:
+        run_q, run_k = (slice(bounds[first], bounds[last]) for bounds in (queries, keys))
+        run_cu_q, run_cu_k = (cu[first : last + 1] - cu[first] for cu in (cu_q, cu_k))
+        outputs.append(
+            _aligned(q[run_q], k[run_k], v[run_k], run_cu_q, longest_q, run_cu_k, longest_k, causal, window, scale)
+        )
+    return torch.cat(outputs)
 
 
 def _similar(queries: list[int], keys: list[int]) -> list[tuple[int, int, int, int]]:
     """Runs [first, last) of sequences, with their longest queries and keys, that padding makes at most PADDED times as
     large as they are."""
     runs: list[tuple[int, int, int, int]] = []
-    first, most_q, most_k, real = 0, 1, 1, 0
-    for place, (m, n) in enumerate(zip(queries, keys)):
-        wide, long = max(most_q, m), max(most_k, n)
-        if place > first and (place + 1 - first) * wide * long > PADDED * (real + m * n):
-            runs.append((first, place, most_q, most_k))
-            first, wide, long, real = place, max(1, m), max(1, n), 0
-        most_q, most_k, real = wide, long, real + m * n
-    return [*runs, (first, len(queries), most_q, most_k)]
+    first, longest_q, longest_k, pairs = 0, 1, 1, 0
+    for index, (m, n) in enumerate(zip(queries, keys)):
+        new_q, new_k = max(longest_q, m), max(longest_k, n)
+        if index > first and (index + 1 - first) * new_q * new_k > PADDED * (pairs + m * n):
+            runs.append((first, index, longest_q, longest_k))
+            first, new_q, new_k, pairs = index, max(1, m), max(1, n), 0
+        longest_q, longest_k, pairs = new_q, new_k, pairs + m * n
+    return [*runs, (first, len(queries), longest_q, longest_k)]
 
 
 def _aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:
     """Attention of sequences of similar sizes by padding them to the longest."""
-    seen, blind = _aligned_mask(cu_q.diff(), cu_k.diff(), max_q, max_k, causal, window)
+    seen, no_keys = _aligned_mask(cu_q.diff(), cu_k.diff(), max_q, max_k, causal, window)
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
     rows, rows_k = (cu_q.numel() - 1, max_q), (cu_k.numel() - 1, max_k)
     bias = bias.expand(-1, q.shape[1], -1, -1).reshape(-1, max_q, max_k)
     slots_T, slots_N = _padded_slots(cu_q, max_q, q.shape[0]), _padded_slots(cu_k, max_k, k.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out_THC = _ShortAttention.apply(q, k, v, slots_T, bias, rows, scale, slots_N, rows_k)
-    if not bool(blind.any()):
+    if not bool(no_keys.any()):
         return out_THC
-    return out_THC.masked_fill(blind[:, 0, :, 0].reshape(-1)[slots_T][:, None, None], 0.0)
+    return out_THC.masked_fill(no_keys[:, 0, :, 0].reshape(-1)[slots_T][:, None, None], 0.0)
 
 
 def _padded_slots(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:
@@ -337,16 +339,16 @@ def attention(
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, scale) -> None:
-    own_keys = cu_seqlens_k is not None
+    has_own_keys = cu_seqlens_k is not None
     fits = q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
-    if not fits or (q.shape[0] != k.shape[0] and not own_keys):
-        expected = "(T, H, C), (N, K, C), (N, K, C)" if own_keys else "(T, H, C), (T, K, C), (T, K, C)"
+    if not fits or (q.shape[0] != k.shape[0] and not has_own_keys):
+        expected = "(T, H, C), (N, K, C), (N, K, C)" if has_own_keys else "(T, H, C), (T, K, C), (T, K, C)"
         raise ValueError(f"q, k, v: expected {expected}, got {[tuple(x.shape) for x in (q, k, v)]}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: the number of key heads must divide the query heads: got {k.shape[1]} and {q.shape[1]}")
-    if own_keys and max_seqlen_k is None:
+    if has_own_keys and max_seqlen_k is None:
         raise ValueError("max_seqlen_k: expected the longest key sequence beside cu_seqlens_k, got None")
-    if own_keys and cu_seqlens_k.shape != cu_seqlens.shape:
+    if has_own_keys and cu_seqlens_k.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_k: expected {tuple(cu_seqlens.shape)}, got {tuple(cu_seqlens_k.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 or None, got {window}")
@@ -356,5 +358,5 @@ def _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, 
     same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     contiguous_rows(q=q, k=k, v=v)
     check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
-    if own_keys:
+    if has_own_keys:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)

@@ -27,15 +27,15 @@ def decode_attention_reference(
     seen = position < lengths[:, None]
     if window is not None:
         seen = seen & (position >= lengths[:, None] - window)
-    blind = ~seen.any(-1)
-    mask = (seen | (blind[:, None] & (position == 0)))[:, None, None, :]
+    no_keys = ~seen.any(-1)
+    mask = (seen | (no_keys[:, None] & (position == 0)))[:, None, None, :]
     grouped = q.view(batch, kv_heads, heads // kv_heads, width)
     # What stands behind a sequence's last key may be anything.
     v = v.masked_fill(~seen[:, None, :, None], 0.0)
     out = F.scaled_dot_product_attention(
         grouped, k.masked_fill(~seen[:, None, :, None], 0.0), v, attn_mask=mask, scale=scale
     )
-    return out.masked_fill(blind[:, None, None, None], 0.0).reshape(batch, heads, width)
+    return out.masked_fill(no_keys[:, None, None, None], 0.0).reshape(batch, heads, width)
 
 
 @torch.library.custom_op("wizard_engine::decode_attention", mutates_args=())
@@ -43,14 +43,14 @@ def _decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor, max_length: int, window: int,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    seen = window or None
+    keys_seen = window or None
     if runs_triton(q, "q"):
         from ._decode_attention import decode_attention as kernels
 
-        return kernels(q, keys, values, page_table, lengths, max_length, seen, scale)
+        return kernels(q, keys, values, page_table, lengths, max_length, keys_seen, scale)
     if runs_csrc(q):
-        return attend_rows(q, keys, values, page_table, None, lengths, seen, scale)
-    out = decode_attention_reference(q, keys, values, page_table, lengths, max_length, window=seen, scale=scale)
+        return attend_rows(q, keys, values, page_table, None, lengths, keys_seen, scale)
+    out = decode_attention_reference(q, keys, values, page_table, lengths, max_length, window=keys_seen, scale=scale)
     return out.clone()
 
 

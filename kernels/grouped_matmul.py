@@ -55,24 +55,24 @@ def _backward(
     from ._grouped_matmul import Layout, grouped_dswiglu, grouped_dweight, grouped_matmul
 
     layout, experts = Layout(rows, positions, offsets, tiles), gate_up.shape[0]
-    found = [t.new_empty(0) for t in (x, gates, gate_up, down)]
+    grads = [t.new_empty(0) for t in (x, gates, gate_up, down)]
     dinner, gated, dgate_R = grouped_dswiglu(dout, down, inner, gates, layout)
     if needed[1]:
-        found[1] = dgate_R[positions.long()]
+        grads[1] = dgate_R[positions.long()]
     if needed[3]:
-        found[3] = grouped_dweight(dout, gated, layout, experts, gathered="left")
+        grads[3] = grouped_dweight(dout, gated, layout, experts, gathered="left")
     del gated
     if needed[2]:
-        found[2] = grouped_dweight(dinner, x, layout, experts, gathered="right")
+        grads[2] = grouped_dweight(dinner, x, layout, experts, gathered="right")
     if needed[0]:
-        found[0] = moe_combine(grouped_matmul(dinner, gate_up, layout, transposed=True), None, positions)
-    return found
+        grads[0] = moe_combine(grouped_matmul(dinner, gate_up, layout, transposed=True), None, positions)
+    return grads
 
 
 @_backward.register_fake
 def _(dout, x, gates, gate_up, down, inner, rows, positions, offsets, tiles, needed):
     operands = (x, gates, gate_up, down)
-    return [t.new_empty(t.shape if wanted else (0,)) for t, wanted in zip(operands, needed)]
+    return [t.new_empty(t.shape if is_needed else (0,)) for t, is_needed in zip(operands, needed)]
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -87,8 +87,8 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         needed = list(ctx.needs_input_grad[:4])
-        found = _backward(dout.contiguous(), *ctx.saved_tensors, needed)
-        return *(g if wanted else None for g, wanted in zip(found, needed)), None, None, None, None, None
+        grads = _backward(dout.contiguous(), *ctx.saved_tensors, needed)
+        return *(grad if is_needed else None for grad, is_needed in zip(grads, needed)), None, None, None, None, None
 
 
 def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:

@@ -20,15 +20,15 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, longest: int) -
         raise ValueError(f"{name}: expected int32, got {str(cu_seqlens.dtype).removeprefix('torch.')}; use .int()")
     if not values_are_checked(cu_seqlens):
         return
-    marks = cu_seqlens.tolist()
-    if marks[0] != 0:
-        raise ValueError(f"{name}: expected 0 first, got {marks[0]}")
-    lengths = [end - start for start, end in pairwise(marks)]
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name}: expected 0 first, got {bounds[0]}")
+    lengths = [end - start for start, end in pairwise(bounds)]
     if min(lengths) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise ValueError(f"{name}: expected marks that do not decrease, got {marks[at]}, {marks[at + 1]} at {at}")
-    if marks[-1] > tokens:
-        raise ValueError(f"{name}: expected at most {tokens} (the tokens) last, got {marks[-1]}")
+        raise ValueError(f"{name}: expected marks that do not decrease, got {bounds[at]}, {bounds[at + 1]} at {at}")
+    if bounds[-1] > tokens:
+        raise ValueError(f"{name}: expected at most {tokens} (the tokens) last, got {bounds[-1]}")
     if max(lengths) > longest:
         raise ValueError(f"{name}: expected sequences of at most {longest} (max_seqlen), got one of {max(lengths)}")
 

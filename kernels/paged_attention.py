@@ -34,7 +34,7 @@ class PagedBatch:
     page: int
     checked: bool = False
     _rows: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    _pieces: tuple | None = field(default=None, repr=False)
+    _prefill_chunks: tuple | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -45,27 +45,27 @@ class PagedBatch:
         """(T,) int32 each: the sequence of every token, and the keys that it sees; none of padding."""
         if self._rows is None or self._rows[0].shape[0] != padded:
             counts = torch.tensor(self.counts)
-            owners = torch.repeat_interleave(torch.arange(len(self.counts)), counts)
-            last = counts.cumsum(0)[owners]
-            seen = self.lengths.cpu()[owners] - last + torch.arange(1, len(owners) + 1)
-            room = (0, padded - len(owners))
-            self._rows = F.pad(owners.int(), room), F.pad(seen.int(), room)
+            sequences = torch.repeat_interleave(torch.arange(len(self.counts)), counts)
+            end = counts.cumsum(0)[sequences]
+            num_keys = self.lengths.cpu()[sequences] - end + torch.arange(1, len(sequences) + 1)
+            room = (0, padded - len(sequences))
+            self._rows = F.pad(sequences.int(), room), F.pad(num_keys.int(), room)
         return self._rows
 
-    def pieces(self) -> tuple[Tensor, int, Tensor, int, Tensor]:
+    def prefill_chunks(self) -> tuple[Tensor, int, Tensor, int, Tensor]:
         """Of the sequences behind the first `decodes`: boundaries of their tokens, the most of them; boundaries of
         their keys, the most of them, and (Tk,) int64 where these stand in keys.view(-1, K, C)."""
-        if self._pieces is None:
+        if self._prefill_chunks is None:
             device, counts = self.page_table.device, self.counts[self.decodes :]
             lengths = self.lengths[self.decodes :].long()
             cu_q = F.pad(torch.tensor(counts).cumsum(0), (1, 0)).int().to(device)
             cu_k = F.pad(lengths.cumsum(0), (1, 0))
-            owner = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths)
-            position = torch.arange(owner.shape[0], device=device) - cu_k[owner]
-            pages = self.page_table[self.decodes :][owner, position // self.page].long()
+            sequence = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths)
+            position = torch.arange(sequence.shape[0], device=device) - cu_k[sequence]
+            pages = self.page_table[self.decodes :][sequence, position // self.page].long()
             slots = pages * self.page + position % self.page
-            self._pieces = cu_q, max(counts), cu_k.int(), self.max_length, slots
-        return self._pieces
+            self._prefill_chunks = cu_q, max(counts), cu_k.int(), self.max_length, slots
+        return self._prefill_chunks
 
 
 def paged_attention(
@@ -92,8 +92,8 @@ def paged_attention(
     _check(q, keys, values, batch, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if runs_csrc(q):
-        owners, seen = batch.rows(q.shape[0])
-        return attend_rows(q, keys, values, batch.page_table, owners, seen, window, scale)
+        sequences, num_keys = batch.rows(q.shape[0])
+        return attend_rows(q, keys, values, batch.page_table, sequences, num_keys, window, scale)
     n, tokens = batch.decodes, batch.tokens
     options = {"window": window, "scale": scale}
     if n == len(batch.counts) == q.shape[0]:
@@ -104,7 +104,7 @@ def paged_attention(
             q[:n], keys, values, batch.page_table[:n], batch.lengths[:n], batch.max_length, **options
         )
     if n < len(batch.counts):
-        cu_q, max_q, cu_k, max_k, slots = batch.pieces()
+        cu_q, max_q, cu_k, max_k, slots = batch.prefill_chunks()
         k, v = (x.view(-1, *x.shape[2:]).index_select(0, slots) for x in (keys, values))
         out[n:tokens] = attention(
             q[n:tokens], k, v, cu_q, max_q, cu_seqlens_k=cu_k, max_seqlen_k=max_k, **options

@@ -27,14 +27,14 @@ def attend_rows(
     """
     (tokens, heads, width), (_, page, kv_heads, _) = q.shape, keys.shape
     out = torch.empty_like(q)
-    ran = csrc.library().wizard_paged_attention(
+    status = csrc.library().wizard_paged_attention(
         _TYPES[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(), page_table.data_ptr(),
         None if owners is None else owners.data_ptr(), seen.data_ptr(), out.data_ptr(), tokens, heads, kv_heads, width,
         page, page_table.shape[1], window or 0, scale, keys.shape[0], page_table.shape[0],
         -1 if level is None else LEVELS.index(level),
         threads or torch.get_num_threads(),
     )  # fmt: skip
-    _check(csrc.check(ran, "paged attention"), level, f"lengths, page_table: expected pages below {keys.shape[0]}")
+    _check(csrc.check(status, "paged attention"), level, f"lengths, page_table: expected pages below {keys.shape[0]}")
     return out
 
 
@@ -44,17 +44,17 @@ def write_rows(
     """(T, H, C) turned queries of (T, H + 2 K, C) with the last dims contiguous; turned keys and values go to slots."""
     (tokens, heads, width), kv_heads = qkv.shape, keys.shape[2]
     q = qkv.new_empty(tokens, heads - 2 * kv_heads, width)
-    ran = csrc.library().wizard_write_pages(
+    status = csrc.library().wizard_write_pages(
         _TYPES[q.dtype], qkv.data_ptr(), qkv.stride(0), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(),
         q.data_ptr(), keys.data_ptr(), values.data_ptr(), tokens, q.shape[1], kv_heads, width,
         keys.shape[0] * keys.shape[1], -1 if level is None else LEVELS.index(level),
     )  # fmt: skip
-    _check(ran, level, f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}")
+    _check(status, level, f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}")
     return q
 
 
-def _check(ran: int, level: str | None, wanted: str) -> None:
-    if ran == -2:
+def _check(status: int, level: str | None, expected: str) -> None:
+    if status == -2:
         raise ValueError(f"level: expected one that this processor has, got {level}")
-    if ran < 0:
-        raise ValueError(f"{wanted} for every token, got others")
+    if status < 0:
+        raise ValueError(f"{expected} for every token, got others")

@@ -62,16 +62,16 @@ def sample_reference(
     logits: Tensor, uniform: Tensor, temperature: Tensor | float, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens and log-probabilities as `sample` defines them; masses in fp64."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    heat = torch.as_tensor(temperature, dtype=wide.dtype, device=logits.device)
-    greedy_B = heat == 0
-    scaled = wide
+    logits_BV = logits if logits.dtype == torch.float64 else logits.float()
+    row_temperature = torch.as_tensor(temperature, dtype=logits_BV.dtype, device=logits.device)
+    greedy_B = row_temperature == 0
+    scaled = logits_BV
     if isinstance(temperature, Tensor) or temperature not in (0.0, 1.0):
-        scaled = wide * torch.where(greedy_B, 1.0, heat).reciprocal().view(-1, 1)
+        scaled = logits_BV * torch.where(greedy_B, 1.0, row_temperature).reciprocal().view(-1, 1)
     if top_k is not None or top_p is not None:
         scaled = torch.where(greedy_B.view(-1, 1) | (scaled >= _threshold(scaled, top_k, top_p)), scaled, -torch.inf)
     logprobs = scaled.log_softmax(-1)
-    tokens = _chosen(wide, logprobs, uniform, greedy_B)
+    tokens = _chosen(logits_BV, logprobs, uniform, greedy_B)
     logprob = logprobs.gather(-1, tokens[:, None])[:, 0]
     return tokens.masked_fill(logprob.isnan(), 0), logprob
 
@@ -97,8 +97,8 @@ def _threshold(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Te
         kept = torch.where(ranked >= lowest, ranked, -torch.inf)
         mass = kept.double().softmax(-1).cumsum(-1)
         enough = (mass >= top_p.double()[:, None]).int().argmax(-1, keepdim=True)
-        found = ranked.gather(-1, enough)
-        lowest = torch.where((top_p >= 1)[:, None], lowest, torch.maximum(found, lowest))
+        nucleus = ranked.gather(-1, enough)
+        lowest = torch.where((top_p >= 1)[:, None], lowest, torch.maximum(nucleus, lowest))
     return lowest
 
 
@@ -175,11 +175,11 @@ def _check(logits: Tensor, seeds: Tensor | None, uniform: Tensor | None) -> None
         raise ValueError(f"logits: expected a float dtype, got {str(logits.dtype).removeprefix('torch.')}")
     if (seeds is None) == (uniform is None):
         raise ValueError(f"seeds, uniform: expected one of the two, got {'both' if uniform is not None else 'none'}")
-    name, given, dtype = ("seeds", seeds, torch.int64) if uniform is None else ("uniform", uniform, torch.float32)
-    if given.shape != logits.shape[:1] or given.dtype != dtype:
+    name, row_source, dtype = ("seeds", seeds, torch.int64) if uniform is None else ("uniform", uniform, torch.float32)
+    if row_source.shape != logits.shape[:1] or row_source.dtype != dtype:
         raise ValueError(
-            f"{name}: expected ({logits.shape[0]},) {str(dtype).removeprefix('torch.')}, got {tuple(given.shape)} "
-            f"{str(given.dtype).removeprefix('torch.')}"
+            f"{name}: expected ({logits.shape[0]},) {str(dtype).removeprefix('torch.')}, got {tuple(row_source.shape)} "
+            f"{str(row_source.dtype).removeprefix('torch.')}"
         )
     same_device(logits=logits, seeds=seeds, uniform=uniform)
     contiguous_rows(logits=logits)
@@ -191,8 +191,8 @@ def _checked(
     """The number or the (B,) tensor as a float, for a float `low`, or as an integer, once it is in range."""
     is_tensor, kind = isinstance(value, Tensor), type(low)
     if is_tensor and (value.shape != logits.shape[:1] or value.device != logits.device):
-        wanted, got = f"({logits.shape[0]},) on {logits.device}", f"{tuple(value.shape)} on {value.device}"
-        raise ValueError(f"{name}: expected {wanted}, got {got}")
+        expected, got = f"({logits.shape[0]},) on {logits.device}", f"{tuple(value.shape)} on {value.device}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
     if kind is int and (value.is_floating_point() if is_tensor else not isinstance(value, Integral)):
         raise ValueError(f"{name}: expected integers, got {value.dtype if is_tensor else value}")
     for number in _numbers(value):

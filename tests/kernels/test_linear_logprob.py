@@ -42,7 +42,7 @@ def path(request, monkeypatch):
     if request.param == "chunks":
         monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * 11 * 2)
         monkeypatch.setattr(chunks, "PART_BYTES", 4 * 11)
-        monkeypatch.setattr(chunks, "WORDS", 3)
+        monkeypatch.setattr(chunks, "VOCAB_BLOCK", 3)
     return request.param
 
 
@@ -156,7 +156,7 @@ def shards(hidden, weight, targets, count, temperature):
     """A `VocabularyShard` of each slice, whose gather knows the statistics of all of them."""
     edges = [round(weight.shape[0] * i / count) for i in range(count + 1)]
     parts = [
-        linear_logprob_partial(hidden, weight[a:b], targets, start=a, words=weight.shape[0], temperature=temperature)
+        linear_logprob_partial(hidden, weight[a:b], targets, start=a, vocab_size=len(weight), temperature=temperature)
         for a, b in itertools.pairwise(edges)
     ]
     stacked = torch.stack(parts)

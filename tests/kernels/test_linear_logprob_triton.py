@@ -252,7 +252,7 @@ def test_slices_of_the_vocabulary_equal_the_whole(count, infinite):
     slopes = torch.randn(2, 37, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     stacked = torch.stack(
         [
-            linear_logprob_partial(hidden, weight[a:b], targets, start=a, words=150, temperature=0.7)
+            linear_logprob_partial(hidden, weight[a:b], targets, start=a, vocab_size=150, temperature=0.7)
             for a, b in itertools.pairwise(edges)
         ]
     )
@@ -284,7 +284,7 @@ def test_gradients_do_not_depend_on_the_workspace(monkeypatch):
 
     whole = gradients()
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 37 * 4 * 64)
-    assert module._slice_words(37, 211, 32, 4) == 64
+    assert module._slice_entries(37, 211, 32, 4) == 64
     cut = gradients()
     assert torch.equal(whole[1], cut[1])
     torch.testing.assert_close(whole[0], cut[0], rtol=0, atol=1e-6 * float(whole[0].abs().max()))
@@ -294,7 +294,7 @@ def test_gradients_do_not_depend_on_the_workspace(monkeypatch):
     ("tokens", "words", "size"), [(1, 1, 2), (16384, 128000, 2), (65536, 128256, 2), (8192, 32001, 4)]
 )
 def test_workspace_stays_within_its_bound(tokens, words, size):
-    step = module._slice_words(tokens, words, 256, size)
+    step = module._slice_entries(tokens, words, 256, size)
     assert step % 256 == 0 and step * tokens * size <= module.WORKSPACE_BYTES <= 256 * 2**20
     assert step >= min(words, module.WORKSPACE_BYTES // (4 * tokens * size)), "a slice takes a fair share of it"
 

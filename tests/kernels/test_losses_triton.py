@@ -22,11 +22,11 @@ def wide(value):
 def compared(formula, *numbers):
     """The kernel's loss, metrics and slopes in fp32 beside the reference's in float64."""
     with kernels.use_backend("triton"):
-        found = formula.slopes(*numbers, ALL)
-        again = formula.slopes(*numbers, ALL)
+        found = formula.grads(*numbers, ALL)
+        again = formula.grads(*numbers, ALL)
     exact = type(formula)(**{name: wide(value) for name, value in vars(formula).items()})
     with kernels.use_backend("reference"):
-        wanted = exact.slopes(*(wide(x) for x in numbers), ALL)
+        wanted = exact.grads(*(wide(x) for x in numbers), ALL)
     assert found[1].keys() == wanted[1].keys()
     pairs = {"loss": (found[0], wanted[0]), **{name: (found[1][name], wanted[1][name]) for name in wanted[1]}}
     slopes = [(a, b) for a, b in zip(found[2:], wanted[2:]) if b is not None]
@@ -87,7 +87,7 @@ def test_dpo_kernel_of_a_pair_that_is_all_but_certain():
     numbers = {**DPO, "beta": 2.0, "num_pairs": 1.0}
     formula = DpoFormula(torch.zeros(2, device=DEVICE), ones, marks, **numbers, num_chosen_tokens=1.0)
     with kernels.use_backend("triton"):
-        loss, _, slope, _ = formula.slopes(logprob, None, ALL)
+        loss, _, slope, _ = formula.grads(logprob, None, ALL)
     assert loss.item() == pytest.approx(math.exp(-24), rel=1e-5)
     assert slope.tolist() == pytest.approx([-2 * math.exp(-24), 2 * math.exp(-24)], rel=1e-5)
 
@@ -120,7 +120,7 @@ def test_dpo_kernel_without_weights_is_ln_2():
     nothing, zeros = torch.zeros_like(weights), torch.zeros(4, device=DEVICE)
     formula = DpoFormula(zeros, nothing, marks, **{**DPO, "num_pairs": 2.0}, num_chosen_tokens=1.0)
     with kernels.use_backend("triton"):
-        loss, metrics, slope, _ = formula.slopes(logprob, None, ALL)
+        loss, metrics, slope, _ = formula.grads(logprob, None, ALL)
     assert loss.item() == torch.tensor(math.log(2)).item() and metrics["accuracy"] == 1 and not slope.any()
 
 
@@ -170,7 +170,7 @@ def test_ppo_kernel_on_fresh_samples_has_ratio_1_exactly():
         behaviour=logprob.clone(), advantages=numbers["advantages"], scale=scale, reference=None, sampled=None, **PPO
     )
     with kernels.use_backend("triton"):
-        _, metrics, slope, _ = formula.slopes(logprob, entropy, ALL)
+        _, metrics, slope, _ = formula.grads(logprob, entropy, ALL)
     live = scale != 0
     assert metrics["ratio"] == live.sum() and metrics["approx_kl"] == 0 and metrics["clip_fraction"] == 0
     assert torch.equal(slope[live], (-numbers["advantages"] * scale)[live])
@@ -181,7 +181,7 @@ def test_ppo_kernel_where_every_token_is_ignored():
     nothing = {name: torch.full_like(x, math.nan) for name, x in numbers.items()}
     formula = PpoFormula(scale=torch.zeros_like(scale), **nothing, **{**PPO, "kl": 0.1})
     with kernels.use_backend("triton"):
-        loss, metrics, *slopes = formula.slopes(0 * logprob, 0 * entropy, ALL)
+        loss, metrics, *slopes = formula.grads(0 * logprob, 0 * entropy, ALL)
     assert loss == 0 and all(value == 0 for value in metrics.values()) and not any(slope.any() for slope in slopes)
 
 

@@ -86,7 +86,7 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
 def test_rows_stand_by_expert_then_token(pattern, tokens, experts, per_token):
     given = chosen(pattern, tokens, experts, per_token, seed=tokens).to(DEVICE)
     inputs = {name: x.float() for name, x in drawn(tokens, 8, experts).items()}
-    routing = moe_route(*inputs.values(), experts_per_token=per_token, given=given)
+    routing = moe_route(*inputs.values(), experts_per_token=per_token, replayed_experts=given)
     assert torch.equal(routing.experts, given)
     assert_layout(routing, given, experts)
     logits = inputs["hidden"] @ inputs["router"].T
@@ -98,7 +98,7 @@ def test_given_experts_may_be_strided():
     inputs = [x.float() for x in drawn(40, 8, 6).values()]
     layers = torch.stack([chosen("uniform", 40, 6, 2, seed=s).to(DEVICE) for s in (1, 2, 3)], dim=1)
     for layer, given in enumerate(layers.unbind(1)):
-        routing = moe_route(*inputs, experts_per_token=2, given=given)
+        routing = moe_route(*inputs, experts_per_token=2, replayed_experts=given)
         assert torch.equal(routing.experts, layers[:, layer]) and not given.is_contiguous()
         assert_layout(routing, given, 6)
 
@@ -163,15 +163,18 @@ def test_frozen_inputs_get_no_gradient():
         ({"router": torch.zeros(6, 4, dtype=torch.float16)}, "router: expected the dtype of hidden"),
         ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden: expected a float dtype, got int64"),
         ({"hidden": torch.zeros(4, 3).T}, "hidden: expected a contiguous last dim"),
-        ({"given": torch.zeros(3, 1, dtype=torch.int64)}, r"given: expected \(3, 2\)"),
-        ({"given": torch.zeros(3, 2)}, "int32 or int64"),
-        ({"given": torch.tensor([[0, 1], [2, 2], [0, 1]])}, r"different experts of 0 to 5, got \[2, 2\] at token 1"),
-        ({"given": torch.tensor([[0, 1], [0, 1], [0, 6]])}, r"got \[0, 6\] at token 2"),
-        ({"given": torch.tensor([[0, -1], [0, 1], [0, 5]])}, r"got \[0, -1\] at token 0"),
+        ({"replayed_experts": torch.zeros(3, 1, dtype=torch.int64)}, r"replayed_experts: expected \(3, 2\)"),
+        ({"replayed_experts": torch.zeros(3, 2)}, "int32 or int64"),
+        (
+            {"replayed_experts": torch.tensor([[0, 1], [2, 2], [0, 1]])},
+            r"different experts of 0 to 5, got \[2, 2\] at token 1",
+        ),
+        ({"replayed_experts": torch.tensor([[0, 1], [0, 1], [0, 6]])}, r"got \[0, 6\] at token 2"),
+        ({"replayed_experts": torch.tensor([[0, -1], [0, 1], [0, 5]])}, r"got \[0, -1\] at token 0"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
-    arguments = {"hidden": torch.zeros(3, 4), "router": torch.zeros(6, 4), "experts_per_token": 2, "given": None}
+    arguments = {"hidden": torch.zeros(3, 4), "router": torch.zeros(6, 4), "experts_per_token": 2}
     arguments |= changes
     moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with kernels.check_values(), pytest.raises(ValueError, match=message):
