@@ -216,8 +216,8 @@ def linear_logprob_statistics(
     partial = torch.empty((splits, 4, tokens), dtype=torch.float32, device=hidden.device)
     launch(
         linear_logprob_statistics_kernel, (tiles * splits,), *operands, targets, partial, tokens, vocab_size,
-        split_entries, start, 1.0 / temperature, hidden.stride(0), weight.stride(0), WIDTH=hidden.shape[1], ENTROPY=entropy,
-        PRECISION="ieee", GROUP=GROUP, **config,
+        split_entries, start, 1.0 / temperature, hidden.stride(0), weight.stride(0), WIDTH=hidden.shape[1],
+        ENTROPY=entropy, PRECISION="ieee", GROUP=GROUP, **config,
     )  # fmt: skip
     if splits == 1:
         return partial[0]

@@ -142,8 +142,8 @@ def moe_route(
     shared = {"EXPERTS": experts, "BLOCK_E": block_e}
     launch(
         moe_route_kernel, (blocks,), hidden, router, replayed_experts, logits, gates, chosen, histogram, tokens,
-        hidden.stride(0), router.stride(0), WIDTH=width, CHOICES=experts_per_token, BLOCK_A=triton.next_power_of_2(experts_per_token),
-        PRECISION="ieee", **shared, **config,
+        hidden.stride(0), router.stride(0), WIDTH=width, CHOICES=experts_per_token,
+        BLOCK_A=triton.next_power_of_2(experts_per_token), PRECISION="ieee", **shared, **config,
     )  # fmt: skip
     launch(
         moe_offsets_kernel, (1,), histogram, bases, offsets, tiles, blocks, slots, TILE=TILE_ROWS, **shared,

@@ -207,8 +207,8 @@ def _check_replayed(replayed_experts: Tensor, shape: tuple[int, int], experts: i
     if bool(wrong.any()):
         token = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"replayed_experts: expected different experts of 0 to {experts - 1}, got {replayed_experts[token].tolist()} "
-            f"at token {token}"
+            f"replayed_experts: expected different experts of 0 to {experts - 1}, got "
+            f"{replayed_experts[token].tolist()} at token {token}"
         )
 
 
