@@ -4,8 +4,8 @@
     dS = P * (dP - delta)        dV = P^T dout        dK = scale dS^T Q        dQ = scale dS K
 
 `attention_delta_kernel`: one tile of queries of one head.
-`attention_backward_kv_kernel`: one program has one key block of one key head and walks over the queries that see it, for
-each query head of the group. It keeps dK and dV in registers, so the sum over queries and heads has one fixed order.
+`attention_backward_kv_kernel`: one program has one key block of one key head and walks over the queries that see it,
+for each query head of the group. It keeps dK and dV in registers: the sum over queries and heads has one fixed order.
 `attention_backward_q_kernel`: one program has one query tile of one head and walks over the keys that it sees, as the
 forward does. Scores are computed twice, once in each kernel; in return no sum crosses programs.
 

@@ -1,8 +1,17 @@
-"""Kernels of grouped products: one matrix per expert over its own rows, and what is fused behind them.
+"""Kernels of grouped products (grouped GEMM): each expert's matrix times the rows of its tokens, with fused epilogues.
 
-Rows of an expert are contiguous, offsets[e] to offsets[e + 1]. A program takes a block of rows of one tile of the tile
-table and a block of columns; programs of the table's empty slots end at once. Operands that stand elsewhere, as tokens
-before they are sorted, are gathered in the load through `index`, whose entries are token * CHOICES + choice.
+Rows of expert e are contiguous: offsets[e] to offsets[e + 1]. A tile of the tile table is up to TILE rows of one.
+The grid covers the table's fixed number of slots, so the host never needs the counts.
+
+`grouped_matmul`, `grouped_swiglu`, `grouped_dswiglu`: one program computes BLOCK_M rows of a tile and BLOCK_N columns:
+
+1. Read expert, first row and end from the tile table (`_block`); leave if the slot is empty.
+2. Product over the depth, fp32 sums (`_products`). With `index`, rows of x are gathered in the load: entry r of it is
+   token * CHOICES + choice.
+3. Epilogue in registers: none, SwiGLU, or the gradient of SwiGLU with that of the gate.
+4. Store the rows and columns that exist.
+
+`grouped_dweight`: one program computes a block of one expert's matrix gradient and walks over the rows of the expert.
 """
 
 from collections.abc import Iterator
@@ -19,7 +28,7 @@ from .configuration import configuration
 from .expert_tiles import TILE_ROWS
 from .launch import launch, named
 
-# Blocks of rows that run side by side: their operands stay in L2 while the columns go by.
+# Row blocks that run at the same time: their operands stay in L2 while they walk over the columns.
 GROUP = 16
 
 _forced_gather: bool | None = None
@@ -30,7 +39,10 @@ def _block(
     tiles, offsets, slots, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Expert, first row, end of the expert's rows, and first column of this program; row >= end where it is idle."""
+    """Expert, first row, end of the expert's rows, and first column of this program; row >= end: nothing to do.
+
+    tiles: (2, slots), the expert of each tile and its first row. A tile has PARTS row blocks.
+    """
     PARTS: tl.constexpr = TILE // BLOCK_M
     block, column = place(tl.program_id(0), slots * PARTS, (COLUMNS + BLOCK_N - 1) // BLOCK_N, GROUP)
     expert = tl.load(tiles + block // PARTS)
@@ -44,24 +56,28 @@ def _products(
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, CHOICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) products of rows and a block of columns, twice where PAIR: of column and COLUMNS + column.
+    """(BLOCK_M, BLOCK_N) fp32 products of rows and columns, and where PAIR of columns COLUMNS + column, else 0.
 
-    weight is (E, N, K), or (E, K, N) where TRANSPOSED, N = COLUMNS or 2 COLUMNS where PAIR. Rows and columns behind the
-    ends are repeated or belong to others: they are not stored.
+    weight is (E, N, K), or (E, K, N) where TRANSPOSED, N = COLUMNS, or 2 COLUMNS where PAIR. Rows and columns after the
+    ends are repeated, or are those of other experts: the caller does not store them.
     """
     ROWS: tl.constexpr = DEPTH if TRANSPOSED else (2 * COLUMNS if PAIR else COLUMNS)
     first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     depth = tl.arange(0, BLOCK_K)
+    # Clamped instead of masked, so that loads need a mask over the depth only.
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     if index is not None:
         rows = tl.load(index + rows) // CHOICES
+    # 64-bit offsets: rows times width, and experts times their matrices, may pass 2^31 elements.
     x_at = x + rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
     columns = tl.minimum(column + tl.arange(0, BLOCK_N), COLUMNS - 1)
     if TRANSPOSED:
         w_at = weight + expert.to(tl.int64) * (DEPTH * COLUMNS) + depth[:, None] * COLUMNS + columns[None, :]
     else:
         w_at = weight + expert.to(tl.int64) * (ROWS * DEPTH) + columns[:, None] * DEPTH + depth[None, :]
+    # The descriptor of the weights has experts and rows as one dim, so a tile may reach into the next expert. That is
+    # harmless for columns, which are not stored; for the depth of a transposed weight `_config` rules it out.
     for k in tl.range(0, DEPTH, BLOCK_K):
         if TMA and index is None:
             x_MK = x_tiles.load([row, k])
@@ -100,7 +116,10 @@ def _products(
 def _mask(
     row, end, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and which elements exist; STEP: between programs' columns."""
+    """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and a mask of those that exist.
+
+    STEP: columns per program; where it divides COLUMNS, the mask is of rows only.
+    """
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     mask = (rows < end)[:, None]
@@ -142,7 +161,7 @@ def grouped_swiglu_kernel(
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
     rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
-    # Rounded as they are stored: the backward starts from the stored numbers.
+    # The activation takes gate and up as they are stored, since the backward starts from the stored numbers.
     gate = gate.to(out.dtype.element_ty)
     up = up.to(out.dtype.element_ty)
     if gate_up is not None:
@@ -158,9 +177,9 @@ def _dswiglu(
     dhidden, weight_M, gate_up, dgate_up, gated, row, end, column,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile's slopes and weighted activations; what its rows add up to before the weight, (BLOCK_M,).
+    """Store a tile's dgate, dup and weighted activations; return the tile's part of the gates' gradient, (BLOCK_M,).
 
-    That sum is the slope of the weight.
+    With h = silu(gate) * up and out = sum weight h: dweight = sum_columns dhidden h, and dh = weight dhidden.
     """
     rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, 2 * BLOCK_N)
     at = rows * (2 * COLUMNS) + columns
@@ -168,11 +187,13 @@ def _dswiglu(
     up = tl.load(gate_up + at + COLUMNS, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
+    # Elements that do not exist hold products of other experts: they must not enter the row sum.
     dweight_M = tl.sum(tl.where(mask, dhidden * silu * up, 0.0), 1)
     hidden = weight_M[:, None] * silu * up
     tl.store(gated + rows * COLUMNS + columns, hidden.to(gated.dtype.element_ty), mask=mask)
     dhidden = dhidden * weight_M[:, None]
     tl.store(dgate_up + at + COLUMNS, (dhidden * silu).to(dgate_up.dtype.element_ty), mask=mask)
+    # silu' = sigmoid + silu (1 - sigmoid).
     dgate = dhidden * up * (sigmoid + silu * (1.0 - sigmoid))
     tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=mask)
     return dweight_M
@@ -193,7 +214,7 @@ def grouped_dswiglu_kernel(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, True,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    # In two halves, or the tiles of the activation would not fit into registers beside the product.
+    # Two halves of the columns, one after the other: the tiles of the activation do not fit beside the whole product.
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.permute(tl.reshape(dhidden, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     rows = row + tl.arange(0, BLOCK_M)
@@ -201,12 +222,13 @@ def grouped_dswiglu_kernel(
     weight_M = tl.load(gates + pair, mask=rows < end, other=0.0)
     dweight_M = _dswiglu(left, weight_M, gate_up, dgate_up, gated, row, end, column, COLUMNS, BLOCK_M, HALF)
     dweight_M += _dswiglu(right, weight_M, gate_up, dgate_up, gated, row, end, column + HALF, COLUMNS, BLOCK_M, HALF)
+    # A partial sum for each block of columns; torch adds them in one order. No atomics.
     tl.store(partial + (column // BLOCK_N).to(tl.int64) * total + rows, dweight_M, mask=rows < end)
 
 
 @triton.jit
 def _rows(x, index, rows, end, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr):
-    """(rows, columns) of x, or of the tokens that `index` names; zero behind the expert's last row."""
+    """(rows, columns) of x, or of the tokens that `index` names; 0 from `end`, the expert's last row, on."""
     mask = rows < end
     if index is not None:
         rows = tl.load(index + rows, mask=mask, other=0) // CHOICES
@@ -221,7 +243,7 @@ def _whole_rows(
     x, index, x_tiles, row, column, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
     CHOICES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The same for a block that is full of rows."""
+    """As `_rows`, for a block of rows that all exist."""
     if TMA and index is None:
         tile = x_tiles.load([row, column])
     else:
@@ -242,6 +264,7 @@ def grouped_dweight_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    # The expert, and the block of its (ROWS, COLUMNS) gradient.
     BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // (BLOCKS * ACROSS)
@@ -252,6 +275,8 @@ def grouped_dweight_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Whole blocks of rows, without masks over rows. Rows after the last of an expert are those of the next one, so the
+    # remaining rows take a second loop, masked and TAIL at a time.
     for row in tl.range(first, whole, BLOCK_R):
         left_RM = _whole_rows(
             left, left_index, left_tiles, row, block * BLOCK_M, stride_left, m, ROWS, BLOCK_M, BLOCK_R, CHOICES, TMA
@@ -266,6 +291,7 @@ def grouped_dweight_kernel(
         left_RM = _rows(left, left_index, rows, end, stride_left, m, ROWS, BLOCK_M, CHOICES)
         right_RN = _rows(right, right_index, rows, end, stride_right, n, COLUMNS, BLOCK_N, CHOICES)
         acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
+    # An expert without rows stores zeros.
     at = out + expert.to(tl.int64) * (ROWS * COLUMNS) + m[:, None] * COLUMNS + n[None, :]
     mask = (m < ROWS)[:, None] & (n < COLUMNS)[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
@@ -273,7 +299,7 @@ def grouped_dweight_kernel(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of the experts are: a Routing's numbers, and how many choices a token has."""
+    """Where the rows of the experts are: the index tensors of a `Routing`."""
 
     rows: Tensor
     positions: Tensor
@@ -291,7 +317,7 @@ def shape_class(x: Tensor) -> dict[str, int]:
 
 
 def _config(table: str, x: Tensor, *operands: Tensor, depth: int | None = None) -> dict:
-    """The table's configuration; without TMA where an operand does not fit it, or tiles would reach other experts."""
+    """The table's configuration; without TMA where an operand does not fit or BLOCK_K does not divide `depth`."""
     config = dict(configuration(table, x.device, **shape_class(x)))
     all_fit = all(fits_tma(operand) for operand in operands)
     config["TMA"] = config["TMA"] and all_fit and (depth is None or depth % config["BLOCK_K"] == 0)
@@ -300,7 +326,7 @@ def _config(table: str, x: Tensor, *operands: Tensor, depth: int | None = None) 
 
 @contextmanager
 def use_gather(gather: bool) -> Iterator[None]:
-    """Gather rows in the load, or permute them beforehand, inside the block, whatever the tables say."""
+    """Inside the block, gather rows in the load, or permute them beforehand, instead of what the tables say."""
     global _forced_gather
     before, _forced_gather = _forced_gather, gather
     try:
@@ -338,7 +364,7 @@ def _row_product(
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, layout: Layout, *, transposed: bool = False) -> Tensor:
-    """(R, N): row r times weight[expert of r]^T, weight (E, N, K); or times weight (E, K, N) where transposed."""
+    """(R, N): row r of x (R, K) times weight[expert of r]^T, weight (E, N, K); transposed: times weight (E, K, N)."""
     columns = weight.shape[2 if transposed else 1]
     config = _config("grouped_matmul", x, x, weight, depth=x.shape[1] if transposed else None)
     out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
@@ -365,9 +391,9 @@ def grouped_swiglu(x: Tensor, weight: Tensor, layout: Layout, keep: bool) -> tup
 def grouped_dswiglu(
     dout: Tensor, down: Tensor, gate_up: Tensor, gates: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes of the first products (R, 2 F), weighted activations (R, F), slopes of the gates (R,) fp32.
+    """dgate_up (R, 2 F), weighted activations (R, F), and the gradient of each row's gate (R,) fp32.
 
-    dout (T, D) is the slope of the layer's output; down (E, D, F); gate_up (R, 2 F) as the forward kept it.
+    dout: (T, D), the gradient of the layer's output.   down: (E, D, F).   gate_up: (R, 2 F), as the forward kept it.
     """
     columns, total = down.shape[2], layout.rows.numel()
     config = _config("grouped_dswiglu", dout, dout, down, depth=dout.shape[1])

@@ -1,11 +1,19 @@
 """Kernels of linear log-probabilities: the product with the head feeds an online log-sum-exp, and no logit is stored.
 
-The forward divides the vocabulary into as many splits as the device has room for; each leaves four numbers per token,
-which a second kernel merges. The backward makes the logits of a slice of the vocabulary anew, turns them into their
-gradient in registers and stores that in the dtype of the inputs, for two products by cuBLAS: a slice of the weight's
-gradient is complete after one of them, the hidden states' gradient is summed over the slices in fp32. Both kernels add
-a logit up in the same order (their tables agree in BLOCK_D): the gradient of a token that is all but certain is the
-difference of its two logits.
+Forward: one program of `linear_logprob_statistics_kernel` takes BLOCK_T tokens and one split of the vocabulary.
+
+1. Find the tile of tokens and the split.
+2. Walk over the split: a (BLOCK_T, BLOCK_V) block of logits, its online log-sum-exp, the target's logit.
+3. Store four numbers per token: row_max, row_sum of exp(z - row_max), the target's logit, sum of (z - row_max) exp(..).
+
+`linear_logprob_merge_kernel` combines the splits of each token. There are as many splits as fill the device.
+
+Backward: one program of `linear_logprob_dlogits_kernel` computes a block of logits again, turns it into its gradient in
+registers, and stores that for a slice of the vocabulary in the dtype of the inputs. Then cuBLAS makes two products: one
+completes the slice of the weight's gradient, the other is added to the gradient of the hidden states in fp32.
+
+Logits and sums are fp32. Both kernels sum a logit in the same order (their tables have the same BLOCK_D). This matters
+where a token has a probability near 1: its gradient is the small difference of two equal logits.
 """
 
 import torch
@@ -19,9 +27,9 @@ from .configuration import configuration
 from .launch import launch, named
 
 LOG2_E = 1.4426950408889634
-# Programs per multiprocessor that the splits of the vocabulary aim at, so that the last ones even out.
+# Programs per multiprocessor that the splits aim at: several waves, so that the last one leaves few processors idle.
 WAVES = 4
-# Row tiles that run side by side: their hidden states stay in L2 while the words go by.
+# Token tiles that run at the same time: their hidden states stay in L2 while they walk over the vocabulary.
 GROUP = 16
 WORKSPACE_BYTES = 256 * 2**20
 
@@ -32,7 +40,10 @@ def _logits(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_T, BLOCK_V) products of the rows from `row` and words from `word` on; those behind the ends are any."""
+    """(BLOCK_T, BLOCK_V) logits of the tokens from `row` on and the vocabulary entries from `entry` on, fp32.
+
+    Those after the last token or entry are undefined: the caller masks them.
+    """
     if TMA:
         acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
         for column in tl.range(0, WIDTH, BLOCK_D):
@@ -40,6 +51,8 @@ def _logits(
             w_VD = weight_tiles.load([entry, column])
             acc = tl.dot(h_TD, w_VD.T, acc, input_precision=PRECISION)
     else:
+        # Indices after the ends are clamped instead of masked, so that the inner loop needs no masks for rows. 64-bit:
+        # vocabulary entries times width may pass 2^31 elements.
         rows = tl.minimum(row + tl.arange(0, BLOCK_T), tokens - 1).to(tl.int64)
         entries = tl.minimum(entry + tl.arange(0, BLOCK_V), vocab_size - 1).to(tl.int64)
         acc = pointer_products(
@@ -50,6 +63,7 @@ def _logits(
 
 @triton.jit
 def _store(target, stride, rows, tokens, row_max, row_sum, target_logit, weighted_sum):
+    """Store the four statistics of a tile of tokens into (4, T)."""
     mask = rows < tokens
     tl.store(target + rows, row_max, mask=mask)
     tl.store(target + stride + rows, row_sum, mask=mask)
@@ -67,6 +81,7 @@ def linear_logprob_statistics_kernel(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    # 1. The tile of tokens and the split. `start` is the first entry of this rank's shard of the vocabulary.
     tile, split = place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.cdiv(vocab_size, split_entries), GROUP)
     row = tile * BLOCK_T
     rows = row + tl.arange(0, BLOCK_T)
@@ -76,6 +91,7 @@ def linear_logprob_statistics_kernel(
     target_logit = tl.full([BLOCK_T], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
     weighted_sum = tl.zeros([BLOCK_T], tl.float32)
+    # 2. The blocks of the split. Only the inner loop over the width, in `_logits`, is pipelined.
     for entry in tl.range(split * split_entries, end, BLOCK_V, num_stages=1):
         logits = _logits(
             hidden, weight, hidden_tiles, weight_tiles, row, entry, tokens, vocab_size, stride_hidden, stride_weight,
@@ -83,20 +99,25 @@ def linear_logprob_statistics_kernel(
         )  # fmt: skip
         entries = entry + tl.arange(0, BLOCK_V)
         logits = tl.where((entries < end)[None, :], logits * scale, float("-inf"))
+        # At most one column is the target: the maximum picks it, and keeps -inf where another split has it.
         target_logit = tl.maximum(
             target_logit, tl.max(tl.where(entries[None, :] == target[:, None], logits, float("-inf")), 1)
         )
+        # Where all logits so far are -inf, a shift of 0 avoids -inf - -inf.
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         shifted = logits - shift[:, None]
         exponential = tl.math.exp2(shifted * 1.4426950408889634)
         rescale = tl.math.exp2((row_max - shift) * 1.4426950408889634)
         if ENTROPY:
+            # Changing the maximum from m to n turns sum (z - m) e^(z - m) into e^(m - n) (sum .. + (m - n) row_sum).
+            # A term of weight 0 is 0, also where z is -inf.
             max_change = tl.where(row_max == float("-inf"), 0.0, row_max - shift)
             terms = tl.where(exponential > 0.0, exponential * shifted, 0.0)
             weighted_sum = rescale * (weighted_sum + row_sum * max_change) + tl.sum(terms, 1)
         row_sum = row_sum * rescale + tl.sum(exponential, 1)
         row_max = new_max
+    # 3. Four numbers per token, (splits, 4, T).
     _store(
         partial + split.to(tl.int64) * 4 * tokens,
         tokens.to(tl.int64),
@@ -111,6 +132,7 @@ def linear_logprob_statistics_kernel(
 
 @triton.jit(repr=named("linear_logprob_merge", "BLOCK_T", "BLOCK_S"), do_not_specialize=["tokens", "splits"])
 def linear_logprob_merge_kernel(partial, out, tokens, splits, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    # The same online update as in the forward, BLOCK_S splits at a time, in the order of the splits.
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     stride = tokens.to(tl.int64)
     row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
@@ -152,6 +174,7 @@ def linear_logprob_dlogits_kernel(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    # Logits of the block: `column` counts inside the slice, `entry` inside the vocabulary.
     tile, block = place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), blocks, GROUP)
     row, column = tile * BLOCK_T, block * BLOCK_V
     entry = first + column
@@ -159,6 +182,7 @@ def linear_logprob_dlogits_kernel(
         hidden, weight, hidden_tiles, weight_tiles, row, entry, tokens, vocab_size, stride_hidden, stride_weight, WIDTH,
         BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
     )  # fmt: skip
+    # Numbers of the tokens.
     rows = row + tl.arange(0, BLOCK_T)
     entries = entry + tl.arange(0, BLOCK_V)
     mask = rows < tokens
@@ -168,12 +192,13 @@ def linear_logprob_dlogits_kernel(
     row_max = tl.load(statistics + rows, mask=mask, other=0.0)
     inverse_sum = 1.0 / tl.load(statistics + stride + rows, mask=mask, other=1.0)
     dtarget = tl.load(dlogprob + rows, mask=mask, other=0.0) * scale
-    # Numbers of a row are divided by its total here, not those of every word.
+    # dlogit = p (-dlogprob - dentropy (log p + H)) + [target] dlogprob, all times `scale`. The division by row_sum is
+    # done for each row here, not for each element.
     base = 0.0 - dtarget * inverse_sum
     shifted = logits * scale - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None]
     exponential = tl.math.exp2(shifted * 1.4426950408889634)
     if ENTROPY:
-        # log p + H = (z - largest) - weighted / total
+        # log p + H = (z - row_max) - weighted_sum / row_sum
         dentropy_scaled = tl.load(dentropy + rows, mask=mask, other=0.0) * inverse_sum * scale
         base += dentropy_scaled * inverse_sum * tl.load(statistics + 3 * stride + rows, mask=mask, other=0.0)
         dlogit = tl.where(exponential > 0.0, exponential * (base[:, None] - dentropy_scaled[:, None] * shifted), 0.0)
@@ -181,8 +206,8 @@ def linear_logprob_dlogits_kernel(
         dlogit = exponential * base[:, None]
     dlogit += tl.where(entries[None, :] == (target - start).to(tl.int32)[:, None], dtarget[:, None], 0.0)
     dlogit = tl.where(has_target[:, None], dlogit, 0.0)
-    # 32-bit offsets inside the tile: 64-bit ones of every element would spill. Rows are as long as whole tiles, so that
-    # what stands behind the words needs no mask.
+    # 32-bit offsets inside the tile: 64-bit offsets of every element would spill. Rows of the workspace are whole tiles
+    # long, so columns after the last entry need no mask.
     tile_offset = tl.arange(0, BLOCK_T)[:, None] * stride_dlogits + tl.arange(0, BLOCK_V)[None, :]
     at = dlogits + row.to(tl.int64) * stride_dlogits + column + tile_offset
     tl.store(at, dlogit.to(dlogits.dtype.element_ty), mask=mask[:, None])
@@ -194,7 +219,7 @@ def shape_class(x: Tensor) -> dict[str, int]:
 
 
 def _operands(table: str, hidden: Tensor, weight: Tensor) -> tuple[dict, tuple]:
-    """Configuration of a product of rows and words, and the tensors and descriptors that its kernel takes first."""
+    """Configuration of a product of tokens and vocabulary entries, and the kernel's first four arguments."""
     config = dict(configuration(table, hidden.device, **shape_class(hidden)))
     config["TMA"] = config["TMA"] and fits_tma(hidden) and fits_tma(weight)
     tiles = [
@@ -207,7 +232,7 @@ def _operands(table: str, hidden: Tensor, weight: Tensor) -> tuple[dict, tuple]:
 def linear_logprob_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, start: int
 ) -> Tensor:
-    """(4, T) fp32: largest logit, sum of exp(logit - largest), target's logit, sum weighted by logit - largest."""
+    """(4, T) fp32: row_max of the logits z, sum e^(z - row_max), the target's z, sum (z - row_max) e^(z - row_max)."""
     tokens, vocab_size = hidden.shape[0], weight.shape[0]
     config, operands = _operands("linear_logprob_statistics", hidden, weight)
     tiles, blocks = triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(vocab_size, config["BLOCK_V"])
@@ -230,7 +255,7 @@ def linear_logprob_statistics(
 
 
 def _split_blocks(tiles: int, blocks: int, processors: int) -> int:
-    """Blocks of words of a split: WAVES programs per multiprocessor, and one group of row tiles for all of them."""
+    """Vocabulary blocks of a split: WAVES programs per multiprocessor, also where one group has all token tiles."""
     splits = max(WAVES * processors // max(1, tiles), triton.cdiv(processors, GROUP))
     return triton.cdiv(blocks, min(blocks, splits))
 
@@ -239,7 +264,7 @@ def linear_logprob_gradients(
     dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
     temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dhidden (T, D) and dweight (V, D), from the gradients of log-probabilities and entropies and the statistics."""
+    """dhidden (T, D) and dweight (V, D) from the gradients of log-probabilities and entropies and the statistics."""
     tokens, vocab_size = hidden.shape[0], weight.shape[0]
     config, operands = _operands("linear_logprob_dlogits", hidden, weight)
     dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
@@ -264,7 +289,7 @@ def linear_logprob_gradients(
 
 
 def _slice_entries(tokens: int, vocab_size: int, block: int, size: int) -> int:
-    """Words of a slice, whole blocks, so that the (T, slice) gradient fits the workspace and slices are near equal."""
+    """Entries of a slice: whole blocks, so that the (T, slice) gradient fits the workspace; slices are about equal."""
     most = max(1, WORKSPACE_BYTES // (max(1, tokens) * size * block))
     blocks = triton.cdiv(vocab_size, block)
     return triton.cdiv(blocks, triton.cdiv(blocks, most)) * block

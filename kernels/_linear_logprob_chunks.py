@@ -1,7 +1,7 @@
-"""The CPU path of linear log-probabilities: row chunks of the logits, in fp32 whatever the inputs, in one buffer.
+"""The CPU path of linear log-probabilities: chunks of rows of the logits, at least fp32, one buffer per chunk.
 
-Rows whose target is -1 take no part. A chunk's buffer takes in turn the logits, their distance to the row's largest
-(or its exponential), and their gradient; what works element by element goes over it in parts that stay in the cache.
+Rows whose target is -1 are skipped. The buffer of a chunk holds in turn the logits, their distance to row_max (or its
+exponential), and their gradient. Elementwise passes go over it in parts that fit the cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from torch import Tensor
 
 WORKSPACE_BYTES = 192 * 2**20
 PART_BYTES = 2**20
-# Words whose weights are widened at a time where they are narrower than fp32.
+# Vocabulary entries whose weights are widened at a time, where they are narrower than fp32.
 VOCAB_BLOCK = 8192
 
-# Of a chunk's log-probabilities, entropies (or None) and rows: their slopes.
+# From a chunk's log-probabilities, entropies (or None) and rows to the loss's gradients in the first two.
 LossGrads = Callable[[Tensor, Tensor | None, Tensor | slice], tuple[Tensor, Tensor | None]]
 
 
@@ -46,7 +46,7 @@ def merge(parts: Tensor) -> Tensor:
 def statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, start: int
 ) -> Tensor:
-    """(4, T): largest logit, sum of exp(logit - largest), target's logit, sum weighted by logit - largest."""
+    """(4, T): row_max of the logits z, sum e^(z - row_max), the target's z, sum (z - row_max) e^(z - row_max)."""
     out = hidden.new_zeros((4, targets.numel()), dtype=wide(hidden[:0]).dtype)
     for rows, hidden_ND, targets_N in _chunks(hidden, weight, targets, temperature, start):
         out[:, rows] = _reduce(_logits(hidden_ND, weight), targets_N, entropy)
@@ -57,7 +57,7 @@ def gradients(
     dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
     temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dhidden (T, D) and dweight (V, D) from the gradients of log-probabilities and entropies; logits are made anew."""
+    """dhidden (T, D) and dweight (V, D) from the gradients of log-probabilities and entropies."""
     sums = _Sums(hidden, weight, needs_hidden, needs_weight, temperature)
     for rows, hidden_ND, targets_N in _chunks(hidden, weight, targets, temperature, start):
         shifted = _logits(hidden_ND, weight)
@@ -72,7 +72,7 @@ def one_pass(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, loss_grads: LossGrads,
     needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(4, T) statistics, and dhidden and dweight, wide, where a chunk's slopes depend on nothing outside the chunk."""
+    """(4, T) statistics, dhidden and dweight, wide, for a loss whose gradients in a chunk need that chunk alone."""
     out = hidden.new_zeros((4, targets.numel()), dtype=wide(hidden[:0]).dtype)
     sums = _Sums(hidden, weight, needs_hidden, needs_weight, temperature)
     for rows, hidden_ND, targets_N in _chunks(hidden, weight, targets, temperature, 0):
@@ -128,7 +128,7 @@ def _parts(values_NV: Tensor) -> Iterator[slice]:
 
 
 def _reduce(logits_NV: Tensor, targets_N: Tensor, entropy: bool) -> Tensor:
-    """(4, N) statistics of a chunk; leaves what `_shift` leaves."""
+    """(4, N) statistics of a chunk; its buffer then holds what `_shift` writes."""
     out = logits_NV.new_zeros(4, logits_NV.shape[0])
     for part in _parts(logits_NV):
         logits = logits_NV[part]
@@ -143,7 +143,7 @@ def _reduce(logits_NV: Tensor, targets_N: Tensor, entropy: bool) -> Tensor:
 
 
 def _shift(logits_NV: Tensor, row_max_N: Tensor, entropy: bool) -> None:
-    """Turn logits into exp(logit - peak), or, for entropies, into logit - peak, kept finite."""
+    """Turn logits into exp(logit - row_max), or, for entropies, into logit - row_max, kept finite."""
     row_max_N = row_max_N.masked_fill(row_max_N == -torch.inf, 0.0)[:, None]
     for part in _parts(logits_NV):
         shifted = logits_NV[part].sub_(row_max_N[part])
@@ -163,7 +163,7 @@ def _is_here(values_NV: Tensor, targets_N: Tensor) -> Tensor:
 def _gradient(
     shifted_NV: Tensor, statistics: Tensor, targets_N: Tensor, dlogprob_N: Tensor, dentropy_N: Tensor | None
 ) -> Tensor:
-    """Gradient of the logits, in place of what `_shift` left: p (-dlogprob - dentropy (log p + H)) + dlogprob 1."""
+    """Gradient of the logits, in the buffer of `_shift`: p (-dlogprob - dentropy (log p + H)) + [target] dlogprob."""
     _, row_sum, _, weighted_sum = statistics
     for part in _parts(shifted_NV):
         values, row_sum_N = shifted_NV[part], row_sum[part, None]
@@ -171,7 +171,7 @@ def _gradient(
             values.mul_(-dlogprob_N[part, None] / row_sum_N)
         else:
             dentropy = dentropy_N[part, None]
-            # log p + H = (logit - largest) - weighted / total
+            # log p + H = (logit - row_max) - weighted_sum / row_sum
             base = dentropy * weighted_sum[part, None] / row_sum_N - dlogprob_N[part, None]
             probability = values.exp().div_(row_sum_N)
             values.mul_(-dentropy).add_(base).mul_(probability)
@@ -181,7 +181,7 @@ def _gradient(
 
 
 class _Sums:
-    """dhidden and dweight, wide, while chunk after chunk adds to them."""
+    """dhidden and dweight, wide, summed over the chunks."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, hidden_needed: bool, weight_needed: bool, temperature: float):
         self.weight, self.temperature, self.vocab_blocks = weight, temperature, list(_vocab_blocks(weight))

@@ -1,4 +1,16 @@
-"""Kernels of PPO: the policy's loss between the two passes over the vocabulary, and the critic's, with their slopes."""
+"""Kernels of PPO: loss, metrics and gradients of the policy (per token), and of the critic.
+
+One program of `ppo_kernel` takes BLOCK tokens, between the forward and the backward over the vocabulary:
+
+1. Load the tokens; those of scale 0 take no part, whatever their numbers are.
+2. Clipped surrogate loss of the ratio, and its gradient in the log-probability.
+3. Dual clip of tokens with a negative advantage; truncated importance weight; KL estimate to the reference. Each is
+   present only where its tensor or flag is.
+4. Entropy bonus; store the gradients.
+
+`grad` is d loss / d logprob, updated beside `loss`. Since d ratio / d logprob = ratio, -A ratio is its own
+gradient. Metrics are stored as one sum per program and added by torch in one order: no atomics. All fp32.
+"""
 
 import torch
 import triton
@@ -18,7 +30,7 @@ VALUE_SUMS = ("loss", "value_clip_fraction", "value_error")
 
 @triton.jit
 def _store_sum(sums, number, block, blocks, values, kept):
-    """Store the sum of a block's kept values as number `number`."""
+    """Store the sum of a block's values where `kept` as metric `number` of (metrics, blocks)."""
     tl.store(sums + number * blocks + block, tl.sum(tl.where(kept, values, 0.0), 0))
 
 
@@ -28,6 +40,7 @@ def ppo_kernel(
     high, bound, kl, bonus, cap,
     DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # 1. The tokens.
     block = tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
     in_range = token < tokens
@@ -36,6 +49,7 @@ def ppo_kernel(
     current = tl.load(logprob + token, mask=mask, other=0.0)
     old = tl.load(behaviour + token, mask=mask, other=0.0)
     advantage = tl.load(advantages + token, mask=mask, other=0.0)
+    # 2. loss = max(-A r, -A clamp(r)). The gradient is 0 where the clamp decides.
     difference = current - old
     ratio = tl.exp(difference)
     unclipped = -advantage * ratio
@@ -45,6 +59,7 @@ def ppo_kernel(
     _store_sum(sums, 1, block, blocks, (clipped > unclipped).to(tl.float32), mask)
     _store_sum(sums, 2, block, blocks, ratio, mask)
     _store_sum(sums, 3, block, blocks, ratio - 1.0 - difference, mask)
+    # 3. loss = min(loss, -bound A) where A < 0.
     if DUAL:
         dual_bound = -bound * advantage
         is_bad = advantage < 0.0
@@ -59,6 +74,7 @@ def ppo_kernel(
         grad = grad * weight
         _store_sum(sums, 5, block, blocks, importance, mask)
         _store_sum(sums, 6, block, blocks, (importance > cap).to(tl.float32), mask)
+    # k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d for d = log r - log p; their gradients in log p: 1, -d, 1 - e^d.
     if reference is not None:
         log_ratio_ref = tl.load(reference + token, mask=mask, other=0.0) - current
         ratio_ref = tl.exp(log_ratio_ref)
@@ -74,6 +90,7 @@ def ppo_kernel(
         _store_sum(sums, 7, block, blocks, -log_ratio_ref, mask)
         _store_sum(sums, 8, block, blocks, 0.5 * log_ratio_ref * log_ratio_ref, mask)
         _store_sum(sums, 9, block, blocks, ratio_ref - 1.0 - log_ratio_ref, mask)
+    # 4. Tokens that take no part get gradients of 0, not 0 * NaN.
     token_entropy = tl.load(entropy + token, mask=mask, other=0.0)
     _store_sum(sums, 10, block, blocks, token_entropy, mask)
     _store_sum(sums, 0, block, blocks, factor * (loss - bonus * token_entropy), mask)
@@ -96,8 +113,8 @@ def value_loss_kernel(
     clipped_error = old + tl.minimum(tl.maximum(step, -clip), clip) - target
     square = error * error
     clipped_square = clipped_error * clipped_error
-    # Inside the interval both are the same up to a rounding, which must not decide; outside, at a tie, torch.maximum
-    # gives half of the gradient to each.
+    # Inside the trust interval both squares are equal up to a rounding, which must not decide: the gradient is `error`.
+    # Outside, at a tie, torch.maximum gives half of the gradient to each side.
     outside_grad = tl.where(clipped_square > square, 0.0, tl.where(clipped_square == square, 0.5 * error, error))
     grad = tl.where(tl.abs(step) > clip, outside_grad, error)
     tl.store(dvalues + token, grad * scale, mask=in_range)

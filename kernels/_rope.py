@@ -1,6 +1,9 @@
-"""Kernel of rotary embedding: the heads of q and k in one launch, angles kept in registers over the heads.
+"""Kernel of rotary embedding, half-split layout: all heads of q and k in one launch.
 
-Backwards it takes the gradients of q, k and v to one buffer, that of the product they came out of.
+One program takes BLOCK_TOKENS tokens and BLOCK_HEADS heads: it loads the tokens' cos and sin once, keeps them in
+registers, and rotates its heads one after the other in fp32. The gradient is the rotation by the negative angle
+(INVERSE). With `v`, the kernel writes the gradients of q, k and v side by side into one buffer, that of the product
+that made them; v is copied.
 """
 
 import torch
@@ -20,8 +23,10 @@ def _rotate_heads(
     HEADS: tl.constexpr, TO_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate, or (not TURN) copy, BLOCK_HEADS heads of BLOCK_TOKENS tokens from `source` (T, HEADS, 2 HALF), strided,
-    to the first of the TO_HEADS heads that stand in each row of `target`."""
+    """Rotate, or without ROTATE copy, BLOCK_HEADS heads of BLOCK_TOKENS tokens.
+
+    source: (T, HEADS, 2 HALF), strided.   target: the first of these heads in rows of TO_HEADS heads.
+    """
     token = start + tl.arange(0, BLOCK_TOKENS)
     column = tl.arange(0, BLOCK_HALF)[None, :]
     row = token.to(tl.int64)[:, None]
@@ -33,6 +38,7 @@ def _rotate_heads(
         mask = (token < limit)[:, None]
         if HALF != BLOCK_HALF:
             mask = mask & (column < HALF)
+        # 64-bit offsets: tokens times the row stride may pass 2^31 elements.
         at = source + row * stride + head.to(tl.int64) * stride_head + column
         first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -53,8 +59,8 @@ def rope_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Without `v`, into `turned_q` and `turned_k`; with it, all three side by side into `turned_q`."""
-    # The programs of one token block stand side by side, so that its angles come from L2.
+    """Without `v`, into `rotated_q` and `rotated_k`; with it, all three side by side into `rotated_q`."""
+    # The programs of one token block have neighbouring numbers, so that its angles come from L2.
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     joined: tl.constexpr = v is not None
@@ -68,7 +74,7 @@ def rope_kernel(
     if positions is not None:
         position = tl.load(positions + token, mask=token < tokens, other=0)
     column = tl.arange(0, BLOCK_HALF)[None, :]
-    # A position that the table does not have gives NaN.
+    # A position outside the table gives NaN, not the angle of another one.
     mask = ((token < tokens) & (position >= 0) & (position < table_rows))[:, None]
     if HALF != BLOCK_HALF:
         mask = mask & (column < HALF)
@@ -104,7 +110,7 @@ def shape_class(q: Tensor) -> dict[str, int]:
 def rope_forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """q (T, H, C) and k (T, K, C) turned by their angles, or by the negative ones where `inverse`."""
+    """q (T, H, C) and k (T, K, C) rotated by their angles, or by the negative ones where `inverse`."""
     rotated_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rotated_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     _launch(q, k, None, cos, sin, positions, rotated_q, rotated_k, inverse)
@@ -112,7 +118,7 @@ def rope_forward(
 
 
 def rope_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, H + 2 K, C): q and k turned by the negative angles, and v as it is, in one buffer."""
+    """(T, H + 2 K, C): q and k rotated by the negative angles, and v as it is, in one buffer."""
     tokens, heads, width = q.shape
     joined = torch.empty((tokens, heads + 2 * k.shape[1], width), dtype=q.dtype, device=q.device)
     _launch(q, k, v, cos, sin, None, joined, joined[:, heads:], True)

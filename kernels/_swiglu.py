@@ -1,4 +1,7 @@
-"""Kernels of SwiGLU: elementwise over tiles of both halves; the backward computes the sigmoid again."""
+"""Kernels of SwiGLU: elementwise over tiles of gate and up, in fp32; the backward computes the sigmoid again.
+
+dup = dy silu(gate)        dgate = dy up (sigmoid + silu (1 - sigmoid))
+"""
 
 import torch
 import triton
@@ -13,7 +16,10 @@ MIN_BLOCK_WIDTH, MAX_BLOCK_WIDTH = 16, 2048
 
 @triton.jit
 def _tile(rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Rows (BLOCK_ROWS, 1) int64 and columns (1, BLOCK_WIDTH) of this program, and which elements exist."""
+    """Rows (BLOCK_ROWS, 1) int64 and columns (1, BLOCK_WIDTH) of this program, and the mask of its elements.
+
+    Rows are 64-bit because rows times the stride may pass 2^31 elements.
+    """
     blocks: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     program = tl.program_id(0)
     row = program // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

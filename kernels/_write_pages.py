@@ -1,4 +1,8 @@
-"""Kernel of a decode step's cache write: q and k are rotated and k and v go to their pages, in one launch."""
+"""Kernel of a decode step's cache write: rotate q and k, and store k and v in their pages, in one launch.
+
+One program takes BLOCK_TOKENS tokens and BLOCK_HEADS heads of q, of k, or of v: it loads the angles (not for v),
+rotates in fp32, and stores to the packed queries or to each token's slot of the cache.
+"""
 
 import torch
 import triton
@@ -16,8 +20,11 @@ def _store_heads(
     ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_HEADS heads of a block of tokens from offsets `from_row` of `source`, rotated or as they are, to `to_row`
-    of `target`, where HEADS heads of a token stand end to end."""
+    """Rotate, or without ROTATED copy, BLOCK_HEADS heads of a block of tokens.
+
+    from_row, to_row: (BLOCK_TOKENS, 1) offsets of the tokens in `source` and `target`. In `target` the HEADS heads of a
+    token are contiguous.
+    """
     column = tl.arange(0, BLOCK_HALF)[None, :]
     for i in tl.static_range(BLOCK_HEADS):
         head = first_head + i
@@ -45,7 +52,7 @@ def write_pages_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    # The programs of one token block stand side by side, so that its angles come from L2.
+    # The programs of one token block have neighbouring numbers, so that its angles come from L2.
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     block = tl.program_id(0) % (q_blocks + 2 * kv_blocks)
@@ -56,7 +63,7 @@ def write_pages_kernel(
         position = tl.load(positions + token, mask=in_range, other=0)
     column = tl.arange(0, BLOCK_HALF)[None, :]
     is_column = column < HALF
-    # A position that the table does not have gives NaN.
+    # A position outside the table gives NaN, not the angle of another one.
     angle_mask = (in_range & (position >= 0) & (position < table_rows))[:, None] & is_column
     angle = position.to(tl.int64)[:, None] * HALF + column
     row = token.to(tl.int64)[:, None]
@@ -69,7 +76,7 @@ def write_pages_kernel(
         )  # fmt: skip
     else:
         slot = tl.load(slots + token, mask=in_range, other=-1)
-        # A place that is not there is not written.
+        # A slot outside the cache is not written: padding and wrong indices cannot damage other sequences.
         kept = ((slot >= 0) & (slot < num_slots))[:, None] & is_column
         to_row = slot.to(tl.int64)[:, None] * (KV_HEADS * 2 * HALF)
         if block < q_blocks + kv_blocks:
@@ -90,7 +97,7 @@ def write_pages_kernel(
 def write_pages(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor | None
 ) -> Tensor:
-    """(T, H, C) rotated queries of qkv (T, H + 2 K, C); rotated keys, and values, are stored at their slots."""
+    """(T, H, C) rotated queries of qkv (T, H + 2 K, C); stores rotated keys, and values, in their slots."""
     (tokens, heads, width), kv_heads = qkv.shape, keys.shape[2]
     shape = shape_class(qkv)
     config = configuration("write_pages", qkv.device, **shape)

@@ -11,7 +11,7 @@ from .packed import check_cu_seqlens, num_packed
 
 # Largest number of attention probabilities that the CPU path for short sequences keeps for the backward.
 SHORT_PROBABILITIES = 8 * 2**20
-# Sequences are padded together while that makes their products at most so many times as large.
+# Sequences are padded together as long as padding makes their products at most this many times larger.
 PADDED = 1.6
 MAX_HEAD_WIDTH = 256
 
@@ -31,8 +31,8 @@ def attention_reference(
 ) -> Tensor:
     """Attention by padding every sequence to the longest one: plain PyTorch, any device and float dtype.
 
-    Padding stands behind the real keys of a sequence, so where queries and keys are the same tokens a causal mask alone
-    keeps it out.
+    Padding comes after the real keys of a sequence. Where queries and keys are the same tokens, a causal mask alone
+    therefore excludes it.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     same_tokens = cu_seqlens_k is None
@@ -62,7 +62,7 @@ def attention_reference(
 
 
 def _keys(cu_seqlens: Tensor, max_seqlen: int, cu_k: Tensor | None, max_k: int | None) -> tuple[Tensor, int]:
-    """Boundaries of the keys: their own, or those of the queries."""
+    """cu_seqlens and the longest sequence of the keys; by default those of the queries."""
     return (cu_seqlens, max_seqlen) if cu_k is None else (cu_k, max_k)
 
 
@@ -92,8 +92,8 @@ def _aligned_mask(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """The same through explicit (S H, M, M) probabilities: several times faster than the general path on a CPU where
-    sequences are short, because every product is one batched matrix product over contiguous rows.
+    """Attention through explicit (S H, M, M) probabilities. For short sequences on a CPU it is faster than the general
+    path, because every product is one batched matrix product over contiguous rows.
     """
 
     @staticmethod
@@ -148,7 +148,7 @@ def _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale) -> 
 
 
 def _short_aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:
-    """The same where keys are other tokens than the queries, run by run of sequences of similar sizes."""
+    """`_short_attention` for keys that are other tokens than the queries, one run of similar sequences at a time."""
     queries, keys = cu_q.tolist(), cu_k.tolist()
     runs = _similar([b - a for a, b in pairwise(queries)], [b - a for a, b in pairwise(keys)])
     if len(runs) == 1:
@@ -164,8 +164,8 @@ def _short_aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> 
 
 
 def _similar(queries: list[int], keys: list[int]) -> list[tuple[int, int, int, int]]:
-    """Runs [first, last) of sequences, with their longest queries and keys, that padding makes at most PADDED times as
-    large as they are."""
+    """Runs [first, last) of sequences, with their longest queries and keys, that padding makes at most PADDED times
+    larger."""
     runs: list[tuple[int, int, int, int]] = []
     first, longest_q, longest_k, pairs = 0, 1, 1, 0
     for index, (m, n) in enumerate(zip(queries, keys)):
@@ -192,7 +192,7 @@ def _aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor
 
 
 def _padded_slots(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:
-    """(T,) int64: where each packed token stands in the (S * max_seqlen) padded rows."""
+    """(T,) int64: index of each packed token in the (S * max_seqlen) padded rows."""
     lengths_S = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     starts_S = torch.arange(lengths_S.numel(), device=cu_seqlens.device) * max_seqlen - cu_seqlens[:-1]
     shift_T = torch.repeat_interleave(starts_S, lengths_S, output_size=num_tokens)
@@ -202,7 +202,7 @@ def _padded_slots(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tenso
 def _mask(
     rows_S: Tensor, max_seqlen: int, causal: bool, window: int | None, device: torch.device, *, always: bool = False
 ) -> Tensor | None:
-    """None where a plain causal mask does; otherwise a (1 or S, 1, M, M) boolean mask of the keys that are seen."""
+    """None where a plain causal mask suffices; else a (1 or S, 1, M, M) boolean mask of the keys that queries see."""
     if causal and (window is None or window >= max_seqlen) and not always:
         return None
     query = torch.arange(max_seqlen, device=device)[:, None]
@@ -295,7 +295,7 @@ def attention(
         1 1 1 1 0               0 0 1 1 0
         1 1 1 1 1               0 0 0 1 1
 
-    A query that sees no key gives 0. So do the rows behind cu_seqlens[-1], and no gradient comes from them.
+    A query that sees no key gives 0. Rows from cu_seqlens[-1] on give 0 and no gradient.
 
     Args:
         q: (T, H, C), fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous.   k, v: (N, K, C); K divides H (grouped
@@ -309,7 +309,7 @@ def attention(
         (T, H, C), dtype of q. Differentiable in q, k and v; bit-equal between runs on one device.
     Raises:
         ValueError: ranks, shapes, dtypes, devices or strides do not fit, C > 256 on CUDA, window < 1, scale <= 0, or
-            cu_seqlens do not fit (their values are looked at on CPU, and on CUDA inside kernels.check_values()).
+            cu_seqlens do not fit (their values are checked on CPU, and on CUDA inside kernels.check_values()).
     Source: Vaswani et al. 2017; Dao 2023, arXiv:2307.08691; sliding window as in Mistral 7B (arXiv:2310.06825).
     """
     _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, scale)

@@ -93,7 +93,7 @@ class DpoFormula(TokenLoss):
         return (loss + self.nll * chosen_nll / self.num_chosen_tokens if self.nll else loss), metrics
 
     def grads(self, logprob, entropy, rows):
-        """The same with its slopes; on CUDA in one kernel."""
+        """As `TokenLoss.grads`; on CUDA in one kernel."""
         if not runs_triton(logprob, "logprob"):
             return super().grads(logprob, entropy, rows)
         from ._dpo import dpo_grads

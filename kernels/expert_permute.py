@@ -1,4 +1,4 @@
-"""Expert permutation: tokens copied to the sorted rows of their experts, and the rows added up again."""
+"""Expert permutation: tokens copied to the sorted rows of their experts, and the weighted sum of a token's rows."""
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def _(x, rows, choices):
 
 @torch.library.custom_op("wizard_engine::combine_rows", mutates_args=())
 def _combine(rows: Tensor, gates: Tensor | None, positions: Tensor) -> Tensor:
-    """The sum over a token's choices of its rows, each times its gate where gates are given."""
+    """The sum over a token's choices of its rows, each times its gate unless gates is None."""
     if runs_triton(rows, "rows"):
         from ._expert_rows import moe_combine
 
@@ -114,7 +114,7 @@ class _Combine(torch.autograd.Function):
 
 
 def permute_rows(x: Tensor, routing: Routing) -> Tensor:
-    """(R, D) rows of the tokens x (T, D), sorted by expert, as a routing says; differentiable in x."""
+    """(R, D) rows of the tokens x (T, D), sorted by expert; differentiable in x."""
     return _Permute.apply(x, routing.rows, routing.positions)
 
 

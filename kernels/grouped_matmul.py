@@ -76,7 +76,7 @@ def _(dout, x, gates, gate_up, down, inner, rows, positions, offsets, tiles, nee
 
 
 class _ExpertMlp(torch.autograd.Function):
-    """Keeps the tokens and the products with `gate_up`; activations and what they add up to are made anew."""
+    """Keeps the tokens and the products with `gate_up`; the backward computes the activations again."""
 
     @staticmethod
     def forward(ctx, x, gates, gate_up, down, rows, positions, offsets, tiles, keep):
@@ -96,9 +96,9 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Te
 
     out_t = sum_k gate_tk down_e (silu(g) * u),   (g, u) = gate_up_e x_t,   e = experts_tk
 
-    Tokens are gathered in the load of the first product, the activation is behind it in registers, the sum over a
-    token's experts gathers its rows: no atomics, bit-equal between runs. Kept for the backward are x and (g, u), which
-    is (R, 2 F). An expert without rows costs nothing, and the gradients of its weights are zero.
+    The first product gathers tokens in its load and applies the activation in registers; the sum over a token's experts
+    gathers its rows: no atomics, bit-equal between runs. The backward keeps x and (g, u), which is (R, 2 F). An expert
+    without rows costs nothing, and the gradients of its weights are zero.
 
     Args:
         x: (T, D) fp32, fp16 or bf16 (CPU: fp64 too).   gate_up: (E, 2 F, D), the gate in the first F rows of an expert.

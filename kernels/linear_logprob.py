@@ -24,12 +24,12 @@ def linear_logprob_reference(
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """What this rank has of a vocabulary that is divided over ranks, and of tokens that are.
+    """This rank's shard of the vocabulary, and of the tokens where they are sharded too.
 
-    start: the first word of the slice.   words: of the whole vocabulary.
-    gather: a function of this rank's (4, T) statistics that returns those of all slices, (n, 4, T).
-    own: where the tokens are divided too, a function of per-token values (T,) and what padding gets that returns those
-    of this rank's hidden states, (t,).   to_all: its counterpart, of (4, t) statistics and T, that returns (4, T).
+    start: the first vocabulary entry of the shard.   vocab_size: entries of the whole vocabulary.
+    gather: from this rank's (4, T) statistics to those of all shards, (n, 4, T).
+    take_local: where tokens are sharded, from per-token values (T,) and a value for padding to those of this rank's
+    hidden states, (t,).   gather_tokens: the inverse for statistics, from (4, t) and T to (4, T).
     """
 
     start: int
@@ -93,7 +93,7 @@ def gathered(local: Tensor, shard: VocabularyShard | None) -> Tensor:
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Saves four numbers per token; the backward makes the logits anew."""
+    """Saves four numbers per token; the backward computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, shard):
@@ -127,25 +127,25 @@ def linear_logprob(
 
     logprob_i = log softmax(weight hidden_i / temperature)[targets_i],   entropy_i = -sum_v p_iv log p_iv
 
-    The logits are never rounded below fp32 and never stored as a whole: the forward keeps four numbers per token, the
-    backward makes the logits anew, in at most 256 MiB besides the fp32 sums of the two gradients. A loss that is made
-    of these numbers is cheaper as one node: see `linear_loss`.
+    Logits have at least fp32 and are never stored as a whole: the forward keeps four numbers per token, and the
+    backward computes the logits again, in at most 256 MiB besides the fp32 sums of the two gradients. A loss of these
+    numbers is cheaper as one autograd node: see `linear_loss`.
 
     Args:
         hidden: (T, D) fp32, fp16 or bf16 (CPU: fp64 too).   weight: (V, D), dtype of hidden; last dims contiguous.
-        targets: (T,) int64, 0 to V - 1; -1 is ignored: it gives 0 and no gradient, whatever its hidden state (on CUDA
-            that has to be finite where the weight's gradient is asked for: no rows are left out of the products).
+        targets: (T,) int64, 0 to V - 1; -1 is ignored: it gives 0 and no gradient, for any hidden state. (On CUDA the
+            hidden state must be finite where the weight needs a gradient: the products take all rows.)
         temperature: divides the logits, > 0.   entropy: whether to compute the entropy.
-        shard: where the vocabulary is divided over ranks: `weight` is then this rank's slice (v, D), targets count in
-            the whole vocabulary, results are those of the whole, and the gradient of `hidden` is this rank's share, to
-            be summed over the ranks. Where tokens are divided too, `hidden` (t, D) are this rank's, and targets and
-            results those of all, which every rank does the same with.
+        shard: for a vocabulary that is sharded over ranks: `weight` is then this rank's shard (v, D), targets count in
+            the whole vocabulary, results are those of the whole, and the gradient of `hidden` is this rank's part, to
+            be summed over ranks. Where tokens are sharded too, `hidden` (t, D) is this rank's; targets and results are
+            those of all tokens, the same on every rank.
     Returns:
         logprob: (T,) fp32 (fp64 for fp64 input), nats.   entropy: the same, or None. Both differentiable in hidden and
         weight. Infinite or NaN logits give a NaN.
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit, temperature is not positive and finite, or a target
-            is out of range (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere such a
+            is out of range (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere such a
             target gives -inf).
     Source: online log-sum-exp, Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
@@ -158,13 +158,13 @@ def linear_logprob_partial(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, start: int = 0, vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """(4, T) statistics of a slice of the vocabulary, without gradients.
+    """(4, T) statistics of a shard of the vocabulary, without gradients.
 
-    For each token, over the slice's logits z: m = max z, sum exp(z - m), the target's z (-inf where another slice has
-    it), sum (z - m) exp(z - m). `merge_partials` makes those of the whole from those of all slices.
+    For each token, over the shard's logits z: m = max z, sum exp(z - m), the target's z (-inf where another shard has
+    it), sum (z - m) exp(z - m). `merge_partials` combines those of all shards.
 
     Args:
-        hidden: (T, D).   weight: (v, D), words `start` to `start + v` of `words` (default: these are the last).
+        hidden: (T, D).   weight: (v, D), entries `start` to `start + v` of `vocab_size` (default: start + v).
         targets: (T,) int64, in the whole vocabulary; -1 is ignored.   temperature: divides the logits, > 0.
     Raises:
         ValueError: as `linear_logprob`.
@@ -178,7 +178,7 @@ def linear_logprob_partial(
 
 
 def merge_partials(parts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy, (T,) each, from the (n, 4, T) statistics of all slices, in any order.
+    """Log-probability and entropy, (T,) each, from the (n, 4, T) statistics of all shards, in any order.
 
     Raises:
         ValueError: another shape.

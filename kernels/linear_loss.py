@@ -13,11 +13,11 @@ Metrics = dict[str, Tensor]
 
 
 class LossOutput(NamedTuple):
-    """What a loss gives.
+    """Loss, metrics and log-probabilities of a step on this rank.
 
-    loss: () fp32, this rank's share; the sum over ranks is the loss.   metrics: sums over this rank's tokens or pairs,
-    detached.   logprob: (T,) fp32, detached, 0 where a target is ignored: the one that is not finite is to blame for a
-    loss that is not.
+    loss: () fp32, this rank's part; the sum over ranks is the loss.   metrics: sums over this rank's tokens or pairs,
+    detached.   logprob: (T,) fp32, detached, 0 where a target is ignored; where the loss is not finite, it shows which
+    token is the cause.
     """
 
     loss: Tensor
@@ -28,8 +28,8 @@ class LossOutput(NamedTuple):
 class TokenLoss:
     """A loss of per-token log-probabilities, and entropies where `uses_entropy`.
 
-    is_separable: whether a token's slope depends on that token alone. Then, on CPU, a chunk's gradients are complete as
-    soon as its logits are there, and no logits are made twice.
+    is_separable: whether a token's gradient depends on that token alone. Then, on CPU, the gradients of a chunk are
+    computed together with its logits, and no logit is computed twice.
     """
 
     is_separable = True
@@ -39,7 +39,7 @@ class TokenLoss:
         """The loss of tokens `rows`, and its metrics, in plain PyTorch: the reference.
 
         Args:
-            logprob, entropy: (N,) of these tokens; 0 where a target is ignored, which then counts for nothing.
+            logprob, entropy: (N,) of these tokens; 0 where a target is ignored, which must not count.
         """
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class TokenLoss:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Where a chunk's slopes are known at once its gradients are made in the forward; else in the backward."""
+    """Computes its gradients in the forward where a chunk suffices for them; else in the backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, formula, shard, metrics):
@@ -133,11 +133,14 @@ def linear_loss(
 ) -> LossOutput:  # fmt: skip
     """A loss of the targets' log-probabilities, with its gradients in the hidden states and the head.
 
-    On CPU a separable loss, or one whose tokens fit one chunk of logits, makes its gradients in the forward, in one
-    pass over the logits; they are given away by the first backward. Otherwise the backward makes the logits anew.
+    On CPU a separable loss, or one whose tokens fit one chunk of logits, computes its gradients in the forward, in one
+    pass over the logits; the first backward hands them out and frees them. Otherwise the backward computes the logits
+    again.
 
     Args:
         hidden, weight, targets, temperature, shard: as in `linear_logprob`.   formula: the loss per token.
+    Returns:
+        LossOutput; `loss` is differentiable in hidden and weight, once.
     Raises:
         ValueError: as in `linear_logprob`.
     """
@@ -148,7 +151,7 @@ def linear_loss(
 
 
 def check_per_token(targets: Tensor, **tensors: Tensor | None) -> None:
-    """ValueError unless every tensor given has the shape and device of `targets`."""
+    """ValueError unless every tensor that is not None has the shape and device of `targets`."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -14,7 +14,7 @@ class Routing:
     """Where the tokens of a packed row go. Rows are (token, choice) pairs, sorted by expert, then by token.
 
     logits: (T, E) fp32, differentiable.   gates: (T, A) fp32, weights of the chosen, differentiable.
-    experts: (T, A) int32, by falling logit unless they were given.   offsets: (E + 1,) int32, rows of expert e are
+    experts: (T, A) int32, by falling logit unless replayed.   offsets: (E + 1,) int32, rows of expert e are
     offsets[e] to offsets[e + 1].   rows: (R,) int32, the pair token * A + choice of each sorted row.
     positions: (T, A) int32, the sorted row of each pair.   tiles: (2, ceil(R / 128) + E - 1) int32, expert and first
     row of each tile of 128 rows of one expert; expert -1 behind the last one, so that no count has to reach the host.
@@ -91,7 +91,7 @@ def _(hidden, router, experts_per_token, replayed_experts):
 
 
 class _Route(torch.autograd.Function):
-    """The slopes of logits and gates meet in the logits; two thin products take them to hidden states and router."""
+    """Adds the gradients that reach the logits; two thin products then make those of hidden states and router."""
 
     @staticmethod
     def forward(ctx, hidden, router, experts_per_token, replayed_experts):
@@ -127,13 +127,14 @@ def moe_route(
     Args:
         hidden: (T, D) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous.   router: (E, D), dtype of hidden.
         experts_per_token: A, 1 to E.
-        given: (T, A) integers, the experts to take instead of the best ones, different ones for each token: a recorded
-            choice replayed. Gates are those of the logits of now.
+        replayed_experts: (T, A) int32 or int64, a recorded choice to take instead of the best experts; different ones
+            for each token. The gates are those of the current logits.
     Returns:
-        Routing. Logits and gates are differentiable in hidden and router; slopes are rounded to the dtype of hidden.
+        Routing. Logits and gates are differentiable in hidden and router; the gradient of the logits is rounded to the
+        dtype of hidden.
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit, A is out of range, or a given expert is out of range
-            or stands twice (values are looked at on CPU, and on CUDA inside kernels.check_values()).
+        ValueError: shapes, dtypes, devices or strides do not fit, A is out of range, or a replayed expert is out of
+            range or twice there (values are checked on CPU, and on CUDA inside kernels.check_values()).
     Source: Jiang et al. 2024, arXiv:2401.04088, section 2.1.
     """
     _check(hidden, router, experts_per_token, replayed_experts)

@@ -1,4 +1,4 @@
-"""Attention over pages on the CPU, token by token, and writing keys and values there (csrc)."""
+"""Attention over pages on the CPU, token by token, and writes of keys and values into pages (csrc)."""
 
 import torch
 from torch import Tensor
@@ -13,17 +13,18 @@ def attend_rows(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, owners: Tensor | None, seen: Tensor,
     window: int | None, scale: float, *, level: str | None = None, threads: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """(T, H, C): attention of token t over the first seen_t keys of sequence owners_t; tensors are checked already.
+    """(T, H, C): attention of token t over the first seen_t keys of sequence owners_t; arguments are checked.
 
-    A token's sums run over its own keys in their order: its numbers do not depend on the others. The code for plain
-    x86-64, AVX2 and AVX-512 gives the same bits.
+    A token's sums run over its keys in order, so its numbers do not depend on other tokens. The code for plain x86-64,
+    AVX2 and AVX-512 gives the same bits.
 
     Args:
         q: (T, H, C) fp32, bf16 or fp64 on the CPU.   keys, values: (P, page, K, C).   page_table: (S, N) int32.
         owners: (T,) int32 rows of the table; None: t itself.   seen: (T,) int32; 0 gives zeros.
-        window: keys that are seen, the own included.   level: of LEVELS, default the widest that there is.
+        window: keys that a token sees, its own included.   level: of LEVELS, default the widest of this processor.
     Raises:
-        ValueError: the processor lacks the level, or a page is not there.   MemoryError: no room for a token's scores.
+        ValueError: the processor lacks the level, or a page does not exist.
+        MemoryError: no room for a token's scores.
     """
     (tokens, heads, width), (_, page, kv_heads, _) = q.shape, keys.shape
     out = torch.empty_like(q)
@@ -41,7 +42,7 @@ def attend_rows(
 def write_rows(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, *, level: str | None = None
 ) -> Tensor:
-    """(T, H, C) turned queries of (T, H + 2 K, C) with the last dims contiguous; turned keys and values go to slots."""
+    """(T, H, C) rotated queries of qkv (T, H + 2 K, C), contiguous heads; stores rotated keys, and values, in slots."""
     (tokens, heads, width), kv_heads = qkv.shape, keys.shape[2]
     q = qkv.new_empty(tokens, heads - 2 * kv_heads, width)
     status = csrc.library().wizard_write_pages(

@@ -71,7 +71,7 @@ class PpoFormula(TokenLoss):
         return torch.where(live, scale * loss, 0).sum(), sums
 
     def grads(self, logprob, entropy, rows):
-        """The same with its slopes; on CUDA in one kernel."""
+        """As `TokenLoss.grads`; on CUDA in one kernel."""
         if not runs_triton(logprob, "logprob"):
             return super().grads(logprob, entropy, rows)
         from ._ppo import ppo_grads

@@ -18,7 +18,7 @@ def rope_tables(positions: Tensor, head_width: int, base: float) -> tuple[Tensor
 def rope_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each pair (x_i, x_{i + C/2}) of q and k turned by its angle."""
+    """Each pair (x_i, x_{i + C/2}) of q and k rotated by its angle."""
     cos, sin = _angles(cos, sin, positions, q.shape[0])
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
@@ -104,7 +104,7 @@ def _(dq, dk, dv, cos, sin):
 
 
 class _RopeOfProduct(torch.autograd.Function):
-    """q, k and v out of one product; their gradients go to one buffer, without slices that are put together."""
+    """q, k and v out of one product; their gradients go to one buffer, without a concatenation."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, kv_heads):
@@ -159,8 +159,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     Returns:
         q' (T, H, C) and k' (T, K, C), dtype of q. Differentiable in q and k.
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit, or a position is negative or behind the tables
-            (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere the token becomes NaN).
+        ValueError: shapes, dtypes, devices or strides do not fit, or a position is negative or not in the tables
+            (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere the token becomes NaN).
     Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of Llama checkpoints.
     """
     _check(q, k, cos, sin, positions)

@@ -77,7 +77,7 @@ def sample_reference(
 
 
 def _chosen(wide: Tensor, logprobs: Tensor, uniform: Tensor, greedy_B: Tensor) -> Tensor:
-    """(B,) words. Log-probabilities round: two words may tie there that do not tie in the logits."""
+    """(B,) tokens. Greedy rows take the maximum of the logits: rounding may make log-probabilities tie that differ."""
     if bool(greedy_B.all()):
         return wide.argmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
@@ -126,13 +126,13 @@ def sample(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token per row, and its log-probability under the distribution that it was drawn from.
 
-    z = logits / temperature. top-k keeps every word whose z is at least the k-th largest; of the distribution over
-    these, top-p keeps every word whose z is at least v, the largest value for which the words with z >= v have a mass
-    of top_p. Words that tie with the last one stay. The choice is the first word in the vocabulary's order whose
-    cumulative mass passes a uniform number times the whole.
+    z = logits / temperature. top-k keeps the entries of the vocabulary whose z is at least the k-th largest. Of the
+    distribution over these, top-p keeps the entries with z >= v, for the largest v whose entries have a mass of at
+    least top_p. Ties with the last one stay. The choice is the first entry in vocabulary order whose cumulative mass
+    passes a uniform number times the whole mass.
 
     Args:
-        logits: (B, V) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous; words of -inf are never drawn.
+        logits: (B, V) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous; entries of -inf are never drawn.
         seeds: (B,) int64, one per row: the row's uniform number is `uniforms(seed)`.
         temperature: >= 0, a number or (B,); 0 takes the largest logit, the lowest index of a tie, whatever top_k and
             top_p say, with its log-probability at temperature 1 over the whole vocabulary.
@@ -144,7 +144,7 @@ def sample(
         rounding of masses.
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a number is out of its range, or a row has a NaN, or nothing
-            above -inf (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere such a row
+            above -inf (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere such a row
             gives token 0 with a log-probability of NaN).
     Source: top-p: Holtzman et al. 2020, arXiv:1904.09751.
     """
