@@ -319,6 +319,11 @@ def attention(
             raise ValueError(f"q: expected heads of at most {MAX_HEAD_WIDTH} elements, got {q.shape[-1]}")
         cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         return _forward(q, k, v, cu_seqlens, cu_k, causal, window, float(scale))[0]
+    return _on_torch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, window, scale)
+
+
+def _on_torch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, window, scale) -> Tensor:
+    """`attention` in PyTorch: explicit probabilities for short sequences on a CPU, else the reference; padding gives 0."""
     used, used_k = num_packed(cu_seqlens, q.shape[0]), num_packed(cu_seqlens_k, k.shape[0])
     if cu_seqlens_k is None:
         used_k = used
