@@ -323,7 +323,7 @@ def attention(
 
 
 def _on_torch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, window, scale) -> Tensor:
-    """`attention` in PyTorch: explicit probabilities for short sequences on a CPU, else the reference; padding gives 0."""
+    """`attention` in PyTorch: explicit probabilities for short sequences on a CPU, else the reference."""
     used, used_k = num_packed(cu_seqlens, q.shape[0]), num_packed(cu_seqlens_k, k.shape[0])
     if cu_seqlens_k is None:
         used_k = used

@@ -73,7 +73,7 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(wide) @ router.to(wide).T
         if logits.requires_grad:
-            logits.register_hook(lambda slope: slope.to(hidden.dtype).to(wide))
+            logits.register_hook(lambda grad: grad.to(hidden.dtype).to(wide))
         chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :per_token]
         return logits, logits.gather(1, chosen).softmax(-1)
 
@@ -137,19 +137,19 @@ def test_a_broken_token_leaves_the_others_as_they_are(value):
 def test_two_runs_are_bit_equal():
     inputs = [x.float().requires_grad_() for x in drawn(150, 24, 8, seed=5).values()]
 
-    def found():
+    def result():
         routing = moe_route(*inputs, experts_per_token=2)
-        slopes = torch.autograd.grad(routing.gates[:, 0].sum() + routing.logits.square().sum(), inputs)
-        return routing.logits, routing.gates, routing.experts, routing.rows, routing.positions, routing.tiles, *slopes
+        grads = torch.autograd.grad(routing.gates[:, 0].sum() + routing.logits.square().sum(), inputs)
+        return routing.logits, routing.gates, routing.experts, routing.rows, routing.positions, routing.tiles, *grads
 
-    assert all(torch.equal(a, b) for a, b in zip(found(), found()))
+    assert all(torch.equal(a, b) for a, b in zip(result(), result()))
 
 
 def test_frozen_inputs_get_no_gradient():
     hidden, router = (x.float() for x in drawn(9, 8, 4).values())
     routing = moe_route(hidden.requires_grad_(), router, experts_per_token=2)
-    (slope,) = torch.autograd.grad(routing.gates[:, 0].sum(), hidden)
-    assert slope.abs().sum() > 0
+    (grad,) = torch.autograd.grad(routing.gates[:, 0].sum(), hidden)
+    assert grad.abs().sum() > 0
     assert not moe_route(hidden.detach(), router, experts_per_token=2).gates.requires_grad
 
 
