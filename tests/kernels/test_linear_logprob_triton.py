@@ -412,8 +412,8 @@ def test_gradients_of_logits_behind_2_to_the_31_elements(monkeypatch):
     )
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: last)
     module.linear_logprob_dlogits_kernel[(1,)](
-        hidden, weight, None, None, targets, statistics, dlogprob, None, dlogits, rows, vocab_size, 0, vocab_size // 32, 0,
-        1.0, 16, 16, vocab_size, WIDTH=16, ENTROPY=False, TMA=False, PRECISION="ieee", GROUP=module.GROUP, **SMALL,
+        hidden, weight, None, None, targets, statistics, dlogprob, None, dlogits, rows, vocab_size, 0, vocab_size // 32,
+        0, 1.0, 16, 16, vocab_size, WIDTH=16, ENTROPY=False, TMA=False, PRECISION="ieee", GROUP=module.GROUP, **SMALL,
     )  # fmt: skip
     expected = -logits.softmax(-1)[-16:, -32:]
     expected[:, -1] += 1

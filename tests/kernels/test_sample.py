@@ -257,7 +257,8 @@ def test_sample_operation_traces():
     with kernels.use_backend("triton"):
         torch.library.opcheck(
             torch.ops.wizard_engine.sample,
-            (logits, seeds(4).to(DEVICE), None, row_temperature, counts, row_temperature), test_utils=("test_schema", "test_faketensor"),
+            (logits, seeds(4).to(DEVICE), None, row_temperature, counts, row_temperature),
+            test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
 
