@@ -344,16 +344,16 @@ def _on_torch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causa
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, scale) -> None:
-    has_own_keys = cu_seqlens_k is not None
+    has_separate_keys = cu_seqlens_k is not None
     fits = q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
-    if not fits or (q.shape[0] != k.shape[0] and not has_own_keys):
-        expected = "(T, H, C), (N, K, C), (N, K, C)" if has_own_keys else "(T, H, C), (T, K, C), (T, K, C)"
+    if not fits or (q.shape[0] != k.shape[0] and not has_separate_keys):
+        expected = "(T, H, C), (N, K, C), (N, K, C)" if has_separate_keys else "(T, H, C), (T, K, C), (T, K, C)"
         raise ValueError(f"q, k, v: expected {expected}, got {[tuple(x.shape) for x in (q, k, v)]}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: the number of key heads must divide the query heads: got {k.shape[1]} and {q.shape[1]}")
-    if has_own_keys and max_seqlen_k is None:
+    if has_separate_keys and max_seqlen_k is None:
         raise ValueError("max_seqlen_k: expected the longest key sequence beside cu_seqlens_k, got None")
-    if has_own_keys and cu_seqlens_k.shape != cu_seqlens.shape:
+    if has_separate_keys and cu_seqlens_k.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_k: expected {tuple(cu_seqlens.shape)}, got {tuple(cu_seqlens_k.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 or None, got {window}")
@@ -363,5 +363,5 @@ def _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, 
     same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     contiguous_rows(q=q, k=k, v=v)
     check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
-    if has_own_keys:
+    if has_separate_keys:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
