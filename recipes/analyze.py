@@ -47,12 +47,12 @@ class Config:
     """Of the clusters that name topics beyond the lexicon."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
 def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> list[float] | None:
-    """Perplexity of each answered row under the checkpoint, the rows divided over the ranks; None without one."""
+    """Perplexity of each answered row under the checkpoint, the rows sharded over the ranks; None without one."""
     if cfg.checkpoint is None:
         return None
     model, tokenizer = language_model(str(cfg.checkpoint), None, seed=0, device=rt.device)
@@ -68,7 +68,7 @@ def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row]
     """Rows with the tagger's attributes, and how many got them; as they are, and nothing, without one."""
     if cfg.tagger is None:
         return rows, {}
-    cast = Cast(cfg.out / "ledger.sqlite", rt)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, quiet=cfg.quiet)
     try:
         return tag_rows(rows, cast.agent(cfg.tagger), seed=cfg.seed)
     finally:

@@ -4,7 +4,7 @@
     python recipes/evol_answer.py --data rows.jsonl --out runs/answers --agents.rewriter runs/sft/model
 
 Writes OUT/rows.jsonl, OUT/preferences.jsonl, OUT/chains.jsonl (every rewrite with its verdict) and OUT/report.json.
-Every call goes through OUT/ledger.sqlite: a run that was stopped repeats nothing.
+Every call goes through OUT/ledger.sqlite: a resumed run repeats none.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from wizard_engine.synthesis.outputs import print_table, read_conversations, wri
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     rewriter: str = "world:expert"
     judge: str = "world:judge"
@@ -55,10 +55,10 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     batch_size: int = 256
-    """Calls of one transaction; conversations decoded together."""
+    """Calls of one transaction, and conversations generated together."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -69,7 +69,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "evol_answer", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )

@@ -5,8 +5,8 @@
 
 Writes OUT/rows.jsonl (the rows given, then the evolved ones), OUT/eliminated.jsonl, OUT/removed.jsonl (evolved rows
 that repeat an evaluation text), OUT/rankings.jsonl (pairs of instructions for the instruction reward model, with
---agents.ranker), OUT/method.txt and OUT/report.json. Every call goes through OUT/ledger.sqlite: a run that was stopped
-repeats nothing.
+--agents.ranker), OUT/method.txt and OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run
+repeats none.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from wizard_engine.synthesis.outputs import print_table, read_conversations, wri
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     evolver: str = "world:evolver"
     answerer: str = "world:expert"
@@ -88,10 +88,10 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     batch_size: int = 256
-    """Calls of one transaction; conversations decoded together."""
+    """Calls of one transaction, and conversations generated together."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -133,7 +133,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "evol_instruct", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )

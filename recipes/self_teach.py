@@ -5,7 +5,7 @@
 
 Writes OUT/sft.jsonl, OUT/preferences.jsonl, OUT/scores.jsonl (the active-learning score of every prompt),
 OUT/processes.jsonl (answers with a label per step for the process reward model, with --agents.labeller) and
-OUT/report.json. Every call goes through OUT/ledger.sqlite: a run that was stopped repeats nothing.
+OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run repeats none.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from wizard_engine.synthesis.outputs import read_conversations, write_outputs
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     student: str
     """The model that teaches itself."""
@@ -67,10 +67,10 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     batch_size: int = 256
-    """Calls of one transaction; conversations decoded together."""
+    """Calls of one transaction, and conversations generated together."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -94,7 +94,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "self_teach", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from recipes import ablations, progressive
+from wizard_engine.runtime import Runtime
 
 SIZES = progressive.Sizes(
     corpus=900, plain=200, held_out=30, sample=240, battles=12, preferences=20, questions=4
@@ -42,6 +43,22 @@ def test_progressive_records_every_stage_of_every_slice(demo):
         assert battle["wins"] + battle["losses"] + battle["ties"] == 30
         assert battle["ci95"][0] <= battle["win_rate"] <= battle["ci95"][1]
     assert "<svg" in (cfg.out / "report.html").read_text()
+
+
+def test_progressive_draws_rows_of_ones_own_at_their_natural_shares(demo, tmp_path, capsys):
+    cfg, _ = demo
+    data = tmp_path / "rows.jsonl"
+    questions = [f"How many legs do {n} tables and {n * n} chairs have?" for n in range(2, 12)]
+    data.write_text("".join(json.dumps({"instruction": text, "output": "#### 4"}) + "\n" for text in questions))
+    own_data = replace(
+        cfg, out=tmp_path / "out", data=(data,), evaluation=cfg.out / "world" / "held_out.jsonl",
+        base=str(cfg.out / "base" / "model"), sizes=replace(SIZES, sample=6),
+    )  # fmt: skip
+    slices, _ = progressive.Pipeline(own_data, Runtime()).prepare()
+    assert sum(len(path.read_text().splitlines()) for path in slices) == 6
+    assert progressive.target_shares(own_data) == json.loads((tmp_path / "out" / "targets.json").read_text()) == {}
+    assert "sample: natural shares, because the target shares belong to the embedded world" in capsys.readouterr().out
+    assert progressive.target_shares(cfg) == progressive.TARGETS
 
 
 def test_progressive_again_skips_every_stage(demo):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wizard_engine.data.records import Message
+from wizard_engine.runtime.metrics import progress
 
 from .protocol import Agent, Reply, Request
 
@@ -173,22 +174,26 @@ class Ledger:
 
 
 class LedgeredAgent:
-    """An agent that asks only for what its ledger lacks.
+    """An agent that asks only for what its ledger lacks, with a progress bar on stderr.
 
-    Requests that are equal are asked once. They go out in batches of `batch_size`, cut from the whole list before
-    stored ones are left out: an interrupted run that is started again asks for the same batches as an undisturbed one.
+    Equal requests are asked once, in batches of `batch_size`. Batches are cut before stored requests are skipped, so
+    that a resumed run asks for the same batches as an uninterrupted one.
 
-    An agent that says it has `ended`, an endpoint whose budget is spent or that is down, ends the run with its reason.
+    An agent with a reason in `ended` (its budget is spent, or its endpoint is down) ends the run with that reason.
+
+    Args:
+        batch_size: calls of one transaction.
+        quiet: no progress bar.
 
     Attributes:
         served: task -> replies handed out without a call, in this process.
         asked: task -> calls made, in this process.
     """
 
-    def __init__(self, agent: Agent, ledger: Ledger, *, batch_size: int = 256) -> None:
+    def __init__(self, agent: Agent, ledger: Ledger, *, batch_size: int = 256, quiet: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}; give the calls of one transaction")
-        self.agent, self.ledger, self.batch_size = agent, ledger, batch_size
+        self.agent, self.ledger, self.batch_size, self.quiet = agent, ledger, batch_size, quiet
         self.name, self.fingerprint = agent.name, agent.fingerprint
         self.served: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
@@ -198,8 +203,12 @@ class LedgeredAgent:
         keys = [request_key(self.fingerprint, request) for request in requests]
         unique = dict(zip(keys, requests))
         order, replies = list(unique), {}
-        for start in range(0, len(order), self.batch_size):
-            replies.update(self._batch({key: unique[key] for key in order[start : start + self.batch_size]}))
+        tasks = "+".join(dict.fromkeys(request.task for request in requests))
+        with progress(desc=f"{tasks} {self.name}", unit="call", total=len(order), quiet=self.quiet) as bar:
+            for start in range(0, len(order), self.batch_size):
+                batch = {key: unique[key] for key in order[start : start + self.batch_size]}
+                replies.update(self._batch(batch))
+                bar.update(len(batch))
         self.served.update(request.task for request in requests)
         return [replies[key] for key in keys]
 

@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from wizard_engine.runtime.process import Runtime
+
+from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger, LedgeredAgent
+from .local import LocalAgent
 from .protocol import Agent
-
-if TYPE_CHECKING:  # programs need no torch
-    from wizard_engine.runtime.process import Runtime
+from .split import SplitAgent
 
 _FACTORIES: dict[str, Callable[[], Agent]] = {}
 
@@ -30,7 +31,8 @@ def make_agent(
     *,
     device: str = "cpu",
     batch_size: int = 256,
-    runtime: "Runtime | None" = None,
+    runtime: Runtime | None = None,
+    quiet: bool = False,
 ) -> Agent:
     """The agent that a recipe's option names.
 
@@ -41,34 +43,33 @@ def make_agent(
         device: where a checkpoint runs; the runtime's device where a runtime is given.
         batch_size: calls of one transaction; for a checkpoint also conversations decoded together.
         runtime: with several ranks, each answers its share of the requests and all get all replies.
+        quiet: no progress bar (see LedgeredAgent).
     Raises:
         ValueError: neither a registered name nor a directory with a model, or an endpoint that cannot be asked.
     """
     agent = _make(
         str(spec), str(runtime.device) if runtime else device, batch_size, runtime.world_size if runtime else 1
     )
-    # Calls that cost money are written down in smaller parts.
+    # Calls that cost money are stored in smaller batches, so that a stop loses few of them.
     batch_size = min(batch_size, getattr(agent, "batch_size", batch_size)) if _is_endpoint(spec) else batch_size
     if ledger is not None:
-        agent = LedgeredAgent(agent, ledger, batch_size=batch_size)
+        agent = LedgeredAgent(agent, ledger, batch_size=batch_size, quiet=quiet)
     if runtime is not None and runtime.world_size > 1:
-        from .split import SplitAgent
-
         agent = SplitAgent(agent, runtime.rank, runtime.world_size)
     return agent
 
 
 class Cast:
-    """The agents of one recipe, by their specs: each made once, all with one ledger.
+    """The agents of one recipe by their specs, each made once, all with one ledger.
 
     Args:
         ledger: SQLite file of every call; made where it does not exist.
         runtime: where the agents run; with several ranks their work is divided.
-        batch_size: as for make_agent.
+        batch_size, quiet: as for make_agent.
     """
 
-    def __init__(self, ledger: Path, runtime: "Runtime", *, batch_size: int = 256) -> None:
-        self.ledger, self.runtime, self.batch_size = Ledger(ledger), runtime, batch_size
+    def __init__(self, ledger: Path, runtime: Runtime, *, batch_size: int = 256, quiet: bool = False) -> None:
+        self.ledger, self.runtime, self.batch_size, self.quiet = Ledger(ledger), runtime, batch_size, quiet
         self._made: dict[str, Agent] = {}
 
     def agent(self, spec: str) -> Agent:
@@ -78,7 +79,9 @@ class Cast:
             ValueError: as for make_agent.
         """
         if spec not in self._made:
-            self._made[spec] = make_agent(spec, self.ledger, batch_size=self.batch_size, runtime=self.runtime)
+            self._made[spec] = make_agent(
+                spec, self.ledger, batch_size=self.batch_size, runtime=self.runtime, quiet=self.quiet
+            )
         return self._made[spec]
 
     def close(self) -> None:
@@ -91,19 +94,15 @@ class Cast:
 
 
 def _is_endpoint(spec: str | Path) -> bool:
-    return str(spec).startswith("openai:")
+    return str(spec).startswith(PREFIX)
 
 
 def _make(spec: str, device: str, batch_size: int, ranks: int) -> Agent:
     if spec in _FACTORIES:
         return _FACTORIES[spec]()
     if _is_endpoint(spec):
-        from .endpoint import EndpointAgent  # loads the client, which others do not need
-
         return EndpointAgent.from_spec(spec, ranks=ranks)
     if (Path(spec) / "config.json").is_file():
-        from .local import LocalAgent  # loads the model code, which programs do not need
-
         return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
     near = difflib.get_close_matches(spec, registered(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import check_same
 from wizard_engine.runtime.process import Runtime
 
@@ -34,12 +35,20 @@ class Pair:
 
 
 def read_samples(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, kind: str, max_length: int, on_error: OnError, rejects: Path
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    kind: str,
+    max_length: int,
+    on_error: OnError,
+    rejects: Path,
+    quiet: bool = False,
 ) -> tuple[list[Sample], int]:
     """Samples of conversation rows, or of the `text` fields of JSON lines for kind "text".
 
     Args:
         max_length: longest sample, tokens.   on_error: "raise", or "skip" to count into the `rejects` file.
+        quiet: no progress bar.
     Returns:
         samples, number of rejected rows.
     Raises:
@@ -47,20 +56,31 @@ def read_samples(
     """
     if kind == "text":
         texts = [(f"{path}:{n}", text) for path in paths for n, text in enumerate(_texts(path), 1)]
-        return encode_all(texts, lambda text: _fitting(encode_text(tokenizer, text), max_length), on_error, rejects)
+        return encode_all(
+            texts, lambda text: _fitting(encode_text(tokenizer, text), max_length), on_error, rejects, quiet=quiet
+        )
     rows, unread = _located(paths, "conversation", on_error, rejects)
     samples, refused = encode_all(
-        rows, lambda row: encode_conversation(tokenizer, row.messages, max_length=max_length), on_error, rejects
+        rows,
+        lambda row: encode_conversation(tokenizer, row.messages, max_length=max_length),
+        on_error,
+        rejects,
+        quiet=quiet,
     )
     return samples, unread + refused
 
 
 def read_pairs(
-    paths: Sequence[Path], encode: Callable[[Preference], Pair], *, on_error: OnError, rejects: Path
+    paths: Sequence[Path],
+    encode: Callable[[Preference], Pair],
+    *,
+    on_error: OnError,
+    rejects: Path,
+    quiet: bool = False,
 ) -> tuple[list[Pair], int]:
     """Pairs of preference rows; see `read_samples`."""
     rows, unread = _located(paths, "preference", on_error, rejects)
-    pairs, refused = encode_all(rows, encode, on_error, rejects)
+    pairs, refused = encode_all(rows, encode, on_error, rejects, quiet=quiet)
     return pairs, unread + refused
 
 
@@ -100,7 +120,12 @@ def read_processes(paths: Sequence[Path], *, on_error: OnError, rejects: Path) -
 
 
 def encode_all(
-    rows: Sequence[tuple[str, Any]], encode: Callable[[Any], Item], on_error: OnError, rejects: Path
+    rows: Sequence[tuple[str, Any]],
+    encode: Callable[[Any], Item],
+    on_error: OnError,
+    rejects: Path,
+    *,
+    quiet: bool = False,
 ) -> tuple[list[Item], int]:
     """encode(row) of every row; a ValueError names the row's place, or is counted into `rejects`.
 
@@ -108,7 +133,7 @@ def encode_all(
         ValueError: a row cannot be encoded and on_error is "raise", or none is left.
     """
     items, refused = [], []
-    for where, row in rows:
+    for where, row in progress(rows, desc="tokenize", unit="row", quiet=quiet):
         try:
             items.append(encode(row))
         except ValueError as error:

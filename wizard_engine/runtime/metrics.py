@@ -4,6 +4,7 @@ import json
 import math
 import numbers
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from tqdm import tqdm
 from .files import write_bytes
 
 BAR_METRICS = ("loss", "tokens_per_second", "mfu")
+
+
+def progress(
+    items: Iterable | None = None, *, desc: str, unit: str, total: int | None = None, quiet: bool = False
+) -> tqdm:
+    """A tqdm bar on stderr, over `items` or for `update` calls; only on a terminal, on rank 0, and unless `quiet`."""
+    is_other_rank = dist.is_initialized() and dist.get_rank() != 0
+    # With disable=None tqdm itself asks whether stderr is a terminal.
+    disable = True if quiet or is_other_rank else None
+    return tqdm(items, desc=desc, unit=unit, total=total, disable=disable, leave=False, dynamic_ncols=True)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
