@@ -57,11 +57,11 @@ def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -
         return None
     model, tokenizer = language_model(str(cfg.checkpoint), None, seed=0, device=rt.device)
     conversations = answered(rows)
-    found = [math.nan] * len(conversations)
+    values = [math.nan] * len(conversations)
     mine = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])
     for rank, part in enumerate(gather_objects(mine)):
-        found[rank :: rt.world_size] = part
-    return found
+        values[rank :: rt.world_size] = part
+    return values
 
 
 def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row], dict[str, int]]:

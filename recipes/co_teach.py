@@ -82,21 +82,23 @@ def main(cfg: Config) -> dict:
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )
     who = cfg.agents
-    found = co_teach(
+    taught = co_teach(
         rows, ours=cast.agent(who.ours), rivals=[cast.agent(spec) for spec in who.rivals],
         judge=cast.agent(who.judge), suggester=cast.optional(who.suggester), rewriter=cast.optional(who.rewriter),
         user=cast.optional(who.user), sft_threshold=cfg.sft_threshold, dpo_threshold=cfg.dpo_threshold,
         chat_turns=cfg.chat_turns, lessons=cfg.lessons, seed=cfg.seed, temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
-    files = {"sft": found.sft, "preferences": found.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": found.battles}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics}
+    files = {"sft": taught.sft, "preferences": taught.preferences}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": taught.battles}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        print(f"{len(found.sft)} lessons, {len(found.preferences)} preference rows from {len(found.battles)} battles")
-        print_table("rival", found.statistics["rivals"])
-        print_table("skill", found.statistics["skills"])
+        print(
+            f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles"
+        )
+        print_table("rival", taught.statistics["rivals"])
+        print_table("skill", taught.statistics["skills"])
     return finish_stage(stage, rt, report, outputs)
 
 

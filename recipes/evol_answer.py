@@ -73,19 +73,19 @@ def main(cfg: Config) -> dict:
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )
-    found = evolve_answers(
+    evolved = evolve_answers(
         rows, rewriter=cast.agent(cfg.agents.rewriter), judge=cast.agent(cfg.agents.judge), rounds=cfg.rounds,
         operators=cfg.operators, length_cap=cfg.length_cap, result_margin=cfg.result_margin, min_gap=cfg.min_gap,
         seed=cfg.seed, max_tokens=cfg.max_tokens,
     )  # fmt: skip
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
-    files = {"rows": found.rows, "preferences": found.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": found.chains}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **evolved.statistics}
+    files = {"rows": evolved.rows, "preferences": evolved.preferences}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": evolved.chains}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        changed, pairs = found.statistics["rows_changed"], len(found.preferences)
+        changed, pairs = evolved.statistics["rows_changed"], len(evolved.preferences)
         print(f"{changed} of {len(rows)} answers changed, {pairs} preference rows")
-        print_table("operator", found.statistics["operators"])
+        print_table("operator", evolved.statistics["operators"])
     return finish_stage(stage, rt, report, outputs)
 
 

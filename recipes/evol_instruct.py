@@ -100,14 +100,14 @@ def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tupl
     method = cfg.method.read_text(encoding="utf-8").strip() if cfg.method else ""
     if not cfg.optimise.steps:
         return method, {}
-    found = optimise_method(
+    optimised = optimise_method(
         rows, evolver=cast.agent(cfg.agents.evolver), optimizer=cast.agent(cfg.agents.optimizer),
         answerer=cast.agent(cfg.agents.answerer), method=method, steps=cfg.optimise.steps,
         candidates=cfg.optimise.candidates, minibatch=cfg.optimise.minibatch, dev_size=cfg.optimise.dev_size,
         rounds=cfg.optimise.rounds, optimizer_temperature=cfg.optimise.temperature, seed=cfg.seed,
         max_tokens=max(cfg.max_tokens, 512),
     )  # fmt: skip
-    return found.method, {"stopped": found.stopped, "history": found.history, **found.statistics}
+    return optimised.method, {"stopped": optimised.stopped, "history": optimised.history, **optimised.statistics}
 
 
 def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, dict[str, Any]]:

@@ -98,20 +98,20 @@ def main(cfg: Config) -> dict:
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )
-    found = self_teach(
+    taught = self_teach(
         rows, student=cast.agent(cfg.agents.student), judge=cast.agent(cfg.agents.judge),
         evolver=cast.optional(cfg.agents.evolver), samples=cfg.samples, score=cfg.score, keep=cfg.keep,
         min_gap=cfg.min_gap, min_score=cfg.min_score, temperature=cfg.temperature, seed=cfg.seed,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
     processes, labels = label(cfg, cast, rows)
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics, "labels": labels}
-    files = {"sft": found.sft, "preferences": found.preferences, "processes": processes}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": found.scores}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics, "labels": labels}
+    files = {"sft": taught.sft, "preferences": taught.preferences, "processes": processes}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": taught.scores}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        print(f"{found.statistics['selected']} of {found.statistics['prompts']} prompts selected by {cfg.score}:")
-        print(f"{len(found.sft)} supervised, {len(found.preferences)} preference, {len(processes)} process rows")
+        print(f"{taught.statistics['selected']} of {taught.statistics['prompts']} prompts selected by {cfg.score}:")
+        print(f"{len(taught.sft)} supervised, {len(taught.preferences)} preference, {len(processes)} process rows")
     return finish_stage(stage, rt, report, outputs)
 
 

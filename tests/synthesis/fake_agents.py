@@ -39,8 +39,8 @@ FAILED = Reply("", error="timed out")
 
 def worth(text):
     """Score that an answer such as `fine q7.5` carries; 1 without one."""
-    found = re.findall(r"q(\d+(?:\.\d+)?)", text)
-    return float(found[-1]) if found else 1.0
+    qualities = re.findall(r"q(\d+(?:\.\d+)?)", text)
+    return float(qualities[-1]) if qualities else 1.0
 
 
 def honest_judge(bias=0.0):

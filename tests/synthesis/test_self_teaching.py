@@ -14,8 +14,8 @@ def student(**worths):
     def answer(request, messages):
         if request.seed not in order:
             order.append(request.seed)
-        found = worths[messages[-1].content][order.index(request.seed)]
-        return found if not isinstance(found, int | float) else f"sample q{found}"
+        quality = worths[messages[-1].content][order.index(request.seed)]
+        return quality if not isinstance(quality, int | float) else f"sample q{quality}"
 
     return Fake("student", answer=answer)
 
@@ -122,9 +122,9 @@ def test_failed_samples_leave_the_others():
 def test_evolved_prompts_join_in_once():
     evolver = Fake("evolver", evolve=lambda r, f: {"b": "b", "c": "a"}.get(f["instruction"], "new"))
     worths = {"a": [9, 2], "b": [8, 8], "c": [5, 5], "d": [4, 4], "new": [7, 3]}
-    given = rows("a", "b", "c", "d")
-    out = self_teach(given, student=student(**worths), judge=honest_judge(), evolver=evolver, samples=2, keep=1.0)
-    assert [(item["instruction"], item["row"]) for item in out.scores][4:] == [("new", given[0].id)]
+    source_rows = rows("a", "b", "c", "d")
+    out = self_teach(source_rows, student=student(**worths), judge=honest_judge(), evolver=evolver, samples=2, keep=1.0)
+    assert [(item["instruction"], item["row"]) for item in out.scores][4:] == [("new", source_rows[0].id)]
     assert out.statistics["dropped"]["evolved: unchanged"] == 1
     assert out.statistics["dropped"]["evolved: already known"] == 2
     evolved = [row for row in out.sft if "evolved_by" in row.lineage]

@@ -82,26 +82,26 @@ class Ledger:
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """The stored replies of those keys that have one."""
-        found: dict[bytes, str] = {}
+        stored: dict[bytes, str] = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            found.update(self._database.execute(f"SELECT key, text FROM replies WHERE key IN ({marks})", part))
-        return found
+            stored.update(self._database.execute(f"SELECT key, text FROM replies WHERE key IN ({marks})", part))
+        return stored
 
     def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> None:
         """Writes what came back for a batch in one transaction; it is on disk when this returns."""
         who = (agent.name, agent.fingerprint)
-        kept, failed = [], []
+        succeeded, failed = [], []
         for key, request, reply in zip(keys, requests, replies, strict=True):
             if reply.ok:
-                kept.append((key, *who, request.task, _pack(request.messages), *_settings(request), reply.text))
+                succeeded.append((key, *who, request.task, _pack(request.messages), *_settings(request), reply.text))
             else:
                 failed.append((key, *who, request.task, reply.error))
         database = self._database
         database.execute("BEGIN IMMEDIATE")
         try:
-            database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?)", kept)
+            database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?)", succeeded)
             database.executemany("INSERT INTO failures (key,agent,fingerprint,task,error) VALUES (?,?,?,?,?)", failed)
         except BaseException:
             database.execute("ROLLBACK")

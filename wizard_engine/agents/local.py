@@ -63,9 +63,11 @@ class LocalAgent:
         asked = [i for i, reply in enumerate(replies) if reply is None]
         if asked:
             samplings = [self._sampling(prompts[i], requests[i]) for i in asked]
-            own = [prompts[i] for i in asked]
-            found = continued(engine_for(self.model, own, samplings, self.batch_size), own, samplings)
-            for index, tokens in zip(asked, found.tokens):
+            asked_prompts = [prompts[i] for i in asked]
+            generation = continued(
+                engine_for(self.model, asked_prompts, samplings, self.batch_size), asked_prompts, samplings
+            )
+            for index, tokens in zip(asked, generation.tokens):
                 replies[index] = Reply(_own_turn(self.tokenizer.decode(tokens).strip(), requests[index].task))
         return replies
 

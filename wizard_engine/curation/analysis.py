@@ -63,9 +63,9 @@ def analyze(
         raise ValueError(f"sources: expected one per row ({len(rows)}), got {len(sources)}; give a name for each row")
     views = [view(row) for row in rows]
     inferred = infer(rows, views, sources=sources, perplexity=perplexity, seed=seed)
-    own = {name: [row.attributes.get(name) for row in rows] for name in inferred}
-    columns = {name: [a if a is not None else b for a, b in zip(own[name], inferred[name])] for name in inferred}
-    tables = {name: _table(columns[name], own[name], clusters=name == "cluster") for name in columns}
+    present = {name: [row.attributes.get(name) for row in rows] for name in inferred}
+    columns = {name: [a if a is not None else b for a, b in zip(present[name], inferred[name])] for name in inferred}
+    tables = {name: _table(columns[name], present[name], clusters=name == "cluster") for name in columns}
     completed = [
         row.replace(
             attributes=row.attributes | {name: value for name, value in zip(columns, values) if value is not None}
@@ -130,21 +130,21 @@ def answered(rows: Sequence[Row]) -> list[Conversation]:
 
 def _perplexities(views: Sequence[View], perplexity: Perplexity | None) -> list[float | None]:
     """Perplexities by the callable; None for a row without an answer, and for a value that is not finite."""
-    found: list[float | None] = [None] * len(views)
+    perplexities: list[float | None] = [None] * len(views)
     chosen = [index for index, item in enumerate(views) if _has_answer(item)]
     if perplexity is None or not chosen:
-        return found
+        return perplexities
     values = perplexity([Conversation(views[index].messages) for index in chosen])
     if len(values) != len(chosen):
         raise ValueError(f"perplexity: expected {len(chosen)} values, got {len(values)}; return one per conversation")
     for index, value in zip(chosen, values):
-        found[index] = float(value) if math.isfinite(value) else None
-    return found
+        perplexities[index] = float(value) if math.isfinite(value) else None
+    return perplexities
 
 
-def _table(values: Sequence[Any], own: Sequence[Any], *, clusters: bool) -> dict[str, Any]:
+def _table(values: Sequence[Any], present: Sequence[Any], *, clusters: bool) -> dict[str, Any]:
     """Table of a column, and how many of its values the rows brought along."""
-    kept = sum(value is not None for value in own)
+    kept = sum(value is not None for value in present)
     known = sum(value is not None for value in values)
     origin = {"kept": kept, "inferred": known - kept, "missing": len(values) - known}
     return origin | column_table(values, clusters=clusters)

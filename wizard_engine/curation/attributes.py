@@ -224,10 +224,10 @@ def math_kind(question: str) -> str | None:
     """
     if not is_math(question):
         return None
-    found = [name for name, pattern in _MATH.items() if name != "additive" and pattern.search(question)]
-    if len(found) > 1:
+    kinds = [name for name, pattern in _MATH.items() if name != "additive" and pattern.search(question)]
+    if len(kinds) > 1:
         return "mixed"
-    return found[0] if found else "additive"
+    return kinds[0] if kinds else "additive"
 
 
 def is_tool_call(text: str) -> bool:

@@ -100,18 +100,18 @@ class Index:
 
         Whole texts that are equal to a short evaluation text come with no positions.
         """
-        found: dict[int, list[int]] = {i: [] for i, parts in enumerate(batch) if self.is_whole(parts)}
+        positions: dict[int, list[int]] = {i: [] for i, parts in enumerate(batch) if self.is_whole(parts)}
         ids = np.fromiter((self.ids.get(part, 0) for parts in batch for part in parts), np.uint64)
         if len(ids) < self.n or not len(self.hashes):
-            return found
+            return positions
         hashes = gram_hashes(ids, self.n)
         places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
         hits = np.flatnonzero(self.hashes[places] == hashes)
         starts = np.concatenate([[0], np.cumsum([len(parts) for parts in batch])])
         owner = np.searchsorted(starts, hits, side="right") - 1
         for text, position in zip(owner.tolist(), (hits - starts[owner]).tolist()):
-            found.setdefault(text, []).append(position)
-        return found
+            positions.setdefault(text, []).append(position)
+        return positions
 
     def is_whole(self, parts: list[str]) -> bool:
         """Whether a text of fewer than n words is, word for word, an evaluation text."""

@@ -71,17 +71,17 @@ def rake(
     count = check_attributes(attributes, targets, cap, iterations)
     columns = {name: column(values, targets.get(name, {})) for name, values in attributes.items()}
     natural = {name: shares(labels, np.ones(count)) for name, labels in columns.items()}
-    target = {name: complete_target(name, wanted, natural[name]) for name, wanted in targets.items()}
+    target = {name: complete_target(name, shares_V, natural[name]) for name, shares_V in targets.items()}
     coded = [encode(columns[name], target[name]) for name in targets]
     weights, passes = np.ones(count), 0
-    for codes, wanted in coded:
-        weights[wanted[codes] == 0] = 0
+    for codes, shares_V in coded:
+        weights[shares_V[codes] == 0] = 0
     check_reachable(weights, {name: columns[name] for name in targets}, target)
     drawable, weights = weights > 0, cap_weights(weights, cap)
     while passes < iterations and marginal_error(weights, coded) > TOLERANCE:
-        for codes, wanted in coded:
-            sums = np.bincount(codes, weights, len(wanted))
-            weights = weights * np.divide(wanted, sums, out=np.zeros_like(wanted), where=sums > 0)[codes]
+        for codes, shares_V in coded:
+            sums = np.bincount(codes, weights, len(shares_V))
+            weights = weights * np.divide(shares_V, sums, out=np.zeros_like(shares_V), where=sums > 0)[codes]
         weights[drawable] = np.maximum(weights[drawable], SMALLEST)
         weights, passes = cap_weights(weights, cap), passes + 1
     error = marginal_error(weights, coded)
@@ -172,13 +172,13 @@ def label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def column(values: Sequence[Any], wanted: Mapping[Any, float]) -> list[str]:
+def column(values: Sequence[Any], target: Mapping[Any, float]) -> list[str]:
     """Names of values; numbers go by the ranges among the keys of `wanted` when there are any."""
-    keys = list(map(label, wanted))
-    ranges = [(key, found) for key in keys if (found := RANGE.fullmatch(key))]
+    keys = list(map(label, target))
+    ranges = [(key, match) for key in keys if (match := RANGE.fullmatch(key))]
     if not ranges:
         return [label(value) for value in values]
-    bounds = [(key, float(found[1] or -math.inf), float(found[2] or math.inf)) for key, found in ranges]
+    bounds = [(key, float(match[1] or -math.inf), float(match[2] or math.inf)) for key, match in ranges]
     names = []
     for value in values:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -212,21 +212,21 @@ def shares(labels: Sequence[str], weights: np.ndarray) -> dict[str, float]:
     return {name: total / float(weights.sum()) for name, total in totals.most_common()}
 
 
-def complete_target(name: str, wanted: Mapping[Any, float], natural: Mapping[str, float]) -> dict[str, float]:
+def complete_target(name: str, requested: Mapping[Any, float], natural: Mapping[str, float]) -> dict[str, float]:
     """Shares of all the values of an attribute, summing to 1, from those given. Rules and errors as in `rake`."""
-    given = {label(value): share for value, share in wanted.items()}
-    for value, share in given.items():
+    named = {label(value): share for value, share in requested.items()}
+    for value, share in named.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"targets.{name}.{value}: expected a share from 0 to 1, got {share!r}; correct it")
         if share > 0 and value not in natural:
             known = ", ".join(list(natural)[:12])
             raise ValueError(f"targets.{name}.{value}: expected a value that rows have, got none; values are: {known}")
-    free = {value: share for value, share in natural.items() if value not in given}
+    free = {value: share for value, share in natural.items() if value not in named}
     aside = free.pop(UNKNOWN, 0.0)
-    total, rest = sum(given.values()), sum(free.values())
+    total, rest = sum(named.values()), sum(free.values())
     if total > 1 + TOLERANCE or (total < 1 - TOLERANCE and not rest):
         raise ValueError(f"targets.{name}: expected shares that sum to 1, got {total:.6g}; correct them")
-    target = {value: share * (1 - aside) for value, share in given.items() if value in natural}
+    target = {value: share * (1 - aside) for value, share in named.items() if value in natural}
     scale = max(0.0, 1 - total) * (1 - aside) / rest if rest else 0.0
     target |= {value: (share * scale if scale > TOLERANCE else 0.0) for value, share in free.items()}
     target |= {UNKNOWN: aside} if aside else {}
@@ -242,9 +242,9 @@ def encode(labels: Sequence[str], target: Mapping[str, float]) -> tuple[np.ndarr
 def check_reachable(weights: np.ndarray, columns: Mapping[str, Sequence[str]], target: Mapping[str, Mapping]) -> None:
     """ValueError where a value has a target but all of its rows are excluded by a target of 0 on another attribute."""
     for name, labels in columns.items():
-        left = {value for value, weight in zip(labels, weights.tolist()) if weight > 0}
+        drawable = {value for value, weight in zip(labels, weights.tolist()) if weight > 0}
         for value, share in target[name].items():
-            if share > 0 and value not in left:
+            if share > 0 and value not in drawable:
                 raise ValueError(
                     f"targets.{name}.{value}: expected a row that may be drawn, got only rows that shares of 0 on "
                     "other attributes exclude; give those a share"
@@ -275,5 +275,5 @@ def cap_weights(weights: np.ndarray, cap: float) -> np.ndarray:
 def marginal_error(weights: np.ndarray, coded: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """Largest difference between a value's share of the weight and its target; 0 without targets."""
     total = weights.sum()
-    errors = [np.abs(np.bincount(codes, weights, len(wanted)) / total - wanted).max() for codes, wanted in coded]
+    errors = [np.abs(np.bincount(codes, weights, len(shares_V)) / total - shares_V).max() for codes, shares_V in coded]
     return float(max(errors, default=0.0))

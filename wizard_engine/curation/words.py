@@ -29,5 +29,5 @@ def words(text: str, *, operators: bool = False) -> list[str]:
     Returns:
         The words in order; for a text of punctuation alone its parts between blanks; [] for a blank text.
     """
-    found = PATTERNS[text.isascii(), operators].findall(normalised(text))
-    return found or text.split()
+    matches = PATTERNS[text.isascii(), operators].findall(normalised(text))
+    return matches or text.split()

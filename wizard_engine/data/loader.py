@@ -121,13 +121,13 @@ class Loader:
 
     def _packs(self, epoch: int) -> list[Pack]:
         """Packs of an epoch in their seeded order, [] after the last epoch; the epoch asked for last is kept."""
-        left = math.inf if self.epochs is None else self.epochs - epoch
-        if left <= 0:
+        epochs_left = math.inf if self.epochs is None else self.epochs - epoch
+        if epochs_left <= 0:
             return []
         if self._cache is None or self._cache[0] != epoch:
             self._cache = epoch, self._whole_epoch(epoch)
         packs = self._cache[1]
-        return packs if left >= 1 else packs[: max(1, round(left * len(packs)))]
+        return packs if epochs_left >= 1 else packs[: max(1, round(epochs_left * len(packs)))]
 
     def _whole_epoch(self, epoch: int) -> list[Pack]:
         samples = seeded_order(len(self.lengths), self.seed, epoch, 0)

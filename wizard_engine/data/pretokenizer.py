@@ -89,8 +89,8 @@ class UnitCache:
         known = self._ids
         for part in self._cut.split(text) if self._cut else [text]:
             for unit in [part] if part in self._atoms else ASCII_UNITS.findall(part):
-                found = known.get(unit)
-                ids += self._learn(unit) if found is None else found
+                unit_ids = known.get(unit)
+                ids += self._learn(unit) if unit_ids is None else unit_ids
         return ids
 
     def _learn(self, unit: str) -> list[int]:

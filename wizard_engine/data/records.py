@@ -224,13 +224,15 @@ def _rows_of(piece: Piece, path: Path, kind: Kind | None) -> list[Row]:
     if piece.error is not None:
         raise ValueError(piece.error)
     _check_unicode(piece.value, "record")
-    found, rows = convert(piece.value)
-    if kind not in (None, found):
-        raise ValueError(f"record: expected a {kind} row, got a {found} row")
-    own = "messages" in piece.value or "prompt" in piece.value
+    row_kind, rows = convert(piece.value)
+    if kind not in (None, row_kind):
+        raise ValueError(f"record: expected a {kind} row, got a {row_kind} row")
+    is_native = "messages" in piece.value or "prompt" in piece.value
     for row in rows:
         check_row(row)
-    return rows if own else [row.replace(attributes={"source": source_name(path)} | row.attributes) for row in rows]
+    return (
+        rows if is_native else [row.replace(attributes={"source": source_name(path)} | row.attributes) for row in rows]
+    )
 
 
 def source_name(path: Path) -> str:

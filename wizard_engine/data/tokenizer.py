@@ -109,8 +109,10 @@ def _checked(encode: Callable[[], list], texts: Sequence[str]) -> list:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                found = f"{text[error.start]!r} at character {error.start}"
-                raise ValueError(f"text: expected valid Unicode, got the lone surrogate {found}; clean it") from None
+                surrogate = f"{text[error.start]!r} at character {error.start}"
+                raise ValueError(
+                    f"text: expected valid Unicode, got the lone surrogate {surrogate}; clean it"
+                ) from None
         raise
 
 
@@ -161,8 +163,8 @@ class SentencePieceTokenizer(_Bytes):
 
 def _piece_bytes(piece: str) -> bytes:
     """Bytes of a SentencePiece piece: <0x0A> is one byte, ▁ a space."""
-    found = BYTE_PIECE.fullmatch(piece)
-    return bytes([int(found.group(1), 16)]) if found else piece.replace(META_SPACE, " ").encode("utf-8")
+    byte_piece = BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte_piece.group(1), 16)]) if byte_piece else piece.replace(META_SPACE, " ").encode("utf-8")
 
 
 class JsonTokenizer(_Bytes):
@@ -197,9 +199,9 @@ class JsonTokenizer(_Bytes):
         named = self._config.get(key)
         named = named.get("content") if isinstance(named, dict) else named
         for name in [named] if named else names:
-            found = self._backend.token_to_id(name)
-            if found is not None:
-                return found
+            token_id = self._backend.token_to_id(name)
+            if token_id is not None:
+                return token_id
         tried = named or ", ".join(names)
         raise ValueError(f"{where}: expected a {key} ({tried}), got none; name it in tokenizer_config.json beside it")
 
@@ -258,10 +260,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         candidates = [path / "tokenizer.json", path / "tokenizer.model", *sorted(path.glob("*.model"))]
-        found = next((file for file in candidates if file.is_file()), None)
-        if found is None:
+        tokenizer_file = next((file for file in candidates if file.is_file()), None)
+        if tokenizer_file is None:
             raise ValueError(f"{path}: expected tokenizer.json or a *.model file in this directory, got neither")
-        return load_tokenizer(found)
+        return load_tokenizer(tokenizer_file)
     if not path.is_file():
         raise ValueError(f"{path}: expected a tokenizer file or directory, got nothing there; check the path")
     if path.suffix == ".model":

@@ -58,11 +58,11 @@ def accuracy_by(
     """
     if len(groups) != len(answers):
         raise ValueError(f"groups: expected one per answer ({len(answers)}), got {len(groups)}; give both alike")
-    found = {}
+    accuracies = {}
     for group in dict.fromkeys(groups):
-        chosen = [index for index, own in enumerate(groups) if own == group]
-        found[group] = accuracy([answers[index] for index in chosen], [references[index] for index in chosen])
-    return found
+        chosen = [index for index, other in enumerate(groups) if other == group]
+        accuracies[group] = accuracy([answers[index] for index in chosen], [references[index] for index in chosen])
+    return accuracies
 
 
 def _accuracy(correct: int, total: int, unanswered: int) -> Accuracy:

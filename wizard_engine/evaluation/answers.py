@@ -17,13 +17,13 @@ def read_answers(spec: Path | str, ids: Sequence[str], instructions: Sequence[st
     """
     path, _, name = str(spec).partition("#")
     lines = [_read(path, number, line, name or "answer") for number, line in _numbered(path)]
-    for key, wanted in (("id", ids), ("prompt", instructions)):
+    for key, values in (("id", ids), ("prompt", instructions)):
         if lines and all(isinstance(item.get(key), str) for item in lines):
             known = {item[key]: item[name or "answer"] for item in lines}
-            missing = next((index for index, value in enumerate(wanted) if value not in known), None)
+            missing = next((index for index, value in enumerate(values) if value not in known), None)
             if missing is not None:
-                raise ValueError(f"{path}: expected an answer to every prompt, got none with {key} {wanted[missing]!r}")
-            return [known[value] for value in wanted]
+                raise ValueError(f"{path}: expected an answer to every prompt, got none with {key} {values[missing]!r}")
+            return [known[value] for value in values]
     if len(lines) != len(ids):
         raise ValueError(f"{path}: expected {len(ids)} answers in the order of the prompts, got {len(lines)}; add ids")
     return [item[name or "answer"] for item in lines]

@@ -45,7 +45,7 @@ def elo(
         ValueError: no battles, a score out of range, an anchor that did not fight, models not connected to it, or with
             prior 0 a model that won or lost all.
     """
-    triples = Counter(found for found in map(_triple, battles) if found[2] is not None)
+    triples = Counter(triple for triple in map(_triple, battles) if triple[2] is not None)
     models = list(dict.fromkeys(name for a, b, _ in triples for name in (a, b)))
     _check(triples, models, anchor)
     wins = _win_matrix(triples, models, np.fromiter(triples.values(), np.float64))

@@ -111,11 +111,11 @@ def _answers(answer_fn: AnswerFn, conversations: Sequence[tuple[Message, ...]], 
     """Answers in order; one call of answer_fn per temperature."""
     answers = [""] * len(conversations)
     for temperature in sorted(set(heat)):
-        chosen = [index for index, own in enumerate(heat) if own == temperature]
-        found = answer_fn([conversations[index] for index in chosen], temperature)
-        if len(found) != len(chosen):
-            raise ValueError(f"answer_fn: expected {len(chosen)} answers, got {len(found)}; return one each")
-        for index, answer in zip(chosen, found):
+        chosen = [index for index, other in enumerate(heat) if other == temperature]
+        texts = answer_fn([conversations[index] for index in chosen], temperature)
+        if len(texts) != len(chosen):
+            raise ValueError(f"answer_fn: expected {len(chosen)} answers, got {len(texts)}; return one each")
+        for index, answer in zip(chosen, texts):
             answers[index] = answer
     return answers
 

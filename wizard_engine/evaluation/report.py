@@ -151,8 +151,8 @@ def headline_pair(pairwise: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | 
     """The comparison of rleif with sft, rleif first, the last of several; else the last with a win rate."""
     known = [pair for pair in pairwise if pair.get("win_rate") is not None]
     turned = [*known, *map(swapped, known)]
-    wanted = [pair for pair in turned if "rleif" in str(pair["a"]) and "sft" in str(pair["b"])]
-    return (wanted or known or [None])[-1]
+    rleif_over_sft = [pair for pair in turned if "rleif" in str(pair["a"]) and "sft" in str(pair["b"])]
+    return (rleif_over_sft or known or [None])[-1]
 
 
 def swapped(pair: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +212,11 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 def _points(stage: Mapping[str, Any]) -> list[Point]:
     colour = STAGE_COLOURS.get(stage["name"], charts.TEAL)
-    found = [Point(stage["name"], stage["accuracy"], parts.standard_error(stage["accuracy"], stage["total"]), colour)]
+    points = [Point(stage["name"], stage["accuracy"], parts.standard_error(stage["accuracy"], stage["total"]), colour)]
     sampled = stage.get("sampled_accuracy")
     if sampled is not None:
-        found.append(Point(stage["name"], sampled, parts.standard_error(sampled, stage["total"]), colour, hollow=True))
-    return found
+        points.append(Point(stage["name"], sampled, parts.standard_error(sampled, stage["total"]), colour, hollow=True))
+    return points
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:

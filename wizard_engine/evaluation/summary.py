@@ -122,7 +122,7 @@ PHASES = ("hand_over", "generate", "score", "train")
 
 def phases(out: Path, slices: int) -> list[dict[str, Any]]:
     """Mean seconds of each phase of a rollout step of RLEIF, slice by slice; the first step, which warms up, apart."""
-    found = []
+    slice_phases = []
     for index in range(1, slices + 1):
         path = out / f"slice_{index}" / "rleif" / "metrics.jsonl"
         rows = [row for row in (read_metrics(path) if path.exists() else []) if "generate_seconds" in row][1:]
@@ -132,14 +132,14 @@ def phases(out: Path, slices: int) -> list[dict[str, Any]]:
         def mean(name: str, rows: list[dict[str, Any]] = rows) -> float:
             return sum(row[name] for row in rows) / len(rows)
 
-        found.append(
+        slice_phases.append(
             {
                 "name": f"slice {index}", "steps": len(rows), "step": mean("seconds"), "tail_idle": mean("tail_idle"),
                 "seconds": {name: mean(f"{name}_seconds") for name in PHASES},
                 "difference": max(row["ratio_error"] for row in rows),
             }
         )  # fmt: skip
-    return found
+    return slice_phases
 
 
 def data_flow(out: Path, slices: int) -> list[dict[str, Any]]:
@@ -186,13 +186,13 @@ def attribute_shifts(report: dict[str, Any], most: int = 9) -> list[dict[str, An
         if name not in natural:
             continue
         values = sorted(natural[name], key=lambda value: -natural[name][value])[:most]
-        wanted = target.get(name)
+        shares = target.get(name)
         shifts.append(
             {
                 "attribute": name,
                 "values": values,
                 "natural": [natural[name].get(value, 0.0) for value in values],
-                "target": None if wanted is None else [wanted.get(value, 0.0) for value in values],
+                "target": None if shares is None else [shares.get(value, 0.0) for value in values],
                 "achieved": [drawn.get(name, {}).get(value, 0.0) for value in values],
             }
         )
@@ -236,17 +236,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def curves(out: Path, slices: int) -> dict[str, list[tuple[float, float]]]:
     """Learning curves: losses of base, supervised and preference training, reward and KL of RLEIF, per slice."""
-    found = {"base loss/base": _series(out / "base" / "metrics.jsonl", "loss")}
+    series = {"base loss/base": _series(out / "base" / "metrics.jsonl", "loss")}
     for index in range(1, slices + 1):
         at, label = out / f"slice_{index}", f"slice {index}"
-        found[f"supervised loss/{label}"] = _series(at / "sft" / "metrics.jsonl", "loss")
-        found[f"RLEIF reward/{label}"] = _series(at / "rleif" / "metrics.jsonl", "reward")
-        found[f"RLEIF KL to the reference, nats per token/{label}"] = _series(at / "rleif" / "metrics.jsonl", "kl_k1")
+        series[f"supervised loss/{label}"] = _series(at / "sft" / "metrics.jsonl", "loss")
+        series[f"RLEIF reward/{label}"] = _series(at / "rleif" / "metrics.jsonl", "reward")
+        series[f"RLEIF KL to the reference, nats per token/{label}"] = _series(at / "rleif" / "metrics.jsonl", "kl_k1")
         dpo = [
             point for part in sorted(at.glob("stage_dpo/stage_*/metrics.jsonl")) for point in _series(part, "margin")
         ]
-        found[f"Stage-DPO margin/{label}"] = [(float(n), value) for n, (_, value) in enumerate(dpo, 1)]
-    return {name: points for name, points in found.items() if points}
+        series[f"Stage-DPO margin/{label}"] = [(float(n), value) for n, (_, value) in enumerate(dpo, 1)]
+    return {name: points for name, points in series.items() if points}
 
 
 def _series(path: Path, name: str, most: int = 120) -> list[tuple[float, float]]:
@@ -265,8 +265,8 @@ def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str
     first, final = (answers[stages[place][0]] for place in (0, -1))
     chosen = []
     for index, line in enumerate(final):
-        wanted = extract_answer(line["reference"])
-        right = {name: extract_answer(rows[index]["sampled"]) == wanted for name, rows in answers.items()}
+        reference = extract_answer(line["reference"])
+        right = {name: extract_answer(rows[index]["sampled"]) == reference for name, rows in answers.items()}
         if right[stages[-1][0]] and not right[stages[0][0]] and len(line["prompt"]) > 90:
             texts = {name: rows[index]["sampled"] for name, rows in answers.items()}
             chosen.append(
@@ -300,13 +300,13 @@ def _short(agent: str) -> str:
 def machine(out: Path) -> dict[str, str]:
     """What the run stood on."""
     config = _read(out / "base" / "model" / "config.json")
-    found = {
+    facts = {
         "CPU": platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
     }
     if config:
-        found["student"] = (
+        facts["student"] = (
             f"{config['num_hidden_layers']} layers, width {config['hidden_size']}, {config['vocab_size']} tokens"
         )
-    return found
+    return facts

@@ -20,15 +20,15 @@ class FlowNode(TypedDict):
 
 def wrapped(content: str, width: float, size: float, lines: int) -> list[str]:
     """A text in at most `lines` lines of `width` pixels, the last one shortened where it is longer."""
-    found: list[str] = []
+    wrapped_lines: list[str] = []
     words = content.split()
-    while words and len(found) < lines - 1:
+    while words and len(wrapped_lines) < lines - 1:
         taken = 1
         while taken < len(words) and text_width(" ".join(words[: taken + 1]), size) <= width:
             taken += 1
-        found.append(shorten(" ".join(words[:taken]), width, size))
+        wrapped_lines.append(shorten(" ".join(words[:taken]), width, size))
         words = words[taken:]
-    return [*found, shorten(" ".join(words), width, size)] if words else found
+    return [*wrapped_lines, shorten(" ".join(words), width, size)] if words else wrapped_lines
 
 
 def flow(nodes: Sequence[FlowNode], *, width: float = 1060, columns: int = 5) -> str:

@@ -59,12 +59,12 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
 
 def _take_preset(words: list[str], presets: dict[str, Config]) -> Config | None:
     """Instance that --preset names, and the option taken out of `words`; None where it is not given."""
-    found = [i for i, word in enumerate(words) if presets and (word == "--preset" or word.startswith("--preset="))]
-    if not found:
+    positions = [i for i, word in enumerate(words) if presets and (word == "--preset" or word.startswith("--preset="))]
+    if not positions:
         return None
-    if len(found) > 1:
+    if len(positions) > 1:
         _fail("--preset: expected once, got it twice; keep one")
-    at = found[0]
+    at = positions[0]
     option, sign, name = words.pop(at).partition("=")
     if not sign:
         name = words.pop(at) if at < len(words) else ""
@@ -83,8 +83,8 @@ def option_names(config: type, prefix: str = "--") -> list[str]:
     hints, annotated = typing.get_type_hints(config), typing.get_type_hints(config, include_extras=True)
     names = []
     for field in dataclasses.fields(config):
-        given = [getattr(x, "name", None) for x in getattr(annotated[field.name], "__metadata__", ())]
-        name = prefix + next(filter(None, given), field.name.replace("_", "-"))
+        aliases = [getattr(x, "name", None) for x in getattr(annotated[field.name], "__metadata__", ())]
+        name = prefix + next(filter(None, aliases), field.name.replace("_", "-"))
         nested = _nested_dataclass(hints[field.name])
         names += option_names(nested, name + ".") if nested else [name]
     return names

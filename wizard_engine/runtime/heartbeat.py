@@ -56,19 +56,19 @@ class Watch:
         try:
             if not self.store.check(["error"]):
                 return ""
-            found = json.loads(self.store.get("error"))
+            error = json.loads(self.store.get("error"))
         except dist.DistError:
             return ""
-        return "" if found["rank"] == self.rank else f"[rank {found['rank']}/{self.world_size}] {found['text']}"
+        return "" if error["rank"] == self.rank else f"[rank {error['rank']}/{self.world_size}] {error['text']}"
 
     def explain(self) -> str:
         """Why a collective of this rank failed: another's error, or who did not come; waits for both to show."""
         deadline = time.monotonic() + SILENT_SECONDS + 2 * PERIOD_SECONDS
         before = self._posts()
         while time.monotonic() < deadline:
-            found = self.failure()
-            if found:
-                return found
+            failure = self.failure()
+            if failure:
+                return failure
             time.sleep(PERIOD_SECONDS / 2)
         after = self._posts()
         silent = [r for r in range(self.world_size) if r != self.rank and after.get(r) == before.get(r)]
@@ -82,14 +82,14 @@ class Watch:
         return f"last seen at {posts[rank]['text']}" if rank in posts else "never seen"
 
     def _posts(self) -> dict[int, dict]:
-        found = {}
+        posts = {}
         for rank in range(self.world_size):
             try:
                 if self.store.check([f"mark/{rank}"]):
-                    found[rank] = json.loads(self.store.get(f"mark/{rank}"))
+                    posts[rank] = json.loads(self.store.get(f"mark/{rank}"))
             except dist.DistError:
-                return found
-        return found
+                return posts
+        return posts
 
     def _work(self) -> None:
         while not self._ended.wait(PERIOD_SECONDS):
@@ -99,10 +99,10 @@ class Watch:
                 self.store.set(f"mark/{self.rank}", json.dumps({"mark": count, "text": text, "beat": self._beat}))
             except dist.DistError:
                 return
-            found = self.failure()
-            if found:
+            failure = self.failure()
+            if failure:
                 if not self._ended.wait(GRACE_SECONDS):
-                    self._end(f"ended, for another rank failed: {found}")
+                    self._end(f"ended, for another rank failed: {failure}")
             elif limited and time.monotonic() - since > self.timeout_seconds + 2 * GRACE_SECONDS:
                 self._end(f"{text}: waited more than {self.timeout_seconds:.0f} seconds; {self.explain()}")
 

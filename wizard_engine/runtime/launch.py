@@ -42,12 +42,12 @@ def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] 
 
 def _fail(name: str, error: Exception, text: str, *, tell: bool = True) -> None:
     """Print an error, tell the other ranks of it, and end at once where their collectives might keep this one."""
-    found = watch()
-    where = "" if found is None or text.startswith("[rank") else f"[rank {found.rank}/{found.world_size}] "
+    heartbeat = watch()
+    where = "" if heartbeat is None or text.startswith("[rank") else f"[rank {heartbeat.rank}/{heartbeat.world_size}] "
     print(f"{name}: error: {where}{text}", file=sys.stderr, flush=True)
-    if found is not None:
+    if heartbeat is not None:
         if tell:
-            found.fail(text)
+            heartbeat.fail(text)
         sys.stdout.flush()
         os._exit(1)
 

@@ -107,9 +107,9 @@ def _lines_until(path: Path, step: int) -> bytes:
     kept = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            found = json.loads(line)["step"]
+            line_step = json.loads(line)["step"]
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f"{path}:{number}: expected a JSON object with `step`; remove the line") from None
-        if found <= step:
+        if line_step <= step:
             kept.append(line + b"\n")
     return b"".join(kept)

@@ -32,10 +32,10 @@ def with_names_of_all_ranks(numbers: dict[str, float]) -> dict[str, float]:
 
 def first_error(error: Exception | None, runtime: Runtime) -> str:
     """The first rank's error with that rank in front, on every rank; "" where no rank has one."""
-    own = None if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
+    message = None if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
     if runtime.world_size == 1:
-        return own or ""
-    for rank, text in enumerate(gather_objects(own)):
+        return message or ""
+    for rank, text in enumerate(gather_objects(message)):
         if text is not None:
             return f"[rank {rank}/{runtime.world_size}] {text}"
     return ""
@@ -65,24 +65,24 @@ def check_same(runtime: Runtime, what: str, value: Any) -> None:
     """
     if runtime.world_size == 1:
         return
-    found = gather_objects(value)
-    usual = max(found, key=found.count)
-    for rank, other in enumerate(found):
+    values = gather_objects(value)
+    usual = max(values, key=values.count)
+    for rank, other in enumerate(values):
         if other != usual:
-            where, own, theirs = _difference(what, other, usual)
+            where, differing, common = _difference(what, other, usual)
             raise ValueError(
-                f"[rank {rank}/{runtime.world_size}] {where}: expected the same on every rank, got {_short(own)}, and "
-                f"{_short(theirs)} on rank {found.index(usual)}; start every rank with the same options and files"
+                f"[rank {rank}/{runtime.world_size}] {where}: expected the same on every rank, got "
+                f"{_short(differing)}, and {_short(common)} on rank {values.index(usual)}; start every rank with the same options and files"
             )
 
 
-def _difference(what: str, own: Any, theirs: Any) -> tuple[str, Any, Any]:
+def _difference(what: str, value: Any, other: Any) -> tuple[str, Any, Any]:
     """The first entry in which two values differ: its name, and what it is in both."""
-    if isinstance(own, dict) and isinstance(theirs, dict):
-        for key in {**own, **theirs}:
-            if own.get(key) != theirs.get(key):
-                return _difference(f"{what}: {key}", own.get(key), theirs.get(key))
-    return what, own, theirs
+    if isinstance(value, dict) and isinstance(other, dict):
+        for key in {**value, **other}:
+            if value.get(key) != other.get(key):
+                return _difference(f"{what}: {key}", value.get(key), other.get(key))
+    return what, value, other
 
 
 def _short(value: Any) -> str:

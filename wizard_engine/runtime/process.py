@@ -78,11 +78,11 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
         # the process where they meet the end of the interpreter: imported first, they keep none.
         importlib.import_module("torch.distributed.nn.functional")
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        found = {"store": run_store("groups"), "rank": rank, "world_size": world_size} if _has_agent_store() else {}
+        options = {"store": run_store("groups"), "rank": rank, "world_size": world_size} if _has_agent_store() else {}
         if chosen.type == "cuda":
             # NCCL connects now, on this device, where its errors name their cause; groups of a mesh are splits of it.
-            found["device_id"] = chosen
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **found)
+            options["device_id"] = chosen
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **options)
         global _watch
         if world_size > 1:
             _watch = Watch(run_store("watch"), rank, world_size, timeout_seconds)

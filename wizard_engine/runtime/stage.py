@@ -122,9 +122,9 @@ class Stage:
 
     def _work(self) -> list[Path]:
         """Records, checkpoints and metrics of a stage in `out`, those of its parts one folder down included."""
-        found = [self.out / name for name in ("stage.json", "checkpoints", "metrics.jsonl")]
-        found += [*self.out.glob("*/checkpoints"), *self.out.glob("*/metrics.jsonl")]
-        return [path for path in found if path.exists()]
+        paths = [self.out / name for name in ("stage.json", "checkpoints", "metrics.jsonl")]
+        paths += [*self.out.glob("*/checkpoints"), *self.out.glob("*/metrics.jsonl")]
+        return [path for path in paths if path.exists()]
 
     def _clear(self) -> None:
         """Remove what the former stage wrote here: its listed outputs, checkpoints and metrics, nothing else."""

@@ -200,13 +200,13 @@ class Driver:
         shared(stopped, self.axis)
         for command in stopped:
             apply(self.engine, command)
-        for job, found in pieces.values():
-            ended = [piece for piece in found if piece.reason is not None]
+        for job, job_pieces in pieces.values():
+            ended = [piece for piece in job_pieces if piece.reason is not None]
             for piece in ended:
                 del self._jobs[job.rows[piece.choice].number]
             job.open -= len(ended)
             self._closed(len(ended))
-            self._tell(job, found)
+            self._tell(job, job_pieces)
 
     def _piece(self, job: Job, choice: int, row: Row) -> Piece:
         """What the last token of a sequence says."""

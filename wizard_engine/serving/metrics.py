@@ -63,7 +63,7 @@ class Metrics:
             histograms = {name: (list(counts), total[0]) for name, (counts, total) in self._histograms.items()}
         for name in dict.fromkeys(name for name, _ in counters):
             lines += self._head(name, "counter")
-            lines += [_line(name, dict(labels), value) for (own, labels), value in counters.items() if own == name]
+            lines += [_line(name, dict(labels), value) for (other, labels), value in counters.items() if other == name]
         for name, value in gauges.items():
             lines += [*self._head(name, "gauge"), _line(name, {}, value)]
         for name, (counts, total) in histograms.items():

@@ -114,10 +114,10 @@ def description(
         "/health": get("health", {"200": _json(_HEALTH, "It works."), "503": _json(_HEALTH, "The engine has failed.")}),
         "/metrics": get("metrics", {"200": text, **_errors(*keyed)}),
     }
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "openapi": "3.1.0", "info": {"title": "wizard-engine", "version": "1"}, "paths": paths,
     }  # fmt: skip
     if needs_key:
-        found["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-        found["security"] = [{"key": []}]
-    return found
+        document["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+        document["security"] = [{"key": []}]
+    return document

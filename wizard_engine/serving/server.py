@@ -196,19 +196,19 @@ class Server:
         Raises:
             Refused: it is too long (413), too slow (408), or no JSON (400).
         """
-        limit, found = self.limits.body_bytes, bytearray()
+        limit, body = self.limits.body_bytes, bytearray()
         try:
             async with asyncio.timeout(self.limits.read_seconds):
                 async for part in request.stream():
-                    found += part
-                    if len(found) > limit:
+                    body += part
+                    if len(body) > limit:
                         raise Refused(413, f"body: expected at most {limit} bytes, got more", code="body_too_large")
         except TimeoutError:
             raise Refused(408, f"body: expected within {self.limits.read_seconds:g} seconds") from None
         except ClientDisconnect:
             raise Refused(CLIENT_CLOSED_REQUEST, "body: the client left before its end") from None
         try:
-            return json.loads(found, parse_constant=_no_constant)
+            return json.loads(body, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"body: expected JSON, got {str(error)[:200]}", code="invalid_json") from None
 
@@ -221,8 +221,8 @@ class Server:
         n = int(fields.get("n", 1))
         if n * len(prompts) > self.limits.choices:
             raise wrong("n", f"at most {self.limits.choices} choices over {len(prompts)} prompts", n)
-        wanted = fields.get("logprobs", "top_logprobs" in fields if kind == "chat" else None)
-        tops = int(fields.get("top_logprobs", 0) if kind == "chat" else wanted or 0) if wanted else 0
+        logprobs = fields.get("logprobs", "top_logprobs" in fields if kind == "chat" else None)
+        tops = int(fields.get("top_logprobs", 0) if kind == "chat" else logprobs or 0) if logprobs else 0
         seed = int(fields["seed"]) if "seed" in fields else secrets.randbits(63)
         stop = fields.get("stop", ())
         queue: asyncio.Queue = asyncio.Queue()
@@ -241,19 +241,19 @@ class Server:
             jobs.append(Job(prompt, sampling, n, deliver, stops, strip=kind == "chat"))
         options = fields.get("stream_options") or {}
         asked = Asked(
-            kind, jobs, queue, wanted not in (False, None), bool(fields.get("stream")),
+            kind, jobs, queue, logprobs not in (False, None), bool(fields.get("stream")),
             bool(options.get("include_usage")), ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12),
         )  # fmt: skip
         return asked
 
     def _chat_prompt(self, messages: Sequence[dict]) -> list[int]:
-        found = []
+        turns = []
         for message in messages:
             content = message["content"]
             text = content if isinstance(content, str) else "".join(part["text"] for part in content)
             role = "system" if message["role"] == "developer" else message["role"]
-            found.append(Message(role, text))
-        return encode_prompt(self.tokenizer, found)
+            turns.append(Message(role, text))
+        return encode_prompt(self.tokenizer, turns)
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         """Token ids of a completion's prompts; texts get a BOS in front, ids are taken as they are."""
@@ -266,9 +266,9 @@ class Server:
 
     def _new_tokens(self, fields: dict[str, Any], kind: str, prompt_tokens: int) -> int:
         """What was asked for, or what there is room for."""
-        given = fields.get("max_completion_tokens", fields.get("max_tokens"))
-        if given is not None:
-            return int(given)
+        requested = fields.get("max_completion_tokens", fields.get("max_tokens"))
+        if requested is not None:
+            return int(requested)
         room = self.driver.engine.scheduler.max_length - prompt_tokens
         return max(1, min(self.limits.new_tokens if kind == "chat" else 16, room))
 
@@ -309,10 +309,10 @@ class Server:
             asked.queue.put_nowait(GONE)
 
         listener = asyncio.create_task(listen())
-        left = sum(job.n for job in asked.jobs)
+        open_choices = sum(job.n for job in asked.jobs)
         is_first = True
         try:
-            while left:
+            while open_choices:
                 item = await asked.queue.get()
                 if item == GONE:
                     self.metrics.count("disconnects")
@@ -323,7 +323,7 @@ class Server:
                     is_first = False
                 for piece in pieces:
                     self.metrics.add("generated_tokens", piece.token is not None)
-                    left -= piece.reason is not None
+                    open_choices -= piece.reason is not None
                     yield place * asked.jobs[place].n + piece.choice, piece
         finally:
             listener.cancel()
@@ -346,8 +346,8 @@ class Server:
         choices, form = asked.choices(), self.format
         extra = {"usage": None} if asked.usage else {}
 
-        def event(found: list[dict], **more: Any) -> str:
-            return f"data: {json.dumps(form.envelope(asked, found) | extra | more, ensure_ascii=False)}\n\n"
+        def event(deltas: list[dict], **more: Any) -> str:
+            return f"data: {json.dumps(form.envelope(asked, deltas) | extra | more, ensure_ascii=False)}\n\n"
 
         if asked.kind == "chat":
             for number in range(len(choices)):

@@ -69,8 +69,8 @@ class AnswerFormat:
 
     def whole(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer to a request that does not stream."""
-        found = [self._choice(asked, number, choice) for number, choice in enumerate(choices)]
-        return self.envelope(asked, found) | {"usage": self.usage(asked, choices)}
+        bodies = [self._choice(asked, number, choice) for number, choice in enumerate(choices)]
+        return self.envelope(asked, bodies) | {"usage": self.usage(asked, choices)}
 
     def envelope(self, asked: Asked, choices: list[dict]) -> dict[str, Any]:
         """The object around choices, or around pieces of them."""
@@ -89,10 +89,10 @@ class AnswerFormat:
     def piece(self, asked: Asked, number: int, choice: Choice, piece: Piece, first: int) -> dict[str, Any]:
         """A further piece, whose tokens are those of the choice from `first` on."""
         logprobs = self.logprobs(asked, choice, first) if asked.logprobs else None
-        found = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
+        body = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
         if asked.kind == "chat":
-            return found | {"delta": {"content": piece.text} if piece.text else {}}
-        return found | {"text": piece.text}
+            return body | {"delta": {"content": piece.text} if piece.text else {}}
+        return body | {"text": piece.text}
 
     def usage(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
         """Tokens of prompts, each counted once, and of all choices, EOS included."""
@@ -103,12 +103,12 @@ class AnswerFormat:
         }  # fmt: skip
 
     def _choice(self, asked: Asked, number: int, choice: Choice) -> dict[str, Any]:
-        found: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
+        body: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
         if asked.logprobs:
-            found["logprobs"] = self.logprobs(asked, choice, 0)
+            body["logprobs"] = self.logprobs(asked, choice, 0)
         if asked.kind == "chat":
-            return found | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return found | {"text": choice.text}
+            return body | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        return body | {"text": choice.text}
 
     def logprobs(self, asked: Asked, choice: Choice, first: int) -> dict[str, Any]:
         """Of the tokens of a choice from `first` on; EOS is none of them."""

@@ -33,8 +33,8 @@ class Scene:
     def verdict(self, first: int, second: int) -> Verdict | None:
         """The verdict on two contestants, seen from `first`; None where they did not battle."""
         if first > second:
-            found = self.verdicts.get((second, first))
-            return None if found is None else found.swapped()
+            mirrored = self.verdicts.get((second, first))
+            return None if mirrored is None else mirrored.swapped()
         return self.verdicts.get((first, second))
 
     def is_identical(self, first: int, second: int) -> bool:
@@ -117,12 +117,12 @@ def battle_tables(battles: Sequence[dict[str, Any]], rows: Sequence[Conversation
     is ahead). Rows without the attribute are under "unknown"; a numeric difficulty is rounded.
     """
     attributes = {row.id: row.attributes for row in rows}
-    own = [battle for battle in battles if battle["a"] == ours]
+    our_battles = [battle for battle in battles if battle["a"] == ours]
     judged = [battle for battle in battles if not battle["identical"]]
     return {
-        "rivals": _table(own, lambda battle: battle["b"]),
-        "topics": _table(own, lambda battle: label(attributes[battle["row"]].get("topic"))),
-        "difficulties": _table(own, lambda battle: label(attributes[battle["row"]].get("difficulty"))),
+        "rivals": _table(our_battles, lambda battle: battle["b"]),
+        "topics": _table(our_battles, lambda battle: label(attributes[battle["row"]].get("topic"))),
+        "difficulties": _table(our_battles, lambda battle: label(attributes[battle["row"]].get("difficulty"))),
         "battles": len(battles),
         "flip_rate": sum(battle["is_flipped"] for battle in judged) / len(judged) if judged else 0.0,
     }

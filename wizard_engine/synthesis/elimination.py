@@ -61,5 +61,5 @@ def instruction_fault(parent: str, evolved: str) -> str | None:
         return "blank"
     if flatten(evolved).casefold() == flatten(parent).casefold():
         return "unchanged"
-    copied = {found.casefold() for found in TEMPLATE_WORDS.findall(evolved)}
-    return "template words" if copied - {found.casefold() for found in TEMPLATE_WORDS.findall(parent)} else None
+    copied = {phrase.casefold() for phrase in TEMPLATE_WORDS.findall(evolved)}
+    return "template words" if copied - {phrase.casefold() for phrase in TEMPLATE_WORDS.findall(parent)} else None

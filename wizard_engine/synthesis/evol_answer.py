@@ -114,8 +114,8 @@ def evolve_answers(
 
 def final_number(text: str) -> str | None:
     """The last number of a text as its digits stand, without group separators; None where there is none."""
-    found = _NUMBER.findall(text)
-    return re.sub(r",(?=\d{3}\b)", "", found[-1]) if found else None
+    numbers = _NUMBER.findall(text)
+    return re.sub(r",(?=\d{3}\b)", "", numbers[-1]) if numbers else None
 
 
 def strip_meta(text: str) -> str:

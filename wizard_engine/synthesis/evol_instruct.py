@@ -113,15 +113,24 @@ def evolve_instructions(
     return Evolved([*rows, *made], run.eliminated, statistics)
 
 
+@dataclass
 class _Run:
-    """The agents and the records of one call of evolve_instructions."""
+    """The agents, settings and records of one call of evolve_instructions."""
 
-    def __init__(self, calls, evolver, answerer, judge, operators, method, seed, temperature) -> None:
-        self.calls, self.evolver, self.answerer, self.judge = calls, evolver, answerer, judge
-        self.operators, self.method, self.seed, self.temperature = operators, method, seed, temperature
-        self.known: set[str] = set()
-        self.eliminated: list[dict[str, Any]] = []
-        self.counts = {name: Counter(tried=0, kept=0) for name in operators}
+    calls: Calls
+    evolver: Agent
+    answerer: Agent
+    judge: Agent
+    operators: tuple[str, ...]
+    method: str
+    seed: int
+    temperature: float
+    known: set[str] = field(default_factory=set)
+    eliminated: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, Counter[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = {name: Counter(tried=0, kept=0) for name in self.operators}
 
     def round(self, pool: Sequence[Conversation], number: int) -> list[Conversation | None]:
         """The child of each row of the pool, None where nothing of it could be evolved."""
@@ -216,8 +225,8 @@ class _Run:
     def _child(self, line: _Line, number: int) -> Conversation | None:
         if not line.is_changed:
             return None
-        kept = KEPT_IN_BREADTH if "breadth" in line.operators else KEPT_IN_DEPTH
-        attributes = {name: line.row.attributes[name] for name in kept if name in line.row.attributes}
+        inherited = KEPT_IN_BREADTH if "breadth" in line.operators else KEPT_IN_DEPTH
+        attributes = {name: line.row.attributes[name] for name in inherited if name in line.row.attributes}
         lineage = {
             "parents": [line.row.id],
             "operator": "+".join(line.operators),

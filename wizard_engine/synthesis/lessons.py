@@ -36,7 +36,7 @@ def choose_lessons(
     }
     available = sum(map(len, candidates.values()))
     quotas = _quotas(weakness, candidates, available if limit is None else min(limit, available))
-    chosen = sorted(i for name, found in candidates.items() for i in found[: quotas[name]])
+    chosen = sorted(i for name, ranked in candidates.items() for i in ranked[: quotas[name]])
     return chosen, {name: _line(skills, weakness, candidates, quotas, name) for name in sorted(skills)}
 
 

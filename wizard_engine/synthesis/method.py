@@ -75,8 +75,8 @@ def optimise_method(
     texts = list(dict.fromkeys(row.instruction for row in rows))
     _validate(len(texts), steps, candidates, minibatch, dev_size, rounds)
     order = random.Random(derive_seed(seed, "dev set")).sample(texts, len(texts))
-    search = _Search(Calls(max_tokens=max_tokens), evolver, optimizer, answerer, tuple(operators), seed)
-    search.temperature, search.rounds = optimizer_temperature, rounds
+    calls = Calls(max_tokens=max_tokens)
+    search = _Search(calls, evolver, optimizer, answerer, tuple(operators), seed, optimizer_temperature, rounds)
     dev, pool = order[:dev_size], order[dev_size:]
     method = method or prompts.initial_method()
     (best,) = search.measure([method], dev)
@@ -100,13 +100,18 @@ def optimise_method(
     return Optimised(best["method"], history, stopped, {"calls": search.calls.statistics()})
 
 
+@dataclass(frozen=True)
 class _Search:
     """The agents and settings of one call of optimise_method."""
 
-    def __init__(self, calls, evolver, optimizer, answerer, operators, seed) -> None:
-        self.calls, self.evolver, self.optimizer, self.answerer = calls, evolver, optimizer, answerer
-        self.operators, self.seed = operators, seed
-        self.temperature, self.rounds = 0.0, 1
+    calls: Calls
+    evolver: Agent
+    optimizer: Agent
+    answerer: Agent
+    operators: tuple[str, ...]
+    seed: int
+    temperature: float
+    rounds: int
 
     def propose(self, method: str, batch: list[str], candidates: int, step: int) -> list[dict[str, str]]:
         """New methods, each with the feedback it came from; those equal to the old one or to each other left out."""
@@ -120,16 +125,16 @@ class _Search:
             read=as_read,
             temperature=self.temperature,
         )
-        given = [(feedback, seed) for feedback, seed in zip(feedbacks, seeds) if feedback is not None]
+        analyses = [(feedback, seed) for feedback, seed in zip(feedbacks, seeds) if feedback is not None]
         methods = self.calls.ask(
             self.optimizer,
             "optimise",
-            [{"method": method, "feedback": feedback} for feedback, _ in given],
-            [seed for _, seed in given],
+            [{"method": method, "feedback": feedback} for feedback, _ in analyses],
+            [seed for _, seed in analyses],
             read=lambda reply, _: read_method(reply),
             temperature=self.temperature,
         )
-        proposals = {new: feedback for (feedback, _), new in zip(given, methods) if new not in (None, method)}
+        proposals = {new: feedback for (feedback, _), new in zip(analyses, methods) if new not in (None, method)}
         return [{"method": new, "feedback": feedback} for new, feedback in proposals.items()]
 
     def measure(self, methods: Sequence[str], dev: Sequence[str]) -> list[dict[str, Any]]:

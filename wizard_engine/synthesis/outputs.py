@@ -28,9 +28,9 @@ def write_outputs(
 ) -> list[Path]:
     """Writes OUT/NAME.jsonl for each name, and OUT/report.json; returns the paths."""
     paths = []
-    for name, found in rows.items():
+    for name, file_rows in rows.items():
         paths.append(out / f"{name}.jsonl")
-        write_rows(paths[-1], found)
+        write_rows(paths[-1], file_rows)
     for name, items in objects.items():
         paths.append(out / f"{name}.jsonl")
         write_text(paths[-1], "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))

@@ -149,8 +149,8 @@ def _evolved_cases(calls: Calls, evolver: Agent, cases: Sequence[_Case], dropped
         if fault is not None:
             dropped[f"evolved: {fault}"] += 1
             continue
-        kept = KEPT_IN_BREADTH if operator == "breadth" else KEPT_IN_DEPTH
-        attributes = {name: case.attributes[name] for name in kept if name in case.attributes}
+        inherited = KEPT_IN_BREADTH if operator == "breadth" else KEPT_IN_DEPTH
+        attributes = {name: case.attributes[name] for name in inherited if name in case.attributes}
         attributes["evolutions"] = case.attributes.get("evolutions", 0) + 1
         made.append(_Case(case.parent, (*case.prompt[:-1], Message("user", text)), attributes, operator))
     return made

@@ -22,12 +22,12 @@ def tag_rows(rows: Sequence[Row], tagger: Agent, *, seed: int = 0) -> tuple[list
     requests = [
         Request("tag", prompts.request_messages("tag", instruction=view(rows[i]).first), seed, 0.0, 64) for i in asked
     ]
-    found, counts = list(rows), Counter(tagged=0, kept=len(rows) - len(asked), failed=0, unreadable=0)
+    tagged, counts = list(rows), Counter(tagged=0, kept=len(rows) - len(asked), failed=0, unreadable=0)
     for i, reply in zip(asked, tagger.respond(requests)):
         tags = read_tags(reply.text) if reply.ok else None
         if tags is None:
             counts["unreadable" if reply.ok else "failed"] += 1
             continue
         counts["tagged"] += 1
-        found[i] = replace(rows[i], attributes={**tags, **(rows[i].attributes or {})})
-    return found, dict(counts)
+        tagged[i] = replace(rows[i], attributes={**tags, **(rows[i].attributes or {})})
+    return tagged, dict(counts)

@@ -123,15 +123,15 @@ def _sentences(text: str) -> list[_Sentence] | None:
     sentences = _SENTENCE.findall(pattern)
     if " ".join(sentences) != pattern:
         return None
-    found, first = [], 0
+    parsed, first = [], 0
     for sentence in sentences:
         entry = _TABLE.get(sentence)
         if entry is None:
             return None
         if entry.kind != _CHATTER:
-            found.append(_sentence(entry, tokens, first))
+            parsed.append(_sentence(entry, tokens, first))
         first += len(entry.names) + len(entry.nouns) + len(entry.numbers)
-    return found
+    return parsed
 
 
 def _sentence(entry: _Entry, tokens: list[str], first: int) -> _Sentence:
