@@ -72,7 +72,8 @@ def check_same(runtime: Runtime, what: str, value: Any) -> None:
             where, differing, common = _difference(what, other, usual)
             raise ValueError(
                 f"[rank {rank}/{runtime.world_size}] {where}: expected the same on every rank, got "
-                f"{_short(differing)}, and {_short(common)} on rank {values.index(usual)}; start every rank with the same options and files"
+                f"{_short(differing)}, and {_short(common)} on rank {values.index(usual)}; start every rank with the "
+                "same options and files"
             )
 
 
