@@ -61,7 +61,7 @@ def parse_spec(spec: str) -> tuple[str, str | None, Options]:
     """Model, address and options of `openai:MODEL`, `openai:MODEL@URL` or `openai:MODEL@URL#name=value,...`.
 
     Raises:
-        ValueError: no model, an address that is none or holds a key, an unknown option or value.
+        ValueError: no model, an invalid address or one with a key in it, an unknown option or value.
     """
     rest, _, settings = spec.removeprefix(PREFIX).partition("#")
     match = re.fullmatch(r"(.*?)@([a-z]+:.*)", rest)

@@ -1,9 +1,9 @@
-"""A ledger of every call to an agent, so that no call that returned is ever made twice.
+"""A ledger of every call to an agent, so that no successful call is made twice.
 
-SQLite in write-ahead mode. A reply is stored under the content of its request and the fingerprint of its agent, in one
-transaction per returned batch, on disk before the batch is handed on. Failed calls are written to a table of their own,
-counted and never served. Several processes may hold the same ledger: where two of them asked the same, the first
-reply stored is the one that both serve.
+SQLite in write-ahead mode. The key of a reply is the content of its request and the fingerprint of its agent. Each
+batch is one transaction, on disk before the batch is returned. Failed calls are stored in a separate table, counted and
+never served. Several processes may share a ledger: if two of them ask the same, both serve the reply that was stored
+first.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ CREATE TABLE failures (
 
 
 class Call(NamedTuple):
-    """One stored call: who was asked what, and the reply."""
+    """One stored call: agent, request and reply."""
 
     agent: str
     fingerprint: str
@@ -63,8 +63,8 @@ class Ledger:
     """The calls of all agents that share one file.
 
     Args:
-        path: SQLite file; made, with its folder, where it does not exist.
-        timeout_seconds: how long a write waits for another process to finish its own.
+        path: SQLite file; created with its folder if it does not exist.
+        timeout_seconds: longest wait for the write of another process.
     Raises:
         ValueError: the file is no ledger, or one of another version.
     """
@@ -81,7 +81,7 @@ class Ledger:
             raise ValueError(f"ledger {self.path}: expected a SQLite ledger, got {error}; give another path") from None
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, str]:
-        """The stored replies of those keys that have one."""
+        """The stored replies of the keys that have one."""
         stored: dict[bytes, str] = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
@@ -90,7 +90,7 @@ class Ledger:
         return stored
 
     def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> None:
-        """Writes what came back for a batch in one transaction; it is on disk when this returns."""
+        """Writes the replies of a batch in one transaction; it is on disk on return."""
         who = (agent.name, agent.fingerprint)
         succeeded, failed = [], []
         for key, request, reply in zip(keys, requests, replies, strict=True):
@@ -118,11 +118,11 @@ class Ledger:
         return counts
 
     def errors(self) -> dict[str, int]:
-        """Error text -> how many failed calls gave it."""
+        """Error text -> number of failed calls with it."""
         return dict(self._database.execute("SELECT error, COUNT(*) FROM failures GROUP BY error ORDER BY error"))
 
     def calls(self, *, agent: str | None = None, task: str | None = None) -> Iterator[Call]:
-        """Yields the stored calls, of one agent or task where given, in the order they were stored."""
+        """Yields the stored calls, optionally of one agent or task, in the order they were stored."""
         query = (
             "SELECT agent, fingerprint, task, messages, seed, temperature, max_tokens, text FROM replies"
             " WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY number"
@@ -131,11 +131,11 @@ class Ledger:
             yield Call(name, fingerprint, Request(task_, _unpack(messages), *settings), text)
 
     def close(self) -> None:
-        """Closes the file; the ledger is of no use afterwards."""
+        """Closes the file; no further calls are possible."""
         self._database.close()
 
     def _enter_wal(self, timeout_seconds: float) -> None:
-        """Write-ahead mode; SQLite's own waiting does not cover this switch while another process makes it."""
+        """Switch to write-ahead mode. SQLite's own timeout does not cover this switch, so it is retried here."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
@@ -186,7 +186,7 @@ class LedgeredAgent:
         quiet: no progress bar.
 
     Attributes:
-        served: task -> replies handed out without a call, in this process.
+        served: task -> replies returned without a call, in this process.
         asked: task -> calls made, in this process.
     """
 
@@ -199,7 +199,7 @@ class LedgeredAgent:
         self.asked: Counter[str] = Counter()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in the order of the requests, from the ledger or else from the agent."""
+        """Replies in the order of the requests, from the ledger if stored, else from the agent."""
         keys = [request_key(self.fingerprint, request) for request in requests]
         unique = dict(zip(keys, requests))
         order, replies = list(unique), {}

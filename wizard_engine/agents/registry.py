@@ -1,4 +1,4 @@
-"""Agents by name: programs that were registered, directories that hold a checkpoint, endpoints."""
+"""Agents by name: registered programs, checkpoint directories, endpoints."""
 
 import difflib
 from collections.abc import Callable
@@ -34,15 +34,15 @@ def make_agent(
     runtime: Runtime | None = None,
     quiet: bool = False,
 ) -> Agent:
-    """The agent that a recipe's option names.
+    """The agent of a specification, as recipes accept it.
 
     Args:
         spec: a registered name, a directory with a saved model (see model.save_model), or an endpoint:
             `openai:MODEL`, `openai:MODEL@URL`, `openai:MODEL@URL#concurrency=16,budget=1000000` (see endpoint.Options).
-        ledger: where given, every call goes through it.
-        device: where a checkpoint runs; the runtime's device where a runtime is given.
-        batch_size: calls of one transaction; for a checkpoint also conversations decoded together.
-        runtime: with several ranks, each answers its share of the requests and all get all replies.
+        ledger: if given, every call goes through it.
+        device: of a checkpoint; with a runtime, that of the runtime.
+        batch_size: calls of one transaction; for a checkpoint also conversations generated together.
+        runtime: with several ranks, the requests are sharded over the ranks and every rank gets all replies.
         quiet: no progress bar (see LedgeredAgent).
     Raises:
         ValueError: neither a registered name nor a directory with a model, or an endpoint that cannot be asked.
@@ -63,8 +63,8 @@ class Cast:
     """The agents of one recipe by their specs, each made once, all with one ledger.
 
     Args:
-        ledger: SQLite file of every call; made where it does not exist.
-        runtime: where the agents run; with several ranks their work is divided.
+        ledger: SQLite file of every call; created if it does not exist.
+        runtime: with several ranks, requests are sharded over the ranks.
         batch_size, quiet: as for make_agent.
     """
 
@@ -85,7 +85,7 @@ class Cast:
         return self._made[spec]
 
     def close(self) -> None:
-        """Closes the ledger; agents of this cast can no longer be asked."""
+        """Closes the ledger; the agents of this cast accept no further requests."""
         self.ledger.close()
 
     def optional(self, spec: str | None) -> Agent | None:

@@ -1,4 +1,4 @@
-"""Reading replies: what the text of each task's reply says, or None where it does not say it."""
+"""Parsers of the replies to each task; None for a reply that does not have the form."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Which training texts repeat an evaluation text: word n-grams, compared exactly after normalising."""
+"""Training texts that repeat an evaluation text, by exact word n-grams after normalisation."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ BATCH = 4096
 
 @dataclass(frozen=True)
 class Match:
-    """What one text shares with the evaluation texts; it is true when the text is contaminated.
+    """The overlap of one text with the evaluation texts; true if the text is contaminated.
 
     evaluation: index of the evaluation text that is repeated most (the first of equal ones), None for a clean text.
     ngram: the first n-gram in the text that both have, words joined by blanks.
@@ -67,7 +67,7 @@ def contaminated(
 
 @dataclass
 class Index:
-    """The n-grams of the evaluation texts, and where they come from."""
+    """The n-grams of the evaluation texts, and the texts that hold them."""
 
     n: int
     ids: dict[str, int] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Index:
     hashes: np.ndarray | None = None
 
     def add(self, parts: list[str]) -> None:
-        """Takes in the words of the next evaluation text."""
+        """Adds the words of the next evaluation text."""
         evaluation = len(self.sizes)
         grams = set(ngrams(parts, self.n))
         for gram in grams:

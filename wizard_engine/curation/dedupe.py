@@ -17,7 +17,7 @@ SEED = 1
 class Shingles(NamedTuple):
     """Shingle hashes of N texts: text i has hashes[offsets[i] : offsets[i + 1]], sorted and unique.
 
-    groups tells apart texts that differ in their numbers or arithmetic signs.
+    groups differs for texts that differ in their numbers or arithmetic signs.
     """
 
     hashes: np.ndarray
@@ -44,7 +44,7 @@ def near_duplicates(
     Two texts are joined if the Jaccard index of their shingles (runs of `shingle` words, see `words`) is at least
     `threshold` and their numbers are the same in the same order. Candidates come from MinHash with bands that find a
     pair at the threshold with probability 0.999 or more; each candidate is verified on all its shingles. Clusters are
-    the connected components. Deterministic; the order of the texts changes nothing but the numbering.
+    the connected components. Deterministic; the order of the texts changes the numbering only.
 
     Args:
         texts: any Unicode texts; case, punctuation and width do not count, a Chinese character counts as a word.
@@ -122,7 +122,7 @@ def band_rows(threshold: float, permutations: int) -> int:
     """Most rows per band with which a pair at the threshold shares a band with probability RECALL.
 
     A pair of Jaccard index s shares one of b = permutations // r bands of r rows with probability 1 - (1 - s^r)^b.
-    One row per band, where even that is not enough.
+    Returns 1 if no number of rows is enough.
     """
     # More rows per band propose fewer false pairs, so the largest number with enough recall is the cheapest.
     for rows in range(permutations, 1, -1):

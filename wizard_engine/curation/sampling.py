@@ -53,16 +53,16 @@ def rake(
     """Weights that give each attribute its target shares: iterative proportional fitting, weights capped.
 
     A pass scales, attribute by attribute, the weights of each value's rows to that value's share, then cuts weights at
-    `cap` times their mean; it ends when all shares are met to 1e-6 or after `iterations`. What the cap keeps out of
-    reach shows as achieved != target. Rows without the attribute (None) form the value "unknown", which keeps its
-    natural share unless targeted; the shares given are of the rest. When they sum to less than 1, the values that are
-    not named share the remainder in natural proportion; when they sum to 1, those values get none.
+    `cap` times their mean; it ends when all shares are met to 1e-6 or after `iterations`. A share that the cap prevents
+    shows as achieved != target. Rows without the attribute (None) form the value "unknown", which keeps its
+    natural share unless targeted; target shares are of the other rows. If they sum to less than 1, the values without a
+    target get the remainder in natural proportion; if they sum to 1, those values get none.
 
     Args:
         attributes: name -> (N,) values of the rows; further attributes than those targeted are reported.
         targets: name -> value -> share in [0, 1]; for numbers a value may be a range "10..20" (10 <= x < 20),
             "..10" or "20..", and numbers in no range form the value "other".
-        cap: most that a weight may be, in mean weights; 1 or more.
+        cap: largest weight, in mean weights; 1 or more.
         iterations: most passes, 1 or more.
     Raises:
         ValueError: a share above 0 for a value that no row has or that other targets exclude; shares outside [0, 1]
@@ -99,7 +99,7 @@ def rake(
 
 
 def effective_sample_size(weights: np.ndarray) -> float:
-    """(sum w)^2 / sum w^2 of (N,) weights: how many equally weighted rows tell as much."""
+    """(sum w)^2 / sum w^2 of (N,) weights: the number of equally weighted rows with the same variance."""
     weights = np.asarray(weights, np.float64)
     return float(weights.sum() ** 2 / np.square(weights).sum())
 
@@ -114,7 +114,7 @@ def sample_without_replacement(weights: np.ndarray, k: int, seed: int) -> np.nda
     """Indices of k different rows, row i among them with a chance close to p_i = k w_i / sum w.
 
     Exponential order sampling: the k smallest of E_i / -log(1 - p_i), with E_i seeded exponential draws; as many of the
-    keys are below 1 as rows are wanted, on average, and each with chance p_i. For small p_i it is the classic
+    keys are below 1 as rows are drawn, on average, and each with chance p_i. For small p_i this is the classic
     weighted reservoir.
 
     Args:
@@ -158,7 +158,7 @@ def partition(rows: Sequence[Item], slices: int, seed: int) -> list[list[Item]]:
 
 
 def uniform_target(values: Sequence[Any]) -> dict[str, float]:
-    """Equal shares for every value that rows have, those without one left out."""
+    """Equal shares for every value that rows have; rows without a value do not count."""
     labels = sorted(set(column(values, {})) - {UNKNOWN})
     return {name: 1 / len(labels) for name in labels}
 
@@ -173,7 +173,7 @@ def label(value: Any) -> str:
 
 
 def column(values: Sequence[Any], target: Mapping[Any, float]) -> list[str]:
-    """Names of values; numbers go by the ranges among the keys of `wanted` when there are any."""
+    """Names of values; numbers are mapped to the ranges among the keys of `target`, if there are any."""
     keys = list(map(label, target))
     ranges = [(key, match) for key in keys if (match := RANGE.fullmatch(key))]
     if not ranges:
@@ -213,7 +213,7 @@ def shares(labels: Sequence[str], weights: np.ndarray) -> dict[str, float]:
 
 
 def complete_target(name: str, requested: Mapping[Any, float], natural: Mapping[str, float]) -> dict[str, float]:
-    """Shares of all the values of an attribute, summing to 1, from those given. Rules and errors as in `rake`."""
+    """Target shares of all values of an attribute, summing to 1. Rules and errors as in `rake`."""
     named = {label(value): share for value, share in requested.items()}
     for value, share in named.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:

@@ -1,4 +1,4 @@
-"""From raw rows to the slices that are trained on: duplicates and contaminated rows out, weighted draw, partition."""
+"""Raw rows to training slices: removal of duplicates and contaminated rows, weighted draw, partition."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ REPORTED = ("topic", "language", "skill", "source", "difficulty", "turns", "toxi
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows that stay, and why each of the others was removed: {"id", "reason", ...} in row order."""
+    """The rows kept, and the reason for each removed row: {"id", "reason", ...} in row order."""
 
     rows: list[Row]
     removed: list[dict[str, Any]]
@@ -89,8 +89,8 @@ def draw(
 
     Args:
         targets: attribute -> value -> share, see `rake`; {} draws with equal weights.
-        size: rows to draw; None takes as many as the weights allow without repeating a row.
-        cap: most that a weight may be, in mean weights.
+        size: rows to draw; None: as many as the weights allow without repeating a row.
+        cap: largest weight, in mean weights.
     Returns:
         Draw; report: the raked marginals, and under "drawn" the shares of the rows drawn.
     Raises:
@@ -132,14 +132,14 @@ def select(
     dedupe: Mapping[str, Any] | None = None,
     decontaminate: Mapping[str, Any] | None = None,
 ) -> Selection:
-    """Duplicates out, contaminated rows out, weighted draw, random partition.
+    """Removes duplicates and contaminated rows, draws by weight, and partitions into random slices.
 
     Args:
         evaluation: held-out texts.
         dedupe, decontaminate: keyword arguments of `remove_duplicates` and `remove_contaminated`.
         Others: as in `draw` and `partition`.
     Raises:
-        ValueError: nothing is left after cleaning, or as the steps.
+        ValueError: no row remains after cleaning, or as the steps.
     """
     unique = remove_duplicates(rows, **(dedupe or {}))
     clean = remove_contaminated(unique.rows, evaluation, **(decontaminate or {}))

@@ -14,7 +14,7 @@ REST = "(rest)"
 
 
 class Bin(NamedTuple):
-    """A range of numbers, both ends included, with the label that stands for it."""
+    """A range of numbers, both ends included, and its label."""
 
     label: str
     low: float
@@ -22,7 +22,7 @@ class Bin(NamedTuple):
 
 
 def value_label(value: Any) -> str | None:
-    """Text that stands for a value in a table; None stays None."""
+    """Label of a value in a table; None stays None."""
     if value is None:
         return None
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)

@@ -93,7 +93,7 @@ def _first_centres(vectors: np.ndarray, clusters: int, generator: np.random.Gene
 
 
 def _kmeans(vectors: np.ndarray, centres: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Alternates assignment and centres; an empty cluster takes the worst-placed vector."""
+    """Alternates assignment and centres; an empty cluster gets the vector farthest from its centre."""
     assignment = np.full(len(vectors), -1)
     for _ in range(iterations):
         similarity = vectors @ centres.T

@@ -40,14 +40,14 @@ def expect(value: Any, kind: type, name: str) -> Any:
 
 
 def field(record: dict, key: str, kind: type, name: str = "") -> Any:
-    """record[key], of the given kind; ValueError names the key when it is missing or of another type."""
+    """record[key] of the type `kind`; ValueError names a key that is missing or of another type."""
     if key not in record:
         raise ValueError(f"{name}{key}: expected {kind.__name__}, got no such field")
     return expect(record[key], kind, name + key)
 
 
 def rest(record: dict, *known: str) -> dict[str, Any]:
-    """Attributes of a foreign record: its own `attributes`, then every key outside `known`; "id" as "source_id"."""
+    """Attributes of a record in another format: `attributes`, then every key outside `known`; "id" as "source_id"."""
     attributes = dict(record["attributes"]) if isinstance(record.get("attributes"), dict) else {}
     for key, value in record.items():
         if key not in (*known, "attributes"):
@@ -85,7 +85,7 @@ def sharegpt_messages(value: Any, name: str) -> tuple[tuple[Message, ...], int]:
 
 
 def native_fields(record: dict, content: tuple[str, ...]) -> tuple[dict, dict]:
-    """Attributes and lineage of a record in the project's own form."""
+    """Attributes and lineage of a record in this project's format."""
     attributes = dict(expect(record.get("attributes", {}), dict, "attributes"))
     lineage = expect(record.get("lineage", {}), dict, "lineage")
     for key, value in record.items():

@@ -1,4 +1,4 @@
-"""Row files to token samples of each kind of training, with rows that cannot be learned from refused or counted."""
+"""Token samples from row files; a row that gives no sample is an error or is counted."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def read_samples(
     Returns:
         samples, number of rejected rows.
     Raises:
-        ValueError: `path:line: ...` for a bad row under "raise", or no row is left.
+        ValueError: `path:line: ...` for a bad row under "raise", or no usable row.
     """
     if kind == "text":
         texts = [(f"{path}:{n}", text) for path in paths for n, text in enumerate(_texts(path), 1)]
@@ -88,7 +88,7 @@ def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int, capacity
     """The two answers of a preference row.
 
     Args:
-        max_length: longest of the two, tokens.   capacity: tokens of a packed row, which has to hold both.
+        max_length: longest of the two, tokens.   capacity: tokens of a pack, which must hold both.
     Raises:
         ValueError: they are the same, blank, or too long.
     """
@@ -97,7 +97,7 @@ def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int, capacity
 
 
 def fitting_pair(pair: Pair, capacity: int) -> Pair:
-    """The pair itself; ValueError where a packed row of `capacity` tokens cannot hold both of its sides."""
+    """The pair itself; ValueError if a pack of `capacity` tokens cannot hold both answers."""
     if pair.length > capacity:
         raise ValueError(
             f"pair: expected at most {capacity} tokens of both together (training.pack_tokens), got {pair.length}"
@@ -106,7 +106,7 @@ def fitting_pair(pair: Pair, capacity: int) -> Pair:
 
 
 def fitting_prompt(tokenizer: Tokenizer, row: Conversation, limit: int) -> tuple[Message, ...]:
-    """The turns of a conversation up to its last question; ValueError where they take more than `limit` tokens."""
+    """The turns of a conversation up to its last question; ValueError if they have more than `limit` tokens."""
     prompt = tuple(row.messages[:-1])
     length = len(encode_prompt(tokenizer, prompt))
     if length > limit:
@@ -130,7 +130,7 @@ def encode_all(
     """encode(row) of every row; a ValueError names the row's place, or is counted into `rejects`.
 
     Raises:
-        ValueError: a row cannot be encoded and on_error is "raise", or none is left.
+        ValueError: a row cannot be encoded and on_error is "raise", or none can.
     """
     items, refused = [], []
     for where, row in progress(rows, desc="tokenize", unit="row", quiet=quiet):
@@ -181,7 +181,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def check_rows(runtime: Runtime, name: str, samples: Iterable[Sample]) -> None:
-    """ValueError on every rank unless all of them have read the same tokens and loss weights."""
+    """Raises ValueError on every rank unless all ranks have read the same tokens and loss weights."""
     if runtime.world_size == 1:
         return
     digest = hashlib.sha256()

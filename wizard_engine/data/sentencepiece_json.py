@@ -1,4 +1,4 @@
-"""A SentencePiece model as tokenizer.json of the `tokenizers` library, in the layout of Llama's and Mistral's."""
+"""A SentencePiece model as tokenizer.json of the `tokenizers` library, in the layout of Llama and Mistral."""
 
 import json
 
@@ -23,7 +23,7 @@ def tokenizer_json(model: bytes) -> str:
     Args:
         model: content of a .model file.
     Raises:
-        ValueError: the model is of another kind (unigram, or with a normalisation of its own): ids would differ.
+        ValueError: the model is of another kind (unigram, or with another normalisation): ids would differ.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     converted = _converted(processor)

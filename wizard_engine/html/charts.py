@@ -52,7 +52,7 @@ def shorten(text: str, width: float, size: float) -> str:
 
 
 def number(value: float) -> str:
-    """A number for people: 12,345, 0.034, 1.5."""
+    """A number for display: 12,345, 0.034, 1.5."""
     if value != value or math.isinf(value):
         return "–"
     if value == int(value) and abs(value) < 1e15:
@@ -227,7 +227,7 @@ def lines(
 ) -> str:
     """Curves of (x, y) points over common axes: the moving mean strong, the raw values faint behind it.
 
-    Values that are not finite are left out; the y axis covers the 1st to the 99th percentile.
+    Values that are not finite are skipped; the y axis covers the 1st to the 99th percentile.
     """
     finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     finite = {name: points for name, points in finite.items() if points}
@@ -371,7 +371,7 @@ def heatmap(
 ) -> str:
     """Table of shaded cells with their numbers; None is left blank.
 
-    `low` and `top` are the values of the lightest and the darkest shade; top is the largest value unless given.
+    `low` and `top` are the values of the lightest and the darkest shade; top is the largest value by default.
     """
     known = [value for row in values for value in row if value is not None]
     top = top or max(known, default=0) or 1

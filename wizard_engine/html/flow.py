@@ -10,7 +10,7 @@ ROW, GAP, LABEL = 116, 30, 26
 
 
 class FlowNode(TypedDict):
-    """A place that data pass: its name, how many rows are there, a remark, and its lane (a slice, say)."""
+    """A step in the path of the data: its name, its number of rows, a remark, and its lane (a slice, for example)."""
 
     name: str
     count: int | None
@@ -32,7 +32,7 @@ def wrapped(content: str, width: float, size: float, lines: int) -> list[str]:
 
 
 def flow(nodes: Sequence[FlowNode], *, width: float = 1060, columns: int = 5) -> str:
-    """An <svg> of the nodes, `columns` in a row, each lane beginning a row of its own under its name."""
+    """An <svg> of the nodes, `columns` in a row, each lane in a new row under its name."""
     side = (width - GAP * (columns - 1)) / columns
     most = max((node["count"] or 0 for node in nodes), default=0) or 1
     body: list[str] = []

@@ -1,4 +1,4 @@
-"""What a run measures: a JSON line per step for programs, a progress bar for people."""
+"""Metrics of a run: a JSON line per step, and progress bars."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def progress(
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The objects of a metrics file, in order; a last line that was cut by a kill is left out."""
+    """The objects of a metrics file, in order; a last line that a kill has cut off is skipped."""
     lines = Path(path).read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1]]
 
@@ -42,8 +42,8 @@ class MetricsLogger:
         path: the file; its directory is made.
         total_steps: steps of the whole run.
         desc: the bar's label.
-        quiet: no bar; the file is written all the same.
-        resume_step: steps done before; 0 begins a new file.
+        quiet: no bar; the file is still written.
+        resume_step: steps done before; 0 starts a new file.
     Raises:
         ValueError: a line of the existing file, other than a cut last one, is no JSON object with a `step`.
     """
@@ -88,7 +88,7 @@ class MetricsLogger:
 
 
 def _number(name: str, value: Any) -> Any:
-    """The value as JSON holds it; a list of numbers is one value per layer, say."""
+    """The value as a JSON number, or a list of them (one per layer, for example)."""
     if isinstance(value, list):
         return [_number(name, item) for item in value]
     if hasattr(value, "item"):
@@ -101,7 +101,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _lines_until(path: Path, step: int) -> bytes:
-    """The file's whole lines of steps 1 to `step`."""
+    """The complete lines of steps 1 to `step`."""
     if step < 1 or not path.exists():
         return b""
     kept = []

@@ -25,10 +25,11 @@ from .pairs import Pairs, instruction_attributes
 
 @dataclass(frozen=True)
 class CoTaught:
-    """What a round of co-teaching made.
+    """Result of a round of co-teaching.
 
     Attributes:
-        sft: the lessons, in the order of their scenes, with gap, rival, skill quota and suggestion on record.
+        sft: the lessons, in the order of their scenes, with gap, rival, skill quota and suggestion in attributes and
+        lineage.
         preferences: best and worst answer of a scene, with their score gap.
         battles: one object a battle: row, turn, a, b (agent names), score_a, score_b, gap, winner ("a", "b" or "tie"),
             is_flipped, identical.
@@ -43,7 +44,7 @@ class CoTaught:
 
 
 class _Target(NamedTuple):
-    """The answer that a lesson teaches, who wrote it, and the suggestion behind it ("" for a rival's own answer)."""
+    """The answer of a lesson, its author, and the suggestion it follows ("" for a rival's original answer)."""
 
     answer: str
     agent: str
@@ -80,7 +81,7 @@ def co_teach(
 
     Args:
         rows: only their turns up to the last user turn are used.
-        ours: the student; its rivals need other names.
+        ours: the student; rivals must have other names.
         judge: task "judge".   suggester: "suggest".   rewriter: "rewrite".   user: "user".
         sft_threshold, dpo_threshold: K, points of score.
         chat_turns: user turns of each chat that are judged.
@@ -121,7 +122,7 @@ def co_teach(
 
 
 def _continue(calls: Calls, user: Agent | None, scenes: Sequence[Scene], seed: int) -> list[Scene]:
-    """The next scenes: each chat goes on after its best answer; those without a good new user turn end."""
+    """The next scenes: each chat continues after its best answer, unless the new user turn shows a failure."""
     going = [(scene, scene.answers[scene.ranking()[0]]) for scene in scenes if scene.verdicts]
     chats = [(*scene.prompt, Message("assistant", answer)) for scene, answer in going]
     turns = calls.converse(user, chats, seed, task="user")
@@ -154,7 +155,7 @@ def _targets(
     scenes: Sequence[Scene],
     seed: int,
 ) -> list[_Target]:
-    """What each lesson teaches: the winner's answer, or ours rewritten by a suggestion where the judge prefers that."""
+    """Target of each lesson: the winner's answer, or the rewrite of ours if the judge prefers it."""
     winners = [scene.loss()[1] for scene in scenes]
     targets = [_Target(scene.answers[w], contestants[w].name, "") for scene, w in zip(scenes, winners)]
     if suggester is None:
@@ -177,7 +178,7 @@ def _targets(
 def _rewrite(
     calls: Calls, agents: Sequence[Agent], scenes: Sequence[Scene], suggestions: Sequence[str | None], seed: int
 ) -> list[str | None]:
-    """The answers of ours, each rewritten by its agent after its suggestion; one batch an agent."""
+    """The answers of ours, rewritten by the agents according to the suggestions; one batch an agent."""
     texts: list[str | None] = [None] * len(scenes)
     for agent in {agent.name: agent for agent in agents}.values():
         indices = [i for i, other in enumerate(agents) if other.name == agent.name and suggestions[i] is not None]

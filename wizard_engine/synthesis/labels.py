@@ -30,9 +30,9 @@ def label_processes(
     max_tokens: int = 256,
     statistics: dict[str, Any] | None = None,
 ) -> list[Process]:
-    """The student's own answers with a label for each step, in the order of the rows.
+    """The student's answers with a label for each step, in the order of the rows.
 
-    A labeller sees one instruction and no history, so rows of several turns are left out and counted.
+    A labeller sees one instruction and no history, so multi-turn rows are skipped and counted.
 
     Args:
         rows: their user turns are answered.
@@ -40,7 +40,7 @@ def label_processes(
         labeller: task "label".
         statistics: filled with "answers", "kept", "dropped" (reasons), "labels" (label -> steps), "calls".
     Returns:
-        one row an answer; answers whose labels could not be read are left out and counted.
+        one row an answer; answers with unreadable labels are skipped and counted.
     Raises:
         ValueError: fewer than 1 sample.
     """

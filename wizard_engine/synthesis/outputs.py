@@ -1,4 +1,4 @@
-"""What a stage of synthesis leaves behind: files of rows, files of objects, one report."""
+"""Inputs and outputs of the synthesis recipes: files of rows, files of objects, one report."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from wizard_engine.runtime.files import write_json, write_text
 def read_conversations(
     paths: Sequence[Path], *, on_error: str = "raise", rejects: Path | None = None, limit: int | None = None
 ) -> tuple[list[Conversation], int]:
-    """The supervised rows of several files, at most `limit` of them, and how many records were rejected.
+    """The supervised rows of several files, at most `limit`, and the number of rejected records.
 
     Raises:
         ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.

@@ -1,4 +1,4 @@
-"""Attributes of rows from an agent: topic, skill and difficulty, where a row does not bring them along."""
+"""Topic, skill and difficulty of rows from an agent, for rows without them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ TAGS = ("topic", "skill", "difficulty")
 
 
 def tag_rows(rows: Sequence[Row], tagger: Agent, *, seed: int = 0) -> tuple[list[Row], dict[str, int]]:
-    """Rows with the attributes that the tagger gives their first instruction; those that they have are kept.
+    """Rows with the tagger's attributes of their first instruction; attributes that a row already has are kept.
 
     Returns:
         rows in order, and counts: tagged, kept (nothing was missing), failed (no reply), unreadable.
