@@ -266,7 +266,8 @@ def cap_weights(weights: np.ndarray, cap: float) -> np.ndarray:
     cap = min(cap, count)
     falling = np.sort(weights)[::-1][:positive]
     below = np.cumsum(falling[::-1])[::-1]
-    # With the m heaviest rows at the cap the others sum to count - m cap; m is the least that leaves them below it.
+    # With the m heaviest rows at the cap, the others must sum to count - m cap. The smallest m is used for which none
+    # of them exceeds the cap.
     scales = (count - cap * np.arange(positive)) / below
     fits = scales * falling <= cap * (1 + 1e-12)
     return np.minimum(weights * scales[np.argmax(fits)], cap) if fits.any() else np.where(weights > 0, cap, 0.0)

@@ -5,7 +5,7 @@ import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
-# A minus belongs to the number unless something that can be subtracted from stands before it.
+# A minus is a sign of the number unless an operand stands before it; then it is a subtraction.
 _NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>(?:(?<![)\]%])[-−–]\s?)?)[$€£¥]?\s?"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+,\d{1,2}(?![\d,])|\d*\.\d+|\d+)(?:\s?/\s?(?P<below>\d+)(?!\d))?"

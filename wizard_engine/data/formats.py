@@ -263,7 +263,7 @@ def has_solutions(record: dict) -> bool:
     return "question" in record and any(isinstance(value, dict) and "solution" in value for value in record.values())
 
 
-# The first format whose keys are all there reads the record.
+# The first format whose keys are all present reads the record.
 FORMATS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict], list[Row]]], ...] = (
     ("process", lambda record: "prompt" in record and ("steps" in record or "labels" in record), read_process),
     (

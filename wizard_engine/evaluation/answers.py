@@ -1,4 +1,4 @@
-"""Answers that were written elsewhere: JSONL files, matched to prompts."""
+"""Answers from JSONL files, matched to prompts."""
 
 import json
 from collections.abc import Sequence
@@ -8,12 +8,13 @@ from pathlib import Path
 def read_answers(spec: Path | str, ids: Sequence[str], instructions: Sequence[str]) -> list[str]:
     """Answers of a JSONL file in the order of the prompts.
 
-    Each line is an object with the text under "answer" (FILE#FIELD names another field). Lines with an "id" go to the
-    prompt of that id, else lines with a "prompt" to the instruction of that text, else all lines go by their order.
+    Each line is an object with the text under "answer" (FILE#FIELD names another field). If all lines
+    have an "id", they are matched by it; else, if all have a "prompt", by the text of the instruction; else by order.
 
     Raises:
-        ValueError: `path:line: ...` for a line without such a text; a prompt without an answer; by order, another
-            number of lines than prompts.
+        ValueError: `path:line: ...` for a line without such a text; a prompt without an answer; in order, another
+        number
+            of lines than prompts.
     """
     path, _, name = str(spec).partition("#")
     lines = [_read(path, number, line, name or "answer") for number, line in _numbered(path)]

@@ -11,7 +11,7 @@ WRONG_REFERENCES = frozenset(map(str, (104, 105, 109, 111, 113, 114, 120, 122, 1
 
 @dataclass(frozen=True)
 class Question:
-    """A two-turn question; references[i] is a right answer to turns[i], or () where there is none."""
+    """A two-turn question; references[i] is a right answer to turns[i], or () without references."""
 
     id: str
     category: str
@@ -23,7 +23,7 @@ def read_questions(path: Path | str, references: Path | str | None = None) -> li
     """Questions of a FastChat file (question_id, category, turns), with the answers of its reference file if given.
 
     Without a reference file, a list under "references" (a text per turn) in the question file itself counts. The field
-    "reference" of the published question file is not what the judge is shown, so it is not read.
+    "reference" of the published question file is not shown to the judge, so it is not read.
 
     Raises:
         ValueError: `path:line: field: ...` for a line that is no such question or reference; the file is empty.

@@ -1,4 +1,4 @@
-"""Summary and report of a progressive run, gathered from the files that its stages left."""
+"""Summary and report of a progressive run, from the files of its stages."""
 
 import json
 import os
@@ -24,7 +24,7 @@ PLAIN_ATTRIBUTES = ("topic", "language", "source", "skill", "difficulty", "toxic
 
 
 class Timing:
-    """Seconds that each stage took when it was made, kept over restarts in a JSON file."""
+    """Seconds of each stage, kept over restarts in a JSON file."""
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
         self.path, self.runtime = path, runtime
@@ -32,7 +32,7 @@ class Timing:
 
     @contextmanager
     def of(self, name: str, out: Path) -> Iterator[None]:
-        """Time a block; a stage that was already made keeps its former figure."""
+        """Time a block; a skipped stage keeps its former time."""
         record = out / "stage.json"
         before = record.stat().st_mtime_ns if record.exists() else None
         began = time.perf_counter()
@@ -49,8 +49,8 @@ def write_summary(
     """Write OUT/summary.json and OUT/report.html; returns the summary.
 
     Args:
-        measured: (slice, stage name, directory that recipes/accuracy.py wrote), in order.
-        arena: directory that recipes/arena.py wrote.
+        measured: (slice, stage name, directory of recipes/accuracy.py), in order.
+        arena: directory of recipes/arena.py.
         timing: seconds per stage directory, relative to OUT.
     """
     stages = [_stage(index, name, path, timing) for index, name, path in measured]
@@ -99,7 +99,7 @@ def _mt_scores(report: dict[str, Any]) -> dict[str, Any]:
 def details(
     out: Path, measured: Sequence[Measured], battles: dict[str, Any], tests: dict[str, Any], timing: dict[str, float]
 ) -> Details:
-    """Everything that the report shows beside the summary."""
+    """Contents of the report beside the summary."""
     last = max(index for index, _, _ in measured)
     return {
         "command": f"make demo SEED={battles['seed']}",
@@ -121,7 +121,7 @@ PHASES = ("hand_over", "generate", "score", "train")
 
 
 def phases(out: Path, slices: int) -> list[dict[str, Any]]:
-    """Mean seconds of each phase of a rollout step of RLEIF, slice by slice; the first step, which warms up, apart."""
+    """Mean seconds of each phase of a rollout step of RLEIF, slice by slice, without the first step, which warms up."""
     slice_phases = []
     for index in range(1, slices + 1):
         path = out / f"slice_{index}" / "rleif" / "metrics.jsonl"
@@ -143,7 +143,7 @@ def phases(out: Path, slices: int) -> list[dict[str, Any]]:
 
 
 def data_flow(out: Path, slices: int) -> list[dict[str, Any]]:
-    """The places that the data pass, with counts."""
+    """The steps of the data, with counts."""
     sampling = _read(out / "sample" / "sampling.json").get("counts", {})
     nodes = [{"name": "Natural rows", "count": sampling.get("rows", 0), "note": "mixed quality, skewed"}]
     removed = {
@@ -179,7 +179,7 @@ def _lines(path: Path) -> int:
 
 
 def attribute_shifts(report: dict[str, Any], most: int = 9) -> list[dict[str, Any]]:
-    """Shares per value of the plain attributes: natural, wanted, drawn."""
+    """Shares per value of the plain attributes: natural, target, drawn."""
     natural, target, drawn = (report.get(key, {}) for key in ("natural", "target", "drawn"))
     shifts = []
     for name in PLAIN_ATTRIBUTES:
@@ -200,7 +200,7 @@ def attribute_shifts(report: dict[str, Any], most: int = 9) -> list[dict[str, An
 
 
 def evolved_chain(out: Path) -> list[dict[str, str]]:
-    """A natural row and what Evol-Instruct and Evol-Answer made of it: the first of the longest, in-depth chains."""
+    """A natural row and its forms after Evol-Instruct and Evol-Answer: the first of the longest in-depth chains."""
     instructed = _rows(out / "slice_1" / "evol_instruct" / "rows.jsonl")
     answered = {row["messages"][-2]["content"]: row for row in _rows(out / "slice_1" / "evol_answer" / "rows.jsonl")}
     by_id = {row["id"]: row for row in instructed}
@@ -260,7 +260,7 @@ def _series(path: Path, name: str, most: int = 120) -> list[tuple[float, float]]
 
 
 def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str, Any]]:
-    """Held-out problems whose sampled answers got right on the way: each stage's answer, and whether it was right."""
+    """Held-out problems that the first stage got wrong and the last one right: the answers of all stages."""
     answers = {name: _rows(path / "answers.jsonl") for name, path in stages}
     first, final = (answers[stages[place][0]] for place in (0, -1))
     chosen = []
@@ -292,13 +292,13 @@ def calls(out: Path) -> list[dict[str, Any]]:
 
 
 def _short(agent: str) -> str:
-    """An agent's name; checkpoints go by slice and stage."""
+    """Short name of an agent; of a checkpoint its slice and stage."""
     parts = Path(agent).parts
     return "/".join(part for part in parts[-3:] if part != "model") if len(parts) > 2 else agent
 
 
 def machine(out: Path) -> dict[str, str]:
-    """What the run stood on."""
+    """Hardware, software and the size of the student."""
     config = _read(out / "base" / "model" / "config.json")
     facts = {
         "CPU": platform.processor() or platform.machine(),

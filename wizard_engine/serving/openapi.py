@@ -66,9 +66,9 @@ _HEALTH = {
     "properties": {"status": {"enum": ["ok", "failed"]}, "open": {"type": "integer"}},
 }  # fmt: skip
 _MEANINGS = {
-    400: "The request is not what it should be.", 401: "The key is missing or wrong.", 404: "No such model.",
+    400: "The request is invalid.", 401: "The key is missing or wrong.", 404: "No such model.",
     408: "The body took too long.", 413: "The body is too long.", 429: "Too many requests; try again later.",
-    503: "The server is about to end, or its engine has failed.",
+    503: "The server is stopping, or its engine has failed.",
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def _errors(*statuses: int) -> dict[str, Any]:
 def description(
     chat: Mapping[str, Field], completion: Mapping[str, Field], *, model: str, needs_key: bool
 ) -> dict[str, Any]:  # fmt: skip
-    """The description, with the fields that this server takes."""
+    """The OpenAPI description, with the fields that this server accepts."""
     examples = {
         "chat": {"model": model, "messages": [{"role": "user", "content": "What is 2 + 3?"}], "max_tokens": 16},
         "complete": {"model": model, "prompt": "2 + 3 =", "max_tokens": 16},

@@ -1,4 +1,4 @@
-"""Requests of the OpenAI-compatible server: one table of fields that checks them and describes them as a schema."""
+"""Fields of requests to the OpenAI-compatible server: one table for validation and for the schema."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ class Refused(Exception):
     """A request that is answered with an error.
 
     Attributes:
-        status: of HTTP.   message: for people.   param: the field.   code: for programs.   headers: of the answer.
+        status: HTTP status.   message: text for users.   param: the field.   code: error code.   headers: of the
+        answer.
     """
 
     def __init__(
@@ -25,14 +26,14 @@ class Refused(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI's API has it."""
+        """The error object of the OpenAI API."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def wrong(param: str, expected: str, got: Any) -> Refused:
-    """A field that is not what it should be."""
+    """The refusal (400) of a field's value."""
     text = repr(got)
     return Refused(
         400, f"{param}: expected {expected}, got {text if len(text) <= 80 else text[:77] + '...'}", param=param
@@ -146,10 +147,10 @@ def schema_of(fields: Mapping[str, Field]) -> dict[str, Any]:
 
 
 def checked(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
-    """The fields of a request that are there and not null.
+    """The fields of a request that are present and not null.
 
     Raises:
-        Refused: 400, with the field that does not fit its schema, or that nobody knows.
+        Refused: 400, with the field that does not match its schema or is unknown.
     """
     if not isinstance(body, dict):
         raise wrong("body", "a JSON object", body)
@@ -181,7 +182,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def fit(value: Any, schema: Mapping[str, Any], path: str) -> None:
-    """Refused unless a value fits a schema, of those words that the tables above use."""
+    """Raises Refused unless a value matches a schema. Supports the keywords of the tables above."""
     if "anyOf" in schema:
         return _fit_any(value, schema["anyOf"], path)
     if "const" in schema and value != schema["const"]:
@@ -203,7 +204,7 @@ def fit(value: Any, schema: Mapping[str, Any], path: str) -> None:
 
 
 def _fit_any(value: Any, options: Sequence[Mapping[str, Any]], path: str) -> None:
-    """One of several schemas; the error is of the one whose kind of value it is, and that it fits furthest."""
+    """Matches one of several schemas; the error is that of the schema with the right type that matches furthest."""
     same = [option for option in options if _is(value, option["type"])]
     if not same:
         raise wrong(path, " or ".join(dict.fromkeys(option["type"] for option in options)), value)

@@ -1,4 +1,4 @@
-"""Answers of the OpenAI-compatible server: what has come of a request, and how the API says it."""
+"""Answers of the OpenAI-compatible server: state of a request's choices, and their JSON objects."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from .driver import Job, Piece
 
 @dataclass
 class Choice:
-    """What has come of one choice; `shown`: characters of the tokens that log-probabilities were given of."""
+    """State of one choice; `shown`: characters of the tokens whose log-probabilities have been sent."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Choice:
     shown: int = 0
 
     def take(self, piece: Piece, eos_id: int) -> None:
-        """Add what a step brought."""
+        """Add the piece of one step."""
         self.text += piece.text
         self.reason = piece.reason
         if piece.token is not None:
@@ -36,11 +36,11 @@ class Choice:
 
 @dataclass
 class Asked:
-    """A request that has been understood.
+    """A validated request.
 
     Attributes:
-        jobs: one for each prompt.   queue: of (prompt, pieces).   logprobs, stream, usage: whether they are wanted.
-        number: the answer's id.
+        jobs: one for each prompt.   queue: of (prompt, pieces).   logprobs, stream, usage: whether they are requested.
+        number: id of the answer.
     """
 
     kind: Literal["chat", "completion"]
@@ -53,7 +53,7 @@ class Asked:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def choices(self) -> list[Choice]:
-        """Empty ones, for all jobs."""
+        """New choices for all jobs."""
         return [Choice() for job in self.jobs for _ in range(job.n)]
 
 
@@ -61,19 +61,19 @@ class AnswerFormat:
     """JSON objects of the API for one model.
 
     Args:
-        name: of the model, as clients know it.   fingerprint: of its weights.
+        name: of the model for clients.   fingerprint: of its weights.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str, fingerprint: str) -> None:
         self.tokenizer, self.name, self.fingerprint = tokenizer, name, fingerprint
 
     def whole(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
+        """The complete answer, without streaming."""
         bodies = [self._choice(asked, number, choice) for number, choice in enumerate(choices)]
         return self.envelope(asked, bodies) | {"usage": self.usage(asked, choices)}
 
     def envelope(self, asked: Asked, choices: list[dict]) -> dict[str, Any]:
-        """The object around choices, or around pieces of them."""
+        """The object around choices or chunks."""
         chat = "chat.completion.chunk" if asked.stream else "chat.completion"
         return {
             "id": asked.number, "object": chat if asked.kind == "chat" else "text_completion",
@@ -82,12 +82,12 @@ class AnswerFormat:
         }  # fmt: skip
 
     def opening(self, number: int) -> dict[str, Any]:
-        """The first piece of a chat's choice."""
+        """The first chunk of a chat choice."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def piece(self, asked: Asked, number: int, choice: Choice, piece: Piece, first: int) -> dict[str, Any]:
-        """A further piece, whose tokens are those of the choice from `first` on."""
+        """A further chunk with the tokens of the choice from `first` on."""
         logprobs = self.logprobs(asked, choice, first) if asked.logprobs else None
         body = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
         if asked.kind == "chat":
@@ -95,7 +95,7 @@ class AnswerFormat:
         return body | {"text": piece.text}
 
     def usage(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Tokens of prompts, each counted once, and of all choices, EOS included."""
+        """Token counts: each prompt once, all choices with EOS."""
         prompt, new = sum(len(job.prompt) for job in asked.jobs), sum(len(choice.tokens) for choice in choices)
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
@@ -111,7 +111,7 @@ class AnswerFormat:
         return body | {"text": choice.text}
 
     def logprobs(self, asked: Asked, choice: Choice, first: int) -> dict[str, Any]:
-        """Of the tokens of a choice from `first` on; EOS is none of them."""
+        """Log-probabilities of the tokens of a choice from `first` on, without EOS."""
         last = len(choice.tokens) - (1 if choice.ended_by_eos else 0)
         rows = [
             (self._token(choice.tokens, i, choice.tokens[i]), choice.logprobs[i],
@@ -136,7 +136,7 @@ class AnswerFormat:
         }  # fmt: skip
 
     def _token(self, tokens: Sequence[int], place: int, word: int) -> str:
-        """The text of one token where it stands."""
+        """The text of one token after its predecessor."""
         before = list(tokens[max(0, place - 1) : place])
         return self.tokenizer.decode([*before, word])[len(self.tokenizer.decode(before)) :]
 

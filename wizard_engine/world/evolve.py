@@ -54,7 +54,7 @@ def evolve(problem: Problem, operator: str, rng: random.Random) -> Problem | Non
     another problem of the same size on a rarer topic.
 
     Returns:
-        The new problem, or None where the operator finds nothing to change.
+        The new problem, or None if the operator finds nothing to change.
     Raises:
         ValueError: unknown operator.
     """
@@ -102,7 +102,7 @@ def evolved_text(
     """The evolved instruction, with the failures of `failure_rates(method, rates)`.
 
     The same generator meets the same failure under every method that has no rule against it, so methods can be compared
-    on few cases. Text that is none of the world's problems stays as it is.
+    on few cases. Text that is not a problem of the world is unchanged.
     """
     problem = parse(instruction)
     if problem is None:
