@@ -5,7 +5,7 @@
     python recipes/analyze.py --data rows.jsonl --out runs/analysis --tagger openai:MODEL@http://127.0.0.1:8000/v1
 
 Writes OUT/rows.jsonl (the rows with their attributes), OUT/analysis.json and OUT/analysis.html. Perplexity is that of
-the answers under the checkpoint; without one it is left out.
+the answers under the checkpoint; without one there is none.
 """
 
 import math
@@ -65,7 +65,7 @@ def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -
 
 
 def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row], dict[str, int]]:
-    """Rows with the tagger's attributes, and how many got them; as they are, and nothing, without one."""
+    """Rows with the tagger's attributes, and the counts; unchanged rows without a tagger."""
     if cfg.tagger is None:
         return rows, {}
     cast = Cast(cfg.out / "ledger.sqlite", rt, quiet=cfg.quiet)
@@ -92,7 +92,7 @@ def print_tables(analysis: Analysis, shown: int = 8) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Analyses and writes; returns what stage.json records."""
+    """Analyses and writes; returns the result that stage.json records."""
     rt = runtime.start(cfg.device)
     stage = open_stage(cfg, "analyze", rt)
     if stage.done:

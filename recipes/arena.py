@@ -123,13 +123,13 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()} | {"judge": cfg.judge}
     inputs = {key: Path(spec) for key, spec in named.items() if Path(spec).exists()}
     inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
-    options = {name: value for name, value in asdict(cfg).items() if name not in SILENT}
+    options = {name: value for name, value in asdict(cfg).items() if name not in INCIDENTAL}
     options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
     options["judge"] = None if "judge" in inputs else cfg.judge
     return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite)
 
 
-SILENT = ("out", "prompts", "batch_size", "device", "overwrite", "quiet")
+INCIDENTAL = ("out", "prompts", "batch_size", "device", "overwrite", "quiet")
 
 
 def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Co-teaching: several models answer the same turns and battle before a judge; what ours lost becomes its lessons.
+"""Co-teaching: models answer the same turns, a judge compares them, and the battles that ours lost become its lessons.
 
     python recipes/co_teach.py --data rows.jsonl --agents.ours runs/sft/model --out runs/co_teach
     python recipes/co_teach.py --data rows.jsonl --agents.ours A --agents.rivals B world:terse --chat-turns 2 --out X
@@ -50,7 +50,7 @@ class Config:
     dpo_threshold: float = 2.0
     """K for preference rows, points of score between best and worst answer."""
     chat_turns: int = 1
-    """User turns of each chat that are fought over."""
+    """User turns of each chat that are judged."""
     lessons: int | None = None
     """Most lessons, the weakest skills first; default: all."""
     temperature: float = 0.0

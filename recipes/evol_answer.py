@@ -1,4 +1,4 @@
-"""Evol-Answer: conversations in, the same with better answers out, and the winners and losers on the way.
+"""Evol-Answer: conversations with rewritten answers, and preference pairs of the rewrites.
 
     python recipes/evol_answer.py --data runs/evol/rows.jsonl --out runs/answers --rounds 3
     python recipes/evol_answer.py --data rows.jsonl --out runs/answers --agents.rewriter runs/sft/model
@@ -31,7 +31,7 @@ class Agents:
 
 @dataclass(frozen=True)
 class Config:
-    """Evol-Answer: rewriting with a judge's consent."""
+    """Evol-Answer: rewrites that a judge prefers."""
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""

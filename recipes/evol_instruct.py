@@ -3,7 +3,7 @@
     python recipes/evol_instruct.py --data rows.jsonl --out runs/evol --rounds 2
     python recipes/evol_instruct.py --data rows.jsonl --out runs/evol --optimise.steps 5 --agents.ranker world:ranker
 
-Writes OUT/rows.jsonl (the rows given, then the evolved ones), OUT/eliminated.jsonl, OUT/removed.jsonl (evolved rows
+Writes OUT/rows.jsonl (the input rows, then the evolved ones), OUT/eliminated.jsonl, OUT/removed.jsonl (evolved rows
 that repeat an evaluation text), OUT/rankings.jsonl (pairs of instructions for the instruction reward model, with
 --agents.ranker), OUT/method.txt and OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run
 repeats none.
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
-from wizard_engine.curation.selection import Kept, remove_contaminated
+from wizard_engine.curation.selection import Filtered, remove_contaminated
 from wizard_engine.data.records import Conversation, read_prompts
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
@@ -46,7 +46,7 @@ class Optimise:
     """Automatic improvement of the evolving method."""
 
     steps: int = 0
-    """Most steps; 0 keeps the method. More than about 12 are said to hurt."""
+    """Most steps; 0 keeps the method. The paper reports that more than about 12 make it worse."""
     candidates: int = 5
     """Methods tried a step."""
     minibatch: int = 10
@@ -96,7 +96,7 @@ class Config:
 
 
 def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[str, dict[str, Any]]:
-    """The evolving method, given or improved, and the record of the search."""
+    """The evolving method, improved if requested, and the record of the search."""
     method = cfg.method.read_text(encoding="utf-8").strip() if cfg.method else ""
     if not cfg.optimise.steps:
         return method, {}
@@ -119,11 +119,11 @@ def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, d
     return rank_instructions(instruction_groups(rows), ranker=ranker, seed=cfg.seed, statistics=statistics), statistics
 
 
-def decontaminate(cfg: Config, evolved: Evolved, given: int) -> Kept:
+def decontaminate(cfg: Config, evolved: Evolved, num_inputs: int) -> Filtered:
     """The evolved rows that repeat no evaluation text."""
     evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path)]
-    made = evolved.rows[given:]
-    return remove_contaminated(made, evaluation, n=cfg.ngram) if evaluation else Kept(made, [])
+    made = evolved.rows[num_inputs:]
+    return remove_contaminated(made, evaluation, n=cfg.ngram) if evaluation else Filtered(made, [])
 
 
 def main(cfg: Config) -> dict:

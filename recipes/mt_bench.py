@@ -117,8 +117,8 @@ def open_bench(cfg: Config) -> Stage:
     """The stage: model and judge directories and the question files are inputs by content."""
     named = {"model": cfg.model, "judge": cfg.judge, "questions": cfg.questions, "references": cfg.references}
     inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
-    silent = ("out", "batch_size", "device", "overwrite", "quiet", *inputs)
-    options = {name: value for name, value in asdict(cfg).items() if name not in silent}
+    incidental = ("out", "batch_size", "device", "overwrite", "quiet", *inputs)
+    options = {name: value for name, value in asdict(cfg).items() if name not in incidental}
     return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite)
 
 

@@ -10,6 +10,7 @@ unchanged, so the same command resumes a run that was killed.
 """
 
 import dataclasses
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ class Config:
 
     out: Path = Path("runs/progressive")
     data: tuple[Path, ...] = ()
-    """Natural rows, drawn at their natural shares; default: the embedded world's."""
+    """Natural rows; default: those of the embedded world. Rows of your own need --no-weighted."""
     evaluation: Path | None = None
     """Held-out rows with reference answers; default: the embedded world's."""
     base: str | None = None
@@ -103,8 +104,8 @@ class Config:
     evolve: bool = True
     """Evolve instructions and answers; off for an ablation."""
     weighted: bool = True
-    """Draw the embedded world's rows to the demo's target shares; off keeps natural shares. Your own --data always keep
-    theirs: for other shares run recipes/sample.py first."""
+    """Draw rows to the target shares of the embedded world; --no-weighted draws at natural shares, as rows of your own
+    need. For other shares run recipes/sample.py first."""
     cap: float = 2.4
     """Largest sampling weight of a row, in mean weights."""
     factors: tuple[str, ...] = FACTORS
@@ -165,11 +166,6 @@ TINY = replace(
 PRESETS = {"demo": DEMO, "tiny": TINY}
 
 
-def target_shares(cfg: Config) -> dict[str, dict[str, float]]:
-    """Target shares of weighted sampling: the demo's for the embedded world's rows, none for other rows."""
-    return TARGETS if cfg.weighted and not cfg.data else {}
-
-
 class Pipeline:
     """The stages of one run; each method runs one recipe in this process and returns the path of its result."""
 
@@ -198,13 +194,17 @@ class Pipeline:
         base = Path(cfg.base) if cfg.base else self._base()
         data = cfg.data or (self.out / "world" / "corpus.jsonl",)
         analysis = self.run("analysis", analyze, data=data, checkpoint=base)
-        if cfg.data and cfg.weighted and self.rt.is_main:
-            print("sample: natural shares, because the target shares belong to the embedded world's rows", flush=True)
-        from_main(self.rt, lambda: write_json(self.out / "targets.json", target_shares(cfg)))
-        drawn = self.run(
-            "sample", sample, data=(analysis / "rows.jsonl",), evaluation=(self.held_out,), size=cfg.sizes.sample,
-            slices=cfg.slices, targets=self.out / "targets.json", cap=cfg.cap,
-        )  # fmt: skip
+        from_main(self.rt, lambda: write_json(self.out / "targets.json", TARGETS if cfg.weighted else {}))
+        try:
+            drawn = self.run(
+                "sample", sample, data=(analysis / "rows.jsonl",), evaluation=(self.held_out,), size=cfg.sizes.sample,
+                slices=cfg.slices, targets=self.out / "targets.json", cap=cfg.cap,
+            )  # fmt: skip
+        except ValueError as error:
+            if not (cfg.data and cfg.weighted and re.search(r"\b(targets\.|cap: )", str(error))):
+                raise
+            message = "the target shares belong to the embedded world; pass --no-weighted with rows of your own"
+            raise ValueError(f"{error}; {message}") from error
         return [drawn / f"slice_{t}.jsonl" for t in range(1, cfg.slices + 1)], base
 
     @property

@@ -1,4 +1,4 @@
-"""Self-teaching: a model's own samples become supervised and preference rows, where they teach most.
+"""Self-teaching: a model's own samples of selected prompts become supervised and preference rows.
 
     python recipes/self_teach.py --data rows.jsonl --agents.student runs/sft/model --out runs/self_teach
     python recipes/self_teach.py --data rows.jsonl --agents.student DIR --agents.labeller world:judge --out X
@@ -48,9 +48,9 @@ class Config:
     samples: int = 4
     """Samples a prompt."""
     score: Literal["spread", "flip", "margin"] = "spread"
-    """spread: the samples' ratings differ; flip: the judge is in doubt; margin: best and worst differ most."""
+    """spread: deviation of the samples' ratings; flip: doubt of the judge; margin: gap of best and worst."""
     keep: float = 0.5
-    """Share of the prompts that rows are made of, highest scores first."""
+    """Fraction of the prompts that give rows, highest scores first."""
     min_gap: float = 1.0
     """Smallest gap of a preference row, points of score."""
     min_score: float = 6.0

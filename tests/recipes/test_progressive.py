@@ -45,7 +45,7 @@ def test_progressive_records_every_stage_of_every_slice(demo):
     assert "<svg" in (cfg.out / "report.html").read_text()
 
 
-def test_progressive_draws_rows_of_ones_own_at_their_natural_shares(demo, tmp_path, capsys):
+def test_progressive_draws_rows_of_ones_own_without_weights_only(demo, tmp_path):
     cfg, _ = demo
     data = tmp_path / "rows.jsonl"
     questions = [f"How many legs do {n} tables and {n * n} chairs have?" for n in range(2, 12)]
@@ -54,11 +54,10 @@ def test_progressive_draws_rows_of_ones_own_at_their_natural_shares(demo, tmp_pa
         cfg, out=tmp_path / "out", data=(data,), evaluation=cfg.out / "world" / "held_out.jsonl",
         base=str(cfg.out / "base" / "model"), sizes=replace(SIZES, sample=6),
     )  # fmt: skip
-    slices, _ = progressive.Pipeline(own_data, Runtime()).prepare()
+    with pytest.raises(ValueError, match=r"targets\..*belong to the embedded world; pass --no-weighted"):
+        progressive.Pipeline(own_data, Runtime()).prepare()
+    slices, _ = progressive.Pipeline(replace(own_data, weighted=False), Runtime()).prepare()
     assert sum(len(path.read_text().splitlines()) for path in slices) == 6
-    assert progressive.target_shares(own_data) == json.loads((tmp_path / "out" / "targets.json").read_text()) == {}
-    assert "sample: natural shares, because the target shares belong to the embedded world" in capsys.readouterr().out
-    assert progressive.target_shares(cfg) == progressive.TARGETS
 
 
 def test_progressive_again_skips_every_stage(demo):

@@ -16,7 +16,7 @@ REPORTED = ("topic", "language", "skill", "source", "difficulty", "turns", "toxi
 
 
 @dataclass(frozen=True)
-class Kept:
+class Filtered:
     """The rows kept, and the reason for each removed row: {"id", "reason", ...} in row order."""
 
     rows: list[Row]
@@ -33,7 +33,7 @@ class Draw:
 
 def remove_duplicates(
     rows: Sequence[Row], *, threshold: float = 0.8, shingle: int = 3, by: Literal["prompt", "row"] = "prompt"
-) -> Kept:
+) -> Filtered:
     """Rows without exact and near-duplicates; the first of each cluster stays.
 
     Args:
@@ -55,10 +55,12 @@ def remove_duplicates(
             continue
         reason = "exact_duplicate" if exact[index] != index else "near_duplicate"
         removed.append({"id": row.id, "reason": reason, "of": rows[cluster[index]].id})
-    return Kept(kept, removed)
+    return Filtered(kept, removed)
 
 
-def remove_contaminated(rows: Sequence[Row], evaluation: Sequence[str], *, n: int = 13, min_share: float = 0.0) -> Kept:
+def remove_contaminated(
+    rows: Sequence[Row], evaluation: Sequence[str], *, n: int = 13, min_share: float = 0.0
+) -> Filtered:
     """Rows of which no turn repeats an evaluation text (see `contaminated`).
 
     Returns:
@@ -73,7 +75,7 @@ def remove_contaminated(rows: Sequence[Row], evaluation: Sequence[str], *, n: in
             kept.append(row)
         else:
             removed.append({"id": row.id, "reason": "contaminated", **vars(match)})
-    return Kept(kept, removed)
+    return Filtered(kept, removed)
 
 
 def draw(

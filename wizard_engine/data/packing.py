@@ -66,7 +66,7 @@ def check_lengths(lengths: np.ndarray, capacity: int) -> np.ndarray:
             f"lengths: expected a 1-d array of integers, got {lengths.ndim}-d {lengths.dtype}; pass token counts"
         )
     if capacity < 1:
-        raise ValueError(f"capacity: expected at least 1 token, got {capacity}; choose the tokens of a packed row")
+        raise ValueError(f"capacity: expected at least 1 token, got {capacity}; choose the tokens of a pack")
     lengths = np.ascontiguousarray(lengths, np.int64)
     wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if wrong.size:

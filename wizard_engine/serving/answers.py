@@ -10,11 +10,11 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from .driver import Driver, Full, Piece
+from .driver import Driver, Piece, QueueFull
 from .metrics import Metrics
-from .protocol import Refused
+from .protocol import RequestError
 from .request_reader import CLIENT_CLOSED_REQUEST
-from .wire import AnswerFormat, Asked
+from .wire import AnswerFormat, ParsedRequest
 
 GONE = "gone"
 
@@ -26,39 +26,39 @@ class Answers:
         self.driver, self.format, self.metrics = driver, format, metrics
         self.eos_id = driver.tokenizer.eos_id
 
-    def submit(self, asked: Asked) -> None:
+    def submit(self, parsed: ParsedRequest) -> None:
         """Submit all jobs of a request, or none.
 
         Raises:
-            Refused: the context is too short (400), the queue is full (429), the driver stops or has failed (503).
+            RequestError: the context is too short (400), the queue is full (429), the driver stops or has failed (503).
         """
         done = []
         try:
-            for job in asked.jobs:
+            for job in parsed.jobs:
                 self.driver.submit(job)
                 done.append(job)
         except ValueError as error:
             code = "context_length_exceeded" if "expected 1 to" in str(error) else None
-            param = "messages" if asked.kind == "chat" else "prompt"
-            raise Refused(400, str(error), param=param, code=code) from None
-        except Full as full:
+            param = "messages" if parsed.kind == "chat" else "prompt"
+            raise RequestError(400, str(error), param=param, code=code) from None
+        except QueueFull as full:
             if self.driver.error:
-                raise Refused(503, "the engine has failed", code="engine_failed") from None
+                raise RequestError(503, "the engine has failed", code="engine_failed") from None
             status = 503 if "about to end" in str(full) else 429
-            raise Refused(
+            raise RequestError(
                 status, f"too many requests: {full}", code="queue_full", headers={"Retry-After": "1"}
             ) from None
         finally:
-            if len(done) < len(asked.jobs):
+            if len(done) < len(parsed.jobs):
                 for job in done:
                     self.driver.cancel(job)
 
-    def cancel(self, asked: Asked) -> None:
-        for job in asked.jobs:
+    def cancel(self, parsed: ParsedRequest) -> None:
+        for job in parsed.jobs:
             if job.open:
                 self.driver.cancel(job)
 
-    async def pieces(self, asked: Asked, receive: Callable, began: float) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self, parsed: ParsedRequest, receive: Callable, began: float) -> AsyncIterator[tuple[int, Piece]]:
         """Yields (choice, piece) until all choices have ended.
 
         Raises:
@@ -68,14 +68,14 @@ class Answers:
         async def listen() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            asked.queue.put_nowait(GONE)
+            parsed.queue.put_nowait(GONE)
 
         listener = asyncio.create_task(listen())
-        open_choices = sum(job.n for job in asked.jobs)
+        open_choices = sum(job.n for job in parsed.jobs)
         is_first = True
         try:
             while open_choices:
-                item = await asked.queue.get()
+                item = await parsed.queue.get()
                 if item == GONE:
                     self.metrics.count("disconnects")
                     raise ClientDisconnect
@@ -86,45 +86,45 @@ class Answers:
                 for piece in pieces:
                     self.metrics.add("generated_tokens", piece.token is not None)
                     open_choices -= piece.reason is not None
-                    yield place * asked.jobs[place].n + piece.choice, piece
+                    yield place * parsed.jobs[place].n + piece.choice, piece
         finally:
             listener.cancel()
-            if asked.stream:
+            if parsed.stream:
                 self.metrics.observe("request_seconds", time.perf_counter() - began)
 
-    async def whole(self, asked: Asked, pieces: AsyncIterator[tuple[int, Piece]]) -> Response:
-        choices = asked.choices()
+    async def whole(self, parsed: ParsedRequest, pieces: AsyncIterator[tuple[int, Piece]]) -> Response:
+        choices = parsed.choices()
         try:
             async for number, piece in pieces:
-                choices[number].take(piece, self.eos_id)
+                choices[number].add(piece, self.eos_id)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         if any(choice.reason == "cancelled" for choice in choices):
-            raise Refused(503, "the engine has failed", code="engine_failed")
-        return JSONResponse(self.format.whole(asked, choices))
+            raise RequestError(503, "the engine has failed", code="engine_failed")
+        return JSONResponse(self.format.whole(parsed, choices))
 
-    async def events(self, asked: Asked, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
+    async def events(self, parsed: ParsedRequest, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
         """Yields the server-sent events of a request."""
-        choices, form = asked.choices(), self.format
-        extra = {"usage": None} if asked.usage else {}
+        choices, form = parsed.choices(), self.format
+        extra = {"usage": None} if parsed.usage else {}
 
         def event(deltas: list[dict], **more: Any) -> str:
-            return f"data: {json.dumps(form.envelope(asked, deltas) | extra | more, ensure_ascii=False)}\n\n"
+            return f"data: {json.dumps(form.envelope(parsed, deltas) | extra | more, ensure_ascii=False)}\n\n"
 
-        if asked.kind == "chat":
+        if parsed.kind == "chat":
             for number in range(len(choices)):
                 yield event([form.opening(number)])
         async for number, piece in pieces:
             choice = choices[number]
             first = len(choice.tokens)
-            choice.take(piece, self.eos_id)
+            choice.add(piece, self.eos_id)
             if piece.reason == "cancelled":
-                yield f"data: {json.dumps(Refused(503, 'the engine has failed').body())}\n\n"
+                yield f"data: {json.dumps(RequestError(503, 'the engine has failed').body())}\n\n"
                 return
-            if piece.text or asked.logprobs or piece.reason:
-                yield event([form.piece(asked, number, choice, piece, first)])
-        if asked.usage:
-            yield event([], usage=form.usage(asked, choices))
+            if piece.text or parsed.logprobs or piece.reason:
+                yield event([form.piece(parsed, number, choice, piece, first)])
+        if parsed.usage:
+            yield event([], usage=form.usage(parsed, choices))
         yield "data: [DONE]\n\n"
 
 

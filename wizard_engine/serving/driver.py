@@ -17,7 +17,7 @@ import torch.distributed as dist
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.engine import Engine
 from wizard_engine.generation.scheduler import Reason, Sampling, numbered
-from wizard_engine.generation.scheduler import Sequence as Row
+from wizard_engine.generation.scheduler import Sequence as EngineSequence
 from wizard_engine.generation.streaming import TextStream
 from wizard_engine.parallel.mesh import Axis
 
@@ -58,14 +58,14 @@ class Job:
     deliver: Callable[[list[Piece]], None]
     stop: tuple[str, ...] = ()
     strip: bool = True
-    rows: list[Row] = field(default_factory=list)
+    sequences: list[EngineSequence] = field(default_factory=list)
     streams: list[TextStream] = field(default_factory=list)
     open: int = 0
     cached: int = 0
     came: float = field(default_factory=time.monotonic)
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The driver has no room for more sequences, or it stops."""
 
 
@@ -100,14 +100,14 @@ class Driver:
         """Continue a job's prompt.
 
         Raises:
-            Full: there is no room for its sequences, or the driver stops.   ValueError: as `Engine.add`.
+            QueueFull: no room for its sequences, or the driver stops.   ValueError: as `Engine.add`.
         """
         self.engine.check(job.prompt, job.sampling)
         with self._wake:
             if self._ends or self.error:
-                raise Full(self.error or "the server is about to end")
+                raise QueueFull(self.error or "the server is about to end")
             if self._open + job.n > self.max_jobs:
-                raise Full(f"{self._open} sequences run and wait, at most {self.max_jobs} are taken")
+                raise QueueFull(f"{self._open} sequences run and wait, at most {self.max_jobs} are taken")
             self._open += job.n
             job.open = job.n
             self._inbox.append(("add", job))
@@ -157,8 +157,8 @@ class Driver:
         begun = [job for job in added if id(job) not in dropped]
         commands: list[tuple] = [("add", job.prompt, numbered(job.sampling, job.n)) for job in begun]
         commands += [
-            ("finish", row.number, "cancelled")
-            for job in dropped.values() for row in job.rows if row.reason is None
+            ("finish", sequence.number, "cancelled")
+            for job in dropped.values() for sequence in job.sequences if sequence.reason is None
         ]  # fmt: skip
         commands += [("end",) for what, _ in inbox if what == "end"]
         shared(commands, self.axis)
@@ -174,16 +174,16 @@ class Driver:
         self._step()
         return True
 
-    def _begin(self, job: Job, rows: list[Row]) -> None:
-        job.rows = rows
-        job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in rows]
-        for choice, row in enumerate(rows):
-            self._jobs[row.number] = job, choice
+    def _begin(self, job: Job, sequences: list[EngineSequence]) -> None:
+        job.sequences = sequences
+        job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in sequences]
+        for choice, sequence in enumerate(sequences):
+            self._jobs[sequence.number] = job, choice
 
     def _dropped(self, job: Job) -> None:
         """Remove the open choices of a cancelled job."""
-        for row in job.rows:
-            self._jobs.pop(row.number, None)
+        for sequence in job.sequences:
+            self._jobs.pop(sequence.number, None)
         gone, job.open = job.open, 0
         self._closed(gone)
 
@@ -195,13 +195,13 @@ class Driver:
         pieces: dict[int, tuple[Job, list[Piece]]] = {}
         # Stop strings are known on this rank only: the other ranks get the sequences that they end as commands.
         stopped: list[tuple] = []
-        for row in grown:
-            if row.number not in self._jobs:
+        for sequence in grown:
+            if sequence.number not in self._jobs:
                 continue
-            job, choice = self._jobs[row.number]
-            piece = _piece(job, choice, row)
-            if piece.reason is not None and row.reason is None:
-                stopped.append(("finish", row.number, "stop"))
+            job, choice = self._jobs[sequence.number]
+            piece = _piece(job, choice, sequence)
+            if piece.reason is not None and sequence.reason is None:
+                stopped.append(("finish", sequence.number, "stop"))
             pieces.setdefault(id(job), (job, []))[1].append(piece)
         shared(stopped, self.axis)
         for command in stopped:
@@ -209,7 +209,7 @@ class Driver:
         for job, job_pieces in pieces.values():
             ended = [piece for piece in job_pieces if piece.reason is not None]
             for piece in ended:
-                del self._jobs[job.rows[piece.choice].number]
+                del self._jobs[job.sequences[piece.choice].number]
             job.open -= len(ended)
             self._closed(len(ended))
             _deliver(job, job_pieces)
@@ -221,19 +221,19 @@ class Driver:
                 self._wake.notify_all()
 
 
-def _piece(job: Job, choice: int, row: Row) -> Piece:
+def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
     """The piece of a sequence's last token."""
-    stream, token = job.streams[choice], row.ids[-1]
-    if row.steps == 1 and choice == 0:
-        job.cached = row.cached
-    is_end = token == row.sampling.eos_id
+    stream, token = job.streams[choice], sequence.ids[-1]
+    if sequence.steps == 1 and choice == 0:
+        job.cached = sequence.cached
+    is_end = token == sequence.sampling.eos_id
     text = "" if is_end else stream.push(token)
-    reason = "stop" if stream.stopped else row.reason
+    reason = "stop" if stream.stopped else sequence.reason
     if reason is not None and not stream.stopped:
         # The stream holds text back while it may be part of a stop string or of a character.
         text += stream.end()
-    top = row.top[-1] if row.sampling.top_logprobs and row.top else []
-    return Piece(choice, text, token, row.logprobs[-1], top, reason)
+    top = sequence.top[-1] if sequence.sampling.top_logprobs and sequence.top else []
+    return Piece(choice, text, token, sequence.logprobs[-1], top, reason)
 
 
 def _deliver(job: Job, pieces: list[Piece]) -> None:
@@ -251,16 +251,16 @@ def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
     return commands
 
 
-def apply(engine: Engine, command: Sequence[Any]) -> list[Row] | None:
+def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | None:
     """Apply a command; returns the sequences of an "add"."""
     if command[0] == "add":
         return engine.add_all(command[1], command[2])
     if command[0] == "finish":
         scheduler = engine.scheduler
         waiting = (*scheduler.running, *scheduler.waiting)
-        for row in (*waiting, *(follower for leader in waiting for follower in leader.followers)):
-            if row.number == command[1]:
-                engine.finish(row, command[2])
+        for sequence in (*waiting, *(follower for leader in waiting for follower in leader.followers)):
+            if sequence.number == command[1]:
+                engine.finish(sequence, command[2])
                 break
     return None
 

@@ -9,7 +9,7 @@ MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 16, 256, 20
 MAX_SEED = 2**63 - 1
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is answered with an error.
 
     Attributes:
@@ -32,10 +32,10 @@ class Refused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def wrong(param: str, expected: str, got: Any) -> Refused:
+def wrong(param: str, expected: str, got: Any) -> RequestError:
     """The refusal (400) of a field's value."""
     text = repr(got)
-    return Refused(
+    return RequestError(
         400, f"{param}: expected {expected}, got {text if len(text) <= 80 else text[:77] + '...'}", param=param
     )
 
@@ -150,7 +150,7 @@ def checked(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
     """The fields of a request that are present and not null.
 
     Raises:
-        Refused: 400, with the field that does not match its schema or is unknown.
+        RequestError: 400, with the field that does not match its schema or is unknown.
     """
     if not isinstance(body, dict):
         raise wrong("body", "a JSON object", body)
@@ -158,12 +158,12 @@ def checked(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
-            raise Refused(400, f"{name[:80]}: unknown field{hint}", param=name[:80], code="unknown_field")
+            raise RequestError(400, f"{name[:80]}: unknown field{hint}", param=name[:80], code="unknown_field")
     for name, field in fields.items():
         if name in body:
             fit(body[name], field.schema, name)
         elif field.required:
-            raise Refused(400, f"{name}: expected one, got none", param=name, code="missing_field")
+            raise RequestError(400, f"{name}: expected one, got none", param=name, code="missing_field")
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -182,7 +182,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def fit(value: Any, schema: Mapping[str, Any], path: str) -> None:
-    """Raises Refused unless a value matches a schema. Supports the keywords of the tables above."""
+    """Raises RequestError unless a value matches a schema. Supports the keywords of the tables above."""
     if "anyOf" in schema:
         return _fit_any(value, schema["anyOf"], path)
     if "const" in schema and value != schema["const"]:
@@ -208,11 +208,11 @@ def _fit_any(value: Any, options: Sequence[Mapping[str, Any]], path: str) -> Non
     same = [option for option in options if _is(value, option["type"])]
     if not same:
         raise wrong(path, " or ".join(dict.fromkeys(option["type"] for option in options)), value)
-    errors: list[Refused] = []
+    errors: list[RequestError] = []
     for option in same:
         try:
             return fit(value, option, path)
-        except Refused as error:
+        except RequestError as error:
             errors.append(error)
     raise max(errors, key=lambda error: len(error.param or ""))
 
@@ -242,9 +242,13 @@ def _fit_object(value: dict, schema: Mapping[str, Any], path: str) -> None:
         raise wrong(path, "an empty object", value)
     for name in schema.get("required", ()):
         if name not in value:
-            raise Refused(400, f"{path}.{name}: expected one, got none", param=f"{path}.{name}", code="missing_field")
+            raise RequestError(
+                400, f"{path}.{name}: expected one, got none", param=f"{path}.{name}", code="missing_field"
+            )
     for name, item in value.items():
         if name in properties:
             fit(item, properties[name], f"{path}.{name}")
         elif schema.get("additionalProperties", True) is False:
-            raise Refused(400, f"{path}.{name[:80]}: unknown field", param=f"{path}.{name[:80]}", code="unknown_field")
+            raise RequestError(
+                400, f"{path}.{name[:80]}: unknown field", param=f"{path}.{name[:80]}", code="unknown_field"
+            )

@@ -16,8 +16,8 @@ from wizard_engine.generation.engine import Engine
 from wizard_engine.generation.scheduler import Sampling
 
 from .driver import Job, Piece
-from .protocol import Refused, wrong
-from .wire import Asked
+from .protocol import RequestError, wrong
+from .wire import ParsedRequest
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -52,7 +52,7 @@ class RequestReader:
         """The request's JSON.
 
         Raises:
-            Refused: too long (413), too slow (408), or not JSON (400).
+            RequestError: too long (413), too slow (408), or not JSON (400).
         """
         limit, body = self.limits.body_bytes, bytearray()
         try:
@@ -60,26 +60,28 @@ class RequestReader:
                 async for part in request.stream():
                     body += part
                     if len(body) > limit:
-                        raise Refused(413, f"body: expected at most {limit} bytes, got more", code="body_too_large")
+                        raise RequestError(
+                            413, f"body: expected at most {limit} bytes, got more", code="body_too_large"
+                        )
         except TimeoutError:
-            raise Refused(408, f"body: expected within {self.limits.read_seconds:g} seconds") from None
+            raise RequestError(408, f"body: expected within {self.limits.read_seconds:g} seconds") from None
         except ClientDisconnect:
-            raise Refused(CLIENT_CLOSED_REQUEST, "body: the client left before its end") from None
+            raise RequestError(CLIENT_CLOSED_REQUEST, "body: the client left before its end") from None
         try:
             return json.loads(body, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise Refused(400, f"body: expected JSON, got {str(error)[:200]}", code="invalid_json") from None
+            raise RequestError(400, f"body: expected JSON, got {str(error)[:200]}", code="invalid_json") from None
 
-    def jobs(self, fields: dict[str, Any], kind: str, loop: asyncio.AbstractEventLoop) -> Asked:
+    def jobs(self, fields: dict[str, Any], kind: str, loop: asyncio.AbstractEventLoop) -> ParsedRequest:
         """The jobs of a request whose fields have been checked.
 
         Raises:
-            Refused: a prompt that cannot be encoded, or too many choices (400).
+            RequestError: a prompt that cannot be encoded, or too many choices (400).
         """
         try:
             prompts = [self._chat_prompt(fields["messages"])] if kind == "chat" else self._prompts(fields["prompt"])
         except (ValueError, UnicodeError) as error:
-            raise Refused(400, str(error)[:500], param="messages" if kind == "chat" else "prompt") from None
+            raise RequestError(400, str(error)[:500], param="messages" if kind == "chat" else "prompt") from None
         n = int(fields.get("n", 1))
         if n * len(prompts) > self.limits.choices:
             raise wrong("n", f"at most {self.limits.choices} choices over {len(prompts)} prompts", n)
@@ -102,11 +104,11 @@ class RequestReader:
             stops = (stop,) if isinstance(stop, str) else tuple(stop)
             jobs.append(Job(prompt, sampling, n, deliver, stops, strip=kind == "chat"))
         options = fields.get("stream_options") or {}
-        asked = Asked(
+        parsed = ParsedRequest(
             kind, jobs, queue, logprobs not in (False, None), bool(fields.get("stream")),
             bool(options.get("include_usage")), ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12),
         )  # fmt: skip
-        return asked
+        return parsed
 
     def _chat_prompt(self, messages: Sequence[dict]) -> list[int]:
         turns = []

@@ -16,7 +16,7 @@ from wizard_engine.data.tokenizer import Tokenizer
 from .answers import Answers, Events
 from .driver import Driver
 from .metrics import Metrics
-from .protocol import Refused, chat_fields, checked, completion_fields
+from .protocol import RequestError, chat_fields, checked, completion_fields
 from .request_reader import Limits, RequestReader
 from .status import StatusPages, unknown_model
 from .wire import AnswerFormat
@@ -75,7 +75,7 @@ class Server:
                 if path not in ("/health", "/openapi.json"):
                     self._authorise(request)
                 response = await call(request)
-            except Refused as refused:
+            except RequestError as refused:
                 response = JSONResponse(refused.body(), refused.status, refused.headers)
             self.metrics.count("requests", route=path, status=str(response.status_code))
             if not isinstance(response, Events):
@@ -89,7 +89,7 @@ class Server:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
-            raise Refused(
+            raise RequestError(
                 401, "authorization: expected `Bearer KEY` with the server's key", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
@@ -97,11 +97,11 @@ class Server:
     async def _no_route(self, request: Request, error: Any) -> Response:
         what = "no such path" if error.status_code == 404 else f"{request.method} is not what this path takes"
         self.metrics.count("requests", route="(none)", status=str(error.status_code))
-        refused = Refused(error.status_code, f"{request.url.path[:200]}: {what}", headers=error.headers)
+        refused = RequestError(error.status_code, f"{request.url.path[:200]}: {what}", headers=error.headers)
         return JSONResponse(refused.body(), refused.status, refused.headers)
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        return JSONResponse(Refused(500, "the server failed; its log says why").body(), 500)
+        return JSONResponse(RequestError(500, "the server failed; its log says why").body(), 500)
 
     # Completions
 
@@ -118,16 +118,16 @@ class Server:
         fields = checked(body, self.chat_fields if kind == "chat" else self.completion_fields)
         if fields["model"] != self.name:
             raise unknown_model(self.name, fields["model"])
-        asked = await asyncio.to_thread(self.reader.jobs, fields, kind, asyncio.get_running_loop())
-        self.answers.submit(asked)
-        self.metrics.add("prompt_tokens", sum(len(job.prompt) for job in asked.jobs))
+        parsed = await asyncio.to_thread(self.reader.jobs, fields, kind, asyncio.get_running_loop())
+        self.answers.submit(parsed)
+        self.metrics.add("prompt_tokens", sum(len(job.prompt) for job in parsed.jobs))
         began = time.perf_counter()
-        pieces = self.answers.pieces(asked, request.receive, began)
-        if asked.stream:
+        pieces = self.answers.pieces(parsed, request.receive, began)
+        if parsed.stream:
             return Events(
-                self.answers.events(asked, pieces), self.limits.write_seconds, lambda: self.answers.cancel(asked)
+                self.answers.events(parsed, pieces), self.limits.write_seconds, lambda: self.answers.cancel(parsed)
             )
         try:
-            return await self.answers.whole(asked, pieces)
+            return await self.answers.whole(parsed, pieces)
         finally:
-            self.answers.cancel(asked)
+            self.answers.cancel(parsed)

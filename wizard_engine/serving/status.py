@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from .driver import Driver
 from .metrics import Metrics
 from .openapi import description
-from .protocol import Field, Refused
+from .protocol import Field, RequestError
 
 
 class StatusPages:
@@ -77,6 +77,8 @@ class StatusPages:
         return JSONResponse(description(self.chat_fields, self.completion_fields, **known))
 
 
-def unknown_model(name: str, requested: str) -> Refused:
+def unknown_model(name: str, requested: str) -> RequestError:
     """The refusal of a request for another model than `name`."""
-    return Refused(404, f"model: expected {name!r}, got {requested[:200]!r}", param="model", code="model_not_found")
+    return RequestError(
+        404, f"model: expected {name!r}, got {requested[:200]!r}", param="model", code="model_not_found"
+    )
