@@ -47,7 +47,7 @@ class Config:
     repeats: int = 1
     """Ratings of each turn, with different seeds."""
     default_temperature: float = 0.0
-    """Temperature of answers in the other categories (writing, roleplay 0.7; stem, humanities 0.1)."""
+    """Temperature of answers, except in writing and roleplay (0.7), stem and humanities (0.1)."""
     max_new_tokens: int = 1024
     """Longest answer, tokens; a checkpoint's context may allow less."""
     batch_size: int = 256

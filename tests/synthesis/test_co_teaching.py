@@ -19,7 +19,7 @@ from wizard_engine.synthesis.lessons import choose_lessons
 
 
 def team(*scores):
-    """ours and its rivals, each with its answer's worth on every row, or a function of the instruction."""
+    """ours and its rivals, each with the quality of its answer on every row, or a function of the instruction."""
     names = ["ours", "left", "right", "far"]
     rules = [(lambda text, request, score=score: score(text) if callable(score) else f"q{score}") for score in scores]
     agents = [answerer(name, lambda t, r, n=name, rule=rule: f"{n} {rule(t, r)}") for name, rule in zip(names, rules)]

@@ -67,7 +67,7 @@ class LocalAgent:
                 engine_for(self.model, asked_prompts, samplings, self.batch_size), asked_prompts, samplings
             )
             for index, tokens in zip(asked, generation.tokens):
-                replies[index] = Reply(_own_turn(self.tokenizer.decode(tokens).strip(), requests[index].task))
+                replies[index] = Reply(_turn_text(self.tokenizer.decode(tokens).strip(), requests[index].task))
         return replies
 
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:
@@ -100,6 +100,6 @@ def _encode_for_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
     return [*opening, *encode_answer(tokenizer, messages[-1].content), *tokenizer.encode(NEXT_USER)]
 
 
-def _own_turn(text: str, task: str) -> str:
+def _turn_text(text: str, task: str) -> str:
     """The turn of a reply. For task "user" a model continues with the answer; the turn ends at the answer's heading."""
     return text.partition("ASSISTANT:")[0].strip() if task == "user" else text

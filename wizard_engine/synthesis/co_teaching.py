@@ -95,12 +95,13 @@ def co_teach(
     _validate(contestants, sft_threshold, dpo_threshold, chat_turns, user)
     calls, pairs = Calls(max_tokens=max_tokens), Pairs(dpo_threshold)
     scenes: list[Scene] = []
-    opening = [Scene(row, 0, tuple(row.messages[:-1])) for row in rows]
+    current = [Scene(row, 0, tuple(row.messages[:-1])) for row in rows]
     for turn in range(chat_turns):
+        if turn:
+            current = _continue(calls, user, current, derive_seed(seed, "user", turn - 1))
         battle_seed = derive_seed(seed, "battle", turn)
-        hold_battles(calls, contestants, judge, opening, temperature=temperature, seed=battle_seed)
-        scenes += opening
-        opening = _continue(calls, user, opening, derive_seed(seed, "user", turn)) if turn + 1 < chat_turns else []
+        hold_battles(calls, contestants, judge, current, temperature=temperature, seed=battle_seed)
+        scenes += current
     for scene in scenes:
         _add_pair(pairs, scene, contestants, judge)
     chosen, skills = choose_lessons([(scene.row, scene.loss()[0]) for scene in scenes], sft_threshold, lessons)
