@@ -17,6 +17,7 @@ from wizard_engine.model.loading import language_model
 from wizard_engine.rl.trajectories import step_seed
 from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.stage import finish_stage, open_stage
 
@@ -26,7 +27,7 @@ class Config:
     """Greedy and sampled accuracy."""
 
     model: str
-    """Model directory, world:NAME, or an endpoint, openai:MODEL@URL."""
+    """Model directory, registered program (world:NAME) or endpoint (openai:MODEL@URL)."""
     data: Path
     """Conversation rows; the last answer of each is the reference."""
     out: Path
@@ -34,7 +35,11 @@ class Config:
     temperature: float = 1.0
     """Of the sampled answers; the others are greedy."""
     max_new_tokens: int = 128
+    """Longest answer, tokens."""
+    limit: int | None = None
+    """Rows read at most; default: all."""
     batch_size: int = 128
+    """Answers generated together; calls of one transaction."""
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
@@ -42,15 +47,15 @@ class Config:
 
 
 def main(cfg: Config) -> dict:
-    """Answer and count; returns what accuracy.json holds."""
+    """Generate answers and count the right ones; returns the content of accuracy.json."""
     rt = runtime.start(cfg.device)
     if Path(cfg.model).is_dir():
-        # Directories count by their content, whatever they are called.
+        # A resolved path contains "/", so that the stage hashes the content of the directory and not its name.
         cfg = replace(cfg, model=str(Path(cfg.model).resolve()))
     stage = open_stage(cfg, "accuracy", rt)
     if stage.done:
         return stage.result()
-    rows = read_rows(cfg.data, kind="conversation")
+    rows = read_rows(cfg.data, kind="conversation")[: cfg.limit]
     prompts = [row.messages[:-1] for row in rows]
     failed = 0
     if Path(cfg.model).is_dir():
@@ -67,14 +72,16 @@ def _temperatures(cfg: Config) -> dict[str, float]:
 
 
 def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str, list[str]]:
-    """Answers of a checkpoint, the problems divided over the ranks."""
+    """Answers of a checkpoint, the problems sharded over the ranks."""
     model, tokenizer = language_model(cfg.model, None, seed=0, device=rt.device)
     answers: dict[str, list[str]] = {}
     for name, temperature in _temperatures(cfg).items():
-        texts = answer_texts(
-            model, tokenizer, prompts[rt.rank :: rt.world_size], max_new_tokens=cfg.max_new_tokens,
-            temperature=temperature, seed=step_seed(cfg.seed, rt.rank), batch_size=cfg.batch_size,
-        )  # fmt: skip
+        local_prompts = prompts[rt.rank :: rt.world_size]
+        with progress(desc=f"{name} answers", unit="answer", total=len(local_prompts), quiet=cfg.quiet) as bar:
+            texts = answer_texts(
+                model, tokenizer, local_prompts, max_new_tokens=cfg.max_new_tokens, temperature=temperature,
+                seed=step_seed(cfg.seed, rt.rank), batch_size=cfg.batch_size, on_finished=bar.update,
+            )  # fmt: skip
         answers[name] = [""] * len(prompts)
         for rank, part in enumerate(gather_objects(texts)):
             answers[name][rank :: rt.world_size] = part
@@ -82,9 +89,9 @@ def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str,
 
 
 def _by_agent(cfg: Config, rt: runtime.Runtime, prompts: list) -> tuple[dict[str, list[str]], int]:
-    """Answers of an agent, through the ledger, "" where a call failed; and how many did."""
+    """Answers of an agent, through the ledger, "" where a call failed; and the number of failed calls."""
     world.register()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     answers, failed = {}, 0
     try:
         agent = cast.agent(cfg.model)

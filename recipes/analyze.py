@@ -5,7 +5,7 @@
     python recipes/analyze.py --data rows.jsonl --out runs/analysis --tagger openai:MODEL@http://127.0.0.1:8000/v1
 
 Writes OUT/rows.jsonl (the rows with their attributes), OUT/analysis.json and OUT/analysis.html. Perplexity is that of
-the answers under the checkpoint; without one it is left out.
+the answers under the checkpoint; without one there is none.
 """
 
 import math
@@ -47,28 +47,28 @@ class Config:
     """Of the clusters that name topics beyond the lexicon."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
 def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> list[float] | None:
-    """Perplexity of each answered row under the checkpoint, the rows divided over the ranks; None without one."""
+    """Perplexity of each answered row under the checkpoint, the rows sharded over the ranks; None without one."""
     if cfg.checkpoint is None:
         return None
     model, tokenizer = language_model(str(cfg.checkpoint), None, seed=0, device=rt.device)
     conversations = answered(rows)
-    found = [math.nan] * len(conversations)
+    values = [math.nan] * len(conversations)
     mine = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])
     for rank, part in enumerate(gather_objects(mine)):
-        found[rank :: rt.world_size] = part
-    return found
+        values[rank :: rt.world_size] = part
+    return values
 
 
 def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row], dict[str, int]]:
-    """Rows with the tagger's attributes, and how many got them; as they are, and nothing, without one."""
+    """Rows with the tagger's attributes, and the counts; unchanged rows without a tagger."""
     if cfg.tagger is None:
         return rows, {}
-    cast = Cast(cfg.out / "ledger.sqlite", rt)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, quiet=cfg.quiet)
     try:
         return tag_rows(rows, cast.agent(cfg.tagger), seed=cfg.seed)
     finally:
@@ -92,7 +92,7 @@ def print_tables(analysis: Analysis, shown: int = 8) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Analyses and writes; returns what stage.json records."""
+    """Analyses and writes; returns the result that stage.json records."""
     rt = runtime.start(cfg.device)
     stage = open_stage(cfg, "analyze", rt)
     if stage.done:

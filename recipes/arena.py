@@ -3,9 +3,10 @@
     python recipes/arena.py --models base=runs/base/model sft=runs/sft/model --out runs/arena
     python recipes/arena.py --models ours=answers.jsonl rival=world:terse --prompts rows.jsonl --out runs/arena
 
-A model is NAME=SPEC: a model directory, a registered program such as world:expert, or a JSONL file of answers. Writes
-OUT/answers/NAME.jsonl, OUT/battles.jsonl and OUT/arena.json; every call goes through OUT/ledger.sqlite, so a run that
-was stopped repeats nothing. The judge sees no names; sources are shuffled per prompt and played in both orders.
+A model is NAME=SPEC. SPEC is a model directory, a registered program (world:NAME), an endpoint (openai:MODEL@URL), or a
+JSONL file of answers. Writes OUT/answers/NAME.jsonl, OUT/battles.jsonl and OUT/arena.json. Every call goes through
+OUT/ledger.sqlite: a resumed run repeats none. The judge sees no names; the two answers to a prompt are shuffled and
+judged in both orders.
 """
 
 import json
@@ -33,16 +34,17 @@ class Config:
     """Blind pairwise preference and Elo."""
 
     models: tuple[str, ...]
-    """NAME=SPEC each, at least two; SPEC is a model directory, a registered program, or FILE.jsonl of answers (lines
-    {"answer": text}, with "id" or "prompt" where the order differs; FILE.jsonl#FIELD takes another field)."""
+    """NAME=SPEC each, at least two; SPEC is a model directory, a registered program (world:NAME), an endpoint
+    (openai:MODEL@URL), or FILE.jsonl of answers: lines {"answer": text}, with "id" or "prompt" where the order differs;
+    FILE.jsonl#FIELD reads another field."""
     out: Path
     """Directory for arena.json, battles.jsonl, answers/ and ledger.sqlite."""
     prompts: Path | None = None
-    """Rows whose last user turn is to be answered; default: held-out problems of the embedded world."""
+    """Rows whose last user turn is answered; default: held-out problems of the embedded world."""
     n: Annotated[int, tyro.conf.arg(name="limit")] = 200
     """Prompts at most."""
     judge: str = "world:judge"
-    """Registered program or model directory."""
+    """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
     baseline: str | None = None
     """Compare every model with this one only; default: all pairs."""
     anchor: str | None = None
@@ -56,21 +58,21 @@ class Config:
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
 def read_models(specs: Sequence[str]) -> dict[str, str]:
-    """NAME -> SPEC; ValueError for a word of another form, a name given twice, or fewer than two."""
-    found: dict[str, str] = {}
+    """NAME -> SPEC; ValueError for another form, a repeated name, or fewer than two models."""
+    models: dict[str, str] = {}
     for spec in specs:
         name, sign, target = spec.partition("=")
-        if not (name and sign and target) or name in found or "/" in name:
+        if not (name and sign and target) or name in models or "/" in name:
             raise ValueError(f"models: expected NAME=SPEC with different names, got {spec!r}; see --help")
-        found[name] = target
-    if len(found) < 2:
-        raise ValueError(f"models: expected at least two NAME=SPEC, got {len(found)}; name another one")
-    return found
+        models[name] = target
+    if len(models) < 2:
+        raise ValueError(f"models: expected at least two NAME=SPEC, got {len(models)}; name another one")
+    return models
 
 
 def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
@@ -78,7 +80,7 @@ def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
     rows = world.held_out(cfg.n, cfg.seed) if cfg.prompts is None else read_rows(cfg.prompts)[: cfg.n]
     prompts = [tuple(row.messages[:-1] if hasattr(row, "messages") else row.prompt) for row in rows]
     if not all(prompts):
-        raise ValueError(f"{cfg.prompts}: expected rows with a user turn, got a row without; leave such rows out")
+        raise ValueError(f"{cfg.prompts}: expected rows with a user turn, got a row without; remove such rows")
     return [row.id for row in rows], prompts
 
 
@@ -121,19 +123,19 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()} | {"judge": cfg.judge}
     inputs = {key: Path(spec) for key, spec in named.items() if Path(spec).exists()}
     inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
-    options = {name: value for name, value in asdict(cfg).items() if name not in SILENT}
+    options = {name: value for name, value in asdict(cfg).items() if name not in INCIDENTAL}
     options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
     options["judge"] = None if "judge" in inputs else cfg.judge
     return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite)
 
 
-SILENT = ("out", "prompts", "batch_size", "device", "overwrite", "quiet")
+INCIDENTAL = ("out", "prompts", "batch_size", "device", "overwrite", "quiet")
 
 
 def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
-    """Answers, judges and rates; returns what arena.json holds.
+    """Answers, judges and rates; returns the content of arena.json.
 
-    With a runtime of several ranks all of them make this call and share the work; without one this process is alone.
+    With a runtime of several ranks, every rank makes this call and the work is sharded; without one, it runs alone.
     """
     rt = rt or runtime.Runtime()
     world.register()
@@ -143,13 +145,13 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
         return from_main(rt, stage.result)
     ids, prompts = read_prompts(cfg)
     from_main(rt, stage.start)
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
-    found = {name: answer(cfg, spec, ids, prompts, cast) for name, spec in models.items()}
-    answers = {name: texts for name, (texts, _) in found.items()}
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
+    answers, errors = {}, {}
+    for name, spec in models.items():
+        answers[name], errors[name] = answer(cfg, spec, ids, prompts, cast)
     results = all_pairs(answers, prompts, judge=cast.agent(cfg.judge), seed=cfg.seed, baseline=cfg.baseline)
     battles = [battle for result in results for battle in result.battles]
     ratings = elo(battles, anchor=cfg.anchor or next(iter(models)), anchor_elo=cfg.anchor_elo, seed=cfg.seed)
-    errors = {name: count for name, (_, count) in found.items()}
     report = {"prompts": len(prompts), "seed": cfg.seed, "answer_errors": errors}
     report |= {"pairwise": [item.to_json() for item in results], "elo": [asdict(rating) for rating in ratings]}
 

@@ -283,16 +283,16 @@ def read_prompts(path: Path, system: str | None) -> list[list[Message]]:
     Raises:
         ValueError: a row is no conversation that can be answered; names path:line.
     """
-    found = []
+    prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                found.append(_conversation(line, path.suffix == ".jsonl", system))
+                prompts.append(_conversation(line, path.suffix == ".jsonl", system))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{number}: expected prompt or messages, got {error}") from None
-    if not found:
+    if not prompts:
         raise ValueError(f"{path}: expected a message a line, got none")
-    return found
+    return prompts
 
 
 def _conversation(line: str, is_json: bool, system: str | None) -> list[Message]:

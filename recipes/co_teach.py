@@ -1,10 +1,10 @@
-"""Co-teaching: several models answer the same turns and battle before a judge; what ours lost becomes its lessons.
+"""Co-teaching: models answer the same turns, a judge compares them, and the battles that ours lost become its lessons.
 
     python recipes/co_teach.py --data rows.jsonl --agents.ours runs/sft/model --out runs/co_teach
     python recipes/co_teach.py --data rows.jsonl --agents.ours A --agents.rivals B world:terse --chat-turns 2 --out X
 
 Writes OUT/sft.jsonl (lessons), OUT/preferences.jsonl, OUT/battles.jsonl and OUT/report.json. Every call goes through
-OUT/ledger.sqlite: a run that was stopped repeats nothing.
+OUT/ledger.sqlite: a resumed run repeats none.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from wizard_engine.synthesis.outputs import print_table, read_conversations, wri
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     ours: str
     """The student."""
@@ -50,7 +50,7 @@ class Config:
     dpo_threshold: float = 2.0
     """K for preference rows, points of score between best and worst answer."""
     chat_turns: int = 1
-    """User turns of each chat that are fought over."""
+    """User turns of each chat that are judged."""
     lessons: int | None = None
     """Most lessons, the weakest skills first; default: all."""
     temperature: float = 0.0
@@ -63,10 +63,10 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     batch_size: int = 256
-    """Calls of one transaction; conversations decoded together."""
+    """Calls of one transaction, and conversations generated together."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -77,26 +77,28 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "co_teach", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )
     who = cfg.agents
-    found = co_teach(
+    taught = co_teach(
         rows, ours=cast.agent(who.ours), rivals=[cast.agent(spec) for spec in who.rivals],
         judge=cast.agent(who.judge), suggester=cast.optional(who.suggester), rewriter=cast.optional(who.rewriter),
         user=cast.optional(who.user), sft_threshold=cfg.sft_threshold, dpo_threshold=cfg.dpo_threshold,
         chat_turns=cfg.chat_turns, lessons=cfg.lessons, seed=cfg.seed, temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
-    files = {"sft": found.sft, "preferences": found.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": found.battles}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics}
+    files = {"sft": taught.sft, "preferences": taught.preferences}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": taught.battles}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        print(f"{len(found.sft)} lessons, {len(found.preferences)} preference rows from {len(found.battles)} battles")
-        print_table("rival", found.statistics["rivals"])
-        print_table("skill", found.statistics["skills"])
+        print(
+            f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles"
+        )
+        print_table("rival", taught.statistics["rivals"])
+        print_table("skill", taught.statistics["skills"])
     return finish_stage(stage, rt, report, outputs)
 
 

@@ -1,10 +1,10 @@
-"""Evol-Answer: conversations in, the same with better answers out, and the winners and losers on the way.
+"""Evol-Answer: conversations with rewritten answers, and preference pairs of the rewrites.
 
     python recipes/evol_answer.py --data runs/evol/rows.jsonl --out runs/answers --rounds 3
     python recipes/evol_answer.py --data rows.jsonl --out runs/answers --agents.rewriter runs/sft/model
 
 Writes OUT/rows.jsonl, OUT/preferences.jsonl, OUT/chains.jsonl (every rewrite with its verdict) and OUT/report.json.
-Every call goes through OUT/ledger.sqlite: a run that was stopped repeats nothing.
+Every call goes through OUT/ledger.sqlite: a resumed run repeats none.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from wizard_engine.synthesis.outputs import print_table, read_conversations, wri
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     rewriter: str = "world:expert"
     judge: str = "world:judge"
@@ -31,7 +31,7 @@ class Agents:
 
 @dataclass(frozen=True)
 class Config:
-    """Evol-Answer: rewriting with a judge's consent."""
+    """Evol-Answer: rewrites that a judge prefers."""
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""
@@ -55,10 +55,10 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     batch_size: int = 256
-    """Calls of one transaction; conversations decoded together."""
+    """Calls of one transaction, and conversations generated together."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -69,23 +69,23 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "evol_answer", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )
-    found = evolve_answers(
+    evolved = evolve_answers(
         rows, rewriter=cast.agent(cfg.agents.rewriter), judge=cast.agent(cfg.agents.judge), rounds=cfg.rounds,
         operators=cfg.operators, length_cap=cfg.length_cap, result_margin=cfg.result_margin, min_gap=cfg.min_gap,
         seed=cfg.seed, max_tokens=cfg.max_tokens,
     )  # fmt: skip
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
-    files = {"rows": found.rows, "preferences": found.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": found.chains}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **evolved.statistics}
+    files = {"rows": evolved.rows, "preferences": evolved.preferences}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": evolved.chains}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        changed, pairs = found.statistics["rows_changed"], len(found.preferences)
+        changed, pairs = evolved.statistics["rows_changed"], len(evolved.preferences)
         print(f"{changed} of {len(rows)} answers changed, {pairs} preference rows")
-        print_table("operator", found.statistics["operators"])
+        print_table("operator", evolved.statistics["operators"])
     return finish_stage(stage, rt, report, outputs)
 
 

@@ -3,10 +3,10 @@
     python recipes/evol_instruct.py --data rows.jsonl --out runs/evol --rounds 2
     python recipes/evol_instruct.py --data rows.jsonl --out runs/evol --optimise.steps 5 --agents.ranker world:ranker
 
-Writes OUT/rows.jsonl (the rows given, then the evolved ones), OUT/eliminated.jsonl, OUT/removed.jsonl (evolved rows
+Writes OUT/rows.jsonl (the input rows, then the evolved ones), OUT/eliminated.jsonl, OUT/removed.jsonl (evolved rows
 that repeat an evaluation text), OUT/rankings.jsonl (pairs of instructions for the instruction reward model, with
---agents.ranker), OUT/method.txt and OUT/report.json. Every call goes through OUT/ledger.sqlite: a run that was stopped
-repeats nothing.
+--agents.ranker), OUT/method.txt and OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run
+repeats none.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
-from wizard_engine.curation.selection import Kept, remove_contaminated
+from wizard_engine.curation.selection import Filtered, remove_contaminated
 from wizard_engine.data.records import Conversation, read_prompts
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
@@ -29,7 +29,7 @@ from wizard_engine.synthesis.outputs import print_table, read_conversations, wri
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     evolver: str = "world:evolver"
     answerer: str = "world:expert"
@@ -46,7 +46,7 @@ class Optimise:
     """Automatic improvement of the evolving method."""
 
     steps: int = 0
-    """Most steps; 0 keeps the method. More than about 12 are said to hurt."""
+    """Most steps; 0 keeps the method. The paper reports that more than about 12 make it worse."""
     candidates: int = 5
     """Methods tried a step."""
     minibatch: int = 10
@@ -88,26 +88,26 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     batch_size: int = 256
-    """Calls of one transaction; conversations decoded together."""
+    """Calls of one transaction, and conversations generated together."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
 def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[str, dict[str, Any]]:
-    """The evolving method, given or improved, and the record of the search."""
+    """The evolving method, improved if requested, and the record of the search."""
     method = cfg.method.read_text(encoding="utf-8").strip() if cfg.method else ""
     if not cfg.optimise.steps:
         return method, {}
-    found = optimise_method(
+    optimised = optimise_method(
         rows, evolver=cast.agent(cfg.agents.evolver), optimizer=cast.agent(cfg.agents.optimizer),
         answerer=cast.agent(cfg.agents.answerer), method=method, steps=cfg.optimise.steps,
         candidates=cfg.optimise.candidates, minibatch=cfg.optimise.minibatch, dev_size=cfg.optimise.dev_size,
         rounds=cfg.optimise.rounds, optimizer_temperature=cfg.optimise.temperature, seed=cfg.seed,
         max_tokens=max(cfg.max_tokens, 512),
     )  # fmt: skip
-    return found.method, {"stopped": found.stopped, "history": found.history, **found.statistics}
+    return optimised.method, {"stopped": optimised.stopped, "history": optimised.history, **optimised.statistics}
 
 
 def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, dict[str, Any]]:
@@ -119,11 +119,11 @@ def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, d
     return rank_instructions(instruction_groups(rows), ranker=ranker, seed=cfg.seed, statistics=statistics), statistics
 
 
-def decontaminate(cfg: Config, evolved: Evolved, given: int) -> Kept:
+def decontaminate(cfg: Config, evolved: Evolved, num_inputs: int) -> Filtered:
     """The evolved rows that repeat no evaluation text."""
     evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path)]
-    made = evolved.rows[given:]
-    return remove_contaminated(made, evaluation, n=cfg.ngram) if evaluation else Kept(made, [])
+    made = evolved.rows[num_inputs:]
+    return remove_contaminated(made, evaluation, n=cfg.ngram) if evaluation else Filtered(made, [])
 
 
 def main(cfg: Config) -> dict:
@@ -133,7 +133,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "evol_instruct", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )

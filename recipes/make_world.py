@@ -19,7 +19,7 @@ from wizard_engine.runtime.stage import finish_stage, open_stage
 
 @dataclass(frozen=True)
 class Config:
-    """Problems, answers and text that the project makes itself."""
+    """The embedded world: problems, answers and text."""
 
     out: Path
     """Directory for corpus.jsonl, held_out.jsonl, plain.jsonl, questions.jsonl and tokenizer/."""

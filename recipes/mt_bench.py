@@ -6,7 +6,7 @@
 
 Reads FastChat's files as they are; without --questions it asks the embedded world's own. Writes OUT/mt_bench.json,
 OUT/answers.jsonl and OUT/ratings.jsonl; every call goes through OUT/ledger.sqlite. A rating that cannot be read is
-counted as missing and never dropped in silence.
+counted as missing.
 """
 
 import json
@@ -33,7 +33,7 @@ class Config:
     """Two-turn questions, rated."""
 
     model: str
-    """Model directory, or a registered program such as world:expert."""
+    """Model directory, registered program (world:NAME) or endpoint (openai:MODEL@URL)."""
     out: Path
     """Directory for mt_bench.json, answers.jsonl, ratings.jsonl and ledger.sqlite."""
     questions: Path | None = None
@@ -43,18 +43,18 @@ class Config:
     n: Annotated[int, tyro.conf.arg(name="limit")] = 80
     """Questions at most."""
     judge: str = "world:judge"
-    """Registered program or model directory."""
+    """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
     repeats: int = 1
     """Ratings of each turn, with different seeds."""
     default_temperature: float = 0.0
-    """Of answers in categories without one of their own (writing, roleplay 0.7; stem, humanities 0.1)."""
+    """Temperature of answers, except in writing and roleplay (0.7), stem and humanities (0.1)."""
     max_new_tokens: int = 1024
     """Longest answer, tokens; a checkpoint's context may allow less."""
     batch_size: int = 256
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -74,8 +74,8 @@ def read(cfg: Config) -> list[Question]:
     """The questions: the file's, or the embedded world's."""
     if cfg.questions is not None:
         return read_questions(cfg.questions, cfg.references)[: cfg.n]
-    own = world.mt_questions(cfg.n, cfg.seed)
-    return [Question(item.id, item.category, item.turns, item.references) for item in own]
+    questions = world.mt_questions(cfg.n, cfg.seed)
+    return [Question(item.id, item.category, item.turns, item.references) for item in questions]
 
 
 def write(out: Path, questions: list[Question], result: MTBench, report: dict[str, Any]) -> list[Path]:
@@ -106,7 +106,7 @@ def print_report(result: MTBench) -> None:
 
 
 def shown(mean: Mean) -> str:
-    """A mean as a piece of a line."""
+    """A mean as text for one line."""
     if mean.score is None:
         return f"   -  no rating, {mean.missing} missing"
     low, high = mean.ci95
@@ -117,15 +117,15 @@ def open_bench(cfg: Config) -> Stage:
     """The stage: model and judge directories and the question files are inputs by content."""
     named = {"model": cfg.model, "judge": cfg.judge, "questions": cfg.questions, "references": cfg.references}
     inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
-    silent = ("out", "batch_size", "device", "overwrite", "quiet", *inputs)
-    options = {name: value for name, value in asdict(cfg).items() if name not in silent}
+    incidental = ("out", "batch_size", "device", "overwrite", "quiet", *inputs)
+    options = {name: value for name, value in asdict(cfg).items() if name not in incidental}
     return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite)
 
 
 def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
-    """Answers and rates; returns what mt_bench.json holds.
+    """Answers and rates; returns the content of mt_bench.json.
 
-    With a runtime of several ranks all of them make this call and share the work; without one this process is alone.
+    With a runtime of several ranks, every rank makes this call and the work is sharded; without one, it runs alone.
     """
     rt = rt or runtime.Runtime()
     world.register()
@@ -134,7 +134,7 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
         return from_main(rt, stage.result)
     questions = read(cfg)
     from_main(rt, stage.start)
-    cast, failures = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size), []
+    cast, failures = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet), []
     agent = cast.agent(cfg.model)
     result = mt_bench(
         answers_of(agent, cfg, failures), questions, judge=cast.agent(cfg.judge), name=agent.name, seed=cfg.seed,

@@ -10,6 +10,7 @@ unchanged, so the same command resumes a run that was killed.
 """
 
 import dataclasses
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.training.options import Training
 
-# Shares wanted of each attribute's values in the demo: rarer topics, Spanish, harder problems and careful sources up.
+# Target shares of the embedded world's attributes: more of rare topics, Spanish, hard problems and careful sources.
 TARGETS = {
     "topic": {
         "market": 0.25, "school": 0.20, "kitchen": 0.15, "sports": 0.12, "farm": 0.09, "library": 0.08, "travel": 0.05,
@@ -67,7 +68,7 @@ class Sizes:
     sample: int = 5400
     """Rows drawn from the corpus for all slices together."""
     battles: int = 800
-    """Rows per slice that co-teaching fights over."""
+    """Rows per slice that co-teaching judges."""
     preferences: int = 1500
     """Rows per slice that the student answers several times for Stage-DPO."""
     questions: int = 80
@@ -76,7 +77,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     evolver: str = "world:evolver"
     answerer: str = "world:expert"
@@ -93,7 +94,7 @@ class Config:
 
     out: Path = Path("runs/progressive")
     data: tuple[Path, ...] = ()
-    """Natural rows; default: the embedded world's."""
+    """Natural rows; default: those of the embedded world. Rows of your own need --no-weighted."""
     evaluation: Path | None = None
     """Held-out rows with reference answers; default: the embedded world's."""
     base: str | None = None
@@ -103,9 +104,10 @@ class Config:
     evolve: bool = True
     """Evolve instructions and answers; off for an ablation."""
     weighted: bool = True
-    """Draw rows to target marginals; off draws them as they come."""
+    """Draw rows to the target shares of the embedded world; --no-weighted draws at natural shares, as rows of your own
+    need. For other shares run recipes/sample.py first."""
     cap: float = 2.4
-    """Most that a row's sampling weight may be, in mean weights."""
+    """Largest sampling weight of a row, in mean weights."""
     factors: tuple[str, ...] = FACTORS
     """Factors of the RLEIF reward."""
     sizes: Sizes = field(default_factory=Sizes)
@@ -165,7 +167,7 @@ PRESETS = {"demo": DEMO, "tiny": TINY}
 
 
 class Pipeline:
-    """The stages of one run; each method runs one recipe in this process and returns where its result lies."""
+    """The stages of one run; each method runs one recipe in this process and returns the path of its result."""
 
     def __init__(self, cfg: Config, rt: runtime.Runtime) -> None:
         self.cfg, self.out, self.rt = cfg, cfg.out, rt
@@ -193,10 +195,16 @@ class Pipeline:
         data = cfg.data or (self.out / "world" / "corpus.jsonl",)
         analysis = self.run("analysis", analyze, data=data, checkpoint=base)
         from_main(self.rt, lambda: write_json(self.out / "targets.json", TARGETS if cfg.weighted else {}))
-        drawn = self.run(
-            "sample", sample, data=(analysis / "rows.jsonl",), evaluation=(self.held_out,), size=cfg.sizes.sample,
-            slices=cfg.slices, targets=self.out / "targets.json", cap=cfg.cap,
-        )  # fmt: skip
+        try:
+            drawn = self.run(
+                "sample", sample, data=(analysis / "rows.jsonl",), evaluation=(self.held_out,), size=cfg.sizes.sample,
+                slices=cfg.slices, targets=self.out / "targets.json", cap=cfg.cap,
+            )  # fmt: skip
+        except ValueError as error:
+            if not (cfg.data and cfg.weighted and re.search(r"\b(targets\.|cap: )", str(error))):
+                raise
+            message = "the target shares belong to the embedded world; pass --no-weighted with rows of your own"
+            raise ValueError(f"{error}; {message}") from error
         return [drawn / f"slice_{t}.jsonl" for t in range(1, cfg.slices + 1)], base
 
     @property
@@ -254,11 +262,12 @@ class Pipeline:
         """Supervised learning, Stage-DPO and RLEIF of slice t; the model after each."""
         cfg, at = self.cfg, f"slice_{t}"
         supervised = self.run(f"{at}/sft", sft, data=rows, model=str(model), training=cfg.supervised) / "model"
-        own = self.run(
+        self_taught = self.run(
             f"{at}/self_teach", self_teach, data=rows[-1:], limit=cfg.sizes.preferences, max_tokens=cfg.max_new_tokens,
             agents=self_teach.Agents(str(supervised), cfg.agents.judge, labeller=cfg.agents.labeller), keep=1.0,
         )  # fmt: skip
-        pairs = (self.preferences(own / "preferences.jsonl", self.out / at / "evol_answer" / "preferences.jsonl"),)
+        evolved = self.out / at / "evol_answer"
+        pairs = (self.preferences(self_taught / "preferences.jsonl", evolved / "preferences.jsonl"),)
         preferred = self.run(
             f"{at}/stage_dpo", stage_dpo, data=pairs, model=str(supervised), slices=cfg.dpo_slices, beta=cfg.beta,
             nll=cfg.nll, training=cfg.preference,
@@ -269,8 +278,8 @@ class Pipeline:
             training=cfg.instruction_reward,
         )  # fmt: skip
         process = self.run(
-            f"{at}/process_reward", reward, kind="process", data=(own / "processes.jsonl",), model=str(supervised),
-            training=cfg.process_reward,
+            f"{at}/process_reward", reward, kind="process", data=(self_taught / "processes.jsonl",),
+            model=str(supervised), training=cfg.process_reward,
         )  # fmt: skip
         reinforced = self.run(
             f"{at}/rleif", rleif, data=rows[-1:], model=str(preferred / "model"),
@@ -279,12 +288,13 @@ class Pipeline:
         )  # fmt: skip
         return {"sft": supervised, "stage_dpo": preferred / "model", "rleif": reinforced / "model"}
 
-    def preferences(self, own: Path, evolved: Path) -> Path:
-        """The student's own pairs; where its samples never differed by enough, the pairs of Evol-Answer."""
-        if own.stat().st_size or not evolved.exists():
-            return own
+    def preferences(self, self_taught: Path, evolved: Path) -> Path:
+        """The pairs of self-teaching; those of Evol-Answer where the student's samples never differed by enough."""
+        if self_taught.stat().st_size or not evolved.exists():
+            return self_taught
         if self.rt.is_main:
-            print(f"{own}: no two samples of the student differed by enough; Stage-DPO takes {evolved}", flush=True)
+            reason = "no two samples of the student differed by enough"
+            print(f"{self_taught}: {reason}; Stage-DPO trains on {evolved}", flush=True)
         return evolved
 
     def rleif_options(self, factors: tuple[str, ...]) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit
         pair = Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
         return fitting_pair(pair, cfg.training.pack_tokens)
 
-    pairs, rejected = read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
+    rejects = cfg.out / "rejects.jsonl"
+    pairs, rejected = read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=rejects, quiet=cfg.quiet)
     check_rows(rt, "reward", (side for pair in pairs for side in (pair.chosen, pair.rejected)))
     train, test = _split(pairs, cfg.held_out, cfg.seed)
     lengths = [pair.length for pair in train]
@@ -146,7 +147,7 @@ def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: in
 
     rejects = cfg.out / "rejects.jsonl"
     rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
-    items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
+    items, rejected = encode_all(rows, encode, cfg.on_error, rejects, quiet=cfg.quiet)
     check_rows(rt, "reward", (sample for sample, _, _ in items))
     train, test = _split(items, cfg.held_out, cfg.seed)
     lengths = [len(sample.tokens) - 1 for sample, _, _ in train]

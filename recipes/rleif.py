@@ -166,7 +166,8 @@ def main(cfg: Config) -> dict:
         critic, _ = scoring_start(str(cfg.critic or cfg.process_model), None, 1, seed=0, **divided)
     room = policy.config.max_positions - cfg.max_new_tokens
     rows, _ = read_located(cfg.data, kind="conversation")
-    prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", cfg.out / "rejects.jsonl")
+    rejects = cfg.out / "rejects.jsonl"
+    prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", rejects, quiet=cfg.quiet)
     supervised = _supervised(cfg, tokenizer, policy, rows) if cfg.ptx else []
     run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
     sampler = sampler_of(cfg, tokenizer, policy, prompts, rt)
@@ -272,7 +273,7 @@ def _supervised(cfg: Config, tokenizer: Tokenizer, policy: Transformer, rows: li
     def encode(row: Conversation) -> Sample:
         return encode_conversation(tokenizer, row.messages, max_length=limit)
 
-    return encode_all(rows, encode, "raise", cfg.out / "rejects.jsonl")[0]
+    return encode_all(rows, encode, "raise", cfg.out / "rejects.jsonl", quiet=cfg.quiet)[0]
 
 
 def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: list[Sample]) -> None:

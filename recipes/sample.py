@@ -1,4 +1,4 @@
-"""Weighted sampling: rows in, cleaned, decontaminated and drawn to target marginals; slices of them out.
+"""Weighted sampling: cleans and decontaminates rows, draws them to target marginals, and writes slices.
 
     python recipes/sample.py --data rows.jsonl --out runs/sample --targets targets.json --slices 3
     python recipes/sample.py --data alpaca.json gsm8k.jsonl --evaluation test.jsonl --uniform source --out runs/sample
@@ -26,7 +26,7 @@ class Dedupe:
     """Near-duplicate removal."""
 
     threshold: float = 0.8
-    """Least Jaccard index of word shingles at which two rows with the same numbers are one; 0 to 1."""
+    """Smallest Jaccard index of word shingles at which two rows with the same numbers are duplicates; 0 to 1."""
     shingle: int = 3
     """Words of a shingle."""
     by: Literal["prompt", "row"] = "prompt"
@@ -40,7 +40,7 @@ class Decontaminate:
     n: int = 13
     """Words of an n-gram; a shorter text is compared whole."""
     min_share: float = 0.0
-    """Least share of an evaluation text's n-grams that a turn must hold; 0: any one n-gram."""
+    """Smallest fraction of an evaluation text's n-grams for a match; 0: any one n-gram."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Config:
     uniform: tuple[str, ...] = ()
     """Attributes whose values all get the same share."""
     cap: float = 5.0
-    """Most that a row's weight may be, in mean weights."""
+    """Largest weight of a row, in mean weights."""
     size: int | None = None
     """Rows to draw; default: as many as the weights allow without repeating a row."""
     slices: int = 3
@@ -69,7 +69,7 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -133,7 +133,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Samples; returns the report that sampling.json holds."""
+    """Samples; returns the report of sampling.json."""
     rt = runtime.start("cpu")
     stage = open_stage(cfg, "sample", rt)
     if stage.done:

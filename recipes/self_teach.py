@@ -1,11 +1,11 @@
-"""Self-teaching: a model's own samples become supervised and preference rows, where they teach most.
+"""Self-teaching: a model's own samples of selected prompts become supervised and preference rows.
 
     python recipes/self_teach.py --data rows.jsonl --agents.student runs/sft/model --out runs/self_teach
     python recipes/self_teach.py --data rows.jsonl --agents.student DIR --agents.labeller world:judge --out X
 
 Writes OUT/sft.jsonl, OUT/preferences.jsonl, OUT/scores.jsonl (the active-learning score of every prompt),
 OUT/processes.jsonl (answers with a label per step for the process reward model, with --agents.labeller) and
-OUT/report.json. Every call goes through OUT/ledger.sqlite: a run that was stopped repeats nothing.
+OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run repeats none.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from wizard_engine.synthesis.outputs import read_conversations, write_outputs
 
 @dataclass(frozen=True)
 class Agents:
-    """Who does what: a registered program (world:NAME) or a model directory."""
+    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
 
     student: str
     """The model that teaches itself."""
@@ -48,9 +48,9 @@ class Config:
     samples: int = 4
     """Samples a prompt."""
     score: Literal["spread", "flip", "margin"] = "spread"
-    """spread: the samples' ratings differ; flip: the judge is in doubt; margin: best and worst differ most."""
+    """spread: deviation of the samples' ratings; flip: doubt of the judge; margin: gap of best and worst."""
     keep: float = 0.5
-    """Share of the prompts that rows are made of, highest scores first."""
+    """Fraction of the prompts that give rows, highest scores first."""
     min_gap: float = 1.0
     """Smallest gap of a preference row, points of score."""
     min_score: float = 6.0
@@ -67,10 +67,10 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     batch_size: int = 256
-    """Calls of one transaction; conversations decoded together."""
+    """Calls of one transaction, and conversations generated together."""
     device: str = "auto"
     overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
+    """Replace the results of another configuration in OUT."""
     quiet: bool = False
 
 
@@ -94,24 +94,24 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "self_teach", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rows, rejected = read_conversations(
         cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
     )
-    found = self_teach(
+    taught = self_teach(
         rows, student=cast.agent(cfg.agents.student), judge=cast.agent(cfg.agents.judge),
         evolver=cast.optional(cfg.agents.evolver), samples=cfg.samples, score=cfg.score, keep=cfg.keep,
         min_gap=cfg.min_gap, min_score=cfg.min_score, temperature=cfg.temperature, seed=cfg.seed,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
     processes, labels = label(cfg, cast, rows)
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics, "labels": labels}
-    files = {"sft": found.sft, "preferences": found.preferences, "processes": processes}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": found.scores}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics, "labels": labels}
+    files = {"sft": taught.sft, "preferences": taught.preferences, "processes": processes}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": taught.scores}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        print(f"{found.statistics['selected']} of {found.statistics['prompts']} prompts selected by {cfg.score}:")
-        print(f"{len(found.sft)} supervised, {len(found.preferences)} preference, {len(processes)} process rows")
+        print(f"{taught.statistics['selected']} of {taught.statistics['prompts']} prompts selected by {cfg.score}:")
+        print(f"{len(taught.sft)} supervised, {len(taught.preferences)} preference, {len(processes)} process rows")
     return finish_stage(stage, rt, report, outputs)
 
 

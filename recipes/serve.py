@@ -3,8 +3,9 @@
     python recipes/serve.py --model DIR --port 8000
     torchrun --nproc-per-node 2 recipes/serve.py --model DIR --tp 2
 
-The server listens on this machine alone unless --host says otherwise; a key that clients must send comes from the
-environment (WIZARD_API_KEY). SIGTERM and SIGINT let the answers that are on their way end. /openapi.json describes it.
+The server listens on 127.0.0.1 unless --host names another address. If WIZARD_API_KEY is set, clients must send that
+key. On SIGTERM or SIGINT the server stops accepting requests and finishes those in flight. /openapi.json describes the
+API.
 """
 
 import contextlib
@@ -37,36 +38,36 @@ KEY = "WIZARD_API_KEY"
 
 @dataclass(frozen=True)
 class Config:
-    """Serve a checkpoint over HTTP, as OpenAI's API."""
+    """Serve a checkpoint with the HTTP API of OpenAI."""
 
     model: Path
     """Model directory of this project or of Hugging Face (Mistral, Llama, Mixtral)."""
     port: int = 8000
-    """0 takes a free one; the first line of the log says which."""
+    """TCP port; 0 chooses a free one, which the first line of the log names."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, which a key should guard."""
+    """Address to listen on; with 0.0.0.0 other machines can connect, so set a key."""
     name: str | None = None
-    """What clients call the model; default: the directory's name."""
+    """Name of the model for clients; default: the directory's name."""
     tp: int = 1
-    """Ranks of torchrun that divide the matrices and experts."""
+    """Tensor-parallel ranks of torchrun: matrices and experts are sharded over them."""
     cache_gib: float | None = None
     """Memory of keys and values, GiB per rank; default: nine tenths of a GPU's free memory, or 2 GiB on a CPU."""
     max_sequences: int = 64
-    """Sequences that are continued at once."""
+    """Most sequences in one decode step."""
     max_queue: int = 256
-    """Sequences that wait beside them; more are refused with status 429."""
+    """Most waiting sequences; further requests are refused with status 429."""
     max_new_tokens: int = 1024
-    """Longest answer, tokens, and that of a chat that does not say."""
+    """Longest answer, tokens; also the default of chat requests."""
     max_choices: int = 64
     """Choices (n, times prompts) of one request."""
     max_body_mib: float = 4.0
-    """Longest request, MiB."""
+    """Largest request body, MiB."""
     read_seconds: float = 30.0
-    """Longest wait for the whole of a request."""
+    """Longest wait for a whole request."""
     write_seconds: float = 30.0
-    """Longest wait for a client to take a piece of its answer."""
+    """Longest wait for a client to read a chunk of its answer."""
     drain_seconds: float = 30.0
-    """Time that answers have to end after SIGTERM."""
+    """Time for running answers to finish after SIGTERM."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"

@@ -65,7 +65,7 @@ def main(cfg: Config) -> dict:
     )  # fmt: skip
     samples, rejected = read_samples(
         cfg.data, tokenizer, kind=cfg.kind, max_length=sample_limit(cfg.max_length, model.config, cfg.training),
-        on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl",
+        on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", quiet=cfg.quiet,
     )  # fmt: skip
     check_rows(rt, "sft", samples)
     if cfg.audit:

@@ -90,6 +90,7 @@ def main(cfg: Config) -> dict:
         lambda row: answer_pair(tokenizer, row, limit, cfg.training.pack_tokens),
         on_error=cfg.on_error,
         rejects=cfg.out / "rejects.jsonl",
+        quiet=cfg.quiet,
     )
     check_rows(rt, "stage_dpo", (side for pair in pairs for side in (pair.chosen, pair.rejected)))
     slices = order_slices(pairs, cfg.slices, cfg.order, cfg.seed)

@@ -19,7 +19,7 @@ from starlette.routing import Route  # noqa: E402
 
 from recipes import accuracy, analyze, mt_bench  # noqa: E402
 from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent, prompts  # noqa: E402
-from wizard_engine.agents.endpoint import EndpointAgent, Options, parse_spec  # noqa: E402
+from wizard_engine.agents.endpoint import EndpointAgent, Options, _wait_seconds, parse_spec  # noqa: E402
 from wizard_engine.agents.local import LocalAgent  # noqa: E402
 from wizard_engine.data.records import Message, conversation, read_rows, write_rows  # noqa: E402
 
@@ -48,11 +48,11 @@ class Fake:
             self.at_once += 1
             self.most = max(self.most, self.at_once)
             try:
-                found = self.behave(body, self.seen[key])
-                found = await found if asyncio.iscoroutine(found) else found
+                behaviour = self.behave(body, self.seen[key])
+                behaviour = await behaviour if asyncio.iscoroutine(behaviour) else behaviour
             finally:
                 self.at_once -= 1
-            return JSONResponse(found) if isinstance(found, dict) else found
+            return JSONResponse(behaviour) if isinstance(behaviour, dict) else behaviour
 
         config = uvicorn.Config(
             Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])]), port=0,
@@ -100,10 +100,14 @@ def test_replies_come_in_order_and_no_more_at_once_than_allowed():
         return answer(f" reply {number}\n", 7)
 
     with Fake(behave) as fake:
-        found = agent(fake, concurrency=3)
-        replies = found.respond(ask(12))
+        endpoint = agent(fake, concurrency=3)
+        replies = endpoint.respond(ask(12))
         assert [reply.text for reply in replies] == [f"reply {i}" for i in range(12)] and all(r.ok for r in replies)
-        assert fake.most == 3 and found.spent == 12 * 7 and (found.calls, found.retried, found.failed) == (12, 0, 0)
+        assert (
+            fake.most == 3
+            and endpoint.spent == 12 * 7
+            and (endpoint.calls, endpoint.retried, endpoint.failed) == (12, 0, 0)
+        )
         body = fake.asked[0]
         assert body["model"] == "m" and body["max_tokens"] == 20 and body["temperature"] == 1.0 and "seed" in body
         assert fake.keys == {f"Bearer {KEY}"}
@@ -129,17 +133,17 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_is_no_answer_is_asked_again(kind):
     with Fake(lambda _, times: answer("at last") if times > 2 else BROKEN[kind]()) as fake:
-        found = agent(fake)
-        assert [reply.text for reply in found.respond(ask(3))] == ["at last"] * 3
-        assert found.retried == 6 and found.calls == 9 and found.failed == 0
+        endpoint = agent(fake)
+        assert [reply.text for reply in endpoint.respond(ask(3))] == ["at last"] * 3
+        assert endpoint.retried == 6 and endpoint.calls == 9 and endpoint.failed == 0
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_never_is_an_answer_is_a_failed_call(kind):
     with Fake(lambda *_: BROKEN[kind]()) as fake:
-        found = agent(fake, retries=2)
-        replies = found.respond(ask(3))
-        assert not any(reply.ok for reply in replies) and found.failed == 3 and len(fake.asked) == 9
+        endpoint = agent(fake, retries=2)
+        replies = endpoint.respond(ask(3))
+        assert not any(reply.ok for reply in replies) and endpoint.failed == 3 and len(fake.asked) == 9
         assert all(reply.error and reply.text == "" and KEY not in reply.error for reply in replies)
 
 
@@ -155,34 +159,34 @@ def test_an_endpoint_that_hangs_is_left():
 
 
 def test_nobody_there_is_a_failed_call():
-    found = EndpointAgent("m", "http://127.0.0.1:9/v1", Options(backoff=0.01, retries=1))
-    assert "APIConnectionError" in found.respond(ask(1))[0].error
+    endpoint = EndpointAgent("m", "http://127.0.0.1:9/v1", Options(backoff=0.01, retries=1))
+    assert "APIConnectionError" in endpoint.respond(ask(1))[0].error
 
 
 def test_bad_requests_are_not_repeated_and_a_refused_key_ends_all():
     with Fake(lambda *_: JSONResponse({"error": {"message": "too long"}}, 400)) as fake:
         assert "status 400" in agent(fake).respond(ask(1))[0].error and len(fake.asked) == 1
     with Fake(lambda *_: JSONResponse({"error": {"message": f"bad key {KEY}"}}, 401)) as fake:
-        found = agent(fake, concurrency=1)
-        errors = {reply.error for reply in found.respond(ask(5))}
+        endpoint = agent(fake, concurrency=1)
+        errors = {reply.error for reply in endpoint.respond(ask(5))}
         assert len(fake.asked) == 1 and len(errors) == 2 and not any(KEY in error for error in errors)
 
 
 def test_an_endpoint_that_is_down_is_given_up():
     with Fake(lambda *_: BROKEN["500"]()) as fake:
-        found = agent(fake, retries=0, give_up=5, concurrency=1)
-        replies = found.respond(ask(40))
-        assert len(fake.asked) == 5 and found.failed == 40 and "5 calls in a row failed" in replies[-1].error
+        endpoint = agent(fake, retries=0, give_up=5, concurrency=1)
+        replies = endpoint.respond(ask(40))
+        assert len(fake.asked) == 5 and endpoint.failed == 40 and "5 calls in a row failed" in replies[-1].error
 
 
 def test_no_call_is_made_that_could_pass_the_budget():
     with Fake(lambda *_: answer(tokens=40)) as fake:
-        found = agent(fake, budget=300, concurrency=4)
-        replies = found.respond(ask(50))
+        endpoint = agent(fake, budget=300, concurrency=4)
+        replies = endpoint.respond(ask(50))
         done = sum(reply.ok for reply in replies)
-        assert found.spent == 40 * done == 40 * len(fake.asked) <= 300 and done >= 4
+        assert endpoint.spent == 40 * done == 40 * len(fake.asked) <= 300 and done >= 4
         assert "budget: " in replies[-1].error
-        assert not found.respond(ask(1))[0].ok or found.spent <= 300
+        assert not endpoint.respond(ask(1))[0].ok or endpoint.spent <= 300
 
 
 # Catches: tries of one call that together pass the budget; calls that are billed and never answered.
@@ -192,19 +196,19 @@ def test_tries_without_an_answer_spend_the_budget_too(kind):
         await asyncio.sleep(30)
 
     with Fake(lambda *_: hang() if kind == "hang" else answer(None, tokens=40)) as fake:
-        found = agent(fake, budget=200, retries=9, concurrency=1, timeout=0.2)
-        (reply,) = found.respond(ask(1))
-        assert reply.error.startswith("budget: ") and found.spent <= 200 and 2 <= len(fake.asked) <= 5
-        assert not found.respond(ask(1))[0].ok and len(fake.asked) <= 5
+        endpoint = agent(fake, budget=200, retries=9, concurrency=1, timeout=0.2)
+        (reply,) = endpoint.respond(ask(1))
+        assert reply.error.startswith("budget: ") and endpoint.spent <= 200 and 2 <= len(fake.asked) <= 5
+        assert not endpoint.respond(ask(1))[0].ok and len(fake.asked) <= 5
 
 
 def test_retries_wait_longer_each_time_and_as_long_as_the_endpoint_asks():
-    found = EndpointAgent("m", "http://127.0.0.1:9/v1", Options(backoff=1.0, max_wait=10.0))
+    options = Options(backoff=1.0, max_wait=10.0)
     request = ask(1)[0]
-    waits = [found._wait(request, attempt, None) for attempt in range(8)]
+    waits = [_wait_seconds(options, request, attempt) for attempt in range(8)]
     assert all(0.5 * min(2**i, 10) <= w <= 10 for i, w in enumerate(waits)) and waits[-1] == 10.0
-    assert found._wait(request, 0, "7") == 7.0 and found._wait(request, 0, "1000") == 10.0
-    assert found._wait(request, 0, "Wed, 21 Oct 2026") < 1.01
+    assert _wait_seconds(options, request, 0, "7") == 7.0 and _wait_seconds(options, request, 0, "1000") == 10.0
+    assert _wait_seconds(options, request, 0, "Wed, 21 Oct 2026") < 1.01
 
 
 def test_a_stopped_run_goes_on_from_its_ledger(tmp_path):
@@ -255,9 +259,9 @@ def test_a_request_at_fault_ends_no_run(tmp_path):
 def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
     caplog.set_level(logging.DEBUG)
     with Fake(lambda *_: BROKEN["500"]()) as fake:
-        found = agent(fake, retries=1)
-        found.respond(ask(2))
-        assert KEY not in found.fingerprint + found.name + repr(found.options)
+        endpoint = agent(fake, retries=1)
+        endpoint.respond(ask(2))
+        assert KEY not in endpoint.fingerprint + endpoint.name + repr(endpoint.options)
     assert KEY not in caplog.text
     captured = capfd.readouterr()
     assert KEY not in captured.out + captured.err
@@ -323,10 +327,10 @@ def test_recipes_run_on_an_endpoint_by_option_alone(tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", rows)
     with Fake(behave) as fake:
         spec = f"openai:m@{fake.url}"
-        found = analyze.main(
+        report = analyze.main(
             analyze.Config(data=(tmp_path / "rows.jsonl",), out=tmp_path / "a", tagger=spec, quiet=True)
         )
-        assert found["tags"] == {"tagged": 2, "kept": 0, "failed": 0, "unreadable": 0}
+        assert report["tags"] == {"tagged": 2, "kept": 0, "failed": 0, "unreadable": 0}
         tagged = [row.attributes for row in read_rows(tmp_path / "a" / "rows.jsonl")]
         assert {(a["topic"], a["skill"], a["difficulty"]) for a in tagged} == {("counting", "addition", "easy")}
         (tmp_path / "questions.jsonl").write_text(

@@ -26,19 +26,19 @@ def _rows():
 
 
 def test_analyze_fills_every_attribute_and_keeps_what_rows_bring():
-    found = analyze(_rows(), sources=["a.json"] * 5)
-    assert all(set(ATTRIBUTES) - {"perplexity"} <= set(row.attributes) for row in found.rows)
-    poem = found.rows[1].attributes
+    analysis = analyze(_rows(), sources=["a.json"] * 5)
+    assert all(set(ATTRIBUTES) - {"perplexity"} <= set(row.attributes) for row in analysis.rows)
+    poem = analysis.rows[1].attributes
     assert (poem["topic"], poem["toxic"], poem["skill"], poem["source"]) == ("poetry", True, "writing", "a.json")
-    assert found.tables["topic"]["kept"] == 1 and found.tables["topic"]["inferred"] == 4
-    assert [row.id for row in found.rows] == [row.id for row in _rows()]
-    assert found.rows[4].attributes["margin"] == 1.0
+    assert analysis.tables["topic"]["kept"] == 1 and analysis.tables["topic"]["inferred"] == 4
+    assert [row.id for row in analysis.rows] == [row.id for row in _rows()]
+    assert analysis.rows[4].attributes["margin"] == 1.0
 
 
 def test_analyze_keeps_a_rows_own_source_and_cluster():
     rows = [conversation("Why is it so?", "So.", source="forum", cluster=77), conversation("Why not?", "No.")]
-    found = analyze(rows, sources=["file", "file"])
-    assert found.columns["source"] == ["forum", "file"] and found.columns["cluster"][0] == 77
+    analysis = analyze(rows, sources=["file", "file"])
+    assert analysis.columns["source"] == ["forum", "file"] and analysis.columns["cluster"][0] == 77
 
 
 def test_analyze_finds_near_duplicates():
@@ -53,11 +53,11 @@ def test_analyze_places_perplexities_on_answered_rows_and_counts_missing():
         asked.extend(conversations)
         return [math.nan, *(float(len(row.answer)) for row in conversations[1:])]
 
-    found = analyze(_rows(), perplexity=perplexity)
+    analysis = analyze(_rows(), perplexity=perplexity)
     assert [row.messages for row in asked] == [row.messages for row in answered(_rows())] and len(asked) == 4
-    assert found.columns["perplexity"] == [None, 18.0, 25.0, 31.0, None]
-    assert found.tables["perplexity"]["missing"] == 2
-    assert "perplexity" not in found.rows[4].attributes
+    assert analysis.columns["perplexity"] == [None, 18.0, 25.0, 31.0, None]
+    assert analysis.tables["perplexity"]["missing"] == 2
+    assert "perplexity" not in analysis.rows[4].attributes
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_analysis_page_is_self_contained_and_escaped():
 
 
 def test_write_analysis_rows_read_back(tmp_path):
-    found = analyze(_rows()[:3])
-    paths = write_analysis(found, tmp_path)
-    assert [row.attributes for row in read_rows(paths["rows"])] == [row.attributes for row in found.rows]
+    analysis = analyze(_rows()[:3])
+    paths = write_analysis(analysis, tmp_path)
+    assert [row.attributes for row in read_rows(paths["rows"])] == [row.attributes for row in analysis.rows]
     stored = json.loads(paths["analysis"].read_text())
     assert stored["rows"] == 3 and set(stored["attributes"]) == set(ATTRIBUTES)
 
@@ -116,13 +116,13 @@ def test_analysis_of_real_rows(shared_data):
     names = ("instructions/alpaca_en.json", "instructions/alpaca_zh.json", "instructions/sharegpt_tools_en.json")
     parts = [read_rows(shared_data / name) for name in names] + [read_rows(shared_data / "gsm8k/train.jsonl")[:700]]
     began = time.process_time()
-    found = analyze([row for part in parts for row in part])
+    analysis = analyze([row for part in parts for row in part])
     seconds = time.process_time() - began
-    assert seconds < 20 * len(found.rows) / 5000, f"{seconds:.1f} s of CPU for {len(found.rows)} rows"
+    assert seconds < 20 * len(analysis.rows) / 5000, f"{seconds:.1f} s of CPU for {len(analysis.rows)} rows"
     ends = [sum(map(len, parts[:place])) for place in range(5)]
-    language, skill = ([found.columns[name][a:b] for a, b in pairwise(ends)] for name in ("language", "skill"))
+    language, skill = ([analysis.columns[name][a:b] for a, b in pairwise(ends)] for name in ("language", "skill"))
     assert [language[0].count("en"), language[1].count("zh"), language[2].count("en")] == [999, 1000, 300]
     assert sum(value.startswith("math-") for value in skill[3]) >= 0.95 * 700
     assert skill[2].count("tool-use") > 100 and skill[0].count("other") + skill[1].count("other") < 300
-    assert {line["value"] for line in found.tables["difficulty"]["values"]} == {"easy", "medium", "hard"}
-    assert next(p for p in found.pairs if (p["a"], p["b"]) == ("language", "source"))["cramers_v"] > 0.95
+    assert {line["value"] for line in analysis.tables["difficulty"]["values"]} == {"easy", "medium", "hard"}
+    assert next(p for p in analysis.pairs if (p["a"], p["b"]) == ("language", "source"))["cramers_v"] > 0.95

@@ -51,8 +51,8 @@ def test_language_without_py3langid_counts_stop_words_and_says_so(monkeypatch):
 
 def test_language_agrees_with_the_worlds_truth(natural):
     views = [attributes.view(row) for row in natural]
-    found = [attributes.language(item.user, item.answer) for item in views]
-    wrong = [row.instruction for row, code in zip(natural, found) if code != row.attributes["world"]["language"]]
+    languages = [attributes.language(item.user, item.answer) for item in views]
+    wrong = [row.instruction for row, code in zip(natural, languages) if code != row.attributes["world"]["language"]]
     assert len(wrong) <= 3, wrong[:5]
 
 
@@ -106,8 +106,8 @@ def test_skill_agrees_with_the_worlds_truth(natural):
 def test_topic_agrees_with_the_worlds_truth(natural):
     known = [row for row in natural if row.attributes["world"]["topic"] in world.corpus.words.TOPIC_NAMES]
     views = [attributes.view(row) for row in known]
-    found = [attributes.lexicon_topic(item.user, item.answer) for item in views]
-    right = sum(topic == row.attributes["world"]["topic"] for topic, row in zip(found, known))
+    topics = [attributes.lexicon_topic(item.user, item.answer) for item in views]
+    right = sum(topic == row.attributes["world"]["topic"] for topic, row in zip(topics, known))
     assert right >= 0.93 * len(known)
 
 

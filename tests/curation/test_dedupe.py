@@ -64,17 +64,17 @@ CHINESE = list("我们你的是不了在人有大这中国来上个说时候三�
 @pytest.mark.parametrize("alphabet, join", [(ENGLISH, " "), (CHINESE, "")])
 def test_near_duplicates_equals_all_pairs(alphabet, join, threshold, width):
     texts = random_texts(5, 150, alphabet, join)
-    found = near_duplicates(texts, threshold=threshold, shingle=width)
-    assert found.tolist() == clusters_by_all_pairs(texts, threshold, width)
-    assert len(set(found.tolist())) < len(texts)
+    clusters = near_duplicates(texts, threshold=threshold, shingle=width)
+    assert clusters.tolist() == clusters_by_all_pairs(texts, threshold, width)
+    assert len(set(clusters.tolist())) < len(texts)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=25), max_size=12))
 def test_near_duplicates_any_unicode(texts):
-    found = near_duplicates(texts, threshold=0.9)
-    assert found.tolist() == clusters_by_all_pairs(texts, 0.9, 3)
-    assert found.dtype == np.int64 and (found <= np.arange(len(texts))).all()
+    clusters = near_duplicates(texts, threshold=0.9)
+    assert clusters.tolist() == clusters_by_all_pairs(texts, 0.9, 3)
+    assert clusters.dtype == np.int64 and (clusters <= np.arange(len(texts))).all()
 
 
 def test_near_duplicates_numbers_tell_texts_apart():

@@ -23,10 +23,10 @@ from wizard_engine.curation.tables import (
 @given(st.lists(st.one_of(st.none(), st.integers(-50, 50)), max_size=60), st.integers(1, 6))
 def test_quantile_bins_cover_every_value_once(values, bins):
     labels, ranges = quantile_bins(values, bins)
-    found = {item.label: item for item in ranges}
+    by_label = {item.label: item for item in ranges}
     for value, label in zip(values, labels, strict=True):
         assert (label is None) == (value is None)
-        assert value is None or found[label].low <= value <= found[label].high
+        assert value is None or by_label[label].low <= value <= by_label[label].high
     assert len(ranges) <= bins
     assert all(first.high < second.low for first, second in pairwise(ranges))
 

@@ -43,15 +43,15 @@ def mistral(shared_data):
 
 def runs(sample):
     """Token lists of the maximal runs with weight, each ended by its EOS."""
-    found, current = [], []
+    pieces, current = [], []
     for token, weight in zip(sample.tokens.tolist(), sample.weights.tolist()):
         assert weight in (0.0, 1.0)
         if weight:
             current.append(token)
         elif current:
-            found.append(current)
+            pieces.append(current)
             current = []
-    return [*found, current] if current else found
+    return [*pieces, current] if current else pieces
 
 
 def check_conversation(tokenizer, pairs, system):
@@ -148,9 +148,9 @@ def test_too_long_is_refused_and_truncation_drops_whole_exchanges():
     assert len(encode_conversation(TRAINED, whole, max_length=lengths[2]).tokens) == lengths[2]
     with pytest.raises(ValueError, match=f"at most {lengths[2] - 1} tokens, got {lengths[2]}"):
         encode_conversation(TRAINED, whole, max_length=lengths[2] - 1)
-    for limit, left in ((lengths[2] - 1, 2), (lengths[1], 2), (lengths[1] - 1, 1)):
+    for limit, answers in ((lengths[2] - 1, 2), (lengths[1], 2), (lengths[1] - 1, 1)):
         cut = encode_conversation(TRAINED, whole, max_length=limit, truncate=True)
-        assert np.array_equal(cut.tokens, encode_conversation(TRAINED, turns(pairs[:left])).tokens)
+        assert np.array_equal(cut.tokens, encode_conversation(TRAINED, turns(pairs[:answers])).tokens)
     with pytest.raises(ValueError, match=f"got {lengths[0]}"):
         encode_conversation(TRAINED, whole, max_length=lengths[0] - 1, truncate=True)
 

@@ -16,12 +16,12 @@ def _table(battles, **options):
 def _battles(strengths: dict[str, float], games: int, seed: int) -> list[tuple[str, str, float]]:
     rng = np.random.default_rng(seed)
     names = list(strengths)
-    found = []
+    battles = []
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             chance = 1 / (1 + 10 ** ((strengths[b] - strengths[a]) / 400))
-            found += [(a, b, float(won)) for won in rng.random(games) < chance]
-    return found
+            battles += [(a, b, float(won)) for won in rng.random(games) < chance]
+    return battles
 
 
 def test_elo_of_two_models_by_hand():

@@ -83,18 +83,18 @@ def test_same_answer_ignores_form_and_never_matches_nothing():
 
 
 def test_accuracy_counts_error_and_unanswered():
-    found = accuracy(["5", "The answer is 6.", "no idea", "8"], ["#### 5", "#### 6", "#### 7", "#### 9"])
-    assert (found.correct, found.total, found.accuracy, found.unanswered) == (2, 4, 0.5, 1)
-    assert found.se == pytest.approx(0.25)
-    assert found.ci95[0] < 0.5 < found.ci95[1]
+    result = accuracy(["5", "The answer is 6.", "no idea", "8"], ["#### 5", "#### 6", "#### 7", "#### 9"])
+    assert (result.correct, result.total, result.accuracy, result.unanswered) == (2, 4, 0.5, 1)
+    assert result.se == pytest.approx(0.25)
+    assert result.ci95[0] < 0.5 < result.ci95[1]
 
 
 def test_accuracy_by_group_sums_to_the_whole():
     answers, references, groups = ["1", "2", "3", "5"], ["1", "2", "4", "5"], ["a", "b", "a", "b"]
-    found = accuracy_by(answers, references, groups)
-    assert list(found) == ["a", "b"]
-    assert (found["a"].correct, found["b"].correct) == (1, 2)
-    assert sum(part.total for part in found.values()) == 4
+    accuracies = accuracy_by(answers, references, groups)
+    assert list(accuracies) == ["a", "b"]
+    assert (accuracies["a"].correct, accuracies["b"].correct) == (1, 2)
+    assert sum(part.total for part in accuracies.values()) == 4
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,16 @@ def _answers(scores: Sequence[int]) -> list[str]:
 
 def test_pairwise_counts_wins_losses_ties():
     judge = ScriptedJudge(_by_quality)
-    found = pairwise(_answers([9, 3, 5, 8, 7]), _answers([2, 8, 5, 7, 1]), list("abcde"), judge=judge)
-    assert (found.wins, found.losses, found.ties, found.errors, found.flips) == (3, 1, 1, 0, 0)
-    assert found.win_rate == 0.75 and found.win_rate_with_ties == 0.7
-    assert [battle.score for battle in found.battles] == [1.0, 0.0, 0.5, 1.0, 1.0]
-    assert found.battles[0].games == ((9.0, 2.0), (9.0, 2.0))
+    comparison = pairwise(_answers([9, 3, 5, 8, 7]), _answers([2, 8, 5, 7, 1]), list("abcde"), judge=judge)
+    assert (comparison.wins, comparison.losses, comparison.ties, comparison.errors, comparison.flips) == (3, 1, 1, 0, 0)
+    assert comparison.win_rate == 0.75 and comparison.win_rate_with_ties == 0.7
+    assert [battle.score for battle in comparison.battles] == [1.0, 0.0, 0.5, 1.0, 1.0]
+    assert comparison.battles[0].games == ((9.0, 2.0), (9.0, 2.0))
 
 
 def test_pairwise_judge_sees_no_names_and_each_order_once():
     judge = ScriptedJudge(_by_quality)
-    found = pairwise(
+    comparison = pairwise(
         _answers([9] * 40), _answers([2] * 40), [f"q{i}" for i in range(40)], judge=judge, name_a="ours", name_b="rival"
     )
     assert not any("ours" in text or "rival" in text for fields in judge.seen for text in fields.values())
@@ -55,15 +55,15 @@ def test_pairwise_judge_sees_no_names_and_each_order_once():
     assert all((x["answer_a"], x["answer_b"]) == (y["answer_b"], y["answer_a"]) for x, y in zip(first, second))
     shown_first = sum(fields["answer_a"] == "quality 9" for fields in first)
     assert 8 < shown_first < 32
-    assert [b.a_first for b in found.battles] == [fields["answer_a"] == "quality 9" for fields in first]
+    assert [b.a_first for b in comparison.battles] == [fields["answer_a"] == "quality 9" for fields in first]
 
 
 def test_pairwise_judge_of_positions_ties_everything_and_is_found_out():
     judge = ScriptedJudge(lambda fields: "[[9]] [[2]]")
-    found = pairwise(_answers([5] * 12), _answers([4] * 12), ["q"] * 12, judge=judge)
-    assert (found.wins, found.losses, found.ties, found.flips) == (0, 0, 12, 12)
-    assert found.first_wins == 1.0 and found.win_rate is None and found.ci95 is None
-    assert found.win_rate_with_ties == 0.5
+    comparison = pairwise(_answers([5] * 12), _answers([4] * 12), ["q"] * 12, judge=judge)
+    assert (comparison.wins, comparison.losses, comparison.ties, comparison.flips) == (0, 0, 12, 12)
+    assert comparison.first_wins == 1.0 and comparison.win_rate is None and comparison.ci95 is None
+    assert comparison.win_rate_with_ties == 0.5
 
 
 def test_pairwise_counts_unreadable_verdicts_and_failed_calls_as_errors():
@@ -75,10 +75,12 @@ def test_pairwise_counts_unreadable_verdicts_and_failed_calls_as_errors():
     def verdict(fields):
         return "no scores" if fields["instruction"] == "bad" else _by_quality(fields)
 
-    found = pairwise(_answers([9, 9, 9, 9]), _answers([1, 1, 1, 1]), ["bad", "x", "y", "z"], judge=Failing(verdict))
-    assert (found.wins, found.losses, found.ties, found.errors) == (2, 0, 0, 2)
-    assert found.battles[0].score is None and "no two scores" in found.battles[0].errors[0]
-    assert found.battles[1].errors == ("time out",) and found.battles[1].games[0] is None
+    comparison = pairwise(
+        _answers([9, 9, 9, 9]), _answers([1, 1, 1, 1]), ["bad", "x", "y", "z"], judge=Failing(verdict)
+    )
+    assert (comparison.wins, comparison.losses, comparison.ties, comparison.errors) == (2, 0, 0, 2)
+    assert comparison.battles[0].score is None and "no two scores" in comparison.battles[0].errors[0]
+    assert comparison.battles[1].errors == ("time out",) and comparison.battles[1].games[0] is None
 
 
 def test_pairwise_small_differences_are_ties():
@@ -150,8 +152,8 @@ def test_bootstrap_interval_covers_the_truth_in_about_95_of_100():
 def test_all_pairs_of_three_or_with_a_baseline():
     models = {"base": _answers([2] * 5), "mid": _answers([5] * 5), "top": _answers([9] * 5)}
     lines = []
-    found = all_pairs(models, ["q"] * 5, judge=ScriptedJudge(_by_quality), progress=lines.append)
-    assert [(r.a, r.b, r.wins) for r in found] == [("mid", "base", 5), ("top", "base", 5), ("top", "mid", 5)]
+    comparisons = all_pairs(models, ["q"] * 5, judge=ScriptedJudge(_by_quality), progress=lines.append)
+    assert [(r.a, r.b, r.wins) for r in comparisons] == [("mid", "base", 5), ("top", "base", 5), ("top", "mid", 5)]
     assert len(lines) == 3
     against = all_pairs(models, ["q"] * 5, judge=ScriptedJudge(_by_quality), baseline="mid")
     assert [(r.a, r.b, r.wins) for r in against] == [("base", "mid", 0), ("top", "mid", 5)]
@@ -166,5 +168,5 @@ def test_pairwise_with_the_worlds_judge_prefers_right_answers():
     problems = [world.parse(row.instruction) for row in rows]
     good = [world.solve(problem) for problem in problems]
     wrong = [world.solve(problem, "wrong") for problem in problems]
-    found = pairwise(good, wrong, [row.messages[:-1] for row in rows], judge=world.program("world:judge"))
-    assert found.wins > 50 and found.losses == 0 and found.errors == 0
+    comparison = pairwise(good, wrong, [row.messages[:-1] for row in rows], judge=world.program("world:judge"))
+    assert comparison.wins > 50 and comparison.losses == 0 and comparison.errors == 0

@@ -126,9 +126,9 @@ def test_report_of_the_bare_summary_leaves_the_rest_out(tmp_path):
 def test_report_headline_is_rleif_over_sft_else_the_last_decided():
     assert headline_pair(PAIRS) == PAIRS[0]
     turned = {"a": "sft", "b": "rleif", "wins": 20, "losses": 30, "ties": 5, "win_rate": 0.4, "ci95": [0.3, 0.5]}
-    found = headline_pair([turned])
-    assert (found["a"], found["wins"], found["losses"]) == ("rleif", 30, 20)
-    assert found["win_rate"] == pytest.approx(0.6) and found["ci95"] == pytest.approx([0.5, 0.7])
+    headline = headline_pair([turned])
+    assert (headline["a"], headline["wins"], headline["losses"]) == ("rleif", 30, 20)
+    assert headline["win_rate"] == pytest.approx(0.6) and headline["ci95"] == pytest.approx([0.5, 0.7])
     other = {"a": "x", "b": "y", "wins": 1, "losses": 1, "win_rate": 0.5}
     assert headline_pair([other, PAIRS[1]]) == other and headline_pair([PAIRS[1]]) is None
 
@@ -157,19 +157,19 @@ def test_report_words_and_numbers():
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 @example(0.0, 5e-324)
 def test_ticks_cover_the_range_in_even_round_steps(low, span):
-    found = charts.ticks(low, low + span)
+    ticks = charts.ticks(low, low + span)
     slack = 1e-6 * (1 + abs(low) + span)
-    assert found[0] <= low + slack and found[-1] >= low + span - slack and 2 <= len(found) <= 8
-    steps = {round((b - a) / (found[1] - found[0]), 6) for a, b in pairwise(found)}
+    assert ticks[0] <= low + slack and ticks[-1] >= low + span - slack and 2 <= len(ticks) <= 8
+    steps = {round((b - a) / (ticks[1] - ticks[0]), 6) for a, b in pairwise(ticks)}
     assert steps == {1.0}
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40), st.floats(10, 200))
 def test_shorten_fits_or_is_an_ellipsis(content, width):
-    found = charts.shorten(content, width, 12)
-    assert charts.text_width(found, 12) <= width or found == "…"
-    assert found == content or found.endswith("…")
+    shortened = charts.shorten(content, width, 12)
+    assert charts.text_width(shortened, 12) <= width or shortened == "…"
+    assert shortened == content or shortened.endswith("…")
 
 
 def test_bars_are_in_proportion():

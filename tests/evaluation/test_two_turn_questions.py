@@ -45,12 +45,12 @@ def test_mt_bench_second_turn_holds_the_models_own_first_answer():
         return [f"answer to {messages[-1].content}" for messages in conversations]
 
     judge = _constant("fine [[7]]")
-    found = mt_bench(answers, QUESTIONS, judge=judge)
+    result = mt_bench(answers, QUESTIONS, judge=judge)
     assert [temperature for temperature, _ in asked] == [0.0, 0.7, 0.0, 0.7]
     first = (Message("user", "Write."), Message("assistant", "answer to Write."), Message("user", "Shorter."))
     assert asked[3][1] == [first]
-    assert found.answers[1] == ("answer to 1+1?", "answer to And 2+2?")
-    assert found.overall.score == 7 and found.overall.rated == 6
+    assert result.answers[1] == ("answer to 1+1?", "answer to And 2+2?")
+    assert result.overall.score == 7 and result.overall.rated == 6
     by_turn = [judge.seen[i] for i in (0, 1)]
     assert by_turn[0]["history"] == "" and by_turn[0]["instruction"] == "Write."
     assert prompts.parse_dialogue(by_turn[1]["history"]) == first[:2] and by_turn[1]["answer"] == "answer to Shorter."
@@ -65,34 +65,38 @@ def test_mt_bench_shows_references_where_there_are_any():
 def test_mt_bench_means_by_turn_and_category():
     scores = {"a1": 4, "a2": 8, "b1": 10, "b2": 6, "c1": 1, "c2": 1}
     judge = Judge(lambda fields: Reply(f"[[{scores[fields['answer']]}]]"))
-    found = rate(QUESTIONS, [("a1", "a2"), ("b1", "b2"), ("c1", "c2")], judge=judge)
-    assert found.overall.score == 5 and [turn.score for turn in found.turns] == [5, 5]
-    assert {name: mean.score for name, mean in found.categories.items()} == {"writing": 6, "math": 4.5}
-    assert found.overall.ci95[0] < 5 < found.overall.ci95[1]
+    result = rate(QUESTIONS, [("a1", "a2"), ("b1", "b2"), ("c1", "c2")], judge=judge)
+    assert result.overall.score == 5 and [turn.score for turn in result.turns] == [5, 5]
+    assert {name: mean.score for name, mean in result.categories.items()} == {"writing": 6, "math": 4.5}
+    assert result.overall.ci95[0] < 5 < result.overall.ci95[1]
 
 
 def test_mt_bench_counts_failures_and_never_drops_them_in_silence():
     def reply(fields):
         return {"a": Reply("[[8]]"), "b": Reply("no number"), "c": Reply("", "time out")}[fields["answer"]]
 
-    found = rate(QUESTIONS, [("a", "a"), ("a", "b"), ("c", "a")], judge=Judge(reply))
-    assert (found.call_errors, found.parse_errors) == (1, 1)
-    assert found.overall.score == 8 and (found.overall.rated, found.overall.missing) == (4, 2)
-    assert found.score_missing_as_1 == pytest.approx((4 * 8 + 2) / 6)
-    assert (found.turns[0].missing, found.categories["math"].missing, found.categories["writing"].missing) == (1, 2, 0)
-    reasons = [rating.error for rating in found.ratings if rating.error]
+    result = rate(QUESTIONS, [("a", "a"), ("a", "b"), ("c", "a")], judge=Judge(reply))
+    assert (result.call_errors, result.parse_errors) == (1, 1)
+    assert result.overall.score == 8 and (result.overall.rated, result.overall.missing) == (4, 2)
+    assert result.score_missing_as_1 == pytest.approx((4 * 8 + 2) / 6)
+    assert (result.turns[0].missing, result.categories["math"].missing, result.categories["writing"].missing) == (
+        1,
+        2,
+        0,
+    )
+    reasons = [rating.error for rating in result.ratings if rating.error]
     assert reasons[0].startswith("parse: ") and reasons[1] == "call: time out"
 
 
 def test_mt_bench_without_any_rating_has_no_mean():
-    found = rate(QUESTIONS, [("a", "a")] * 3, judge=_constant("none"))
-    assert found.overall.score is None and found.overall.missing == 6 and found.score_missing_as_1 == 1.0
+    result = rate(QUESTIONS, [("a", "a")] * 3, judge=_constant("none"))
+    assert result.overall.score is None and result.overall.missing == 6 and result.score_missing_as_1 == 1.0
 
 
 def test_mt_bench_repeats_use_seeds_of_their_own():
     judge = _constant("[[6]]")
-    found = rate(QUESTIONS, [("a", "b")] * 3, judge=judge, repeats=2, seed=5)
-    assert sorted(judge.seeds) == [5] * 6 + [6] * 6 and found.overall.rated == 12
+    result = rate(QUESTIONS, [("a", "b")] * 3, judge=judge, repeats=2, seed=5)
+    assert sorted(judge.seeds) == [5] * 6 + [6] * 6 and result.overall.rated == 12
 
 
 def test_mt_bench_names_wrong_published_references():

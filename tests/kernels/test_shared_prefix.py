@@ -109,7 +109,7 @@ def test_shared_batches_hold_every_token_once_and_predict_every_answer():
                 assert batch.tokens[row] == sample.tokens[back - 1] and batch.positions[row] == back - 1
             at += 1
     read = share_prompts(rows, counts, last=True)
-    assert torch.equal(read.tokens[read.own], read.targets) and (batch.own == -1).all()
+    assert torch.equal(read.tokens[read.target_positions], read.targets) and (batch.target_positions == -1).all()
     for sample, first, last in batch.pieces:
         assert last - first == counts[sample] or first == counts[sample]
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from recipes import ablations, progressive
+from wizard_engine.runtime import Runtime
 
 SIZES = progressive.Sizes(
     corpus=900, plain=200, held_out=30, sample=240, battles=12, preferences=20, questions=4
@@ -42,6 +43,21 @@ def test_progressive_records_every_stage_of_every_slice(demo):
         assert battle["wins"] + battle["losses"] + battle["ties"] == 30
         assert battle["ci95"][0] <= battle["win_rate"] <= battle["ci95"][1]
     assert "<svg" in (cfg.out / "report.html").read_text()
+
+
+def test_progressive_draws_rows_of_ones_own_without_weights_only(demo, tmp_path):
+    cfg, _ = demo
+    data = tmp_path / "rows.jsonl"
+    questions = [f"How many legs do {n} tables and {n * n} chairs have?" for n in range(2, 12)]
+    data.write_text("".join(json.dumps({"instruction": text, "output": "#### 4"}) + "\n" for text in questions))
+    own_data = replace(
+        cfg, out=tmp_path / "out", data=(data,), evaluation=cfg.out / "world" / "held_out.jsonl",
+        base=str(cfg.out / "base" / "model"), sizes=replace(SIZES, sample=6),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"targets\..*belong to the embedded world; pass --no-weighted"):
+        progressive.Pipeline(own_data, Runtime()).prepare()
+    slices, _ = progressive.Pipeline(replace(own_data, weighted=False), Runtime()).prepare()
+    assert sum(len(path.read_text().splitlines()) for path in slices) == 6
 
 
 def test_progressive_again_skips_every_stage(demo):

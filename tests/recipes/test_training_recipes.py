@@ -357,13 +357,13 @@ def test_rleif_refuses_long_prompts_by_line_and_models_of_another_kind(world, re
 
 def test_accuracy_counts_what_it_writes(world, tmp_path):
     cfg = accuracy.Config(
-        model=world.base, data=world.root / "held_out.jsonl", out=tmp_path, max_new_tokens=8, quiet=True
+        model=world.base, data=world.root / "held_out.jsonl", out=tmp_path, max_new_tokens=8, limit=7, quiet=True
     )
     result = accuracy.main(cfg)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert result["total"] == len(lines) == 12 and result["accuracy"] == result["correct"] / 12
+    assert result["total"] == len(lines) == 7 and result["accuracy"] == result["correct"] / 7
     assert [line["prompt"] for line in lines] == [
-        row.instruction for row in read_rows(world.root / "held_out.jsonl", kind="conversation")
+        row.instruction for row in read_rows(world.root / "held_out.jsonl", kind="conversation")[:7]
     ]
     assert {"accuracy", "sampled_accuracy", "se", "sampled_se"} <= json.loads(
         (tmp_path / "accuracy.json").read_text()

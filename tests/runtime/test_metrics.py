@@ -1,12 +1,14 @@
 """Metrics: full precision, resume, cut lines, refusals."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from wizard_engine.runtime.metrics import MetricsLogger, read_metrics
+from wizard_engine.runtime.metrics import MetricsLogger, progress, read_metrics
 
 
 def logger(path, **options):
@@ -71,3 +73,21 @@ def test_bar_shows_loss_rate_and_mfu(tmp_path, capsys):
     log.close()
     text = capsys.readouterr().err
     assert "sft" in text and "2/4" in text and "loss=0.1235" in text and "mfu=0.25" in text and "other" not in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stderr", "quiet", "is_shown"), [(Terminal, False, True), (Terminal, True, False), (io.StringIO, False, False)]
+)
+def test_progress_shows_a_bar_on_a_terminal_only(stderr, quiet, is_shown, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", stderr())
+    assert list(progress([3, 4], desc="tokenize", unit="row", quiet=quiet)) == [3, 4]
+    with progress(desc="judge", unit="call", total=2, quiet=quiet) as bar:
+        bar.update(2)
+    written = sys.stderr.getvalue()
+    assert [word in written for word in ("tokenize", "row/s", "judge", "call/s")] == [is_shown] * 4
+    assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ from wizard_engine.generation import generate
 from wizard_engine.generation.engine import Engine
 from wizard_engine.generation.scheduler import Sampling
 from wizard_engine.model import ModelConfig, Transformer
-from wizard_engine.serving.driver import Driver, Full, Job
+from wizard_engine.serving.driver import Driver, Job, QueueFull
 
 TEXT = "one two three four five six seven eight nine ten"
 
@@ -101,15 +101,15 @@ def test_a_stop_string_ends_a_choice_and_its_sequence(driver):
 
 
 def test_no_more_than_the_limit_is_taken_and_nothing_at_the_end(driver):
-    with pytest.raises(Full, match="at most 8 are taken"):
+    with pytest.raises(QueueFull, match="at most 8 are taken"):
         driver.submit(job(driver, n=9))
     driver.submit(job(driver, n=8))
-    with pytest.raises(Full, match="8 sequences run and wait"):
+    with pytest.raises(QueueFull, match="8 sequences run and wait"):
         driver.submit(job(driver))
     with pytest.raises(ValueError, match="prompt: expected 1 to"):
         driver.submit(job(driver, count=1000))
     driver.start()
     driver.close(drain_seconds=20)
     assert is_idle(driver)
-    with pytest.raises(Full, match="about to end"):
+    with pytest.raises(QueueFull, match="about to end"):
         driver.submit(job(driver))

@@ -28,17 +28,17 @@ ASK = [{"role": "user", "content": "What is two and three?"}]
 
 @pytest.fixture(scope="module")
 def serving():
-    with Serving() as found:
-        yield found
+    with Serving() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request):
     yield
     if "serving" in request.fixturenames:
-        found = request.getfixturevalue("serving")
-        found.slow = 0.0
-        found.until(found.is_idle)
+        server = request.getfixturevalue("serving")
+        server.slow = 0.0
+        server.until(server.is_idle)
 
 
 def client(serving, key="none"):
@@ -48,11 +48,11 @@ def client(serving, key="none"):
 def expected(serving, count, how, messages=ASK):
     prompt = encode_prompt(serving.tokenizer, [Message(m["role"], m["content"]) for m in messages])
     n = how.pop("n", 1)
-    found = generate(
+    generation = generate(
         serving.model, [prompt] * n, max_new_tokens=count, eos_id=serving.tokenizer.eos_id,
         **{"temperature": 1.0, "top_p": 1.0} | how,
     )  # fmt: skip
-    return [serving.tokenizer.decode(tokens).strip() for tokens in found.tokens], found
+    return [serving.tokenizer.decode(tokens).strip() for tokens in generation.tokens], generation
 
 
 # Chat, n, seed, stop, log-probabilities
@@ -61,11 +61,13 @@ def expected(serving, count, how, messages=ASK):
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"seed": 7}, {"seed": 7, "temperature": 0.7, "top_p": 0.8}])
 def test_chat_answers_as_generation_does(serving, how):
     answer = client(serving).chat.completions.create(model="small", messages=ASK, max_tokens=30, n=3, **how)
-    texts, found = expected(serving, 30, {**how, "n": 3})
+    texts, generation = expected(serving, 30, {**how, "n": 3})
     assert [choice.message.content for choice in answer.choices] == texts
-    assert [choice.finish_reason for choice in answer.choices] == ["stop" if x else "length" for x in found.finished]
+    assert [choice.finish_reason for choice in answer.choices] == [
+        "stop" if x else "length" for x in generation.finished
+    ]
     usage = answer.usage
-    assert usage.completion_tokens == sum(map(len, found.tokens)) and answer.model == "small"
+    assert usage.completion_tokens == sum(map(len, generation.tokens)) and answer.model == "small"
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and answer.system_fingerprint
 
 
@@ -100,13 +102,13 @@ def test_stop_strings_end_the_text_before_them(serving, stream):
     how = {"model": "small", "messages": ASK, "max_tokens": 60, "seed": 1, "stop": ["zzzz", stop]}
     if stream:
         pieces = list(client(serving).chat.completions.create(**how, stream=True))
-        found = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+        streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
         reason = pieces[-1].choices[0].finish_reason
     else:
         choice = client(serving).chat.completions.create(**how).choices[0]
-        found, reason = choice.message.content, choice.finish_reason
+        streamed, reason = choice.message.content, choice.finish_reason
     whole = text.message.content
-    assert found == whole[: whole.index(stop)].rstrip() and reason == "stop" and stop not in found
+    assert streamed == whole[: whole.index(stop)].rstrip() and reason == "stop" and stop not in streamed
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -119,10 +121,10 @@ def test_logprobs_are_those_of_the_tokens(serving, stream):
         content = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
     else:
         content = client(serving).chat.completions.create(**how).choices[0].logprobs.content
-    texts, found = expected(serving, 40, {"seed": seed})
-    count = len(found.tokens[0]) - 1
+    texts, generation = expected(serving, 40, {"seed": seed})
+    count = len(generation.tokens[0]) - 1
     assert len(content) == count
-    assert [token.logprob for token in content] == pytest.approx(found.logprobs[0][:count], abs=1e-5)
+    assert [token.logprob for token in content] == pytest.approx(generation.logprobs[0][:count], abs=1e-5)
     assert "".join(token.token for token in content).strip() == texts[0]
     for token in content:
         values = [top.logprob for top in token.top_logprobs]
@@ -142,11 +144,11 @@ def test_completions_take_texts_and_ids_and_several_prompts(serving):
     right = generate(serving.model, [ids], max_new_tokens=9, eos_id=tokenizer.eos_id)
     visible = [t for t in right.tokens[0] if t != tokenizer.eos_id]
     assert one.choices[0].text == two.choices[0].text == tokenizer.decode(visible)
-    several = create(prompt=[first, second], n=2, logprobs=2, **how)
-    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
-    assert several.choices[0].text == several.choices[1].text == one.choices[0].text
-    assert several.choices[2].text == create(prompt=second, **how).choices[0].text
-    logprobs = several.choices[0].logprobs
+    two_prompts = create(prompt=[first, second], n=2, logprobs=2, **how)
+    assert [choice.index for choice in two_prompts.choices] == [0, 1, 2, 3]
+    assert two_prompts.choices[0].text == two_prompts.choices[1].text == one.choices[0].text
+    assert two_prompts.choices[2].text == create(prompt=second, **how).choices[0].text
+    logprobs = two_prompts.choices[0].logprobs
     assert "".join(logprobs.tokens) == one.choices[0].text and len(logprobs.top_logprobs[0]) == 2
     assert all(one.choices[0].text[i:].startswith(t) for i, t in zip(logprobs.text_offset, logprobs.tokens))
     assert logprobs.token_logprobs == pytest.approx(right.logprobs[0][: len(logprobs.tokens)], abs=1e-5)
@@ -385,8 +387,8 @@ def test_a_thousand_requests_with_cancellations_lose_none(serving):
         async with httpx.AsyncClient(base_url=serving.url, timeout=60, limits=limits) as web:
             return await asyncio.gather(*(one(web, number, gate) for number in range(1000)))
 
-    found = asyncio.run(load())
-    assert set(found) <= {"done", "left"} and found.count("done") >= 857
+    results = asyncio.run(load())
+    assert set(results) <= {"done", "left"} and results.count("done") >= 857
     serving.until(serving.is_idle)
 
 

@@ -37,23 +37,23 @@ class Fake:
 FAILED = Reply("", error="timed out")
 
 
-def worth(text):
+def answer_quality(text):
     """Score that an answer such as `fine q7.5` carries; 1 without one."""
-    found = re.findall(r"q(\d+(?:\.\d+)?)", text)
-    return float(found[-1]) if found else 1.0
+    qualities = re.findall(r"q(\d+(?:\.\d+)?)", text)
+    return float(qualities[-1]) if qualities else 1.0
 
 
 def honest_judge(bias=0.0):
     """A judge that reads the scores off the answers and adds `bias` to the one that stands first."""
 
     def judge(request, fields):
-        a, b = worth(fields["answer_a"]) + bias, worth(fields["answer_b"])
+        a, b = answer_quality(fields["answer_a"]) + bias, answer_quality(fields["answer_b"])
         return f"A is worth {a}, B {b}. [[{min(a, 10)}]] [[{b}]]"
 
     return Fake(
         "judge",
         judge=judge,
-        rate=lambda request, fields: f"[[{worth(fields['answer'])}]]",
+        rate=lambda request, fields: f"[[{answer_quality(fields['answer'])}]]",
         compare=lambda request, fields: "Not Equal",
     )
 

@@ -19,7 +19,7 @@ from wizard_engine.synthesis.lessons import choose_lessons
 
 
 def team(*scores):
-    """ours and its rivals, each with its answer's worth on every row, or a function of the instruction."""
+    """ours and its rivals, each with the quality of its answer on every row, or a function of the instruction."""
     names = ["ours", "left", "right", "far"]
     rules = [(lambda text, request, score=score: score(text) if callable(score) else f"q{score}") for score in scores]
     agents = [answerer(name, lambda t, r, n=name, rule=rule: f"{n} {rule(t, r)}") for name, rule in zip(names, rules)]
@@ -112,10 +112,10 @@ def test_failed_answers_and_judgements_leave_the_others_alone():
 
 
 def test_tables_group_by_topic_difficulty_and_skill():
-    given = [conversation(f"Q{n}", "x", topic=t, difficulty=d, skill=s) for n, (t, d, s) in enumerate(
+    source_rows = [conversation(f"Q{n}", "x", topic=t, difficulty=d, skill=s) for n, (t, d, s) in enumerate(
         [("farm", 1.2, ["mul", "add"]), ("farm", 2.7, "div"), ("school", 3, "div")]
     )] + [conversation("Q9", "x")]  # fmt: skip
-    out = co_teach(given, **team(5, 9), judge=honest_judge())
+    out = co_teach(source_rows, **team(5, 9), judge=honest_judge())
     assert {name: line["losses"] for name, line in out.statistics["topics"].items()} == {
         "farm": 2, "school": 1, "unknown": 1,
     }  # fmt: skip
@@ -124,7 +124,9 @@ def test_tables_group_by_topic_difficulty_and_skill():
 
 
 def losses(**skills):
-    return [(conversation("q", "a", skill=name), loss) for name, found in skills.items() for loss in found]
+    return [
+        (conversation("q", "a", skill=name), loss) for name, skill_losses in skills.items() for loss in skill_losses
+    ]
 
 
 def test_all_losses_above_the_threshold_are_lessons_without_a_limit():

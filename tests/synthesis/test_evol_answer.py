@@ -146,11 +146,13 @@ def test_answers_of_conversations_are_judged_in_context():
 
 
 def test_a_round_is_one_batch_of_rewrites_and_one_of_judgements():
-    given = [conversation(f"How many {n}?", "old q4") for n in range(6)]
+    source_rows = [conversation(f"How many {n}?", "old q4") for n in range(6)]
     agent, judge = rewriter("new q9", "newer q10"), honest_judge()
-    out = evolve_answers(given, rewriter=agent, judge=judge, rounds=2, result_margin=0)
+    out = evolve_answers(source_rows, rewriter=agent, judge=judge, rounds=2, result_margin=0)
     assert agent.batches == [("rewrite", 6)] * 2 and judge.batches == [("judge", 12)] * 2
-    again = evolve_answers(given, rewriter=rewriter("new q9", "newer q10"), judge=judge, rounds=2, result_margin=0)
+    again = evolve_answers(
+        source_rows, rewriter=rewriter("new q9", "newer q10"), judge=judge, rounds=2, result_margin=0
+    )
     assert out == again
 
 

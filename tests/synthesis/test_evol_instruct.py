@@ -24,10 +24,10 @@ def rows(number=4):
 
 
 def test_evolved_rows_follow_their_parents_with_lineage():
-    given = rows(3)
-    before = copy.deepcopy([row.to_json() for row in given])
-    out = evolve_instructions(given, **agents(), rounds=2, operators=["steps"], seed=1)
-    assert out.rows[:3] == given and [row.to_json() for row in given] == before
+    source_rows = rows(3)
+    before = copy.deepcopy([row.to_json() for row in source_rows])
+    out = evolve_instructions(source_rows, **agents(), rounds=2, operators=["steps"], seed=1)
+    assert out.rows[:3] == source_rows and [row.to_json() for row in source_rows] == before
     first, second = out.rows[3:6], out.rows[6:]
     assert [row.instruction for row in first] == [f"Question {i} +steps" for i in range(3)]
     assert [row.answer for row in second] == [f"Answer to Question {i} +steps +steps" for i in range(3)]

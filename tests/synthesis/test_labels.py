@@ -120,9 +120,13 @@ def test_groups_are_families():
     grandchild = conversation("grandchild", "x").replace(lineage={"parents": [child.id]})
     orphan = conversation("orphan", "x").replace(lineage={"parents": ["gone"]})
     sibling = conversation("sibling", "x").replace(lineage={"parents": ["gone"]})
-    given = [first, second, child, orphan, grandchild, sibling]
-    assert instruction_groups(given) == [["Question 0", "child", "grandchild"], ["Question 1"], ["orphan", "sibling"]]
-    assert instruction_groups(given, size=2) == [
+    source_rows = [first, second, child, orphan, grandchild, sibling]
+    assert instruction_groups(source_rows) == [
+        ["Question 0", "child", "grandchild"],
+        ["Question 1"],
+        ["orphan", "sibling"],
+    ]
+    assert instruction_groups(source_rows, size=2) == [
         ["Question 0", "child"],
         ["grandchild"],
         ["Question 1"],

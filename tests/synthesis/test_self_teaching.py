@@ -7,15 +7,15 @@ from wizard_engine.data.records import conversation
 from wizard_engine.synthesis import self_teach
 
 
-def student(**worths):
-    """Sample k of a question is worth worths[question][k]; equal worths give equal texts."""
+def student(**qualities):
+    """Sample k of a question has quality qualities[question][k]; equal qualities give equal texts."""
     order = []
 
     def answer(request, messages):
         if request.seed not in order:
             order.append(request.seed)
-        found = worths[messages[-1].content][order.index(request.seed)]
-        return found if not isinstance(found, int | float) else f"sample q{found}"
+        quality = qualities[messages[-1].content][order.index(request.seed)]
+        return quality if not isinstance(quality, int | float) else f"sample q{quality}"
 
     return Fake("student", answer=answer)
 
@@ -24,9 +24,9 @@ def rows(*names):
     return [conversation(name, "reference", topic="farm", perplexity=3.0) for name in names]
 
 
-def teach(worths, judge=None, **settings):
-    agent = student(**worths)
-    return self_teach(rows(*worths), student=agent, judge=judge or honest_judge(), **settings), agent
+def teach(qualities, judge=None, **settings):
+    agent = student(**qualities)
+    return self_teach(rows(*qualities), student=agent, judge=judge or honest_judge(), **settings), agent
 
 
 SPREAD = {"wide": [9, 2, 9, 2], "narrow": [7, 6, 7, 6], "same": [8, 8, 8, 8], "rare": [9, 9, 9, 2]}
@@ -70,17 +70,17 @@ def test_spread_counts_repeated_samples():
 
 def test_margin_and_flip_are_scores_of_the_pair():
     def biased(request, fields):
-        from fake_agents import worth
+        from fake_agents import answer_quality
 
-        a, b = worth(fields["answer_a"]), worth(fields["answer_b"])
+        a, b = answer_quality(fields["answer_a"]), answer_quality(fields["answer_b"])
         return f"[[{min(10, a + (2 if 'doubt' in fields['instruction'] else 0))}]] [[{b}]]"
 
-    worths = {"clear": [9, 1, 1, 1], "doubt": [6, 5, 5, 5]}
+    qualities = {"clear": [9, 1, 1, 1], "doubt": [6, 5, 5, 5]}
     judges = [honest_judge(), honest_judge()]
     for judge in judges:
         judge.tasks["judge"] = biased
-    by_flip, _ = teach(worths, judge=judges[0], score="flip", keep=0.5)
-    by_margin, _ = teach(worths, judge=judges[1], score="margin", keep=0.5)
+    by_flip, _ = teach(qualities, judge=judges[0], score="flip", keep=0.5)
+    by_margin, _ = teach(qualities, judge=judges[1], score="margin", keep=0.5)
     assert [row.instruction for row in by_flip.sft] == ["doubt"]
     assert [row.instruction for row in by_margin.sft] == ["clear"]
     assert {item["instruction"]: item["flip"] for item in by_flip.scores} == {"clear": 0.0, "doubt": 4.0}
@@ -121,10 +121,12 @@ def test_failed_samples_leave_the_others():
 
 def test_evolved_prompts_join_in_once():
     evolver = Fake("evolver", evolve=lambda r, f: {"b": "b", "c": "a"}.get(f["instruction"], "new"))
-    worths = {"a": [9, 2], "b": [8, 8], "c": [5, 5], "d": [4, 4], "new": [7, 3]}
-    given = rows("a", "b", "c", "d")
-    out = self_teach(given, student=student(**worths), judge=honest_judge(), evolver=evolver, samples=2, keep=1.0)
-    assert [(item["instruction"], item["row"]) for item in out.scores][4:] == [("new", given[0].id)]
+    qualities = {"a": [9, 2], "b": [8, 8], "c": [5, 5], "d": [4, 4], "new": [7, 3]}
+    source_rows = rows("a", "b", "c", "d")
+    out = self_teach(
+        source_rows, student=student(**qualities), judge=honest_judge(), evolver=evolver, samples=2, keep=1.0
+    )
+    assert [(item["instruction"], item["row"]) for item in out.scores][4:] == [("new", source_rows[0].id)]
     assert out.statistics["dropped"]["evolved: unchanged"] == 1
     assert out.statistics["dropped"]["evolved: already known"] == 2
     evolved = [row for row in out.sft if "evolved_by" in row.lineage]
@@ -133,8 +135,8 @@ def test_evolved_prompts_join_in_once():
 
 def test_evolved_prompts_that_the_student_cannot_take_are_left_out():
     evolver = Fake("evolver", evolve=lambda r, f: "broken")
-    worths = {"a": [9, 2], "broken": ["Please provide a number.", "q2"]}
-    agent = student(**worths)
+    qualities = {"a": [9, 2], "broken": ["Please provide a number.", "q2"]}
+    agent = student(**qualities)
     out = self_teach(rows("a"), student=agent, judge=honest_judge(), evolver=evolver, samples=2, keep=1.0)
     assert [item["instruction"] for item in out.scores] == ["a"]
     assert out.statistics["dropped"]["evolved: failure shown"] == 1

@@ -30,8 +30,8 @@ def read(path, kind=None):
 
 def right(rows):
     """Share of single-turn rows whose answer is right, among problems that have one."""
-    found = [(parse(row.instruction), row.answer) for row in rows if len(row.messages) == 2]
-    checked = [check_answer(problem, answer) for problem, answer in found if problem and not problem.defect]
+    problems = [(parse(row.instruction), row.answer) for row in rows if len(row.messages) == 2]
+    checked = [check_answer(problem, answer) for problem, answer in problems if problem and not problem.defect]
     return sum(checked) / len(checked)
 
 

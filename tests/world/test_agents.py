@@ -76,8 +76,8 @@ def test_answers_follow_the_conversation():
 
 @pytest.mark.parametrize("text", [VAGUE, BROKEN, "#Rewritten Prompt#: " + TEXT, "Write a poem."])
 def test_expert_asks_back_where_there_is_no_answer(text: str):
-    found = answer("world:expert", text)
-    assert found.startswith("What do you mean?") and "please provide" in found.lower()
+    reply = answer("world:expert", text)
+    assert reply.startswith("What do you mean?") and "please provide" in reply.lower()
 
 
 @pytest.mark.parametrize("name", ["careless", "terse", "rambler"])
@@ -87,9 +87,9 @@ def test_others_sometimes_guess_where_there_is_no_answer(name: str):
         BROKEN,
         "Tom has 7 apples. He shares them among 2 friends. How many apples does each friend get?",
     ):
-        found = {answer(f"world:{name}", text, seed=seed) for seed in range(30)}
-        assert any("please provide" in each.lower() for each in found)
-        assert any("please provide" not in each.lower() for each in found)
+        replies = {answer(f"world:{name}", text, seed=seed) for seed in range(30)}
+        assert any("please provide" in each.lower() for each in replies)
+        assert any("please provide" not in each.lower() for each in replies)
 
 
 def test_rewrites_of_the_expert_mostly_repair(rows: list[Conversation]):
@@ -114,11 +114,11 @@ def test_rewrites_of_the_expert_mostly_repair(rows: list[Conversation]):
 
 def test_relevance_rewrite_leaves_the_steps_only():
     chatty = "That is a good question.\n3*4=12\nSo far so good.\n12+12=24\n24-5=19\nThe answer is 19."
-    found = {
+    rewrites = {
         one("world:expert", "rewrite", seed, operator="relevance", suggestion="", instruction=TEXT, answer=chatty)
         for seed in range(8)
     }
-    assert solve(parse(TEXT)) in found
+    assert solve(parse(TEXT)) in rewrites
 
 
 def test_evolver_replies_under_the_heading_and_never_held_out(rows: list[Conversation]):

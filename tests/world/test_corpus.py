@@ -141,8 +141,10 @@ def test_mt_questions_have_two_held_out_turns_with_right_references():
 
 
 def test_language_is_small(corpus: list[Conversation]):
-    found = {word for row in corpus for message in row.messages for word in re.findall(r"[^\W\d]+", message.content)}
-    assert 250 < len(found) < 400
+    vocabulary = {
+        word for row in corpus for message in row.messages for word in re.findall(r"[^\W\d]+", message.content)
+    }
+    assert 250 < len(vocabulary) < 400
     lengths = sorted(len(re.findall(r"\d|\w+|[^\w\s]", row.messages[0].content)) for row in corpus)
     assert lengths[len(lengths) // 50] >= 15 and lengths[-len(lengths) // 50] <= 45
 

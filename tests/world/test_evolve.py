@@ -74,8 +74,8 @@ def test_evolve_finds_a_change_for_most_problems(operator: str):
         )
         for i in range(100)
     ]
-    found = [evolve(problem, operator, rng) for problem in made]
-    assert sum(changed is not None for changed in found) > 60
+    evolved = [evolve(problem, operator, rng) for problem in made]
+    assert sum(changed is not None for changed in evolved) > 60
 
 
 def test_concretise_fills_a_missing_number_and_general_words():
@@ -104,19 +104,19 @@ def test_flawed_makes_the_failure_that_failure_of_finds(problem: Problem, failur
     assume(changed is not None)
     after = render(problem, rng) if failure == "same" else flawed(changed, failure, rng)
     parsed = parse(after)
-    found = failure_of(before, problem, after, parsed)
-    assert found == failure or (failure == "jump" and found == "" and problem.question == "each")
+    failure_kind = failure_of(before, problem, after, parsed)
+    assert failure_kind == failure or (failure == "jump" and failure_kind == "" and problem.question == "each")
     assert parsed is None or not parsed.is_held_out
 
 
 def share_of_failures(method: str) -> dict[str, float]:
     rng = random.Random(4)
-    found: dict[str, float] = dict.fromkeys([*RULES, ""], 0)
+    counts: dict[str, float] = dict.fromkeys([*RULES, ""], 0)
     for i in range(1500):
         problem = random_problem(rng, operations=1 + i % 3, topic=words.TOPIC_NAMES[i % 8])
         text = evolved_text(render(problem), OPERATORS[i % 6], rng, method=method)
-        found[failure_of(render(problem), problem, text, parse(text))] += 1 / 1500
-    return found
+        counts[failure_of(render(problem), problem, text, parse(text))] += 1 / 1500
+    return counts
 
 
 def test_evolved_text_fails_at_the_stated_rates_and_rules_prevent_it():

@@ -127,5 +127,5 @@ def test_ranker_puts_answerable_and_harder_instructions_first():
     easy = "Tom has 12 apples. He sells 5. How many apples does Tom have now?"
     listed = prompts.numbered(["Write a poem.", VAGUE, easy, TEXT])
     for seed in range(10):
-        found = replies.read_ranking(ask(Ranker(), "rank", seed, instructions=listed), 4)
-        assert found[0] < found[2] < found[3] and found[1] < found[2]
+        ranking = replies.read_ranking(ask(Ranker(), "rank", seed, instructions=listed), 4)
+        assert ranking[0] < ranking[2] < ranking[3] and ranking[1] < ranking[2]

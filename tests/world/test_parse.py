@@ -126,8 +126,8 @@ def test_parse_never_fails_on_free_text(text: str):
 def test_parse_of_damaged_text_is_a_problem_that_renders_back_or_none(problem: Problem, cut: int, piece: str):
     text = render(problem, 1)
     damaged = text[: cut % len(text)] + piece + text[cut % len(text) + 1 :]
-    found = parse(damaged)
-    assert found is None or found.is_well_formed()
+    parsed = parse(damaged)
+    assert parsed is None or parsed.is_well_formed()
 
 
 def test_parse_and_generation_are_fast():

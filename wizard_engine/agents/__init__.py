@@ -1,4 +1,4 @@
-"""Who answers, evolves and judges: programs and checkpoints behind one protocol, with a ledger of every call."""
+"""Agents that answer, evolve and judge: programs, checkpoints, endpoints; one protocol, and a ledger of every call."""
 
 from .ledger import Call, Ledger, LedgeredAgent, request_key
 from .protocol import Agent, Reply, Request

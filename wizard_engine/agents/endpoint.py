@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint as an agent: limited, retried, budgeted, and silent about its key."""
+"""Any OpenAI-compatible endpoint as an agent: concurrency limit, retries, token budget; the key is never logged."""
 
 import asyncio
 import hashlib
@@ -16,22 +16,22 @@ from .protocol import Reply, Request
 
 PREFIX = "openai:"
 MAX_ERROR = 200
-# A call's tokens are counted as this many more than its text has bytes, until the endpoint says how many they were.
+# Upper bound of a message's tokens: its bytes plus this. It holds until the endpoint reports the usage.
 OVERHEAD_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an endpoint is asked; `openai:MODEL@URL#name=value,...` changes them.
+    """How an endpoint is called; set by `openai:MODEL@URL#name=value,...`.
 
     Attributes:
-        concurrency: calls at once.   retries: of a call, after statuses 429 and 5xx, time-outs and lost connections.
-        timeout: seconds for one try.   backoff: seconds before the first retry; each one after waits twice as long.
-        max_wait: longest of those waits, also where the endpoint asks for more.
-        budget: tokens, prompts and replies, of this agent's life in one process; no call is made that could pass it,
-            and one without an answer counts in full.
-        give_up: calls in a row that fail for good, after which no more are made.
-        key_env: environment variable that holds the key.   seed: whether requests' seeds are sent.
+        concurrency: simultaneous calls.   retries: of a call, after statuses 408, 429, 5xx, timeouts, lost connections.
+        timeout: seconds for one try.   backoff: seconds before the first retry; doubled for each further one.
+        max_wait: longest wait in seconds, also if the endpoint asks for more.
+        budget: tokens of prompts and replies in one process, 0 for no limit. A call that could exceed it is not made; a
+            call that times out counts with its upper bound.
+        give_up: consecutive failed calls after which the agent makes no more.
+        key_env: environment variable with the key.   seed: whether the requests' seeds are sent.
     """
 
     concurrency: int = 8
@@ -61,11 +61,11 @@ def parse_spec(spec: str) -> tuple[str, str | None, Options]:
     """Model, address and options of `openai:MODEL`, `openai:MODEL@URL` or `openai:MODEL@URL#name=value,...`.
 
     Raises:
-        ValueError: no model, an address that is none or holds a key, an unknown option or value.
+        ValueError: no model, an invalid address or one with a key in it, an unknown option or value.
     """
     rest, _, settings = spec.removeprefix(PREFIX).partition("#")
-    found = re.fullmatch(r"(.*?)@([a-z]+:.*)", rest)
-    model, url = found.groups() if found else (rest, "")
+    match = re.fullmatch(r"(.*?)@([a-z]+:.*)", rest)
+    model, url = match.groups() if match else (rest, "")
     if not model:
         raise ValueError(f"agent: expected {PREFIX}MODEL or {PREFIX}MODEL@URL, got no model")
     if url:
@@ -79,30 +79,28 @@ def parse_spec(spec: str) -> tuple[str, str | None, Options]:
 
 def _settings(text: str) -> dict[str, Any]:
     kinds = {field.name: type(field.default) for field in fields(Options)}
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
         if name not in kinds:
             raise ValueError(f"agent: expected options of {', '.join(kinds)}, got {name[:40]!r}")
         try:
-            found[name] = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
+            values[name] = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
         except ValueError:
             raise ValueError(f"agent: {name}: expected {kinds[name].__name__}, got {value[:40]!r}") from None
-    return found
+    return values
 
 
 class EndpointAgent:
     """A model behind an OpenAI-compatible endpoint.
 
-    A call that fails for good is a Reply with an error; it never raises, and never says the key. Calls that a ledger
-    has are not made again, so that a run that was stopped goes on where it was.
+    A call that fails after all retries is a Reply with an error, not an exception. Errors never contain the key.
 
     Args:
-        model: as the endpoint calls it.   base_url: of the API; None: OPENAI_BASE_URL, or OpenAI's own.
+        model: its name at the endpoint.   base_url: of the API; None: OPENAI_BASE_URL, or that of OpenAI.
     Attributes:
-        spent: tokens so far.   calls, retried, failed: tries that were made, that were repeated, calls without a reply.
-        answered: calls with a reply.   ended: why no more calls are made (the budget, a refused key, an endpoint that
-            is down); "" while they are.
+        spent: tokens so far.   calls: tries.   retried: repeated tries.   failed, answered: calls without and with a
+            reply.   ended: why the agent makes no more calls (budget, refused key, endpoint down); "" while it does.
     """
 
     def __init__(self, model: str, base_url: str | None = None, options: Options | None = None) -> None:
@@ -126,7 +124,7 @@ class EndpointAgent:
 
     @classmethod
     def from_spec(cls, spec: str, *, ranks: int = 1) -> "EndpointAgent":
-        """The agent of `openai:MODEL@URL#name=value,...`; several ranks have a share of its calls and budget each."""
+        """The agent of `openai:MODEL@URL#name=value,...`; concurrency and budget are divided over the ranks."""
         model, url, options = parse_spec(spec)
         if ranks > 1:
             budget = max(1, options.budget // ranks) if options.budget else 0
@@ -135,11 +133,11 @@ class EndpointAgent:
 
     @property
     def batch_size(self) -> int:
-        """Calls that should go to a ledger together: few enough that a stop loses little."""
+        """Calls of one ledger transaction: few, so that an interrupted run loses little."""
         return 4 * self.options.concurrency
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in the order of the requests, several asked at once."""
+        """Replies in the order of the requests, asked concurrently."""
         replies = asyncio.run(self._respond(requests))
         if self._in_a_row and not self.answered:
             self._stopped = self._stopped or f"no call was answered, the last one: {replies[-1].error}"
@@ -163,7 +161,7 @@ class EndpointAgent:
             if self._stopped:
                 return self._no(self._stopped)
             if self._is_spent(most):
-                # Calls on their way may turn out to be shorter; this one is not made all the same.
+                # Calls in flight may use less than they reserved; this call is refused without waiting for them.
                 self.ended = f"budget: {self.spent} of {self.options.budget} tokens are spent, this may take {most}"
                 return self._no(self.ended)
             self._reserved += most
@@ -173,11 +171,11 @@ class EndpointAgent:
                 self._reserved -= most
 
     def _is_spent(self, more: int) -> bool:
-        """Whether the budget, less what calls on their way may take, leaves less than `more`."""
+        """Whether fewer than `more` tokens remain of the budget after those reserved by calls in flight."""
         return bool(self.options.budget) and self.spent + self._reserved + more > self.options.budget
 
     async def _tries(self, client: Any, request: Request, messages: list[dict], most: int) -> Reply:
-        """The reply to a request that may take `most` tokens a try."""
+        """The reply to a request; `most` is the upper bound of its tokens per try."""
         error = ""
         for attempt in range(self.options.retries + 1):
             if attempt:
@@ -187,33 +185,35 @@ class EndpointAgent:
                     break
                 self.retried += 1
             self.calls += 1
+            # Without a Retry-After header the wait depends on the attempt alone.
+            wait = _wait_seconds(self.options, request, attempt)
             try:
                 async with asyncio.timeout(self.options.timeout):
                     answer = await client.chat.completions.create(**self._arguments(request, messages))
             except TimeoutError:
                 error = f"no answer within {self.options.timeout:g} seconds"
-                # What was made of it is unknown.
+                # The endpoint may have generated, and billed, all of it.
                 self.spent += most
-                wait = self._wait(request, attempt, None)
             except self._openai.APIStatusError as failed:
                 error = f"status {failed.status_code}: {failed.message}"
                 if failed.status_code in (401, 403):
                     self._stopped = self._clean(f"the endpoint refuses the key of {self.options.key_env} ({error})")
                 if failed.status_code != 429 and failed.status_code < 500 and failed.status_code != 408:
-                    # The request is at fault, not the endpoint.
+                    # The endpoint refuses this request; a retry gets the same status. It does not count as a failure in
+                    # a row, because the endpoint works.
                     return self._no(error)
-                wait = self._wait(request, attempt, failed.response.headers.get("retry-after"))
+                wait = _wait_seconds(self.options, request, attempt, failed.response.headers.get("retry-after"))
             except self._openai.OpenAIError as failed:
-                # No connection, or an answer that is no answer.
-                error, wait = f"{type(failed).__name__}: {failed}", self._wait(request, attempt, None)
+                # No connection, or a body that the client cannot parse.
+                error = f"{type(failed).__name__}: {failed}"
             except (ValueError, TypeError, AttributeError) as failed:
-                error, wait = f"an answer that is none: {type(failed).__name__}", self._wait(request, attempt, None)
+                # Proxies return pages of HTML with status 200; the client then fails in its own parsing.
+                error = f"an answer that is none: {type(failed).__name__}"
             else:
                 reply, error = self._read(answer)
                 if reply is not None:
                     self._in_a_row, self.answered = 0, self.answered + 1
                     return reply
-                wait = self._wait(request, attempt, None)
             if attempt < self.options.retries:
                 await asyncio.sleep(wait)
         self._in_a_row += 1
@@ -222,24 +222,17 @@ class EndpointAgent:
         return self._no(error)
 
     def _arguments(self, request: Request, messages: list[dict]) -> dict[str, Any]:
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": self.model, "messages": messages, "temperature": request.temperature,
             "max_tokens": request.max_tokens,
         }  # fmt: skip
         if self.options.seed and request.temperature > 0:
-            # 31 bits, which every implementation takes.
+            # 31 bits: every implementation accepts such seeds.
             arguments["seed"] = request.seed % 2**31
         return arguments
 
-    def _wait(self, request: Request, attempt: int, asked: str | None) -> float:
-        """Seconds before the next try: twice as long each time, less up to half of it, so that calls come apart."""
-        wait = self.options.backoff * 2**attempt * random.Random(f"{request.seed}/{attempt}").uniform(0.5, 1.0)
-        if asked is not None and re.fullmatch(r"\d+(\.\d+)?", asked.strip()):
-            wait = max(wait, float(asked))
-        return min(wait, self.options.max_wait)
-
     def _read(self, answer: Any) -> tuple[Reply | None, str]:
-        """The reply of an answer, its tokens counted; or what is wrong with it."""
+        """The reply in an answer, or None and what is wrong with it; counts its tokens."""
         choices = getattr(answer, "choices", None)
         usage = getattr(getattr(answer, "usage", None), "total_tokens", None)
         text = getattr(getattr(choices[0], "message", None), "content", None) if choices else None
@@ -262,8 +255,17 @@ class EndpointAgent:
         return " ".join(text.split())[:MAX_ERROR] or "unknown"
 
 
+def _wait_seconds(options: Options, request: Request, attempt: int, retry_after: str | None = None) -> float:
+    """Seconds before the next try: doubled for each attempt, with jitter; at least what the endpoint asks for."""
+    # Jitter separates calls that failed together. It comes from the request's seed, so that a run is reproducible.
+    wait = options.backoff * 2**attempt * random.Random(f"{request.seed}/{attempt}").uniform(0.5, 1.0)
+    if retry_after is not None and re.fullmatch(r"\d+(\.\d+)?", retry_after.strip()):
+        wait = max(wait, float(retry_after))
+    return min(wait, options.max_wait)
+
+
 def _messages(request: Request) -> list[dict[str, str]]:
-    """What the endpoint is sent: the conversation, or for "user" the prompt that asks for its next turn.
+    """The messages sent to the endpoint: the conversation, or for task "user" a prompt that asks for its next turn.
 
     Raises:
         ValueError: a conversation for "user" that does not end with the assistant's turn.

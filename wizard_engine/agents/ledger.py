@@ -1,9 +1,9 @@
-"""A ledger of every call to an agent, so that no call that returned is ever made twice.
+"""A ledger of every call to an agent, so that no successful call is made twice.
 
-SQLite in write-ahead mode. A reply is stored under the content of its request and the fingerprint of its agent, in one
-transaction per returned batch, on disk before the batch is handed on. Failed calls are written to a table of their own,
-counted and never served. Several processes may hold the same ledger: where two of them asked the same, the first
-reply stored is the one that both serve.
+SQLite in write-ahead mode. The key of a reply is the content of its request and the fingerprint of its agent. Each
+batch is one transaction, on disk before the batch is returned. Failed calls are stored in a separate table, counted and
+never served. Several processes may share a ledger: if two of them ask the same, both serve the reply that was stored
+first.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wizard_engine.data.records import Message
+from wizard_engine.runtime.metrics import progress
 
 from .protocol import Agent, Reply, Request
 
@@ -37,7 +38,7 @@ CREATE TABLE failures (
 
 
 class Call(NamedTuple):
-    """One stored call: who was asked what, and the reply."""
+    """One stored call: agent, request and reply."""
 
     agent: str
     fingerprint: str
@@ -62,8 +63,8 @@ class Ledger:
     """The calls of all agents that share one file.
 
     Args:
-        path: SQLite file; made, with its folder, where it does not exist.
-        timeout_seconds: how long a write waits for another process to finish its own.
+        path: SQLite file; created with its folder if it does not exist.
+        timeout_seconds: longest wait for the write of another process.
     Raises:
         ValueError: the file is no ledger, or one of another version.
     """
@@ -80,27 +81,27 @@ class Ledger:
             raise ValueError(f"ledger {self.path}: expected a SQLite ledger, got {error}; give another path") from None
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, str]:
-        """The stored replies of those keys that have one."""
-        found: dict[bytes, str] = {}
+        """The stored replies of the keys that have one."""
+        stored: dict[bytes, str] = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            found.update(self._database.execute(f"SELECT key, text FROM replies WHERE key IN ({marks})", part))
-        return found
+            stored.update(self._database.execute(f"SELECT key, text FROM replies WHERE key IN ({marks})", part))
+        return stored
 
     def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> None:
-        """Writes what came back for a batch in one transaction; it is on disk when this returns."""
+        """Writes the replies of a batch in one transaction; it is on disk on return."""
         who = (agent.name, agent.fingerprint)
-        kept, failed = [], []
+        succeeded, failed = [], []
         for key, request, reply in zip(keys, requests, replies, strict=True):
             if reply.ok:
-                kept.append((key, *who, request.task, _pack(request.messages), *_settings(request), reply.text))
+                succeeded.append((key, *who, request.task, _pack(request.messages), *_settings(request), reply.text))
             else:
                 failed.append((key, *who, request.task, reply.error))
         database = self._database
         database.execute("BEGIN IMMEDIATE")
         try:
-            database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?)", kept)
+            database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?)", succeeded)
             database.executemany("INSERT INTO failures (key,agent,fingerprint,task,error) VALUES (?,?,?,?,?)", failed)
         except BaseException:
             database.execute("ROLLBACK")
@@ -117,11 +118,11 @@ class Ledger:
         return counts
 
     def errors(self) -> dict[str, int]:
-        """Error text -> how many failed calls gave it."""
+        """Error text -> number of failed calls with it."""
         return dict(self._database.execute("SELECT error, COUNT(*) FROM failures GROUP BY error ORDER BY error"))
 
     def calls(self, *, agent: str | None = None, task: str | None = None) -> Iterator[Call]:
-        """Yields the stored calls, of one agent or task where given, in the order they were stored."""
+        """Yields the stored calls, optionally of one agent or task, in the order they were stored."""
         query = (
             "SELECT agent, fingerprint, task, messages, seed, temperature, max_tokens, text FROM replies"
             " WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY number"
@@ -130,11 +131,11 @@ class Ledger:
             yield Call(name, fingerprint, Request(task_, _unpack(messages), *settings), text)
 
     def close(self) -> None:
-        """Closes the file; the ledger is of no use afterwards."""
+        """Closes the file; no further calls are possible."""
         self._database.close()
 
     def _enter_wal(self, timeout_seconds: float) -> None:
-        """Write-ahead mode; SQLite's own waiting does not cover this switch while another process makes it."""
+        """Switch to write-ahead mode. SQLite's own timeout does not cover this switch, so it is retried here."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
@@ -173,33 +174,41 @@ class Ledger:
 
 
 class LedgeredAgent:
-    """An agent that asks only for what its ledger lacks.
+    """An agent that asks only for what its ledger lacks, with a progress bar on stderr.
 
-    Requests that are equal are asked once. They go out in batches of `batch_size`, cut from the whole list before
-    stored ones are left out: an interrupted run that is started again asks for the same batches as an undisturbed one.
+    Equal requests are asked once, in batches of `batch_size`. Batches are cut before stored requests are skipped, so
+    that a resumed run asks for the same batches as an uninterrupted one.
 
-    An agent that says it has `ended`, an endpoint whose budget is spent or that is down, ends the run with its reason.
+    An agent with a reason in `ended` (its budget is spent, or its endpoint is down) ends the run with that reason.
+
+    Args:
+        batch_size: calls of one transaction.
+        quiet: no progress bar.
 
     Attributes:
-        served: task -> replies handed out without a call, in this process.
+        served: task -> replies returned without a call, in this process.
         asked: task -> calls made, in this process.
     """
 
-    def __init__(self, agent: Agent, ledger: Ledger, *, batch_size: int = 256) -> None:
+    def __init__(self, agent: Agent, ledger: Ledger, *, batch_size: int = 256, quiet: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}; give the calls of one transaction")
-        self.agent, self.ledger, self.batch_size = agent, ledger, batch_size
+        self.agent, self.ledger, self.batch_size, self.quiet = agent, ledger, batch_size, quiet
         self.name, self.fingerprint = agent.name, agent.fingerprint
         self.served: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in the order of the requests, from the ledger or else from the agent."""
+        """Replies in the order of the requests, from the ledger if stored, else from the agent."""
         keys = [request_key(self.fingerprint, request) for request in requests]
         unique = dict(zip(keys, requests))
         order, replies = list(unique), {}
-        for start in range(0, len(order), self.batch_size):
-            replies.update(self._batch({key: unique[key] for key in order[start : start + self.batch_size]}))
+        tasks = "+".join(dict.fromkeys(request.task for request in requests))
+        with progress(desc=f"{tasks} {self.name}", unit="call", total=len(order), quiet=self.quiet) as bar:
+            for start in range(0, len(order), self.batch_size):
+                batch = {key: unique[key] for key in order[start : start + self.batch_size]}
+                replies.update(self._batch(batch))
+                bar.update(len(batch))
         self.served.update(request.task for request in requests)
         return [replies[key] for key in keys]
 

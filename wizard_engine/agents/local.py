@@ -22,14 +22,13 @@ _FORMAT = "vicuna-v1.1/2"
 class LocalAgent:
     """A language model in this process, asked in the Vicuna format.
 
-    Every task is answered as the next assistant turn, except "user", which continues with the next user turn. A reply
-    depends on its own request alone, a greedy one (temperature 0) not even on its seed. A prompt that leaves no room in
-    the context is a failed call.
+    A reply is the next assistant turn, for task "user" the next user turn. It depends on its request alone; a greedy
+    one (temperature 0) does not depend on the seed. A prompt that leaves no room in the context is a failed call.
 
     Args:
-        model: on the device it shall run on.
-        name: for people; the fingerprint is made of the weights and the tokenizer.
-        batch_size: conversations decoded together.
+        model: on its device.
+        name: for display; the fingerprint is a hash of the weights and the tokenizer.
+        batch_size: conversations generated together.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, *, batch_size: int = 256) -> None:
@@ -49,7 +48,7 @@ class LocalAgent:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of chat format, tokenizer and weights, 16 hex digits; computed once, when first asked for."""
+        """Hash of chat format, tokenizer and weights, 16 hex digits; computed at first use."""
         digest = hashlib.sha256(f"{_FORMAT}\0{self.tokenizer.fingerprint}\0{self.model.config}".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -63,14 +62,16 @@ class LocalAgent:
         asked = [i for i, reply in enumerate(replies) if reply is None]
         if asked:
             samplings = [self._sampling(prompts[i], requests[i]) for i in asked]
-            own = [prompts[i] for i in asked]
-            found = continued(engine_for(self.model, own, samplings, self.batch_size), own, samplings)
-            for index, tokens in zip(asked, found.tokens):
-                replies[index] = Reply(_own_turn(self.tokenizer.decode(tokens).strip(), requests[index].task))
+            asked_prompts = [prompts[i] for i in asked]
+            generation = continued(
+                engine_for(self.model, asked_prompts, samplings, self.batch_size), asked_prompts, samplings
+            )
+            for index, tokens in zip(asked, generation.tokens):
+                replies[index] = Reply(_turn_text(self.tokenizer.decode(tokens).strip(), requests[index].task))
         return replies
 
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:
-        """How a request is continued; prompts with one seed draw other numbers."""
+        """Sampling options of a request; different prompts with the same seed draw different numbers."""
         row = int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:7], "big")
         return Sampling(
             request.max_tokens, float(request.temperature), seed=request.seed, row=row, eos_id=self.tokenizer.eos_id
@@ -91,7 +92,7 @@ class LocalAgent:
 
 
 def _encode_for_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation that ends with an assistant turn, up to where the next user turn begins."""
+    """Ids of a conversation that ends with an assistant turn, followed by the opening of the next user turn."""
     if not messages or messages[-1].role != "assistant":
         got = messages[-1].role if messages else "no messages"
         raise ValueError(f"task 'user': expected a conversation that ends with an assistant turn, got {got!r}; add it")
@@ -99,6 +100,6 @@ def _encode_for_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
     return [*opening, *encode_answer(tokenizer, messages[-1].content), *tokenizer.encode(NEXT_USER)]
 
 
-def _own_turn(text: str, task: str) -> str:
-    """A user turn written by a model runs on into the answer's heading; the turn is what stands before it."""
+def _turn_text(text: str, task: str) -> str:
+    """The turn of a reply. For task "user" a model continues with the answer; the turn ends at the answer's heading."""
     return text.partition("ASSISTANT:")[0].strip() if task == "user" else text

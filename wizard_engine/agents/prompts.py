@@ -1,8 +1,8 @@
-"""Prompts as text a language model can follow and a program can read back: `parse` is the exact inverse of `render`.
+"""Prompt templates that programs can parse, too: `parse` is the exact inverse of `render`.
 
 A template is a file `prompts/TASK.txt`. A field is a line `{name}` of its own under a heading line `#Heading#:`. Lines
-of a field's content that would read as such a heading get a backslash in front, so no content ends its own section.
-Where a file `prompts/TASK.FIELD.txt` exists, the field takes one of the names listed there, each with its meaning.
+of a field's content that look like such a heading get a backslash in front, so no content ends its own section. If a
+file `prompts/TASK.FIELD.txt` exists, it lists the names that the field accepts, each with its meaning.
 """
 
 import re
@@ -29,7 +29,7 @@ _STAGE = re.compile(r"(?m)^(Case (\d+)|Stage \d+: (.*)|Response: (.*))$")
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt cut at its fields: literals[0] field[0] literals[1] ... field[n-1] literals[n].
+    """A prompt split at its fields: literals[0] field[0] literals[1] ... field[n-1] literals[n].
 
     Attributes:
         choices: for a field with a fixed set of values, the line written for each value.
@@ -61,7 +61,7 @@ def render(task: str, **fields: str) -> str:
 
 
 def parse(task: str, text: str) -> dict[str, str]:
-    """The fields that `render(task, ...)` was given to make this text.
+    """The fields from which `render(task, ...)` made this text.
 
     Raises:
         ValueError: unknown task, or a text that the task's template did not make.
@@ -132,7 +132,7 @@ def dialogue(messages: Sequence[Message]) -> str:
 
 
 def parse_dialogue(text: str) -> tuple[Message, ...]:
-    """The messages that `dialogue` was given to make this text.
+    """The messages from which `dialogue` made this text.
 
     Raises:
         ValueError: a text that `dialogue` did not make.

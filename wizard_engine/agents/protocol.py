@@ -1,4 +1,4 @@
-"""Who answers, evolves and judges: one protocol for programs, checkpoints and endpoints."""
+"""The protocol of agents: programs, checkpoints and endpoints that answer, evolve and judge."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from wizard_engine.data.records import Message
 
 @dataclass(frozen=True)
 class Request:
-    """One question to an agent; everything its reply may depend on.
+    """One request to an agent: everything its reply may depend on.
 
     Attributes:
-        task: what is wanted: a task of `prompts.TASKS`, or "answer" / "user", which continue a conversation.
-        messages: all that a language model sees. For "answer" the conversation up to a user turn, for "user" up to an
+        task: a task of `prompts.TASKS`, or "answer" / "user", which continue a conversation.
+        messages: the whole input of a language model. For "answer" the conversation up to a user turn, for "user" up to
+        an
             assistant turn, for any other task one user message rendered by `prompts.render`.
-        seed: of the reply's randomness; requests that differ in the seed alone are independent draws.
+        seed: of the sampling; requests that differ only in the seed are independent draws.
         temperature: 0 is greedy.
         max_tokens: longest reply, in tokens of the agent.
     """
@@ -29,7 +30,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. Where `error` is not None the call failed: the text means nothing and is never stored."""
+    """Reply to a request. If `error` is not None, the call failed; the text has no meaning and is not stored."""
 
     text: str
     error: str | None = None
@@ -44,8 +45,8 @@ class Reply:
 class Agent(Protocol):
     """Answers requests in batches.
 
-    `name` is for people; `fingerprint` changes whenever a reply could change (weights, version, parameters), because
-    it is part of the ledger's key. A greedy reply depends on its own request alone, never on the rest of the batch.
+    `name` is for display. `fingerprint` changes whenever a reply could change (weights, version, parameters), because
+    it is part of the ledger's key. A greedy reply depends on its request alone, never on the rest of the batch.
     """
 
     name: str

@@ -1,15 +1,16 @@
-"""Agents by name: programs that were registered, directories that hold a checkpoint, endpoints."""
+"""Agents by name: registered programs, checkpoint directories, endpoints."""
 
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from wizard_engine.runtime.process import Runtime
+
+from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger, LedgeredAgent
+from .local import LocalAgent
 from .protocol import Agent
-
-if TYPE_CHECKING:  # programs need no torch
-    from wizard_engine.runtime.process import Runtime
+from .split import SplitAgent
 
 _FACTORIES: dict[str, Callable[[], Agent]] = {}
 
@@ -30,45 +31,45 @@ def make_agent(
     *,
     device: str = "cpu",
     batch_size: int = 256,
-    runtime: "Runtime | None" = None,
+    runtime: Runtime | None = None,
+    quiet: bool = False,
 ) -> Agent:
-    """The agent that a recipe's option names.
+    """The agent of a specification, as recipes accept it.
 
     Args:
         spec: a registered name, a directory with a saved model (see model.save_model), or an endpoint:
             `openai:MODEL`, `openai:MODEL@URL`, `openai:MODEL@URL#concurrency=16,budget=1000000` (see endpoint.Options).
-        ledger: where given, every call goes through it.
-        device: where a checkpoint runs; the runtime's device where a runtime is given.
-        batch_size: calls of one transaction; for a checkpoint also conversations decoded together.
-        runtime: with several ranks, each answers its share of the requests and all get all replies.
+        ledger: if given, every call goes through it.
+        device: of a checkpoint; with a runtime, that of the runtime.
+        batch_size: calls of one transaction; for a checkpoint also conversations generated together.
+        runtime: with several ranks, the requests are sharded over the ranks and every rank gets all replies.
+        quiet: no progress bar (see LedgeredAgent).
     Raises:
         ValueError: neither a registered name nor a directory with a model, or an endpoint that cannot be asked.
     """
     agent = _make(
         str(spec), str(runtime.device) if runtime else device, batch_size, runtime.world_size if runtime else 1
     )
-    # Calls that cost money are written down in smaller parts.
+    # Calls that cost money are stored in smaller batches, so that a stop loses few of them.
     batch_size = min(batch_size, getattr(agent, "batch_size", batch_size)) if _is_endpoint(spec) else batch_size
     if ledger is not None:
-        agent = LedgeredAgent(agent, ledger, batch_size=batch_size)
+        agent = LedgeredAgent(agent, ledger, batch_size=batch_size, quiet=quiet)
     if runtime is not None and runtime.world_size > 1:
-        from .split import SplitAgent
-
         agent = SplitAgent(agent, runtime.rank, runtime.world_size)
     return agent
 
 
 class Cast:
-    """The agents of one recipe, by their specs: each made once, all with one ledger.
+    """The agents of one recipe by their specs, each made once, all with one ledger.
 
     Args:
-        ledger: SQLite file of every call; made where it does not exist.
-        runtime: where the agents run; with several ranks their work is divided.
-        batch_size: as for make_agent.
+        ledger: SQLite file of every call; created if it does not exist.
+        runtime: with several ranks, requests are sharded over the ranks.
+        batch_size, quiet: as for make_agent.
     """
 
-    def __init__(self, ledger: Path, runtime: "Runtime", *, batch_size: int = 256) -> None:
-        self.ledger, self.runtime, self.batch_size = Ledger(ledger), runtime, batch_size
+    def __init__(self, ledger: Path, runtime: Runtime, *, batch_size: int = 256, quiet: bool = False) -> None:
+        self.ledger, self.runtime, self.batch_size, self.quiet = Ledger(ledger), runtime, batch_size, quiet
         self._made: dict[str, Agent] = {}
 
     def agent(self, spec: str) -> Agent:
@@ -78,11 +79,13 @@ class Cast:
             ValueError: as for make_agent.
         """
         if spec not in self._made:
-            self._made[spec] = make_agent(spec, self.ledger, batch_size=self.batch_size, runtime=self.runtime)
+            self._made[spec] = make_agent(
+                spec, self.ledger, batch_size=self.batch_size, runtime=self.runtime, quiet=self.quiet
+            )
         return self._made[spec]
 
     def close(self) -> None:
-        """Closes the ledger; agents of this cast can no longer be asked."""
+        """Closes the ledger; the agents of this cast accept no further requests."""
         self.ledger.close()
 
     def optional(self, spec: str | None) -> Agent | None:
@@ -91,19 +94,15 @@ class Cast:
 
 
 def _is_endpoint(spec: str | Path) -> bool:
-    return str(spec).startswith("openai:")
+    return str(spec).startswith(PREFIX)
 
 
 def _make(spec: str, device: str, batch_size: int, ranks: int) -> Agent:
     if spec in _FACTORIES:
         return _FACTORIES[spec]()
     if _is_endpoint(spec):
-        from .endpoint import EndpointAgent  # loads the client, which others do not need
-
         return EndpointAgent.from_spec(spec, ranks=ranks)
     if (Path(spec) / "config.json").is_file():
-        from .local import LocalAgent  # loads the model code, which programs do not need
-
         return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
     near = difflib.get_close_matches(spec, registered(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"

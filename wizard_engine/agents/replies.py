@@ -1,4 +1,4 @@
-"""Reading replies: what the text of each task's reply says, or None where it does not say it."""
+"""Parsers of the replies to each task; None for a reply that does not have the form."""
 
 import re
 
@@ -30,10 +30,10 @@ def read_equal(text: str) -> bool | None:
 
 def read_scores(text: str, count: int) -> tuple[float, ...] | None:
     """The last `count` scores written `[[x]]`, each from 1 to 10; None with fewer of them or one out of range."""
-    found = [float(number) for number in _SCORE.findall(text)][-count:]
-    if len(found) < count or not all(1 <= score <= 10 for score in found):
+    scores = [float(number) for number in _SCORE.findall(text)][-count:]
+    if len(scores) < count or not all(1 <= score <= 10 for score in scores):
         return None
-    return tuple(found)
+    return tuple(scores)
 
 
 def read_labels(text: str, count: int) -> tuple[int, ...] | None:
@@ -64,6 +64,6 @@ _DIFFICULTIES = ("easy", "medium", "hard")
 
 def read_tags(text: str) -> dict[str, str] | None:
     """Topic, skill and difficulty, from lines `Topic: ...`; None where one is missing, long, or no difficulty."""
-    found = {name.lower(): flatten(value).lower() for name, value in _TAG_LINE.findall(text)}
-    fits = all(0 < len(found.get(name, "")) <= 40 for name in ("topic", "skill", "difficulty"))
-    return found if fits and found["difficulty"] in _DIFFICULTIES else None
+    tags = {name.lower(): flatten(value).lower() for name, value in _TAG_LINE.findall(text)}
+    fits = all(0 < len(tags.get(name, "")) <= 40 for name in ("topic", "skill", "difficulty"))
+    return tags if fits and tags["difficulty"] in _DIFFICULTIES else None

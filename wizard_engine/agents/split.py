@@ -1,4 +1,4 @@
-"""One agent on several ranks: each rank answers its share of the requests, all of them get all replies."""
+"""One agent on several ranks: requests are sharded over the ranks, and every rank gets all replies."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,13 @@ from .protocol import Agent, Reply, Request
 
 
 class SplitAgent:
-    """Divides requests over the ranks of a process group and gathers the replies in order.
+    """Shards requests over the ranks of the process group and gathers the replies in order.
 
-    Every rank must make the same calls with the same requests, so that the work around the agent runs the same on all
-    of them. Equal requests are asked once.
+    Every rank must make the same calls with the same requests. Equal requests are asked once.
 
     Args:
-        agent: this rank's own.
-        rank, world_size: this rank's place.
+        agent: the agent of this rank.
+        rank, world_size: of the process group.
     """
 
     def __init__(self, agent: Agent, rank: int, world_size: int) -> None:

@@ -1,1 +1,1 @@
-"""Which rows are trained on: attributes, analysis, weighted sampling, deduplication and decontamination."""
+"""Choice of training rows: attributes, analysis, weighted sampling, deduplication and decontamination."""

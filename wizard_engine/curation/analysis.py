@@ -18,7 +18,7 @@ Perplexity = Callable[[list[Conversation]], list[float]]
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known about a set of rows.
+    """Attributes and tables of a set of rows.
 
     Attributes:
         rows: the rows in order, their attributes completed.
@@ -27,7 +27,7 @@ class Analysis:
             "summary" (min, median, mean, p95, max) beside them.
         pairs: for each two attributes {"a", "b", "n", "cramers_v", "rows", "columns", "counts"}; counts[i][j] is the
             number of rows with a = rows[i] and b = columns[j].
-        notes: sentences on how values came about.
+        notes: sentences on how values were inferred.
         columns: attribute -> the value of each row, None where unknown.
     """
 
@@ -45,17 +45,17 @@ class Analysis:
 def analyze(
     rows: Sequence[Row], *, perplexity: Perplexity | None = None, sources: Sequence[str] | None = None, seed: int = 0
 ) -> Analysis:
-    """Attributes of rows, and what they are like together.
+    """Attributes of rows, and their tables.
 
-    A value that a row brings along in its attributes is kept; the others are inferred by attributes.py.
+    Values in a row's attributes are kept; the others are inferred by attributes.py.
 
     Args:
         rows: at least one row, of any kinds.
-        perplexity: numbers for a list of conversations, such as a checkpoint's; None leaves that attribute out.
+        perplexity: numbers for a list of conversations, such as those of a checkpoint; None: no such attribute.
         sources: name of each row's file, for rows that do not name a source.
         seed: of the clusters that name topics beyond the lexicon.
     Raises:
-        ValueError: no rows; sources or perplexities of another number than the rows.
+        ValueError: no rows, or another number of sources or perplexities than rows.
     """
     if not rows:
         raise ValueError("rows: expected at least one row, got none; give a file with rows")
@@ -63,9 +63,9 @@ def analyze(
         raise ValueError(f"sources: expected one per row ({len(rows)}), got {len(sources)}; give a name for each row")
     views = [view(row) for row in rows]
     inferred = infer(rows, views, sources=sources, perplexity=perplexity, seed=seed)
-    own = {name: [row.attributes.get(name) for row in rows] for name in inferred}
-    columns = {name: [a if a is not None else b for a, b in zip(own[name], inferred[name])] for name in inferred}
-    tables = {name: _table(columns[name], own[name], clusters=name == "cluster") for name in columns}
+    present = {name: [row.attributes.get(name) for row in rows] for name in inferred}
+    columns = {name: [a if a is not None else b for a, b in zip(present[name], inferred[name])] for name in inferred}
+    tables = {name: _table(columns[name], present[name], clusters=name == "cluster") for name in columns}
     completed = [
         row.replace(
             attributes=row.attributes | {name: value for name, value in zip(columns, values) if value is not None}
@@ -83,7 +83,7 @@ def infer(
     perplexity: Perplexity | None,
     seed: int,
 ) -> dict[str, list[Any]]:
-    """Inferred columns in the order of ATTRIBUTES; a heuristic does not run where the row brings the value along."""
+    """Inferred columns in the order of ATTRIBUTES; a heuristic does not run for rows that have the value."""
 
     def column(name: str, function: Callable[[View], Any]) -> list[Any]:
         return [None if row.attributes.get(name) is not None else function(item) for row, item in zip(rows, views)]
@@ -107,7 +107,7 @@ def infer(
 
 
 def _topics(rows: Sequence[Row], views: Sequence[View], seed: int) -> list[str | None]:
-    """The lexicon's topic, else that of a cluster of all rows that the lexicon leaves without one."""
+    """The lexicon's topic; rows without one get the topic of their cluster."""
     open_rows = [index for index, row in enumerate(rows) if row.attributes.get("topic") is None]
     topics: list[str | None] = [None] * len(rows)
     for index in open_rows:
@@ -130,21 +130,21 @@ def answered(rows: Sequence[Row]) -> list[Conversation]:
 
 def _perplexities(views: Sequence[View], perplexity: Perplexity | None) -> list[float | None]:
     """Perplexities by the callable; None for a row without an answer, and for a value that is not finite."""
-    found: list[float | None] = [None] * len(views)
+    perplexities: list[float | None] = [None] * len(views)
     chosen = [index for index, item in enumerate(views) if _has_answer(item)]
     if perplexity is None or not chosen:
-        return found
+        return perplexities
     values = perplexity([Conversation(views[index].messages) for index in chosen])
     if len(values) != len(chosen):
         raise ValueError(f"perplexity: expected {len(chosen)} values, got {len(values)}; return one per conversation")
     for index, value in zip(chosen, values):
-        found[index] = float(value) if math.isfinite(value) else None
-    return found
+        perplexities[index] = float(value) if math.isfinite(value) else None
+    return perplexities
 
 
-def _table(values: Sequence[Any], own: Sequence[Any], *, clusters: bool) -> dict[str, Any]:
-    """Table of a column, and how many of its values the rows brought along."""
-    kept = sum(value is not None for value in own)
+def _table(values: Sequence[Any], present: Sequence[Any], *, clusters: bool) -> dict[str, Any]:
+    """Table of a column, with the number of values that came with the rows."""
+    kept = sum(value is not None for value in present)
     known = sum(value is not None for value in values)
     origin = {"kept": kept, "inferred": known - kept, "missing": len(values) - known}
     return origin | column_table(values, clusters=clusters)

@@ -13,8 +13,8 @@
 | toxic | whether a word of a small list occurs |
 | cluster | id of the near-duplicate cluster of the user turns |
 
-Values that a row brings along are kept by analysis.py. Lexicons see English, Spanish and Chinese; for other languages
-topic falls to clusters and skill to "other".
+analysis.py keeps values that a row already has. Lexicons cover English, Spanish and Chinese. In other languages the
+topic is that of a cluster and the skill is "other".
 """
 
 import math
@@ -64,7 +64,7 @@ _QUANTITY, _SUM = alternatives(lexicons.QUANTITY), alternatives(lexicons.CALCULA
 
 
 class View(NamedTuple):
-    """What the heuristics look at in a row of any kind."""
+    """The texts of a row of any kind that the heuristics read."""
 
     messages: tuple[Message, ...]
     first: str  # first user turn
@@ -99,7 +99,7 @@ def _identify():
 
 
 def language_method() -> str:
-    """A sentence that says how languages are told apart in this installation."""
+    """A sentence on how languages are recognised in this installation."""
     if _identify() is None:
         return (
             "language: py3langid is not installed, so Latin-script rows are told apart by counts of stop words "
@@ -111,9 +111,9 @@ def language_method() -> str:
 def language(text: str, answer: str = "") -> str:
     """ISO 639-1 code of the language of `text`; `answer` helps where the text is short. "und" when undecidable.
 
-    CJK is told by script: kana means Japanese, Hangul Korean, Han alone Chinese, wherever such characters are at least
-    an eighth of the letters. A text of two or more stop words of one language, and twice as many as of any other, is
-    of that language when it is shorter than 100 letters; else py3langid decides among 32 languages (LANGUAGES).
+    CJK is recognised by script: kana means Japanese, Hangul Korean, Han alone Chinese, wherever such characters are at
+    least an eighth of the letters. A text of two or more stop words of one language, and twice as many as of any other,
+    is of that language when it is shorter than 100 letters; else py3langid decides among 32 languages (LANGUAGES).
     """
     text = text[:300]
     letters = sum(character.isalpha() for character in text)
@@ -224,10 +224,10 @@ def math_kind(question: str) -> str | None:
     """
     if not is_math(question):
         return None
-    found = [name for name, pattern in _MATH.items() if name != "additive" and pattern.search(question)]
-    if len(found) > 1:
+    kinds = [name for name, pattern in _MATH.items() if name != "additive" and pattern.search(question)]
+    if len(kinds) > 1:
         return "mixed"
-    return found[0] if found else "additive"
+    return kinds[0] if kinds else "additive"
 
 
 def is_tool_call(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which training texts repeat an evaluation text: word n-grams, compared exactly after normalising."""
+"""Training texts that repeat an evaluation text, by exact word n-grams after normalisation."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ BATCH = 4096
 
 @dataclass(frozen=True)
 class Match:
-    """What one text shares with the evaluation texts; it is true when the text is contaminated.
+    """The overlap of one text with the evaluation texts; true if the text is contaminated.
 
     evaluation: index of the evaluation text that is repeated most (the first of equal ones), None for a clean text.
     ngram: the first n-gram in the text that both have, words joined by blanks.
@@ -67,7 +67,7 @@ def contaminated(
 
 @dataclass
 class Index:
-    """The n-grams of the evaluation texts, and where they come from."""
+    """The n-grams of the evaluation texts, and the texts that hold them."""
 
     n: int
     ids: dict[str, int] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Index:
     hashes: np.ndarray | None = None
 
     def add(self, parts: list[str]) -> None:
-        """Takes in the words of the next evaluation text."""
+        """Adds the words of the next evaluation text."""
         evaluation = len(self.sizes)
         grams = set(ngrams(parts, self.n))
         for gram in grams:
@@ -100,18 +100,18 @@ class Index:
 
         Whole texts that are equal to a short evaluation text come with no positions.
         """
-        found: dict[int, list[int]] = {i: [] for i, parts in enumerate(batch) if self.is_whole(parts)}
+        positions: dict[int, list[int]] = {i: [] for i, parts in enumerate(batch) if self.is_whole(parts)}
         ids = np.fromiter((self.ids.get(part, 0) for parts in batch for part in parts), np.uint64)
         if len(ids) < self.n or not len(self.hashes):
-            return found
+            return positions
         hashes = gram_hashes(ids, self.n)
         places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
         hits = np.flatnonzero(self.hashes[places] == hashes)
         starts = np.concatenate([[0], np.cumsum([len(parts) for parts in batch])])
         owner = np.searchsorted(starts, hits, side="right") - 1
         for text, position in zip(owner.tolist(), (hits - starts[owner]).tolist()):
-            found.setdefault(text, []).append(position)
-        return found
+            positions.setdefault(text, []).append(position)
+        return positions
 
     def is_whole(self, parts: list[str]) -> bool:
         """Whether a text of fewer than n words is, word for word, an evaluation text."""

@@ -17,7 +17,7 @@ SEED = 1
 class Shingles(NamedTuple):
     """Shingle hashes of N texts: text i has hashes[offsets[i] : offsets[i + 1]], sorted and unique.
 
-    groups tells apart texts that differ in their numbers or arithmetic signs.
+    groups differs for texts that differ in their numbers or arithmetic signs.
     """
 
     hashes: np.ndarray
@@ -39,12 +39,12 @@ def near_duplicates(
     permutations: int = 128,
     numbers_matter: bool = True,
 ) -> np.ndarray:
-    """Cluster of each text, where texts that say almost the same share one.
+    """Cluster of each text, where near-duplicates share one.
 
-    Two texts are joined when the Jaccard index of their shingles (runs of `shingle` words, see `words`) is at least
+    Two texts are joined if the Jaccard index of their shingles (runs of `shingle` words, see `words`) is at least
     `threshold` and their numbers are the same in the same order. Candidates come from MinHash with bands that find a
     pair at the threshold with probability 0.999 or more; each candidate is verified on all its shingles. Clusters are
-    the connected components. Deterministic; the order of the texts changes nothing but the numbering.
+    the connected components. Deterministic; the order of the texts changes the numbering only.
 
     Args:
         texts: any Unicode texts; case, punctuation and width do not count, a Chinese character counts as a word.
@@ -62,8 +62,10 @@ def near_duplicates(
     shingles = shingle_texts(texts, shingle=shingle)
     signatures = minhash_signatures(shingles, permutations=permutations)
     clusters = np.empty(len(texts), np.int64)
+    # With one group for all, the C++ code never separates texts by their numbers.
     groups = shingles.groups if numbers_matter else np.zeros(len(texts), np.uint64)
     arrays = (shingles.hashes, shingles.offsets, groups, signatures)
+    # MinHash bands only propose pairs; the C++ code verifies each on all its shingles, so a false one costs time only.
     rows = band_rows(threshold, permutations)
     pointers = [array.ctypes.data for array in arrays]
     status = csrc.library().wizard_clusters(*pointers, len(texts), permutations, rows, threshold, clusters.ctypes.data)
@@ -81,7 +83,9 @@ def shingle_texts(texts: Sequence[str], *, shingle: int = 3) -> Shingles:
         raise ValueError(f"shingle: expected at least 1 word, got {shingle}; choose for example 3")
     split = [words(text, operators=True) for text in texts]
     joined = [" ".join(parts).encode() for parts in split]
+    # One buffer of all texts: C++ reads text i between ends[i - 1] and ends[i].
     ends = np.cumsum([len(part) for part in joined], dtype=np.int64)
+    # An upper bound: a text has at most as many distinct shingles as words.
     hashes = np.empty(sum(map(len, split)), np.uint64)
     offsets = np.empty(len(texts) + 1, np.int64)
     text = b"".join(joined)
@@ -93,6 +97,7 @@ def shingle_texts(texts: Sequence[str], *, shingle: int = 3) -> Shingles:
 
 def number_group(parts: Sequence[str]) -> int:
     """64-bit hash of the numbers and signs among a text's words, in order."""
+    # Word problems often differ in their numbers alone; as training rows they are different problems.
     numbers = [part for part in parts if not part[0].isalpha()]
     return int.from_bytes(blake2b(" ".join(numbers).encode(), digest_size=8).digest(), "little") if numbers else 0
 
@@ -117,8 +122,9 @@ def band_rows(threshold: float, permutations: int) -> int:
     """Most rows per band with which a pair at the threshold shares a band with probability RECALL.
 
     A pair of Jaccard index s shares one of b = permutations // r bands of r rows with probability 1 - (1 - s^r)^b.
-    One row per band, where even that is not enough.
+    Returns 1 if no number of rows is enough.
     """
+    # More rows per band propose fewer false pairs, so the largest number with enough recall is the cheapest.
     for rows in range(permutations, 1, -1):
         if 1 - (1 - threshold**rows) ** (permutations // rows) >= RECALL:
             return rows

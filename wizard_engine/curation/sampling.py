@@ -53,16 +53,16 @@ def rake(
     """Weights that give each attribute its target shares: iterative proportional fitting, weights capped.
 
     A pass scales, attribute by attribute, the weights of each value's rows to that value's share, then cuts weights at
-    `cap` times their mean; it ends when all shares are met to 1e-6 or after `iterations`. What the cap keeps out of
-    reach shows as achieved != target. Rows without the attribute (None) form the value "unknown", which keeps its
-    natural share unless targeted; the shares given are of the rest. When they sum to less than 1, the values that are
-    not named share the remainder in natural proportion; when they sum to 1, those values get none.
+    `cap` times their mean; it ends when all shares are met to 1e-6 or after `iterations`. A share that the cap prevents
+    shows as achieved != target. Rows without the attribute (None) form the value "unknown", which keeps its
+    natural share unless targeted; target shares are of the other rows. If they sum to less than 1, the values without a
+    target get the remainder in natural proportion; if they sum to 1, those values get none.
 
     Args:
         attributes: name -> (N,) values of the rows; further attributes than those targeted are reported.
         targets: name -> value -> share in [0, 1]; for numbers a value may be a range "10..20" (10 <= x < 20),
             "..10" or "20..", and numbers in no range form the value "other".
-        cap: most that a weight may be, in mean weights; 1 or more.
+        cap: largest weight, in mean weights; 1 or more.
         iterations: most passes, 1 or more.
     Raises:
         ValueError: a share above 0 for a value that no row has or that other targets exclude; shares outside [0, 1]
@@ -71,17 +71,17 @@ def rake(
     count = check_attributes(attributes, targets, cap, iterations)
     columns = {name: column(values, targets.get(name, {})) for name, values in attributes.items()}
     natural = {name: shares(labels, np.ones(count)) for name, labels in columns.items()}
-    target = {name: complete_target(name, wanted, natural[name]) for name, wanted in targets.items()}
+    target = {name: complete_target(name, shares_V, natural[name]) for name, shares_V in targets.items()}
     coded = [encode(columns[name], target[name]) for name in targets]
     weights, passes = np.ones(count), 0
-    for codes, wanted in coded:
-        weights[wanted[codes] == 0] = 0
+    for codes, shares_V in coded:
+        weights[shares_V[codes] == 0] = 0
     check_reachable(weights, {name: columns[name] for name in targets}, target)
     drawable, weights = weights > 0, cap_weights(weights, cap)
     while passes < iterations and marginal_error(weights, coded) > TOLERANCE:
-        for codes, wanted in coded:
-            sums = np.bincount(codes, weights, len(wanted))
-            weights = weights * np.divide(wanted, sums, out=np.zeros_like(wanted), where=sums > 0)[codes]
+        for codes, shares_V in coded:
+            sums = np.bincount(codes, weights, len(shares_V))
+            weights = weights * np.divide(shares_V, sums, out=np.zeros_like(shares_V), where=sums > 0)[codes]
         weights[drawable] = np.maximum(weights[drawable], SMALLEST)
         weights, passes = cap_weights(weights, cap), passes + 1
     error = marginal_error(weights, coded)
@@ -99,7 +99,7 @@ def rake(
 
 
 def effective_sample_size(weights: np.ndarray) -> float:
-    """(sum w)^2 / sum w^2 of (N,) weights: how many equally weighted rows tell as much."""
+    """(sum w)^2 / sum w^2 of (N,) weights: the number of equally weighted rows with the same variance."""
     weights = np.asarray(weights, np.float64)
     return float(weights.sum() ** 2 / np.square(weights).sum())
 
@@ -114,7 +114,7 @@ def sample_without_replacement(weights: np.ndarray, k: int, seed: int) -> np.nda
     """Indices of k different rows, row i among them with a chance close to p_i = k w_i / sum w.
 
     Exponential order sampling: the k smallest of E_i / -log(1 - p_i), with E_i seeded exponential draws; as many of the
-    keys are below 1 as rows are wanted, on average, and each with chance p_i. For small p_i it is the classic
+    keys are below 1 as rows are drawn, on average, and each with chance p_i. For small p_i this is the classic
     weighted reservoir.
 
     Args:
@@ -158,7 +158,7 @@ def partition(rows: Sequence[Item], slices: int, seed: int) -> list[list[Item]]:
 
 
 def uniform_target(values: Sequence[Any]) -> dict[str, float]:
-    """Equal shares for every value that rows have, those without one left out."""
+    """Equal shares for every value that rows have; rows without a value do not count."""
     labels = sorted(set(column(values, {})) - {UNKNOWN})
     return {name: 1 / len(labels) for name in labels}
 
@@ -172,13 +172,13 @@ def label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def column(values: Sequence[Any], wanted: Mapping[Any, float]) -> list[str]:
-    """Names of values; numbers go by the ranges among the keys of `wanted` when there are any."""
-    keys = list(map(label, wanted))
-    ranges = [(key, found) for key in keys if (found := RANGE.fullmatch(key))]
+def column(values: Sequence[Any], target: Mapping[Any, float]) -> list[str]:
+    """Names of values; numbers are mapped to the ranges among the keys of `target`, if there are any."""
+    keys = list(map(label, target))
+    ranges = [(key, match) for key in keys if (match := RANGE.fullmatch(key))]
     if not ranges:
         return [label(value) for value in values]
-    bounds = [(key, float(found[1] or -math.inf), float(found[2] or math.inf)) for key, found in ranges]
+    bounds = [(key, float(match[1] or -math.inf), float(match[2] or math.inf)) for key, match in ranges]
     names = []
     for value in values:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -212,21 +212,21 @@ def shares(labels: Sequence[str], weights: np.ndarray) -> dict[str, float]:
     return {name: total / float(weights.sum()) for name, total in totals.most_common()}
 
 
-def complete_target(name: str, wanted: Mapping[Any, float], natural: Mapping[str, float]) -> dict[str, float]:
-    """Shares of all the values of an attribute, summing to 1, from those given. Rules and errors as in `rake`."""
-    given = {label(value): share for value, share in wanted.items()}
-    for value, share in given.items():
+def complete_target(name: str, requested: Mapping[Any, float], natural: Mapping[str, float]) -> dict[str, float]:
+    """Target shares of all values of an attribute, summing to 1. Rules and errors as in `rake`."""
+    named = {label(value): share for value, share in requested.items()}
+    for value, share in named.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"targets.{name}.{value}: expected a share from 0 to 1, got {share!r}; correct it")
         if share > 0 and value not in natural:
             known = ", ".join(list(natural)[:12])
             raise ValueError(f"targets.{name}.{value}: expected a value that rows have, got none; values are: {known}")
-    free = {value: share for value, share in natural.items() if value not in given}
+    free = {value: share for value, share in natural.items() if value not in named}
     aside = free.pop(UNKNOWN, 0.0)
-    total, rest = sum(given.values()), sum(free.values())
+    total, rest = sum(named.values()), sum(free.values())
     if total > 1 + TOLERANCE or (total < 1 - TOLERANCE and not rest):
         raise ValueError(f"targets.{name}: expected shares that sum to 1, got {total:.6g}; correct them")
-    target = {value: share * (1 - aside) for value, share in given.items() if value in natural}
+    target = {value: share * (1 - aside) for value, share in named.items() if value in natural}
     scale = max(0.0, 1 - total) * (1 - aside) / rest if rest else 0.0
     target |= {value: (share * scale if scale > TOLERANCE else 0.0) for value, share in free.items()}
     target |= {UNKNOWN: aside} if aside else {}
@@ -242,9 +242,9 @@ def encode(labels: Sequence[str], target: Mapping[str, float]) -> tuple[np.ndarr
 def check_reachable(weights: np.ndarray, columns: Mapping[str, Sequence[str]], target: Mapping[str, Mapping]) -> None:
     """ValueError where a value has a target but all of its rows are excluded by a target of 0 on another attribute."""
     for name, labels in columns.items():
-        left = {value for value, weight in zip(labels, weights.tolist()) if weight > 0}
+        drawable = {value for value, weight in zip(labels, weights.tolist()) if weight > 0}
         for value, share in target[name].items():
-            if share > 0 and value not in left:
+            if share > 0 and value not in drawable:
                 raise ValueError(
                     f"targets.{name}.{value}: expected a row that may be drawn, got only rows that shares of 0 on "
                     "other attributes exclude; give those a share"
@@ -266,7 +266,8 @@ def cap_weights(weights: np.ndarray, cap: float) -> np.ndarray:
     cap = min(cap, count)
     falling = np.sort(weights)[::-1][:positive]
     below = np.cumsum(falling[::-1])[::-1]
-    # With the m heaviest rows at the cap the others sum to count - m cap; m is the least that leaves them below it.
+    # With the m heaviest rows at the cap, the others must sum to count - m cap. The smallest m is used for which none
+    # of them exceeds the cap.
     scales = (count - cap * np.arange(positive)) / below
     fits = scales * falling <= cap * (1 + 1e-12)
     return np.minimum(weights * scales[np.argmax(fits)], cap) if fits.any() else np.where(weights > 0, cap, 0.0)
@@ -275,5 +276,5 @@ def cap_weights(weights: np.ndarray, cap: float) -> np.ndarray:
 def marginal_error(weights: np.ndarray, coded: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """Largest difference between a value's share of the weight and its target; 0 without targets."""
     total = weights.sum()
-    errors = [np.abs(np.bincount(codes, weights, len(wanted)) / total - wanted).max() for codes, wanted in coded]
+    errors = [np.abs(np.bincount(codes, weights, len(shares_V)) / total - shares_V).max() for codes, shares_V in coded]
     return float(max(errors, default=0.0))

@@ -1,4 +1,4 @@
-"""From raw rows to the slices that are trained on: duplicates and contaminated rows out, weighted draw, partition."""
+"""Raw rows to training slices: removal of duplicates and contaminated rows, weighted draw, partition."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ REPORTED = ("topic", "language", "skill", "source", "difficulty", "turns", "toxi
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Rows that stay, and why each of the others was removed: {"id", "reason", ...} in row order."""
+class Filtered:
+    """The rows kept, and the reason for each removed row: {"id", "reason", ...} in row order."""
 
     rows: list[Row]
     removed: list[dict[str, Any]]
@@ -33,7 +33,7 @@ class Draw:
 
 def remove_duplicates(
     rows: Sequence[Row], *, threshold: float = 0.8, shingle: int = 3, by: Literal["prompt", "row"] = "prompt"
-) -> Kept:
+) -> Filtered:
     """Rows without exact and near-duplicates; the first of each cluster stays.
 
     Args:
@@ -55,10 +55,12 @@ def remove_duplicates(
             continue
         reason = "exact_duplicate" if exact[index] != index else "near_duplicate"
         removed.append({"id": row.id, "reason": reason, "of": rows[cluster[index]].id})
-    return Kept(kept, removed)
+    return Filtered(kept, removed)
 
 
-def remove_contaminated(rows: Sequence[Row], evaluation: Sequence[str], *, n: int = 13, min_share: float = 0.0) -> Kept:
+def remove_contaminated(
+    rows: Sequence[Row], evaluation: Sequence[str], *, n: int = 13, min_share: float = 0.0
+) -> Filtered:
     """Rows of which no turn repeats an evaluation text (see `contaminated`).
 
     Returns:
@@ -73,7 +75,7 @@ def remove_contaminated(rows: Sequence[Row], evaluation: Sequence[str], *, n: in
             kept.append(row)
         else:
             removed.append({"id": row.id, "reason": "contaminated", **vars(match)})
-    return Kept(kept, removed)
+    return Filtered(kept, removed)
 
 
 def draw(
@@ -89,8 +91,8 @@ def draw(
 
     Args:
         targets: attribute -> value -> share, see `rake`; {} draws with equal weights.
-        size: rows to draw; None takes as many as the weights allow without repeating a row.
-        cap: most that a weight may be, in mean weights.
+        size: rows to draw; None: as many as the weights allow without repeating a row.
+        cap: largest weight, in mean weights.
     Returns:
         Draw; report: the raked marginals, and under "drawn" the shares of the rows drawn.
     Raises:
@@ -132,14 +134,14 @@ def select(
     dedupe: Mapping[str, Any] | None = None,
     decontaminate: Mapping[str, Any] | None = None,
 ) -> Selection:
-    """Duplicates out, contaminated rows out, weighted draw, random partition.
+    """Removes duplicates and contaminated rows, draws by weight, and partitions into random slices.
 
     Args:
         evaluation: held-out texts.
         dedupe, decontaminate: keyword arguments of `remove_duplicates` and `remove_contaminated`.
         Others: as in `draw` and `partition`.
     Raises:
-        ValueError: nothing is left after cleaning, or as the steps.
+        ValueError: no row remains after cleaning, or as the steps.
     """
     unique = remove_duplicates(rows, **(dedupe or {}))
     clean = remove_contaminated(unique.rows, evaluation, **(decontaminate or {}))

@@ -14,7 +14,7 @@ REST = "(rest)"
 
 
 class Bin(NamedTuple):
-    """A range of numbers, both ends included, with the label that stands for it."""
+    """A range of numbers, both ends included, and its label."""
 
     label: str
     low: float
@@ -22,7 +22,7 @@ class Bin(NamedTuple):
 
 
 def value_label(value: Any) -> str | None:
-    """Text that stands for a value in a table; None stays None."""
+    """Label of a value in a table; None stays None."""
     if value is None:
         return None
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
@@ -45,9 +45,9 @@ def quantile_bins(values: Sequence[float | None], bins: int = 5) -> tuple[list[s
         return [None] * len(values), []
     edges = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
     place = np.searchsorted(edges, known, side="left")
-    found = {int(p): _bin(known[place == p].min(), known[place == p].max()) for p in np.unique(place)}
+    bin_at = {int(p): _bin(known[place == p].min(), known[place == p].max()) for p in np.unique(place)}
     places = iter(place.tolist())
-    return [None if value is None else found[next(places)].label for value in values], list(found.values())
+    return [None if value is None else bin_at[next(places)].label for value in values], list(bin_at.values())
 
 
 def _bin(low: float, high: float) -> Bin:
@@ -130,8 +130,8 @@ def _grouped(labels: Sequence[str | None]) -> list[str | None]:
 
 def _pair(a: str, b: str, first: Sequence[str | None], second: Sequence[str | None]) -> dict[str, Any]:
     rows, columns, counts = contingency(first, second)
-    found = {"a": a, "b": b, "n": int(counts.sum()), "cramers_v": cramers_v(counts)}
-    return found | {"rows": rows, "columns": columns, "counts": counts.tolist()}
+    pair = {"a": a, "b": b, "n": int(counts.sum()), "cramers_v": cramers_v(counts)}
+    return pair | {"rows": rows, "columns": columns, "counts": counts.tolist()}
 
 
 def contingency(first: Sequence[str | None], second: Sequence[str | None]) -> tuple[list[str], list[str], np.ndarray]:

@@ -17,17 +17,17 @@ _FILLER_CHARACTERS = frozenset(lexicons.FILLER_CHARACTERS)
 
 def terms(text: str, limit: int = 600) -> list[str]:
     """Content words of a text, and for unspaced scripts pairs of neighbouring characters."""
-    found, previous = [], ""
+    content_words, previous = [], ""
     for word in words(text[:limit]):
         if len(word) == 1 and not word.isascii():
             if previous and word not in _FILLER_CHARACTERS:
-                found.append(previous + word)
+                content_words.append(previous + word)
             previous = "" if word in _FILLER_CHARACTERS else word
             continue
         previous = ""
         if len(word) > 2 and not word[0].isdigit() and word not in _IGNORED:
-            found.append(word)
-    return found
+            content_words.append(word)
+    return content_words
 
 
 def clustered_topics(texts: Sequence[str], *, seed: int = 0, most: int = 8) -> list[str]:
@@ -59,8 +59,8 @@ def tfidf(texts: Sequence[str], *, features: int = 1500, least: int = 3) -> tupl
     documents = [Counter(terms(text)) for text in texts]
     frequency = Counter(term for document in documents for term in document)
     common = max(least, len(texts) // 5)
-    kept = [(count, term) for term, count in frequency.items() if least <= count <= common]
-    vocabulary = [term for _, term in sorted(kept, key=lambda pair: (-pair[0], pair[1]))[:features]]
+    qualifying = [(count, term) for term, count in frequency.items() if least <= count <= common]
+    vocabulary = [term for _, term in sorted(qualifying, key=lambda pair: (-pair[0], pair[1]))[:features]]
     column = {term: index for index, term in enumerate(vocabulary)}
     vectors = np.zeros((len(texts), len(vocabulary)), np.float32)
     for row, document in enumerate(documents):
@@ -93,7 +93,7 @@ def _first_centres(vectors: np.ndarray, clusters: int, generator: np.random.Gene
 
 
 def _kmeans(vectors: np.ndarray, centres: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Alternates assignment and centres; an empty cluster takes the worst-placed vector."""
+    """Alternates assignment and centres; an empty cluster gets the vector farthest from its centre."""
     assignment = np.full(len(vectors), -1)
     for _ in range(iterations):
         similarity = vectors @ centres.T

@@ -1,4 +1,4 @@
-"""Batches: samples packed end to end, without padding, with the marks that keep them apart."""
+"""Batches: samples packed end to end without padding, with the offsets that separate them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What a model takes: (tokens, positions, cu_seqlens, max_seqlen)."""
+        """Arguments of a model: (tokens, positions, cu_seqlens, max_seqlen)."""
         return self.tokens, self.positions, self.cu_seqlens, self.max_seqlen
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -68,13 +68,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class SharedBatch:
-    """Packed samples of which those with the same prompt have its tokens once: T positions.
+    """Packed samples that store the tokens of a shared prompt once: T positions.
 
-    tokens, positions: (T,) int64, prompts first.   prefixes: who continues what.
+    tokens, positions: (T,) int64, prompts first.   prefixes: which answer continues which prompt.
     rows: (R,) int64, for each answer token, sample after sample, the position whose hidden state predicts it.
-    targets: (R,) int64, those tokens.   own: (R,) int64, their own positions, with `last` (else -1).
+    targets: (R,) int64, those tokens.   target_positions: (R,) int64, their positions, with `last` (else -1).
     cu_answers: (S + 1,) int32, where each sample's answer tokens start.
-    pieces: (sample, first, last) of the tokens that stand in the row, in their order.   max_seqlen: longest sample.
+    pieces: (sample, first, last) of the tokens in the pack, in order.   max_seqlen: longest sample.
     """
 
     tokens: Tensor
@@ -82,19 +82,19 @@ class SharedBatch:
     prefixes: Prefixes
     rows: Tensor
     targets: Tensor
-    own: Tensor
+    target_positions: Tensor
     cu_answers: Tensor
     pieces: list[tuple[int, int, int]]
     max_seqlen: int
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Prefixes, int]:
-        """What a model takes."""
+        """Arguments of a model."""
         return self.tokens, self.positions, self.prefixes, self.max_seqlen
 
     def to(self, device: torch.device | str) -> "SharedBatch":
         """The batch with its tensors on a device."""
-        names = ("tokens", "positions", "rows", "targets", "own", "cu_answers")
+        names = ("tokens", "positions", "rows", "targets", "target_positions", "cu_answers")
         moved = {name: to_device(getattr(self, name), device) for name in names}
         return replace(self, prefixes=self.prefixes.to(device), **moved)
 
@@ -103,27 +103,13 @@ def share_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int], *, la
     """Batch of the samples in their order, each prompt once.
 
     Args:
-        prompt_tokens: how many tokens at the beginning of each sample are its prompt, at least 1.
-        last: keep each sample's last token as a position too, which predicts nothing.
+        prompt_tokens: number of prompt tokens at the start of each sample, at least 1.
+        last: keep each sample's last token as a position, although it predicts nothing.
     Raises:
         ValueError: no samples, or one without a prompt or an answer.
     """
-    for number, (sample, count) in enumerate(zip(samples, prompt_tokens, strict=True)):
-        if not 1 <= count < len(sample.tokens):
-            raise ValueError(
-                f"samples: expected 1 to {len(sample.tokens) - 1} prompt tokens in sample {number}, got {count}"
-            )
-    if not samples:
-        raise ValueError("samples: expected at least one, got none")
-    owner: dict[bytes, int] = {}
-    first_of: list[int] = []
-    group = []
-    for number, (sample, count) in enumerate(zip(samples, prompt_tokens)):
-        key = sample.tokens[:count].tobytes()
-        if key not in owner:
-            owner[key] = len(first_of)
-            first_of.append(number)
-        group.append(owner[key])
+    _check_prompts(samples, prompt_tokens)
+    prompt_of, first_of = _distinct_prompts(samples, prompt_tokens)
     ends = [len(sample.tokens) - (0 if last else 1) for sample in samples]
     prompts = [(number, 0, prompt_tokens[number]) for number in first_of]
     tails = [(number, prompt_tokens[number], end) for number, end in enumerate(ends)]
@@ -132,16 +118,17 @@ def share_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int], *, la
     prefix_tokens, total = int(starts[len(prompts)]), int(starts[-1])
     previous = np.arange(-1, total - 1)
     previous[starts[: len(prompts)]] = starts[: len(prompts)]
-    keys, rows, targets, places = [], [], [], []
-    for number, (own, count, end) in enumerate(zip(group, prompt_tokens, ends)):
-        begin, tail = starts[own], starts[len(prompts) + number]
+    keys, rows, targets, target_positions = [], [], [], []
+    for number, (prompt, count, end) in enumerate(zip(prompt_of, prompt_tokens, ends)):
+        begin, tail = starts[prompt], starts[len(prompts) + number]
         keys += [np.arange(begin, begin + count), np.arange(tail, tail + end - count)]
         if end > count:
+            # The first token of an answer follows the last one of its prompt, which stands elsewhere in the pack.
             previous[tail] = begin + count - 1
         answer = len(samples[number].tokens) - count
         rows += [[begin + count - 1], np.arange(tail, tail + answer - 1)]
         targets.append(samples[number].tokens[count:])
-        places.append(np.arange(tail, tail + answer) if last else np.full(answer, -1))
+        target_positions.append(np.arange(tail, tail + answer) if last else np.full(answer, -1))
     lengths = [len(sample.tokens) - count for sample, count in zip(samples, prompt_tokens)]
 
     def marks(sizes: Sequence[int]) -> Tensor:
@@ -157,16 +144,42 @@ def share_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int], *, la
         positions=torch.from_numpy(np.concatenate([np.arange(a, b) for _, a, b in pieces])),
         prefixes=prefixes, rows=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-        own=torch.from_numpy(np.concatenate(places).astype(np.int64)), cu_answers=marks(lengths), pieces=pieces,
-        max_seqlen=max(ends),
+        target_positions=torch.from_numpy(np.concatenate(target_positions).astype(np.int64)),
+        cu_answers=marks(lengths), pieces=pieces, max_seqlen=max(ends),
     )  # fmt: skip
+
+
+def _check_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int]) -> None:
+    for number, (sample, count) in enumerate(zip(samples, prompt_tokens, strict=True)):
+        if not 1 <= count < len(sample.tokens):
+            raise ValueError(
+                f"samples: expected 1 to {len(sample.tokens) - 1} prompt tokens in sample {number}, got {count}"
+            )
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
+
+
+def _distinct_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """For each sample the number of its prompt, and for each distinct prompt the first sample that has it."""
+    number_of: dict[bytes, int] = {}
+    first_of: list[int] = []
+    prompt_of = []
+    for number, (sample, count) in enumerate(zip(samples, prompt_tokens)):
+        key = sample.tokens[:count].tobytes()
+        if key not in number_of:
+            number_of[key] = len(first_of)
+            first_of.append(number)
+        prompt_of.append(number_of[key])
+    return prompt_of, first_of
 
 
 def prompt_groups(
     samples: Sequence[Sample], prompt_tokens: Sequence[int], indices: Sequence[int], capacity: int
 ) -> list[list[int]]:
-    """Some samples in runs that keep those of one prompt together, each of at most `capacity` shared tokens (or one
-    sample that is longer)."""
+    """The samples `indices` in groups that keep those of one prompt together.
+
+    A group has at most `capacity` tokens, each prompt counted once, or it is a single longer sample.
+    """
     by_prompt: dict[bytes, list[int]] = {}
     for index in indices:
         by_prompt.setdefault(samples[index].tokens[: prompt_tokens[index]].tobytes(), []).append(index)
@@ -176,7 +189,7 @@ def prompt_groups(
     for group in ordered:
         prompt = prompt_tokens[group[0]]
         answers = [len(samples[i].tokens) - prompt for i in group]
-        # A prompt is cut only where it does not fit into a run of its own.
+        # The answers to a prompt are split only if they do not fit into one group.
         is_new, closes = True, prompt + sum(answers) <= capacity < filled + prompt + sum(answers)
         for index, answer in zip(group, answers):
             needed = answer + (prompt if is_new else 0)

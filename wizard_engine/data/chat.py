@@ -3,8 +3,8 @@
     <s>SYSTEM USER: u1 ASSISTANT: a1</s>USER: u2 ASSISTANT: a2</s>
 
 The ids are those of the segments `SYSTEM`, ` USER:`, ` u1`, ` ASSISTANT:`, ` a1`, then EOS, then `USER:`, ` u2`, ...
-each encoded for itself, so that a prompt's ids are a prefix of the conversation's and nothing inside a content can be
-taken for a boundary. Trained are the ids of ` a1` and the EOS that closes it, of every answer.
+each encoded separately. So the ids of a prompt are a prefix of those of the conversation, and no text inside a message
+is read as a boundary. The loss covers the ids of every answer and the EOS that closes it.
 
 Source: FastChat's template vicuna_v1.1.
 """
@@ -27,7 +27,7 @@ USER, NEXT_USER, ASSISTANT = " USER:", "USER:", " ASSISTANT:"
 # The fixed segments: as atoms of `train_tokenizer` each is one token.
 CHAT_ATOMS = (SYSTEM, USER, NEXT_USER, ASSISTANT)
 
-# The same in Jinja, for others that read a model's directory; the ids are those of the whole text.
+# The same format in Jinja, for other programs that read a model directory. They encode the text as a whole.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
@@ -45,7 +45,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sequence to learn from.
+    """A training sequence.
 
     tokens: (n,) int32, BOS first.
     weights: (n,) float32; weights[i] is the loss weight of tokens[i] as a target, so weights[0] is 0.
@@ -56,14 +56,14 @@ class Sample:
 
 
 class Rejection(NamedTuple):
-    """A row that gave no sample: its index among the rows, and why."""
+    """A row that gives no sample: its index among the rows, and the reason."""
 
     index: int
     reason: str
 
 
 def _segment(tokenizer: Tokenizer, text: str) -> str:
-    """What to encode for a segment that goes on after other ids (the rule is in tokenizer.py)."""
+    """The text to encode for a segment that follows other ids (the rule is in tokenizer.py)."""
     return text.removeprefix(" ") if tokenizer.prefixes_space else text
 
 
@@ -115,7 +115,7 @@ def _sample(tokenizer: Tokenizer, parts: Iterable[tuple[str, bool]], encode: Enc
 def _fitting(sample: Sample, max_length: int | None) -> Sample:
     if max_length is not None and len(sample.tokens) > max_length:
         raise ValueError(
-            f"sample: expected at most {max_length} tokens, got {len(sample.tokens)}; raise max_length or leave it out"
+            f"sample: expected at most {max_length} tokens, got {len(sample.tokens)}; raise max_length or omit it"
         )
     return sample
 
@@ -140,7 +140,7 @@ def encode_conversation(
     Args:
         messages: an optional system message (it replaces SYSTEM), then user and assistant in turns, assistant last.
         max_length: most tokens, BOS and EOS included; None for any number.
-        truncate: drop whole exchanges from the end until the rest fits; nothing is ever cut inside a turn.
+        truncate: drop whole exchanges from the end until the rest fits; turns are never cut.
     Raises:
         ValueError: roles do not alternate, an answer is blank, or the sample does not fit.
     """
@@ -148,7 +148,7 @@ def encode_conversation(
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids up to and with ` ASSISTANT:`, a prefix of the conversation's that goes on with any answer.
+    """Ids up to and including ` ASSISTANT:`: a prefix of the conversation with any answer.
 
     Args:
         messages: as for `encode_conversation`, but a user message last; an earlier answer may be blank.
@@ -161,7 +161,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that follow a prompt's: those of the answer and the closing EOS."""
+    """The ids that follow a prompt: those of the answer and the closing EOS."""
     return [*tokenizer.encode(_segment(tokenizer, " " + text)), tokenizer.eos_id]
 
 
@@ -221,7 +221,7 @@ def encode_conversations(
         rows: conversations.   max_length, truncate: as there.
         on_error: "raise" at the first row that gives no sample, or "skip" it.
     Returns:
-        samples: in the rows' order, without the skipped.   rejected: index and reason of each skipped row.
+        samples: in the order of the rows, without the skipped ones.   rejected: index and reason of each skipped row.
     Raises:
         ValueError: a row gives no sample and on_error is "raise"; names its index and id.
     """
@@ -246,7 +246,7 @@ def _cache(tokenizer: Tokenizer, rows: Sequence[Conversation]) -> Encode:
 
 
 def _is_unicode(text: str) -> bool:
-    """False where the text holds a lone surrogate, which no tokenizer takes."""
+    """False for a text with a lone surrogate, which no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,11 +1,11 @@
-"""The number that an answer claims: how texts and their numbers are read."""
+"""Reading the number that an answer claims."""
 
 import re
 import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
-# A minus belongs to the number unless something that can be subtracted from stands before it.
+# A minus is a sign of the number unless an operand stands before it; then it is a subtraction.
 _NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>(?:(?<![)\]%])[-−–]\s?)?)[$€£¥]?\s?"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+,\d{1,2}(?![\d,])|\d*\.\d+|\d+)(?:\s?/\s?(?P<below>\d+)(?!\d))?"
@@ -19,11 +19,11 @@ _CLAUSE_END = re.compile(r"\n|[.!?。！？](?=\s|$)")
 
 
 def extract_answer(text: str) -> Fraction | None:
-    """The number that an answer claims, exactly, or None where it claims none.
+    """The exact number that an answer claims, or None.
 
     The last "####", "The answer is", "Answer: 7", "La respuesta es" or \\boxed{} decides: the first number behind it,
     or, where an equation follows ("is 3 + 4 = 7"), the one behind the last "=" of the sentence. A mark without a number
-    behind it claims nothing. Without a mark it is the last number of the text. Read are signs, decimals ("3.50"),
+    behind it claims nothing. Without a mark the last number of the text counts. Accepted are signs, decimals ("3.50"),
     commas between thousands ("1,234") or before one or two decimals ("3,5"), currency signs, fractions ("3/4") and
     full-width digits.
     """
@@ -49,6 +49,6 @@ def _value(match: re.Match[str]) -> Fraction:
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Whether two texts claim the same number; False where either claims none."""
+    """Whether two texts claim the same number; False if either claims none."""
     claimed = extract_answer(answer)
     return claimed is not None and claimed == extract_answer(reference)

@@ -40,14 +40,14 @@ def expect(value: Any, kind: type, name: str) -> Any:
 
 
 def field(record: dict, key: str, kind: type, name: str = "") -> Any:
-    """record[key], of the given kind; ValueError names the key when it is missing or of another type."""
+    """record[key] of the type `kind`; ValueError names a key that is missing or of another type."""
     if key not in record:
         raise ValueError(f"{name}{key}: expected {kind.__name__}, got no such field")
     return expect(record[key], kind, name + key)
 
 
 def rest(record: dict, *known: str) -> dict[str, Any]:
-    """Attributes of a foreign record: its own `attributes`, then every key outside `known`; "id" as "source_id"."""
+    """Attributes of a record in another format: `attributes`, then every key outside `known`; "id" as "source_id"."""
     attributes = dict(record["attributes"]) if isinstance(record.get("attributes"), dict) else {}
     for key, value in record.items():
         if key not in (*known, "attributes"):
@@ -84,8 +84,8 @@ def sharegpt_messages(value: Any, name: str) -> tuple[tuple[Message, ...], int]:
     return tuple(system + body[dropped:]), dropped
 
 
-def own_row(record: dict, content: tuple[str, ...]) -> tuple[dict, dict]:
-    """Attributes and lineage of a record in the project's own form."""
+def native_fields(record: dict, content: tuple[str, ...]) -> tuple[dict, dict]:
+    """Attributes and lineage of a record in this project's format."""
     attributes = dict(expect(record.get("attributes", {}), dict, "attributes"))
     lineage = expect(record.get("lineage", {}), dict, "lineage")
     for key, value in record.items():
@@ -101,25 +101,27 @@ def keep_foreign_id(row: Row, record: dict) -> Row:
     return row.replace(attributes={"source_id": record["id"], **row.attributes})
 
 
-def read_own_conversation(record: dict) -> list[Row]:
+def read_conversation(record: dict) -> list[Row]:
     """{"messages": [{"role", "content"}]}"""
     messages = role_messages(expect(record["messages"], list, "messages"), "messages")
-    return [keep_foreign_id(Conversation(messages, *own_row(record, ("messages",))), record)]
+    return [keep_foreign_id(Conversation(messages, *native_fields(record, ("messages",))), record)]
 
 
-def read_own_preference(record: dict) -> list[Row]:
+def read_preference(record: dict) -> list[Row]:
     """{"prompt": text or messages, "chosen": text, "rejected": text}"""
     prompt = role_messages(record["prompt"], "prompt")
     answers = field(record, "chosen", str), field(record, "rejected", str)
-    row = Preference(prompt, *answers, *own_row(record, ("prompt", "chosen", "rejected")))
+    row = Preference(prompt, *answers, *native_fields(record, ("prompt", "chosen", "rejected")))
     return [keep_foreign_id(row, record)]
 
 
-def read_own_process(record: dict) -> list[Row]:
+def read_process(record: dict) -> list[Row]:
     """{"prompt": text or messages, "steps": [text], "labels": [1 | 0 | -1]}"""
     prompt = role_messages(record["prompt"], "prompt")
     steps, labels = tuple(field(record, "steps", list)), tuple(field(record, "labels", list))
-    return [keep_foreign_id(Process(prompt, steps, labels, *own_row(record, ("prompt", "steps", "labels"))), record)]
+    return [
+        keep_foreign_id(Process(prompt, steps, labels, *native_fields(record, ("prompt", "steps", "labels"))), record)
+    ]
 
 
 def read_sharegpt(record: dict) -> list[Row]:
@@ -261,9 +263,9 @@ def has_solutions(record: dict) -> bool:
     return "question" in record and any(isinstance(value, dict) and "solution" in value for value in record.values())
 
 
-# The first format whose keys are all there reads the record.
+# The first format whose keys are all present reads the record.
 FORMATS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict], list[Row]]], ...] = (
-    ("process", lambda record: "prompt" in record and ("steps" in record or "labels" in record), read_own_process),
+    ("process", lambda record: "prompt" in record and ("steps" in record or "labels" in record), read_process),
     (
         "preference",
         lambda record: "conversations" in record and ("chosen" in record or "rejected" in record),
@@ -272,9 +274,9 @@ FORMATS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict], list[Row]]], 
     (
         "preference",
         lambda record: "prompt" in record and ("chosen" in record or "rejected" in record),
-        read_own_preference,
+        read_preference,
     ),
-    ("conversation", lambda record: "messages" in record, read_own_conversation),
+    ("conversation", lambda record: "messages" in record, read_conversation),
     ("conversation", lambda record: "conversations" in record, read_sharegpt),
     ("conversation", lambda record: "instruction" in record and "instances" in record, read_instances),
     ("conversation", lambda record: "instruction" in record, read_alpaca),

@@ -14,14 +14,14 @@ Pack = np.ndarray
 
 
 class Loader:
-    """Yields, step by step, the packs of sample indices that this rank trains on.
+    """Yields for each step the packs of sample indices that this rank trains on.
 
     Each epoch: seeded shuffle of the samples, windows of `window` samples, best-fit packing inside a window, seeded
-    shuffle of the packs. Steps take `packs_per_step` packs each, across the ends of epochs; of them, rank r gets
-    packs r, r + world_size, ... The packs of a step do not depend on `world_size`.
+    shuffle of the packs. A step uses the next `packs_per_step` packs, across epochs. Rank r gets packs r,
+    r + world_size, ... of them. The packs of a step do not depend on `world_size`.
 
-    When packs run out in the last step, packs of several samples are cut in two until there are enough; only when
-    fewer samples than packs are left does a rank get fewer packs (then maybe none) in that step.
+    If the last step has too few packs, packs of several samples are split until there are enough. If it has fewer
+    samples than packs, some ranks get fewer packs, possibly none.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Loader:
         """Plans the steps.
 
         Args:
-            lengths: (N,) tokens that each sample takes in a pack, each in [1, capacity].
+            lengths: (N,) tokens of each sample in a pack, each in [1, capacity].
             capacity: most tokens of a pack.
             packs_per_step: packs of one step over all ranks; a multiple of world_size.
             seed: of the order, 0 or more.
-            epochs: passes over the samples; a fraction takes that share of the last one's packs; None goes on for ever
-                and `steps` is None.
-            window: samples that are packed together; 0 packs all of an epoch together.
+            epochs: passes over the samples; a fraction uses that fraction of the last pass's packs. None: endless, and
+                `steps` is None.
+            window: samples packed together; 0: all samples of an epoch.
         Raises:
             ValueError: an argument outside its range, or a length outside [1, capacity].
         """
@@ -61,14 +61,14 @@ class Loader:
         self.steps = None if epochs is None else math.ceil(packs / packs_per_step)
 
     def __iter__(self) -> Iterator[list[Pack]]:
-        """Yields this rank's packs of each step that is left: lists of (n,) int64 arrays of sample indices."""
+        """Yields this rank's packs of each remaining step: lists of (n,) int64 arrays of sample indices."""
         while self.steps is None or self._step < self.steps:
             packs = self._next_step()
             self._indices = np.concatenate(packs)
             yield packs[self.rank :: self.world_size]
 
     def __len__(self) -> int:
-        """Number of steps that are left; TypeError for a loader without end."""
+        """Number of remaining steps; TypeError for an endless loader."""
         if self.steps is None:
             raise TypeError("a loader with epochs=None has no length")
         return self.steps - self._step
@@ -84,11 +84,11 @@ class Loader:
         return self._indices
 
     def state(self) -> dict[str, Any]:
-        """JSON state from which `load_state` goes on with the step after the one yielded last."""
+        """JSON state; after `load_state` the loader yields the step after the last one."""
         return {"step": self._step, "epoch": self._epoch, "pack": self._start, "order": self._order}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state` was taken; world_size, rank and epochs may differ.
+        """Continues exactly at a state; world_size, rank and epochs may differ.
 
         Raises:
             ValueError: the state belongs to other samples or other settings.
@@ -120,14 +120,14 @@ class Loader:
             )
 
     def _packs(self, epoch: int) -> list[Pack]:
-        """Packs of an epoch in their seeded order, [] after the last epoch; the epoch asked for last is kept."""
-        left = math.inf if self.epochs is None else self.epochs - epoch
-        if left <= 0:
+        """Packs of an epoch in their seeded order, [] after the last epoch; the last result is cached."""
+        epochs_left = math.inf if self.epochs is None else self.epochs - epoch
+        if epochs_left <= 0:
             return []
         if self._cache is None or self._cache[0] != epoch:
             self._cache = epoch, self._whole_epoch(epoch)
         packs = self._cache[1]
-        return packs if left >= 1 else packs[: max(1, round(left * len(packs)))]
+        return packs if epochs_left >= 1 else packs[: max(1, round(epochs_left * len(packs)))]
 
     def _whole_epoch(self, epoch: int) -> list[Pack]:
         samples = seeded_order(len(self.lengths), self.seed, epoch, 0)
@@ -139,7 +139,7 @@ class Loader:
         return [packs[index] for index in seeded_order(len(packs), self.seed, epoch, 1)]
 
     def _next_step(self) -> list[Pack]:
-        """The packs of the next step over all ranks; moves the position behind it."""
+        """The packs of the next step over all ranks; advances the position."""
         packs: list[Pack] = []
         while len(packs) < self.packs_per_step and (epoch_packs := self._packs(self._epoch)):
             taken = epoch_packs[self._start : self._start + self.packs_per_step - len(packs)]

@@ -1,4 +1,4 @@
-"""Packing of sequences into rows of at most `capacity` tokens: best fit decreasing, in C++ and in plain Python."""
+"""Packing of sequences into packs of at most `capacity` tokens: best fit decreasing, in C++ and in plain Python."""
 
 from bisect import bisect_left, insort
 
@@ -10,8 +10,8 @@ import csrc
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """The bin of each sequence under best-fit decreasing.
 
-    Sequences are taken longest first (equal lengths in input order); each goes into the bin with the least space that
-    still fits it (of equal ones, the bin that got that space last), else into a new bin.
+    Sequences are placed longest first (equal lengths in input order), each into the bin with the least sufficient space
+    (of equal ones, the bin that got that space last), else into a new bin.
 
     Args:
         lengths: (N,) integers in [1, capacity], tokens.
@@ -66,7 +66,7 @@ def check_lengths(lengths: np.ndarray, capacity: int) -> np.ndarray:
             f"lengths: expected a 1-d array of integers, got {lengths.ndim}-d {lengths.dtype}; pass token counts"
         )
     if capacity < 1:
-        raise ValueError(f"capacity: expected at least 1 token, got {capacity}; choose the tokens of a packed row")
+        raise ValueError(f"capacity: expected at least 1 token, got {capacity}; choose the tokens of a pack")
     lengths = np.ascontiguousarray(lengths, np.int64)
     wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if wrong.size:

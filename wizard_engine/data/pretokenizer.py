@@ -1,4 +1,4 @@
-"""The units into which trained tokenizers cut text, and the alphabet in which byte-level tokens are written."""
+"""The units into which trained tokenizers split text, and the alphabet of byte-level tokens."""
 
 import json
 import re
@@ -27,7 +27,7 @@ BYTE_CHARACTERS = _byte_characters()
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """Bytes of a byte-level token; a token outside the alphabet is taken as it stands."""
+    """Bytes of a byte-level token; a token outside the alphabet is encoded in UTF-8."""
     if any(character not in BYTE_CHARACTERS for character in token):
         return token.encode("utf-8")
     return bytes(BYTE_CHARACTERS[character] for character in token)
@@ -40,7 +40,7 @@ def splitter() -> pre_tokenizers.PreTokenizer:
 
 
 def splitter_fields() -> dict[str, Any]:
-    """The splitter as tokenizer.json holds it."""
+    """The splitter's fields in tokenizer.json."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = splitter()
     return json.loads(backend.to_str())["pre_tokenizer"]
@@ -66,7 +66,7 @@ def alternatives(texts: Sequence[str]) -> re.Pattern[str] | None:
 class UnitCache:
     """Encodes ASCII text by looking up its units, six times as fast as the library, for tokenizers trained here.
 
-    The units are encoded one by one in any case, so that a unit's ids do not depend on what stands around it.
+    The ids of a unit do not depend on the text around it, because such tokenizers encode each unit separately.
     """
 
     def __init__(self, backend: Backend, fields: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class UnitCache:
 
     @staticmethod
     def suits(fields: dict[str, Any]) -> bool:
-        """Whether the tokenizer cuts text as `train_tokenizer` makes them do, and in no other way."""
+        """Whether a tokenizer splits text exactly like those of `train_tokenizer`."""
         model = fields["model"]
         alike = fields.get("pre_tokenizer") == splitter_fields() and fields.get("normalizer") is None
         return alike and model.get("type") == "BPE" and not model.get("dropout")
@@ -89,8 +89,8 @@ class UnitCache:
         known = self._ids
         for part in self._cut.split(text) if self._cut else [text]:
             for unit in [part] if part in self._atoms else ASCII_UNITS.findall(part):
-                found = known.get(unit)
-                ids += self._learn(unit) if found is None else found
+                unit_ids = known.get(unit)
+                ids += self._learn(unit) if unit_ids is None else unit_ids
         return ids
 
     def _learn(self, unit: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Training rows: what they are, and how they are read from and written to files.
+"""Reading and writing of training rows.
 
 Reading recognises the project's own JSONL, Alpaca, ShareGPT, preference pairs, question and answer, solutions with
 checked arithmetic, and self-instruct files, each as JSONL or as one JSON array. A bad record is an error that names
@@ -65,7 +65,7 @@ class Reject(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One JSON value of a file with its first line (counted from 1), or the error that stands in its place."""
+    """One JSON value of a file, or its error, with its first line (counted from 1)."""
 
     line: int
     value: Any
@@ -84,12 +84,12 @@ def read_rows(
     """Rows of a file, in file order.
 
     Args:
-        path: .json (an array) or .jsonl, in any of the formats above; which one is seen from the content.
-        kind: the only kind of row expected; None takes any.
-        on_error: "raise" stops at the first bad record; "skip" leaves bad records out, logs how many, and writes them
-            to `rejects`.
-        rejects: JSONL file for what "skip" left out, written only when there is something; one object a record with
-            path, line, error, text.
+        path: .json (an array) or .jsonl, in any of the formats above; the content decides which.
+        kind: the only accepted kind of row; None accepts all.
+        on_error: "raise" stops at the first bad record; "skip" skips bad records, logs their number, and writes them to
+            `rejects`.
+        rejects: JSONL file of the skipped records, written only if there are any; one object a record with path, line,
+            error, text.
         allow_empty: return [] for an empty file instead of an error.
     Raises:
         ValueError: `path:line: field: expected X, got Y`.
@@ -106,7 +106,7 @@ def read_files(
     rejects: Path | None = None,
     allow_empty: bool = False,
 ) -> tuple[list[Row], list[Reject]]:
-    """Rows of several files, one after the other, and the records left out. Arguments and errors as in `read_rows`."""
+    """Rows of several files in order, and the skipped records. Arguments and errors as in `read_rows`."""
     located, bad = read_located(paths, kind=kind, on_error=on_error, rejects=rejects, allow_empty=allow_empty)
     return [row for _, row in located], bad
 
@@ -119,7 +119,7 @@ def read_located(
     rejects: Path | None = None,
     allow_empty: bool = False,
 ) -> tuple[list[tuple[str, Row]], list[Reject]]:
-    """The same with the place of each row, `path:line`. Arguments and errors as in `read_rows`."""
+    """As `read_files`, each row with its place `path:line`."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}; choose one of them")
     rows: list[tuple[str, Row]] = []
@@ -142,7 +142,7 @@ def read_located(
 
 
 def read_prompts(path: Path | str) -> list[str]:
-    """What evaluation files ask: the user turns of each row as one text, or each of the `turns` of a question file.
+    """Prompts of an evaluation file: the user turns of each row as one text, or each of the `turns` of a question file.
 
     Raises:
         ValueError: `path:line: field: expected X, got Y`; any bad record is an error here.
@@ -161,7 +161,7 @@ def read_prompts(path: Path | str) -> list[str]:
 
 
 def scan_rows(path: Path | str, *, kind: Kind | None = None, allow_empty: bool = False) -> Iterator[Row | Reject]:
-    """Yields every row of a file and, where a record is bad, a Reject in its place.
+    """Yields every row of a file, and a Reject for each bad record.
 
     Raises:
         ValueError: the file is empty (unless allow_empty), or `kind` is unknown.
@@ -170,7 +170,7 @@ def scan_rows(path: Path | str, *, kind: Kind | None = None, allow_empty: bool =
 
 
 def _scan(path: Path, kind: Kind | None, allow_empty: bool) -> Iterator[tuple[int, Row | Reject]]:
-    """What `scan_rows` yields, each with the line that its record starts on."""
+    """Items of `scan_rows`, each with the first line of its record."""
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}; choose one of them")
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -189,12 +189,12 @@ def _scan(path: Path, kind: Kind | None, allow_empty: bool) -> Iterator[tuple[in
 
 
 def write_rows(path: Path | str, rows: Iterable[Row]) -> None:
-    """Writes rows as JSONL, one object a line; the file appears complete or not at all, and is on disk on return.
+    """Writes rows as JSONL, one object a line, atomically; the file is on disk on return.
 
     Raises:
-        ValueError: a row is invalid or holds what JSON has no form for, such as NaN (its number is named); what was at
-            `path` is unchanged.
-        OSError: the disk is full or the folder cannot be written; what was at `path` is unchanged.
+        ValueError: a row is invalid or holds a value that JSON cannot hold, such as NaN (the row's number is named).
+            The former file is unchanged.
+        OSError: the disk is full or the folder cannot be written. The former file is unchanged.
     """
     _write_lines(Path(path), _checked(rows))
 
@@ -210,7 +210,7 @@ def _checked(rows: Iterable[Row]) -> Iterator[bytes]:
 
 
 def _line(value: dict) -> bytes:
-    """One line of JSONL; ValueError or TypeError for what JSON in UTF-8 has no form for."""
+    """One line of JSONL; ValueError or TypeError for a value that JSON in UTF-8 cannot hold."""
     return (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -220,26 +220,28 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def _rows_of(piece: Piece, path: Path, kind: Kind | None) -> list[Row]:
-    """The valid rows of one JSON value, all or none; a foreign row gets the file's name as attributes["source"]."""
+    """The valid rows of one JSON value, all or none; a row in another format gets the file's name as "source"."""
     if piece.error is not None:
         raise ValueError(piece.error)
     _check_unicode(piece.value, "record")
-    found, rows = convert(piece.value)
-    if kind not in (None, found):
-        raise ValueError(f"record: expected a {kind} row, got a {found} row")
-    own = "messages" in piece.value or "prompt" in piece.value
+    row_kind, rows = convert(piece.value)
+    if kind not in (None, row_kind):
+        raise ValueError(f"record: expected a {kind} row, got a {row_kind} row")
+    is_native = "messages" in piece.value or "prompt" in piece.value
     for row in rows:
         check_row(row)
-    return rows if own else [row.replace(attributes={"source": source_name(path)} | row.attributes) for row in rows]
+    return (
+        rows if is_native else [row.replace(attributes={"source": source_name(path)} | row.attributes) for row in rows]
+    )
 
 
 def source_name(path: Path) -> str:
-    """What a file is called as a source: its stem, after its folder's name where the stem says only which split."""
+    """Name of a file as a source: its stem, prefixed with its folder if the stem only names a split."""
     return f"{path.parent.name}/{path.stem}" if path.stem in SPLITS and path.parent.name else path.stem
 
 
 def _check_unicode(value: Any, name: str) -> None:
-    """Raises ValueError where a text anywhere in a JSON value cannot be written as UTF-8."""
+    """Raises ValueError if any text in a JSON value cannot be written as UTF-8."""
     if isinstance(value, str):
         check_text(value, name, blank=True)
     elif isinstance(value, dict):
@@ -278,7 +280,7 @@ def _line_pieces(data: bytes) -> Iterator[Piece]:
 
 
 def _array_pieces(data: bytes) -> Iterator[Piece]:
-    """Elements of a JSON array with the line each starts on; what follows the first broken one is one bad piece."""
+    """Elements of a JSON array with their first lines; the text from the first broken one on is one bad piece."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

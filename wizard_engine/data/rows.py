@@ -1,4 +1,4 @@
-"""The three kinds of row that training data consists of, their content hash, JSON form and validity rules."""
+"""The three kinds of training row: content hash, JSON form and validity rules."""
 
 import dataclasses
 import hashlib
@@ -35,22 +35,22 @@ def last_content(messages: Sequence[Message], role: str) -> str:
 
 
 class _Row:
-    """What the kinds of row share: identity by content, changed copies, JSON."""
+    """Base of the kinds of row: identity by content, changed copies, JSON."""
 
     attributes: dict[str, Any]
     lineage: dict[str, Any]
 
     def content(self) -> dict[str, Any]:
-        """JSON of what the row says, without attributes and lineage."""
+        """JSON of the row's text, without attributes and lineage."""
         raise NotImplementedError
 
     @cached_property
     def id(self) -> str:
-        """Content hash, 16 hex digits; attributes and lineage do not enter."""
+        """Hash of `content`, 16 hex digits; attributes and lineage do not change it."""
         return content_id(self.content())
 
     def replace(self, **changes: Any) -> Self:
-        """Copy of the row with the given fields changed."""
+        """Copy of the row with changed fields."""
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def conversation(instruction: str, answer: str, **attributes: Any) -> Conversati
 
 
 def texts_of(row: Row) -> list[str]:
-    """Every text of a row, in order: each turn, and for answers in pairs or steps those too."""
+    """Every text of a row in order: each turn, and the answers of a pair or the steps."""
     if isinstance(row, Conversation):
         return [message.content for message in row.messages]
     prompt = [message.content for message in row.prompt]

@@ -1,4 +1,4 @@
-"""Row files to token samples of each kind of training, with rows that cannot be learned from refused or counted."""
+"""Token samples from row files; a row that gives no sample is an error or is counted."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import check_same
 from wizard_engine.runtime.process import Runtime
 
@@ -34,33 +35,52 @@ class Pair:
 
 
 def read_samples(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, kind: str, max_length: int, on_error: OnError, rejects: Path
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    kind: str,
+    max_length: int,
+    on_error: OnError,
+    rejects: Path,
+    quiet: bool = False,
 ) -> tuple[list[Sample], int]:
     """Samples of conversation rows, or of the `text` fields of JSON lines for kind "text".
 
     Args:
         max_length: longest sample, tokens.   on_error: "raise", or "skip" to count into the `rejects` file.
+        quiet: no progress bar.
     Returns:
         samples, number of rejected rows.
     Raises:
-        ValueError: `path:line: ...` for a bad row under "raise", or no row is left.
+        ValueError: `path:line: ...` for a bad row under "raise", or no usable row.
     """
     if kind == "text":
         texts = [(f"{path}:{n}", text) for path in paths for n, text in enumerate(_texts(path), 1)]
-        return encode_all(texts, lambda text: _fitting(encode_text(tokenizer, text), max_length), on_error, rejects)
+        return encode_all(
+            texts, lambda text: _fitting(encode_text(tokenizer, text), max_length), on_error, rejects, quiet=quiet
+        )
     rows, unread = _located(paths, "conversation", on_error, rejects)
     samples, refused = encode_all(
-        rows, lambda row: encode_conversation(tokenizer, row.messages, max_length=max_length), on_error, rejects
+        rows,
+        lambda row: encode_conversation(tokenizer, row.messages, max_length=max_length),
+        on_error,
+        rejects,
+        quiet=quiet,
     )
     return samples, unread + refused
 
 
 def read_pairs(
-    paths: Sequence[Path], encode: Callable[[Preference], Pair], *, on_error: OnError, rejects: Path
+    paths: Sequence[Path],
+    encode: Callable[[Preference], Pair],
+    *,
+    on_error: OnError,
+    rejects: Path,
+    quiet: bool = False,
 ) -> tuple[list[Pair], int]:
     """Pairs of preference rows; see `read_samples`."""
     rows, unread = _located(paths, "preference", on_error, rejects)
-    pairs, refused = encode_all(rows, encode, on_error, rejects)
+    pairs, refused = encode_all(rows, encode, on_error, rejects, quiet=quiet)
     return pairs, unread + refused
 
 
@@ -68,7 +88,7 @@ def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int, capacity
     """The two answers of a preference row.
 
     Args:
-        max_length: longest of the two, tokens.   capacity: tokens of a packed row, which has to hold both.
+        max_length: longest of the two, tokens.   capacity: tokens of a pack, which must hold both.
     Raises:
         ValueError: they are the same, blank, or too long.
     """
@@ -77,7 +97,7 @@ def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int, capacity
 
 
 def fitting_pair(pair: Pair, capacity: int) -> Pair:
-    """The pair itself; ValueError where a packed row of `capacity` tokens cannot hold both of its sides."""
+    """The pair itself; ValueError if a pack of `capacity` tokens cannot hold both answers."""
     if pair.length > capacity:
         raise ValueError(
             f"pair: expected at most {capacity} tokens of both together (training.pack_tokens), got {pair.length}"
@@ -86,7 +106,7 @@ def fitting_pair(pair: Pair, capacity: int) -> Pair:
 
 
 def fitting_prompt(tokenizer: Tokenizer, row: Conversation, limit: int) -> tuple[Message, ...]:
-    """The turns of a conversation up to its last question; ValueError where they take more than `limit` tokens."""
+    """The turns of a conversation up to its last question; ValueError if they have more than `limit` tokens."""
     prompt = tuple(row.messages[:-1])
     length = len(encode_prompt(tokenizer, prompt))
     if length > limit:
@@ -100,15 +120,20 @@ def read_processes(paths: Sequence[Path], *, on_error: OnError, rejects: Path) -
 
 
 def encode_all(
-    rows: Sequence[tuple[str, Any]], encode: Callable[[Any], Item], on_error: OnError, rejects: Path
+    rows: Sequence[tuple[str, Any]],
+    encode: Callable[[Any], Item],
+    on_error: OnError,
+    rejects: Path,
+    *,
+    quiet: bool = False,
 ) -> tuple[list[Item], int]:
     """encode(row) of every row; a ValueError names the row's place, or is counted into `rejects`.
 
     Raises:
-        ValueError: a row cannot be encoded and on_error is "raise", or none is left.
+        ValueError: a row cannot be encoded and on_error is "raise", or none can.
     """
     items, refused = [], []
-    for where, row in rows:
+    for where, row in progress(rows, desc="tokenize", unit="row", quiet=quiet):
         try:
             items.append(encode(row))
         except ValueError as error:
@@ -156,7 +181,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def check_rows(runtime: Runtime, name: str, samples: Iterable[Sample]) -> None:
-    """ValueError on every rank unless all of them have read the same tokens and loss weights."""
+    """Raises ValueError on every rank unless all ranks have read the same tokens and loss weights."""
     if runtime.world_size == 1:
         return
     digest = hashlib.sha256()

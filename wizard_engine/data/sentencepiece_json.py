@@ -1,4 +1,4 @@
-"""A SentencePiece model as tokenizer.json of the `tokenizers` library, in the layout of Llama's and Mistral's."""
+"""A SentencePiece model as tokenizer.json of the `tokenizers` library, in the layout of Llama and Mistral."""
 
 import json
 
@@ -7,7 +7,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 META_SPACE = "▁"
-# Texts on which a conversion has to give SentencePiece's ids: spaces, line ends, digits, scripts, bytes, markup.
+# Texts on which a conversion must give the ids of SentencePiece: spaces, line ends, digits, scripts, bytes, markup.
 PROBES = (
     "", " ", "a", "  two  spaces ", "A chat between a curious user and an artificial intelligence assistant.",
     "What is 12 + 30?\nIt's  42.\n\n\tdef f(x): return x", "Größe naïve e\u0301 ½ Ⅷ ﬁ", "中文 текст مرحبا 😀👩‍👩‍👧",
@@ -23,7 +23,7 @@ def tokenizer_json(model: bytes) -> str:
     Args:
         model: content of a .model file.
     Raises:
-        ValueError: the model is of another kind (unigram, or with a normalisation of its own): ids would differ.
+        ValueError: the model is of another kind (unigram, or with another normalisation): ids would differ.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     converted = _converted(processor)

@@ -1,7 +1,7 @@
-"""Seeded orders and draws that stay the same for good.
+"""Seeded orders and draws that do not change with the version of NumPy.
 
-They sort or scale the raw words of PCG64, whose stream is fixed, rather than call methods whose results may change from
-one version of NumPy to another.
+They sort or scale the raw words of PCG64, whose stream is fixed. Methods of NumPy's generators may change their results
+between versions.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ DOMAIN = 0x77697A617264
 def raw_words(count: int, *seeds: int) -> np.ndarray:
     """(count,) uint64 words that depend on the seeds (each 0 or more) alone.
 
-    DOMAIN keeps them apart from default_rng(seed), by which the rows themselves may have been made.
+    DOMAIN separates them from default_rng(seed), which may have made the rows.
     """
     return np.random.PCG64([DOMAIN, *seeds]).random_raw(count)
 

@@ -1,4 +1,4 @@
-"""What a step of an answer is: one rule for labels, reward models and rewards."""
+"""Steps of an answer: one rule for labels, reward models and rewards."""
 
 import re
 
@@ -9,8 +9,8 @@ _SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s)|[。！？]+[”』」）]*")
 def split_steps(text: str) -> list[tuple[int, int]]:
     """Character spans `(start, end)` of the steps of an answer, in order, without their surrounding blanks.
 
-    One step a line; where the text is a single line, one step a sentence. Blank lines are no steps, and a closing
-    line `The answer is N.` is a step like any other. `text[start:end]` is the step; a text of blanks has none.
+    One step a line; where the text is a single line, one step a sentence. Blank lines are no steps. A closing line
+    `The answer is N.` is a step. `text[start:end]` is the text of a step.
     """
     lines = _spans(text, [i for i, character in enumerate(text) if character == "\n"])
     if len(lines) != 1:

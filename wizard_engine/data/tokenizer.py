@@ -1,13 +1,13 @@
 """Tokenizers: SentencePiece models, Hugging Face tokenizer.json files, and one trained on a small corpus.
 
-Text is always plain: `</s>` inside a text is five characters, never the end of a sequence; special ids are added by
-whoever builds a sequence (see chat.py).
+Text is always plain: `</s>` inside a text is encoded as characters, never as the end of a sequence. The code that
+builds a sequence adds the special ids (see chat.py).
 
-A SentencePiece-style tokenizer puts a space before every text that it encodes (`prefixes_space`), which `decode` takes
-away again. The rule for text that goes on after other ids: a leading space of the new segment is that space, so it is
-left out before encoding; a segment without one (`USER:` after `</s>`) gets it all the same, as `▁USER`, the form that
-SentencePiece gives to the start of a text. `decode(encode(text)) == text`, except that SentencePiece reads the
-character ▁ (U+2581) as a space, and that a model may bring its own Unicode normalisation.
+A SentencePiece-style tokenizer puts a space before every text that it encodes (`prefixes_space`), and `decode` removes
+it. Rule for text that follows other ids: a leading space of the segment is removed before encoding, because the
+tokenizer adds it. A segment without one (`USER:` after `</s>`) gets the space too, as `▁USER`, like the start of a
+text. `decode(encode(text)) == text`, except that SentencePiece reads the character ▁ (U+2581) as a space, and that a
+model may have its own Unicode normalisation.
 """
 
 import codecs
@@ -36,7 +36,7 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer.
+    """Interface of tokenizers.
 
     prefixes_space: whether `encode` puts a space before the text (SentencePiece's dummy prefix).
     fingerprint: hash of everything that decides the ids.
@@ -71,7 +71,7 @@ class _Bytes:
     _table: list[bytes | None]
 
     def _pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Bytes of each id; the first text of all loses the space that encoding put there."""
+        """Bytes of each id; the first piece loses the space that `encode` added."""
         size = len(self._table)
         for index in ids:
             if not 0 <= index < size:
@@ -101,7 +101,7 @@ class _Bytes:
 
 
 def _checked(encode: Callable[[], list], texts: Sequence[str]) -> list:
-    """Result of a library's encode, with its error for text that UTF-8 cannot hold made clear."""
+    """Result of a library's encode; a clear ValueError for text that UTF-8 cannot hold."""
     try:
         return encode()
     except (TypeError, RuntimeError, UnicodeEncodeError):
@@ -109,8 +109,10 @@ def _checked(encode: Callable[[], list], texts: Sequence[str]) -> list:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                found = f"{text[error.start]!r} at character {error.start}"
-                raise ValueError(f"text: expected valid Unicode, got the lone surrogate {found}; clean it") from None
+                surrogate = f"{text[error.start]!r} at character {error.start}"
+                raise ValueError(
+                    f"text: expected valid Unicode, got the lone surrogate {surrogate}; clean it"
+                ) from None
         raise
 
 
@@ -161,19 +163,19 @@ class SentencePieceTokenizer(_Bytes):
 
 def _piece_bytes(piece: str) -> bytes:
     """Bytes of a SentencePiece piece: <0x0A> is one byte, ▁ a space."""
-    found = BYTE_PIECE.fullmatch(piece)
-    return bytes([int(found.group(1), 16)]) if found else piece.replace(META_SPACE, " ").encode("utf-8")
+    byte_piece = BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte_piece.group(1), 16)]) if byte_piece else piece.replace(META_SPACE, " ").encode("utf-8")
 
 
 class JsonTokenizer(_Bytes):
     """A tokenizer.json of the `tokenizers` library, byte-level or SentencePiece-like.
 
     Args:
-        backend: the library's tokenizer; it is told to read special tokens in text as text.
+        backend: the library's tokenizer; it is set to encode special tokens in text as plain text.
         config: fields of tokenizer_config.json; `bos_token` and `eos_token` are used where present.
         name: path, for messages.
     Raises:
-        ValueError: the tokens cannot be turned back into bytes, or BOS or EOS is not to be found.
+        ValueError: the tokens cannot be decoded to bytes, or BOS or EOS is missing.
     """
 
     def __init__(self, backend: Backend, config: dict[str, Any] | None = None, name: str = "tokenizer.json") -> None:
@@ -189,7 +191,7 @@ class JsonTokenizer(_Bytes):
         self._units = UnitCache(backend, fields) if UnitCache.suits(fields) else None
         first = next(iter(backend.encode("a", add_special_tokens=False).ids), None)
         self.prefixes_space = first is not None and (self._table[first] or b"").startswith(b" ")
-        # Metaspace puts no space before a text that begins with one, where SentencePiece does.
+        # Unlike SentencePiece, Metaspace adds no space before a text that begins with one.
         spaced, bare = (backend.encode(text, add_special_tokens=False).ids for text in (" a", "a"))
         self._adds_space = self.prefixes_space and spaced == bare
 
@@ -197,9 +199,9 @@ class JsonTokenizer(_Bytes):
         named = self._config.get(key)
         named = named.get("content") if isinstance(named, dict) else named
         for name in [named] if named else names:
-            found = self._backend.token_to_id(name)
-            if found is not None:
-                return found
+            token_id = self._backend.token_to_id(name)
+            if token_id is not None:
+                return token_id
         tried = named or ", ".join(names)
         raise ValueError(f"{where}: expected a {key} ({tried}), got none; name it in tokenizer_config.json beside it")
 
@@ -227,7 +229,7 @@ class JsonTokenizer(_Bytes):
         return _checked(lambda: self._backend.encode(self._spaced(text), add_special_tokens=False).ids, [text])
 
     def _spaced(self, text: str) -> str:
-        """The text as the library must get it for SentencePiece's ids."""
+        """The text for the library, so that it gives the ids of SentencePiece."""
         return " " + text if self._adds_space and text.startswith((" ", META_SPACE)) else text
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -258,10 +260,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         candidates = [path / "tokenizer.json", path / "tokenizer.model", *sorted(path.glob("*.model"))]
-        found = next((file for file in candidates if file.is_file()), None)
-        if found is None:
+        tokenizer_file = next((file for file in candidates if file.is_file()), None)
+        if tokenizer_file is None:
             raise ValueError(f"{path}: expected tokenizer.json or a *.model file in this directory, got neither")
-        return load_tokenizer(found)
+        return load_tokenizer(tokenizer_file)
     if not path.is_file():
         raise ValueError(f"{path}: expected a tokenizer file or directory, got nothing there; check the path")
     if path.suffix == ".model":
@@ -295,13 +297,13 @@ def _read_object(path: Path) -> dict[str, Any]:
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, atoms: Sequence[str] = ()) -> JsonTokenizer:
     """Byte-level tokenizer for a corpus: a digit, a newline, a word with the space before it are a token each.
 
-    Where the corpus has few enough different words, each is a token, and no token is spent on parts of words; other
-    words fall into bytes. Where it has more, byte-pair merges are learned inside words. Same texts, same tokenizer.
+    If the distinct words of the corpus fit, each is a token, there are no tokens for parts of words, and other words
+    are encoded as bytes. Otherwise byte-pair merges are learned inside words. Equal texts give equal tokenizers.
 
     Args:
         texts: the corpus.
-        vocab_size: most ids in all: 2 special ones, 256 bytes, the atoms, and the words; fewer where fewer are needed.
-        atoms: texts that are one token wherever they occur, such as the fixed parts of a prompt.
+        vocab_size: most ids: 2 special ones, 256 bytes, the atoms, and the words.
+        atoms: texts that are always one token, such as the fixed parts of a prompt.
     Raises:
         ValueError: vocab_size is too small, or an atom is empty, special, given twice, or a sign of the byte alphabet.
     """

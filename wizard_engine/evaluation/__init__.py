@@ -1,4 +1,4 @@
-"""How good answers are: exact-answer accuracy, blind pairwise preference, Elo ratings, MT-Bench, and the report."""
+"""Evaluation of answers: exact-answer accuracy, blind pairwise preference, Elo ratings, MT-Bench, and the report."""
 
 from wizard_engine.data.final_answers import extract_answer, same_answer
 

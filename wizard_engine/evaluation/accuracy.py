@@ -1,4 +1,4 @@
-"""Exact-answer accuracy: the number that an answer claims, against the number of a reference."""
+"""Exact-answer accuracy: the number that an answer claims, compared with that of a reference."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -9,10 +9,10 @@ from wizard_engine.data.final_answers import extract_answer
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers out of all.
+    """Number and fraction of right answers.
 
     Attributes:
-        unanswered: answers that hold no number; they count as wrong.
+        unanswered: answers without a number; they count as wrong.
         se: standard error sqrt(p (1 - p) / total).
         ci95: Wilson's 95 % interval.
     """
@@ -26,7 +26,7 @@ class Accuracy:
 
 
 def accuracy(answers: Sequence[str], references: Sequence[str]) -> Accuracy:
-    """Share of answers that claim the reference's number.
+    """Fraction of answers that claim the number of the reference.
 
     Args:
         answers: one per problem; a text without a number is wrong.
@@ -42,7 +42,7 @@ def accuracy(answers: Sequence[str], references: Sequence[str]) -> Accuracy:
     right = [extract_answer(reference) for reference in references]
     if None in right:
         index = right.index(None)
-        raise ValueError(f"references[{index}]: expected a number, got {references[index][:80]!r}; leave such rows out")
+        raise ValueError(f"references[{index}]: expected a number, got {references[index][:80]!r}; remove such rows")
     claimed = [extract_answer(answer) for answer in answers]
     correct = sum(a is not None and a == b for a, b in zip(claimed, right))
     return _accuracy(correct, len(answers), claimed.count(None))
@@ -57,12 +57,14 @@ def accuracy_by(
         ValueError: as `accuracy`, or another number of groups than answers.
     """
     if len(groups) != len(answers):
-        raise ValueError(f"groups: expected one per answer ({len(answers)}), got {len(groups)}; give both alike")
-    found = {}
+        raise ValueError(
+            f"groups: expected one per answer ({len(answers)}), got {len(groups)}; give one for each answer"
+        )
+    accuracies = {}
     for group in dict.fromkeys(groups):
-        chosen = [index for index, own in enumerate(groups) if own == group]
-        found[group] = accuracy([answers[index] for index in chosen], [references[index] for index in chosen])
-    return found
+        chosen = [index for index, other in enumerate(groups) if other == group]
+        accuracies[group] = accuracy([answers[index] for index in chosen], [references[index] for index in chosen])
+    return accuracies
 
 
 def _accuracy(correct: int, total: int, unanswered: int) -> Accuracy:

@@ -40,12 +40,13 @@ def elo(
             attributes a, b and score, such as pairwise.Battle, work too.
         anchor: the model whose rating is `anchor_elo`, in every resample.
         bootstrap: resamples of the battles.
-        prior: wins that each of two models that met gets in addition, which keeps a model that never lost finite.
+        prior: wins added to both models of every pair that met, so that the rating of a model that never lost is
+        finite.
     Raises:
         ValueError: no battles, a score out of range, an anchor that did not fight, models not connected to it, or with
             prior 0 a model that won or lost all.
     """
-    triples = Counter(found for found in map(_triple, battles) if found[2] is not None)
+    triples = Counter(triple for triple in map(_triple, battles) if triple[2] is not None)
     models = list(dict.fromkeys(name for a, b, _ in triples for name in (a, b)))
     _check(triples, models, anchor)
     wins = _win_matrix(triples, models, np.fromiter(triples.values(), np.float64))
@@ -124,7 +125,7 @@ def _fit(
 
 
 def _check_finite(wins: np.ndarray, models: list[str]) -> None:
-    """ValueError where some models won every battle against the others, so that no finite ratings exist."""
+    """Raises ValueError if some models won every battle against the others: then no finite ratings exist."""
     reach = (wins > 0) | np.eye(len(wins), dtype=bool)
     for _ in models:
         reach = reach | (reach.astype(np.int64) @ reach.astype(np.int64) > 0)

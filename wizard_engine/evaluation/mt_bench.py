@@ -1,10 +1,10 @@
 """The MT-Bench protocol: two-turn questions in categories, each turn rated from 1 to 10 by a judge.
 
-Each model answers turn 1, then turn 2 with its own first answer in the conversation. Turn 1 is rated alone; turn 2 in a
-call of its own that shows the first turn as history. Where a question has reference answers the judge sees them. A
-call that fails and a rating that cannot be read are counted as errors: they stay out of the means, and every mean says
-how many ratings it has and how many are missing. Source: FastChat's llm_judge; questions and references are read from
-its files as they are. The field `reference` inside its question file is not what the judge is shown there, nor here.
+Each model answers turn 1, then turn 2 with its own first answer in the conversation. Each turn is rated in a separate
+call; that of turn 2 shows turn 1 as history. The judge sees the reference answers of a question, if there are any.
+Failed calls and unreadable ratings are counted as errors and do not enter the means; every mean states its number of
+ratings and of missing ones. Source: FastChat's llm_judge; its files of questions and references are read unchanged. The
+field `reference` inside its question file is not shown to the judge, as in FastChat.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 
 @dataclass(frozen=True)
 class TurnRating:
-    """What the judge said of one turn; score None where `error` says why there is none."""
+    """Rating of one turn; if the score is None, `error` is the reason."""
 
     question: str
     category: str
@@ -38,7 +38,7 @@ class TurnRating:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of the readable ratings, its 95 % interval over questions, and how many ratings there are and lack."""
+    """Mean of the readable ratings, 95 % interval over questions, numbers of present and missing ratings."""
 
     score: float | None
     ci95: tuple[float, float] | None
@@ -90,7 +90,7 @@ def mt_bench(
         questions: at least one; anything with id, category, turns and references.
         judge: answers the task "rate", at temperature 0.
         repeats: ratings of each turn, with different seeds; the means are over all of them.
-        temperatures: by category; the others answer at `default_temperature`.
+        temperatures: by category; other categories use `default_temperature`.
     Raises:
         ValueError: no questions, fewer than one repeat, or answers of another number than the conversations.
     """
@@ -111,11 +111,11 @@ def _answers(answer_fn: AnswerFn, conversations: Sequence[tuple[Message, ...]], 
     """Answers in order; one call of answer_fn per temperature."""
     answers = [""] * len(conversations)
     for temperature in sorted(set(heat)):
-        chosen = [index for index, own in enumerate(heat) if own == temperature]
-        found = answer_fn([conversations[index] for index in chosen], temperature)
-        if len(found) != len(chosen):
-            raise ValueError(f"answer_fn: expected {len(chosen)} answers, got {len(found)}; return one each")
-        for index, answer in zip(chosen, found):
+        chosen = [index for index, other in enumerate(heat) if other == temperature]
+        texts = answer_fn([conversations[index] for index in chosen], temperature)
+        if len(texts) != len(chosen):
+            raise ValueError(f"answer_fn: expected {len(chosen)} answers, got {len(texts)}; return one each")
+        for index, answer in zip(chosen, texts):
             answers[index] = answer
     return answers
 
@@ -161,7 +161,7 @@ def _request(question: Question, answers: tuple[str, str], turn: int, seed: int)
 
 
 def read_rating(reply: Reply) -> tuple[float | None, str | None]:
-    """(score, None), or (None, why): the last `[[x]]` of the reply, x from 1 to 10."""
+    """(score, None), or (None, reason): the last `[[x]]` of the reply, x from 1 to 10."""
     if reply.error is not None:
         return None, f"call: {reply.error}"
     scores = read_scores(reply.text, 1)

@@ -1,7 +1,7 @@
 """Blind pairwise preference: two models' answers to the same prompts, judged unlabelled and in both orders.
 
-Which source is shown first is drawn per prompt, and the second game swaps the two; a model wins a prompt only if both
-games agree. Calls that fail and verdicts that cannot be read are counted as errors, never as ties.
+The answer shown first is drawn per prompt, and the second game swaps the two. A model wins a prompt only if both games
+agree. Failed calls and unreadable verdicts are counted as errors, never as ties.
 """
 
 import random
@@ -26,12 +26,12 @@ Prompt = str | Sequence[Message]
 
 @dataclass(frozen=True)
 class Battle:
-    """One prompt of a comparison: score 1 where a won, 0 where b did, 0.5 for a tie; None where judging failed.
+    """One prompt of a comparison: score 1 if a won, 0 if b won, 0.5 for a tie; None if judging failed.
 
     Attributes:
         prompt: number of the prompt.
-        games: (score of a, score of b) in each of the two games; None where a verdict could not be read.
-        a_first: whether a's answer stood first in the first game.
+        games: (score of a, score of b) in each of the two games; None for an unreadable verdict.
+        a_first: whether a's answer was first in the first game.
         errors: why a game has no verdict.
     """
 
@@ -50,13 +50,13 @@ class Pairwise:
 
     Attributes:
         wins, losses, ties: prompts that a won, lost, or neither; errors: prompts without two readable verdicts.
-        win_rate: wins / (wins + losses), ties removed; None where all are ties. ci95: its bootstrap interval
-            (Wilson's where all decided prompts went one way).
+        win_rate: wins / (wins + losses), ties removed; None if all are ties. ci95: its bootstrap interval
+            (Wilson's if all decided prompts have the same winner).
         win_rate_with_ties: (wins + ties/2) / (wins + losses + ties). ci95_with_ties: its bootstrap interval.
-        flips: prompts whose two games named different winners. first_wins: share of decided games that the answer
-            shown first won; far from 0.5 the judge looks at positions. longer_wins: share of decided prompts that the
-            longer answer won.
-        judge, fingerprint, seed: what to repeat the comparison with.
+        flips: prompts whose two games have different winners. first_wins: fraction of decided games won by the answer
+            shown first; far from 0.5 the judge is biased by position. longer_wins: fraction of decided prompts won by
+            the longer answer.
+        judge, fingerprint, seed: values that reproduce the comparison.
     """
 
     a: str
@@ -135,12 +135,14 @@ def split_prompt(prompt: Prompt) -> tuple[str, str]:
     if isinstance(prompt, str):
         return "", prompt
     if not prompt or prompt[-1].role != "user":
-        raise ValueError("prompt: expected a conversation that ends with a user turn, got another; cut the answer off")
+        raise ValueError(
+            "prompt: expected a conversation that ends with a user turn, got another; remove the last answer"
+        )
     return dialogue(prompt[:-1]), prompt[-1].content
 
 
 def _read_games(replies: Sequence, a_first: bool) -> tuple[tuple[tuple[float, float] | None, ...], tuple[str, ...]]:
-    """(score of a, score of b) of both games, the second of which showed the answers the other way round."""
+    """(score of a, score of b) of both games; the second showed the answers in the other order."""
     games, errors = [], []
     for reply, first in zip(replies, (a_first, not a_first)):
         scores = None if reply.error is not None else read_scores(reply.text, 2)
@@ -151,7 +153,7 @@ def _read_games(replies: Sequence, a_first: bool) -> tuple[tuple[tuple[float, fl
 
 
 def game_winner(scores: tuple[float, float], tie_margin: float) -> int:
-    """1 where the first score is higher, -1 where the second is, 0 where they are within the margin."""
+    """1 if the first score is higher, -1 if the second is, 0 within the margin."""
     difference = scores[0] - scores[1]
     return 0 if abs(difference) <= tie_margin else 1 if difference > 0 else -1
 
@@ -200,10 +202,10 @@ def _mean(values: Sequence[bool]) -> float | None:
 def bootstrap_rates(
     wins: int, losses: int, ties: int, *, seed: int, resamples: int = BOOTSTRAP
 ) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-    """95 % intervals of the win rate without and with ties, by resampling prompts; None where nothing is decided.
+    """95 % intervals of the win rate without and with ties, by resampling prompts; None without a decided prompt.
 
-    A prompt has one of three outcomes, so resampling prompts is drawing the three counts from a multinomial. Where all
-    decided prompts went one way resampling knows no spread, and Wilson's interval takes its place without ties.
+    A prompt has one of three outcomes, so resampling prompts is drawing the three counts from a multinomial. If all
+    decided prompts have the same winner, the resamples do not vary, and Wilson's interval is used without ties.
     """
     total = wins + losses + ties
     if not total:

@@ -11,7 +11,7 @@ WRONG_REFERENCES = frozenset(map(str, (104, 105, 109, 111, 113, 114, 120, 122, 1
 
 @dataclass(frozen=True)
 class Question:
-    """A two-turn question; references[i] is a right answer to turns[i], or () where there is none."""
+    """A two-turn question; references[i] is a right answer to turns[i], or () without references."""
 
     id: str
     category: str
@@ -23,7 +23,7 @@ def read_questions(path: Path | str, references: Path | str | None = None) -> li
     """Questions of a FastChat file (question_id, category, turns), with the answers of its reference file if given.
 
     Without a reference file, a list under "references" (a text per turn) in the question file itself counts. The field
-    "reference" of the published question file is not what the judge is shown, so it is not read.
+    "reference" of the published question file is not shown to the judge, so it is not read.
 
     Raises:
         ValueError: `path:line: field: ...` for a line that is no such question or reference; the file is empty.
@@ -38,8 +38,8 @@ def read_questions(path: Path | str, references: Path | str | None = None) -> li
     for place, item in _lines(path):
         number = _field(item, "question_id", place)
         turns = _turns(item.get("turns"), "turns", place)
-        own = _turns(item["references"], "references", place) if "references" in item else ()
-        questions.append(Question(number, _field(item, "category", place), turns, known.get(number, own)))
+        inline = _turns(item["references"], "references", place) if "references" in item else ()
+        questions.append(Question(number, _field(item, "category", place), turns, known.get(number, inline)))
     if not questions:
         raise ValueError(f"{path}:1: file: expected at least one question, got none; give a file with questions")
     return questions
@@ -47,7 +47,7 @@ def read_questions(path: Path | str, references: Path | str | None = None) -> li
 
 def _lines(path: Path | str) -> list[tuple[str, dict]]:
     """(`path:line`, object) for every line that is not blank."""
-    found = []
+    objects = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -57,8 +57,8 @@ def _lines(path: Path | str) -> list[tuple[str, dict]]:
             raise ValueError(f"{path}:{number}: json: expected an object in UTF-8, got {error}; correct it") from None
         if not isinstance(item, dict):
             raise ValueError(f"{path}:{number}: json: expected an object, got {type(item).__name__}; correct it")
-        found.append((f"{path}:{number}", item))
-    return found
+        objects.append((f"{path}:{number}", item))
+    return objects
 
 
 def _field(item: dict, name: str, place: str) -> str:

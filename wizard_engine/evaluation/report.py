@@ -1,7 +1,7 @@
 """The report of a progressive run: one self-contained HTML page, without script or outside resources.
 
 `write_report(path, summary, run, details)` needs the keys of summary.json (seed, seconds, stages, pairwise); every part
-of `details` is optional, and what is absent is left out of the page.
+of `details` is optional; the page omits absent parts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ AGENTS_NOTE = (
 
 
 class Details(TypedDict, total=False):
-    """What the page shows beside the summary; every part may be absent.
+    """Contents of the page beside the summary; every part may be absent.
 
     Attributes:
         title: heading of the page.
-        command: what reproduces the run; default `make demo SEED=...`.
-        data_flow: [{"name", "count", "note", "lane"}]: the places that the data pass, in order.
+        command: the command that reproduces the run; default `make demo SEED=...`.
+        data_flow: [{"name", "count", "note", "lane"}]: the steps of the data, in order.
         attributes: [{"attribute", "values", "natural", "target", "achieved"}]: shares per value; target may be None.
         evolved: [{"operator", "instruction", "answer"}]: a problem and its evolved forms, the original first.
         curves: "chart/series" or "chart" -> [(step, value)]: series of one chart share its axes.
@@ -40,7 +40,7 @@ class Details(TypedDict, total=False):
         mt_bench: [{"model", "overall", "turns": [a, b], "categories": {name: score}, "missing"}].
         calls: [{"agent", "task", "calls", "failures"}], or what Ledger.counts() returns.
         ablations: [{"name", "rows": [{"setting", "accuracy", "se", "sampled_accuracy", "sampled_se", "note"}]}].
-        machine: {"CPU": "...", ...}: what it ran on, and the student's size.
+        machine: {"CPU": "...", ...}: hardware, software, and the size of the student.
         timing: [{"name", "seconds"}].
         phases: [{"name", "steps", "seconds": {phase: mean per rollout}, "tail_idle", "difference"}] of reinforcement
             learning: idle share of sampling, largest difference of log-probabilities between sampler and trainer, nats.
@@ -111,7 +111,7 @@ def report_page(summary: Mapping[str, Any], run: Path, details: Details) -> str:
 
 
 def last_slice(stages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Stages of the slice that stands last."""
+    """Stages of the last slice."""
     return [stage for stage in stages if stage["slice"] == stages[-1]["slice"]]
 
 
@@ -132,7 +132,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 
 def _header(title: str, summary: Mapping[str, Any]) -> str:
-    """Heading, what the run shows in two sentences, and the figures."""
+    """Heading, a summary in two sentences, and the figures."""
     final = last_slice(summary["stages"])
     path = ", ".join(f"{parts.stage_name(stage['name'])} {100 * _sampled(stage):.1f} %" for stage in final)
     text = f"Answers sampled at temperature 1, last slice: {path}."
@@ -151,8 +151,8 @@ def headline_pair(pairwise: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | 
     """The comparison of rleif with sft, rleif first, the last of several; else the last with a win rate."""
     known = [pair for pair in pairwise if pair.get("win_rate") is not None]
     turned = [*known, *map(swapped, known)]
-    wanted = [pair for pair in turned if "rleif" in str(pair["a"]) and "sft" in str(pair["b"])]
-    return (wanted or known or [None])[-1]
+    rleif_over_sft = [pair for pair in turned if "rleif" in str(pair["a"]) and "sft" in str(pair["b"])]
+    return (rleif_over_sft or known or [None])[-1]
 
 
 def swapped(pair: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +212,11 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 def _points(stage: Mapping[str, Any]) -> list[Point]:
     colour = STAGE_COLOURS.get(stage["name"], charts.TEAL)
-    found = [Point(stage["name"], stage["accuracy"], parts.standard_error(stage["accuracy"], stage["total"]), colour)]
+    points = [Point(stage["name"], stage["accuracy"], parts.standard_error(stage["accuracy"], stage["total"]), colour)]
     sampled = stage.get("sampled_accuracy")
     if sampled is not None:
-        found.append(Point(stage["name"], sampled, parts.standard_error(sampled, stage["total"]), colour, hollow=True))
-    return found
+        points.append(Point(stage["name"], sampled, parts.standard_error(sampled, stage["total"]), colour, hollow=True))
+    return points
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -340,7 +340,7 @@ def _mt_bench(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _running(summary: Mapping[str, Any], details: Details) -> str:
-    """Agents' calls, where the time went, the machine, and how to repeat the run."""
+    """Calls of agents, times of stages, the machine, and the command that repeats the run."""
     command = details.get("command") or f"make demo SEED={summary['seed']}"
     machine = list(details.get("machine", {}).items())
     reproduce = card(pre(command), table(("", ""), machine) if machine else "", title="Reproduce")

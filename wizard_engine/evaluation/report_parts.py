@@ -1,4 +1,4 @@
-"""Sections of the report that stand by themselves: data path, attributes, evolved problem, curves, examples, tables."""
+"""Independent sections of the report: data path, attributes, evolved problem, curves, examples, tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ NAMES = {"base": "base", "sft": "SFT", "stage_dpo": "Stage-DPO", "rleif": "RLEIF
 
 
 def stage_name(name: str) -> str:
-    """A stage's name for people; other names stay as they are, and those in slash-joined names are replaced."""
+    """Display name of a stage, also inside slash-joined names; other names are unchanged."""
     return "/".join(NAMES.get(part, part) for part in str(name).split("/"))
 
 
@@ -64,7 +64,7 @@ def interval_text(interval: Sequence[float] | None) -> str:
 
 
 def change(value: float | None, before: float | None) -> Html:
-    """Difference of two shares in points, coloured; empty where either is unknown."""
+    """Difference of two shares in points, coloured; empty if either is unknown."""
     if value is None or before is None:
         return Html("")
     points = 100 * (value - before)
@@ -95,7 +95,7 @@ def data_flow(nodes: Sequence[FlowNode]) -> str:
 
 
 def attribute_shifts(shifts: Sequence[Mapping[str, Any]]) -> str:
-    """Shares of attribute values before sampling, as asked for, and after."""
+    """Shares of attribute values before sampling, their targets, and after sampling."""
     if not shifts:
         return ""
     colours = {"natural": charts.GREY, "target": charts.GOLD, "achieved": charts.BLUE}
@@ -109,7 +109,7 @@ def attribute_shifts(shifts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def evolved_chain(steps: Sequence[Mapping[str, str]]) -> str:
-    """A problem and what the operators made of it, new words marked."""
+    """A problem and its evolved forms, new words marked."""
     if not steps:
         return ""
     items, before = [], None
@@ -177,7 +177,7 @@ def _answer(stage: str, text: str, correct: bool | None) -> str:
 
 
 def ablations(items: Sequence[Mapping[str, Any]]) -> str:
-    """A table per ablation, as the results fell."""
+    """A table per ablation."""
     if not items:
         return ""
     cards = []
@@ -212,7 +212,7 @@ def call_table(calls: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Ma
 
 
 def phases(items: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds of each phase of a rollout step, and how far sampler and trainer are apart."""
+    """Seconds of each phase of a rollout step, and the difference between sampler and trainer."""
     if not items:
         return ""
     names = list(dict.fromkeys(name for item in items for name in item["seconds"]))
@@ -232,7 +232,7 @@ def phases(items: Sequence[Mapping[str, Any]]) -> str:
 
 
 def timing(items: Sequence[Mapping[str, Any]]) -> str:
-    """Where the time went."""
+    """Time of each stage."""
     if not items:
         return ""
     lines = [(str(item["name"]), item["seconds"], duration(item["seconds"])) for item in items]

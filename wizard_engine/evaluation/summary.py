@@ -1,4 +1,4 @@
-"""Summary and report of a progressive run, gathered from the files that its stages left."""
+"""Summary and report of a progressive run, from the files of its stages."""
 
 import json
 import os
@@ -24,7 +24,7 @@ PLAIN_ATTRIBUTES = ("topic", "language", "source", "skill", "difficulty", "toxic
 
 
 class Timing:
-    """Seconds that each stage took when it was made, kept over restarts in a JSON file."""
+    """Seconds of each stage, kept over restarts in a JSON file."""
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
         self.path, self.runtime = path, runtime
@@ -32,7 +32,7 @@ class Timing:
 
     @contextmanager
     def of(self, name: str, out: Path) -> Iterator[None]:
-        """Time a block; a stage that was already made keeps its former figure."""
+        """Time a block; a skipped stage keeps its former time."""
         record = out / "stage.json"
         before = record.stat().st_mtime_ns if record.exists() else None
         began = time.perf_counter()
@@ -49,8 +49,8 @@ def write_summary(
     """Write OUT/summary.json and OUT/report.html; returns the summary.
 
     Args:
-        measured: (slice, stage name, directory that recipes/accuracy.py wrote), in order.
-        arena: directory that recipes/arena.py wrote.
+        measured: (slice, stage name, directory of recipes/accuracy.py), in order.
+        arena: directory of recipes/arena.py.
         timing: seconds per stage directory, relative to OUT.
     """
     stages = [_stage(index, name, path, timing) for index, name, path in measured]
@@ -99,7 +99,7 @@ def _mt_scores(report: dict[str, Any]) -> dict[str, Any]:
 def details(
     out: Path, measured: Sequence[Measured], battles: dict[str, Any], tests: dict[str, Any], timing: dict[str, float]
 ) -> Details:
-    """Everything that the report shows beside the summary."""
+    """Contents of the report beside the summary."""
     last = max(index for index, _, _ in measured)
     return {
         "command": f"make demo SEED={battles['seed']}",
@@ -121,8 +121,8 @@ PHASES = ("hand_over", "generate", "score", "train")
 
 
 def phases(out: Path, slices: int) -> list[dict[str, Any]]:
-    """Mean seconds of each phase of a rollout step of RLEIF, slice by slice; the first step, which warms up, apart."""
-    found = []
+    """Mean seconds of each phase of a rollout step of RLEIF, slice by slice, without the first step, which warms up."""
+    slice_phases = []
     for index in range(1, slices + 1):
         path = out / f"slice_{index}" / "rleif" / "metrics.jsonl"
         rows = [row for row in (read_metrics(path) if path.exists() else []) if "generate_seconds" in row][1:]
@@ -132,18 +132,18 @@ def phases(out: Path, slices: int) -> list[dict[str, Any]]:
         def mean(name: str, rows: list[dict[str, Any]] = rows) -> float:
             return sum(row[name] for row in rows) / len(rows)
 
-        found.append(
+        slice_phases.append(
             {
                 "name": f"slice {index}", "steps": len(rows), "step": mean("seconds"), "tail_idle": mean("tail_idle"),
                 "seconds": {name: mean(f"{name}_seconds") for name in PHASES},
                 "difference": max(row["ratio_error"] for row in rows),
             }
         )  # fmt: skip
-    return found
+    return slice_phases
 
 
 def data_flow(out: Path, slices: int) -> list[dict[str, Any]]:
-    """The places that the data pass, with counts."""
+    """The steps of the data, with counts."""
     sampling = _read(out / "sample" / "sampling.json").get("counts", {})
     nodes = [{"name": "Natural rows", "count": sampling.get("rows", 0), "note": "mixed quality, skewed"}]
     removed = {
@@ -179,20 +179,20 @@ def _lines(path: Path) -> int:
 
 
 def attribute_shifts(report: dict[str, Any], most: int = 9) -> list[dict[str, Any]]:
-    """Shares per value of the plain attributes: natural, wanted, drawn."""
+    """Shares per value of the plain attributes: natural, target, drawn."""
     natural, target, drawn = (report.get(key, {}) for key in ("natural", "target", "drawn"))
     shifts = []
     for name in PLAIN_ATTRIBUTES:
         if name not in natural:
             continue
         values = sorted(natural[name], key=lambda value: -natural[name][value])[:most]
-        wanted = target.get(name)
+        shares = target.get(name)
         shifts.append(
             {
                 "attribute": name,
                 "values": values,
                 "natural": [natural[name].get(value, 0.0) for value in values],
-                "target": None if wanted is None else [wanted.get(value, 0.0) for value in values],
+                "target": None if shares is None else [shares.get(value, 0.0) for value in values],
                 "achieved": [drawn.get(name, {}).get(value, 0.0) for value in values],
             }
         )
@@ -200,7 +200,7 @@ def attribute_shifts(report: dict[str, Any], most: int = 9) -> list[dict[str, An
 
 
 def evolved_chain(out: Path) -> list[dict[str, str]]:
-    """A natural row and what Evol-Instruct and Evol-Answer made of it: the first of the longest, in-depth chains."""
+    """A natural row and its forms after Evol-Instruct and Evol-Answer: the first of the longest in-depth chains."""
     instructed = _rows(out / "slice_1" / "evol_instruct" / "rows.jsonl")
     answered = {row["messages"][-2]["content"]: row for row in _rows(out / "slice_1" / "evol_answer" / "rows.jsonl")}
     by_id = {row["id"]: row for row in instructed}
@@ -236,17 +236,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def curves(out: Path, slices: int) -> dict[str, list[tuple[float, float]]]:
     """Learning curves: losses of base, supervised and preference training, reward and KL of RLEIF, per slice."""
-    found = {"base loss/base": _series(out / "base" / "metrics.jsonl", "loss")}
+    series = {"base loss/base": _series(out / "base" / "metrics.jsonl", "loss")}
     for index in range(1, slices + 1):
         at, label = out / f"slice_{index}", f"slice {index}"
-        found[f"supervised loss/{label}"] = _series(at / "sft" / "metrics.jsonl", "loss")
-        found[f"RLEIF reward/{label}"] = _series(at / "rleif" / "metrics.jsonl", "reward")
-        found[f"RLEIF KL to the reference, nats per token/{label}"] = _series(at / "rleif" / "metrics.jsonl", "kl_k1")
+        series[f"supervised loss/{label}"] = _series(at / "sft" / "metrics.jsonl", "loss")
+        series[f"RLEIF reward/{label}"] = _series(at / "rleif" / "metrics.jsonl", "reward")
+        series[f"RLEIF KL to the reference, nats per token/{label}"] = _series(at / "rleif" / "metrics.jsonl", "kl_k1")
         dpo = [
             point for part in sorted(at.glob("stage_dpo/stage_*/metrics.jsonl")) for point in _series(part, "margin")
         ]
-        found[f"Stage-DPO margin/{label}"] = [(float(n), value) for n, (_, value) in enumerate(dpo, 1)]
-    return {name: points for name, points in found.items() if points}
+        series[f"Stage-DPO margin/{label}"] = [(float(n), value) for n, (_, value) in enumerate(dpo, 1)]
+    return {name: points for name, points in series.items() if points}
 
 
 def _series(path: Path, name: str, most: int = 120) -> list[tuple[float, float]]:
@@ -260,13 +260,13 @@ def _series(path: Path, name: str, most: int = 120) -> list[tuple[float, float]]
 
 
 def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str, Any]]:
-    """Held-out problems whose sampled answers got right on the way: each stage's answer, and whether it was right."""
+    """Held-out problems that the first stage got wrong and the last one right: the answers of all stages."""
     answers = {name: _rows(path / "answers.jsonl") for name, path in stages}
     first, final = (answers[stages[place][0]] for place in (0, -1))
     chosen = []
     for index, line in enumerate(final):
-        wanted = extract_answer(line["reference"])
-        right = {name: extract_answer(rows[index]["sampled"]) == wanted for name, rows in answers.items()}
+        reference = extract_answer(line["reference"])
+        right = {name: extract_answer(rows[index]["sampled"]) == reference for name, rows in answers.items()}
         if right[stages[-1][0]] and not right[stages[0][0]] and len(line["prompt"]) > 90:
             texts = {name: rows[index]["sampled"] for name, rows in answers.items()}
             chosen.append(
@@ -292,21 +292,21 @@ def calls(out: Path) -> list[dict[str, Any]]:
 
 
 def _short(agent: str) -> str:
-    """An agent's name; checkpoints go by slice and stage."""
+    """Short name of an agent; of a checkpoint its slice and stage."""
     parts = Path(agent).parts
     return "/".join(part for part in parts[-3:] if part != "model") if len(parts) > 2 else agent
 
 
 def machine(out: Path) -> dict[str, str]:
-    """What the run stood on."""
+    """Hardware, software and the size of the student."""
     config = _read(out / "base" / "model" / "config.json")
-    found = {
+    facts = {
         "CPU": platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
     }
     if config:
-        found["student"] = (
+        facts["student"] = (
             f"{config['num_hidden_layers']} layers, width {config['hidden_size']}, {config['vocab_size']} tokens"
         )
-    return found
+    return facts

@@ -1,6 +1,6 @@
 """Continuations of many prompts at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     numbers: Sequence[int] | None = None,
+    on_finished: Callable[[int], object] | None = None,
 ) -> Generation:
     """Continuations of prompts by a model that is whole on this rank, or gathered.
 
@@ -58,6 +59,7 @@ def generate(
         prompts: token ids, each at least one.   max_new_tokens: limit per row, EOS counted.
         temperature: 0 is greedy; otherwise logits are divided by it.   batch_size: rows decoded together.
         top_k, top_p: truncation of the distribution, as in `kernels.sample`; None: none.
+        on_finished: called after each step with the number of rows that finished in it, for a progress bar.
     Returns:
         Generation, in the order of the prompts. Log-probabilities are those of the truncated distribution; greedy ones
         those at temperature 1 over the whole vocabulary.
@@ -73,7 +75,8 @@ def generate(
             raise ValueError(f"prompts[{index}]: expected 1 to {limit} tokens, got {len(prompt)}")
     if not prompts:
         return Generation(experts=[] if model.config.experts else None)
-    return continued(engine_for(model, prompts, samplings, batch_size, record_routes=True), prompts, samplings)
+    engine = engine_for(model, prompts, samplings, batch_size, record_routes=True)
+    return continued(engine, prompts, samplings, on_finished=on_finished)
 
 
 def engine_for(
@@ -91,15 +94,24 @@ def engine_for(
     )  # fmt: skip
 
 
-def continued(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Generation:
-    """Continuations of prompts, each by its own sampling; equal prompts are computed once."""
+def continued(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    *,
+    on_finished: Callable[[int], object] | None = None,
+) -> Generation:
+    """Continuations of prompts, each by its own sampling; equal prompts are computed once. See `generate`."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for place, prompt in enumerate(prompts):
         by_prompt.setdefault(tuple(prompt), []).append(place)
     sequences = {}
     for prompt, places in by_prompt.items():
         sequences.update(zip(places, engine.add_all(prompt, [samplings[place] for place in places])))
-    engine.run()
+    while engine.has_work:
+        finished = sum(sequence.reason is not None for sequence in engine.step())
+        if on_finished is not None:
+            on_finished(finished)
     rows = [sequences[place] for place in range(len(prompts))]
     return Generation(
         [s.tokens for s in rows], [s.logprobs for s in rows], [s.reason == "stop" for s in rows],
@@ -118,6 +130,7 @@ def answer_texts(
     batch_size: int = 128,
     top_k: int | None = None,
     top_p: float | None = None,
+    on_finished: Callable[[int], object] | None = None,
 ) -> list[str]:
     """The model's next answer in each conversation (which ends with a user turn), in the Vicuna format."""
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
@@ -131,5 +144,6 @@ def answer_texts(
         batch_size=batch_size,
         top_k=top_k,
         top_p=top_p,
+        on_finished=on_finished,
     )
     return [tokenizer.decode(tokens).strip() for tokens in sampled.tokens]

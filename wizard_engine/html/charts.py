@@ -52,7 +52,7 @@ def shorten(text: str, width: float, size: float) -> str:
 
 
 def number(value: float) -> str:
-    """A number for people: 12,345, 0.034, 1.5."""
+    """A number for display: 12,345, 0.034, 1.5."""
     if value != value or math.isinf(value):
         return "–"
     if value == int(value) and abs(value) < 1e15:
@@ -227,16 +227,16 @@ def lines(
 ) -> str:
     """Curves of (x, y) points over common axes: the moving mean strong, the raw values faint behind it.
 
-    Values that are not finite are left out; the y axis covers the 1st to the 99th percentile.
+    Values that are not finite are skipped; the y axis covers the 1st to the 99th percentile.
     """
-    kept = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-    kept = {name: points for name, points in kept.items() if points}
-    if not kept:
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    finite = {name: points for name, points in finite.items() if points}
+    if not finite:
         return frame(width, 20, [text(0, 14, "no values", fill=SOFT)], label)
-    ys = sorted(y for points in kept.values() for _, y in points)
+    ys = sorted(y for points in finite.values() for _, y in points)
     cut = int(0.01 * len(ys))
     y_ticks = ticks(ys[cut], ys[-1 - cut])
-    xs = [x for points in kept.values() for x, _ in points]
+    xs = [x for points in finite.values() for x, _ in points]
     left, right, top, bottom = 46.0, width - 6, 8.0, height - 22
     low_x, high_x = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
     low_y, high_y = y_ticks[0], y_ticks[-1]
@@ -249,7 +249,7 @@ def lines(
     body = _y_axis(y_ticks, left, right, top, bottom)
     body += [text(left, height - 5, number(low_x), size=11.5, fill=SOFT)]
     body += [text(right, height - 5, f"step {number(high_x)}", size=11.5, fill=SOFT, anchor="end")]
-    for index, (name, points) in enumerate(kept.items()):
+    for index, (name, points) in enumerate(finite.items()):
         colour = (colours or {}).get(name, SERIES[index % len(SERIES)])
         thin = points[:: max(1, len(points) // 400)]
         smooth = smoothed([y for _, y in points], max(1, len(points) // 25))
@@ -371,7 +371,7 @@ def heatmap(
 ) -> str:
     """Table of shaded cells with their numbers; None is left blank.
 
-    `low` and `top` are the values of the lightest and the darkest shade; top is the largest value unless given.
+    `low` and `top` are the values of the lightest and the darkest shade; top is the largest value by default.
     """
     known = [value for row in values for value in row if value is not None]
     top = top or max(known, default=0) or 1

@@ -10,7 +10,7 @@ ROW, GAP, LABEL = 116, 30, 26
 
 
 class FlowNode(TypedDict):
-    """A place that data pass: its name, how many rows are there, a remark, and its lane (a slice, say)."""
+    """A step in the path of the data: its name, its number of rows, a remark, and its lane (a slice, for example)."""
 
     name: str
     count: int | None
@@ -20,19 +20,19 @@ class FlowNode(TypedDict):
 
 def wrapped(content: str, width: float, size: float, lines: int) -> list[str]:
     """A text in at most `lines` lines of `width` pixels, the last one shortened where it is longer."""
-    found: list[str] = []
+    wrapped_lines: list[str] = []
     words = content.split()
-    while words and len(found) < lines - 1:
+    while words and len(wrapped_lines) < lines - 1:
         taken = 1
         while taken < len(words) and text_width(" ".join(words[: taken + 1]), size) <= width:
             taken += 1
-        found.append(shorten(" ".join(words[:taken]), width, size))
+        wrapped_lines.append(shorten(" ".join(words[:taken]), width, size))
         words = words[taken:]
-    return [*found, shorten(" ".join(words), width, size)] if words else found
+    return [*wrapped_lines, shorten(" ".join(words), width, size)] if words else wrapped_lines
 
 
 def flow(nodes: Sequence[FlowNode], *, width: float = 1060, columns: int = 5) -> str:
-    """An <svg> of the nodes, `columns` in a row, each lane beginning a row of its own under its name."""
+    """An <svg> of the nodes, `columns` in a row, each lane in a new row under its name."""
     side = (width - GAP * (columns - 1)) / columns
     most = max((node["count"] or 0 for node in nodes), default=0) or 1
     body: list[str] = []

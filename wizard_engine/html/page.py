@@ -108,7 +108,7 @@ def tiles(items: Sequence[tuple[str, str]]) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: Sequence[int] = ()) -> str:
     """A table of plain-text cells, scrolled sideways where it is too wide; `numeric` columns stand at the right.
 
-    A header of blanks is left out.
+    A header without text is skipped.
     """
 
     def cells(values: Sequence[object], tag: str) -> str:

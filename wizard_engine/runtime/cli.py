@@ -1,4 +1,4 @@
-"""Command lines out of frozen dataclasses: presets, overrides, and errors that name the nearest option."""
+"""Command-line options from frozen dataclasses: presets, overrides, and errors that name the nearest option."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 
 
 def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args: Sequence[str] | None = None) -> Config:
-    """Instance of `config` that the command line asks for.
+    """Instance of `config` with the values of the command line.
 
     Every field is an option with its default in --help (the field's docstring is the help text); a field that is itself
     a dataclass gives dotted options such as --data.on-error. `--preset NAME` picks the instance whose values are the
@@ -44,7 +44,7 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
     except ValueError as error:
         _fail(str(error))
     except SystemExit:
-        # A required option that was misspelt is missing, too: name what was typed instead of it.
+        # A misspelt required option is also reported as missing: name the misspelt word instead.
         if "Unrecognized options" in printed.getvalue():
             typed = [word for word in words if word.startswith("--")]
             unknown = [word for word in typed if not _is_option(word, option_names(config))]
@@ -58,13 +58,13 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
 
 
 def _take_preset(words: list[str], presets: dict[str, Config]) -> Config | None:
-    """Instance that --preset names, and the option taken out of `words`; None where it is not given."""
-    found = [i for i, word in enumerate(words) if presets and (word == "--preset" or word.startswith("--preset="))]
-    if not found:
+    """The instance that --preset names, or None without the option; removes the option from `words`."""
+    positions = [i for i, word in enumerate(words) if presets and (word == "--preset" or word.startswith("--preset="))]
+    if not positions:
         return None
-    if len(found) > 1:
+    if len(positions) > 1:
         _fail("--preset: expected once, got it twice; keep one")
-    at = found[0]
+    at = positions[0]
     option, sign, name = words.pop(at).partition("=")
     if not sign:
         name = words.pop(at) if at < len(words) else ""
@@ -79,25 +79,25 @@ def _description(config: type, presets: Mapping[str, Any] | None) -> str:
 
 
 def option_names(config: type, prefix: str = "--") -> list[str]:
-    """Every option of a dataclass as it is typed, `--data.on-error` for a nested field."""
+    """Every option of a dataclass as the user types it, `--data.on-error` for a nested field."""
     hints, annotated = typing.get_type_hints(config), typing.get_type_hints(config, include_extras=True)
     names = []
     for field in dataclasses.fields(config):
-        given = [getattr(x, "name", None) for x in getattr(annotated[field.name], "__metadata__", ())]
-        name = prefix + next(filter(None, given), field.name.replace("_", "-"))
+        aliases = [getattr(x, "name", None) for x in getattr(annotated[field.name], "__metadata__", ())]
+        name = prefix + next(filter(None, aliases), field.name.replace("_", "-"))
         nested = _nested_dataclass(hints[field.name])
         names += option_names(nested, name + ".") if nested else [name]
     return names
 
 
 def _is_option(word: str, names: Sequence[str]) -> bool:
-    """True for one of the names, also with a value behind =, underscores, or the `no-` of a switch."""
+    """Whether a word is one of the options, also with =VALUE, with underscores, or with the `no-` of a switch."""
     name = word.partition("=")[0].replace("_", "-")
     return name in (*names, "--help") or name.replace("no-", "", 1) in names
 
 
 def _nested_dataclass(hint: Any) -> type | None:
-    """The dataclass that a type hint is, or is together with None; else None."""
+    """The dataclass of a type hint, also of an optional one; None for other hints."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the hashes by which content is recognised."""
+"""Atomic writes of files, and content hashes."""
 
 import dataclasses
 import enum
@@ -18,7 +18,7 @@ LARGE_FILE_BYTES = 64 << 20
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable, so that a rename survives a power cut."""
+    """fsync a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,9 +28,9 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """Binary file that becomes `path`, on disk, when the block ends, and vanishes if the block raises.
+    """Binary file that replaces `path` when the block ends, and is deleted if the block raises.
 
-    Parent directories are made. Several processes, on several machines too, may write the same path: one of them wins.
+    Parent directories are made. Processes, also of different machines, may write the same path at once: one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write a file whole or not at all: temporary file, fsync, rename. Parent directories are made."""
+    """Write a file atomically: temporary file, fsync, rename. Parent directories are made."""
     with replacing(Path(path)) as file:
         file.write(content)
 
@@ -65,10 +65,10 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """The value out of JSON's own types only: dataclasses become objects, paths text, enums their value.
+    """The value in JSON types only: dataclasses become objects, paths text, enums their value.
 
     Raises:
-        TypeError: something that JSON has no form for.
+        TypeError: a type that JSON cannot hold.
     """
     if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
         return value
@@ -97,7 +97,7 @@ def file_hash(path: Path | str) -> str:
     """SHA-256, in hex, of a file, or for a directory of its sorted relative names and their files' hashes.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: the path does not exist.
     """
     path = Path(path)
     if path.is_dir():
@@ -113,7 +113,7 @@ def file_hash(path: Path | str) -> str:
 
 
 def file_mark(path: Path) -> str:
-    """What an output is recognised by: its hash, or for a large file its size and time of change."""
+    """Identity of an output: its hash, or for a large file its size and modification time."""
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if item.is_file())
         return content_hash([[item.relative_to(path).as_posix(), file_mark(item)] for item in files])
@@ -124,7 +124,7 @@ def file_mark(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict | None:
-    """JSON object in a file; None where there is no file, or no object in it."""
+    """JSON object in a file; None if the file is missing or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):

@@ -1,8 +1,8 @@
-"""What the ranks of a run know of each other beside their collectives: errors, and who is missing.
+"""Heartbeats of the ranks: errors of other ranks, and which rank is missing from a collective.
 
-Every rank posts where it stands to the store that started the run, from a thread of its own. A rank that fails posts
-its error; the others, whose collectives end or wait, say which rank failed and why, and end. A rank whose collective
-waited too long says who has not come.
+A thread of every rank posts its position to the store of the run. A rank that fails posts its error. The other ranks,
+whose collectives fail or hang, report that error and exit. A rank whose collective waits too long reports which rank
+has not arrived.
 """
 
 import json
@@ -16,19 +16,19 @@ from typing import Any
 import torch.distributed as dist
 
 PERIOD_SECONDS = 0.5
-# A rank that has not posted for so long is gone, or does not run.
+# A rank without a post for this long has exited or is stopped.
 SILENT_SECONDS = 3.0
-# What a rank waits for its main thread to end by itself once another has failed.
+# Time for the main thread to exit by itself after another rank has failed.
 GRACE_SECONDS = 5.0
 STORE_SECONDS = 300.0
 
 
 class Watch:
-    """This rank's thread and its view of the others.
+    """The heartbeat thread of this rank.
 
     Args:
-        store: of the run.   timeout_seconds: longest step; beyond it, plus a grace, the rank says who is missing and
-            ends.
+        store: of the run.   timeout_seconds: longest step. After it and a grace period the rank reports which rank is
+            missing and exits.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout_seconds: float) -> None:
@@ -40,11 +40,11 @@ class Watch:
         self._thread.start()
 
     def mark(self, text: str, *, limited: bool = False) -> None:
-        """The main thread has come to a place; `limited`: it must leave it within the timeout."""
+        """Record the position of the main thread; `limited`: it must change within the timeout."""
         self._mark = (self._mark[0] + 1, text, time.monotonic(), limited)
 
     def fail(self, text: str) -> None:
-        """Tell the others of an error; the first one of a run stands."""
+        """Post an error to the other ranks; only the first error of a run is stored."""
         self._ended.set()
         try:
             self.store.compare_set("error", "", json.dumps({"rank": self.rank, "text": text}))
@@ -52,23 +52,23 @@ class Watch:
             print(f"[rank {self.rank}/{self.world_size}] the other ranks could not be told: {error}", file=sys.stderr)
 
     def failure(self) -> str:
-        """The first error that another rank posted, with that rank in front; "" where there is none."""
+        """The error that another rank posted, prefixed with that rank; "" without one."""
         try:
             if not self.store.check(["error"]):
                 return ""
-            found = json.loads(self.store.get("error"))
+            error = json.loads(self.store.get("error"))
         except dist.DistError:
             return ""
-        return "" if found["rank"] == self.rank else f"[rank {found['rank']}/{self.world_size}] {found['text']}"
+        return "" if error["rank"] == self.rank else f"[rank {error['rank']}/{self.world_size}] {error['text']}"
 
     def explain(self) -> str:
-        """Why a collective of this rank failed: another's error, or who did not come; waits for both to show."""
+        """Why a collective of this rank failed: the error of another rank, or the missing ranks; waits for either."""
         deadline = time.monotonic() + SILENT_SECONDS + 2 * PERIOD_SECONDS
         before = self._posts()
         while time.monotonic() < deadline:
-            found = self.failure()
-            if found:
-                return found
+            failure = self.failure()
+            if failure:
+                return failure
             time.sleep(PERIOD_SECONDS / 2)
         after = self._posts()
         silent = [r for r in range(self.world_size) if r != self.rank and after.get(r) == before.get(r)]
@@ -82,14 +82,14 @@ class Watch:
         return f"last seen at {posts[rank]['text']}" if rank in posts else "never seen"
 
     def _posts(self) -> dict[int, dict]:
-        found = {}
+        posts = {}
         for rank in range(self.world_size):
             try:
                 if self.store.check([f"mark/{rank}"]):
-                    found[rank] = json.loads(self.store.get(f"mark/{rank}"))
+                    posts[rank] = json.loads(self.store.get(f"mark/{rank}"))
             except dist.DistError:
-                return found
-        return found
+                return posts
+        return posts
 
     def _work(self) -> None:
         while not self._ended.wait(PERIOD_SECONDS):
@@ -99,10 +99,10 @@ class Watch:
                 self.store.set(f"mark/{self.rank}", json.dumps({"mark": count, "text": text, "beat": self._beat}))
             except dist.DistError:
                 return
-            found = self.failure()
-            if found:
+            failure = self.failure()
+            if failure:
                 if not self._ended.wait(GRACE_SECONDS):
-                    self._end(f"ended, for another rank failed: {found}")
+                    self._end(f"ended, for another rank failed: {failure}")
             elif limited and time.monotonic() - since > self.timeout_seconds + 2 * GRACE_SECONDS:
                 self._end(f"{text}: waited more than {self.timeout_seconds:.0f} seconds; {self.explain()}")
 
@@ -111,16 +111,16 @@ class Watch:
         os._exit(1)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._ended.set()
         self._thread.join()
 
 
 def run_store(purpose: str) -> Any:
-    """A connection of its own to the store at MASTER_ADDR, whose keys belong to a purpose and this start of the run.
+    """A new connection to the store at MASTER_ADDR, with a key prefix for the purpose and for this start of the run.
 
-    torchrun keeps its store when it starts the ranks again: without keys of their own they would find the addresses of
-    the ranks before them, and wait for those.
+    torchrun keeps its store when it restarts the ranks. Without a new prefix they would read the addresses of
+    the former ranks and wait for those.
     """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,

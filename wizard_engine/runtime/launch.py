@@ -1,4 +1,4 @@
-"""A program's main function run from the command line: options, errors in one line, the other ranks told."""
+"""Runs a main function from the command line: options, one-line errors, errors posted to the other ranks."""
 
 import os
 import sys
@@ -14,9 +14,9 @@ from .process import Interrupted, stop, watch
 
 
 def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] | None = None) -> None:
-    """Run a recipe from the command line: options, then `main`, errors that a user can cause in one line.
+    """Run a recipe from the command line: parse the options, call `main`, print errors of users in one line.
 
-    A rank that fails tells the others, which end with its error instead of their own collective's.
+    A rank that fails posts its error. The other ranks exit with that error instead of the one of their collective.
     """
     cfg = cli(config, presets)
     name = Path(sys.argv[0]).name
@@ -41,19 +41,19 @@ def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] 
 
 
 def _fail(name: str, error: Exception, text: str, *, tell: bool = True) -> None:
-    """Print an error, tell the other ranks of it, and end at once where their collectives might keep this one."""
-    found = watch()
-    where = "" if found is None or text.startswith("[rank") else f"[rank {found.rank}/{found.world_size}] "
+    """Print an error and post it to the other ranks; exit at once if a collective could block this rank."""
+    heartbeat = watch()
+    where = "" if heartbeat is None or text.startswith("[rank") else f"[rank {heartbeat.rank}/{heartbeat.world_size}] "
     print(f"{name}: error: {where}{text}", file=sys.stderr, flush=True)
-    if found is not None:
+    if heartbeat is not None:
         if tell:
-            found.fail(text)
+            heartbeat.fail(text)
         sys.stdout.flush()
         os._exit(1)
 
 
 def _is_of_collective(error: RuntimeError) -> bool:
-    """Whether an error is one of a collective whose other side is gone or late, rather than of this rank."""
+    """Whether an error comes from a collective whose peer failed or is late, not from this rank."""
     text = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or any(
         word in text for word in ("gloo", "nccl", "connection", "timed out", "peer", "socket")

@@ -1,4 +1,4 @@
-"""Memory that this process has taken."""
+"""Memory use of this process."""
 
 import resource
 

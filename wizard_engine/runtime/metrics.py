@@ -1,9 +1,10 @@
-"""What a run measures: a JSON line per step for programs, a progress bar for people."""
+"""Metrics of a run: a JSON line per step, and progress bars."""
 
 import json
 import math
 import numbers
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ from .files import write_bytes
 BAR_METRICS = ("loss", "tokens_per_second", "mfu")
 
 
+def progress(
+    items: Iterable | None = None, *, desc: str, unit: str, total: int | None = None, quiet: bool = False
+) -> tqdm:
+    """A tqdm bar on stderr, over `items` or for `update` calls; only on a terminal, on rank 0, and unless `quiet`."""
+    is_other_rank = dist.is_initialized() and dist.get_rank() != 0
+    # With disable=None tqdm itself asks whether stderr is a terminal.
+    disable = True if quiet or is_other_rank else None
+    return tqdm(items, desc=desc, unit=unit, total=total, disable=disable, leave=False, dynamic_ncols=True)
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The objects of a metrics file, in order; a last line that was cut by a kill is left out."""
+    """The objects of a metrics file, in order; a last line that a kill has cut off is skipped."""
     lines = Path(path).read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1]]
 
@@ -31,8 +42,8 @@ class MetricsLogger:
         path: the file; its directory is made.
         total_steps: steps of the whole run.
         desc: the bar's label.
-        quiet: no bar; the file is written all the same.
-        resume_step: steps done before; 0 begins a new file.
+        quiet: no bar; the file is still written.
+        resume_step: steps done before; 0 starts a new file.
     Raises:
         ValueError: a line of the existing file, other than a cut last one, is no JSON object with a `step`.
     """
@@ -77,7 +88,7 @@ class MetricsLogger:
 
 
 def _number(name: str, value: Any) -> Any:
-    """The value as JSON holds it; a list of numbers is one value per layer, say."""
+    """The value as a JSON number, or a list of them (one per layer, for example)."""
     if isinstance(value, list):
         return [_number(name, item) for item in value]
     if hasattr(value, "item"):
@@ -90,15 +101,15 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _lines_until(path: Path, step: int) -> bytes:
-    """The file's whole lines of steps 1 to `step`."""
+    """The complete lines of steps 1 to `step`."""
     if step < 1 or not path.exists():
         return b""
     kept = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            found = json.loads(line)["step"]
+            line_step = json.loads(line)["step"]
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f"{path}:{number}: expected a JSON object with `step`; remove the line") from None
-        if found <= step:
+        if line_step <= step:
             kept.append(line + b"\n")
     return b"".join(kept)

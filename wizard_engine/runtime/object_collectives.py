@@ -1,4 +1,4 @@
-"""Objects of all ranks: gathered, sent out by rank 0, compared; errors that reach every rank."""
+"""Collectives of Python objects: gather, broadcast from rank 0, comparison; errors raised on every rank."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ def is_distributed() -> bool:
 
 
 def gather_objects(local: object, group: dist.ProcessGroup | None = None) -> list:
-    """Every rank's JSON-like object, in rank order, on every rank; of all ranks, or of those of a group."""
+    """The JSON-like objects of all ranks, or of a group's ranks, in rank order, on every rank."""
     if not is_distributed():
         return [local]
     gathered = [None] * dist.get_world_size(group)
@@ -25,17 +25,17 @@ def gather_objects(local: object, group: dist.ProcessGroup | None = None) -> lis
 
 
 def with_names_of_all_ranks(numbers: dict[str, float]) -> dict[str, float]:
-    """The numbers in one order on every rank, with 0 for what only other ranks have: a rank may be without rows."""
+    """The numbers in the same order on every rank, 0 for names that only other ranks have. A rank may have no rows."""
     names = dict.fromkeys(name for names in gather_objects(list(numbers)) for name in names)
     return {name: numbers.get(name, 0.0) for name in names}
 
 
 def first_error(error: Exception | None, runtime: Runtime) -> str:
-    """The first rank's error with that rank in front, on every rank; "" where no rank has one."""
-    own = None if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
+    """The error of the first rank that has one, prefixed with that rank, on every rank; "" without an error."""
+    message = None if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
     if runtime.world_size == 1:
-        return own or ""
-    for rank, text in enumerate(gather_objects(own)):
+        return message or ""
+    for rank, text in enumerate(gather_objects(message)):
         if text is not None:
             return f"[rank {rank}/{runtime.world_size}] {text}"
     return ""
@@ -59,30 +59,31 @@ def from_main(runtime: Runtime, work: Callable[[], T]) -> T:
 
 
 def check_same(runtime: Runtime, what: str, value: Any) -> None:
-    """ValueError on every rank, naming the first that differs from most, unless a value is the same everywhere.
+    """Raises ValueError on every rank unless a value is the same on all of them.
 
-    Of mappings, nested ones too, the entry that differs is named.
+    The error names the first rank that differs from the majority, and for (nested) mappings the entry that differs.
     """
     if runtime.world_size == 1:
         return
-    found = gather_objects(value)
-    usual = max(found, key=found.count)
-    for rank, other in enumerate(found):
+    values = gather_objects(value)
+    usual = max(values, key=values.count)
+    for rank, other in enumerate(values):
         if other != usual:
-            where, own, theirs = _difference(what, other, usual)
+            where, differing, common = _difference(what, other, usual)
             raise ValueError(
-                f"[rank {rank}/{runtime.world_size}] {where}: expected the same on every rank, got {_short(own)}, and "
-                f"{_short(theirs)} on rank {found.index(usual)}; start every rank with the same options and files"
+                f"[rank {rank}/{runtime.world_size}] {where}: expected the same on every rank, got "
+                f"{_short(differing)}, and {_short(common)} on rank {values.index(usual)}; start every rank with the "
+                "same options and files"
             )
 
 
-def _difference(what: str, own: Any, theirs: Any) -> tuple[str, Any, Any]:
-    """The first entry in which two values differ: its name, and what it is in both."""
-    if isinstance(own, dict) and isinstance(theirs, dict):
-        for key in {**own, **theirs}:
-            if own.get(key) != theirs.get(key):
-                return _difference(f"{what}: {key}", own.get(key), theirs.get(key))
-    return what, own, theirs
+def _difference(what: str, value: Any, other: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two values differ: its name, and its value in both."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        for key in {**value, **other}:
+            if value.get(key) != other.get(key):
+                return _difference(f"{what}: {key}", value.get(key), other.get(key))
+    return what, value, other
 
 
 def _short(value: Any) -> str:

@@ -29,7 +29,7 @@ _watch: Watch | None = None
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its rank among `world_size`, its rank on this machine, and its device."""
+    """Rank of this process among `world_size`, its rank on this machine, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -53,7 +53,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: float = 600.0) -> Runtime:
-    """Runtime of this process; under torchrun the default process group exists afterwards.
+    """Runtime of this process; under torchrun this also creates the default process group.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
@@ -61,7 +61,7 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
         timeout_seconds: longest wait for the other ranks in one collective.
     Raises:
         ValueError: an unknown device, CUDA without a GPU, fewer than one thread.
-        OSError: the torchrun that started this rank is gone.
+        OSError: the torchrun that started this rank has exited.
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES)
     chosen = _device(device, local_rank)
@@ -74,15 +74,15 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _die_with_parent()
         _look_for_agent()
-        # Its functions keep the group of the time of their import as a default, and so the group's threads, which abort
-        # the process where they meet the end of the interpreter: imported first, they keep none.
+        # Functions of this module bind the default group at import. The threads of such a group abort the process at
+        # exit of the interpreter. Imported before the group exists, the functions bind none.
         importlib.import_module("torch.distributed.nn.functional")
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        found = {"store": run_store("groups"), "rank": rank, "world_size": world_size} if _has_agent_store() else {}
+        options = {"store": run_store("groups"), "rank": rank, "world_size": world_size} if _has_agent_store() else {}
         if chosen.type == "cuda":
-            # NCCL connects now, on this device, where its errors name their cause; groups of a mesh are splits of it.
-            found["device_id"] = chosen
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **found)
+            # With a device id NCCL connects now, where its errors name their cause, and later groups are splits of it.
+            options["device_id"] = chosen
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **options)
         global _watch
         if world_size > 1:
             _watch = Watch(run_store("watch"), rank, world_size, timeout_seconds)
@@ -90,24 +90,24 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
 
 
 def stop() -> None:
-    """Take the process group down, if there is one."""
+    """Destroy the process group, if there is one."""
     global _watch
     if _watch is not None:
         _watch.close()
         _watch = None
     if dist.is_initialized():
-        # Divided models hold the groups of their mesh, and stand in cycles.
+        # Sharded models hold the groups of their mesh and are part of reference cycles.
         gc.collect()
         dist.destroy_process_group()
 
 
 def watch() -> Watch | None:
-    """What this rank knows of the others; None on one rank."""
+    """The heartbeat of this rank; None on one rank."""
     return _watch
 
 
 def mark(text: str, *, limited: bool = False) -> None:
-    """Tell the other ranks where this one stands; `limited`: the next mark must come within the run's timeout."""
+    """Post the position of this rank; `limited`: the next mark must follow within the timeout."""
     if _watch is not None:
         _watch.mark(text, limited=limited)
 
@@ -123,9 +123,9 @@ def _has_agent_store() -> bool:
 
 
 def _look_for_agent() -> None:
-    """OSError if the torchrun that started this rank is gone already: nobody would end the rank's wait for its peers.
+    """Raises OSError if the torchrun that started this rank has exited: the rank would wait for its peers forever.
 
-    torchrun serves the store of its ranks itself, so that it answers from before they start.
+    torchrun serves the store of its ranks itself, so the store answers before they start.
     """
     if not _has_agent_store():
         return
@@ -137,7 +137,7 @@ def _look_for_agent() -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators; the engine's own draws take explicit generators."""
+    """Seed Python's, NumPy's and torch's global generators; the engine itself draws from explicit generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -146,7 +146,7 @@ def seed_all(seed: int) -> None:
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into `requested`; a second one ends the process as usual.
 
-    In a thread other than the main one signals cannot be caught, and `requested` stays False.
+    Signals can be caught in the main thread only; elsewhere `requested` stays False.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -162,7 +162,7 @@ class StopRequest:
         self.close()
 
     def close(self) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the former signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

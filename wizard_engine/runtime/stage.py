@@ -1,4 +1,4 @@
-"""Stages of work that know their parents, and are skipped when nothing they depend on has changed."""
+"""Stages: units of work that are skipped if their inputs, configuration and outputs are unchanged."""
 
 import dataclasses
 import json
@@ -36,19 +36,19 @@ def _short(value: Any) -> str:
 
 
 class Stage:
-    """One step of work with parents: skipped when its inputs, its configuration and its outputs are unchanged.
+    """A unit of work, skipped if its inputs, its configuration and its outputs are unchanged.
 
-    `OUT/config.json` says what is being made there, and is written by `start`; `OUT/stage.json` says that it is made,
-    and is written, by one rename, by `finish`. Under torchrun rank 0 alone makes these calls.
+    `start` writes `OUT/config.json`, the identity of the stage. `finish` writes `OUT/stage.json`, the record that it is
+    done, atomically. Under torchrun only rank 0 makes these calls.
 
     Args:
         out: directory of the stage.
-        name: which stage it is, "sft" say.
-        config: everything that decides the result, seed included; leave out what does not (paths, thread counts).
-        inputs: name -> file or directory that the stage reads; they count by content, not by path.
-        overwrite: replace what another configuration left in `out`.
+        name: of the stage, such as "sft".
+        config: all options that change the result, seed included; no others (paths, thread counts).
+        inputs: name -> file or directory that the stage reads; compared by content, not by path.
+        overwrite: replace the results of another configuration in `out`.
     Attributes:
-        done: set by whoever found the stage current.
+        done: whether the stage is current, set by `open_stage`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Stage:
         return self._identity
 
     def is_current(self) -> bool:
-        """True when `finish` has been reached with this identity and every output is still as it was written."""
+        """Whether this identity has finished and every output is unchanged since."""
         record = read_object(self.out / "stage.json")
         if record is None or not all(path.exists() for path in self.inputs.values()):
             return False
@@ -85,7 +85,7 @@ class Stage:
         return all(path.exists() and file_mark(path) == mark for path, mark in outputs.items())
 
     def result(self) -> dict:
-        """What `finish` was given.
+        """The result that `finish` recorded.
 
         Raises:
             ValueError: the stage is not finished.
@@ -96,9 +96,9 @@ class Stage:
         return record["result"]
 
     def start(self) -> None:
-        """Claim `out` for this identity, keeping what an interrupted run of the same identity left there.
+        """Claim `out` for this identity; files of an interrupted run with the same identity stay.
 
-        A configuration without any work beside it, as a run leaves it that failed on its rows, is replaced.
+        A configuration without work beside it is replaced. A run that fails on its rows leaves such a one.
 
         Raises:
             ValueError: `out` holds work of another configuration and `overwrite` is off; names what differs.
@@ -121,13 +121,13 @@ class Stage:
         write_json(path, self.identity())
 
     def _work(self) -> list[Path]:
-        """Records, checkpoints and metrics of a stage in `out`, those of its parts one folder down included."""
-        found = [self.out / name for name in ("stage.json", "checkpoints", "metrics.jsonl")]
-        found += [*self.out.glob("*/checkpoints"), *self.out.glob("*/metrics.jsonl")]
-        return [path for path in found if path.exists()]
+        """Records, checkpoints and metrics of a stage in `out` and in its direct subfolders."""
+        paths = [self.out / name for name in ("stage.json", "checkpoints", "metrics.jsonl")]
+        paths += [*self.out.glob("*/checkpoints"), *self.out.glob("*/metrics.jsonl")]
+        return [path for path in paths if path.exists()]
 
     def _clear(self) -> None:
-        """Remove what the former stage wrote here: its listed outputs, checkpoints and metrics, nothing else."""
+        """Remove the listed outputs, the checkpoints and the metrics of the former stage, nothing else."""
         record = read_object(self.out / "stage.json") or {}
         names = [
             name for name in record.get("outputs", {}) if not Path(name).is_absolute() and ".." not in Path(name).parts
@@ -143,7 +143,7 @@ class Stage:
 
         Args:
             result: JSON object that `result()` gives back later.
-            outputs: files and directories that must still be there, unchanged, for the stage to count as done.
+            outputs: files and directories that must exist unchanged for the stage to count as done.
         Raises:
             ValueError: an output is absent.
         """
@@ -156,7 +156,7 @@ class Stage:
 
 
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What a configuration makes: the options that count, and the files and directories that it reads."""
+    """Identity of a configuration: the options that change the result, and the files and directories that it reads."""
     options: dict[str, Any] = {}
     inputs: dict[str, Path] = {}
     for field in dataclasses.fields(cfg):
@@ -216,6 +216,6 @@ def open_stage(cfg: Any, name: str, runtime: Runtime) -> Stage:
 
 
 def finish_stage(stage: Stage, runtime: Runtime, result: dict, outputs: list[Path]) -> dict:
-    """Record the stage as done (rank 0) and give its result back on every rank."""
+    """Record the stage as done (rank 0); returns its result on every rank."""
     from_main(runtime, lambda: stage.finish(result, outputs))
     return result

@@ -1,4 +1,8 @@
-"""The engine at work for many clients at once: a thread that steps, jobs that come and go, ranks that do the same."""
+"""A thread that runs the generation engine for many clients, and ranks that repeat its commands.
+
+Client threads only append to an inbox. The engine thread alone touches the engine, once between two steps, so that the
+engine needs no locks.
+"""
 
 import contextlib
 import threading
@@ -13,21 +17,22 @@ import torch.distributed as dist
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.engine import Engine
 from wizard_engine.generation.scheduler import Reason, Sampling, numbered
-from wizard_engine.generation.scheduler import Sequence as Row
+from wizard_engine.generation.scheduler import Sequence as EngineSequence
 from wizard_engine.generation.streaming import TextStream
 from wizard_engine.parallel.mesh import Axis
 
-# Ranks that wait for work hear from the first one at least this often, seconds.
+# Without work, rank 0 still broadcasts an empty command list this often (seconds), so that the collective in which the
+# other ranks wait does not time out.
 HEARTBEAT = 30.0
 
 
 @dataclass
 class Piece:
-    """What one step brought to one choice of a job.
+    """The result of one step for one choice of a job.
 
     Attributes:
-        choice: which of the job's.   text: sure by now.   token, logprob, top: of the step, where a token came.
-        reason: why the choice ended, with its last piece.
+        choice: number of the choice.   text: text that no later token can change.   token, logprob, top: the new token,
+            its log-probability (nats) and the most likely tokens.   reason: why the choice ended, in its last piece.
     """
 
     choice: int
@@ -40,11 +45,11 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A prompt to be continued n times, and who hears of it.
+    """A prompt to be continued n times.
 
     Attributes:
-        deliver: called by the driver's thread with the pieces of every step.   stop: strings that end a choice.
-        cached: tokens of the prompt that were not computed again.
+        deliver: called by the driver's thread with the pieces of each step.   stop: strings that end a choice.
+        open: choices that have not ended.   cached: prompt tokens whose keys and values were in the cache.
     """
 
     prompt: list[int]
@@ -53,24 +58,24 @@ class Job:
     deliver: Callable[[list[Piece]], None]
     stop: tuple[str, ...] = ()
     strip: bool = True
-    rows: list[Row] = field(default_factory=list)
+    sequences: list[EngineSequence] = field(default_factory=list)
     streams: list[TextStream] = field(default_factory=list)
     open: int = 0
     cached: int = 0
     came: float = field(default_factory=time.monotonic)
 
 
-class Full(Exception):
-    """There are as many jobs as the driver takes, or it is about to end."""
+class QueueFull(Exception):
+    """The driver has no room for more sequences, or it stops."""
 
 
 class Driver:
-    """Runs an engine in a thread of its own.
+    """Runs an engine in its own thread.
 
-    On several ranks that divide the model, rank 0 of the axis has a driver, and `follow` makes the others do the same.
+    If the model is sharded over ranks, rank 0 of the axis has a driver and `follow` repeats its commands on the others.
 
     Args:
-        max_jobs: sequences that run and wait.   axis: ranks that divide the model.
+        max_jobs: most sequences that run or wait.   axis: the ranks that the model is sharded over.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_jobs: int, axis: Axis | None = None) -> None:
@@ -83,7 +88,7 @@ class Driver:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to step."""
+        """Start the thread."""
         self._thread.start()
 
     @property
@@ -95,27 +100,27 @@ class Driver:
         """Continue a job's prompt.
 
         Raises:
-            Full: there is no room for its sequences, or the driver ends.   ValueError: as `Engine.add`.
+            QueueFull: no room for its sequences, or the driver stops.   ValueError: as `Engine.add`.
         """
         self.engine.check(job.prompt, job.sampling)
         with self._wake:
             if self._ends or self.error:
-                raise Full(self.error or "the server is about to end")
+                raise QueueFull(self.error or "the server is about to end")
             if self._open + job.n > self.max_jobs:
-                raise Full(f"{self._open} sequences run and wait, at most {self.max_jobs} are taken")
+                raise QueueFull(f"{self._open} sequences run and wait, at most {self.max_jobs} are taken")
             self._open += job.n
             job.open = job.n
             self._inbox.append(("add", job))
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for a job any more; its pages are free for others before the next step."""
+        """Drop a job that no client waits for; its pages are freed before the next step."""
         with self._wake:
             self._inbox.append(("cancel", job))
             self._wake.notify()
 
     def close(self, *, drain_seconds: float = 0.0) -> None:
-        """Take nothing more, let what runs end for so long, and stop."""
+        """Accept no more jobs, wait up to `drain_seconds` for running ones, and stop the thread."""
         with self._wake:
             self._ends = True
             self._wake.notify()
@@ -129,7 +134,7 @@ class Driver:
             while self._turn():
                 pass
         except Exception as error:
-            # Whoever waits must hear of it; the process goes on to say so.
+            # Every waiting client gets an answer; the process stays up so that /health reports the failure.
             self.error = f"{type(error).__name__}: {error}"
             with self._wake:
                 waiting = {id(job): job for job, _ in self._jobs.values()}
@@ -137,23 +142,23 @@ class Driver:
                 self._open = 0
                 self._wake.notify_all()
             for job in waiting.values():
-                self._tell(job, [Piece(i, "", reason="cancelled") for i in range(job.n)])
+                _deliver(job, [Piece(i, "", reason="cancelled") for i in range(job.n)])
             raise
 
     def _turn(self) -> bool:
-        """Take what has come, make a step; False at the end."""
+        """Apply the inbox and make one step; False at the end."""
         with self._wake:
             timeout = HEARTBEAT if self.axis.size > 1 else None
             self._wake.wait_for(lambda: self._inbox or self.engine.has_work, timeout)
             inbox, self._inbox = list(self._inbox), deque()
         added = [job for what, job in inbox if what == "add"]
         dropped = {id(job): job for what, job in inbox if what == "cancel"}
-        # A job that is cancelled before it began never begins.
+        # A job that was cancelled in the same turn is not added at all.
         begun = [job for job in added if id(job) not in dropped]
         commands: list[tuple] = [("add", job.prompt, numbered(job.sampling, job.n)) for job in begun]
         commands += [
-            ("finish", row.number, "cancelled")
-            for job in dropped.values() for row in job.rows if row.reason is None
+            ("finish", sequence.number, "cancelled")
+            for job in dropped.values() for sequence in job.sequences if sequence.reason is None
         ]  # fmt: skip
         commands += [("end",) for what, _ in inbox if what == "end"]
         shared(commands, self.axis)
@@ -169,16 +174,16 @@ class Driver:
         self._step()
         return True
 
-    def _begin(self, job: Job, rows: list[Row]) -> None:
-        job.rows = rows
-        job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in rows]
-        for choice, row in enumerate(rows):
-            self._jobs[row.number] = job, choice
+    def _begin(self, job: Job, sequences: list[EngineSequence]) -> None:
+        job.sequences = sequences
+        job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in sequences]
+        for choice, sequence in enumerate(sequences):
+            self._jobs[sequence.number] = job, choice
 
     def _dropped(self, job: Job) -> None:
-        """Forget what is open of a job that was cancelled."""
-        for row in job.rows:
-            self._jobs.pop(row.number, None)
+        """Remove the open choices of a cancelled job."""
+        for sequence in job.sequences:
+            self._jobs.pop(sequence.number, None)
         gone, job.open = job.open, 0
         self._closed(gone)
 
@@ -188,49 +193,53 @@ class Driver:
         self.step_seconds += time.perf_counter() - began
         self.steps += 1
         pieces: dict[int, tuple[Job, list[Piece]]] = {}
+        # Stop strings are known on this rank only: the other ranks get the sequences that they end as commands.
         stopped: list[tuple] = []
-        for row in grown:
-            if row.number not in self._jobs:
+        for sequence in grown:
+            if sequence.number not in self._jobs:
                 continue
-            job, choice = self._jobs[row.number]
-            piece = self._piece(job, choice, row)
-            if piece.reason is not None and row.reason is None:
-                stopped.append(("finish", row.number, "stop"))
+            job, choice = self._jobs[sequence.number]
+            piece = _piece(job, choice, sequence)
+            if piece.reason is not None and sequence.reason is None:
+                stopped.append(("finish", sequence.number, "stop"))
             pieces.setdefault(id(job), (job, []))[1].append(piece)
         shared(stopped, self.axis)
         for command in stopped:
             apply(self.engine, command)
-        for job, found in pieces.values():
-            ended = [piece for piece in found if piece.reason is not None]
+        for job, job_pieces in pieces.values():
+            ended = [piece for piece in job_pieces if piece.reason is not None]
             for piece in ended:
-                del self._jobs[job.rows[piece.choice].number]
+                del self._jobs[job.sequences[piece.choice].number]
             job.open -= len(ended)
             self._closed(len(ended))
-            self._tell(job, found)
-
-    def _piece(self, job: Job, choice: int, row: Row) -> Piece:
-        """What the last token of a sequence says."""
-        stream, token = job.streams[choice], row.ids[-1]
-        if row.steps == 1 and choice == 0:
-            job.cached = row.cached
-        is_end = token == row.sampling.eos_id
-        text = "" if is_end else stream.push(token)
-        reason = "stop" if stream.stopped else row.reason
-        if reason is not None and not stream.stopped:
-            text += stream.end()
-        top = row.top[-1] if row.sampling.top_logprobs and row.top else []
-        return Piece(choice, text, token, row.logprobs[-1], top, reason)
-
-    def _tell(self, job: Job, pieces: list[Piece]) -> None:
-        # The loop of a client that is gone may be closed.
-        with contextlib.suppress(RuntimeError):
-            job.deliver(pieces)
+            _deliver(job, job_pieces)
 
     def _closed(self, count: int) -> None:
         if count:
             with self._wake:
                 self._open -= count
                 self._wake.notify_all()
+
+
+def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
+    """The piece of a sequence's last token."""
+    stream, token = job.streams[choice], sequence.ids[-1]
+    if sequence.steps == 1 and choice == 0:
+        job.cached = sequence.cached
+    is_end = token == sequence.sampling.eos_id
+    text = "" if is_end else stream.push(token)
+    reason = "stop" if stream.stopped else sequence.reason
+    if reason is not None and not stream.stopped:
+        # The stream holds text back while it may be part of a stop string or of a character.
+        text += stream.end()
+    top = sequence.top[-1] if sequence.sampling.top_logprobs and sequence.top else []
+    return Piece(choice, text, token, sequence.logprobs[-1], top, reason)
+
+
+def _deliver(job: Job, pieces: list[Piece]) -> None:
+    # The event loop of a client that has disconnected may be closed already.
+    with contextlib.suppress(RuntimeError):
+        job.deliver(pieces)
 
 
 def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
@@ -242,22 +251,22 @@ def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
     return commands
 
 
-def apply(engine: Engine, command: Sequence[Any]) -> list[Row] | None:
-    """Do what a command says; the sequences of one that adds."""
+def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | None:
+    """Apply a command; returns the sequences of an "add"."""
     if command[0] == "add":
         return engine.add_all(command[1], command[2])
     if command[0] == "finish":
         scheduler = engine.scheduler
         waiting = (*scheduler.running, *scheduler.waiting)
-        for row in (*waiting, *(follower for leader in waiting for follower in leader.followers)):
-            if row.number == command[1]:
-                engine.finish(row, command[2])
+        for sequence in (*waiting, *(follower for leader in waiting for follower in leader.followers)):
+            if sequence.number == command[1]:
+                engine.finish(sequence, command[2])
                 break
     return None
 
 
 def follow(engine: Engine, axis: Axis) -> None:
-    """Do what the driver of the first rank does, until it ends."""
+    """Repeat the commands of rank 0's driver until it ends. The order of broadcasts and steps is that of `_turn`."""
     while True:
         for command in shared([], axis):
             if command[0] == "end":

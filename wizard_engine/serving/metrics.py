@@ -1,4 +1,4 @@
-"""Counters and histograms of the server, as Prometheus reads them."""
+"""Counters and histograms of the server in the text format of Prometheus."""
 
 import threading
 from bisect import bisect_left
@@ -8,25 +8,25 @@ PREFIX = "wizard_"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 HELP = {
     "requests_total": "Requests by route and status.",
-    "disconnects_total": "Clients that left before their answer was whole.",
-    "prompt_tokens_total": "Tokens of prompts that were taken.",
-    "generated_tokens_total": "Tokens that clients were sent.",
+    "disconnects_total": "Clients that disconnected before the end of their answer.",
+    "prompt_tokens_total": "Prompt tokens of accepted requests.",
+    "generated_tokens_total": "Tokens sent to clients.",
     "tokens_drawn_total": "Tokens that the engine sampled.",
     "steps_total": "Steps of the engine.",
-    "step_seconds_total": "Seconds of those steps.",
-    "preemptions_total": "Sequences that gave their pages back.",
-    "graph_captures_total": "CUDA graphs of decode steps that were captured.",
-    "sequences_open": "Sequences that run and wait.",
-    "sequences_running": "Sequences that run.",
+    "step_seconds_total": "Seconds of the engine's steps.",
+    "preemptions_total": "Sequences that were preempted.",
+    "graph_captures_total": "Captured CUDA graphs of decode steps.",
+    "sequences_open": "Running and waiting sequences.",
+    "sequences_running": "Running sequences.",
     "pages": "Pages of the key/value cache.",
-    "pages_free": "Pages that no sequence has.",
+    "pages_free": "Free pages of the key/value cache.",
     "first_token_seconds": "Time to a request's first token.",
     "request_seconds": "Time of a whole request.",
 }
 
 
 class Metrics:
-    """Numbers that any thread may add to."""
+    """Counters and histograms; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,11 +36,11 @@ class Metrics:
         }
 
     def count(self, name: str, **labels: str) -> None:
-        """One more."""
+        """Increment a counter."""
         self._add(name, 1, labels)
 
     def add(self, name: str, amount: float) -> None:
-        """So many more."""
+        """Add to a counter."""
         self._add(name, amount, {})
 
     def _add(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
@@ -49,21 +49,21 @@ class Metrics:
             self._counters[key] = self._counters.get(key, 0) + amount
 
     def observe(self, name: str, seconds: float) -> None:
-        """One more of a histogram."""
+        """Add a value to a histogram."""
         counts, total = self._histograms[name]
         with self._lock:
             counts[bisect_left(BUCKETS, seconds)] += 1
             total[0] += seconds
 
     def text(self, gauges: Mapping[str, float], totals: Mapping[str, float]) -> str:
-        """All of it, with gauges and counters that are kept elsewhere, in the text format."""
+        """All metrics, with gauges and counters of other objects, in the text format."""
         lines: list[str] = []
         with self._lock:
             counters = dict(self._counters) | {(name, ()): value for name, value in totals.items()}
             histograms = {name: (list(counts), total[0]) for name, (counts, total) in self._histograms.items()}
         for name in dict.fromkeys(name for name, _ in counters):
             lines += self._head(name, "counter")
-            lines += [_line(name, dict(labels), value) for (own, labels), value in counters.items() if own == name]
+            lines += [_line(name, dict(labels), value) for (other, labels), value in counters.items() if other == name]
         for name, value in gauges.items():
             lines += [*self._head(name, "gauge"), _line(name, {}, value)]
         for name, (counts, total) in histograms.items():

@@ -66,9 +66,9 @@ _HEALTH = {
     "properties": {"status": {"enum": ["ok", "failed"]}, "open": {"type": "integer"}},
 }  # fmt: skip
 _MEANINGS = {
-    400: "The request is not what it should be.", 401: "The key is missing or wrong.", 404: "No such model.",
+    400: "The request is invalid.", 401: "The key is missing or wrong.", 404: "No such model.",
     408: "The body took too long.", 413: "The body is too long.", 429: "Too many requests; try again later.",
-    503: "The server is about to end, or its engine has failed.",
+    503: "The server is stopping, or its engine has failed.",
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def _errors(*statuses: int) -> dict[str, Any]:
 def description(
     chat: Mapping[str, Field], completion: Mapping[str, Field], *, model: str, needs_key: bool
 ) -> dict[str, Any]:  # fmt: skip
-    """The description, with the fields that this server takes."""
+    """The OpenAPI description, with the fields that this server accepts."""
     examples = {
         "chat": {"model": model, "messages": [{"role": "user", "content": "What is 2 + 3?"}], "max_tokens": 16},
         "complete": {"model": model, "prompt": "2 + 3 =", "max_tokens": 16},
@@ -114,10 +114,10 @@ def description(
         "/health": get("health", {"200": _json(_HEALTH, "It works."), "503": _json(_HEALTH, "The engine has failed.")}),
         "/metrics": get("metrics", {"200": text, **_errors(*keyed)}),
     }
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "openapi": "3.1.0", "info": {"title": "wizard-engine", "version": "1"}, "paths": paths,
     }  # fmt: skip
     if needs_key:
-        found["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-        found["security"] = [{"key": []}]
-    return found
+        document["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+        document["security"] = [{"key": []}]
+    return document

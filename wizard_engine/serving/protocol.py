@@ -1,4 +1,4 @@
-"""Requests of the OpenAI-compatible server: one table of fields that checks them and describes them as a schema."""
+"""Fields of requests to the OpenAI-compatible server: one table for validation and for the schema."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,12 @@ MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 16, 256, 20
 MAX_SEED = 2**63 - 1
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is answered with an error.
 
     Attributes:
-        status: of HTTP.   message: for people.   param: the field.   code: for programs.   headers: of the answer.
+        status: HTTP status.   message: text for users.   param: the field.   code: error code.   headers: of the
+        answer.
     """
 
     def __init__(
@@ -25,16 +26,16 @@ class Refused(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI's API has it."""
+        """The error object of the OpenAI API."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def wrong(param: str, expected: str, got: Any) -> Refused:
-    """A field that is not what it should be."""
+def wrong(param: str, expected: str, got: Any) -> RequestError:
+    """The refusal (400) of a field's value."""
     text = repr(got)
-    return Refused(
+    return RequestError(
         400, f"{param}: expected {expected}, got {text if len(text) <= 80 else text[:77] + '...'}", param=param
     )
 
@@ -146,10 +147,10 @@ def schema_of(fields: Mapping[str, Field]) -> dict[str, Any]:
 
 
 def checked(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
-    """The fields of a request that are there and not null.
+    """The fields of a request that are present and not null.
 
     Raises:
-        Refused: 400, with the field that does not fit its schema, or that nobody knows.
+        RequestError: 400, with the field that does not match its schema or is unknown.
     """
     if not isinstance(body, dict):
         raise wrong("body", "a JSON object", body)
@@ -157,12 +158,12 @@ def checked(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
-            raise Refused(400, f"{name[:80]}: unknown field{hint}", param=name[:80], code="unknown_field")
+            raise RequestError(400, f"{name[:80]}: unknown field{hint}", param=name[:80], code="unknown_field")
     for name, field in fields.items():
         if name in body:
             fit(body[name], field.schema, name)
         elif field.required:
-            raise Refused(400, f"{name}: expected one, got none", param=name, code="missing_field")
+            raise RequestError(400, f"{name}: expected one, got none", param=name, code="missing_field")
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -181,7 +182,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def fit(value: Any, schema: Mapping[str, Any], path: str) -> None:
-    """Refused unless a value fits a schema, of those words that the tables above use."""
+    """Raises RequestError unless a value matches a schema. Supports the keywords of the tables above."""
     if "anyOf" in schema:
         return _fit_any(value, schema["anyOf"], path)
     if "const" in schema and value != schema["const"]:
@@ -203,15 +204,15 @@ def fit(value: Any, schema: Mapping[str, Any], path: str) -> None:
 
 
 def _fit_any(value: Any, options: Sequence[Mapping[str, Any]], path: str) -> None:
-    """One of several schemas; the error is of the one whose kind of value it is, and that it fits furthest."""
+    """Matches one of several schemas; the error is that of the schema with the right type that matches furthest."""
     same = [option for option in options if _is(value, option["type"])]
     if not same:
         raise wrong(path, " or ".join(dict.fromkeys(option["type"] for option in options)), value)
-    errors: list[Refused] = []
+    errors: list[RequestError] = []
     for option in same:
         try:
             return fit(value, option, path)
-        except Refused as error:
+        except RequestError as error:
             errors.append(error)
     raise max(errors, key=lambda error: len(error.param or ""))
 
@@ -241,9 +242,13 @@ def _fit_object(value: dict, schema: Mapping[str, Any], path: str) -> None:
         raise wrong(path, "an empty object", value)
     for name in schema.get("required", ()):
         if name not in value:
-            raise Refused(400, f"{path}.{name}: expected one, got none", param=f"{path}.{name}", code="missing_field")
+            raise RequestError(
+                400, f"{path}.{name}: expected one, got none", param=f"{path}.{name}", code="missing_field"
+            )
     for name, item in value.items():
         if name in properties:
             fit(item, properties[name], f"{path}.{name}")
         elif schema.get("additionalProperties", True) is False:
-            raise Refused(400, f"{path}.{name[:80]}: unknown field", param=f"{path}.{name[:80]}", code="unknown_field")
+            raise RequestError(
+                400, f"{path}.{name[:80]}: unknown field", param=f"{path}.{name[:80]}", code="unknown_field"
+            )

@@ -1,4 +1,4 @@
-"""Answers of the OpenAI-compatible server: what has come of a request, and how the API says it."""
+"""Answers of the OpenAI-compatible server: state of a request's choices, and their JSON objects."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from .driver import Job, Piece
 
 @dataclass
 class Choice:
-    """What has come of one choice; `shown`: characters of the tokens that log-probabilities were given of."""
+    """State of one choice; `shown`: characters of the tokens whose log-probabilities have been sent."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -23,8 +23,8 @@ class Choice:
     ended_by_eos: bool = False
     shown: int = 0
 
-    def take(self, piece: Piece, eos_id: int) -> None:
-        """Add what a step brought."""
+    def add(self, piece: Piece, eos_id: int) -> None:
+        """Add the piece of one step."""
         self.text += piece.text
         self.reason = piece.reason
         if piece.token is not None:
@@ -35,12 +35,12 @@ class Choice:
 
 
 @dataclass
-class Asked:
-    """A request that has been understood.
+class ParsedRequest:
+    """A validated request.
 
     Attributes:
-        jobs: one for each prompt.   queue: of (prompt, pieces).   logprobs, stream, usage: whether they are wanted.
-        number: the answer's id.
+        jobs: one for each prompt.   queue: of (prompt, pieces).   logprobs, stream, usage: whether they are requested.
+        number: id of the answer.
     """
 
     kind: Literal["chat", "completion"]
@@ -53,7 +53,7 @@ class Asked:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def choices(self) -> list[Choice]:
-        """Empty ones, for all jobs."""
+        """New choices for all jobs."""
         return [Choice() for job in self.jobs for _ in range(job.n)]
 
 
@@ -61,82 +61,82 @@ class AnswerFormat:
     """JSON objects of the API for one model.
 
     Args:
-        name: of the model, as clients know it.   fingerprint: of its weights.
+        name: of the model for clients.   fingerprint: of its weights.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str, fingerprint: str) -> None:
         self.tokenizer, self.name, self.fingerprint = tokenizer, name, fingerprint
 
-    def whole(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        found = [self._choice(asked, number, choice) for number, choice in enumerate(choices)]
-        return self.envelope(asked, found) | {"usage": self.usage(asked, choices)}
+    def whole(self, parsed: ParsedRequest, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The complete answer, without streaming."""
+        bodies = [self._choice(parsed, number, choice) for number, choice in enumerate(choices)]
+        return self.envelope(parsed, bodies) | {"usage": self.usage(parsed, choices)}
 
-    def envelope(self, asked: Asked, choices: list[dict]) -> dict[str, Any]:
-        """The object around choices, or around pieces of them."""
-        chat = "chat.completion.chunk" if asked.stream else "chat.completion"
+    def envelope(self, parsed: ParsedRequest, choices: list[dict]) -> dict[str, Any]:
+        """The object around choices or chunks."""
+        chat = "chat.completion.chunk" if parsed.stream else "chat.completion"
         return {
-            "id": asked.number, "object": chat if asked.kind == "chat" else "text_completion",
-            "created": asked.created, "model": self.name, "choices": choices,
+            "id": parsed.number, "object": chat if parsed.kind == "chat" else "text_completion",
+            "created": parsed.created, "model": self.name, "choices": choices,
             "system_fingerprint": self.fingerprint or None,
         }  # fmt: skip
 
     def opening(self, number: int) -> dict[str, Any]:
-        """The first piece of a chat's choice."""
+        """The first chunk of a chat choice."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, asked: Asked, number: int, choice: Choice, piece: Piece, first: int) -> dict[str, Any]:
-        """A further piece, whose tokens are those of the choice from `first` on."""
-        logprobs = self.logprobs(asked, choice, first) if asked.logprobs else None
-        found = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
-        if asked.kind == "chat":
-            return found | {"delta": {"content": piece.text} if piece.text else {}}
-        return found | {"text": piece.text}
+    def piece(self, parsed: ParsedRequest, number: int, choice: Choice, piece: Piece, first: int) -> dict[str, Any]:
+        """A further chunk with the tokens of the choice from `first` on."""
+        logprobs = self.logprobs(parsed, choice, first) if parsed.logprobs else None
+        body = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
+        if parsed.kind == "chat":
+            return body | {"delta": {"content": piece.text} if piece.text else {}}
+        return body | {"text": piece.text}
 
-    def usage(self, asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Tokens of prompts, each counted once, and of all choices, EOS included."""
-        prompt, new = sum(len(job.prompt) for job in asked.jobs), sum(len(choice.tokens) for choice in choices)
+    def usage(self, parsed: ParsedRequest, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Token counts: each prompt once, all choices with EOS."""
+        prompt, new = sum(len(job.prompt) for job in parsed.jobs), sum(len(choice.tokens) for choice in choices)
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in asked.jobs)},
+            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in parsed.jobs)},
         }  # fmt: skip
 
-    def _choice(self, asked: Asked, number: int, choice: Choice) -> dict[str, Any]:
-        found: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
-        if asked.logprobs:
-            found["logprobs"] = self.logprobs(asked, choice, 0)
-        if asked.kind == "chat":
-            return found | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return found | {"text": choice.text}
+    def _choice(self, parsed: ParsedRequest, number: int, choice: Choice) -> dict[str, Any]:
+        body: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
+        if parsed.logprobs:
+            body["logprobs"] = self.logprobs(parsed, choice, 0)
+        if parsed.kind == "chat":
+            return body | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        return body | {"text": choice.text}
 
-    def logprobs(self, asked: Asked, choice: Choice, first: int) -> dict[str, Any]:
-        """Of the tokens of a choice from `first` on; EOS is none of them."""
+    def logprobs(self, parsed: ParsedRequest, choice: Choice, first: int) -> dict[str, Any]:
+        """Log-probabilities of the tokens of a choice from `first` on, without EOS."""
         last = len(choice.tokens) - (1 if choice.ended_by_eos else 0)
-        rows = [
+        entries = [
             (self._token(choice.tokens, i, choice.tokens[i]), choice.logprobs[i],
              [(self._token(choice.tokens, i, word), value) for word, value in choice.tops[i]])
             for i in range(first, last)
         ]  # fmt: skip
-        if asked.kind == "chat":
+        if parsed.kind == "chat":
             return {
                 "content": [
                     _chat_logprob(text, value) | {"top_logprobs": [_chat_logprob(*top) for top in tops]}
-                    for text, value, tops in rows
+                    for text, value, tops in entries
                 ],
                 "refusal": None,
             }
-        texts = [text for text, _, _ in rows]
+        texts = [text for text, _, _ in entries]
         offsets = [choice.shown + sum(map(len, texts[:i])) for i in range(len(texts))]
         choice.shown += sum(map(len, texts))
         return {
-            "tokens": texts, "token_logprobs": [value for _, value, _ in rows],
-            "top_logprobs": [dict(tops) for _, _, tops in rows] if any(tops for _, _, tops in rows) else None,
+            "tokens": texts, "token_logprobs": [value for _, value, _ in entries],
+            "top_logprobs": [dict(tops) for _, _, tops in entries] if any(tops for _, _, tops in entries) else None,
             "text_offset": offsets,
         }  # fmt: skip
 
     def _token(self, tokens: Sequence[int], place: int, word: int) -> str:
-        """The text of one token where it stands."""
+        """The text of one token after its predecessor."""
         before = list(tokens[max(0, place - 1) : place])
         return self.tokenizer.decode([*before, word])[len(self.tokenizer.decode(before)) :]
 

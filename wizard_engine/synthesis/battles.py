@@ -1,4 +1,4 @@
-"""Battles: several agents answer the same turn, and every pair of them comes before a judge."""
+"""Battles: several agents answer the same turn, and a judge compares every pair of answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ class Scene:
     """One turn that all contestants answer.
 
     Attributes:
-        row: the row it comes from.   turn: 0 for the row's own turn, 1 for the first simulated one, ...
+        row: its source row.   turn: 0 for the row's own turn, 1 for the first simulated one, ...
         prompt: the conversation up to the user turn.
-        answers: one a contestant, None where the call failed.
-        verdicts: (i, j) with i < j -> verdict on their answers; absent where either is missing or both are equal.
+        answers: one a contestant, None for a failed call.
+        verdicts: (i, j) with i < j -> verdict on their answers; absent if either is missing or both are equal.
     """
 
     row: Conversation
@@ -31,14 +31,14 @@ class Scene:
     verdicts: dict[tuple[int, int], Verdict] = field(default_factory=dict)
 
     def verdict(self, first: int, second: int) -> Verdict | None:
-        """The verdict on two contestants, seen from `first`; None where they did not battle."""
+        """The verdict on two contestants, seen from `first`; None without a battle."""
         if first > second:
-            found = self.verdicts.get((second, first))
-            return None if found is None else found.swapped()
+            mirrored = self.verdicts.get((second, first))
+            return None if mirrored is None else mirrored.swapped()
         return self.verdicts.get((first, second))
 
     def is_identical(self, first: int, second: int) -> bool:
-        """True where two contestants gave the same answer, blanks aside."""
+        """Whether two contestants gave the same answer, blanks aside."""
         texts = self.answers[first], self.answers[second]
         return None not in texts and flatten(texts[0]) == flatten(texts[1])
 
@@ -48,7 +48,7 @@ class Scene:
         return sum(scores) / len(scores) if scores else 0.0
 
     def ranking(self) -> list[int]:
-        """The contestants that battled, best mean score first; the earlier one where scores are equal."""
+        """The contestants that battled, best mean score first; of equal ones the earlier first."""
         fought = sorted({contestant for pair in self.verdicts for contestant in pair})
         return sorted(fought, key=lambda contestant: (-self.score(contestant), contestant))
 
@@ -85,7 +85,7 @@ def hold_battles(
 
 
 def battle_records(scenes: Sequence[Scene], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One object a battle, equal answers included; where a call failed there is none."""
+    """One object a battle, equal answers included; none for failed calls."""
     return [
         record
         for scene in scenes
@@ -111,18 +111,18 @@ def _record(scene: Scene, a: int, b: int, names: Sequence[str]) -> dict[str, Any
 
 
 def battle_tables(battles: Sequence[dict[str, Any]], rows: Sequence[Conversation], ours: str) -> dict[str, Any]:
-    """How ours, which stands first in its battles, fared by rival, topic and difficulty; the judge's flips over all.
+    """Results of ours (a in its battles) by rival, topic and difficulty, and the judge's rate of flips over all.
 
     Each table has a line a value: battles, wins, losses, ties, flips, identical, mean_gap (points, positive where ours
     is ahead). Rows without the attribute are under "unknown"; a numeric difficulty is rounded.
     """
     attributes = {row.id: row.attributes for row in rows}
-    own = [battle for battle in battles if battle["a"] == ours]
+    our_battles = [battle for battle in battles if battle["a"] == ours]
     judged = [battle for battle in battles if not battle["identical"]]
     return {
-        "rivals": _table(own, lambda battle: battle["b"]),
-        "topics": _table(own, lambda battle: label(attributes[battle["row"]].get("topic"))),
-        "difficulties": _table(own, lambda battle: label(attributes[battle["row"]].get("difficulty"))),
+        "rivals": _table(our_battles, lambda battle: battle["b"]),
+        "topics": _table(our_battles, lambda battle: label(attributes[battle["row"]].get("topic"))),
+        "difficulties": _table(our_battles, lambda battle: label(attributes[battle["row"]].get("difficulty"))),
         "battles": len(battles),
         "flip_rate": sum(battle["is_flipped"] for battle in judged) / len(judged) if judged else 0.0,
     }

@@ -1,4 +1,4 @@
-"""Asking agents in batches, with seeds derived from content and a count of everything that came back."""
+"""Batched requests to agents, with seeds derived from content and counts of the replies."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def derive_seed(*parts: str | int) -> int:
-    """A seed of 48 bits, the same for the same parts in every process."""
+    """A seed of 48 bits, a hash of the parts."""
     digest = hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
@@ -22,8 +22,7 @@ def derive_seed(*parts: str | int) -> int:
 class Calls:
     """The calls of one stage of synthesis.
 
-    Every method takes a whole list and makes one batch of it; entries that failed or could not be read come back as
-    None and are counted.
+    Every method sends a whole list as one batch. Entries that failed or could not be read are None and are counted.
 
     Attributes:
         counts: task -> "asked", "failed" (the call returned an error), "unreadable" (the reply says nothing usable).
@@ -54,12 +53,12 @@ class Calls:
         read: Callable[[str, int], T | None],
         temperature: float = 0.0,
     ) -> list[T | None]:
-        """What the replies to a task's prompts say.
+        """Parsed replies to prompts of a task.
 
         Args:
             fields: one set of prompt fields a request.
             seeds: one a request, or one for all.
-            read: (reply text, index) -> its meaning, or None where it cannot be read.
+            read: parser, (reply text, index) -> meaning, or None if it cannot be read.
         """
         seeds = [seeds] * len(fields) if isinstance(seeds, int) else seeds
         requests = [
@@ -99,5 +98,5 @@ class Calls:
 
 
 def as_read(text: str, index: int) -> str | None:
-    """Reader for replies that are text as a whole: the text without surrounding blanks, None where there is none."""
+    """Parser of plain text: the text without surrounding blanks, None if nothing remains."""
     return text.strip() or None

@@ -1,4 +1,4 @@
-"""Co-teaching: several models answer the same turns, battle in pairs before a judge, and what ours lost it learns.
+"""Co-teaching: models answer the same turns, a judge compares every pair, and ours learns from the battles it lost.
 
 The concrete algorithm is Arena Learning (Luo et al. 2024, arXiv:2407.10627): every pair battles, each battle is judged
 in both orders, rows where ours loses by more than K become supervised lessons, winner and loser of a row become a
@@ -25,10 +25,11 @@ from .pairs import Pairs, instruction_attributes
 
 @dataclass(frozen=True)
 class CoTaught:
-    """What a round of co-teaching made.
+    """Result of a round of co-teaching.
 
     Attributes:
-        sft: the lessons, in the order of their scenes, with gap, rival, skill quota and suggestion on record.
+        sft: the lessons, in the order of their scenes, with gap, rival, skill quota and suggestion in attributes and
+        lineage.
         preferences: best and worst answer of a scene, with their score gap.
         battles: one object a battle: row, turn, a, b (agent names), score_a, score_b, gap, winner ("a", "b" or "tie"),
             is_flipped, identical.
@@ -43,7 +44,7 @@ class CoTaught:
 
 
 class _Target(NamedTuple):
-    """The answer that a lesson teaches, who wrote it, and the suggestion behind it ("" for a rival's own answer)."""
+    """The answer of a lesson, its author, and the suggestion it follows ("" for a rival's original answer)."""
 
     answer: str
     agent: str
@@ -69,22 +70,21 @@ def co_teach(
 ) -> CoTaught:
     """Lessons and preference rows for `ours` from battles with its rivals.
 
-    1. All contestants answer the last user turn of every row. With `chat_turns` 2 or more, `user` continues each chat
+    1. All contestants answer the last user turn of every row. With `chat_turns` above 1, `user` continues each chat
        after its best answer, and the new turn is another scene.
     2. Every pair battles, judged in both orders, scores averaged. Equal answers are a tie without a judgement.
-    3. A scene where ours loses by more than `sft_threshold` to the best-scored rival that beats it is a candidate
-       lesson. With a suggester, it says what ours should change, the rewriter (default: that rival) rewrites the answer
-       of ours accordingly, and the rewrite replaces the rival's answer as the target where the judge prefers it in both
-       orders.
+    3. A scene is a candidate lesson if ours loses by more than `sft_threshold` to the best-scored rival that beats it.
+       The suggester, if any, says what ours should change. The rewriter (default: that rival) rewrites the answer of
+       ours accordingly. The rewrite replaces the rival's answer as the target if the judge prefers it in both orders.
     4. `lessons` limits the lessons; quotas go to the weakest skills by the rule of lessons.choose_lessons.
-    5. Best and worst answer of a scene are a preference row where the gap of their battle exceeds `dpo_threshold`.
+    5. The best and the worst answer of a scene become a preference row if their gap exceeds `dpo_threshold`.
 
     Args:
         rows: only their turns up to the last user turn are used.
-        ours: the student; its rivals need other names.
+        ours: the student; rivals must have other names.
         judge: task "judge".   suggester: "suggest".   rewriter: "rewrite".   user: "user".
         sft_threshold, dpo_threshold: K, points of score.
-        chat_turns: user turns of each chat that are fought over.
+        chat_turns: user turns of each chat that are judged.
         lessons: most lessons; None for all.
         temperature: of the contestants' answers.
         max_tokens: longest reply.
@@ -95,13 +95,13 @@ def co_teach(
     _validate(contestants, sft_threshold, dpo_threshold, chat_turns, user)
     calls, pairs = Calls(max_tokens=max_tokens), Pairs(dpo_threshold)
     scenes: list[Scene] = []
-    opening = [Scene(row, 0, tuple(row.messages[:-1])) for row in rows]
+    current = [Scene(row, 0, tuple(row.messages[:-1])) for row in rows]
     for turn in range(chat_turns):
-        hold_battles(
-            calls, contestants, judge, opening, temperature=temperature, seed=derive_seed(seed, "battle", turn)
-        )
-        scenes += opening
-        opening = _continue(calls, user, opening, derive_seed(seed, "user", turn)) if turn + 1 < chat_turns else []
+        if turn:
+            current = _continue(calls, user, current, derive_seed(seed, "user", turn - 1))
+        battle_seed = derive_seed(seed, "battle", turn)
+        hold_battles(calls, contestants, judge, current, temperature=temperature, seed=battle_seed)
+        scenes += current
     for scene in scenes:
         _add_pair(pairs, scene, contestants, judge)
     chosen, skills = choose_lessons([(scene.row, scene.loss()[0]) for scene in scenes], sft_threshold, lessons)
@@ -109,24 +109,21 @@ def co_teach(
     targets = _targets(calls, contestants, judge, suggester, rewriter, taught, seed)
     sft = [_lesson(scene, target, contestants) for scene, target in zip(taught, targets)]
     battles = battle_records(scenes, [contestant.name for contestant in contestants])
-    statistics = {
-        **battle_tables(battles, rows, ours.name),
-        "skills": skills,
-        "selected": {
-            "scenes": len(scenes),
-            "candidates": sum(line["candidates"] for line in skills.values()),
-            "lessons": len(sft),
-            "lessons_from_suggestions": sum(bool(target.suggestion) for target in targets),
-            "pairs": pairs.statistics(),
-            "pairs_won_by_ours": sum(pair.attributes["winner"] == ours.name for pair in pairs.rows),
-        },
-        "calls": calls.statistics(),
+    selected = {
+        "scenes": len(scenes),
+        "candidates": sum(line["candidates"] for line in skills.values()),
+        "lessons": len(sft),
+        "lessons_from_suggestions": sum(bool(target.suggestion) for target in targets),
+        "pairs": pairs.statistics(),
+        "pairs_won_by_ours": sum(pair.attributes["winner"] == ours.name for pair in pairs.rows),
     }
+    tables = battle_tables(battles, rows, ours.name)
+    statistics = {**tables, "skills": skills, "selected": selected, "calls": calls.statistics()}
     return CoTaught(sft, pairs.rows, battles, statistics)
 
 
 def _continue(calls: Calls, user: Agent | None, scenes: Sequence[Scene], seed: int) -> list[Scene]:
-    """The next scenes: each chat goes on after its best answer; those without a good new user turn end."""
+    """The next scenes: each chat continues after its best answer, unless the new user turn shows a failure."""
     going = [(scene, scene.answers[scene.ranking()[0]]) for scene in scenes if scene.verdicts]
     chats = [(*scene.prompt, Message("assistant", answer)) for scene, answer in going]
     turns = calls.converse(user, chats, seed, task="user")
@@ -159,7 +156,7 @@ def _targets(
     scenes: Sequence[Scene],
     seed: int,
 ) -> list[_Target]:
-    """What each lesson teaches: the winner's answer, or ours rewritten by a suggestion where the judge prefers that."""
+    """Target of each lesson: the winner's answer, or the rewrite of ours if the judge prefers it."""
     winners = [scene.loss()[1] for scene in scenes]
     targets = [_Target(scene.answers[w], contestants[w].name, "") for scene, w in zip(scenes, winners)]
     if suggester is None:
@@ -182,10 +179,10 @@ def _targets(
 def _rewrite(
     calls: Calls, agents: Sequence[Agent], scenes: Sequence[Scene], suggestions: Sequence[str | None], seed: int
 ) -> list[str | None]:
-    """The answers of ours, each rewritten by its agent after its suggestion; one batch an agent."""
+    """The answers of ours, rewritten by the agents according to the suggestions; one batch an agent."""
     texts: list[str | None] = [None] * len(scenes)
     for agent in {agent.name: agent for agent in agents}.values():
-        indices = [i for i, own in enumerate(agents) if own.name == agent.name and suggestions[i] is not None]
+        indices = [i for i, other in enumerate(agents) if other.name == agent.name and suggestions[i] is not None]
         fields = [_rewrite_fields(scenes[i], suggestions[i]) for i in indices]
         for i, text in zip(indices, calls.ask(agent, "rewrite", fields, seed, read=as_read)):
             texts[i] = None if text is None else strip_meta(text)

@@ -1,4 +1,4 @@
-"""Which evolved instructions and which responses are no good, by rules that need no model.
+"""Rules that eliminate evolved instructions by their text or by their response, without a model.
 
 The rules are those of Evol-Instruct (a response that refuses, a response without content, template words copied into
 the instruction) and the failure detector of Auto Evol-Instruct, which looks at the response to an evolved instruction.
@@ -29,7 +29,7 @@ _STOP_WORDS = frozenset(
 
 
 def detect_failure(response: str) -> str | None:
-    """Why a response shows that its instruction was evolved badly, or None where it does not.
+    """Reason why a response shows that its instruction was evolved badly, or None.
 
     "stagnant": begins with Understood, Thank you, That is correct, What or Great, and ends with a question mark;
     "under-qualified": begins with Sure and ends with a question mark; "lost information": says "please provide".
@@ -46,7 +46,7 @@ def detect_failure(response: str) -> str | None:
 
 
 def response_fault(response: str) -> str | None:
-    """Why a response disqualifies its instruction, or None: a short refusal, no content word, or `detect_failure`."""
+    """Reason why a response eliminates its instruction, or None: short refusal, no content word, `detect_failure`."""
     words = _WORD.findall(response.lower())
     if "sorry" in words and len(response.split()) < REFUSAL_WORDS:
         return "refused"
@@ -56,10 +56,10 @@ def response_fault(response: str) -> str | None:
 
 
 def instruction_fault(parent: str, evolved: str) -> str | None:
-    """Why a new instruction is none, or None: blank, the parent again, or words of the prompt's template copied."""
+    """Reason why an evolved instruction is invalid, or None: blank, equal to its parent, or with template words."""
     if not evolved.strip():
         return "blank"
     if flatten(evolved).casefold() == flatten(parent).casefold():
         return "unchanged"
-    copied = {found.casefold() for found in TEMPLATE_WORDS.findall(evolved)}
-    return "template words" if copied - {found.casefold() for found in TEMPLATE_WORDS.findall(parent)} else None
+    copied = {phrase.casefold() for phrase in TEMPLATE_WORDS.findall(evolved)}
+    return "template words" if copied - {phrase.casefold() for phrase in TEMPLATE_WORDS.findall(parent)} else None

@@ -1,7 +1,7 @@
-"""Evol-Answer: answers rewritten several times, each rewrite kept only where a judge prefers it in both orders.
+"""Evol-Answer: answers are rewritten several times; a rewrite is kept only if a judge prefers it in both orders.
 
-The WizardLM-2 report gives one sentence on this stage; the operators follow DEITA's answer evolving, and the guards are
-this project's: see `evolve_answers`.
+The WizardLM-2 report has one sentence on this stage. The operators follow the answer evolving of DEITA. The guards are
+those of this project: see `evolve_answers`.
 """
 
 import random
@@ -32,13 +32,14 @@ _NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 @dataclass(frozen=True)
 class EvolvedAnswers:
-    """What a run of Evol-Answer made.
+    """Result of a run of Evol-Answer.
 
     Attributes:
-        rows: the rows given, in order, each with its last answer or the best rewrite of it.
+        rows: the input rows in order, each with its last answer or the best rewrite of it.
         preferences: winner and loser of every comparison with a margin in which the judge's two orders do not disagree.
-        chains: one object a row: row (id) and links, every rewrite with round, operator, answer, accepted, reason and,
-            where it came before the judge, the scores of rewrite and parent, averaged over the orders.
+        chains: one object a row: row (id) and links: every rewrite with round, operator, answer, accepted, reason and,
+        if
+            judged, the scores of rewrite and parent, averaged over the orders.
         statistics: "operators" (operator -> tried, accepted, and every reason), "rows_changed", "pairs", "calls".
     """
 
@@ -77,11 +78,11 @@ def evolve_answers(
 ) -> EvolvedAnswers:
     """The rows with their last answers rewritten.
 
-    In each round every answer is rewritten once, by an operator that its row has not had yet (drawn anew when all have
-    been used). The parent is kept unless the judge prefers the rewrite in both orders. A rewrite does not come before
-    the judge when it is blank, the parent again, or longer than `length_cap` times the row's first answer; a remark
-    such as "Here is the improved answer:" is cut off. A rewrite with another result (last number) than its parent must
-    win by `result_margin` in both orders, which is the check that the old result was wrong.
+    In each round every answer is rewritten once, by an operator that its row has not used yet (all are available again
+    once used). The parent is kept unless the judge prefers the rewrite in both orders. A rewrite is not judged if it is
+    blank, equal to its parent, or longer than `length_cap` times the row's first answer. A remark such as "Here is the
+    improved answer:" is cut off. A rewrite with another result (last number) than its parent must win by
+    `result_margin` in both orders: only then is the old result taken for wrong.
 
     Args:
         rewriter: does task "rewrite".   judge: task "judge".
@@ -90,7 +91,7 @@ def evolve_answers(
         min_gap: smallest averaged gap of a preference row, points.
         max_tokens: longest reply.
     Raises:
-        ValueError: an operator the prompt does not know, a cap below 1 or a negative number of rounds.
+        ValueError: an unknown operator, a cap below 1 or a negative number of rounds.
     """
     _validate(operators, rounds, length_cap)
     calls, pairs = Calls(max_tokens=max_tokens), Pairs(min_gap)
@@ -113,9 +114,9 @@ def evolve_answers(
 
 
 def final_number(text: str) -> str | None:
-    """The last number of a text as its digits stand, without group separators; None where there is none."""
-    found = _NUMBER.findall(text)
-    return re.sub(r",(?=\d{3}\b)", "", found[-1]) if found else None
+    """The last number of a text as written, without group separators; None without a number."""
+    numbers = _NUMBER.findall(text)
+    return re.sub(r",(?=\d{3}\b)", "", numbers[-1]) if numbers else None
 
 
 def strip_meta(text: str) -> str:
@@ -149,7 +150,7 @@ def _rewrite(calls: Calls, rewriter: Agent, chains: Sequence[_Chain], number: in
 
 
 def _check_texts(chains: Sequence[_Chain], length_cap: float) -> None:
-    """Cuts remarks off and gives the reason why a rewrite need not come before the judge."""
+    """Cuts remarks off, and sets the reason of rewrites that are rejected without the judge."""
     for chain in chains:
         link = chain.links[-1]
         if link["answer"] is None:
@@ -166,7 +167,7 @@ def _check_texts(chains: Sequence[_Chain], length_cap: float) -> None:
 
 
 def _judge(calls: Calls, judge: Agent, chains, result_margin: float, pairs: Pairs, seed: int) -> None:
-    """Sends the remaining rewrites before the judge, decides, and notes winners and losers."""
+    """Judges the remaining rewrites, decides, and collects preference pairs."""
     open_chains = [chain for chain in chains if chain.links[-1]["reason"] is None]
     matches = [Match(chain.prompt, chain.links[-1]["answer"], chain.answer) for chain in open_chains]
     for chain, match, verdict in zip(open_chains, matches, judge_matches(calls, judge, matches, seed)):

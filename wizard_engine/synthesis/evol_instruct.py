@@ -1,4 +1,4 @@
-"""Evol-Instruct: instructions made harder round by round, with elimination and a pool that failed ones return to.
+"""Evol-Instruct: instructions made harder round by round, with elimination and a pool.
 
 Source: Xu et al. 2023, arXiv:2304.12244 (operators, elimination, pool); multi-turn rows follow Auto Evol-Instruct
 (Zeng et al. 2024, arXiv:2406.00770): every user turn is evolved separately, its answer given in the evolved context.
@@ -19,18 +19,18 @@ from .calls import Calls, derive_seed
 from .elimination import instruction_fault, response_fault
 
 OPERATORS = ("constraint", "deepen", "concretise", "steps", "complicate", "breadth")
-# What an evolved row keeps of its parent's attributes; a new subject keeps less. The rest describes the parent alone.
+# Attributes that an evolved row inherits. A breadth evolution has a new topic; the others describe the parent alone.
 KEPT_IN_DEPTH = ("source", "topic", "language")
 KEPT_IN_BREADTH = ("source", "language")
 
 
 @dataclass(frozen=True)
 class Evolved:
-    """What a run of Evol-Instruct made.
+    """Result of a run of Evol-Instruct.
 
     Attributes:
-        rows: the rows given, then the evolved ones by round, in the order of their parents.
-        eliminated: one object an evolution that failed: parent, round, turn, operator, reason, instruction, response.
+        rows: the input rows, then the evolved ones by round, in the order of their parents.
+        eliminated: one object a failed evolution: parent, round, turn, operator, reason, instruction, response.
         statistics: "operators" (operator -> tried, kept, and every reason), "rounds" (per round: pool, kept), "calls".
     """
 
@@ -41,7 +41,7 @@ class Evolved:
 
 @dataclass
 class _Line:
-    """A row on its way through one round: `messages` are the turns done so far, `is_open` while more may follow."""
+    """A row during one round: `messages` are the finished turns, `is_open` while more may follow."""
 
     row: Conversation
     turns: list[Message]
@@ -79,21 +79,21 @@ def evolve_instructions(
 ) -> Evolved:
     """The rows and their evolutions.
 
-    In every round each row of the pool is evolved once, by an operator drawn for the row and the round. A success takes
-    its parent's place in the pool; a failure leaves the parent there for the next round. An evolution fails when its
-    instruction is blank, the parent again, already in the set or holds template words; when the judge finds it equal to
-    its parent; when its response refuses, says nothing or shows a failure (elimination.response_fault); or when a call
-    failed. Of a multi-turn row, turns that failed keep their text and are answered anew where what precedes them
-    changed; the conversation ends before a turn that no longer has a good answer.
+    In every round each row of the pool is evolved once, by an operator drawn for the row and the round. A success
+    replaces its parent in the pool; after a failure the parent stays for the next round. An evolution fails if its
+    instruction is blank, equal to its parent, already known, or has template words; if the judge finds it equal to its
+    parent; if its response refuses, is empty or shows a failure (elimination.response_fault); or if a call fails. In a
+    multi-turn row, failed turns keep their text, and are answered again if an earlier turn changed. The conversation
+    ends before a turn without a good answer.
 
     Args:
         rows: rows with any number of turns.
         evolver: does task "evolve".   answerer: task "answer".   judge: task "compare".
-        method: text of an evolving method (see optimise_method); "" for the prompt's own.
+        method: text of an evolving method (see optimise_method); "" for that of the prompt.
         temperature: of the evolver.
         max_tokens: longest reply.
     Raises:
-        ValueError: an operator the prompt does not know, or a negative number of rounds.
+        ValueError: an unknown operator, or a negative number of rounds.
     """
     _validate(operators, rounds)
     calls = Calls(max_tokens=max_tokens)
@@ -113,18 +113,27 @@ def evolve_instructions(
     return Evolved([*rows, *made], run.eliminated, statistics)
 
 
+@dataclass
 class _Run:
-    """The agents and the records of one call of evolve_instructions."""
+    """The agents, settings and records of one call of evolve_instructions."""
 
-    def __init__(self, calls, evolver, answerer, judge, operators, method, seed, temperature) -> None:
-        self.calls, self.evolver, self.answerer, self.judge = calls, evolver, answerer, judge
-        self.operators, self.method, self.seed, self.temperature = operators, method, seed, temperature
-        self.known: set[str] = set()
-        self.eliminated: list[dict[str, Any]] = []
-        self.counts = {name: Counter(tried=0, kept=0) for name in operators}
+    calls: Calls
+    evolver: Agent
+    answerer: Agent
+    judge: Agent
+    operators: tuple[str, ...]
+    method: str
+    seed: int
+    temperature: float
+    known: set[str] = field(default_factory=set)
+    eliminated: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, Counter[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = {name: Counter(tried=0, kept=0) for name in self.operators}
 
     def round(self, pool: Sequence[Conversation], number: int) -> list[Conversation | None]:
-        """The child of each row of the pool, None where nothing of it could be evolved."""
+        """The child of each row of the pool, None if no turn was evolved."""
         lines = [_Line(row, [m for m in row.messages if m.role != "system"]) for row in pool]
         for line in lines:
             line.messages += [m for m in line.row.messages if m.role == "system"]
@@ -141,7 +150,7 @@ class _Run:
         return _Attempt(line, turn, rng.choice(self.operators), line.turns[2 * turn].content)
 
     def _evolve(self, attempts: list[_Attempt], number: int) -> None:
-        """Fills in the new instructions and the faults that show in them."""
+        """Sets the new instructions and their faults."""
         fields = [{"operator": a.operator, "method": self.method, "instruction": a.parent} for a in attempts]
         seed = derive_seed(self.seed, "evolve", number)
         texts = self.calls.ask(
@@ -164,7 +173,7 @@ class _Run:
                 attempt.reason = "call failed" if equal is None else "no information gain"
 
     def _answer(self, attempts: list[_Attempt], number: int) -> None:
-        """Fills in the responses to the new instructions and the faults that show in them."""
+        """Sets the responses to the new instructions and their faults."""
         asked = [a for a in attempts if a.reason is None]
         contexts = [[*a.line.messages, Message("user", a.evolved)] for a in asked]
         responses = self.calls.converse(self.answerer, contexts, derive_seed(self.seed, "answer", number))
@@ -173,7 +182,7 @@ class _Run:
             attempt.reason = "call failed" if response is None else response_fault(response)
 
     def _settle(self, attempts: list[_Attempt], number: int) -> None:
-        """Counts every attempt and appends the turn to its line, evolved or as it was."""
+        """Counts every attempt and appends the turn, evolved or unchanged, to its line."""
         renewed = self._answer_anew([a for a in attempts if a.reason is not None and a.line.is_changed], number)
         for attempt in attempts:
             self._count(attempt, number)
@@ -190,7 +199,7 @@ class _Run:
                 line.messages += [Message("user", instruction), Message("assistant", answer)]
 
     def _answer_anew(self, attempts: list[_Attempt], number: int) -> dict[int, str | None]:
-        """Answers to turns that kept their text in a changed context; None where there is no good one."""
+        """Answers to unchanged turns in a changed context; None if the answer shows a fault."""
         contexts = [[*a.line.messages, Message("user", a.parent)] for a in attempts]
         answers = self.calls.converse(self.answerer, contexts, derive_seed(self.seed, "answer", number))
         good = [None if answer is None or response_fault(answer) else answer for answer in answers]
@@ -216,8 +225,8 @@ class _Run:
     def _child(self, line: _Line, number: int) -> Conversation | None:
         if not line.is_changed:
             return None
-        kept = KEPT_IN_BREADTH if "breadth" in line.operators else KEPT_IN_DEPTH
-        attributes = {name: line.row.attributes[name] for name in kept if name in line.row.attributes}
+        inherited = KEPT_IN_BREADTH if "breadth" in line.operators else KEPT_IN_DEPTH
+        attributes = {name: line.row.attributes[name] for name in inherited if name in line.row.attributes}
         lineage = {
             "parents": [line.row.id],
             "operator": "+".join(line.operators),

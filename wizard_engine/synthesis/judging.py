@@ -1,4 +1,4 @@
-"""Two answers before a judge, in both orders."""
+"""Judging two answers in both orders, and rating single answers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_flipped(self) -> bool:
-        """True where the two orders name different winners (a tie in one of them is no flip)."""
+        """Whether the two orders name different winners (a tie in one of them is no flip)."""
         one, two = self.gaps
         return one * two < 0
 
@@ -59,13 +59,13 @@ class Verdict(NamedTuple):
 
     @property
     def swing(self) -> float:
-        """How far the gap moves when the answers change places, points: the judge's own doubt."""
+        """Change of the gap between the two orders, points: a measure of the judge's doubt."""
         one, two = self.gaps
         return abs(one - two)
 
 
 def judge_matches(calls: Calls, judge: Agent, matches: Sequence[Match], seed: int) -> list[Verdict | None]:
-    """A verdict a match, all of them in one batch; None where one of the two orders failed or could not be read."""
+    """A verdict for each match, in one batch; None if one of the two orders failed or could not be read."""
     fields = [_fields(match, swap) for match in matches for swap in (False, True)]
     scores = calls.ask(judge, "judge", fields, seed, read=lambda text, _: read_scores(text, 2))
     verdicts: list[Verdict | None] = []
@@ -78,7 +78,7 @@ def judge_matches(calls: Calls, judge: Agent, matches: Sequence[Match], seed: in
 def rate_answers(
     calls: Calls, judge: Agent, items: Sequence[tuple[tuple[Message, ...], str]], seed: int
 ) -> list[float | None]:
-    """A score 1 to 10 for each (prompt, answer), all in one batch; None where it failed or could not be read."""
+    """A score 1 to 10 for each (prompt, answer), all in one batch; None if it failed or could not be read."""
     fields = [
         {"history": _history(prompt), "instruction": prompt[-1].content, "reference": "", "answer": answer}
         for prompt, answer in items

@@ -30,9 +30,9 @@ def label_processes(
     max_tokens: int = 256,
     statistics: dict[str, Any] | None = None,
 ) -> list[Process]:
-    """The student's own answers with a label for each step, in the order of the rows.
+    """The student's answers with a label for each step, in the order of the rows.
 
-    A labeller sees one instruction and no history, so rows of several turns are left out and counted.
+    A labeller sees one instruction and no history, so multi-turn rows are skipped and counted.
 
     Args:
         rows: their user turns are answered.
@@ -40,7 +40,7 @@ def label_processes(
         labeller: task "label".
         statistics: filled with "answers", "kept", "dropped" (reasons), "labels" (label -> steps), "calls".
     Returns:
-        one row an answer; answers whose labels could not be read are left out and counted.
+        one row an answer; answers with unreadable labels are skipped and counted.
     Raises:
         ValueError: fewer than 1 sample.
     """
@@ -67,9 +67,9 @@ def label_processes(
         attributes = instruction_attributes(row) | {"policy": student.fingerprint, "answer": answer}
         processes.append(Process(tuple(row.messages[:-1]), steps, marks, attributes, lineage))
     if statistics is not None:
-        found = Counter(str(mark) for process in processes for mark in process.labels)
+        label_counts = Counter(str(mark) for process in processes for mark in process.labels)
         statistics |= {"answers": len(answers), "kept": len(processes), "dropped": dict(sorted(dropped.items()))}
-        statistics |= {"labels": dict(sorted(found.items())), "calls": calls.statistics()}
+        statistics |= {"labels": dict(sorted(label_counts.items())), "calls": calls.statistics()}
     return processes
 
 
@@ -82,9 +82,9 @@ def _distinct_answers(
     dropped["no answer"] += texts.count(None)
     answers = []
     for index, row in enumerate(rows):
-        own = [text for text in texts[index :: len(rows)] if text is not None]
-        distinct = list(dict.fromkeys(own))
-        dropped["repeated"] += len(own) - len(distinct)
+        row_answers = [text for text in texts[index :: len(rows)] if text is not None]
+        distinct = list(dict.fromkeys(row_answers))
+        dropped["repeated"] += len(row_answers) - len(distinct)
         answers += [(row, text, tuple(step_texts(text))) for text in distinct]
     return answers
 
@@ -131,8 +131,8 @@ def rank_instructions(
     )
     dropped["groups unreadable"] += scores.count(None)
     rows: dict[str, Preference] = {}
-    for group, found in zip(usable, scores):
-        for pair in _ranked_pairs(group, found or (), min_gap, margin_scale, ranker.name, dropped):
+    for group, group_scores in zip(usable, scores):
+        for pair in _ranked_pairs(group, group_scores or (), min_gap, margin_scale, ranker.name, dropped):
             dropped["repeated"] += pair.id in rows
             rows.setdefault(pair.id, pair)
     if statistics is not None:

@@ -1,4 +1,4 @@
-"""Which lost battles become lessons: the weakest skills first."""
+"""Choice of lessons among lost battles: the weakest skills first."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ def choose_lessons(
     A loss above the threshold is a candidate. With a limit below their number, each lesson in turn goes to the skill
     with the largest w / (2k + 1), where w is the skill's mean loss over all its scenes (0 where ours did not lose) and
     k the lessons it already has (the Sainte-Lague rule): quotas are proportional to weakness, however frequent a skill
-    is. A skill without candidates left passes its turn. Within a skill the largest losses come first.
+    is. A skill without further candidates is skipped. Within a skill the largest losses come first.
 
     Args:
-        losses: of every scene its row and by how many points ours lost, 0 where it did not; attributes["skill"] names
+        losses: for every scene its row and the points by which ours lost, 0 if it did not; attributes["skill"] names
             the skill.
         threshold: points.
         limit: most lessons; None for all candidates.
@@ -36,7 +36,7 @@ def choose_lessons(
     }
     available = sum(map(len, candidates.values()))
     quotas = _quotas(weakness, candidates, available if limit is None else min(limit, available))
-    chosen = sorted(i for name, found in candidates.items() for i in found[: quotas[name]])
+    chosen = sorted(i for name, ranked in candidates.items() for i in ranked[: quotas[name]])
     return chosen, {name: _line(skills, weakness, candidates, quotas, name) for name in sorted(skills)}
 
 

@@ -1,6 +1,6 @@
-"""Auto Evol-Instruct: the evolving method itself is improved, by analysis of its failures and selection on a dev set.
+"""Auto Evol-Instruct: improves the evolving method by analysis of its failures and selection on a dev set.
 
-Source: Zeng et al. 2024, arXiv:2406.00770. There: pool 2,000 rows, mini-batch 10, dev set 50, 10 steps, 5 candidates,
+Source: Zeng et al. 2024, arXiv:2406.00770, with pool 2,000 rows, mini-batch 10, dev set 50, 10 steps, 5 candidates,
 optimizer temperature 0.6, evolver temperature 0; more than about 12 steps make the method worse.
 """
 
@@ -23,12 +23,12 @@ IN_DEPTH = ("constraint", "deepen", "concretise", "steps", "complicate")
 
 @dataclass(frozen=True)
 class Optimised:
-    """What optimise_method found.
+    """Result of optimise_method.
 
     Attributes:
         method: text of the method with the lowest failure rate.
         history: one object a step: step, failure_rate (of the method in force after it), reasons, accepted, and the
-            candidates with feedback, method, failure_rate and reasons each. Step 0 is the method given.
+            candidates with feedback, method, failure_rate and reasons each. Step 0 is the initial method.
         stopped: "no improvement", "no failures" or "step limit".
         statistics: calls by task.
     """
@@ -56,13 +56,13 @@ def optimise_method(
     seed: int = 0,
     max_tokens: int = 512,
 ) -> Optimised:
-    """An evolving method that fails less often than the one given.
+    """An evolving method with a lower failure rate than the initial one.
 
-    In each step a mini-batch is evolved `rounds` times and answered; the optimizer analyses this trajectory
-    `candidates` times and turns each analysis into a new method; the candidate with the lowest failure rate on the dev
-    set replaces the method if it fails less often, otherwise the search ends. The failure rate is the share of dev rows
-    whose response to the evolved instruction `detect_failure` reports, or that have none because the evolver returned
-    no new instruction (blank, the parent again, template words, a failed call).
+    In each step a mini-batch is evolved `rounds` times and answered. The optimizer analyses this trajectory
+    `candidates` times and turns each analysis into a new method. The candidate with the lowest failure rate on the dev
+    set replaces the method if it fails less often; otherwise the search ends. The failure rate is the fraction of dev
+    rows whose response `detect_failure` reports, or that have no evolved instruction (blank, equal to its parent,
+    template words, failed call).
 
     Args:
         rows: their last instructions are used; dev set and mini-batches are drawn from them and never overlap.
@@ -75,8 +75,8 @@ def optimise_method(
     texts = list(dict.fromkeys(row.instruction for row in rows))
     _validate(len(texts), steps, candidates, minibatch, dev_size, rounds)
     order = random.Random(derive_seed(seed, "dev set")).sample(texts, len(texts))
-    search = _Search(Calls(max_tokens=max_tokens), evolver, optimizer, answerer, tuple(operators), seed)
-    search.temperature, search.rounds = optimizer_temperature, rounds
+    calls = Calls(max_tokens=max_tokens)
+    search = _Search(calls, evolver, optimizer, answerer, tuple(operators), seed, optimizer_temperature, rounds)
     dev, pool = order[:dev_size], order[dev_size:]
     method = method or prompts.initial_method()
     (best,) = search.measure([method], dev)
@@ -100,16 +100,21 @@ def optimise_method(
     return Optimised(best["method"], history, stopped, {"calls": search.calls.statistics()})
 
 
+@dataclass(frozen=True)
 class _Search:
     """The agents and settings of one call of optimise_method."""
 
-    def __init__(self, calls, evolver, optimizer, answerer, operators, seed) -> None:
-        self.calls, self.evolver, self.optimizer, self.answerer = calls, evolver, optimizer, answerer
-        self.operators, self.seed = operators, seed
-        self.temperature, self.rounds = 0.0, 1
+    calls: Calls
+    evolver: Agent
+    optimizer: Agent
+    answerer: Agent
+    operators: tuple[str, ...]
+    seed: int
+    temperature: float
+    rounds: int
 
     def propose(self, method: str, batch: list[str], candidates: int, step: int) -> list[dict[str, str]]:
-        """New methods, each with the feedback it came from; those equal to the old one or to each other left out."""
+        """Distinct new methods, each with the feedback that led to it."""
         text = prompts.trajectory(self._trajectory(method, batch))
         seeds = [derive_seed(self.seed, "optimise", step, number) for number in range(candidates)]
         feedbacks = self.calls.ask(
@@ -120,16 +125,16 @@ class _Search:
             read=as_read,
             temperature=self.temperature,
         )
-        given = [(feedback, seed) for feedback, seed in zip(feedbacks, seeds) if feedback is not None]
+        analyses = [(feedback, seed) for feedback, seed in zip(feedbacks, seeds) if feedback is not None]
         methods = self.calls.ask(
             self.optimizer,
             "optimise",
-            [{"method": method, "feedback": feedback} for feedback, _ in given],
-            [seed for _, seed in given],
+            [{"method": method, "feedback": feedback} for feedback, _ in analyses],
+            [seed for _, seed in analyses],
             read=lambda reply, _: read_method(reply),
             temperature=self.temperature,
         )
-        proposals = {new: feedback for (feedback, _), new in zip(given, methods) if new not in (None, method)}
+        proposals = {new: feedback for (feedback, _), new in zip(analyses, methods) if new not in (None, method)}
         return [{"method": new, "feedback": feedback} for new, feedback in proposals.items()]
 
     def measure(self, methods: Sequence[str], dev: Sequence[str]) -> list[dict[str, Any]]:

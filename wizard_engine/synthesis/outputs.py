@@ -1,4 +1,4 @@
-"""What a stage of synthesis leaves behind: files of rows, files of objects, one report."""
+"""Inputs and outputs of the synthesis recipes: files of rows, files of objects, one report."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from wizard_engine.runtime.files import write_json, write_text
 def read_conversations(
     paths: Sequence[Path], *, on_error: str = "raise", rejects: Path | None = None, limit: int | None = None
 ) -> tuple[list[Conversation], int]:
-    """The supervised rows of several files, at most `limit` of them, and how many records were rejected.
+    """The supervised rows of several files, at most `limit`, and the number of rejected records.
 
     Raises:
         ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
@@ -28,9 +28,9 @@ def write_outputs(
 ) -> list[Path]:
     """Writes OUT/NAME.jsonl for each name, and OUT/report.json; returns the paths."""
     paths = []
-    for name, found in rows.items():
+    for name, file_rows in rows.items():
         paths.append(out / f"{name}.jsonl")
-        write_rows(paths[-1], found)
+        write_rows(paths[-1], file_rows)
     for name, items in objects.items():
         paths.append(out / f"{name}.jsonl")
         write_text(paths[-1], "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))

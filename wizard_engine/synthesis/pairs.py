@@ -1,4 +1,4 @@
-"""Preference rows out of judged matches: what is dropped is counted."""
+"""Preference rows from judged matches, with counts of the dropped ones."""
 
 from collections import Counter
 from typing import Any
@@ -7,7 +7,7 @@ from wizard_engine.data.records import Conversation, Preference
 
 from .judging import Match, Verdict
 
-# What a row made on the same instruction keeps of the attributes of the row it came from; the others describe its text.
+# Attributes that hold for any answer to the same instruction; the others describe the text of the row.
 INSTRUCTION_ATTRIBUTES = ("source", "topic", "language", "skill", "difficulty", "evolutions")
 
 
@@ -20,7 +20,7 @@ class Pairs:
     """Collects preference rows.
 
     Args:
-        min_gap: a pair counts only when the averaged scores of its two answers are further apart, points.
+        min_gap: the averaged scores of the two answers of a pair must differ by more, points.
 
     Attributes:
         rows: the pairs kept, each with "gap", "chosen_score" and "rejected_score" among its attributes.
@@ -39,7 +39,7 @@ class Pairs:
     def add(
         self, match: Match, verdict: Verdict | None, attributes: dict[str, Any], lineage: dict[str, Any]
     ) -> Preference | None:
-        """The match as a preference row with these attributes, or None where it is dropped."""
+        """The match as a preference row with these attributes, or None if it is dropped."""
         reason = self._fault(match, verdict)
         if reason is None:
             pair = self._pair(match, verdict, attributes, lineage)

@@ -1,8 +1,8 @@
-"""Self-teaching: the model's own samples become supervised and preference rows, where they teach most.
+"""Self-teaching: the model's own samples of selected prompts become supervised and preference rows.
 
-No algorithm is published for this stage of WizardLM-2. Here: samples at temperature 1 are scored by a judge, an
-active-learning score says which prompts are worth learning from, the best sample becomes a supervised row and the best
-and worst become a preference row. Both are on-policy: written by the model that will learn from them.
+No algorithm is published for this stage of WizardLM-2. Here a judge scores samples at temperature 1, and an
+active-learning score selects prompts. The best sample becomes a supervised row; the best and the worst become a
+preference row. Both are on-policy: written by the model that is trained on them.
 """
 
 import random
@@ -28,7 +28,7 @@ Score = Literal["spread", "flip", "margin"]
 
 @dataclass(frozen=True)
 class SelfTaught:
-    """What a round of self-teaching made.
+    """Result of a round of self-teaching.
 
     Attributes:
         sft: the best sample of each selected prompt that is good enough.
@@ -47,7 +47,7 @@ class SelfTaught:
 
 @dataclass
 class _Case:
-    """One prompt with the student's samples; `parent`: the row it comes from, `operator`: how it was evolved."""
+    """One prompt with the student's samples; `parent`: id of its row, `operator`: how it was evolved."""
 
     parent: str
     prompt: tuple[Message, ...]
@@ -60,7 +60,7 @@ class _Case:
 
     @property
     def ranked(self) -> list[str]:
-        """Distinct samples with a rating, best first; the more frequent one first where ratings are equal."""
+        """Distinct samples with a rating, best first; of equal ones the more frequent first."""
         frequency = Counter(self.samples)
         return sorted(self.ratings, key=lambda text: (-self.ratings[text], -frequency[text], text))
 
@@ -88,19 +88,19 @@ def self_teach(
 ) -> SelfTaught:
     """Supervised and preference rows from the student's own samples.
 
-    The prompts are the rows' last user turns in their context; with an evolver, every row's instruction is also evolved
-    once and used where it changed and the student's first sample shows no failure. Each prompt gets `samples` samples,
-    each distinct one a rating; best and worst come before the judge as a pair in both orders. The active-learning score
-    of a prompt is one of
+    The prompts are the last user turns of the rows in their context. With an evolver, every instruction is also evolved
+    once; the result is used if it changed and the student's first sample shows no failure. Each prompt gets `samples`
+    samples and each distinct sample a rating. The best and the worst are judged as a pair in both orders. The
+    active-learning score of a prompt is one of
         spread: standard deviation of its samples' ratings: the student is sometimes right and sometimes wrong;
-        flip:   how far the pair's gap moves when the two change places: the judge is in doubt;
+        flip:   change of the pair's gap between the two orders: the judge is in doubt;
         margin: averaged gap of the pair: best and worst differ most clearly.
-    The share `keep` of prompts with the highest scores is selected, among those whose samples differ.
+    The fraction `keep` of the prompts with the highest scores is selected, among those with different samples.
 
     Args:
         student: answers at `temperature`.   judge: tasks "rate" and "judge".   evolver: task "evolve".
         samples: per prompt, at least 2.
-        keep: share of the prompts, above 0 and at most 1.
+        keep: fraction of the prompts, above 0 and at most 1.
         min_gap: smallest averaged gap of a preference row, points.
         min_score: lowest rating of a supervised row, 1 to 10.
         max_tokens: longest reply.
@@ -133,7 +133,7 @@ def self_teach(
 
 
 def _evolved_cases(calls: Calls, evolver: Agent, cases: Sequence[_Case], dropped: Counter, seed: int) -> list[_Case]:
-    """New prompts: the last turns evolved once, those with a fault left out."""
+    """New prompts: the last turns evolved once, without those that show a fault."""
     operators = [random.Random(derive_seed(seed, "operator", case.parent)).choice(OPERATORS) for case in cases]
     fields = [
         {"operator": operator, "method": "", "instruction": case.prompt[-1].content}
@@ -149,8 +149,8 @@ def _evolved_cases(calls: Calls, evolver: Agent, cases: Sequence[_Case], dropped
         if fault is not None:
             dropped[f"evolved: {fault}"] += 1
             continue
-        kept = KEPT_IN_BREADTH if operator == "breadth" else KEPT_IN_DEPTH
-        attributes = {name: case.attributes[name] for name in kept if name in case.attributes}
+        inherited = KEPT_IN_BREADTH if operator == "breadth" else KEPT_IN_DEPTH
+        attributes = {name: case.attributes[name] for name in inherited if name in case.attributes}
         attributes["evolutions"] = case.attributes.get("evolutions", 0) + 1
         made.append(_Case(case.parent, (*case.prompt[:-1], Message("user", text)), attributes, operator))
     return made
@@ -159,7 +159,7 @@ def _evolved_cases(calls: Calls, evolver: Agent, cases: Sequence[_Case], dropped
 def _sample(
     calls: Calls, student: Agent, cases: Sequence[_Case], samples: int, temperature: float, dropped: Counter, seed: int
 ) -> list[_Case]:
-    """Fills in the samples; the cases but for evolved prompts whose first sample shows a failure."""
+    """Sets the samples; returns the cases without evolved prompts whose first sample shows a failure."""
     seeds = [derive_seed(seed, "sample", number) for number in range(samples) for _ in cases]
     prompts = [case.prompt for case in cases] * samples
     texts = calls.converse(student, prompts, seeds, temperature=temperature)
@@ -171,7 +171,7 @@ def _sample(
 
 
 def _rate(calls: Calls, judge: Agent, cases: Sequence[_Case], seed: int) -> None:
-    """Fills in a rating for each distinct sample, in one batch."""
+    """Sets a rating for each distinct sample, in one batch."""
     items = [(case, text) for case in cases for text in dict.fromkeys(case.samples)]
     ratings = rate_answers(calls, judge, [(case.prompt, text) for case, text in items], derive_seed(seed, "rate"))
     for (case, text), rating in zip(items, ratings):
@@ -180,7 +180,7 @@ def _rate(calls: Calls, judge: Agent, cases: Sequence[_Case], seed: int) -> None
 
 
 def _battle(calls: Calls, judge: Agent, cases: Sequence[_Case], score: Score, seed: int) -> None:
-    """Fills in the verdict on best and worst sample, and the score, of every case whose samples differ."""
+    """Sets the verdict on best and worst sample, and the score, of every case with different samples."""
     differing = [case for case in cases if len(case.ranked) > 1]
     matches = [_match(case) for case in differing]
     for case, verdict in zip(differing, judge_matches(calls, judge, matches, derive_seed(seed, "judge"))):
@@ -194,7 +194,7 @@ def _match(case: _Case) -> Match:
 
 
 def _select(cases: Sequence[_Case], keep: float, dropped: Counter) -> list[_Case]:
-    """The share `keep` of all cases with the highest scores, in the order of the cases; equal scores by their order."""
+    """The fraction `keep` of all cases with the highest scores, in their order; of equal scores the earlier ones."""
     scored = [index for index, case in enumerate(cases) if case.score is not None]
     dropped["samples agree"] += sum(len(case.ranked) < 2 for case in cases)
     dropped["call failed"] += sum(case.score is None and len(case.ranked) > 1 for case in cases)

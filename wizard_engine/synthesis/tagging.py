@@ -1,4 +1,4 @@
-"""Attributes of rows from an agent: topic, skill and difficulty, where a row does not bring them along."""
+"""Topic, skill and difficulty of rows from an agent, for rows without them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ TAGS = ("topic", "skill", "difficulty")
 
 
 def tag_rows(rows: Sequence[Row], tagger: Agent, *, seed: int = 0) -> tuple[list[Row], dict[str, int]]:
-    """Rows with the attributes that the tagger gives their first instruction; those that they have are kept.
+    """Rows with the tagger's attributes of their first instruction; attributes that a row already has are kept.
 
     Returns:
         rows in order, and counts: tagged, kept (nothing was missing), failed (no reply), unreadable.
@@ -22,12 +22,12 @@ def tag_rows(rows: Sequence[Row], tagger: Agent, *, seed: int = 0) -> tuple[list
     requests = [
         Request("tag", prompts.request_messages("tag", instruction=view(rows[i]).first), seed, 0.0, 64) for i in asked
     ]
-    found, counts = list(rows), Counter(tagged=0, kept=len(rows) - len(asked), failed=0, unreadable=0)
+    tagged, counts = list(rows), Counter(tagged=0, kept=len(rows) - len(asked), failed=0, unreadable=0)
     for i, reply in zip(asked, tagger.respond(requests)):
         tags = read_tags(reply.text) if reply.ok else None
         if tags is None:
             counts["unreadable" if reply.ok else "failed"] += 1
             continue
         counts["tagged"] += 1
-        found[i] = replace(rows[i], attributes={**tags, **(rows[i].attributes or {})})
-    return found, dict(counts)
+        tagged[i] = replace(rows[i], attributes={**tags, **(rows[i].attributes or {})})
+    return tagged, dict(counts)

@@ -1,4 +1,4 @@
-"""The embedded default: a closed world of word problems whose answers a program can check."""
+"""The embedded data source: a closed world of word problems whose answers a program can check."""
 
 from .corpus import Question, held_out, mt_questions, natural_corpus, plain_text
 from .evolve import OPERATORS, evolve

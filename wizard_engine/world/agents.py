@@ -1,7 +1,7 @@
-"""Programs that play the outside models: they answer, rewrite, evolve and optimise behind the agents' protocol.
+"""Programs in the role of external models: they answer, rewrite, evolve and optimise behind the agent protocol.
 
-They are programs, not language models: what they need they read from the request's text with prompts.parse and the
-world's parser, and where a model errs at random they err at stated rates, seeded by the request.
+They are programs, not language models. They read the request's text with prompts.parse and the world's parser, and make
+errors at stated rates, seeded by the request.
 """
 
 import random
@@ -83,7 +83,7 @@ class Habits:
 
 
 class Answerer(Program):
-    """A program that answers and rewrites in its own manner."""
+    """A program that answers and rewrites with given habits."""
 
     def __init__(self, name: str, habits: Habits):
         self.name, self.habits, self.parameters = name, habits, asdict(habits)
@@ -126,7 +126,7 @@ class Answerer(Program):
         return written(problem, equations)
 
     def _guess(self, problem: Problem, rng: random.Random) -> str:
-        """An answer to a problem that has none: missing numbers made up, broken results taken as they come."""
+        """An answer to a problem without one: missing numbers are invented, impossible results stay."""
         statements = tuple(
             statement._replace(amount=Quantity(rng.randint(2, 9), statement.amount.each))
             if statement.amount.count is None

@@ -54,7 +54,7 @@ def evolve(problem: Problem, operator: str, rng: random.Random) -> Problem | Non
     another problem of the same size on a rarer topic.
 
     Returns:
-        The new problem, or None where the operator finds nothing to change.
+        The new problem, or None if the operator finds nothing to change.
     Raises:
         ValueError: unknown operator.
     """
@@ -89,11 +89,11 @@ def failure_rates(method: str, rates: Mapping[str, float] = FAILURE_RATES) -> di
     A rule takes most of its class away; an overloaded method (too long, or repeating itself) evolves less often.
     """
     text = method.lower()
-    found = {kind: rate * (RULE_EFFECT if RULES[kind] in text else 1.0) for kind, rate in rates.items()}
+    method_rates = {kind: rate * (RULE_EFFECT if RULES[kind] in text else 1.0) for kind, rate in rates.items()}
     lines = [line.strip(" .-*0123456789") for line in text.splitlines() if line.strip()]
     excess = max(0, len(lines) - LONGEST_METHOD) + len(lines) - len(set(lines))
-    found["same"] = min(0.7, found["same"] + OVERLOAD * excess)
-    return found
+    method_rates["same"] = min(0.7, method_rates["same"] + OVERLOAD * excess)
+    return method_rates
 
 
 def evolved_text(
@@ -102,7 +102,7 @@ def evolved_text(
     """The evolved instruction, with the failures of `failure_rates(method, rates)`.
 
     The same generator meets the same failure under every method that has no rule against it, so methods can be compared
-    on few cases. Text that is none of the world's problems stays as it is.
+    on few cases. Text that is not a problem of the world is unchanged.
     """
     problem = parse(instruction)
     if problem is None:
@@ -118,13 +118,13 @@ def _failure(method: str, rates: Mapping[str, float], rng: random.Random) -> str
     """The failure that happens, or "": first as without rules, then prevented by a rule, then caused by overload."""
     natural = draw({**rates, "": max(0.0, 1 - sum(rates.values()))}, rng)
     prevented, overloaded = rng.random(), rng.random()
-    found = failure_rates(method, rates)
-    if natural not in ("", "same") and prevented * rates[natural] < found[natural]:
+    method_rates = failure_rates(method, rates)
+    if natural not in ("", "same") and prevented * rates[natural] < method_rates[natural]:
         return natural
     if natural == "same":
-        return natural if prevented * rates["same"] < found["same"] else ""
+        return natural if prevented * rates["same"] < method_rates["same"] else ""
     spare = 1 - rates["same"]
-    return "same" if overloaded * spare < found["same"] - rates["same"] else ""
+    return "same" if overloaded * spare < method_rates["same"] - rates["same"] else ""
 
 
 def flawed(problem: Problem, failure: str, rng: random.Random) -> str:

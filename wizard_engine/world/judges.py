@@ -1,4 +1,4 @@
-"""Programs that judge: answers against each other or alone, steps one by one, instructions by quality."""
+"""Programs that judge: pairs of answers, single answers, steps, and the quality of instructions."""
 
 import random
 import re
@@ -123,7 +123,7 @@ def assess(problem: Problem | None, answer: str) -> Assessment:
     """Score (1 to 10, without noise) and a clause about an answer.
 
     Most weight has the right result, then the steps shown, then brevity; a wrong step costs. Where the problem has no
-    answer, asking back is best. Text that is none of the world's problems leaves only the length to judge.
+    answer, asking back is best. Of other text only the length is judged.
     """
     if not answer.strip():
         return Assessment(1.0, "is empty.")

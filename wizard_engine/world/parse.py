@@ -20,7 +20,7 @@ _TOPIC_FIELDS = {"gain", "lose", "Gain", "Lose"}
 
 @dataclass
 class _Entry:
-    """What a sentence with open names, nouns and numbers says, and where among its open words they stand."""
+    """Meaning of a sentence with open names, nouns and numbers, and their positions among its open words."""
 
     kind: str
     language: str
@@ -113,7 +113,7 @@ _MASCULINE = {noun: gender for topic in words.TOPICS.values() for noun, (_, gend
 
 
 def _sentences(text: str) -> list[_Sentence] | None:
-    """The sentences of a text, chatter left out; None if any sentence is unknown."""
+    """The sentences of a text without chatter; None if any sentence is unknown."""
     if _NAME in text or _NOUN in text or _NUMBER in text:
         return None
     parts = _OPEN.split(text)
@@ -123,15 +123,15 @@ def _sentences(text: str) -> list[_Sentence] | None:
     sentences = _SENTENCE.findall(pattern)
     if " ".join(sentences) != pattern:
         return None
-    found, first = [], 0
+    parsed, first = [], 0
     for sentence in sentences:
         entry = _TABLE.get(sentence)
         if entry is None:
             return None
         if entry.kind != _CHATTER:
-            found.append(_sentence(entry, tokens, first))
+            parsed.append(_sentence(entry, tokens, first))
         first += len(entry.names) + len(entry.nouns) + len(entry.numbers)
-    return found
+    return parsed
 
 
 def _sentence(entry: _Entry, tokens: list[str], first: int) -> _Sentence:

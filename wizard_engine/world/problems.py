@@ -209,14 +209,14 @@ class Problem:
     def skill(self) -> str:
         """ "additive", "multiplicative", "comparison", "division", or "mixed" when two of the last three meet."""
         kinds = {statement.kind for statement in self.statements}
-        found = []
+        skills = []
         if "scale" in kinds or any(statement.amount.each is not None for statement in self.statements):
-            found.append("multiplicative")
+            skills.append("multiplicative")
         if kinds & set(COMPARISONS):
-            found.append("comparison")
+            skills.append("comparison")
         if "share" in kinds:
-            found.append("division")
-        return found[0] if len(found) == 1 else "mixed" if found else "additive"
+            skills.append("division")
+        return skills[0] if len(skills) == 1 else "mixed" if skills else "additive"
 
     def changed(self, **changes: object) -> "Problem":
         """A copy with some fields replaced."""

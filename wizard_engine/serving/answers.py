@@ -1,0 +1,158 @@
+"""Answers of the OpenAI-compatible server: jobs submitted to the driver, their pieces as one object or as a stream."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from .driver import Driver, Piece, QueueFull
+from .metrics import Metrics
+from .protocol import RequestError
+from .request_reader import CLIENT_CLOSED_REQUEST
+from .wire import AnswerFormat, ParsedRequest
+
+GONE = "gone"
+
+
+class Answers:
+    """Submits the jobs of requests to a driver and formats their pieces."""
+
+    def __init__(self, driver: Driver, format: AnswerFormat, metrics: Metrics) -> None:
+        self.driver, self.format, self.metrics = driver, format, metrics
+        self.eos_id = driver.tokenizer.eos_id
+
+    def submit(self, parsed: ParsedRequest) -> None:
+        """Submit all jobs of a request, or none.
+
+        Raises:
+            RequestError: the context is too short (400), the queue is full (429), the driver stops or has failed (503).
+        """
+        done = []
+        try:
+            for job in parsed.jobs:
+                self.driver.submit(job)
+                done.append(job)
+        except ValueError as error:
+            code = "context_length_exceeded" if "expected 1 to" in str(error) else None
+            param = "messages" if parsed.kind == "chat" else "prompt"
+            raise RequestError(400, str(error), param=param, code=code) from None
+        except QueueFull as full:
+            if self.driver.error:
+                raise RequestError(503, "the engine has failed", code="engine_failed") from None
+            status = 503 if "about to end" in str(full) else 429
+            raise RequestError(
+                status, f"too many requests: {full}", code="queue_full", headers={"Retry-After": "1"}
+            ) from None
+        finally:
+            if len(done) < len(parsed.jobs):
+                for job in done:
+                    self.driver.cancel(job)
+
+    def cancel(self, parsed: ParsedRequest) -> None:
+        for job in parsed.jobs:
+            if job.open:
+                self.driver.cancel(job)
+
+    async def pieces(self, parsed: ParsedRequest, receive: Callable, began: float) -> AsyncIterator[tuple[int, Piece]]:
+        """Yields (choice, piece) until all choices have ended.
+
+        Raises:
+            ClientDisconnect: the client has closed its connection.
+        """
+
+        async def listen() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            parsed.queue.put_nowait(GONE)
+
+        listener = asyncio.create_task(listen())
+        open_choices = sum(job.n for job in parsed.jobs)
+        is_first = True
+        try:
+            while open_choices:
+                item = await parsed.queue.get()
+                if item == GONE:
+                    self.metrics.count("disconnects")
+                    raise ClientDisconnect
+                place, pieces = item
+                if is_first:
+                    self.metrics.observe("first_token_seconds", time.perf_counter() - began)
+                    is_first = False
+                for piece in pieces:
+                    self.metrics.add("generated_tokens", piece.token is not None)
+                    open_choices -= piece.reason is not None
+                    yield place * parsed.jobs[place].n + piece.choice, piece
+        finally:
+            listener.cancel()
+            if parsed.stream:
+                self.metrics.observe("request_seconds", time.perf_counter() - began)
+
+    async def whole(self, parsed: ParsedRequest, pieces: AsyncIterator[tuple[int, Piece]]) -> Response:
+        choices = parsed.choices()
+        try:
+            async for number, piece in pieces:
+                choices[number].add(piece, self.eos_id)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if any(choice.reason == "cancelled" for choice in choices):
+            raise RequestError(503, "the engine has failed", code="engine_failed")
+        return JSONResponse(self.format.whole(parsed, choices))
+
+    async def events(self, parsed: ParsedRequest, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
+        """Yields the server-sent events of a request."""
+        choices, form = parsed.choices(), self.format
+        extra = {"usage": None} if parsed.usage else {}
+
+        def event(deltas: list[dict], **more: Any) -> str:
+            return f"data: {json.dumps(form.envelope(parsed, deltas) | extra | more, ensure_ascii=False)}\n\n"
+
+        if parsed.kind == "chat":
+            for number in range(len(choices)):
+                yield event([form.opening(number)])
+        async for number, piece in pieces:
+            choice = choices[number]
+            first = len(choice.tokens)
+            choice.add(piece, self.eos_id)
+            if piece.reason == "cancelled":
+                yield f"data: {json.dumps(RequestError(503, 'the engine has failed').body())}\n\n"
+                return
+            if piece.text or parsed.logprobs or piece.reason:
+                yield event([form.piece(parsed, number, choice, piece, first)])
+        if parsed.usage:
+            yield event([], usage=form.usage(parsed, choices))
+        yield "data: [DONE]\n\n"
+
+
+class Events(Response):
+    """Server-sent events. The response ends early if the client disconnects or does not read an event in time.
+
+    Args:
+        events: texts of the events.   write_seconds: time limit for one event.   done: called at the end in all cases.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], write_seconds: float, done: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events, self.write_seconds, self.done = events, write_seconds, done
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in self.events:
+                message = {"type": "http.response.body", "body": event.encode(errors="replace"), "more_body": True}
+                await asyncio.wait_for(send(message), self.write_seconds)
+            await asyncio.wait_for(send({"type": "http.response.body", "body": b""}), self.write_seconds)
+        except (ClientDisconnect, TimeoutError, OSError):
+            # The client no longer reads, so no error can be sent to it.
+            pass
+        finally:
+            self.done()
+            with contextlib.suppress(RuntimeError):
+                await self.events.aclose()  # type: ignore[attr-defined]
