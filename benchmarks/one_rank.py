@@ -83,7 +83,7 @@ def _reduced(device: torch.device, dtype: torch.dtype, op: dist.ReduceOp.RedOpTy
 
 def _exchanged(device: torch.device, rows: int) -> list[Row]:
     x = _numbers(device, rows, WIDTH)
-    return _same(collectives.exchanged(x, [rows], [rows], world()), x)
+    return _same(collectives.all_to_all_rows(x, [rows], [rows], world()), x)
 
 
 def _counts(device: torch.device) -> list[Row]:
@@ -97,10 +97,10 @@ def _gradients(device: torch.device) -> list[Row]:
     """Each collective with a gradient: one rank's is that of the identity, and of a plain product."""
     axis, found = world(), []
     x, weight = (_numbers(device, n, WIDTH).requires_grad_() for n in (ROWS, 3))
-    for function in (collectives.Gather, collectives.SumAndDivide, collectives.Share):
+    for function in (collectives.AllGather, collectives.ReduceScatter, collectives.AllGatherReplicated):
         (dx,) = torch.autograd.grad(function.apply(x, axis).square().sum(), x)
         found += [row | {"what": function.__name__} for row in _same(dx, 2 * x.detach())]
-    out = collectives.GatheredLinear.apply(x, weight, axis)
+    out = collectives.AllGatherLinear.apply(x, weight, axis)
     dx, dweight = torch.autograd.grad(out.sum(), (x, weight))
     ones = torch.ones_like(out)
     for what, got, expected in (("dx", dx, ones @ weight.detach()), ("dweight", dweight, ones.T @ x.detach())):
@@ -167,9 +167,9 @@ def cases(device: torch.device) -> list[Case]:
     half, ops = torch.bfloat16, dist.ReduceOp
     return [
         ("backend", lambda: [{"backend": dist.get_backend(), "nccl": _nccl_version(device)}]),
-        ("all_gather_into_tensor async", lambda: _async(collectives.gathered_rows, device, half)),
-        ("reduce_scatter_tensor async", lambda: _async(collectives.summed_rows, device, half)),
-        ("reduce_scatter_tensor fp32", lambda: _async(collectives.summed_rows, device, torch.float32)),
+        ("all_gather_into_tensor async", lambda: _async(collectives.all_gather_rows, device, half)),
+        ("reduce_scatter_tensor async", lambda: _async(collectives.reduce_scatter_rows, device, half)),
+        ("reduce_scatter_tensor fp32", lambda: _async(collectives.reduce_scatter_rows, device, torch.float32)),
         ("all_to_all_single rows", lambda: _exchanged(device, ROWS)),
         ("all_to_all_single no rows", lambda: _exchanged(device, 0)),
         ("all_to_all_single counts", lambda: _counts(device)),

@@ -106,8 +106,8 @@ def _process(model: ScoringModel, device: torch.device, routes: Routes) -> Tenso
 
 
 def _answers(model: nn.Module, device: torch.device):
-    spread = getattr(model, "body", model).spread
-    return answer_batch(samples(4), [PROMPT] * len(LENGTHS), spread, device)
+    parallel = getattr(model, "body", model).parallel
+    return answer_batch(samples(4), [PROMPT] * len(LENGTHS), parallel, device)
 
 
 def _policy(model: Transformer, device: torch.device, routes: Routes) -> Tensor:

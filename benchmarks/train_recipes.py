@@ -154,7 +154,7 @@ def fill_random(model: nn.Module, seed: int) -> None:
     engine, config = sharded(model), model.config
     generator = torch.Generator(engine.device).manual_seed(997 * seed + engine.mesh.copy.index)
     host = torch.Generator().manual_seed(997 * seed + engine.mesh.copy.index)
-    for name, _, values in engine.weight_parts():
+    for name, _, values in engine.weight_shards():
         if len(engine.shapes[name]) == 1:
             values.fill_(0.0 if name.endswith("bias") else 1.0)
         else:

@@ -52,7 +52,7 @@ from wizard_engine import runtime
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel import Mesh, MeshOptions, Sharding, make_mesh
 from wizard_engine.parallel.mesh import resolve
-from wizard_engine.parallel.parallelize import divisions_of
+from wizard_engine.parallel.parallelize import partitions_of
 from wizard_engine.planning.estimate import mesh_of
 from wizard_engine.planning.rates import peak_flops, rates_of
 from wizard_engine.runtime.cli import cli
@@ -158,7 +158,7 @@ def check(options: Options, world_size: int, is_launched: bool) -> None:
             raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep}")
         with torch.device("meta"):
             model = Transformer(shape.config)
-        divisions_of(model, model, mesh_of(mesh, torch.device("meta")))
+        partitions_of(model, model, mesh_of(mesh, torch.device("meta")))
         form = ClosedForm(shape.config, mesh_of(mesh, device), options.sharding)
         check_memory(peak_bytes(recipe, shape, form), memory_bytes(device), shape)
 

@@ -9,7 +9,7 @@ import torch
 
 from wizard_engine import checkpoint, runtime
 from wizard_engine.data.tokenizer import load_tokenizer
-from wizard_engine.model import load_hf, save_divided
+from wizard_engine.model import load_hf, save_sharded
 from wizard_engine.model.loading import language_model
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, sharded
@@ -38,7 +38,7 @@ def main(root, source, name, options):
     saver.wait()
     tokenizer = load_tokenizer(root / "base")
     if mesh.copy.size > 1:
-        save_divided(model, root / name / "model", rt, tokenizer=tokenizer, max_shard_bytes=20_000)
+        save_sharded(model, root / name / "model", rt, tokenizer=tokenizer, max_shard_bytes=20_000)
     (root / name / f"rank_{rt.rank}.json").write_text(
         json.dumps({"count": optimizer.count, "stall": saver.stall_seconds, "is_read": is_read})
     )

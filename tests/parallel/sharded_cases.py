@@ -19,7 +19,7 @@ from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import dpo_loss, policy_loss, process_loss, ranking_loss, sft_loss, value_loss
 from wizard_engine.model import ModelConfig, Routes, ScoringModel, Transformer
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced, parallelize, recompute, sharded
+from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, lockstep, parallelize, recompute, sharded
 
 BASE = ModelConfig(
     vocab_size=61, width=24, layers=3, heads=3, kv_heads=1, head_width=8, ffn_width=20, init_std=0.3, tied=False
@@ -182,10 +182,10 @@ def compare(kind, config, mesh, sharding, freeze=""):
             engine.zero_grad()
         own = 0.0
         mine = list(range(MICRO_BATCHES))[mesh.data.index :: mesh.data.size]
-        for number in paced(mine, *models, backward=True):
+        for number in lockstep(mine, *models, backward=True):
             for loss, router in shares(kind, models, samples(10 * step + number), number, config):
                 (loss + router).backward()
-                own += float(loss.detach()) * mesh.speaks + float(torch.as_tensor(router).detach())
+                own += float(loss.detach()) * mesh.is_row_leader + float(torch.as_tensor(router).detach())
         for engine in engines:
             engine.finish()
         summed = torch.tensor(own, dtype=torch.float64)
@@ -197,7 +197,7 @@ def compare(kind, config, mesh, sharding, freeze=""):
             for name, start, values in engine.parts(engine.gradient()):
                 found = own_grads.get(name, torch.zeros(engine.shapes[name], dtype=torch.float64))
                 scale = max(float(found.abs().max()), 1e-3)
-                found = engine.cuts[name].of(found)
+                found = engine.shard_specs[name].of(found)
                 error = float((found.flatten()[start : start + len(values)] - values).abs().max()) / scale
                 worst["gradient"] = max(worst["gradient"], error)
             engine.master.add_(engine.gradient(), alpha=-LR)
@@ -242,7 +242,7 @@ def bits_of(mesh, sharding, dtype):
         model = Transformer(config, seed=3)
         engine = sharded(parallelize(model, mesh, sharding))
         engine.zero_grad()
-        for number in paced(numbers, model, backward=True):
+        for number in lockstep(numbers, model, backward=True):
             sum(loss_of("sft", model, samples(100 * mesh.rank + number), number, config)).backward()
         engine.finish()
         alone = Transformer(config, seed=3).to(dtype)

@@ -8,7 +8,7 @@ import torch
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.model.mixture import Routes
 from wizard_engine.parallel import expert_parallel as experts_module
-from wizard_engine.parallel.context import Spread
+from wizard_engine.parallel.context import ParallelContext
 from wizard_engine.parallel.expert_parallel import Dispatch
 from wizard_engine.parallel.mesh import Axis
 from wizard_engine.parallel.recompute import recompute_block
@@ -41,10 +41,10 @@ def log(monkeypatch):
 def divided(again):
     """A mixture whose experts two ranks share."""
     model = Transformer(CONFIG, seed=1)
-    spread = Spread(ep=Axis(2))
+    parallel = ParallelContext(ep=Axis(2))
     for module in model.modules():
-        if hasattr(module, "spread"):
-            module.spread = spread
+        if hasattr(module, "parallel"):
+            module.parallel = parallel
     for block in model.blocks:
         for name in ("gate_up", "down"):
             whole = getattr(block.feed_forward.experts, name)

@@ -9,7 +9,7 @@ from late_link import LateLink
 import wizard_engine.optim.adamw as optimizers
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.optim import AdamW
-from wizard_engine.parallel import Sharding, paced, parallelize, sharded
+from wizard_engine.parallel import Sharding, lockstep, parallelize, sharded
 from wizard_engine.parallel.fsdp import Sharded
 from wizard_engine.parallel.mesh import Mesh
 from wizard_engine.parallel.offload import DirectLink, Landing
@@ -33,7 +33,7 @@ def train(model, micro_batches, steps=3):
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         optimizer.zero_grad()
-        for _ in paced(range(micro_batches), model, backward=True):
+        for _ in lockstep(range(micro_batches), model, backward=True):
             tokens = torch.randint(64, (9,), generator=generator)
             hidden = model(tokens, torch.arange(9), torch.tensor([0, 9], dtype=torch.int32), 9)
             loss = -(hidden @ model.head_weight.T).float().log_softmax(-1)[:, 3].mean()

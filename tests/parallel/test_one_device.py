@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import use_backend
 from wizard_engine.model import PRESETS, ScoringModel, Transformer
 from wizard_engine.optim import AdamW
-from wizard_engine.parallel import Sharding, paced, parallelize, sharded
+from wizard_engine.parallel import Sharding, lockstep, parallelize, sharded
 from wizard_engine.parallel.gradient_accumulation import Accumulator
 from wizard_engine.parallel.mesh import Mesh
 from wizard_engine.planning.estimate import estimate
@@ -62,10 +62,10 @@ def test_gradients_have_the_bits_of_an_fp32_sum(count, told):
     engine.zero_grad(multiple=told == "by zero_grad")
     if told == "half way":
         for part in ([0], range(1, count)):
-            for seed in paced(part, model, backward=True):
+            for seed in lockstep(part, model, backward=True):
                 backward(model, seed)
     else:
-        for seed in paced(range(count), model, backward=True) if told == "by paced" else range(count):
+        for seed in lockstep(range(count), model, backward=True) if told == "by paced" else range(count):
             backward(model, seed)
     engine.finish()
     found = {name: values for name, _, values in engine.parts(engine.gradient())}
@@ -152,7 +152,7 @@ def test_buffers_change_with_the_kind_of_step(monkeypatch):
     monkeypatch.setattr(Accumulator, "_zeros", lambda self, flat, dtype: made.append(dtype) or inner(self, flat, dtype))
     for count in (2, 2, 1, 1, 2):
         engine.zero_grad()
-        for seed in paced(range(count), model, backward=True):
+        for seed in lockstep(range(count), model, backward=True):
             backward(model, seed)
     assert made == [torch.float32, torch.bfloat16, torch.float32]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import csrc
-from wizard_engine.parallel.shard_spec import Cut, as_matrix
+from wizard_engine.parallel.shard_spec import ShardSpec, as_matrix
 
 NAME = "manifest.json"
 FORMAT = "wizard-engine checkpoint 2"
@@ -39,14 +39,14 @@ _ADVICE = "remove this checkpoint to continue from the one before it"
 class Part:
     """Elements of what a cut leaves of a tensor, from `start` on in row-major order: values (n,)."""
 
-    cut: Cut
+    cut: ShardSpec
     start: int
     values: Tensor
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "Part":
         """All of a tensor."""
-        return cls(Cut.whole(tensor.shape), 0, tensor.detach().reshape(-1))
+        return cls(ShardSpec.whole(tensor.shape), 0, tensor.detach().reshape(-1))
 
 
 def file_name(rank: int) -> str:
@@ -120,11 +120,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def cut_of(shape: tuple[int, ...], entry: list) -> Cut:
+def cut_of(shape: tuple[int, ...], entry: list) -> ShardSpec:
     """Rows and columns of a part's manifest entry."""
     if len(entry) == 3:
-        return Cut.whole(shape)
-    return Cut(tuple(shape), tuple((first, last) for first, last in entry[3]), tuple(entry[4]))
+        return ShardSpec.whole(shape)
+    return ShardSpec(tuple(shape), tuple((first, last) for first, last in entry[3]), tuple(entry[4]))
 
 
 def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -138,10 +138,10 @@ def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
         if key not in expected:
             raise ValueError(f"{path}: tensor {key}: expected it among the tensors, got a part of it alone; {_ADVICE}")
         shape = tuple(expected[key]["shape"])
-        cuts: dict[Cut, list[tuple[int, int]]] = {}
+        cuts: dict[ShardSpec, list[tuple[int, int]]] = {}
         for entry in found.get(key, []):
             cuts.setdefault(cut_of(shape, entry), []).append((entry[0], entry[1]))
-        for cut, ranges in (cuts or {Cut.whole(shape): []}).items():
+        for cut, ranges in (cuts or {ShardSpec.whole(shape): []}).items():
             at, size = 0, cut.height * cut.width
             for start, stop in sorted(ranges):
                 if start != at:
@@ -154,7 +154,7 @@ def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
         _check_tiles(path, key, shape, list(cuts))
 
 
-def _check_tiles(path: Path, key: str, shape: tuple[int, ...], cuts: list[Cut]) -> None:
+def _check_tiles(path: Path, key: str, shape: tuple[int, ...], cuts: list[ShardSpec]) -> None:
     """Every row and column of a tensor is in exactly one cut."""
     height, width = as_matrix(shape)
     boxes = [box for cut in cuts for box in cut.boxes(0, cut.height * cut.width)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wizard_engine.parallel.shard_spec import Cut
+from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.files import sync_directory, to_plain, write_json, write_text
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
@@ -230,7 +230,7 @@ class Checkpoint:
         self.state, self.step, self.tensors = manifest["state"], manifest["step"], manifest["tensors"]
         keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
         self._files: list[PartFile] = []
-        self._where: dict[str, list[tuple[Cut, int, int, PartFile]]] = {}
+        self._where: dict[str, list[tuple[ShardSpec, int, int, PartFile]]] = {}
         try:
             for name, entry in manifest["files"].items():
                 file = PartFile(self.path / name, entry, keyed)
@@ -270,7 +270,7 @@ class Checkpoint:
                     "another model's: use the configuration it was made with, or another --out"
                 )
 
-    def read(self, group: str, name: str, cut: Cut, start: int, out: Tensor) -> None:
+    def read(self, group: str, name: str, cut: ShardSpec, start: int, out: Tensor) -> None:
         """Copy elements of what a cut leaves of a tensor, from `start` on in row-major order, into `out` (n,) of any
         dtype and device; whoever wrote them, and however they were cut."""
         key, stop = f"{group}/{name}", start + out.numel()
@@ -291,7 +291,7 @@ class Checkpoint:
         """A whole tensor on the CPU."""
         entry = self.tensors[group][name]
         out = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        self.read(group, name, Cut.whole(out.shape), 0, out.view(-1))
+        self.read(group, name, ShardSpec.whole(out.shape), 0, out.view(-1))
         return out
 
 

@@ -2,7 +2,7 @@
 
 from .config import PRESETS, ModelConfig
 from .heads import ScoringModel, scoring_head
-from .hugging_face import ModelDirectory, load_hf, load_model, save_divided, save_hf, save_model
+from .hugging_face import ModelDirectory, load_hf, load_model, save_sharded, save_hf, save_model
 from .mixture import Mixture, Routes
 from .transformer import Transformer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.parallel import Sharded, sharded
-from wizard_engine.parallel.shard_spec import Cut
+from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.files import write_json
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
@@ -162,7 +162,7 @@ class ModelDirectory:
                 self._fill(out, box, piece)
             yield name, out
 
-    def read(self, name: str, start: int, out: Tensor, *, cut: Cut | None = None) -> None:
+    def read(self, name: str, start: int, out: Tensor, *, cut: ShardSpec | None = None) -> None:
         """Copy elements of a parameter, from `start` on in row-major order, into `out` (n,) of any dtype and device.
 
         Args:
@@ -171,7 +171,7 @@ class ModelDirectory:
             ValueError: an unknown parameter, or elements outside it.
         """
         shape = self.shapes.get(name)
-        cut = Cut.whole(shape or ()) if cut is None else cut
+        cut = ShardSpec.whole(shape or ()) if cut is None else cut
         size = cut.height * cut.width
         if shape is None or cut.shape != shape or not 0 <= start <= start + out.numel() <= size:
             raise ValueError(f"{name}: expected elements of a parameter, got {start} to {start + out.numel()}")
@@ -345,7 +345,7 @@ def _pieces_of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], *, st
             yield Piece(name, shape, name, tuple(slice(0, n) for n in shape))
 
 
-def save_divided(
+def save_sharded(
     model: Transformer | ScoringModel, path: Path | str, runtime: Runtime, *, tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES, extra: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
@@ -403,9 +403,9 @@ def _write_ranges(
     file_of = {name: file for file, names in files.items() for name in names}
     opened = {file: os.open(folder / file, os.O_WRONLY) for file in files}
     try:
-        for name, start, values in engine.weight_parts(exact=False):
+        for name, start, values in engine.weight_shards(exact=False):
             own = values.detach().cpu().contiguous()
-            for first, offset, count in engine.cuts[name].runs(start, start + own.numel()):
+            for first, offset, count in engine.shard_specs[name].runs(start, start + own.numel()):
                 for piece in by_parameter[name]:
                     begin = piece.start_in(engine.shapes[name])
                     low, high = max(first, begin), min(first + count, begin + math.prod(piece.shape))

@@ -14,7 +14,7 @@ from wizard_engine.runtime.process import Runtime
 
 from .config import PRESETS, ModelConfig
 from .heads import ScoringModel, scoring_head
-from .hugging_face import ModelDirectory, load_model, save_divided, save_model
+from .hugging_face import ModelDirectory, load_model, save_sharded, save_model
 from .transformer import Transformer
 
 
@@ -83,9 +83,9 @@ def fill(model: nn.Module, directory: ModelDirectory, *, body_only: bool = False
     engine = sharded(model)
     theirs = "" if directory.outputs is None else "body."
     ours = "body." if isinstance(model, ScoringModel) else ""
-    for name, start, values in engine.weight_parts():
+    for name, start, values in engine.weight_shards():
         if not name.startswith("score."):
-            directory.read(theirs + name.removeprefix(ours), start, values, cut=engine.cuts[name])
+            directory.read(theirs + name.removeprefix(ours), start, values, cut=engine.shard_specs[name])
         elif not body_only:
             directory.read(name, start, values)
     engine.publish()
@@ -140,8 +140,8 @@ def write_model(
 ) -> None:  # fmt: skip
     """Write a model's directory; every rank makes the call."""
     engine = sharded(model)
-    if engine is not None and engine.is_divided:
-        save_divided(model, path, runtime, tokenizer=tokenizer, extra=extra)
+    if engine is not None and engine.is_sharded:
+        save_sharded(model, path, runtime, tokenizer=tokenizer, extra=extra)
     else:
         from_main(runtime, lambda: save_model(model, tokenizer, path, extra=extra) and None)
 

@@ -14,58 +14,58 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gathered_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, Any]:
+def all_gather_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, Any]:
     """Every rank's rows (n, ...), end to end in the order of the ranks, (size n, ...); and the work to wait for."""
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     return out, all_gather(out, x.contiguous(), group=axis.group, async_op=async_op)
 
 
-def summed_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, Any]:
+def reduce_scatter_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, Any]:
     """This rank's share of the rows (size n, ...) summed over the ranks, (n, ...); and the work to wait for."""
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     return out, reduce_scatter(out, x.contiguous(), group=axis.group, async_op=async_op)
 
 
-class Gather(torch.autograd.Function):
+class AllGather(torch.autograd.Function):
     """Rows of all ranks, each of which then does work of its own with them: gradients are summed."""
 
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis = axis
-        return gathered_rows(x, axis)[0]
+        return all_gather_rows(x, axis)[0]
 
     @staticmethod
     def backward(ctx, slope):
-        return summed_rows(slope, ctx.axis)[0], None
+        return reduce_scatter_rows(slope, ctx.axis)[0], None
 
 
-class SumAndDivide(torch.autograd.Function):
+class ReduceScatter(torch.autograd.Function):
     """Partial sums of all ranks added up, of which each keeps its share of the rows."""
 
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis = axis
-        return summed_rows(x, axis)[0]
+        return reduce_scatter_rows(x, axis)[0]
 
     @staticmethod
     def backward(ctx, slope):
-        return gathered_rows(slope, ctx.axis)[0], None
+        return all_gather_rows(slope, ctx.axis)[0], None
 
 
-class Share(torch.autograd.Function):
+class AllGatherReplicated(torch.autograd.Function):
     """Rows of all ranks, all of which then do the same with them: every rank knows the gradient and takes its own."""
 
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis, ctx.rows = axis, x.shape[0]
-        return gathered_rows(x, axis)[0]
+        return all_gather_rows(x, axis)[0]
 
     @staticmethod
     def backward(ctx, slope):
         return slope[ctx.axis.index * ctx.rows : (ctx.axis.index + 1) * ctx.rows], None
 
 
-class GatheredLinear(torch.autograd.Function):
+class AllGatherLinear(torch.autograd.Function):
     """Rows of all ranks times this rank's matrix; this rank's rows alone are kept, and gathered again in the backward,
     beside the product for the rows' gradient; its sum over the ranks goes on beside the product for the matrix's."""
 
@@ -73,7 +73,7 @@ class GatheredLinear(torch.autograd.Function):
     def forward(ctx, x, weight, axis):
         ctx.axis = axis
         ctx.save_for_backward(x, weight)
-        return gathered_rows(x, axis)[0] @ weight.T
+        return all_gather_rows(x, axis)[0] @ weight.T
 
     @staticmethod
     def backward(ctx, slope):
@@ -81,9 +81,9 @@ class GatheredLinear(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = dweight = rows = arrived = summed = None
         if needs_weight:
-            rows, arrived = gathered_rows(x, ctx.axis, async_op=True)
+            rows, arrived = all_gather_rows(x, ctx.axis, async_op=True)
         if needs_x:
-            dx, summed = summed_rows(slope @ weight, ctx.axis, async_op=True)
+            dx, summed = reduce_scatter_rows(slope @ weight, ctx.axis, async_op=True)
         if needs_weight:
             arrived.wait()
             dweight = slope.T @ rows
@@ -92,20 +92,20 @@ class GatheredLinear(torch.autograd.Function):
         return dx, dweight, None
 
 
-class Exchange(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """Rows sent to other ranks: the first `sent[0]` to rank 0, and so on; `received[r]` come from rank r."""
 
     @staticmethod
     def forward(ctx, x, sent, received, axis):
         ctx.sent, ctx.received, ctx.axis = sent, received, axis
-        return exchanged(x, sent, received, axis)
+        return all_to_all_rows(x, sent, received, axis)
 
     @staticmethod
     def backward(ctx, slope):
-        return exchanged(slope, ctx.received, ctx.sent, ctx.axis), None, None, None
+        return all_to_all_rows(slope, ctx.received, ctx.sent, ctx.axis), None, None, None
 
 
-def exchanged(x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+def all_to_all_rows(x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
     """Rows (sum of `sent`, ...) sent as `Exchange` says; those that came, (sum of `received`, ...)."""
     out = x.new_empty((sum(received), *x.shape[1:]))
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)

@@ -23,13 +23,13 @@ from kernels.linear_logprob import VocabularyShard
 from kernels.moe_route import Routing
 from kernels.shared_prefix import Prefixes, pick, shared_attention
 
-from .collectives import Gather, GatheredLinear, Share, SumAndDivide, gathered_rows
+from .collectives import AllGather, AllGatherLinear, AllGatherReplicated, ReduceScatter, all_gather_rows
 from .expert_parallel import Dispatch, dispatched_mlp
 from .mesh import Axis, Mesh
 
 
 @dataclass
-class Spread:
+class ParallelContext:
     """What one rank has of rows, tokens, matrices and experts.
 
     Attributes:
@@ -42,33 +42,33 @@ class Spread:
     cp: Axis = field(default_factory=Axis)
     ep: Axis = field(default_factory=Axis)
     row: Axis = field(default_factory=Axis)
-    words: int = 0
-    keeps_tokens: bool = True
-    whole: bool = False
+    vocab_size: int = 0
+    regather_in_backward: bool = True
+    is_gathered: bool = False
 
     @classmethod
-    def over(cls, mesh: Mesh, words: int, *, keeps_tokens: bool) -> "Spread":
+    def from_mesh(cls, mesh: Mesh, vocab_size: int, *, regather_in_backward: bool) -> "ParallelContext":
         """That of a mesh."""
-        return cls(mesh.tp, mesh.cp, mesh.ep, mesh.row, words, keeps_tokens)
+        return cls(mesh.tp, mesh.cp, mesh.ep, mesh.row, vocab_size, regather_in_backward)
 
     # Which tokens
 
     @property
-    def divides_rows(self) -> bool:
+    def shards_tokens(self) -> bool:
         """Whether several ranks have the same rows and each its own tokens of them."""
-        return self._divides(self.row)
+        return self._shards(self.row)
 
-    def _divides(self, axis: Axis) -> bool:
-        return axis.size > 1 and not self.whole
+    def _shards(self, axis: Axis) -> bool:
+        return axis.size > 1 and not self.is_gathered
 
     def _padded(self, tokens: int) -> int:
         """Tokens of a row that divides evenly."""
         least = self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)
         return -(-tokens // least) * least
 
-    def of_row(self, x_T: Tensor, fill: float = 0) -> Tensor:
+    def shard_over_cp(self, x_T: Tensor, fill: float = 0) -> Tensor:
         """What this context-parallel rank has of per-token values (T, ...) of a whole row, padding included."""
-        if not self._divides(self.row):
+        if not self._shards(self.row):
             return x_T
         missing = self._padded(x_T.shape[0]) - x_T.shape[0]
         if missing:
@@ -78,30 +78,30 @@ class Spread:
         chunks = x_T.chunk(2 * self.cp.size)
         return torch.cat((chunks[self.cp.index], chunks[-1 - self.cp.index]))
 
-    def of_tokens(self, x_T: Tensor, fill: float = 0) -> Tensor:
+    def shard_tokens(self, x_T: Tensor, fill: float = 0) -> Tensor:
         """What this rank has of per-token values (T, ...) of a whole row, padding included."""
-        if not self._divides(self.row):
+        if not self._shards(self.row):
             return x_T
-        return self.of_row(x_T, fill).chunk(self.tp.size)[self.tp.index]
+        return self.shard_over_cp(x_T, fill).chunk(self.tp.size)[self.tp.index]
 
-    def to_row(self, x: Tensor, tokens: int) -> Tensor:
+    def gather_over_cp(self, x: Tensor, tokens: int) -> Tensor:
         """Per-token values (T, ...) of a whole row from those that each context-parallel rank has; no gradient."""
-        if not self._divides(self.row):
+        if not self._shards(self.row):
             return x
         if self.cp.size > 1:
-            x = _in_order(gathered_rows(x, self.cp)[0], self.cp.size)
+            x = _in_order(all_gather_rows(x, self.cp)[0], self.cp.size)
         return x[:tokens]
 
-    def to_whole(self, x: Tensor, tokens: int) -> Tensor:
+    def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
         """Per-token values (T, ...) of a whole row from those of each rank's tokens; all do the same with them."""
-        if not self._divides(self.row):
+        if not self._shards(self.row):
             return x
         # Ranks of a row are in the order of cp, then of tp, as their tokens are.
-        return _in_order(Share.apply(x, self.row), self.cp.size)[:tokens]
+        return _in_order(AllGatherReplicated.apply(x, self.row), self.cp.size)[:tokens]
 
-    def counts(self, counts: Tensor) -> Tensor:
+    def sum_counts(self, counts: Tensor) -> Tensor:
         """Counts of this rank's tokens summed over the ranks of a row."""
-        if not self._divides(self.row):
+        if not self._shards(self.row):
             return counts
         total = counts.clone()
         torch.distributed.all_reduce(total, group=self.row.group)
@@ -111,35 +111,35 @@ class Spread:
 
     def embed(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
         """This rank's rows of an embedding of its row's tokens, whose words are divided over tp."""
-        if not self._divides(self.tp):
+        if not self._shards(self.tp):
             return F.embedding(tokens_T, weight_VD)
         local_T = tokens_T - self.tp.index * weight_VD.shape[0]
         elsewhere_T = (local_T < 0) | (local_T >= weight_VD.shape[0])
         x_TD = F.embedding(local_T.masked_fill(elsewhere_T, 0), weight_VD).masked_fill(elsewhere_T[:, None], 0.0)
-        return SumAndDivide.apply(x_TD, self.tp)
+        return ReduceScatter.apply(x_TD, self.tp)
 
-    def gather(self, x_TD: Tensor) -> Tensor:
+    def gather_over_tp(self, x_TD: Tensor) -> Tensor:
         """The tokens of the row's ranks of tp, each of which has its own use for them."""
-        return Gather.apply(x_TD, self.tp) if self._divides(self.tp) else x_TD
+        return AllGather.apply(x_TD, self.tp) if self._shards(self.tp) else x_TD
 
     def pick(self, x_TD: Tensor, rows: Tensor) -> Tensor:
         """Rows of the tokens of a whole row, which `head` takes for another row: padded as it pads one."""
-        if self._divides(self.row):
+        if self._shards(self.row):
             rows = torch.cat((rows, rows.new_zeros(self._padded(rows.shape[0]) - rows.shape[0])))
         return pick(x_TD, rows)
 
-    def rows(self, x_TD: Tensor, weight: Tensor) -> Tensor:
+    def column_parallel(self, x_TD: Tensor, weight: Tensor) -> Tensor:
         """All tokens of the row's ranks of tp times a matrix (N, D) of which each has other rows."""
-        if not self._divides(self.tp):
+        if not self._shards(self.tp):
             return F.linear(x_TD, weight)
-        if self.keeps_tokens:
-            return GatheredLinear.apply(x_TD, weight, self.tp)
-        return F.linear(Gather.apply(x_TD, self.tp), weight)
+        if self.regather_in_backward:
+            return AllGatherLinear.apply(x_TD, weight, self.tp)
+        return F.linear(AllGather.apply(x_TD, self.tp), weight)
 
-    def columns(self, x: Tensor, weight: Tensor) -> Tensor:
+    def row_parallel(self, x: Tensor, weight: Tensor) -> Tensor:
         """This rank's tokens of the product with a matrix (D, N) of which tp ranks have other columns each, as of x."""
         out = F.linear(x, weight)
-        return SumAndDivide.apply(out, self.tp) if self._divides(self.tp) else out
+        return ReduceScatter.apply(out, self.tp) if self._shards(self.tp) else out
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int, *, window: int | None
@@ -149,12 +149,12 @@ class Spread:
         A chunk's queries stand at the end of the keys before the chunk's end, document by document.
         """
         if isinstance(cu_seqlens, Prefixes):
-            assert not self._divides(self.cp), "context-parallel ranks take whole sequences"
+            assert not self._shards(self.cp), "context-parallel ranks take whole sequences"
             return shared_attention(q, k, v, cu_seqlens, window=window)
-        if not self._divides(self.cp):
+        if not self._shards(self.cp):
             return attention(q, k, v, cu_seqlens, max_seqlen, window=window)
         size, chunk = self.cp.size, q.shape[0] // 2
-        k, v = (_in_order(Gather.apply(x, self.cp), size) for x in (k, v))
+        k, v = (_in_order(AllGather.apply(x, self.cp), size) for x in (k, v))
         out = []
         for number, queries in zip((self.cp.index, 2 * size - 1 - self.cp.index), q.split(chunk)):
             first, last = number * chunk, (number + 1) * chunk
@@ -166,26 +166,26 @@ class Spread:
             )  # fmt: skip
         return torch.cat(out)
 
-    def experts(
+    def expert_mlp(
         self, x_TD: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, dispatch: Dispatch | None
     ) -> Tensor:
         """`kernels.expert_mlp` of this rank's tokens, each expert where it is."""
-        if not self._divides(self.ep):
+        if not self._shards(self.ep):
             return expert_mlp(x_TD, gate_up, down, routing)
         return dispatched_mlp(x_TD, gate_up, down, routing, self.ep, dispatch)
 
-    def head(self, weight_VD: Tensor) -> VocabularyShard | None:
+    def vocabulary_shard(self, weight_VD: Tensor) -> VocabularyShard | None:
         """What this rank has of the vocabulary and of a row's tokens, for the kernels that end in log-probabilities."""
-        if not self._divides(self.row):
+        if not self._shards(self.row):
             return None
 
-        def gather(own: Tensor) -> Tensor:
-            return gathered_rows(own[None], self.tp)[0] if self.tp.size > 1 else own[None]
+        def gather(local: Tensor) -> Tensor:
+            return all_gather_rows(local[None], self.tp)[0] if self.tp.size > 1 else local[None]
 
-        def to_row(own: Tensor, tokens: int) -> Tensor:
-            return self.to_row(own.T, tokens).T.contiguous()
+        def to_row(local: Tensor, tokens: int) -> Tensor:
+            return self.gather_over_cp(local.T, tokens).T.contiguous()
 
-        return VocabularyShard(self.tp.index * weight_VD.shape[0], self.words, gather, self.of_row, to_row)
+        return VocabularyShard(self.tp.index * weight_VD.shape[0], self.vocab_size, gather, self.shard_over_cp, to_row)
 
 
 def _in_order(x: Tensor, size: int) -> Tensor:
@@ -196,4 +196,4 @@ def _in_order(x: Tensor, size: int) -> Tensor:
     return torch.cat([*chunks[::2], *reversed(chunks[1::2])])
 
 
-ALONE = Spread()
+SINGLE_DEVICE = ParallelContext()

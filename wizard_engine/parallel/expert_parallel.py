@@ -11,7 +11,7 @@ from kernels.expert_permute import combine, permute_rows
 from kernels.grouped_matmul import expert_mlp
 from kernels.moe_route import Routing, expert_layout
 
-from .collectives import Exchange
+from .collectives import AllToAll
 from .mesh import Axis
 
 
@@ -85,6 +85,6 @@ def dispatched_mlp(
         dispatch.begin(routing.counts.view(axis.size, gate_up.shape[0]), axis)
     permuted = permute_rows(x, routing)
     sent, received = dispatch.sizes(routing.rows.numel())
-    rows = Exchange.apply(permuted, sent, received, axis)
+    rows = AllToAll.apply(permuted, sent, received, axis)
     own = expert_mlp(rows, gate_up, down, expert_layout(dispatch.incoming, sum(received)))
-    return combine(Exchange.apply(own, received, sent, axis), routing)
+    return combine(AllToAll.apply(own, received, sent, axis), routing)

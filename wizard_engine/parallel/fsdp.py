@@ -31,14 +31,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .collectives import all_gather, gathered_rows, reduce_scatter
-from .context import Spread
+from .collectives import all_gather, all_gather_rows, reduce_scatter
+from .context import ParallelContext
 from .flat_layout import Slot
 from .fsdp_state import ShardedState
 from .fsdp_units import Flat, Unit, UnitSpec
 from .mesh import Mesh
 from .offload import DONE, Event, Link
-from .shard_spec import Division, as_matrix
+from .shard_spec import Partition, as_matrix
 
 T = TypeVar("T")
 FORWARD, BACKWARD = "forward", "backward"
@@ -59,11 +59,11 @@ class Sharded(ShardedState):
 
     def __init__(
         self, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False,
-        divisions: Mapping[str, Division] | None = None, spread: Spread | None = None,
+        partitions: Mapping[str, Partition] | None = None, parallel: ParallelContext | None = None,
         dummy: Callable[[bool], None] | None = None, link: Link | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(units, mesh, host=host, divisions=divisions, link=link)
-        self.whole, self.spread, self.dummy = whole, spread, dummy
+        super().__init__(units, mesh, host=host, partitions=partitions, link=link)
+        self.whole, self.parallel, self.dummy = whole, parallel, dummy
         self.last, self.gathered_bytes, self.reduced_bytes, self.replicated_bytes = True, 0, 0, 0
         self._phase, self._is_gathered = FORWARD, False
         self._flat: Tensor | None = None
@@ -90,7 +90,7 @@ class Sharded(ShardedState):
         def hook_of(slot: Slot) -> Callable[[nn.Parameter], None]:
             def hook(parameter: nn.Parameter) -> None:
                 sharded = own()
-                if sharded is not None and sharded.is_divided:
+                if sharded is not None and sharded.is_sharded:
                     sharded._start_backward()
                 elif sharded is not None:
                     grad, parameter.grad = parameter.grad, None
@@ -107,7 +107,7 @@ class Sharded(ShardedState):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Every parameter whole and readable inside the block, which takes the model's own size; every rank enters."""
-        if not self.is_divided or self._is_gathered:
+        if not self.is_sharded or self._is_gathered:
             yield
             return
         self.forget()
@@ -127,27 +127,27 @@ class Sharded(ShardedState):
                     for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)
                 ]
             )
-        if self.spread is not None:
-            self.spread.whole = True
+        if self.parallel is not None:
+            self.parallel.is_gathered = True
         self._is_gathered = True
         try:
             yield
         finally:
             self._is_gathered = False
-            if self.spread is not None:
-                self.spread.whole = False
+            if self.parallel is not None:
+                self.parallel.is_gathered = False
             self.forget()
 
     def _put_together(self, name: str, own: Tensor) -> Tensor:
         """A whole parameter from what each rank of its axis has."""
-        division = self.divisions.get(name)
-        if division is None or division.axis.size == 1:
+        partition = self.partitions.get(name)
+        if partition is None or partition.axis.size == 1:
             return own
-        parts, _ = gathered_rows(own.reshape(1, -1), division.axis)
-        whole = own.new_empty(division.shape)
-        matrix = whole.view(as_matrix(division.shape))
+        parts, _ = all_gather_rows(own.reshape(1, -1), partition.axis)
+        whole = own.new_empty(partition.shape)
+        matrix = whole.view(as_matrix(partition.shape))
         for index, values in enumerate(parts):
-            for box in division.cut(index).boxes(0, values.numel()):
+            for box in partition.cut(index).boxes(0, values.numel()):
                 box.inside(matrix).copy_(box.of(values))
         return whole
 
@@ -184,7 +184,7 @@ class Sharded(ShardedState):
 
     def _need(self, unit: Unit) -> None:
         """Have a unit gathered."""
-        if not self.is_divided:
+        if not self.is_sharded:
             return
         self._ask(unit)
         for work in unit.place.works:
@@ -236,7 +236,7 @@ class Sharded(ShardedState):
     def end_backward(self) -> None:
         """Nothing more comes: send what has not been sent, and wait for all of it."""
         for unit in (*reversed(self.units), *self.resident):
-            if unit.trains and not unit.passed and self.is_divided:
+            if unit.trains and not unit.passed and self.is_sharded:
                 self._pass(unit)
         self._drain()
         self._flat = self._spare = None
@@ -321,7 +321,7 @@ class Sharded(ShardedState):
 
     def idle(self, *, backward: bool) -> None:
         """Take part in the collectives of a pass without one's own rows; `backward`: of a backward pass too."""
-        if self.is_divided and not self._is_gathered:
+        if self.is_sharded and not self._is_gathered:
             self.dummy(backward)
 
     # The step
@@ -339,11 +339,11 @@ class Sharded(ShardedState):
             flat.fresh = True
             if self.keeps_gradients:
                 flat.gradient.zero_()
-            elif self.is_divided and not self.offloads:
+            elif self.is_sharded and not self.offloads:
                 flat.gradient = None
         for unit in (*self.units, *self.resident):
             unit.slopes = []
-            for parameter in (p for flat in unit.flats for p in flat.parameters if self.is_divided):
+            for parameter in (p for flat in unit.flats for p in flat.parameters if self.is_sharded):
                 parameter.grad = None
 
     def expect(self, backwards: int) -> None:
@@ -354,7 +354,7 @@ class Sharded(ShardedState):
     def finish(self) -> None:
         """The step's last backward is done: sum the gradients over the copies of the model."""
         for flat in self.training:
-            if self.is_divided and flat.fresh:
+            if self.is_sharded and flat.fresh:
                 if flat.gradient is None:
                     flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
                 flat.gradient.zero_()
@@ -381,7 +381,7 @@ def sharded(module: nn.Module) -> Sharded | None:
     return getattr(module, "_sharded", None)
 
 
-def paced(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T]:
+def lockstep(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T]:
     """The items, one pass over each module for each; a rank with fewer of them takes part in the others' collectives.
 
     Args:
@@ -391,7 +391,7 @@ def paced(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T
     known = [found for found in map(sharded, modules) if found is not None]
     for engine in known if backward else ():
         engine.expect(len(items))
-    engines = [engine for engine in known if engine.is_divided]
+    engines = [engine for engine in known if engine.is_sharded]
     if not engines:
         yield from items
         return

@@ -17,7 +17,7 @@ from .fsdp_units import Flat, Place, Unit, UnitSpec, is_absent, merged
 from .gradient_accumulation import Accumulator
 from .mesh import Mesh
 from .offload import DirectLink, Landing, Link, StreamLink
-from .shard_spec import Cut, Division
+from .shard_spec import ShardSpec, Partition
 
 
 class ShardedState:
@@ -35,15 +35,15 @@ class ShardedState:
 
     def __init__(
         self, units: Sequence[UnitSpec], mesh: Mesh, *, host: bool = False,
-        divisions: Mapping[str, Division] | None = None, link: Link | None = None,
+        partitions: Mapping[str, Partition] | None = None, link: Link | None = None,
     ) -> None:  # fmt: skip
         self.mesh, self.host = mesh, host
-        self.divisions = dict(divisions or {})
-        self.is_divided = mesh.copy.size > 1
+        self.partitions = dict(partitions or {})
+        self.is_sharded = mesh.copy.size > 1
         first = next(iter(units[0].parameters.values()))
         self.device = first.device
         self.offloads = host and (link is not None or self.device.type == "cuda")
-        if not (self.is_divided or self.offloads):
+        if not (self.is_sharded or self.offloads):
             units = merged(units)
         self.link = link or (StreamLink(self.device) if self.offloads else DirectLink())
         self._landing = Landing(self.link, pinned=self.device.type == "cuda") if self.offloads else None
@@ -51,8 +51,8 @@ class ShardedState:
         self.units, self.resident = self._make_units(units)
         self.flats = [flat for unit in (*self.resident, *self.units) for flat in unit.flats]
         local = {slot.name: slot.shape for flat in self.flats for slot in flat.layout.slots}
-        self.cuts = {n: self.divisions[n].own if n in self.divisions else Cut.whole(s) for n, s in local.items()}
-        self.shapes = {name: cut.shape for name, cut in self.cuts.items()}
+        self.shard_specs = {n: self.partitions[n].own if n in self.partitions else ShardSpec.whole(s) for n, s in local.items()}
+        self.shapes = {name: cut.shape for name, cut in self.shard_specs.items()}
         values = {name: p.detach() for spec in units for name, p in spec.parameters.items()}
         self._allocate()
         for name, value in values.items():
@@ -74,7 +74,7 @@ class ShardedState:
                     layout = Layout([(n, tuple(p.shape)) for n, p in named.items()], axis.size)
                     ordered = [named[slot.name] for slot in layout.slots]
                     flats.append(Flat(layout, ordered, axis, spec.dtype, trains))
-            stays = spec.resident or not self.is_divided
+            stays = spec.resident or not self.is_sharded
             index = -1 if stays else len(rotating)
             place = Place() if stays else places[index % 2]
             (resident if stays else rotating).append(Unit(spec, index, flats, place))
@@ -89,14 +89,14 @@ class ShardedState:
         options = {"dtype": self.master_dtype, "device": storage, "pin_memory": pinned}
         self.master = torch.zeros(sum(sizes), **options)
         # Gradients of divided models come and go, those of others stay where they are added up.
-        keeps_buffer = self.keeps_gradients or (self.is_divided and self.offloads)
+        keeps_buffer = self.keeps_gradients or (self.is_sharded and self.offloads)
         gradients = torch.zeros(sum(sizes), **options).split(sizes) if keeps_buffer else [None] * len(sizes)
         for flat, master, gradient in zip(self.training, self.master.split(sizes), gradients):
             flat.master, flat.gradient, flat.weights = master, gradient, master
             if self.offloads and flat.dtype == torch.bfloat16:
                 flat.staged = torch.zeros(flat.layout.part, dtype=flat.dtype, pin_memory=pinned)
         self._accumulator = None
-        if not (self.is_divided or self.keeps_gradients):
+        if not (self.is_sharded or self.keeps_gradients):
             # The sum over copies of the model is one in the master dtype.
             narrow = self.mesh.replicate.size == 1
             self._accumulator = Accumulator(
@@ -116,7 +116,7 @@ class ShardedState:
 
     def _place_views(self) -> None:
         """Whole buffers, and every parameter's view in them."""
-        if not self.is_divided:
+        if not self.is_sharded:
             for unit in self.resident:
                 unit.views = [pair for flat in unit.flats for pair in flat.pairs(flat.weights)]
                 unit.attach()
@@ -132,7 +132,7 @@ class ShardedState:
     @property
     def keeps_gradients(self) -> bool:
         """Whether parameters keep their own `grad`: nothing is divided or converted."""
-        return not self.is_divided and not any(self._has_copy(flat) for flat in self.flats if flat.trains)
+        return not self.is_sharded and not any(self._has_copy(flat) for flat in self.flats if flat.trains)
 
     # Numbers in and out
 
@@ -141,7 +141,7 @@ class ShardedState:
 
         Of one whose matrices are divided over ranks, the elements are all of them.
         """
-        cut = self.cuts[name]
+        cut = self.shard_specs[name]
         if cut.is_whole:
             self._put(name, value, start)
         else:
@@ -179,7 +179,7 @@ class ShardedState:
 
     def forget(self) -> None:
         """Drop what is gathered: the parts have changed."""
-        if not self.is_divided:
+        if not self.is_sharded:
             return
         for unit in (*self.resident, *self.units):
             for work in unit.place.works:
@@ -197,7 +197,7 @@ class ShardedState:
                 yield span.slot.name, span.start, buffer[at + span.offset : at + span.offset + span.stop - span.start]
             at += flat.layout.part
 
-    def weight_parts(self, *, exact: bool = True) -> Iterator[tuple[str, int, Tensor]]:
+    def weight_shards(self, *, exact: bool = True) -> Iterator[tuple[str, int, Tensor]]:
         """(parameter, start, values) of every parameter, frozen ones too: masters, or (not exact) what computes."""
         for flat in self.flats:
             source = flat.master if exact and flat.trains else flat.weights
@@ -251,7 +251,7 @@ class ShardedState:
         gradient. Nothing waits for the device, but where the gradient is in host memory."""
         if not self.master.numel():
             return torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = grad_norm(self._norm_pieces(buffer), reduce=self._sum_over_copy if self.is_divided else None)
+        norm = grad_norm(self._norm_pieces(buffer), reduce=self._sum_over_copy if self.is_sharded else None)
         return norm.to(self.device, non_blocking=True)
 
     def _norm_pieces(self, buffer: Tensor | None) -> Iterator[Tensor]:

@@ -84,7 +84,7 @@ class Mesh:
         )
 
     @property
-    def speaks(self) -> bool:
+    def is_row_leader(self) -> bool:
         """Whether this rank counts its rows, which others may have too."""
         return self.row.index == 0
 

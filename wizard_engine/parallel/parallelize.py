@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .context import Spread
+from .context import ParallelContext
 from .fsdp import Sharded, sharded
 from .fsdp_units import Unit, UnitSpec, materialised
 from .mesh import Mesh, divisors
 from .recompute import ActivationOffload, recompute_block
-from .shard_spec import Division
+from .shard_spec import Partition
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     blocks = getattr(body, "blocks", ())
     if mesh.copy.size > 1 and not blocks:
         raise ValueError(f"model: expected one with blocks to divide over {mesh.copy.size} ranks, got {type(model)}")
-    divisions = divide(model, body, mesh) if blocks else {}
+    partitions = divide(model, body, mesh) if blocks else {}
     materialised(model, mesh.device)
     dtype = compute_dtype(sharding, mesh.device)
     if next(model.parameters()).dtype == torch.float64:
         dtype = torch.float64
-    spread = None
+    parallel = None
     if mesh.row.size > 1 or mesh.ep.size > 1:
-        spread = Spread.over(mesh, body.config.vocab_size, keeps_tokens=sharding.recompute == "none")
+        parallel = ParallelContext.from_mesh(mesh, body.config.vocab_size, regather_in_backward=sharding.recompute == "none")
         for module in body.modules():
-            if hasattr(module, "spread"):
-                module.spread = spread
+            if hasattr(module, "parallel"):
+                module.parallel = parallel
     for block in blocks:
         recompute_block(block, sharding.recompute)
     if blocks:
@@ -78,11 +78,11 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     else:
         specs = [UnitSpec("all", dict(model.named_parameters()), dtype)]
     engine = Sharded(
-        specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer, divisions=divisions,
-        spread=spread, dummy=_dummy_pass(model),
+        specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer, partitions=partitions,
+        parallel=parallel, dummy=_dummy_pass(model),
     )  # fmt: skip
     model._sharded = engine
-    if engine.is_divided:
+    if engine.is_sharded:
         _hook(engine, body, recomputes=sharding.recompute == "full")
     if sharding.offload_activations:
         offload = ActivationOffload(engine.device, _weight_test(engine))
@@ -92,7 +92,7 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     return model
 
 
-def divisions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Division]:
+def partitions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
     """Parameter -> how tp and ep divide it, of those that they divide.
 
     Raises:
@@ -101,10 +101,10 @@ def divisions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Div
     config, tp, ep = body.config, mesh.tp, mesh.ep
     inner, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, Division] = {}
+    found: dict[str, Partition] = {}
 
     def divide(parameter: nn.Parameter, axis: Any, *blocks: int) -> None:
-        found[names[id(parameter)]] = Division(tuple(parameter.shape), blocks, axis)
+        found[names[id(parameter)]] = Partition(tuple(parameter.shape), blocks, axis)
 
     if ep.size > 1 and config.experts:
         _check_divides("ep", ep.size, experts=config.experts)
@@ -136,13 +136,13 @@ def _check_divides(name: str, size: int, **numbers: int) -> None:
             )
 
 
-def divide(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Division]:
+def divide(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
     """Leave this rank's rows and columns of the parameters that tp and ep divide, in place; how they are divided."""
-    found = divisions_of(model, body, mesh)
-    for name, division in found.items():
+    found = partitions_of(model, body, mesh)
+    for name, partition in found.items():
         owner, _, leaf = name.rpartition(".")
         old = model.get_parameter(name)
-        cut = division.own
+        cut = partition.own
         own = old.new_empty(cut.local_shape) if old.is_meta else cut.of(old.detach())
         setattr(model.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=old.requires_grad))
     return found

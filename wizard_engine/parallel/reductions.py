@@ -27,7 +27,7 @@ def sum_over_rows(numbers: dict[str, float], mesh: Mesh, **flags: bool) -> dict[
     Args:
         flags: summed over all ranks, in the same collective.
     """
-    own = {name: float(x) if mesh.speaks else 0.0 for name, x in numbers.items()}
+    own = {name: float(x) if mesh.is_row_leader else 0.0 for name, x in numbers.items()}
     return sum_over_ranks(own | {name: float(flag) for name, flag in flags.items()}, mesh.device)
 
 
@@ -46,7 +46,7 @@ def pack_over_rows(numbers: Mapping[str, Tensor | float], mesh: Mesh, *everywher
     Args:
         everywhere: summed over all ranks, in the same collective; they stand behind the numbers.
     """
-    packed = pack([*(x if mesh.speaks else 0.0 for x in numbers.values()), *everywhere], mesh.device)
+    packed = pack([*(x if mesh.is_row_leader else 0.0 for x in numbers.values()), *everywhere], mesh.device)
     if is_distributed():
         dist.all_reduce(packed)
     return packed

@@ -15,7 +15,7 @@ from .mesh import Axis
 
 
 @dataclass(frozen=True)
-class Box:
+class Slice:
     """A rectangle of a parameter: `rows` from `row` on, `columns` from `column` on; and where its numbers stand among a
     rank's: one after the other, row by row, from `offset` on."""
 
@@ -34,14 +34,14 @@ class Box:
         """(rows, columns) view of a rank's values (n,)."""
         return values[self.offset : self.offset + self.size].view(self.rows, self.columns)
 
-    def overlap(self, other: "Box") -> "Box | None":
+    def overlap(self, other: "Slice") -> "Slice | None":
         """What two rectangles have in common, at no offset."""
         row, column = max(self.row, other.row), max(self.column, other.column)
         rows = min(self.row + self.rows, other.row + other.rows) - row
         columns = min(self.column + self.columns, other.column + other.columns) - column
-        return Box(row, rows, column, columns, 0) if rows > 0 and columns > 0 else None
+        return Slice(row, rows, column, columns, 0) if rows > 0 and columns > 0 else None
 
-    def part(self, values: Tensor, inner: "Box") -> Tensor:
+    def part(self, values: Tensor, inner: "Slice") -> Tensor:
         """The view that a rectangle inside this one has of this one's values (rows, columns)."""
         row, column = inner.row - self.row, inner.column - self.column
         return values[row : row + inner.rows, column : column + inner.columns]
@@ -52,7 +52,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """A rank's rows and columns of a parameter.
 
     Attributes:
@@ -64,7 +64,7 @@ class Cut:
     columns: tuple[int, int]
 
     @classmethod
-    def whole(cls, shape: Sequence[int]) -> "Cut":
+    def whole(cls, shape: Sequence[int]) -> "ShardSpec":
         """All of a parameter."""
         height, width = as_matrix(shape)
         return cls(tuple(shape), ((0, height),), (0, width))
@@ -72,7 +72,7 @@ class Cut:
     @property
     def is_whole(self) -> bool:
         """Whether nothing is left out."""
-        return self == Cut.whole(self.shape)
+        return self == ShardSpec.whole(self.shape)
 
     @property
     def height(self) -> int:
@@ -92,7 +92,7 @@ class Cut:
         inner = math.prod(self.shape[1:-1])
         return (self.height // inner, *self.shape[1:-1], self.width)
 
-    def boxes(self, start: int, stop: int) -> Iterator[Box]:
+    def boxes(self, start: int, stop: int) -> Iterator[Slice]:
         """Elements [start, stop) of what the rank has, in row-major order, as rectangles."""
         at = start
         while at < stop:
@@ -101,7 +101,7 @@ class Cut:
             if column or not count:
                 count, length = 1, min(self.width - column, stop - at)
             for first, height in self._runs(row, count):
-                yield Box(first, height, self.columns[0] + column, length, at - start)
+                yield Slice(first, height, self.columns[0] + column, length, at - start)
                 at += height * length
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -137,7 +137,7 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Division:
+class Partition:
     """How a parameter is divided over an axis.
 
     Attributes:
@@ -149,20 +149,20 @@ class Division:
     blocks: tuple[int, ...] = ()
     axis: Axis = field(default_factory=Axis)
 
-    def cut(self, index: int) -> Cut:
+    def cut(self, index: int) -> ShardSpec:
         """What rank `index` of the axis has."""
         height, width = as_matrix(self.shape)
         if not self.blocks:
             share = width // self.axis.size
-            return Cut(self.shape, ((0, height),), (index * share, (index + 1) * share))
+            return ShardSpec(self.shape, ((0, height),), (index * share, (index + 1) * share))
         rows, at = [], 0
         for block in self.blocks:
             share = block // self.axis.size
             rows.append((at + index * share, at + (index + 1) * share))
             at += block
-        return Cut(self.shape, tuple(rows), (0, width))
+        return ShardSpec(self.shape, tuple(rows), (0, width))
 
     @property
-    def own(self) -> Cut:
+    def own(self) -> ShardSpec:
         """What this rank has."""
         return self.cut(self.axis.index)

@@ -21,7 +21,7 @@ from torch import nn
 
 from wizard_engine.parallel.flat_layout import Layout
 from wizard_engine.parallel.mesh import Axis, Mesh, MeshShape
-from wizard_engine.parallel.parallelize import Sharding, compute_dtype, divisions_of, unit_specs
+from wizard_engine.parallel.parallelize import Sharding, compute_dtype, partitions_of, unit_specs
 
 # What the head's kernels take for chunks of logits at most, bytes (kernels/linear_logprob.py).
 LOGITS_BYTES = 256 * 2**20
@@ -102,12 +102,12 @@ class _Unit:
 
 def sizes_of_units(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[_Unit]:
     """Sizes of the units of a model on a mesh."""
-    divisions = divisions_of(model, model, mesh)
+    partitions = partitions_of(model, model, mesh)
     found = []
     for spec in unit_specs(model, model, dtype, apart=mesh.tp.size > 1):
         count = getattr(mesh, spec.over).size
         shapes = [
-            (name, divisions[name].own.local_shape if name in divisions else tuple(p.shape))
+            (name, partitions[name].own.local_shape if name in partitions else tuple(p.shape))
             for name, p in spec.parameters.items()
         ]
         layout = Layout(shapes, count)

@@ -21,7 +21,7 @@ import torch
 from wizard_engine.model import PRESETS, ModelConfig, Transformer
 from wizard_engine.parallel import MeshOptions, Sharding
 from wizard_engine.parallel.mesh import MeshShape, divisors, resolve
-from wizard_engine.parallel.parallelize import divisions_of
+from wizard_engine.parallel.parallelize import partitions_of
 
 from .estimate import Estimate, estimate, mesh_of, sizes_of_units
 from .flops import TRAINING_FACTOR, flops_per_token, mean_keys
@@ -183,7 +183,7 @@ class Planner:
         mesh = resolve(MeshOptions(**sizes), self.options.gpus)
         if mesh.ep > 1 and not self.config.experts:
             raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep}")
-        divisions_of(self.model, self.model, mesh_of(mesh, META))
+        partitions_of(self.model, self.model, mesh_of(mesh, META))
         modes = RECOMPUTE if recompute is None else (recompute,)
         return [layout for mode in modes for layout in self.cut(mesh, mode, rows)]
 

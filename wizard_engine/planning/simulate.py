@@ -201,7 +201,7 @@ def peak_bytes(model: Any, optimizer: Any, tokens: int, micro_batches: int = 1) 
     tracker = MemTracker()
     buffers = {id(unit.place): unit.place.buffer for unit in (*engine.units, *engine.resident)}
     parts: list[Tensor] = [engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies]
-    if not engine.is_divided:
+    if not engine.is_sharded:
         parts += [flat.gradient for flat in engine.training if flat.gradient is not None]
     tracker.track_external(*parts, *(buffer for buffer in buffers.values() if buffer is not None))
     # The step may replace some of them.

@@ -16,7 +16,7 @@ def parts_of(model: nn.Module, optimizer: AdamW) -> tuple[dict[str, Part], dict[
     engine = sharded(model)
     if engine.mesh.replicate.index:
         return {}, {}
-    cuts = engine.cuts
+    cuts = engine.shard_specs
     weights = {name: Part(cuts[name], start, values) for name, start, values in engine.parts(engine.master)}
     moments = {
         f"{moment}.{name}": Part(cuts[name], start, values) for moment, name, start, values in optimizer.state_parts()
@@ -39,8 +39,8 @@ def restore(found: Checkpoint, group: str, model: nn.Module, optimizer: AdamW, c
         f"{group}_optimizer", {f"{moment}.{n}": shape for moment in MOMENTS for n, shape in shapes.items()}
     )
     for name, start, values in engine.parts(engine.master):
-        found.read(group, name, engine.cuts[name], start, values)
+        found.read(group, name, engine.shard_specs[name], start, values)
     for moment, name, start, values in optimizer.state_parts():
-        found.read(f"{group}_optimizer", f"{moment}.{name}", engine.cuts[name], start, values)
+        found.read(f"{group}_optimizer", f"{moment}.{name}", engine.shard_specs[name], start, values)
     optimizer.count = count
     engine.publish()
