@@ -134,7 +134,7 @@ class ClosedForm:
             times = 1 if self.sharding.accumulate == "whole" else micro_batches
             found = {("gather", "copy"): layout.size * WIDE, ("reduce", "copy"): layout.size * WIDE * times}
         if self.mesh.replicate.size > 1 and not frozen:
-            found["sum", "replicate"] = layout.part * WIDE
+            found["sum", "replicate"] = layout.shard_size * WIDE
         return found
 
     def _score_layout(self, model: ScoringModel) -> Layout:

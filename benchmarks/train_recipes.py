@@ -27,7 +27,7 @@ from wizard_engine.data.chat import Sample, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.samples import Pair
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
-from wizard_engine.model.loading import divided
+from wizard_engine.model.loading import shard_model
 from wizard_engine.parallel import Mesh, Sharding, sharded
 from wizard_engine.planning.flops import TRAINING_FACTOR, matrix_parameters, mean_keys
 from wizard_engine.rl.rewards import InstructionReward, ProcessReward
@@ -166,7 +166,7 @@ def language(config: ModelConfig, place: Place, seed: int, *, frozen: bool = Fal
     """A random language model, divided over the mesh."""
     with torch.device("meta"):
         model = Transformer(config)
-    divided(model, place.mesh, place.sharding, frozen=frozen)
+    shard_model(model, place.mesh, place.sharding, frozen=frozen)
     fill_random(model, seed)
     return model
 
@@ -177,7 +177,7 @@ def scoring(
     """A random scoring model, divided over the mesh."""
     with torch.device("meta"):
         model = ScoringModel(config, outputs, surprise=surprise)
-    divided(model, place.mesh, place.sharding, frozen=frozen)
+    shard_model(model, place.mesh, place.sharding, frozen=frozen)
     fill_random(model, seed)
     return model
 

@@ -54,7 +54,7 @@ def build(config: ModelConfig, device: torch.device, recompute: str = "none") ->
     optimizer = AdamW(model, weight_decay=0.1)
     engine = optimizer.sharded
     engine.master.normal_(std=config.init_std, generator=torch.Generator(device).manual_seed(0))
-    for name, _, values in engine.parts(engine.master):
+    for name, _, values in engine.shards(engine.master):
         if len(engine.shapes[name]) == 1:
             values.fill_(1.0)
     engine.publish()

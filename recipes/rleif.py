@@ -24,7 +24,7 @@ from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
 from wizard_engine.model import Routes, ScoringModel, Transformer
 from wizard_engine.model.loading import language_model, scoring_start, write_model
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, lockstep
+from wizard_engine.parallel import MeshOptions, Sharding, lockstep, make_mesh
 from wizard_engine.rl.advantages import Targets, advantages_of_groups, make_targets, token_rewards, trusted
 from wizard_engine.rl.answer_batches import answer_runs
 from wizard_engine.rl.rewards import (

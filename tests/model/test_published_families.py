@@ -138,7 +138,7 @@ def published_gradients(model):
     """Gradients by the names that transformers has in memory: experts stacked."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {
-        piece.name: grads[piece.parameter][piece.box].reshape(piece.shape)
+        piece.name: grads[piece.parameter][piece.region].reshape(piece.shape)
         for piece in pieces(model.config, stacked=True)
     }
 

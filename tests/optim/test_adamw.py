@@ -80,7 +80,7 @@ def test_adamw_state_names_every_element_once():
     optimizer = AdamW(module, weight_decay=0.1)
     train(module, optimizer, range(3))
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    found = {(moment, name): (start, values) for moment, name, start, values in optimizer.state_parts()}
+    found = {(moment, name): (start, values) for moment, name, start, values in optimizer.state_shards()}
     assert found.keys() == {(moment, name) for moment in ("exp_avg", "exp_avg_sq") for name in trained}
     for (_, name), (start, values) in found.items():
         assert start == 0 and values.shape == (trained[name].numel(),) and values.abs().max() > 0

@@ -14,7 +14,7 @@ from sharded_cases import BASE, LOSSES, compare, loss_of, samples
 from wizard_engine import runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.model import ScoringModel, Transformer
-from wizard_engine.model.loading import divided
+from wizard_engine.model.loading import shard_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize, sharded
 from wizard_engine.parallel.reductions import gather_along
 
@@ -103,7 +103,7 @@ def is_random_model(mesh, mixture):
     config = MODELS["mixture" if mixture else "dense"]
     with torch.device("meta"):
         empty = Transformer(config)
-    model = divided(empty, mesh, Sharding(), empty.random_parameters(7))
+    model = shard_model(empty, mesh, Sharding(), empty.random_parameters(7))
     with sharded(model).gathered():
         pairs = zip(model.parameters(), Transformer(config, seed=7).parameters(), strict=True)
         return all(torch.equal(a, b) for a, b in pairs)

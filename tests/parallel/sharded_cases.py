@@ -19,7 +19,7 @@ from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import dpo_loss, policy_loss, process_loss, ranking_loss, sft_loss, value_loss
 from wizard_engine.model import ModelConfig, Routes, ScoringModel, Transformer
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, lockstep, parallelize, recompute, sharded
+from wizard_engine.parallel import MeshOptions, Sharding, lockstep, make_mesh, parallelize, recompute, sharded
 
 BASE = ModelConfig(
     vocab_size=61, width=24, layers=3, heads=3, kv_heads=1, head_width=8, ffn_width=20, init_std=0.3, tied=False
@@ -194,7 +194,7 @@ def compare(kind, config, mesh, sharding, freeze=""):
         worst["loss"] = max(worst["loss"], abs(float(summed) - total) / abs(total))
         for engine, norm, own_grads in zip(engines, norms, grads):
             worst["norm"] = max(worst["norm"], abs(float(engine.norm()) - norm) / norm)
-            for name, start, values in engine.parts(engine.gradient()):
+            for name, start, values in engine.shards(engine.gradient()):
                 found = own_grads.get(name, torch.zeros(engine.shapes[name], dtype=torch.float64))
                 scale = max(float(found.abs().max()), 1e-3)
                 found = engine.shard_specs[name].of(found)
@@ -258,7 +258,7 @@ def bits_of(mesh, sharding, dtype):
             for slot in flat.layout.slots:
                 buffer[slot.start : slot.stop] = wide[slot.name].flatten()
             dist.all_reduce(buffer)
-            own = buffer.view(flat.layout.parts, -1)[flat.axis.index]
+            own = buffer.view(flat.layout.num_shards, -1)[flat.axis.index]
             equal[name] &= bool(torch.equal(own, flat.gradient))
     return equal
 

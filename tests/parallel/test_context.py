@@ -13,10 +13,12 @@ from wizard_engine.parallel.mesh import Axis
 
 
 def ranks_of(cp, tp):
-    """The Spread of every rank of a row, in their order."""
+    """The context of every rank of a row, in their order."""
     return [
-        ParallelContext(Axis(tp, t), Axis(cp, c), Axis(), Axis(cp * tp, c * tp + t)) for c in range(cp) for t in range(tp)
-    ]  # fmt: skip
+        ParallelContext(Axis(tp, t), Axis(cp, c), Axis(), Axis(cp * tp, c * tp + t))
+        for c in range(cp)
+        for t in range(tp)
+    ]
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, 33])
@@ -36,7 +38,7 @@ def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, 
         assert torch.equal(ranks[0].gather_tokens(own[0], tokens), row)
     if cp > 1:
         rows = torch.cat([ranks[c * tp].shard_over_cp(row) for c in range(cp)])
-        monkeypatch.setattr(context, "gathered_rows", lambda x, axis: (rows, None))
+        monkeypatch.setattr(context, "all_gather_rows", lambda x, axis: (rows, None))
         assert torch.equal(ranks[0].gather_over_cp(own[0], tokens), row)
 
 
@@ -81,5 +83,5 @@ def test_attention_over_chunks_is_that_of_the_row(monkeypatch, backend, window, 
 def test_a_model_gathered_whole_divides_nothing():
     one = dataclasses.replace(ranks_of(2, 2)[1], whole=True)
     x = torch.arange(5)
-    assert one.shard_tokens(x) is x and one.gather_tokens(x, 5) is x and one.head(torch.zeros(4, 2)) is None
+    assert one.shard_tokens(x) is x and one.gather_tokens(x, 5) is x and one.vocabulary_shard(torch.zeros(4, 2)) is None
     assert not one.shards_tokens

@@ -16,7 +16,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 def test_parts_cover_every_parameter_once(shapes, parts):
     named = [(str(number), shape) for number, shape in enumerate(shapes)]
     layout = Layout(named, parts)
-    assert layout.size == layout.part * parts and layout.part % ALIGNMENT == 0
+    assert layout.size == layout.shard_size * parts and layout.shard_size % ALIGNMENT == 0
     flat = torch.full((layout.size,), -1)
     for slot in layout.slots:
         assert slot.start % ALIGNMENT == 0 and slot.stop - slot.start == math.prod(slot.shape)

@@ -43,7 +43,7 @@ def train(model, micro_batches, steps=3):
         seen.append(optimizer.clip(0.1).float())
         optimizer.step(1e-2)
     engine = sharded(model)
-    own = {name: values.clone() for name, _, values in engine.parts(engine.master)}
+    own = {name: values.clone() for name, _, values in engine.shards(engine.master)}
     return torch.stack(seen), own, [p.detach().clone() for p in model.parameters()]
 
 

@@ -53,7 +53,7 @@ def fp32_sums(seeds):
 
 # Catches: a sum in bf16; a first gradient lost or added twice when the second comes; what the step before left.
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("told", ["not", "by paced", "by zero_grad", "half way"])
+@pytest.mark.parametrize("told", ["not", "by lockstep", "by zero_grad", "half way"])
 def test_gradients_have_the_bits_of_an_fp32_sum(count, told):
     model = built()
     engine, expected = sharded(model), fp32_sums(range(count))
@@ -65,10 +65,10 @@ def test_gradients_have_the_bits_of_an_fp32_sum(count, told):
             for seed in lockstep(part, model, backward=True):
                 backward(model, seed)
     else:
-        for seed in lockstep(range(count), model, backward=True) if told == "by paced" else range(count):
+        for seed in lockstep(range(count), model, backward=True) if told == "by lockstep" else range(count):
             backward(model, seed)
     engine.finish()
-    found = {name: values for name, _, values in engine.parts(engine.gradient())}
+    found = {name: values for name, _, values in engine.shards(engine.gradient())}
     assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
     is_narrow = count == 1 and told != "by zero_grad"
     assert [g.dtype for g in engine.gradients] == [torch.bfloat16 if is_narrow else torch.float32]
@@ -97,7 +97,7 @@ def test_parameters_without_a_gradient_have_zeros(count):
     for _ in range(count):
         (module.first.float() * 2).sum().backward()
     engine.finish()
-    found = {name: values for name, _, values in engine.parts(engine.gradient())}
+    found = {name: values for name, _, values in engine.shards(engine.gradient())}
     assert (found["first"] == 2 * count).all() and not found["second"].any() and not found["idle"].any()
     assert float(engine.norm()) == pytest.approx(2 * count * 15**0.5) and "frozen" not in found
     engine.zero_grad()

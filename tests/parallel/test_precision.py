@@ -71,7 +71,7 @@ def test_numbers_come_by_element_into_a_model_without_any():
     for name, parameter in whole.named_parameters():
         flat = parameter.detach().flatten()
         for start in range(0, len(flat), 700):
-            engine.put(name, flat[start : start + 700], start)
+            engine.load(name, flat[start : start + 700], start)
     engine.publish()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), empty.parameters(), strict=True))
     assert not any(is_absent(p) for p in empty.parameters())

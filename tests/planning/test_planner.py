@@ -194,7 +194,7 @@ def test_presets_fit_and_are_near_the_best_that_is_found(name):
         mesh, scale.sharding.recompute, scale.pack_tokens // 4096, scale.packs // (mesh.replicate * mesh.dp_shard)
     )
     own, best = planner.plan(layout), planner.best()[0]
-    assert own.fits and own.tokens_per_second > 0.93 * best.tokens_per_second, best.layout.words
+    assert own.fits and own.tokens_per_second > 0.93 * best.tokens_per_second, best.layout.flags
 
 
 @pytest.mark.parametrize("recipe", [sft, stage_dpo, reward])

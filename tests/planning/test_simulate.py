@@ -89,7 +89,7 @@ def test_every_element_has_one_owner_in_each_copy(ranks, options):
     for rank in range(ranks):
         with simulated_rank(MeshOptions(**options), rank, ranks) as mesh:
             engine = sharded(parallelize(empty(config), mesh, Sharding()))
-        for name, start, values in engine.parts(engine.master):
+        for name, start, values in engine.shards(engine.master):
             runs = list(engine.shard_specs[name].runs(start, start + values.numel()))
             owned.setdefault((mesh.replicate.index, name), []).extend((first, first + n) for first, _, n in runs)
     shapes = {name: p.numel() for name, p in empty(config).named_parameters()}

@@ -21,11 +21,11 @@ from wizard_engine.runtime.files import sync_directory, to_plain, write_json, wr
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
-from .manifest import FORMAT, GROUP_PATTERN, NAME, Part, PartFile, cut_of, file_name, read_manifest, write_parts
+from .manifest import FORMAT, GROUP_PATTERN, NAME, Shard, ShardFile, file_name, read_manifest, spec_of, write_shards
 
 STEP_PATTERN = re.compile(r"step_(\d{8,})")
 PARTIAL, REPLACED = ".partial_", ".replaced_"
-Groups = Mapping[str, Mapping[str, Part | Tensor]]
+Groups = Mapping[str, Mapping[str, Shard | Tensor]]
 POLL_SECONDS = 0.01
 GRACE_SECONDS = 5.0
 NICE = 19
@@ -91,11 +91,11 @@ class Saver:
         self.wait()
         partial = self.folder / f"{PARTIAL}step_{step:08d}"
         from_main(self.runtime, lambda: self._prepare(partial))
-        parts = {f"{g}/{n}": self._copied(f"{g}/{n}", p) for g, values in tensors.items() for n, p in values.items()}
+        shards = {f"{g}/{n}": self._copied(f"{g}/{n}", p) for g, values in tensors.items() for n, p in values.items()}
         if any(tensor.is_pinned() for tensor in self._host.values()):
             torch.cuda.synchronize()
         listed = {g: {n: _described(p) for n, p in values.items()} for g, values in tensors.items()}
-        self._thread = threading.Thread(target=self._work, args=(step, partial, parts, listed, plain), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(step, partial, shards, listed, plain), daemon=True)
         self._thread.start()
         self.stall_seconds = time.perf_counter() - began
 
@@ -133,24 +133,26 @@ class Saver:
         _tidy(self.folder)
         partial.mkdir()
 
-    def _copied(self, key: str, part: Part | Tensor) -> Part:
+    def _copied(self, key: str, shard: Shard | Tensor) -> Shard:
         """A part in host memory of its own, which is kept for the next checkpoint."""
-        if isinstance(part, Tensor):
-            part = Part.whole(part)
-        values, host = part.values, self._host.get(key)
+        if isinstance(shard, Tensor):
+            shard = Shard.whole(shard)
+        values, host = shard.values, self._host.get(key)
         if host is None or host.shape != values.shape or host.dtype != values.dtype:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             self._host[key] = host
         host.copy_(values, non_blocking=True)
-        return Part(part.cut, part.start, host)
+        return Shard(shard.spec, shard.start, host)
 
-    def _work(self, step: int, partial: Path, parts: Mapping[str, Part], listed: Mapping[str, Any], state: Any) -> None:
+    def _work(
+        self, step: int, partial: Path, shards: Mapping[str, Shard], listed: Mapping[str, Any], state: Any
+    ) -> None:
         """The thread: this rank's file, and on rank 0 the rest."""
         _yield_to_others()
         final = self.folder / f"step_{step:08d}"
         note = partial / f"{file_name(self.runtime.rank)}.json"
         try:
-            entry = write_parts(partial / file_name(self.runtime.rank), parts)
+            entry = write_shards(partial / file_name(self.runtime.rank), shards)
             write_json(note, {"entry": entry, "tensors": listed})
         except Exception as error:
             self._error = _not_saved(final, error)
@@ -169,17 +171,17 @@ class Saver:
         """Rank 0: when every rank's file is there, write the manifest and give the directory its name."""
         files, tensors = {}, {}
         for rank in range(self.runtime.world_size):
-            found = self._note(partial / f"{file_name(rank)}.json", rank)
-            if "error" in found:
+            note = self._note(partial / f"{file_name(rank)}.json", rank)
+            if "error" in note:
                 # That rank says so itself, to all, in `wait`.
                 return
-            files[file_name(rank)] = found["entry"]
-            for group, values in found["tensors"].items():
+            files[file_name(rank)] = note["entry"]
+            for group, values in note["tensors"].items():
                 tensors.setdefault(group, {}).update(values)
         manifest = {"format": FORMAT, "step": step, "state": state, "tensors": tensors, "files": files}
         write_text(partial / NAME, json.dumps(manifest))
-        for note in partial.glob("*.safetensors.json"):
-            note.unlink()
+        for note_path in partial.glob("*.safetensors.json"):
+            note_path.unlink()
         sync_directory(partial)
         _put_in_place(partial, final)
         for old in _steps(self.folder)[: -self.keep_last]:
@@ -209,8 +211,8 @@ def _yield_to_others() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
-def _described(part: Part | Tensor) -> dict[str, Any]:
-    values, shape = (part, part.shape) if isinstance(part, Tensor) else (part.values, part.cut.shape)
+def _described(shard: Shard | Tensor) -> dict[str, Any]:
+    values, shape = (shard, shard.shape) if isinstance(shard, Tensor) else (shard.values, shard.spec.shape)
     return {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(shape)}
 
 
@@ -229,15 +231,15 @@ class Checkpoint:
         manifest = read_manifest(self.path)
         self.state, self.step, self.tensors = manifest["state"], manifest["step"], manifest["tensors"]
         keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
-        self._files: list[PartFile] = []
-        self._where: dict[str, list[tuple[ShardSpec, int, int, PartFile]]] = {}
+        self._files: list[ShardFile] = []
+        self._where: dict[str, list[tuple[ShardSpec, int, int, ShardFile]]] = {}
         try:
             for name, entry in manifest["files"].items():
-                file = PartFile(self.path / name, entry, keyed)
+                file = ShardFile(self.path / name, entry, keyed)
                 self._files.append(file)
                 for key, (start, stop, *rest) in entry["parts"].items():
-                    cut = cut_of(tuple(keyed[key]["shape"]), [start, stop, *rest])
-                    self._where.setdefault(key, []).append((cut, start, stop, file))
+                    spec = spec_of(tuple(keyed[key]["shape"]), [start, stop, *rest])
+                    self._where.setdefault(key, []).append((spec, start, stop, file))
         except BaseException:
             self.__exit__()
             raise
@@ -262,30 +264,30 @@ class Checkpoint:
         """ValueError unless a group has exactly these tensors, in these shapes."""
         tensors = self.tensors.get(group, {})
         for name in sorted({*tensors, *shapes}):
-            found = list(tensors[name]["shape"]) if name in tensors else "nothing"
+            saved = list(tensors[name]["shape"]) if name in tensors else "nothing"
             expected = list(shapes[name]) if name in shapes else "nothing"
-            if found != expected:
+            if saved != expected:
                 raise ValueError(
-                    f"{self.path}: {group}: tensor {name}: expected shape {expected}, got {found}; this checkpoint is "
+                    f"{self.path}: {group}: tensor {name}: expected shape {expected}, got {saved}; this checkpoint is "
                     "another model's: use the configuration it was made with, or another --out"
                 )
 
-    def read(self, group: str, name: str, cut: ShardSpec, start: int, out: Tensor) -> None:
+    def read(self, group: str, name: str, spec: ShardSpec, start: int, out: Tensor) -> None:
         """Copy elements of what a cut leaves of a tensor, from `start` on in row-major order, into `out` (n,) of any
         dtype and device; whoever wrote them, and however they were cut."""
         key, stop = f"{group}/{name}", start + out.numel()
-        for theirs, first, last, file in self._where.get(key, ()):
-            if theirs == cut:
+        for saved_spec, first, last, file in self._where.get(key, ()):
+            if saved_spec == spec:
                 low, high = max(start, first), min(stop, last)
                 if low < high:
                     out[low - start : high - start].copy_(file.values(key, low - first, high - low))
                 continue
-            for box in cut.boxes(start, stop):
-                for other in theirs.boxes(first, last):
-                    common = box.overlap(other)
+            for tile in spec.slices(start, stop):
+                for other in saved_spec.slices(first, last):
+                    common = tile.overlap(other)
                     if common is not None:
                         source = file.values(key, other.offset, other.size).view(other.rows, other.columns)
-                        box.part(box.of(out), common).copy_(other.part(source, common))
+                        tile.crop(tile.of(out), common).copy_(other.crop(source, common))
 
     def whole(self, group: str, name: str) -> Tensor:
         """A whole tensor on the CPU."""
@@ -311,12 +313,12 @@ def resume(directory: Path, runtime: Runtime, stack: ExitStack) -> Checkpoint | 
         ValueError: on every rank, what is wrong with it on one.
     """
     newest = from_main(runtime, lambda: latest(directory))
-    found = None if newest is None else str(newest)
-    if found is None:
+    newest_path = None if newest is None else str(newest)
+    if newest_path is None:
         return None
     error, opened = None, None
     try:
-        opened = stack.enter_context(Checkpoint(Path(found)))
+        opened = stack.enter_context(Checkpoint(Path(newest_path)))
         opened.verify(runtime.rank, runtime.world_size)
     except ValueError as caught:
         error = caught
@@ -359,8 +361,8 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := STEP_PATTERN.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    steps = [(int(match.group(1)), path) for path in folder.iterdir() if (match := STEP_PATTERN.fullmatch(path.name))]
+    return [path for _, path in sorted(steps)]
 
 
 def _restore(folder: Path) -> None:

@@ -86,8 +86,8 @@ def _of_tokens(experts_TA: Tensor, parallel: ParallelContext) -> Tensor:
     """A rank's share of replayed choices; padding goes to the first experts."""
     first_A = torch.arange(experts_TA.shape[1], device=experts_TA.device, dtype=experts_TA.dtype)
     # Offset by one, so that what stands for padding can be told from a choice.
-    own_TA = parallel.shard_tokens(experts_TA + 1)
-    return torch.where(own_TA > 0, own_TA - 1, first_A)
+    local_tA = parallel.shard_tokens(experts_TA + 1)
+    return torch.where(local_tA > 0, local_tA - 1, first_A)
 
 
 class Experts(nn.Module):
@@ -128,8 +128,8 @@ class Mixture(nn.Module):
 
     def forward(self, x_TD: Tensor, routes: Routes | None = None) -> Tensor:
         """(T, D): each token's weighted sum over its experts; `routes` records the choice, or replays what it has."""
-        given = None if routes is None else routes.experts.get(self.layer)
-        routing = moe_route(x_TD, self.router.weight, experts_per_token=self.experts_per_token, given=given)
+        replayed = None if routes is None else routes.experts.get(self.layer)
+        routing = moe_route(x_TD, self.router.weight, experts_per_token=self.experts_per_token, replayed=replayed)
         if routes is None:
             return self.experts(x_TD, routing)
         routes.experts.setdefault(self.layer, routing.experts)

@@ -160,11 +160,11 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} twice")
-    return found
+    return entries
 
 
 def _entry(name: str, fields: Any) -> Entry:

@@ -112,7 +112,9 @@ class Block(nn.Module):
     def _product(self, norm: Norm, linear: nn.Linear, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         """The normed stream times a matrix, and the stream."""
         product = behind_norm(
-            norm, lambda y_TD, _: self.parallel.column_parallel(y_TD, linear.weight), again=self.recompute == "selective"
+            norm,
+            lambda y_TD, _: self.parallel.column_parallel(y_TD, linear.weight),
+            again=self.recompute == "selective",
         )
         return product(x_TD, delta_TD)
 

@@ -6,6 +6,16 @@ from .parallelize import Sharding, compute_dtype, parallelize
 from .reductions import pack_over_rows, sum_over_ranks, sum_over_rows
 
 __all__ = [
-    "Mesh", "MeshOptions", "Sharded", "Sharding", "compute_dtype", "make_mesh", "lockstep", "pack_over_rows",
-    "parallelize", "sharded", "sum_over_ranks", "sum_over_rows",
+    "Mesh",
+    "MeshOptions",
+    "Sharded",
+    "Sharding",
+    "compute_dtype",
+    "lockstep",
+    "make_mesh",
+    "pack_over_rows",
+    "parallelize",
+    "sharded",
+    "sum_over_ranks",
+    "sum_over_rows",
 ]  # fmt: skip

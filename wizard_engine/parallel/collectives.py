@@ -35,8 +35,8 @@ class AllGather(torch.autograd.Function):
         return all_gather_rows(x, axis)[0]
 
     @staticmethod
-    def backward(ctx, slope):
-        return reduce_scatter_rows(slope, ctx.axis)[0], None
+    def backward(ctx, grad):
+        return reduce_scatter_rows(grad, ctx.axis)[0], None
 
 
 class ReduceScatter(torch.autograd.Function):
@@ -48,8 +48,8 @@ class ReduceScatter(torch.autograd.Function):
         return reduce_scatter_rows(x, axis)[0]
 
     @staticmethod
-    def backward(ctx, slope):
-        return all_gather_rows(slope, ctx.axis)[0], None
+    def backward(ctx, grad):
+        return all_gather_rows(grad, ctx.axis)[0], None
 
 
 class AllGatherReplicated(torch.autograd.Function):
@@ -61,8 +61,8 @@ class AllGatherReplicated(torch.autograd.Function):
         return all_gather_rows(x, axis)[0]
 
     @staticmethod
-    def backward(ctx, slope):
-        return slope[ctx.axis.index * ctx.rows : (ctx.axis.index + 1) * ctx.rows], None
+    def backward(ctx, grad):
+        return grad[ctx.axis.index * ctx.rows : (ctx.axis.index + 1) * ctx.rows], None
 
 
 class AllGatherLinear(torch.autograd.Function):
@@ -76,17 +76,17 @@ class AllGatherLinear(torch.autograd.Function):
         return all_gather_rows(x, axis)[0] @ weight.T
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = dweight = rows = arrived = summed = None
         if needs_weight:
             rows, arrived = all_gather_rows(x, ctx.axis, async_op=True)
         if needs_x:
-            dx, summed = reduce_scatter_rows(slope @ weight, ctx.axis, async_op=True)
+            dx, summed = reduce_scatter_rows(grad @ weight, ctx.axis, async_op=True)
         if needs_weight:
             arrived.wait()
-            dweight = slope.T @ rows
+            dweight = grad.T @ rows
         if needs_x:
             summed.wait()
         return dx, dweight, None
@@ -101,8 +101,8 @@ class AllToAll(torch.autograd.Function):
         return all_to_all_rows(x, sent, received, axis)
 
     @staticmethod
-    def backward(ctx, slope):
-        return all_to_all_rows(slope, ctx.received, ctx.sent, ctx.axis), None, None, None
+    def backward(ctx, grad):
+        return all_to_all_rows(grad, ctx.received, ctx.sent, ctx.axis), None, None, None
 
 
 def all_to_all_rows(x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:

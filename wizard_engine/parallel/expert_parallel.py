@@ -86,5 +86,5 @@ def dispatched_mlp(
     permuted = permute_rows(x, routing)
     sent, received = dispatch.sizes(routing.rows.numel())
     rows = AllToAll.apply(permuted, sent, received, axis)
-    own = expert_mlp(rows, gate_up, down, expert_layout(dispatch.incoming, sum(received)))
-    return combine(AllToAll.apply(own, received, sent, axis), routing)
+    expert_out = expert_mlp(rows, gate_up, down, expert_layout(dispatch.incoming, sum(received)))
+    return combine(AllToAll.apply(expert_out, received, sent, axis), routing)

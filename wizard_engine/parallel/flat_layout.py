@@ -38,7 +38,7 @@ class Layout:
         matrices: elements before the first vector.   gaps: what belongs to no parameter.
     """
 
-    def __init__(self, shapes: Sequence[tuple[str, tuple[int, ...]]], parts: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[str, tuple[int, ...]]], num_shards: int) -> None:
         ordered = [item for item in shapes if len(item[1]) >= 2] + [item for item in shapes if len(item[1]) < 2]
         slots, at, self.matrices = [], 0, 0
         for name, shape in ordered:
@@ -46,16 +46,16 @@ class Layout:
             at = _aligned(slots[-1].stop)
             if len(shape) >= 2:
                 self.matrices = at
-        self.slots, self.parts = tuple(slots), parts
-        self.part = _aligned(-(-at // parts))
-        self.size = self.part * parts
+        self.slots, self.num_shards = tuple(slots), num_shards
+        self.shard_size = _aligned(-(-at // num_shards))
+        self.size = self.shard_size * num_shards
         ends = [0, *(slot.stop for slot in slots)]
         starts = [*(slot.start for slot in slots), self.size]
         self.gaps = tuple(slice(a, b) for a, b in zip(ends, starts) if a < b)
 
     def spans(self, index: int) -> Iterator[Span]:
         """What part `index` has of each parameter; parameters that it has nothing of are left out."""
-        first, last = index * self.part, (index + 1) * self.part
+        first, last = index * self.shard_size, (index + 1) * self.shard_size
         for slot in self.slots:
             start, stop = max(slot.start, first), min(slot.stop, last)
             if start < stop:
@@ -63,7 +63,7 @@ class Layout:
 
     def decayed(self, index: int) -> int:
         """Elements at the beginning of part `index` that belong to matrices."""
-        return min(max(self.matrices - index * self.part, 0), self.part)
+        return min(max(self.matrices - index * self.shard_size, 0), self.shard_size)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Every parameter as a view of a whole flat buffer."""

@@ -85,11 +85,11 @@ class Sharded(ShardedState):
                 parameter.grad = view
             return
         # Parameters keep their hooks alive: through references to what holds the parameters, nothing would ever go.
-        own, flat_ref = weakref.ref(self), weakref.ref(flat)
+        sharded_ref, flat_ref = weakref.ref(self), weakref.ref(flat)
 
         def hook_of(slot: Slot) -> Callable[[nn.Parameter], None]:
             def hook(parameter: nn.Parameter) -> None:
-                sharded = own()
+                sharded = sharded_ref()
                 if sharded is not None and sharded.is_sharded:
                     sharded._start_backward()
                 elif sharded is not None:
@@ -122,10 +122,7 @@ class Sharded(ShardedState):
                 work.wait()
         for unit, flat, whole in views:
             unit.attach(
-                [
-                    (p, self._put_together(slot.name, view))
-                    for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)
-                ]
+                [(p, self._assemble(slot.name, view)) for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)]
             )
         if self.parallel is not None:
             self.parallel.is_gathered = True
@@ -138,17 +135,17 @@ class Sharded(ShardedState):
                 self.parallel.is_gathered = False
             self.forget()
 
-    def _put_together(self, name: str, own: Tensor) -> Tensor:
+    def _assemble(self, name: str, local: Tensor) -> Tensor:
         """A whole parameter from what each rank of its axis has."""
         partition = self.partitions.get(name)
         if partition is None or partition.axis.size == 1:
-            return own
-        parts, _ = all_gather_rows(own.reshape(1, -1), partition.axis)
-        whole = own.new_empty(partition.shape)
+            return local
+        shards, _ = all_gather_rows(local.reshape(1, -1), partition.axis)
+        whole = local.new_empty(partition.shape)
         matrix = whole.view(as_matrix(partition.shape))
-        for index, values in enumerate(parts):
-            for box in partition.cut(index).boxes(0, values.numel()):
-                box.inside(matrix).copy_(box.of(values))
+        for index, values in enumerate(shards):
+            for tile in partition.shard(index).slices(0, values.numel()):
+                tile.inside(matrix).copy_(tile.of(values))
         return whole
 
     # Forward
@@ -248,24 +245,24 @@ class Sharded(ShardedState):
         """Send a unit's gradients off, unless they wait for the step's last micro-batch."""
         unit.passed = True
         self._drain()
-        slopes = unit.slopes or self._room(unit)
-        for flat, whole in zip(unit.flats, slopes):
+        grads = unit.grads or self._room(unit)
+        for flat, whole in zip(unit.flats, grads):
             if not flat.trains:
                 continue
             for parameter, slot in zip(flat.parameters, flat.layout.slots):
-                own = whole[slot.start : slot.stop].view(slot.shape)
+                view = whole[slot.start : slot.stop].view(slot.shape)
                 if parameter.grad is not None:
-                    own.add_(parameter.grad) if unit.slopes else own.copy_(parameter.grad)
+                    view.add_(parameter.grad) if unit.grads else view.copy_(parameter.grad)
                     parameter.grad = None
-                elif not unit.slopes:
-                    own.zero_()
+                elif not unit.grads:
+                    view.zero_()
             for gap in flat.layout.gaps:
                 whole[gap].zero_()
         if self.whole and not self.last:
-            unit.slopes = slopes
+            unit.grads = grads
             return
-        unit.slopes = []
-        for flat, whole in zip(unit.flats, slopes):
+        unit.grads = []
+        for flat, whole in zip(unit.flats, grads):
             if flat.trains:
                 self._reduce(flat, whole)
 
@@ -283,23 +280,23 @@ class Sharded(ShardedState):
         units = (*self.units, *self.resident)
         return max(sum(size(flat) for flat in unit.flats if flat.trains) for unit in units)
 
-    def _reduce(self, flat: Flat, slopes: Tensor) -> None:
+    def _reduce(self, flat: Flat, grads: Tensor) -> None:
         if flat.gradient is None:
-            flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
+            flat.gradient = torch.empty(flat.layout.shard_size, dtype=self.master_dtype, device=self.device)
         direct = flat.fresh and not self.offloads
         if not direct and self._spare is None:
-            size = self._largest(lambda flat: flat.layout.part)
+            size = self._largest(lambda flat: flat.layout.shard_size)
             self._spare = torch.empty(size, dtype=self.master_dtype, device=self.device)
-        out = flat.gradient if direct else self._spare[: flat.layout.part]
+        out = flat.gradient if direct else self._spare[: flat.layout.shard_size]
         # What was there before has left for host memory.
         self._spare_sent.wait()
         work = None
         if flat.axis.size == 1:
-            out.copy_(slopes)
+            out.copy_(grads)
         else:
-            self.reduced_bytes += slopes.numel() * slopes.element_size()
-            work = reduce_scatter(out, slopes, group=flat.axis.reduce, async_op=True)
-        self._reducing = work, flat, None if direct else out, slopes
+            self.reduced_bytes += grads.numel() * grads.element_size()
+            work = reduce_scatter(out, grads, group=flat.axis.reduce, async_op=True)
+        self._reducing = work, flat, None if direct else out, grads
         if direct:
             flat.fresh = False
 
@@ -342,7 +339,7 @@ class Sharded(ShardedState):
             elif self.is_sharded and not self.offloads:
                 flat.gradient = None
         for unit in (*self.units, *self.resident):
-            unit.slopes = []
+            unit.grads = []
             for parameter in (p for flat in unit.flats for p in flat.parameters if self.is_sharded):
                 parameter.grad = None
 
@@ -356,7 +353,7 @@ class Sharded(ShardedState):
         for flat in self.training:
             if self.is_sharded and flat.fresh:
                 if flat.gradient is None:
-                    flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
+                    flat.gradient = torch.empty(flat.layout.shard_size, dtype=self.master_dtype, device=self.device)
                 flat.gradient.zero_()
                 flat.fresh = False
         if self.mesh.replicate.size == 1:
@@ -388,10 +385,10 @@ def lockstep(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterato
         backward: whether a pass has a backward.   modules: those that every item runs through, in this order.
     """
     items = list(items)
-    known = [found for found in map(sharded, modules) if found is not None]
-    for engine in known if backward else ():
+    all_engines = [engine for engine in map(sharded, modules) if engine is not None]
+    for engine in all_engines if backward else ():
         engine.expect(len(items))
-    engines = [engine for engine in known if engine.is_sharded]
+    engines = [engine for engine in all_engines if engine.is_sharded]
     if not engines:
         yield from items
         return

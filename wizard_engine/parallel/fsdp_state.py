@@ -17,7 +17,7 @@ from .fsdp_units import Flat, Place, Unit, UnitSpec, is_absent, merged
 from .gradient_accumulation import Accumulator
 from .mesh import Mesh
 from .offload import DirectLink, Landing, Link, StreamLink
-from .shard_spec import ShardSpec, Partition
+from .shard_spec import Partition, ShardSpec
 
 
 class ShardedState:
@@ -51,13 +51,15 @@ class ShardedState:
         self.units, self.resident = self._make_units(units)
         self.flats = [flat for unit in (*self.resident, *self.units) for flat in unit.flats]
         local = {slot.name: slot.shape for flat in self.flats for slot in flat.layout.slots}
-        self.shard_specs = {n: self.partitions[n].own if n in self.partitions else ShardSpec.whole(s) for n, s in local.items()}
-        self.shapes = {name: cut.shape for name, cut in self.shard_specs.items()}
+        self.shard_specs = {
+            n: self.partitions[n].local if n in self.partitions else ShardSpec.whole(s) for n, s in local.items()
+        }
+        self.shapes = {name: spec.shape for name, spec in self.shard_specs.items()}
         values = {name: p.detach() for spec in units for name, p in spec.parameters.items()}
         self._allocate()
         for name, value in values.items():
             if not is_absent(value):
-                self._put(name, value)
+                self._load_local(name, value)
 
     # Construction
 
@@ -85,7 +87,7 @@ class ShardedState:
         storage = torch.device("cpu") if self.host and self.device.type != "meta" else self.device
         pinned = storage.type == "cpu" and self.device.type == "cuda"
         self.training = [flat for flat in self.flats if flat.trains]
-        sizes = [flat.layout.part for flat in self.training]
+        sizes = [flat.layout.shard_size for flat in self.training]
         options = {"dtype": self.master_dtype, "device": storage, "pin_memory": pinned}
         self.master = torch.zeros(sum(sizes), **options)
         # Gradients of divided models come and go, those of others stay where they are added up.
@@ -94,7 +96,7 @@ class ShardedState:
         for flat, master, gradient in zip(self.training, self.master.split(sizes), gradients):
             flat.master, flat.gradient, flat.weights = master, gradient, master
             if self.offloads and flat.dtype == torch.bfloat16:
-                flat.staged = torch.zeros(flat.layout.part, dtype=flat.dtype, pin_memory=pinned)
+                flat.staged = torch.zeros(flat.layout.shard_size, dtype=flat.dtype, pin_memory=pinned)
         self._accumulator = None
         if not (self.is_sharded or self.keeps_gradients):
             # The sum over copies of the model is one in the master dtype.
@@ -104,7 +106,7 @@ class ShardedState:
             )  # fmt: skip
         for flat in self.flats:
             if not flat.trains or self._has_copy(flat):
-                flat.weights = torch.zeros(flat.layout.part, dtype=flat.dtype, device=self.device)
+                flat.weights = torch.zeros(flat.layout.shard_size, dtype=flat.dtype, device=self.device)
 
     @property
     def copies(self) -> list[Tensor]:
@@ -136,18 +138,18 @@ class ShardedState:
 
     # Numbers in and out
 
-    def put(self, name: str, value: Tensor, start: int = 0) -> None:
+    def load(self, name: str, value: Tensor, start: int = 0) -> None:
         """Take what this rank keeps of elements [start, start + n) of a parameter; `publish` when all are there.
 
         Of one whose matrices are divided over ranks, the elements are all of them.
         """
-        cut = self.shard_specs[name]
-        if cut.is_whole:
-            self._put(name, value, start)
+        spec = self.shard_specs[name]
+        if spec.is_whole:
+            self._load_local(name, value, start)
         else:
-            self._put(name, cut.of(value.view(cut.shape)))
+            self._load_local(name, spec.of(value.view(spec.shape)))
 
-    def _put(self, name: str, value: Tensor, start: int = 0) -> None:
+    def _load_local(self, name: str, value: Tensor, start: int = 0) -> None:
         """The same of what this rank and those that divide it further have."""
         values = value.reshape(-1)
         for flat in self.flats:
@@ -188,14 +190,14 @@ class ShardedState:
             unit.place.owner = None
             unit.detach()
 
-    def parts(self, buffer: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    def shards(self, buffer: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """(parameter, start, values) in a buffer that stands like `master`: values are elements from start on of what
         `cuts` says of the parameter."""
         at = 0
         for flat in self.training:
             for span in flat.spans():
                 yield span.slot.name, span.start, buffer[at + span.offset : at + span.offset + span.stop - span.start]
-            at += flat.layout.part
+            at += flat.layout.shard_size
 
     def weight_shards(self, *, exact: bool = True) -> Iterator[tuple[str, int, Tensor]]:
         """(parameter, start, values) of every parameter, frozen ones too: masters, or (not exact) what computes."""
@@ -215,14 +217,14 @@ class ShardedState:
             copy = (flat.staged if self.offloads else flat.weights) if self._has_copy(flat) else None
             first = 0
             for size, decayed in zip(flat.halves(), (True, False)):
-                own = slice(first, first + size)
+                where = slice(first, first + size)
                 if size:
-                    there = None if copy is None else copy[own]
-                    yield slice(at + first, at + first + size), gradient[own], decayed, there
+                    there = None if copy is None else copy[where]
+                    yield slice(at + first, at + first + size), gradient[where], decayed, there
                 first += size
             if self.offloads:
                 flat.sent = self.link.copy(flat.weights, flat.master if flat.staged is None else flat.staged)
-            at += flat.layout.part
+            at += flat.layout.shard_size
 
     # Gradients
 
@@ -259,7 +261,7 @@ class ShardedState:
             # In the order in which they come to host memory.
             pieces = self._landed(last_first=self.offloads)
         else:
-            pieces = zip(self.training, buffer.split([flat.layout.part for flat in self.training]))
+            pieces = zip(self.training, buffer.split([flat.layout.shard_size for flat in self.training]))
         for flat, piece in pieces:
             # Chunks of the CPU's sums begin with the matrices and with the vectors.
             yield from piece.split([n for n in flat.halves() if n]) if piece.device.type == "cpu" else (piece,)

@@ -68,7 +68,7 @@ class Flat:
     def halves(self) -> tuple[int, int]:
         """Elements of this rank's part that belong to matrices, and to vectors."""
         matrices = self.layout.decayed(self.axis.index)
-        return matrices, self.layout.part - matrices
+        return matrices, self.layout.shard_size - matrices
 
 
 class Place:
@@ -91,7 +91,7 @@ class Unit:
         self.spec, self.index, self.flats, self.place = spec, index, flats, place
         self.trains = any(flat.trains for flat in flats)
         self.views: list[tuple[nn.Parameter, Tensor]] = []
-        self.slopes: list[Tensor] = []
+        self.grads: list[Tensor] = []
         self.attached, self.passed = False, False
         self.absent = [(p, _absent(p, spec.dtype, p.device)) for flat in flats for p in flat.parameters]
 

@@ -42,12 +42,12 @@ class Accumulator:
     def add(self, flat: Flat, slot: Slot, grad: Tensor) -> None:
         """The gradient of a parameter after a backward."""
         again = slot.name in flat.arrived
-        own = self._buffer(flat, again)[slot.start : slot.stop].view(slot.shape)
+        view = self._buffer(flat, again)[slot.start : slot.stop].view(slot.shape)
         flat.arrived.add(slot.name)
         if self.landing is not None:
-            flat.landed = self.landing.add(own, grad) if again else self.landing.store(own, grad)
+            flat.landed = self.landing.add(view, grad) if again else self.landing.store(view, grad)
         else:
-            own.add_(grad) if again else own.copy_(grad)
+            view.add_(grad) if again else view.copy_(grad)
 
     def _buffer(self, flat: Flat, again: bool) -> Tensor:
         dtype = flat.dtype if self.narrow and not self.multiple else self.wide
@@ -63,7 +63,7 @@ class Accumulator:
     def _zeros(self, flat: Flat, dtype: torch.dtype) -> Tensor:
         """Zeros, which gaps between parameters stay."""
         pinned = self.landing is not None and self.landing.pinned
-        return torch.zeros(flat.layout.part, dtype=dtype, device=self.device, pin_memory=pinned)
+        return torch.zeros(flat.layout.shard_size, dtype=dtype, device=self.device, pin_memory=pinned)
 
     def settle(self, flat: Flat) -> Tensor:
         """The buffer of a flat, zero where no gradient has come."""

@@ -145,13 +145,13 @@ def resolve(options: MeshOptions, world_size: int) -> MeshShape:
             )
     if replicate is None:
         replicate = 1 if shard is None else left // shard
-    found = MeshShape(replicate, left // replicate, options.cp, options.tp, options.ep)
-    if found.copy % options.ep:
+    shape = MeshShape(replicate, left // replicate, options.cp, options.tp, options.ep)
+    if shape.copy % options.ep:
         raise ValueError(
-            f"mesh.ep must divide dp_shard x cp x tp: ep={options.ep}, dp_shard x cp x tp = {found.copy}; choose from "
-            f"{divisors(found.copy)}"
+            f"mesh.ep must divide dp_shard x cp x tp: ep={options.ep}, dp_shard x cp x tp = {shape.copy}; choose from "
+            f"{divisors(shape.copy)}"
         )
-    return found
+    return shape
 
 
 def divisors(number: int) -> list[int]:
@@ -182,19 +182,21 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
 
     def axis(shape: tuple[int, ...], *axes: int, purposes: tuple[str, ...] = ()) -> Axis:
         groups = lines(shape, axes)
-        own = next(ranks for ranks in groups if runtime.rank in ranks)
-        if len(own) == 1:
-            return Axis(ranks=own)
+        group_ranks = next(ranks for ranks in groups if runtime.rank in ranks)
+        if len(group_ranks) == 1:
+            return Axis(ranks=group_ranks)
 
         def of(purpose: str) -> dist.ProcessGroup:
             # Its own ranks alone make a group, all of them in one order; those of the same ranks and purpose once.
-            if (own, purpose) not in made:
-                world = purpose == "gather" and len(own) == runtime.world_size
+            if (group_ranks, purpose) not in made:
+                world = purpose == "gather" and len(group_ranks) == runtime.world_size
                 local = {"timeout": timeout, "use_local_synchronization": True}
-                made[own, purpose] = dist.group.WORLD if world else dist.new_group(list(own), **local)
-            return made[own, purpose]
+                made[group_ranks, purpose] = dist.group.WORLD if world else dist.new_group(list(group_ranks), **local)
+            return made[group_ranks, purpose]
 
-        return Axis(len(own), own.index(runtime.rank), own, *(of(purpose) for purpose in purposes))
+        return Axis(
+            len(group_ranks), group_ranks.index(runtime.rank), group_ranks, *(of(purpose) for purpose in purposes)
+        )
 
     # What moves tokens does not wait for what moves parameters.
     parameters, tokens = ("gather", "reduce"), ("tokens",)

@@ -93,15 +93,15 @@ class Landing:
         if room.numel() < source.numel() or room.dtype != source.dtype:
             room = torch.empty(source.numel(), dtype=source.dtype, pin_memory=self.pinned)
         self._rooms.append(room)
-        own = room[: source.numel()].view(source.shape)
-        event = self.link.copy(own, source)
-        self._adding.append((event, target, own))
+        staged = room[: source.numel()].view(source.shape)
+        event = self.link.copy(staged, source)
+        self._adding.append((event, target, staged))
         return event
 
     def _add_first(self) -> None:
-        event, target, own = self._adding.popleft()
+        event, target, staged = self._adding.popleft()
         event.synchronize()
-        target.add_(own)
+        target.add_(staged)
 
     def settle(self) -> None:
         """Add all that is to be added."""

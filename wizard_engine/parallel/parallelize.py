@@ -60,14 +60,16 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     blocks = getattr(body, "blocks", ())
     if mesh.copy.size > 1 and not blocks:
         raise ValueError(f"model: expected one with blocks to divide over {mesh.copy.size} ranks, got {type(model)}")
-    partitions = divide(model, body, mesh) if blocks else {}
+    partitions = shard_parameters(model, body, mesh) if blocks else {}
     materialised(model, mesh.device)
     dtype = compute_dtype(sharding, mesh.device)
     if next(model.parameters()).dtype == torch.float64:
         dtype = torch.float64
     parallel = None
     if mesh.row.size > 1 or mesh.ep.size > 1:
-        parallel = ParallelContext.from_mesh(mesh, body.config.vocab_size, regather_in_backward=sharding.recompute == "none")
+        parallel = ParallelContext.from_mesh(
+            mesh, body.config.vocab_size, regather_in_backward=sharding.recompute == "none"
+        )
         for module in body.modules():
             if hasattr(module, "parallel"):
                 module.parallel = parallel
@@ -101,31 +103,31 @@ def partitions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Pa
     config, tp, ep = body.config, mesh.tp, mesh.ep
     inner, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, Partition] = {}
+    partitions: dict[str, Partition] = {}
 
-    def divide(parameter: nn.Parameter, axis: Any, *blocks: int) -> None:
-        found[names[id(parameter)]] = Partition(tuple(parameter.shape), blocks, axis)
+    def shard(parameter: nn.Parameter, axis: Any, *blocks: int) -> None:
+        partitions[names[id(parameter)]] = Partition(tuple(parameter.shape), blocks, axis)
 
     if ep.size > 1 and config.experts:
         _check_divides("ep", ep.size, experts=config.experts)
         for block in body.blocks:
             experts = block.feed_forward.experts
             for weight in (experts.gate_up, experts.down):
-                divide(weight, ep, weight.shape[0] * weight.shape[1])
+                shard(weight, ep, weight.shape[0] * weight.shape[1])
     if tp.size > 1:
         _check_divides("tp", tp.size, heads=config.heads, kv_heads=config.kv_heads, vocab_size=config.vocab_size)
         if not config.experts:
             _check_divides("tp", tp.size, ffn_width=config.ffn_width)
-        divide(body.embedding.weight, tp, config.vocab_size)
+        shard(body.embedding.weight, tp, config.vocab_size)
         if body.head is not None:
-            divide(body.head.weight, tp, config.vocab_size)
+            shard(body.head.weight, tp, config.vocab_size)
         for block in body.blocks:
-            divide(block.attention.qkv.weight, tp, inner, kv_width, kv_width)
-            divide(block.attention.out.weight, tp)
+            shard(block.attention.qkv.weight, tp, inner, kv_width, kv_width)
+            shard(block.attention.out.weight, tp)
             if not config.experts:
-                divide(block.feed_forward.gate_up.weight, tp, config.ffn_width, config.ffn_width)
-                divide(block.feed_forward.down.weight, tp)
-    return found
+                shard(block.feed_forward.gate_up.weight, tp, config.ffn_width, config.ffn_width)
+                shard(block.feed_forward.down.weight, tp)
+    return partitions
 
 
 def _check_divides(name: str, size: int, **numbers: int) -> None:
@@ -136,28 +138,28 @@ def _check_divides(name: str, size: int, **numbers: int) -> None:
             )
 
 
-def divide(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
+def shard_parameters(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
     """Leave this rank's rows and columns of the parameters that tp and ep divide, in place; how they are divided."""
-    found = partitions_of(model, body, mesh)
-    for name, partition in found.items():
+    partitions = partitions_of(model, body, mesh)
+    for name, partition in partitions.items():
         owner, _, leaf = name.rpartition(".")
         old = model.get_parameter(name)
-        cut = partition.own
-        own = old.new_empty(cut.local_shape) if old.is_meta else cut.of(old.detach())
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=old.requires_grad))
-    return found
+        spec = partition.values
+        values = old.new_empty(spec.local_shape) if old.is_meta else spec.of(old.detach())
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=old.requires_grad))
+    return partitions
 
 
 def _dummy_pass(model: nn.Module) -> Callable[[bool], None]:
     """A forward of the model over a row of one token, and a backward of nothing: the collectives of a real pass."""
-    own = weakref.ref(model)
+    module_ref = weakref.ref(model)
 
     def run(backward: bool) -> None:
-        found = own()
-        device = sharded(found).device
+        module = module_ref()
+        device = sharded(module).device
         token, marks = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([0, 1], dtype=torch.int32)
         with torch.set_grad_enabled(backward):
-            out = found(token, token, marks.to(device), 1)
+            out = module(token, token, marks.to(device), 1)
         if out.requires_grad:
             out.backward(torch.zeros_like(out))
 
@@ -210,24 +212,24 @@ def _is_of_tokens(module: nn.Module) -> bool:
 
 def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
     """Tell the engine when each unit's forward and backward come."""
-    own = weakref.ref(engine)
+    engine_ref = weakref.ref(engine)
     by_name = {unit.spec.name: unit for unit in engine.units}
 
     def before(unit: Unit | None):
         def hook(module: nn.Module, args: Any) -> None:
-            found = own()
-            if found is None:
+            state = engine_ref()
+            if state is None:
                 return
             if unit is None:
-                found.begin()
+                state.begin()
             else:
-                found.enter(unit)
+                state.enter(unit)
 
         return hook
 
     def watch(tensor: Tensor, unit: Unit, also: Unit | None = None) -> None:
         if torch.is_grad_enabled() and tensor.requires_grad:
-            tensor.register_hook(lambda _: own().before_backward(unit, also))
+            tensor.register_hook(lambda _: engine_ref().before_backward(unit, also))
 
     def after(unit: Unit, also: Unit | None = None):
         def hook(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -238,10 +240,10 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
 
     def before_experts(unit: Unit, router: Unit):
         def hook(module: nn.Module, args: Any) -> None:
-            found = own()
-            if found is None:
+            state = engine_ref()
+            if state is None:
                 return
-            found.enter(unit)
+            state.enter(unit)
             # Their gradient is the last thing that the experts give back, and the router's backward comes next.
             watch(args[1].gates, router)
 

@@ -191,7 +191,7 @@ class _Kept:
             self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.owner.device)
             self.event = self.owner.copies.start(self.back, self.host)
 
-    def take(self) -> Tensor:
+    def load(self) -> Tensor:
         """The tensor on the device; those of the block before start their way back."""
         self.fetch()
         for earlier in (ref() for ref in self.former):
@@ -210,4 +210,4 @@ def _unpack(saved: Any) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
     kept, shape = saved
-    return kept.take().view(shape)
+    return kept.load().view(shape)

@@ -27,8 +27,8 @@ def sum_over_rows(numbers: dict[str, float], mesh: Mesh, **flags: bool) -> dict[
     Args:
         flags: summed over all ranks, in the same collective.
     """
-    own = {name: float(x) if mesh.is_row_leader else 0.0 for name, x in numbers.items()}
-    return sum_over_ranks(own | {name: float(flag) for name, flag in flags.items()}, mesh.device)
+    counted = {name: float(x) if mesh.is_row_leader else 0.0 for name, x in numbers.items()}
+    return sum_over_ranks(counted | {name: float(flag) for name, flag in flags.items()}, mesh.device)
 
 
 def pack(numbers: Iterable[Tensor | float], device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ class Slice:
         columns = min(self.column + self.columns, other.column + other.columns) - column
         return Slice(row, rows, column, columns, 0) if rows > 0 and columns > 0 else None
 
-    def part(self, values: Tensor, inner: "Slice") -> Tensor:
+    def crop(self, values: Tensor, inner: "Slice") -> Tensor:
         """The view that a rectangle inside this one has of this one's values (rows, columns)."""
         row, column = inner.row - self.row, inner.column - self.column
         return values[row : row + inner.rows, column : column + inner.columns]
@@ -92,7 +92,7 @@ class ShardSpec:
         inner = math.prod(self.shape[1:-1])
         return (self.height // inner, *self.shape[1:-1], self.width)
 
-    def boxes(self, start: int, stop: int) -> Iterator[Slice]:
+    def slices(self, start: int, stop: int) -> Iterator[Slice]:
         """Elements [start, stop) of what the rank has, in row-major order, as rectangles."""
         at = start
         while at < stop:
@@ -107,13 +107,13 @@ class ShardSpec:
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The same as runs of elements of the whole parameter in row-major order: (first, offset, length)."""
         width = as_matrix(self.shape)[1]
-        for box in self.boxes(start, stop):
-            first = box.row * width + box.column
-            if box.columns == width:
-                yield first, box.offset, box.size
+        for tile in self.slices(start, stop):
+            first = tile.row * width + tile.column
+            if tile.columns == width:
+                yield first, tile.offset, tile.size
             else:
-                for row in range(box.rows):
-                    yield first + row * width, box.offset + row * box.columns, box.columns
+                for row in range(tile.rows):
+                    yield first + row * width, tile.offset + row * tile.columns, tile.columns
 
     def _runs(self, row: int, count: int) -> Iterator[tuple[int, int]]:
         """Rows [row, row + count) of the rank's as runs (first row of the whole, rows)."""
@@ -127,8 +127,8 @@ class ShardSpec:
     def of(self, whole: Tensor) -> Tensor:
         """A copy of what the rank has of a whole parameter."""
         matrix = whole.reshape(as_matrix(self.shape))
-        own = torch.cat([matrix[first:last, slice(*self.columns)] for first, last in self.rows])
-        return own.reshape(self.local_shape)
+        values = torch.cat([matrix[first:last, slice(*self.columns)] for first, last in self.rows])
+        return values.reshape(self.local_shape)
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -149,7 +149,7 @@ class Partition:
     blocks: tuple[int, ...] = ()
     axis: Axis = field(default_factory=Axis)
 
-    def cut(self, index: int) -> ShardSpec:
+    def shard(self, index: int) -> ShardSpec:
         """What rank `index` of the axis has."""
         height, width = as_matrix(self.shape)
         if not self.blocks:
@@ -163,6 +163,6 @@ class Partition:
         return ShardSpec(self.shape, tuple(rows), (0, width))
 
     @property
-    def own(self) -> ShardSpec:
+    def local(self) -> ShardSpec:
         """What this rank has."""
-        return self.cut(self.axis.index)
+        return self.shard(self.axis.index)

@@ -114,7 +114,11 @@ class WholeAnswers:
 
 
 def answer_runs(
-    samples: Sequence[Sample], prompt_tokens: Sequence[int], indices: Sequence[int], capacity: int, parallel: ParallelContext
+    samples: Sequence[Sample],
+    prompt_tokens: Sequence[int],
+    indices: Sequence[int],
+    capacity: int,
+    parallel: ParallelContext,
 ) -> list[list[int]]:
     """Some samples in runs of at most `capacity` tokens each, or one longer sample."""
     if parallel.cp.size == 1:
@@ -126,7 +130,12 @@ def answer_runs(
 
 
 def answer_batch(
-    samples: Sequence[Sample], prompt_tokens: Sequence[int], parallel: ParallelContext, device: torch.device, *, last: bool = False
+    samples: Sequence[Sample],
+    prompt_tokens: Sequence[int],
+    parallel: ParallelContext,
+    device: torch.device,
+    *,
+    last: bool = False,
 ) -> AnswerBatch:
     """One run of samples, for one forward pass.
 

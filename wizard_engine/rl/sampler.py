@@ -11,7 +11,7 @@ from wizard_engine.parallel import MeshOptions, make_mesh, sharded
 from wizard_engine.parallel.context import ParallelContext
 from wizard_engine.parallel.fsdp_units import is_absent, materialised
 from wizard_engine.parallel.mesh import Axis, Mesh
-from wizard_engine.parallel.parallelize import divide
+from wizard_engine.parallel.parallelize import shard_parameters
 from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.process import Runtime
 
@@ -123,7 +123,7 @@ def empty_sampler(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    partitions = divide(model, model, mesh)
+    partitions = shard_parameters(model, model, mesh)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
@@ -133,5 +133,7 @@ def empty_sampler(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[
         for module in model.modules():
             if hasattr(module, "parallel"):
                 module.parallel = parallel
-    cuts = {name: partitions[name].own if name in partitions else ShardSpec.whole(shape) for name, shape in shapes.items()}
-    return model.eval(), cuts
+    specs = {
+        name: partitions[name].local if name in partitions else ShardSpec.whole(shape) for name, shape in shapes.items()
+    }
+    return model.eval(), specs

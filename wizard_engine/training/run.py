@@ -16,8 +16,8 @@ from wizard_engine.data.loader import Loader
 from wizard_engine.optim import AdamW, cosine_with_warmup
 from wizard_engine.parallel import (
     MeshOptions,
-    make_mesh,
     lockstep,
+    make_mesh,
     pack_over_rows,
     parallelize,
     sharded,
