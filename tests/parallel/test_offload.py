@@ -12,7 +12,7 @@ from wizard_engine.optim import AdamW
 from wizard_engine.parallel import Sharding, lockstep, parallelize, sharded
 from wizard_engine.parallel.fsdp import Sharded
 from wizard_engine.parallel.mesh import Mesh
-from wizard_engine.parallel.offload import DirectLink, Landing
+from wizard_engine.parallel.offload import DirectLink, GradientOffload
 from wizard_engine.parallel.parallelize import unit_specs
 
 CPU = Mesh(torch.device("cpu"))
@@ -80,7 +80,7 @@ def test_weights_leave_while_the_next_flat_is_updated(monkeypatch):
         optimizers, "offloaded_adamw", lambda *a, **k: link.log.append("update") or inner(*a, **k)
     )  # fmt: skip
     optimizer.step(1e-2)
-    updates = [2 if all(flat.halves()) else 1 for flat in engine.training]
+    updates = [2 if all(flat.decay_split()) else 1 for flat in engine.training]
     expected = [line for n, count in enumerate(updates) for line in (*["update"] * count, f"start {first + n}")]
     assert link.log == [*expected, *(f"end {first + n}" for n in range(5))]
 
@@ -100,13 +100,13 @@ def test_norm_of_a_flat_waits_for_that_flat_alone():
 
 def test_landing_adds_in_order_with_two_rooms():
     link = LateLink()
-    landing, target = Landing(link, pinned=False), torch.empty(4)
-    event = landing.store(target, torch.full((4,), 1.0))
+    gradient_offload, target = GradientOffload(link, pinned=False), torch.empty(4)
+    event = gradient_offload.store(target, torch.full((4,), 1.0))
     for value in (2.0, 4.0, 8.0):
-        landing.add(target, torch.full((4,), value))
-    landing.settle()
+        gradient_offload.add(target, torch.full((4,), value))
+    gradient_offload.settle()
     event.synchronize()
     assert target.tolist() == [15.0] * 4
-    landing.add(target[:2], torch.ones(2))
-    landing.settle()
+    gradient_offload.add(target[:2], torch.ones(2))
+    gradient_offload.settle()
     assert target.tolist() == [16.0, 16.0, 15.0, 15.0]

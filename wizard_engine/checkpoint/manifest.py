@@ -1,8 +1,8 @@
-"""The files of a checkpoint and its manifest: who wrote which elements of which tensor, and the checks against both.
+"""Files and manifest of a checkpoint: which file has which elements of which tensor, and how both are checked.
 
-A rank's file is a safetensors file of one-dimensional parts, named group/tensor: elements [start, stop), in row-major
-order, of the tensor or of some of its rows and columns (see `parallel.cut`). The manifest lists the tensors with their
-shapes and, per file, its parts with a checksum each, and rows and columns where they are not all.
+A rank's file is a safetensors file of one-dimensional shards, named group/tensor: elements [start, stop), in row-major
+order, of the tensor or of some of its rows and columns (see `parallel.shard_spec`). The manifest lists the tensors with
+their shapes and, per file, the shards with a checksum each, and their rows and columns where these are not all.
 """
 
 import json
@@ -37,7 +37,7 @@ _ADVICE = "remove this checkpoint to continue from the one before it"
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements of what a cut leaves of a tensor, from `start` on in row-major order: values (n,)."""
+    """Elements of a tensor, or of the rows and columns that `spec` names, from `start` on: values (n,), row-major."""
 
     spec: ShardSpec
     start: int
@@ -50,12 +50,12 @@ class Shard:
 
 
 def file_name(rank: int) -> str:
-    """Of what a rank writes."""
+    """Name of a rank's file."""
     return f"part_{rank:05d}.safetensors"
 
 
 def write_shards(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
-    """Write parts on the CPU durably; returns the file's manifest entry; OSError names the file."""
+    """Write CPU shards durably; returns the file's manifest entry; OSError names the file."""
     try:
         return _written(path, shards)
     except OSError as error:
@@ -90,7 +90,7 @@ def _written(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
 
 
 def _write(file: Any, buffers: list[np.ndarray]) -> list[int]:
-    """Write buffers and return their CRC-32; in one call, for threads that share the interpreter wait on each other."""
+    """Write buffers and return their CRC-32, in one C call: it needs no interpreter lock while the training runs."""
     pointers = np.array([buffer.ctypes.data for buffer in buffers], dtype=np.uint64)
     sizes, sums = np.array([buffer.nbytes for buffer in buffers], dtype=np.int64), np.zeros(len(buffers), np.uint32)
     addresses = (pointers.ctypes.data, sizes.ctypes.data)
@@ -121,14 +121,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def spec_of(shape: tuple[int, ...], entry: list) -> ShardSpec:
-    """Rows and columns of a part's manifest entry."""
+    """Rows and columns of a shard's manifest entry."""
     if len(entry) == 3:
         return ShardSpec.whole(shape)
     return ShardSpec(tuple(shape), tuple((first, last) for first, last in entry[3]), tuple(entry[4]))
 
 
 def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Every element of every tensor is in exactly one part."""
+    """Check that every element of every tensor is in exactly one shard."""
     expected = {f"{g}/{n}": e for g, tensors in manifest["tensors"].items() for n, e in tensors.items()}
     entries_of: dict[str, list[list]] = {}
     for file in manifest["files"].values():
@@ -155,7 +155,7 @@ def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_tiles(path: Path, key: str, shape: tuple[int, ...], specs: list[ShardSpec]) -> None:
-    """Every row and column of a tensor is in exactly one cut."""
+    """Check that every row and column of a tensor is in exactly one spec."""
     height, width = as_matrix(shape)
     tiles = [tile for spec in specs for tile in spec.slices(0, spec.height * spec.width)]
     twice = any(a.overlap(b) is not None for i, a in enumerate(tiles) for b in tiles[:i])
@@ -166,7 +166,7 @@ def _check_tiles(path: Path, key: str, shape: tuple[int, ...], specs: list[Shard
 
 
 class ShardFile:
-    """A rank's file, checked against its manifest entry; a context manager that lets its memory map go.
+    """A rank's file, checked against its manifest entry; a context manager that closes its memory map.
 
     Raises:
         ValueError: the file is absent, cut, or has another header; names the file and a tensor.
@@ -203,10 +203,10 @@ class ShardFile:
         self._map.close()
 
     def verify(self) -> None:
-        """Compare the bytes of every part with its checksum.
+        """Compare the bytes of every shard with its checksum.
 
         Raises:
-            ValueError: a part is damaged; names file and tensor.
+            ValueError: a shard is damaged; names file and tensor.
         """
         for key, (_, _, checksum, *_) in self.entry["parts"].items():
             first, last = (self._data + n for n in self.places[key]["data_offsets"])
@@ -219,7 +219,7 @@ class ShardFile:
                 )
 
     def values(self, key: str, start: int, count: int) -> Tensor:
-        """(count,) elements of a part from its element `start` on, read when they are looked at."""
+        """(count,) elements of a shard from its element `start` on, as a view of the memory map: read on access."""
         place = self.places[key]
         dtype = DTYPES[place["dtype"]]
         if not count:

@@ -43,16 +43,16 @@ def save(directory: Path, step: int, *, tensors: Groups, state: Mapping[str, Any
 
 
 class Saver:
-    """Writes the checkpoints of a run while it goes on: `save` takes a copy, a thread writes it.
+    """Writes the checkpoints of a run while the training goes on: `save` makes a copy, and a thread writes it.
 
-    Every rank writes its own file into a directory that gets its name once all of them are there, by one rename, from
-    rank 0. The ranks share a file system.
+    Every rank writes one file into a partial directory. When all files are there, rank 0 writes the manifest and
+    renames the directory, so that a checkpoint is complete or absent. The ranks share a file system.
 
     Args:
         directory: run directory.   keep_last: newest checkpoints kept, at least 1; older ones are removed once the new
             one is in place.   timeout_seconds: how long rank 0 waits for the others' files.
     Attributes:
-        stall_seconds: time that the last `save` held the training up.
+        stall_seconds: time for which the last `save` stopped the training.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Saver:
         self._host: dict[str, Tensor] = {}
 
     def save(self, step: int, tensors: Groups, state: Mapping[str, Any]) -> None:
-        """Start to write a checkpoint; every rank makes the call. It waits for the one before.
+        """Start to write a checkpoint, after the one before is done; every rank makes the call.
 
         Args:
             step: optimizer steps done, at least 0; a checkpoint of the same step is replaced.
-            tensors: group -> name -> tensor, or the part of it that this rank is to write. What several ranks have
-                alike, one of them gives.
+            tensors: group -> name -> tensor, or the shard of it that this rank writes. Of equal tensors on several
+                ranks, one rank passes its own.
             state: JSON object: counters, loader position, ...; rank 0's is kept.
         Raises:
-            OSError: the checkpoint before this one could not be written; names the rank and the file. What was there
-                before is intact, nothing is left over.
+            OSError: the checkpoint before this one was not written; names the rank and the file. Earlier checkpoints
+                are intact, and no partial one is left.
             ValueError: step or a group's name is out of range.   TypeError: the state is not JSON.
         """
         began = time.perf_counter()
@@ -86,12 +86,14 @@ class Saver:
         for group in tensors:
             if not GROUP_PATTERN.fullmatch(group):
                 raise ValueError(f"group: expected letters, digits, _ . -, got {group!r}; rename the group")
+        # Fail here, in the caller, rather than in the thread.
         plain = to_plain(state)
         json.dumps(plain)
         self.wait()
         partial = self.folder / f"{PARTIAL}step_{step:08d}"
         from_main(self.runtime, lambda: self._prepare(partial))
         shards = {f"{g}/{n}": self._copied(f"{g}/{n}", p) for g, values in tensors.items() for n, p in values.items()}
+        # Copies to pinned memory are asynchronous: the optimizer must not change a source before they are done.
         if any(tensor.is_pinned() for tensor in self._host.values()):
             torch.cuda.synchronize()
         listed = {g: {n: _described(p) for n, p in values.items()} for g, values in tensors.items()}
@@ -100,10 +102,10 @@ class Saver:
         self.stall_seconds = time.perf_counter() - began
 
     def wait(self) -> None:
-        """Until the last checkpoint is written; every rank makes the call.
+        """Wait until the last checkpoint is written; every rank makes the call.
 
         Raises:
-            OSError: it could not be; on every rank, and names the first that failed.
+            OSError: it was not written; on every rank, with the first rank that failed.
         """
         if self._thread is None:
             return
@@ -122,7 +124,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Let a checkpoint that is being written come to its end, without the other ranks."""
+        """Finish the checkpoint in progress, without a collective: another rank may be gone."""
         self._closing = True
         if self._thread is not None:
             self._thread.join()
@@ -134,7 +136,7 @@ class Saver:
         partial.mkdir()
 
     def _copied(self, key: str, shard: Shard | Tensor) -> Shard:
-        """A part in host memory of its own, which is kept for the next checkpoint."""
+        """A copy of a shard in a host buffer, which the next checkpoint uses again."""
         if isinstance(shard, Tensor):
             shard = Shard.whole(shard)
         values, host = shard.values, self._host.get(key)
@@ -147,10 +149,11 @@ class Saver:
     def _work(
         self, step: int, partial: Path, shards: Mapping[str, Shard], listed: Mapping[str, Any], state: Any
     ) -> None:
-        """The thread: this rank's file, and on rank 0 the rest."""
+        """Runs in the thread: writes this rank's file, and on rank 0 the rest."""
         _yield_to_others()
         final = self.folder / f"step_{step:08d}"
         note = partial / f"{file_name(self.runtime.rank)}.json"
+        # Ranks talk through note files: a collective in this thread would interleave with those of the training.
         try:
             entry = write_shards(partial / file_name(self.runtime.rank), shards)
             write_json(note, {"entry": entry, "tensors": listed})
@@ -173,11 +176,12 @@ class Saver:
         for rank in range(self.runtime.world_size):
             note = self._note(partial / f"{file_name(rank)}.json", rank)
             if "error" in note:
-                # That rank says so itself, to all, in `wait`.
+                # That rank reports the error to all ranks, in `wait`.
                 return
             files[file_name(rank)] = note["entry"]
             for group, values in note["tensors"].items():
                 tensors.setdefault(group, {}).update(values)
+        # The manifest goes last, and the rename after it: whoever sees the final name sees a complete checkpoint.
         manifest = {"format": FORMAT, "step": step, "state": state, "tensors": tensors, "files": files}
         write_text(partial / NAME, json.dumps(manifest))
         for note_path in partial.glob("*.safetensors.json"):
@@ -189,9 +193,14 @@ class Saver:
                 shutil.rmtree(old)
 
     def _note(self, path: Path, rank: int) -> dict[str, Any]:
-        """What a rank says of its file, once it does."""
+        """A rank's note about its file; waits for it.
+
+        Raises:
+            OSError: it did not come in time.
+        """
         began = time.monotonic()
         while not path.exists():
+            # While closing, the other rank may be dead: a short grace is enough for one that is merely slower.
             limit = GRACE_SECONDS if self._closing else self.timeout_seconds
             if time.monotonic() - began > limit:
                 raise OSError(f"expected the file of rank {rank} within {limit:.0f} seconds, got none")
@@ -200,13 +209,13 @@ class Saver:
 
 
 def _not_saved(final: Path, error: Exception) -> OSError:
-    """What the thread leaves for the training, which raises it on every rank."""
+    """The error that `wait` raises on every rank."""
     number = getattr(error, "errno", None) or errno.EIO
     return OSError(number, f"{final}: not saved ({error}); earlier checkpoints are intact")
 
 
 def _yield_to_others() -> None:
-    """Let this thread run where the training's threads leave the processors idle; Linux has a priority per thread."""
+    """Lower this thread's priority below that of the training's threads; only Linux has a priority per thread."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
@@ -220,10 +229,10 @@ class Checkpoint:
     """A complete checkpoint, read by ranges; a context manager.
 
     Attributes:
-        state: what was saved beside the tensors.   step: of the optimizer.
+        state: JSON object saved with the tensors.   step: of the optimizer.
         tensors: group -> name -> {"dtype", "shape"}.
     Raises:
-        ValueError: the manifest or a file is absent, cut, or not what was saved; names file and tensor.
+        ValueError: the manifest or a file is absent, truncated or changed; names file and tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -252,7 +261,7 @@ class Checkpoint:
             file.__exit__()
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Check the bytes of this rank's share of the files.
+        """Check the bytes of this rank's subset of the files.
 
         Raises:
             ValueError: a tensor is damaged; names file and tensor.
@@ -273,10 +282,16 @@ class Checkpoint:
                 )
 
     def read(self, group: str, name: str, spec: ShardSpec, start: int, out: Tensor) -> None:
-        """Copy elements of what a cut leaves of a tensor, from `start` on in row-major order, into `out` (n,) of any
-        dtype and device; whoever wrote them, and however they were cut."""
+        """Copy elements of a tensor's rows and columns in `spec`, from `start` on in row-major order, into `out`.
+
+        The sharding at the time of the save does not matter.
+
+        Args:
+            out: (n,) of any dtype and device.
+        """
         key, stop = f"{group}/{name}", start + out.numel()
         for saved_spec, first, last, file in self._where.get(key, ()):
+            # The same rows and columns: one contiguous range. Otherwise the layouts meet in rectangles.
             if saved_spec == spec:
                 low, high = max(start, first), min(stop, last)
                 if low < high:
@@ -290,7 +305,7 @@ class Checkpoint:
                         tile.crop(tile.of(out), common).copy_(other.crop(source, common))
 
     def whole(self, group: str, name: str) -> Tensor:
-        """A whole tensor on the CPU."""
+        """A whole tensor, on the CPU."""
         entry = self.tensors[group][name]
         out = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
         self.read(group, name, ShardSpec.whole(out.shape), 0, out.view(-1))
@@ -310,7 +325,7 @@ def resume(directory: Path, runtime: Runtime, stack: ExitStack) -> Checkpoint | 
     """The newest checkpoint, opened and verified by all ranks together; None where there is none.
 
     Raises:
-        ValueError: on every rank, what is wrong with it on one.
+        ValueError: on every rank, if it is damaged on one.
     """
     newest = from_main(runtime, lambda: latest(directory))
     newest_path = None if newest is None else str(newest)
@@ -345,7 +360,7 @@ def load(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> 
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename onto the final name; a checkpoint of the same step steps aside first and is restored if that fails."""
+    """Rename onto the final name; an old checkpoint of the same step is moved aside first, and back if that fails."""
     aside = final.with_name(REPLACED + final.name)
     if final.exists():
         final.rename(aside)
@@ -366,7 +381,7 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _restore(folder: Path) -> None:
-    """Give back its name to a checkpoint whose replacement was killed between the two renames."""
+    """Rename back a checkpoint whose replacement was killed between the two renames."""
     for aside in folder.glob(REPLACED + "*"):
         final = folder / aside.name.removeprefix(REPLACED)
         if not final.exists():
@@ -375,7 +390,7 @@ def _restore(folder: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what killed runs left behind."""
+    """Remove partial and replaced directories of killed runs."""
     _restore(folder)
     for pattern in (PARTIAL, REPLACED):
         for path in folder.glob(pattern + "*"):

@@ -1,4 +1,4 @@
-"""Meshes of ranks, sharded models, and reductions over ranks: every one of them is a sum."""
+"""Meshes of ranks, sharded models, and reductions over ranks, all of which are sums."""
 
 from .fsdp import Sharded, lockstep, sharded
 from .mesh import Mesh, MeshOptions, make_mesh

@@ -1,4 +1,4 @@
-"""Where parameters stand in a flat buffer that is divided evenly among ranks."""
+"""Layout of parameters in a flat buffer that is sharded evenly over ranks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Span:
-    """What one rank has of a parameter: elements [start, stop) of it, from `offset` on in the rank's part."""
+    """One rank's range of a parameter: its elements [start, stop), at `offset` in the rank's shard."""
 
     slot: Slot
     start: int
@@ -31,11 +31,11 @@ class Span:
 
 
 class Layout:
-    """Matrices first, then vectors, in the given order; padded so that every part is as long as the others.
+    """Matrices first, then vectors, each in the order of `shapes`; padded so that all shards have the same size.
 
     Attributes:
-        slots: of each parameter.   size: elements in all, padding included.   part: elements of each part.
-        matrices: elements before the first vector.   gaps: what belongs to no parameter.
+        slots: of each parameter.   size: elements with padding.   shard_size: elements of each shard.
+        matrices: elements before the first vector.   gaps: ranges that belong to no parameter.
     """
 
     def __init__(self, shapes: Sequence[tuple[str, tuple[int, ...]]], num_shards: int) -> None:
@@ -54,7 +54,7 @@ class Layout:
         self.gaps = tuple(slice(a, b) for a, b in zip(ends, starts) if a < b)
 
     def spans(self, index: int) -> Iterator[Span]:
-        """What part `index` has of each parameter; parameters that it has nothing of are left out."""
+        """Ranges of the parameters that intersect shard `index`."""
         first, last = index * self.shard_size, (index + 1) * self.shard_size
         for slot in self.slots:
             start, stop = max(slot.start, first), min(slot.stop, last)
@@ -62,11 +62,11 @@ class Layout:
                 yield Span(slot, start - slot.start, stop - slot.start, start - first)
 
     def decayed(self, index: int) -> int:
-        """Elements at the beginning of part `index` that belong to matrices."""
+        """Elements at the start of shard `index` that belong to matrices."""
         return min(max(self.matrices - index * self.shard_size, 0), self.shard_size)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Every parameter as a view of a whole flat buffer."""
+        """Every parameter as a view of a full flat buffer."""
         return {slot.name: flat[slot.start : slot.stop].view(slot.shape) for slot in self.slots}
 
 

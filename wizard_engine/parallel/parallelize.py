@@ -1,4 +1,4 @@
-"""From a model written for one device to one that a mesh of ranks computes: the order of the transformations."""
+"""Turns a model written for one device into one that a mesh of ranks computes: the transformations, in order."""
 
 import weakref
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .shard_spec import Partition
 
 @dataclass(frozen=True)
 class Sharding:
-    """What each rank keeps of a model, in which precision, and what it computes again or keeps in host memory."""
+    """Precision, activation recomputation, gradient accumulation and offload of a sharded model."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in and gathers; master weights, gradients and moments are fp32. auto: bf16 on GPUs."""
@@ -41,17 +41,17 @@ def compute_dtype(sharding: Sharding, device: torch.device) -> torch.dtype:
 
 
 def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) -> nn.Module:
-    """The model with its parameters divided over the mesh, in place; `sharded(model)` is what divides them.
+    """Shard a model's parameters over a mesh, in place; returns the model, and `sharded(model)` is its engine.
 
-    Matrices are divided over tp and experts over ep first, then what each rank has of them over the ranks that have
-    the same. A model with numbers gives each rank its part of them, and they must be the same on every rank. One on the
-    meta device waits for `Sharded.put` and `publish`. Parameters in float64 compute in float64.
+    Matrices are sharded over tp and experts over ep first, then the result over the ranks that have the same one. A
+    model with weights must have the same ones on every rank. A model on the meta device gets its weights by
+    `Sharded.load` and `publish`. Parameters in float64 compute in float64.
 
     Args:
         model: Transformer or ScoringModel: `blocks`, `embedding`, `norm`, `head`, maybe as `body` of a larger module.
     Raises:
-        ValueError: heads, words, widths or experts that the mesh does not divide evenly, or a model that is divided
-            already.
+        ValueError: the mesh does not divide heads, vocabulary, widths or experts evenly, or the model is already
+            sharded.
     """
     sharding = sharding or Sharding()
     if getattr(model, "_sharded", None) is not None:
@@ -95,10 +95,10 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
 
 
 def partitions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
-    """Parameter -> how tp and ep divide it, of those that they divide.
+    """Parameter -> its partition, of the parameters that tp or ep shards.
 
     Raises:
-        ValueError: what the mesh does not divide evenly; names the choices that it would.
+        ValueError: the mesh does not divide a size evenly; names the sizes that would.
     """
     config, tp, ep = body.config, mesh.tp, mesh.ep
     inner, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
@@ -139,7 +139,7 @@ def _check_divides(name: str, size: int, **numbers: int) -> None:
 
 
 def shard_parameters(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
-    """Leave this rank's rows and columns of the parameters that tp and ep divide, in place; how they are divided."""
+    """Replace the parameters that tp and ep shard by this rank's rows and columns, in place; returns the partitions."""
     partitions = partitions_of(model, body, mesh)
     for name, partition in partitions.items():
         owner, _, leaf = name.rpartition(".")
@@ -151,7 +151,7 @@ def shard_parameters(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str,
 
 
 def _dummy_pass(model: nn.Module) -> Callable[[bool], None]:
-    """A forward of the model over a row of one token, and a backward of nothing: the collectives of a real pass."""
+    """A forward over one token, and a backward of zeros: all collectives of a real pass, without an effect."""
     module_ref = weakref.ref(model)
 
     def run(backward: bool) -> None:
@@ -170,7 +170,8 @@ def unit_specs(model: nn.Module, body: nn.Module, dtype: torch.dtype, *, apart: 
     """Units in the order of the forward pass.
 
     Args:
-        apart: norms and routers in a unit of their own, for every rank has tokens of its own for them.
+        apart: put norms and routers in a separate unit: with tp, every rank applies them to different tokens, so their
+            gradients are summed over more ranks than those of the matrices.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     of_tokens = (
@@ -199,19 +200,19 @@ def unit_specs(model: nn.Module, body: nn.Module, dtype: torch.dtype, *, apart: 
     known = {name for unit in units for name in unit.parameters}
     rest = {name: p for name, p in model.named_parameters() if name not in known}
     if rest:
-        # Scores compute in fp32.
+        # Scoring heads compute in fp32.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         units.append(UnitSpec("scores", rest, wide, over="copy", resident=True))
     return units
 
 
 def _is_of_tokens(module: nn.Module) -> bool:
-    """Whether a module works on the tokens of the residual stream one by one: norms (one vector) and routers."""
+    """Whether a module works on single tokens of the residual stream: norms (one vector) and routers."""
     return [p.dim() for p in module.parameters(recurse=False)] == [1] or getattr(module, "is_router", False)
 
 
 def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
-    """Tell the engine when each unit's forward and backward come."""
+    """Register the hooks that tell the engine when each unit's forward and backward start."""
     engine_ref = weakref.ref(engine)
     by_name = {unit.spec.name: unit for unit in engine.units}
 
@@ -233,7 +234,8 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
 
     def after(unit: Unit, also: Unit | None = None):
         def hook(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
-            # Of a block: what it adds to the stream, whose gradient comes with that of the stream, from one node.
+            # A block returns the stream and the delta. The next block adds both in one node, so the gradients of the two
+            # arrive together.
             watch(output if isinstance(output, Tensor) else output[1], unit, also)
 
         return hook
@@ -244,7 +246,8 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
             if state is None:
                 return
             state.enter(unit)
-            # Their gradient is the last thing that the experts give back, and the router's backward comes next.
+            # The gradient of the gates is the last result of the experts' backward; the router's backward follows, and
+            # needs the dense unit.
             watch(args[1].gates, router)
 
         return hook
@@ -269,8 +272,8 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
 
 
 def _weight_test(engine: Sharded):
-    """Whether a tensor's memory holds gathered or resident parameters."""
-    buffers = [unit.place.buffer for unit in (*engine.units, *engine.resident)]
-    places = {buffer.untyped_storage().data_ptr() for buffer in buffers if buffer is not None}
-    places |= {flat.weights.untyped_storage().data_ptr() for flat in engine.flats}
-    return lambda tensor: tensor.untyped_storage().data_ptr() in places
+    """A function that tells whether a tensor's memory holds gathered or resident parameters."""
+    buffers = [unit.gather_buffer.data for unit in (*engine.units, *engine.resident)]
+    storages = {buffer.untyped_storage().data_ptr() for buffer in buffers if buffer is not None}
+    storages |= {flat.weights.untyped_storage().data_ptr() for flat in engine.flats}
+    return lambda tensor: tensor.untyped_storage().data_ptr() in storages

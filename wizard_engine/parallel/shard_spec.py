@@ -1,7 +1,7 @@
-"""Which rows and columns of a parameter a rank has, where matrices or experts are divided among ranks.
+"""Rows and columns of a parameter on one rank of tensor or expert parallelism.
 
-Every parameter is looked at as a matrix: its last dimension are the columns. A rank has an even share of each block of
-rows (q, k and v of a joint product; gate and up; experts; words), or an even share of the columns.
+Every parameter is treated as a matrix whose columns are the last dim. A rank has an even share of each block of rows
+(q, k and v of a fused projection; gate and up; experts; vocabulary entries), or an even share of the columns.
 """
 
 import math
@@ -16,8 +16,10 @@ from .mesh import Axis
 
 @dataclass(frozen=True)
 class Slice:
-    """A rectangle of a parameter: `rows` from `row` on, `columns` from `column` on; and where its numbers stand among a
-    rank's: one after the other, row by row, from `offset` on."""
+    """A rectangle of a parameter: `rows` from `row` on, `columns` from `column` on.
+
+    Its values are contiguous among a rank's local values, row-major, from `offset` on.
+    """
 
     row: int
     rows: int
@@ -31,18 +33,18 @@ class Slice:
         return self.rows * self.columns
 
     def of(self, values: Tensor) -> Tensor:
-        """(rows, columns) view of a rank's values (n,)."""
+        """(rows, columns) view of a rank's local values (n,)."""
         return values[self.offset : self.offset + self.size].view(self.rows, self.columns)
 
     def overlap(self, other: "Slice") -> "Slice | None":
-        """What two rectangles have in common, at no offset."""
+        """The intersection of two rectangles, with offset 0; None where it is empty."""
         row, column = max(self.row, other.row), max(self.column, other.column)
         rows = min(self.row + self.rows, other.row + other.rows) - row
         columns = min(self.column + self.columns, other.column + other.columns) - column
         return Slice(row, rows, column, columns, 0) if rows > 0 and columns > 0 else None
 
     def crop(self, values: Tensor, inner: "Slice") -> Tensor:
-        """The view that a rectangle inside this one has of this one's values (rows, columns)."""
+        """The view of a rectangle inside this one, out of this one's values (rows, columns)."""
         row, column = inner.row - self.row, inner.column - self.column
         return values[row : row + inner.rows, column : column + inner.columns]
 
@@ -53,10 +55,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A rank's rows and columns of a parameter.
+    """Rows and columns of a parameter on one rank.
 
     Attributes:
-        shape: of the whole parameter.   rows: runs [first, last) in their order.   columns: the run [first, last).
+        shape: of the whole parameter.   rows: ranges [first, last) in order.   columns: one range [first, last).
     """
 
     shape: tuple[int, ...]
@@ -71,7 +73,7 @@ class ShardSpec:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether it covers the whole parameter."""
         return self == ShardSpec.whole(self.shape)
 
     @property
@@ -86,18 +88,19 @@ class ShardSpec:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of what the rank has."""
+        """Shape of the local parameter."""
         if len(self.shape) < 2:
             return self.shape
         inner = math.prod(self.shape[1:-1])
         return (self.height // inner, *self.shape[1:-1], self.width)
 
     def slices(self, start: int, stop: int) -> Iterator[Slice]:
-        """Elements [start, stop) of what the rank has, in row-major order, as rectangles."""
+        """Elements [start, stop) of the local parameter, in row-major order, as rectangles."""
         at = start
         while at < stop:
             row, column = divmod(at, self.width)
             count, length = (stop - at) // self.width, self.width
+            # A range that starts or ends inside a row gives that row a rectangle of its own.
             if column or not count:
                 count, length = 1, min(self.width - column, stop - at)
             for first, height in self._runs(row, count):
@@ -105,7 +108,7 @@ class ShardSpec:
                 at += height * length
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The same as runs of elements of the whole parameter in row-major order: (first, offset, length)."""
+        """The same elements as contiguous ranges of the whole parameter: (first, offset in the local range, length)."""
         width = as_matrix(self.shape)[1]
         for tile in self.slices(start, stop):
             first = tile.row * width + tile.column
@@ -116,7 +119,7 @@ class ShardSpec:
                     yield first + row * width, tile.offset + row * tile.columns, tile.columns
 
     def _runs(self, row: int, count: int) -> Iterator[tuple[int, int]]:
-        """Rows [row, row + count) of the rank's as runs (first row of the whole, rows)."""
+        """Local rows [row, row + count) as ranges (first row of the whole parameter, rows)."""
         before = 0
         for first, last in self.rows:
             low, high = max(row, before), min(row + count, before + last - first)
@@ -125,7 +128,7 @@ class ShardSpec:
             before += last - first
 
     def of(self, whole: Tensor) -> Tensor:
-        """A copy of what the rank has of a whole parameter."""
+        """A copy of the local parameter, out of the whole one."""
         matrix = whole.reshape(as_matrix(self.shape))
         values = torch.cat([matrix[first:last, slice(*self.columns)] for first, last in self.rows])
         return values.reshape(self.local_shape)
@@ -138,11 +141,11 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Partition:
-    """How a parameter is divided over an axis.
+    """How a parameter is sharded over an axis.
 
     Attributes:
         shape: of the whole parameter.   axis: of the ranks.
-        blocks: heights of the blocks of rows of which each rank has an even share; none: the columns are divided.
+        blocks: heights of the blocks of rows, of each of which a rank has an even share; empty: columns are sharded.
     """
 
     shape: tuple[int, ...]
@@ -150,7 +153,7 @@ class Partition:
     axis: Axis = field(default_factory=Axis)
 
     def shard(self, index: int) -> ShardSpec:
-        """What rank `index` of the axis has."""
+        """The shard of rank `index` of the axis."""
         height, width = as_matrix(self.shape)
         if not self.blocks:
             share = width // self.axis.size
@@ -164,5 +167,5 @@ class Partition:
 
     @property
     def local(self) -> ShardSpec:
-        """What this rank has."""
+        """This rank's shard."""
         return self.shard(self.axis.index)
