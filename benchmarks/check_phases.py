@@ -61,16 +61,16 @@ def compile_ahead(visit: Visit) -> int:
 
 def operations(visit: Visit) -> int:
     """What figures depend on, the ceilings, and every public operation once against its reference."""
-    from benchmarks import every_operation
+    from benchmarks import every_operation, operation_check
 
     device = visit.device
     named = [
         (f"{operation.name} {str(dtype).removeprefix('torch.')}", operation, dtype)
-        for dtype in every_operation.dtypes(device)
+        for dtype in operation_check.dtypes(device)
         for operation in every_operation.OPERATIONS
     ]
     named += [(name, operation, torch.float32) for name, operation in every_operation.WHOLE]
-    checks = [(name, lambda o=o, t=dtype: every_operation.rows(o, device, t)) for name, o, dtype in named]
+    checks = [(name, lambda o=o, t=dtype: operation_check.rows(o, device, t)) for name, o, dtype in named]
     first = ("environment", lambda: [environment(device)])
     return run_cases(visit, [first, *checks, ("ceilings", lambda: [{"ceilings": gpu_timing.ceilings(device)}])])
 

@@ -39,13 +39,13 @@ COMMAND = (sys.executable, "-m", "benchmarks.launch_sources")
 
 def operations() -> None:
     """Every public operation in every dtype."""
-    from benchmarks import every_operation
+    from benchmarks import every_operation, operation_check
 
-    for dtype in every_operation.dtypes(GPU):
+    for dtype in operation_check.dtypes(GPU):
         for operation in every_operation.OPERATIONS:
-            every_operation.rows(operation, GPU, dtype)
+            operation_check.rows(operation, GPU, dtype)
     for _, whole in every_operation.WHOLE:
-        every_operation.rows(whole, GPU, torch.float32)
+        operation_check.rows(whole, GPU, torch.float32)
 
 
 def training() -> None:

@@ -32,6 +32,7 @@ from benchmarks.standin import Event, Log, stand_in
 from benchmarks.standin.host import torch_launch_seconds, triton_launch_seconds
 from wizard_engine.model import PRESETS, ModelConfig
 from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
+from wizard_engine.planning.rates import GPUS, rates_of
 
 STEPS = ("train", "decode", "rleif")
 DEVICE = torch.device("cuda", 0)
@@ -39,22 +40,23 @@ ATTENTION_FORWARD = ("attention_forward_kernel",)
 ATTENTION_BACKWARD = ("attention_backward_kv_kernel", "attention_backward_q_kernel")
 # Rows of the printed table.
 SHOWN = 16
+H200, PLANNED = GPUS["H200"], rates_of(None)
 
 
 @dataclass(frozen=True)
 class Rates:
     """What the prediction assumes of the device and the host."""
 
-    peak: float = 989e12
+    peak: float = H200.flops
     """Dense bf16 operations per second of the data sheet: the denominator of MFU."""
     matrix: float = 788e12
     """Products of matrices, operations per second: measured on an H200 with random numbers."""
     memory: float = 4.3e12
     """Bytes read and written per second: a measured copy on an H200."""
-    grouped: float = 0.62 * 989e12
+    grouped: float = PLANNED.grouped * H200.flops
     """Products of experts, as the planner assumes."""
-    attention_forward: float = 0.60 * 989e12
-    attention_backward: float = 0.45 * 989e12
+    attention_forward: float = PLANNED.attention_forward * H200.flops
+    attention_backward: float = PLANNED.attention_backward * H200.flops
     link: float = 55e9
     """Copies between host and device, bytes per second."""
     shortest: float = 2.5e-6

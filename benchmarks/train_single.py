@@ -28,6 +28,7 @@ from wizard_engine.parallel import Sharding, parallelize
 from wizard_engine.parallel.mesh import Mesh
 from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
 from wizard_engine.planning.rates import peak_flops
+from wizard_engine.runtime.memory import peak_memory_gib
 
 DOCUMENTS = (3900, 2700, 2100, 1700, 1400, 1100, 900, 700, 550, 430, 330, 240, 170, 110, 44, 10)
 # Share of the memory that the estimate fills: allocations do not pack without gaps.
@@ -134,7 +135,7 @@ def _peak(config: ModelConfig, batch: Packed, device: torch.device, recompute: s
     for call in parts(state, batch).values():
         call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return peak_memory_gib(device) * 2**30
 
 
 def _forget() -> None:
@@ -177,7 +178,7 @@ def _measured(
         timed_step(state, batch)
     torch.cuda.reset_peak_memory_stats(device)
     found = [timed_step(state, batch) for _ in range(steps)]
-    memory = torch.cuda.max_memory_allocated(device)
+    memory = peak_memory_gib(device)
     seconds = {name: spread([step[name] for step in found]) for name in found[0]}
     flops, median = training_flops(config, lengths), seconds["step"]["p50"]
     return {
@@ -185,7 +186,7 @@ def _measured(
         "documents": len(lengths), "recompute": recompute, "parameters": config.num_parameters, "seconds": seconds,
         "tokens_per_second": sum(lengths) / median, "flops": flops, "tflops": flops / median / 1e12,
         "mfu": flops / median / peak_flops(device), "peak_tflops": peak_flops(device) / 1e12,
-        "peak_memory_gib": memory / 2**30, "steps": steps,
+        "peak_memory_gib": memory, "steps": steps,
     }  # fmt: skip
 
 

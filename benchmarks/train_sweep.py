@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import train_step
 from benchmarks.__main__ import environment
 from benchmarks.command_line import nearest
+from benchmarks.train_row import Options, append, check_values, line_of
 from wizard_engine.html import charts
 from wizard_engine.runtime.cli import cli, option_names
 from wizard_engine.runtime.files import write_text
@@ -109,15 +109,15 @@ def _layout(where: str, options: dict[str, Any]) -> Layout:
     ranks, name = options.pop("ranks", 1), str(options.pop("name", ""))
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise ValueError(f"{where}: ranks: expected a whole number of at least 1, got {ranks!r}")
-    known = [option.removeprefix("--").replace("-", "_") for option in option_names(train_step.Options)]
+    known = [option.removeprefix("--").replace("-", "_") for option in option_names(Options)]
     known = [option for option in known if option not in OWN]
     for option in options:
         if option not in known:
             raise ValueError(f"{where}: {option}: expected a known option{nearest(option, ['name', 'ranks', *known])}")
     words = tuple(word for option, value in options.items() for word in words_of(option, value))
     try:
-        found = cli(train_step.Options, args=words)
-        train_step.check_values(found)
+        found = cli(Options, args=words)
+        check_values(found)
     except SystemExit:
         raise ValueError(f"{where}: expected options of a layout, got {' '.join(words)}; see above") from None
     except ValueError as error:
@@ -135,16 +135,16 @@ def words_of(option: str, value: Any) -> list[str]:
     return [typed, *map(str, values)]
 
 
-def changed(options: "train_step.Options") -> dict[str, Any]:
+def changed(options: Options) -> dict[str, Any]:
     """Options of the command line that are not the defaults, without the sweep's own."""
-    own, usual = flat(asdict(options)), flat(asdict(train_step.Options()))
+    own, usual = flat(asdict(options)), flat(asdict(Options()))
     return {name: value for name, value in own.items() if value != usual[name] and name not in OWN}
 
 
 # Running
 
 
-def sweep(options: "train_step.Options") -> int:
+def sweep(options: Options) -> int:
     """Start every layout; returns the exit status: 1 where one failed.
 
     Raises:
@@ -180,7 +180,7 @@ def started(layout: Layout, path: Path) -> list[dict[str, Any]]:
             "benchmark": "train_step", **environment(), "name": layout.name, "ranks": layout.ranks,
             "recipe": left[0] if left else "", "options": " ".join(layout.words), "error": reason(done.stderr),
         }  # fmt: skip
-        train_step.append(path, failed)
+        append(path, failed)
         rows.append(failed)
     return rows
 
@@ -212,7 +212,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             shown = row["name"]
             lines.append(f"{shown}:")
         failed = f"{row['recipe']:10}{row['ranks']:>3} ranks  failed: {row.get('error')}"
-        lines.append("  " + (failed if "error" in row else train_step.line_of(row)))
+        lines.append("  " + (failed if "error" in row else line_of(row)))
     return "\n".join(lines)
 
 

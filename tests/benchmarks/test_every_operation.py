@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import every_operation, one_rank, tiny_steps
-from benchmarks.every_operation import NOT_OPERATIONS, OPERATIONS, WHOLE, rows, verdict
+from benchmarks import one_rank, operation_check, tiny_steps
+from benchmarks.every_operation import NOT_OPERATIONS, OPERATIONS, WHOLE
+from benchmarks.operation_check import rows, verdict
 from kernels import use_backend
 
 CPU = torch.device("cpu")
@@ -80,11 +81,11 @@ def test_a_wrong_kernel_gradient_shape_or_nan_is_seen(monkeypatch):
 
 
 def test_inputs_on_a_gpu_are_of_the_7b_models_widths():
-    sizes = every_operation.Sizes.of(torch.device("cuda", 0))
+    sizes = operation_check.Sizes.of(torch.device("cuda", 0))
     assert (sizes.head, sizes.width, sizes.ffn) == (128, 4096, 14336)
     wide = tiny_steps.config(device=torch.device("cuda", 0))
     assert (wide.head_width, wide.width, wide.ffn_width) == (128, 4096, 2048)
-    assert every_operation.dtypes(torch.device("cuda", 0)) == (torch.bfloat16, torch.float32)
+    assert operation_check.dtypes(torch.device("cuda", 0)) == (torch.bfloat16, torch.float32)
 
 
 # About 20 s of the interpreter: a layer, forward and backward, twice for each step.

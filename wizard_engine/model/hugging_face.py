@@ -22,6 +22,7 @@ from wizard_engine.runtime.process import Runtime
 
 from .config import ModelConfig
 from .heads import ScoringModel
+from .progress import byte_bar
 from .published import Piece, Region, pieces, published_config, published_tensors, read_config
 from .safetensors_file import DTYPES, NAMES, SafetensorsFile, file_header, write_file
 from .transformer import Transformer
@@ -274,10 +275,13 @@ def _materialised(directory: ModelDirectory, dtype: torch.dtype, device: Any) ->
     """The directory's model with every parameter read; scoring heads stay in fp32, where they compute."""
     model = directory.empty_model()
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, tensor in directory.parameters(dtype=dtype, device=device):
-        owner, _, leaf = name.rpartition(".")
-        wide = tensor.float() if name.startswith("score.") else tensor
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(wide, requires_grad=trained[name]))
+    total = sum(math.prod(shape) for shape in directory.shapes.values()) * dtype.itemsize
+    with byte_bar(f"load {directory.path}", total) as bar:
+        for name, tensor in directory.parameters(dtype=dtype, device=device):
+            owner, _, leaf = name.rpartition(".")
+            wide = tensor.float() if name.startswith("score.") else tensor
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(wide, requires_grad=trained[name]))
+            bar.update(tensor.nbytes)
     return model
 
 
@@ -403,16 +407,18 @@ def _write_ranges(
     file_of = {name: file for file, names in files.items() for name in names}
     opened = {file: os.open(folder / file, os.O_WRONLY) for file in files}
     try:
-        for name, start, values in engine.weight_shards(exact=False):
-            shard = values.detach().cpu().contiguous()
-            for first, offset, count in engine.shard_specs[name].runs(start, start + shard.numel()):
-                for piece in by_parameter[name]:
-                    begin = piece.start_in(engine.shapes[name])
-                    low, high = max(first, begin), min(first + count, begin + math.prod(piece.shape))
-                    if low < high:
-                        at = headers[file_of[piece.name]][1][piece.name] + (low - begin) * shard.element_size()
-                        part = shard[offset + low - first : offset + high - first]
-                        _write_at(opened[file_of[piece.name]], part, at)
+        with byte_bar(f"save {folder.parent}", sum(flat.weights.nbytes for flat in engine.flats)) as bar:
+            for name, start, values in engine.weight_shards(exact=False):
+                shard = values.detach().cpu().contiguous()
+                for first, offset, count in engine.shard_specs[name].runs(start, start + shard.numel()):
+                    for piece in by_parameter[name]:
+                        begin = piece.start_in(engine.shapes[name])
+                        low, high = max(first, begin), min(first + count, begin + math.prod(piece.shape))
+                        if low < high:
+                            at = headers[file_of[piece.name]][1][piece.name] + (low - begin) * shard.element_size()
+                            part = shard[offset + low - first : offset + high - first]
+                            _write_at(opened[file_of[piece.name]], part, at)
+                bar.update(shard.nbytes)
         for descriptor in opened.values():
             os.fsync(descriptor)
     finally:
@@ -450,8 +456,9 @@ def _write(
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
     files, index = _files({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, max_shard_bytes)
-    for file, names in files.items():
-        write_file(folder / file, {name: tensors[name] for name in names})
+    with byte_bar(f"save {folder.parent}", sum(tensor.nbytes for tensor in tensors.values())) as bar:
+        for file, names in files.items():
+            write_file(folder / file, {name: tensors[name] for name in names}, written=bar.update)
     if index is not None:
         write_json(folder / INDEX, index)
 

@@ -15,6 +15,7 @@ from wizard_engine.runtime.process import Runtime
 from .config import PRESETS, ModelConfig
 from .heads import ScoringModel, scoring_head
 from .hugging_face import ModelDirectory, load_model, save_model, save_sharded
+from .progress import byte_bar
 from .transformer import Transformer
 
 
@@ -86,11 +87,14 @@ def fill(model: nn.Module, directory: ModelDirectory, *, body_only: bool = False
     engine = sharded(model)
     theirs = "" if directory.outputs is None else "body."
     ours = "body." if isinstance(model, ScoringModel) else ""
-    for name, start, values in engine.weight_shards():
-        if not name.startswith("score."):
-            directory.read(theirs + name.removeprefix(ours), start, values, spec=engine.shard_specs[name])
-        elif not body_only:
-            directory.read(name, start, values)
+    shards = list(engine.weight_shards())
+    with byte_bar(f"load {directory.path}", sum(values.nbytes for _, _, values in shards)) as bar:
+        for name, start, values in shards:
+            if not name.startswith("score."):
+                directory.read(theirs + name.removeprefix(ours), start, values, spec=engine.shard_specs[name])
+            elif not body_only:
+                directory.read(name, start, values)
+            bar.update(values.nbytes)
     engine.publish()
 
 

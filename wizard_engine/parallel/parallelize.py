@@ -234,8 +234,8 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
 
     def after(unit: Unit, also: Unit | None = None):
         def hook(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
-            # A block returns the stream and the delta. The next block adds both in one node, so the gradients of the two
-            # arrive together.
+            # A block returns the stream and the delta. The next block adds both in one node, so their gradients arrive
+            # together.
             watch(output if isinstance(output, Tensor) else output[1], unit, also)
 
         return hook
