@@ -135,13 +135,13 @@ def _adamw(gradient: str) -> Callable[..., tuple[Tensor, ...]]:
         # The interpreter rounds to bf16 by cutting.
         half = torch.float16 if is_interpreted() else torch.bfloat16
         state, copy = [master, exp_avg, exp_avg_sq.square()], torch.zeros_like(master, dtype=half)
-        given, exact = grad.bfloat16() if gradient == "bf16" else grad, master.dtype == torch.float64
+        grad_in, exact = grad.bfloat16() if gradient == "bf16" else grad, master.dtype == torch.float64
         # The reference in float64 takes the bf16 gradient's numbers in its own dtype, and no copy.
-        given, options = given.to(master.dtype) if exact else given, ADAMW | ({} if exact else {"copy": copy})
+        grad_in, options = grad_in.to(master.dtype) if exact else grad_in, ADAMW | ({} if exact else {"copy": copy})
         update = adamw_plain if exact else adamw
-        update(*state, given, **options, scale=scale if gradient == "bf16" else None)
+        update(*state, grad_in, **options, scale=scale if gradient == "bf16" else None)
         before = [x.clone() for x in state]
-        update(*state, given, **options, scale=scale * float("inf"))
+        update(*state, grad_in, **options, scale=scale * float("inf"))
         kept = torch.tensor([float(torch.equal(a, b)) for a, b in zip(before, state)])
         return *state, state[0] if exact else copy, kept
 
@@ -369,7 +369,7 @@ def decode_graph(device: torch.device, dtype: torch.dtype) -> list[Triple]:
     from wizard_engine.model import Transformer
 
     model = Transformer(config(device=device), seed=3).to(device, dtype).requires_grad_(False)
-    found = []
+    runs = []
     for use_graphs in (True, False):
         engine = Engine(model, cache_tokens=1024, max_sequences=4, use_graphs=use_graphs)
         rows = [
@@ -378,8 +378,8 @@ def decode_graph(device: torch.device, dtype: torch.dtype) -> list[Triple]:
             for row in engine.add([5 + n, 7, 11 + n], Sampling(12, temperature, seed=n))
         ]
         engine.run()
-        found.append((torch.tensor([row.ids for row in rows]), torch.tensor([row.logprobs for row in rows])))
-    (tokens, logprobs), (same, close) = found
+        runs.append((torch.tensor([row.ids for row in rows]), torch.tensor([row.logprobs for row in rows])))
+    (tokens, logprobs), (same, close) = runs
     # Batches of another size round apart in fp32.
     return [(tokens, same.double(), same), (logprobs, close.double(), close + 1e-5)]
 

@@ -106,8 +106,8 @@ def entries(arch: int) -> Iterator[Launch]:
 def measured(arch: int) -> Iterator[Launch]:
     """The cases that are measured, in every variant of this project."""
     with use_arch(arch):
-        found = [(case, config) for case in cases(list(OPERATIONS), GPU) for config in own_configs(case, GPU).values()]
-    for case, config in found:
+        forms = [(case, config) for case in cases(list(OPERATIONS), GPU) for config in own_configs(case, GPU).values()]
+    for case, config in forms:
         with use_config("attention_forward", **config) if config else contextlib.nullcontext():
             yield from tune_targets.launches(case, arch)
 

@@ -95,17 +95,17 @@ def _counts(device: torch.device) -> list[Row]:
 
 def _gradients(device: torch.device) -> list[Row]:
     """Each collective with a gradient: one rank's is that of the identity, and of a plain product."""
-    axis, found = world(), []
+    axis, verdicts = world(), []
     x, weight = (_numbers(device, n, WIDTH).requires_grad_() for n in (ROWS, 3))
     for function in (collectives.AllGather, collectives.ReduceScatter, collectives.AllGatherReplicated):
         (dx,) = torch.autograd.grad(function.apply(x, axis).square().sum(), x)
-        found += [row | {"what": function.__name__} for row in _same(dx, 2 * x.detach())]
+        verdicts += [row | {"what": function.__name__} for row in _same(dx, 2 * x.detach())]
     out = collectives.AllGatherLinear.apply(x, weight, axis)
     dx, dweight = torch.autograd.grad(out.sum(), (x, weight))
     ones = torch.ones_like(out)
     for what, got, expected in (("dx", dx, ones @ weight.detach()), ("dweight", dweight, ones.T @ x.detach())):
-        found += [row | {"what": f"GatheredLinear {what}"} for row in _close(got, expected)]
-    return found
+        verdicts += [row | {"what": f"GatheredLinear {what}"} for row in _close(got, expected)]
+    return verdicts
 
 
 def _experts(device: torch.device) -> list[Row]:
@@ -125,8 +125,8 @@ def _objects(device: torch.device) -> list[Row]:
     dist.all_gather_object(gathered, value)
     box = [value]
     dist.broadcast_object_list(box, src=0)
-    own = from_main(runtime.Runtime(0, 1, 0, device), lambda: value)
-    right = gathered == [value] and box == [value] and own == value
+    received = from_main(runtime.Runtime(0, 1, 0, device), lambda: value)
+    right = gathered == [value] and box == [value] and received == value
     return [{"status": "right" if right else "wrong", "note": "" if right else f"{gathered} {box}"}]
 
 

@@ -73,13 +73,13 @@ class Operation:
         leaves = {name: x.clone().requires_grad_(name in self.grads) for name, x in tensors.items()}
         outs = self.function(**leaves)
         outs = [x for x in (outs if isinstance(outs, tuple) else (outs,)) if isinstance(x, Tensor)]
-        found = [x.detach().cpu() for x in outs]
+        results = [x.detach().cpu() for x in outs]
         if self.grads:
             live = [x for x in outs if x.requires_grad]
-            slopes = [_cotangent(x, place) for place, x in enumerate(live)]
-            grads = torch.autograd.grad(live, [leaves[name] for name in self.grads], slopes)
-            found += [grad.cpu() for grad in grads]
-        return found
+            cotangents = [_cotangent(x, place) for place, x in enumerate(live)]
+            grads = torch.autograd.grad(live, [leaves[name] for name in self.grads], cotangents)
+            results += [grad.cpu() for grad in grads]
+        return results
 
 
 def _cotangent(x: Tensor, place: int) -> Tensor:

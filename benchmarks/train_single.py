@@ -177,9 +177,9 @@ def _measured(
     for _ in range(2):
         timed_step(state, batch)
     torch.cuda.reset_peak_memory_stats(device)
-    found = [timed_step(state, batch) for _ in range(steps)]
+    timed_steps = [timed_step(state, batch) for _ in range(steps)]
     memory = peak_memory_gib(device)
-    seconds = {name: spread([step[name] for step in found]) for name in found[0]}
+    seconds = {name: spread([step[name] for step in timed_steps]) for name in timed_steps[0]}
     flops, median = training_flops(config, lengths), seconds["step"]["p50"]
     return {
         "preset": "7b", "layers": config.layers, "layers_of_preset": PRESETS["7b"].layers, "tokens": sum(lengths),
@@ -210,13 +210,13 @@ def trace(device: torch.device, path: Path, config: ModelConfig | None = None) -
     profile.export_chrome_trace(str(path))
 
 
-def text_of(found: dict[str, Any]) -> str:
+def text_of(row: dict[str, Any]) -> str:
     """One line of figures."""
-    times = ", ".join(f"{name} {1e3 * value['p50']:.0f} ms" for name, value in found["seconds"].items())
+    times = ", ".join(f"{name} {1e3 * value['p50']:.0f} ms" for name, value in row["seconds"].items())
     return (
-        f"7B shapes, {found['layers']} of {found['layers_of_preset']} layers, {found['tokens']} tokens in "
-        f"{found['documents']} documents, bf16, recomputation {found['recompute']}: "
-        f"{found['tokens_per_second']:,.0f} tokens/s, {found['tflops']:.0f} TFLOP/s, MFU {found['mfu']:.1%} of "
-        f"{found['peak_tflops']:.0f} TFLOP/s (3 x forward operations, documents apart, recomputation not counted), "
-        f"peak {found['peak_memory_gib']:.1f} GiB; {times}"
+        f"7B shapes, {row['layers']} of {row['layers_of_preset']} layers, {row['tokens']} tokens in "
+        f"{row['documents']} documents, bf16, recomputation {row['recompute']}: "
+        f"{row['tokens_per_second']:,.0f} tokens/s, {row['tflops']:.0f} TFLOP/s, MFU {row['mfu']:.1%} of "
+        f"{row['peak_tflops']:.0f} TFLOP/s (3 x forward operations, documents apart, recomputation not counted), "
+        f"peak {row['peak_memory_gib']:.1f} GiB; {times}"
     )

@@ -139,7 +139,7 @@ def measured(options: Options, recipe: str, rt: Runtime, mesh: Mesh) -> dict[str
             logged = read_metrics(out / "metrics.jsonl")
         memory = peak_memory_gib(rt.device)
         everyone = gather_objects((steps, memory))
-    row = summary(recipe, [found for found, _ in everyone], mesh.row.size, peak_flops(rt.device))
+    row = summary(recipe, [rank_steps for rank_steps, _ in everyone], mesh.row.size, peak_flops(rt.device))
     row["peak_memory_gib"] = max(memory for _, memory in everyone)
     if logged is not None:
         row |= from_log(logged, options.warmup, row["peak_tflops"] * 1e12)
@@ -150,17 +150,17 @@ def from_log(lines: Sequence[Mapping[str, Any]], warmup: int, peak: float) -> di
     """What the run's own log says of the measured steps: tokens, operations of a token (whose attention it counts over
     whole packed rows), seconds of phases."""
     last = lines[-1]
-    found = {"logged_tokens": last["tokens"] - lines[warmup - 1]["tokens"], "phases": phases(lines[warmup:])}
+    logged = {"logged_tokens": last["tokens"] - lines[warmup - 1]["tokens"], "phases": phases(lines[warmup:])}
     if "mfu" in last:
-        found["logged_flops_per_token"] = last["mfu"] * peak / last["tokens_per_second_per_device"]
-    return found
+        logged["logged_flops_per_token"] = last["mfu"] * peak / last["tokens_per_second_per_device"]
+    return logged
 
 
 def _measured_steps(
     options: Options, recipe: str, made: Any, form: ClosedForm, rt: Runtime, mesh: Mesh
 ) -> list[Step]:  # fmt: skip
     """This rank's steps behind the warm-up."""
-    passes, found = PassLog(), []
+    passes, steps = PassLog(), []
     passes.watch(made.models)
     with CommunicationMeter(mesh) as meter:
         for number in range(options.warmup + options.steps):
@@ -172,10 +172,10 @@ def _measured_steps(
             seconds = synchronised(rt.device) - began
             moved, calls = meter.take(), passes.take()
             if number >= options.warmup:
-                found.append(Step(seconds, work, moved, planned_bytes(form, recipe, made.models, calls)))
+                steps.append(Step(seconds, work, moved, planned_bytes(form, recipe, made.models, calls)))
         # The run closes its log behind the last step.
         next(made.steps, None)
-    return found
+    return steps
 
 
 def planned_bytes(form: ClosedForm, recipe: str, models: dict, calls: Sequence[Pass]) -> dict[tuple[str, str], int]:
@@ -193,9 +193,9 @@ def summary(recipe: str, ranks: Sequence[Sequence[Step]], sharing: int, peak: fl
     world, count = len(ranks), len(ranks[0])
     # A step ends, for all, when its slowest rank does.
     seconds = [max(steps[i].seconds for steps in ranks) for i in range(count)]
-    own = [steps for rank, steps in enumerate(ranks) if rank % sharing == 0]
-    tokens = [sum(steps[i].work.tokens for steps in own) for i in range(count)]
-    flops = [sum(steps[i].work.flops for steps in own) for i in range(count)]
+    leaders = [steps for rank, steps in enumerate(ranks) if rank % sharing == 0]
+    tokens = [sum(steps[i].work.tokens for steps in leaders) for i in range(count)]
+    flops = [sum(steps[i].work.flops for steps in leaders) for i in range(count)]
     rates = [n / s / world for n, s in zip(tokens, seconds)]
     waited: Counter[str] = Counter()
     moved: Counter[tuple[str, str]] = Counter()
@@ -235,10 +235,10 @@ def _name(key: tuple[str, str]) -> str:
     return " ".join(key)
 
 
-def _readable(found: Prediction) -> dict[str, Any]:
+def _readable(prediction: Prediction) -> dict[str, Any]:
     return {
-        "seconds": found.seconds, "tokens_per_second_per_gpu": found.tokens_per_second, "mfu": found.mfu,
-        "peak_memory_gib": found.peak_bytes / 2**30, "device": found.rates,
+        "seconds": prediction.seconds, "tokens_per_second_per_gpu": prediction.tokens_per_second, "mfu": prediction.mfu,
+        "peak_memory_gib": prediction.peak_bytes / 2**30, "device": prediction.rates,
     }  # fmt: skip
 
 

@@ -335,9 +335,9 @@ def test_layouts_of_json_lines_override_the_command_line(tmp_path):
     assert [(one.name, one.ranks, one.recipes) for one in layouts] == [
         ("2 ranks", 2, ("sft", "reward")), ("b", 1, ("sft", "reward"))
     ]  # fmt: skip
-    assert layouts[0].words == ("--tokens", "16", "--recipe", "sft", "reward", "--mesh.tp", "2")
-    assert layouts[1].words[:2] == ("--tokens", "8") and layouts[1].words[-1] == "--sharding.offload-optimizer"
-    assert train_sweep.words_of("sharding.offload_optimizer", False) == ["--sharding.no-offload-optimizer"]
+    assert layouts[0].flags == ("--tokens", "16", "--recipe", "sft", "reward", "--mesh.tp", "2")
+    assert layouts[1].flags[:2] == ("--tokens", "8") and layouts[1].flags[-1] == "--sharding.offload-optimizer"
+    assert train_sweep.flags_of("sharding.offload_optimizer", False) == ["--sharding.no-offload-optimizer"]
 
 
 @pytest.mark.parametrize(
