@@ -29,12 +29,12 @@ def main(root, source, name, options):
         is_read = all(torch.equal(a, b) for a, b in pairs)
     optimizer = AdamW(model)
     with ExitStack() as stack:
-        found = checkpoint.resume(root / source, rt, stack)
-        restore(found, "model", model, optimizer, found.state["updates"])
-        state = found.state
+        checkpoint_read = checkpoint.resume(root / source, rt, stack)
+        restore(checkpoint_read, "model", model, optimizer, checkpoint_read.state["updates"])
+        state = checkpoint_read.state
     weights, moments = parts_of(model, optimizer)
     saver = checkpoint.Saver(root / name, rt)
-    saver.save(found.step, {"model": weights, "model_optimizer": moments}, state)
+    saver.save(checkpoint_read.step, {"model": weights, "model_optimizer": moments}, state)
     saver.wait()
     tokenizer = load_tokenizer(root / "base")
     if mesh.copy.size > 1:

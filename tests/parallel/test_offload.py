@@ -43,8 +43,8 @@ def train(model, micro_batches, steps=3):
         seen.append(optimizer.clip(0.1).float())
         optimizer.step(1e-2)
     engine = sharded(model)
-    own = {name: values.clone() for name, _, values in engine.shards(engine.master)}
-    return torch.stack(seen), own, [p.detach().clone() for p in model.parameters()]
+    master = {name: values.clone() for name, _, values in engine.shards(engine.master)}
+    return torch.stack(seen), master, [p.detach().clone() for p in model.parameters()]
 
 
 # Catches: a gradient, a master or a weight read before its event; a room or a source overwritten while it is copied;
@@ -52,15 +52,15 @@ def train(model, micro_batches, steps=3):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_late_copies_give_the_numbers_of_no_copies(dtype, micro_batches):
-    losses, own, weights = train(offloaded(dtype, LateLink()), micro_batches)
+    losses, master, weights = train(offloaded(dtype, LateLink()), micro_batches)
     at_once = train(offloaded(dtype, DirectLink()), micro_batches)
-    assert torch.equal(losses, at_once[0]) and all(torch.equal(own[n], at_once[1][n]) for n in own)
+    assert torch.equal(losses, at_once[0]) and all(torch.equal(master[n], at_once[1][n]) for n in master)
     assert all(torch.equal(a, b) for a, b in zip(weights, at_once[2], strict=True))
     plain = parallelize(Transformer(CONFIG, seed=0), CPU, Sharding(dtype=dtype, offload_optimizer=True))
     expected = train(plain, micro_batches)
     # Chunks of the norm begin with every unit there, so that the clip factor may round apart.
     torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
-    for name, values in own.items():
+    for name, values in master.items():
         torch.testing.assert_close(values, expected[1][name], rtol=1e-4, atol=1e-6)
 
 

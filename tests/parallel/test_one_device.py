@@ -68,8 +68,8 @@ def test_gradients_have_the_bits_of_an_fp32_sum(count, told):
         for seed in lockstep(range(count), model, backward=True) if told == "by lockstep" else range(count):
             backward(model, seed)
     engine.finish()
-    found = {name: values for name, _, values in engine.shards(engine.gradient())}
-    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    grads = {name: values for name, _, values in engine.shards(engine.gradient())}
+    assert all(torch.equal(grads[name], expected[name]) for name in expected) and grads.keys() == expected.keys()
     is_narrow = count == 1 and told != "by zero_grad"
     assert [g.dtype for g in engine.gradients] == [torch.bfloat16 if is_narrow else torch.float32]
     assert engine.gradient().dtype == torch.float32
@@ -97,9 +97,9 @@ def test_parameters_without_a_gradient_have_zeros(count):
     for _ in range(count):
         (module.first.float() * 2).sum().backward()
     engine.finish()
-    found = {name: values for name, _, values in engine.shards(engine.gradient())}
-    assert (found["first"] == 2 * count).all() and not found["second"].any() and not found["idle"].any()
-    assert float(engine.norm()) == pytest.approx(2 * count * 15**0.5) and "frozen" not in found
+    grads = {name: values for name, _, values in engine.shards(engine.gradient())}
+    assert (grads["first"] == 2 * count).all() and not grads["second"].any() and not grads["idle"].any()
+    assert float(engine.norm()) == pytest.approx(2 * count * 15**0.5) and "frozen" not in grads
     engine.zero_grad()
     assert not engine.gradient().any() and float(engine.norm()) == 0.0
 

@@ -41,8 +41,8 @@ def test_bf16_trains_beside_fp32_masters(host):
     wide, narrow = Transformer(CONFIG, seed=0), Transformer(CONFIG, seed=0)
     parallelize(narrow, CPU, Sharding(dtype="bfloat16", offload_optimizer=host))
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
-    expected, found = train(wide, 8), train(narrow, 8)
-    assert found[-1] < 0.9 * found[0] and found == pytest.approx(expected, rel=0.02)
+    expected, losses = train(wide, 8), train(narrow, 8)
+    assert losses[-1] < 0.9 * losses[0] and losses == pytest.approx(expected, rel=0.02)
     engine = sharded(narrow)
     assert engine.master.dtype == torch.float32 and engine.gradients[0].dtype == torch.float32
     for flat in engine.training:
