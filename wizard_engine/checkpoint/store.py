@@ -65,6 +65,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._closing = False
+        # Pinned memory is slow to allocate: buffers stay for the next checkpoint.
         self._host: dict[str, Tensor] = {}
 
     def save(self, step: int, tensors: Groups, state: Mapping[str, Any]) -> None:
@@ -89,6 +90,7 @@ class Saver:
         # Fail here, in the caller, rather than in the thread.
         plain = to_plain(state)
         json.dumps(plain)
+        # The thread still reads the host buffers that this call is about to overwrite.
         self.wait()
         partial = self.folder / f"{PARTIAL}step_{step:08d}"
         from_main(self.runtime, lambda: self._prepare(partial))
@@ -125,6 +127,7 @@ class Saver:
 
     def close(self) -> None:
         """Finish the checkpoint in progress, without a collective: another rank may be gone."""
+        # The thread gives up early on notes of ranks that may be dead.
         self._closing = True
         if self._thread is not None:
             self._thread.join()
@@ -158,6 +161,7 @@ class Saver:
             entry = write_shards(partial / file_name(self.runtime.rank), shards)
             write_json(note, {"entry": entry, "tensors": listed})
         except Exception as error:
+            # A note with the error spares rank 0 the wait for this rank's file.
             self._error = _not_saved(final, error)
             with suppress(OSError):
                 write_json(note, {"error": str(self._error)})
@@ -186,6 +190,7 @@ class Saver:
         write_text(partial / NAME, json.dumps(manifest))
         for note_path in partial.glob("*.safetensors.json"):
             note_path.unlink()
+        # The names of the files must be on the disk before the rename makes them visible.
         sync_directory(partial)
         _put_in_place(partial, final)
         for old in _steps(self.folder)[: -self.keep_last]:
@@ -266,6 +271,7 @@ class Checkpoint:
         Raises:
             ValueError: a tensor is damaged; names file and tensor.
         """
+        # Every byte is read by one rank, so that the time shrinks with the number of ranks.
         for file in self._files[rank::world_size]:
             file.verify()
 
@@ -327,6 +333,7 @@ def resume(directory: Path, runtime: Runtime, stack: ExitStack) -> Checkpoint | 
     Raises:
         ValueError: on every rank, if it is damaged on one.
     """
+    # Rank 0 chooses: with a shared file system, others may see the directory in another state.
     newest = from_main(runtime, lambda: latest(directory))
     newest_path = None if newest is None else str(newest)
     if newest_path is None:
@@ -364,6 +371,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
     aside = final.with_name(REPLACED + final.name)
     if final.exists():
         final.rename(aside)
+    # A kill between the two renames leaves the old one aside; `_restore` finds it there.
     try:
         partial.rename(final)
     except OSError:

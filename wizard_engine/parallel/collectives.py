@@ -16,6 +16,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 def all_gather_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, Any]:
     """Rows (n, ...) of all ranks in rank order, (size n, ...); and with `async_op` the work to wait for."""
+    # Collectives read memory, not strides: a transposed or sliced tensor must be copied first.
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     return out, all_gather(out, x.contiguous(), group=axis.group, async_op=async_op)
 
@@ -75,6 +76,7 @@ class AllGatherLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, axis):
         ctx.axis = axis
+        # Saving the gathered rows would take tp times the memory; the backward gathers them again instead.
         ctx.save_for_backward(x, weight)
         return all_gather_rows(x, axis)[0] @ weight.T
 

@@ -74,6 +74,7 @@ class ParallelContext:
         if not self._shards(self.row):
             return x_T
         missing = self._padded(x_T.shape[0]) - x_T.shape[0]
+        # Padding stands at the end of the row, behind the last document, where no query of a real token sees it.
         if missing:
             x_T = torch.cat((x_T, x_T.new_full((missing, *x_T.shape[1:]), fill)))
         if self.cp.size == 1:
@@ -138,6 +139,7 @@ class ParallelContext:
         """The tokens of all tp ranks times this rank's output features: weight (N / tp, D)."""
         if not self._shards(self.tp):
             return F.linear(x_TD, weight)
+        # One autograd node for gather and product, so that the backward can overlap its collectives with products.
         if self.regather_in_backward:
             return AllGatherLinear.apply(x_TD, weight, self.tp)
         return F.linear(AllGather.apply(x_TD, self.tp), weight)
@@ -188,6 +190,7 @@ class ParallelContext:
         if not self._shards(self.row):
             return None
 
+        # Closures, so that the loss kernels shard and gather without knowing about meshes.
         def gather(local: Tensor) -> Tensor:
             return all_gather_rows(local[None], self.tp)[0] if self.tp.size > 1 else local[None]
 

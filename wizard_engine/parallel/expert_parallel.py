@@ -36,6 +36,7 @@ class Dispatch:
         """Exchange counts (size, E / size), and start to copy the row totals of both directions to the host."""
         self.incoming = torch.empty_like(counts)
         dist.all_to_all_single(self.incoming, counts.contiguous(), group=axis.group)
+        # The planner simulates steps on the meta device: collectives count there, values do not exist.
         if counts.is_meta:
             return
         # The host needs the totals to size the all-to-all. The copy goes to pinned memory without a wait, so that the

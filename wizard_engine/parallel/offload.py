@@ -99,12 +99,14 @@ class GradientOffload:
             buffer = torch.empty(source.numel(), dtype=source.dtype, pin_memory=self.pinned)
         self._staging.append(buffer)
         staged = buffer[: source.numel()].view(source.shape)
+        # The addition waits for the copy, so it is put off until the staging buffer is needed or all must be complete.
         event = self.link.copy(staged, source)
         self._adding.append((event, target, staged))
         return event
 
     def _add_first(self) -> None:
         event, target, staged = self._adding.popleft()
+        # In request order, and on the host: a sum must not depend on which copy is done first.
         event.synchronize()
         target.add_(staged)
 

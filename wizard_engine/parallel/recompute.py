@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# Smaller tensors stay on the device: they would be many copies for little memory.
 LEAST_BYTES = 1 << 20
 
 
@@ -131,6 +132,7 @@ class ActivationOffload:
             former, kept = self._next()
             known: dict[Any, tuple[_Kept, Tensor]] = {}
 
+            # Autograd calls `pack` for every tensor that it saves, and `_unpack` when the backward needs it.
             def pack(tensor: Tensor) -> Any:
                 if tensor.nbytes < LEAST_BYTES or _storage(tensor) in shared or self.is_weight(tensor):
                     return tensor
@@ -153,6 +155,7 @@ class ActivationOffload:
 
     def _next(self) -> tuple[list["weakref.ref[_Kept]"], list["weakref.ref[_Kept]"]]:
         """Tensors of the former block, and a list for the next one's; the block before the former frees its memory."""
+        # Their copies had the time of a whole block, so the device hardly waits for them here.
         for kept in (ref() for leaving in self._leaving[:-1] for ref in leaving):
             if kept is not None:
                 kept.settle()
@@ -196,10 +199,12 @@ class _Kept:
 
     def load(self) -> Tensor:
         """The tensor on the device; also prefetches the tensors of the block before."""
+        # The blocks' backwards run in reverse: what the block before saved is needed next.
         self.fetch()
         for earlier in (ref() for ref in self.former):
             if earlier is not None:
                 earlier.fetch()
+        # The last blocks' tensors are still on the device when the backward starts.
         if self.source is not None:
             return self.source
         self.owner.copies.wait(self.event)
