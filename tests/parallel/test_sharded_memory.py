@@ -84,7 +84,7 @@ def test_bytes_moved_are_those_of_the_closed_form(name, recompute, accumulate, m
         assert bytes_moved == (expected.gathered, expected.reduced, expected.replicated)
         sharded(model).updated()
     assert sharded(model).gathered_bytes == 2 * expected.gathered
-    assert sharded(model).reduced_bytes == 2 * expected.reduced
+    assert sharded(model).reducer.reduced_bytes == 2 * expected.reduced
 
 
 def test_next_unit_is_asked_for_before_this_one_computes_and_before_gradients_leave():

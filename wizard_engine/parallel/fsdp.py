@@ -33,13 +33,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .collectives import all_gather, all_gather_rows, reduce_scatter
+from .collectives import all_gather, all_gather_rows
 from .context import ParallelContext
 from .flat_layout import Slot
+from .fsdp_reduce import GradientReducer
 from .fsdp_state import ShardedState
 from .fsdp_units import Flat, Unit, UnitSpec
 from .mesh import Mesh
-from .offload import DONE, Event, Link
+from .offload import Link
 from .shard_spec import Partition, as_matrix
 
 T = TypeVar("T")
@@ -53,11 +54,10 @@ class Sharded(ShardedState):
         units, partitions, host, link: as in ShardedState.
         parallel: the model's tensor, context and expert parallelism.   dummy: runs a forward, and on request a
             backward, over a pack without weight in the loss.
-        whole: keep unreduced gradients of whole units between the micro-batches of a step, and reduce them once, in the
-            last one.
+        whole: as in GradientReducer.
     Attributes:
-        is_last_backward: whether the coming backward is the step's last (see `lockstep`).
-        gathered_bytes, reduced_bytes, replicated_bytes: full buffer sizes of all collectives so far.
+        reducer: of this module's gradients; `lockstep` tells it which backward is the step's last.
+        gathered_bytes, replicated_bytes: full buffer sizes of all collectives so far.
     """
 
     def __init__(
@@ -66,13 +66,12 @@ class Sharded(ShardedState):
         dummy: Callable[[bool], None] | None = None, link: Link | None = None,
     ) -> None:  # fmt: skip
         super().__init__(units, mesh, host=host, partitions=partitions, link=link)
-        self.whole, self.parallel, self.dummy = whole, parallel, dummy
-        self.is_last_backward, self.gathered_bytes, self.reduced_bytes, self.replicated_bytes = True, 0, 0, 0
+        self.parallel, self.dummy, self.gathered_bytes, self.replicated_bytes = parallel, dummy, 0, 0
+        every_unit = (*self.units, *self.resident)
+        self.reducer = GradientReducer(
+            every_unit, self.master_dtype, self.device, self._gradient_offload, whole=whole
+        )  # fmt: skip
         self._phase, self._is_gathered = FORWARD, False
-        self._grad_buffer: Tensor | None = None
-        self._reduce_out: Tensor | None = None
-        self._reduce_out_copied: Event = DONE
-        self._reduction: tuple[Any, Flat, Tensor | None, Tensor] | None = None
         # A gradient hook on the output of every other unit starts its backward. Resident units have no such moment,
         # and the last unit's backward comes first, so their parameters announce it.
         for unit in (*self.resident, *self.units[-1:]):
@@ -229,7 +228,7 @@ class Sharded(ShardedState):
             if former.spec.needs_weights and former.index >= self.first_trained:
                 self._start_gather(former)
         for u in reversed(done):
-            self._send_grads(u)
+            self.reducer.send(u)
 
     @property
     def first_trained(self) -> int:
@@ -246,91 +245,12 @@ class Sharded(ShardedState):
         """The backward is over: reduce the gradients that are left, and wait for all reductions."""
         for unit in (*reversed(self.units), *self.resident):
             if unit.trains and not unit.grads_sent and self.is_sharded:
-                self._send_grads(unit)
-        self._finish_reduction()
-        self._grad_buffer = self._reduce_out = None
+                self.reducer.send(unit)
+        self.reducer.wait()
+        self.reducer.release()
         for unit in (*self.units, *self.resident):
             unit.grads_sent = False
         self._phase = FORWARD
-
-    def _send_grads(self, unit: Unit) -> None:
-        """Start to reduce a unit's gradients, unless they wait for the step's last micro-batch."""
-        unit.grads_sent = True
-        # The flat gradient buffer is shared: the reduction before this one must have read it.
-        self._finish_reduction()
-        grads = unit.full_grads or self._grad_buffers(unit)
-        for flat, whole in zip(unit.flats, grads):
-            if not flat.trains:
-                continue
-            for parameter, slot in zip(flat.parameters, flat.layout.slots):
-                view = whole[slot.start : slot.stop].view(slot.shape)
-                if parameter.grad is not None:
-                    view.add_(parameter.grad) if unit.full_grads else view.copy_(parameter.grad)
-                    parameter.grad = None
-                elif not unit.full_grads:
-                    view.zero_()
-            for gap in flat.layout.gaps:
-                whole[gap].zero_()
-        if self.whole and not self.is_last_backward:
-            unit.full_grads = grads
-            return
-        unit.full_grads = []
-        for flat, whole in zip(unit.flats, grads):
-            if flat.trains:
-                self._reduce(flat, whole)
-
-    def _grad_buffers(self, unit: Unit) -> list[Tensor]:
-        """Buffers for a unit's full gradients: new ones if they are kept, otherwise one that all units share."""
-        sizes = [flat.layout.size if flat.trains else 0 for flat in unit.flats]
-        options = {"dtype": self.master_dtype, "device": self.device}
-        if self.whole:
-            return list(torch.empty(sum(sizes), **options).split(sizes))
-        if self._grad_buffer is None:
-            self._grad_buffer = torch.empty(self._largest(lambda flat: flat.layout.size), **options)
-        return list(self._grad_buffer[: sum(sizes)].split(sizes))
-
-    def _largest(self, size: Callable[[Flat], int]) -> int:
-        units = (*self.units, *self.resident)
-        return max(sum(size(flat) for flat in unit.flats if flat.trains) for unit in units)
-
-    def _reduce(self, flat: Flat, grads: Tensor) -> None:
-        if flat.gradient is None:
-            flat.gradient = torch.empty(flat.layout.shard_size, dtype=self.master_dtype, device=self.device)
-        # The first reduction of a step writes the shard's gradient itself; later ones need a buffer to be added from.
-        direct = flat.fresh and not self.offloads
-        if not direct and self._reduce_out is None:
-            size = self._largest(lambda flat: flat.layout.shard_size)
-            self._reduce_out = torch.empty(size, dtype=self.master_dtype, device=self.device)
-        out = flat.gradient if direct else self._reduce_out[: flat.layout.shard_size]
-        # With offload, the copy of the former contents to host memory must be over.
-        self._reduce_out_copied.wait()
-        work = None
-        if flat.axis.size == 1:
-            out.copy_(grads)
-        else:
-            self.reduced_bytes += grads.numel() * grads.element_size()
-            work = reduce_scatter(out, grads, group=flat.axis.reduce, async_op=True)
-        self._reduction = work, flat, None if direct else out, grads
-        if direct:
-            flat.fresh = False
-
-    def _finish_reduction(self) -> None:
-        """Wait for the reduction in flight, and add its result to the shard's gradient."""
-        if self._reduction is None:
-            return
-        work, flat, out, _ = self._reduction
-        self._reduction = None
-        if work is not None:
-            work.wait()
-        if out is not None:
-            if self.offloads:
-                flat.grad_copied = (self._gradient_offload.store if flat.fresh else self._gradient_offload.add)(
-                    flat.gradient, out
-                )
-                self._reduce_out_copied = flat.grad_copied
-            else:
-                flat.gradient.copy_(out) if flat.fresh else flat.gradient.add_(out)
-            flat.fresh = False
 
     def idle(self, *, backward: bool) -> None:
         """Take part in the collectives of a forward, and with `backward` of a backward, without a batch."""
@@ -416,11 +336,11 @@ def lockstep(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterato
     most = int(count)
     for number in range(most):
         for engine in engines:
-            engine.is_last_backward = number + 1 == most
+            engine.reducer.is_last_backward = number + 1 == most
         if number < len(items):
             yield items[number]
         else:
             for engine in engines:
                 engine.idle(backward=backward)
     for engine in engines:
-        engine.is_last_backward = True
+        engine.reducer.is_last_backward = True

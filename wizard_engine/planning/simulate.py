@@ -96,7 +96,7 @@ def language_step(
     engine.zero_grad(multiple=micro_batches > 1)
     for number in range(micro_batches):
         before()
-        engine.is_last_backward = number + 1 == micro_batches
+        engine.reducer.is_last_backward = number + 1 == micro_batches
         hidden = model(ids, positions, marks, tokens)
         loss = sft_loss(
             hidden, model.head_weight, ids, weights, num_tokens=float(tokens), shard=model.shard
