@@ -69,7 +69,7 @@ class Ours:
         """What it holds between steps."""
         engine = sharded(self.model)
         units = (*engine.units, *engine.resident)
-        places = {id(unit.place): unit.place.buffer for unit in units}
+        places = {id(unit.gather_buffer): unit.gather_buffer.data for unit in units}
         return [engine.master, self.optimizer.exp_avg, self.optimizer.exp_avg_sq, *places.values()]
 
 

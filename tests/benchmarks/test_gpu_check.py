@@ -446,11 +446,11 @@ def test_training_step_moves_masters_and_clears_gradients(recompute):
     calls = train_single.parts(state, train_single.Packed.of(LENGTHS, config.vocab_size, CPU))
     calls["forward"]()
     calls["backward"]()
-    names = [name for name, _, values in engine.parts(engine.gradient()) if bool(values.any())]
+    names = [name for name, _, values in engine.shards(engine.gradient()) if bool(values.any())]
     assert sorted(names) == sorted(engine.shapes)
     calls["update"]()
     assert not engine.gradient().any() and not torch.equal(engine.master, before)
-    for name, _, values in engine.parts(engine.master):
+    for name, _, values in engine.shards(engine.master):
         parameter = state.model.get_parameter(name)
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter.flatten(), values.bfloat16()), name
     fresh = train_single.build(config, CPU).model

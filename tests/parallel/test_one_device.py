@@ -46,7 +46,7 @@ def fp32_sums(seeds):
         sharded(model).zero_grad()
         backward(model, seed)
         assert all(g.dtype == torch.bfloat16 for g in sharded(model).gradients)
-        for name, _, values in sharded(model).parts(sharded(model).gradient()):
+        for name, _, values in sharded(model).shards(sharded(model).gradient()):
             sums[name] = sums.get(name, torch.zeros(len(values))) + values
     return sums
 

@@ -105,12 +105,12 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, sent, received, axis):
-        ctx.weights_copied, ctx.received, ctx.axis = sent, received, axis
+        ctx.sent, ctx.received, ctx.axis = sent, received, axis
         return all_to_all_rows(x, sent, received, axis)
 
     @staticmethod
     def backward(ctx, grad):
-        return all_to_all_rows(grad, ctx.received, ctx.weights_copied, ctx.axis), None, None, None
+        return all_to_all_rows(grad, ctx.received, ctx.sent, ctx.axis), None, None, None
 
 
 def all_to_all_rows(x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:

@@ -144,7 +144,7 @@ def shard_parameters(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str,
     for name, partition in partitions.items():
         owner, _, leaf = name.rpartition(".")
         old = model.get_parameter(name)
-        spec = partition.values
+        spec = partition.local
         values = old.new_empty(spec.local_shape) if old.is_meta else spec.of(old.detach())
         setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=old.requires_grad))
     return partitions

@@ -89,7 +89,7 @@ class _Unit:
     """Sizes of a unit: elements of a rank's part, of the whole flat, and the axis that divides it."""
 
     name: str
-    part: int
+    shard_size: int
     size: int
     over: str
     resident: bool

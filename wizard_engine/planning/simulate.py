@@ -199,7 +199,7 @@ def peak_bytes(model: Any, optimizer: Any, tokens: int, micro_batches: int = 1) 
 
     engine: Sharded = sharded(model)
     tracker = MemTracker()
-    buffers = {id(unit.place): unit.place.buffer for unit in (*engine.units, *engine.resident)}
+    buffers = {id(unit.gather_buffer): unit.gather_buffer.data for unit in (*engine.units, *engine.resident)}
     parts: list[Tensor] = [engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies]
     if not engine.is_sharded:
         parts += [flat.gradient for flat in engine.training if flat.gradient is not None]
