@@ -156,7 +156,7 @@ class Transformer(nn.Module):
     """Decoder-only language model over packed tokens.
 
     `model(tokens, positions, cu_seqlens, max_seqlen)` returns the hidden states after the last norm, (T, D);
-    `model.logits(hidden)` the (T, V) logits in fp32. `parallelize` says how several ranks divide it: see `Spread`.
+    `model.logits(hidden)` the (T, V) logits in fp32. `parallelize` shards it over several ranks, see `ParallelContext`.
     """
 
     parallel: ParallelContext = SINGLE_DEVICE
