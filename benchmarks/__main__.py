@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from wizard_engine.runtime.files import write_text
 
@@ -101,10 +102,14 @@ def main(args: list[str] | None = None) -> int:
     about = environment()
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     lines = []
-    for name in options.names or NAMES:
-        for row in measure(name, options.quick):
-            print(line_of(row), flush=True)
-            lines.append(json.dumps(about | {"quick": options.quick} | row) + "\n")
+    with tqdm(options.names or NAMES, unit="benchmark", dynamic_ncols=True, leave=False, disable=None) as bar:
+        for name in bar:
+            bar.set_description(name)
+            rows = measure(name, options.quick)
+            with tqdm.external_write_mode():
+                for row in rows:
+                    print(line_of(row), flush=True)
+            lines += [json.dumps(about | {"quick": options.quick} | row) + "\n" for row in rows]
     write_text(options.json, "".join(lines))
     print(f"written: {options.json}")
     return 0

@@ -59,12 +59,12 @@ def modelled_probe(block_m: int, block_n: int, stages: int, arch: int, width: in
     """Resources of the probe, whether its warps are specialised, and the model's share of the tensor peak."""
     launch = probe(block_m, block_n, stages, width)
     code = compile_launch(launch, arch)
-    found = estimate(code, launch)
+    model = estimate(code, launch)
     return {
         "name": f"specialised probe BLOCK_M={block_m} BLOCK_N={block_n} num_warps=4 num_stages={stages}",
         "specialised": code.is_specialised, "serialised": code.is_serialised, "registers": code.registers,
         "spilled": code.spill_store_bytes + code.spill_load_bytes, "shared_bytes": code.shared_bytes,
-        "share": None if found is None else found.share,
+        "share": None if model is None else model.share,
     }  # fmt: skip
 
 

@@ -116,8 +116,8 @@ class Attention(Problem):
         first = (at - (self.window or length) + 1).clamp(min=0)
         last = at if self.causal else torch.full_like(at, length - 1)
         drawn = torch.rand(length, generator=generator, dtype=torch.float64)
-        wanted = first + (drawn * (last - first + 1)).long()
-        return torch.cat((code[at // 2], free), 1), F.pad(code[wanted // 2], (0, self.width // 4))
+        target = first + (drawn * (last - first + 1)).long()
+        return torch.cat((code[at // 2], free), 1), F.pad(code[target // 2], (0, self.width // 4))
 
     def ours(self, tensors: Tensors) -> tuple[Tensor, ...]:
         from kernels.attention import attention
@@ -188,7 +188,7 @@ def in_blocks(
     group, wide = problem.heads // problem.kv_heads, torch.promote_types(dtype, torch.float32)
     names = ("dq", "dk", "dv") if phase == "backward" else ("out",)
     shape = (problem.tokens, len(heads), problem.width)
-    found = {
+    results = {
         name: torch.zeros(shape if name in ("dk", "dv") else (shape[0], shape[1] * group, shape[2]), dtype=wide,
                           device=tensors["q"].device)
         for name in names
@@ -204,15 +204,15 @@ def in_blocks(
                 mask = problem.seen(row, end, first, last, leaves[0].device)
                 out = _block(problem, *leaves, mask, fused)
                 if phase != "backward":
-                    found["out"][queries, mine] = out.to(wide)
+                    results["out"][queries, mine] = out.to(wide)
                     continue
                 dout = tensors["dout"][queries, members].to(dtype)
                 dq, dk, dv = torch.autograd.grad(out, leaves, dout)
-                found["dq"][queries, mine] = dq.to(wide)
-                found["dk"][keys, at] += dk.to(wide)
-                found["dv"][keys, at] += dv.to(wide)
+                results["dq"][queries, mine] = dq.to(wide)
+                results["dk"][keys, at] += dk.to(wide)
+                results["dv"][keys, at] += dv.to(wide)
         start += length
-    return {name: x.to(dtype) for name, x in found.items()}
+    return {name: x.to(dtype) for name, x in results.items()}
 
 
 def _blocks(problem: Attention, length: int, group: int):

@@ -36,14 +36,14 @@ def append(path: Path, value: dict[str, Any]) -> bool:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file, {"cut": its beginning} for one that is no whole object; none where there is no file."""
-    found = []
+    objects = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
             value = {"cut": line[:80]}
-        found.append(value if isinstance(value, dict) else {"cut": line[:80]})
-    return found
+        objects.append(value if isinstance(value, dict) else {"cut": line[:80]})
+    return objects
 
 
 def foreign(out: Path) -> list[str]:

@@ -61,16 +61,16 @@ def compile_ahead(visit: Visit) -> int:
 
 def operations(visit: Visit) -> int:
     """What figures depend on, the ceilings, and every public operation once against its reference."""
-    from benchmarks import every_operation
+    from benchmarks import every_operation, operation_check
 
     device = visit.device
     named = [
         (f"{operation.name} {str(dtype).removeprefix('torch.')}", operation, dtype)
-        for dtype in every_operation.dtypes(device)
+        for dtype in operation_check.dtypes(device)
         for operation in every_operation.OPERATIONS
     ]
     named += [(name, operation, torch.float32) for name, operation in every_operation.WHOLE]
-    checks = [(name, lambda o=o, t=dtype: every_operation.rows(o, device, t)) for name, o, dtype in named]
+    checks = [(name, lambda o=o, t=dtype: operation_check.rows(o, device, t)) for name, o, dtype in named]
     first = ("environment", lambda: [environment(device)])
     return run_cases(visit, [first, *checks, ("ceilings", lambda: [{"ceilings": gpu_timing.ceilings(device)}])])
 
@@ -108,18 +108,19 @@ def predicted(visit: Visit, row: Row) -> Iterator[Row]:
     try:
         from benchmarks import launches
 
-        found = launches.predict("7b", row["tokens"], "train")
+        prediction = launches.predict("7b", row["tokens"], "train")
     except (ImportError, AttributeError, ValueError) as error:
         print(f"no prediction: {error}")
         return
     seconds = row["seconds"]["step"]["p50"]
     yield {
-        "prediction": found,
+        "prediction": prediction,
         "measured_seconds": seconds,
-        "measured_over_predicted": seconds / found["predicted_seconds"],
+        "measured_over_predicted": seconds / prediction["predicted_seconds"],
     }
     visit.note(
-        f"the ledger predicts {found['predicted_seconds']:.3f} s and {found['mfu']:.1%} MFU, measured {seconds:.3f} s"
+        f"the ledger predicts {prediction['predicted_seconds']:.3f} s and {prediction['mfu']:.1%} MFU, "
+        f"measured {seconds:.3f} s"
     )
 
 
@@ -162,12 +163,12 @@ def measure(phase: str) -> Callable[[Visit], int]:
     """The phase that measures the kernels of that name."""
 
     def run(visit: Visit) -> int:
-        found = chosen_cases(phase, visit.device)
+        chosen = chosen_cases(phase, visit.device)
         command = f"python -m benchmarks.gpu_check --only {phase}"
         session = kernels.start(visit.device, command=command, seconds=0.12)
         print(kernels.ceilings_line(session), flush=True)
-        kernels.compile_ahead(session, found, time.monotonic() + 0.35 * visit.seconds)
-        status = run_cases(visit, [(f"{c.op} {c.phase} {c.label}", lambda c=c: measured(session, c)) for c in found])
+        kernels.compile_ahead(session, chosen, time.monotonic() + 0.35 * visit.seconds)
+        status = run_cases(visit, [(f"{c.op} {c.phase} {c.label}", lambda c=c: measured(session, c)) for c in chosen])
         for text in mixture_shares(session.rows):
             visit.note(text)
         return status
@@ -190,18 +191,18 @@ def mixture_shares(rows: Sequence[Row]) -> list[str]:
         if row["op"] in MIXTURE and row["phase"] == "forward" and row["is_ours"] and "us" in row:
             name = row["op"] + (" " + row["label"].split()[5] if row["op"] == "experts" else "")
             times.setdefault(row["label"].split()[0], {})[name] = row["us"]
-    found = []
+    lines = []
     for tokens, us in times.items():
         layer, parts = us.get("experts uniform"), [us.get(name) for name in MIXTURE[1:]]
         if layer is not None and None not in parts:
-            found.append(f"{tokens}: routing and rows {sum(parts) / (layer + parts[0]):.1%} of the layer's forward")
+            lines.append(f"{tokens}: routing and rows {sum(parts) / (layer + parts[0]):.1%} of the layer's forward")
     for row in rows:
         if row["op"] == "experts" and row["is_ours"] and "share_of_equal" in row:
-            found.append(
+            lines.append(
                 f"{row['label']} {row['phase']}: {row['share_of_equal']:.2f} of cuBLAS at equal FLOPs, goal "
                 f"{MIXTURE_GOALS[row['phase']]}"
             )
-    return found
+    return lines
 
 
 def rollout(visit: Visit) -> int:
@@ -265,10 +266,10 @@ def plan_rates(visit: Visit) -> int:
 
     def case(preset: str) -> list[Row]:
         config, known = rates.PRESETS[preset], gpu_name or "H200"
-        found = rates.measure(config, 8192, visit.device, plan.GPUS[known])
-        found = rates.compared(found, preset, config, 8192, known)
-        visit.note(f"{preset}: planned block over measured {found['planned_over_measured']:.3f}, goal within 10 %")
-        return [{"plan_rates": found | {"preset": preset, "tokens": 8192, "data_sheet": known}}]
+        measured = rates.measure(config, 8192, visit.device, plan.GPUS[known])
+        measured = rates.compared(measured, preset, config, 8192, known)
+        visit.note(f"{preset}: planned block over measured {measured['planned_over_measured']:.3f}, goal within 10 %")
+        return [{"plan_rates": measured | {"preset": preset, "tokens": 8192, "data_sheet": known}}]
 
     return run_cases(visit, [(preset, lambda p=preset: case(p)) for preset in ("7b", "8x22b")])
 

@@ -34,8 +34,8 @@ def summary(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
     parts.append(", ".join(f"{name} {about[name]}" for name in KEPT if about.get(name)))
     lines = [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.note.replace('|', '/')} |" for o in outcomes]
     parts.append("\n".join(["| phase | status | s | |", "|---|---|---|---|", *lines]))
-    for found in figures(rows, "ceilings"):
-        parts.append(f"copy {found['copy_gbps']:,.0f} GB/s, matrix product {found['matrix_tflops']:,.0f} TFLOP/s")
+    for ceilings in figures(rows, "ceilings"):
+        parts.append(f"copy {ceilings['copy_gbps']:,.0f} GB/s, matrix product {ceilings['matrix_tflops']:,.0f} TFLOP/s")
     parts += _wrong_text(rows) + _training_text(rows) + _rollout_text(rows) + _entries_text(rows) + _kernels_text(rows)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -53,12 +53,12 @@ def _wrong_text(rows: Sequence[Row]) -> list[str]:
 
 
 def _training_text(rows: Sequence[Row]) -> list[str]:
-    found, planned = figures(rows, "train_step"), [row for row in rows if "prediction" in row]
-    if not found:
+    steps, planned = figures(rows, "train_step"), [row for row in rows if "prediction" in row]
+    if not steps:
         return []
     from benchmarks import train_step
 
-    lines = [f"- {train_step.text_of(row)}" for row in found]
+    lines = [f"- {train_step.text_of(row)}" for row in steps]
     lines += [
         f"- predicted {row['prediction']['predicted_seconds']:.3f} s, measured {row['measured_seconds']:.3f} s: "
         f"{row['measured_over_predicted']:.2f} times as long"
@@ -68,19 +68,19 @@ def _training_text(rows: Sequence[Row]) -> list[str]:
 
 
 def _rollout_text(rows: Sequence[Row]) -> list[str]:
-    found = figures(rows, "rollout")
-    if not found:
+    rollouts = figures(rows, "rollout")
+    if not rollouts:
         return []
     from benchmarks import rollout
 
-    return ["## Rollout", "\n".join(f"- {rollout.text_of(row)}" for row in found)]
+    return ["## Rollout", "\n".join(f"- {rollout.text_of(row)}" for row in rollouts)]
 
 
 def _entries_text(rows: Sequence[Row]) -> list[str]:
-    found = figures(rows, "entry")
-    if not found:
+    entries = figures(rows, "entry")
+    if not entries:
         return []
-    return ["## Table entries", f"{len(found)} checked, {sum(bool(row['wrong']) for row in found)} wrong"]
+    return ["## Table entries", f"{len(entries)} checked, {sum(bool(row['wrong']) for row in entries)} wrong"]
 
 
 def _kernels_text(rows: Sequence[Row]) -> list[str]:

@@ -31,17 +31,17 @@ class Parser(argparse.ArgumentParser):
             message = f"{typed}: expected a known option, got an unknown one{nearest(typed, options)}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def names(self, option: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    def names(self, option: str, requested: Sequence[str] | None, known: Sequence[str]) -> list[str]:
         """The names given, all known ones where none is; exits with status 2 at one that is not known."""
-        for name in given or ():
+        for name in requested or ():
             if name not in known:
                 self.error(f"{option}: expected some of {', '.join(known)}, got {name}{nearest(name, known)}")
-        return list(given or known)
+        return list(requested or known)
 
 
 def percent(text: str) -> float:
     """The share that `5%` or `0.05` stands for; for `type=` of an option."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"expected a share such as 5% or 0.05, got {text!r}")
-    return float(found[1]) / (100 if found[2] else 1)
+    return float(match[1]) / (100 if match[2] else 1)

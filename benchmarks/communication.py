@@ -127,8 +127,8 @@ class CommunicationMeter:
         seconds: defaultdict[str, float] = defaultdict(float)
         for axis, began, ended in self.spans:
             seconds[axis] += 1e-3 * began.elapsed_time(ended) if self.on_gpu else ended - began
-        found = Communication(dict(self.bytes), dict(seconds))
+        communication = Communication(dict(self.bytes), dict(seconds))
         self.bytes.clear()
         self.spans.clear()
         self.open.clear()
-        return found
+        return communication

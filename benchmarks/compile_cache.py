@@ -78,8 +78,8 @@ class Manifest:
             ValueError: there is none, or it is not one.
         """
         try:
-            found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            return cls(**{field.name: found[field.name] for field in fields(cls)})
+            content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            return cls(**{field.name: content[field.name] for field in fields(cls)})
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{folder / MANIFEST}: expected the manifest of a compile cache, got {type(error).__name__}"
@@ -91,13 +91,13 @@ class Manifest:
 
     def differences(self, other: "Manifest") -> list[str]:
         """Why a cache of `other` is of no use where this one would be made, its path apart."""
-        found = [
+        changes = [
             f"made {word} {name} {getattr(other, name)}, not {getattr(self, name)}"
             for name, word in (("triton", "by"), ("arch", "for"), ("source", "of"), ("toolchain", "by"))
             if getattr(self, name) != getattr(other, name)
         ]
         minor, others = (version.rpartition(".")[0] for version in (self.python, other.python))
-        return found + ([f"made by python {other.python}, not {self.python}"] if minor != others else [])
+        return changes + ([f"made by python {other.python}, not {self.python}"] if minor != others else [])
 
 
 def toolchain(arch: int) -> str:
@@ -152,10 +152,10 @@ def make(folder: Path, arch: int, workers: int | None = None, sources: Sequence[
 def _claim(folder: Path, manifest: Manifest) -> None:
     """Put an empty manifest where there is none; ValueError for a folder that is not this cache's."""
     if (folder / MANIFEST).is_file():
-        found = Manifest.read(folder)
-        wrong = manifest.differences(found)
-        if found.path != manifest.path:
-            wrong.append(f"made for the path {found.path}")
+        stored = Manifest.read(folder)
+        wrong = manifest.differences(stored)
+        if stored.path != manifest.path:
+            wrong.append(f"made for the path {stored.path}")
         if wrong:
             raise ValueError(f"--out: expected a new folder or this machine's cache, {folder} was {'; '.join(wrong)}")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -211,8 +211,8 @@ def reasons_against(folder: Path, arch: int) -> list[str]:
         ValueError: it holds no manifest.
         RuntimeError, ImportError: this machine cannot say what it would make.
     """
-    found = Manifest.read(folder)
-    return Manifest.of(folder, arch).differences(found) + ([] if found.kernels else ["never finished"])
+    stored = Manifest.read(folder)
+    return Manifest.of(folder, arch).differences(stored) + ([] if stored.kernels else ["never finished"])
 
 
 def use(folder: Path, arch: int = 90) -> str:
@@ -227,12 +227,12 @@ def use(folder: Path, arch: int = 90) -> str:
         return f"compile cache: not used, {error}"
     if wrong:
         return f"compile cache: {folder} not used, it was {'; '.join(wrong)}; kernels are compiled anew"
-    found, here = Manifest.read(folder), str(folder.resolve())
-    text = f"compile cache: {found.kernels} kernels and {found.launchers} launchers, {found.bytes / 2**20:.1f} MiB"
-    if found.path != here:
+    stored, here = Manifest.read(folder), str(folder.resolve())
+    text = f"compile cache: {stored.kernels} kernels and {stored.launchers} launchers, {stored.bytes / 2**20:.1f} MiB"
+    if stored.path != here:
         prune(folder)
-        replace(found, path=here).write(folder)
-        text += f"; made for the path {found.path}, indices written anew for {here}"
+        replace(stored, path=here).write(folder)
+        text += f"; made for the path {stored.path}, indices written anew for {here}"
     os.environ["TRITON_CACHE_DIR"] = here
     return text
 

@@ -60,10 +60,10 @@ def line_of(row: Row) -> str:
 
 def differences(old: Row, new: Row) -> list[str]:
     """`registers 187 -> 190` for everything that two rows of one label differ in."""
-    found = [f"{name} {old.get(name)} -> {new.get(name)}" for name in COMPARED if old.get(name) != new.get(name)]
+    changes = [f"{name} {old.get(name)} -> {new.get(name)}" for name in COMPARED if old.get(name) != new.get(name)]
     before, now = old.get("counts", {}), new.get("counts", {})
     names = sorted(before.keys() | now.keys())
-    return found + [f"{n} {before.get(n, 0)} -> {now.get(n, 0)}" for n in names if before.get(n, 0) != now.get(n, 0)]
+    return changes + [f"{n} {before.get(n, 0)} -> {now.get(n, 0)}" for n in names if before.get(n, 0) != now.get(n, 0)]
 
 
 def diff(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
@@ -71,7 +71,7 @@ def diff(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     before, now = {row["label"]: row for row in old}, {row["label"]: row for row in new}
     covered = {(row["kernel"], row["arch"]) for row in new}
     changed = {label: differences(before[label], row) for label, row in now.items() if label in before}
-    lines = [f"{label}: {', '.join(found)}" for label, found in changed.items() if found]
+    lines = [f"{label}: {', '.join(changes)}" for label, changes in changed.items() if changes]
     came = [label for label in now if label not in before]
     went = [label for label, row in before.items() if label not in now and (row["kernel"], row["arch"]) in covered]
     counted = f"{len(lines)} changed, {len(changed) - len(lines)} same, {len(came)} new, {len(went)} gone"
@@ -177,9 +177,9 @@ def _older(parser: Parser, path: Path | None) -> list[Row] | None:
 
 
 def _verdict(rows: Sequence[Row]) -> int:
-    wrong = {row["label"]: found for row in rows if (found := problems(row))}
-    for label, found in wrong.items():
-        print(f"wrong: {label}: {'; '.join(found)}", file=sys.stderr)
+    wrong = {row["label"]: reasons for row in rows if (reasons := problems(row))}
+    for label, reasons in wrong.items():
+        print(f"wrong: {label}: {'; '.join(reasons)}", file=sys.stderr)
     print(f"{len(rows)} forms, {len(wrong)} wrong")
     return 1 if wrong else 0
 

@@ -59,22 +59,22 @@ def problems(row: Row) -> list[str]:
     """What is wrong with a row, in words; empty where it keeps what its entry promises."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
-    found, counts, config = [], row["counts"], row["config"]
+    reasons, counts, config = [], row["counts"], row["config"]
     spilled = row["spill_store_bytes"] + row["spill_load_bytes"]
     if spilled:
-        found.append(f"spills {spilled} bytes, {row['loop_spills']} instructions in the main loop")
+        reasons.append(f"spills {spilled} bytes, {row['loop_spills']} instructions in the main loop")
     if row["shared_bytes"] > SHARED_PER_BLOCK[row["arch"]]:
-        found.append(f"takes {row['shared_bytes']} bytes of shared memory of {SHARED_PER_BLOCK[row['arch']]}")
+        reasons.append(f"takes {row['shared_bytes']} bytes of shared memory of {SHARED_PER_BLOCK[row['arch']]}")
     if row["serialised"]:
-        found.append("wgmma serialised: every product waits for the one before")
+        reasons.append("wgmma serialised: every product waits for the one before")
     promises_tma = bool(config.get("TMA")) and row["arch"] >= 90
     if promises_tma and not counts.get("UTMALDG"):
-        found.append("TMA promised, but no UTMALDG")
+        reasons.append("TMA promised, but no UTMALDG")
     if promises_tma and row["arch"] == 90 and not counts.get("HGMMA"):
-        found.append("TMA promised, but its tiles are too small for HGMMA")
+        reasons.append("TMA promised, but its tiles are too small for HGMMA")
     if config.get("VARIANT") == "rotated" and counts.get("HGMMA") and not row["overlapped"]:
-        found.append("VARIANT rotated, but no exponential between a product and its wait")
-    return found
+        reasons.append("VARIANT rotated, but no exponential between a product and its wait")
+    return reasons
 
 
 def compile_case(case: Case) -> Row:

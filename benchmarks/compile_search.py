@@ -19,7 +19,7 @@ from benchmarks.command_line import Parser
 from benchmarks.compile_rows import Row, compile_all, compile_case, problems
 from benchmarks.issue_costs import TENSOR_FLOPS
 from benchmarks.issue_model import PRODUCTS, estimate
-from benchmarks.launch_forms import Case, cases_of, launch_of, words
+from benchmarks.launch_forms import Case, cases_of, launch_of, text_of
 from benchmarks.machine_code import compile_launch
 from benchmarks.tune_targets import Target, candidates
 from kernels import configuration
@@ -53,11 +53,11 @@ def modelled(case: Case) -> Row:
         return row
     launch = launch_of(case)
     code = compile_launch(launch, case.arch)
-    found = estimate(code, launch)
-    if found is not None:
+    model = estimate(code, launch)
+    if model is not None:
         row["model"] = {
-            "share": found.share, "cycles": found.cycles, "roof": found.roof, "serial": found.serial,
-            "limit": found.limit, "overlapped": found.overlapped, "pipes": found.pipes,
+            "share": model.share, "cycles": model.cycles, "roof": model.roof, "serial": model.serial,
+            "limit": model.limit, "overlapped": model.overlapped, "pipes": model.pipes,
         }  # fmt: skip
     return row
 
@@ -75,7 +75,7 @@ def ranked(groups: Mapping[str, Sequence[Row]]) -> list[tuple[str, Sequence[Row]
 
 def line_of(name: str, rows: Sequence[Row]) -> str:
     """Share of peak and limit of each form, resources, and the first thing that is wrong."""
-    wrong = [f"{row['form']}: {found[0]}" for row in rows if (found := problems(row))]
+    wrong = [f"{row['form']}: {reasons[0]}" for row in rows if (reasons := problems(row))]
     text = f"{name:72}"
     for row in rows:
         model = row.get("model")
@@ -90,7 +90,7 @@ def line_of(name: str, rows: Sequence[Row]) -> str:
 def compare(table: str, arch: int, width: int, configs: Sequence[Mapping[str, Any]], jobs: int) -> list[str]:
     """Lines of the configurations of one class, best first."""
     shape = {"width": width, "bytes": 2}
-    unique = {words(tuple(config.items())): config for config in configs}
+    unique = {text_of(tuple(config.items())): config for config in configs}
     chosen = {
         name: [case for case in cases_of(table, arch, shape, config) if case.form in SEARCHED_FORMS]
         for name, config in unique.items()
@@ -100,8 +100,8 @@ def compare(table: str, arch: int, width: int, configs: Sequence[Mapping[str, An
         rows = compile_all(flat, jobs, bar.update, modelled)
     groups: dict[str, list[Row]] = {name: [] for name in chosen}
     for row in rows:
-        groups[words(tuple(row["config"].items()))].append(row)
-    return [line_of(name, found) for name, found in ranked(groups)]
+        groups[text_of(tuple(row["config"].items()))].append(row)
+    return [line_of(name, group) for name, group in ranked(groups)]
 
 
 def searched(table: str, arch: int, width: int) -> list[dict[str, Any]]:
@@ -114,10 +114,10 @@ def searched(table: str, arch: int, width: int) -> list[dict[str, Any]]:
 def entry_of(table: str, arch: int, width: int) -> dict[str, Any]:
     """Configuration that a table gives for bf16 heads of a width."""
     keys = {"width": width, "bytes": 2}
-    found = [e for e in configuration.table(table) if e["class"] == keys and e["arch"] == arch]
-    if not found:
+    entries = [e for e in configuration.table(table) if e["class"] == keys and e["arch"] == arch]
+    if not entries:
         raise ValueError(f"{table}: expected an entry for {keys} on sm_{arch}, found none; choose another --width")
-    return found[0]["config"]
+    return entries[0]["config"]
 
 
 def run(parser: Parser, options: Namespace, archs: Sequence[int]) -> int:
@@ -141,7 +141,7 @@ def _print(options: Namespace, arch: int) -> None:
         for width in (options.width or WIDTHS) if options.search else (128,):
             entry = entry_of(table, arch, width)
             configs = searched(table, arch, width) if options.search else [entry, *COMPARED[table]]
-            print(f"\n{table} sm_{arch} width {width} bf16; the table has {words(tuple(entry.items()))}", flush=True)
+            print(f"\n{table} sm_{arch} width {width} bf16; the table has {text_of(tuple(entry.items()))}", flush=True)
             print("\n".join(compare(table, arch, width, configs, options.jobs)), flush=True)
             if table == "attention_forward" and arch == 90 and not options.search:
                 print("\n".join(attention_probes.lines(arch)), flush=True)

@@ -66,16 +66,16 @@ def dominators(blocks: Sequence[Block]) -> list[set[int]]:
     for number, block in enumerate(blocks):
         for follower in block.followers:
             before[follower].append(number)
-    found = [set(everything) if number else {0} for number in range(len(blocks))]
+    dominating = [set(everything) if number else {0} for number in range(len(blocks))]
     changed = True
     while changed:
         changed = False
         for number in range(1, len(blocks)):
-            above = [found[n] for n in before[number]]
+            above = [dominating[n] for n in before[number]]
             new = (set.intersection(*above) if above else set(everything)) | {number}
-            changed |= new != found[number]
-            found[number] = new
-    return found
+            changed |= new != dominating[number]
+            dominating[number] = new
+    return dominating
 
 
 def loops(instructions: Sequence[Any]) -> list[Loop]:
@@ -92,24 +92,24 @@ def loops(instructions: Sequence[Any]) -> list[Loop]:
 
 def _reached(blocks: Sequence[Block]) -> set[int]:
     """Blocks that control reaches from the first."""
-    found, waiting = set(), [0] if blocks else []
+    reached, waiting = set(), [0] if blocks else []
     while waiting:
         number = waiting.pop()
-        if number not in found:
-            found.add(number)
+        if number not in reached:
+            reached.add(number)
             waiting += blocks[number].followers
-    return found
+    return reached
 
 
 def _body(branch: int, header: int, blocks: Sequence[Block]) -> set[int]:
     """Blocks from which the branch is reached without passing the header again."""
-    found, waiting = {header}, [branch]
+    body, waiting = {header}, [branch]
     while waiting:
         number = waiting.pop()
-        if number not in found:
-            found.add(number)
+        if number not in body:
+            body.add(number)
             waiting += [n for n, block in enumerate(blocks) if number in block.followers]
-    return found
+    return body
 
 
 def _path(header: int, body: set[int], blocks: Sequence[Block]) -> Path:
@@ -119,18 +119,18 @@ def _path(header: int, body: set[int], blocks: Sequence[Block]) -> Path:
     def search(number: int, seen: frozenset[int]) -> tuple[tuple[int, int], Path] | None:
         if number in best:
             return best[number]
-        own = blocks[number].instructions
-        found = [((0, 0), ())] if header in blocks[number].followers else []
+        block = blocks[number].instructions
+        paths = [((0, 0), ())] if header in blocks[number].followers else []
         inside = [n for n in blocks[number].followers if n in body and n != header and n not in seen]
-        found += [path for n in inside if (path := search(n, seen | {n}))]
-        if not found:
+        paths += [path for n in inside if (path := search(n, seen | {n}))]
+        if not paths:
             return None
-        (products, length), rest = max(found, key=lambda path: path[0])
-        best[number] = (products + sum(i.is_matrix for i in own), length - len(own)), own + rest
+        (products, length), rest = max(paths, key=lambda path: path[0])
+        best[number] = (products + sum(i.is_matrix for i in block), length - len(block)), block + rest
         return best[number]
 
-    found = search(header, frozenset({header}))
-    return found[1] if found else blocks[header].instructions
+    best_path = search(header, frozenset({header}))
+    return best_path[1] if best_path else blocks[header].instructions
 
 
 def main_loops(instructions: Sequence[Any], is_specialised: bool) -> tuple[Path, ...]:
@@ -140,9 +140,9 @@ def main_loops(instructions: Sequence[Any], is_specialised: bool) -> tuple[Path,
     loads, with the largest products (wgmma) or the most bytes loaded, and the shortest: the one without masks. Small
     mma.sync products are no measure, since the warps repeat each other's where a tile is too small for them.
     """
-    found = loops(instructions)
-    working = [loop for loop in found if any(i.is_matrix for i in loop.path)]
-    working = working or [loop for loop in found if any(i.moved_bytes for i in loop.path)]
+    all_loops = loops(instructions)
+    working = [loop for loop in all_loops if any(i.is_matrix for i in loop.path)]
+    working = working or [loop for loop in all_loops if any(i.moved_bytes for i in loop.path)]
     inner = [loop.path for loop in working if not any(other.blocks < loop.blocks for other in working)]
     if not inner:
         return ()

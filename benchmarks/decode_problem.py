@@ -78,8 +78,8 @@ class DecodeAttention(Problem):
         keys[table] = codes.view(1, -1, self.page, 1, self.width).expand(*table.shape, -1, self.kv_heads, -1).float()
         first = (lengths - (self.window or self.length)).clamp(min=0)
         drawn = torch.rand(self.batch, generator=generator, dtype=torch.float64)
-        wanted = first + (drawn * (lengths - first)).long()
-        q = 256 * codes[wanted][:, None].expand(-1, self.heads, -1)
+        target = first + (drawn * (lengths - first)).long()
+        q = 256 * codes[target][:, None].expand(-1, self.heads, -1)
         values = torch.randint(-9, 10, keys.shape, generator=generator)
         like = {"dtype": dtype, "device": device}
         changed = {"q": q.to(**like).contiguous(), "keys": keys.to(**like), "values": values.to(**like)}

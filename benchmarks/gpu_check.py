@@ -54,33 +54,35 @@ def minutes(text: str) -> float:
 
 def parser(names: Sequence[str]) -> Parser:
     """The command line."""
-    found = Parser("python -m benchmarks.gpu_check", __doc__)
-    found.add_argument("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results/GPUNAME-DATE")
-    found.add_argument("--minutes", type=minutes, default=MINUTES, help="for everything; default: %(default)s")
-    found.add_argument("--only", nargs="+", metavar="PHASE", help=f"of {', '.join(names)}; default: all, in this order")
-    found.add_argument("--cache", type=Path, metavar="FOLDER", help="kernels that benchmarks.compile_cache made ahead")
-    found.add_argument(
+    reader = Parser("python -m benchmarks.gpu_check", __doc__)
+    reader.add_argument("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results/GPUNAME-DATE")
+    reader.add_argument("--minutes", type=minutes, default=MINUTES, help="for everything; default: %(default)s")
+    reader.add_argument(
+        "--only", nargs="+", metavar="PHASE", help=f"of {', '.join(names)}; default: all, in this order"
+    )
+    reader.add_argument("--cache", type=Path, metavar="FOLDER", help="kernels that benchmarks.compile_cache made ahead")
+    reader.add_argument(
         "--stand-in", metavar="MODULE", help="its install() puts something in the place of the GPU first"
     )
-    found.add_argument("--phase", metavar="PHASE", help="run one phase in this process (used by itself)")
-    found.add_argument("--scratch", type=Path, help="for --phase: folder of what is no result")
-    found.add_argument("--seconds", type=float, default=60.0, help="for --phase; default: %(default)s")
-    return found
+    reader.add_argument("--phase", metavar="PHASE", help="run one phase in this process (used by itself)")
+    reader.add_argument("--scratch", type=Path, help="for --phase: folder of what is no result")
+    reader.add_argument("--seconds", type=float, default=60.0, help="for --phase; default: %(default)s")
+    return reader
 
 
 def main(args: list[str] | None = None) -> int:
     """Runs what the command line asks for; returns the exit status."""
-    words = sys.argv[1:] if args is None else args
+    arguments = sys.argv[1:] if args is None else args
     if importlib.util.find_spec("triton") is None:
         return _refuse("expected triton, got none; install the one that belongs to your torch")
-    if "--stand-in" in words[:-1]:
-        importlib.import_module(words[words.index("--stand-in") + 1]).install()
+    if "--stand-in" in arguments[:-1]:
+        importlib.import_module(arguments[arguments.index("--stand-in") + 1]).install()
     from benchmarks import check_phases
 
     phases = check_phases.PHASES
     names = [phase.name for phase in phases]
     reader = parser(names)
-    options = reader.parse_args(words)
+    options = reader.parse_args(arguments)
     chosen = reader.names("--only", options.only, names)
     if options.phase:
         reader.names("--phase", [options.phase], names)

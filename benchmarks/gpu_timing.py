@@ -182,15 +182,15 @@ def _kernel_times(
 
 def _wall_times(calls: Mapping[str, Call], device: torch.device, turns: int) -> dict[str, list[float]]:
     """Microseconds that the host waits for each call."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    seconds_of: dict[str, list[float]] = {name: [] for name in calls}
     for order in rotations(list(calls), turns):
         for name in order:
             _wait(device)
             began = time.perf_counter()
             calls[name]()
             _wait(device)
-            found[name].append(1e6 * (time.perf_counter() - began))
-    return found
+            seconds_of[name].append(1e6 * (time.perf_counter() - began))
+    return seconds_of
 
 
 def peak_memory_gib(call: Call, device: torch.device) -> float | None:
@@ -251,8 +251,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
     copy, moved = copy_call(device, COPY_BYTES if on_gpu else 2**26)
     size = MATRIX_SIZE if on_gpu else 512
     product, flops = matrix_call(device, torch.bfloat16 if on_gpu else torch.float32, 2 * size**3)
-    found = time_calls({"copy": copy, "matrix": product}, device, seconds=0.5)
-    return {"copy_gbps": moved / found["copy"].us / 1e3, "matrix_tflops": flops / found["matrix"].us / 1e6}
+    timings = time_calls({"copy": copy, "matrix": product}, device, seconds=0.5)
+    return {"copy_gbps": moved / timings["copy"].us / 1e3, "matrix_tflops": flops / timings["matrix"].us / 1e6}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -286,14 +286,14 @@ def state_under(call: Call, device: torch.device, seconds: float = 0.3) -> dict[
     for _ in range(int(min(max(seconds / max(cost, 1e-6), 1), 500))):
         call()
     reasons = "clocks_event_reasons.active"
-    found = query(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", reasons)
+    state = query(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", reasons)
     torch.cuda.synchronize(device)
-    if not found:
+    if not state:
         return {}
     return {
-        "sm_mhz": _number(found["clocks.sm"]), "memory_mhz": _number(found["clocks.mem"]),
-        "power_watt": _number(found["power.draw"]), "temperature_c": _number(found["temperature.gpu"]),
-        "throttle": throttle_reasons(found[reasons]),
+        "sm_mhz": _number(state["clocks.sm"]), "memory_mhz": _number(state["clocks.mem"]),
+        "power_watt": _number(state["power.draw"]), "temperature_c": _number(state["temperature.gpu"]),
+        "throttle": throttle_reasons(state[reasons]),
     }  # fmt: skip
 
 

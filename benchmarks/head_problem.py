@@ -22,7 +22,7 @@ class LinearLogprob(Problem):
     """T tokens, V words, width D. The backward makes the logits anew: its 6 T V D operations count that product."""
 
     tokens: int
-    words: int
+    vocab_size: int
     width: int
 
     op: ClassVar[str] = "linear_logprob"
@@ -37,22 +37,22 @@ class LinearLogprob(Problem):
 
     @property
     def row_elements(self) -> int:
-        return self.words
+        return self.vocab_size
 
     @property
     def label(self) -> str:
-        return f"T={self.tokens} V={self.words} D={self.width}"
+        return f"T={self.tokens} V={self.vocab_size} D={self.width}"
 
     def work(self, phase: str, itemsize: int) -> Work:
-        operands = (self.tokens + self.words) * self.width * itemsize
+        operands = (self.tokens + self.vocab_size) * self.width * itemsize
         products, passes = (3, 2) if phase == "backward" else (1, 1)
-        return Work(products * 2 * self.tokens * self.words * self.width, passes * operands + 4 * self.tokens)
+        return Work(products * 2 * self.tokens * self.vocab_size * self.width, passes * operands + 4 * self.tokens)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensors:
         def draw(i: int, *shape: int, kind: torch.dtype = dtype) -> Tensor:
             return normal(*shape, dtype=kind, device=device, seed=seed * SEED_STEP + i)
 
-        weight = draw(1, self.words, self.width, kind=torch.float32) * self.width**-0.5
+        weight = draw(1, self.vocab_size, self.width, kind=torch.float32) * self.width**-0.5
         return {
             "hidden": draw(0, self.tokens, self.width), "weight": weight.to(dtype),
             "targets": self._targets(device, seed), "dlogprob": draw(3, self.tokens, kind=torch.float32),
@@ -61,19 +61,19 @@ class LinearLogprob(Problem):
     def _targets(self, device: torch.device, seed: int) -> Tensor:
         if device.type == "meta":
             return torch.empty(self.tokens, dtype=torch.int64, device=device)
-        return whole_numbers(torch.int64, device, seed)(0, self.words - 1, self.tokens)
+        return whole_numbers(torch.int64, device, seed)(0, self.vocab_size - 1, self.tokens)
 
     def exact(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple["LinearLogprob", Tensors]:
         """Hidden states that pick a column of weights whose one largest word is 128 above: it is certain."""
         draw = whole_numbers(dtype, device, seed)
         pick = whole_numbers(torch.int64, device, seed + 1)
-        weight, best = draw(-2, 2, self.words, self.width), pick(0, self.words - 1, self.width)
+        weight, best = draw(-2, 2, self.vocab_size, self.width), pick(0, self.vocab_size - 1, self.width)
         weight[best, torch.arange(self.width, device=device)] = 3
         hidden = torch.zeros(self.tokens, self.width, dtype=dtype, device=device)
         hidden[torch.arange(self.tokens, device=device), pick(0, self.width - 1, self.tokens)] = 128
-        slopes = draw(-2, 2, self.tokens).float()
+        cotangents = draw(-2, 2, self.tokens).float()
         return self, {
-            "hidden": hidden, "weight": weight, "targets": self._targets(device, seed + 2), "dlogprob": slopes
+            "hidden": hidden, "weight": weight, "targets": self._targets(device, seed + 2), "dlogprob": cotangents
         }  # fmt: skip
 
     def ours(self, tensors: Tensors) -> tuple[Tensor, ...]:

@@ -53,10 +53,10 @@ def _product_cycles(instruction: Instruction, arch: int) -> float:
 
 def operand_bytes(instruction: Instruction) -> int:
     """Bytes of shared memory that a warp group's product of 2-byte elements reads: B always, A unless in registers."""
-    found = re.search(r"\.(\d+)x(\d+)x(\d+)\b", instruction.opcode)
-    if instruction.base != "HGMMA" or not found:
+    match = re.search(r"\.(\d+)x(\d+)x(\d+)\b", instruction.opcode)
+    if instruction.base != "HGMMA" or not match:
         return 0
-    m, n, k = (int(size) for size in found.groups())
+    m, n, k = (int(size) for size in match.groups())
     first = instruction.operands.split(",")[1].strip()
     return 2 * k * (n + (m if first.startswith("gdesc") else 0))
 

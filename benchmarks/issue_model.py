@@ -140,8 +140,8 @@ def tile_bytes(code: MachineCode, launch: Launch) -> int:
     """Bytes of the tiles that a block loads through descriptors in an iteration."""
     if not (code.is_specialised or any(i.base == "UTMALDG" for i in code.main_loops[0])):
         return 0
-    found = _descriptors(launch)
-    return sum(_descriptor_bytes(found[name]) for name in _walked(launch) if name in found)
+    descriptors = _descriptors(launch)
+    return sum(_descriptor_bytes(descriptors[name]) for name in _walked(launch) if name in descriptors)
 
 
 def _descriptors(launch: Launch) -> dict[str, Any]:

@@ -221,8 +221,8 @@ def streams_of(path: Sequence[Instruction]) -> dict[str, int]:
 
 
 def _offset(instruction: Instruction) -> str:
-    found = re.search(r"\[[^\]]*?\+?(0x[0-9a-f]+)\]", instruction.operands)
-    return found[1] if found else instruction.operands
+    match = re.search(r"\[[^\]]*?\+?(0x[0-9a-f]+)\]", instruction.operands)
+    return match[1] if match else instruction.operands
 
 
 def simulate(code: MachineCode, blocks: int, stages: int, tiles: float) -> float:

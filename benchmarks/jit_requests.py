@@ -84,17 +84,17 @@ def ahead(arch: int) -> Iterator[None]:
 @contextlib.contextmanager
 def collected(arch: int, on_request: Callable[[Request], None] | None = None) -> Iterator[list[Request]]:
     """Collect what the JIT is asked for inside the block instead of compiling it, each binary once; tell of each."""
-    found: dict[str, Request] = {}
+    by_folder: dict[str, Request] = {}
     requested: list[Request] = []
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         folder = _folder(fn.jit_function, compile, GPUTarget("cuda", arch, 32))
-        if folder not in found:
+        if folder not in by_folder:
             name = fn.name.rpartition(".")[2]
-            found[folder] = Request(fn.module, name, arch, compile["specialization_data"], folder)
-            requested.append(found[folder])
+            by_folder[folder] = Request(fn.module, name, arch, compile["specialization_data"], folder)
+            requested.append(by_folder[folder])
             if on_request is not None:
-                on_request(found[folder])
+                on_request(by_folder[folder])
         return True
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, hook
@@ -118,10 +118,10 @@ def requests(
     launches: Iterable[Launch], arch: int, on_request: Callable[[Request], None] | None = None
 ) -> list[Request]:
     """What launches ask the JIT for, each request once, in their order; tells of each as it comes."""
-    with ahead(arch), collected(arch, on_request) as found:
+    with ahead(arch), collected(arch, on_request) as by_folder:
         for launch in launches:
             launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
-    return found
+    return by_folder
 
 
 def driver_request(arch: int) -> Request:

@@ -102,7 +102,7 @@ def head_problems(quick: bool = False) -> list[LinearLogprob]:
     shapes = [(8192, 32000), (8192, 128000)]
     if not quick:
         shapes += [(16384, 32000), (16384, 128000), (32768, 32000), (32768, 128000)]
-    return [LinearLogprob(tokens, words, 4096) for tokens, words in shapes]
+    return [LinearLogprob(tokens, vocab_size, 4096) for tokens, vocab_size in shapes]
 
 
 def moe_problems(quick: bool = False) -> list[Problem]:
@@ -120,8 +120,10 @@ def decode_problems(quick: bool = False) -> list[DecodeAttention]:
     shapes = [(32, 4096), (256, 2048)]
     if not quick:
         shapes += [(1, 4096), (1, 32768), (8, 32768), (256, 512)]
-    found = [DecodeAttention(batch, length) for batch, length in shapes]
-    return found if quick else [*found, DecodeAttention(256, 2048, page=16), DecodeAttention(32, 8192, window=4096)]
+    problems = [DecodeAttention(batch, length) for batch, length in shapes]
+    return (
+        problems if quick else [*problems, DecodeAttention(256, 2048, page=16), DecodeAttention(32, 8192, window=4096)]
+    )
 
 
 def small_problems() -> list[Problem]:

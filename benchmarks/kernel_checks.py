@@ -95,19 +95,19 @@ class Oracle:
         return self._verdicts(results, lambda name, ref: 2 * max(largest_error(b[name], ref) for b in self.bases))
 
     def _verdicts(self, results: Tensors, allowance) -> list[Verdict]:
-        found, checked = [], self._checked(results)
+        verdicts, checked = [], self._checked(results)
         for name, ref in self.ref.items():
             out = checked.get(name)
             if out is None or out.shape != ref.shape:
-                found.append(Verdict(name, float("inf"), 0.0, float("inf")))
+                verdicts.append(Verdict(name, float("inf"), 0.0, float("inf")))
                 continue
             limit = allowance(name, ref) + 4 * UNIT * largest_error(ref, torch.zeros_like(ref))
-            found.append(Verdict(name, largest_error(out, ref), limit, relative_rms(out, ref)))
-        return found
+            verdicts.append(Verdict(name, largest_error(out, ref), limit, relative_rms(out, ref)))
+        return verdicts
 
     def exact_verdicts(self, results: Tensors) -> list[Verdict]:
         """The same where results are exact but for one rounding, each element by its own unit in the last place."""
-        found, checked = [], self._checked(results)
+        verdicts, checked = [], self._checked(results)
         for name, ref in self.ref.items():
             out = checked[name]
             half = torch.finfo(out.dtype).eps / 2 * (1 + 2.0**-10)
@@ -117,8 +117,8 @@ class Oracle:
                 key=_nan_first,
             )
             limit = 4 * UNIT * largest_error(ref, torch.zeros_like(ref))
-            found.append(Verdict(name, over, limit, relative_rms(out, ref)))
-        return found
+            verdicts.append(Verdict(name, over, limit, relative_rms(out, ref)))
+        return verdicts
 
 
 def fresh(problem: Problem, tensors: Tensors) -> Tensors:
@@ -178,14 +178,14 @@ def failures(problem: Problem, phase: str, dtype: torch.dtype, device: torch.dev
     """What is wrong with this project's function: on rough random rows, on exact whole numbers, between two runs."""
     rough = roughened(problem, problem.inputs(dtype, device, seed), seed)
     easy, whole = problem.exact(dtype, device, seed)
-    found = []
+    reasons = []
     for kind, one, tensors in (("random", problem, rough), ("exact", easy, whole)):
         with poisoned_memory():
             runs = [call_of(one, one.ours, fresh(one, tensors), phase)() for _ in range(2)]
         first, second = ({name: x.detach() for name, x in run.items()} for run in runs)
         oracle = Oracle(one, tensors, phase)
         verdicts = oracle.verdicts(first) if kind == "random" else oracle.exact_verdicts(first)
-        found += [f"{kind}: {verdict}" for verdict in verdicts if not verdict.is_right]
+        reasons += [f"{kind}: {verdict}" for verdict in verdicts if not verdict.is_right]
         if not repeats_bits(first, second):
-            found.append(f"{kind}: two runs differ")
-    return found
+            reasons.append(f"{kind}: two runs differ")
+    return reasons

@@ -216,7 +216,7 @@ def compiled(function: Callable) -> Callable:
 
 def _head_peers(case: Case) -> list[Variant]:
     """Full logits where they fit; Liger's fused cross-entropy, whose gradients are made in its forward."""
-    logits = case.problem.tokens * case.problem.words * 4
+    logits = case.problem.tokens * case.problem.vocab_size * 4
     large = f"logits of {logits / 2**30:.1f} GiB in fp32" if logits > EAGER_LOGITS_BYTES else ""
     liger = LIGER if not _has("liger_kernel") else "" if case.phase == "forward" else "its forward makes the gradients"
     return [
@@ -271,8 +271,8 @@ def _liger_head(t: Tensors) -> tuple[Tensor, ...]:
     """Minus each token's cross-entropy; with weights that have a gradient its forward makes the gradients too."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
 
-    found = Fused.apply(t["hidden"], t["weight"], t["targets"], None, None, -100, 0.0, 0.0, "none")
-    return (-(found[0] if isinstance(found, tuple) else found),)
+    results = Fused.apply(t["hidden"], t["weight"], t["targets"], None, None, -100, 0.0, 0.0, "none")
+    return (-(results[0] if isinstance(results, tuple) else results),)
 
 
 def _row_peers(problem: Problem) -> list[Variant]:

@@ -92,15 +92,15 @@ def call_of(problem: Problem, function: Function, tensors: Tensors, phase: str) 
     for name in problem.gradients:
         if name in leaves:
             leaves[name].requires_grad_()
-    wanted = [name for name in problem.gradients if name in leaves]
+    leaf_names = [name for name in problem.gradients if name in leaves]
     if phase != "backward":
         return lambda: dict(zip(problem.outputs, function(leaves)))
     outs = function(leaves)
     coming = [tensors[f"d{name}"] for name in problem.outputs]
 
     def backward() -> Tensors:
-        found = torch.autograd.grad(outs, [leaves[name] for name in wanted], coming, retain_graph=True)
-        return dict(zip((f"d{name}" for name in wanted), found))
+        grads = torch.autograd.grad(outs, [leaves[name] for name in leaf_names], coming, retain_graph=True)
+        return dict(zip((f"d{name}" for name in leaf_names), grads))
 
     return backward
 

@@ -73,11 +73,11 @@ def start(device: torch.device, *, command: str, **options: Any) -> Session:
     """A session on the device, its ceilings measured (not for a profile)."""
     about = gpu_timing.environment(device) | {"command": command}
     unmeasured = {"copy_gbps": float("inf"), "matrix_tflops": float("inf")}
-    found = unmeasured if options.get("profile") else gpu_timing.ceilings(device)
-    return Session(device, about, found, **options)
+    ceilings = unmeasured if options.get("profile") else gpu_timing.ceilings(device)
+    return Session(device, about, ceilings, **options)
 
 
-def compile_ahead(session: Session, found: Sequence[Case], deadline: float) -> None:
+def compile_ahead(session: Session, chosen: Sequence[Case], deadline: float) -> None:
     """Compile what the cases launch in parallel processes, into the cache that launches look up.
 
     What became of each goes into `session.compiled`; variants that did not compile, or ended the compiler's process,
@@ -86,7 +86,7 @@ def compile_ahead(session: Session, found: Sequence[Case], deadline: float) -> N
     if session.device.type != "cuda":
         return
     arch = architecture(session.device)
-    names = [(case, name, config) for case in found for name, config in own_configs(case, session.device).items()]
+    names = [(case, name, config) for case in chosen for name, config in own_configs(case, session.device).items()]
     jobs = [Job("attention_forward" if config else "", case, arch, tuple(config.items())) for case, _, config in names]
     compilers = Compilers()
     results = compilers.results(compilers.submit(jobs), deadline)
@@ -148,8 +148,8 @@ def _new_row(session: Session, case: Case, variant: Variant) -> Row:
 
 def reproduce(case: Case, variant: Variant) -> str:
     """The command line that measures this row alone."""
-    words = ["python", "-m", "benchmarks.kernels", "--op", case.op, "--case", case.label, "--variant", variant.name]
-    return shlex.join(words)
+    command = ["python", "-m", "benchmarks.kernels", "--op", case.op, "--case", case.label, "--variant", variant.name]
+    return shlex.join(command)
 
 
 @dataclass
@@ -240,11 +240,11 @@ def _time(session: Session, case: Case, calls: dict[str, gpu_timing.Call], rows:
         calls[name], flops[name] = gpu_timing.matrix_call(session.device, case.dtype, case.work.flops)
         equal = [_new_row(session, case, Variant(name)) | {"status": "right", "flops": flops[name], "bytes": 0}]
     names = {name: f"{case.range_name}.{name.replace(' ', '_')}" for name in calls}
-    found = gpu_timing.time_calls(calls, session.device, seconds=session.seconds, ranges=names)
+    timings = gpu_timing.time_calls(calls, session.device, seconds=session.seconds, ranges=names)
     ours = next((name for name in calls if name in ("triton", "reference")), next(iter(calls)))
     state = gpu_timing.state_under(calls[ours], session.device)
     for row in rows + equal:
-        timing = found.get(row["variant"])
+        timing = timings.get(row["variant"])
         if timing is None:
             continue
         row |= {"kernel_us": timing.kernel_us, "wall_us": timing.wall_us, "us": timing.us, "repeats": timing.repeats}
@@ -283,32 +283,32 @@ def profiler_lines(command: str, name: str) -> list[str]:
 
 def parser() -> Parser:
     """The command line."""
-    found = Parser("python -m benchmarks.kernels", __doc__)
-    found.add_argument("--op", nargs="+", metavar="NAME", help=f"of {', '.join(OPERATIONS)}; default: all")
-    found.add_argument("--case", metavar="TEXT", help="only cases whose shape contains this text")
-    found.add_argument("--variant", nargs="+", metavar="NAME", default=[], help="only these variants, such as triton")
-    found.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
-    found.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
-    found.add_argument("--profile", action="store_true", help="one repetition in NVTX ranges, no flush, nothing timed")
-    found.add_argument(
+    reader = Parser("python -m benchmarks.kernels", __doc__)
+    reader.add_argument("--op", nargs="+", metavar="NAME", help=f"of {', '.join(OPERATIONS)}; default: all")
+    reader.add_argument("--case", metavar="TEXT", help="only cases whose shape contains this text")
+    reader.add_argument("--variant", nargs="+", metavar="NAME", default=[], help="only these variants, such as triton")
+    reader.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
+    reader.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    reader.add_argument("--profile", action="store_true", help="one repetition in NVTX ranges, no flush, nothing timed")
+    reader.add_argument(
         "--json", type=Path, default=DEFAULT_RESULTS, metavar="PATH",
         help="JSON lines; the roofline is written beside them as .html; default: %(default)s",
     )  # fmt: skip
-    found.add_argument(
+    reader.add_argument(
         "--compare", nargs="+", type=Path, metavar="FILE", help="OLD, with what is measured now; OLD NEW, two files"
     )
-    found.add_argument(
+    reader.add_argument(
         "--fail-over", type=percent, default=0.05, metavar="SHARE", help="slowdown that fails --compare; default: 5%%"
     )
-    found.add_argument("--table", type=Path, metavar="RESULTS", help="print a Markdown table of a results file")
-    return found
+    reader.add_argument("--table", type=Path, metavar="RESULTS", help="print a Markdown table of a results file")
+    return reader
 
 
 def main(args: list[str] | None = None) -> int:
     """Runs what the command line names; returns the exit status."""
-    words = sys.argv[1:] if args is None else args
+    arguments = sys.argv[1:] if args is None else args
     reader = parser()
-    options = reader.parse_args(words)
+    options = reader.parse_args(arguments)
     names = reader.names("--op", options.op, list(OPERATIONS))
     if options.compare and len(options.compare) > 2:
         reader.error(f"--compare: expected one or two files, got {len(options.compare)}")
@@ -319,7 +319,7 @@ def main(args: list[str] | None = None) -> int:
         old = kernel_rows.read_rows(options.compare[0]) if options.compare else []
         if options.compare and len(options.compare) == 2:
             return _compare(kernel_rows.read_rows(options.compare[1]), old, options.fail_over)
-        rows = _measure_all(reader, options, names, words)
+        rows = _measure_all(reader, options, names, arguments)
         return _compare(rows, old, options.fail_over) if options.compare else 0
     except ValueError as error:
         reader.error(str(error))
@@ -331,7 +331,7 @@ def _compare(new: list[Row], old: list[Row], limit: float) -> int:
     return int(any(change.is_worse for change in changes))
 
 
-def _measure_all(reader: Parser, options: Any, names: list[str], words: Sequence[str]) -> list[Row]:
+def _measure_all(reader: Parser, options: Any, names: list[str], arguments: Sequence[str]) -> list[Row]:
     device = _device(reader, options.device)
     chosen = [case for case in cases(names, device, options.quick) if (options.case or "") in case.label]
     if not chosen:
@@ -341,7 +341,7 @@ def _measure_all(reader: Parser, options: Any, names: list[str], words: Sequence
     names = dict.fromkeys(variant.name for case in chosen for variant in variants(case, device))
     reader.names("--variant", options.variant, list(names))
     announce(device)
-    command = shlex.join(["python", "-m", "benchmarks.kernels", *words])
+    command = shlex.join(["python", "-m", "benchmarks.kernels", *arguments])
     results = None if options.profile else options.json
     if results:
         results.unlink(missing_ok=True)

@@ -38,21 +38,21 @@ class Case:
     @property
     def label(self) -> str:
         """Table, architecture, class and form as text: no two cases of the tables share one."""
-        return f"{self.table} sm_{self.arch} {words(self.shape)} {self.form}".replace("  ", " ")
+        return f"{self.table} sm_{self.arch} {text_of(self.shape)} {self.form}".replace("  ", " ")
 
 
-def words(items: Items) -> str:
+def text_of(items: Items) -> str:
     """`width=128 bytes=2`."""
     return " ".join(f"{name}={value}" for name, value in items)
 
 
 def cases(table: str, arch: int) -> list[Case]:
     """Every form of every entry that a table has for an architecture."""
-    found = []
+    all_cases = []
     for entry in configuration.table(table):
         if entry["arch"] == arch:
-            found += cases_of(table, arch, entry["class"], entry["config"])
-    return found
+            all_cases += cases_of(table, arch, entry["class"], entry["config"])
+    return all_cases
 
 
 def cases_of(table: str, arch: int, shape: Mapping[str, int], config: Mapping[str, Any]) -> list[Case]:
@@ -77,11 +77,11 @@ def launch_of(case: Case) -> Launch:
     call = dict(FORMS[case.table](dict(case.shape)))[case.form]
     with use_arch(case.arch), use_config(case.table, **dict(case.config)), record() as made:
         call()
-    found = [launch for launch in made if launch.kernel.__name__ == f"{case.table}_kernel"]
-    if not found:
+    launches = [launch for launch in made if launch.kernel.__name__ == f"{case.table}_kernel"]
+    if not launches:
         names = ", ".join(launch.kernel.__name__ for launch in made) or "none"
         raise ValueError(f"{case.label}: expected a launch of {case.table}_kernel, got {names}")
-    return found[0]
+    return launches[0]
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -235,9 +235,9 @@ def _linear_logprob(dtype: torch.dtype, entropy: bool, tokens: int = TOKENS) -> 
 
     hidden, weight = _meta(tokens, 4096, dtype=dtype), _meta(VOCABULARY, 4096, dtype=dtype)
     targets = _meta(tokens, dtype=torch.int64)
-    found = linear_logprob_statistics(hidden, weight, targets, 1.0, entropy, 0)
-    slope = _meta(tokens, dtype=torch.float32)
-    linear_logprob_gradients(slope, slope if entropy else None, hidden, weight, targets, found, 1.0, 0, True, True)
+    statistics = linear_logprob_statistics(hidden, weight, targets, 1.0, entropy, 0)
+    grad = _meta(tokens, dtype=torch.float32)
+    linear_logprob_gradients(grad, grad if entropy else None, hidden, weight, targets, statistics, 1.0, 0, True, True)
 
 
 def dpo(shape: dict[str, int]) -> Iterator[Form]:

@@ -39,13 +39,13 @@ COMMAND = (sys.executable, "-m", "benchmarks.launch_sources")
 
 def operations() -> None:
     """Every public operation in every dtype."""
-    from benchmarks import every_operation
+    from benchmarks import every_operation, operation_check
 
-    for dtype in every_operation.dtypes(GPU):
+    for dtype in operation_check.dtypes(GPU):
         for operation in every_operation.OPERATIONS:
-            every_operation.rows(operation, GPU, dtype)
+            operation_check.rows(operation, GPU, dtype)
     for _, whole in every_operation.WHOLE:
-        every_operation.rows(whole, GPU, torch.float32)
+        operation_check.rows(whole, GPU, torch.float32)
 
 
 def training() -> None:
@@ -106,8 +106,8 @@ def entries(arch: int) -> Iterator[Launch]:
 def measured(arch: int) -> Iterator[Launch]:
     """The cases that are measured, in every variant of this project."""
     with use_arch(arch):
-        found = [(case, config) for case in cases(list(OPERATIONS), GPU) for config in own_configs(case, GPU).values()]
-    for case, config in found:
+        forms = [(case, config) for case in cases(list(OPERATIONS), GPU) for config in own_configs(case, GPU).values()]
+    for case, config in forms:
         with use_config("attention_forward", **config) if config else contextlib.nullcontext():
             yield from tune_targets.launches(case, arch)
 

@@ -197,7 +197,7 @@ def full_waits(events: Sequence[Event]) -> list[Event]:
 
     A wait for an event is one where nothing was launched after the event; otherwise the device has work meanwhile.
     """
-    found: list[Event] = []
+    waits: list[Event] = []
     since: dict[str, int] = {}
     launched = 0
     for event in events:
@@ -205,8 +205,8 @@ def full_waits(events: Sequence[Event]) -> list[Event]:
         if event.kind == "mark":
             since[event.name] = launched
         elif event.kind == "sync" or (event.kind == "wait" and since.get(event.name) == launched):
-            found.append(event)
-    return found
+            waits.append(event)
+    return waits
 
 
 def counts(events: Sequence[Event]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from benchmarks.standin import Event, Log, stand_in
 from benchmarks.standin.host import torch_launch_seconds, triton_launch_seconds
 from wizard_engine.model import PRESETS, ModelConfig
 from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
+from wizard_engine.planning.rates import GPUS, rates_of
 
 STEPS = ("train", "decode", "rleif")
 DEVICE = torch.device("cuda", 0)
@@ -39,22 +40,23 @@ ATTENTION_FORWARD = ("attention_forward_kernel",)
 ATTENTION_BACKWARD = ("attention_backward_kv_kernel", "attention_backward_q_kernel")
 # Rows of the printed table.
 SHOWN = 16
+H200, PLANNED = GPUS["H200"], rates_of(None)
 
 
 @dataclass(frozen=True)
 class Rates:
     """What the prediction assumes of the device and the host."""
 
-    peak: float = 989e12
+    peak: float = H200.flops
     """Dense bf16 operations per second of the data sheet: the denominator of MFU."""
     matrix: float = 788e12
     """Products of matrices, operations per second: measured on an H200 with random numbers."""
     memory: float = 4.3e12
     """Bytes read and written per second: a measured copy on an H200."""
-    grouped: float = 0.62 * 989e12
+    grouped: float = PLANNED.grouped * H200.flops
     """Products of experts, as the planner assumes."""
-    attention_forward: float = 0.60 * 989e12
-    attention_backward: float = 0.45 * 989e12
+    attention_forward: float = PLANNED.attention_forward * H200.flops
+    attention_backward: float = PLANNED.attention_backward * H200.flops
     link: float = 55e9
     """Copies between host and device, bytes per second."""
     shortest: float = 2.5e-6
@@ -170,18 +172,18 @@ def predict(
 
     config = config_of(preset, tokens, step, layers)
     rates = rates or Rates()
-    with _device_of(log) as own:
+    with _device_of(log) as device:
         if step == "train":
             lengths = launch_steps.documents_of(tokens)
             with workload(documents=lengths):
-                events = launch_steps.train(own, config, DEVICE, tokens, recompute)
+                events = launch_steps.train(device, config, DEVICE, tokens, recompute)
             flops = TRAINING_FACTOR * sum(n * flops_per_token(config, n) for n in lengths)
         elif step == "decode":
             with workload(keys=launch_steps.KEYS):
-                events = launch_steps.decode(own, config, DEVICE, tokens)
+                events = launch_steps.decode(device, config, DEVICE, tokens)
             flops = tokens * flops_per_token(config, 2 * launch_steps.KEYS)
         else:
-            events, flops = launch_steps.rleif(own, config, DEVICE, tokens, recompute)
+            events, flops = launch_steps.rleif(device, config, DEVICE, tokens, recompute)
     return result_of(events, rates, preset=preset, layers=config.layers, step=step, tokens=tokens, model_flops=flops,
                      recompute=recompute)  # fmt: skip
 
@@ -194,14 +196,14 @@ def result_of(
     from benchmarks import launch_steps
 
     predicted = predict_events(events, rates)
-    found = launch_steps.counts(events)
+    result = launch_steps.counts(events)
     rows = rows_of(events, rates)
     return {
         "preset": preset, "layers": layers, "step": step, "tokens": tokens, "recompute": recompute,
-        **found, "host_seconds": predicted.host, "predicted_seconds": predicted.seconds,
+        **result, "host_seconds": predicted.host, "predicted_seconds": predicted.seconds,
         "host_bound": predicted.idle / predicted.seconds, "tokens_per_second": tokens / predicted.seconds,
         "mfu": model_flops / predicted.seconds / rates.peak,
-        "share_of_copy": found["bytes"] / predicted.seconds / rates.memory,
+        "share_of_copy": result["bytes"] / predicted.seconds / rates.memory,
         "rates": asdict(rates), "rows": rows,
     }  # fmt: skip
 
@@ -260,16 +262,16 @@ def read_rates(path: Path | None) -> Rates:
     if path is None:
         return Rates()
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--rates: expected a JSON file, got {path}: {error}") from None
     known = {field.name for field in fields(Rates)}
     wrong = [
-        name for name, value in given.items() if name not in known or not isinstance(value, int | float) or value <= 0
+        name for name, value in values.items() if name not in known or not isinstance(value, int | float) or value <= 0
     ]
     if wrong:
         raise ValueError(f"--rates: {path}: expected positive numbers named {', '.join(sorted(known))}, got {wrong[0]}")
-    return replace(Rates(), **given)
+    return replace(Rates(), **values)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -300,12 +302,12 @@ def main(args: Sequence[str] | None = None) -> int:
         sizes = options.tokens or defaults.get(options.step, [1])
         for size in sizes:
             config_of(options.preset, size, options.step, options.layers)
-        found = []
+        results = []
         with stand_in() as log:
             for size in sizes:
-                found.append(predict(options.preset, size, options.step, recompute=options.recompute,
+                results.append(predict(options.preset, size, options.step, recompute=options.recompute,
                                      layers=options.layers, rates=rates, log=log))  # fmt: skip
-                print(text_of(found[-1]), end="\n\n", flush=True)
+                print(text_of(results[-1]), end="\n\n", flush=True)
     except ValueError as error:
         print(f"launches: {error}", file=sys.stderr)
         return 2
@@ -319,7 +321,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
         about = environment()
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(about | row) + "\n" for row in found), encoding="utf-8")
+        options.json.write_text("".join(json.dumps(about | row) + "\n" for row in results), encoding="utf-8")
         print(f"written: {options.json}")
     return 0
 

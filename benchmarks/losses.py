@@ -34,11 +34,11 @@ ROWS_AT_A_TIME = 64
 class Head:
     """Hidden states and weights of a head, targets, and the gradients that a step leaves."""
 
-    def __init__(self, tokens: int, words: int, width: int) -> None:
+    def __init__(self, tokens: int, vocab_size: int, width: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
-        self.weight = (torch.randn(words, width, generator=generator) * width**-0.5).requires_grad_()
-        self.targets = torch.randint(words, (tokens,), generator=generator)
+        self.weight = (torch.randn(vocab_size, width, generator=generator) * width**-0.5).requires_grad_()
+        self.targets = torch.randint(vocab_size, (tokens,), generator=generator)
         self.weights = torch.ones(tokens)
         self.other = -torch.rand(tokens, generator=generator) * 10
         half = max(1, tokens // 2)
@@ -46,9 +46,9 @@ class Head:
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Take the gradients away."""
-        found = self.hidden.grad, self.weight.grad
+        grads = self.hidden.grad, self.weight.grad
         self.hidden.grad = self.weight.grad = None
-        return found
+        return grads
 
     def one_node(self) -> None:
         """cross_entropy: gradients in the forward."""
@@ -102,14 +102,14 @@ def check_same(head: Head, names: list[str]) -> None:
     expected = head.gradients()
     for name in names:
         VARIANTS[name](head)
-        for found, right in zip(head.gradients(), expected):
-            off = float((found - right).norm() / right.norm())
+        for grad, right in zip(head.gradients(), expected):
+            off = float((grad - right).norm() / right.norm())
             assert off < 1e-4, f"{name}: gradients are off by {off:.1e}"
 
 
-def timed(tokens: int, words: int, width: int, names: list[str], repeats: int) -> list[dict[str, Any]]:
+def timed(tokens: int, vocab_size: int, width: int, names: list[str], repeats: int) -> list[dict[str, Any]]:
     """One row per variant, with its ratio to full logits."""
-    head = Head(tokens, words, width)
+    head = Head(tokens, vocab_size, width)
     check_same(head, [name for name in names if name in SAME])
 
     def step(name: str) -> Callable[[], None]:
@@ -121,7 +121,7 @@ def timed(tokens: int, words: int, width: int, names: list[str], repeats: int) -
 
     return interleave(
         "losses", {name: step(name) for name in names}, items=tokens, unit="tokens/s", repeats=repeats,
-        shape=f"T={tokens} V={words} D={width} fp32", peer="full logits",
+        shape=f"T={tokens} V={vocab_size} D={width} fp32", peer="full logits",
     )  # fmt: skip
 
 
@@ -131,11 +131,11 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _peak(tokens: int, words: int, width: int, name: str, threads: int, answers: Any) -> None:
+def _peak(tokens: int, vocab_size: int, width: int, name: str, threads: int, answers: Any) -> None:
     torch.set_num_threads(threads)
     small = Head(8, 64, width)
     VARIANTS[name](small)
-    head = Head(tokens, words, width)
+    head = Head(tokens, vocab_size, width)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _resident("VmRSS")
@@ -144,14 +144,14 @@ def _peak(tokens: int, words: int, width: int, name: str, threads: int, answers:
     answers.put(_resident("VmHWM") - before - kept)
 
 
-def peak_bytes(tokens: int, words: int, width: int, name: str) -> int | None:
+def peak_bytes(tokens: int, vocab_size: int, width: int, name: str) -> int | None:
     """Largest memory of a step besides inputs and gradients, measured in a process of its own; None if it was killed.
 
     Source: VmHWM of /proc/self/status (Linux), reset after the inputs are there.
     """
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
-    arguments = (tokens, words, width, name, torch.get_num_threads(), answers)
+    arguments = (tokens, vocab_size, width, name, torch.get_num_threads(), answers)
     process = context.Process(target=_peak, args=arguments)
     process.start()
     process.join()

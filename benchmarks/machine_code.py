@@ -73,8 +73,8 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Address that a branch jumps to."""
-        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.base == "BRA" else None
-        return int(found[1], 16) if found else None
+        match = re.search(r"0x([0-9a-f]+)", self.operands) if self.base == "BRA" else None
+        return int(match[1], 16) if match else None
 
     @property
     def is_matrix(self) -> bool:
@@ -87,8 +87,8 @@ class Instruction:
 
         HGMMA.64x128x16 and HMMA.16816 (16x8x16) say it; the fifth generation (UTCHMMA) keeps it in a descriptor.
         """
-        found = re.search(r"\.(\d+)x(\d+)x(\d+)\b", self.opcode) or re.search(r"\.(16)(8)(8|16|32)\b", self.opcode)
-        return 2 * int(found[1]) * int(found[2]) * int(found[3]) if found and self.is_matrix else 0
+        match = re.search(r"\.(\d+)x(\d+)x(\d+)\b", self.opcode) or re.search(r"\.(16)(8)(8|16|32)\b", self.opcode)
+        return 2 * int(match[1]) * int(match[2]) * int(match[3]) if match and self.is_matrix else 0
 
     @property
     def moved_bytes(self) -> int:
@@ -98,9 +98,9 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Bytes per thread of a memory instruction."""
-        found = re.search(r"\.(256|128|64)\b", self.opcode)
-        if found:
-            return int(found[1]) // 8
+        match = re.search(r"\.(256|128|64)\b", self.opcode)
+        if match:
+            return int(match[1]) // 8
         return 1 if re.search(r"\.[US]8\b", self.opcode) else 2 if re.search(r"\.[US]16\b", self.opcode) else 4
 
 
@@ -266,8 +266,8 @@ def assembler_log(ptx: str, arch: int, options: dict[str, Any]) -> str:
 
 def spills_of(log: str) -> tuple[int, int]:
     """Bytes of spill stores and of spill loads in what `ptxas -v` printed, over all its functions."""
-    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    return sum(int(stores) for stores, _ in found), sum(int(loads) for _, loads in found)
+    matches = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return sum(int(stores) for stores, _ in matches), sum(int(loads) for _, loads in matches)
 
 
 def read(cubin: bytes, arch: int) -> tuple[int, int, int, tuple[Instruction, ...]]:
@@ -294,17 +294,17 @@ def instructions_of(listing: str) -> Iterator[Instruction]:
     """Instructions of an nvdisasm listing, with or without encodings (-hex); branch labels become addresses."""
     labels: dict[str, int] = {}
     pending: list[str] = []
-    found: list[list[Any]] = []
+    lines: list[list[Any]] = []
     for line in listing.splitlines():
         if label := LABEL.match(line):
             pending.append(label[1])
         elif code := CODE.match(line):
             labels.update(dict.fromkeys(pending, int(code[1], 16)))
             pending.clear()
-            found.append([int(code[1], 16), code[3], code[4], code[2] or "", ()])
-        elif found and (word := HIGH_WORD.match(line)):
-            found[-1][-1] = _schedule(int(word[1], 16))
-    for address, opcode, operands, guard, schedule in found:
+            lines.append([int(code[1], 16), code[3], code[4], code[2] or "", ()])
+        elif lines and (word := HIGH_WORD.match(line)):
+            lines[-1][-1] = _schedule(int(word[1], 16))
+    for address, opcode, operands, guard, schedule in lines:
         target = re.search(r"`\((\.L_\w+)\)", operands)
         if target and target[1] in labels:
             operands = operands.replace(target[0], f"0x{labels[target[1]]:x}")

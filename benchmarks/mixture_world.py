@@ -54,14 +54,14 @@ def trained(name: str, config: ModelConfig, world: Path, folder: Path, seed: int
     rows = read_rows(world / "held_out.jsonl", kind="conversation")
     samples = [encode_conversation(tokenizer, row.messages) for row in rows]
     loss = -sequence_logprobs(model, samples).sum() / sum(float(s.weights.sum()) for s in samples)
-    found = accuracy.main(
+    result = accuracy.main(
         accuracy.Config(
             str(folder / "sft" / "model"), world / "held_out.jsonl", folder / "accuracy", seed=seed, quiet=True
         )
     )
     row = {
         "model": name, "seed": seed, "parameters": config.num_parameters, "active": config.active_parameters,
-        "loss": float(loss), "accuracy": found["accuracy"], "se": found["se"], "problems": found["total"],
+        "loss": float(loss), "accuracy": result["accuracy"], "se": result["se"], "problems": result["total"],
         "train_seconds": seconds,
     }  # fmt: skip
     return row | _load(folder, config)
@@ -75,12 +75,12 @@ def _load(folder: Path, config: ModelConfig) -> dict:
     """Mean over the last tenth of the steps of both stages of each layer's largest share over the mean."""
     if not config.experts:
         return {}
-    found = {}
+    loads = {}
     for stage in ("base", "sft"):
         lines = read_metrics(folder / stage / "metrics.jsonl")
         last = lines[-max(1, len(lines) // 10) :]
-        found[f"load_{stage}"] = np.mean([line["expert_load_max"] for line in last], axis=0).round(3).tolist()
-    return found
+        loads[f"load_{stage}"] = np.mean([line["expert_load_max"] for line in last], axis=0).round(3).tolist()
+    return loads
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ def layout(experts: Tensor, num_experts: int) -> Tensors:
     if experts.is_meta:
         rows = experts.numel()
         shapes = ((num_experts + 1,), (rows,), tuple(experts.shape), (2, num_slots(rows, num_experts)))
-        found = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
+        tensors = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
     else:
-        found = list(layout_reference(experts, num_experts))
-    return dict(zip(("offsets", "rows", "positions", "tiles"), found))
+        tensors = list(layout_reference(experts, num_experts))
+    return dict(zip(("offsets", "rows", "positions", "tiles"), tensors))
 
 
 def experts_formula(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class MoeRoute(Problem):
             logits, _ = self.formula(tensors)
             if logits.requires_grad:
                 dtype = tensors["hidden"].dtype
-                logits.register_hook(lambda slope: slope.to(dtype).to(slope.dtype))
+                logits.register_hook(lambda grad: grad.to(dtype).to(grad.dtype))
             return logits, logits.topk(self.per_token).values.softmax(-1)
 
         return (rounded,)

@@ -30,10 +30,10 @@ def buffers(size: int, stagger: int) -> dict[str, torch.Tensor]:
         return torch.cat([values.new_zeros(number * stagger), values])[number * stagger :]
 
     names = ("master", "exp_avg", "accumulated")
-    found = {name: placed(i, torch.randn(size, generator=generator)) for i, name in enumerate(names)}
-    found["exp_avg_sq"] = placed(3, torch.rand(size, generator=generator))
-    found["gradient"] = placed(4, torch.randn(size, generator=generator).bfloat16())
-    return found | {"copy": placed(5, torch.empty(size, dtype=torch.bfloat16))}
+    tensors = {name: placed(i, torch.randn(size, generator=generator)) for i, name in enumerate(names)}
+    tensors["exp_avg_sq"] = placed(3, torch.rand(size, generator=generator))
+    tensors["gradient"] = placed(4, torch.randn(size, generator=generator).bfloat16())
+    return tensors | {"copy": placed(5, torch.empty(size, dtype=torch.bfloat16))}
 
 
 def deepspeed(t: dict[str, torch.Tensor], wide: torch.Tensor) -> Callable[[], None] | None:

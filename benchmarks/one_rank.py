@@ -83,7 +83,7 @@ def _reduced(device: torch.device, dtype: torch.dtype, op: dist.ReduceOp.RedOpTy
 
 def _exchanged(device: torch.device, rows: int) -> list[Row]:
     x = _numbers(device, rows, WIDTH)
-    return _same(collectives.exchanged(x, [rows], [rows], world()), x)
+    return _same(collectives.all_to_all_rows(x, [rows], [rows], world()), x)
 
 
 def _counts(device: torch.device) -> list[Row]:
@@ -95,17 +95,17 @@ def _counts(device: torch.device) -> list[Row]:
 
 def _gradients(device: torch.device) -> list[Row]:
     """Each collective with a gradient: one rank's is that of the identity, and of a plain product."""
-    axis, found = world(), []
+    axis, verdicts = world(), []
     x, weight = (_numbers(device, n, WIDTH).requires_grad_() for n in (ROWS, 3))
-    for function in (collectives.Gather, collectives.SumAndDivide, collectives.Share):
+    for function in (collectives.AllGather, collectives.ReduceScatter, collectives.AllGatherReplicated):
         (dx,) = torch.autograd.grad(function.apply(x, axis).square().sum(), x)
-        found += [row | {"what": function.__name__} for row in _same(dx, 2 * x.detach())]
-    out = collectives.GatheredLinear.apply(x, weight, axis)
+        verdicts += [row | {"what": function.__name__} for row in _same(dx, 2 * x.detach())]
+    out = collectives.AllGatherLinear.apply(x, weight, axis)
     dx, dweight = torch.autograd.grad(out.sum(), (x, weight))
     ones = torch.ones_like(out)
     for what, got, expected in (("dx", dx, ones @ weight.detach()), ("dweight", dweight, ones.T @ x.detach())):
-        found += [row | {"what": f"GatheredLinear {what}"} for row in _close(got, expected)]
-    return found
+        verdicts += [row | {"what": f"GatheredLinear {what}"} for row in _close(got, expected)]
+    return verdicts
 
 
 def _experts(device: torch.device) -> list[Row]:
@@ -125,8 +125,8 @@ def _objects(device: torch.device) -> list[Row]:
     dist.all_gather_object(gathered, value)
     box = [value]
     dist.broadcast_object_list(box, src=0)
-    own = from_main(runtime.Runtime(0, 1, 0, device), lambda: value)
-    right = gathered == [value] and box == [value] and own == value
+    received = from_main(runtime.Runtime(0, 1, 0, device), lambda: value)
+    right = gathered == [value] and box == [value] and received == value
     return [{"status": "right" if right else "wrong", "note": "" if right else f"{gathered} {box}"}]
 
 
@@ -167,9 +167,9 @@ def cases(device: torch.device) -> list[Case]:
     half, ops = torch.bfloat16, dist.ReduceOp
     return [
         ("backend", lambda: [{"backend": dist.get_backend(), "nccl": _nccl_version(device)}]),
-        ("all_gather_into_tensor async", lambda: _async(collectives.gathered_rows, device, half)),
-        ("reduce_scatter_tensor async", lambda: _async(collectives.summed_rows, device, half)),
-        ("reduce_scatter_tensor fp32", lambda: _async(collectives.summed_rows, device, torch.float32)),
+        ("all_gather_into_tensor async", lambda: _async(collectives.all_gather_rows, device, half)),
+        ("reduce_scatter_tensor async", lambda: _async(collectives.reduce_scatter_rows, device, half)),
+        ("reduce_scatter_tensor fp32", lambda: _async(collectives.reduce_scatter_rows, device, torch.float32)),
         ("all_to_all_single rows", lambda: _exchanged(device, ROWS)),
         ("all_to_all_single no rows", lambda: _exchanged(device, 0)),
         ("all_to_all_single counts", lambda: _counts(device)),

@@ -109,9 +109,9 @@ def _run_once(
 
     It is told 85 % of the seconds, and ended after all of them.
     """
-    words = [*command, "--phase", phase.name, "--out", str(out), "--scratch", str(scratch)]
+    arguments = [*command, "--phase", phase.name, "--out", str(out), "--scratch", str(scratch)]
     process = subprocess.Popen(
-        [*words, "--seconds", f"{0.85 * seconds:.1f}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*arguments, "--seconds", f"{0.85 * seconds:.1f}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     log = Log(out / LOG, phase.name)

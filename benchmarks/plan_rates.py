@@ -108,7 +108,7 @@ def measure(config: ModelConfig, tokens: int, device: torch.device, gpu: plan.Gp
     products = sum(6 * tokens * a * b for a, b in shapes)
     scores = 4 * c.heads * c.head_width * mean_keys(tokens, c.window) * tokens
     moved = itemsize * tokens * (2 * c.width + 3 * c.ffn_width) + size * (28 + 2)
-    found = {
+    measured = {
         "matrix": products / sum(us[f"matrix {n}"] for n in range(len(shapes))) * 1e6 / gpu.flops,
         "attention_forward": scores / us["attention forward"] * 1e6 / gpu.flops,
         "attention_backward": 2.5 * scores / (us["attention"] - us["attention forward"]) * 1e6 / gpu.flops,
@@ -117,8 +117,8 @@ def measure(config: ModelConfig, tokens: int, device: torch.device, gpu: plan.Gp
     }
     if c.experts:
         work = 6 * tokens * c.experts_per_token * 3 * c.width * c.ffn_width
-        found["grouped"] = work / us["experts"] * 1e6 / gpu.flops
-    return found
+        measured["grouped"] = work / us["experts"] * 1e6 / gpu.flops
+    return measured
 
 
 def _block(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype, marks: Tensor) -> Call:
@@ -131,14 +131,14 @@ def _block(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.
     return both(lambda: block(x, None, *cos_sin, marks, tokens)[1], [x, *block.parameters()])[1]
 
 
-def compared(found: dict[str, float], preset: str, config: ModelConfig, tokens: int, gpu: str) -> dict[str, Any]:
+def compared(measured: dict[str, float], preset: str, config: ModelConfig, tokens: int, gpu: str) -> dict[str, Any]:
     """The measured rates, the plan of one block with them, and how far it is from the block."""
-    rates = plan.Rates(**{name: x for name, x in found.items() if name in plan.Rates.__dataclass_fields__})
+    rates = plan.Rates(**{name: x for name, x in measured.items() if name in plan.Rates.__dataclass_fields__})
     one = dataclasses.replace(config, layers=1)
     planner = plan.Planner(plan.Options(preset, 1, gpu=gpu, sequence=tokens), rates, one)
     layout = plan.Layout(MeshShape(1, 1, 1, 1, 1), "none", 1, 1)
     planned = sum(planner.computing(layout, tokens, head=False).values())
-    return found | {"planned_block_seconds": planned, "planned_over_measured": planned / found["block_seconds"]}
+    return measured | {"planned_block_seconds": planned, "planned_over_measured": planned / measured["block_seconds"]}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -155,15 +155,17 @@ def main(args: list[str] | None = None) -> int:
         print("plan_rates: expected a GPU, got none; nothing was measured", file=sys.stderr)
         return 2
     device, config = torch.device("cuda:0"), PRESETS[options.preset]
-    found = compared(
+    comparison = compared(
         measure(config, options.tokens, device, plan.GPUS[options.gpu]), options.preset, config, options.tokens,
         options.gpu,
     )  # fmt: skip
     about = gpu_timing.environment(device)
-    options.out.write_text(json.dumps(found | {"tokens": options.tokens, "preset": options.preset} | about, indent=1))
-    for name, value in found.items():
+    options.out.write_text(
+        json.dumps(comparison | {"tokens": options.tokens, "preset": options.preset} | about, indent=1)
+    )
+    for name, value in comparison.items():
         print(f"{name:24}{value:.4g}")
-    return int(abs(found["planned_over_measured"] - 1) > GOAL)
+    return int(abs(comparison["planned_over_measured"] - 1) > GOAL)
 
 
 if __name__ == "__main__":

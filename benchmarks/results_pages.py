@@ -59,10 +59,12 @@ def generation() -> str:
     """Tokens/s of the engine and of transformers."""
     rows = [row for row in read_lines("generation_cpu.jsonl") if row["op"] == "generation"]
     lines = []
-    for own in (row for row in rows if "ratio" in row):
-        peer = next(row for row in rows if row["shape"] == own["shape"] and row["variant"] == own["ratio"]["peer"])
-        ratio = own["ratio"]
-        lines.append([own["shape"].split(" V=")[0], f"{own['rate']:,.0f}", f"{peer['rate']:,.0f}",
+    for engine_row in (row for row in rows if "ratio" in row):
+        peer = next(
+            row for row in rows if row["shape"] == engine_row["shape"] and row["variant"] == engine_row["ratio"]["peer"]
+        )
+        ratio = engine_row["ratio"]
+        lines.append([engine_row["shape"].split(" V=")[0], f"{engine_row['rate']:,.0f}", f"{peer['rate']:,.0f}",
                       f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"])  # fmt: skip
     head = ["shape", "engine, tokens/s", "transformers, tokens/s", "ratio [20th, 80th percentile]"]
     return f"{table(head, lines)}\n\n{made_by('generation_cpu.jsonl', rows)}"
@@ -85,9 +87,9 @@ def sharded() -> str:
     rows = read_lines("sharded_cpu.jsonl")
     lines = []
     for row in rows:
-        own, peer = row["seconds"]["this engine"], row["seconds"]["fully_shard"]
-        low, middle, high = percentiles([b / a for a, b in zip(own, peer)])
-        cells = [f"{1e3 * m:.0f} ms [{1e3 * a:.0f}, {1e3 * b:.0f}]" for a, m, b in map(percentiles, (own, peer))]
+        engine, peer = row["seconds"]["this engine"], row["seconds"]["fully_shard"]
+        low, middle, high = percentiles([b / a for a, b in zip(engine, peer)])
+        cells = [f"{1e3 * m:.0f} ms [{1e3 * a:.0f}, {1e3 * b:.0f}]" for a, m, b in map(percentiles, (engine, peer))]
         memory = f"{row['memory']['this engine']:.1f}, {row['memory']['fully_shard']:.1f} MiB"
         lines.append([str(row["ranks"]), *cells, f"{middle:.2f}x [{low:.2f}, {high:.2f}]", memory])
     head = ["ranks", "this engine", "fully_shard", "ratio of each turn", "peak memory: this engine, fully_shard"]
@@ -110,10 +112,10 @@ def train_step() -> str:
 
 def mixture() -> str:
     """A mixture of experts against a dense model."""
-    found = json.loads((ROWS / "mixture_world.json").read_text(encoding="utf-8"))
+    result = json.loads((ROWS / "mixture_world.json").read_text(encoding="utf-8"))
     lines, means = [], {"dense": [], "mixture": []}
-    for seed in dict.fromkeys(row["seed"] for row in found["rows"]):
-        pair = {row["model"]: row for row in found["rows"] if row["seed"] == seed}
+    for seed in dict.fromkeys(row["seed"] for row in result["rows"]):
+        pair = {row["model"]: row for row in result["rows"] if row["seed"] == seed}
         cells = []
         for name, values in means.items():
             values.append((pair[name]["loss"], pair[name]["accuracy"]))
@@ -123,8 +125,8 @@ def mixture() -> str:
                (zip(*values) for values in means.values())]  # fmt: skip
     lines.append(["mean", *average, ""])
     head = ["seed", "dense: loss, accuracy", "mixture: loss, accuracy", "largest share"]
-    made = made_by("mixture_world.json", [found["environment"]])
-    return f"{table(head, lines)}\n\n{made} Command: `{found['command']}`."
+    made = made_by("mixture_world.json", [result["environment"]])
+    return f"{table(head, lines)}\n\n{made} Command: `{result['command']}`."
 
 
 def launches() -> str:
@@ -149,14 +151,14 @@ def compiled() -> str:
     rows = json.loads((ROWS / "compile_report.json").read_text(encoding="utf-8"))
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        own = [row for row in rows if row["kernel"] == kernel]
+        kernel_rows = [row for row in rows if row["kernel"] == kernel]
         cells = []
         for arch in ARCHS:
-            forms = [row for row in own if row["arch"] == arch]
+            forms = [row for row in kernel_rows if row["arch"] == arch]
             cells.append(f"{max(r['registers'] for r in forms)}, {max(r['shared_bytes'] for r in forms) / 1024:.0f}")
         names = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
-        used = [name for name in names if any(r["counts"].get(name) for r in own if r["arch"] == 90)]
-        lines.append([kernel, str(len(own)), *cells, ", ".join(used) or "-"])
+        used = [name for name in names if any(r["counts"].get(name) for r in kernel_rows if r["arch"] == 90)]
+        lines.append([kernel, str(len(kernel_rows)), *cells, ", ".join(used) or "-"])
     spilled = sum(bool(row["spill_store_bytes"] + row["spill_load_bytes"]) for row in rows)
     head = ["table", "forms", *(f"sm_{arch}: registers, KB" for arch in ARCHS), "products and loads on sm_90"]
     note = f"{len(rows):,} forms, of which {spilled or 'none'} spill."

@@ -37,7 +37,7 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
     variant = Ours(config, make_mesh(MeshOptions(), rt), Batch(options.tokens, config.vocab_size, rank))
     saver = checkpoint.Saver(Path(out), rt)
     variant.step()
-    found: dict[str, list[float]] = {"alone": [], "beside": [], "held up": [], "copy": [], "writing": []}
+    seconds_of: dict[str, list[float]] = {"alone": [], "beside": [], "held up": [], "copy": [], "writing": []}
     for turn in range(options.repeats + 1):
         weights, moments = parts_of(variant.model, variant.optimizer)
         values = [part.values for part in (*weights.values(), *moments.values())]
@@ -68,14 +68,14 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
             variant.step()
             alone.append(time.perf_counter() - at)
         if turn:
-            found["alone"].append(sum(alone) / len(alone))
-            found["beside"].append(sum(beside) / len(beside))
-            found["held up"].append(held)
-            found["copy"].append(copied)
-            found["writing"].append(written)
+            seconds_of["alone"].append(sum(alone) / len(alone))
+            seconds_of["beside"].append(sum(beside) / len(beside))
+            seconds_of["held up"].append(held)
+            seconds_of["copy"].append(copied)
+            seconds_of["writing"].append(written)
     if rank == 0:
         size = sum(value.nbytes for value in values)
-        Path(out, "found.json").write_text(json.dumps({"seconds": found, "bytes": size, "steps": len(beside)}))
+        Path(out, "found.json").write_text(json.dumps({"seconds": seconds_of, "bytes": size, "steps": len(beside)}))
     dist.barrier()
     runtime.stop()
 
@@ -93,13 +93,13 @@ def main() -> None:
     out = tempfile.mkdtemp()
     try:
         mp.start_processes(work, args=(options, out), nprocs=options.ranks, start_method="spawn")
-        found = json.loads(Path(out, "found.json").read_text())
+        result = json.loads(Path(out, "found.json").read_text())
     finally:
         shutil.rmtree(out)
     about = environment()
     print(f"{about['hardware']}, {options.ranks} ranks of one thread, torch {about['torch']}, commit {about['commit']}")
-    print(f"{found['bytes'] / 2**20:.0f} MiB a rank, {found['steps']} steps beside the last save")
-    for name, seconds in found["seconds"].items():
+    print(f"{result['bytes'] / 2**20:.0f} MiB a rank, {result['steps']} steps beside the last save")
+    for name, seconds in result["seconds"].items():
         low, median, high = (1e3 * x for x in quantiles(seconds))
         print(f"{name:8} {median:7.1f} ms [{low:.1f}, {high:.1f}]")
 

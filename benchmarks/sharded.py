@@ -69,7 +69,7 @@ class Ours:
         """What it holds between steps."""
         engine = sharded(self.model)
         units = (*engine.units, *engine.resident)
-        places = {id(unit.place): unit.place.buffer for unit in units}
+        places = {id(unit.gather_buffer): unit.gather_buffer.data for unit in units}
         return [engine.master, self.optimizer.exp_avg, self.optimizer.exp_avg_sq, *places.values()]
 
 
@@ -166,22 +166,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="append a line with everything measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, Path(folder, "found.json"))
+        result = measure(options, Path(folder, "found.json"))
     about = environment()
     print(f"{about['hardware']}, {options.ranks} ranks of one thread, torch {about['torch']}, commit {about['commit']}")
-    ours, theirs = found["seconds"]["this engine"], found["seconds"]["fully_shard"]
-    for name in found["seconds"]:
-        low, median, high = (1e3 * x for x in quantiles(found["seconds"][name]))
+    ours, theirs = result["seconds"]["this engine"], result["seconds"]["fully_shard"]
+    for name in result["seconds"]:
+        low, median, high = (1e3 * x for x in quantiles(result["seconds"][name]))
         print(
             f"{name:12} {options.preset}, {options.tokens} tokens a rank: {median:.0f} ms [{low:.0f}, {high:.0f}], "
-            f"peak {found['memory'][name]:.1f} MiB, gradient norm {found['first'][name]:.6f}, {found['last'][name]:.6f}"
+            f"peak {result['memory'][name]:.1f} MiB, "
+            f"gradient norm {result['first'][name]:.6f}, {result['last'][name]:.6f}"
         )
     low, median, high = quantiles([b / a for a, b in zip(ours, theirs)])
     print(f"fully_shard / this engine: {median:.2f}x [{low:.2f}, {high:.2f}]")
     if options.json is not None:
         about |= {"ranks": options.ranks, "preset": options.preset, "tokens": options.tokens}
         with open(options.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"benchmark": "sharded", **about, **found}) + "\n")
+            file.write(json.dumps({"benchmark": "sharded", **about, **result}) + "\n")
 
 
 if __name__ == "__main__":

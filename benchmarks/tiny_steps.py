@@ -52,12 +52,12 @@ def samples(seed: int) -> list[Sample]:
     """Sequences that begin with one of two prompts, uneven weights behind it."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, VOCABULARY, (2, PROMPT))
-    found = []
+    sample_list = []
     for number, length in enumerate(LENGTHS):
         answer = rng.integers(0, VOCABULARY, length)
         weights = np.concatenate((np.zeros(PROMPT), 0.5 + rng.random(length))).astype(np.float32)
-        found.append(Sample(np.concatenate((prompts[number % 2], answer)).astype(np.int32), weights))
-    return found
+        sample_list.append(Sample(np.concatenate((prompts[number % 2], answer)).astype(np.int32), weights))
+    return sample_list
 
 
 def batch(seed: int) -> Batch:
@@ -106,8 +106,8 @@ def _process(model: ScoringModel, device: torch.device, routes: Routes) -> Tenso
 
 
 def _answers(model: nn.Module, device: torch.device):
-    spread = getattr(model, "body", model).spread
-    return answer_batch(samples(4), [PROMPT] * len(LENGTHS), spread, device)
+    parallel = getattr(model, "body", model).parallel
+    return answer_batch(samples(4), [PROMPT] * len(LENGTHS), parallel, device)
 
 
 def _policy(model: Transformer, device: torch.device, routes: Routes) -> Tensor:
@@ -201,9 +201,9 @@ def engine_norm(step: Step, model: nn.Module, device: torch.device, experts: Ten
     return float(optimizer.clip(0.0))
 
 
-def largest_error(found: Figures, ref: Figures) -> float:
+def largest_error(measured: Figures, ref: Figures) -> float:
     """Worst error of the loss and the gradients, each relative to its largest element; infinite for NaN."""
-    pairs = [(found.loss, ref.loss), *((found.grads[name], grad) for name, grad in ref.grads.items())]
+    pairs = [(measured.loss, ref.loss), *((measured.grads[name], grad) for name, grad in ref.grads.items())]
     errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs]
     return max(float("inf") if error != error else error for error in errors)
 
@@ -217,15 +217,15 @@ def rows(step: Step, device: torch.device, dtype: torch.dtype) -> list[Row]:
         ref, routes = figures(step, copy.deepcopy(model).double(), CPU)
         experts = routes.stacked() if model.config.experts else None
         base, _ = figures(step, copy.deepcopy(model), CPU, experts)
-    found, _ = figures(step, copy.deepcopy(model).to(device), device, experts)
+    measured, _ = figures(step, copy.deepcopy(model).to(device), device, experts)
     norm = engine_norm(step, model.to(device), device, experts)
-    error, allowed = largest_error(found, ref), 2 * largest_error(base, ref) + 16 * UNIT
+    error, allowed = largest_error(measured, ref), 2 * largest_error(base, ref) + 16 * UNIT
     norm_error = abs(norm - ref.norm) / ref.norm
-    right = found.grads.keys() == ref.grads.keys() and error <= allowed and norm_error <= allowed
-    worst = max(ref.grads, key=lambda name: float((found.grads[name] - ref.grads[name]).abs().max()))
+    right = measured.grads.keys() == ref.grads.keys() and error <= allowed and norm_error <= allowed
+    worst = max(ref.grads, key=lambda name: float((measured.grads[name] - ref.grads[name]).abs().max()))
     return [
         {
-            "status": "right" if right else "wrong", "loss": float(found.loss), "reference_loss": float(ref.loss),
+            "status": "right" if right else "wrong", "loss": float(measured.loss), "reference_loss": float(ref.loss),
             "norm": norm, "reference_norm": ref.norm, "error": error, "norm_error": norm_error, "allowed": allowed,
             "note": "" if right else f"error {error:.2e}, of the norm {norm_error:.2e}, allowed {allowed:.2e}; {worst}",
         }
@@ -248,9 +248,9 @@ def main(args: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tiny_steps: expected a GPU, got none; nothing was run", file=sys.stderr)
         return 2
-    found = [{"case": name} | row for name, run in cases(torch.device("cuda:0")) for row in run()]
-    print("\n".join(json.dumps(row) for row in found))
-    return int(any(row["status"] == "wrong" for row in found))
+    all_rows = [{"case": name} | row for name, run in cases(torch.device("cuda:0")) for row in run()]
+    print("\n".join(json.dumps(row) for row in all_rows))
+    return int(any(row["status"] == "wrong" for row in all_rows))
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def equal_samples(vocab_size: int) -> list[Sample]:
 
 def check_same(ours: Ours, theirs: Theirs, samples: list[Sample]) -> None:
     """AssertionError unless loss and gradient norm agree to 1e-4 of their size."""
-    found = [(x.backward(samples), gradient_norm(x.model)) for x in (ours, theirs)]
-    for name, mine, other in zip(("loss", "gradient norm"), *found):
+    results = [(x.backward(samples), gradient_norm(x.model)) for x in (ours, theirs)]
+    for name, mine, other in zip(("loss", "gradient norm"), *results):
         assert abs(mine - other) <= 1e-4 * abs(other), f"{name}: {mine} here, {other} in transformers"
 
 

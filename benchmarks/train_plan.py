@@ -66,8 +66,8 @@ class PassLog:
 
     def take(self) -> list[Pass]:
         """The calls since the last time."""
-        found, self.calls = self.calls, []
-        return found
+        calls, self.calls = self.calls, []
+        return calls
 
 
 # Bytes
@@ -100,12 +100,12 @@ class ClosedForm:
         if recipe == "rleif":
             return self._online(models, passes)
         ((_, model),) = models.items()
-        found = Counter(self._language([one.tokens for one in passes]))
+        traffic = Counter(self._language([one.tokens for one in passes]))
         if isinstance(model, ScoringModel):
-            found.update(self._scores(model, len(passes)))
+            traffic.update(self._scores(model, len(passes)))
             for one in passes:
-                found.update(self._scored_tokens(model, one.tokens))
-        return self._by_group(found)
+                traffic.update(self._scored_tokens(model, one.tokens))
+        return self._by_group(traffic)
 
     def estimate(self, tokens: int, micro_batches: int) -> Estimate:
         """The closed form of a language model's step."""
@@ -116,26 +116,26 @@ class ClosedForm:
 
     def _language(self, tokens: Sequence[int]) -> dict[Key, int]:
         """A language model's step over rows of these tokens."""
-        found: Counter[Key] = Counter()
+        traffic: Counter[Key] = Counter()
         whole = self.estimate(1, len(tokens)).traffic
-        found.update({key: size for key, size in whole.items() if key[1] in PARAMETER_AXES})
+        traffic.update({key: size for key, size in whole.items() if key[1] in PARAMETER_AXES})
         for count in tokens:
             row = self.estimate(count, 1).traffic
-            found.update({key: size for key, size in row.items() if key[1] not in PARAMETER_AXES})
-        return found
+            traffic.update({key: size for key, size in row.items() if key[1] not in PARAMETER_AXES})
+        return traffic
 
     def _scores(self, model: ScoringModel, micro_batches: int, *, frozen: bool = False) -> dict[Key, int]:
         """Parameters of a scoring model's head, which all ranks of a copy divide, in fp32; they stay gathered."""
         if self.mesh.copy.size == 1 and self.mesh.replicate.size == 1:
             return {}
         layout = self._score_layout(model)
-        found: dict[Key, int] = {}
+        traffic: dict[Key, int] = {}
         if self.mesh.copy.size > 1 and not frozen:
             times = 1 if self.sharding.accumulate == "whole" else micro_batches
-            found = {("gather", "copy"): layout.size * WIDE, ("reduce", "copy"): layout.size * WIDE * times}
+            traffic = {("gather", "copy"): layout.size * WIDE, ("reduce", "copy"): layout.size * WIDE * times}
         if self.mesh.replicate.size > 1 and not frozen:
-            found["sum", "replicate"] = layout.part * WIDE
-        return found
+            traffic["sum", "replicate"] = layout.shard_size * WIDE
+        return traffic
 
     def _score_layout(self, model: ScoringModel) -> Layout:
         with META:
@@ -147,15 +147,15 @@ class ClosedForm:
         mesh, tokens = self.mesh, padded(tokens, self.mesh)
         row = tokens // mesh.cp.size
         stream, numbers = row * self.config.width * self.dtype.itemsize, 4 * WIDE * row
-        found: dict[Key, int] = {}
+        traffic: dict[Key, int] = {}
         if mesh.tp.size > 1:
-            found["gather", "tp"] = -stream - mesh.tp.size * numbers
-            found["reduce", "tp"] = -stream
+            traffic["gather", "tp"] = -stream - mesh.tp.size * numbers
+            traffic["reduce", "tp"] = -stream
         if mesh.cp.size > 1:
-            found["gather", "cp"] = -mesh.cp.size * numbers
+            traffic["gather", "cp"] = -mesh.cp.size * numbers
         if mesh.row.size > 1:
-            found["gather", "row"] = tokens * model.outputs * WIDE
-        return found
+            traffic["gather", "row"] = tokens * model.outputs * WIDE
+        return traffic
 
     # An online step
 
@@ -163,42 +163,42 @@ class ClosedForm:
         """Parameters alone, of dense models; nothing for a mixture."""
         if self.config.experts:
             return {}
-        found: Counter[Key] = Counter()
+        traffic: Counter[Key] = Counter()
         trained = {one.role for one in passes if one.trains}
         for role, model in models.items():
-            own = [one for one in passes if one.role == role]
-            updates = sum(one.trains for one in own)
-            found.update(self._gathered(own, frozen=role not in trained))
+            role_passes = [one for one in passes if one.role == role]
+            updates = sum(one.trains for one in role_passes)
+            traffic.update(self._gathered(role_passes, frozen=role not in trained))
             if updates:
                 whole = self.estimate(1, updates).traffic
-                found.update(
+                traffic.update(
                     {key: size for key, size in whole.items() if key[0] != "gather" and key[1] in PARAMETER_AXES}
                 )
             if isinstance(model, ScoringModel):
-                found.update(self._scores(model, updates, frozen=role not in trained))
+                traffic.update(self._scores(model, updates, frozen=role not in trained))
         n = self.mesh.copy.size
         # Every rank sends its part to all others; of a copy, together, that is the model n - 1 times.
-        found["exchange", "copy"] = (n - 1) * self.config.num_parameters / n * self.dtype.itemsize
-        return self._by_group(found)
+        traffic["exchange", "copy"] = (n - 1) * self.config.num_parameters / n * self.dtype.itemsize
+        return self._by_group(traffic)
 
     def _gathered(self, passes: Sequence[Pass], *, frozen: bool) -> dict[Key, int]:
         """Of a model that was updated since the last step, or of one that is frozen and was used as now before."""
         rotating = [unit for unit in self.units if not unit.resident]
         counts = gathers(len(rotating), self.config.tied, [one.trains for one in passes], again=frozen)
-        found: Counter[Key] = Counter()
+        traffic: Counter[Key] = Counter()
         for unit, times in [*zip(rotating, counts), *((unit, int(not frozen)) for unit in self.units if unit.resident)]:
             if getattr(self.mesh, unit.over).size > 1:
-                found["gather", unit.over] += unit.size * self.dtype.itemsize * times
-        return found
+                traffic["gather", unit.over] += unit.size * self.dtype.itemsize * times
+        return traffic
 
     def _by_group(self, traffic: dict[Key, float]) -> dict[Key, int]:
         """Axes by the names that the meter gives their groups."""
-        found: Counter[Key] = Counter()
+        by_group: Counter[Key] = Counter()
         for (kind, axis), size in traffic.items():
             groups = getattr(self.mesh, axis)
             if groups.size > 1 and size:
-                found[kind, self.names[groups.group.group_name]] += size
-        return {key: size for key, size in found.items() if size}
+                by_group[kind, self.names[groups.group.group_name]] += size
+        return {key: size for key, size in by_group.items() if size}
 
 
 def gathers(units: int, tied: bool, passes: Sequence[bool], *, again: bool = False) -> list[int]:
@@ -243,8 +243,8 @@ def device_of_plan(device: torch.device, mesh: Mesh) -> tuple[plan.Gpu | None, s
         name = torch.cuda.get_device_name(device)
         known = next((key for key in plan.GPUS if key.split("-")[0] in name), None)
         return (None, f"{name} is none of {', '.join(plan.GPUS)}") if known is None else (plan.GPUS[known], known)
-    own = _measured(mesh)
-    slowest = [min(values) for values in zip(*gather_objects(own))]
+    measured = _measured(mesh)
+    slowest = [min(values) for values in zip(*gather_objects(measured))]
     memory = memory_bytes(device) / 2**30
     return plan.Gpu(memory, *slowest, network=slowest[-1]), "measured in this run"
 
@@ -260,23 +260,23 @@ def memory_bytes(device: torch.device) -> float:
 def _measured(mesh: Mesh) -> tuple[float, float, float]:
     """Operations, bytes of memory and bytes from other ranks, each per second."""
     source = torch.zeros(2**22)
-    target, own = torch.empty_like(source), torch.zeros(2**18)
+    target, small = torch.empty_like(source), torch.zeros(2**18)
     copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
     arriving = copied
     if mesh.world_size > 1:
-        parts = [torch.empty_like(own) for _ in range(mesh.world_size)]
-        arriving = (mesh.world_size - 1) * own.nbytes / _seconds(lambda: dist.all_gather(parts, own))
+        parts = [torch.empty_like(small) for _ in range(mesh.world_size)]
+        arriving = (mesh.world_size - 1) * small.nbytes / _seconds(lambda: dist.all_gather(parts, small))
     return peak_flops("cpu"), copied, arriving
 
 
 def _seconds(call: Any, times: int = 5) -> float:
     """Of the fastest of some calls."""
-    found = []
+    seconds = []
     for _ in range(times):
         began = time.perf_counter()
         call()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 @dataclass(frozen=True)
@@ -312,11 +312,11 @@ def predict(
 
 def peak_bytes(recipe: str, shape: Shape, form: ClosedForm) -> float:
     """Bound of what a rank holds at once; of an online step while policy and critic train."""
-    found = form.estimate(shape.tokens, shape.packs)
-    peak = float(found.peak + found.workspace)
+    memory = form.estimate(shape.tokens, shape.packs)
+    peak = float(memory.peak + memory.workspace)
     if recipe == "rleif":
         frozen = form.config.num_parameters / form.mesh.copy.size * form.dtype.itemsize
-        peak += found.parts + found.places + 3 * frozen
+        peak += memory.parts + memory.places + 3 * frozen
     return peak
 
 

@@ -27,7 +27,7 @@ from wizard_engine.data.chat import Sample, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.samples import Pair
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
-from wizard_engine.model.loading import divided
+from wizard_engine.model.loading import shard_model
 from wizard_engine.parallel import Mesh, Sharding, sharded
 from wizard_engine.planning.flops import TRAINING_FACTOR, matrix_parameters, mean_keys
 from wizard_engine.rl.rewards import InstructionReward, ProcessReward
@@ -154,7 +154,7 @@ def fill_random(model: nn.Module, seed: int) -> None:
     engine, config = sharded(model), model.config
     generator = torch.Generator(engine.device).manual_seed(997 * seed + engine.mesh.copy.index)
     host = torch.Generator().manual_seed(997 * seed + engine.mesh.copy.index)
-    for name, _, values in engine.weight_parts():
+    for name, _, values in engine.weight_shards():
         if len(engine.shapes[name]) == 1:
             values.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
@@ -166,7 +166,7 @@ def language(config: ModelConfig, place: Place, seed: int, *, frozen: bool = Fal
     """A random language model, divided over the mesh."""
     with torch.device("meta"):
         model = Transformer(config)
-    divided(model, place.mesh, place.sharding, frozen=frozen)
+    shard_model(model, place.mesh, place.sharding, frozen=frozen)
     fill_random(model, seed)
     return model
 
@@ -177,7 +177,7 @@ def scoring(
     """A random scoring model, divided over the mesh."""
     with torch.device("meta"):
         model = ScoringModel(config, outputs, surprise=surprise)
-    divided(model, place.mesh, place.sharding, frozen=frozen)
+    shard_model(model, place.mesh, place.sharding, frozen=frozen)
     fill_random(model, seed)
     return model
 
@@ -244,8 +244,8 @@ def make_sft(shape: Shape, place: Place) -> Recipe:
         for packs in run.steps():
             batches = [collate([samples[i] for i in pack]) for pack in packs]
             sft.train_step(run, model, batches)
-            own = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
-            yield Work(sum(own), TRAINING_FACTOR * forward_flops(shape.config, ((0, n) for n in own), sum(own)))
+            sizes = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
+            yield Work(sum(sizes), TRAINING_FACTOR * forward_flops(shape.config, ((0, n) for n in sizes), sum(sizes)))
 
     return Recipe({"policy": model}, steps())
 
@@ -266,9 +266,9 @@ def _pair_steps(
     for packs in run.steps():
         step(run, pairs, packs)
         sides = [side for pack in packs for i in pack for side in (pairs[i].chosen, pairs[i].rejected)]
-        own = [len(side.tokens) - 1 for side in sides]
-        scored = sum(own) if heads else 0
-        yield Work(sum(own), TRAINING_FACTOR * forward_flops(shape.config, ((0, n) for n in own), scored))
+        sizes = [len(side.tokens) - 1 for side in sides]
+        scored = sum(sizes) if heads else 0
+        yield Work(sum(sizes), TRAINING_FACTOR * forward_flops(shape.config, ((0, n) for n in sizes), scored))
 
 
 def make_stage_dpo(shape: Shape, place: Place) -> Recipe:
@@ -299,16 +299,16 @@ def _prompts(shape: Shape, count: int) -> list[tuple[Message, ...]]:
     Raises:
         ValueError: the chat format's own tokens leave no room.
     """
-    words, length = Words(shape.config.vocab_size), shape.document_tokens - shape.new_tokens
-    own = len(encode_prompt(words, (Message("user", "w3"),))) - 1
-    if length <= own:
+    tokenizer, length = Words(shape.config.vocab_size), shape.document_tokens - shape.new_tokens
+    wrapper = len(encode_prompt(tokenizer, (Message("user", "w3"),))) - 1
+    if length <= wrapper:
         raise ValueError(
-            f"document_tokens: expected at least {2 * (own + 1)} for rleif (the chat format takes {own} tokens of the "
-            f"prompt's half), got {shape.document_tokens}"
+            f"document_tokens: expected at least {2 * (wrapper + 1)} for rleif (the chat format takes {wrapper} tokens "
+            f"of the prompt's half), got {shape.document_tokens}"
         )
     rng = np.random.default_rng(shape.seed)
-    drawn = rng.integers(FIRST_WORD, shape.config.vocab_size, (count, length - own))
-    return [(Message("user", words.decode(row.tolist())),) for row in drawn]
+    drawn = rng.integers(FIRST_WORD, shape.config.vocab_size, (count, length - wrapper))
+    return [(Message("user", tokenizer.decode(row.tolist())),) for row in drawn]
 
 
 def make_rleif(shape: Shape, place: Place) -> Recipe:
@@ -326,11 +326,12 @@ def make_rleif(shape: Shape, place: Place) -> Recipe:
     )  # fmt: skip
 
     def steps() -> Iterator[Work]:
-        words = Words(config.vocab_size)
+        tokenizer = Words(config.vocab_size)
         run = OnlineRun(cfg, place.runtime, policy, critic, num_prompts=len(prompts))
         setup = rleif.Setup(
-            words, policy, reference, critic, InstructionReward(instruction, words), ProcessReward(process, words),
-            rleif.sampler_of(cfg, words, policy, prompts, place.runtime), prompts, [],
+            tokenizer, policy, reference, critic, InstructionReward(instruction, tokenizer),
+            ProcessReward(process, tokenizer), rleif.sampler_of(cfg, tokenizer, policy, prompts, place.runtime),
+            prompts, [],
         )  # fmt: skip
         for step, chosen in run.steps():
             rollout = rleif.train_step(cfg, run, setup, step, chosen)

@@ -28,6 +28,7 @@ from wizard_engine.parallel import Sharding, parallelize
 from wizard_engine.parallel.mesh import Mesh
 from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
 from wizard_engine.planning.rates import peak_flops
+from wizard_engine.runtime.memory import peak_memory_gib
 
 DOCUMENTS = (3900, 2700, 2100, 1700, 1400, 1100, 900, 700, 550, 430, 330, 240, 170, 110, 44, 10)
 # Share of the memory that the estimate fills: allocations do not pack without gaps.
@@ -54,7 +55,7 @@ def build(config: ModelConfig, device: torch.device, recompute: str = "none") ->
     optimizer = AdamW(model, weight_decay=0.1)
     engine = optimizer.sharded
     engine.master.normal_(std=config.init_std, generator=torch.Generator(device).manual_seed(0))
-    for name, _, values in engine.parts(engine.master):
+    for name, _, values in engine.shards(engine.master):
         if len(engine.shapes[name]) == 1:
             values.fill_(1.0)
     engine.publish()
@@ -134,7 +135,7 @@ def _peak(config: ModelConfig, batch: Packed, device: torch.device, recompute: s
     for call in parts(state, batch).values():
         call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return peak_memory_gib(device) * 2**30
 
 
 def _forget() -> None:
@@ -176,16 +177,16 @@ def _measured(
     for _ in range(2):
         timed_step(state, batch)
     torch.cuda.reset_peak_memory_stats(device)
-    found = [timed_step(state, batch) for _ in range(steps)]
-    memory = torch.cuda.max_memory_allocated(device)
-    seconds = {name: spread([step[name] for step in found]) for name in found[0]}
+    timed_steps = [timed_step(state, batch) for _ in range(steps)]
+    memory = peak_memory_gib(device)
+    seconds = {name: spread([step[name] for step in timed_steps]) for name in timed_steps[0]}
     flops, median = training_flops(config, lengths), seconds["step"]["p50"]
     return {
         "preset": "7b", "layers": config.layers, "layers_of_preset": PRESETS["7b"].layers, "tokens": sum(lengths),
         "documents": len(lengths), "recompute": recompute, "parameters": config.num_parameters, "seconds": seconds,
         "tokens_per_second": sum(lengths) / median, "flops": flops, "tflops": flops / median / 1e12,
         "mfu": flops / median / peak_flops(device), "peak_tflops": peak_flops(device) / 1e12,
-        "peak_memory_gib": memory / 2**30, "steps": steps,
+        "peak_memory_gib": memory, "steps": steps,
     }  # fmt: skip
 
 
@@ -209,13 +210,13 @@ def trace(device: torch.device, path: Path, config: ModelConfig | None = None) -
     profile.export_chrome_trace(str(path))
 
 
-def text_of(found: dict[str, Any]) -> str:
+def text_of(row: dict[str, Any]) -> str:
     """One line of figures."""
-    times = ", ".join(f"{name} {1e3 * value['p50']:.0f} ms" for name, value in found["seconds"].items())
+    times = ", ".join(f"{name} {1e3 * value['p50']:.0f} ms" for name, value in row["seconds"].items())
     return (
-        f"7B shapes, {found['layers']} of {found['layers_of_preset']} layers, {found['tokens']} tokens in "
-        f"{found['documents']} documents, bf16, recomputation {found['recompute']}: "
-        f"{found['tokens_per_second']:,.0f} tokens/s, {found['tflops']:.0f} TFLOP/s, MFU {found['mfu']:.1%} of "
-        f"{found['peak_tflops']:.0f} TFLOP/s (3 x forward operations, documents apart, recomputation not counted), "
-        f"peak {found['peak_memory_gib']:.1f} GiB; {times}"
+        f"7B shapes, {row['layers']} of {row['layers_of_preset']} layers, {row['tokens']} tokens in "
+        f"{row['documents']} documents, bf16, recomputation {row['recompute']}: "
+        f"{row['tokens_per_second']:,.0f} tokens/s, {row['tflops']:.0f} TFLOP/s, MFU {row['mfu']:.1%} of "
+        f"{row['peak_tflops']:.0f} TFLOP/s (3 x forward operations, documents apart, recomputation not counted), "
+        f"peak {row['peak_memory_gib']:.1f} GiB; {times}"
     )

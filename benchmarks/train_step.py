@@ -15,7 +15,6 @@ beside what the planner says of the same layout (benchmarks/train_plan.py). Ever
 the trace and the memory snapshot come last.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -23,14 +22,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.__main__ import environment
-from benchmarks.command_line import nearest
 from benchmarks.communication import NUMBERS, Communication, CommunicationMeter
 from benchmarks.gpu_timing import spread
 from benchmarks.train_plan import (
@@ -46,13 +44,15 @@ from benchmarks.train_plan import (
     predict,
 )
 from benchmarks.train_recipes import PAIRED, RECIPES, Place, Shape, Work, phases
+from benchmarks.train_row import Options, append, check_values, line_of
 from benchmarks.train_single import CASES, run, text_of, trace
+from benchmarks.train_sweep import sweep
 from benchmarks.train_trace import snapshot, write_trace
 from wizard_engine import runtime
 from wizard_engine.model import PRESETS, Transformer
-from wizard_engine.parallel import Mesh, MeshOptions, Sharding, make_mesh
+from wizard_engine.parallel import Mesh, make_mesh
 from wizard_engine.parallel.mesh import resolve
-from wizard_engine.parallel.parallelize import divisions_of
+from wizard_engine.parallel.parallelize import partitions_of
 from wizard_engine.planning.estimate import mesh_of
 from wizard_engine.planning.rates import peak_flops, rates_of
 from wizard_engine.runtime.cli import cli
@@ -63,63 +63,6 @@ from wizard_engine.runtime.process import Runtime
 
 # What gpu_check measures on one GPU stands in benchmarks/train_single.py.
 __all__ = ["CASES", "Options", "main", "measure_all", "run", "text_of", "trace"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Throughput per GPU of the training steps of recipes."""
-
-    recipe: tuple[str, ...] = ("sft",)
-    """Which, one after the other: sft, stage_dpo, reward, rleif."""
-    preset: str = "7b"
-    """Preset of the model; its weights are random."""
-    layers: int | None = None
-    """Layers of the model; default: the preset's."""
-    tokens: int = 4096
-    """Tokens of a packed row."""
-    document_tokens: int | None = None
-    """Tokens of each document in it; default: the whole row, or half of it where documents come in pairs."""
-    packs: int = 1
-    """Packed rows of a step of each rank with rows of its own."""
-    warmup: int = 2
-    """Steps before those that are measured."""
-    steps: int = 5
-    """Steps that are measured."""
-    mesh: MeshOptions = field(default_factory=MeshOptions)
-    sharding: Sharding = field(default_factory=Sharding)
-    rates: Path | None = None
-    """JSON file of measured rates for the planner (benchmarks/plan_rates.py); default: its assumptions."""
-    json: Path | None = None
-    """File to which a JSON line is appended for each row."""
-    trace: Path | None = None
-    """Write a Chrome trace of one step of the first recipe with one layer, ranges named by module."""
-    memory: Path | None = None
-    """Write a snapshot of the GPU's memory over two steps of the first recipe, for pytorch.org/memory_viz."""
-    sweep: Path | None = None
-    """Start torchrun for each layout of this file (TOML or JSON lines); other options are their defaults."""
-    plot: Path | None = None
-    """With --sweep, write a scaling plot (SVG): tokens/s per GPU over ranks, and the planner's."""
-    name: str = ""
-    """Name of the layout, in its rows."""
-    seed: int = 0
-    device: str = "auto"
-
-
-def check_values(options: Options) -> None:
-    """ValueError for a value that no run can have."""
-    for name, values, known in (("recipe", options.recipe, RECIPES), ("preset", (options.preset,), PRESETS)):
-        for value in values:
-            if value not in known:
-                hint = nearest(value, list(known))
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
-    for name in ("layers", "tokens", "document_tokens", "packs", "steps", "warmup"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not options.recipe:
-        raise ValueError(f"recipe: expected one or more of {', '.join(RECIPES)}, got none")
-    if options.plot is not None and options.sweep is None:
-        raise ValueError("plot: expected --sweep beside it, got none; a plot needs several layouts")
 
 
 def shape_of(options: Options, recipe: str) -> Shape:
@@ -158,7 +101,7 @@ def check(options: Options, world_size: int, is_launched: bool) -> None:
             raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep}")
         with torch.device("meta"):
             model = Transformer(shape.config)
-        divisions_of(model, model, mesh_of(mesh, torch.device("meta")))
+        partitions_of(model, model, mesh_of(mesh, torch.device("meta")))
         form = ClosedForm(shape.config, mesh_of(mesh, device), options.sharding)
         check_memory(peak_bytes(recipe, shape, form), memory_bytes(device), shape)
 
@@ -196,7 +139,7 @@ def measured(options: Options, recipe: str, rt: Runtime, mesh: Mesh) -> dict[str
             logged = read_metrics(out / "metrics.jsonl")
         memory = peak_memory_gib(rt.device)
         everyone = gather_objects((steps, memory))
-    row = summary(recipe, [found for found, _ in everyone], mesh.row.size, peak_flops(rt.device))
+    row = summary(recipe, [rank_steps for rank_steps, _ in everyone], mesh.row.size, peak_flops(rt.device))
     row["peak_memory_gib"] = max(memory for _, memory in everyone)
     if logged is not None:
         row |= from_log(logged, options.warmup, row["peak_tflops"] * 1e12)
@@ -207,17 +150,17 @@ def from_log(lines: Sequence[Mapping[str, Any]], warmup: int, peak: float) -> di
     """What the run's own log says of the measured steps: tokens, operations of a token (whose attention it counts over
     whole packed rows), seconds of phases."""
     last = lines[-1]
-    found = {"logged_tokens": last["tokens"] - lines[warmup - 1]["tokens"], "phases": phases(lines[warmup:])}
+    logged = {"logged_tokens": last["tokens"] - lines[warmup - 1]["tokens"], "phases": phases(lines[warmup:])}
     if "mfu" in last:
-        found["logged_flops_per_token"] = last["mfu"] * peak / last["tokens_per_second_per_device"]
-    return found
+        logged["logged_flops_per_token"] = last["mfu"] * peak / last["tokens_per_second_per_device"]
+    return logged
 
 
 def _measured_steps(
     options: Options, recipe: str, made: Any, form: ClosedForm, rt: Runtime, mesh: Mesh
 ) -> list[Step]:  # fmt: skip
     """This rank's steps behind the warm-up."""
-    passes, found = PassLog(), []
+    passes, steps = PassLog(), []
     passes.watch(made.models)
     with CommunicationMeter(mesh) as meter:
         for number in range(options.warmup + options.steps):
@@ -229,10 +172,10 @@ def _measured_steps(
             seconds = synchronised(rt.device) - began
             moved, calls = meter.take(), passes.take()
             if number >= options.warmup:
-                found.append(Step(seconds, work, moved, planned_bytes(form, recipe, made.models, calls)))
+                steps.append(Step(seconds, work, moved, planned_bytes(form, recipe, made.models, calls)))
         # The run closes its log behind the last step.
         next(made.steps, None)
-    return found
+    return steps
 
 
 def planned_bytes(form: ClosedForm, recipe: str, models: dict, calls: Sequence[Pass]) -> dict[tuple[str, str], int]:
@@ -250,9 +193,9 @@ def summary(recipe: str, ranks: Sequence[Sequence[Step]], sharing: int, peak: fl
     world, count = len(ranks), len(ranks[0])
     # A step ends, for all, when its slowest rank does.
     seconds = [max(steps[i].seconds for steps in ranks) for i in range(count)]
-    own = [steps for rank, steps in enumerate(ranks) if rank % sharing == 0]
-    tokens = [sum(steps[i].work.tokens for steps in own) for i in range(count)]
-    flops = [sum(steps[i].work.flops for steps in own) for i in range(count)]
+    leaders = [steps for rank, steps in enumerate(ranks) if rank % sharing == 0]
+    tokens = [sum(steps[i].work.tokens for steps in leaders) for i in range(count)]
+    flops = [sum(steps[i].work.flops for steps in leaders) for i in range(count)]
     rates = [n / s / world for n, s in zip(tokens, seconds)]
     waited: Counter[str] = Counter()
     moved: Counter[tuple[str, str]] = Counter()
@@ -292,10 +235,10 @@ def _name(key: tuple[str, str]) -> str:
     return " ".join(key)
 
 
-def _readable(found: Prediction) -> dict[str, Any]:
+def _readable(prediction: Prediction) -> dict[str, Any]:
     return {
-        "seconds": found.seconds, "tokens_per_second_per_gpu": found.tokens_per_second, "mfu": found.mfu,
-        "peak_memory_gib": found.peak_bytes / 2**30, "device": found.rates,
+        "seconds": prediction.seconds, "tokens_per_second_per_gpu": prediction.tokens_per_second, "mfu": prediction.mfu,
+        "peak_memory_gib": prediction.peak_bytes / 2**30, "device": prediction.rates,
     }  # fmt: skip
 
 
@@ -333,20 +276,6 @@ def _mesh_words(mesh: Mesh) -> str:
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 rank"
 
 
-def line_of(row: dict[str, Any]) -> str:
-    """The aligned line of a row."""
-    planned, waits = row["predicted"], row["exposed_share"]
-    shape = f"{row['preset']} T={row['tokens']}/{row['document_tokens']} x {row['packs']}"
-    layout = f"{row['mesh']}, {row['sharding']['dtype']}, recompute {row['sharding']['recompute']}"
-    rate = planned["tokens_per_second_per_gpu"]
-    text = f"{row['recipe']:10}{row['ranks']:>3} ranks  {layout:46}{shape:24}"
-    text += f"{row['tokens_per_second_per_gpu']:>12,.0f} tokens/s/GPU  MFU {row['mfu']:6.1%}  "
-    text += f"planned {'-' if rate is None else f'{rate:,.0f}':>10}  waits {sum(waits.values()):6.1%}"
-    text += f"  peak {row['peak_memory_gib']:.2f} GiB (planned {planned['peak_memory_gib']:.2f})"
-    same = {True: "as planned", False: "NOT as planned", None: "not planned"}[row["bytes_as_planned"]]
-    return text + f"  {sum(row['bytes'].values()) / 2**20:.1f} MiB moved, {same}"
-
-
 # The command
 
 
@@ -361,15 +290,6 @@ def measure_all(options: Options, rt: Runtime) -> list[dict[str, Any]]:
                 append(options.json, row)
             print(line_of(row), flush=True)
     return rows
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a JSON line to a file, on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def work(options: Options) -> None:
@@ -393,9 +313,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         check_values(options)
         if options.sweep is not None:
-            from benchmarks import train_sweep
-
-            return train_sweep.sweep(options)
+            return sweep(options)
         work(options)
     except (ValueError, OSError) as error:
         # Under torchrun every rank finds the same.

@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import train_step
 from benchmarks.__main__ import environment
 from benchmarks.command_line import nearest
+from benchmarks.train_row import Options, append, check_values, line_of
 from wizard_engine.html import charts
 from wizard_engine.runtime.cli import cli, option_names
 from wizard_engine.runtime.files import write_text
@@ -45,7 +45,7 @@ class Layout:
 
     name: str
     ranks: int
-    words: tuple[str, ...]
+    flags: tuple[str, ...]
     recipes: tuple[str, ...]
 
 
@@ -72,60 +72,60 @@ def read_layouts(path: Path, base: Mapping[str, Any]) -> list[Layout]:
 
 def _toml(path: Path, content: str) -> list[tuple[str, dict[str, Any]]]:
     try:
-        found = tomllib.loads(content)
+        tables = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: expected TOML, got {error}") from error
-    layouts = found.pop("layout", [])
+    layouts = tables.pop("layout", [])
     if not isinstance(layouts, list):
         raise ValueError(f"{path}: layout: expected tables [[layout]], got {layouts!r}")
-    return [(f"{path}: layout {number}", flat(found) | flat(own)) for number, own in enumerate(layouts, 1)]
+    return [(f"{path}: layout {number}", flat(tables) | flat(table)) for number, table in enumerate(layouts, 1)]
 
 
 def _json_lines(path: Path, content: str) -> list[tuple[str, dict[str, Any]]]:
-    found = []
+    objects = []
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            own = json.loads(line)
+            value = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, got {error}") from error
-        if not isinstance(own, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {own!r}")
-        found.append((f"{path}:{number}", own))
-    return found
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {value!r}")
+        objects.append((f"{path}:{number}", value))
+    return objects
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Options by dotted name, out of nested tables; - and _ are the same."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for key, value in table.items():
         name = prefix + key.replace("-", "_")
-        found |= flat(value, name + ".") if isinstance(value, Mapping) else {name: value}
-    return found
+        options |= flat(value, name + ".") if isinstance(value, Mapping) else {name: value}
+    return options
 
 
 def _layout(where: str, options: dict[str, Any]) -> Layout:
     ranks, name = options.pop("ranks", 1), str(options.pop("name", ""))
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise ValueError(f"{where}: ranks: expected a whole number of at least 1, got {ranks!r}")
-    known = [option.removeprefix("--").replace("-", "_") for option in option_names(train_step.Options)]
+    known = [option.removeprefix("--").replace("-", "_") for option in option_names(Options)]
     known = [option for option in known if option not in OWN]
     for option in options:
         if option not in known:
             raise ValueError(f"{where}: {option}: expected a known option{nearest(option, ['name', 'ranks', *known])}")
-    words = tuple(word for option, value in options.items() for word in words_of(option, value))
+    flags = tuple(word for option, value in options.items() for word in flags_of(option, value))
     try:
-        found = cli(train_step.Options, args=words)
-        train_step.check_values(found)
+        options_read = cli(Options, args=flags)
+        check_values(options_read)
     except SystemExit:
-        raise ValueError(f"{where}: expected options of a layout, got {' '.join(words)}; see above") from None
+        raise ValueError(f"{where}: expected options of a layout, got {' '.join(flags)}; see above") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return Layout(name or f"{ranks} ranks", ranks, words, found.recipe)
+    return Layout(name or f"{ranks} ranks", ranks, flags, options_read.recipe)
 
 
-def words_of(option: str, value: Any) -> list[str]:
+def flags_of(option: str, value: Any) -> list[str]:
     """An option as words of a command."""
     typed = "--" + option.replace("_", "-")
     if isinstance(value, bool):
@@ -135,16 +135,16 @@ def words_of(option: str, value: Any) -> list[str]:
     return [typed, *map(str, values)]
 
 
-def changed(options: "train_step.Options") -> dict[str, Any]:
+def changed(options: Options) -> dict[str, Any]:
     """Options of the command line that are not the defaults, without the sweep's own."""
-    own, usual = flat(asdict(options)), flat(asdict(train_step.Options()))
-    return {name: value for name, value in own.items() if value != usual[name] and name not in OWN}
+    values, usual = flat(asdict(options)), flat(asdict(Options()))
+    return {name: value for name, value in values.items() if value != usual[name] and name not in OWN}
 
 
 # Running
 
 
-def sweep(options: "train_step.Options") -> int:
+def sweep(options: Options) -> int:
     """Start every layout; returns the exit status: 1 where one failed.
 
     Raises:
@@ -171,16 +171,16 @@ def started(layout: Layout, path: Path) -> list[dict[str, Any]]:
     """Rows of a layout, which its ranks write to `path` as they come; the last says why, where it failed."""
     before = path.stat().st_size if path.exists() else 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks)]
-    command += ["-m", "benchmarks.train_step", *layout.words, "--name", layout.name, "--json", str(path)]
+    command += ["-m", "benchmarks.train_step", *layout.flags, "--name", layout.name, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     rows = _rows_after(path, before)
     if done.returncode:
         left = [recipe for recipe in layout.recipes if recipe not in [row["recipe"] for row in rows]]
         failed = {
             "benchmark": "train_step", **environment(), "name": layout.name, "ranks": layout.ranks,
-            "recipe": left[0] if left else "", "options": " ".join(layout.words), "error": reason(done.stderr),
+            "recipe": left[0] if left else "", "options": " ".join(layout.flags), "error": reason(done.stderr),
         }  # fmt: skip
-        train_step.append(path, failed)
+        append(path, failed)
         rows.append(failed)
     return rows
 
@@ -212,7 +212,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             shown = row["name"]
             lines.append(f"{shown}:")
         failed = f"{row['recipe']:10}{row['ranks']:>3} ranks  failed: {row.get('error')}"
-        lines.append("  " + (failed if "error" in row else train_step.line_of(row)))
+        lines.append("  " + (failed if "error" in row else line_of(row)))
     return "\n".join(lines)
 
 
@@ -249,10 +249,10 @@ def _panel(recipe: str, rows: Sequence[Mapping[str, Any]], top: float) -> list[s
     for ranks in counts:
         body.append(charts.text(place(ranks, 0)[0], lower + 16, f"{ranks} ranks", size=11, anchor="middle"))
     for number, name in enumerate(names):
-        own, colour = [row for row in rows if row["name"] == name], charts.SERIES[number % len(charts.SERIES)]
-        body += _line([place(r["ranks"], r["tokens_per_second_per_gpu"]) for r in own], colour)
+        layout_rows, colour = [row for row in rows if row["name"] == name], charts.SERIES[number % len(charts.SERIES)]
+        body += _line([place(r["ranks"], r["tokens_per_second_per_gpu"]) for r in layout_rows], colour)
         body.append(charts.text(right + 14, upper + 14 + 34 * number, name, size=12, fill=colour))
-        expected = [(r["ranks"], r["predicted"]["tokens_per_second_per_gpu"]) for r in own]
+        expected = [(r["ranks"], r["predicted"]["tokens_per_second_per_gpu"]) for r in layout_rows]
         if all(rate is not None for _, rate in expected):
             body += _line([place(*point) for point in expected], colour, dash="4 3")
             body.append(charts.text(right + 14, upper + 28 + 34 * number, "planned, dashed", size=11, fill=charts.SOFT))
@@ -260,6 +260,6 @@ def _panel(recipe: str, rows: Sequence[Mapping[str, Any]], top: float) -> list[s
 
 
 def _line(points: Sequence[tuple[float, float]], colour: str, dash: str = "none") -> list[str]:
-    words = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dots = [] if dash != "none" else [charts.dot(x, y, 3.5, fill=colour) for x, y in points]
-    return [charts.path(words, colour=colour, width=2, dash=dash), *dots]
+    return [charts.path(path, colour=colour, width=2, dash=dash), *dots]

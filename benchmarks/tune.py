@@ -51,13 +51,13 @@ def table_arch(arch: int) -> int:
 
 def entries_for(arch: int, names: Sequence[str]) -> list[tuple[Target, Config]]:
     """Targets of an architecture with the configuration that it takes now, the most important first."""
-    found: dict[Target, dict] = {}
+    entries: dict[Target, dict] = {}
     for name in names:
         for entry in tables.table(name):
             target = Target.of(name, entry["class"])
-            if entry["arch"] <= table_arch(arch) and entry["arch"] >= found.get(target, entry)["arch"]:
-                found[target] = entry
-    return [(target, found[target]["config"]) for target in sorted(found, key=lambda target: target.importance)]
+            if entry["arch"] <= table_arch(arch) and entry["arch"] >= entries.get(target, entry)["arch"]:
+                entries[target] = entry
+    return [(target, entries[target]["config"]) for target in sorted(entries, key=lambda target: target.importance)]
 
 
 def answer(request: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def answer(request: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     target = Target.of(request["kernel"], request["class"])
     if request["do"] == "time":
         return {"us": _time(target, request["configs"], device)}
-    small, found = device.type != "cuda", []
+    small, results = device.type != "cuda", []
     backend = use_backend("triton") if small else contextlib.nullcontext()
     with backend, use_config(target.kernel, **request["config"]):
         for case in checked_cases(target, full=request["full"], small=small):
             dtype = torch.float32 if small else case.dtype
             wrong = failures(case.problem, case.phase, dtype, device)
-            found += [f"{case.label} {case.phase} {text}" for text in wrong]
-    return {"failures": found}
+            results += [f"{case.label} {case.phase} {text}" for text in wrong]
+    return {"failures": results}
 
 
 def _time(target: Target, configs: Sequence[Config], device: torch.device) -> list[float]:
@@ -89,8 +89,8 @@ def _time(target: Target, configs: Sequence[Config], device: torch.device) -> li
         return run
 
     calls = {str(place): configured(config) for place, config in enumerate(configs)}
-    found = gpu_timing.time_calls(calls, device, seconds=0.1 if len(configs) > 1 else 0.05, repeats=(5, 40))
-    return [found[str(place)].us for place in range(len(configs))]
+    timings = gpu_timing.time_calls(calls, device, seconds=0.1 if len(configs) > 1 else 0.05, repeats=(5, 40))
+    return [timings[str(place)].us for place in range(len(configs))]
 
 
 def serve(device: torch.device) -> int:
@@ -310,9 +310,9 @@ def check_tables(
 def print_candidates(arch: int, names: Sequence[str]) -> None:
     """Every candidate of every target, one line each."""
     for target, current in entries_for(arch, names):
-        found = candidates(target, arch, current)
-        print(f"{target} sm_{arch}: {len(found)} candidates, timed on {timed_case(target).label} {target.phase}")
-        for config in found:
+        configs = candidates(target, arch, current)
+        print(f"{target} sm_{arch}: {len(configs)} candidates, timed on {timed_case(target).label} {target.phase}")
+        for config in configs:
             print(f"    {json.dumps(config)}")
 
 

@@ -98,7 +98,7 @@ def compile_one(job: Job) -> dict[str, Any]:
 
     They land in Triton's cache, where a launch on the GPU finds them.
     """
-    found: dict[str, int] = {}
+    usage: dict[str, int] = {}
     try:
         with use_config(job.kernel, **dict(job.config)) if job.config else contextlib.nullcontext():
             made = [launch for launch in launches(job.case, job.arch) if job.kernel in ("", kernel_name(launch))]
@@ -106,10 +106,10 @@ def compile_one(job: Job) -> dict[str, Any]:
             source, options = launcher_source(launch)
             compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
             for name, value in resources(compiled, job.arch, options).items():
-                found[name] = max(found.get(name, 0), value)
+                usage[name] = max(usage.get(name, 0), value)
     except FAILURES as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    return found
+    return usage
 
 
 def resources(compiled: Any, arch: int, options: dict[str, Any]) -> dict[str, int]:
@@ -158,7 +158,7 @@ class Compilers:
         """`workers` processes, by default one less than there are cores, that do `work`, by default `compile_one`."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = concurrent.futures.ThreadPoolExecutor(workers or max(1, cores - 1))
-        self.own, self.processes, self.work = threading.local(), [], work or compile_one
+        self.thread_state, self.processes, self.work = threading.local(), [], work or compile_one
 
     def submit(self, jobs: Sequence[Any]) -> list[concurrent.futures.Future]:
         """Start the jobs, in their order."""
@@ -166,15 +166,15 @@ class Compilers:
 
     def _run(self, job: Any) -> dict[str, Any]:
         """The work in the process of this thread."""
-        process = getattr(self.own, "process", None)
+        process = getattr(self.thread_state, "process", None)
         if process is None:
             context = multiprocessing.get_context("spawn")
-            process = self.own.process = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+            process = self.thread_state.process = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
             self.processes.append(process)
         try:
             return process.submit(self.work, job).result()
         except BrokenProcessPool:
-            self.own.process = None
+            self.thread_state.process = None
             return {"error": "the compiler ended its process"}
 
     def results(self, waiting: Sequence[concurrent.futures.Future], deadline: float) -> list[dict[str, Any]]:

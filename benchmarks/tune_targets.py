@@ -72,10 +72,10 @@ class Target:
             ValueError: none has a name that starts the table's.
         """
         prefixes = {name: (name, *kind.tables) for name, kind in OPERATIONS.items()}
-        found = [name for name, own in prefixes.items() if any(f"{self.kernel}_".startswith(p + "_") for p in own)]
-        if not found:
+        ops = [name for name, names in prefixes.items() if any(f"{self.kernel}_".startswith(p + "_") for p in names)]
+        if not ops:
             raise ValueError(f"{self.kernel}: expected the table of one of {', '.join(OPERATIONS)}; add its operation")
-        return max(found, key=len)
+        return max(ops, key=len)
 
     @property
     def phase(self) -> str:
@@ -161,8 +161,8 @@ def _problems(target: Target, full: bool, small: bool) -> list[Problem]:
     if target.op == "decode_attention":
         if small:
             return [DecodeAttention(3, 40, 4, 2, 16, 16)]
-        found = [DecodeAttention(5, 1500, 32, 8, 128, 64), DecodeAttention(3, 700, 12, 12, 96, 16, window=200)]
-        return found if full else found[:1]
+        problems = [DecodeAttention(5, 1500, 32, 8, 128, 64), DecodeAttention(3, 700, 12, 12, 96, 16, window=200)]
+        return problems if full else problems[:1]
     if target.op == "swiglu":
         wide = [SwiGlu(rows, 14336), SwiGlu(rows, width + 40)] if width >= 2048 else [SwiGlu(rows, width)]
         return wide[-1:] if small else wide if full else wide[:1]
@@ -178,13 +178,13 @@ def candidates(target: Target, arch: int, entry: Config) -> list[Config]:
     """Configurations to try, the table's own first: tiles of attention that fit, or the neighbours of the entry."""
     tiles = {"attention_forward": _forward, "attention_backward_kv": _keys, "attention_backward_q": _queries}
     make = tiles.get(target.kernel)
-    found = neighbours(entry) if make is None else list(make(target.shape["width"], target.shape["bytes"], arch))
-    found = [config for config in found if arch >= 90 or not config.get("TMA")]
+    configs = neighbours(entry) if make is None else list(make(target.shape["width"], target.shape["bytes"], arch))
+    configs = [config for config in configs if arch >= 90 or not config.get("TMA")]
     if target.op in ("experts", "moe_route"):
-        found = [config for config in found if _is_product(config, target.shape["bytes"], arch)]
+        configs = [config for config in configs if _is_product(config, target.shape["bytes"], arch)]
     if target.op == "decode_attention":
-        found = [c for c in found if c["BLOCK_N"] >= 16 and c["SHARE"] % c["BLOCK_N"] == 0]
-    return [entry, *(config for config in found if config != entry)]
+        configs = [c for c in configs if c["BLOCK_N"] >= 16 and c["SHARE"] % c["BLOCK_N"] == 0]
+    return [entry, *(config for config in configs if config != entry)]
 
 
 def neighbours(entry: Config) -> list[Config]:
@@ -271,9 +271,9 @@ def _queries(width: int, size: int, arch: int) -> Iterator[Config]:
 def launches(case: Case, arch: int) -> list[Launch]:
     """What a case launches on an architecture, its tensors on the meta device: no GPU is needed."""
     tensors = case.problem.inputs(case.dtype, META)
-    with use_arch(arch), record() as found:
+    with use_arch(arch), record() as made:
         _run(case.problem, case.phase, tensors)
-    return [launch for launch in found if math.prod(launch.grid)]
+    return [launch for launch in made if math.prod(launch.grid)]
 
 
 def kernel_name(launch: Launch) -> str:
@@ -300,9 +300,9 @@ def _run(problem: Problem, phase: str, t: dict) -> None:
         from kernels import _linear_logprob
 
         head = t["hidden"], t["weight"], t["targets"]
-        found = _linear_logprob.linear_logprob_statistics(*head, 1.0, False, 0)
+        statistics = _linear_logprob.linear_logprob_statistics(*head, 1.0, False, 0)
         if phase == "backward":
-            _linear_logprob.linear_logprob_gradients(t["dlogprob"], None, *head, found, 1.0, 0, True, True)
+            _linear_logprob.linear_logprob_gradients(t["dlogprob"], None, *head, statistics, 1.0, 0, True, True)
     elif isinstance(problem, Experts):
         _run_experts(problem, phase, t)
     elif isinstance(problem, MoeRoute):

@@ -115,7 +115,7 @@ def instruction_step(run: Run, model: ScoringModel, pairs: list[Pair], packs: li
     """One optimizer step of the instruction model on this rank's packs (indices of pairs)."""
     device = run.runtime.device
     num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
-    for pack in run.paced(packs):
+    for pack in run.lockstep(packs):
         batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
         routes = Routes()
         better, worse = _last_scores(model, batch, routes).chunk(2)
@@ -154,7 +154,7 @@ def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: in
     run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward process", quiet=cfg.quiet)
     for packs in run.steps():
         num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
-        for pack in run.paced(packs):
+        for pack in run.lockstep(packs):
             batch = collate([train[i][0] for i in pack])
             ends, labels = (to_device(x, rt.device) for x in _labelled(train, pack, batch))
             batch = batch.to(rt.device)

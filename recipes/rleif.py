@@ -24,7 +24,7 @@ from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
 from wizard_engine.model import Routes, ScoringModel, Transformer
 from wizard_engine.model.loading import language_model, scoring_start, write_model
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced
+from wizard_engine.parallel import MeshOptions, Sharding, lockstep, make_mesh
 from wizard_engine.rl.advantages import Targets, advantages_of_groups, make_targets, token_rewards, trusted
 from wizard_engine.rl.answer_batches import answer_runs
 from wizard_engine.rl.rewards import (
@@ -280,7 +280,7 @@ def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: l
     """Add the gradient of the supervised loss, weighted by ptx (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
     batches = [collate(samples)] if samples else []
     num_tokens = run.totals(num_supervised(batches))[0]
-    for batch in paced([batch.to(run.device) for batch in batches], policy, backward=True):
+    for batch in lockstep([batch.to(run.device) for batch in batches], policy, backward=True):
         hidden = policy(*batch.inputs)
         out = sft_loss(
             hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=policy.shard
@@ -294,12 +294,12 @@ def _update(
 ) -> None:
     """One update of policy and critic on some answers of a rollout; `is_first`: of the weights that sampled it."""
     num_tokens, num_answers = run.totals(sum(rollout.lengths[i] for i in rows), len(rows))
-    runs = answer_runs(rollout.samples, rollout.prompt_tokens, rows, cfg.pack_tokens, policy.spread)
-    batches = [(picked, rollout.batch(picked, policy.spread, run.device)) for picked in runs]
+    runs = answer_runs(rollout.samples, rollout.prompt_tokens, rows, cfg.pack_tokens, policy.parallel)
+    batches = [(picked, rollout.batch(picked, policy.parallel, run.device)) for picked in runs]
     for router in run.routers.values():
         router.start(sum(last - first for _, batch in batches for _, first, last in batch.pieces))
     per_token = cfg.normalisation == "token"
-    for picked, batch in run.paced(batches):
+    for picked, batch in run.lockstep(batches):
         own = targets.of(picked, batch)
         routes = rollout.routes(picked, batch, run.device) if cfg.replay_routing else Routes()
         hidden = batch.hidden(policy, policy(*batch.inputs, routes))

@@ -168,13 +168,13 @@ def _engine(cfg: Config, rt: runtime.Runtime) -> tuple[Engine, object, str]:
             raise ValueError(f"{cfg.model}: expected a language model, got a reward model; it cannot answer")
         experts = cfg.tp if directory.config.experts else 1
         mesh = make_mesh(MeshOptions(dp_shard=1, tp=cfg.tp, ep=experts), rt)
-        model, cuts = empty_sampler(directory.config, dtype, mesh)
+        model, specs = empty_sampler(directory.config, dtype, mesh)
         for name, parameter in model.named_parameters():
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=rt.device)
-            directory.read(name, 0, parameter.data.view(-1), cut=cuts[name])
+            directory.read(name, 0, parameter.data.view(-1), spec=specs[name])
     engine = Engine(model, cache_tokens=_cache_tokens(cfg, model, rt), max_sequences=cfg.max_sequences)
-    own = checksum((name, cuts[name], 0, p.data.view(-1)) for name, p in model.named_parameters())
-    return engine, mesh, "fp_" + hashlib.sha256(f"{own}{dtype}".encode()).hexdigest()[:12]
+    digest = checksum((name, specs[name], 0, p.data.view(-1)) for name, p in model.named_parameters())
+    return engine, mesh, "fp_" + hashlib.sha256(f"{digest}{dtype}".encode()).hexdigest()[:12]
 
 
 def _cache_tokens(cfg: Config, model: Transformer, rt: runtime.Runtime) -> int:

@@ -82,7 +82,7 @@ def main(cfg: Config) -> dict:
 def train_step(run: Run, model: Transformer, batches: list[Batch]) -> None:
     """One optimizer step on this rank's packed rows, which are still in host memory."""
     num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
-    for batch in run.paced([batch.to(run.runtime.device) for batch in batches]):
+    for batch in run.lockstep([batch.to(run.runtime.device) for batch in batches]):
         routes = Routes()
         hidden = model(*batch.inputs, routes)
         loss, _, logprob = sft_loss(

@@ -139,7 +139,7 @@ def train_step(
     num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
     chosen_tokens = sum(pairs[i].chosen.weights.sum() for pack in packs for i in pack)
     num_chosen = run.total_over_ranks(n=float(chosen_tokens))["n"]
-    for pack in run.paced(packs):
+    for pack in run.lockstep(packs):
         batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
         rows = torch.as_tensor(pack, dtype=torch.int64)
         ref, first = (to_device(x[rows], device) for x in (reference, initial))

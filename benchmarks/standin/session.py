@@ -265,7 +265,7 @@ def check_types(src: Any, target: Any, options: dict[str, Any]) -> None:
 
 def descriptors(src: Any) -> list[dict[str, Any]] | None:
     """What the compiler says of a kernel's tensor descriptors: rows of at most 128 bytes, swizzled by as many."""
-    found = []
+    made = []
     for kind in src.signature.values():
         match = re.match(r"tensordesc<(\w+)\[([\d,\s]+)\]", kind) if isinstance(kind, str) else None
         if match:
@@ -274,10 +274,10 @@ def descriptors(src: Any) -> list[dict[str, Any]] | None:
             row = min(box[-1] * size, 128)
             swizzle = {32: 1, 64: 2, 128: 3}[row]
             shape = [*box[:-1], row // size]
-            found.append(
+            made.append(
                 {"swizzle": swizzle, "elem_size": size, "elem_type": number, "block_size": shape, "fp4_padded": False}
             )
-    return found or None
+    return made or None
 
 
 class UncompiledKernel:

@@ -212,7 +212,7 @@ class Numbers:
             return None
         return known.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def put(self, tensor: Tensor, values: Tensor | None) -> None:
+    def store(self, tensor: Tensor, values: Tensor | None) -> None:
         """Remember a tensor's numbers, or that they are not known any more."""
         storage = tensor.untyped_storage()
         if values is None:
@@ -229,14 +229,14 @@ class Numbers:
             return
         if len(made) != 1 or made[0].untyped_storage().nbytes() > REMEMBERED or "empty" in name:
             for tensor in made:
-                self.put(tensor, None)
+                self.store(tensor, None)
             return
         values = self._computed(func, args, kwargs)
-        self.put(made[0], values if isinstance(values, Tensor) else None)
+        self.store(made[0], values if isinstance(values, Tensor) else None)
 
     def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if any(x.is_meta if not is_cuda(x) else self.of(x) is None for x in given):
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x.is_meta if not is_cuda(x) else self.of(x) is None for x in inputs):
             return None
 
         def real(x: Any) -> Any:
@@ -334,7 +334,7 @@ class CudaMode(TorchDispatchMode):
         if is_cuda(target):
             with self.fake:
                 func(target, self.fake.from_tensor(source))
-            self.numbers.put(target, source)
+            self.numbers.store(target, source)
         else:
             known = self.numbers.of(source)
             target.zero_() if known is None else target.copy_(known)
@@ -365,7 +365,7 @@ class CudaMode(TorchDispatchMode):
     def _to_device(self, func: Any, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         self._count_copy(source, kwargs.get("non_blocking", False))
         out = self._fake_call(func, "_to_copy", (source,), kwargs)
-        self.numbers.put(out, source.to(out.dtype))
+        self.numbers.store(out, source.to(out.dtype))
         return out
 
     def _fake_call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:

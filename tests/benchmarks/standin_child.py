@@ -75,12 +75,12 @@ def waits(log: Log) -> dict:
         "staged": lambda: small.to(CUDA, non_blocking=True), "sum": x.sum, "view": lambda: x.t()[3:].view(-1, 3),
         "where": lambda: torch.where(x > 0, x, 1.0), "slots": lambda: x[torch.arange(3, device=CUDA)],
     }  # fmt: skip
-    found = {}
+    results = {}
     for name, call in calls.items():
         log.events.clear()
         message(call)
-        found[name] = [sum(e.kind == "sync" for e in log.events), sum(e.launches for e in log.events)]
-    return found
+        results[name] = [sum(e.kind == "sync" for e in log.events), sum(e.launches for e in log.events)]
+    return results
 
 
 def refusals() -> dict:
@@ -136,19 +136,19 @@ def variants(log: Log) -> dict:
 
 def operations(log: Log) -> dict:
     """Every public operation of the kernels and the loss of every recipe: what refused them, what they launched."""
-    found = {}
+    results = {}
     for operation in every_operation.OPERATIONS:
         for dtype in (torch.bfloat16, torch.float32):
             log.events.clear()
             error = message(lambda op=operation, d=dtype: op.run(CUDA, d))
-            found[f"{operation.name} {dtype}"] = [error, sum(e.kind == "triton" for e in log.events)]
+            results[f"{operation.name} {dtype}"] = [error, sum(e.kind == "triton" for e in log.events)]
     for step in tiny_steps.STEPS:
         model = step.build(CUDA)
         getattr(model, "body", model).to(torch.bfloat16)
         log.events.clear()
         error = message(lambda s=step, m=model: tiny_steps.figures(s, m.to(CUDA), CUDA))
-        found[step.name] = [error, sum(e.kind == "triton" for e in log.events)]
-    return found
+        results[step.name] = [error, sum(e.kind == "triton" for e in log.events)]
+    return results
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def steps(log: Log) -> dict:
 
     launch_steps.PROMPT = launch_steps.ANSWER = 32
     online = launch_steps.rleif(log, replace(SMALL, layers=1), CUDA, 256, "none")
-    found = {
+    results = {
         "train": train(), "deeper": train(replace(SMALL, layers=4)),
         "wider": train(replace(SMALL, width=1024, ffn_width=4096, vocab_size=8192)), "longer": train(tokens=8192),
         "selective": train(recompute="selective"), "none": train(recompute="none"),
@@ -188,26 +188,26 @@ def steps(log: Log) -> dict:
         "rleif": summary(online[0]),
     }  # fmt: skip
     with planted(Run, "add", lambda self, loss, *rest: float(loss)):
-        found["host read"] = train()
+        results["host read"] = train()
     with planted(Sharded, "finish", lambda self: [chunk.norm() for chunk in self.master.split(65536)]):
-        found["launch a chunk"] = train()
-    found["ledger"] = predict("small", 1024, log=log)
+        results["launch a chunk"] = train()
+    results["ledger"] = predict("small", 1024, log=log)
     with mock.patch.object(launch_steps, "rleif", lambda *arguments: online):
-        found["online ledger"] = predict("small", 256, "rleif", log=log)
-    return found
+        results["online ledger"] = predict("small", 256, "rleif", log=log)
+    return results
 
 
 def main() -> None:
     with stand_in(checks=True) as log:
-        found = {"tensors": tensors(), "waits": waits(log), "refusals": refusals(), "variants": variants(log)}
+        results = {"tensors": tensors(), "waits": waits(log), "refusals": refusals(), "variants": variants(log)}
         log.variants.clear()
-        found["operations"] = operations(log)
-        found["steps"] = steps(log)
-        found["compiled"] = {
+        results["operations"] = operations(log)
+        results["steps"] = steps(log)
+        results["compiled"] = {
             name: max(Counter(asked for asked, _ in pairs).values()) for name, pairs in log.variants.items()
         }
-        found["caller"] = caller()
-    print(json.dumps(found))
+        results["caller"] = caller()
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -90,11 +90,11 @@ def test_every_table_is_among_the_launches():
 
 
 def test_second_process_compiles_nothing(cache):
-    found = Manifest.read(cache[0])
+    manifest = Manifest.read(cache[0])
     done = run(SECOND, cache[0], 0)
-    assert f"compiled 0, loaded {found.kernels}, built 0" in done.stdout, done.stdout + done.stderr
-    assert found.kernels == 5 and found.bytes < 500_000
-    assert f"{found.kernels} kernels" in cache[1] and f"{found.kernels} kernels" in done.stdout.splitlines()[0]
+    assert f"compiled 0, loaded {manifest.kernels}, built 0" in done.stdout, done.stdout + done.stderr
+    assert manifest.kernels == 5 and manifest.bytes < 500_000
+    assert f"{manifest.kernels} kernels" in cache[1] and f"{manifest.kernels} kernels" in done.stdout.splitlines()[0]
 
 
 def test_cache_keeps_what_loading_reads(cache):
@@ -131,8 +131,8 @@ for seconds in (300, 300):
     print(compile_cache.compile_missing(['toy'], 90, time.monotonic() + seconds, workers=1))
 """
     done = run("import time" + code, copied)
-    found, again = done.stdout.splitlines()
-    assert found.startswith("3 of 5 kernels cached, 2 compiled ahead in ") and "0 failed, 0 not reached" in found
+    output, again = done.stdout.splitlines()
+    assert output.startswith("3 of 5 kernels cached, 2 compiled ahead in ") and "0 failed, 0 not reached" in output
     assert again.startswith("5 of 5 kernels cached, 0 compiled ahead"), done.stderr
 
 
@@ -269,7 +269,7 @@ def test_binary_of_a_cache_made_ahead_is_measured_without_its_ptx(monkeypatch):
     monkeypatch.setattr(tune_processes, "read", lambda cubin, arch: (0, 99, 16, ()))
     monkeypatch.setattr(tune_processes, "assembler_log", lambda *_: "8 bytes spill stores, 4 bytes spill loads")
     compiled = SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(shared=1024))
-    found = {"registers": 99, "shared_bytes": 1024, "group_registers": 0}
-    assert tune_processes.resources(compiled, 90, {}) == found
+    measured = {"registers": 99, "shared_bytes": 1024, "group_registers": 0}
+    assert tune_processes.resources(compiled, 90, {}) == measured
     compiled.asm["ptx"] = "text"
-    assert tune_processes.resources(compiled, 90, {}) == found | {"spill_bytes": 12}
+    assert tune_processes.resources(compiled, 90, {}) == measured | {"spill_bytes": 12}

@@ -24,7 +24,7 @@ TMA = {"VARIANT": "plain", "BLOCK_M": 128, "BLOCK_N": 64, "TMA": True, "num_warp
 
 def row(**changes) -> dict:
     """A row with nothing wrong."""
-    found = {
+    fields = {
         "label": "attention_forward sm_90 width=128 bytes=2 causal bf16", "kernel": "attention_forward", "arch": 90,
         "class": {"width": 128, "bytes": 2}, "config": TMA, "form": "causal bf16", "registers": 187,
         "spill_store_bytes": 0, "spill_load_bytes": 0, "stack_bytes": 0, "shared_bytes": 98_304, "num_warps": 8,
@@ -32,7 +32,7 @@ def row(**changes) -> dict:
         "store_bytes": 16, "specialised": False, "serialised": False, "instructions": 1700, "loop": 400,
         "loop_spills": 0, "overlapped": 0.0, "triton": "3.6.0", "ptxas": "12.8.93",
     }  # fmt: skip
-    return found | changes
+    return fields | changes
 
 
 def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
@@ -70,8 +70,8 @@ for arch in (80, 90, 100):
 def test_attention_takes_the_tensor_cores_of_each_architecture():
     rows = [json.loads(line) for line in run(code=ATTENTION).stdout.splitlines()]
     assert [row["arch"] for row in rows] == [80, 90, 100] and not any("error" in row for row in rows)
-    found = [[name for name in ("HMMA", "HGMMA", "UTCMMA") if name in row["counts"]] for row in rows]
-    assert found == [["HMMA"], ["HGMMA"], ["UTCMMA"]]
+    reported = [[name for name in ("HMMA", "HGMMA", "UTCMMA") if name in row["counts"]] for row in rows]
+    assert reported == [["HMMA"], ["HGMMA"], ["UTCMMA"]]
     assert all(row["loop"] > 100 and row["counts"]["EX2"] >= 8 for row in rows)
 
 
@@ -124,9 +124,9 @@ def test_spilling_and_failing_entries_are_named_and_give_status_1(tmp_path):
     ],
 )
 def test_problems_are_what_an_entry_promises_and_does_not_keep(changes, expected):
-    found = problems(row(**changes))
+    reported = problems(row(**changes))
     # catches: a stack frame taken for a spill, limits of another architecture, promises nobody made.
-    assert (not found) if expected is None else (len(found) == 1 and expected in found[0]), found
+    assert (not reported) if expected is None else (len(reported) == 1 and expected in reported[0]), reported
 
 
 def test_line_holds_resources_counts_and_what_is_wrong():
@@ -204,8 +204,8 @@ def test_what_the_compiler_prints_is_kept_off_and_its_assertion_is_the_reason(mo
         raise RuntimeError("PassManager::run failed")
 
     monkeypatch.setattr(compile_rows, "launch_of", fail)
-    found = compile_rows.compile_case(Case("adamw", 90, (), (), "a"))
-    assert found["error"].startswith("RuntimeError: PassManager::run failed python: WSLowerToken.cpp:73: Assertion")
+    reported = compile_rows.compile_case(Case("adamw", 90, (), (), "a"))
+    assert reported["error"].startswith("RuntimeError: PassManager::run failed python: WSLowerToken.cpp:73: Assertion")
     assert capfd.readouterr() == ("", "")
 
 
@@ -254,9 +254,9 @@ def test_ranking_puts_what_keeps_its_promises_first():
 
 
 def test_search_tries_the_entry_first_and_only_tma_where_the_entry_has_it():
-    found = compile_search.searched("attention_forward", 90, 128)
-    assert found[0] == compile_search.entry_of("attention_forward", 90, 128)
-    assert len(found) > 20 and {config["TMA"] for config in found} == {found[0]["TMA"]}
+    reported = compile_search.searched("attention_forward", 90, 128)
+    assert reported[0] == compile_search.entry_of("attention_forward", 90, 128)
+    assert len(reported) > 20 and {config["TMA"] for config in reported} == {reported[0]["TMA"]}
     with pytest.raises(ValueError, match=r"expected an entry for {'width': 100, 'bytes': 2} on sm_90"):
         compile_search.entry_of("attention_forward", 90, 100)
 
@@ -264,10 +264,10 @@ def test_search_tries_the_entry_first_and_only_tma_where_the_entry_has_it():
 # Catches: a table entry of the mixture's kernels changed without a new report, or to one that spills.
 def test_committed_report_has_the_8x22b_forms_without_spills():
     rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "compile_report.json").read_text())
-    found = {row["label"]: row for row in rows if "8x22b" in row["label"]}
+    reported = {row["label"]: row for row in rows if "8x22b" in row["label"]}
     grouped = {"grouped_swiglu", "grouped_matmul", "grouped_dswiglu", "grouped_dweight"}
-    assert {row["kernel"] for row in found.values()} == grouped | {"moe_route", "moe_combine", "moe_permute"}
-    for label, row in found.items():
+    assert {row["kernel"] for row in reported.values()} == grouped | {"moe_route", "moe_combine", "moe_permute"}
+    for label, row in reported.items():
         assert row["spill_store_bytes"] + row["spill_load_bytes"] == 0, label
         table = configuration.table(row["kernel"])
         entries = [e for e in table if (e["arch"], e["class"]) == (row["arch"], row["class"])]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import every_operation, one_rank, tiny_steps
-from benchmarks.every_operation import NOT_OPERATIONS, OPERATIONS, WHOLE, rows, verdict
+from benchmarks import one_rank, operation_check, tiny_steps
+from benchmarks.every_operation import NOT_OPERATIONS, OPERATIONS, WHOLE
+from benchmarks.operation_check import rows, verdict
 from kernels import use_backend
 
 CPU = torch.device("cpu")
@@ -80,11 +81,11 @@ def test_a_wrong_kernel_gradient_shape_or_nan_is_seen(monkeypatch):
 
 
 def test_inputs_on_a_gpu_are_of_the_7b_models_widths():
-    sizes = every_operation.Sizes.of(torch.device("cuda", 0))
+    sizes = operation_check.Sizes.of(torch.device("cuda", 0))
     assert (sizes.head, sizes.width, sizes.ffn) == (128, 4096, 14336)
     wide = tiny_steps.config(device=torch.device("cuda", 0))
     assert (wide.head_width, wide.width, wide.ffn_width) == (128, 4096, 2048)
-    assert every_operation.dtypes(torch.device("cuda", 0)) == (torch.bfloat16, torch.float32)
+    assert operation_check.dtypes(torch.device("cuda", 0)) == (torch.bfloat16, torch.float32)
 
 
 # About 20 s of the interpreter: a layer, forward and backward, twice for each step.
@@ -137,22 +138,22 @@ def test_every_collective_runs_in_a_group_of_one_rank():
     command = [sys.executable, "-m", "benchmarks.one_rank", "--device", "cpu"]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and all(row.get("status", "right") == "right" for row in found), (
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and all(row.get("status", "right") == "right" for row in lines), (
         done.stdout + done.stderr
     )
-    assert found[0]["backend"] == "gloo" and len({row["case"] for row in found}) == 16
+    assert lines[0]["backend"] == "gloo" and len({row["case"] for row in lines}) == 16
 
 
 # Catches: a collective that the engine uses and the check does not.
 def test_every_collective_of_the_engine_is_checked(capsys):
     def called(paths) -> set[str]:
-        found = set()
+        names = set()
         for path in paths:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist":
-                    found.add(node.attr)
-        return found
+                    names.add(node.attr)
+        return names
 
     moving = {
         "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_to_all",

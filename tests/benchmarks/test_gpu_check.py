@@ -39,8 +39,8 @@ THREE = [Phase("first", 10, None), Phase("second", 30, None), Phase("third", 60,
 class FakeTime:
     """A clock, and a launcher whose phases take the seconds given."""
 
-    def __init__(self, takes: dict[str, float], out: Path) -> None:
-        self.now, self.takes, self.out, self.given, self.seen = 0.0, takes, out, {}, []
+    def __init__(self, durations: dict[str, float], out: Path) -> None:
+        self.now, self.durations, self.out, self.granted, self.seen = 0.0, durations, out, {}, []
 
     def clock(self) -> float:
         return self.now
@@ -48,10 +48,10 @@ class FakeTime:
     def launch(self, phase: Phase, seconds: float) -> Outcome:
         path = self.out / "phases.jsonl"
         self.seen.append([json.loads(line)["name"] for line in path.read_text().splitlines()] if path.exists() else [])
-        self.given[phase.name] = seconds
-        used = min(self.takes[phase.name], seconds)
+        self.granted[phase.name] = seconds
+        used = min(self.durations[phase.name], seconds)
         self.now += used
-        return Outcome(phase.name, "done" if used == self.takes[phase.name] else "stopped", used)
+        return Outcome(phase.name, "done" if used == self.durations[phase.name] else "stopped", used)
 
 
 def test_share_of_the_time_left():
@@ -64,7 +64,7 @@ def test_phases_run_in_order_and_pass_on_the_time_they_leave(tmp_path):
     fake, reported = FakeTime({"first": 1.0, "second": 99.0, "third": 20.0}, tmp_path), []
     outcomes = run_phases(THREE, tmp_path, 100.0, fake.launch, lambda o: reported.append(len(o)), fake.clock)
     assert [(o.name, o.status) for o in outcomes] == [("first", "done"), ("second", "stopped"), ("third", "done")]
-    assert fake.given == {"first": 10.0, "second": pytest.approx(33.0), "third": pytest.approx(66.0)}
+    assert fake.granted == {"first": 10.0, "second": pytest.approx(33.0), "third": pytest.approx(66.0)}
     assert fake.seen == [[], ["first"], ["first", "second"]] and reported == [1, 2, 3]
 
 
@@ -271,8 +271,8 @@ def test_the_step_stands_beside_the_ledgers_prediction_and_goes_without(tmp_path
     }
     monkeypatch.setitem(sys.modules, "benchmarks.launches", ledger)
     monkeypatch.setattr(sys.modules["benchmarks"], "launches", ledger, raising=False)
-    (found,) = check_phases.predicted(visit(tmp_path), row)
-    assert found["measured_over_predicted"] == 1.5 and found["prediction"]["asked"] == ("7b", 16384, "train")
+    (predicted,) = check_phases.predicted(visit(tmp_path), row)
+    assert predicted["measured_over_predicted"] == 1.5 and predicted["prediction"]["asked"] == ("7b", 16384, "train")
 
     def refuse(*words):
         raise ValueError("tokens: expected fewer")
@@ -424,10 +424,10 @@ sys.exit(gpu_check.main([]))
 def test_make_gpu_check_runs_the_module_and_installs_nothing(words):
     command = ["make", "-n", "gpu-check", "PYTHON=some-python", f"ARGS={words.replace('$', '$$')}"]
     # Under `make test` this make would be a sub-make, and print the folders that it enters.
-    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=own).stdout
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=inherited).stdout
     assert printed.splitlines()[-1] == f"PYTHONPATH=. some-python -m benchmarks.gpu_check {words}"
-    done = subprocess.run(command[:1] + command[2:], cwd=ROOT, capture_output=True, text=True, env=own)
+    done = subprocess.run(command[:1] + command[2:], cwd=ROOT, capture_output=True, text=True, env=inherited)
     assert (
         done.returncode == 2 and "some-python has no torch; PYTHON=" in done.stderr and "Traceback" not in done.stderr
     )
@@ -446,13 +446,13 @@ def test_training_step_moves_masters_and_clears_gradients(recompute):
     calls = train_single.parts(state, train_single.Packed.of(LENGTHS, config.vocab_size, CPU))
     calls["forward"]()
     calls["backward"]()
-    names = [name for name, _, values in engine.parts(engine.gradient()) if bool(values.any())]
+    names = [name for name, _, values in engine.shards(engine.gradient()) if bool(values.any())]
     assert sorted(names) == sorted(engine.shapes)
     calls["update"]()
     assert not engine.gradient().any() and not torch.equal(engine.master, before)
-    for name, _, values in engine.parts(engine.master):
-        own = state.model.get_parameter(name)
-        assert own.dtype == torch.bfloat16 and torch.equal(own.flatten(), values.bfloat16()), name
+    for name, _, values in engine.shards(engine.master):
+        parameter = state.model.get_parameter(name)
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter.flatten(), values.bfloat16()), name
     fresh = train_single.build(config, CPU).model
     assert all(torch.equal(p.detach(), torch.ones_like(p)) for p in fresh.parameters() if p.dim() == 1)
 

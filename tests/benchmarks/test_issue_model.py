@@ -139,13 +139,13 @@ def test_share_is_useful_operations_over_the_peak_of_the_simulated_cycles():
     code = loop(check, *[scores] * 8, *[PRODUCT] * 4, WAIT, load, num_warps=8)
     tile = 2 * 2 * 128 * 64 * 128
     assert tile_flops(code, launch()) == tile and tile_bytes(code, launch()) == 2 * 64 * 128 * 2
-    found = estimate(code, launch())
-    assert found.blocks == 2 and found.pipes["tensor"] == 2 * tile / 4096 == 2048
-    assert found.flops == 2 * tile and found.share == pytest.approx(found.flops / (found.cycles * 4096))
+    modelled = estimate(code, launch())
+    assert modelled.blocks == 2 and modelled.pipes["tensor"] == 2 * tile / 4096 == 2048
+    assert modelled.flops == 2 * tile and modelled.share == pytest.approx(modelled.flops / (modelled.cycles * 4096))
     # catches: columns of padding counted as work.
     assert tile_flops(code, launch(width=96)) == tile * 96 // 128
     # Tiles of 32 KB per block and iteration come at 27 bytes per cycle, slower than the products: that is all it takes.
-    assert found.cycles == pytest.approx(found.roof) == found.pipes["l2"] and found.limit == "l2"
+    assert modelled.cycles == pytest.approx(modelled.roof) == modelled.pipes["l2"] and modelled.limit == "l2"
 
 
 def test_products_that_warps_repeat_are_no_work():

@@ -27,14 +27,14 @@ ROUGH = Attention((5, 0, 9, 1, 14), 4, 2, 8, padding=3)
 
 def row(us: float = 100.0, *, spread: float = 1.0, variant: str = "triton", **more) -> dict:
     times = {"p20": us - spread, "p50": us, "p80": us + spread}
-    found = {
+    fields = {
         "op": "rope", "phase": "forward", "label": "T=4 fp32", "variant": variant, "is_ours": variant == "triton",
         "status": "right", "kernel_us": times, "wall_us": times, "us": us, "gpu": "H100", "hardware": "x",
         "tflops": 1.0, "gbps": 50.0, "share_of_copy": 0.5, "flops": 100, "bytes": 50, "commit": "abc",
         "date": "2026-11-25T00:00:00", "command": "python -m benchmarks.kernels", "torch": "2.11",
         "ceilings": {"copy_gbps": 100.0, "matrix_tflops": 10.0},
     }  # fmt: skip
-    return found | more
+    return fields | more
 
 
 def untimed(status: str, **more) -> dict:
@@ -122,9 +122,9 @@ def test_reference_in_blocks_equals_a_loop(monkeypatch, causal, window, fused):
     torch.testing.assert_close(out[:-3], expected)
     assert not out[-3:].any()
     grads = torch.autograd.grad(expected, list(leaves.values()), tensors["dout"][:-3])
-    found = in_blocks(problem, tensors, "backward", torch.float64, heads, fused=fused)
+    actual = in_blocks(problem, tensors, "backward", torch.float64, heads, fused=fused)
     for name, grad in zip(("dq", "dk", "dv"), grads):
-        torch.testing.assert_close(found[name][:-3], grad[:-3])
+        torch.testing.assert_close(actual[name][:-3], grad[:-3])
 
 
 def test_reference_of_some_heads_is_a_part_of_that_of_all():
@@ -222,8 +222,8 @@ def test_this_projects_functions_pass_on_the_cpu(problem, phase):
 def test_failures_names_what_is_wrong(monkeypatch, problem, phase):
     right = type(problem).ours
     monkeypatch.setattr(type(problem), "ours", lambda self, t: tuple(1.01 * x for x in right(self, t)))
-    found = failures(problem, phase, torch.float32, CPU)
-    assert any(text.startswith("random: ") for text in found) and any(text.startswith("exact: ") for text in found)
+    actual = failures(problem, phase, torch.float32, CPU)
+    assert any(text.startswith("random: ") for text in actual) and any(text.startswith("exact: ") for text in actual)
 
 
 def test_failures_shows_unwritten_memory_and_unequal_runs(monkeypatch):
@@ -275,9 +275,9 @@ def test_time_calls_rotates_and_gives_percentiles(clock):
     order = []
     seconds = {"a": 0.010, "b": 0.020}
     calls = {name: lambda name=name: (order.append(name), clock(seconds[name])) for name in seconds}
-    found = gpu_timing.time_calls(calls, CPU, seconds=0.061, repeats=(2, 9))
-    assert found["a"].wall_us["p50"] == pytest.approx(1e4) and found["b"].us == pytest.approx(2e4)
-    assert found["a"].kernel_us is None and found["a"].repeats == 4
+    actual = gpu_timing.time_calls(calls, CPU, seconds=0.061, repeats=(2, 9))
+    assert actual["a"].wall_us["p50"] == pytest.approx(1e4) and actual["b"].us == pytest.approx(2e4)
+    assert actual["a"].kernel_us is None and actual["a"].repeats == 4
     assert order[6:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert gpu_timing.spread(range(11)) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
 
@@ -307,11 +307,11 @@ def test_kernel_time_stands_between_events_behind_the_flush(monkeypatch):
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: log.append(f"push {name}"))
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: log.append("pop"))
     calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
-    found = gpu_timing._kernel_times(calls, CUDA, 2, {"a": 1e-5, "b": 2e-5}, {"a": "A", "b": "B"})
+    actual = gpu_timing._kernel_times(calls, CUDA, 2, {"a": 1e-5, "b": 2e-5}, {"a": "A", "b": "B"})
     one = ["flush 10", "event", "push A", "a", "pop", "event"]
     two = ["flush 20", "event", "push B", "b", "pop", "event"]
     assert log == one + two + two + one + ["wait"]
-    assert found == {"a": [2000.0, 2000.0], "b": [2000.0, 2000.0]}
+    assert actual == {"a": [2000.0, 2000.0], "b": [2000.0, 2000.0]}
 
 
 SMI = """#!/bin/sh
@@ -405,9 +405,9 @@ def test_flush_keeps_the_device_busy_longer_than_the_host_launches(host, writes)
 
 @pytest.mark.parametrize("flops", [2 * 512**3, 3e9, 1.1e12, 44e12])
 def test_matrix_product_has_the_operations_asked_for(flops):
-    call, found = gpu_timing.matrix_call(torch.device("meta"), torch.bfloat16, int(flops))
+    call, actual = gpu_timing.matrix_call(torch.device("meta"), torch.bfloat16, int(flops))
     call()
-    assert found == pytest.approx(flops, rel=0.1)
+    assert actual == pytest.approx(flops, rel=0.1)
 
 
 def test_throttle_reasons_are_named():
@@ -496,32 +496,32 @@ def test_variants_that_write_their_inputs_get_their_own(monkeypatch):
 
 
 def test_cases_of_a_gpu_hold_the_shapes_that_matter():
-    found = cases(["attention"], CUDA)
-    labels = [case.label for case in found if case.phase == "forward"]
-    assert len(found) == 2 * len(labels) and all(case.phase == "forward" for case in found[: len(labels)])
-    assert all(case.problem.tokens == 32768 for case in found if not case.problem.is_ragged)
+    actual = cases(["attention"], CUDA)
+    labels = [case.label for case in actual if case.phase == "forward"]
+    assert len(actual) == 2 * len(labels) and all(case.phase == "forward" for case in actual[: len(labels)])
+    assert all(case.problem.tokens == 32768 for case in actual if not case.problem.is_ragged)
     for part in ("S=8 H=32 K=8 C=128 causal bf16", "S=1 H=32 K=8 C=128 full", "H=16 K=16 C=128", "window=4096",
                  "ragged", "C=64", "C=96", "C=256"):  # fmt: skip
         assert any(part in label for label in labels), part
-    assert set(cases(["attention"], CUDA, quick=True)) < set(found)
+    assert set(cases(["attention"], CUDA, quick=True)) < set(actual)
     rows = [case.label for case in cases(["rms_norm", "adamw", "swiglu", "rope"], CUDA)]
     assert "T=16384 D=4096 residual bf16" in rows and "T=16384 F=28672 bf16" in rows and "P=117440512 bf16" in rows
 
 
 def test_variants_on_a_gpu_say_why_they_are_absent():
     with use_arch(90):
-        found = {v.name: v for v in variants(cases(["attention"], CUDA)[0], CUDA)}
+        actual = {v.name: v for v in variants(cases(["attention"], CUDA)[0], CUDA)}
         window = next(c for c in cases(["attention"], CUDA) if c.problem.window)
         ragged = next(c for c in cases(["attention"], CUDA) if c.problem.is_ragged and c.phase == "backward")
         absent = {v.name: v.absent for v in variants(window, CUDA)}
         without = {v.name: v for v in variants(ragged, CUDA)}
         norm = {v.name: v.absent for v in variants(cases(["rms_norm"], CUDA)[0], CUDA)}
-    assert list(found) == [
+    assert list(actual) == [
         "triton", "triton plain", "triton rotated", "sdpa cudnn", "sdpa flash", "torch varlen", "flex", "eager",
     ]  # fmt: skip
     assert absent["sdpa cudnn"] == "takes no window" and not absent["torch varlen"]
     assert without["sdpa flash"].absent == "takes sequences of one length only" and "triton plain" not in without
-    assert found["eager"].absent == "scores of 8.0 GiB" and norm["liger"] in ("", LIGER)
+    assert actual["eager"].absent == "scores of 8.0 GiB" and norm["liger"] in ("", LIGER)
     assert list(norm) == ["triton", "eager", "compile", "liger"]
 
 
@@ -530,12 +530,12 @@ def test_plain_formula_agrees_with_this_projects_function(problem):
     """Both in fp32, so that a formula with other meaning than the kernel's shows before a GPU does."""
     phase = problem.phases[0]
     tensors = problem.inputs(torch.float32, CPU)
-    found = [
+    actual = [
         call_of(problem, function, {name: x.clone() for name, x in tensors.items()}, phase)()
         for function in (problem.ours, problem.formula)
     ]
-    for name, x in found[0].items():
-        torch.testing.assert_close(x, found[1][name], rtol=1e-4, atol=1e-5)
+    for name, x in actual[0].items():
+        torch.testing.assert_close(x, actual[1][name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -586,10 +586,10 @@ def test_line_has_the_form_of_the_conventions():
 
 
 def test_rates_and_shares_come_from_the_same_run():
-    found: dict = {}
-    kernel_rows.add_rates(found, 4_000_000, 2_000_000, 100.0, True, {"copy_gbps": 40.0, "matrix_tflops": 0.08})
-    assert found["tflops"] == pytest.approx(0.04) and found["gbps"] == pytest.approx(20.0)
-    assert found["share_of_copy"] == pytest.approx(0.5) and found["share_of_matrix"] == pytest.approx(0.5)
+    actual: dict = {}
+    kernel_rows.add_rates(actual, 4_000_000, 2_000_000, 100.0, True, {"copy_gbps": 40.0, "matrix_tflops": 0.08})
+    assert actual["tflops"] == pytest.approx(0.04) and actual["gbps"] == pytest.approx(20.0)
+    assert actual["share_of_copy"] == pytest.approx(0.5) and actual["share_of_matrix"] == pytest.approx(0.5)
 
 
 def test_ratios_leave_the_equal_product_out_of_the_peers():
@@ -712,8 +712,8 @@ def test_torch_s_grouped_product_is_given_the_same_experts():
         pytest.skip("torch has no grouped_mm")
     problem = Experts(40, 32, 16, experts=4, load="zipf")
     tensors = problem.inputs(torch.float32, torch.device("cpu"))
-    (found,), (expected,) = kernel_peers._grouped_experts(problem, tensors), problem.formula(tensors)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (actual,), (expected,) = kernel_peers._grouped_experts(problem, tensors), problem.formula(tensors)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_loads_of_the_experts_are_what_they_are_called():
@@ -732,10 +732,10 @@ def test_float64_results_in_pieces_equal_those_at_once(monkeypatch):
     monkeypatch.setattr(kernel_checks, "CHUNK", 7 * 4 * 2 * 8)
     stacked = []
     monkeypatch.setattr(torch, "stack", lambda *a, **k: stacked.append(a) or pytest.fail("stacked"))
-    found = kernel_checks.by_rows(problem, tensors, "backward")
-    assert found.keys() == whole.keys() and not stacked
+    actual = kernel_checks.by_rows(problem, tensors, "backward")
+    assert actual.keys() == whole.keys() and not stacked
     for name in whole:
-        torch.testing.assert_close(found[name], whole[name], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(actual[name], whole[name], rtol=1e-12, atol=1e-13)
 
 
 # Catches: a check of the table's entry that runs the CUDA library in its place.

@@ -71,9 +71,9 @@ def test_listing_gives_opcodes_guards_targets_and_schedules():
 
 
 def test_listing_without_encodings_is_read_too():
-    found = list(instructions_of(LOOP))
-    assert len(found) == 18 and found[0].operands == "R1, c[0x0][0x28]"
-    assert found[2].target == 0xF0 and found[-1].target == 0x30
+    actual = list(instructions_of(LOOP))
+    assert len(actual) == 18 and actual[0].operands == "R1, c[0x0][0x28]"
+    assert actual[2].target == 0xF0 and actual[-1].target == 0x30
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,12 @@ def test_serialised_wgmma_is_told_from_single_ones():
     alone = [Instruction(0, chain, "R24, gdesc[UR4], RZ, !UPT, gsb0")]
     waiting = [alone[0], Instruction(16, chain, "R24, gdesc[UR8], R24, gsb0")]
     # catches: every gsb0 taken for one: products of a single instruction commit their group too.
-    assert [code(found).is_serialised for found in (together, alone, alone * 2, waiting)] == [False, False, False, True]
+    assert [code(actual).is_serialised for actual in (together, alone, alone * 2, waiting)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +168,8 @@ def test_serialised_wgmma_is_told_from_single_ones():
     ],
 )
 def test_occupancy_is_what_the_scarcest_resource_allows(arch, num_warps, registers, shared, blocks, occupancy):
-    found = code([], arch=arch, num_warps=num_warps, registers=registers, shared_bytes=shared)
-    assert found.blocks_per_multiprocessor == blocks and found.occupancy == pytest.approx(occupancy)
+    actual = code([], arch=arch, num_warps=num_warps, registers=registers, shared_bytes=shared)
+    assert actual.blocks_per_multiprocessor == blocks and actual.occupancy == pytest.approx(occupancy)
 
 
 def parameter(name: str, is_constexpr: bool = False) -> SimpleNamespace:

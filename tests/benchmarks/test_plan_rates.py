@@ -17,17 +17,17 @@ GPU = plan.Gpu(8.0, 1e11, 1e10, 1e9, 1e9)
 @pytest.mark.parametrize("preset", ["tiny-mistral", "tiny-mixtral"])
 def test_every_rate_is_measured_and_makes_a_plan(monkeypatch, tmp_path, preset):
     config = dataclasses.replace(PRESETS[preset], max_positions=512)
-    found = plan_rates.measure(config, 128, torch.device("cpu"), GPU)
-    assert set(found) == {"matrix", "attention_forward", "attention_backward", "memory", "block_seconds"} | (
+    measured = plan_rates.measure(config, 128, torch.device("cpu"), GPU)
+    assert set(measured) == {"matrix", "attention_forward", "attention_backward", "memory", "block_seconds"} | (
         {"grouped"} if config.experts else set()
     )
-    assert all(value > 0 for value in found.values())
+    assert all(value > 0 for value in measured.values())
     monkeypatch.setitem(plan.GPUS, "H200", GPU)
-    whole = plan_rates.compared(found, preset, config, 128, "H200")
-    assert whole["planned_over_measured"] == pytest.approx(whole["planned_block_seconds"] / found["block_seconds"])
+    whole = plan_rates.compared(measured, preset, config, 128, "H200")
+    assert whole["planned_over_measured"] == pytest.approx(whole["planned_block_seconds"] / measured["block_seconds"])
     path = tmp_path / "rates.json"
     path.write_text(json.dumps(whole))
-    assert rates.rates_of(path).matrix == found["matrix"]
+    assert rates.rates_of(path).matrix == measured["matrix"]
 
 
 def test_a_machine_without_a_gpu_is_refused(capsys):

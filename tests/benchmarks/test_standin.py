@@ -29,11 +29,11 @@ def seen() -> dict:
 
 
 def test_tensors_have_devices_addresses_and_gradients(seen):
-    found = seen["tensors"]
-    assert found["devices"] == ["cuda:0", "cuda:0", "cuda:0", "cpu", "cuda:0", "cpu"]
-    assert found["is_cuda"] == [True, True, True, False] and found["host"] == [3, 4] and found["pinned"]
-    assert found["offset"] == 2 * (3 * 128 + 16) and found["aligned"] == 0 and found["apart"]
-    assert found["moved"] == [0, 1, 2, 3, 4]
+    actual = seen["tensors"]
+    assert actual["devices"] == ["cuda:0", "cuda:0", "cuda:0", "cpu", "cuda:0", "cpu"]
+    assert actual["is_cuda"] == [True, True, True, False] and actual["host"] == [3, 4] and actual["pinned"]
+    assert actual["offset"] == 2 * (3 * 128 + 16) and actual["aligned"] == 0 and actual["apart"]
+    assert actual["moved"] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_launches_of_a_block_are_capped(seen):
 
 
 def test_decode_step_is_one_graph_and_few_launches(seen):
-    found = seen["steps"]["decode"]
-    assert found["launches"] <= 20 + 2 * DECODE_BLOCK_LAUNCHES
-    assert found["host_syncs"] <= 1
+    actual = seen["steps"]["decode"]
+    assert actual["launches"] <= 20 + 2 * DECODE_BLOCK_LAUNCHES
+    assert actual["host_syncs"] <= 1
 
 
 def test_online_step_waits_by_phase_and_not_by_micro_batch(seen):

@@ -37,7 +37,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
-def found(request, tmp_path_factory):
+def results(request, tmp_path_factory):
     """Ranks and their rows by layout: one start of the ranks for all recipes and layouts."""
     out = tmp_path_factory.mktemp("rows") / "rows.json"
     script = ROOT / "tests" / "benchmarks" / "train_cases.py"
@@ -46,32 +46,32 @@ def found(request, tmp_path_factory):
     return request.param, json.loads(out.read_text())
 
 
-def rows_of(found):
-    return [row for rows in found[1].values() for row in rows]
+def rows_of(results):
+    return [row for rows in results[1].values() for row in rows]
 
 
 # Catches: a collective that is not counted, or counted on another axis; closed forms that are not those of the engine.
-def test_bytes_are_those_of_the_closed_form(found):
-    for row in rows_of(found):
+def test_bytes_are_those_of_the_closed_form(results):
+    for row in rows_of(results):
         assert row["bytes_as_planned"] is True, row
-        assert bool(row["bytes"]) == bool(row["planned_bytes"]) == (found[0] > 1), row
+        assert bool(row["bytes"]) == bool(row["planned_bytes"]) == (results[0] > 1), row
         if row["recipe"] != "rleif":
             assert row["bytes"] == row["planned_bytes"]
 
 
 # Catches: tokens of ranks that share rows counted twice; steps of the warm-up among those measured.
-def test_tokens_are_those_of_the_log(found):
-    for row in rows_of(found):
+def test_tokens_are_those_of_the_log(results):
+    for row in rows_of(results):
         assert row["logged_tokens"] == sum(row["step_tokens"]) > 0, row
         sharing = 2 if row["name"] in ("tp 2", "dp_shard 2 x cp 2") else 1
         if row["recipe"] != "rleif":
-            assert row["step_tokens"] == [row["tokens"] * row["packs"] * found[0] // sharing]
+            assert row["step_tokens"] == [row["tokens"] * row["packs"] * results[0] // sharing]
 
 
 # Catches: attention over the length of the pack instead of each document's; a head that reward models do not have.
-def test_operations_are_those_of_the_log_where_a_document_fills_its_row(found):
+def test_operations_are_those_of_the_log_where_a_document_fills_its_row(results):
     config = PRESETS["tiny"]
-    for row in rows_of(found):
+    for row in rows_of(results):
         if row["recipe"] == "rleif":
             continue
         each = row["step_flops"][0] / row["step_tokens"][0]
@@ -85,16 +85,16 @@ def test_operations_are_those_of_the_log_where_a_document_fills_its_row(found):
 
 
 # Catches: a rate by the ranks with rows of their own instead of all ranks.
-def test_rates_are_those_of_all_ranks(found):
-    for row in rows_of(found):
+def test_rates_are_those_of_all_ranks(results):
+    for row in rows_of(results):
         seconds, (tokens,), (flops,) = row["seconds"]["p50"], row["step_tokens"], row["step_flops"]
-        assert row["tokens_per_second_per_gpu"] == pytest.approx(tokens / seconds / found[0])
-        assert row["mfu"] == pytest.approx(flops / seconds / found[0] / (1e12 * row["peak_tflops"]))
-        assert row["ranks"] == found[0] and row["backend"] == "gloo"
+        assert row["tokens_per_second_per_gpu"] == pytest.approx(tokens / seconds / results[0])
+        assert row["mfu"] == pytest.approx(flops / seconds / results[0] / (1e12 * row["peak_tflops"]))
+        assert row["ranks"] == results[0] and row["backend"] == "gloo"
 
 
-def test_rows_say_what_waits_what_phases_take_and_what_is_planned(found):
-    for row in rows_of(found):
+def test_rows_say_what_waits_what_phases_take_and_what_is_planned(results):
+    for row in rows_of(results):
         axes = {name.split()[1] for name in row["bytes"]}
         assert axes <= set(row["exposed_seconds"]) <= axes | {"numbers"}
         assert 0 <= sum(row["exposed_share"].values()) < 1
@@ -198,21 +198,21 @@ def test_meter_counts_inside_its_block_alone(tmp_path):
             dist.broadcast(torch.ones(2), 0, async_op=True).wait()
         dist.all_reduce(torch.ones(3))
         assert {name: vars(dist.ProcessGroup).get(name) for name in before} == before
-        found = meter.take()
-        assert found.bytes == {("sum", "world"): 12, ("sum", "numbers"): 24, ("broadcast", "numbers"): 8}
-        assert set(found.seconds) == {"world", "numbers"} and min(found.seconds.values()) > 0
+        communication = meter.take()
+        assert communication.bytes == {("sum", "world"): 12, ("sum", "numbers"): 24, ("broadcast", "numbers"): 8}
+        assert set(communication.seconds) == {"world", "numbers"} and min(communication.seconds.values()) > 0
         assert meter.take() == Communication()
     finally:
         dist.destroy_process_group()
 
 
 def test_words_are_read_back():
-    words = Words(50)
+    tokenizer = Words(50)
     ids = [3, 49, 2, 17]
-    text = words.decode(ids)
-    assert text == "w3 w49 w17" and words.encode(text) == [3, 49, 17]
-    assert [text[a:b] for a, b in words.offsets(ids)] == ["w3", "w49", "", "w17"]
-    assert all(3 <= index < 50 for index in words.encode("USER: w2 w50 w wx tell me"))
+    text = tokenizer.decode(ids)
+    assert text == "w3 w49 w17" and tokenizer.encode(text) == [3, 49, 17]
+    assert [text[a:b] for a, b in tokenizer.offsets(ids)] == ["w3", "w49", "", "w17"]
+    assert all(3 <= index < 50 for index in tokenizer.encode("USER: w2 w50 w wx tell me"))
 
 
 # Files
@@ -317,10 +317,10 @@ def test_sweep_goes_on_behind_a_layout_that_fails(tmp_path):
     command = [sys.executable, "-m", "benchmarks.train_step", "--sweep", file, "--json", rows, "--plot", plot]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [row["name"] for row in found] == ["does not divide", "one rank"]
-    assert ["error" in row for row in found] == [True, False]
-    assert "mesh.tp must divide the ranks: tp=3" in found[0]["error"] and found[0]["recipe"] == "sft"
+    rows_read = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["name"] for row in rows_read] == ["does not divide", "one rank"]
+    assert ["error" in row for row in rows_read] == [True, False]
+    assert "mesh.tp must divide the ranks: tp=3" in rows_read[0]["error"] and rows_read[0]["recipe"] == "sft"
     assert "failed: train_step: error: mesh.tp must divide" in done.stdout and done.stdout.count("tokens/s/GPU") == 1
     picture = plot.read_text()
     assert picture.startswith("<svg") and "sft: tokens/s per GPU" in picture and "planned, dashed" in picture
@@ -335,9 +335,9 @@ def test_layouts_of_json_lines_override_the_command_line(tmp_path):
     assert [(one.name, one.ranks, one.recipes) for one in layouts] == [
         ("2 ranks", 2, ("sft", "reward")), ("b", 1, ("sft", "reward"))
     ]  # fmt: skip
-    assert layouts[0].words == ("--tokens", "16", "--recipe", "sft", "reward", "--mesh.tp", "2")
-    assert layouts[1].words[:2] == ("--tokens", "8") and layouts[1].words[-1] == "--sharding.offload-optimizer"
-    assert train_sweep.words_of("sharding.offload_optimizer", False) == ["--sharding.no-offload-optimizer"]
+    assert layouts[0].flags == ("--tokens", "16", "--recipe", "sft", "reward", "--mesh.tp", "2")
+    assert layouts[1].flags[:2] == ("--tokens", "8") and layouts[1].flags[-1] == "--sharding.offload-optimizer"
+    assert train_sweep.flags_of("sharding.offload_optimizer", False) == ["--sharding.no-offload-optimizer"]
 
 
 @pytest.mark.parametrize(

@@ -178,14 +178,14 @@ def all_targets(arch: int = 90) -> list[Target]:
 
 
 def test_every_table_belongs_to_an_operation_and_the_important_come_first():
-    found = all_targets()
-    assert {target.kernel for target in found} == set(tuned()) and set(tuned()) | UNTUNED >= set(tables.kernels())
-    assert [str(target) for target in found[:2]] == [
+    actual = all_targets()
+    assert {target.kernel for target in actual} == set(tuned()) and set(tuned()) | UNTUNED >= set(tables.kernels())
+    assert [str(target) for target in actual[:2]] == [
         "attention_forward bytes=2 width=128", "attention_backward_kv bytes=2 width=128"
     ]  # fmt: skip
-    assert all(target.shape.get("bytes") == 4 for target in found[-20:])
+    assert all(target.shape.get("bytes") == 4 for target in actual[-20:])
     # Training and decode of 7B, AdamW's gradients in fp32 and half precision included, before everything else.
-    assert {(t.op, t.shape.get("width"), t.shape.get("bytes", 2)) for t in found[:15]} == {
+    assert {(t.op, t.shape.get("width"), t.shape.get("bytes", 2)) for t in actual[:15]} == {
         ("attention", 128, 2), ("linear_logprob", None, 2), ("rms_norm", 4096, 2), ("rms_norm", None, 2),
         ("rope", None, 2), ("swiglu", 2048, 2), ("adamw", None, 2), ("adamw", None, 4), ("decode_attention", None, 2),
     }  # fmt: skip
@@ -216,21 +216,21 @@ def test_cases_look_their_target_up(monkeypatch, target):
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 def test_candidates_begin_with_the_table_and_fit_the_architecture(arch):
     for target, entry in entries_for(arch, tuned()):
-        found = candidates(target, arch, entry)
-        assert found[0] == entry and len(found) >= 3, target
-        assert len({json.dumps(config, sort_keys=True) for config in found}) == len(found), target
-        assert all(config.keys() == entry.keys() for config in found), target
-        assert arch >= 90 or not any(config.get("TMA") for config in found), target
+        actual = candidates(target, arch, entry)
+        assert actual[0] == entry and len(actual) >= 3, target
+        assert len({json.dumps(config, sort_keys=True) for config in actual}) == len(actual), target
+        assert all(config.keys() == entry.keys() for config in actual), target
+        assert arch >= 90 or not any(config.get("TMA") for config in actual), target
 
 
 def test_neighbours_vary_one_step_and_stay_positive():
-    found = neighbours({"BLOCK": 1, "REREAD": False, "num_warps": 32, "num_stages": 2})
-    assert {config["BLOCK"] for config in found} == {1, 2} and {config["num_warps"] for config in found} == {16, 32}
-    assert {config["num_stages"] for config in found} == {1, 2, 3} and {config["REREAD"] for config in found} == {
+    actual = neighbours({"BLOCK": 1, "REREAD": False, "num_warps": 32, "num_stages": 2})
+    assert {config["BLOCK"] for config in actual} == {1, 2} and {config["num_warps"] for config in actual} == {16, 32}
+    assert {config["num_stages"] for config in actual} == {1, 2, 3} and {config["REREAD"] for config in actual} == {
         False,
         True,
     }
-    assert len(found) == 2 * 2 * 2 * 3
+    assert len(actual) == 2 * 2 * 2 * 3
 
 
 def test_entries_for_takes_the_newest_that_the_architecture_can_run():
@@ -267,8 +267,8 @@ def test_check_finds_a_wrong_kernel(monkeypatch):
     target = Target.of("swiglu_forward", {"width": 16, "bytes": 4})
     config = dict(entries_for(90, [target.kernel]))[target]
     request = {"do": "check", "kernel": target.kernel, "class": target.shape, "config": config, "full": False}
-    found = tune.answer(request, CPU)["failures"]
-    assert len(found) == 2 and "T=9 F=16" in found[0]
+    actual = tune.answer(request, CPU)["failures"]
+    assert len(actual) == 2 and "T=9 F=16" in actual[0]
 
 
 def test_check_tables_reports_every_entry(capsys):
@@ -328,10 +328,10 @@ def test_compilers_lose_only_the_job_that_breaks_its_process(monkeypatch):
     monkeypatch.setattr(tune_processes, "compile_one", compile_or_die)
     compilers = Compilers()
     jobs = [Job("rope", None, arch) for arch in (80, 0, 90)]
-    found = compilers.results(compilers.submit(jobs), time.monotonic() + 60)
+    actual = compilers.results(compilers.submit(jobs), time.monotonic() + 60)
     compilers.close()
-    assert found == [{"arch": 80}, {"error": "the compiler ended its process"}, {"arch": 90}]
-    assert [worth_running(code, 90) for code in found] == [True, False, True]
+    assert actual == [{"arch": 80}, {"error": "the compiler ended its process"}, {"arch": 90}]
+    assert [worth_running(code, 90) for code in actual] == [True, False, True]
     assert worth_running({}, 90) and not worth_running({"spill_bytes": 5000}, 90)
     assert worth_running({"shared_bytes": 200_000}, 90) and not worth_running({"shared_bytes": 200_000}, 80)
 
@@ -355,6 +355,6 @@ def test_command_line_without_a_gpu(capsys, monkeypatch):
 def test_the_experts_products_are_checked_in_both_phases():
     target = tune_targets.Target.of("grouped_matmul", {"bytes": 2})
     assert {case.phase for case in tune_targets.checked_cases(target, full=True)} == {"forward", "backward"}
-    found = [case for case in tune_targets.checked_cases(target, full=True) if case.phase == "backward"]
-    forms = {x.options["TRANSPOSED"] for x in tune_targets.launches(found[0], 90) if "TRANSPOSED" in x.options}
+    actual = [case for case in tune_targets.checked_cases(target, full=True) if case.phase == "backward"]
+    forms = {x.options["TRANSPOSED"] for x in tune_targets.launches(actual[0], 90) if "TRANSPOSED" in x.options}
     assert True in forms

@@ -15,14 +15,14 @@ from wizard_engine.parallel import MeshOptions, Sharding
 def main() -> None:
     out, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
     rt = runtime.start("cpu")
-    found = {}
-    for name, given in layouts.items():
-        given = dict(given)
-        mesh, sharding = MeshOptions(**given.pop("mesh", {})), Sharding(**given.pop("sharding", {}))
-        given["recipe"] = tuple(given["recipe"])
-        found[name] = measure_all(Options(**given, mesh=mesh, sharding=sharding), rt)
+    results = {}
+    for name, layout in layouts.items():
+        layout = dict(layout)
+        mesh, sharding = MeshOptions(**layout.pop("mesh", {})), Sharding(**layout.pop("sharding", {}))
+        layout["recipe"] = tuple(layout["recipe"])
+        results[name] = measure_all(Options(**layout, mesh=mesh, sharding=sharding), rt)
     if rt.is_main:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(results))
     runtime.stop()
 
 

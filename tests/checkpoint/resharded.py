@@ -9,7 +9,7 @@ import torch
 
 from wizard_engine import checkpoint, runtime
 from wizard_engine.data.tokenizer import load_tokenizer
-from wizard_engine.model import load_hf, save_divided
+from wizard_engine.model import load_hf, save_sharded
 from wizard_engine.model.loading import language_model
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, sharded
@@ -29,16 +29,16 @@ def main(root, source, name, options):
         is_read = all(torch.equal(a, b) for a, b in pairs)
     optimizer = AdamW(model)
     with ExitStack() as stack:
-        found = checkpoint.resume(root / source, rt, stack)
-        restore(found, "model", model, optimizer, found.state["updates"])
-        state = found.state
+        checkpoint_read = checkpoint.resume(root / source, rt, stack)
+        restore(checkpoint_read, "model", model, optimizer, checkpoint_read.state["updates"])
+        state = checkpoint_read.state
     weights, moments = parts_of(model, optimizer)
     saver = checkpoint.Saver(root / name, rt)
-    saver.save(found.step, {"model": weights, "model_optimizer": moments}, state)
+    saver.save(checkpoint_read.step, {"model": weights, "model_optimizer": moments}, state)
     saver.wait()
     tokenizer = load_tokenizer(root / "base")
     if mesh.copy.size > 1:
-        save_divided(model, root / name / "model", rt, tokenizer=tokenizer, max_shard_bytes=20_000)
+        save_sharded(model, root / name / "model", rt, tokenizer=tokenizer, max_shard_bytes=20_000)
     (root / name / f"rank_{rt.rank}.json").write_text(
         json.dumps({"count": optimizer.count, "stall": saver.stall_seconds, "is_read": is_read})
     )

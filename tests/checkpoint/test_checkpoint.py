@@ -53,9 +53,9 @@ def test_checkpoint_gives_back_exact_tensors_and_state(tmp_path):
     path = checkpoint.save(tmp_path, 12, tensors=groups(), state=state)
     assert path == tmp_path / "checkpoints" / "step_00000012" == checkpoint.latest(tmp_path)
     assert sorted(os.listdir(path)) == ["manifest.json", "part_00000.safetensors"]
-    tensors, found = checkpoint.load(path)
+    tensors, state_read = checkpoint.load(path)
     assert_equal(tensors, groups())
-    assert found == state
+    assert state_read == state
 
 
 def test_latest_is_none_without_checkpoints(tmp_path):

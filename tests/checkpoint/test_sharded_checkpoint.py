@@ -106,8 +106,8 @@ def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, 
     check_export(root, name)
     backs = {"one": (1, {}), "four": (4, {}), "experts": (2, {"ep": 2})}
     # All three for tp 2 x dp 2 with experts on two ranks; one each for the others.
-    wanted = backs if (ranks, layout) == (4, {"tp": 2, "ep": 2}) else [list(backs)[len(name) % 3]]
-    for back in wanted:
+    expected = backs if (ranks, layout) == (4, {"tp": 2, "ep": 2}) else [list(backs)[len(name) % 3]]
+    for back in expected:
         count, options = backs[back]
         reshard(root, count, name, f"{name}_{back}", **options)
         check_same_state(root, f"{name}_{back}")

@@ -23,8 +23,8 @@ def test_ranking_loss_takes_the_margin_off():
     better, worse = leaf(1.0, 0.2), leaf(0.5, 0.9)
     loss = ranking_loss(better, worse, torch.tensor([0.25, 0.0]), num_pairs=4)
     assert loss.item() == pytest.approx((0.575939 + 1.103186) / 4, abs=1e-6)
-    slopes = [0.437823 / 4, 0.668188 / 4]
-    assert gradient(loss, better, worse) == pytest.approx([-x for x in slopes] + slopes, abs=1e-6)
+    grads = [0.437823 / 4, 0.668188 / 4]
+    assert gradient(loss, better, worse) == pytest.approx([-x for x in grads] + grads, abs=1e-6)
 
 
 def test_process_loss_and_step_scores_know_the_order_of_labels():

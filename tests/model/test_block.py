@@ -73,8 +73,8 @@ def test_blocks_give_the_bits_of_sums_apart(name, dtype, recompute):
     expected = results(lambda *row: plain_forward(model, *row), model, dtype)
     for block in model.blocks:
         recompute_block(block, recompute)
-    found = results(model, model, dtype)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = results(model, model, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     with torch.no_grad():
         assert torch.equal(model(*inputs()), expected[0])
 
@@ -88,8 +88,8 @@ def test_frozen_weights_leave_the_other_gradients_alone(frozen, recompute):
     expected = results(lambda *row: plain_forward(model, *row), model, torch.float32)
     for block in model.blocks:
         recompute_block(block, recompute)
-    found = results(model, model, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = results(model, model, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_stream_and_summand_apart_serve_one_block():
@@ -131,9 +131,9 @@ class Operators(TorchDispatchMode):
 
 def counted(run):
     """Launches of the engine's kernels and of torch's operators, by name."""
-    with record() as made, Operators() as found:
+    with record() as made, Operators() as operators:
         out = run()
-    return out, Counter(launch.kernel.__name__ for launch in made) + found.counts
+    return out, Counter(launch.kernel.__name__ for launch in made) + operators.counts
 
 
 def launches(recompute, config=PRESETS["7b"], tokens=64):

@@ -65,16 +65,16 @@ def logits(model, rows):
     return model.logits(model(*packed(rows)))
 
 
-def off(found, expected):
+def off(actual, expected):
     """Largest error relative to the largest value."""
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def gradients(model):
     """Gradients under their published names."""
     moved = copy.deepcopy(model)
-    for own, parameter in zip(moved.parameters(), model.parameters()):
-        own.data = parameter.grad.clone()
+    for ours, parameter in zip(moved.parameters(), model.parameters()):
+        ours.data = parameter.grad.clone()
     return published_tensors(moved)
 
 
@@ -82,11 +82,11 @@ def test_model_equals_transformers_in_logits_and_gradients(published):
     theirs, directory = published
     ours, _ = load_model(directory)
     expected = torch.cat([theirs(row[None]).logits[0] for row in rows()])
-    found = logits(ours, rows())
-    assert found.dtype == torch.float32 and off(found, expected) < 1e-5
+    actual = logits(ours, rows())
+    assert actual.dtype == torch.float32 and off(actual, expected) < 1e-5
     cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
     (expected * cotangent).sum().backward()
-    (found * cotangent).sum().backward()
+    (actual * cotangent).sum().backward()
     named = dict(theirs.named_parameters())
     grads = gradients(ours)
     assert grads.keys() == named.keys()
@@ -106,8 +106,8 @@ def test_saved_model_comes_back_bit_equal_and_opens_in_transformers(published, t
     theirs, directory = published
     ours, _ = load_model(directory)
     saved = save_model(ours, tokenizer, tmp_path / "ours", extra={"note": "kept"})
-    again, own = load_model(saved)
-    assert again.config == ours.config and own.fingerprint == tokenizer.fingerprint
+    again, loaded_tokenizer = load_model(saved)
+    assert again.config == ours.config and loaded_tokenizer.fingerprint == tokenizer.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
     fields = json.loads((saved / "config.json").read_text())
     assert fields["note"] == "kept" and fields["eos_token_id"] == tokenizer.eos_id
@@ -115,8 +115,8 @@ def test_saved_model_comes_back_bit_equal_and_opens_in_transformers(published, t
     assert type(opened) is type(theirs)
     row = rows()[2][None]
     assert torch.equal(opened(row).logits, theirs(row).logits)
-    words = transformers.AutoTokenizer.from_pretrained(saved)
-    assert words("few words", add_special_tokens=False)["input_ids"] == tokenizer.encode("few words")
+    tokenizer_again = transformers.AutoTokenizer.from_pretrained(saved)
+    assert tokenizer_again("few words", add_special_tokens=False)["input_ids"] == tokenizer.encode("few words")
 
 
 def small(tokenizer, seed=0, **changes):
@@ -303,8 +303,8 @@ def test_saved_models_name_their_chat_format(tmp_path, system):
         messages.append(Message(role, text))
         turns = [{"role": m.role, "content": m.content} for m in messages]
         is_asked = role == "user"
-        found = theirs.apply_chat_template(turns, add_generation_prompt=is_asked, return_dict=False)
+        rendered = theirs.apply_chat_template(turns, add_generation_prompt=is_asked, return_dict=False)
         if is_asked:
-            assert list(found) == encode_prompt(tokenizer, messages)
+            assert list(rendered) == encode_prompt(tokenizer, messages)
         else:
-            assert list(found) == encode_conversation(tokenizer, messages).tokens.tolist()
+            assert list(rendered) == encode_conversation(tokenizer, messages).tokens.tolist()

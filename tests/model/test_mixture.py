@@ -86,24 +86,24 @@ def test_recorded_routes_are_replayed_by_another_router(model):
     with torch.no_grad():
         for block in model.blocks:
             block.feed_forward.router.weight.copy_(block.feed_forward.router.weight.flip(0))
-    own, replayed = Routes(), Routes(experts)
-    changed = model(*batch, routes=own)
+    recorded, replayed = Routes(), Routes(experts)
+    changed = model(*batch, routes=recorded)
     model(*batch, routes=replayed)
-    assert not torch.equal(own.stacked(), experts) and torch.equal(replayed.stacked(), experts)
+    assert not torch.equal(recorded.stacked(), experts) and torch.equal(replayed.stacked(), experts)
     assert not torch.equal(changed, hidden)
 
 
 def test_replay_takes_the_given_experts_with_the_gates_of_now():
     layer, x_TD = Mixture(CONFIG, 0), torch.randn(5, CONFIG.width)
     torch.nn.init.zeros_(layer.router.weight)
-    given = torch.tensor([[3, 2]] * 5)
+    experts = torch.tensor([[3, 2]] * 5)
     first, second = (
         torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, layer.experts.down[expert])
         for expert in (3, 2)
         for gate, up in [(x_TD @ layer.experts.gate_up[expert].T).chunk(2, -1)]
     )
-    torch.testing.assert_close(layer(x_TD, Routes(given[:, None])), (first + second) / 2)
-    assert Routes(given[:, None]).stacked().tolist() == [[[3, 2]]] * 5
+    torch.testing.assert_close(layer(x_TD, Routes(experts[:, None])), (first + second) / 2)
+    assert Routes(experts[:, None]).stacked().tolist() == [[[3, 2]]] * 5
 
 
 # Catches: a second pass that chooses again, or that puts its logits over those of the first.

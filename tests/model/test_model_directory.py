@@ -72,9 +72,9 @@ def test_a_rank_reads_only_the_bytes_of_its_slices(mixture):
     }
     with ModelDirectory(path) as directory:
         assert directory.bytes_read == 0
-        found = dict(directory.parameters(slices=boxes))
-        assert directory.bytes_read == 4 * sum(t.numel() for t in found.values())
-    assert found.keys() == boxes.keys()
+        regions_read = dict(directory.parameters(slices=boxes))
+        assert directory.bytes_read == 4 * sum(t.numel() for t in regions_read.values())
+    assert regions_read.keys() == boxes.keys()
     with ModelDirectory(path) as directory:
         list(directory.parameters())
         assert directory.bytes_read == 4 * model.config.num_parameters
@@ -113,11 +113,11 @@ def test_memory_stays_within_a_tensor_of_the_model_itself(tmp_path, saved, wante
     path = save_hf(model, tmp_path / "m", max_shard_bytes=30_000_000)
     small = save_hf(Transformer(PRESETS["tiny-mixtral"]), tmp_path / "small")
     largest = max(p.numel() for p in model.parameters()) * 4
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", PEAK, str(small), str(path), wanted], capture_output=True, text=True, check=True
     )
-    peak, own = (int(number) for number in found.stdout.split())
-    assert own > 60_000_000 and peak <= own + largest + 8_000_000, (peak, own, largest)
+    peak, model_bytes = (int(number) for number in done.stdout.split())
+    assert model_bytes > 60_000_000 and peak <= model_bytes + largest + 8_000_000, (peak, model_bytes, largest)
 
 
 def header_of(path):
@@ -328,7 +328,7 @@ def test_a_file_is_read_whatever_its_alignment_and_shapes(tmp_path):
         "half": torch.arange(6).half().view(1, 2, 3),
     }  # fmt: skip
     write_file(tmp_path / "x.safetensors", tensors)
-    assert all(torch.equal(tensors[name], found) for name, found in load_file(tmp_path / "x.safetensors").items())
+    assert all(torch.equal(tensors[name], read) for name, read in load_file(tmp_path / "x.safetensors").items())
     content = (tmp_path / "x.safetensors").read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     moved = struct.pack("<Q", length + 1) + content[8 : 8 + length] + b" " + content[8 + length :]

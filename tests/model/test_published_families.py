@@ -67,22 +67,22 @@ def packed(rows):
     return torch.cat(rows), positions, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
 
 
-def off(found, expected):
+def off(actual, expected):
     """Largest error relative to the largest value."""
     scale = float(expected.detach().abs().max())
-    return float((found - expected).detach().abs().max()) / scale if scale else float(found.detach().abs().max())
+    return float((actual - expected).detach().abs().max()) / scale if scale else float(actual.detach().abs().max())
 
 
 def logits_and_gradients(model, rows, published=False):
     """Logits of the rows, and gradients of a fixed weighted sum of them by transformers' names."""
     if published:
-        found = torch.cat([model(row[None]).logits[0] for row in rows])
+        logits = torch.cat([model(row[None]).logits[0] for row in rows])
     else:
-        found = model.logits(model(*packed(rows)))
-    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(len(rows[0]))).to(found.dtype)
-    (found * slope).sum().backward()
+        logits = model.logits(model(*packed(rows)))
+    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(len(rows[0]))).to(logits.dtype)
+    (logits * cotangent).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters()} if published else published_gradients(model)
-    return found.detach(), grads
+    return logits.detach(), grads
 
 
 # Catches: softmax before top-k; a window off by one; w1 and w3 exchanged; a tied head's gradient added once only.
@@ -92,11 +92,11 @@ def test_logits_and_gradients_equal_those_of_transformers(family, seed, tmp_path
     theirs = made(family, random_fields(family, seed), seed)
     theirs.save_pretrained(tmp_path)
     ours, rows = load_hf(tmp_path), documents(theirs.config.vocab_size, seed)
-    found, grads = logits_and_gradients(ours, rows)
+    actual, grads = logits_and_gradients(ours, rows)
     expected, named = logits_and_gradients(theirs, rows, published=True)
-    assert found.dtype == torch.float32 and off(found, expected) < 1e-5
+    assert actual.dtype == torch.float32 and off(actual, expected) < 1e-5
     alone = torch.cat([ours.logits(ours(*packed([row]))) for row in rows])
-    assert off(found, alone) < 1e-5
+    assert off(actual, alone) < 1e-5
     assert grads.keys() == named.keys()
     for name, gradient in grads.items():
         assert off(gradient, named[name]) < 1e-5, name
@@ -109,14 +109,14 @@ def test_large_weights_are_as_near_to_float64_as_those_of_transformers(family, s
     theirs = made(family, random_fields(family, seed) | {"initializer_range": 0.3}, seed)
     theirs.save_pretrained(tmp_path)
     rows = documents(theirs.config.vocab_size, seed)
-    found, ref = (logits_and_gradients(load_hf(tmp_path, dtype=d), rows) for d in (torch.float32, torch.float64))
+    actual, ref = (logits_and_gradients(load_hf(tmp_path, dtype=d), rows) for d in (torch.float32, torch.float64))
     base = logits_and_gradients(theirs, rows, published=True)
-    assert off(found[0].double(), ref[0]) < 2 * off(base[0].double(), ref[0]) + 1e-5
+    assert off(actual[0].double(), ref[0]) < 2 * off(base[0].double(), ref[0]) + 1e-5
     # The float64 numbers are this engine's: they serve only because transformers' are near them (7e-5 at most, seen).
     worst = max(off(base[1][name].double(), grad) for name, grad in ref[1].items())
     assert off(base[0].double(), ref[0]) < 2e-5 and worst < 2e-4
     for name, grad in ref[1].items():
-        assert off(found[1][name].double(), grad) < 2 * worst + 1e-5, name
+        assert off(actual[1][name].double(), grad) < 2 * worst + 1e-5, name
 
 
 def test_one_expert_per_token_leaves_the_router_without_a_gradient(tmp_path):
@@ -124,9 +124,9 @@ def test_one_expert_per_token_leaves_the_router_without_a_gradient(tmp_path):
     theirs = made("Mixtral", random_fields("Mixtral", 1) | {"num_experts_per_tok": 1}, 1)
     theirs.save_pretrained(tmp_path)
     ours, rows = load_hf(tmp_path), documents(theirs.config.vocab_size, 1)
-    found, grads = logits_and_gradients(ours, rows)
+    actual, grads = logits_and_gradients(ours, rows)
     expected, named = logits_and_gradients(theirs, rows, published=True)
-    assert off(found, expected) < 1e-5
+    assert off(actual, expected) < 1e-5
     for name, gradient in grads.items():
         if name.endswith("mlp.gate.weight"):
             assert not gradient.any()
@@ -138,7 +138,7 @@ def published_gradients(model):
     """Gradients by the names that transformers has in memory: experts stacked."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {
-        piece.name: grads[piece.parameter][piece.box].reshape(piece.shape)
+        piece.name: grads[piece.parameter][piece.region].reshape(piece.shape)
         for piece in pieces(model.config, stacked=True)
     }
 
@@ -155,10 +155,10 @@ def test_tensors_come_back_bit_equal(family, dtype, tmp_path):
     opened, original = (
         kind.from_pretrained(tmp_path / name, dtype="auto", **eager(family)) for name in ("ours", "theirs")
     )
-    own = opened.state_dict()
-    assert own.keys() == theirs.state_dict().keys()
+    state = opened.state_dict()
+    assert state.keys() == theirs.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
-        assert own[name].dtype == dtype and torch.equal(own[name], tensor), name
+        assert state[name].dtype == dtype and torch.equal(state[name], tensor), name
     row = documents(theirs.config.vocab_size, 0)[0][None]
     assert torch.equal(opened(row).logits, original(row).logits)
     again = load_hf(tmp_path / "ours", dtype=dtype)

@@ -80,11 +80,11 @@ def test_adamw_state_names_every_element_once():
     optimizer = AdamW(module, weight_decay=0.1)
     train(module, optimizer, range(3))
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    found = {(moment, name): (start, values) for moment, name, start, values in optimizer.state_parts()}
-    assert found.keys() == {(moment, name) for moment in ("exp_avg", "exp_avg_sq") for name in trained}
-    for (_, name), (start, values) in found.items():
+    shards = {(moment, name): (start, values) for moment, name, start, values in optimizer.state_shards()}
+    assert shards.keys() == {(moment, name) for moment in ("exp_avg", "exp_avg_sq") for name in trained}
+    for (_, name), (start, values) in shards.items():
         assert start == 0 and values.shape == (trained[name].numel(),) and values.abs().max() > 0
-    for (_, _), (_, values) in found.items():
+    for (_, _), (_, values) in shards.items():
         values.zero_()
     assert optimizer.exp_avg.abs().max() == 0 and optimizer.exp_avg_sq.abs().max() == 0
 
@@ -150,9 +150,9 @@ def test_step_that_is_not_finite_changes_nothing_and_does_not_count(where, value
 def optimizer_model(optimizer):
     """A module with the optimizer's parameters."""
     module = model()
-    own = dict(zip([slot.name for f in optimizer.sharded.training for slot in f.layout.slots],
+    flat_grads = dict(zip([slot.name for f in optimizer.sharded.training for slot in f.layout.slots],
                    [p for f in optimizer.sharded.training for p in f.parameters]))  # fmt: skip
-    for name, parameter in own.items():
+    for name, parameter in flat_grads.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
     module.head.weight = module.embedding.weight

@@ -14,7 +14,7 @@ from sharded_cases import BASE, LOSSES, compare, loss_of, samples, selected_case
 from wizard_engine import runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.model import ScoringModel, Transformer
-from wizard_engine.model.loading import divided
+from wizard_engine.model.loading import shard_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize, sharded
 from wizard_engine.parallel.reductions import gather_along
 
@@ -47,25 +47,25 @@ LAYOUTS = {
 
 def cases(world):
     """Name -> (loss, model, layout, sharding, what is frozen)."""
-    found = {}
+    results = {}
     for layout, kind, model in itertools.product(LAYOUTS[world], LOSSES, ("dense", "mixture")):
-        found[f"{layout}, {kind}, {model}"] = (kind, model, layout, Sharding(), "")
+        results[f"{layout}, {kind}, {model}"] = (kind, model, layout, Sharding(), "")
     # Four ranks on two cores take long: of the further forms, those of the layouts that mix most.
     some = [name for name in LAYOUTS[world] if world == 2 or name in ("tp 2, ep 2, dp 2", "cp 2, tp 2")]
     for layout, model, again in itertools.product(some, MODELS, ("none", "selective", "full")):
-        found[f"{layout}, sft, {model}, {again}"] = ("sft", model, layout, Sharding(recompute=again), "")
+        results[f"{layout}, sft, {model}, {again}"] = ("sft", model, layout, Sharding(recompute=again), "")
     for layout, model, freeze in itertools.product(some, ("tied", "mixture"), ("first", "norms")):
-        found[f"{layout}, sft, {model}, frozen {freeze}"] = ("sft", model, layout, Sharding(), freeze)
+        results[f"{layout}, sft, {model}, frozen {freeze}"] = ("sft", model, layout, Sharding(), freeze)
     for layout, again in itertools.product(some, ("none", "full")):
         name = f"{layout}, sft, one expert gets every token, {again}"
-        found[name] = ("sft", "one expert", layout, Sharding(recompute=again), "one expert")
+        results[name] = ("sft", "one expert", layout, Sharding(recompute=again), "one expert")
     for layout in some:
         whole = Sharding(accumulate="whole", recompute="full")
-        found[f"{layout}, dpo, mixture, whole"] = ("dpo", "mixture", layout, whole, "")
-        found[f"{layout}, surprise, dense"] = ("surprise", "dense", layout, Sharding(), "")
+        results[f"{layout}, dpo, mixture, whole"] = ("dpo", "mixture", layout, whole, "")
+        results[f"{layout}, surprise, dense"] = ("surprise", "dense", layout, Sharding(), "")
         kept = Sharding(offload_activations=True, offload_optimizer=True)
-        found[f"{layout}, sft, mixture, kept in host memory"] = ("sft", "mixture", layout, kept, "")
-    return {name: case for name, case in found.items() if "ep " not in case[2] or case[1] in MIXTURES}
+        results[f"{layout}, sft, mixture, kept in host memory"] = ("sft", "mixture", layout, kept, "")
+    return {name: case for name, case in results.items() if "ep " not in case[2] or case[1] in MIXTURES}
 
 
 def is_alike(mesh, mixture):
@@ -90,9 +90,9 @@ def is_alike(mesh, mixture):
         seen.append(scoring(*collate(rows).inputs).detach())
     for engine, module in zip(engines, (model, scoring)):
         with engine.gathered():
-            own = {n: p.clone() for n, p in module.named_parameters() if "norm" in n or "router" in n or "score" in n}
-        everyone = gather_along(mesh.copy, own)
-        if not all(torch.equal(x[name], own[name]) for x in everyone for name in own):
+            local = {n: p.clone() for n, p in module.named_parameters() if "norm" in n or "router" in n or "score" in n}
+        everyone = gather_along(mesh.copy, local)
+        if not all(torch.equal(x[name], local[name]) for x in everyone for name in local):
             return False
     everyone = gather_along(mesh.row, seen)
     return all(torch.equal(a, b) for other in everyone for a, b in zip(seen, other, strict=True))
@@ -103,7 +103,7 @@ def is_random_model(mesh, mixture):
     config = MODELS["mixture" if mixture else "dense"]
     with torch.device("meta"):
         empty = Transformer(config)
-    model = divided(empty, mesh, Sharding(), empty.random_parameters(7))
+    model = shard_model(empty, mesh, Sharding(), empty.random_parameters(7))
     with sharded(model).gathered():
         pairs = zip(model.parameters(), Transformer(config, seed=7).parameters(), strict=True)
         return all(torch.equal(a, b) for a, b in pairs)
@@ -117,13 +117,13 @@ def main(out):
 
     recompute.LEAST_BYTES = 1
     meshes = {name: make_mesh(options, rt) for name, options in LAYOUTS[rt.world_size].items()}
-    found, chosen = {}, selected_cases(out, cases(rt.world_size))
+    results, chosen = {}, selected_cases(out, cases(rt.world_size))
     for name, (kind, model, layout, sharding, freeze) in chosen.items():
         try:
-            found[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
+            results[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
         except Exception as error:
             traceback.print_exc()
-            found[name] = {"error": repr(error)}
+            results[name] = {"error": repr(error)}
             break
     used = {layout for _, _, layout, _, _ in chosen.values()}
     random, alike = (
@@ -131,7 +131,7 @@ def main(out):
         for check in (is_random_model, is_alike)
     )
     Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(
-        json.dumps({"cases": found, "alike": alike, "random": random})
+        json.dumps({"cases": results, "alike": alike, "random": random})
     )
     runtime.stop()
 

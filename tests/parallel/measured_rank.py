@@ -18,7 +18,7 @@ def main(out, problems):
     """Run every problem (name, model, mesh, recompute, tokens, micro-batches) and write what it took."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
-    found = {}
+    results = {}
     for name, config, options, recompute, tokens, micro_batches in problems:
         mesh = make_mesh(MeshOptions(**options), rt)
         torch.manual_seed(0)
@@ -28,8 +28,8 @@ def main(out, problems):
             language_step(model, tokens, micro_batches)
         optimizer.step(1e-3)
         traffic = {f"{kind} {axis}": size for (kind, axis), size in by_axis(record.collectives, mesh).items()}
-        found[name] = {"traffic": traffic, "peak": peak_bytes(model, optimizer, tokens, micro_batches)}
-    (out / f"measured_{rt.world_size}_{rt.rank}.json").write_text(json.dumps(found))
+        results[name] = {"traffic": traffic, "peak": peak_bytes(model, optimizer, tokens, micro_batches)}
+    (out / f"measured_{rt.world_size}_{rt.rank}.json").write_text(json.dumps(results))
     runtime.stop()
 
 

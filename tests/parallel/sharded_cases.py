@@ -19,7 +19,7 @@ from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import dpo_loss, policy_loss, process_loss, ranking_loss, sft_loss, value_loss
 from wizard_engine.model import ModelConfig, Routes, ScoringModel, Transformer
-from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, paced, parallelize, recompute, sharded
+from wizard_engine.parallel import MeshOptions, Sharding, lockstep, make_mesh, parallelize, recompute, sharded
 
 BASE = ModelConfig(
     vocab_size=61, width=24, layers=3, heads=3, kv_heads=1, head_width=8, ffn_width=20, init_std=0.3, tied=False
@@ -95,16 +95,16 @@ def value_share(model, rows, seed, config):
 
 def built(kind, config, freeze=""):
     """The models of a loss, in float64: a critic beside the policy of PPO."""
-    found = []
+    models = []
     if kind in ("sft", "dpo", "ppo"):
-        found.append(Transformer(config, seed=3))
+        models.append(Transformer(config, seed=3))
     if kind in ("reward", "process", "ppo", "surprise"):
         scoring = ScoringModel(config, 3 if kind in ("process", "surprise") else 1, surprise=kind == "surprise")
         scoring.body.initialise(5)
         last = list(scoring.score.modules())[-1]
         torch.nn.init.normal_(last.weight, std=0.5, generator=torch.Generator().manual_seed(1))
-        found.append(scoring)
-    for model in found:
+        models.append(scoring)
+    for model in models:
         model.double()
         if freeze == "one expert":
             # Equal scores go to the first expert: it gets every token, the others none.
@@ -118,7 +118,7 @@ def built(kind, config, freeze=""):
                 parameter.requires_grad_(False)
             if freeze == "body" and name.startswith("body."):
                 parameter.requires_grad_(False)
-    return found
+    return models
 
 
 def shares(kind, models, rows, seed, config):
@@ -142,7 +142,7 @@ def plain_steps(kind, models, config):
                 (loss + router).backward()
                 total += float(loss.detach()) + float(torch.as_tensor(router).detach())
         grads = [{n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None} for m in models]
-        norms = [float(torch.cat([g.flatten() for g in own.values()]).norm()) for own in grads]
+        norms = [float(torch.cat([g.flatten() for g in step_grads.values()]).norm()) for step_grads in grads]
         out.append((total, norms, grads))
         with torch.no_grad():
             for model in models:
@@ -180,25 +180,25 @@ def compare(kind, config, mesh, sharding, freeze=""):
     for step, (total, norms, grads) in enumerate(expected):
         for engine in engines:
             engine.zero_grad()
-        own = 0.0
+        local_loss = 0.0
         mine = list(range(MICRO_BATCHES))[mesh.data.index :: mesh.data.size]
-        for number in paced(mine, *models, backward=True):
+        for number in lockstep(mine, *models, backward=True):
             for loss, router in shares(kind, models, samples(10 * step + number), number, config):
                 (loss + router).backward()
-                own += float(loss.detach()) * mesh.speaks + float(torch.as_tensor(router).detach())
+                local_loss += float(loss.detach()) * mesh.is_row_leader + float(torch.as_tensor(router).detach())
         for engine in engines:
             engine.finish()
-        summed = torch.tensor(own, dtype=torch.float64)
+        summed = torch.tensor(local_loss, dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(summed)
         worst["loss"] = max(worst["loss"], abs(float(summed) - total) / abs(total))
         for engine, norm, own_grads in zip(engines, norms, grads):
             worst["norm"] = max(worst["norm"], abs(float(engine.norm()) - norm) / norm)
-            for name, start, values in engine.parts(engine.gradient()):
-                found = own_grads.get(name, torch.zeros(engine.shapes[name], dtype=torch.float64))
-                scale = max(float(found.abs().max()), 1e-3)
-                found = engine.cuts[name].of(found)
-                error = float((found.flatten()[start : start + len(values)] - values).abs().max()) / scale
+            for name, start, values in engine.shards(engine.gradient()):
+                grad = own_grads.get(name, torch.zeros(engine.shapes[name], dtype=torch.float64))
+                scale = max(float(grad.abs().max()), 1e-3)
+                grad = engine.shard_specs[name].of(grad)
+                error = float((grad.flatten()[start : start + len(values)] - values).abs().max()) / scale
                 worst["gradient"] = max(worst["gradient"], error)
             engine.master.add_(engine.gradient(), alpha=-LR)
             engine.publish()
@@ -214,23 +214,23 @@ def compare(kind, config, mesh, sharding, freeze=""):
 
 def cases(world):
     """Name -> (loss, model, layout, sharding, what is frozen)."""
-    found = {}
+    results = {}
     for layout, kind, model in itertools.product(LAYOUTS[world], LOSSES, ("dense", "mixture")):
-        found[f"{layout}, {kind}, {model}"] = (kind, model, layout, Sharding(), "")
-    divided = [name for name in LAYOUTS[world] if not name.startswith("replicas")]
-    for layout, model, again in itertools.product(divided, MODELS, ("none", "selective", "full")):
+        results[f"{layout}, {kind}, {model}"] = (kind, model, layout, Sharding(), "")
+    sharded_names = [name for name in LAYOUTS[world] if not name.startswith("replicas")]
+    for layout, model, again in itertools.product(sharded_names, MODELS, ("none", "selective", "full")):
         for accumulate in ("sharded", "whole"):
             sharding = Sharding(recompute=again, accumulate=accumulate)
-            found[f"{layout}, sft, {model}, {again}, {accumulate}"] = ("sft", model, layout, sharding, "")
+            results[f"{layout}, sft, {model}, {again}, {accumulate}"] = ("sft", model, layout, sharding, "")
     for layout, freeze, model in itertools.product(LAYOUTS[world], ("first", "norms"), MODELS):
-        found[f"{layout}, sft, {model}, frozen {freeze}"] = ("sft", model, layout, Sharding(recompute="full"), freeze)
+        results[f"{layout}, sft, {model}, frozen {freeze}"] = ("sft", model, layout, Sharding(recompute="full"), freeze)
     for layout in LAYOUTS[world]:
-        found[f"{layout}, process, dense, frozen body"] = ("process", "dense", layout, Sharding(), "body")
-        found[f"{layout}, ppo, tied mixture, full"] = ("ppo", "tied mixture", layout, Sharding(recompute="full"), "")
+        results[f"{layout}, process, dense, frozen body"] = ("process", "dense", layout, Sharding(), "body")
+        results[f"{layout}, ppo, tied mixture, full"] = ("ppo", "tied mixture", layout, Sharding(recompute="full"), "")
         for again in ("none", "selective", "full"):
             kept = Sharding(offload_activations=True, offload_optimizer=True, recompute=again)
-            found[f"{layout}, sft, mixture, kept in host memory, {again}"] = ("sft", "mixture", layout, kept, "")
-    return found
+            results[f"{layout}, sft, mixture, kept in host memory, {again}"] = ("sft", "mixture", layout, kept, "")
+    return results
 
 
 def bits_of(mesh, sharding, dtype):
@@ -242,7 +242,7 @@ def bits_of(mesh, sharding, dtype):
         model = Transformer(config, seed=3)
         engine = sharded(parallelize(model, mesh, sharding))
         engine.zero_grad()
-        for number in paced(numbers, model, backward=True):
+        for number in lockstep(numbers, model, backward=True):
             sum(loss_of("sft", model, samples(100 * mesh.rank + number), number, config)).backward()
         engine.finish()
         alone = Transformer(config, seed=3).to(dtype)
@@ -258,8 +258,8 @@ def bits_of(mesh, sharding, dtype):
             for slot in flat.layout.slots:
                 buffer[slot.start : slot.stop] = wide[slot.name].flatten()
             dist.all_reduce(buffer)
-            own = buffer.view(flat.layout.parts, -1)[flat.axis.index]
-            equal[name] &= bool(torch.equal(own, flat.gradient))
+            shard = buffer.view(flat.layout.num_shards, -1)[flat.axis.index]
+            equal[name] &= bool(torch.equal(shard, flat.gradient))
     return equal
 
 
@@ -275,16 +275,16 @@ def main(out):
     rt = runtime.start("cpu")
     # These tensors are small: all of them are kept in host memory where any is.
     recompute.LEAST_BYTES = 1
-    found = {}
+    results = {}
     meshes = {name: make_mesh(options, rt) for name, options in LAYOUTS[rt.world_size].items()}
     for name, (kind, model, layout, sharding, freeze) in selected_cases(out, cases(rt.world_size)).items():
         try:
-            found[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
+            results[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
         except Exception as error:
             import traceback
 
             traceback.print_exc()
-            found[name] = {"error": repr(error)}
+            results[name] = {"error": repr(error)}
             break
     mesh = next(iter(meshes.values()))
     bits = {
@@ -292,7 +292,7 @@ def main(out):
         for dtype in ("float32", "bfloat16")
         for accumulate in ("sharded", "whole")
     } if rt.world_size > 1 else {}  # fmt: skip
-    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps({"cases": found, "bits": bits}))
+    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps({"cases": results, "bits": bits}))
     runtime.stop()
 
 

@@ -8,42 +8,44 @@ import torch
 import kernels
 from kernels.attention import attention
 from wizard_engine.parallel import context
-from wizard_engine.parallel.context import Spread
+from wizard_engine.parallel.context import ParallelContext
 from wizard_engine.parallel.mesh import Axis
 
 
 def ranks_of(cp, tp):
-    """The Spread of every rank of a row, in their order."""
+    """The context of every rank of a row, in their order."""
     return [
-        Spread(Axis(tp, t), Axis(cp, c), Axis(), Axis(cp * tp, c * tp + t)) for c in range(cp) for t in range(tp)
-    ]  # fmt: skip
+        ParallelContext(Axis(tp, t), Axis(cp, c), Axis(), Axis(cp * tp, c * tp + t))
+        for c in range(cp)
+        for t in range(tp)
+    ]
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, 33])
 @pytest.mark.parametrize(("cp", "tp"), [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (1, 1)])
 def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, tp, tokens):
     ranks, row = ranks_of(cp, tp), torch.arange(1, tokens + 1)
-    own = [rank.of_tokens(row) for rank in ranks]
-    assert sorted(int(x) for part in own for x in part if x > 0) == row.tolist()
-    assert len({len(part) for part in own}) == 1 and sum(map(len, own)) < tokens + 2 * cp * tp
+    shards = [rank.shard_tokens(row) for rank in ranks]
+    assert sorted(int(x) for part in shards for x in part if x > 0) == row.tolist()
+    assert len({len(part) for part in shards}) == 1 and sum(map(len, shards)) < tokens + 2 * cp * tp
     # Ranks of cp have chunks from both ends, and those of tp halves of what theirs has.
     for c in range(cp):
-        together = torch.cat(own[c * tp : (c + 1) * tp])
-        assert torch.equal(together, ranks[c * tp].of_row(row))
+        together = torch.cat(shards[c * tp : (c + 1) * tp])
+        assert torch.equal(together, ranks[c * tp].shard_over_cp(row))
     if cp * tp > 1:
-        together = torch.cat(own)
-        monkeypatch.setattr(context.Share, "apply", lambda x, axis: together)
-        assert torch.equal(ranks[0].to_whole(own[0], tokens), row)
+        together = torch.cat(shards)
+        monkeypatch.setattr(context.AllGatherReplicated, "apply", lambda x, axis: together)
+        assert torch.equal(ranks[0].gather_tokens(shards[0], tokens), row)
     if cp > 1:
-        rows = torch.cat([ranks[c * tp].of_row(row) for c in range(cp)])
-        monkeypatch.setattr(context, "gathered_rows", lambda x, axis: (rows, None))
-        assert torch.equal(ranks[0].to_row(own[0], tokens), row)
+        rows = torch.cat([ranks[c * tp].shard_over_cp(row) for c in range(cp)])
+        monkeypatch.setattr(context, "all_gather_rows", lambda x, axis: (rows, None))
+        assert torch.equal(ranks[0].gather_over_cp(shards[0], tokens), row)
 
 
 def test_all_ranks_have_as_many_pairs_of_query_and_key():
     for cp in (2, 4, 8):
         positions = torch.arange(64)
-        pairs = {int((rank.of_row(positions) + 1).sum()) for rank in ranks_of(cp, 1)}
+        pairs = {int((rank.shard_over_cp(positions) + 1).sum()) for rank in ranks_of(cp, 1)}
         assert len(pairs) == 1
 
 
@@ -56,30 +58,30 @@ def test_attention_over_chunks_is_that_of_the_row(monkeypatch, backend, window, 
     marks = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     longest, tokens = max(lengths), 64
     q, k, v = (torch.randn(tokens, heads, 16, generator=generator).requires_grad_() for heads in (4, 2, 2))
-    slope = torch.randn(tokens, 4, 16, generator=generator)
-    slope[int(marks[-1]) :] = 0.0
+    cotangent = torch.randn(tokens, 4, 16, generator=generator)
+    cotangent[int(marks[-1]) :] = 0.0
     with kernels.use_backend("reference"):
         expected = attention(q, k, v, marks, longest, window=window)
-        expected = expected, *torch.autograd.grad(expected, (q, k, v), slope)
+        expected = expected, *torch.autograd.grad(expected, (q, k, v), cotangent)
     ranks = ranks_of(4, 1)
     # Keys in the order in which a gather has them; every rank's work with them adds up.
-    monkeypatch.setattr(context.Gather, "apply", lambda x, axis: x)
-    order = torch.cat([rank.of_row(torch.arange(tokens)) for rank in ranks])
+    monkeypatch.setattr(context.AllGather, "apply", lambda x, axis: x)
+    order = torch.cat([rank.shard_over_cp(torch.arange(tokens)) for rank in ranks])
     with kernels.use_backend(backend):
         parts = [
-            rank.attend(rank.of_row(q), k[order], v[order], marks, longest, window=window) for rank in ranks
+            rank.attend(rank.shard_over_cp(q), k[order], v[order], marks, longest, window=window) for rank in ranks
         ]  # fmt: skip
     places = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
-    found = torch.cat(parts)[places]
+    out = torch.cat(parts)[places]
     with kernels.use_backend(backend):
-        found = found, *torch.autograd.grad(found, (q, k, v), slope)
+        out = out, *torch.autograd.grad(out, (q, k, v), cotangent)
     last = int(marks[-1])
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(out, expected, strict=True):
         torch.testing.assert_close(a[:last], b[:last], rtol=2e-5, atol=2e-5)
 
 
 def test_a_model_gathered_whole_divides_nothing():
     one = dataclasses.replace(ranks_of(2, 2)[1], whole=True)
     x = torch.arange(5)
-    assert one.of_tokens(x) is x and one.to_whole(x, 5) is x and one.head(torch.zeros(4, 2)) is None
-    assert not one.divides_rows
+    assert one.shard_tokens(x) is x and one.gather_tokens(x, 5) is x and one.vocabulary_shard(torch.zeros(4, 2)) is None
+    assert not one.shards_tokens

@@ -9,7 +9,7 @@ TOLERANCE = 1e-10
 
 
 @pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
+def results(request, tmp_path_factory):
     """World size -> what each of its ranks found."""
     out = tmp_path_factory.mktemp("spread")
     return found_by_ranks(context_cases.__file__, context_cases.LAYOUTS, out, selected(request, "name"))
@@ -19,15 +19,15 @@ def found(request, tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "name"), [(world, name) for world in context_cases.LAYOUTS for name in context_cases.cases(world)]
 )
-def test_divided_model_equals_one_process(found, world, name):
-    for rank, own in enumerate(found[world]):
-        errors = own["cases"][name]
+def test_divided_model_equals_one_process(results, world, name):
+    for rank, on_rank in enumerate(results[world]):
+        errors = on_rank["cases"][name]
         assert max(errors.values()) < TOLERANCE, (rank, errors)
 
 
 @pytest.mark.parametrize("world", context_cases.LAYOUTS)
-def test_what_ranks_of_a_row_have_alike_is_alike_bit_for_bit(found, world):
+def test_what_ranks_of_a_row_have_alike_is_alike_bit_for_bit(results, world):
     """Weights of norms and routers after two steps, losses and scores; and random weights are those of one process."""
-    for own in found[world]:
-        assert own["alike"] and own["alike"].keys() == own["random"].keys()
-        assert all(value is True for value in (*own["alike"].values(), *own["random"].values())), own
+    for on_rank in results[world]:
+        assert on_rank["alike"] and on_rank["alike"].keys() == on_rank["random"].keys()
+        assert all(value is True for value in (*on_rank["alike"].values(), *on_rank["random"].values())), on_rank

@@ -175,11 +175,11 @@ def test_two_ranks_train_the_weights_of_one(ranks, layout):
 
 def test_collectives_sum_and_reach_every_rank(ranks):
     for rank in range(2):
-        found = json.loads((ranks / f"found_{rank}.json").read_text())
-        assert found["ranks"] == [[0, 2], [1, 2]]
-        assert found["sums"] == {"a": 1.2000000000000002, "b": 2.0**30 + 2}
-        assert found["work"] == 41 and found["error"] == "[rank 0/2] only the main rank knows"
-        assert found["differs"].startswith(
+        sums = json.loads((ranks / f"found_{rank}.json").read_text())
+        assert sums["ranks"] == [[0, 2], [1, 2]]
+        assert sums["sums"] == {"a": 1.2000000000000002, "b": 2.0**30 + 2}
+        assert sums["work"] == 41 and sums["error"] == "[rank 0/2] only the main rank knows"
+        assert sums["differs"].startswith(
             "[rank 1/2] options: expected the same on every rank, got [1, 1], and [1, 0] on rank 0"
         )
 
@@ -200,14 +200,14 @@ def test_ranks_must_divide_the_packs_of_a_step(ranks):
 
 
 def test_the_option_that_differs_is_named(monkeypatch):
-    own = {"seed": 0, "training": {"lr": 0.1, "epochs": 2.0}, "data": "rows.jsonl"}
+    options = {"seed": 0, "training": {"lr": 0.1, "epochs": 2.0}, "data": "rows.jsonl"}
     others = {
-        "seed: expected the same on every rank, got 1, and 0 on rank 0": own | {"seed": 1},
-        "training: lr: expected the same on every rank, got 0.2, and 0.1 on rank 0": own
+        "seed: expected the same on every rank, got 1, and 0 on rank 0": options | {"seed": 1},
+        "training: lr: expected the same on every rank, got 0.2, and 0.1 on rank 0": options
         | {"training": {"lr": 0.2, "epochs": 2.0}},
-        "model: expected the same on every rank, got tiny, and None on rank 0": own | {"model": "tiny"},
+        "model: expected the same on every rank, got tiny, and None on rank 0": options | {"model": "tiny"},
     }
     for text, other in others.items():
-        monkeypatch.setattr(object_collectives, "gather_objects", lambda value, other=other: [own, other, own])
+        monkeypatch.setattr(object_collectives, "gather_objects", lambda value, other=other: [options, other, options])
         with pytest.raises(ValueError, match=re.escape(f"[rank 1/3] sft: configuration: {text}")):
-            check_same(Runtime(0, 3), "sft: configuration", own)
+            check_same(Runtime(0, 3), "sft: configuration", options)

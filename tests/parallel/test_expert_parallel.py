@@ -8,7 +8,7 @@ import torch
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.model.mixture import Routes
 from wizard_engine.parallel import expert_parallel as experts_module
-from wizard_engine.parallel.context import Spread
+from wizard_engine.parallel.context import ParallelContext
 from wizard_engine.parallel.expert_parallel import Dispatch
 from wizard_engine.parallel.mesh import Axis
 from wizard_engine.parallel.recompute import recompute_block
@@ -20,10 +20,10 @@ CONFIG = dataclasses.replace(PRESETS["tiny"], layers=LAYERS, experts=4)
 @pytest.fixture
 def log(monkeypatch):
     """What happens to sizes and rows, in order, on one of two ranks whose twin has the same rows."""
-    found = []
+    waits = []
 
     def twin(out, x, received=None, sent=None, group=None):
-        found.append("rows" if x.is_floating_point() else "counts")
+        waits.append("rows" if x.is_floating_point() else "counts")
         if received is None:
             # The experts of this rank, the first two, get what both ranks have for them.
             out.copy_(x[:1].expand_as(out))
@@ -33,18 +33,18 @@ def log(monkeypatch):
 
     read, permute = Dispatch._read, experts_module.permute_rows
     monkeypatch.setattr(torch.distributed, "all_to_all_single", twin)
-    monkeypatch.setattr(Dispatch, "_read", lambda self: found.append("wait") or read(self))
-    monkeypatch.setattr(experts_module, "permute_rows", lambda *a: found.append("permute") or permute(*a))
-    return found
+    monkeypatch.setattr(Dispatch, "_read", lambda self: waits.append("wait") or read(self))
+    monkeypatch.setattr(experts_module, "permute_rows", lambda *a: waits.append("permute") or permute(*a))
+    return waits
 
 
-def divided(again):
+def sharded_mixture(again):
     """A mixture whose experts two ranks share."""
     model = Transformer(CONFIG, seed=1)
-    spread = Spread(ep=Axis(2))
+    parallel = ParallelContext(ep=Axis(2))
     for module in model.modules():
-        if hasattr(module, "spread"):
-            module.spread = spread
+        if hasattr(module, "parallel"):
+            module.parallel = parallel
     for block in model.blocks:
         for name in ("gate_up", "down"):
             whole = getattr(block.feed_forward.experts, name)
@@ -62,7 +62,7 @@ def inputs():
 @pytest.mark.parametrize("again", ["none", "selective", "full"])
 @pytest.mark.parametrize("given", [False, True])
 def test_host_waits_once_a_layer_in_the_forward_and_never_in_the_backward(log, again, given):
-    model = divided(again)
+    model = sharded_mixture(again)
     routes = Routes() if given else None
     hidden = model(*inputs(), routes)
     assert log == ["counts", "permute", "wait", "rows", "rows"] * LAYERS
@@ -75,7 +75,7 @@ def test_host_waits_once_a_layer_in_the_forward_and_never_in_the_backward(log, a
 
 
 def test_next_pass_with_the_same_routes_exchanges_its_own_counts(log):
-    model, routes = divided("none"), Routes()
+    model, routes = sharded_mixture("none"), Routes()
     for _ in range(2):
         model(*inputs(), routes)
         assert log.count("wait") == log.count("counts") == LAYERS

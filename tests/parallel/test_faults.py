@@ -32,13 +32,13 @@ def root(tmp_path_factory):
 
 
 def command(root, out, how="fine", rank=0, step=0, ranks=2, steps=12, options=(), launcher=()):
-    words = [
+    argv = [
         WORKER, how, rank, step, "--model", root / "base", "--data", root / "rows.jsonl", "--out", out,
         "--training.lr", "3e-3", "--training.pack-tokens", "120", "--training.packs-per-step", "4",
         "--training.epochs", "400", "--training.max-steps", steps, "--training.save-every", "4", "--quiet",
         "--no-audit", "--mesh.timeout-seconds", "8", *options,
     ]  # fmt: skip
-    return torchrun_words(ranks, *words, launcher=launcher)
+    return torchrun_words(ranks, *argv, launcher=launcher)
 
 
 def run(*args, **options):
@@ -51,8 +51,8 @@ def killed(out, rank):
     """1 once a rank of the run into `out` has been killed, 0 where it does not run."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if str(out).encode() in words and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            argv = (entry / "cmdline").read_bytes().split(b"\0")
+            if str(out).encode() in argv and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                 os.kill(int(entry.name), signal.SIGKILL)
                 return 1
         except OSError:
@@ -150,8 +150,8 @@ def test_killed_ranks_are_started_again_and_the_losses_are_those_of_no_kill(root
     assert whole.returncode == 0, whole.stderr[-2000:]
     out, generator, kills, seen = tmp_path / "cut", random.Random(0), 0, 0
     with open(tmp_path / "log", "w") as log:
-        words = command(root, out, steps=steps, launcher=("--max-restarts", "40", "--monitor-interval", "0.1"))
-        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=log, stdout=log)
+        argv = command(root, out, steps=steps, launcher=("--max-restarts", "40", "--monitor-interval", "0.1"))
+        process = subprocess.Popen(argv, env=ENVIRONMENT, stderr=log, stdout=log)
         partial = lambda: list((out / "checkpoints").glob(".partial_*"))  # noqa: E731
         while process.poll() is None and kills < KILLS:
             time.sleep(0.02)

@@ -16,7 +16,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 def test_parts_cover_every_parameter_once(shapes, parts):
     named = [(str(number), shape) for number, shape in enumerate(shapes)]
     layout = Layout(named, parts)
-    assert layout.size == layout.part * parts and layout.part % ALIGNMENT == 0
+    assert layout.size == layout.shard_size * parts and layout.shard_size % ALIGNMENT == 0
     flat = torch.full((layout.size,), -1)
     for slot in layout.slots:
         assert slot.start % ALIGNMENT == 0 and slot.stop - slot.start == math.prod(slot.shape)
@@ -25,18 +25,18 @@ def test_parts_cover_every_parameter_once(shapes, parts):
         assert (flat[gap] == -1).all()
         flat[gap] = -2
     assert not (flat == -1).any()
-    found = {name: [] for name, _ in named}
+    ranges = {name: [] for name, _ in named}
     for index in range(parts):
-        own = flat.view(parts, -1)[index]
+        shard = flat.view(parts, -1)[index]
         for span in layout.spans(index):
-            piece = own[span.offset : span.offset + span.stop - span.start]
+            piece = shard[span.offset : span.offset + span.stop - span.start]
             assert (piece == int(span.slot.name)).all()
-            found[span.slot.name].append((span.start, span.stop))
+            ranges[span.slot.name].append((span.start, span.stop))
         split = layout.decayed(index)
-        kinds = {len(shapes[name]) >= 2 for name in own[:split].tolist() if name >= 0}
-        assert kinds <= {True} and not any(len(shapes[n]) >= 2 for n in own[split:].tolist() if n >= 0)
+        kinds = {len(shapes[name]) >= 2 for name in shard[:split].tolist() if name >= 0}
+        assert kinds <= {True} and not any(len(shapes[n]) >= 2 for n in shard[split:].tolist() if n >= 0)
     for name, shape in named:
-        assert [start for start, _ in found[name]] == [0, *(stop for _, stop in found[name][:-1])]
-        assert found[name][-1][1] == math.prod(shape)
+        assert [start for start, _ in ranges[name]] == [0, *(stop for _, stop in ranges[name][:-1])]
+        assert ranges[name][-1][1] == math.prod(shape)
     views = layout.views(flat)
     assert all(views[name].shape == shape and (views[name] == int(name)).all() for name, shape in named)

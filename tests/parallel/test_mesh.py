@@ -30,8 +30,15 @@ from wizard_engine.runtime.process import Runtime
     ],
 )
 def test_sizes_left_out_take_the_rest(options, ranks, shape):
-    found = resolve(MeshOptions(**options), ranks)
-    assert (found.replicate, found.dp_shard, found.cp, found.tp, found.efsdp, found.ep) == shape
+    mesh_shape = resolve(MeshOptions(**options), ranks)
+    assert (
+        mesh_shape.replicate,
+        mesh_shape.dp_shard,
+        mesh_shape.cp,
+        mesh_shape.tp,
+        mesh_shape.efsdp,
+        mesh_shape.ep,
+    ) == shape
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_every_rank_takes_part_in_every_split_of_the_world(simulated, monkeypatc
     for rank in range(world):
         made.append([])
         simulated(rank, world, **options)
-    assert len({len(own) for own in made}) == 1 and made[0]
+    assert len({len(rank_groups) for rank_groups in made}) == 1 and made[0]
     for groups in zip(*made):
         assert sorted(rank for ranks in set(groups) for rank in ranks) == list(range(world))
 

@@ -9,10 +9,10 @@ from late_link import LateLink
 import wizard_engine.optim.adamw as optimizers
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.optim import AdamW
-from wizard_engine.parallel import Sharding, paced, parallelize, sharded
+from wizard_engine.parallel import Sharding, lockstep, parallelize, sharded
 from wizard_engine.parallel.fsdp import Sharded
 from wizard_engine.parallel.mesh import Mesh
-from wizard_engine.parallel.offload import DirectLink, Landing
+from wizard_engine.parallel.offload import DirectLink, GradientOffload
 from wizard_engine.parallel.parallelize import unit_specs
 
 CPU = Mesh(torch.device("cpu"))
@@ -33,7 +33,7 @@ def train(model, micro_batches, steps=3):
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         optimizer.zero_grad()
-        for _ in paced(range(micro_batches), model, backward=True):
+        for _ in lockstep(range(micro_batches), model, backward=True):
             tokens = torch.randint(64, (9,), generator=generator)
             hidden = model(tokens, torch.arange(9), torch.tensor([0, 9], dtype=torch.int32), 9)
             loss = -(hidden @ model.head_weight.T).float().log_softmax(-1)[:, 3].mean()
@@ -43,8 +43,8 @@ def train(model, micro_batches, steps=3):
         seen.append(optimizer.clip(0.1).float())
         optimizer.step(1e-2)
     engine = sharded(model)
-    own = {name: values.clone() for name, _, values in engine.parts(engine.master)}
-    return torch.stack(seen), own, [p.detach().clone() for p in model.parameters()]
+    master = {name: values.clone() for name, _, values in engine.shards(engine.master)}
+    return torch.stack(seen), master, [p.detach().clone() for p in model.parameters()]
 
 
 # Catches: a gradient, a master or a weight read before its event; a room or a source overwritten while it is copied;
@@ -52,15 +52,15 @@ def train(model, micro_batches, steps=3):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_late_copies_give_the_numbers_of_no_copies(dtype, micro_batches):
-    losses, own, weights = train(offloaded(dtype, LateLink()), micro_batches)
+    losses, master, weights = train(offloaded(dtype, LateLink()), micro_batches)
     at_once = train(offloaded(dtype, DirectLink()), micro_batches)
-    assert torch.equal(losses, at_once[0]) and all(torch.equal(own[n], at_once[1][n]) for n in own)
+    assert torch.equal(losses, at_once[0]) and all(torch.equal(master[n], at_once[1][n]) for n in master)
     assert all(torch.equal(a, b) for a, b in zip(weights, at_once[2], strict=True))
     plain = parallelize(Transformer(CONFIG, seed=0), CPU, Sharding(dtype=dtype, offload_optimizer=True))
     expected = train(plain, micro_batches)
     # Chunks of the norm begin with every unit there, so that the clip factor may round apart.
     torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
-    for name, values in own.items():
+    for name, values in master.items():
         torch.testing.assert_close(values, expected[1][name], rtol=1e-4, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_weights_leave_while_the_next_flat_is_updated(monkeypatch):
         optimizers, "offloaded_adamw", lambda *a, **k: link.log.append("update") or inner(*a, **k)
     )  # fmt: skip
     optimizer.step(1e-2)
-    updates = [2 if all(flat.halves()) else 1 for flat in engine.training]
+    updates = [2 if all(flat.decay_split()) else 1 for flat in engine.training]
     expected = [line for n, count in enumerate(updates) for line in (*["update"] * count, f"start {first + n}")]
     assert link.log == [*expected, *(f"end {first + n}" for n in range(5))]
 
@@ -100,13 +100,13 @@ def test_norm_of_a_flat_waits_for_that_flat_alone():
 
 def test_landing_adds_in_order_with_two_rooms():
     link = LateLink()
-    landing, target = Landing(link, pinned=False), torch.empty(4)
-    event = landing.store(target, torch.full((4,), 1.0))
+    gradient_offload, target = GradientOffload(link, pinned=False), torch.empty(4)
+    event = gradient_offload.store(target, torch.full((4,), 1.0))
     for value in (2.0, 4.0, 8.0):
-        landing.add(target, torch.full((4,), value))
-    landing.settle()
+        gradient_offload.add(target, torch.full((4,), value))
+    gradient_offload.settle()
     event.synchronize()
     assert target.tolist() == [15.0] * 4
-    landing.add(target[:2], torch.ones(2))
-    landing.settle()
+    gradient_offload.add(target[:2], torch.ones(2))
+    gradient_offload.settle()
     assert target.tolist() == [16.0, 16.0, 15.0, 15.0]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import use_backend
 from wizard_engine.model import PRESETS, ScoringModel, Transformer
 from wizard_engine.optim import AdamW
-from wizard_engine.parallel import Sharding, paced, parallelize, sharded
+from wizard_engine.parallel import Sharding, lockstep, parallelize, sharded
 from wizard_engine.parallel.gradient_accumulation import Accumulator
 from wizard_engine.parallel.mesh import Mesh
 from wizard_engine.planning.estimate import estimate
@@ -46,14 +46,14 @@ def fp32_sums(seeds):
         sharded(model).zero_grad()
         backward(model, seed)
         assert all(g.dtype == torch.bfloat16 for g in sharded(model).gradients)
-        for name, _, values in sharded(model).parts(sharded(model).gradient()):
+        for name, _, values in sharded(model).shards(sharded(model).gradient()):
             sums[name] = sums.get(name, torch.zeros(len(values))) + values
     return sums
 
 
 # Catches: a sum in bf16; a first gradient lost or added twice when the second comes; what the step before left.
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("told", ["not", "by paced", "by zero_grad", "half way"])
+@pytest.mark.parametrize("told", ["not", "by lockstep", "by zero_grad", "half way"])
 def test_gradients_have_the_bits_of_an_fp32_sum(count, told):
     model = built()
     engine, expected = sharded(model), fp32_sums(range(count))
@@ -62,14 +62,14 @@ def test_gradients_have_the_bits_of_an_fp32_sum(count, told):
     engine.zero_grad(multiple=told == "by zero_grad")
     if told == "half way":
         for part in ([0], range(1, count)):
-            for seed in paced(part, model, backward=True):
+            for seed in lockstep(part, model, backward=True):
                 backward(model, seed)
     else:
-        for seed in paced(range(count), model, backward=True) if told == "by paced" else range(count):
+        for seed in lockstep(range(count), model, backward=True) if told == "by lockstep" else range(count):
             backward(model, seed)
     engine.finish()
-    found = {name: values for name, _, values in engine.parts(engine.gradient())}
-    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    grads = {name: values for name, _, values in engine.shards(engine.gradient())}
+    assert all(torch.equal(grads[name], expected[name]) for name in expected) and grads.keys() == expected.keys()
     is_narrow = count == 1 and told != "by zero_grad"
     assert [g.dtype for g in engine.gradients] == [torch.bfloat16 if is_narrow else torch.float32]
     assert engine.gradient().dtype == torch.float32
@@ -97,9 +97,9 @@ def test_parameters_without_a_gradient_have_zeros(count):
     for _ in range(count):
         (module.first.float() * 2).sum().backward()
     engine.finish()
-    found = {name: values for name, _, values in engine.parts(engine.gradient())}
-    assert (found["first"] == 2 * count).all() and not found["second"].any() and not found["idle"].any()
-    assert float(engine.norm()) == pytest.approx(2 * count * 15**0.5) and "frozen" not in found
+    grads = {name: values for name, _, values in engine.shards(engine.gradient())}
+    assert (grads["first"] == 2 * count).all() and not grads["second"].any() and not grads["idle"].any()
+    assert float(engine.norm()) == pytest.approx(2 * count * 15**0.5) and "frozen" not in grads
     engine.zero_grad()
     assert not engine.gradient().any() and float(engine.norm()) == 0.0
 
@@ -152,7 +152,7 @@ def test_buffers_change_with_the_kind_of_step(monkeypatch):
     monkeypatch.setattr(Accumulator, "_zeros", lambda self, flat, dtype: made.append(dtype) or inner(self, flat, dtype))
     for count in (2, 2, 1, 1, 2):
         engine.zero_grad()
-        for seed in paced(range(count), model, backward=True):
+        for seed in lockstep(range(count), model, backward=True):
             backward(model, seed)
     assert made == [torch.float32, torch.bfloat16, torch.float32]
 

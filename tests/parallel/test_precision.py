@@ -41,8 +41,8 @@ def test_bf16_trains_beside_fp32_masters(host):
     wide, narrow = Transformer(CONFIG, seed=0), Transformer(CONFIG, seed=0)
     parallelize(narrow, CPU, Sharding(dtype="bfloat16", offload_optimizer=host))
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
-    expected, found = train(wide, 8), train(narrow, 8)
-    assert found[-1] < 0.9 * found[0] and found == pytest.approx(expected, rel=0.02)
+    expected, losses = train(wide, 8), train(narrow, 8)
+    assert losses[-1] < 0.9 * losses[0] and losses == pytest.approx(expected, rel=0.02)
     engine = sharded(narrow)
     assert engine.master.dtype == torch.float32 and engine.gradients[0].dtype == torch.float32
     for flat in engine.training:
@@ -71,7 +71,7 @@ def test_numbers_come_by_element_into_a_model_without_any():
     for name, parameter in whole.named_parameters():
         flat = parameter.detach().flatten()
         for start in range(0, len(flat), 700):
-            engine.put(name, flat[start : start + 700], start)
+            engine.load(name, flat[start : start + 700], start)
     engine.publish()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), empty.parameters(), strict=True))
     assert not any(is_absent(p) for p in empty.parameters())

@@ -54,9 +54,9 @@ def test_peak_memory_of_a_rank_is_within_the_closed_bound(preset, ranks, recompu
     sharding = Sharding(dtype="bfloat16", recompute=recompute)
     plain, mesh, model = simulated(PRESETS[preset], ranks, sharding)
     bound = estimate(plain, mesh, sharding, tokens=4096, micro_batches=micro_batches)
-    found = peak(model, 4096, micro_batches)
-    print(f"{preset} {ranks} ranks {recompute}: {found / 2**30:.2f} GiB of {bound.peak / 2**30:.2f}")
-    assert found <= bound.peak and found > 0.8 * bound.peak
+    measured = peak(model, 4096, micro_batches)
+    print(f"{preset} {ranks} ranks {recompute}: {measured / 2**30:.2f} GiB of {bound.peak / 2**30:.2f}")
+    assert measured <= bound.peak and measured > 0.8 * bound.peak
     # Everything but the activations is not a bound but the sum itself.
     engine, optimizer = sharded(model), AdamW(model)
     parts = (engine.master, engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies)
@@ -80,26 +80,28 @@ def test_bytes_moved_are_those_of_the_closed_form(name, recompute, accumulate, m
     plain, mesh, model = simulated(MODELS[name], 8, sharding, dp_replicate=2)
     expected = estimate(plain, mesh, sharding, tokens=64, micro_batches=micro_batches)
     for _ in range(2):
-        found = moved(model, 64, micro_batches)[1:]
-        assert found == (expected.gathered, expected.reduced, expected.replicated)
+        bytes_moved = moved(model, 64, micro_batches)[1:]
+        assert bytes_moved == (expected.gathered, expected.reduced, expected.replicated)
         sharded(model).updated()
     assert sharded(model).gathered_bytes == 2 * expected.gathered
-    assert sharded(model).reduced_bytes == 2 * expected.reduced
+    assert sharded(model).reducer.reduced_bytes == 2 * expected.reduced
 
 
 def test_next_unit_is_asked_for_before_this_one_computes_and_before_gradients_leave():
     _, _, model = simulated(MODELS["untied"], 8, Sharding(dtype="bfloat16"))
     collectives = moved(model, 64)[0]
     sizes = {unit.flats[0].layout.size: unit.spec.name.partition(".")[0] for unit in sharded(model).units}
-    found = [f"{one.kind} {sizes[one.size // one.dtype.itemsize]}" for one in collectives]
+    order = [f"{one.kind} {sizes[one.size // one.dtype.itemsize]}" for one in collectives]
     forward = ["gather embedding", *["gather blocks"] * 4, "gather head"]
     # The last block is still there; the third is asked for before the head's gradients leave, and so on.
     backward = ["gather blocks", "reduce head", *["gather blocks", "reduce blocks"] * 2, *["reduce blocks"] * 2]
-    assert found == [*forward, *backward, "reduce embedding"]
+    assert order == [*forward, *backward, "reduce embedding"]
     # While a unit computes, the next one is under way.
     engine, seen = sharded(model), []
     for number, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda *_, n=number: seen.append((n, engine.units[n + 2].place.owner.index)))
+        block.register_forward_pre_hook(
+            lambda *_, n=number: seen.append((n, engine.units[n + 2].gather_buffer.owner.index))
+        )
     with use_backend("triton"):
         language_step(model, 64)
     assert seen == [(0, 2), (1, 3), (2, 4), (3, 5)]

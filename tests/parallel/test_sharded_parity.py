@@ -9,7 +9,7 @@ TOLERANCE = 1e-10
 
 
 @pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
+def results(request, tmp_path_factory):
     """World size -> what each of its ranks found."""
     out = tmp_path_factory.mktemp("sharded")
     return found_by_ranks(sharded_cases.__file__, sharded_cases.LAYOUTS, out, selected(request, "name"))
@@ -19,13 +19,15 @@ def found(request, tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "name"), [(world, name) for world in sharded_cases.LAYOUTS for name in sharded_cases.cases(world)]
 )
-def test_sharded_model_equals_one_process(found, world, name):
-    for rank, own in enumerate(found[world]):
-        errors = own["cases"][name]
+def test_sharded_model_equals_one_process(results, world, name):
+    for rank, on_rank in enumerate(results[world]):
+        errors = on_rank["cases"][name]
         assert max(errors.values()) < TOLERANCE, (rank, errors)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradients_are_those_of_an_all_reduce_bit_for_bit(found, world):
-    for own in found[world]:
-        assert len(own["bits"]) == 4 and all(all(equal.values()) for equal in own["bits"].values()), own["bits"]
+def test_gradients_are_those_of_an_all_reduce_bit_for_bit(results, world):
+    for on_rank in results[world]:
+        assert len(on_rank["bits"]) == 4 and all(all(equal.values()) for equal in on_rank["bits"].values()), on_rank[
+            "bits"
+        ]

@@ -39,7 +39,7 @@ NAMES = [(world, problem[0]) for world, problems in PROBLEMS.items() for problem
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """(ranks, name) -> traffic and peak of each real rank; kernels in the interpreter, so that a GPU's run."""
-    out, found = tmp_path_factory.mktemp("measured"), {}
+    out, results = tmp_path_factory.mktemp("measured"), {}
     script = ROOT / "tests" / "parallel" / "measured_rank.py"
     before = os.environ.get("TRITON_INTERPRET")
     ENVIRONMENT["TRITON_INTERPRET"] = "1"
@@ -48,10 +48,10 @@ def measured(tmp_path_factory):
         done = torchrun(world, script, out, json.dumps(words), timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
         ranks = [json.loads((out / f"measured_{world}_{rank}.json").read_text()) for rank in range(world)]
-        found |= {(world, problem[0]): [own[problem[0]] for own in ranks] for problem in problems}
+        results |= {(world, problem[0]): [on_rank[problem[0]] for on_rank in ranks] for problem in problems}
     if before is None:
         ENVIRONMENT.pop("TRITON_INTERPRET")
-    return found
+    return results
 
 
 @pytest.mark.parametrize(("world", "name"), NAMES)
@@ -65,12 +65,12 @@ def test_memory_and_traffic_are_those_of_real_ranks(measured, world, name):
         peak = peak_bytes(model, AdamW(model), tokens, micro_batches)
         expected = estimate(plain, mesh, sharding, tokens=tokens, micro_batches=micro_batches)
     ranks = measured[world, name]
-    assert max(abs(own["peak"] / peak - 1) for own in ranks) < 0.05
-    assert max(own["peak"] for own in ranks) <= 1.005 * expected.peak
+    assert max(abs(on_rank["peak"] / peak - 1) for on_rank in ranks) < 0.05
+    assert max(on_rank["peak"] for on_rank in ranks) <= 1.005 * expected.peak
     # What a rank sends back in an exchange is what it got, which is even over all ranks alone.
     for (kind, axis), size in expected.traffic.items():
-        own = [rank["traffic"][f"{kind} {axis}"] for rank in ranks]
-        assert sum(own) == world * size and (kind == "exchange" or set(own) == {size}), (kind, axis)
+        on_rank = [rank["traffic"][f"{kind} {axis}"] for rank in ranks]
+        assert sum(on_rank) == world * size and (kind == "exchange" or set(on_rank) == {size}), (kind, axis)
     assert {key for rank in ranks for key in rank["traffic"]} == {f"{k} {a}" for k, a in expected.traffic}
 
 
@@ -88,12 +88,12 @@ def test_8x22b_on_128_is_planned_in_under_a_minute():
     began = time.perf_counter()
     done = command("plan", "--preset", "8x22b", "--gpus", 128, "--json")
     assert done.returncode == 0 and time.perf_counter() - began < 60, done.stderr
-    found = json.loads(done.stdout)
-    rates = [one["tokens_per_second"] for one in found["plans"]]
-    assert len(rates) == 5 and rates == sorted(rates, reverse=True) and found["layouts_that_fit"] > 20
-    first, simulated = found["plans"][0], found["simulated"]
+    result = json.loads(done.stdout)
+    rates = [one["tokens_per_second"] for one in result["plans"]]
+    assert len(rates) == 5 and rates == sorted(rates, reverse=True) and result["layouts_that_fit"] > 20
+    first, simulated = result["plans"][0], result["simulated"]
     assert first["fits"] and first["bottleneck"] in first["seconds"] and 0.2 < first["mfu"] < 0.6
-    assert sum(first["memory"].values()) == first["peak"] < found["room_gib"] * 2**30
+    assert sum(first["memory"].values()) == first["peak"] < result["room_gib"] * 2**30
     assert simulated["collectives"] == "fit" and simulated["ranks_compared"] == 128
     assert simulated["traffic_as_planned"] is True
     assert 0.9 < simulated["peak"] / simulated["bound"] <= 1.0
@@ -193,8 +193,8 @@ def test_presets_fit_and_are_near_the_best_that_is_found(name):
     layout = Layout(
         mesh, scale.sharding.recompute, scale.pack_tokens // 4096, scale.packs // (mesh.replicate * mesh.dp_shard)
     )
-    own, best = planner.plan(layout), planner.best()[0]
-    assert own.fits and own.tokens_per_second > 0.93 * best.tokens_per_second, best.layout.words
+    preset_plan, best = planner.plan(layout), planner.best()[0]
+    assert preset_plan.fits and preset_plan.tokens_per_second > 0.93 * best.tokens_per_second, best.layout.flags
 
 
 @pytest.mark.parametrize("recipe", [sft, stage_dpo, reward])

@@ -46,10 +46,10 @@ def test_bytes_on_every_axis_are_those_of_the_closed_form(name, options):
         sharding = Sharding(dtype="bfloat16", recompute=recompute)
         with simulated_rank(MeshOptions(**options), 3, 8) as mesh, use_backend("triton"):
             model = parallelize(empty(MODELS[name]), mesh, sharding)
-            with Record() as found:
+            with Record() as calls:
                 language_step(model, 64, micro_batches)
             expected = estimate(empty(MODELS[name]), mesh, sharding, tokens=64, micro_batches=micro_batches)
-            assert by_ranks(by_axis(found.collectives, mesh), mesh) == by_ranks(expected.traffic, mesh)
+            assert by_ranks(by_axis(calls.collectives, mesh), mesh) == by_ranks(expected.traffic, mesh)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_peak_memory_is_within_the_closed_bound(preset, ranks, options, recomput
     config, sharding = PRESETS[preset], Sharding(dtype="bfloat16", recompute=recompute)
     with simulated_rank(MeshOptions(**options), ranks - 1, ranks) as mesh:
         model = parallelize(empty(config), mesh, sharding)
-        found = peak_bytes(model, AdamW(model), tokens)
+        measured = peak_bytes(model, AdamW(model), tokens)
         bound = estimate(empty(config), mesh, sharding, tokens=tokens)
-    print(f"{preset} {ranks} ranks {options} {recompute}: {found / 2**30:.2f} GiB of {bound.peak / 2**30:.2f}")
-    assert 0.93 * bound.peak < found <= bound.peak
+    print(f"{preset} {ranks} ranks {options} {recompute}: {measured / 2**30:.2f} GiB of {bound.peak / 2**30:.2f}")
+    assert 0.93 * bound.peak < measured <= bound.peak
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_every_element_has_one_owner_in_each_copy(ranks, options):
     for rank in range(ranks):
         with simulated_rank(MeshOptions(**options), rank, ranks) as mesh:
             engine = sharded(parallelize(empty(config), mesh, Sharding()))
-        for name, start, values in engine.parts(engine.master):
-            runs = list(engine.cuts[name].runs(start, start + values.numel()))
+        for name, start, values in engine.shards(engine.master):
+            runs = list(engine.shard_specs[name].runs(start, start + values.numel()))
             owned.setdefault((mesh.replicate.index, name), []).extend((first, first + n) for first, _, n in runs)
     shapes = {name: p.numel() for name, p in empty(config).named_parameters()}
     copies = mesh.replicate.size
@@ -168,8 +168,8 @@ def test_collective_that_depends_on_the_rank_is_found(monkeypatch, how, text):
             return Skewed(TINY)
 
     records = {r: record(build, MeshOptions(tp=2), r, 8, Sharding(), tokens=64) for r in range(8)}
-    found = first_difference(records)
-    assert found.startswith("ranks 0 and 5: ") and text in found
+    difference = first_difference(records)
+    assert difference.startswith("ranks 0 and 5: ") and text in difference
 
 
 def test_sizes_alone_make_the_mesh_of_an_estimate():

@@ -8,7 +8,7 @@ import torch
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import policy_loss
 from wizard_engine.model import PRESETS, Routes, ScoringModel, Transformer
-from wizard_engine.parallel.context import ALONE, Spread
+from wizard_engine.parallel.context import SINGLE_DEVICE, ParallelContext
 from wizard_engine.parallel.mesh import Axis
 from wizard_engine.rl.advantages import advantages_of_groups, make_targets, trusted
 from wizard_engine.rl.answer_batches import answer_batch, answer_runs
@@ -16,7 +16,7 @@ from wizard_engine.rl.rewards import score_answer_tokens, score_tokens
 from wizard_engine.rl.trajectories import Rollout, answer_logprobs, idle_share
 
 CPU = torch.device("cpu")
-CUT = Spread(cp=Axis(size=2))
+CUT = ParallelContext(cp=Axis(size=2))
 
 
 def rollout_of(seed=0, vocab_size=512, prompts=3, group=4):
@@ -36,14 +36,14 @@ def rollout_of(seed=0, vocab_size=512, prompts=3, group=4):
     return Rollout([()] * count, samples, [""] * count, [True] * count, lengths, behaviour)
 
 
-def loss_and_gradients(model, rollout, spread, capacity):
+def loss_and_gradients(model, rollout, parallel, capacity):
     """PPO's loss and gradients over all answers, in runs of a capacity."""
     total, tokens = 0.0, sum(rollout.lengths)
     targets = make_targets(
         rollout, rollout.behaviour, None, rollout.behaviour - 0.1, advantages=torch.linspace(-1, 1, tokens)
     )
-    for run in answer_runs(rollout.samples, rollout.prompt_tokens, range(len(rollout.samples)), capacity, spread):
-        batch = rollout.batch(run, spread, CPU)
+    for run in answer_runs(rollout.samples, rollout.prompt_tokens, range(len(rollout.samples)), capacity, parallel):
+        batch = rollout.batch(run, parallel, CPU)
         own = targets.of(run, batch)
         hidden = batch.hidden(model, model(*batch.inputs, Routes()))
         loss, _, _ = policy_loss(
@@ -64,7 +64,7 @@ def test_losses_and_gradients_are_those_of_whole_sequences(name, capacity):
     config = replace(PRESETS[name], window=6 if name == "tiny-mistral" else None, init_std=0.2)
     model, rollout = Transformer(config, seed=2).double(), rollout_of()
     rollout.behaviour = rollout.behaviour.double()
-    loss, slopes = loss_and_gradients(model, rollout, ALONE, capacity)
+    loss, slopes = loss_and_gradients(model, rollout, SINGLE_DEVICE, capacity)
     whole, right = loss_and_gradients(model, rollout, CUT, 10_000)
     assert loss == pytest.approx(whole, rel=1e-10)
     for key, slope in right.items():

@@ -11,7 +11,7 @@ from wizard_engine.data.records import Message
 from wizard_engine.data.solution_steps import split_steps
 from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
-from wizard_engine.parallel.context import ALONE
+from wizard_engine.parallel.context import SINGLE_DEVICE
 from wizard_engine.rl import advantages, rewards, trajectories
 from wizard_engine.rl.rewards import AnswerReward, InstructionReward, ProcessReward, encode_steps, score_answers
 from wizard_engine.rl.sampler import Sampler
@@ -140,7 +140,7 @@ def test_make_targets_whitens_with_the_moments_of_all_ranks():
     mean, std = 9 / 4, (27 / 4 - (9 / 4) ** 2) ** 0.5
     assert torch.cat(found.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
     assert torch.cat(found.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in found.values] == [2, 1]
-    spread = found.of([1, 0], drawn.batch([1, 0], ALONE, torch.device("cpu")))
+    spread = found.of([1, 0], drawn.batch([1, 0], SINGLE_DEVICE, torch.device("cpu")))
     assert spread.reference.tolist() == [-3, -1, -2] and spread.returns.tolist() == [3, 1, 1]
     assert torch.equal(spread.behaviour, spread.sampled)
     own = torch.tensor([-0.5, -0.25, -0.125])

@@ -58,7 +58,7 @@ def tokenizer():
 def ratio_error(model, rollout, picked, replayed):
     """Largest difference between the trainer's and the sampler's log-probabilities of answer tokens, nats."""
     device = torch.device("cpu")
-    batch = rollout.batch(picked, model.spread, device)
+    batch = rollout.batch(picked, model.parallel, device)
     routes = rollout.routes(picked, batch, device) if replayed else Routes()
     own = batch.place([rollout.split(rollout.behaviour)[i] for i in picked])
     _, _, logprob = policy_loss(

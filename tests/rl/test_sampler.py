@@ -9,7 +9,7 @@ from many_ranks import ROOT, torchrun
 from wizard_engine.generation.engine import Engine, Sampling
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel.mesh import Axis
-from wizard_engine.parallel.shard_spec import Cut, Division
+from wizard_engine.parallel.shard_spec import Partition, ShardSpec
 from wizard_engine.rl.sampler import Sampler
 from wizard_engine.rl.weight_sync import Part, checksum, moves
 
@@ -69,17 +69,17 @@ def test_undivided_policies_are_sampled_from_where_they_stand():
 def test_a_checksum_is_that_of_its_parts_and_changes_with_every_bit_and_place(dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(12, 6, generator=generator, dtype=torch.float64).to(dtype)
-    whole = Cut.whole(values.shape)
+    whole = ShardSpec.whole(values.shape)
     total = checksum([("a", whole, 0, values)])
-    division = Division((12, 6), (8, 4), Axis(size=2))
+    partition = Partition((12, 6), (8, 4), Axis(size=2))
     parts = []
     for index in range(2):
-        own = division.cut(index).of(values).reshape(-1)
-        parts += [("a", division.cut(index), start, own[start : start + 10]) for start in range(0, len(own), 10)]
+        local = partition.shard(index).of(values).reshape(-1)
+        parts += [("a", partition.shard(index), start, local[start : start + 10]) for start in range(0, len(local), 10)]
     assert sum(checksum([part]) for part in parts) % 2**64 == total % 2**64
-    columns = Division((12, 6), (), Axis(size=3))
-    own = [("a", columns.cut(i), 0, columns.cut(i).of(values).reshape(-1)) for i in range(3)]
-    assert checksum(own) == total != checksum([("b", whole, 0, values)])
+    columns = Partition((12, 6), (), Axis(size=3))
+    local = [("a", columns.shard(i), 0, columns.shard(i).of(values).reshape(-1)) for i in range(3)]
+    assert checksum(local) == total != checksum([("b", whole, 0, values)])
     swapped = values.clone()
     swapped[0, 0], swapped[0, 1] = values[0, 1], values[0, 0]
     nudged = values.clone().view(torch.int16 if dtype == torch.bfloat16 else torch.uint8)
@@ -90,8 +90,8 @@ def test_a_checksum_is_that_of_its_parts_and_changes_with_every_bit_and_place(dt
 
 def test_moves_cover_what_is_wanted_once():
     shape = (8, 6)
-    have = [Part("w", Division(shape, (4, 4), Axis(size=2)).cut(1), start, start + 6) for start in range(0, 24, 6)]
-    want = [Part("w", Division(shape, (), Axis(size=2)).cut(0), 0, 24), Part("other", Cut.whole((3,)), 0, 3)]
+    have = [Part("w", Partition(shape, (4, 4), Axis(size=2)).shard(1), start, start + 6) for start in range(0, 24, 6)]
+    want = [Part("w", Partition(shape, (), Axis(size=2)).shard(0), 0, 24), Part("other", ShardSpec.whole((3,)), 0, 3)]
     planned = moves(have, want)
     marks = torch.zeros(shape)
     for move in planned:

@@ -1,6 +1,6 @@
-"""Checkpoints: every rank's parts in safetensors and one manifest; a directory that appears by one rename, or not."""
+"""Checkpoints: every rank's shards in safetensors files, and one manifest; the directory appears by one rename."""
 
-from .manifest import Part
+from .manifest import Shard
 from .store import Checkpoint, Saver, latest, load, resume, save
 
-__all__ = ["Checkpoint", "Part", "Saver", "latest", "load", "resume", "save"]
+__all__ = ["Checkpoint", "Saver", "Shard", "latest", "load", "resume", "save"]

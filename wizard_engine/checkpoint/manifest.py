@@ -1,8 +1,8 @@
-"""The files of a checkpoint and its manifest: who wrote which elements of which tensor, and the checks against both.
+"""Files and manifest of a checkpoint: which file has which elements of which tensor, and how both are checked.
 
-A rank's file is a safetensors file of one-dimensional parts, named group/tensor: elements [start, stop), in row-major
-order, of the tensor or of some of its rows and columns (see `parallel.cut`). The manifest lists the tensors with their
-shapes and, per file, its parts with a checksum each, and rows and columns where they are not all.
+A rank's file is a safetensors file of one-dimensional shards, named group/tensor: elements [start, stop), in row-major
+order, of the tensor or of some of its rows and columns (see `parallel.shard_spec`). The manifest lists the tensors with
+their shapes and, per file, the shards with a checksum each, and their rows and columns where these are not all.
 """
 
 import json
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import csrc
-from wizard_engine.parallel.shard_spec import Cut, as_matrix
+from wizard_engine.parallel.shard_spec import ShardSpec, as_matrix
 
 NAME = "manifest.json"
 FORMAT = "wizard-engine checkpoint 2"
@@ -36,44 +36,44 @@ _ADVICE = "remove this checkpoint to continue from the one before it"
 
 
 @dataclass(frozen=True)
-class Part:
-    """Elements of what a cut leaves of a tensor, from `start` on in row-major order: values (n,)."""
+class Shard:
+    """Elements of a tensor, or of the rows and columns that `spec` names, from `start` on: values (n,), row-major."""
 
-    cut: Cut
+    spec: ShardSpec
     start: int
     values: Tensor
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> "Part":
+    def whole(cls, tensor: Tensor) -> "Shard":
         """All of a tensor."""
-        return cls(Cut.whole(tensor.shape), 0, tensor.detach().reshape(-1))
+        return cls(ShardSpec.whole(tensor.shape), 0, tensor.detach().reshape(-1))
 
 
 def file_name(rank: int) -> str:
-    """Of what a rank writes."""
+    """Name of a rank's file."""
     return f"part_{rank:05d}.safetensors"
 
 
-def write_parts(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """Write parts on the CPU durably; returns the file's manifest entry; OSError names the file."""
+def write_shards(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """Write CPU shards durably; returns the file's manifest entry; OSError names the file."""
     try:
-        return _written(path, parts)
+        return _written(path, shards)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def _written(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+def _written(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     header: dict[str, Any] = {}
     at = 0
-    for key, part in parts.items():
-        end = at + part.values.numel() * part.values.element_size()
-        shape = [part.values.numel()]
-        header[key] = {"dtype": NAMES[part.values.dtype], "shape": shape, "data_offsets": [at, end]}
+    for key, shard in shards.items():
+        end = at + shard.values.numel() * shard.values.element_size()
+        shape = [shard.values.numel()]
+        header[key] = {"dtype": NAMES[shard.values.dtype], "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     text = struct.pack("<Q", len(text)) + text
-    values = [part.values.contiguous() for part in parts.values()]
+    values = [shard.values.contiguous() for shard in shards.values()]
     with open(path, "wb", buffering=0) as file:
         _write(file, [np.frombuffer(text, dtype=np.uint8)])
         sums = _write(file, [value.view(torch.uint8).numpy() for value in values if value.numel()])
@@ -81,16 +81,16 @@ def _written(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
     totals = iter(sums)
     listed = {
         key: [
-            part.start, part.start + part.values.numel(), next(totals) if part.values.numel() else 0,
-            *([] if part.cut.is_whole else [part.cut.rows, part.cut.columns]),
+            shard.start, shard.start + shard.values.numel(), next(totals) if shard.values.numel() else 0,
+            *([] if shard.spec.is_whole else [shard.spec.rows, shard.spec.columns]),
         ]
-        for key, part in parts.items()
+        for key, shard in shards.items()
     }  # fmt: skip
     return {"bytes": len(text) + at, "header": [len(text), zlib.crc32(text)], "parts": listed}
 
 
 def _write(file: Any, buffers: list[np.ndarray]) -> list[int]:
-    """Write buffers and return their CRC-32; in one call, for threads that share the interpreter wait on each other."""
+    """Write buffers and return their CRC-32, in one C call: it needs no interpreter lock while the training runs."""
     pointers = np.array([buffer.ctypes.data for buffer in buffers], dtype=np.uint64)
     sizes, sums = np.array([buffer.nbytes for buffer in buffers], dtype=np.int64), np.zeros(len(buffers), np.uint32)
     addresses = (pointers.ctypes.data, sizes.ctypes.data)
@@ -120,29 +120,29 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def cut_of(shape: tuple[int, ...], entry: list) -> Cut:
-    """Rows and columns of a part's manifest entry."""
+def spec_of(shape: tuple[int, ...], entry: list) -> ShardSpec:
+    """Rows and columns of a shard's manifest entry."""
     if len(entry) == 3:
-        return Cut.whole(shape)
-    return Cut(tuple(shape), tuple((first, last) for first, last in entry[3]), tuple(entry[4]))
+        return ShardSpec.whole(shape)
+    return ShardSpec(tuple(shape), tuple((first, last) for first, last in entry[3]), tuple(entry[4]))
 
 
 def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Every element of every tensor is in exactly one part."""
+    """Check that every element of every tensor is in exactly one shard."""
     expected = {f"{g}/{n}": e for g, tensors in manifest["tensors"].items() for n, e in tensors.items()}
-    found: dict[str, list[list]] = {}
+    entries_of: dict[str, list[list]] = {}
     for file in manifest["files"].values():
         for key, entry in file["parts"].items():
-            found.setdefault(key, []).append(entry)
-    for key in sorted({*found, *expected}):
+            entries_of.setdefault(key, []).append(entry)
+    for key in sorted({*entries_of, *expected}):
         if key not in expected:
             raise ValueError(f"{path}: tensor {key}: expected it among the tensors, got a part of it alone; {_ADVICE}")
         shape = tuple(expected[key]["shape"])
-        cuts: dict[Cut, list[tuple[int, int]]] = {}
-        for entry in found.get(key, []):
-            cuts.setdefault(cut_of(shape, entry), []).append((entry[0], entry[1]))
-        for cut, ranges in (cuts or {Cut.whole(shape): []}).items():
-            at, size = 0, cut.height * cut.width
+        specs: dict[ShardSpec, list[tuple[int, int]]] = {}
+        for entry in entries_of.get(key, []):
+            specs.setdefault(spec_of(shape, entry), []).append((entry[0], entry[1]))
+        for spec, ranges in (specs or {ShardSpec.whole(shape): []}).items():
+            at, size = 0, spec.height * spec.width
             for start, stop in sorted(ranges):
                 if start != at:
                     break
@@ -151,22 +151,22 @@ def _check_cover(path: Path, manifest: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{path}: tensor {key}: expected parts of {size} elements, got none at {at}; {_ADVICE}"
                 )
-        _check_tiles(path, key, shape, list(cuts))
+        _check_tiles(path, key, shape, list(specs))
 
 
-def _check_tiles(path: Path, key: str, shape: tuple[int, ...], cuts: list[Cut]) -> None:
-    """Every row and column of a tensor is in exactly one cut."""
+def _check_tiles(path: Path, key: str, shape: tuple[int, ...], specs: list[ShardSpec]) -> None:
+    """Check that every row and column of a tensor is in exactly one spec."""
     height, width = as_matrix(shape)
-    boxes = [box for cut in cuts for box in cut.boxes(0, cut.height * cut.width)]
-    twice = any(a.overlap(b) is not None for i, a in enumerate(boxes) for b in boxes[:i])
-    if twice or sum(box.size for box in boxes) != height * width:
-        covered = sum(box.size for box in boxes)
+    tiles = [tile for spec in specs for tile in spec.slices(0, spec.height * spec.width)]
+    twice = any(a.overlap(b) is not None for i, a in enumerate(tiles) for b in tiles[:i])
+    if twice or sum(tile.size for tile in tiles) != height * width:
+        covered = sum(tile.size for tile in tiles)
         what = "some twice" if twice else f"{covered}"
         raise ValueError(f"{path}: tensor {key}: expected parts of {height * width} elements, got {what}; {_ADVICE}")
 
 
-class PartFile:
-    """A rank's file, checked against its manifest entry; a context manager that lets its memory map go.
+class ShardFile:
+    """A rank's file, checked against its manifest entry; a context manager that closes its memory map.
 
     Raises:
         ValueError: the file is absent, cut, or has another header; names the file and a tensor.
@@ -184,8 +184,8 @@ class PartFile:
             self.places = json.loads(head[8:]) if len(head) == length else {}
             if size < entry["bytes"]:
                 lost = [k for k, e in self.places.items() if length + e["data_offsets"][1] > size]
-                cut = f"{size} of {entry['bytes']} bytes"
-                raise ValueError(f"{path}: truncated: got {cut}, lost {_names(lost or entry['parts'])}; {_ADVICE}")
+                size_got = f"{size} of {entry['bytes']} bytes"
+                raise ValueError(f"{path}: truncated: got {size_got}, lost {_names(lost or entry['parts'])}; {_ADVICE}")
             if size > entry["bytes"]:
                 raise ValueError(f"{path}: corrupt: expected {entry['bytes']} bytes, got {size}; {_ADVICE}")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -196,17 +196,17 @@ class PartFile:
                 )
         self._data = length
 
-    def __enter__(self) -> "PartFile":
+    def __enter__(self) -> "ShardFile":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._map.close()
 
     def verify(self) -> None:
-        """Compare the bytes of every part with its checksum.
+        """Compare the bytes of every shard with its checksum.
 
         Raises:
-            ValueError: a part is damaged; names file and tensor.
+            ValueError: a shard is damaged; names file and tensor.
         """
         for key, (_, _, checksum, *_) in self.entry["parts"].items():
             first, last = (self._data + n for n in self.places[key]["data_offsets"])
@@ -219,7 +219,7 @@ class PartFile:
                 )
 
     def values(self, key: str, start: int, count: int) -> Tensor:
-        """(count,) elements of a part from its element `start` on, read when they are looked at."""
+        """(count,) elements of a shard from its element `start` on, as a view of the memory map: read on access."""
         place = self.places[key]
         dtype = DTYPES[place["dtype"]]
         if not count:

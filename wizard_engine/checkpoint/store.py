@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wizard_engine.parallel.shard_spec import Cut
+from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.files import sync_directory, to_plain, write_json, write_text
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
-from .manifest import FORMAT, GROUP_PATTERN, NAME, Part, PartFile, cut_of, file_name, read_manifest, write_parts
+from .manifest import FORMAT, GROUP_PATTERN, NAME, Shard, ShardFile, file_name, read_manifest, spec_of, write_shards
 
 STEP_PATTERN = re.compile(r"step_(\d{8,})")
 PARTIAL, REPLACED = ".partial_", ".replaced_"
-Groups = Mapping[str, Mapping[str, Part | Tensor]]
+Groups = Mapping[str, Mapping[str, Shard | Tensor]]
 POLL_SECONDS = 0.01
 GRACE_SECONDS = 5.0
 NICE = 19
@@ -43,16 +43,16 @@ def save(directory: Path, step: int, *, tensors: Groups, state: Mapping[str, Any
 
 
 class Saver:
-    """Writes the checkpoints of a run while it goes on: `save` takes a copy, a thread writes it.
+    """Writes the checkpoints of a run while the training goes on: `save` makes a copy, and a thread writes it.
 
-    Every rank writes its own file into a directory that gets its name once all of them are there, by one rename, from
-    rank 0. The ranks share a file system.
+    Every rank writes one file into a partial directory. When all files are there, rank 0 writes the manifest and
+    renames the directory, so that a checkpoint is complete or absent. The ranks share a file system.
 
     Args:
         directory: run directory.   keep_last: newest checkpoints kept, at least 1; older ones are removed once the new
             one is in place.   timeout_seconds: how long rank 0 waits for the others' files.
     Attributes:
-        stall_seconds: time that the last `save` held the training up.
+        stall_seconds: time for which the last `save` stopped the training.
     """
 
     def __init__(
@@ -65,19 +65,20 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._closing = False
+        # Pinned memory is slow to allocate: buffers stay for the next checkpoint.
         self._host: dict[str, Tensor] = {}
 
     def save(self, step: int, tensors: Groups, state: Mapping[str, Any]) -> None:
-        """Start to write a checkpoint; every rank makes the call. It waits for the one before.
+        """Start to write a checkpoint, after the one before is done; every rank makes the call.
 
         Args:
             step: optimizer steps done, at least 0; a checkpoint of the same step is replaced.
-            tensors: group -> name -> tensor, or the part of it that this rank is to write. What several ranks have
-                alike, one of them gives.
+            tensors: group -> name -> tensor, or the shard of it that this rank writes. Of equal tensors on several
+                ranks, one rank passes its own.
             state: JSON object: counters, loader position, ...; rank 0's is kept.
         Raises:
-            OSError: the checkpoint before this one could not be written; names the rank and the file. What was there
-                before is intact, nothing is left over.
+            OSError: the checkpoint before this one was not written; names the rank and the file. Earlier checkpoints
+                are intact, and no partial one is left.
             ValueError: step or a group's name is out of range.   TypeError: the state is not JSON.
         """
         began = time.perf_counter()
@@ -86,24 +87,27 @@ class Saver:
         for group in tensors:
             if not GROUP_PATTERN.fullmatch(group):
                 raise ValueError(f"group: expected letters, digits, _ . -, got {group!r}; rename the group")
+        # Fail here, in the caller, rather than in the thread.
         plain = to_plain(state)
         json.dumps(plain)
+        # The thread still reads the host buffers that this call is about to overwrite.
         self.wait()
         partial = self.folder / f"{PARTIAL}step_{step:08d}"
         from_main(self.runtime, lambda: self._prepare(partial))
-        parts = {f"{g}/{n}": self._copied(f"{g}/{n}", p) for g, values in tensors.items() for n, p in values.items()}
+        shards = {f"{g}/{n}": self._copied(f"{g}/{n}", p) for g, values in tensors.items() for n, p in values.items()}
+        # Copies to pinned memory are asynchronous: the optimizer must not change a source before they are done.
         if any(tensor.is_pinned() for tensor in self._host.values()):
             torch.cuda.synchronize()
         listed = {g: {n: _described(p) for n, p in values.items()} for g, values in tensors.items()}
-        self._thread = threading.Thread(target=self._work, args=(step, partial, parts, listed, plain), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(step, partial, shards, listed, plain), daemon=True)
         self._thread.start()
         self.stall_seconds = time.perf_counter() - began
 
     def wait(self) -> None:
-        """Until the last checkpoint is written; every rank makes the call.
+        """Wait until the last checkpoint is written; every rank makes the call.
 
         Raises:
-            OSError: it could not be; on every rank, and names the first that failed.
+            OSError: it was not written; on every rank, with the first rank that failed.
         """
         if self._thread is None:
             return
@@ -122,7 +126,8 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Let a checkpoint that is being written come to its end, without the other ranks."""
+        """Finish the checkpoint in progress, without a collective: another rank may be gone."""
+        # The thread gives up early on notes of ranks that may be dead.
         self._closing = True
         if self._thread is not None:
             self._thread.join()
@@ -133,26 +138,30 @@ class Saver:
         _tidy(self.folder)
         partial.mkdir()
 
-    def _copied(self, key: str, part: Part | Tensor) -> Part:
-        """A part in host memory of its own, which is kept for the next checkpoint."""
-        if isinstance(part, Tensor):
-            part = Part.whole(part)
-        values, host = part.values, self._host.get(key)
+    def _copied(self, key: str, shard: Shard | Tensor) -> Shard:
+        """A copy of a shard in a host buffer, which the next checkpoint uses again."""
+        if isinstance(shard, Tensor):
+            shard = Shard.whole(shard)
+        values, host = shard.values, self._host.get(key)
         if host is None or host.shape != values.shape or host.dtype != values.dtype:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             self._host[key] = host
         host.copy_(values, non_blocking=True)
-        return Part(part.cut, part.start, host)
+        return Shard(shard.spec, shard.start, host)
 
-    def _work(self, step: int, partial: Path, parts: Mapping[str, Part], listed: Mapping[str, Any], state: Any) -> None:
-        """The thread: this rank's file, and on rank 0 the rest."""
+    def _work(
+        self, step: int, partial: Path, shards: Mapping[str, Shard], listed: Mapping[str, Any], state: Any
+    ) -> None:
+        """Runs in the thread: writes this rank's file, and on rank 0 the rest."""
         _yield_to_others()
         final = self.folder / f"step_{step:08d}"
         note = partial / f"{file_name(self.runtime.rank)}.json"
+        # Ranks talk through note files: a collective in this thread would interleave with those of the training.
         try:
-            entry = write_parts(partial / file_name(self.runtime.rank), parts)
+            entry = write_shards(partial / file_name(self.runtime.rank), shards)
             write_json(note, {"entry": entry, "tensors": listed})
         except Exception as error:
+            # A note with the error spares rank 0 the wait for this rank's file.
             self._error = _not_saved(final, error)
             with suppress(OSError):
                 write_json(note, {"error": str(self._error)})
@@ -169,17 +178,19 @@ class Saver:
         """Rank 0: when every rank's file is there, write the manifest and give the directory its name."""
         files, tensors = {}, {}
         for rank in range(self.runtime.world_size):
-            found = self._note(partial / f"{file_name(rank)}.json", rank)
-            if "error" in found:
-                # That rank says so itself, to all, in `wait`.
+            note = self._note(partial / f"{file_name(rank)}.json", rank)
+            if "error" in note:
+                # That rank reports the error to all ranks, in `wait`.
                 return
-            files[file_name(rank)] = found["entry"]
-            for group, values in found["tensors"].items():
+            files[file_name(rank)] = note["entry"]
+            for group, values in note["tensors"].items():
                 tensors.setdefault(group, {}).update(values)
+        # The manifest goes last, and the rename after it: whoever sees the final name sees a complete checkpoint.
         manifest = {"format": FORMAT, "step": step, "state": state, "tensors": tensors, "files": files}
         write_text(partial / NAME, json.dumps(manifest))
-        for note in partial.glob("*.safetensors.json"):
-            note.unlink()
+        for note_path in partial.glob("*.safetensors.json"):
+            note_path.unlink()
+        # The names of the files must be on the disk before the rename makes them visible.
         sync_directory(partial)
         _put_in_place(partial, final)
         for old in _steps(self.folder)[: -self.keep_last]:
@@ -187,9 +198,14 @@ class Saver:
                 shutil.rmtree(old)
 
     def _note(self, path: Path, rank: int) -> dict[str, Any]:
-        """What a rank says of its file, once it does."""
+        """A rank's note about its file; waits for it.
+
+        Raises:
+            OSError: it did not come in time.
+        """
         began = time.monotonic()
         while not path.exists():
+            # While closing, the other rank may be dead: a short grace is enough for one that is merely slower.
             limit = GRACE_SECONDS if self._closing else self.timeout_seconds
             if time.monotonic() - began > limit:
                 raise OSError(f"expected the file of rank {rank} within {limit:.0f} seconds, got none")
@@ -198,19 +214,19 @@ class Saver:
 
 
 def _not_saved(final: Path, error: Exception) -> OSError:
-    """What the thread leaves for the training, which raises it on every rank."""
+    """The error that `wait` raises on every rank."""
     number = getattr(error, "errno", None) or errno.EIO
     return OSError(number, f"{final}: not saved ({error}); earlier checkpoints are intact")
 
 
 def _yield_to_others() -> None:
-    """Let this thread run where the training's threads leave the processors idle; Linux has a priority per thread."""
+    """Lower this thread's priority below that of the training's threads; only Linux has a priority per thread."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
-def _described(part: Part | Tensor) -> dict[str, Any]:
-    values, shape = (part, part.shape) if isinstance(part, Tensor) else (part.values, part.cut.shape)
+def _described(shard: Shard | Tensor) -> dict[str, Any]:
+    values, shape = (shard, shard.shape) if isinstance(shard, Tensor) else (shard.values, shard.spec.shape)
     return {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(shape)}
 
 
@@ -218,10 +234,10 @@ class Checkpoint:
     """A complete checkpoint, read by ranges; a context manager.
 
     Attributes:
-        state: what was saved beside the tensors.   step: of the optimizer.
+        state: JSON object saved with the tensors.   step: of the optimizer.
         tensors: group -> name -> {"dtype", "shape"}.
     Raises:
-        ValueError: the manifest or a file is absent, cut, or not what was saved; names file and tensor.
+        ValueError: the manifest or a file is absent, truncated or changed; names file and tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -229,15 +245,15 @@ class Checkpoint:
         manifest = read_manifest(self.path)
         self.state, self.step, self.tensors = manifest["state"], manifest["step"], manifest["tensors"]
         keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
-        self._files: list[PartFile] = []
-        self._where: dict[str, list[tuple[Cut, int, int, PartFile]]] = {}
+        self._files: list[ShardFile] = []
+        self._where: dict[str, list[tuple[ShardSpec, int, int, ShardFile]]] = {}
         try:
             for name, entry in manifest["files"].items():
-                file = PartFile(self.path / name, entry, keyed)
+                file = ShardFile(self.path / name, entry, keyed)
                 self._files.append(file)
                 for key, (start, stop, *rest) in entry["parts"].items():
-                    cut = cut_of(tuple(keyed[key]["shape"]), [start, stop, *rest])
-                    self._where.setdefault(key, []).append((cut, start, stop, file))
+                    spec = spec_of(tuple(keyed[key]["shape"]), [start, stop, *rest])
+                    self._where.setdefault(key, []).append((spec, start, stop, file))
         except BaseException:
             self.__exit__()
             raise
@@ -250,11 +266,12 @@ class Checkpoint:
             file.__exit__()
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Check the bytes of this rank's share of the files.
+        """Check the bytes of this rank's subset of the files.
 
         Raises:
             ValueError: a tensor is damaged; names file and tensor.
         """
+        # Every byte is read by one rank, so that the time shrinks with the number of ranks.
         for file in self._files[rank::world_size]:
             file.verify()
 
@@ -262,36 +279,42 @@ class Checkpoint:
         """ValueError unless a group has exactly these tensors, in these shapes."""
         tensors = self.tensors.get(group, {})
         for name in sorted({*tensors, *shapes}):
-            found = list(tensors[name]["shape"]) if name in tensors else "nothing"
+            saved = list(tensors[name]["shape"]) if name in tensors else "nothing"
             expected = list(shapes[name]) if name in shapes else "nothing"
-            if found != expected:
+            if saved != expected:
                 raise ValueError(
-                    f"{self.path}: {group}: tensor {name}: expected shape {expected}, got {found}; this checkpoint is "
+                    f"{self.path}: {group}: tensor {name}: expected shape {expected}, got {saved}; this checkpoint is "
                     "another model's: use the configuration it was made with, or another --out"
                 )
 
-    def read(self, group: str, name: str, cut: Cut, start: int, out: Tensor) -> None:
-        """Copy elements of what a cut leaves of a tensor, from `start` on in row-major order, into `out` (n,) of any
-        dtype and device; whoever wrote them, and however they were cut."""
+    def read(self, group: str, name: str, spec: ShardSpec, start: int, out: Tensor) -> None:
+        """Copy elements of a tensor's rows and columns in `spec`, from `start` on in row-major order, into `out`.
+
+        The sharding at the time of the save does not matter.
+
+        Args:
+            out: (n,) of any dtype and device.
+        """
         key, stop = f"{group}/{name}", start + out.numel()
-        for theirs, first, last, file in self._where.get(key, ()):
-            if theirs == cut:
+        for saved_spec, first, last, file in self._where.get(key, ()):
+            # The same rows and columns: one contiguous range. Otherwise the layouts meet in rectangles.
+            if saved_spec == spec:
                 low, high = max(start, first), min(stop, last)
                 if low < high:
                     out[low - start : high - start].copy_(file.values(key, low - first, high - low))
                 continue
-            for box in cut.boxes(start, stop):
-                for other in theirs.boxes(first, last):
-                    common = box.overlap(other)
+            for tile in spec.slices(start, stop):
+                for other in saved_spec.slices(first, last):
+                    common = tile.overlap(other)
                     if common is not None:
                         source = file.values(key, other.offset, other.size).view(other.rows, other.columns)
-                        box.part(box.of(out), common).copy_(other.part(source, common))
+                        tile.crop(tile.of(out), common).copy_(other.crop(source, common))
 
     def whole(self, group: str, name: str) -> Tensor:
-        """A whole tensor on the CPU."""
+        """A whole tensor, on the CPU."""
         entry = self.tensors[group][name]
         out = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        self.read(group, name, Cut.whole(out.shape), 0, out.view(-1))
+        self.read(group, name, ShardSpec.whole(out.shape), 0, out.view(-1))
         return out
 
 
@@ -308,15 +331,16 @@ def resume(directory: Path, runtime: Runtime, stack: ExitStack) -> Checkpoint | 
     """The newest checkpoint, opened and verified by all ranks together; None where there is none.
 
     Raises:
-        ValueError: on every rank, what is wrong with it on one.
+        ValueError: on every rank, if it is damaged on one.
     """
+    # Rank 0 chooses: with a shared file system, others may see the directory in another state.
     newest = from_main(runtime, lambda: latest(directory))
-    found = None if newest is None else str(newest)
-    if found is None:
+    newest_path = None if newest is None else str(newest)
+    if newest_path is None:
         return None
     error, opened = None, None
     try:
-        opened = stack.enter_context(Checkpoint(Path(found)))
+        opened = stack.enter_context(Checkpoint(Path(newest_path)))
         opened.verify(runtime.rank, runtime.world_size)
     except ValueError as caught:
         error = caught
@@ -343,10 +367,11 @@ def load(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> 
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename onto the final name; a checkpoint of the same step steps aside first and is restored if that fails."""
+    """Rename onto the final name; an old checkpoint of the same step is moved aside first, and back if that fails."""
     aside = final.with_name(REPLACED + final.name)
     if final.exists():
         final.rename(aside)
+    # A kill between the two renames leaves the old one aside; `_restore` finds it there.
     try:
         partial.rename(final)
     except OSError:
@@ -359,12 +384,12 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := STEP_PATTERN.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    steps = [(int(match.group(1)), path) for path in folder.iterdir() if (match := STEP_PATTERN.fullmatch(path.name))]
+    return [path for _, path in sorted(steps)]
 
 
 def _restore(folder: Path) -> None:
-    """Give back its name to a checkpoint whose replacement was killed between the two renames."""
+    """Rename back a checkpoint whose replacement was killed between the two renames."""
     for aside in folder.glob(REPLACED + "*"):
         final = folder / aside.name.removeprefix(REPLACED)
         if not final.exists():
@@ -373,7 +398,7 @@ def _restore(folder: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what killed runs left behind."""
+    """Remove partial and replaced directories of killed runs."""
     _restore(folder)
     for pattern in (PARTIAL, REPLACED):
         for path in folder.glob(pattern + "*"):

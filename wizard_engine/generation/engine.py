@@ -13,7 +13,7 @@ from kernels.sample import sample
 from wizard_engine.model import Routes, Transformer
 from wizard_engine.model.mixture import Mixture
 from wizard_engine.model.transformer import Norm
-from wizard_engine.parallel.collectives import gathered_rows
+from wizard_engine.parallel.collectives import all_gather_rows
 
 from .cuda_graphs import DecodeGraphs
 from .device_memory import LentTensors
@@ -30,7 +30,7 @@ CPU_ROWS = 16
 def cache_bytes(model: Transformer, tokens: int) -> int:
     """Memory of the keys and values of so many tokens on this rank."""
     config = model.config
-    kv_heads = config.kv_heads // model.spread.tp.size
+    kv_heads = config.kv_heads // model.parallel.tp.size
     return 2 * config.layers * tokens * kv_heads * config.head_width * model.embedding.weight.element_size()
 
 
@@ -67,7 +67,7 @@ class Engine:
         self.page_size = page_size or (64 if on_gpu else 16)
         if self.page_size % 16:
             raise ValueError(f"page_size: expected a multiple of 16, got {self.page_size}")
-        if model.spread.cp.size > 1 and not model.spread.whole:
+        if model.parallel.cp.size > 1 and not model.parallel.is_gathered:
             raise ValueError("model: expected one whose rows no context-parallel ranks divide")
         self.pages = max(1, cache_tokens // self.page_size)
         self.max_sequences, self.max_tokens = max_sequences, max(max_tokens, max_sequences)
@@ -83,7 +83,7 @@ class Engine:
         self.memory = self._memory(keeps_addresses)
         self.keys = self.values = self.routes = None
         self._addresses: tuple[int, ...] = ()
-        uses_graphs = use_graphs and on_gpu and not model.spread.ep.size > 1
+        uses_graphs = use_graphs and on_gpu and not model.parallel.ep.size > 1
         self.graphs = self._graphs() if uses_graphs else None
         self.flight: Flight | None = None
         self.steps = self.generated = 0
@@ -92,7 +92,7 @@ class Engine:
     def _stage(self) -> None:
         """Have buffers for what the host tells the device, and for the tokens that a step samples in front of it."""
         longest, most = self.scheduler.max_length, self.max_sequences
-        unit = 1 if self.model.spread.whole else self.model.spread.tp.size
+        unit = 1 if self.model.parallel.is_gathered else self.model.parallel.tp.size
         unit *= CPU_ROWS if self.device.type == "cpu" else 1
         columns = -(-longest // self.page_size)
         # Of each token, four numbers; of each sequence its length and pages, its row, a copy, and how it is sampled.
@@ -113,7 +113,7 @@ class Engine:
     def _memory(self, stays: bool) -> LentTensors:
         """That of keys, values and routes."""
         config, model = self.config, self.model
-        kv_heads = config.kv_heads // (1 if model.spread.whole else model.spread.tp.size)
+        kv_heads = config.kv_heads // (1 if model.parallel.is_gathered else model.parallel.tp.size)
         # A page more, for the keys of padding.
         cache = (config.layers, self.pages + 1, self.page_size, kv_heads, config.head_width)
         like = [(cache, model.embedding.weight.dtype)] * 2
@@ -332,40 +332,40 @@ class Engine:
 
     def _blocks(self, step: Step) -> Tensor:
         """(T, D) hidden states of a packed step after the last norm; keys and values go into the cache."""
-        model, config, spread = self.model, self.config, self.model.spread
+        model, config, parallel = self.model, self.config, self.model.parallel
         tables, positions = self.tables, step.positions
         if tables is None:
             tables, positions = rope_tables(positions, config.head_width, config.rope_base), None
         stream_TD, delta_TD = model.embedding(step.tokens.index_select(0, step.sources)), None
         routes = Routes() if self.records_routes else None
         if routes is not None:
-            routes.begin(torch.ones_like(step.sources, dtype=torch.bool), spread)
+            routes.begin(torch.ones_like(step.sources, dtype=torch.bool), parallel)
         for layer, block in enumerate(model.blocks):
             keys, values = self.keys[layer], self.values[layer]
             x_TD, stream_TD = _added(stream_TD, delta_TD, block.attention_norm)
-            qkv = spread.rows(x_TD, block.attention.qkv.weight)
+            qkv = parallel.column_parallel(x_TD, block.attention.qkv.weight)
             heads = qkv.view(qkv.shape[0], -1, config.head_width)
             q_THC = write_pages(heads, *tables, keys, values, step.slots, positions)
             out_THC = paged_attention(q_THC, keys, values, step.batch, window=config.window)
-            delta_TD = spread.columns(out_THC.view(qkv.shape[0], -1), block.attention.out.weight)
+            delta_TD = parallel.row_parallel(out_THC.view(qkv.shape[0], -1), block.attention.out.weight)
             x_TD, stream_TD = _added(stream_TD, delta_TD, block.feed_forward_norm)
             if isinstance(block.feed_forward, Mixture):
                 delta_TD = block.feed_forward(x_TD, routes)
             else:
-                delta_TD = block.outer(spread.rows(x_TD, block.feed_forward.gate_up.weight))
+                delta_TD = block.outer(parallel.column_parallel(x_TD, block.feed_forward.gate_up.weight))
         if routes is not None:
-            chosen = spread.gather(routes.stacked())
+            chosen = parallel.gather_over_tp(routes.stacked())
             self.routes.view(-1, *self.routes.shape[2:])[step.slots] = chosen.to(torch.int16)
-        return spread.gather(_added(stream_TD, delta_TD, model.norm)[0])
+        return parallel.gather_over_tp(_added(stream_TD, delta_TD, model.norm)[0])
 
     def _logits(self, hidden_TD: Tensor, rows: list[int], rows_R: Tensor) -> Tensor:
         """(B, V) fp32 logits after some rows, which are on the device, and padded, as `rows_R`."""
-        spread = self.model.spread
+        parallel = self.model.parallel
         if rows != list(range(hidden_TD.shape[0])):
             hidden_TD = hidden_TD.index_select(0, rows_R)
         logits_BV = self.model.logits(hidden_TD)[: len(rows)]
-        if spread.tp.size > 1 and not spread.whole:
-            parts, _ = gathered_rows(logits_BV[None], spread.tp)
+        if parallel.tp.size > 1 and not parallel.is_gathered:
+            parts, _ = all_gather_rows(logits_BV[None], parallel.tp)
             logits_BV = parts.transpose(0, 1).reshape(len(rows), -1)
         return logits_BV
 

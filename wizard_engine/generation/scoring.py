@@ -12,7 +12,7 @@ from wizard_engine.data.chat import Sample, encode_conversation
 from wizard_engine.data.records import Conversation
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.model import Transformer
-from wizard_engine.parallel import paced
+from wizard_engine.parallel import lockstep
 
 
 def packed_groups(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
@@ -40,7 +40,7 @@ def token_logprobs(
     device = model.embedding.weight.device
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
     groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
-    for group in paced(groups, model, backward=False):
+    for group in lockstep(groups, model, backward=False):
         batch = collate([samples[i] for i in group]).to(device)
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
         logprob, _ = linear_logprob(

@@ -73,7 +73,7 @@ class ScoringModel(nn.Module):
         wide_TD = hidden_TD if hidden_TD.dtype == torch.float64 else hidden_TD.float()
         if self.surprise:
             wide_TD = torch.cat((wide_TD, self._surprises(hidden_TD.detach(), tokens, positions, cu_seqlens)), dim=-1)
-        return self.body.spread.to_whole(self.score(wide_TD), tokens.shape[0])
+        return self.body.parallel.gather_tokens(self.score(wide_TD), tokens.shape[0])
 
     @torch.no_grad()
     def _surprises(self, hidden_TD: Tensor, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | Prefixes) -> Tensor:
@@ -82,11 +82,11 @@ class ScoringModel(nn.Module):
 
         The first token of a sequence, and lags before it, count as certain.
         """
-        spread, body = self.body.spread, self.body
-        hidden_TD, count = spread.gather(hidden_TD), tokens.shape[0]
+        parallel, body = self.body.parallel, self.body
+        hidden_TD, count = parallel.gather_over_tp(hidden_TD), tokens.shape[0]
         if isinstance(cu_seqlens, Prefixes):
             previous_T = F.pad(cu_seqlens.previous, (0, count - cu_seqlens.tokens))
-            before_TD = spread.pick(hidden_TD, previous_T)
+            before_TD = parallel.pick(hidden_TD, previous_T)
             logprob_T, _ = linear_logprob(before_TD, body.head_weight, tokens, shard=body.shard)
         else:
             previous_T = torch.arange(-1, count - 1, device=tokens.device).clamp(min=0)
@@ -101,4 +101,4 @@ class ScoringModel(nn.Module):
         logprob_TK = torch.stack(lagged, dim=1)
         surprise_TK, probability_TK = -logprob_TK.clamp(min=-CLIP_NATS), CLIP_NATS * logprob_TK.exp()
         extremes = (surprise_TK.amax(1, keepdim=True), probability_TK.amin(1, keepdim=True))
-        return spread.of_tokens(torch.cat((surprise_TK, probability_TK, *extremes), dim=1))
+        return parallel.shard_tokens(torch.cat((surprise_TK, probability_TK, *extremes), dim=1))

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.parallel import Sharded, sharded
-from wizard_engine.parallel.shard_spec import Cut
+from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.files import write_json
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
 from .config import ModelConfig
 from .heads import ScoringModel
-from .published import Box, Piece, pieces, published_config, published_tensors, read_config
+from .progress import byte_bar
+from .published import Piece, Region, pieces, published_config, published_tensors, read_config
 from .safetensors_file import DTYPES, NAMES, SafetensorsFile, file_header, write_file
 from .transformer import Transformer
 
@@ -143,7 +144,7 @@ class ModelDirectory:
 
     def parameters(
         self, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-        slices: Mapping[str, Box] | None = None,
+        slices: Mapping[str, Region] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
         """This engine's parameters by name, one at a time; only the bytes that they need are read.
 
@@ -153,16 +154,16 @@ class ModelDirectory:
         Raises:
             ValueError: an unknown name, or a box outside the parameter.
         """
-        wanted = {name: tuple(slice(0, n) for n in shape) for name, shape in self.shapes.items()}
+        regions = {name: tuple(slice(0, n) for n in shape) for name, shape in self.shapes.items()}
         if slices is not None:
-            wanted = {name: _checked_box(name, box, self.shapes) for name, box in slices.items()}
-        for name, box in wanted.items():
-            out = torch.empty([b.stop - b.start for b in box], dtype=dtype, device=device)
+            regions = {name: _checked_box(name, region, self.shapes) for name, region in slices.items()}
+        for name, region in regions.items():
+            out = torch.empty([b.stop - b.start for b in region], dtype=dtype, device=device)
             for piece in self._by_parameter[name]:
-                self._fill(out, box, piece)
+                self._fill(out, region, piece)
             yield name, out
 
-    def read(self, name: str, start: int, out: Tensor, *, cut: Cut | None = None) -> None:
+    def read(self, name: str, start: int, out: Tensor, *, spec: ShardSpec | None = None) -> None:
         """Copy elements of a parameter, from `start` on in row-major order, into `out` (n,) of any dtype and device.
 
         Args:
@@ -171,17 +172,17 @@ class ModelDirectory:
             ValueError: an unknown parameter, or elements outside it.
         """
         shape = self.shapes.get(name)
-        cut = Cut.whole(shape or ()) if cut is None else cut
-        size = cut.height * cut.width
-        if shape is None or cut.shape != shape or not 0 <= start <= start + out.numel() <= size:
+        spec = ShardSpec.whole(shape or ()) if spec is None else spec
+        size = spec.height * spec.width
+        if shape is None or spec.shape != shape or not 0 <= start <= start + out.numel() <= size:
             raise ValueError(f"{name}: expected elements of a parameter, got {start} to {start + out.numel()}")
-        for box in cut.boxes(start, start + out.numel()):
-            if box.columns == shape[-1] or box.rows == 1:
-                self._read_run(name, box.row * shape[-1] + box.column, box.of(out).view(-1))
+        for tile in spec.slices(start, start + out.numel()):
+            if tile.columns == shape[-1] or tile.rows == 1:
+                self._read_run(name, tile.row * shape[-1] + tile.column, tile.of(out).view(-1))
                 continue
-            inside = slice(box.row, box.row + box.rows), slice(box.column, box.column + box.columns)
+            inside = slice(tile.row, tile.row + tile.rows), slice(tile.column, tile.column + tile.columns)
             for piece in self._by_parameter[name]:
-                self._fill(box.of(out), inside, piece)
+                self._fill(tile.of(out), inside, piece)
 
     def _read_run(self, name: str, start: int, out: Tensor) -> None:
         """Elements of a whole parameter that stand together."""
@@ -191,30 +192,30 @@ class ModelDirectory:
             if low < high:
                 self._where[piece.name].copy_elements(piece.name, low - first, out[low - start : high - start])
 
-    def _fill(self, out: Tensor, box: Box, piece: Piece) -> None:
+    def _fill(self, out: Tensor, region: Region, piece: Piece) -> None:
         """Copy what a published tensor has of a box of its parameter."""
-        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, piece.box)]
+        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(region, piece.region)]
         if any(c.start >= c.stop for c in common):
             return
-        target = out[tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box))]
-        inside = [slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, piece.box)]
+        target = out[tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, region))]
+        inside = [slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, piece.region)]
         # A tensor of one expert has no dim for the experts.
         extra = len(inside) - len(piece.shape)
         source = tuple(inside[extra:])
         self._where[piece.name].copy(piece.name, source, target[(0,) * extra])
 
 
-def _checked_box(name: str, box: Box, shapes: Mapping[str, tuple[int, ...]]) -> Box:
+def _checked_box(name: str, region: Region, shapes: Mapping[str, tuple[int, ...]]) -> Region:
     if name not in shapes:
         raise ValueError(f"slices: expected names of parameters, got {name}")
     shape = shapes[name]
-    fits = len(box) == len(shape) and all(
+    fits = len(region) == len(shape) and all(
         b.step in (None, 1) and 0 <= (b.start or 0) <= (n if b.stop is None else b.stop) <= n
-        for b, n in zip(box, shape)
+        for b, n in zip(region, shape)
     )
     if not fits:
-        raise ValueError(f"slices: {name}: expected a box inside {shape}, got {box}")
-    return tuple(slice(b.start or 0, n if b.stop is None else b.stop) for b, n in zip(box, shape))
+        raise ValueError(f"slices: {name}: expected a box inside {shape}, got {region}")
+    return tuple(slice(b.start or 0, n if b.stop is None else b.stop) for b, n in zip(region, shape))
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
@@ -227,15 +228,15 @@ def _read_index(path: Path) -> dict[str, str] | None:
             )
         return None
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: expected a JSON object with weight_map, got {error!r}") from error
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f"{index}: expected a JSON object with weight_map of file names, got {str(found)[:80]}")
-    for tensor, name in found.items():
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: expected a JSON object with weight_map of file names, got {str(weight_map)[:80]}")
+    for tensor, name in weight_map.items():
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: expected file names inside the directory, got {name} for {tensor}")
-    return found
+    return weight_map
 
 
 def load_hf(path: Path | str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Transformer:
@@ -274,10 +275,13 @@ def _materialised(directory: ModelDirectory, dtype: torch.dtype, device: Any) ->
     """The directory's model with every parameter read; scoring heads stay in fp32, where they compute."""
     model = directory.empty_model()
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, tensor in directory.parameters(dtype=dtype, device=device):
-        owner, _, leaf = name.rpartition(".")
-        wide = tensor.float() if name.startswith("score.") else tensor
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(wide, requires_grad=trained[name]))
+    total = sum(math.prod(shape) for shape in directory.shapes.values()) * dtype.itemsize
+    with byte_bar(f"load {directory.path}", total) as bar:
+        for name, tensor in directory.parameters(dtype=dtype, device=device):
+            owner, _, leaf = name.rpartition(".")
+            wide = tensor.float() if name.startswith("score.") else tensor
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(wide, requires_grad=trained[name]))
+            bar.update(tensor.nbytes)
     return model
 
 
@@ -339,13 +343,13 @@ def _pieces_of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], *, st
     """Published tensors of a language model or a scoring model with these parameters."""
     body = "" if "embedding.weight" in shapes else "body."
     for piece in pieces(config, stacked=stacked):
-        yield Piece(piece.name, piece.shape, body + piece.parameter, piece.box)
+        yield Piece(piece.name, piece.shape, body + piece.parameter, piece.region)
     for name, shape in shapes.items():
         if name.startswith("score."):
             yield Piece(name, shape, name, tuple(slice(0, n) for n in shape))
 
 
-def save_divided(
+def save_sharded(
     model: Transformer | ScoringModel, path: Path | str, runtime: Runtime, *, tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES, extra: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
@@ -403,16 +407,18 @@ def _write_ranges(
     file_of = {name: file for file, names in files.items() for name in names}
     opened = {file: os.open(folder / file, os.O_WRONLY) for file in files}
     try:
-        for name, start, values in engine.weight_parts(exact=False):
-            own = values.detach().cpu().contiguous()
-            for first, offset, count in engine.cuts[name].runs(start, start + own.numel()):
-                for piece in by_parameter[name]:
-                    begin = piece.start_in(engine.shapes[name])
-                    low, high = max(first, begin), min(first + count, begin + math.prod(piece.shape))
-                    if low < high:
-                        at = headers[file_of[piece.name]][1][piece.name] + (low - begin) * own.element_size()
-                        part = own[offset + low - first : offset + high - first]
-                        _write_at(opened[file_of[piece.name]], part, at)
+        with byte_bar(f"save {folder.parent}", sum(flat.weights.nbytes for flat in engine.flats)) as bar:
+            for name, start, values in engine.weight_shards(exact=False):
+                shard = values.detach().cpu().contiguous()
+                for first, offset, count in engine.shard_specs[name].runs(start, start + shard.numel()):
+                    for piece in by_parameter[name]:
+                        begin = piece.start_in(engine.shapes[name])
+                        low, high = max(first, begin), min(first + count, begin + math.prod(piece.shape))
+                        if low < high:
+                            at = headers[file_of[piece.name]][1][piece.name] + (low - begin) * shard.element_size()
+                            part = shard[offset + low - first : offset + high - first]
+                            _write_at(opened[file_of[piece.name]], part, at)
+                bar.update(shard.nbytes)
         for descriptor in opened.values():
             os.fsync(descriptor)
     finally:
@@ -450,8 +456,9 @@ def _write(
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
     files, index = _files({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, max_shard_bytes)
-    for file, names in files.items():
-        write_file(folder / file, {name: tensors[name] for name in names})
+    with byte_bar(f"save {folder.parent}", sum(tensor.nbytes for tensor in tensors.values())) as bar:
+        for file, names in files.items():
+            write_file(folder / file, {name: tensors[name] for name in names}, written=bar.update)
     if index is not None:
         write_json(folder / INDEX, index)
 
@@ -461,12 +468,12 @@ def _files(specs: Mapping[str, tuple], most: int) -> tuple[dict[str, list[str]],
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in specs.items()}
     shards: list[list[str]] = [[]]
     size = 0
-    for name, own in sizes.items():
-        if shards[-1] and size + own > most:
+    for name, tensor_bytes in sizes.items():
+        if shards[-1] and size + tensor_bytes > most:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += own
+        size += tensor_bytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}, None
     files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}

@@ -14,7 +14,8 @@ from wizard_engine.runtime.process import Runtime
 
 from .config import PRESETS, ModelConfig
 from .heads import ScoringModel, scoring_head
-from .hugging_face import ModelDirectory, load_model, save_divided, save_model
+from .hugging_face import ModelDirectory, load_model, save_model, save_sharded
+from .progress import byte_bar
 from .transformer import Transformer
 
 
@@ -42,17 +43,20 @@ def language_model(
         with torch.device("meta"):
             empty = Transformer(config)
         values = empty.random_parameters(seed)
-        return divided(empty, mesh, sharding, values, frozen=frozen), loaded
+        return shard_model(empty, mesh, sharding, values, frozen=frozen), loaded
     if not Path(model).is_dir():
         raise ValueError(f"model: expected a model directory or one of {sorted(PRESETS)}, got {model}")
     if mesh is None:
-        found, own = load_model(model, device=device)
+        loaded_model, saved_tokenizer = load_model(model, device=device)
     else:
-        found, own = divided_directory(Path(model), mesh, sharding, frozen=frozen), load_tokenizer(Path(model))
-    _check_experts(found.config, mesh)
-    if isinstance(found, ScoringModel):
-        raise ValueError(f"{model}: expected a language model, got a reward model with {found.outputs} outputs")
-    return found, own if tokenizer is None else load_tokenizer(tokenizer)
+        loaded_model, saved_tokenizer = (
+            load_sharded(Path(model), mesh, sharding, frozen=frozen),
+            load_tokenizer(Path(model)),
+        )
+    _check_experts(loaded_model.config, mesh)
+    if isinstance(loaded_model, ScoringModel):
+        raise ValueError(f"{model}: expected a language model, got a reward model with {loaded_model.outputs} outputs")
+    return loaded_model, saved_tokenizer if tokenizer is None else load_tokenizer(tokenizer)
 
 
 def _check_experts(config: ModelConfig, mesh: Mesh | None) -> None:
@@ -61,7 +65,7 @@ def _check_experts(config: ModelConfig, mesh: Mesh | None) -> None:
         raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep.size}")
 
 
-def divided(
+def shard_model(
     empty: nn.Module, mesh: Mesh, sharding: Sharding | None, values: Any = (), *, frozen: bool = False
 ) -> Any:  # fmt: skip
     """A model on the meta device divided over a mesh and filled with (name, tensor) pairs."""
@@ -69,7 +73,7 @@ def divided(
         empty.requires_grad_(False)
     model = parallelize(empty, mesh, sharding)
     for name, value in values:
-        sharded(model).put(name, value)
+        sharded(model).load(name, value)
     sharded(model).publish()
     return model
 
@@ -83,18 +87,21 @@ def fill(model: nn.Module, directory: ModelDirectory, *, body_only: bool = False
     engine = sharded(model)
     theirs = "" if directory.outputs is None else "body."
     ours = "body." if isinstance(model, ScoringModel) else ""
-    for name, start, values in engine.weight_parts():
-        if not name.startswith("score."):
-            directory.read(theirs + name.removeprefix(ours), start, values, cut=engine.cuts[name])
-        elif not body_only:
-            directory.read(name, start, values)
+    shards = list(engine.weight_shards())
+    with byte_bar(f"load {directory.path}", sum(values.nbytes for _, _, values in shards)) as bar:
+        for name, start, values in shards:
+            if not name.startswith("score."):
+                directory.read(theirs + name.removeprefix(ours), start, values, spec=engine.shard_specs[name])
+            elif not body_only:
+                directory.read(name, start, values)
+            bar.update(values.nbytes)
     engine.publish()
 
 
-def divided_directory(path: Path, mesh: Mesh, sharding: Sharding | None, *, frozen: bool = False) -> Any:
+def load_sharded(path: Path, mesh: Mesh, sharding: Sharding | None, *, frozen: bool = False) -> Any:
     """The model of a directory divided over a mesh."""
     with ModelDirectory(path) as directory:
-        model = divided(directory.empty_model(), mesh, sharding, frozen=frozen)
+        model = shard_model(directory.empty_model(), mesh, sharding, frozen=frozen)
         fill(model, directory)
     return model
 
@@ -125,7 +132,7 @@ def scoring_of(
     with torch.device("meta"):
         model = ScoringModel(config, outputs, surprise=surprise)
     model.score = scoring_head(config.width, outputs, surprise=surprise)
-    return divided(model, mesh, sharding, ((f"body.{name}", value.detach()) for name, value in body))
+    return shard_model(model, mesh, sharding, ((f"body.{name}", value.detach()) for name, value in body))
 
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -140,8 +147,8 @@ def write_model(
 ) -> None:  # fmt: skip
     """Write a model's directory; every rank makes the call."""
     engine = sharded(model)
-    if engine is not None and engine.is_divided:
-        save_divided(model, path, runtime, tokenizer=tokenizer, extra=extra)
+    if engine is not None and engine.is_sharded:
+        save_sharded(model, path, runtime, tokenizer=tokenizer, extra=extra)
     else:
         from_main(runtime, lambda: save_model(model, tokenizer, path, extra=extra) and None)
 
@@ -155,10 +162,12 @@ def scoring_model(
         ValueError: a language model, or a reward model of the other kind.
     """
     with ModelDirectory(path) as directory:
-        found = directory.outputs or 0
-        if found != outputs:
+        num_outputs = directory.outputs or 0
+        if num_outputs != outputs:
             kinds = {0: "a language model", 1: "an instruction reward model", 3: "a process reward model"}
-            raise ValueError(f"{path}: expected {kinds[outputs]}, got {kinds.get(found, f'{found} outputs')}")
-        model = divided(directory.empty_model(), mesh, sharding, frozen=True)
+            raise ValueError(
+                f"{path}: expected {kinds[outputs]}, got {kinds.get(num_outputs, f'{num_outputs} outputs')}"
+            )
+        model = shard_model(directory.empty_model(), mesh, sharding, frozen=True)
         fill(model, directory)
         return model, load_tokenizer(path), directory.fields

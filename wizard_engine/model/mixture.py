@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.moe_route import Routing, expert_counts, load_balancing_loss, moe_route, router_z_loss
-from wizard_engine.parallel.context import ALONE, Spread
+from wizard_engine.parallel.context import SINGLE_DEVICE, ParallelContext
 from wizard_engine.parallel.expert_parallel import Dispatch
 
 from .config import ModelConfig
@@ -33,13 +33,13 @@ class Routes:
         self.logits: dict[int, Tensor] = {}
         self.dispatches: dict[int, Dispatch] = {}
         self.real: Tensor | None = None
-        self._spread = ALONE
+        self._parallel = SINGLE_DEVICE
 
-    def begin(self, real: Tensor, spread: Spread) -> None:
+    def begin(self, real: Tensor, parallel: ParallelContext) -> None:
         """A forward pass over a row starts, of whose tokens those in `real` (T,) are no padding."""
-        self._spread, self.real, self.dispatches = spread, spread.of_tokens(real), {}
-        if spread.divides_rows:
-            self.experts = {layer: _of_tokens(experts, spread) for layer, experts in self.experts.items()}
+        self._parallel, self.real, self.dispatches = parallel, parallel.shard_tokens(real), {}
+        if parallel.shards_tokens:
+            self.experts = {layer: _of_tokens(experts, parallel) for layer, experts in self.experts.items()}
 
     def stacked(self) -> Tensor:
         """(T, L, A) int32 choices of all layers, as the constructor takes them.
@@ -61,8 +61,8 @@ class Routes:
         """
         total: Tensor | float = 0.0
         counts: dict[int, Tensor] = {}
-        if config.balance_loss and self.logits and self._spread.divides_rows:
-            counts = dict(zip(sorted(self.logits), self._spread.counts(self.load())))
+        if config.balance_loss and self.logits and self._parallel.shards_tokens:
+            counts = dict(zip(sorted(self.logits), self._parallel.sum_counts(self.load())))
         for layer, logits_TE in self.logits.items():
             options = {"num_tokens": num_tokens * len(self.logits), "real": self.real}
             if config.balance_loss:
@@ -82,12 +82,12 @@ class Routes:
         return torch.stack([expert_counts(self.experts[i], self.logits[i].shape[1], self.real) for i in layers])
 
 
-def _of_tokens(experts_TA: Tensor, spread: Spread) -> Tensor:
+def _of_tokens(experts_TA: Tensor, parallel: ParallelContext) -> Tensor:
     """A rank's share of replayed choices; padding goes to the first experts."""
     first_A = torch.arange(experts_TA.shape[1], device=experts_TA.device, dtype=experts_TA.dtype)
     # Offset by one, so that what stands for padding can be told from a choice.
-    own_TA = spread.of_tokens(experts_TA + 1)
-    return torch.where(own_TA > 0, own_TA - 1, first_A)
+    local_tA = parallel.shard_tokens(experts_TA + 1)
+    return torch.where(local_tA > 0, local_tA - 1, first_A)
 
 
 class Experts(nn.Module):
@@ -96,7 +96,7 @@ class Experts(nn.Module):
     gate_up: (E, 2 F, D), the gate in the first F rows.   down: (E, D, F).
     """
 
-    spread: Spread = ALONE
+    parallel: ParallelContext = SINGLE_DEVICE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing, dispatch: Dispatch | None = None) -> Tensor:
         """(T, D): each token's weighted sum over the experts that it is sent to."""
-        return self.spread.experts(x_TD, self.gate_up, self.down, routing, dispatch)
+        return self.parallel.expert_mlp(x_TD, self.gate_up, self.down, routing, dispatch)
 
 
 class Router(nn.Linear):
@@ -128,8 +128,10 @@ class Mixture(nn.Module):
 
     def forward(self, x_TD: Tensor, routes: Routes | None = None) -> Tensor:
         """(T, D): each token's weighted sum over its experts; `routes` records the choice, or replays what it has."""
-        given = None if routes is None else routes.experts.get(self.layer)
-        routing = moe_route(x_TD, self.router.weight, experts_per_token=self.experts_per_token, replayed_experts=given)
+        replayed = None if routes is None else routes.experts.get(self.layer)
+        routing = moe_route(
+            x_TD, self.router.weight, experts_per_token=self.experts_per_token, replayed_experts=replayed
+        )
         if routes is None:
             return self.experts(x_TD, routing)
         routes.experts.setdefault(self.layer, routing.experts)

@@ -14,7 +14,7 @@ from wizard_engine.data.tokenizer import Tokenizer
 from .config import ModelConfig
 from .transformer import Transformer
 
-Box = tuple[slice, ...]
+Region = tuple[slice, ...]
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral"}
 # Fields of config.json that may say what the transformer does not do, and the value of each that it does.
@@ -111,15 +111,15 @@ def _family(fields: dict, source: Path) -> str:
 
 def _rope(fields: dict, source: Path) -> dict:
     """Fields of the rotary embedding, which is the plain one."""
-    found: dict[str, Any] = {}
+    rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         scaling = fields.get(name) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
         others = set(scaling) - {"rope_type", "type", "rope_theta"} if isinstance(scaling, dict) else ()
         if kind != "default" or (others and scaling.get("partial_rotary_factor", 1.0) != 1.0):
             raise ValueError(f"{source}: {name}: expected none, got {str(scaling)[:120]}")
-        found |= scaling
-    return found
+        rope |= scaling
+    return rope
 
 
 def _model_config(kind: str, fields: dict, rope: dict) -> ModelConfig:
@@ -154,15 +154,15 @@ class Piece:
     name: str
     shape: tuple[int, ...]
     parameter: str
-    box: Box
+    region: Region
 
     def start_in(self, shape: tuple[int, ...]) -> int:
         """Where it begins among the elements of its parameter, in which it is one run in row-major order."""
-        whole = [b.start == 0 and b.stop == n for b, n in zip(self.box, shape)]
-        first = next((i for i, b in enumerate(self.box) if b.stop - b.start != 1), len(shape) - 1)
+        whole = [b.start == 0 and b.stop == n for b, n in zip(self.region, shape)]
+        first = next((i for i, b in enumerate(self.region) if b.stop - b.start != 1), len(shape) - 1)
         assert all(whole[first + 1 :]), f"{self.name}: its elements do not stand together"
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return sum(b.start * stride for b, stride in zip(self.box, strides))
+        return sum(b.start * stride for b, stride in zip(self.region, strides))
 
 
 def pieces(config: ModelConfig, *, stacked: bool = False, prefix: str = "model.") -> Iterator[Piece]:
@@ -184,8 +184,8 @@ def pieces(config: ModelConfig, *, stacked: bool = False, prefix: str = "model."
         yield whole(f"{name}input_layernorm.weight", f"{ours}attention_norm.weight", width)
         start = 0
         for letter, rows in (("q", inner), ("k", kv_width), ("v", kv_width)):
-            box = slice(start, start + rows), slice(0, width)
-            yield Piece(f"{name}self_attn.{letter}_proj.weight", (rows, width), f"{ours}attention.qkv.weight", box)
+            region = slice(start, start + rows), slice(0, width)
+            yield Piece(f"{name}self_attn.{letter}_proj.weight", (rows, width), f"{ours}attention.qkv.weight", region)
             start += rows
         yield whole(f"{name}self_attn.o_proj.weight", f"{ours}attention.out.weight", width, inner)
         yield whole(f"{name}post_attention_layernorm.weight", f"{ours}feed_forward_norm.weight", width)
@@ -214,16 +214,16 @@ def _feed_forward(config: ModelConfig, ours: str, name: str, stacked: bool) -> I
         yield Piece(f"{name}mlp.experts.down_proj", shapes[1], f"{stack}down", (every, columns, inner))
         return
     for expert in range(experts):
-        own, base = slice(expert, expert + 1), f"{name}block_sparse_moe.experts.{expert}."
-        yield Piece(f"{base}w1.weight", (ffn_width, width), f"{stack}gate_up", (own, halves[0], columns))
-        yield Piece(f"{base}w2.weight", (width, ffn_width), f"{stack}down", (own, columns, inner))
-        yield Piece(f"{base}w3.weight", (ffn_width, width), f"{stack}gate_up", (own, halves[1], columns))
+        one, base = slice(expert, expert + 1), f"{name}block_sparse_moe.experts.{expert}."
+        yield Piece(f"{base}w1.weight", (ffn_width, width), f"{stack}gate_up", (one, halves[0], columns))
+        yield Piece(f"{base}w2.weight", (width, ffn_width), f"{stack}down", (one, columns, inner))
+        yield Piece(f"{base}w3.weight", (ffn_width, width), f"{stack}gate_up", (one, halves[1], columns))
 
 
 def published_tensors(model: Transformer, prefix: str = "model.", *, stacked: bool = False) -> dict[str, Tensor]:
     """Published tensor name -> view of the model's parameter, with the fused products split again."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
     return {
-        piece.name: parameters[piece.parameter][piece.box].view(piece.shape)
+        piece.name: parameters[piece.parameter][piece.region].view(piece.shape)
         for piece in pieces(model.config, stacked=stacked, prefix=prefix)
     }

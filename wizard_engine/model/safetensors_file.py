@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -160,11 +160,11 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} twice")
-    return found
+    return entries
 
 
 def _entry(name: str, fields: Any) -> Entry:
@@ -225,8 +225,13 @@ def file_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> t
     return text, {name: len(text) + place for name, place in places.items()}, len(text) + at
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], *, written: Callable[[int], object] | None = None
+) -> None:  # fmt: skip
     """Write a file, one tensor in memory at a time: those on other devices are fetched one by one.
+
+    Args:
+        written: called with the bytes of each tensor, after it is written.
 
     Raises:
         ValueError: a dtype that the format's reader here does not take.
@@ -239,3 +244,5 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
             flat = tensor.detach().cpu().contiguous().view(-1)
             if flat.numel():
                 file.write(memoryview(flat.view(torch.uint8).numpy()))
+            if written is not None:
+                written(flat.nbytes)

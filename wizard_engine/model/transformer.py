@@ -12,7 +12,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope_of_product, rope_tables
 from kernels.shared_prefix import Prefixes
 from kernels.swiglu import swiglu
-from wizard_engine.parallel.context import ALONE, Spread
+from wizard_engine.parallel.context import SINGLE_DEVICE, ParallelContext
 from wizard_engine.parallel.recompute import behind_norm
 
 from .config import ModelConfig
@@ -36,17 +36,17 @@ class Norm(nn.Module):
 class Embedding(nn.Embedding):
     """Rows of a table; on several ranks, of this rank's tokens of a row."""
 
-    spread: Spread = ALONE
+    parallel: ParallelContext = SINGLE_DEVICE
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(T, D) rows of tokens (T,)."""
-        return self.spread.embed(self.spread.of_row(tokens), self.weight)
+        return self.parallel.embed(self.parallel.shard_over_cp(tokens), self.weight)
 
 
 class Attention(nn.Module):
     """Grouped-query attention; q, k and v come out of one product. A rank may have some of the heads alone."""
 
-    spread: Spread = ALONE
+    parallel: ParallelContext = SINGLE_DEVICE
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class Attention(nn.Module):
     def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(T, D) out of the product with `qkv`, (T, (H + 2 K) C)."""
         q_THC, k_TKC, v_TKC = self.split(qkv, cos, sin)
-        out_THC = self.spread.attend(q_THC, k_TKC, v_TKC, cu_seqlens, max_seqlen, window=self.window)
-        return self.spread.columns(out_THC.reshape(qkv.shape[0], -1), self.out.weight)
+        out_THC = self.parallel.attend(q_THC, k_TKC, v_TKC, cu_seqlens, max_seqlen, window=self.window)
+        return self.parallel.row_parallel(out_THC.reshape(qkv.shape[0], -1), self.out.weight)
 
 
 class FeedForward(nn.Module):
@@ -89,7 +89,7 @@ class Block(nn.Module):
     the stream and what is to be added to it, and gives back the same.
     """
 
-    spread: Spread = ALONE
+    parallel: ParallelContext = SINGLE_DEVICE
     recompute = "none"
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -112,13 +112,15 @@ class Block(nn.Module):
     def _product(self, norm: Norm, linear: nn.Linear, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         """The normed stream times a matrix, and the stream."""
         product = behind_norm(
-            norm, lambda y_TD, _: self.spread.rows(y_TD, linear.weight), again=self.recompute == "selective"
+            norm,
+            lambda y_TD, _: self.parallel.column_parallel(y_TD, linear.weight),
+            again=self.recompute == "selective",
         )
         return product(x_TD, delta_TD)
 
     def outer(self, gate_up: Tensor) -> Tensor:
         """What a dense block adds to the stream."""
-        return self.spread.columns(swiglu(gate_up), self.feed_forward.down.weight)
+        return self.parallel.row_parallel(swiglu(gate_up), self.feed_forward.down.weight)
 
     def forward(
         self, x_TD: Tensor, delta_TD: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int,
@@ -136,7 +138,7 @@ class Block(nn.Module):
         return self._behind_product(qkv, x_TD, *rest)
 
     def _behind_norm(self, y_TD: Tensor, x_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return self._behind_product(self.spread.rows(y_TD, self.attention.qkv.weight), x_TD, *rest)
+        return self._behind_product(self.parallel.column_parallel(y_TD, self.attention.qkv.weight), x_TD, *rest)
 
     def _behind_product(
         self, qkv: Tensor, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int,
@@ -154,10 +156,10 @@ class Transformer(nn.Module):
     """Decoder-only language model over packed tokens.
 
     `model(tokens, positions, cu_seqlens, max_seqlen)` returns the hidden states after the last norm, (T, D);
-    `model.logits(hidden)` the (T, V) logits in fp32. `parallelize` says how several ranks divide it: see `Spread`.
+    `model.logits(hidden)` the (T, V) logits in fp32. `parallelize` shards it over several ranks, see `ParallelContext`.
     """
 
-    spread: Spread = ALONE
+    parallel: ParallelContext = SINGLE_DEVICE
 
     def __init__(self, config: ModelConfig, *, seed: int | None = None) -> None:
         super().__init__()
@@ -198,7 +200,7 @@ class Transformer(nn.Module):
     @property
     def shard(self) -> VocabularyShard | None:
         """What this rank has of the vocabulary and of a row's tokens, for losses of hidden states; None: all."""
-        return self.spread.head(self.head_weight)
+        return self.parallel.vocabulary_shard(self.head_weight)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int,
@@ -215,19 +217,19 @@ class Transformer(nn.Module):
             (T, D). Where several ranks divide the tokens of a row, every one of them is given the whole row, and gets
             what its context-parallel rank has of it, padding included; `shard` tells a loss which tokens these are.
         """
-        spread = self.spread
-        cos, sin = rope_tables(spread.of_row(positions), self.config.head_width, self.config.rope_base)
+        parallel = self.parallel
+        cos, sin = rope_tables(parallel.shard_over_cp(positions), self.config.head_width, self.config.rope_base)
         x_TD, delta_TD = self.embedding(tokens), None
         if routes is None and self.config.experts and torch.is_grad_enabled():
             # What is computed again in the backward goes the same ways.
             routes = Routes()
         if routes is not None:
             used = cu_seqlens.tokens if isinstance(cu_seqlens, Prefixes) else cu_seqlens[-1]
-            routes.begin(torch.arange(tokens.shape[0], device=tokens.device) < used, spread)
+            routes.begin(torch.arange(tokens.shape[0], device=tokens.device) < used, parallel)
         for block in self.blocks:
             x_TD, delta_TD = block(x_TD, delta_TD, cos, sin, cu_seqlens, max_seqlen, routes)
         x_TD = self.norm(x_TD) if delta_TD is None else self.norm(delta_TD, x_TD)[0]
-        return x_TD if own_tokens else spread.gather(x_TD)
+        return x_TD if own_tokens else parallel.gather_over_tp(x_TD)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) fp32 logits of hidden states."""

@@ -95,8 +95,8 @@ class AdamW:
         """The last step's scale was not finite, so that it changed nothing: it does not count."""
         self.count -= 1
 
-    def state_parts(self) -> Iterator[tuple[str, str, int, Tensor]]:
+    def state_shards(self) -> Iterator[tuple[str, str, int, Tensor]]:
         """(moment, parameter, start, values): this rank's elements of the moments, from `start` on."""
         for moment in MOMENTS:
-            for name, start, values in self.sharded.parts(getattr(self, moment)):
+            for name, start, values in self.sharded.shards(getattr(self, moment)):
                 yield moment, name, start, values

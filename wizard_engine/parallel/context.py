@@ -1,14 +1,16 @@
-"""How the tokens of a packed row, the matrices and the experts of a model are divided among ranks.
+"""Tensor, sequence, context and expert parallelism of a forward pass, as methods that the model calls.
 
-    row     a packed row of T tokens, padded to what divides evenly, is cut into 2 cp chunks; context-parallel rank r
-            has chunks r and 2 cp - 1 - r, so that all have as many pairs of query and key
-    tokens  tensor-parallel ranks divide those evenly: norms, routers, the residual stream
-    matrix  before a product whose rows are divided (q, k, v; gate, up; the vocabulary) the tokens are gathered over tp,
-            behind one whose columns are divided (out; down) they are summed and divided again
-    keys    keys and values are gathered over cp
-    experts tokens go to the ranks that have their experts and back
+    context   a packed row of T tokens is padded and cut into 2 cp chunks. Rank r has chunks r and 2 cp - 1 - r, so that
+              under a causal mask all ranks have the same number of query-key pairs
+    sequence  tp ranks shard these tokens evenly: norms, routers, the residual stream
+    tensor    tokens are all-gathered over tp before a column-parallel product (q, k, v; gate, up; the vocabulary), and
+              reduce-scattered after a row-parallel one (out; down)
+    keys      keys and values are all-gathered over cp
+    experts   tokens travel to the ranks that have their experts, and back
 
-On one device every one of these does nothing, and so they do while a model is gathered whole to sample from.
+On one device all of these do nothing. The same holds while a model is gathered whole to sample from.
+
+Source: Shoeybi et al. 2019, arXiv:1909.08053 (tensor); Korthikanti et al. 2022, arXiv:2205.05198 (sequence).
 """
 
 from dataclasses import dataclass, field
@@ -23,85 +25,89 @@ from kernels.linear_logprob import VocabularyShard
 from kernels.moe_route import Routing
 from kernels.shared_prefix import Prefixes, pick, shared_attention
 
-from .collectives import Gather, GatheredLinear, Share, SumAndDivide, gathered_rows
+from .collectives import AllGather, AllGatherLinear, AllGatherReplicated, ReduceScatter, all_gather_rows
 from .expert_parallel import Dispatch, dispatched_mlp
 from .mesh import Axis, Mesh
 
 
 @dataclass
-class Spread:
-    """What one rank has of rows, tokens, matrices and experts.
+class ParallelContext:
+    """One rank's position in tensor, context and expert parallelism.
 
     Attributes:
-        tp, cp, ep, row: axes of the mesh.   words: of the whole vocabulary.
-        keeps_tokens: products with gathered tokens keep this rank's alone (else what they gathered: right where the
-            backward computes it again).   whole: nothing is divided for now.
+        tp, cp, ep, row: axes of the mesh; row joins cp and tp.   vocab_size: of the whole vocabulary.
+        regather_in_backward: column-parallel products save this rank's tokens and gather them again in the backward;
+            otherwise they save the gathered ones, which is right where a recomputation gathers them anyway.
+        is_gathered: the model is whole for now, so nothing is sharded.
     """
 
     tp: Axis = field(default_factory=Axis)
     cp: Axis = field(default_factory=Axis)
     ep: Axis = field(default_factory=Axis)
     row: Axis = field(default_factory=Axis)
-    words: int = 0
-    keeps_tokens: bool = True
-    whole: bool = False
+    vocab_size: int = 0
+    regather_in_backward: bool = True
+    is_gathered: bool = False
 
     @classmethod
-    def over(cls, mesh: Mesh, words: int, *, keeps_tokens: bool) -> "Spread":
-        """That of a mesh."""
-        return cls(mesh.tp, mesh.cp, mesh.ep, mesh.row, words, keeps_tokens)
+    def from_mesh(cls, mesh: Mesh, vocab_size: int, *, regather_in_backward: bool) -> "ParallelContext":
+        """The context of this rank of a mesh."""
+        return cls(mesh.tp, mesh.cp, mesh.ep, mesh.row, vocab_size, regather_in_backward)
 
-    # Which tokens
+    # Tokens
 
     @property
-    def divides_rows(self) -> bool:
-        """Whether several ranks have the same rows and each its own tokens of them."""
-        return self._divides(self.row)
+    def shards_tokens(self) -> bool:
+        """Whether several ranks share a packed row, each with different tokens."""
+        return self._shards(self.row)
 
-    def _divides(self, axis: Axis) -> bool:
-        return axis.size > 1 and not self.whole
+    def _shards(self, axis: Axis) -> bool:
+        return axis.size > 1 and not self.is_gathered
 
     def _padded(self, tokens: int) -> int:
-        """Tokens of a row that divides evenly."""
+        """Tokens of a row padded to a multiple of the ranks' chunks."""
         least = self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)
         return -(-tokens // least) * least
 
-    def of_row(self, x_T: Tensor, fill: float = 0) -> Tensor:
-        """What this context-parallel rank has of per-token values (T, ...) of a whole row, padding included."""
-        if not self._divides(self.row):
+    def shard_over_cp(self, x_T: Tensor, fill: float = 0) -> Tensor:
+        """This cp rank's tokens of per-token values (T, ...) of a whole row, with padding."""
+        if not self._shards(self.row):
             return x_T
         missing = self._padded(x_T.shape[0]) - x_T.shape[0]
+        # Padding stands at the end of the row, behind the last document, where no query of a real token sees it.
         if missing:
             x_T = torch.cat((x_T, x_T.new_full((missing, *x_T.shape[1:]), fill)))
         if self.cp.size == 1:
             return x_T
+        # A late chunk attends to more keys than an early one: pairing r with 2 cp - 1 - r balances the work.
         chunks = x_T.chunk(2 * self.cp.size)
         return torch.cat((chunks[self.cp.index], chunks[-1 - self.cp.index]))
 
-    def of_tokens(self, x_T: Tensor, fill: float = 0) -> Tensor:
-        """What this rank has of per-token values (T, ...) of a whole row, padding included."""
-        if not self._divides(self.row):
+    def shard_tokens(self, x_T: Tensor, fill: float = 0) -> Tensor:
+        """This rank's tokens of per-token values (T, ...) of a whole row, with padding."""
+        if not self._shards(self.row):
             return x_T
-        return self.of_row(x_T, fill).chunk(self.tp.size)[self.tp.index]
+        return self.shard_over_cp(x_T, fill).chunk(self.tp.size)[self.tp.index]
 
-    def to_row(self, x: Tensor, tokens: int) -> Tensor:
-        """Per-token values (T, ...) of a whole row from those that each context-parallel rank has; no gradient."""
-        if not self._divides(self.row):
+    def gather_over_cp(self, x: Tensor, tokens: int) -> Tensor:
+        """Per-token values (T, ...) of a whole row out of those of all cp ranks; not differentiable."""
+        if not self._shards(self.row):
             return x
         if self.cp.size > 1:
-            x = _in_order(gathered_rows(x, self.cp)[0], self.cp.size)
+            x = _in_order(all_gather_rows(x, self.cp)[0], self.cp.size)
         return x[:tokens]
 
-    def to_whole(self, x: Tensor, tokens: int) -> Tensor:
-        """Per-token values (T, ...) of a whole row from those of each rank's tokens; all do the same with them."""
-        if not self._divides(self.row):
+    def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        """Per-token values (T, ...) of a whole row out of those of all ranks. Differentiable where every rank computes
+        the same from the result."""
+        if not self._shards(self.row):
             return x
-        # Ranks of a row are in the order of cp, then of tp, as their tokens are.
-        return _in_order(Share.apply(x, self.row), self.cp.size)[:tokens]
+        # Ranks of a row are ordered by cp, then tp, and so are their tokens: only the cp chunks need reordering.
+        return _in_order(AllGatherReplicated.apply(x, self.row), self.cp.size)[:tokens]
 
-    def counts(self, counts: Tensor) -> Tensor:
-        """Counts of this rank's tokens summed over the ranks of a row."""
-        if not self._divides(self.row):
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """Token counts summed over the ranks of a row."""
+        if not self._shards(self.row):
             return counts
         total = counts.clone()
         torch.distributed.all_reduce(total, group=self.row.group)
@@ -110,54 +116,59 @@ class Spread:
     # Products
 
     def embed(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
-        """This rank's rows of an embedding of its row's tokens, whose words are divided over tp."""
-        if not self._divides(self.tp):
+        """Embeddings of this rank's tokens, out of a table whose vocabulary entries are sharded over tp."""
+        if not self._shards(self.tp):
             return F.embedding(tokens_T, weight_VD)
+        # Every rank embeds all tokens of its cp rank, with zeros for entries of other ranks; the sum is the embedding.
         local_T = tokens_T - self.tp.index * weight_VD.shape[0]
         elsewhere_T = (local_T < 0) | (local_T >= weight_VD.shape[0])
         x_TD = F.embedding(local_T.masked_fill(elsewhere_T, 0), weight_VD).masked_fill(elsewhere_T[:, None], 0.0)
-        return SumAndDivide.apply(x_TD, self.tp)
+        return ReduceScatter.apply(x_TD, self.tp)
 
-    def gather(self, x_TD: Tensor) -> Tensor:
-        """The tokens of the row's ranks of tp, each of which has its own use for them."""
-        return Gather.apply(x_TD, self.tp) if self._divides(self.tp) else x_TD
+    def gather_over_tp(self, x_TD: Tensor) -> Tensor:
+        """The tokens of all tp ranks. Each rank computes something else from them, so gradients are summed."""
+        return AllGather.apply(x_TD, self.tp) if self._shards(self.tp) else x_TD
 
     def pick(self, x_TD: Tensor, rows: Tensor) -> Tensor:
-        """Rows of the tokens of a whole row, which `head` takes for another row: padded as it pads one."""
-        if self._divides(self.row):
+        """Chosen tokens of a whole row as a new row, padded so that `vocabulary_shard` accepts it."""
+        if self._shards(self.row):
             rows = torch.cat((rows, rows.new_zeros(self._padded(rows.shape[0]) - rows.shape[0])))
         return pick(x_TD, rows)
 
-    def rows(self, x_TD: Tensor, weight: Tensor) -> Tensor:
-        """All tokens of the row's ranks of tp times a matrix (N, D) of which each has other rows."""
-        if not self._divides(self.tp):
+    def column_parallel(self, x_TD: Tensor, weight: Tensor) -> Tensor:
+        """The tokens of all tp ranks times this rank's output features: weight (N / tp, D)."""
+        if not self._shards(self.tp):
             return F.linear(x_TD, weight)
-        if self.keeps_tokens:
-            return GatheredLinear.apply(x_TD, weight, self.tp)
-        return F.linear(Gather.apply(x_TD, self.tp), weight)
+        # One autograd node for gather and product, so that the backward can overlap its collectives with products.
+        if self.regather_in_backward:
+            return AllGatherLinear.apply(x_TD, weight, self.tp)
+        return F.linear(AllGather.apply(x_TD, self.tp), weight)
 
-    def columns(self, x: Tensor, weight: Tensor) -> Tensor:
-        """This rank's tokens of the product with a matrix (D, N) of which tp ranks have other columns each, as of x."""
+    def row_parallel(self, x: Tensor, weight: Tensor) -> Tensor:
+        """This rank's tokens of x times a matrix, whose input features are sharded over tp: weight (D, N / tp)."""
         out = F.linear(x, weight)
-        return SumAndDivide.apply(out, self.tp) if self._divides(self.tp) else out
+        return ReduceScatter.apply(out, self.tp) if self._shards(self.tp) else out
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int, *, window: int | None
     ) -> Tensor:  # fmt: skip
         """`kernels.attention` of this rank's queries over the keys of the whole row.
 
-        A chunk's queries stand at the end of the keys before the chunk's end, document by document.
+        A chunk ends at key `last`. Its queries belong to the last of the keys up to there, document by document, which
+        is what `attention` assumes when there are more keys than queries.
         """
         if isinstance(cu_seqlens, Prefixes):
-            assert not self._divides(self.cp), "context-parallel ranks take whole sequences"
+            assert not self._shards(self.cp), "context-parallel ranks take whole sequences"
             return shared_attention(q, k, v, cu_seqlens, window=window)
-        if not self._divides(self.cp):
+        if not self._shards(self.cp):
             return attention(q, k, v, cu_seqlens, max_seqlen, window=window)
         size, chunk = self.cp.size, q.shape[0] // 2
-        k, v = (_in_order(Gather.apply(x, self.cp), size) for x in (k, v))
+        k, v = (_in_order(AllGather.apply(x, self.cp), size) for x in (k, v))
         out = []
+        # Two calls, one per chunk: between the two chunks lie tokens of other ranks.
         for number, queries in zip((self.cp.index, 2 * size - 1 - self.cp.index), q.split(chunk)):
             first, last = number * chunk, (number + 1) * chunk
+            # Clamping the boundaries to [first, last) leaves empty documents where a document has no query or key.
             out.append(
                 attention(
                     queries, k[:last], v[:last], cu_seqlens.clamp(first, last) - first, min(max_seqlen, chunk),
@@ -166,34 +177,35 @@ class Spread:
             )  # fmt: skip
         return torch.cat(out)
 
-    def experts(
+    def expert_mlp(
         self, x_TD: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, dispatch: Dispatch | None
     ) -> Tensor:
-        """`kernels.expert_mlp` of this rank's tokens, each expert where it is."""
-        if not self._divides(self.ep):
+        """`kernels.expert_mlp` of this rank's tokens; each expert runs on the rank that has it."""
+        if not self._shards(self.ep):
             return expert_mlp(x_TD, gate_up, down, routing)
         return dispatched_mlp(x_TD, gate_up, down, routing, self.ep, dispatch)
 
-    def head(self, weight_VD: Tensor) -> VocabularyShard | None:
-        """What this rank has of the vocabulary and of a row's tokens, for the kernels that end in log-probabilities."""
-        if not self._divides(self.row):
+    def vocabulary_shard(self, weight_VD: Tensor) -> VocabularyShard | None:
+        """This rank's vocabulary entries and tokens, for the kernels that end in log-probabilities; None: all."""
+        if not self._shards(self.row):
             return None
 
-        def gather(own: Tensor) -> Tensor:
-            return gathered_rows(own[None], self.tp)[0] if self.tp.size > 1 else own[None]
+        # Closures, so that the loss kernels shard and gather without knowing about meshes.
+        def gather(local: Tensor) -> Tensor:
+            return all_gather_rows(local[None], self.tp)[0] if self.tp.size > 1 else local[None]
 
-        def to_row(own: Tensor, tokens: int) -> Tensor:
-            return self.to_row(own.T, tokens).T.contiguous()
+        def to_row(local: Tensor, tokens: int) -> Tensor:
+            return self.gather_over_cp(local.T, tokens).T.contiguous()
 
-        return VocabularyShard(self.tp.index * weight_VD.shape[0], self.words, gather, self.of_row, to_row)
+        return VocabularyShard(self.tp.index * weight_VD.shape[0], self.vocab_size, gather, self.shard_over_cp, to_row)
 
 
 def _in_order(x: Tensor, size: int) -> Tensor:
-    """Per-token values in the order of the row from those in the order of its context-parallel ranks."""
+    """Per-token values in the order of the row, out of those in the order of cp ranks: chunks 0, 2n-1, 1, 2n-2, ..."""
     if size == 1:
         return x
     chunks = x.chunk(2 * size)
     return torch.cat([*chunks[::2], *reversed(chunks[1::2])])
 
 
-ALONE = Spread()
+SINGLE_DEVICE = ParallelContext()

@@ -1,25 +1,27 @@
-"""Fully sharded data parallelism over flat buffers.
+"""Fully sharded data parallelism over flat buffers: when units are gathered, and when their gradients are reduced.
 
-A unit is what is gathered at once: a transformer block, its experts apart, the embedding, the last norm with the head.
-The parameters of a unit are views of one flat buffer, of which every rank of an axis keeps an equal part: fp32 master,
-fp32 gradient and, where the model computes in another dtype, a copy in that. Two buffers take the gathered units in
-turn:
+A unit is the set of parameters that is gathered at once: a transformer block, its experts, the embedding, the last norm
+with the head. The parameters of a unit are views of one flat buffer. Every rank of an axis keeps an equal shard of it:
+fp32 master, fp32 gradient and, where the model computes in another dtype, a copy in that dtype. Two gather buffers hold
+the gathered units in turn, so that unit i computes while unit i + 1 arrives:
 
-    forward    wait for unit i, ask for unit i + 1 (into the buffer of i - 1, which is done), compute i
-    backward   wait for unit i, ask for unit i - 1 (into the buffer of i + 1), send i + 1's gradients off, compute i
+    forward    wait for unit i, start to gather unit i + 1 (into the buffer of i - 1, which is done), compute i
+    backward   wait for unit i, start to gather unit i - 1 (into the buffer of i + 1), reduce the gradients of i + 1,
+               compute i
 
-When a unit's gradients are all there they are copied into a flat fp32 buffer and summed by a reduce-scatter, which has
-the next unit's backward to end; nothing is ever divided, for the losses know their denominator. Gathers and reductions
-have communicators of their own. Small units that are needed from the first operation to the last (a tied embedding, the
-scores of a reward model) stay gathered.
+Once all gradients of a unit exist, they are copied into a flat fp32 buffer and summed by a reduce-scatter, which
+overlaps the backward of the next unit. Nothing is averaged: the losses know their denominator. Gathers and reductions
+have separate communicators. Small units that the whole pass needs (a tied embedding, the scores of a reward model) are
+resident: they stay gathered.
 
-Where tensor-parallel ranks divide matrices, or expert-parallel ones experts, this rank's rows or columns are what its
-flats hold, and the axes of the flats are the ranks that have the same; what every rank of a copy of the model uses with
-tokens of its own is divided over all of them. So each element has one owner, whose gradient is the sum over all tokens,
-and one norm over all owners counts it once.
+With tensor or expert parallelism, the flat buffers hold this rank's rows, columns or experts, and their axis joins the
+ranks that have the same ones. Parameters that every rank of a copy uses with different tokens (norms, routers) are
+sharded over all ranks of the copy. So each element has one owner, its gradient is the sum over all tokens, and a norm
+over all owners counts it once.
 
-Peak memory of a rank: its parts, two gathered units, a unit of gradients in fp32 and one as they come, what stays, and
-the activations (planning/estimate.py adds them up). A parameter whose unit is not gathered reads as NaN.
+Peak memory of a rank: its shards, two gathered units, the gradients of a unit in fp32 and of one in the compute dtype,
+the resident units, and the activations (planning/estimate.py adds them up). A parameter whose unit is not gathered
+reads as NaN.
 """
 
 import weakref
@@ -31,46 +33,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .collectives import all_gather, gathered_rows, reduce_scatter
-from .context import Spread
+from .collectives import all_gather, all_gather_rows
+from .context import ParallelContext
 from .flat_layout import Slot
+from .fsdp_reduce import GradientReducer
 from .fsdp_state import ShardedState
 from .fsdp_units import Flat, Unit, UnitSpec
 from .mesh import Mesh
-from .offload import DONE, Event, Link
-from .shard_spec import Division, as_matrix
+from .offload import Link
+from .shard_spec import Partition, as_matrix
 
 T = TypeVar("T")
 FORWARD, BACKWARD = "forward", "backward"
 
 
 class Sharded(ShardedState):
-    """A module whose parameters are divided over the ranks of a mesh; `parallelize` makes it.
+    """A module whose parameters are sharded over the ranks of a mesh; `parallelize` makes it.
 
     Args:
-        units, divisions, host, link: as in ShardedState.
-        spread: what else the model divides among ranks.   dummy: a pass of the model over a row of no weight, backward
-            too if told so.
-        whole: keep gradients of whole units between the micro-batches of a step, and reduce in the last alone.
+        units, partitions, host, link: as in ShardedState.
+        parallel: the model's tensor, context and expert parallelism.   dummy: runs a forward, and on request a
+            backward, over a pack without weight in the loss.
+        whole: as in GradientReducer.
     Attributes:
-        last: whether the coming backward is the step's last (see `paced`).
-        gathered_bytes, reduced_bytes, replicated_bytes: sizes of the whole buffers of all collectives so far.
+        reducer: of this module's gradients; `lockstep` tells it which backward is the step's last.
+        gathered_bytes, replicated_bytes: full buffer sizes of all collectives so far.
     """
 
     def __init__(
         self, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False,
-        divisions: Mapping[str, Division] | None = None, spread: Spread | None = None,
+        partitions: Mapping[str, Partition] | None = None, parallel: ParallelContext | None = None,
         dummy: Callable[[bool], None] | None = None, link: Link | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(units, mesh, host=host, divisions=divisions, link=link)
-        self.whole, self.spread, self.dummy = whole, spread, dummy
-        self.last, self.gathered_bytes, self.reduced_bytes, self.replicated_bytes = True, 0, 0, 0
+        super().__init__(units, mesh, host=host, partitions=partitions, link=link)
+        self.parallel, self.dummy, self.gathered_bytes, self.replicated_bytes = parallel, dummy, 0, 0
+        every_unit = (*self.units, *self.resident)
+        self.reducer = GradientReducer(
+            every_unit, self.master_dtype, self.device, self._gradient_offload, whole=whole
+        )  # fmt: skip
         self._phase, self._is_gathered = FORWARD, False
-        self._flat: Tensor | None = None
-        self._spare: Tensor | None = None
-        self._spare_sent: Event = DONE
-        self._reducing: tuple[Any, Flat, Tensor | None, Tensor] | None = None
-        # The output of every other unit says when its backward comes.
+        # A gradient hook on the output of every other unit starts its backward. Resident units have no such moment,
+        # and the last unit's backward comes first, so their parameters announce it.
         for unit in (*self.resident, *self.units[-1:]):
             for flat in unit.flats:
                 self._hook_gradients(flat)
@@ -84,13 +87,14 @@ class Sharded(ShardedState):
             for parameter, view in flat.pairs(flat.gradient):
                 parameter.grad = view
             return
-        # Parameters keep their hooks alive: through references to what holds the parameters, nothing would ever go.
-        own, flat_ref = weakref.ref(self), weakref.ref(flat)
+        # Parameters keep their hooks alive. A strong reference back to the engine would be a cycle through autograd,
+        # which the garbage collector cannot see, and the model would never be freed.
+        sharded_ref, flat_ref = weakref.ref(self), weakref.ref(flat)
 
         def hook_of(slot: Slot) -> Callable[[nn.Parameter], None]:
             def hook(parameter: nn.Parameter) -> None:
-                sharded = own()
-                if sharded is not None and sharded.is_divided:
+                sharded = sharded_ref()
+                if sharded is not None and sharded.is_sharded:
                     sharded._start_backward()
                 elif sharded is not None:
                     grad, parameter.grad = parameter.grad, None
@@ -102,16 +106,17 @@ class Sharded(ShardedState):
             parameter.grad = None
             parameter.register_post_accumulate_grad_hook(hook_of(slot))
 
-    # All at once
+    # All units at once
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Every parameter whole and readable inside the block, which takes the model's own size; every rank enters."""
-        if not self.is_divided or self._is_gathered:
+        """Inside the block every parameter is whole and readable, at the memory of the full model; collective."""
+        if not self.is_sharded or self._is_gathered:
             yield
             return
         self.forget()
         works, views = [], []
+        # All gathers start before the first wait, so that they run back to back.
         for unit in (*self.resident, *self.units):
             for flat in unit.flats:
                 whole = torch.empty(flat.layout.size, dtype=flat.dtype, device=self.device)
@@ -122,33 +127,30 @@ class Sharded(ShardedState):
                 work.wait()
         for unit, flat, whole in views:
             unit.attach(
-                [
-                    (p, self._put_together(slot.name, view))
-                    for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)
-                ]
+                [(p, self._assemble(slot.name, view)) for (p, view), slot in zip(flat.pairs(whole), flat.layout.slots)]
             )
-        if self.spread is not None:
-            self.spread.whole = True
+        if self.parallel is not None:
+            self.parallel.is_gathered = True
         self._is_gathered = True
         try:
             yield
         finally:
             self._is_gathered = False
-            if self.spread is not None:
-                self.spread.whole = False
+            if self.parallel is not None:
+                self.parallel.is_gathered = False
             self.forget()
 
-    def _put_together(self, name: str, own: Tensor) -> Tensor:
-        """A whole parameter from what each rank of its axis has."""
-        division = self.divisions.get(name)
-        if division is None or division.axis.size == 1:
-            return own
-        parts, _ = gathered_rows(own.reshape(1, -1), division.axis)
-        whole = own.new_empty(division.shape)
-        matrix = whole.view(as_matrix(division.shape))
-        for index, values in enumerate(parts):
-            for box in division.cut(index).boxes(0, values.numel()):
-                box.inside(matrix).copy_(box.of(values))
+    def _assemble(self, name: str, local: Tensor) -> Tensor:
+        """A whole parameter out of the tp or ep shards of the ranks of its axis."""
+        partition = self.partitions.get(name)
+        if partition is None or partition.axis.size == 1:
+            return local
+        shards, _ = all_gather_rows(local.reshape(1, -1), partition.axis)
+        whole = local.new_empty(partition.shape)
+        matrix = whole.view(as_matrix(partition.shape))
+        for index, values in enumerate(shards):
+            for tile in partition.shard(index).slices(0, values.numel()):
+                tile.inside(matrix).copy_(tile.of(values))
         return whole
 
     # Forward
@@ -159,37 +161,40 @@ class Sharded(ShardedState):
             return
         self._phase = FORWARD
         for unit in self.resident:
-            self._need(unit)
+            self._require_gathered(unit)
 
     def enter(self, unit: Unit) -> None:
-        """A unit's own forward is about to run."""
+        """The forward of a unit is about to run: wait for it, and prefetch the next unit."""
         if self._is_gathered:
             return
-        self._need(unit)
+        self._require_gathered(unit)
+        # A recomputed forward runs in the backward, where the next unit to prefetch is the one before.
         if self._phase is FORWARD and unit.index + 1 < len(self.units):
-            self._ask(self.units[unit.index + 1])
+            self._start_gather(self.units[unit.index + 1])
 
-    def _ask(self, unit: Unit) -> None:
-        """Start to gather a unit, unless its place has it."""
-        place = unit.place
-        if place.owner is unit:
+    def _start_gather(self, unit: Unit) -> None:
+        """Start to gather a unit, unless its buffer already has it."""
+        gather_buffer = unit.gather_buffer
+        if gather_buffer.owner is unit:
             return
-        for work in place.works:
+        # A gather that nobody has waited for may still write into the buffer.
+        for work in gather_buffer.works:
             work.wait()
-        if place.owner is not None:
-            place.owner.detach()
-        place.owner = unit
-        works = [self._gather(whole, flat) for flat, whole in zip(unit.flats, unit.wholes())]
-        place.works = [work for work in works if work is not None]
+        # The former owner is done with its weights; its parameters read as NaN from here on.
+        if gather_buffer.owner is not None:
+            gather_buffer.owner.detach()
+        gather_buffer.owner = unit
+        works = [self._gather(whole, flat) for flat, whole in zip(unit.flats, unit.full_tensors())]
+        gather_buffer.works = [work for work in works if work is not None]
 
-    def _need(self, unit: Unit) -> None:
-        """Have a unit gathered."""
-        if not self.is_divided:
+    def _require_gathered(self, unit: Unit) -> None:
+        """Wait until a unit is gathered, and point its parameters at the buffer."""
+        if not self.is_sharded:
             return
-        self._ask(unit)
-        for work in unit.place.works:
+        self._start_gather(unit)
+        for work in unit.gather_buffer.works:
             work.wait()
-        unit.place.works = []
+        unit.gather_buffer.works = []
         if not unit.attached:
             unit.attach()
 
@@ -204,24 +209,26 @@ class Sharded(ShardedState):
     # Backward
 
     def before_backward(self, unit: Unit, also: Unit | None = None) -> None:
-        """The gradient of a unit's output is there: all units behind it are done.
+        """The gradient of a unit's output has arrived, so the backward of all later units is done.
 
         Args:
-            also: a further unit that the recomputation of this one's block needs.
+            also: a second unit, which the recomputation of this unit's block needs.
         """
         if self._is_gathered:
             return
         self._start_backward()
-        done = [u for u in self.units[unit.index + 1 :] if u.trains and not u.passed]
+        done = [u for u in self.units[unit.index + 1 :] if u.trains and not u.grads_sent]
+        # Gathers are queued before reductions: this unit's backward waits for them, and for no reduction.
         for needed in (unit, also):
             if needed is not None and needed.spec.needs_weights:
-                self._need(needed)
+                self._require_gathered(needed)
+        # With `also`, both buffers hold units that are in use, and there is none to prefetch into.
         if unit.index > 0 and also is None:
             former = self.units[unit.index - 1]
             if former.spec.needs_weights and former.index >= self.first_trained:
-                self._ask(former)
+                self._start_gather(former)
         for u in reversed(done):
-            self._pass(u)
+            self.reducer.send(u)
 
     @property
     def first_trained(self) -> int:
@@ -231,97 +238,23 @@ class Sharded(ShardedState):
     def _start_backward(self) -> None:
         if self._phase is not BACKWARD:
             self._phase = BACKWARD
+            # Autograd calls back when the whole graph is done; the last units have no later hook to send them.
             torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
 
     def end_backward(self) -> None:
-        """Nothing more comes: send what has not been sent, and wait for all of it."""
+        """The backward is over: reduce the gradients that are left, and wait for all reductions."""
         for unit in (*reversed(self.units), *self.resident):
-            if unit.trains and not unit.passed and self.is_divided:
-                self._pass(unit)
-        self._drain()
-        self._flat = self._spare = None
+            if unit.trains and not unit.grads_sent and self.is_sharded:
+                self.reducer.send(unit)
+        self.reducer.wait()
+        self.reducer.release()
         for unit in (*self.units, *self.resident):
-            unit.passed = False
+            unit.grads_sent = False
         self._phase = FORWARD
 
-    def _pass(self, unit: Unit) -> None:
-        """Send a unit's gradients off, unless they wait for the step's last micro-batch."""
-        unit.passed = True
-        self._drain()
-        slopes = unit.slopes or self._room(unit)
-        for flat, whole in zip(unit.flats, slopes):
-            if not flat.trains:
-                continue
-            for parameter, slot in zip(flat.parameters, flat.layout.slots):
-                own = whole[slot.start : slot.stop].view(slot.shape)
-                if parameter.grad is not None:
-                    own.add_(parameter.grad) if unit.slopes else own.copy_(parameter.grad)
-                    parameter.grad = None
-                elif not unit.slopes:
-                    own.zero_()
-            for gap in flat.layout.gaps:
-                whole[gap].zero_()
-        if self.whole and not self.last:
-            unit.slopes = slopes
-            return
-        unit.slopes = []
-        for flat, whole in zip(unit.flats, slopes):
-            if flat.trains:
-                self._reduce(flat, whole)
-
-    def _room(self, unit: Unit) -> list[Tensor]:
-        """For a unit's whole gradients: its own where they stay, otherwise what all units use in turn."""
-        sizes = [flat.layout.size if flat.trains else 0 for flat in unit.flats]
-        options = {"dtype": self.master_dtype, "device": self.device}
-        if self.whole:
-            return list(torch.empty(sum(sizes), **options).split(sizes))
-        if self._flat is None:
-            self._flat = torch.empty(self._largest(lambda flat: flat.layout.size), **options)
-        return list(self._flat[: sum(sizes)].split(sizes))
-
-    def _largest(self, size: Callable[[Flat], int]) -> int:
-        units = (*self.units, *self.resident)
-        return max(sum(size(flat) for flat in unit.flats if flat.trains) for unit in units)
-
-    def _reduce(self, flat: Flat, slopes: Tensor) -> None:
-        if flat.gradient is None:
-            flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
-        direct = flat.fresh and not self.offloads
-        if not direct and self._spare is None:
-            size = self._largest(lambda flat: flat.layout.part)
-            self._spare = torch.empty(size, dtype=self.master_dtype, device=self.device)
-        out = flat.gradient if direct else self._spare[: flat.layout.part]
-        # What was there before has left for host memory.
-        self._spare_sent.wait()
-        work = None
-        if flat.axis.size == 1:
-            out.copy_(slopes)
-        else:
-            self.reduced_bytes += slopes.numel() * slopes.element_size()
-            work = reduce_scatter(out, slopes, group=flat.axis.reduce, async_op=True)
-        self._reducing = work, flat, None if direct else out, slopes
-        if direct:
-            flat.fresh = False
-
-    def _drain(self) -> None:
-        """Wait for the reduction that is under way."""
-        if self._reducing is None:
-            return
-        work, flat, out, _ = self._reducing
-        self._reducing = None
-        if work is not None:
-            work.wait()
-        if out is not None:
-            if self.offloads:
-                flat.landed = (self._landing.store if flat.fresh else self._landing.add)(flat.gradient, out)
-                self._spare_sent = flat.landed
-            else:
-                flat.gradient.copy_(out) if flat.fresh else flat.gradient.add_(out)
-            flat.fresh = False
-
     def idle(self, *, backward: bool) -> None:
-        """Take part in the collectives of a pass without one's own rows; `backward`: of a backward pass too."""
-        if self.is_divided and not self._is_gathered:
+        """Take part in the collectives of a forward, and with `backward` of a backward, without a batch."""
+        if self.is_sharded and not self._is_gathered:
             self.dummy(backward)
 
     # The step
@@ -330,8 +263,8 @@ class Sharded(ShardedState):
         """Begin a step.
 
         Args:
-            multiple: more than one backward will come, though `paced` is not told so: gradients are added up in the
-                master dtype from the first on, which spares the memory of both kinds at once.
+            multiple: more than one backward will come, although `lockstep` does not know: gradients are summed in the
+                master dtype from the first one on, so that buffers of both dtypes never exist at once.
         """
         if self._accumulator is not None:
             self._accumulator.begin(multiple=multiple)
@@ -339,29 +272,30 @@ class Sharded(ShardedState):
             flat.fresh = True
             if self.keeps_gradients:
                 flat.gradient.zero_()
-            elif self.is_divided and not self.offloads:
+            elif self.is_sharded and not self.offloads:
                 flat.gradient = None
         for unit in (*self.units, *self.resident):
-            unit.slopes = []
-            for parameter in (p for flat in unit.flats for p in flat.parameters if self.is_divided):
+            unit.full_grads = []
+            for parameter in (p for flat in unit.flats for p in flat.parameters if self.is_sharded):
                 parameter.grad = None
 
     def expect(self, backwards: int) -> None:
-        """So many backward passes come next."""
+        """Announce the number of backward passes of this step."""
         if self._accumulator is not None and backwards > 1:
             self._accumulator.multiple = True
 
     def finish(self) -> None:
-        """The step's last backward is done: sum the gradients over the copies of the model."""
+        """The step's last backward is done: sum the gradients over the replicas of the model."""
+        # A flat that no backward of this step reached: its buffer may hold old values.
         for flat in self.training:
-            if self.is_divided and flat.fresh:
+            if self.is_sharded and flat.fresh:
                 if flat.gradient is None:
-                    flat.gradient = torch.empty(flat.layout.part, dtype=self.master_dtype, device=self.device)
+                    flat.gradient = torch.empty(flat.layout.shard_size, dtype=self.master_dtype, device=self.device)
                 flat.gradient.zero_()
                 flat.fresh = False
         if self.mesh.replicate.size == 1:
             return
-        for flat, gradient in self._landed():
+        for flat, gradient in self._ready_grads():
             self.replicated_bytes += gradient.nbytes
             if self.offloads:
                 self._sum_over_copies(flat, gradient)
@@ -369,42 +303,44 @@ class Sharded(ShardedState):
                 dist.all_reduce(gradient, group=self.mesh.replicate.group)
 
     def _sum_over_copies(self, flat: Flat, gradient: Tensor) -> None:
-        """The same of a gradient in host memory."""
+        """Sum a gradient in host memory over the replicas, on the device."""
         there = torch.empty_like(gradient, device=self.device)
         self.link.copy(there, gradient).wait()
         dist.all_reduce(there, group=self.mesh.replicate.group)
-        flat.landed = self.link.copy(gradient, there)
+        flat.grad_copied = self.link.copy(gradient, there)
 
 
 def sharded(module: nn.Module) -> Sharded | None:
-    """What `parallelize` made of a module; None for a plain one."""
+    """The engine that `parallelize` attached to a module; None for a plain module."""
     return getattr(module, "_sharded", None)
 
 
-def paced(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T]:
-    """The items, one pass over each module for each; a rank with fewer of them takes part in the others' collectives.
+def lockstep(items: Iterable[T], *modules: nn.Module, backward: bool) -> Iterator[T]:
+    """Yield the items, and keep ranks with fewer of them in step: they run dummy passes for the others' collectives.
 
     Args:
-        backward: whether a pass has a backward.   modules: those that every item runs through, in this order.
+        items: each stands for one pass over every module.   modules: in the order in which a pass runs through them.
+        backward: whether a pass has a backward.
     """
     items = list(items)
-    known = [found for found in map(sharded, modules) if found is not None]
-    for engine in known if backward else ():
+    all_engines = [engine for engine in map(sharded, modules) if engine is not None]
+    for engine in all_engines if backward else ():
         engine.expect(len(items))
-    engines = [engine for engine in known if engine.is_divided]
+    engines = [engine for engine in all_engines if engine.is_sharded]
     if not engines:
         yield from items
         return
     count = torch.tensor([len(items)], device=engines[0].device)
     dist.all_reduce(count, dist.ReduceOp.MAX, group=engines[0].mesh.copy.group)
+    # Every rank runs as many passes as the one with the most items: a missing pass would hang its gathers.
     most = int(count)
     for number in range(most):
         for engine in engines:
-            engine.last = number + 1 == most
+            engine.reducer.is_last_backward = number + 1 == most
         if number < len(items):
             yield items[number]
         else:
             for engine in engines:
                 engine.idle(backward=backward)
     for engine in engines:
-        engine.last = True
+        engine.reducer.is_last_backward = True

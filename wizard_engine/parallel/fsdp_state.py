@@ -1,7 +1,7 @@
-"""What a rank keeps of a sharded module: masters, copies in the compute dtype, gradients, and the flats they stand in.
+"""State of a sharded module on one rank: masters, copies in the compute dtype, gradients, and their flat buffers.
 
-A unit is what is gathered at once; its parameters are views of flat buffers, of which every rank of an axis keeps an
-equal part. When anything is gathered or reduced is the business of fsdp.py.
+A unit is gathered at once. Its parameters are views of flat buffers, of which every rank of an axis keeps an equal
+shard. fsdp.py decides when units are gathered and gradients reduced.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,56 +13,63 @@ from torch import Tensor
 from kernels.grad_norm import grad_norm
 
 from .flat_layout import Layout
-from .fsdp_units import Flat, Place, Unit, UnitSpec, is_absent, merged
+from .fsdp_units import Flat, GatherBuffer, Unit, UnitSpec, is_absent, merged
 from .gradient_accumulation import Accumulator
 from .mesh import Mesh
-from .offload import DirectLink, Landing, Link, StreamLink
-from .shard_spec import Cut, Division
+from .offload import DirectLink, GradientOffload, Link, StreamLink
+from .shard_spec import Partition, ShardSpec
 
 
 class ShardedState:
-    """This rank's parts of the parameters of a module, and numbers into and out of them.
+    """This rank's shards of the parameters of a module, with access to their values.
 
     Args:
-        units: in the order of the forward pass, resident ones anywhere; of parameters as this rank has them.
-        divisions: of the parameters of which each rank of an axis has other rows or columns.
-        host: keep master, gradient and (in the optimizer) moments in host memory.   link: copies between it and the
-            device; None: on a CUDA stream, or none where the device is the host.
+        units: in the order of the forward pass, resident ones anywhere. Their parameters are already local: tp and ep
+            have sharded them.
+        partitions: of the parameters that tp or ep shards.
+        host: keep masters, gradients and (in the optimizer) moments in host memory.   link: copies between host memory
+            and the device; None: a CUDA stream on a GPU, a plain copy on the CPU.
     Attributes:
-        master: this rank's parts of all that trains, end to end, (P,).   training: the flats that it is made of.
-        shapes: of whole parameters.   cuts: what this rank and those that divide it further have of them.
+        master: (P,) this rank's shards of all trained parameters, end to end.   training: the flats that it covers.
+        shapes: of whole parameters.   shard_specs: rows and columns that this rank has, before the flat sharding.
     """
 
     def __init__(
         self, units: Sequence[UnitSpec], mesh: Mesh, *, host: bool = False,
-        divisions: Mapping[str, Division] | None = None, link: Link | None = None,
+        partitions: Mapping[str, Partition] | None = None, link: Link | None = None,
     ) -> None:  # fmt: skip
         self.mesh, self.host = mesh, host
-        self.divisions = dict(divisions or {})
-        self.is_divided = mesh.copy.size > 1
+        self.partitions = dict(partitions or {})
+        self.is_sharded = mesh.copy.size > 1
         first = next(iter(units[0].parameters.values()))
         self.device = first.device
         self.offloads = host and (link is not None or self.device.type == "cuda")
-        if not (self.is_divided or self.offloads):
+        if not (self.is_sharded or self.offloads):
+            # Without gathers there is nothing to overlap: one flat per dtype makes the update one launch.
             units = merged(units)
         self.link = link or (StreamLink(self.device) if self.offloads else DirectLink())
-        self._landing = Landing(self.link, pinned=self.device.type == "cuda") if self.offloads else None
+        self._gradient_offload = (
+            GradientOffload(self.link, pinned=self.device.type == "cuda") if self.offloads else None
+        )
         self.master_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.units, self.resident = self._make_units(units)
         self.flats = [flat for unit in (*self.resident, *self.units) for flat in unit.flats]
         local = {slot.name: slot.shape for flat in self.flats for slot in flat.layout.slots}
-        self.cuts = {n: self.divisions[n].own if n in self.divisions else Cut.whole(s) for n, s in local.items()}
-        self.shapes = {name: cut.shape for name, cut in self.cuts.items()}
+        self.shard_specs = {
+            n: self.partitions[n].local if n in self.partitions else ShardSpec.whole(s) for n, s in local.items()
+        }
+        self.shapes = {name: spec.shape for name, spec in self.shard_specs.items()}
         values = {name: p.detach() for spec in units for name, p in spec.parameters.items()}
         self._allocate()
         for name, value in values.items():
             if not is_absent(value):
-                self._put(name, value)
+                self._load_local(name, value)
 
     # Construction
 
     def _make_units(self, specs: Sequence[UnitSpec]) -> tuple[list[Unit], list[Unit]]:
-        places = Place(), Place()
+        # Two buffers in turn: while one holds the unit that computes, the next unit is gathered into the other.
+        gather_buffers = GatherBuffer(), GatherBuffer()
         rotating: list[Unit] = []
         resident: list[Unit] = []
         for spec in specs:
@@ -70,85 +77,89 @@ class ShardedState:
             flats = []
             for trains in (True, False):
                 named = {n: p for n, p in spec.parameters.items() if p.requires_grad == trains}
+                # Frozen and trained parameters have separate flats: only the latter have masters and gradients.
                 if named:
                     layout = Layout([(n, tuple(p.shape)) for n, p in named.items()], axis.size)
                     ordered = [named[slot.name] for slot in layout.slots]
                     flats.append(Flat(layout, ordered, axis, spec.dtype, trains))
-            stays = spec.resident or not self.is_divided
+            stays = spec.resident or not self.is_sharded
             index = -1 if stays else len(rotating)
-            place = Place() if stays else places[index % 2]
-            (resident if stays else rotating).append(Unit(spec, index, flats, place))
+            gather_buffer = GatherBuffer() if stays else gather_buffers[index % 2]
+            (resident if stays else rotating).append(Unit(spec, index, flats, gather_buffer))
         return rotating, resident
 
     def _allocate(self) -> None:
-        """This rank's parts of all flats; masters of those that train end to end."""
+        """Allocate this rank's shards of all flats; the masters stand end to end in one buffer."""
         storage = torch.device("cpu") if self.host and self.device.type != "meta" else self.device
         pinned = storage.type == "cpu" and self.device.type == "cuda"
         self.training = [flat for flat in self.flats if flat.trains]
-        sizes = [flat.layout.part for flat in self.training]
+        sizes = [flat.layout.shard_size for flat in self.training]
         options = {"dtype": self.master_dtype, "device": storage, "pin_memory": pinned}
         self.master = torch.zeros(sum(sizes), **options)
-        # Gradients of divided models come and go, those of others stay where they are added up.
-        keeps_buffer = self.keeps_gradients or (self.is_divided and self.offloads)
+        # A sharded model on the device allocates each gradient at the first reduction of a step, and frees it after the
+        # step. Gradients in host memory, and those that parameters keep, stay in place.
+        keeps_buffer = self.keeps_gradients or (self.is_sharded and self.offloads)
         gradients = torch.zeros(sum(sizes), **options).split(sizes) if keeps_buffer else [None] * len(sizes)
         for flat, master, gradient in zip(self.training, self.master.split(sizes), gradients):
             flat.master, flat.gradient, flat.weights = master, gradient, master
             if self.offloads and flat.dtype == torch.bfloat16:
-                flat.staged = torch.zeros(flat.layout.part, dtype=flat.dtype, pin_memory=pinned)
+                flat.staged = torch.zeros(flat.layout.shard_size, dtype=flat.dtype, pin_memory=pinned)
         self._accumulator = None
-        if not (self.is_divided or self.keeps_gradients):
-            # The sum over copies of the model is one in the master dtype.
+        if not (self.is_sharded or self.keeps_gradients):
+            # With replicas, the all-reduce sums in the master dtype, so a single gradient must be in it too.
             narrow = self.mesh.replicate.size == 1
             self._accumulator = Accumulator(
-                self.training, self.master_dtype, storage, narrow=narrow, landing=self._landing
+                self.training, self.master_dtype, storage, narrow=narrow, gradient_offload=self._gradient_offload
             )  # fmt: skip
         for flat in self.flats:
             if not flat.trains or self._has_copy(flat):
-                flat.weights = torch.zeros(flat.layout.part, dtype=flat.dtype, device=self.device)
+                flat.weights = torch.zeros(flat.layout.shard_size, dtype=flat.dtype, device=self.device)
 
     @property
     def copies(self) -> list[Tensor]:
-        """This rank's parts in the compute dtype, of what trains and has other masters."""
+        """This rank's shards in the compute dtype, of trained parameters whose masters are separate."""
         return [flat.weights for flat in self.training if self._has_copy(flat)]
 
     def _has_copy(self, flat: Flat) -> bool:
         return flat.dtype != self.master_dtype or self.offloads
 
     def _place_views(self) -> None:
-        """Whole buffers, and every parameter's view in them."""
-        if not self.is_divided:
+        """Allocate the gather buffers, and make every parameter's view in them."""
+        if not self.is_sharded:
             for unit in self.resident:
                 unit.views = [pair for flat in unit.flats for pair in flat.pairs(flat.weights)]
                 unit.attach()
             return
         for unit in (*self.resident, *self.units):
-            unit.place.size = max(unit.place.size, sum(unit.sizes))
+            unit.gather_buffer.size = max(unit.gather_buffer.size, sum(unit.sizes))
         for unit in (*self.resident, *self.units):
-            if unit.place.buffer is None:
-                unit.place.buffer = torch.zeros(unit.place.size, dtype=unit.spec.dtype, device=self.device)
-            unit.views = [pair for flat, whole in zip(unit.flats, unit.wholes()) for pair in flat.pairs(whole)]
+            if unit.gather_buffer.data is None:
+                unit.gather_buffer.data = torch.zeros(
+                    unit.gather_buffer.size, dtype=unit.spec.dtype, device=self.device
+                )
+            unit.views = [pair for flat, whole in zip(unit.flats, unit.full_tensors()) for pair in flat.pairs(whole)]
             unit.detach()
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether parameters keep their own `grad`: nothing is divided or converted."""
-        return not self.is_divided and not any(self._has_copy(flat) for flat in self.flats if flat.trains)
+        """Whether each parameter's `grad` is a view of the flat gradient: nothing is sharded or converted."""
+        return not self.is_sharded and not any(self._has_copy(flat) for flat in self.flats if flat.trains)
 
-    # Numbers in and out
+    # Access to values
 
-    def put(self, name: str, value: Tensor, start: int = 0) -> None:
-        """Take what this rank keeps of elements [start, start + n) of a parameter; `publish` when all are there.
+    def load(self, name: str, value: Tensor, start: int = 0) -> None:
+        """Load this rank's elements out of [start, start + n) of a whole parameter; call `publish` after the last.
 
-        Of one whose matrices are divided over ranks, the elements are all of them.
+        A parameter that tp or ep shards must come whole, in one call.
         """
-        cut = self.cuts[name]
-        if cut.is_whole:
-            self._put(name, value, start)
+        spec = self.shard_specs[name]
+        if spec.is_whole:
+            self._load_local(name, value, start)
         else:
-            self._put(name, cut.of(value.view(cut.shape)))
+            self._load_local(name, spec.of(value.view(spec.shape)))
 
-    def _put(self, name: str, value: Tensor, start: int = 0) -> None:
-        """The same of what this rank and those that divide it further have."""
+    def _load_local(self, name: str, value: Tensor, start: int = 0) -> None:
+        """`load`, of the parameter as tp and ep leave it."""
         values = value.reshape(-1)
         for flat in self.flats:
             for span in flat.spans():
@@ -161,111 +172,112 @@ class ShardedState:
                     target[at : at + last - first].copy_(values[first - start : last - start])
 
     def publish(self) -> None:
-        """Make the masters what the model computes with: after `put`, and after an update without `copy`."""
+        """Copy the masters to the weights that compute: after `load`, and after an update without `copy`."""
         for flat in self.training:
             if self._has_copy(flat):
-                flat.sent.synchronize()
+                flat.weights_copied.synchronize()
                 flat.weights.copy_(flat.master)
         self.forget()
 
     def updated(self) -> None:
-        """The masters have changed, and those copies with them that `segments` gave."""
+        """The optimizer has updated the masters, and the copies that `segments` yielded."""
         for flat in self.training if self.offloads else ():
-            flat.sent.wait()
+            flat.weights_copied.wait()
             if flat.staged is None:
-                # The masters themselves are on their way.
-                flat.sent.synchronize()
+                # Without a staging buffer the copy reads the masters, which the next step overwrites.
+                flat.weights_copied.synchronize()
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is gathered: the parts have changed."""
-        if not self.is_divided:
+        """Drop all gathered weights: the shards have changed."""
+        if not self.is_sharded:
             return
         for unit in (*self.resident, *self.units):
-            for work in unit.place.works:
+            for work in unit.gather_buffer.works:
                 work.wait()
-            unit.place.works = []
-            unit.place.owner = None
+            unit.gather_buffer.works = []
+            unit.gather_buffer.owner = None
             unit.detach()
 
-    def parts(self, buffer: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """(parameter, start, values) in a buffer that stands like `master`: values are elements from start on of what
-        `cuts` says of the parameter."""
+    def shards(self, buffer: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        """(parameter, start, values) of a buffer with the layout of `master`; `start` counts elements of the parameter
+        as `shard_specs` leaves it."""
         at = 0
         for flat in self.training:
             for span in flat.spans():
                 yield span.slot.name, span.start, buffer[at + span.offset : at + span.offset + span.stop - span.start]
-            at += flat.layout.part
+            at += flat.layout.shard_size
 
-    def weight_parts(self, *, exact: bool = True) -> Iterator[tuple[str, int, Tensor]]:
-        """(parameter, start, values) of every parameter, frozen ones too: masters, or (not exact) what computes."""
+    def weight_shards(self, *, exact: bool = True) -> Iterator[tuple[str, int, Tensor]]:
+        """(parameter, start, values) of every parameter, frozen ones too: masters, or (not exact) compute weights."""
         for flat in self.flats:
             source = flat.master if exact and flat.trains else flat.weights
             for span in flat.spans():
                 yield span.slot.name, span.start, source[span.offset : span.offset + span.stop - span.start]
 
     def segments(self) -> Iterator[tuple[slice, Tensor, bool, Tensor | None]]:
-        """(where in `master`, the gradient there, whether of matrices, the copy to write): all that trains.
+        """(slice of `master`, its gradient, whether weight decay applies, the copy to write), over all trained flats.
 
-        From host memory, a flat's new weights leave for the device while the next one is updated.
+        With offload, the new weights of a flat are copied to the device while the next flat is updated.
         """
         at = 0
-        for flat, gradient in self._landed():
-            flat.sent.synchronize()
+        for flat, gradient in self._ready_grads():
+            # The last step's copy to the device must have read the buffer that this update writes.
+            flat.weights_copied.synchronize()
             copy = (flat.staged if self.offloads else flat.weights) if self._has_copy(flat) else None
             first = 0
-            for size, decayed in zip(flat.halves(), (True, False)):
-                own = slice(first, first + size)
+            for size, decayed in zip(flat.decay_split(), (True, False)):
+                where = slice(first, first + size)
                 if size:
-                    there = None if copy is None else copy[own]
-                    yield slice(at + first, at + first + size), gradient[own], decayed, there
+                    there = None if copy is None else copy[where]
+                    yield slice(at + first, at + first + size), gradient[where], decayed, there
                 first += size
             if self.offloads:
-                flat.sent = self.link.copy(flat.weights, flat.master if flat.staged is None else flat.staged)
-            at += flat.layout.part
+                flat.weights_copied = self.link.copy(flat.weights, flat.master if flat.staged is None else flat.staged)
+            at += flat.layout.shard_size
 
     # Gradients
 
-    def _landed(self, *, last_first: bool = False) -> Iterator[tuple[Flat, Tensor]]:
-        """Every flat that trains with its gradient, as soon as that is whole and here."""
+    def _ready_grads(self, *, last_first: bool = False) -> Iterator[tuple[Flat, Tensor]]:
+        """Every trained flat with its gradient, each as soon as it is complete in its memory."""
         for flat in reversed(self.training) if last_first else self.training:
             if self._accumulator is not None:
                 self._accumulator.settle(flat)
             elif self.offloads:
-                self._landing.settle()
-                flat.landed.synchronize()
+                self._gradient_offload.settle()
+                flat.grad_copied.synchronize()
             yield flat, flat.gradient
 
     @property
     def gradients(self) -> list[Tensor]:
-        """This rank's parts of the gradient, of each flat in `training`, between `finish` and `zero_grad`."""
-        return [gradient for _, gradient in self._landed()]
+        """This rank's gradient shards, one per flat in `training`; valid between `finish` and `zero_grad`."""
+        return [gradient for _, gradient in self._ready_grads()]
 
     def gradient(self) -> Tensor:
-        """A copy of them that stands like `master`."""
+        """A copy of the gradient shards with the layout and dtype of `master`."""
         wide = [gradient.to(self.master_dtype) for gradient in self.gradients]
         return torch.cat(wide) if wide else self.master.clone()
 
     def norm(self, buffer: Tensor | None = None) -> Tensor:
-        """() fp64 on the device: Euclidean norm over all ranks of a buffer that stands like `master`; default: of the
-        gradient. Nothing waits for the device, but where the gradient is in host memory."""
+        """() fp64 on the device: Euclidean norm over all ranks of a buffer with the layout of `master`; default: of the
+        gradient. The host waits only for gradients in host memory."""
         if not self.master.numel():
             return torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = grad_norm(self._norm_pieces(buffer), reduce=self._sum_over_copy if self.is_divided else None)
+        norm = grad_norm(self._norm_pieces(buffer), reduce=self._sum_over_copy if self.is_sharded else None)
         return norm.to(self.device, non_blocking=True)
 
     def _norm_pieces(self, buffer: Tensor | None) -> Iterator[Tensor]:
         if buffer is None:
-            # In the order in which they come to host memory.
-            pieces = self._landed(last_first=self.offloads)
+            # The order of the backward is that in which gradients reach host memory.
+            pieces = self._ready_grads(last_first=self.offloads)
         else:
-            pieces = zip(self.training, buffer.split([flat.layout.part for flat in self.training]))
+            pieces = zip(self.training, buffer.split([flat.layout.shard_size for flat in self.training]))
         for flat, piece in pieces:
-            # Chunks of the CPU's sums begin with the matrices and with the vectors.
-            yield from piece.split([n for n in flat.halves() if n]) if piece.device.type == "cpu" else (piece,)
+            # On the CPU the chunks of the sum start anew where the vectors begin.
+            yield from piece.split([n for n in flat.decay_split() if n]) if piece.device.type == "cpu" else (piece,)
 
     def _sum_over_copy(self, total: Tensor) -> None:
-        """Add a sum of squares up over the ranks of a copy of the model: no element is in the parts of two of them."""
+        """All-reduce a sum of squares over the ranks of one copy of the model, where each element has one owner."""
         there = total.to(self.device)
         dist.all_reduce(there, group=self.mesh.copy.group)
         if there is not total:

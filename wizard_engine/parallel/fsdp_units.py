@@ -1,4 +1,4 @@
-"""What is gathered at once and what a rank keeps of it: units, their flat tensors, the places they take in turn."""
+"""Units of FSDP: what is gathered at once, its flat tensors, and the buffers that units take in turn."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from .offload import DONE, Event
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """What is gathered at once.
+    """Parameters that are gathered at once.
 
     Attributes:
-        name: for messages.   parameters: name -> parameter.   dtype: what it computes in.
-        over: the axis of the mesh whose ranks divide it and add up its gradients: `shard`; `copy` where every rank of a
-            copy has tokens of its own for it; `efsdp` of experts.
-        resident: stays gathered.   needs_weights: its backward reads them.
+        name: for messages.   parameters: name -> parameter.   dtype: of the computation.
+        over: the axis of the mesh that shards the unit and sums its gradients: `shard`; `copy` for parameters that
+            every rank of a copy uses with different tokens; `efsdp` for experts.
+        resident: stays gathered.   needs_weights: the backward reads the weights.
     """
 
     name: str
@@ -33,13 +33,16 @@ class UnitSpec:
 
 @dataclass
 class Flat:
-    """The parameters of a unit that train, or those that do not, as one flat tensor divided over an axis.
+    """The trained parameters of a unit, or its frozen ones, as one flat tensor sharded over an axis.
 
-    weights: this rank's part in the compute dtype.   master: in the master dtype, of those that train.
-    gradient: in the master dtype, or on one device that of the weights (see accumulate.py); that of a divided one takes
-    memory from its first reduction of a step to the next step.   fresh: the next reduction is the first of the step.
-    arrived: parameters with a gradient in this step, on one device.   staged: weights in host memory, on their way to
-    the device.   landed, sent: events of the last copies of gradients to host memory, and of weights from there.
+    Attributes:
+        weights: this rank's shard in the compute dtype.   master: in the master dtype, of trained parameters.
+        gradient: in the master dtype; on one device maybe in that of the weights (see gradient_accumulation.py). A
+            sharded one exists from the first reduction of a step until the next step.
+        fresh: the next reduction is the first of the step.   arrived: parameters with a gradient in this step, on one
+            device.
+        staged: new weights in host memory, to be copied to the device.   grad_copied, weights_copied: events of the
+            last copies of gradients to host memory, and of weights from there.
     """
 
     layout: Layout
@@ -53,11 +56,11 @@ class Flat:
     fresh: bool = True
     arrived: set[str] = field(default_factory=set)
     staged: Tensor | None = None
-    landed: Event = DONE
-    sent: Event = DONE
+    grad_copied: Event = DONE
+    weights_copied: Event = DONE
 
     def spans(self) -> Iterator[Span]:
-        """This rank's part of each parameter."""
+        """This rank's range of each parameter."""
         return self.layout.spans(self.axis.index)
 
     def pairs(self, whole: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -65,71 +68,73 @@ class Flat:
         views = self.layout.views(whole)
         return [(parameter, views[slot.name]) for parameter, slot in zip(self.parameters, self.layout.slots)]
 
-    def halves(self) -> tuple[int, int]:
-        """Elements of this rank's part that belong to matrices, and to vectors."""
+    def decay_split(self) -> tuple[int, int]:
+        """Elements of this rank's shard in matrices, which decay, and in vectors, which do not."""
         matrices = self.layout.decayed(self.axis.index)
-        return matrices, self.layout.part - matrices
+        return matrices, self.layout.shard_size - matrices
 
 
-class Place:
-    """A buffer for whole units in turn, who has it, and what still moves into it."""
+class GatherBuffer:
+    """A buffer that units take in turn: its memory, its owner, and the gathers in flight into it."""
 
     def __init__(self) -> None:
-        self.buffer: Tensor | None = None
+        self.data: Tensor | None = None
         self.size = 0
         self.owner: Unit | None = None
         self.works: list[Any] = []
 
 
 class Unit:
-    """A unit at work: its flats, the place that it takes, and whether its gradients are on their way.
+    """A unit at run time: its flats, its gather buffer, and the state of its gradients.
 
-    slopes: whole gradients that wait for the step's last micro-batch.
+    Attributes:
+        full_grads: unreduced gradients that wait for the step's last micro-batch.   attached: its parameters point at
+            gathered weights.   grads_sent: this backward has started to reduce its gradients.
     """
 
-    def __init__(self, spec: UnitSpec, index: int, flats: list[Flat], place: Place) -> None:
-        self.spec, self.index, self.flats, self.place = spec, index, flats, place
+    def __init__(self, spec: UnitSpec, index: int, flats: list[Flat], gather_buffer: GatherBuffer) -> None:
+        self.spec, self.index, self.flats, self.gather_buffer = spec, index, flats, gather_buffer
         self.trains = any(flat.trains for flat in flats)
         self.views: list[tuple[nn.Parameter, Tensor]] = []
-        self.slopes: list[Tensor] = []
-        self.attached, self.passed = False, False
+        self.full_grads: list[Tensor] = []
+        self.attached, self.grads_sent = False, False
         self.absent = [(p, _absent(p, spec.dtype, p.device)) for flat in flats for p in flat.parameters]
 
     @property
     def sizes(self) -> list[int]:
-        """Elements of its place for each flat; none for one that is this rank's alone, used where it stands."""
+        """Elements of the gather buffer for each flat; 0 for an unsharded flat, which is used in place."""
         return [flat.layout.size if flat.axis.size > 1 else 0 for flat in self.flats]
 
-    def wholes(self) -> list[Tensor]:
-        """Whole flat tensors, those in the place to be gathered into."""
-        rooms = self.place.buffer[: sum(self.sizes)].split(self.sizes)
-        return [room if flat.axis.size > 1 else flat.weights for flat, room in zip(self.flats, rooms)]
+    def full_tensors(self) -> list[Tensor]:
+        """Full flat tensors: views of the gather buffer, or the weights of an unsharded flat."""
+        buffers = self.gather_buffer.data[: sum(self.sizes)].split(self.sizes)
+        return [buffer if flat.axis.size > 1 else flat.weights for flat, buffer in zip(self.flats, buffers)]
 
     def attach(self, views: Iterable[tuple[nn.Parameter, Tensor]] | None = None) -> None:
-        """Point the parameters at gathered numbers."""
+        """Point the parameters at gathered weights."""
         for parameter, view in self.views if views is None else views:
             parameter.data = view
         self.attached = True
 
     def detach(self) -> None:
-        """Point them at NaN of their shape, which takes no memory."""
+        """Point the parameters at NaN of their shape, so that a use without a gather shows; takes no memory."""
         for parameter, nothing in self.absent:
             parameter.data = nothing
         self.attached = False
 
 
 def _absent(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """NaN of a parameter's shape, one of them in memory."""
+    """NaN of a parameter's shape: one element in memory, expanded."""
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(parameter.shape)
 
 
 def is_absent(tensor: Tensor) -> bool:
-    """Whether a parameter stands for numbers that are not there: several elements, one of them in memory."""
+    """Whether a parameter is a placeholder for weights that are not in memory (see `_absent`)."""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def materialised(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with its parameters on the meta device replaced by absent ones on a device, in place."""
+    """Replace a module's parameters on the meta device by placeholders on a device, in place; returns the module."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta and device.type != "meta":
             owner, _, leaf = name.rpartition(".")
@@ -139,7 +144,7 @@ def materialised(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def merged(units: Sequence[UnitSpec]) -> list[UnitSpec]:
-    """One unit per dtype: where nothing is gathered, the fewer buffers the better."""
+    """One unit per dtype, for models without gathers: fewer buffers mean fewer launches."""
     dtypes = dict.fromkeys(unit.dtype for unit in units)
     return [
         UnitSpec(

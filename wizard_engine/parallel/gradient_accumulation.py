@@ -1,8 +1,8 @@
-"""Gradients of a model that is on one device: what autograd gives, parameter by parameter, in one buffer per flat.
+"""Gradient accumulation of an unsharded model: autograd's gradients, parameter by parameter, in one buffer per flat.
 
-The first gradient of a step is copied into the buffer in the dtype that it came in. Only where a second one is added is
-the buffer fp32: the first is converted, which is exact, so the sum is that of fp32 from the start. A step of one
-micro-batch thus has 2 bytes of gradient a parameter in bf16, and no pass that clears them.
+The first gradient of a step is copied into the buffer in its own dtype. Only a second one makes the buffer fp32: the
+first is converted, which is exact, so the sum equals one in fp32 from the start. A step of one micro-batch thus takes 2
+bytes of gradient a parameter in bf16, and no pass that clears the buffer.
 """
 
 from collections.abc import Iterable
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from .flat_layout import Slot
 from .fsdp_units import Flat
-from .offload import Landing
+from .offload import GradientOffload
 
 
 class Accumulator:
     """The gradient buffers of a step.
 
     Args:
-        flats: those that train.   wide: dtype of sums.   device: of the buffers.
-        narrow: whether a single gradient may stay in the dtype that it came in.
-        landing: moves gradients to buffers in host memory; None: they are on the device.
+        flats: trained ones.   wide: dtype of sums.   device: of the buffers.
+        narrow: whether a single gradient may stay in its own dtype.
+        gradient_offload: moves gradients to buffers in host memory; None: the buffers are on the device.
     Attributes:
         multiple: whether a further backward of this step is known to come.
     """
 
     def __init__(
         self, flats: Iterable[Flat], wide: torch.dtype, device: torch.device, *, narrow: bool,
-        landing: Landing | None = None,
+        gradient_offload: GradientOffload | None = None,
     ) -> None:  # fmt: skip
         self.flats, self.wide, self.device, self.narrow = list(flats), wide, device, narrow
-        self.landing, self.multiple = landing, False
+        self.gradient_offload, self.multiple = gradient_offload, False
 
     def begin(self, *, multiple: bool) -> None:
         """A step starts."""
@@ -40,30 +40,33 @@ class Accumulator:
             flat.arrived.clear()
 
     def add(self, flat: Flat, slot: Slot, grad: Tensor) -> None:
-        """The gradient of a parameter after a backward."""
+        """Add the gradient of one parameter after a backward."""
         again = slot.name in flat.arrived
-        own = self._buffer(flat, again)[slot.start : slot.stop].view(slot.shape)
+        view = self._buffer(flat, again)[slot.start : slot.stop].view(slot.shape)
         flat.arrived.add(slot.name)
-        if self.landing is not None:
-            flat.landed = self.landing.add(own, grad) if again else self.landing.store(own, grad)
+        if self.gradient_offload is not None:
+            flat.grad_copied = (
+                self.gradient_offload.add(view, grad) if again else self.gradient_offload.store(view, grad)
+            )
         else:
-            own.add_(grad) if again else own.copy_(grad)
+            view.add_(grad) if again else view.copy_(grad)
 
     def _buffer(self, flat: Flat, again: bool) -> Tensor:
         dtype = flat.dtype if self.narrow and not self.multiple else self.wide
         if flat.gradient is None or (not flat.arrived and flat.gradient.dtype != dtype):
-            # The old one goes first.
+            # Free the old buffer before the new one is allocated, so that they are never there together.
             flat.gradient = None
             flat.gradient = self._zeros(flat, dtype)
         elif again and flat.gradient.dtype != self.wide:
+            # The second gradient of a step: widen what has arrived, which is exact.
             self._wait(flat)
             flat.gradient = self._zeros(flat, self.wide).copy_(flat.gradient)
         return flat.gradient
 
     def _zeros(self, flat: Flat, dtype: torch.dtype) -> Tensor:
-        """Zeros, which gaps between parameters stay."""
-        pinned = self.landing is not None and self.landing.pinned
-        return torch.zeros(flat.layout.part, dtype=dtype, device=self.device, pin_memory=pinned)
+        """A buffer of zeros; the gaps between parameters stay zero, so that norms may read them."""
+        pinned = self.gradient_offload is not None and self.gradient_offload.pinned
+        return torch.zeros(flat.layout.shard_size, dtype=dtype, device=self.device, pin_memory=pinned)
 
     def settle(self, flat: Flat) -> Tensor:
         """The buffer of a flat, zero where no gradient has come."""
@@ -79,7 +82,7 @@ class Accumulator:
         return flat.gradient
 
     def _wait(self, flat: Flat) -> None:
-        """Until what goes to a flat's buffer in host memory is there."""
-        if self.landing is not None:
-            self.landing.settle()
-            flat.landed.synchronize()
+        """Wait until all copies and additions to a flat's buffer in host memory are done."""
+        if self.gradient_offload is not None:
+            self.gradient_offload.settle()
+            flat.grad_copied.synchronize()

@@ -1,9 +1,10 @@
-"""The mesh of ranks, and the only place that makes process groups.
+"""The mesh of ranks. Process groups are made here only.
 
-Dense parameters see the ranks as dp_replicate x dp_shard x cp x tp, the last varying fastest; experts see the same
-ranks as dp_replicate x efsdp x ep, with efsdp ep = dp_shard cp tp. What stands last stays among neighbours.
+For dense parameters the ranks form dp_replicate x dp_shard x cp x tp, the last varying fastest. For experts the same
+ranks form dp_replicate x efsdp x ep, with efsdp ep = dp_shard cp tp. The last axis joins neighbouring ranks, which have
+the fastest links.
 
-Ranks that differ in cp and tp alone have the same packed rows, and each its own tokens of them.
+Ranks that differ in cp and tp alone have the same packed rows, each with different tokens of them.
 """
 
 import datetime
@@ -19,7 +20,7 @@ from wizard_engine.runtime.process import Runtime
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """How the ranks are divided; of --mesh.dp-replicate and --mesh.dp-shard, what is left out takes the rest."""
+    """Sizes of the mesh axes. If --mesh.dp-replicate or --mesh.dp-shard is not set, it takes the remaining ranks."""
 
     dp_replicate: int | None = None
     """Copies of the sharded model; default 1, or what --mesh.dp-shard leaves."""
@@ -40,9 +41,9 @@ class Axis:
     """One axis of the mesh as this rank sees it.
 
     Attributes:
-        size, index: ranks along the axis, and which of them this is.   ranks: theirs in the world.
-        group: for gathering (None where the axis has one rank).   reduce: the same ranks behind a communicator of its
-            own, so that a gather does not wait for a reduction.
+        size, index: ranks along the axis, and which of them this is.   ranks: their ranks in the world.
+        group: for gathers (None where the axis has one rank).   reduce: the same ranks with a second communicator, so
+            that a gather does not wait for a reduction.
     """
 
     size: int = 1
@@ -54,12 +55,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands among all, and its groups.
+    """This rank's position on every axis, with the process groups.
 
-    shard: ranks that divide a rank's matrices further (dp_shard and cp).   replicate: ranks that hold the same part of
-    each copy of the model.   tp: ranks that divide each matrix.   cp: ranks that divide the tokens of a row.
-    row: both; ranks with the same rows.   copy: all ranks of one copy.   efsdp, ep: of the experts.
-    data: ranks with rows of their own (dp_replicate and dp_shard).
+    shard: FSDP of dense parameters (dp_shard and cp).   replicate: ranks with the same shard of different replicas.
+    tp: tensor parallelism.   cp: context parallelism.   row: cp and tp; ranks with the same packed rows.
+    copy: all ranks of one replica of the model.   efsdp, ep: FSDP and expert parallelism of the experts.
+    data: ranks with different packed rows (dp_replicate and dp_shard).
     """
 
     device: torch.device
@@ -84,8 +85,8 @@ class Mesh:
         )
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank counts its rows, which others may have too."""
+    def is_row_leader(self) -> bool:
+        """Whether this rank is the first of those with the same packed rows, and counts them in sums over ranks."""
         return self.row.index == 0
 
 
@@ -145,13 +146,13 @@ def resolve(options: MeshOptions, world_size: int) -> MeshShape:
             )
     if replicate is None:
         replicate = 1 if shard is None else left // shard
-    found = MeshShape(replicate, left // replicate, options.cp, options.tp, options.ep)
-    if found.copy % options.ep:
+    shape = MeshShape(replicate, left // replicate, options.cp, options.tp, options.ep)
+    if shape.copy % options.ep:
         raise ValueError(
-            f"mesh.ep must divide dp_shard x cp x tp: ep={options.ep}, dp_shard x cp x tp = {found.copy}; choose from "
-            f"{divisors(found.copy)}"
+            f"mesh.ep must divide dp_shard x cp x tp: ep={options.ep}, dp_shard x cp x tp = {shape.copy}; choose from "
+            f"{divisors(shape.copy)}"
         )
-    return found
+    return shape
 
 
 def divisors(number: int) -> list[int]:
@@ -182,21 +183,24 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
 
     def axis(shape: tuple[int, ...], *axes: int, purposes: tuple[str, ...] = ()) -> Axis:
         groups = lines(shape, axes)
-        own = next(ranks for ranks in groups if runtime.rank in ranks)
-        if len(own) == 1:
-            return Axis(ranks=own)
+        group_ranks = next(ranks for ranks in groups if runtime.rank in ranks)
+        if len(group_ranks) == 1:
+            return Axis(ranks=group_ranks)
 
         def of(purpose: str) -> dist.ProcessGroup:
-            # Its own ranks alone make a group, all of them in one order; those of the same ranks and purpose once.
-            if (own, purpose) not in made:
-                world = purpose == "gather" and len(own) == runtime.world_size
+            # Only members create a group (local synchronization), all in the same order. Axes with the same ranks and
+            # purpose share one communicator.
+            if (group_ranks, purpose) not in made:
+                world = purpose == "gather" and len(group_ranks) == runtime.world_size
                 local = {"timeout": timeout, "use_local_synchronization": True}
-                made[own, purpose] = dist.group.WORLD if world else dist.new_group(list(own), **local)
-            return made[own, purpose]
+                made[group_ranks, purpose] = dist.group.WORLD if world else dist.new_group(list(group_ranks), **local)
+            return made[group_ranks, purpose]
 
-        return Axis(len(own), own.index(runtime.rank), own, *(of(purpose) for purpose in purposes))
+        return Axis(
+            len(group_ranks), group_ranks.index(runtime.rank), group_ranks, *(of(purpose) for purpose in purposes)
+        )
 
-    # What moves tokens does not wait for what moves parameters.
+    # Separate communicators: a collective of tokens must not queue behind one of parameters.
     parameters, tokens = ("gather", "reduce"), ("tokens",)
     return Mesh(
         device=runtime.device, rank=runtime.rank, world_size=runtime.world_size,

@@ -1,4 +1,4 @@
-"""From a model written for one device to one that a mesh of ranks computes: the order of the transformations."""
+"""Turns a model written for one device into one that a mesh of ranks computes: the transformations, in order."""
 
 import weakref
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .context import Spread
+from .context import ParallelContext
 from .fsdp import Sharded, sharded
 from .fsdp_units import Unit, UnitSpec, materialised
 from .mesh import Mesh, divisors
 from .recompute import ActivationOffload, recompute_block
-from .shard_spec import Division
+from .shard_spec import Partition
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """What each rank keeps of a model, in which precision, and what it computes again or keeps in host memory."""
+    """Precision, activation recomputation, gradient accumulation and offload of a sharded model."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in and gathers; master weights, gradients and moments are fp32. auto: bf16 on GPUs."""
@@ -41,17 +41,17 @@ def compute_dtype(sharding: Sharding, device: torch.device) -> torch.dtype:
 
 
 def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) -> nn.Module:
-    """The model with its parameters divided over the mesh, in place; `sharded(model)` is what divides them.
+    """Shard a model's parameters over a mesh, in place; returns the model, and `sharded(model)` is its engine.
 
-    Matrices are divided over tp and experts over ep first, then what each rank has of them over the ranks that have
-    the same. A model with numbers gives each rank its part of them, and they must be the same on every rank. One on the
-    meta device waits for `Sharded.put` and `publish`. Parameters in float64 compute in float64.
+    Matrices are sharded over tp and experts over ep first, then the result over the ranks that have the same one. A
+    model with weights must have the same ones on every rank. A model on the meta device gets its weights by
+    `Sharded.load` and `publish`. Parameters in float64 compute in float64.
 
     Args:
         model: Transformer or ScoringModel: `blocks`, `embedding`, `norm`, `head`, maybe as `body` of a larger module.
     Raises:
-        ValueError: heads, words, widths or experts that the mesh does not divide evenly, or a model that is divided
-            already.
+        ValueError: the mesh does not divide heads, vocabulary, widths or experts evenly, or the model is already
+            sharded.
     """
     sharding = sharding or Sharding()
     if getattr(model, "_sharded", None) is not None:
@@ -60,17 +60,19 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     blocks = getattr(body, "blocks", ())
     if mesh.copy.size > 1 and not blocks:
         raise ValueError(f"model: expected one with blocks to divide over {mesh.copy.size} ranks, got {type(model)}")
-    divisions = divide(model, body, mesh) if blocks else {}
+    partitions = shard_parameters(model, body, mesh) if blocks else {}
     materialised(model, mesh.device)
     dtype = compute_dtype(sharding, mesh.device)
     if next(model.parameters()).dtype == torch.float64:
         dtype = torch.float64
-    spread = None
+    parallel = None
     if mesh.row.size > 1 or mesh.ep.size > 1:
-        spread = Spread.over(mesh, body.config.vocab_size, keeps_tokens=sharding.recompute == "none")
+        parallel = ParallelContext.from_mesh(
+            mesh, body.config.vocab_size, regather_in_backward=sharding.recompute == "none"
+        )
         for module in body.modules():
-            if hasattr(module, "spread"):
-                module.spread = spread
+            if hasattr(module, "parallel"):
+                module.parallel = parallel
     for block in blocks:
         recompute_block(block, sharding.recompute)
     if blocks:
@@ -78,11 +80,11 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     else:
         specs = [UnitSpec("all", dict(model.named_parameters()), dtype)]
     engine = Sharded(
-        specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer, divisions=divisions,
-        spread=spread, dummy=_dummy_pass(model),
+        specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer, partitions=partitions,
+        parallel=parallel, dummy=_dummy_pass(model),
     )  # fmt: skip
     model._sharded = engine
-    if engine.is_divided:
+    if engine.is_sharded:
         _hook(engine, body, recomputes=sharding.recompute == "full")
     if sharding.offload_activations:
         offload = ActivationOffload(engine.device, _weight_test(engine))
@@ -92,40 +94,40 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     return model
 
 
-def divisions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Division]:
-    """Parameter -> how tp and ep divide it, of those that they divide.
+def partitions_of(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
+    """Parameter -> its partition, of the parameters that tp or ep shards.
 
     Raises:
-        ValueError: what the mesh does not divide evenly; names the choices that it would.
+        ValueError: the mesh does not divide a size evenly; names the sizes that would.
     """
     config, tp, ep = body.config, mesh.tp, mesh.ep
     inner, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, Division] = {}
+    partitions: dict[str, Partition] = {}
 
-    def divide(parameter: nn.Parameter, axis: Any, *blocks: int) -> None:
-        found[names[id(parameter)]] = Division(tuple(parameter.shape), blocks, axis)
+    def shard(parameter: nn.Parameter, axis: Any, *blocks: int) -> None:
+        partitions[names[id(parameter)]] = Partition(tuple(parameter.shape), blocks, axis)
 
     if ep.size > 1 and config.experts:
         _check_divides("ep", ep.size, experts=config.experts)
         for block in body.blocks:
             experts = block.feed_forward.experts
             for weight in (experts.gate_up, experts.down):
-                divide(weight, ep, weight.shape[0] * weight.shape[1])
+                shard(weight, ep, weight.shape[0] * weight.shape[1])
     if tp.size > 1:
         _check_divides("tp", tp.size, heads=config.heads, kv_heads=config.kv_heads, vocab_size=config.vocab_size)
         if not config.experts:
             _check_divides("tp", tp.size, ffn_width=config.ffn_width)
-        divide(body.embedding.weight, tp, config.vocab_size)
+        shard(body.embedding.weight, tp, config.vocab_size)
         if body.head is not None:
-            divide(body.head.weight, tp, config.vocab_size)
+            shard(body.head.weight, tp, config.vocab_size)
         for block in body.blocks:
-            divide(block.attention.qkv.weight, tp, inner, kv_width, kv_width)
-            divide(block.attention.out.weight, tp)
+            shard(block.attention.qkv.weight, tp, inner, kv_width, kv_width)
+            shard(block.attention.out.weight, tp)
             if not config.experts:
-                divide(block.feed_forward.gate_up.weight, tp, config.ffn_width, config.ffn_width)
-                divide(block.feed_forward.down.weight, tp)
-    return found
+                shard(block.feed_forward.gate_up.weight, tp, config.ffn_width, config.ffn_width)
+                shard(block.feed_forward.down.weight, tp)
+    return partitions
 
 
 def _check_divides(name: str, size: int, **numbers: int) -> None:
@@ -136,28 +138,28 @@ def _check_divides(name: str, size: int, **numbers: int) -> None:
             )
 
 
-def divide(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Division]:
-    """Leave this rank's rows and columns of the parameters that tp and ep divide, in place; how they are divided."""
-    found = divisions_of(model, body, mesh)
-    for name, division in found.items():
+def shard_parameters(model: nn.Module, body: nn.Module, mesh: Mesh) -> dict[str, Partition]:
+    """Replace the parameters that tp and ep shard by this rank's rows and columns, in place; returns the partitions."""
+    partitions = partitions_of(model, body, mesh)
+    for name, partition in partitions.items():
         owner, _, leaf = name.rpartition(".")
         old = model.get_parameter(name)
-        cut = division.own
-        own = old.new_empty(cut.local_shape) if old.is_meta else cut.of(old.detach())
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=old.requires_grad))
-    return found
+        spec = partition.local
+        values = old.new_empty(spec.local_shape) if old.is_meta else spec.of(old.detach())
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=old.requires_grad))
+    return partitions
 
 
 def _dummy_pass(model: nn.Module) -> Callable[[bool], None]:
-    """A forward of the model over a row of one token, and a backward of nothing: the collectives of a real pass."""
-    own = weakref.ref(model)
+    """A forward over one token, and a backward of zeros: all collectives of a real pass, without an effect."""
+    module_ref = weakref.ref(model)
 
     def run(backward: bool) -> None:
-        found = own()
-        device = sharded(found).device
+        module = module_ref()
+        device = sharded(module).device
         token, marks = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([0, 1], dtype=torch.int32)
         with torch.set_grad_enabled(backward):
-            out = found(token, token, marks.to(device), 1)
+            out = module(token, token, marks.to(device), 1)
         if out.requires_grad:
             out.backward(torch.zeros_like(out))
 
@@ -168,7 +170,8 @@ def unit_specs(model: nn.Module, body: nn.Module, dtype: torch.dtype, *, apart: 
     """Units in the order of the forward pass.
 
     Args:
-        apart: norms and routers in a unit of their own, for every rank has tokens of its own for them.
+        apart: put norms and routers in a separate unit: with tp, every rank applies them to different tokens, so their
+            gradients are summed over more ranks than those of the matrices.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     of_tokens = (
@@ -197,52 +200,54 @@ def unit_specs(model: nn.Module, body: nn.Module, dtype: torch.dtype, *, apart: 
     known = {name for unit in units for name in unit.parameters}
     rest = {name: p for name, p in model.named_parameters() if name not in known}
     if rest:
-        # Scores compute in fp32.
+        # Scoring heads compute in fp32.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         units.append(UnitSpec("scores", rest, wide, over="copy", resident=True))
     return units
 
 
 def _is_of_tokens(module: nn.Module) -> bool:
-    """Whether a module works on the tokens of the residual stream one by one: norms (one vector) and routers."""
+    """Whether a module works on single tokens of the residual stream: norms (one vector) and routers."""
     return [p.dim() for p in module.parameters(recurse=False)] == [1] or getattr(module, "is_router", False)
 
 
 def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
-    """Tell the engine when each unit's forward and backward come."""
-    own = weakref.ref(engine)
+    """Register the hooks that tell the engine when each unit's forward and backward start."""
+    engine_ref = weakref.ref(engine)
     by_name = {unit.spec.name: unit for unit in engine.units}
 
     def before(unit: Unit | None):
         def hook(module: nn.Module, args: Any) -> None:
-            found = own()
-            if found is None:
+            state = engine_ref()
+            if state is None:
                 return
             if unit is None:
-                found.begin()
+                state.begin()
             else:
-                found.enter(unit)
+                state.enter(unit)
 
         return hook
 
     def watch(tensor: Tensor, unit: Unit, also: Unit | None = None) -> None:
         if torch.is_grad_enabled() and tensor.requires_grad:
-            tensor.register_hook(lambda _: own().before_backward(unit, also))
+            tensor.register_hook(lambda _: engine_ref().before_backward(unit, also))
 
     def after(unit: Unit, also: Unit | None = None):
         def hook(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
-            # Of a block: what it adds to the stream, whose gradient comes with that of the stream, from one node.
+            # A block returns the stream and the delta. The next block adds both in one node, so their gradients arrive
+            # together.
             watch(output if isinstance(output, Tensor) else output[1], unit, also)
 
         return hook
 
     def before_experts(unit: Unit, router: Unit):
         def hook(module: nn.Module, args: Any) -> None:
-            found = own()
-            if found is None:
+            state = engine_ref()
+            if state is None:
                 return
-            found.enter(unit)
-            # Their gradient is the last thing that the experts give back, and the router's backward comes next.
+            state.enter(unit)
+            # The gradient of the gates is the last result of the experts' backward; the router's backward follows, and
+            # needs the dense unit.
             watch(args[1].gates, router)
 
         return hook
@@ -267,8 +272,8 @@ def _hook(engine: Sharded, body: nn.Module, *, recomputes: bool) -> None:
 
 
 def _weight_test(engine: Sharded):
-    """Whether a tensor's memory holds gathered or resident parameters."""
-    buffers = [unit.place.buffer for unit in (*engine.units, *engine.resident)]
-    places = {buffer.untyped_storage().data_ptr() for buffer in buffers if buffer is not None}
-    places |= {flat.weights.untyped_storage().data_ptr() for flat in engine.flats}
-    return lambda tensor: tensor.untyped_storage().data_ptr() in places
+    """A function that tells whether a tensor's memory holds gathered or resident parameters."""
+    buffers = [unit.gather_buffer.data for unit in (*engine.units, *engine.resident)]
+    storages = {buffer.untyped_storage().data_ptr() for buffer in buffers if buffer is not None}
+    storages |= {flat.weights.untyped_storage().data_ptr() for flat in engine.flats}
+    return lambda tensor: tensor.untyped_storage().data_ptr() in storages

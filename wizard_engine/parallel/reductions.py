@@ -22,17 +22,17 @@ def sum_over_ranks(numbers: dict[str, float], device: torch.device | str = "cpu"
 
 
 def sum_over_rows(numbers: dict[str, float], mesh: Mesh, **flags: bool) -> dict[str, float]:
-    """Each number summed in float64 over the ranks with rows of their own: of those that share rows, one counts.
+    """Each number summed in float64 over the data ranks: of the ranks that share packed rows, the leader counts.
 
     Args:
         flags: summed over all ranks, in the same collective.
     """
-    own = {name: float(x) if mesh.speaks else 0.0 for name, x in numbers.items()}
-    return sum_over_ranks(own | {name: float(flag) for name, flag in flags.items()}, mesh.device)
+    counted = {name: float(x) if mesh.is_row_leader else 0.0 for name, x in numbers.items()}
+    return sum_over_ranks(counted | {name: float(flag) for name, flag in flags.items()}, mesh.device)
 
 
 def pack(numbers: Iterable[Tensor | float], device: torch.device) -> Tensor:
-    """(N,) fp64 on a device: numbers of the host and tensors there, flattened end to end, without a wait for it."""
+    """(N,) fp64 on a device: host numbers and device tensors, flattened end to end; the host does not wait."""
     numbers = list(numbers)
     host = from_host([0.0 if isinstance(x, Tensor) else float(x) for x in numbers], torch.float64, device)
     pieces = [x.detach().reshape(-1) if isinstance(x, Tensor) else host[i : i + 1] for i, x in enumerate(numbers)]
@@ -40,13 +40,13 @@ def pack(numbers: Iterable[Tensor | float], device: torch.device) -> Tensor:
 
 
 def pack_over_rows(numbers: Mapping[str, Tensor | float], mesh: Mesh, *everywhere: Tensor | float) -> Tensor:
-    """(N,) fp64 on the device: each number summed over the ranks with rows of their own, in the order of the mapping,
-    the same on every rank; without a wait for the device.
+    """(N,) fp64 on the device, the same on every rank: each number summed over the data ranks, in the order of the
+    mapping. The host does not wait.
 
     Args:
-        everywhere: summed over all ranks, in the same collective; they stand behind the numbers.
+        everywhere: summed over all ranks, in the same collective; they follow the numbers.
     """
-    packed = pack([*(x if mesh.speaks else 0.0 for x in numbers.values()), *everywhere], mesh.device)
+    packed = pack([*(x if mesh.is_row_leader else 0.0 for x in numbers.values()), *everywhere], mesh.device)
     if is_distributed():
         dist.all_reduce(packed)
     return packed

@@ -1,7 +1,7 @@
-"""Which rows and columns of a parameter a rank has, where matrices or experts are divided among ranks.
+"""Rows and columns of a parameter on one rank of tensor or expert parallelism.
 
-Every parameter is looked at as a matrix: its last dimension are the columns. A rank has an even share of each block of
-rows (q, k and v of a joint product; gate and up; experts; words), or an even share of the columns.
+Every parameter is treated as a matrix whose columns are the last dim. A rank has an even share of each block of rows
+(q, k and v of a fused projection; gate and up; experts; vocabulary entries), or an even share of the columns.
 """
 
 import math
@@ -15,9 +15,11 @@ from .mesh import Axis
 
 
 @dataclass(frozen=True)
-class Box:
-    """A rectangle of a parameter: `rows` from `row` on, `columns` from `column` on; and where its numbers stand among a
-    rank's: one after the other, row by row, from `offset` on."""
+class Slice:
+    """A rectangle of a parameter: `rows` from `row` on, `columns` from `column` on.
+
+    Its values are contiguous among a rank's local values, row-major, from `offset` on.
+    """
 
     row: int
     rows: int
@@ -31,18 +33,18 @@ class Box:
         return self.rows * self.columns
 
     def of(self, values: Tensor) -> Tensor:
-        """(rows, columns) view of a rank's values (n,)."""
+        """(rows, columns) view of a rank's local values (n,)."""
         return values[self.offset : self.offset + self.size].view(self.rows, self.columns)
 
-    def overlap(self, other: "Box") -> "Box | None":
-        """What two rectangles have in common, at no offset."""
+    def overlap(self, other: "Slice") -> "Slice | None":
+        """The intersection of two rectangles, with offset 0; None where it is empty."""
         row, column = max(self.row, other.row), max(self.column, other.column)
         rows = min(self.row + self.rows, other.row + other.rows) - row
         columns = min(self.column + self.columns, other.column + other.columns) - column
-        return Box(row, rows, column, columns, 0) if rows > 0 and columns > 0 else None
+        return Slice(row, rows, column, columns, 0) if rows > 0 and columns > 0 else None
 
-    def part(self, values: Tensor, inner: "Box") -> Tensor:
-        """The view that a rectangle inside this one has of this one's values (rows, columns)."""
+    def crop(self, values: Tensor, inner: "Slice") -> Tensor:
+        """The view of a rectangle inside this one, out of this one's values (rows, columns)."""
         row, column = inner.row - self.row, inner.column - self.column
         return values[row : row + inner.rows, column : column + inner.columns]
 
@@ -52,11 +54,11 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A rank's rows and columns of a parameter.
+class ShardSpec:
+    """Rows and columns of a parameter on one rank.
 
     Attributes:
-        shape: of the whole parameter.   rows: runs [first, last) in their order.   columns: the run [first, last).
+        shape: of the whole parameter.   rows: ranges [first, last) in order.   columns: one range [first, last).
     """
 
     shape: tuple[int, ...]
@@ -64,15 +66,15 @@ class Cut:
     columns: tuple[int, int]
 
     @classmethod
-    def whole(cls, shape: Sequence[int]) -> "Cut":
+    def whole(cls, shape: Sequence[int]) -> "ShardSpec":
         """All of a parameter."""
         height, width = as_matrix(shape)
         return cls(tuple(shape), ((0, height),), (0, width))
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left out."""
-        return self == Cut.whole(self.shape)
+        """Whether it covers the whole parameter."""
+        return self == ShardSpec.whole(self.shape)
 
     @property
     def height(self) -> int:
@@ -86,37 +88,38 @@ class Cut:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of what the rank has."""
+        """Shape of the local parameter."""
         if len(self.shape) < 2:
             return self.shape
         inner = math.prod(self.shape[1:-1])
         return (self.height // inner, *self.shape[1:-1], self.width)
 
-    def boxes(self, start: int, stop: int) -> Iterator[Box]:
-        """Elements [start, stop) of what the rank has, in row-major order, as rectangles."""
+    def slices(self, start: int, stop: int) -> Iterator[Slice]:
+        """Elements [start, stop) of the local parameter, in row-major order, as rectangles."""
         at = start
         while at < stop:
             row, column = divmod(at, self.width)
             count, length = (stop - at) // self.width, self.width
+            # A range that starts or ends inside a row gives that row a rectangle of its own.
             if column or not count:
                 count, length = 1, min(self.width - column, stop - at)
             for first, height in self._runs(row, count):
-                yield Box(first, height, self.columns[0] + column, length, at - start)
+                yield Slice(first, height, self.columns[0] + column, length, at - start)
                 at += height * length
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The same as runs of elements of the whole parameter in row-major order: (first, offset, length)."""
+        """The same elements as contiguous ranges of the whole parameter: (first, offset in the local range, length)."""
         width = as_matrix(self.shape)[1]
-        for box in self.boxes(start, stop):
-            first = box.row * width + box.column
-            if box.columns == width:
-                yield first, box.offset, box.size
+        for tile in self.slices(start, stop):
+            first = tile.row * width + tile.column
+            if tile.columns == width:
+                yield first, tile.offset, tile.size
             else:
-                for row in range(box.rows):
-                    yield first + row * width, box.offset + row * box.columns, box.columns
+                for row in range(tile.rows):
+                    yield first + row * width, tile.offset + row * tile.columns, tile.columns
 
     def _runs(self, row: int, count: int) -> Iterator[tuple[int, int]]:
-        """Rows [row, row + count) of the rank's as runs (first row of the whole, rows)."""
+        """Local rows [row, row + count) as ranges (first row of the whole parameter, rows)."""
         before = 0
         for first, last in self.rows:
             low, high = max(row, before), min(row + count, before + last - first)
@@ -125,10 +128,10 @@ class Cut:
             before += last - first
 
     def of(self, whole: Tensor) -> Tensor:
-        """A copy of what the rank has of a whole parameter."""
+        """A copy of the local parameter, out of the whole one."""
         matrix = whole.reshape(as_matrix(self.shape))
-        own = torch.cat([matrix[first:last, slice(*self.columns)] for first, last in self.rows])
-        return own.reshape(self.local_shape)
+        values = torch.cat([matrix[first:last, slice(*self.columns)] for first, last in self.rows])
+        return values.reshape(self.local_shape)
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -137,32 +140,32 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Division:
-    """How a parameter is divided over an axis.
+class Partition:
+    """How a parameter is sharded over an axis.
 
     Attributes:
         shape: of the whole parameter.   axis: of the ranks.
-        blocks: heights of the blocks of rows of which each rank has an even share; none: the columns are divided.
+        blocks: heights of the blocks of rows, of each of which a rank has an even share; empty: columns are sharded.
     """
 
     shape: tuple[int, ...]
     blocks: tuple[int, ...] = ()
     axis: Axis = field(default_factory=Axis)
 
-    def cut(self, index: int) -> Cut:
-        """What rank `index` of the axis has."""
+    def shard(self, index: int) -> ShardSpec:
+        """The shard of rank `index` of the axis."""
         height, width = as_matrix(self.shape)
         if not self.blocks:
             share = width // self.axis.size
-            return Cut(self.shape, ((0, height),), (index * share, (index + 1) * share))
+            return ShardSpec(self.shape, ((0, height),), (index * share, (index + 1) * share))
         rows, at = [], 0
         for block in self.blocks:
             share = block // self.axis.size
             rows.append((at + index * share, at + (index + 1) * share))
             at += block
-        return Cut(self.shape, tuple(rows), (0, width))
+        return ShardSpec(self.shape, tuple(rows), (0, width))
 
     @property
-    def own(self) -> Cut:
-        """What this rank has."""
-        return self.cut(self.axis.index)
+    def local(self) -> ShardSpec:
+        """This rank's shard."""
+        return self.shard(self.axis.index)

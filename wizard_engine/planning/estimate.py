@@ -21,7 +21,7 @@ from torch import nn
 
 from wizard_engine.parallel.flat_layout import Layout
 from wizard_engine.parallel.mesh import Axis, Mesh, MeshShape
-from wizard_engine.parallel.parallelize import Sharding, compute_dtype, divisions_of, unit_specs
+from wizard_engine.parallel.parallelize import Sharding, compute_dtype, partitions_of, unit_specs
 
 # What the head's kernels take for chunks of logits at most, bytes (kernels/linear_logprob.py).
 LOGITS_BYTES = 256 * 2**20
@@ -89,7 +89,7 @@ class _Unit:
     """Sizes of a unit: elements of a rank's part, of the whole flat, and the axis that divides it."""
 
     name: str
-    part: int
+    shard_size: int
     size: int
     over: str
     resident: bool
@@ -102,17 +102,17 @@ class _Unit:
 
 def sizes_of_units(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[_Unit]:
     """Sizes of the units of a model on a mesh."""
-    divisions = divisions_of(model, model, mesh)
-    found = []
+    partitions = partitions_of(model, model, mesh)
+    units = []
     for spec in unit_specs(model, model, dtype, apart=mesh.tp.size > 1):
         count = getattr(mesh, spec.over).size
         shapes = [
-            (name, divisions[name].own.local_shape if name in divisions else tuple(p.shape))
+            (name, partitions[name].local.local_shape if name in partitions else tuple(p.shape))
             for name, p in spec.parameters.items()
         ]
         layout = Layout(shapes, count)
-        found.append(_Unit(spec.name, layout.part, layout.size, spec.over, spec.resident))
-    return found
+        units.append(_Unit(spec.name, layout.shard_size, layout.size, spec.over, spec.resident))
+    return units
 
 
 def estimate(
@@ -130,7 +130,7 @@ def estimate(
     units = sizes_of_units(model, mesh, dtype) if units is None else units
     is_single = mesh.copy.size == mesh.replicate.size == micro_batches == 1
     per_element = 3 * wide + (narrow if is_single else wide) + (narrow if narrow != wide else 0)
-    elements = sum(unit.part for unit in units)
+    elements = sum(unit.shard_size for unit in units)
     places, whole = 0, sharding.accumulate == "whole"
     if mesh.copy.size > 1:
         room = {unit: unit.size if getattr(mesh, unit.over).size > 1 else 0 for unit in units}
@@ -140,14 +140,14 @@ def estimate(
         places += sum((room[unit] + unit.size) * narrow for unit in units if unit.resident)
         places += (sum(unit.size for unit in units) if whole else largest) * wide + largest * narrow
         if micro_batches > 1 and not whole:
-            places += max(unit.part for unit in units) * wide
+            places += max(unit.shard_size for unit in units) * wide
     kept, working = activation_bytes(model, mesh, tokens, sharding, dtype)
-    width, words = model.config.width, model.config.vocab_size // mesh.tp.size
+    width, vocab_shard = model.config.width, model.config.vocab_size // mesh.tp.size
     return Estimate(
         parts=elements * per_element,
         places=places,
         activations=kept + working,
-        workspace=LOGITS_BYTES + (words + tokens // mesh.cp.size) * width * wide,
+        workspace=LOGITS_BYTES + (vocab_shard + tokens // mesh.cp.size) * width * wide,
         kept=kept,
         gradients=elements * wide if mesh.copy.size > 1 else 0,
         micro_batches=micro_batches,
@@ -159,11 +159,11 @@ def estimate(
 def _traffic(
     model: nn.Module, mesh: Mesh, sharding: Sharding, units: list[_Unit], tokens: int, micro_batches: int, narrow: int
 ) -> dict[tuple[str, str], int]:
-    found: dict[tuple[str, str], int] = {}
+    traffic: dict[tuple[str, str], int] = {}
 
     def add(kind: str, axis: str, size: int) -> None:
         if getattr(mesh, axis).size > 1 and size:
-            found[kind, axis] = found.get((kind, axis), 0) + size
+            traffic[kind, axis] = traffic.get((kind, axis), 0) + size
 
     times = _times_gathered(model, micro_batches)
     for unit in units:
@@ -174,10 +174,10 @@ def _traffic(
             add("gather", unit.over, unit.size * narrow * times[unit.kind])
         if mesh.copy.size > 1:
             add("reduce", unit.over, unit.size * 4 * (1 if sharding.accumulate == "whole" else micro_batches))
-    add("sum", "replicate", sum(unit.part for unit in units) * 4)
+    add("sum", "replicate", sum(unit.shard_size for unit in units) * 4)
     for (kind, axis), size in _token_traffic(model, mesh, sharding, tokens, narrow).items():
         add(kind, axis, size * micro_batches)
-    return found
+    return traffic
 
 
 def _times_gathered(model: nn.Module, k: int) -> dict[str, int]:
@@ -201,7 +201,7 @@ def _token_traffic(
 ) -> dict[tuple[str, str], int]:  # fmt: skip
     """What a micro-batch's tokens move."""
     c, again = model.config, sharding.recompute
-    row, own = tokens // mesh.cp.size, tokens // mesh.row.size
+    row, local_tokens = tokens // mesh.cp.size, tokens // mesh.row.size
     # The residual stream gathered before, and summed behind, products with divided matrices.
     stream, products = row * c.width * narrow, 1 if c.experts else 2
     gathers = sums = 1 + products * c.layers
@@ -211,16 +211,16 @@ def _token_traffic(
     if again == "full":
         sums += c.layers
     numbers = 4 * 4 * row
-    found = {("gather", "tp"): gathers * stream + mesh.tp.size * numbers, ("reduce", "tp"): sums * stream}
+    traffic = {("gather", "tp"): gathers * stream + mesh.tp.size * numbers, ("reduce", "tp"): sums * stream}
     keys = 2 * tokens * (c.kv_heads // mesh.tp.size) * c.head_width * narrow * c.layers
-    found["gather", "cp"] = keys * (2 if again == "full" else 1) + mesh.cp.size * numbers
-    found["reduce", "cp"] = keys
+    traffic["gather", "cp"] = keys * (2 if again == "full" else 1) + mesh.cp.size * numbers
+    traffic["reduce", "cp"] = keys
     if c.experts:
         passes = 3 if again == "full" else 2
-        rows = own * c.experts_per_token
+        rows = local_tokens * c.experts_per_token
         # The counts once: what is computed again goes the same ways.
-        found["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + 4 * c.experts)
-    return found
+        traffic["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + 4 * c.experts)
+    return traffic
 
 
 def activation_bytes(
@@ -229,30 +229,30 @@ def activation_bytes(
     """Bound of what forward and backward of a micro-batch hold besides parameters and their gradients' buffers: what is
     kept of all blocks, and what is at work beside it."""
     c, size, tp = model.config, dtype.itemsize, mesh.tp.size
-    row, own = tokens // mesh.cp.size, tokens // mesh.row.size
+    row, local_tokens = tokens // mesh.cp.size, tokens // mesh.row.size
     inner, kv = c.heads * c.head_width // tp, c.kv_heads * c.head_width // tp
     # q and k turned, the product that v is a view of, attention's output; over several ranks all keys and values.
     attention = row * (inner + kv + (inner + 2 * kv) + inner)
     if mesh.cp.size > 1:
         attention = row * 3 * inner + tokens * 2 * kv
     if c.experts:
-        rows = own * c.experts_per_token
+        rows = local_tokens * c.experts_per_token
         travelled = 2 * c.width if mesh.ep.size > 1 else 0
         # The activation is made again in the backward.
-        feed_forward, cheap = rows * (2 * c.ffn_width + travelled), own * c.width
-        numbers = 4 * own * (c.experts + 4 * c.experts_per_token)
+        feed_forward, cheap = rows * (2 * c.ffn_width + travelled), local_tokens * c.width
+        numbers = 4 * local_tokens * (c.experts + 4 * c.experts_per_token)
     else:
-        feed_forward, cheap = row * 3 * c.ffn_width // tp, own * 2 * c.width + row * c.ffn_width // tp
+        feed_forward, cheap = row * 3 * c.ffn_width // tp, local_tokens * 2 * c.width + row * c.ffn_width // tp
         numbers = 0
     # Stream and its norm, twice.
-    block = own * 4 * c.width + attention + feed_forward
-    numbers += 4 * (row * c.heads // tp + 2 * own)
-    saved = {"none": block, "selective": block - cheap, "full": own * c.width}[sharding.recompute]
+    block = local_tokens * 4 * c.width + attention + feed_forward
+    numbers += 4 * (row * c.heads // tp + 2 * local_tokens)
+    saved = {"none": block, "selective": block - cheap, "full": local_tokens * c.width}[sharding.recompute]
     # What goes to host memory is there of two blocks at a time; small tensors stay.
     whole = min(c.layers, 2) if sharding.offload_activations else c.layers
-    kept = whole * saved * size + c.layers * (4 * own if sharding.recompute == "full" else numbers)
+    kept = whole * saved * size + c.layers * (4 * local_tokens if sharding.recompute == "full" else numbers)
     again = block * size + numbers if sharding.recompute != "none" else 0
     # The slopes of a feed-forward block and of the stream, and gathered tokens of the latter.
     slopes = rows * 3 * c.ffn_width if c.experts else feed_forward
-    working = (slopes + 4 * own * c.width + (2 * row * c.width if tp > 1 else 0)) * size
+    working = (slopes + 4 * local_tokens * c.width + (2 * row * c.width if tp > 1 else 0)) * size
     return kept, again + working

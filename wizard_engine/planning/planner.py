@@ -21,7 +21,7 @@ import torch
 from wizard_engine.model import PRESETS, ModelConfig, Transformer
 from wizard_engine.parallel import MeshOptions, Sharding
 from wizard_engine.parallel.mesh import MeshShape, divisors, resolve
-from wizard_engine.parallel.parallelize import divisions_of
+from wizard_engine.parallel.parallelize import partitions_of
 
 from .estimate import Estimate, estimate, mesh_of, sizes_of_units
 from .flops import TRAINING_FACTOR, flops_per_token, mean_keys
@@ -82,7 +82,7 @@ class Layout:
     micro_batches: int
 
     @property
-    def words(self) -> str:
+    def flags(self) -> str:
         """As in --layout."""
         m = self.mesh
         sizes = {"dp_replicate": m.replicate, "dp_shard": m.dp_shard, "cp": m.cp, "tp": m.tp, "ep": m.ep}
@@ -161,7 +161,7 @@ class Planner:
             if count <= each or rows is not None:
                 yield Layout(mesh, recompute, count, max(1, each // count))
 
-    def layout_of(self, words: str) -> list[Layout]:
+    def layout_of(self, flags: str) -> list[Layout]:
         """The layouts that --layout allows.
 
         Raises:
@@ -169,7 +169,7 @@ class Planner:
         """
         sizes: dict[str, Any] = {}
         known = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "rows", "recompute")
-        for word in filter(None, words.split(",")):
+        for word in filter(None, flags.split(",")):
             name, sign, value = word.partition("=")
             name = name.strip().replace("-", "_")
             if name not in known or not sign:
@@ -183,7 +183,7 @@ class Planner:
         mesh = resolve(MeshOptions(**sizes), self.options.gpus)
         if mesh.ep > 1 and not self.config.experts:
             raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep}")
-        divisions_of(self.model, self.model, mesh_of(mesh, META))
+        partitions_of(self.model, self.model, mesh_of(mesh, META))
         modes = RECOMPUTE if recompute is None else (recompute,)
         return [layout for mode in modes for layout in self.cut(mesh, mode, rows)]
 
@@ -197,11 +197,11 @@ class Planner:
         divided = mesh.tp.size, mesh.shard.size, mesh.copy.size, mesh.efsdp.size, mesh.ep.size
         if divided not in self._units:
             self._units[divided] = sizes_of_units(self.model, mesh, torch.bfloat16)
-        found = estimate(
+        memory = estimate(
             self.model, mesh, sharding, tokens=tokens, micro_batches=layout.micro_batches, units=self._units[divided]
         )  # fmt: skip
-        peak = found.peak + found.workspace
-        seconds, hidden = self._seconds(layout, found, tokens)
+        peak = memory.peak + memory.workspace
+        seconds, hidden = self._seconds(layout, memory, tokens)
         step = sum(seconds.values())
         data = layout.mesh.replicate * layout.mesh.dp_shard
         done = layout.rows * self.options.sequence * layout.micro_batches * data
@@ -211,12 +211,12 @@ class Planner:
         return Plan(
             layout=layout,
             memory={
-                "parameters, gradients, moments": found.parts, "gathered units": found.places,
-                "activations": found.activations, "kernels' workspace": found.workspace,
-                "not there at once": -found.saved,
+                "parameters, gradients, moments": memory.parts, "gathered units": memory.places,
+                "activations": memory.activations, "kernels' workspace": memory.workspace,
+                "not there at once": -memory.saved,
             },
             peak=peak, fits=peak <= self.room,
-            traffic={f"{kind} {axis}": size for (kind, axis), size in found.traffic.items()},
+            traffic={f"{kind} {axis}": size for (kind, axis), size in memory.traffic.items()},
             seconds=seconds, step=step, tokens_per_second=rate, mfu=rate * work / self.gpu.flops,
             bottleneck=max(seconds, key=seconds.get), waits=waits / step, hidden=hidden,
         )  # fmt: skip
@@ -231,15 +231,15 @@ class Planner:
         least = layout.mesh.tp * (2 * layout.mesh.cp if layout.mesh.cp > 1 else 1)
         return -(-layout.rows * self.options.sequence // least) * least
 
-    def _seconds(self, layout: Layout, found: Estimate, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+    def _seconds(self, layout: Layout, memory: Estimate, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of a step by kind of work, and those of what runs beside it."""
         seconds = {name: layout.micro_batches * s for name, s in self.computing(layout, tokens).items()}
         computed = sum(seconds.values())
         # Master, gradient, moments read, three of them written, the copy written; the gradient's norm. A bf16 gradient
         # takes 4 bytes less there, and 4 to be copied together.
-        seconds["optimizer"] = found.elements * 34 / (self.gpu.bandwidth * self.rates.memory)
+        seconds["optimizer"] = memory.elements * 34 / (self.gpu.bandwidth * self.rates.memory)
         hidden: dict[str, float] = {}
-        for (kind, axis), size in found.traffic.items():
+        for (kind, axis), size in memory.traffic.items():
             took = self._collectives(kind, axis, size, layout)
             if axis in ("shard", "copy", "efsdp"):
                 hidden["parameters"] = hidden.get("parameters", 0.0) + took
@@ -274,16 +274,16 @@ class Planner:
     def _work(self, layout: Layout, tokens: int) -> dict[str, float]:
         """Operations, and bytes of what is bound by memory, of a forward pass of one rank over one row."""
         c, mesh = self.config, layout.mesh
-        row, own = tokens / mesh.cp, tokens / mesh.cp / mesh.tp
+        row, local_tokens = tokens / mesh.cp, tokens / mesh.cp / mesh.tp
         attention = c.width * c.head_width * 2 * (c.heads + c.kv_heads)
         dense = 0 if c.experts else 3 * c.width * c.ffn_width
-        expert_rows = own * c.experts_per_token if c.experts else 0
-        streams = 10 * own * c.width + 3 * row * (c.heads + 2 * c.kv_heads) * c.head_width / mesh.tp
+        expert_rows = local_tokens * c.experts_per_token if c.experts else 0
+        streams = 10 * local_tokens * c.width + 3 * row * (c.heads + 2 * c.kv_heads) * c.head_width / mesh.tp
         streams += 5 * expert_rows * c.width + 3 * expert_rows * c.ffn_width
         streams += 0 if c.experts else 3 * row * c.ffn_width / mesh.tp
         keys = mean_keys(self.options.sequence, c.window)
         return {
-            "matrices": c.layers * (2 * row * (attention + dense) / mesh.tp + 2 * own * c.width * c.experts),
+            "matrices": c.layers * (2 * row * (attention + dense) / mesh.tp + 2 * local_tokens * c.width * c.experts),
             "head": 2 * row * c.width * c.vocab_size / mesh.tp,
             "experts": c.layers * 2 * expert_rows * 3 * c.width * c.ffn_width,
             "attention": 4 * c.layers * c.heads / mesh.tp * c.head_width * keys * row,
@@ -319,13 +319,13 @@ class Planner:
 
     def best(self) -> list[Plan]:
         """Plans that fit, fastest first; one for each mesh."""
-        found: dict[MeshShape, Plan] = {}
+        best_plans: dict[MeshShape, Plan] = {}
         for layout in self.layouts() if self.options.layout is None else self.layout_of(self.options.layout):
             plan = self.plan(layout)
-            known = found.get(layout.mesh)
+            known = best_plans.get(layout.mesh)
             if plan.fits and (known is None or plan.tokens_per_second > known.tokens_per_second):
-                found[layout.mesh] = plan
-        return sorted(found.values(), key=lambda plan: -plan.tokens_per_second)
+                best_plans[layout.mesh] = plan
+        return sorted(best_plans.values(), key=lambda plan: -plan.tokens_per_second)
 
     def smallest(self) -> Plan:
         """The plan that takes least memory."""
@@ -340,7 +340,7 @@ class Planner:
         shown = ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.memory.items() if size > 0)
         text = (
             f"{self.options.preset} does not fit on {self.options.gpus} {self.options.gpu}: the smallest layout, "
-            f"{least.layout.words}, takes {least.peak / GIB:.1f} GiB of a GPU ({shown}), and there are "
+            f"{least.layout.flags}, takes {least.peak / GIB:.1f} GiB of a GPU ({shown}), and there are "
             f"{self.room / GIB:.1f}"
         )
         gpus = self.options.gpus

@@ -43,7 +43,7 @@ SCALES = {
 
 def presets(config: type[Config]) -> dict[str, Config]:
     """Scale -> a recipe's configuration with its defaults and the scale's own; what has no default is asked for."""
-    found = {}
+    presets_by_name = {}
     for name, scale in SCALES.items():
         values: dict[str, Any] = {}
         for field in dataclasses.fields(config):
@@ -57,5 +57,5 @@ def presets(config: type[Config]) -> dict[str, Config]:
             values["training"], pack_tokens=scale.pack_tokens, packs_per_step=scale.packs
         )  # fmt: skip
         values |= {"model": scale.model, "mesh": scale.mesh, "sharding": scale.sharding, "training": training}
-        found[name] = config(**values)
-    return found
+        presets_by_name[name] = config(**values)
+    return presets_by_name

@@ -72,12 +72,12 @@ def rates_of(path: Path | None) -> Rates:
     if path is None:
         return Rates()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: float(value) for name, value in found.items() if name in Rates.__dataclass_fields__}
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: float(value) for name, value in fields.items() if name in Rates.__dataclass_fields__}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected a JSON object of rates, got {error}") from error
     if not known or not all(0 < value < float("inf") for value in known.values()):
-        raise ValueError(f"{path}: expected positive {', '.join(Rates.__dataclass_fields__)}, got {found}")
+        raise ValueError(f"{path}: expected positive {', '.join(Rates.__dataclass_fields__)}, got {fields}")
     return Rates(**known)
 
 

@@ -30,14 +30,16 @@ def simulated(planner: Planner, plan: Plan) -> dict[str, Any]:
         with META:
             return Transformer(config)
 
-    with sim.simulated_rank(options, 0, gpus) as own:
-        model = parallelize(empty(planner.config), own, sharding)
+    with sim.simulated_rank(options, 0, gpus) as local_mesh:
+        model = parallelize(empty(planner.config), local_mesh, sharding)
         with sim.Record() as moved, use_backend("triton"):
             sim.language_step(model, tokens, k)
         peak = sim.peak_bytes(model, AdamW(model), tokens, k)
-        bound = estimate(planner.model, own, sharding, tokens=tokens, micro_batches=k)
-        as_planned = sim.by_ranks(sim.by_axis(moved.collectives, own), own) == sim.by_ranks(bound.traffic, own)
-        looked_at = sorted({rank for axis in (own.replicate, own.copy, own.row, own.ep) for rank in axis.ranks})
+        bound = estimate(planner.model, local_mesh, sharding, tokens=tokens, micro_batches=k)
+        measured = sim.by_ranks(sim.by_axis(moved.collectives, local_mesh), local_mesh)
+        as_planned = measured == sim.by_ranks(bound.traffic, local_mesh)
+        axes = local_mesh.replicate, local_mesh.copy, local_mesh.row, local_mesh.ep
+        looked_at = sorted({rank for axis in axes for rank in axis.ranks})
     small = replace(planner.config, layers=2)
     records = {
         rank: sim.record(lambda: empty(small), options, rank, gpus, sharding, tokens=tokens) for rank in looked_at
@@ -63,27 +65,27 @@ def run(options: Options) -> dict[str, Any]:
         "preset": options.preset, "gpus": options.gpus, "gpu": options.gpu, "sequence": options.sequence,
         "room_gib": planner.room / GIB, "rates": asdict(planner.rates),
         "measured": options.rates is not None, "layouts_that_fit": len(plans),
-        "plans": [asdict(plan) | {"words": plan.layout.words} for plan in shown],
+        "plans": [asdict(plan) | {"words": plan.layout.flags} for plan in shown],
         "simulated": simulated(planner, shown[0]) if options.simulate else None,
     }  # fmt: skip
 
 
-def table(found: dict[str, Any]) -> str:
+def table(summary: dict[str, Any]) -> str:
     """The same for the eye."""
-    first = found["plans"][0]
+    first = summary["plans"][0]
     lines = [
-        f"{found['preset']} on {found['gpus']} {found['gpu']}, documents of {found['sequence']} tokens: "
-        f"{found['layouts_that_fit']} meshes fit; the best of each",
+        f"{summary['preset']} on {summary['gpus']} {summary['gpu']}, documents of {summary['sequence']} tokens: "
+        f"{summary['layouts_that_fit']} meshes fit; the best of each",
         "",
         f"{'tokens/s/GPU':>12}  {'MFU':>5}  {'step s':>7}  {'GiB':>6}  {'waits':>5}  {'most of it':<20}  layout",
     ]
-    for plan in found["plans"]:
+    for plan in summary["plans"]:
         lines.append(
             f"{plan['tokens_per_second']:12,.0f}  {plan['mfu']:5.1%}  {plan['step']:7.2f}  {plan['peak'] / GIB:6.1f}  "
             f"{plan['waits']:5.1%}  {plan['bottleneck']:<20}  {plan['words']}"
         )
     lines += ["", f"The first one: {first['words']}, {first['layout']['micro_batches']} micro-batches a step", ""]
-    lines.append(f"  memory of a GPU, GiB (of {found['room_gib']:.1f} that there are)")
+    lines.append(f"  memory of a GPU, GiB (of {summary['room_gib']:.1f} that there are)")
     lines += [f"    {size / GIB:9.2f}  {name}" for name, size in first["memory"].items() if size]
     lines += ["", "  bytes moved in a step, GiB of whole buffers"]
     lines += [f"    {size / GIB:9.2f}  {name}" for name, size in sorted(first["traffic"].items())]
@@ -91,7 +93,7 @@ def table(found: dict[str, Any]) -> str:
     ordered = sorted(first["seconds"].items(), key=lambda item: -item[1])
     lines += [f"    {seconds:9.3f}  {seconds / first['step']:5.1%}  {name}" for name, seconds in ordered]
     lines += [f"    {seconds:9.3f}         {name}, beside the computation" for name, seconds in first["hidden"].items()]
-    sim = found["simulated"]
+    sim = summary["simulated"]
     if sim is not None:
         lines += [
             "",
@@ -99,17 +101,17 @@ def table(found: dict[str, Any]) -> str:
             f"{sim['bound'] / GIB:.2f}), bytes moved {'as' if sim['traffic_as_planned'] else 'NOT as'} planned, "
             f"collectives of {sim['ranks_compared']} ranks: {sim['collectives']}",
         ]
-    kind = "measured" if found["measured"] else "assumed, not measured"
-    rates = ", ".join(f"{name} {value:g}" for name, value in found["rates"].items())
+    kind = "measured" if summary["measured"] else "assumed, not measured"
+    rates = ", ".join(f"{name} {value:g}" for name, value in summary["rates"].items())
     return "\n".join([*lines, "", f"  rates ({kind}): {rates}"])
 
 
 def main(options: Options) -> int:
     """Print the plans; 1 where nothing fits."""
     try:
-        found = run(options)
+        summary = run(options)
     except ValueError as error:
         print(f"plan: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(found, default=str, indent=1) if options.json else table(found))
+    print(json.dumps(summary, default=str, indent=1) if options.json else table(summary))
     return 0

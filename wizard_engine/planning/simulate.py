@@ -96,7 +96,7 @@ def language_step(
     engine.zero_grad(multiple=micro_batches > 1)
     for number in range(micro_batches):
         before()
-        engine.last = number + 1 == micro_batches
+        engine.reducer.is_last_backward = number + 1 == micro_batches
         hidden = model(ids, positions, marks, tokens)
         loss = sft_loss(
             hidden, model.head_weight, ids, weights, num_tokens=float(tokens), shard=model.shard
@@ -117,17 +117,17 @@ def record(
     """
     with simulated_rank(options, rank, ranks) as mesh, use_backend("triton"):
         model = parallelize(build(), mesh, sharding)
-        with Record() as found:
+        with Record() as calls:
             language_step(model, tokens, micro_batches)
-        return found.collectives
+        return calls.collectives
 
 
 def axis_names(mesh: Mesh) -> dict[str, str]:
     """Name of a process group -> axis of the mesh; of axes with the same ranks, the first that has the group."""
     names: dict[str, str] = {}
     for axis in ("shard", "copy", "efsdp", "replicate", "tp", "cp", "ep", "row"):
-        found = getattr(mesh, axis)
-        for group in (found.group, found.reduce):
+        value = getattr(mesh, axis)
+        for group in (value.group, value.reduce):
             if group is not None:
                 names.setdefault(group.group_name, axis)
     return names
@@ -159,18 +159,18 @@ def first_difference(records: dict[int, list[Collective]]) -> str:
         records: rank -> its collectives; groups are compared among the ranks that are there.
     """
     first: dict[tuple, tuple[int, list[Collective]]] = {}
-    for rank, own in sorted(records.items()):
+    for rank, calls in sorted(records.items()):
         of_group: dict[tuple, list[Collective]] = {}
-        for one in own:
+        for one in calls:
             of_group.setdefault((one.ranks, one.purpose), []).append(one)
         for group in {*of_group, *(known for known in first if rank in known[0])}:
             mine = of_group.get(group, [])
             # A rank that never uses a group differs from those that do.
             lowest = next((r for r in group[0] if r in records), rank)
             other, theirs = first.setdefault(group, (rank, mine) if lowest == rank else (lowest, []))
-            found = _difference(theirs, mine, group[0])
-            if found:
-                return f"ranks {other} and {rank}: {found}"
+            difference = _difference(theirs, mine, group[0])
+            if difference:
+                return f"ranks {other} and {rank}: {difference}"
     return ""
 
 
@@ -199,9 +199,9 @@ def peak_bytes(model: Any, optimizer: Any, tokens: int, micro_batches: int = 1) 
 
     engine: Sharded = sharded(model)
     tracker = MemTracker()
-    buffers = {id(unit.place): unit.place.buffer for unit in (*engine.units, *engine.resident)}
+    buffers = {id(unit.gather_buffer): unit.gather_buffer.data for unit in (*engine.units, *engine.resident)}
     parts: list[Tensor] = [engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies]
-    if not engine.is_divided:
+    if not engine.is_sharded:
         parts += [flat.gradient for flat in engine.training if flat.gradient is not None]
     tracker.track_external(*parts, *(buffer for buffer in buffers.values() if buffer is not None))
     # The step may replace some of them.

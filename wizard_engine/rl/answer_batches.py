@@ -12,7 +12,7 @@ from wizard_engine.data.batch import Batch, SharedBatch, collate, prompt_groups,
 from wizard_engine.data.chat import Sample
 from wizard_engine.generation.scoring import packed_groups
 from wizard_engine.model import Transformer
-from wizard_engine.parallel.context import Spread
+from wizard_engine.parallel.context import ParallelContext
 
 
 class AnswerBatch(Protocol):
@@ -64,7 +64,7 @@ class SharedAnswers:
         return self.batch.inputs
 
     def hidden(self, model: Transformer, out: Tensor) -> Tensor:
-        return model.spread.pick(out, self.batch.rows)
+        return model.parallel.pick(out, self.batch.rows)
 
     def place(self, pieces: Sequence[Tensor]) -> Tensor:
         return to_device(torch.cat(list(pieces)), self.targets.device)
@@ -114,10 +114,14 @@ class WholeAnswers:
 
 
 def answer_runs(
-    samples: Sequence[Sample], prompt_tokens: Sequence[int], indices: Sequence[int], capacity: int, spread: Spread
+    samples: Sequence[Sample],
+    prompt_tokens: Sequence[int],
+    indices: Sequence[int],
+    capacity: int,
+    parallel: ParallelContext,
 ) -> list[list[int]]:
     """Some samples in runs of at most `capacity` tokens each, or one longer sample."""
-    if spread.cp.size == 1:
+    if parallel.cp.size == 1:
         runs = prompt_groups(samples, prompt_tokens, indices, capacity)
         # Answers of similar lengths stand together: their attention is padded run by run.
         return [sorted(run, key=lambda i: len(samples[i].tokens) - prompt_tokens[i]) for run in runs]
@@ -126,14 +130,19 @@ def answer_runs(
 
 
 def answer_batch(
-    samples: Sequence[Sample], prompt_tokens: Sequence[int], spread: Spread, device: torch.device, *, last: bool = False
+    samples: Sequence[Sample],
+    prompt_tokens: Sequence[int],
+    parallel: ParallelContext,
+    device: torch.device,
+    *,
+    last: bool = False,
 ) -> AnswerBatch:
     """One run of samples, for one forward pass.
 
     Args:
         prompt_tokens: at the beginning of each sample.   last: read each sample's last token, too.
     """
-    if spread.cp.size == 1:
+    if parallel.cp.size == 1:
         return SharedAnswers(share_prompts(samples, prompt_tokens, last=last).to(device))
     counts = [len(sample.tokens) - count for sample, count in zip(samples, prompt_tokens)]
     read = [with_end(sample) for sample in samples] if last else samples

@@ -16,7 +16,7 @@ from wizard_engine.generation.scoring import packed_groups
 from wizard_engine.loss.process_reward import step_scores
 from wizard_engine.model.heads import ScoringModel
 from wizard_engine.model.loading import scoring_model
-from wizard_engine.parallel import Mesh, Sharding, paced
+from wizard_engine.parallel import Mesh, Sharding, lockstep
 
 from .answer_batches import answer_batch, answer_runs, with_end
 
@@ -87,7 +87,7 @@ def score_tokens(model: ScoringModel, samples: Sequence[Sample], *, capacity: in
     device = next(model.parameters()).device
     out: list[torch.Tensor] = [torch.zeros(0)] * len(samples)
     groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
-    for group in paced(groups, model, backward=False):
+    for group in lockstep(groups, model, backward=False):
         batch = collate([with_end(samples[i]) for i in group]).to(device)
         scores = model(*batch.inputs).float().cpu()
         for index, piece in zip(group, scores.split([len(samples[i].tokens) for i in group])):
@@ -104,12 +104,12 @@ def score_answer_tokens(
     Args:
         prompt_tokens: at the beginning of each sample; equal prompts are read once.
     """
-    device, spread = next(model.parameters()).device, model.body.spread
+    device, parallel = next(model.parameters()).device, model.body.parallel
     out: list[torch.Tensor] = [torch.zeros(0)] * len(samples)
-    runs = answer_runs(samples, prompt_tokens, range(len(samples)), capacity, spread)
-    for run in paced(runs, model, backward=False):
+    runs = answer_runs(samples, prompt_tokens, range(len(samples)), capacity, parallel)
+    for run in lockstep(runs, model, backward=False):
         counts = [prompt_tokens[i] for i in run]
-        batch = answer_batch([samples[i] for i in run], counts, spread, device, last=not before)
+        batch = answer_batch([samples[i] for i in run], counts, parallel, device, last=not before)
         scores = model(*batch.inputs)
         scores = (batch.before(scores) if before else batch.at(scores)).float().cpu()
         lengths = [len(samples[i].tokens) - prompt_tokens[i] for i in run]

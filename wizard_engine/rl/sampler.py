@@ -8,11 +8,11 @@ from wizard_engine.generation.device_memory import LentTensors
 from wizard_engine.generation.engine import Engine
 from wizard_engine.model import ModelConfig, Transformer
 from wizard_engine.parallel import MeshOptions, make_mesh, sharded
-from wizard_engine.parallel.context import Spread
+from wizard_engine.parallel.context import ParallelContext
 from wizard_engine.parallel.fsdp_units import is_absent, materialised
 from wizard_engine.parallel.mesh import Axis, Mesh
-from wizard_engine.parallel.parallelize import divide
-from wizard_engine.parallel.shard_spec import Cut
+from wizard_engine.parallel.parallelize import shard_parameters
+from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.process import Runtime
 
 from .weight_sync import HandOver, checksum, trainer_checksum
@@ -46,7 +46,7 @@ class Sampler:
             "cache_tokens": cache_tokens, "max_sequences": max_sequences, "record_routes": True,
             "keeps_addresses": True,
         }  # fmt: skip
-        divided = self.trainer is not None and self.trainer.is_divided
+        divided = self.trainer is not None and self.trainer.is_sharded
         ranks = self.trainer.mesh.copy.size if divided else 1
         if ranks % tp:
             raise ValueError(f"sampler tp must divide the {ranks} ranks of a copy of the policy, got {tp}")
@@ -97,7 +97,7 @@ class Sampler:
         """Checksum of the trainer's weights of now; every rank makes the call."""
         if self.trainer is not None:
             return trainer_checksum(self.trainer)
-        return checksum((n, Cut.whole(p.shape), 0, p.detach()) for n, p in self.policy.named_parameters())
+        return checksum((n, ShardSpec.whole(p.shape), 0, p.detach()) for n, p in self.policy.named_parameters())
 
     def check(self, stamp: int | None) -> None:
         """ValueError unless the trainer still has the weights that something with this stamp was sampled from."""
@@ -118,20 +118,22 @@ class Sampler:
             self.memory.release()
 
 
-def empty_sampler(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Transformer, dict[str, Cut]]:
+def empty_sampler(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Transformer, dict[str, ShardSpec]]:
     """A model divided over the tp and ep of a mesh, without numbers, and what of each parameter this rank has."""
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    divisions = divide(model, model, mesh)
+    partitions = shard_parameters(model, model, mesh)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     materialised(model, mesh.device)
     if mesh.tp.size > 1 or mesh.ep.size > 1:
-        spread = Spread.over(mesh, config.vocab_size, keeps_tokens=False)
+        parallel = ParallelContext.from_mesh(mesh, config.vocab_size, regather_in_backward=False)
         for module in model.modules():
-            if hasattr(module, "spread"):
-                module.spread = spread
-    cuts = {name: divisions[name].own if name in divisions else Cut.whole(shape) for name, shape in shapes.items()}
-    return model.eval(), cuts
+            if hasattr(module, "parallel"):
+                module.parallel = parallel
+    specs = {
+        name: partitions[name].local if name in partitions else ShardSpec.whole(shape) for name, shape in shapes.items()
+    }
+    return model.eval(), specs

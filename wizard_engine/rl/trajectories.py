@@ -15,8 +15,8 @@ from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.offline import Generation, continued
 from wizard_engine.generation.scheduler import Sampling
 from wizard_engine.model import Routes, ScoringModel, Transformer
-from wizard_engine.parallel import paced
-from wizard_engine.parallel.context import Spread
+from wizard_engine.parallel import lockstep
+from wizard_engine.parallel.context import ParallelContext
 from wizard_engine.parallel.reductions import gather_along
 
 from .answer_batches import AnswerBatch, answer_batch, answer_runs
@@ -50,10 +50,10 @@ class Rollout:
         """Tokens of each sample's prompt."""
         return [len(sample.tokens) - length for sample, length in zip(self.samples, self.lengths)]
 
-    def batch(self, picked: Sequence[int], spread: Spread, device: torch.device) -> AnswerBatch:
+    def batch(self, picked: Sequence[int], parallel: ParallelContext, device: torch.device) -> AnswerBatch:
         """Some answers for one forward pass of a model that is spread so."""
         counts = self.prompt_tokens
-        return answer_batch([self.samples[i] for i in picked], [counts[i] for i in picked], spread, device)
+        return answer_batch([self.samples[i] for i in picked], [counts[i] for i in picked], parallel, device)
 
     def routes(self, picked: Sequence[int], batch: AnswerBatch, device: torch.device) -> Routes:
         """The sampler's choices for the tokens of a batch of some samples; fresh ones of a dense policy."""
@@ -130,11 +130,11 @@ def _in_order(parts: Sequence[Generation], shares: Sequence[Sequence[int]]) -> G
 @torch.no_grad()
 def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float, capacity: int = 8192) -> Tensor:
     """(N,) log-probability of the answer tokens under another model, with the sampler's temperature."""
-    device, spread = model.embedding.weight.device, model.spread
+    device, parallel = model.embedding.weight.device, model.parallel
     out: list[Tensor] = [torch.zeros(0)] * len(rollout.samples)
-    runs = answer_runs(rollout.samples, rollout.prompt_tokens, range(len(out)), capacity, spread)
-    for run in paced(runs, model, backward=False):
-        batch = rollout.batch(run, spread, device)
+    runs = answer_runs(rollout.samples, rollout.prompt_tokens, range(len(out)), capacity, parallel)
+    for run in lockstep(runs, model, backward=False):
+        batch = rollout.batch(run, parallel, device)
         hidden = batch.hidden(model, model(*batch.inputs))
         logprob, _ = linear_logprob(
             hidden, model.head_weight, batch.targets, temperature=temperature, shard=model.shard

@@ -17,7 +17,7 @@ from torch import Tensor
 from wizard_engine.parallel.fsdp import Sharded
 from wizard_engine.parallel.mesh import Axis
 from wizard_engine.parallel.reductions import gather_along
-from wizard_engine.parallel.shard_spec import Box, Cut, as_matrix
+from wizard_engine.parallel.shard_spec import ShardSpec, Slice, as_matrix
 
 # Bytes of whole parameters that move at once.
 BUCKET_BYTES = 256 * 2**20
@@ -31,13 +31,13 @@ class Part:
     """Elements [start, stop) of what a cut says of a parameter."""
 
     name: str
-    cut: Cut
+    cut: ShardSpec
     start: int
     stop: int
 
-    def boxes(self) -> Iterator[Box]:
+    def slices(self) -> Iterator[Slice]:
         """The elements as rectangles."""
-        return self.cut.boxes(self.start, self.stop)
+        return self.cut.slices(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Move:
 
     name: str
     source: int
-    held: Box
+    held: Slice
     target: int
-    wanted: Box
-    common: Box
+    wanted: Slice
+    common: Slice
 
 
 def moves(have: Sequence[Part], want: Sequence[Part]) -> list[Move]:
@@ -60,8 +60,8 @@ def moves(have: Sequence[Part], want: Sequence[Part]) -> list[Move]:
     found = []
     for source, mine in enumerate(have):
         for target in by_name.get(mine.name, ()):
-            for held in mine.boxes():
-                for wanted in want[target].boxes():
+            for held in mine.slices():
+                for wanted in want[target].slices():
                     common = held.overlap(wanted)
                     if common is not None:
                         found.append(Move(mine.name, source, held, target, wanted, common))
@@ -78,9 +78,11 @@ class HandOver:
         ValueError: the ranks do not have, together, what one of them wants.
     """
 
-    def __init__(self, trainer: Sharded, targets: dict[str, Tensor], cuts: dict[str, Cut]) -> None:
+    def __init__(self, trainer: Sharded, targets: dict[str, Tensor], cuts: dict[str, ShardSpec]) -> None:
         self.trainer, self.targets, self.axis = trainer, targets, trainer.mesh.copy
-        self.have = [Part(n, trainer.cuts[n], at, at + x.numel()) for n, at, x in trainer.weight_parts(exact=False)]
+        self.have = [
+            Part(n, trainer.shard_specs[n], at, at + x.numel()) for n, at, x in trainer.weight_shards(exact=False)
+        ]
         self.want = [Part(name, cuts[name], 0, target.numel()) for name, target in targets.items()]
         everyone = gather_along(self.axis, (self.have, self.want))
         self.outgoing = [moves(self.have, want) for _, want in everyone]
@@ -114,7 +116,7 @@ class HandOver:
     @torch.no_grad()
     def run(self) -> None:
         """Move all weights; every rank makes the call."""
-        values = [x for _, _, x in self.trainer.weight_parts(exact=False)]
+        values = [x for _, _, x in self.trainer.weight_shards(exact=False)]
         for names in self.buckets:
             for move in self.outgoing[self.axis.index]:
                 if move.name in names:
@@ -141,11 +143,11 @@ class HandOver:
 
     def _found(self, move: Move, values: list[Tensor]) -> Tensor:
         """Where this rank has a rectangle."""
-        return move.held.part(move.held.of(values[move.source]), move.common)
+        return move.held.crop(move.held.of(values[move.source]), move.common)
 
     def _place(self, move: Move) -> Tensor:
         """Where this rank wants it."""
-        return move.wanted.part(move.wanted.of(self.targets[move.name].view(-1)), move.common)
+        return move.wanted.crop(move.wanted.of(self.targets[move.name].view(-1)), move.common)
 
     def stamp_of_sampler(self, tp: Axis, ep: Axis) -> int:
         """Checksum of the weights that this rank's sampler has, with those of the ranks that divide it."""
@@ -163,7 +165,7 @@ class HandOver:
 
 def trainer_checksum(trainer: Sharded) -> int:
     """Checksum of a divided model's weights as it computes with them; every rank of a copy makes the call."""
-    own = checksum((name, trainer.cuts[name], start, x) for name, start, x in trainer.weight_parts(exact=False))
+    own = checksum((name, trainer.shard_specs[name], start, x) for name, start, x in trainer.weight_shards(exact=False))
     if trainer.mesh.copy.size > 1:
         total = torch.tensor([own], dtype=torch.int64, device=trainer.device)
         dist.all_reduce(total, group=trainer.mesh.copy.group)
@@ -172,7 +174,7 @@ def trainer_checksum(trainer: Sharded) -> int:
 
 
 @torch.no_grad()
-def checksum(parts: Iterable[tuple[str, Cut, int, Tensor]]) -> int:
+def checksum(parts: Iterable[tuple[str, ShardSpec, int, Tensor]]) -> int:
     """Sum over elements of their bits times an odd number made of parameter and place, modulo 2^64.
 
     Sums over ranks, whatever each of them has, are the same as one over whole parameters.
@@ -184,7 +186,7 @@ def checksum(parts: Iterable[tuple[str, Cut, int, Tensor]]) -> int:
     for name, cut, start, values in parts:
         salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
         width = as_matrix(cut.shape)[1]
-        for box in cut.boxes(start, start + values.numel()):
+        for box in cut.slices(start, start + values.numel()):
             own = box.of(values.view(-1))
             rows = max(1, CHUNK // max(1, box.columns))
             column = torch.arange(box.column, box.column + box.columns, device=values.device)

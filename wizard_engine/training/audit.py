@@ -17,7 +17,7 @@ from wizard_engine.data.samples import Pair
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import dpo_loss, sequence_logprobs, sft_loss
 from wizard_engine.model import Transformer
-from wizard_engine.parallel import Sharded, paced, sharded
+from wizard_engine.parallel import Sharded, lockstep, sharded
 
 TOLERANCE = 2e-5
 
@@ -91,7 +91,7 @@ def _divided_gradient_and_loss(
     """The same of a divided model, all of whose ranks do the same; this rank's part of the gradient."""
     engine.zero_grad()
     value = 0.0
-    for group in paced(groups, model, backward=True):
+    for group in lockstep(groups, model, backward=True):
         batch = collate(group).to(engine.device)
         hidden = model(*batch.inputs)
         loss = _supervised_loss(model, hidden, batch, total)
@@ -110,7 +110,7 @@ def supervised_checks(model: Transformer, samples: Sequence[Sample]) -> list[Che
     apart, single = _gradient_and_loss(model, [[sample] for sample in few])
     halves, split = _gradient_and_loss(model, [part for part in (few[::2], few[1::2]) if part])
     engine = sharded(model)
-    norm = Tensor.norm if engine is None or not engine.is_divided else engine.norm
+    norm = Tensor.norm if engine is None or not engine.is_sharded else engine.norm
     scale, limit = max(float(norm(whole)), 1e-12), tolerance(model)
     return [
         Check("packed loss = unpacked loss", abs(together - apart) / max(abs(together), 1e-12), limit),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from wizard_engine import checkpoint
-from wizard_engine.checkpoint import Part
+from wizard_engine.checkpoint import Shard
 from wizard_engine.model import ScoringModel, Transformer
 from wizard_engine.optim import AdamW, cosine_with_warmup
-from wizard_engine.parallel import MeshOptions, make_mesh, paced, pack_over_rows, parallelize, sharded, sum_over_rows
+from wizard_engine.parallel import MeshOptions, lockstep, make_mesh, pack_over_rows, parallelize, sharded, sum_over_rows
 from wizard_engine.parallel.reductions import pack
 from wizard_engine.rl.advantages import Targets
 from wizard_engine.rl.rewards import AnswerReward
@@ -83,8 +83,8 @@ class OnlineRun:
             if self.averaged:
                 engine = sharded(self.modules["policy"])
                 self.average = torch.zeros_like(engine.master)
-                for name, start, values in engine.parts(self.average):
-                    found.read("average", name, engine.cuts[name], start, values)
+                for name, start, values in engine.shards(self.average):
+                    found.read("average", name, engine.shard_specs[name], start, values)
         self.step, self.answer_tokens, self.skipped = state["step"], state["answer_tokens"], state["skipped"]
         self.largest_ratio_error = state["largest_ratio_error"]
 
@@ -121,9 +121,9 @@ class OnlineRun:
             engine.master.copy_(self.average)
             engine.publish()
 
-    def paced(self, items: Iterable[T]) -> Iterator[T]:
+    def lockstep(self, items: Iterable[T]) -> Iterator[T]:
         """Micro-batches that go through policy and critic, forward and backward; ranks keep the same pace."""
-        return paced(items, *self.modules.values(), backward=True)
+        return lockstep(items, *self.modules.values(), backward=True)
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and close; every rank makes the call."""
@@ -302,12 +302,12 @@ class OnlineRun:
                 "largest_ratio_error": self.largest_ratio_error}  # fmt: skip
 
     def _save(self) -> None:
-        groups: dict[str, dict[str, Part]] = {}
+        groups: dict[str, dict[str, Shard]] = {}
         for name, module in self.modules.items():
             groups[name], groups[f"{name}_optimizer"] = parts_of(module, self.optimizers[name])
         policy = sharded(self.modules["policy"])
         if self.averaged and not policy.mesh.replicate.index:
-            groups["average"] = {n: Part(policy.cuts[n], at, x) for n, at, x in policy.parts(self.average)}
+            groups["average"] = {n: Shard(policy.shard_specs[n], at, x) for n, at, x in policy.shards(self.average)}
         state = {
             "step": self.step, "answer_tokens": self.answer_tokens, "skipped": self.skipped,
             "largest_ratio_error": self.largest_ratio_error, "averaged": self.averaged,

@@ -30,9 +30,9 @@ class ReferenceCache:
 
         digest = hashlib.sha256()
         engine = sharded(model)
-        if engine is not None and engine.is_divided:
+        if engine is not None and engine.is_sharded:
             parts = hashlib.sha256()
-            for name, start, values in engine.weight_parts(exact=False):
+            for name, start, values in engine.weight_shards(exact=False):
                 parts.update(f"{name} {start} {values.dtype}".encode())
                 parts.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             digest.update(repr(gather_objects(parts.hexdigest())).encode())
@@ -60,7 +60,7 @@ class ReferenceCache:
         """Of a divided model each rank computes its share of the pairs."""
         engine = sharded(model)
         rank, size = 0, 1
-        if engine is not None and engine.is_divided:
+        if engine is not None and engine.is_sharded:
             rank, size = engine.mesh.data.index, engine.mesh.data.size
         own = pairs[rank::size]
         samples = [pair.chosen for pair in own] + [pair.rejected for pair in own]

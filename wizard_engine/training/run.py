@@ -16,8 +16,8 @@ from wizard_engine.data.loader import Loader
 from wizard_engine.optim import AdamW, cosine_with_warmup
 from wizard_engine.parallel import (
     MeshOptions,
+    lockstep,
     make_mesh,
-    paced,
     pack_over_rows,
     parallelize,
     sharded,
@@ -93,9 +93,9 @@ class Run:
         self.step, self.skipped, self.tokens = state["step"], state["skipped"], state["tokens"]
         self.spikes.losses.extend(state["losses"])
 
-    def paced(self, items: Iterable[T]) -> Iterator[T]:
+    def lockstep(self, items: Iterable[T]) -> Iterator[T]:
         """The items, a forward and a backward each; of a divided model, ranks with fewer keep the others' pace."""
-        return paced(items, self.model, backward=True)
+        return lockstep(items, self.model, backward=True)
 
     def steps(self) -> Iterator[list[np.ndarray]]:
         """This rank's packs of each remaining step, as arrays of row indices; saves and stops on request."""

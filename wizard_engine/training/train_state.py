@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from wizard_engine.checkpoint import Checkpoint, Part
+from wizard_engine.checkpoint import Checkpoint, Shard
 from wizard_engine.optim import AdamW
 from wizard_engine.optim.adamw import MOMENTS
 from wizard_engine.parallel import sharded
 
 
-def parts_of(model: nn.Module, optimizer: AdamW) -> tuple[dict[str, Part], dict[str, Part]]:
+def parts_of(model: nn.Module, optimizer: AdamW) -> tuple[dict[str, Shard], dict[str, Shard]]:
     """What this rank writes into a checkpoint of a model: its parameters that train, and its optimizer's moments.
 
     Ranks that hold another copy of the model write nothing.
@@ -16,10 +16,10 @@ def parts_of(model: nn.Module, optimizer: AdamW) -> tuple[dict[str, Part], dict[
     engine = sharded(model)
     if engine.mesh.replicate.index:
         return {}, {}
-    cuts = engine.cuts
-    weights = {name: Part(cuts[name], start, values) for name, start, values in engine.parts(engine.master)}
+    cuts = engine.shard_specs
+    weights = {name: Shard(cuts[name], start, values) for name, start, values in engine.shards(engine.master)}
     moments = {
-        f"{moment}.{name}": Part(cuts[name], start, values) for moment, name, start, values in optimizer.state_parts()
+        f"{moment}.{name}": Shard(cuts[name], start, values) for moment, name, start, values in optimizer.state_shards()
     }
     return weights, moments
 
@@ -38,9 +38,9 @@ def restore(found: Checkpoint, group: str, model: nn.Module, optimizer: AdamW, c
     found.check_like(
         f"{group}_optimizer", {f"{moment}.{n}": shape for moment in MOMENTS for n, shape in shapes.items()}
     )
-    for name, start, values in engine.parts(engine.master):
-        found.read(group, name, engine.cuts[name], start, values)
-    for moment, name, start, values in optimizer.state_parts():
-        found.read(f"{group}_optimizer", f"{moment}.{name}", engine.cuts[name], start, values)
+    for name, start, values in engine.shards(engine.master):
+        found.read(group, name, engine.shard_specs[name], start, values)
+    for moment, name, start, values in optimizer.state_shards():
+        found.read(f"{group}_optimizer", f"{moment}.{name}", engine.shard_specs[name], start, values)
     optimizer.count = count
     engine.publish()
