@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from wizard_engine import runtime, world
-from wizard_engine.agents import Cast
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import co_teach
-from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 
 @dataclass(frozen=True)
@@ -77,26 +77,25 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "co_teach", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
-    rows, rejected = read_conversations(
-        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
-    )
+    cast, rows, rejected = open_inputs(cfg, rt)
     who = cfg.agents
-    found = co_teach(
+    lessons = co_teach(
         rows, ours=cast.agent(who.ours), rivals=[cast.agent(spec) for spec in who.rivals],
         judge=cast.agent(who.judge), suggester=cast.optional(who.suggester), rewriter=cast.optional(who.rewriter),
         user=cast.optional(who.user), sft_threshold=cfg.sft_threshold, dpo_threshold=cfg.dpo_threshold,
         chat_turns=cfg.chat_turns, lessons=cfg.lessons, seed=cfg.seed, temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics}
-    files = {"sft": found.sft, "preferences": found.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": found.battles}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **lessons.statistics}
+    files = {"sft": lessons.sft, "preferences": lessons.preferences}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": lessons.battles}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        print(f"{len(found.sft)} lessons, {len(found.preferences)} preference rows from {len(found.battles)} battles")
-        print_table("rival", found.statistics["rivals"])
-        print_table("skill", found.statistics["skills"])
+        print(
+            f"{len(lessons.sft)} lessons, {len(lessons.preferences)} preference rows from {len(lessons.battles)} battles"
+        )
+        print_table("rival", lessons.statistics["rivals"])
+        print_table("skill", lessons.statistics["skills"])
     return finish_stage(stage, rt, report, outputs)
 
 

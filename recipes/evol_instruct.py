@@ -24,7 +24,8 @@ from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
 from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
-from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "evol_instruct", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
-    rows, rejected = read_conversations(
-        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
-    )
+    cast, rows, rejected = open_inputs(cfg, rt)
     method, search = choose_method(cfg, cast, rows)
     evolved = evolve_instructions(
         rows, evolver=cast.agent(cfg.agents.evolver), answerer=cast.agent(cfg.agents.answerer),

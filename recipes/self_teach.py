@@ -20,7 +20,8 @@ from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import label_processes, self_teach
-from wizard_engine.synthesis.outputs import read_conversations, write_outputs
+from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.outputs import write_outputs
 
 
 @dataclass(frozen=True)
@@ -94,24 +95,21 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "self_teach", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size)
-    rows, rejected = read_conversations(
-        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
-    )
-    found = self_teach(
+    cast, rows, rejected = open_inputs(cfg, rt)
+    selected = self_teach(
         rows, student=cast.agent(cfg.agents.student), judge=cast.agent(cfg.agents.judge),
         evolver=cast.optional(cfg.agents.evolver), samples=cfg.samples, score=cfg.score, keep=cfg.keep,
         min_gap=cfg.min_gap, min_score=cfg.min_score, temperature=cfg.temperature, seed=cfg.seed,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
     processes, labels = label(cfg, cast, rows)
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **found.statistics, "labels": labels}
-    files = {"sft": found.sft, "preferences": found.preferences, "processes": processes}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": found.scores}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **selected.statistics, "labels": labels}
+    files = {"sft": selected.sft, "preferences": selected.preferences, "processes": processes}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": selected.scores}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        print(f"{found.statistics['selected']} of {found.statistics['prompts']} prompts selected by {cfg.score}:")
-        print(f"{len(found.sft)} supervised, {len(found.preferences)} preference, {len(processes)} process rows")
+        print(f"{selected.statistics['selected']} of {selected.statistics['prompts']} prompts selected by {cfg.score}:")
+        print(f"{len(selected.sft)} supervised, {len(selected.preferences)} preference, {len(processes)} process rows")
     return finish_stage(stage, rt, report, outputs)
 
 
