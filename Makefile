@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu-check | docs | lint.  A bare machine needs python >= 3.11, g++ and make.
+# make demo | test | test-slow | soak | bench | gpu-check | docs | lint.  A bare machine needs python >= 3.11, g++ and make.
 PYTHON ?= python3
 SEED ?= 0
 RANKS ?= 2
@@ -6,13 +6,15 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo ablations test bench gpu-check docs lint format clean
+.PHONY: demo ablations test test-slow soak bench gpu-check docs lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=0]   the whole pipeline on the embedded world: $(OUT)/report.html, $(OUT)/summary.json"
 	@echo "make ablations       slices, evolving, weighting, reward factors: runs/ablations/ablations.json"
-	@echo "make test            every test this machine can run; lists what it skipped and why"
+	@echo "make test            the tests that catch what breaks, in minutes; lists what it skipped and why"
+	@echo "make test-slow       the others: whole matrices, all table entries, runs that are killed"
+	@echo "make soak            long runs, by hand"
 	@echo "make bench           the benchmarks this machine can run"
 	@echo "make gpu-check       on a machine with a GPU: checks and measures the kernels, benchmarks/results/GPU-DATE"
 	@echo "make docs            the HTML documentation with its API reference: build/docs/index.html"
@@ -46,8 +48,17 @@ demo: $(VENV)/.core
 ablations: $(VENV)/.core
 	$(RUN) recipes/ablations.py --demo $(OUT) --seed $(SEED)
 
+# Tests of a file stay in one process: they share what it has started.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m "slow and not soak"
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

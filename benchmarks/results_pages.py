@@ -134,7 +134,8 @@ def launches() -> str:
     for row in rows:
         is_decode = row["step"] == "decode"
         many = f"{row['tokens']} sequence" + ("s" if row["tokens"] > 1 else "")
-        what = f"decode, {many}" if is_decode else f"training, {row['tokens']:,} tokens"
+        kind = "online (RLEIF)" if row["step"] == "rleif" else "training"
+        what = f"decode, {many}" if is_decode else f"{kind}, {row['tokens']:,} tokens"
         share = f"{100 * row['share_of_copy']:.0f} % of copy" if is_decode else f"{100 * row['mfu']:.1f} % MFU"
         code = row["code"] if "before" in row["code"] else f"after: {row['commit']}"
         lines.append([code, what, "-" if is_decode else row["recompute"], f"{row['launches']:,}",

@@ -61,8 +61,23 @@ def untimed(out):
     return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")]
 
 
-def found_by_ranks(script, worlds, out, timeout=500):
-    """World size -> what each of its ranks wrote to OUT/found_WORLD_RANK.json."""
+def selected(request, parameter):
+    """Values of a parameter among the cases of this file that the session runs."""
+    cases = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    return sorted({params[parameter] for params in cases if parameter in params})
+
+
+def found_by_ranks(script, worlds, out, names=(), timeout=500):
+    """World size -> what each of its ranks wrote to OUT/found_WORLD_RANK.json.
+
+    Args:
+        names: of the cases to run, in OUT/cases.json for the script to read.
+    """
+    Path(out, "cases.json").write_text(json.dumps(list(names)))
     for world in worlds:
         done = torchrun(world, script, out, timeout=timeout)
         assert done.returncode == 0, done.stderr[-3000:]

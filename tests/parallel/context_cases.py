@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from sharded_cases import BASE, LOSSES, compare, loss_of, samples
+from sharded_cases import BASE, LOSSES, compare, loss_of, samples, selected_cases
 
 from wizard_engine import runtime
 from wizard_engine.data.batch import collate
@@ -109,28 +109,27 @@ def is_random_model(mesh, mixture):
         return all(torch.equal(a, b) for a, b in pairs)
 
 
-def main(out, only=""):
-    """Run every case of this world and write what was found."""
+def main(out):
+    """Run the cases of this world that the session runs and write what was found."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
     from wizard_engine.parallel import recompute
 
     recompute.LEAST_BYTES = 1
     meshes = {name: make_mesh(options, rt) for name, options in LAYOUTS[rt.world_size].items()}
-    found = {}
-    for name, (kind, model, layout, sharding, freeze) in cases(rt.world_size).items():
-        if only not in name:
-            continue
+    found, chosen = {}, selected_cases(out, cases(rt.world_size))
+    for name, (kind, model, layout, sharding, freeze) in chosen.items():
         try:
             found[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
-            if only:
-                print(rt.rank, name, found[name], flush=True)
         except Exception as error:
             traceback.print_exc()
             found[name] = {"error": repr(error)}
             break
-    random = {} if only else {name: is_random_model(mesh, "ep" in name) for name, mesh in meshes.items()}
-    alike = {} if only else {name: is_alike(mesh, "ep" in name) for name, mesh in meshes.items()}
+    used = {layout for _, _, layout, _, _ in chosen.values()}
+    random, alike = (
+        {name: check(mesh, "ep" in name) for name, mesh in meshes.items() if name in used}
+        for check in (is_random_model, is_alike)
+    )
     Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(
         json.dumps({"cases": found, "alike": alike, "random": random})
     )
@@ -139,4 +138,4 @@ def main(out, only=""):
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -263,15 +263,21 @@ def bits_of(mesh, sharding, dtype):
     return equal
 
 
+def selected_cases(out, cases):
+    """Of the cases by name, those that a session runs: what `many_ranks.found_by_ranks` wrote down."""
+    names = json.loads(Path(out, "cases.json").read_text())
+    return {name: case for name, case in cases.items() if name in names}
+
+
 def main(out):
-    """Run every case of this world and write what was found."""
+    """Run the cases of this world that the session runs and write what was found."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
     # These tensors are small: all of them are kept in host memory where any is.
     recompute.LEAST_BYTES = 1
     found = {}
     meshes = {name: make_mesh(options, rt) for name, options in LAYOUTS[rt.world_size].items()}
-    for name, (kind, model, layout, sharding, freeze) in cases(rt.world_size).items():
+    for name, (kind, model, layout, sharding, freeze) in selected_cases(out, cases(rt.world_size)).items():
         try:
             found[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
         except Exception as error:

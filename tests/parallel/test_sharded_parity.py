@@ -3,18 +3,19 @@ all-reduce does, in fp32."""
 
 import pytest
 import sharded_cases
-from many_ranks import found_by_ranks
+from many_ranks import found_by_ranks, selected
 
 TOLERANCE = 1e-10
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     """World size -> what each of its ranks found."""
     out = tmp_path_factory.mktemp("sharded")
-    return found_by_ranks(sharded_cases.__file__, sharded_cases.LAYOUTS, out)
+    return found_by_ranks(sharded_cases.__file__, sharded_cases.LAYOUTS, out, selected(request, "name"))
 
 
+@pytest.mark.every(12)
 @pytest.mark.parametrize(
     ("world", "name"), [(world, name) for world in sharded_cases.LAYOUTS for name in sharded_cases.cases(world)]
 )
