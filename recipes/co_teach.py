@@ -79,23 +79,23 @@ def main(cfg: Config) -> dict:
         return stage.result()
     cast, rows, rejected = open_inputs(cfg, rt)
     who = cfg.agents
-    lessons = co_teach(
+    taught = co_teach(
         rows, ours=cast.agent(who.ours), rivals=[cast.agent(spec) for spec in who.rivals],
         judge=cast.agent(who.judge), suggester=cast.optional(who.suggester), rewriter=cast.optional(who.rewriter),
         user=cast.optional(who.user), sft_threshold=cfg.sft_threshold, dpo_threshold=cfg.dpo_threshold,
         chat_turns=cfg.chat_turns, lessons=cfg.lessons, seed=cfg.seed, temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **lessons.statistics}
-    files = {"sft": lessons.sft, "preferences": lessons.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": lessons.battles}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics}
+    files = {"sft": taught.sft, "preferences": taught.preferences}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": taught.battles}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
         print(
-            f"{len(lessons.sft)} lessons, {len(lessons.preferences)} preference rows from {len(lessons.battles)} battles"
+            f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles"
         )
-        print_table("rival", lessons.statistics["rivals"])
-        print_table("skill", lessons.statistics["skills"])
+        print_table("rival", taught.statistics["rivals"])
+        print_table("skill", taught.statistics["skills"])
     return finish_stage(stage, rt, report, outputs)
 
 
