@@ -202,8 +202,8 @@ def _partials(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
     """A vocabulary in two slices."""
     cut, words = weight.shape[0] // 2 + 1, weight.shape[0]
     parts = [
-        linear_logprob_partial(hidden, weight[:cut], targets, start=0, words=words),
-        linear_logprob_partial(hidden, weight[cut:], targets, start=cut, words=words),
+        linear_logprob_partial(hidden, weight[:cut], targets, start=0, vocab_size=words),
+        linear_logprob_partial(hidden, weight[cut:], targets, start=cut, vocab_size=words),
     ]
     return merge_partials(torch.stack(parts), targets)
 
@@ -281,7 +281,7 @@ def _mixture(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor) -> tuple[
     # The chosen experts are given: a tie in a smaller dtype would send a token elsewhere.
     tokens = torch.arange(x.shape[0], device=x.device)
     given = torch.stack((tokens % 3, tokens % 3 + 1 + tokens % 2), 1) % 4
-    routing = moe_route(x, router, experts_per_token=2, given=given)
+    routing = moe_route(x, router, experts_per_token=2, replayed_experts=given)
     rows = permute_rows(x, routing)
     counts = routing.counts[None].long()
     inner = expert_mlp(rows, gate_up, down, expert_layout(counts, rows.shape[0]))

@@ -105,7 +105,7 @@ def _attention(products: int) -> Callable[[Arguments, str], Cost]:
 def _logprob(arguments: Arguments, name: str) -> Cost:
     """One product of the rows with those of the vocabulary that this launch sees."""
     hidden = arguments["hidden"]
-    rows = arguments["blocks"] * arguments["BLOCK_V"] if "blocks" in arguments else arguments["words"]
+    rows = arguments["blocks"] * arguments["BLOCK_V"] if "blocks" in arguments else arguments["vocab_size"]
     rows = min(rows, arguments["weight"].shape[0])
     weight = rows * hidden.shape[1] * hidden.element_size()
     return Cost(_without(arguments, "weight") + weight, 2.0 * hidden.shape[0] * hidden.shape[1] * rows)

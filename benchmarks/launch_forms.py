@@ -247,10 +247,10 @@ def dpo(shape: dict[str, int]) -> Iterator[Form]:
 
 
 def _dpo(variant: str, mean: bool) -> None:
-    from kernels._dpo import dpo_slopes
+    from kernels._dpo import dpo_grads
 
     numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
-    dpo_slopes(
+    dpo_grads(
         numbers, numbers, marks, _meta(16, dtype=torch.float32), beta=0.1, num_pairs=8, variant=variant,
         label_smoothing=0.1, mean=mean, nll_scale=0.1,
     )  # fmt: skip
@@ -273,11 +273,11 @@ def ppo(shape: dict[str, int]) -> Iterator[Form]:
 
 
 def _ppo(everything: bool, estimator: str) -> None:
-    from kernels._ppo import ppo_slopes
+    from kernels._ppo import ppo_grads
 
     numbers = _meta(TOKENS, dtype=torch.float32)
     other = numbers if everything else None
-    ppo_slopes(
+    ppo_grads(
         numbers, numbers, numbers, numbers, numbers, clip=(0.2, 0.2), dual_clip=3.0 if everything else None,
         reference=other, kl=0.1, kl_estimator=estimator, entropy_bonus=0.01, sampled=other, importance_cap=2.0,
     )  # fmt: skip
@@ -285,10 +285,10 @@ def _ppo(everything: bool, estimator: str) -> None:
 
 def value_loss(shape: dict[str, int]) -> Iterator[Form]:
     """One form: fp32 numbers per token."""
-    from kernels._ppo import value_slopes
+    from kernels._ppo import value_loss_grads
 
     numbers = _meta(TOKENS, dtype=torch.float32)
-    yield "fp32", lambda: value_slopes(numbers, numbers, numbers, 0.2, 0.1)
+    yield "fp32", lambda: value_loss_grads(numbers, numbers, numbers, 0.2, 0.1)
 
 
 def gae(shape: dict[str, int]) -> Iterator[Form]:

@@ -1,7 +1,13 @@
-// AdamW on CPU in one pass: add the last micro-batch's gradient to what was accumulated, update, round the weights.
+// AdamW on CPU in one pass: add the last micro-batch's gradient to the accumulated one, update, round the weights.
 //
-// One loop, compiled for plain x86-64, AVX2 and AVX-512; the widest that the processor has is chosen at run time. No
-// multiplication and addition are fused, so that all three give the same bits.
+//   g = scale (gradient + accumulated)    m = b1 m + (1 - b1) g    v = b2 v + (1 - b2) g^2
+//   w = w (1 - lr weight_decay) - lr / (1 - b1^step) m / (sqrt(v) / sqrt(1 - b2^step) + epsilon)
+//
+// The buffers are split over threads, and each thread's part into blocks that fit the first cache (`update`).
+// `dispatch` picks one of eight instances: gradient fp32 or bf16, with or without accumulated gradient and copy.
+// The loop is compiled for plain x86-64, AVX2 and AVX-512; the widest that the processor has is chosen at run time.
+// Elements do not depend on each other and multiply-adds are never fused (-ffp-contract=off): all three, and any number
+// of threads, give the same bits.
 
 #include <cmath>
 #include <cstdint>
@@ -17,6 +23,8 @@ namespace {
 
 constexpr int64_t kBlock = 2048;
 
+// Coefficients of a step, computed in fp64 and rounded once. rest = 1 - beta, decay = 1 - lr weight_decay,
+// rate = lr / (1 - beta^step), root = 1 / sqrt(1 - beta_sq^step).
 struct Numbers {
     float scale, beta, beta_sq, rest, rest_sq, decay, rate, root, epsilon;
 };
@@ -36,27 +44,30 @@ INLINE void update(const Buffers& b, const Numbers& n, int64_t first, int64_t la
     uint16_t* __restrict__ copy = b.copy;
     const float* __restrict__ full = static_cast<const float*>(b.gradient);
     const uint16_t* __restrict__ half = static_cast<const uint16_t*>(b.gradient);
-    // A block goes through three short loops that stay in the first cache: each has two or three streams, where one
-    // loop would have ten, more than the processor prefetches well.
-    float slopes[kBlock];
+    // Three short loops over a block that stays in the first cache: each reads and writes two to four streams, where a
+    // single loop would have ten, more than the processor prefetches well.
+    float grads[kBlock];
     for (int64_t start = first; start < last; start += kBlock) {
         const int64_t count = last - start < kBlock ? last - start : kBlock;
+        // 1. The gradient in fp32. The accumulated one is cleared for the next step.
         for (int64_t j = 0; j < count; ++j) {
-            float slope = kHalf ? widened(half[start + j]) : full[start + j];
+            float grad = kHalf ? widened(half[start + j]) : full[start + j];
             if (kAccumulated) {
-                slope += accumulated[start + j];
+                grad += accumulated[start + j];
                 accumulated[start + j] = 0.0f;
             }
-            slopes[j] = slope * n.scale;
+            grads[j] = grad * n.scale;
         }
+        // 2. Moments and weights.
         for (int64_t j = 0; j < count; ++j) {
             const int64_t i = start + j;
-            const float mean = n.beta * exp_avg[i] + n.rest * slopes[j];
-            const float square = n.beta_sq * exp_avg_sq[i] + n.rest_sq * (slopes[j] * slopes[j]);
+            const float mean = n.beta * exp_avg[i] + n.rest * grads[j];
+            const float square = n.beta_sq * exp_avg_sq[i] + n.rest_sq * (grads[j] * grads[j]);
             master[i] = master[i] * n.decay - n.rate * mean / (std::sqrt(square) * n.root + n.epsilon);
             exp_avg[i] = mean;
             exp_avg_sq[i] = square;
         }
+        // 3. The bf16 weights.
         if (kCopy)
             for (int64_t j = 0; j < count; ++j) copy[start + j] = rounded(master[start + j]);
     }
@@ -103,7 +114,7 @@ Kernel kernel_of(int32_t level) {
     return plain;
 }
 
-// Elements of a thread's share that are worth a thread of its own, and what shares are multiples of.
+// Least elements per thread: below, starting a thread costs more than it saves. Parts are multiples of kStep elements.
 constexpr int64_t kLeast = 1 << 18;
 constexpr int64_t kStep = 1 << 10;
 
@@ -130,20 +141,21 @@ EXPORT int64_t wizard_adamw(float* master, float* exp_avg, float* exp_avg_sq, fl
                           static_cast<float>(epsilon)};
     const Buffers buffers{master, exp_avg, exp_avg_sq, accumulated, gradient, copy};
     const Kernel kernel = kernel_of(level);
-    int64_t shares = (n + kLeast - 1) / kLeast;
-    if (shares > threads) shares = threads;
-    if (shares < 1) shares = 1;
-    const int64_t share = ((n + shares - 1) / shares + kStep - 1) / kStep * kStep;
+    int64_t parts = (n + kLeast - 1) / kLeast;
+    if (parts > threads) parts = threads;
+    if (parts < 1) parts = 1;
+    const int64_t part = ((n + parts - 1) / parts + kStep - 1) / kStep * kStep;
     std::vector<std::thread> workers;
-    int64_t first = share;
+    int64_t first = part;
     try {
-        for (; first < n; first += share)
+        for (; first < n; first += part)
             workers.emplace_back(kernel, std::cref(buffers), std::cref(numbers), half, first,
-                                 first + share < n ? first + share : n);
+                                 first + part < n ? first + part : n);
     } catch (const std::system_error&) {
+        // No further thread: this one does the rest.
         kernel(buffers, numbers, half, first, n);
     }
-    kernel(buffers, numbers, half, 0, share < n ? share : n);
+    kernel(buffers, numbers, half, 0, part < n ? part : n);
     for (std::thread& worker : workers) worker.join();
     return level;
 }

@@ -1,7 +1,13 @@
-// Shingles, MinHash signatures and clusters of near-duplicate texts.
+// Shingles, MinHash signatures and clusters of near-duplicate texts (MinHash with locality-sensitive hashing).
 //
-// A text arrives as its words joined by single spaces (UTF-8). Its shingles are the hashes of every run of `width`
-// words, sorted and unique; a text of fewer words has one shingle, the whole text.
+// 1. wizard_shingles: a text arrives as its words joined by single spaces (UTF-8). Its shingles are the hashes of every
+//    run of `width` words, sorted and unique; a text of fewer words has one shingle, the whole text.
+// 2. wizard_signatures: for each of several random permutations, the smallest value among a text's shingles. Two texts
+//    agree in one with the probability of their Jaccard index.
+// 3. wizard_clusters: texts that agree in a whole band of `rows` signature values are candidates. Their exact Jaccard
+//    index decides, and union-find joins them.
+//
+// All hashes are fixed functions of the text and the seed: the result is the same on every machine.
 
 #include <algorithm>
 #include <cstddef>
@@ -24,6 +30,7 @@ namespace {
 using std::size_t;
 using Keyed = std::pair<uint64_t, int64_t>;  // a key and the text that has it
 
+// Finaliser of SplitMix64: every bit of the value changes about half of the bits of the result.
 uint64_t mix(uint64_t value) {
     value ^= value >> 30;
     value *= 0xbf58476d1ce4e5b9ULL;
@@ -32,8 +39,10 @@ uint64_t mix(uint64_t value) {
     return value ^ (value >> 31);
 }
 
+// Hash of a hash and one more value, in order.
 uint64_t fold(uint64_t hash, uint64_t value) { return mix((hash ^ value) + 0x9e3779b97f4a7c15ULL); }
 
+// Eight bytes at a time, the rest padded with 0; the length is in the seed, so that padding does not collide.
 uint64_t hash_word(const char* text, size_t bytes) {
     uint64_t hash = 0x9e3779b97f4a7c15ULL ^ bytes;
     for (; bytes >= 8; text += 8, bytes -= 8) {
@@ -46,6 +55,7 @@ uint64_t hash_word(const char* text, size_t bytes) {
     return mix(hash ^ word);
 }
 
+// Hashes of the words of a text.
 void hash_words(const char* text, int64_t bytes, std::vector<uint64_t>& words) {
     words.clear();
     for (int64_t start = 0; start < bytes;) {
@@ -75,6 +85,7 @@ WIDE_VECTORS
 void update_signature(const uint64_t* shingles, int64_t count, const uint32_t* low, const uint32_t* high,
                       const uint64_t* shift, int64_t permutations, uint32_t* signature) {
     for (int64_t i = 0; i < count; ++i) {
+        // The upper half of a 64 x 64 bit product (modulo 2^64) from 32-bit halves, which vector units multiply faster.
         const uint64_t value = shingles[i] & 0xffffffffULL;
         const uint32_t upper = static_cast<uint32_t>(shingles[i] >> 32);
         for (int64_t p = 0; p < permutations; ++p) {
@@ -91,6 +102,7 @@ void write_signatures(const uint64_t* shingles, const int64_t* offsets, int64_t 
     std::vector<uint32_t> low(static_cast<size_t>(permutations)), high(low.size());
     std::vector<uint64_t> shift(low.size());
     for (size_t p = 0; p < low.size(); ++p) {
+        // An odd factor is invertible modulo 2^64: different shingles have different products.
         const uint64_t factor = fold(seed, 2 * p) | 1;
         low[p] = static_cast<uint32_t>(factor);
         high[p] = static_cast<uint32_t>(factor >> 32);
@@ -114,9 +126,11 @@ struct Corpus {
     int64_t size(int64_t text) const { return offsets[text + 1] - offsets[text]; }
 };
 
+// Whether the Jaccard index of two texts' shingles is at least the threshold, by a merge of the sorted lists.
 bool is_similar(const Corpus& corpus, int64_t first, int64_t second, double threshold) {
     const int64_t sizes[2] = {corpus.size(first), corpus.size(second)};
     const auto [small, large] = std::minmax(sizes[0], sizes[1]);
+    // The index is at most small / large.
     if (static_cast<double>(small) < threshold * static_cast<double>(large)) return false;
     const uint64_t* a = corpus.shingles + corpus.offsets[first];
     const uint64_t* b = corpus.shingles + corpus.offsets[second];
@@ -124,6 +138,7 @@ bool is_similar(const Corpus& corpus, int64_t first, int64_t second, double thre
     int64_t common = 0;
     while (a < a_end && b < b_end) {
         const uint64_t x = *a, y = *b;
+        // Without branches: which list advances is not predictable.
         common += x == y;
         a += x <= y;
         b += y <= x;
@@ -138,6 +153,7 @@ class Clusters {
         std::iota(parent_.begin(), parent_.end(), int64_t{0});
     }
     int64_t root(int64_t item) {
+        // Path halving: every node on the way then points to its grandparent.
         while (parent_[item] != item) item = parent_[item] = parent_[parent_[item]];
         return item;
     }
@@ -155,6 +171,7 @@ class Clusters {
 void join_bucket(const Corpus& corpus, const Keyed* begin, const Keyed* end, double threshold, Clusters& clusters) {
     for (const Keyed* a = begin; a != end; ++a) {
         for (const Keyed* b = begin; b != a; ++b) {
+            // Pairs of one cluster need no comparison: in a large bucket of duplicates that leaves one for each text.
             const int64_t first = b->second, second = a->second;
             if (clusters.root(first) == clusters.root(second)) continue;
             if (corpus.groups[first] != corpus.groups[second]) continue;
@@ -172,7 +189,7 @@ void join_by_key(const Corpus& corpus, std::vector<Keyed>& keyed, double thresho
     }
 }
 
-// Joins texts with the same shingles; returns the first of each, which are compared with others afterwards.
+// Joins texts with the same shingles; returns the first text of each such cluster, without texts that have no shingle.
 std::vector<int64_t> join_equal(const Corpus& corpus, Clusters& clusters) {
     std::vector<Keyed> keyed(static_cast<size_t>(corpus.count));
     for (int64_t text = 0; text < corpus.count; ++text) {
@@ -203,6 +220,7 @@ void join_band(const Corpus& corpus, const std::vector<int64_t>& texts, int64_t 
 }
 
 int64_t find_clusters(const Corpus& corpus, int64_t rows, double threshold, int64_t* cluster) {
+    // Exact duplicates first, so that the bands see one text of each.
     Clusters clusters(corpus.count);
     const auto first = join_equal(corpus, clusters);
     for (int64_t band = 0; band + rows <= corpus.permutations; band += rows) {

@@ -1,7 +1,15 @@
-// Attention of generation on CPU: tokens' queries over keys and values that stand in pages, and writing new ones there.
+// Attention of generation on CPU: queries of tokens over keys and values in pages, and writes of new keys and values.
 //
-// A query's sums run over its own keys in their order, so its numbers do not depend on what else is computed with it.
+// wizard_paged_attention: threads take tokens from a counter; one token is computed by one thread (`attend`):
+//   1. Queries widened and scaled.
+//   2. Scores of all heads, one block of keys at a time, page by page (`score`).
+//   3. Softmax of each head: maximum, exponentials, their sum (`weigh`). Scores are all in memory, so none is rescaled.
+//   4. Sums of weighted values, again page by page; then the division by the sum of the weights.
+// wizard_write_pages: rotates q and k of each token (`rotate`) and copies k and v to the token's slot.
+//
+// Sums are fp32 (fp64 for fp64 input) over the keys of a token in order: its numbers do not depend on other tokens.
 // The loops are compiled for plain x86-64, AVX2 and AVX-512; the widest that the processor has is chosen at run time.
+// Dot products always use kLanes partial sums that are added in halves, in each version: all give the same bits.
 
 #include <algorithm>
 #include <atomic>
@@ -30,6 +38,7 @@ INLINE void narrow(float value, Half& out) { out.bits = ::rounded(value); }
 INLINE void narrow(float value, float& out) { out = value; }
 INLINE void narrow(double value, double& out) { out = value; }
 
+// The value rounded to the type of the cache, as PyTorch rounds after each operation.
 template <typename Cell>
 INLINE auto as_cell(decltype(widened(Cell())) value) {
     Cell cell;
@@ -40,6 +49,7 @@ INLINE auto as_cell(decltype(widened(Cell())) value) {
 // e^x of x <= 0 to two units in the last place; below -87 it is 0. Cody and Waite's reduction, a polynomial of
 // degree 6.
 INLINE float exponential(float x) {
+    // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low mantissa bits of `shifted`.
     const float clamped = x < -87.0f ? -87.0f : x;
     const float shifted = clamped * 1.44269504f + 12582912.0f;
     const float n = shifted - 12582912.0f;
@@ -51,6 +61,7 @@ INLINE float exponential(float x) {
     p = p * r + 1.66666655e-1f;
     p = p * r + 5.00000012e-1f;
     p = p * r * r + r + 1.0f;
+    // 2^n, built from its exponent bits.
     int32_t exponent;
     std::memcpy(&exponent, &shifted, sizeof exponent);
     const uint32_t power = static_cast<uint32_t>(exponent - 0x4b400000 + 127) << 23;
@@ -60,7 +71,8 @@ INLINE float exponential(float x) {
 }
 INLINE double exponential(double x) { return std::exp(x); }
 
-// Sums go through so many lanes, each a sum of every so-manieth term, then through halves. As many keys are a block.
+// Partial sums of a dot product: lane i adds terms i, i + kLanes, ...; `folded` adds the lanes in halves. A block has
+// kLanes keys, too.
 template <typename Real>
 constexpr int64_t kLanes = 64 / sizeof(Real);
 template <typename Real>
@@ -83,7 +95,7 @@ INLINE void load(const Half* from, Vector<float>& to) {
     std::memcpy(&to, &wide, sizeof to);
 }
 
-// The first `count` of a vector, 0 behind them.
+// The first `count` elements of a vector, then zeros.
 template <typename Cell, typename Real>
 INLINE void load_some(const Cell* from, int64_t count, Vector<Real>& to) {
     if (count >= kLanes<Real>) return load(from, to);
@@ -92,6 +104,7 @@ INLINE void load_some(const Cell* from, int64_t count, Vector<Real>& to) {
     load(padded, to);
 }
 
+// The sum of the lanes: halves are added until one number is left.
 template <typename Real>
 INLINE Real folded(Real* lanes) {
     for (int64_t width = kLanes<Real> / 2; width; width /= 2)
@@ -110,7 +123,8 @@ INLINE Real dot(const Real* query, const Cell* key, int64_t count) {
     return folded(sums);
 }
 
-// Two vectors become one: sums of lanes `kApart` apart, of x where the lane's bit is 0 and of y where it is 1.
+// Two vectors become one: the sums of lanes kApart apart, those of x in lanes whose bit kApart is 0, those of y in the
+// others.
 template <int kApart, typename Real>
 INLINE void halve(Vector<Real>& x, const Vector<Real>& y) {
     typename Lanes<Real>::Order low, high;
@@ -122,7 +136,7 @@ INLINE void halve(Vector<Real>& x, const Vector<Real>& y) {
     x = __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, high);
 }
 
-// Sums of the lanes of each vector; the bits of `folded`.
+// The sum of the lanes of each of kLanes vectors, by a tree of `halve`: the additions, and so the bits, of `folded`.
 template <typename Real>
 INLINE void transposed_sums(Vector<Real>* v, Real* sums) {
     if (kLanes<Real> == 16)
@@ -141,17 +155,18 @@ struct Attention {
     double scale;
 };
 
-// The scores of a block of keys under the queries of `group` heads; by shuffles where the processor has such wide ones.
+// Scores of a block of keys for the queries of `group` heads. kShuffle (AVX-512): a vector of partial sums per key,
+// then the sums of all keys at once; else dot product by dot product. kEven: the width is a multiple of a vector.
 template <bool kShuffle, bool kEven, typename Cell, typename Real>
 INLINE void score(const Real* query, const Cell* keys, int64_t stride, int64_t width, int64_t group, Real* scores,
                   int64_t apart) {
     Vector<Real> q, k;
     for (int64_t g = 0; g < group; ++g) {
-        const Real* own = query + g * width;
+        const Real* head_query = query + g * width;
         Vector<Real> sums[kLanes<Real>] = {};
         for (int64_t c = 0; kShuffle && c < width; c += kLanes<Real>) {
             const int64_t some = kEven ? kLanes<Real> : width - c;
-            load_some<Real, Real>(own + c, some, q);
+            load_some<Real, Real>(head_query + c, some, q);
             for (int64_t j = 0; j < kLanes<Real>; ++j) {
                 load_some<Cell, Real>(keys + j * stride + c, some, k);
                 sums[j] += q * k;
@@ -159,53 +174,53 @@ INLINE void score(const Real* query, const Cell* keys, int64_t stride, int64_t w
         }
         if (kShuffle) transposed_sums<Real>(sums, scores + g * apart);
         for (int64_t j = 0; !kShuffle && j < kLanes<Real>; ++j)
-            scores[g * apart + j] = dot(own, keys + j * stride, width);
+            scores[g * apart + j] = dot(head_query, keys + j * stride, width);
     }
 }
 
-// Scores become weights; their sum. What is behind `count` is left alone.
+// Turns `count` scores into exp(score - maximum) and returns their sum; scores after them are not touched.
 template <typename Real>
 INLINE Real weigh(Real* scores, int64_t count) {
     constexpr int64_t lanes = kLanes<Real>;
-    Real peak = scores[0], sums[lanes] = {};
-    for (int64_t j = 1; j < count; ++j) peak = scores[j] > peak ? scores[j] : peak;
+    Real row_max = scores[0], sums[lanes] = {};
+    for (int64_t j = 1; j < count; ++j) row_max = scores[j] > row_max ? scores[j] : row_max;
     int64_t j = 0;
     for (; j + lanes <= count; j += lanes)
         for (int64_t i = 0; i < lanes; ++i) {
-            scores[j + i] = exponential(scores[j + i] - peak);
+            scores[j + i] = exponential(scores[j + i] - row_max);
             sums[i] += scores[j + i];
         }
     for (int64_t i = 0; j + i < count; ++i) {
-        scores[j + i] = exponential(scores[j + i] - peak);
+        scores[j + i] = exponential(scores[j + i] - row_max);
         sums[i] += scores[j + i];
     }
     return folded(sums);
 }
 
-// Adds weighted rows of values to sums, kVectors vectors of channels at once.
+// Adds weighted rows of values to sums, kVectors vectors of channels at once, so that the sums stay in registers.
 template <int kVectors, typename Cell, typename Real>
 INLINE void add_values(const Real* weights, const Cell* values, int64_t count, int64_t stride, int64_t width,
                        Real* sums) {
-    Vector<Real> own[kVectors], v;
+    Vector<Real> acc[kVectors], v;
     const int64_t last = width - (kVectors - 1) * kLanes<Real>;
     for (int i = 0; i < kVectors; ++i)
-        load_some<Real, Real>(sums + i * kLanes<Real>, i + 1 < kVectors ? kLanes<Real> : last, own[i]);
+        load_some<Real, Real>(sums + i * kLanes<Real>, i + 1 < kVectors ? kLanes<Real> : last, acc[i]);
     for (int64_t j = 0; j < count; ++j)
         for (int i = 0; i < kVectors; ++i) {
             load_some<Cell, Real>(values + j * stride + i * kLanes<Real>, i + 1 < kVectors ? kLanes<Real> : last, v);
-            own[i] += weights[j] * v;
+            acc[i] += weights[j] * v;
         }
     for (int i = 0; i < kVectors; ++i)
-        std::memcpy(sums + i * kLanes<Real>, &own[i],
+        std::memcpy(sums + i * kLanes<Real>, &acc[i],
                     (i + 1 < kVectors ? kLanes<Real> : std::min(last, kLanes<Real>)) * sizeof(Real));
 }
 
-// Asks for memory that comes next, as the order in which heads read it hides it from the processor.
+// Prefetches the next block: heads read it with strides that the processor's own prefetcher does not follow.
 INLINE void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-// All heads of one token, page by page as they stand in memory. `room`: scores of each head, then queries and sums.
+// All heads of one token, page by page in the order of memory. `room`: the scores of each head, then queries and sums.
 template <bool kShuffle, typename Cell, typename Real>
 INLINE void attend(const Attention& a, int64_t token, Real* room) {
     const int64_t group = a.heads / a.kv_heads, width = a.width;
@@ -216,7 +231,7 @@ INLINE void attend(const Attention& a, int64_t token, Real* room) {
         for (int64_t i = 0; i < a.heads * width; ++i) narrow(Real(0), out[i]);
         return;
     }
-    // Scores begin with the block of the first key that is seen, and end with a whole block.
+    // 1. Scores begin with the block of the first visible key, and end with a whole block. `apart`: scores per head.
     constexpr int64_t lanes = kLanes<Real>;
     const int64_t start = first / lanes * lanes, apart = (last - start + lanes - 1) / lanes * lanes;
     Real *scores = room, *query = room + a.heads * apart, *sums = query + a.heads * width;
@@ -230,6 +245,8 @@ INLINE void attend(const Attention& a, int64_t token, Real* room) {
     const auto place = [&](const void* cache, int64_t key) {
         return static_cast<const Cell*>(cache) + pages[key / a.page] * page_stride + (key % a.page) * stride;
     };
+    // 2. Scores. A page is a multiple of 16 keys, so a block is inside one page; scores of keys outside the window or
+    // after the end are computed, but not used.
     const int64_t bytes = lanes * stride * sizeof(Cell);
     for (int64_t key = start; key < last; key += lanes) {
         const Cell* keys = place(a.keys, key);
@@ -239,17 +256,18 @@ INLINE void attend(const Attention& a, int64_t token, Real* room) {
             fetch(place(a.values, start), bytes);
         for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head) {
             const Cell* k = keys + kv_head * width;
-            const Real* own = query + kv_head * group * width;
-            Real* found = scores + kv_head * group * apart + key - start;
+            const Real* group_query = query + kv_head * group * width;
+            Real* group_scores = scores + kv_head * group * apart + key - start;
             if (width % lanes == 0)
-                score<kShuffle, true, Cell, Real>(own, k, stride, width, group, found, apart);
+                score<kShuffle, true, Cell, Real>(group_query, k, stride, width, group, group_scores, apart);
             else
-                score<kShuffle, false, Cell, Real>(own, k, stride, width, group, found, apart);
+                score<kShuffle, false, Cell, Real>(group_query, k, stride, width, group, group_scores, apart);
         }
     }
-    // The weights' sum takes the place of the first query of its head.
+    // 3. Softmax. The sum of a head's weights overwrites the first element of its query, which is no longer needed.
     for (int64_t h = 0; h < a.heads; ++h)
         query[h * width] = weigh<Real>(scores + h * apart + first - start, last - first);
+    // 4. Weighted values, by blocks that start at multiples of kLanes: additions have the same order in every batch.
     for (int64_t key = first; key < last;) {
         const int64_t stop = std::min(last, (key / lanes + 1) * lanes);
         const Cell* values = place(a.values, key);
@@ -257,19 +275,19 @@ INLINE void attend(const Attention& a, int64_t token, Real* room) {
         for (int64_t h = 0; h < a.heads; ++h) {
             const Cell* v = values + h / group * width;
             const Real* weights = scores + h * apart + key - start;
-            Real* own = sums + h * width;
+            Real* head_sums = sums + h * width;
             if (!kShuffle) {
                 for (int64_t j = 0; j < stop - key; ++j)
-                    for (int64_t c = 0; c < width; ++c) own[c] += weights[j] * widened(v[j * stride + c]);
+                    for (int64_t c = 0; c < width; ++c) head_sums[c] += weights[j] * widened(v[j * stride + c]);
                 continue;
             }
             int64_t c = 0;
             for (; width - c >= 4 * lanes; c += 4 * lanes)
-                add_values<4, Cell, Real>(weights, v + c, stop - key, stride, 4 * lanes, own + c);
+                add_values<4, Cell, Real>(weights, v + c, stop - key, stride, 4 * lanes, head_sums + c);
             for (; width - c >= 2 * lanes; c += 2 * lanes)
-                add_values<2, Cell, Real>(weights, v + c, stop - key, stride, 2 * lanes, own + c);
+                add_values<2, Cell, Real>(weights, v + c, stop - key, stride, 2 * lanes, head_sums + c);
             for (; c < width; c += lanes)
-                add_values<1, Cell, Real>(weights, v + c, stop - key, stride, width - c, own + c);
+                add_values<1, Cell, Real>(weights, v + c, stop - key, stride, width - c, head_sums + c);
         }
         key = stop;
     }
@@ -282,7 +300,7 @@ INLINE void attend_all(const Attention& a, std::atomic<int64_t>& next, Real* roo
     for (int64_t token; (token = next.fetch_add(1)) < a.tokens;) attend<kShuffle, Cell, Real>(a, token, room);
 }
 
-// Rows of q, k and v: q and k are turned by the angles of their token, q goes out, k and v go to their place.
+// Arguments of the writes: q and k are rotated by their token's angles; q goes to its output, k and v to their slots.
 struct Write {
     const void* qkv;
     const float *cos, *sin;
@@ -292,8 +310,8 @@ struct Write {
 };
 
 template <typename Cell>
-INLINE void turn(const Cell* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
-                 Cell* __restrict__ out, int64_t half) {
+INLINE void rotate(const Cell* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
+                   Cell* __restrict__ out, int64_t half) {
     using Real = decltype(widened(Cell()));
     for (int64_t c = 0; c < half; ++c) {
         const Real first = widened(x[c]), second = widened(x[c + half]);
@@ -310,11 +328,11 @@ INLINE void write_all(const Write& w) {
         const Cell* row = static_cast<const Cell*>(w.qkv) + t * w.row_stride;
         const float *cos = w.cos + t * half, *sin = w.sin + t * half;
         Cell* q = static_cast<Cell*>(w.q) + t * w.heads * w.width;
-        for (int64_t h = 0; h < w.heads; ++h) turn(row + h * w.width, cos, sin, q + h * w.width, half);
+        for (int64_t h = 0; h < w.heads; ++h) rotate(row + h * w.width, cos, sin, q + h * w.width, half);
         Cell* key = static_cast<Cell*>(w.keys) + w.slots[t] * kv_width;
         Cell* value = static_cast<Cell*>(w.values) + w.slots[t] * kv_width;
         row += w.heads * w.width;
-        for (int64_t h = 0; h < w.kv_heads; ++h) turn(row + h * w.width, cos, sin, key + h * w.width, half);
+        for (int64_t h = 0; h < w.kv_heads; ++h) rotate(row + h * w.width, cos, sin, key + h * w.width, half);
         std::memcpy(value, row + kv_width, kv_width * sizeof(Cell));
     }
 }
@@ -377,7 +395,7 @@ Writes write_of(int32_t level) {
     return write_plain;
 }
 
-// Products of queries and keys that are worth a thread of its own.
+// Least products of queries and keys per thread: below, starting a thread costs more than it saves.
 constexpr double kLeast = 2e6;
 
 }  // namespace
@@ -401,8 +419,8 @@ EXPORT int64_t wizard_paged_attention(int32_t type, const void* q, const void* k
         if (owner < 0 || owner >= sequences || lengths[t] > columns * page) return -3;
         const int64_t first = window && lengths[t] > window ? lengths[t] - window : 0;
         for (int64_t i = first / page; i * page < lengths[t]; ++i) {
-            const int32_t found = table[owner * columns + i];
-            if (found < 0 || found >= pages) return -3;
+            const int32_t entry = table[owner * columns + i];
+            if (entry < 0 || entry >= pages) return -3;
         }
     }
     const Attention a{q,     keys,     values, table, owners,  lengths, out,  tokens,
@@ -427,7 +445,7 @@ EXPORT int64_t wizard_paged_attention(int32_t type, const void* q, const void* k
             try {
                 others.emplace_back(run, std::cref(a), type, std::ref(next), rooms[i].data());
             } catch (const std::system_error&) {
-                break;  // without another thread this one does more
+                break;  // the threads that exist take all tokens
             }
         }
         run(a, type, next, rooms[0].data());
@@ -438,8 +456,8 @@ EXPORT int64_t wizard_paged_attention(int32_t type, const void* q, const void* k
     return level;
 }
 
-// Turns q and k of `qkv` (tokens, heads + 2 kv_heads, width; rows `row_stride` apart) by cos and sin (tokens, half the
-// width): q goes to `q`, k and v to place `slots[t]` of keys and values (places, kv_heads, width). Returns as above.
+// Rotates q and k of `qkv` (tokens, heads + 2 kv_heads, width; rows `row_stride` apart) by cos and sin (tokens, half
+// the width): q goes to `q`, k and v to slot `slots[t]` of keys and values (slots, kv_heads, width). Returns as above.
 EXPORT int64_t wizard_write_pages(int32_t type, const void* qkv, int64_t row_stride, const float* cos, const float* sin,
                                   const int64_t* slots, void* q, void* keys, void* values, int64_t tokens,
                                   int64_t heads, int64_t kv_heads, int64_t width, int64_t places, int32_t level) {

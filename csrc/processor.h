@@ -1,4 +1,4 @@
-// What the loops of several files share: bf16 in and out, and which instructions the processor has.
+// Conversions from and to bf16, and the instruction sets of the processor, for adamw.cpp and paged_attention.cpp.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 
+// A bf16 is the upper half of a float.
 INLINE float widened(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
@@ -15,7 +16,7 @@ INLINE float widened(uint16_t bits) {
     return value;
 }
 
-// To the nearest bf16, ties to even; any NaN to the one that torch writes.
+// To the nearest bf16, ties to even; every NaN becomes the one that torch writes.
 INLINE uint16_t rounded(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -35,5 +36,5 @@ inline int32_t widest() {
 #endif
 }
 
-// What a function for the widest level is compiled for.
+// Target of the functions of the widest level.
 #define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"

@@ -1,4 +1,4 @@
-// Writing buffers to a file with a checksum of each, in one call that never comes back to Python in between.
+// Writes buffers to a file with a checksum of each, in one call that does not return to Python in between.
 
 #include <unistd.h>
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// Bytes that are summed and written while they are in the second cache.
+// Bytes that are summed and then written while they are still in the second cache.
 constexpr int64_t kChunk = 1 << 18;
 constexpr uint32_t kPolynomial = 0xedb88320u;
 
@@ -33,6 +33,7 @@ const Tables& tables() {
     return made;
 }
 
+// CRC-32 of n more bytes, sixteen per step: one table look-up for each byte, and none waits for another.
 uint32_t summed(uint32_t crc, const unsigned char* data, int64_t n) {
     const Tables& t = tables();
     crc = ~crc;

@@ -1,4 +1,9 @@
-"""Kernel of AdamW: one pass over flat buffers."""
+"""Kernel of AdamW: one pass over flat buffers. One program updates BLOCK elements.
+
+It reads gradient, moments and master weights once, computes in fp32, and writes moments, master weights and the rounded
+copy, if there is one. The clip factor is read on the device: if it is not finite, no buffer changes, and the host never
+waits for it.
+"""
 
 import math
 
@@ -15,12 +20,13 @@ def _update(
     master, exp_avg, exp_avg_sq, gradient, copy, at, mask, factor, blend, keep_sq, blend_sq, decay, step_size,
     correction, epsilon,
 ):  # fmt: skip
-    slope = tl.load(gradient + at, mask=mask).to(tl.float32) * factor
+    # `_rn`: correctly rounded, where Triton's default fp32 division and square root are approximations.
+    grad = tl.load(gradient + at, mask=mask).to(tl.float32) * factor
     mean = tl.load(exp_avg + at, mask=mask)
-    mean += (slope - mean) * blend
-    square = tl.load(exp_avg_sq + at, mask=mask) * keep_sq + slope * slope * blend_sq
+    mean += (grad - mean) * blend
+    square = tl.load(exp_avg_sq + at, mask=mask) * keep_sq + grad * grad * blend_sq
     value = tl.load(master + at, mask=mask)
-    # One rounding: decay and step are added before they meet the larger value.
+    # Decay and step are added first, so that the larger weight is rounded once.
     value -= decay * value + step_size * tl.div_rn(mean, tl.sqrt_rn(square) * correction + epsilon)
     tl.store(exp_avg + at, mean, mask=mask)
     tl.store(exp_avg_sq + at, square, mask=mask)
@@ -39,7 +45,7 @@ def adamw_kernel(
         factor = tl.load(scale)
         if (factor != factor) | (tl.abs(factor) == float("inf")):
             return
-    # Only the last block is masked, so that any length is read and written 128 bits at a time.
+    # Only the last block is masked: loads and stores stay 128 bits wide for any length.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= count:
@@ -58,7 +64,7 @@ def adamw_step(
     master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, lr: float, beta: float, beta_sq: float,
     epsilon: float, weight_decay: float, step: int, scale: Tensor | None, copy: Tensor | None,
 ) -> None:  # fmt: skip
-    """Update (P,) buffers in place; the numbers of a step are computed in float64 here."""
+    """Update (P,) buffers in place. The step's coefficients are computed here in float64 and passed as fp32."""
     config = configuration("adamw", master.device, bytes=gradient.element_size())
     count = master.numel()
     launch(

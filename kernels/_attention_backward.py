@@ -1,7 +1,16 @@
-"""Backward kernels of attention, without atomics: row products, then dK and dV by key blocks, then dQ by query blocks.
+"""Backward kernels of attention (FlashAttention-2) without atomics: delta, then dK and dV, then dQ.
 
-Scores are computed transposed where dK and dV need them, S^T = K Q^T, so that P^T and dS^T come out of one product in
-the layout in which the next one takes them, and no register tile is ever transposed.
+    P = exp2(scale_log2 Q K^T - lse)        delta = row sums of out * dout        dP = dout V^T
+    dS = P * (dP - delta)        dV = P^T dout        dK = scale dS^T Q        dQ = scale dS K
+
+`attention_delta_kernel`: one tile of queries of one head.
+`attention_backward_kv_kernel`: one program has one key block of one key head and walks over the queries that see it,
+for each query head of the group. It keeps dK and dV in registers: the sum over queries and heads has one fixed order.
+`attention_backward_q_kernel`: one program has one query tile of one head and walks over the keys that it sees, as the
+forward does. Scores are computed twice, once in each kernel; in return no sum crosses programs.
+
+The kv kernel computes S^T = K Q^T, so that P^T and dS^T come out of their products in the layout that the next products
+take, and no register tile is transposed. Sums are fp32; P and dS are rounded to the input dtype for the products.
 """
 
 import torch
@@ -35,7 +44,7 @@ def attention_delta_kernel(
     out, dout, delta, cu_q, num_sequences, tokens, stride_out, stride_outh, stride_do, stride_doh, stride_delta,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """delta of a row = sum over the width of out * dout, aligned as the log-sum-exp is."""
+    """delta of a row: the sum of out * dout over the head's width, fp32; stored where its log-sum-exp is."""
     head = tl.program_id(1)
     sequence, block, start, length = find_tile(cu_q, num_sequences, tokens, tl.program_id(0), BLOCK_M)
     row = block * BLOCK_M
@@ -65,6 +74,7 @@ def attention_backward_kv_kernel(
     PRECISION: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: a walk over the queries that see it, for each query head of the group."""
+    # The tile: key head, sequence, first key.
     program = tl.program_id(0)
     kv_head = program // slots
     sequence, block, start_k, num_keys = find_tile(cu_k, num_sequences, tokens_k, program % slots, BLOCK_N)
@@ -75,7 +85,8 @@ def attention_backward_kv_kernel(
     start, num_queries = span(cu_q, sequence, num_sequences, tokens_q)
     offset = num_keys - num_queries
 
-    # Queries [first, last) see some key of the block; a block of queries inside [left, right) sees all of them.
+    # The queries, as `key_range` does for keys: those of [first, last) see some key of the block. A block of queries
+    # inside [left, right) sees all its keys and needs no mask.
     first = 0
     last = num_queries
     left = 0
@@ -87,8 +98,8 @@ def attention_backward_kv_kernel(
         last = tl.maximum(tl.minimum(last, tl.minimum(column + BLOCK_N, num_keys) - 1 + window - offset), 0)
         right = tl.maximum(tl.minimum(right, column + window - offset), 0)
     first = round_down(first, BLOCK_M)
-    # A descriptor reads whole blocks of queries only. The rows behind the last one come through pointers, as zeros, and
-    # few at a time: with the tiles of the main loop they would not fit the registers.
+    # A descriptor reads whole blocks of queries only. The rows after the last one come through pointers, with zeros,
+    # few at a time: beside the tiles of the main loop, pointers for a whole block would not fit into registers.
     whole = tl.minimum(round_down(num_queries, BLOCK_M), tl.cdiv(last, BLOCK_M) * BLOCK_M)
     blocks = tl.maximum(whole - first, 0) // BLOCK_M
     tail = tl.maximum(whole, first)
@@ -103,7 +114,7 @@ def attention_backward_kv_kernel(
     dv_NC = tl.zeros([BLOCK_N, BLOCK_WIDTH], tl.float32)
     lse_rows = lse + aligned_start(start, sequence, ALIGNMENT)
     delta_rows = delta + aligned_start(start, sequence, ALIGNMENT)
-    # One loop over heads and queries, and each load as late as can be: registers are what this kernel is short of.
+    # Whole query blocks, one loop over heads and blocks. Each load is as late as possible: registers are scarce.
     for index in tl.range(0, GROUP * blocks):
         head = kv_head * GROUP + index // blocks
         row = tl.multiple_of(first + index % blocks * BLOCK_M, BLOCK_M)
@@ -122,10 +133,12 @@ def attention_backward_kv_kernel(
                 seen = is_seen(rows[None, :], columns[:, None], num_keys, offset, window, CAUSAL, WINDOWED)
                 p_NM = tl.where(seen, p_NM, 0.0)
         dv_NC = tl.dot(p_NM.to(do_MC.dtype), do_MC, dv_NC, input_precision=PRECISION)
+        # delta has the strides of lse.
         dp_NM = tl.dot(v_NC, do_MC.T, input_precision=PRECISION)
         delta_M = tl.load(delta_rows + head * stride_lse + rows)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dk_NC = tl.dot(ds_NM.to(q_MC.dtype), q_MC, dk_NC, input_precision=PRECISION)
+    # The last queries, TAIL at a time. lse = +inf after the end makes P 0 there.
     for index in tl.range(0, GROUP * tl.cdiv(last - tail, TAIL), num_stages=1):
         head = kv_head * GROUP + index % GROUP
         row = tail + index // GROUP * TAIL
@@ -146,6 +159,7 @@ def attention_backward_kv_kernel(
         delta_M = tl.load(delta_rows + head * stride_lse + rows, mask=rows < num_queries, other=0.0)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dk_NC = tl.dot(ds_NM.to(q_MC.dtype), q_MC, dk_NC, input_precision=PRECISION)
+    # Scores were scaled inside the exponent, so dK takes the scale once, here.
     store_rows(
         dk, dk_NC * scale, start_k, column, num_keys, kv_head, KV_HEADS * WIDTH, WIDTH, BLOCK_N, WIDTH, BLOCK_WIDTH
     )  # fmt: skip
@@ -166,7 +180,7 @@ def attention_backward_q_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one block of queries: a walk over the keys that it sees."""
+    """dQ of one block of queries: a walk over the keys that it sees, in the three parts of the forward."""
     kv_head, head, slot = query_tile(tl.program_id(0), slots, GROUP)
     sequence, block, start, num_queries = find_tile(cu_q, num_sequences, tokens_q, slot, BLOCK_M)
     row = block * BLOCK_M
@@ -186,12 +200,13 @@ def attention_backward_q_kernel(
     do_MC = load_rows(
         dout, do_tiles, start, row, num_queries, head, stride_do, stride_doh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
     )  # fmt: skip
+    # lse = +inf for rows after the end: their P is 0, so they take no part.
     row_numbers = head * stride_lse + aligned_start(start, sequence, ALIGNMENT) + rows
     lse_M = tl.load(lse + row_numbers, mask=rows < num_queries, other=float("inf"))
     delta_M = tl.load(delta + row_numbers, mask=rows < num_queries, other=0.0)
     dq_MC = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
     for part in tl.static_range(0, 3):
-        # Masked on the window's edge, not masked, masked on the diagonal, as in the forward.
+        # With mask at the window's edge, without mask, with mask at the diagonal, as in the forward.
         if part == 1 or (part == 0 and WINDOWED) or (part == 2 and CAUSAL):
             begin = first if part == 0 else (left if part == 1 else right)
             end = left if part == 0 else (right if part == 1 else whole)
@@ -213,6 +228,7 @@ def attention_backward_q_kernel(
                 dp_MN = tl.dot(do_MC, v_NC.T, input_precision=PRECISION)
                 ds_MN = p_MN * (dp_MN - delta_M[:, None])
                 dq_MC = tl.dot(ds_MN.to(k_NC.dtype), k_NC, dq_MC, input_precision=PRECISION)
+    # The last keys, TAIL at a time.
     for column in tl.range(whole, last, TAIL, num_stages=1):
         keys = column + tl.arange(0, TAIL)
         k_NC = load_rows(
@@ -234,7 +250,7 @@ def attention_backward_q_kernel(
 
 
 def _delta(out: Tensor, dout: Tensor, cu_q: Tensor) -> Tensor:
-    """Row products of out and dout, both (T, H, C): (H, aligned_length) fp32."""
+    """Sums of out * dout over the width, both (T, H, C): (H, aligned_length) fp32."""
     tokens, heads, width = out.shape
     config = configuration("attention_delta", out.device, width=shape_class(out)["width"])
     delta_shape = (heads, aligned_length(tokens, cu_q.numel() - 1))

@@ -1,8 +1,20 @@
-"""Forward kernel of attention: online softmax over key blocks, in two forms of the main loop.
+"""Forward kernel of attention: online softmax over key blocks (FlashAttention-2), with two forms of the main loop.
 
-`plain` computes the scores of a block, its softmax and its product with V in turn. `rotated` issues the product of one
-block with V right behind the scores of the next, so that the tensor cores work on it while the exponentials of the
-next block are computed.
+One program computes BLOCK_M queries of one head of one sequence:
+
+1. Find the tile: heads, sequence, first query (`query_tile`, `find_tile`); leave if the slot is empty.
+2. Find the keys it visits, and where masks are needed (`key_range`).
+3. Load the queries. Start row_max = -inf, row_sum = 0, acc = 0.
+4. Walk over whole key blocks: S = Q K^T, online softmax, acc = rescale acc + P V.
+5. Walk over the last keys, TAIL at a time, through pointers with masks.
+6. Store out = acc / row_sum, and the log-sum-exp for the backward.
+
+Scores, softmax and sums are fp32; P is rounded to the dtype of V for the product. Exponentials are base 2: `scale`
+includes log2(e), so one multiply-add and one exp2 make a probability.
+
+In step 4, `plain` computes the scores of a block, its softmax and its product with V in turn. `rotated` issues the
+product of the previous block with V right after the scores of the next, so that the tensor cores work while the
+exponentials are computed.
 """
 
 import torch
@@ -15,8 +27,8 @@ from ._attention_tiles import (
     LOG2_E,
     aligned_length,
     aligned_start,
+    apply_mask,
     find_tile,
-    hide,
     key_range,
     load_rows,
     query_tile,
@@ -27,23 +39,25 @@ from .configuration import configuration
 from .launch import launch, named
 
 HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)
-# Keys that are taken at a time behind the last whole block.
+# Keys per step after the last whole block: the fewest that a product takes.
 TAIL = 16
 
 
 @triton.jit
-def _softmax(scores, peak, total, scale, MASKED: tl.constexpr):
-    """Probabilities of a block, and the factor by which sums so far shrink; `scale` is in units of log2.
+def _online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr):
+    """Unnormalised probabilities of a block, the factor for earlier sums, and the new row_max and row_sum.
 
-    `peak` is the largest unscaled score so far. Rows that have seen no key (`MASKED`) keep probabilities of 0.
+    `scale` includes log2(e). `row_max` is the largest score so far before scaling, so that the scaling is part of the
+    multiply-add of the exponent. `MASKED`: some row may have seen no key yet.
     """
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    shift = new_peak * scale
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = new_max * scale
     if MASKED:
-        shift = tl.where(new_peak == float("-inf"), 0.0, shift)
+        # -inf - -inf is NaN. With a shift of 0 a row without keys gets probabilities of exp2(-inf) = 0.
+        shift = tl.where(new_max == float("-inf"), 0.0, shift)
     probability = tl.math.exp2(scores * scale - shift[:, None])
-    decay = tl.math.exp2(peak * scale - shift)
-    return probability, decay, new_peak, total * decay + tl.sum(probability, 1)
+    rescale = tl.math.exp2(row_max * scale - shift)
+    return probability, rescale, new_max, row_sum * rescale + tl.sum(probability, 1)
 
 
 @triton.jit(
@@ -57,6 +71,7 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, VARIANT: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNMENT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
+    # 1. The tile.
     kv_head, head, slot = query_tile(tl.program_id(0), slots, GROUP)
     sequence, block, start, num_queries = find_tile(cu_q, num_sequences, tokens_q, slot, BLOCK_M)
     row = block * BLOCK_M
@@ -66,52 +81,56 @@ def attention_forward_kernel(
     start_k, num_keys = span(cu_k, sequence, num_sequences, tokens_k)
     offset = num_keys - num_queries
 
-    # A descriptor reads whole blocks of keys only; the keys behind the last one come through pointers, few at a time.
+    # 2. The keys. A descriptor cannot stop at the end of a sequence: it reads whole blocks, and step 5 takes the rest.
     first, whole, last, left, right = key_range(
         row, num_queries, num_keys, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED
     )  # fmt: skip
 
-    # Behind the last query a descriptor brings rows of others; what becomes of them is not stored.
+    # 3. The queries. After the last one, a descriptor reads rows of the next sequence: computed, but not stored.
     q_MC = load_rows(
         q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
     )  # fmt: skip
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
+    # 4. Whole key blocks.
     if VARIANT == "rotated":
         if first < whole:
+            # Scores and softmax of the first block; its product with V comes in the first iteration of the loop.
             k_NC = load_rows(
                 k, k_tiles, start_k, first, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
             )  # fmt: skip
             scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-            scores = hide(scores, rows, first, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
-            p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
+            scores = apply_mask(scores, rows, first, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
+            p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, True)
             for column in tl.range(first + BLOCK_N, whole, BLOCK_N):
                 k_NC = load_rows(
                     k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH,
                     TMA,
                 )  # fmt: skip
                 scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
+                # Product of the previous block, issued before the softmax of this one.
                 v_NC = load_rows(
                     v, v_tiles, start_k, column - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
                     BLOCK_WIDTH, TMA,
                 )  # fmt: skip
-                acc = acc * decay[:, None]
+                acc = acc * rescale[:, None]
                 acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
                 if CAUSAL or WINDOWED:
                     if (column < left) | (column >= right):
-                        scores = hide(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
-                p_MN, decay, peak, total = _softmax(scores, peak, total, scale, CAUSAL or WINDOWED)
+                        scores = apply_mask(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
+                p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, CAUSAL or WINDOWED)
+            # Product of the last block.
             v_NC = load_rows(
                 v, v_tiles, start_k, whole - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
                 BLOCK_WIDTH, TMA,
             )  # fmt: skip
-            acc = acc * decay[:, None]
+            acc = acc * rescale[:, None]
             acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
     else:
         for part in tl.static_range(0, 3):
-            # Masked on the window's edge, not masked, masked on the diagonal: a branch inside the loop would make every
-            # product wait for the one before.
+            # Three loops: with mask at the window's edge, without mask, with mask at the diagonal. A branch inside one
+            # loop would make every product wait for the one before.
             if part == 1 or (part == 0 and WINDOWED) or (part == 2 and CAUSAL):
                 begin = first if part == 0 else (left if part == 1 else right)
                 end = left if part == 0 else (right if part == 1 else whole)
@@ -126,10 +145,11 @@ def attention_forward_kernel(
                         BLOCK_WIDTH, TMA,
                     )  # fmt: skip
                     if part != 1:
-                        scores = hide(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
-                    p_MN, decay, peak, total = _softmax(scores, peak, total, scale, part != 1)
-                    acc = acc * decay[:, None]
+                        scores = apply_mask(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
+                    p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, part != 1)
+                    acc = acc * rescale[:, None]
                     acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
+    # 5. The last keys, not pipelined: at most BLOCK_N / TAIL steps.
     for column in tl.range(whole, last, TAIL, num_stages=1):
         k_NC = load_rows(
             k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, TAIL, WIDTH, BLOCK_WIDTH, False
@@ -138,19 +158,20 @@ def attention_forward_kernel(
             v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, TAIL, WIDTH, BLOCK_WIDTH, False
         )  # fmt: skip
         scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
-        scores = hide(scores, rows, column, num_keys, offset, window, TAIL, CAUSAL, WINDOWED)
-        p_MN, decay, peak, total = _softmax(scores, peak, total, scale, True)
-        acc = acc * decay[:, None]
+        scores = apply_mask(scores, rows, column, num_keys, offset, window, TAIL, CAUSAL, WINDOWED)
+        p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, True)
+        acc = acc * rescale[:, None]
         acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
 
-    # A row without keys gives 0; its log-sum-exp of +inf makes every probability of the backward 0.
-    empty = total == 0.0
-    safe = tl.where(empty, 1.0, total)
-    acc = acc / safe[:, None]
+    # 6. A row without keys gives 0. Its log-sum-exp of +inf makes all its probabilities in the backward 0.
+    is_empty = row_sum == 0.0
+    divisor = tl.where(is_empty, 1.0, row_sum)
+    acc = acc / divisor[:, None]
     store_rows(
         out, acc, start, row, num_queries, head, HEADS * WIDTH, WIDTH, BLOCK_M, WIDTH, BLOCK_WIDTH
     )  # fmt: skip
-    lse_M = tl.where(empty, float("inf"), peak * scale + tl.math.log2(safe))
+    # In units of log2, for exp2 in the backward. No mask: each sequence has whole aligned blocks in this buffer.
+    lse_M = tl.where(is_empty, float("inf"), row_max * scale + tl.math.log2(divisor))
     lse_rows = lse + head.to(tl.int64) * stride_lse + aligned_start(start, sequence, ALIGNMENT)
     tl.store(lse_rows + rows, lse_M)
 
@@ -168,8 +189,8 @@ def shape_class(q: Tensor) -> dict:
 def row_tiles(x: Tensor, block: int):
     """A TMA descriptor of tiles of `block` rows of one head of x (T, heads, C).
 
-    It has two dims, so that a tile goes from shared memory into a product as it is; where C is no power of two it has
-    three, and the columns behind C are read as 0.
+    Two dims where C is a power of two: a tile then goes from shared memory into a product without a reshape. Else three
+    dims, so that the hardware fills the columns from C on with 0.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -193,9 +214,9 @@ def fits_tma(*tensors: Tensor) -> bool:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out (T, H, C), and the log-sum-exp of every row, fp32 in units of log2, +inf for rows without a key.
+    """out (T, H, C), and the log-sum-exp of every row, (H, aligned_length) fp32, see `aligned_start`.
 
-    The latter is (H, aligned_length): see `aligned_start`.
+    The log-sum-exp is in units of log2, and +inf for rows without a key.
     """
     tokens, heads, width = q.shape
     config = dict(configuration("attention_forward", q.device, **shape_class(q)))

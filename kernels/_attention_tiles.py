@@ -1,21 +1,21 @@
-"""What the attention kernels share: tile slots of packed sequences, loads of rows, masks."""
+"""Parts of the attention kernels: tile slots of packed sequences, loads and stores of rows, key ranges, masks."""
 
 import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-# Per-token numbers of a sequence start at a multiple of this, so that the backward reads whole blocks, aligned.
+# Log-sum-exp and delta of each sequence start at a multiple of this, so that the backward loads whole aligned blocks.
 ALIGNMENT = 128
 
 
 def aligned_length(tokens: int, num_sequences: int) -> int:
-    """Elements that the per-token numbers of packed sequences take, aligned as `aligned_start` says."""
+    """Elements of a per-token buffer whose sequences start where `aligned_start` says."""
     return (tokens // ALIGNMENT + num_sequences + 1) * ALIGNMENT
 
 
 @triton.jit
 def aligned_start(start, sequence, ALIGNMENT: tl.constexpr):
-    """Where the per-token numbers of a sequence start that starts at token `start`."""
+    """Index in an aligned per-token buffer of the sequence that starts at token `start`."""
     return (start // ALIGNMENT + sequence) * ALIGNMENT
 
 
@@ -23,10 +23,11 @@ def aligned_start(start, sequence, ALIGNMENT: tl.constexpr):
 def find_tile(cu_seqlens, num_sequences, tokens, slot, BLOCK: tl.constexpr):
     """Sequence, block inside it, first token and length of a tile slot.
 
-    Sequence s owns the slots from cu[s] // BLOCK + s to cu[s + 1] // BLOCK + s, at least as many as it has blocks, so
-    that no table is needed: T // BLOCK + S + 1 slots cover every sequence and, as sequence S, the padding behind the
-    last one. A block may start at or behind the sequence's end; then the slot has no work.
+    Sequence s has the slots cu[s] // BLOCK + s to cu[s + 1] // BLOCK + s, at least one for each of its blocks. So the
+    grid needs no table: T // BLOCK + S + 1 slots cover all sequences and, as sequence S, the padding after the last
+    one. A slot whose block starts at or after the end of its sequence has no work.
     """
+    # Binary search for the last sequence whose first slot is at or before this one.
     low = 0
     high = num_sequences + 1
     while high - low > 1:
@@ -47,10 +48,10 @@ def load_rows(
     source, tiles, start, row, limit, head, stride_row, stride_head, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK, BLOCK_WIDTH) rows start + row ... of one head; columns behind WIDTH are 0.
+    """(BLOCK, BLOCK_WIDTH) rows start + row ... of one head; columns from WIDTH on are 0.
 
-    Through the pointer `source`, rows at or behind `limit` are 0. Through the descriptor `tiles` (`TMA`) they hold what
-    stands behind the sequence, perhaps NaN: for rows that are all before the limit, or whose use is masked.
+    Through the pointer `source`, rows from `limit` on are 0. Through the descriptor `tiles` (`TMA`) they are rows of
+    the next sequence, perhaps NaN: use it only where all rows are before the limit, or where the result is masked.
     """
     if TMA and WIDTH == BLOCK_WIDTH:
         tile = tiles.load([start + row, head * WIDTH])
@@ -59,11 +60,12 @@ def load_rows(
     else:
         rows = row + tl.arange(0, BLOCK)
         columns = tl.arange(0, BLOCK_WIDTH)
+        # 64-bit offsets: tokens times the row stride pass 2^31 elements in a long packed row.
         base = source + start.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
-        kept = (rows < limit)[:, None]
+        mask = (rows < limit)[:, None]
         if WIDTH != BLOCK_WIDTH:
-            kept = kept & (columns < WIDTH)[None, :]
-        tile = tl.load(base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :], mask=kept, other=0.0)
+            mask = mask & (columns < WIDTH)[None, :]
+        tile = tl.load(base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :], mask=mask, other=0.0)
     return tile
 
 
@@ -77,17 +79,18 @@ def store_rows(
     columns = tl.arange(0, BLOCK_WIDTH)
     base = target + start.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
     pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
-    kept = (rows < limit)[:, None]
+    mask = (rows < limit)[:, None]
     if WIDTH != BLOCK_WIDTH:
-        kept = kept & (columns < WIDTH)[None, :]
-    tl.store(pointers, values.to(target.dtype.element_ty), mask=kept)
+        mask = mask & (columns < WIDTH)[None, :]
+    tl.store(pointers, values.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def query_tile(program, slots, GROUP: tl.constexpr):
     """Key head, query head and tile slot of a program over query tiles.
 
-    The query heads of one key head stand side by side, for L2; the tiles at a sequence's end, the longest, come first.
+    The query heads of one key head are neighbours, so that its keys and values stay in L2. Slots run backwards: under
+    a causal mask the last tiles of a sequence have the most work, and starting them first evens out the end.
     """
     kv_head = program // (slots * GROUP)
     within = program % (slots * GROUP)
@@ -99,21 +102,27 @@ def key_range(
     row, num_queries, num_keys, offset, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Keys that the queries [row, row + BLOCK_M) walk over: first, whole, last, left, right.
+    """Keys that a tile of queries [row, row + BLOCK_M) visits: first, whole, last, left, right.
 
-    Keys of [first, last) are seen by some query; blocks of BLOCK_N start at `first`, and those up to `whole` end before
-    the last key. Of these, the blocks from `left` to `right` are seen by every query.
+        first        left             right        whole   last
+          | window edge | no mask needed | diagonal  | tail  |
+
+    Some query sees each key of [first, last). Blocks of BLOCK_N keys start at `first`; those up to `whole` are full.
+    Every query sees all keys of the blocks in [left, right). Keys before `first` and from `last` on are never loaded.
     """
     first = 0
     last = num_keys
     left = 0
     right = num_keys
+    # The causal limit is that of the tile's last real query (last) or of its first one (right); the window's is that of
+    # its first query (first) or of its last one (left).
     if CAUSAL:
         last = tl.maximum(tl.minimum(last, tl.minimum(row + BLOCK_M, num_queries) + offset), 0)
         right = tl.maximum(tl.minimum(right, row + offset + 1), 0)
     if WINDOWED:
         first = tl.maximum(row + offset - window + 1, 0)
         left = tl.maximum(row + BLOCK_M + offset - window, 0)
+    # Inwards to whole blocks for what needs no mask, outwards for what is visited.
     first = round_down(first, BLOCK_N)
     whole = tl.maximum(tl.minimum(round_down(num_keys, BLOCK_N), tl.cdiv(last, BLOCK_N) * BLOCK_N), first)
     left = tl.minimum(tl.cdiv(left, BLOCK_N) * BLOCK_N, whole)
@@ -134,7 +143,7 @@ def is_seen(query, key, num_keys, offset, window, CAUSAL: tl.constexpr, WINDOWED
 
 @triton.jit
 def span(cu_seqlens, sequence, num_sequences, tokens):
-    """First token and length of a sequence; of the padding behind the last one, its end and 0."""
+    """First token and length of a sequence; for the padding after the last one: `tokens` and 0."""
     start = tokens
     length = 0
     if sequence < num_sequences:
@@ -144,10 +153,10 @@ def span(cu_seqlens, sequence, num_sequences, tokens):
 
 
 @triton.jit
-def hide(
+def apply_mask(
     scores, rows, column, num_keys, offset, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
 ):
-    """Scores of queries `rows` (BLOCK_M,) and the keys from `column` on, -inf where a key is not seen."""
+    """Scores of queries `rows` (BLOCK_M,) and of the keys from `column` on, -inf where a key is not visible."""
     keys = column + tl.arange(0, BLOCK_N)
     seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
     return tl.where(seen, scores, float("-inf"))

@@ -1,4 +1,15 @@
-"""Kernels of DPO between the two passes over the vocabulary: a program per pair, log-probabilities to slopes."""
+"""Kernels of DPO: a program per pair, from log-probabilities to loss, metrics and gradients.
+
+It runs between the forward and the backward over the vocabulary:
+
+1. Sum weight * logprob over the chosen and over the rejected sequence (means: divided by the sum of weights).
+2. Rewards beta (policy - reference), their margin, and the loss of the variant with `grad` = d loss / d margin.
+3. Write the gradient of every token: weight * (grad * beta / num_pairs), minus the likelihood term for chosen tokens.
+4. Store the pair's metrics, (8, pairs); torch adds them in one order.
+
+`sequence_logprobs_kernel` makes the same sums of the reference model in the same order, so that the margin is exactly 0
+where policy and reference are equal. All fp32.
+"""
 
 import torch
 import triton
@@ -8,7 +19,7 @@ from torch import Tensor
 from .configuration import configuration
 from .launch import launch, named
 
-# Rows of the kernel's sums, in its order.
+# Metrics in the order of `dpo_kernel`'s stores.
 SUMS = (
     "loss", "chosen_reward", "rejected_reward", "accuracy", "margin", "chosen_logprob", "rejected_logprob",
     "chosen_nll",
@@ -27,12 +38,13 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
-def _sums(logprob, weights, start, end, BLOCK: tl.constexpr):
+def _weighted_sum(logprob, weights, start, end, BLOCK: tl.constexpr):
     """Sum of weight times log-probability, and of weights, of the tokens from `start` to `end`."""
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
@@ -45,12 +57,12 @@ def _sums(logprob, weights, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _spread(dlogprob, weights, start, end, slope, BLOCK: tl.constexpr):
-    """Write the slope times each token's weight."""
+def _write_grads(dlogprob, weights, start, end, grad, BLOCK: tl.constexpr):
+    """Write the gradient times each token's weight."""
     for first in tl.range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         weight = tl.load(weights + token, mask=token < end, other=0.0)
-        tl.store(dlogprob + token, weight * slope, mask=token < end)
+        tl.store(dlogprob + token, weight * grad, mask=token < end)
 
 
 @triton.jit(repr=named("sequence_logprobs", "MEAN"))
@@ -58,7 +70,7 @@ def sequence_logprobs_kernel(logprob, weights, cu_seqlens, out, MEAN: tl.constex
     sequence = tl.program_id(0)
     start = tl.load(cu_seqlens + sequence)
     end = tl.load(cu_seqlens + sequence + 1)
-    total, count = _sums(logprob, weights, start, end, BLOCK)
+    total, count = _weighted_sum(logprob, weights, start, end, BLOCK)
     if MEAN:
         total = total / tl.maximum(count, 1.0)
     tl.store(out + sequence, total)
@@ -69,38 +81,42 @@ def dpo_kernel(
     logprob, weights, cu_seqlens, reference, dlogprob, sums, pairs, beta, smoothing, pair_scale, nll_scale,
     VARIANT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # 1. Chosen sequences come first, then the rejected ones in the same order.
     pair = tl.program_id(0)
     chosen_start = tl.load(cu_seqlens + pair)
     chosen_end = tl.load(cu_seqlens + pair + 1)
     rejected_start = tl.load(cu_seqlens + pairs + pair)
     rejected_end = tl.load(cu_seqlens + pairs + pair + 1)
-    likelihood, chosen_count = _sums(logprob, weights, chosen_start, chosen_end, BLOCK)
-    rejected, rejected_count = _sums(logprob, weights, rejected_start, rejected_end, BLOCK)
+    likelihood, chosen_count = _weighted_sum(logprob, weights, chosen_start, chosen_end, BLOCK)
+    rejected, rejected_count = _weighted_sum(logprob, weights, rejected_start, rejected_end, BLOCK)
     chosen = likelihood
-    chosen_over = 1.0
-    rejected_over = 1.0
+    chosen_scale = 1.0
+    rejected_scale = 1.0
     if MEAN:
-        chosen_over = 1.0 / tl.maximum(chosen_count, 1.0)
-        rejected_over = 1.0 / tl.maximum(rejected_count, 1.0)
+        chosen_scale = 1.0 / tl.maximum(chosen_count, 1.0)
+        rejected_scale = 1.0 / tl.maximum(rejected_count, 1.0)
         chosen = chosen / tl.maximum(chosen_count, 1.0)
         rejected = rejected / tl.maximum(rejected_count, 1.0)
+    # 2. Rewards, margin, loss.
     chosen_reward = beta * (chosen - tl.load(reference + pair))
     rejected_reward = beta * (rejected - tl.load(reference + pairs + pair))
     margin = chosen_reward - rejected_reward
     if VARIANT == "ipo":
-        apart = margin / beta - 1.0 / (2.0 * beta)
-        loss = apart * apart
-        slope = 2.0 * apart / beta
+        residual = margin / beta - 1.0 / (2.0 * beta)
+        loss = residual * residual
+        grad = 2.0 * residual / beta
     elif VARIANT == "robust":
-        over = 1.0 / (1.0 - 2.0 * smoothing)
-        loss = (smoothing * _log_sigmoid(-margin) - (1.0 - smoothing) * _log_sigmoid(margin)) * over
-        slope = (0.0 - smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)) * over
+        debias = 1.0 / (1.0 - 2.0 * smoothing)
+        loss = (smoothing * _log_sigmoid(-margin) - (1.0 - smoothing) * _log_sigmoid(margin)) * debias
+        grad = (0.0 - smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)) * debias
     else:
         loss = 0.0 - (1.0 - smoothing) * _log_sigmoid(margin) - smoothing * _log_sigmoid(-margin)
-        slope = smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)
-    slope = slope * beta * pair_scale
-    _spread(dlogprob, weights, chosen_start, chosen_end, slope * chosen_over - nll_scale, BLOCK)
-    _spread(dlogprob, weights, rejected_start, rejected_end, 0.0 - slope * rejected_over, BLOCK)
+        grad = smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin)
+    # 3. d margin / d logprob = beta * weight for chosen tokens, -beta * weight for rejected ones.
+    grad = grad * beta * pair_scale
+    _write_grads(dlogprob, weights, chosen_start, chosen_end, grad * chosen_scale - nll_scale, BLOCK)
+    _write_grads(dlogprob, weights, rejected_start, rejected_end, 0.0 - grad * rejected_scale, BLOCK)
+    # 4. Metrics.
     tl.store(sums + pair, loss * pair_scale - nll_scale * likelihood)
     tl.store(sums + pairs + pair, chosen_reward)
     tl.store(sums + 2 * pairs + pair, rejected_reward)
@@ -112,7 +128,7 @@ def dpo_kernel(
 
 
 def sequence_sums(logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, mean: bool) -> Tensor:
-    """(S,) sums or means, added up in the order of `dpo_kernel`: at the reference a margin is 0 exactly."""
+    """(S,) weighted sums or means of the sequences, added in the order of `dpo_kernel`."""
     out = torch.empty(cu_seqlens.numel() - 1, dtype=torch.float32, device=logprob.device)
     config = configuration("sequence_logprobs", logprob.device)
     assert config["BLOCK"] == configuration("dpo", logprob.device)["BLOCK"], "both add up in one order"
@@ -120,7 +136,7 @@ def sequence_sums(logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, mean: bo
     return out
 
 
-def dpo_slopes(
+def dpo_grads(
     logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, reference: Tensor, *, beta: float, num_pairs: float,
     variant: str, label_smoothing: float, mean: bool, nll_scale: float,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip

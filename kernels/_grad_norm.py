@@ -1,4 +1,9 @@
-"""Kernel of the gradient norm: sums of squares of many buffers in one launch."""
+"""Kernel of the gradient norm: sums of squares of many buffers in one launch.
+
+Program (c, b) adds the squares of chunk c of buffer b in fp32 and stores one number. A table on the device has each
+buffer's address, length and bytes per element, so the number of launches does not depend on the number of buffers. The
+caller adds the chunks in fp64, in one order.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,7 +27,8 @@ def _add_squares(
         at = first + start + tl.arange(0, BLOCK)
         elements = pointer + at
         if ALIGNED:
-            # What the compiler cannot know of an address out of memory; without it, loads are one element wide.
+            # The compiler cannot see the alignment of an address that was loaded; without the hint, loads are one
+            # element wide.
             elements = tl.multiple_of(elements, 16)
         if MASKED:
             x = tl.load(elements, mask=at < count, other=0.0).to(tl.float32)
@@ -34,7 +40,7 @@ def _add_squares(
 
 @triton.jit
 def _squares(total, pointer, first, count, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """The same, masked in the last chunk alone."""
+    """`_add_squares` with masks only where the chunk is the buffer's last one."""
     if first + CHUNK <= count:
         total = _add_squares(total, pointer, first, count, ALIGNED, CHUNK, BLOCK, False)
     else:
@@ -44,7 +50,7 @@ def _squares(total, pointer, first, count, ALIGNED: tl.constexpr, CHUNK: tl.cons
 
 @triton.jit(repr=named("grad_norm", "BLOCK", "ALIGNED"))
 def grad_norm_kernel(table, sums, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    # A row of the table: address, elements, bytes of an element.
+    # A row of the table: address, elements, bytes of an element. A chunk after the end of a short buffer stores 0.
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     address = tl.load(table + row * 3)
@@ -63,7 +69,7 @@ def grad_norm_kernel(table, sums, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BL
 
 @lru_cache(maxsize=16)
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Rows of addresses and sizes on a device; buffers that stay where they are need no new one."""
+    """The table on a device, cached: buffers that keep their addresses need no new copy."""
     return from_host(numbers, torch.int64, device)
 
 
@@ -74,8 +80,8 @@ def chunk_squares(grads: Sequence[Tensor], chunk: int) -> Tensor:
     grid = triton.cdiv(max(grad.numel() for grad in grads), chunk), len(grads)
     sums = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=device)
     aligned = all(grad.data_ptr() % 16 == 0 for grad in grads)
-    numbers = tuple(x for grad in grads for x in (grad.data_ptr(), grad.numel(), grad.element_size()))
-    # A table that stands for one, in a trace, serves that trace alone.
-    made = _table if type(grads[0]) is Tensor and not grads[0].is_meta else _table.__wrapped__
-    launch(grad_norm_kernel, grid, made(numbers, device), sums, ALIGNED=aligned, CHUNK=chunk, **config)
+    entries = tuple(x for grad in grads for x in (grad.data_ptr(), grad.numel(), grad.element_size()))
+    # In a trace the tensors are stand-ins: their table must not enter the cache.
+    make_table = _table if type(grads[0]) is Tensor and not grads[0].is_meta else _table.__wrapped__
+    launch(grad_norm_kernel, grid, make_table(entries, device), sums, ALIGNED=aligned, CHUNK=chunk, **config)
     return sums

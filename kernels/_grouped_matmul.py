@@ -1,8 +1,17 @@
-"""Kernels of grouped products: one matrix per expert over its own rows, and what is fused behind them.
+"""Kernels of grouped products (grouped GEMM): each expert's matrix times the rows of its tokens, with fused epilogues.
 
-Rows of an expert are contiguous, offsets[e] to offsets[e + 1]. A program takes a block of rows of one tile of the tile
-table and a block of columns; programs of the table's empty slots end at once. Operands that stand elsewhere, as tokens
-before they are sorted, are gathered in the load through `index`, whose entries are token * CHOICES + choice.
+Rows of expert e are contiguous: offsets[e] to offsets[e + 1]. A tile of the tile table is up to TILE rows of one.
+The grid covers the table's fixed number of slots, so the host never needs the counts.
+
+`grouped_matmul`, `grouped_swiglu`, `grouped_dswiglu`: one program computes BLOCK_M rows of a tile and BLOCK_N columns:
+
+1. Read expert, first row and end from the tile table (`_block`); leave if the slot is empty.
+2. Product over the depth, fp32 sums (`_products`). With `index`, rows of x are gathered in the load: entry r of it is
+   token * CHOICES + choice.
+3. Epilogue in registers: none, SwiGLU, or the gradient of SwiGLU with that of the gate.
+4. Store the rows and columns that exist.
+
+`grouped_dweight`: one program computes a block of one expert's matrix gradient and walks over the rows of the expert.
 """
 
 from collections.abc import Iterator
@@ -19,10 +28,10 @@ from .configuration import configuration
 from .expert_tiles import TILE_ROWS
 from .launch import launch, named
 
-# Blocks of rows that run side by side: their operands stay in L2 while the columns go by.
+# Row blocks that run at the same time: their operands stay in L2 while they walk over the columns.
 GROUP = 16
 
-_forced: bool | None = None
+_forced_gather: bool | None = None
 
 
 @triton.jit
@@ -30,7 +39,10 @@ def _block(
     tiles, offsets, slots, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Expert, first row, end of the expert's rows, and first column of this program; row >= end where it is idle."""
+    """Expert, first row, end of the expert's rows, and first column of this program; row >= end: nothing to do.
+
+    tiles: (2, slots), the expert of each tile and its first row. A tile has PARTS row blocks.
+    """
     PARTS: tl.constexpr = TILE // BLOCK_M
     block, column = place(tl.program_id(0), slots * PARTS, (COLUMNS + BLOCK_N - 1) // BLOCK_N, GROUP)
     expert = tl.load(tiles + block // PARTS)
@@ -44,24 +56,28 @@ def _products(
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, CHOICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) products of rows and a block of columns, twice where PAIR: of column and COLUMNS + column.
+    """(BLOCK_M, BLOCK_N) fp32 products of rows and columns, and where PAIR of columns COLUMNS + column, else 0.
 
-    weight is (E, N, K), or (E, K, N) where TRANSPOSED, N = COLUMNS or 2 COLUMNS where PAIR. Rows and columns behind the
-    ends are repeated or belong to others: they are not stored.
+    weight is (E, N, K), or (E, K, N) where TRANSPOSED, N = COLUMNS, or 2 COLUMNS where PAIR. Rows and columns after the
+    ends are repeated, or are those of other experts: the caller does not store them.
     """
     ROWS: tl.constexpr = DEPTH if TRANSPOSED else (2 * COLUMNS if PAIR else COLUMNS)
     first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     depth = tl.arange(0, BLOCK_K)
+    # Clamped instead of masked, so that loads need a mask over the depth only.
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     if index is not None:
         rows = tl.load(index + rows) // CHOICES
+    # 64-bit offsets: rows times width, and experts times their matrices, may pass 2^31 elements.
     x_at = x + rows.to(tl.int64)[:, None] * stride_x + depth[None, :]
     columns = tl.minimum(column + tl.arange(0, BLOCK_N), COLUMNS - 1)
     if TRANSPOSED:
         w_at = weight + expert.to(tl.int64) * (DEPTH * COLUMNS) + depth[:, None] * COLUMNS + columns[None, :]
     else:
         w_at = weight + expert.to(tl.int64) * (ROWS * DEPTH) + columns[:, None] * DEPTH + depth[None, :]
+    # The descriptor of the weights has experts and rows as one dim, so a tile may reach into the next expert. That is
+    # harmless for columns, which are not stored; for the depth of a transposed weight `_config` rules it out.
     for k in tl.range(0, DEPTH, BLOCK_K):
         if TMA and index is None:
             x_MK = x_tiles.load([row, k])
@@ -100,13 +116,16 @@ def _products(
 def _mask(
     row, end, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and which elements exist; STEP: between programs' columns."""
+    """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and a mask of those that exist.
+
+    STEP: columns per program; where it divides COLUMNS, the mask is of rows only.
+    """
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
-    kept = (rows < end)[:, None]
+    mask = (rows < end)[:, None]
     if COLUMNS % STEP != 0:
-        kept = kept & (columns < COLUMNS)[None, :]
-    return rows.to(tl.int64)[:, None], columns[None, :], kept
+        mask = mask & (columns < COLUMNS)[None, :]
+    return rows.to(tl.int64)[:, None], columns[None, :], mask
 
 
 @triton.jit(repr=named("grouped_matmul", "DEPTH", "COLUMNS", "TRANSPOSED"), do_not_specialize=["slots"])
@@ -123,8 +142,8 @@ def grouped_matmul_kernel(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, TRANSPOSED,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
-    tl.store(out + rows * COLUMNS + columns, product.to(out.dtype.element_ty), mask=kept)
+    rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
+    tl.store(out + rows * COLUMNS + columns, product.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=named("grouped_swiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots"])
@@ -141,41 +160,43 @@ def grouped_swiglu_kernel(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, True, False,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
-    # Rounded as they are stored: the backward starts from the stored numbers.
+    rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
+    # The activation takes gate and up as they are stored, since the backward starts from the stored numbers.
     gate = gate.to(out.dtype.element_ty)
     up = up.to(out.dtype.element_ty)
     if gate_up is not None:
-        tl.store(gate_up + rows * (2 * COLUMNS) + columns, gate, mask=kept)
-        tl.store(gate_up + rows * (2 * COLUMNS) + COLUMNS + columns, up, mask=kept)
-    wide = gate.to(tl.float32)
-    hidden = wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)
-    tl.store(out + rows * COLUMNS + columns, hidden.to(out.dtype.element_ty), mask=kept)
+        tl.store(gate_up + rows * (2 * COLUMNS) + columns, gate, mask=mask)
+        tl.store(gate_up + rows * (2 * COLUMNS) + COLUMNS + columns, up, mask=mask)
+    gate_fp32 = gate.to(tl.float32)
+    hidden = gate_fp32 / (1.0 + tl.exp(-gate_fp32)) * up.to(tl.float32)
+    tl.store(out + rows * COLUMNS + columns, hidden.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _dswiglu(
-    slope, weight_M, gate_up, dgate_up, gated, row, end, column,
+    dhidden, weight_M, gate_up, dgate_up, gated, row, end, column,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile's slopes and weighted activations; what its rows add up to before the weight, (BLOCK_M,).
+    """Store a tile's dgate, dup and weighted activations; return the tile's part of the gates' gradient, (BLOCK_M,).
 
-    That sum is the slope of the weight.
+    With h = silu(gate) * up and out = sum weight h: dweight = sum_columns dhidden h, and dh = weight dhidden.
     """
-    rows, columns, kept = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, 2 * BLOCK_N)
+    rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, 2 * BLOCK_N)
     at = rows * (2 * COLUMNS) + columns
-    gate = tl.load(gate_up + at, mask=kept, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + at + COLUMNS, mask=kept, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + COLUMNS, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    own = tl.sum(tl.where(kept, slope * silu * up, 0.0), 1)
+    # Elements that do not exist hold products of other experts: they must not enter the row sum.
+    dweight_M = tl.sum(tl.where(mask, dhidden * silu * up, 0.0), 1)
     hidden = weight_M[:, None] * silu * up
-    tl.store(gated + rows * COLUMNS + columns, hidden.to(gated.dtype.element_ty), mask=kept)
-    slope = slope * weight_M[:, None]
-    tl.store(dgate_up + at + COLUMNS, (slope * silu).to(dgate_up.dtype.element_ty), mask=kept)
-    dgate = slope * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=kept)
-    return own
+    tl.store(gated + rows * COLUMNS + columns, hidden.to(gated.dtype.element_ty), mask=mask)
+    dhidden = dhidden * weight_M[:, None]
+    tl.store(dgate_up + at + COLUMNS, (dhidden * silu).to(dgate_up.dtype.element_ty), mask=mask)
+    # silu' = sigmoid + silu (1 - sigmoid).
+    dgate = dhidden * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(dgate_up + at, dgate.to(dgate_up.dtype.element_ty), mask=mask)
+    return dweight_M
 
 
 @triton.jit(repr=named("grouped_dswiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots", "total"])
@@ -189,31 +210,32 @@ def grouped_dswiglu_kernel(
     expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
     if row >= end:
         return
-    slope, _ = _products(
+    dhidden, _ = _products(
         x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, True,
         CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
     )  # fmt: skip
-    # In two halves, or the tiles of the activation would not fit into registers beside the product.
+    # Two halves of the columns, one after the other: the tiles of the activation do not fit beside the whole product.
     HALF: tl.constexpr = BLOCK_N // 2
-    left, right = tl.split(tl.permute(tl.reshape(slope, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-    numbers = row + tl.arange(0, BLOCK_M)
-    pair = tl.load(pairs + numbers, mask=numbers < end, other=0)
-    weight_M = tl.load(gates + pair, mask=numbers < end, other=0.0)
-    own = _dswiglu(left, weight_M, gate_up, dgate_up, gated, row, end, column, COLUMNS, BLOCK_M, HALF)
-    own += _dswiglu(right, weight_M, gate_up, dgate_up, gated, row, end, column + HALF, COLUMNS, BLOCK_M, HALF)
-    tl.store(partial + (column // BLOCK_N).to(tl.int64) * total + numbers, own, mask=numbers < end)
+    left, right = tl.split(tl.permute(tl.reshape(dhidden, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    rows = row + tl.arange(0, BLOCK_M)
+    pair = tl.load(pairs + rows, mask=rows < end, other=0)
+    weight_M = tl.load(gates + pair, mask=rows < end, other=0.0)
+    dweight_M = _dswiglu(left, weight_M, gate_up, dgate_up, gated, row, end, column, COLUMNS, BLOCK_M, HALF)
+    dweight_M += _dswiglu(right, weight_M, gate_up, dgate_up, gated, row, end, column + HALF, COLUMNS, BLOCK_M, HALF)
+    # A partial sum for each block of columns; torch adds them in one order. No atomics.
+    tl.store(partial + (column // BLOCK_N).to(tl.int64) * total + rows, dweight_M, mask=rows < end)
 
 
 @triton.jit
 def _rows(x, index, rows, end, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr):
-    """(rows, columns) of x, or of the tokens that `index` names; zero behind the expert's last row."""
-    kept = rows < end
+    """(rows, columns) of x, or of the tokens that `index` names; 0 from `end`, the expert's last row, on."""
+    mask = rows < end
     if index is not None:
-        rows = tl.load(index + rows, mask=kept, other=0) // CHOICES
-    kept = kept[:, None]
+        rows = tl.load(index + rows, mask=mask, other=0) // CHOICES
+    mask = mask[:, None]
     if WIDTH % BLOCK != 0:
-        kept = kept & (columns < WIDTH)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=kept, other=0.0)
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -221,19 +243,19 @@ def _whole_rows(
     x, index, x_tiles, row, column, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
     CHOICES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The same for a block that is full of rows."""
+    """As `_rows`, for a block of rows that all exist."""
     if TMA and index is None:
-        found = x_tiles.load([row, column])
+        tile = x_tiles.load([row, column])
     else:
         rows = row + tl.arange(0, BLOCK_R)
         if index is not None:
             rows = tl.load(index + rows) // CHOICES
         at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
         if WIDTH % BLOCK == 0:
-            found = tl.load(at)
+            tile = tl.load(at)
         else:
-            found = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
-    return found
+            tile = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit(repr=named("grouped_dweight", "ROWS", "COLUMNS"))
@@ -242,23 +264,26 @@ def grouped_dweight_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    # The expert, and the block of its (ROWS, COLUMNS) gradient.
     BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // (BLOCKS * ACROSS)
-    block, number = place(tl.program_id(0) % (BLOCKS * ACROSS), BLOCKS, ACROSS, GROUP)
+    block, column_block = place(tl.program_id(0) % (BLOCKS * ACROSS), BLOCKS, ACROSS, GROUP)
     first = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     whole = first + (end - first) // BLOCK_R * BLOCK_R
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = number * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Whole blocks of rows, without masks over rows. Rows after the last of an expert are those of the next one, so the
+    # remaining rows take a second loop, masked and TAIL at a time.
     for row in tl.range(first, whole, BLOCK_R):
         left_RM = _whole_rows(
             left, left_index, left_tiles, row, block * BLOCK_M, stride_left, m, ROWS, BLOCK_M, BLOCK_R, CHOICES, TMA
         )
         right_RN = _whole_rows(
-            right, right_index, right_tiles, row, number * BLOCK_N, stride_right, n, COLUMNS, BLOCK_N, BLOCK_R, CHOICES,
-            TMA,
+            right, right_index, right_tiles, row, column_block * BLOCK_N, stride_right, n, COLUMNS, BLOCK_N, BLOCK_R,
+            CHOICES, TMA,
         )  # fmt: skip
         acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
     for row in tl.range(whole, end, TAIL, num_stages=1):
@@ -266,14 +291,15 @@ def grouped_dweight_kernel(
         left_RM = _rows(left, left_index, rows, end, stride_left, m, ROWS, BLOCK_M, CHOICES)
         right_RN = _rows(right, right_index, rows, end, stride_right, n, COLUMNS, BLOCK_N, CHOICES)
         acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
+    # An expert without rows stores zeros.
     at = out + expert.to(tl.int64) * (ROWS * COLUMNS) + m[:, None] * COLUMNS + n[None, :]
-    kept = (m < ROWS)[:, None] & (n < COLUMNS)[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=kept)
+    mask = (m < ROWS)[:, None] & (n < COLUMNS)[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of the experts are: a Routing's numbers, and how many choices a token has."""
+    """Where the rows of the experts are: the index tensors of a `Routing`."""
 
     rows: Tensor
     positions: Tensor
@@ -291,28 +317,28 @@ def shape_class(x: Tensor) -> dict[str, int]:
 
 
 def _config(table: str, x: Tensor, *operands: Tensor, depth: int | None = None) -> dict:
-    """The table's configuration; without TMA where an operand does not fit it, or tiles would reach other experts."""
+    """The table's configuration; without TMA where an operand does not fit or BLOCK_K does not divide `depth`."""
     config = dict(configuration(table, x.device, **shape_class(x)))
-    fits = all(fits_tma(operand) for operand in operands)
-    config["TMA"] = config["TMA"] and fits and (depth is None or depth % config["BLOCK_K"] == 0)
+    all_fit = all(fits_tma(operand) for operand in operands)
+    config["TMA"] = config["TMA"] and all_fit and (depth is None or depth % config["BLOCK_K"] == 0)
     return config
 
 
 @contextmanager
 def use_gather(gather: bool) -> Iterator[None]:
-    """Gather rows in the load, or permute them beforehand, inside the block, whatever the tables say."""
-    global _forced
-    before, _forced = _forced, gather
+    """Inside the block, gather rows in the load, or permute them beforehand, instead of what the tables say."""
+    global _forced_gather
+    before, _forced_gather = _forced_gather, gather
     try:
         yield
     finally:
-        _forced = before
+        _forced_gather = before
 
 
 def _gathered(x: Tensor, layout: Layout, config: dict) -> tuple[Tensor, Tensor | None]:
     """x (T, D) and the index to gather it by in the load, or its rows permuted beforehand and no index."""
     gather = config.pop("GATHER")
-    if gather if _forced is None else _forced:
+    if gather if _forced_gather is None else _forced_gather:
         return x, layout.rows
     from .expert_permute import permute
 
@@ -338,7 +364,7 @@ def _row_product(
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, layout: Layout, *, transposed: bool = False) -> Tensor:
-    """(R, N): row r times weight[expert of r]^T, weight (E, N, K); or times weight (E, K, N) where transposed."""
+    """(R, N): row r of x (R, K) times weight[expert of r]^T, weight (E, N, K); transposed: times weight (E, K, N)."""
     columns = weight.shape[2 if transposed else 1]
     config = _config("grouped_matmul", x, x, weight, depth=x.shape[1] if transposed else None)
     out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
@@ -365,9 +391,9 @@ def grouped_swiglu(x: Tensor, weight: Tensor, layout: Layout, keep: bool) -> tup
 def grouped_dswiglu(
     dout: Tensor, down: Tensor, gate_up: Tensor, gates: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes of the first products (R, 2 F), weighted activations (R, F), slopes of the gates (R,) fp32.
+    """dgate_up (R, 2 F), weighted activations (R, F), and the gradient of each row's gate (R,) fp32.
 
-    dout (T, D) is the slope of the layer's output; down (E, D, F); gate_up (R, 2 F) as the forward kept it.
+    dout: (T, D), the gradient of the layer's output.   down: (E, D, F).   gate_up: (R, 2 F), as the forward kept it.
     """
     columns, total = down.shape[2], layout.rows.numel()
     config = _config("grouped_dswiglu", dout, dout, down, depth=dout.shape[1])

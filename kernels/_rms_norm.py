@@ -1,4 +1,15 @@
-"""Kernels of RMS norm: a row is read once and stays in registers; the weight's gradient is summed without atomics."""
+"""Kernels of RMS norm; statistics in fp32, no atomics.
+
+`rms_norm_forward_kernel`: one program takes BLOCK_ROWS whole rows. It adds the residual, rounds the sum to the dtype of
+x (that is what the next layer reads), normalises what was rounded, and stores y and rstd. Rows are read once.
+
+`rms_norm_backward_kernel`: a fixed number of programs, each of which walks over every n-th row block, n programs:
+
+    w = dy * weight,  n = s * rstd:    ds = rstd (w - n mean(w n)) + dstream,    dweight = sum over rows of dy n
+
+It keeps its part of dweight in registers and stores it once, (programs, D). `rms_norm_reduce_kernel` adds the parts in
+one order, so two runs on a device give the same bits.
+"""
 
 from functools import cache
 
@@ -11,7 +22,7 @@ from .configuration import configuration
 from .launch import launch, named
 
 MIN_BLOCK_WIDTH = 16
-# Programs that stand for a GPU's multiprocessors where there is none, few so that each walks over several rows.
+# Multiprocessors to assume without a GPU: few, so that each program of the backward walks over more than one block.
 INTERPRETED_PROGRAMS = 3
 
 
@@ -23,20 +34,22 @@ def rms_norm_forward_kernel(
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     start = row.to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
-    kept = (row < rows)[:, None]
+    mask = (row < rows)[:, None]
     if WIDTH != BLOCK_WIDTH:
-        kept = kept & (column < WIDTH)
-    values = tl.load(x + start * stride_x + column, mask=kept, other=0.0).to(tl.float32)
+        mask = mask & (column < WIDTH)
+    values = tl.load(x + start * stride_x + column, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
-        values += tl.load(residual + start * stride_residual + column, mask=kept, other=0.0).to(tl.float32)
+        # The statistics are those of the rounded sum, as in eager code that adds first.
+        values += tl.load(residual + start * stride_residual + column, mask=mask, other=0.0).to(tl.float32)
         rounded = values.to(x.dtype.element_ty)
-        tl.store(stream + start * WIDTH + column, rounded, mask=kept)
+        tl.store(stream + start * WIDTH + column, rounded, mask=mask)
         values = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, 1) / WIDTH + epsilon)
-    tl.store(rstd + row, scale, mask=row < rows)
+    row_rstd = tl.rsqrt(tl.sum(values * values, 1) / WIDTH + epsilon)
+    tl.store(rstd + row, row_rstd, mask=row < rows)
     weights = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    normed = (values * scale[:, None]).to(x.dtype.element_ty).to(tl.float32)
-    tl.store(y + start * WIDTH + column, (normed * weights).to(x.dtype.element_ty), mask=kept)
+    # Rounded before the weight is applied, as in Llama.
+    normed = (values * row_rstd[:, None]).to(x.dtype.element_ty).to(tl.float32)
+    tl.store(y + start * WIDTH + column, (normed * weights).to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=named("rms_norm_backward", "WIDTH", "BLOCK_ROWS"), do_not_specialize=["rows"])
@@ -50,34 +63,35 @@ def rms_norm_backward_kernel(
     if not REREAD:
         weights = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    # `dweight` keeps a sum for each row of a block; these are added once, after the loop.
     for block in tl.range(program, tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         start = row.to(tl.int64)[:, None]
-        kept = (row < rows)[:, None]
+        mask = (row < rows)[:, None]
         if WIDTH != BLOCK_WIDTH:
-            kept = kept & (column < WIDTH)
-        scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+            mask = mask & (column < WIDTH)
+        row_rstd = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         at_dy = dy + start * stride_dy + column
         at_stream = stream + start * stride_stream + column
-        upstream = tl.load(at_dy, mask=kept, other=0.0).to(tl.float32)
-        normed = tl.load(at_stream, mask=kept, other=0.0).to(tl.float32) * scale
+        dy_tile = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
+        normed = tl.load(at_stream, mask=mask, other=0.0).to(tl.float32) * row_rstd
         if REREAD:
             weights = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        weighted = upstream * weights
+        weighted = dy_tile * weights
         mean = tl.sum(weighted * normed, 1)[:, None] / WIDTH
         if REREAD:
-            # From the cache: the widest rows do not fit into registers beside the sums. Another eviction policy makes
-            # it another load.
-            upstream = tl.load(at_dy, mask=kept, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            values = tl.load(at_stream, mask=kept, other=0.0, eviction_policy="evict_first")
-            normed = values.to(tl.float32) * scale
+            # Read again, from the cache: the widest rows do not fit into registers beside the sums. The other eviction
+            # policy keeps the compiler from merging this load with the first.
+            dy_tile = tl.load(at_dy, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            values = tl.load(at_stream, mask=mask, other=0.0, eviction_policy="evict_first")
+            normed = values.to(tl.float32) * row_rstd
             weights = tl.load(weight + column, mask=column < WIDTH, other=0.0, eviction_policy="evict_last")
-            weighted = upstream * weights.to(tl.float32)
-        dweight += upstream * normed
-        gradient = (weighted - normed * mean) * scale
+            weighted = dy_tile * weights.to(tl.float32)
+        dweight += dy_tile * normed
+        dx_tile = (weighted - normed * mean) * row_rstd
         if dstream is not None:
-            gradient += tl.load(dstream + start * stride_dstream + column, mask=kept, other=0.0).to(tl.float32)
-        tl.store(dx + start * WIDTH + column, gradient.to(dx.dtype.element_ty), mask=kept)
+            dx_tile += tl.load(dstream + start * stride_dstream + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + start * WIDTH + column, dx_tile.to(dx.dtype.element_ty), mask=mask)
     at = partial + program.to(tl.int64) * WIDTH + tl.arange(0, BLOCK_WIDTH)
     tl.store(at, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK_WIDTH) < WIDTH)
 
@@ -87,12 +101,12 @@ def rms_norm_reduce_kernel(
     partial, dweight, programs, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):
     column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     for first in range(0, programs, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
-        kept = (row < programs)[:, None] & (column < WIDTH)[None, :]
-        total += tl.load(partial + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=kept, other=0.0)
-    tl.store(dweight + column, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=column < WIDTH)
+        mask = (row < programs)[:, None] & (column < WIDTH)[None, :]
+        sums += tl.load(partial + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    tl.store(dweight + column, tl.sum(sums, 0).to(dweight.dtype.element_ty), mask=column < WIDTH)
 
 
 def shape_class(x: Tensor) -> dict[str, int]:
@@ -113,7 +127,7 @@ def _multiprocessors(index: int) -> int:
 def rms_norm_forward(
     x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (T, D), the sum that was normed (T, D) (empty where there is no residual), rstd (T,) fp32; x (T, D)."""
+    """y (T, D), the sum with the residual (T, D) (empty without one) and rstd (T,) fp32, of x (T, D)."""
     rows, width = x.shape
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     stream = torch.empty((0 if residual is None else rows, width), dtype=x.dtype, device=x.device)
@@ -131,7 +145,7 @@ def rms_norm_forward(
 def rms_norm_backward(
     dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the normed sum (T, D) and of the weight (D,), from those of y and, where it was used, of the sum."""
+    """Gradients of the sum (T, D) and of the weight (D,), from dy (T, D) and, if the sum was used, dstream (T, D)."""
     rows, width = stream.shape
     shape = shape_class(stream)
     config = dict(configuration("rms_norm_backward", stream.device, **shape))

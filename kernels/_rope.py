@@ -1,6 +1,9 @@
-"""Kernel of rotary embedding: the heads of q and k in one launch, angles kept in registers over the heads.
+"""Kernel of rotary embedding, half-split layout: all heads of q and k in one launch.
 
-Backwards it takes the gradients of q, k and v to one buffer, that of the product they came out of.
+One program takes BLOCK_TOKENS tokens and BLOCK_HEADS heads: it loads the tokens' cos and sin once, keeps them in
+registers, and rotates its heads one after the other in fp32. The gradient is the rotation by the negative angle
+(INVERSE). With `v`, the kernel writes the gradients of q, k and v side by side into one buffer, that of the product
+that made them; v is copied.
 """
 
 import torch
@@ -15,13 +18,15 @@ MIN_BLOCK_HALF = 8
 
 
 @triton.jit
-def _turn(
+def _rotate_heads(
     source, target, start, tokens, cos, sin, first_head, stride, stride_head,
     HEADS: tl.constexpr, TO_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, TURN: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate, or (not TURN) copy, BLOCK_HEADS heads of BLOCK_TOKENS tokens from `source` (T, HEADS, 2 HALF), strided,
-    to the first of the TO_HEADS heads that stand in each row of `target`."""
+    """Rotate, or without ROTATE copy, BLOCK_HEADS heads of BLOCK_TOKENS tokens.
+
+    source: (T, HEADS, 2 HALF), strided.   target: the first of these heads in rows of TO_HEADS heads.
+    """
     token = start + tl.arange(0, BLOCK_TOKENS)
     column = tl.arange(0, BLOCK_HALF)[None, :]
     row = token.to(tl.int64)[:, None]
@@ -30,31 +35,32 @@ def _turn(
         limit = tokens
         if HEADS % BLOCK_HEADS != 0:
             limit = tl.where(head < HEADS, tokens, 0)
-        kept = (token < limit)[:, None]
+        mask = (token < limit)[:, None]
         if HALF != BLOCK_HALF:
-            kept = kept & (column < HALF)
+            mask = mask & (column < HALF)
+        # 64-bit offsets: tokens times the row stride may pass 2^31 elements.
         at = source + row * stride + head.to(tl.int64) * stride_head + column
-        first = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-        second = tl.load(at + HALF, mask=kept, other=0.0).to(tl.float32)
+        first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
         to = target + row * (TO_HEADS * 2 * HALF) + head * (2 * HALF) + column
-        turned_first = first
-        turned_second = second
-        if TURN:
-            turned_first = first * cos - second * sin
-            turned_second = second * cos + first * sin
-        tl.store(to, turned_first.to(target.dtype.element_ty), mask=kept)
-        tl.store(to + HALF, turned_second.to(target.dtype.element_ty), mask=kept)
+        out_first = first
+        out_second = second
+        if ROTATE:
+            out_first = first * cos - second * sin
+            out_second = second * cos + first * sin
+        tl.store(to, out_first.to(target.dtype.element_ty), mask=mask)
+        tl.store(to + HALF, out_second.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=named("rope", "HALF", "HEADS", "KV_HEADS", "INVERSE"), do_not_specialize=["tokens", "table_rows"])
 def rope_kernel(
-    q, k, v, cos, sin, positions, turned_q, turned_k, tokens, table_rows, stride_q, stride_qh, stride_k, stride_kh,
+    q, k, v, cos, sin, positions, rotated_q, rotated_k, tokens, table_rows, stride_q, stride_qh, stride_k, stride_kh,
     stride_v, stride_vh,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Without `v`, into `turned_q` and `turned_k`; with it, all three side by side into `turned_q`."""
-    # The programs of one token block stand side by side, so that its angles come from L2.
+    """Without `v`, into `rotated_q` and `rotated_k`; with it, all three side by side into `rotated_q`."""
+    # The programs of one token block have neighbouring numbers, so that its angles come from L2.
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     joined: tl.constexpr = v is not None
@@ -68,28 +74,28 @@ def rope_kernel(
     if positions is not None:
         position = tl.load(positions + token, mask=token < tokens, other=0)
     column = tl.arange(0, BLOCK_HALF)[None, :]
-    # A position that the table does not have gives NaN.
-    kept = ((token < tokens) & (position >= 0) & (position < table_rows))[:, None]
+    # A position outside the table gives NaN, not the angle of another one.
+    mask = ((token < tokens) & (position >= 0) & (position < table_rows))[:, None]
     if HALF != BLOCK_HALF:
-        kept = kept & (column < HALF)
+        mask = mask & (column < HALF)
     row = position.to(tl.int64)[:, None]
-    cosine = tl.load(cos + row * HALF + column, mask=kept, other=float("nan"))
-    sine = tl.load(sin + row * HALF + column, mask=kept, other=float("nan"))
+    cosine = tl.load(cos + row * HALF + column, mask=mask, other=float("nan"))
+    sine = tl.load(sin + row * HALF + column, mask=mask, other=float("nan"))
     if INVERSE:
         sine = -sine
     if block < q_blocks:
-        _turn(
-            q, turned_q, start, tokens, cosine, sine, block * BLOCK_HEADS, stride_q, stride_qh,
+        _rotate_heads(
+            q, rotated_q, start, tokens, cosine, sine, block * BLOCK_HEADS, stride_q, stride_qh,
             HEADS, to_q, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, True,
         )  # fmt: skip
     elif block < q_blocks + kv_blocks:
-        _turn(
-            k, turned_k, start, tokens, cosine, sine, (block - q_blocks) * BLOCK_HEADS, stride_k, stride_kh,
+        _rotate_heads(
+            k, rotated_k, start, tokens, cosine, sine, (block - q_blocks) * BLOCK_HEADS, stride_k, stride_kh,
             KV_HEADS, to_k, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, True,
         )  # fmt: skip
     elif joined:
-        _turn(
-            v, turned_k + KV_HEADS * 2 * HALF, start, tokens, cosine, sine,
+        _rotate_heads(
+            v, rotated_k + KV_HEADS * 2 * HALF, start, tokens, cosine, sine,
             (block - q_blocks - kv_blocks) * BLOCK_HEADS, stride_v, stride_vh,
             KV_HEADS, to_k, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, False,
         )  # fmt: skip
@@ -104,15 +110,15 @@ def shape_class(q: Tensor) -> dict[str, int]:
 def rope_forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """q (T, H, C) and k (T, K, C) turned by their angles, or by the negative ones where `inverse`."""
-    turned_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    turned_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    _launch(q, k, None, cos, sin, positions, turned_q, turned_k, inverse)
-    return turned_q, turned_k
+    """q (T, H, C) and k (T, K, C) rotated by their angles, or by the negative ones where `inverse`."""
+    rotated_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rotated_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    _launch(q, k, None, cos, sin, positions, rotated_q, rotated_k, inverse)
+    return rotated_q, rotated_k
 
 
 def rope_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, H + 2 K, C): q and k turned by the negative angles, and v as it is, in one buffer."""
+    """(T, H + 2 K, C): q and k rotated by the negative angles, and v as it is, in one buffer."""
     tokens, heads, width = q.shape
     joined = torch.empty((tokens, heads + 2 * k.shape[1], width), dtype=q.dtype, device=q.device)
     _launch(q, k, v, cos, sin, None, joined, joined[:, heads:], True)

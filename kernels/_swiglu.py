@@ -1,4 +1,7 @@
-"""Kernels of SwiGLU: elementwise over tiles of both halves; the backward computes the sigmoid again."""
+"""Kernels of SwiGLU: elementwise over tiles of gate and up, in fp32; the backward computes the sigmoid again.
+
+dup = dy silu(gate)        dgate = dy up (sigmoid + silu (1 - sigmoid))
+"""
 
 import torch
 import triton
@@ -13,27 +16,30 @@ MIN_BLOCK_WIDTH, MAX_BLOCK_WIDTH = 16, 2048
 
 @triton.jit
 def _tile(rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Rows (BLOCK_ROWS, 1) int64 and columns (1, BLOCK_WIDTH) of this program, and which elements exist."""
+    """Rows (BLOCK_ROWS, 1) int64 and columns (1, BLOCK_WIDTH) of this program, and the mask of its elements.
+
+    Rows are 64-bit because rows times the stride may pass 2^31 elements.
+    """
     blocks: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     program = tl.program_id(0)
     row = program // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = program % blocks * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    kept = (row < rows)[:, None]
+    mask = (row < rows)[:, None]
     if WIDTH % BLOCK_WIDTH != 0:
-        kept = kept & (column < WIDTH)[None, :]
-    return row.to(tl.int64)[:, None], column[None, :], kept
+        mask = mask & (column < WIDTH)[None, :]
+    return row.to(tl.int64)[:, None], column[None, :], mask
 
 
 @triton.jit(repr=named("swiglu_forward", "WIDTH"), do_not_specialize=["rows"])
 def swiglu_forward_kernel(
     gate_up, out, rows, stride, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):
-    row, column, kept = _tile(rows, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
+    row, column, mask = _tile(rows, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
     at = gate_up + row * stride + column
-    gate = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-    up = tl.load(at + WIDTH, mask=kept, other=0.0).to(tl.float32)
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=kept)
+    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=named("swiglu_backward", "WIDTH"), do_not_specialize=["rows"])
@@ -41,17 +47,17 @@ def swiglu_backward_kernel(
     dy, gate_up, dgate_up, rows, stride_dy, stride,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, column, kept = _tile(rows, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
+    row, column, mask = _tile(rows, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
     at = gate_up + row * stride + column
-    gate = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-    up = tl.load(at + WIDTH, mask=kept, other=0.0).to(tl.float32)
-    upstream = tl.load(dy + row * stride_dy + column, mask=kept, other=0.0).to(tl.float32)
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dy + row * stride_dy + column, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    dgate = upstream * up * (sigmoid + silu * (1.0 - sigmoid))
+    dgate = dout * up * (sigmoid + silu * (1.0 - sigmoid))
     to = dgate_up + row * (2 * WIDTH) + column
-    tl.store(to, dgate.to(dgate_up.dtype.element_ty), mask=kept)
-    tl.store(to + WIDTH, (upstream * silu).to(dgate_up.dtype.element_ty), mask=kept)
+    tl.store(to, dgate.to(dgate_up.dtype.element_ty), mask=mask)
+    tl.store(to + WIDTH, (dout * silu).to(dgate_up.dtype.element_ty), mask=mask)
 
 
 def shape_class(gate_up: Tensor) -> dict[str, int]:

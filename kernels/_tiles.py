@@ -1,4 +1,4 @@
-"""What kernels of tiled products share: the order of their programs, and TMA descriptors of their operands."""
+"""Parts of kernels with tiled products: the order of programs, products through pointers, and TMA descriptors."""
 
 import triton
 import triton.language as tl
@@ -7,10 +7,11 @@ from torch import Tensor
 
 @triton.jit
 def place(program, blocks, columns, GROUP: tl.constexpr):
-    """Block of rows and block of columns of a program: groups of GROUP row blocks in turn, row blocks fastest.
+    """Block of rows and block of columns of a program: one group of GROUP row blocks after the other, rows fastest.
 
-    So the programs that run at one time share few rows and few columns, and both stay in L2.
+    Programs that run at the same time then use few different rows and columns, which stay in L2.
     """
+    # The last group may have fewer row blocks.
     group = program // (GROUP * columns)
     inside = program % (GROUP * columns)
     size = tl.minimum(blocks - group * GROUP, GROUP)
@@ -22,7 +23,10 @@ def pointer_products(
     x, weight, rows, columns, stride_x, stride_weight, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) fp32 products of rows of x and rows of weight, whose indices all exist; int64 where large."""
+    """(BLOCK_M, BLOCK_N) fp32 products of rows of x and rows of weight.
+
+    rows, columns: indices that all exist; int64 where an offset may pass 2^31 elements.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     depth = tl.arange(0, BLOCK_K)
     x_at = x + rows[:, None] * stride_x + depth[None, :]
@@ -32,21 +36,21 @@ def pointer_products(
             x_MK = tl.load(x_at + k)
             w_NK = tl.load(w_at + k)
         else:
-            kept = (depth < WIDTH - k)[None, :]
-            x_MK = tl.load(x_at + k, mask=kept, other=0.0)
-            w_NK = tl.load(w_at + k, mask=kept, other=0.0)
+            mask = (depth < WIDTH - k)[None, :]
+            x_MK = tl.load(x_at + k, mask=mask, other=0.0)
+            w_NK = tl.load(w_at + k, mask=mask, other=0.0)
         acc = tl.dot(x_MK, w_NK.T, acc, input_precision=PRECISION)
     return acc
 
 
 def fits_tma(x: Tensor) -> bool:
-    """True if TMA can read tiles of x (..., rows, columns): 16-byte aligned rows with neighbouring columns."""
+    """True if TMA can read tiles of x (..., rows, columns): 16-byte aligned rows with contiguous columns."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
     return x.shape[0] > 0 and x.stride(-1) == 1 and aligned
 
 
 def descriptor(x: Tensor, rows: int, columns: int):
-    """A TMA descriptor of tiles of x (..., D), its leading dims taken as one."""
+    """A TMA descriptor of (rows, columns) tiles of x (..., D), with its leading dims as one."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     flat = x.flatten(0, -2)

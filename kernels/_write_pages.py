@@ -1,4 +1,8 @@
-"""Kernel of a decode step's cache write: q and k are rotated and k and v go to their pages, in one launch."""
+"""Kernel of a decode step's cache write: rotate q and k, and store k and v in their pages, in one launch.
+
+One program takes BLOCK_TOKENS tokens and BLOCK_HEADS heads of q, of k, or of v: it loads the angles (not for v),
+rotates in fp32, and stores to the packed queries or to each token's slot of the cache.
+"""
 
 import torch
 import triton
@@ -11,13 +15,16 @@ from .launch import launch, named
 
 
 @triton.jit
-def _move(
+def _store_heads(
     source, target, from_row, to_row, kept, cos, sin, first_head, stride_head,
     ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_HEADS heads of a block of tokens from offsets `from_row` of `source`, rotated or as they are, to `to_row`
-    of `target`, where HEADS heads of a token stand end to end."""
+    """Rotate, or without ROTATED copy, BLOCK_HEADS heads of a block of tokens.
+
+    from_row, to_row: (BLOCK_TOKENS, 1) offsets of the tokens in `source` and `target`. In `target` the HEADS heads of a
+    token are contiguous.
+    """
     column = tl.arange(0, BLOCK_HALF)[None, :]
     for i in tl.static_range(BLOCK_HEADS):
         head = first_head + i
@@ -38,49 +45,49 @@ def _move(
 
 
 @triton.jit(
-    repr=named("write_pages", "HALF", "HEADS", "KV_HEADS"), do_not_specialize=["tokens", "table_rows", "places"]
+    repr=named("write_pages", "HALF", "HEADS", "KV_HEADS"), do_not_specialize=["tokens", "table_rows", "num_slots"]
 )
 def write_pages_kernel(
-    qkv, cos, sin, positions, slots, q, keys, values, tokens, table_rows, places, stride, stride_head,
+    qkv, cos, sin, positions, slots, q, keys, values, tokens, table_rows, num_slots, stride, stride_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    # The programs of one token block stand side by side, so that its angles come from L2.
+    # The programs of one token block have neighbouring numbers, so that its angles come from L2.
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     block = tl.program_id(0) % (q_blocks + 2 * kv_blocks)
     token = tl.program_id(0) // (q_blocks + 2 * kv_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    here = token < tokens
+    in_range = token < tokens
     position = token
     if positions is not None:
-        position = tl.load(positions + token, mask=here, other=0)
+        position = tl.load(positions + token, mask=in_range, other=0)
     column = tl.arange(0, BLOCK_HALF)[None, :]
     is_column = column < HALF
-    # A position that the table does not have gives NaN.
-    known = (here & (position >= 0) & (position < table_rows))[:, None] & is_column
+    # A position outside the table gives NaN, not the angle of another one.
+    angle_mask = (in_range & (position >= 0) & (position < table_rows))[:, None] & is_column
     angle = position.to(tl.int64)[:, None] * HALF + column
     row = token.to(tl.int64)[:, None]
     if block < q_blocks:
-        cosine = tl.load(cos + angle, mask=known, other=float("nan"))
-        sine = tl.load(sin + angle, mask=known, other=float("nan"))
-        _move(
-            qkv, q, row * stride, row * (HEADS * 2 * HALF), here[:, None] & is_column, cosine, sine,
+        cosine = tl.load(cos + angle, mask=angle_mask, other=float("nan"))
+        sine = tl.load(sin + angle, mask=angle_mask, other=float("nan"))
+        _store_heads(
+            qkv, q, row * stride, row * (HEADS * 2 * HALF), in_range[:, None] & is_column, cosine, sine,
             block * BLOCK_HEADS, stride_head, True, HEADS, HALF, BLOCK_HALF, BLOCK_HEADS,
         )  # fmt: skip
     else:
-        slot = tl.load(slots + token, mask=here, other=-1)
-        # A place that is not there is not written.
-        kept = ((slot >= 0) & (slot < places))[:, None] & is_column
+        slot = tl.load(slots + token, mask=in_range, other=-1)
+        # A slot outside the cache is not written: padding and wrong indices cannot damage other sequences.
+        kept = ((slot >= 0) & (slot < num_slots))[:, None] & is_column
         to_row = slot.to(tl.int64)[:, None] * (KV_HEADS * 2 * HALF)
         if block < q_blocks + kv_blocks:
-            cosine = tl.load(cos + angle, mask=known, other=float("nan"))
-            sine = tl.load(sin + angle, mask=known, other=float("nan"))
-            _move(
+            cosine = tl.load(cos + angle, mask=angle_mask, other=float("nan"))
+            sine = tl.load(sin + angle, mask=angle_mask, other=float("nan"))
+            _store_heads(
                 qkv + HEADS * stride_head, keys, row * stride, to_row, kept, cosine, sine,
                 (block - q_blocks) * BLOCK_HEADS, stride_head, True, KV_HEADS, HALF, BLOCK_HALF, BLOCK_HEADS,
             )  # fmt: skip
         else:
-            _move(
+            _store_heads(
                 qkv + (HEADS + KV_HEADS) * stride_head, values, row * stride, to_row, kept, 0.0, 0.0,
                 (block - q_blocks - kv_blocks) * BLOCK_HEADS, stride_head, False, KV_HEADS, HALF, BLOCK_HALF,
                 BLOCK_HEADS,
@@ -90,7 +97,7 @@ def write_pages_kernel(
 def write_pages(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor | None
 ) -> Tensor:
-    """(T, H, C) rotated queries of qkv (T, H + 2 K, C); rotated keys, and values, are stored at their slots."""
+    """(T, H, C) rotated queries of qkv (T, H + 2 K, C); stores rotated keys, and values, in their slots."""
     (tokens, heads, width), kv_heads = qkv.shape, keys.shape[2]
     shape = shape_class(qkv)
     config = configuration("write_pages", qkv.device, **shape)

@@ -15,9 +15,9 @@ def adamw_reference(
     epsilon: float, weight_decay: float, step: int, scale: Tensor | None = None, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The update in plain PyTorch, any device and float dtype."""
-    slope = gradient.to(master.dtype) * (1.0 if scale is None else scale)
-    mean = betas[0] * exp_avg + (1 - betas[0]) * slope
-    square = betas[1] * exp_avg_sq + (1 - betas[1]) * slope.square()
+    grad = gradient.to(master.dtype) * (1.0 if scale is None else scale)
+    mean = betas[0] * exp_avg + (1 - betas[0]) * grad
+    square = betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square()
     direction = mean / (1 - betas[0] ** step) / ((square / (1 - betas[1] ** step)).sqrt() + epsilon)
     value = master * (1 - lr * weight_decay) - lr * direction
     keep = None if scale is None else ~scale.isfinite()
@@ -32,10 +32,10 @@ def _on_cpu(master, exp_avg, exp_avg_sq, gradient, lr, betas, epsilon, weight_de
     factor = 1.0 if scale is None else float(scale)
     if not math.isfinite(factor):
         return
-    slope = gradient.float() if factor == 1.0 else gradient.float() * scale
+    grad = gradient.float() if factor == 1.0 else gradient.float() * scale
     count = torch.tensor(float(step))
     torch._fused_adamw_(
-        [master], [slope], [exp_avg], [exp_avg_sq], [], [count], lr=lr, beta1=betas[0], beta2=betas[1],
+        [master], [grad], [exp_avg], [exp_avg_sq], [], [count], lr=lr, beta1=betas[0], beta2=betas[1],
         weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
     )  # fmt: skip
     if copy is not None:

@@ -11,7 +11,7 @@ from .packed import check_cu_seqlens, num_packed
 
 # Largest number of attention probabilities that the CPU path for short sequences keeps for the backward.
 SHORT_PROBABILITIES = 8 * 2**20
-# Sequences are padded together while that makes their products at most so many times as large.
+# Sequences are padded together as long as padding makes their products at most this many times larger.
 PADDED = 1.6
 MAX_HEAD_WIDTH = 256
 
@@ -31,18 +31,18 @@ def attention_reference(
 ) -> Tensor:
     """Attention by padding every sequence to the longest one: plain PyTorch, any device and float dtype.
 
-    Padding stands behind the real keys of a sequence, so where queries and keys are the same tokens a causal mask alone
-    keeps it out.
+    Padding comes after the real keys of a sequence. Where queries and keys are the same tokens, a causal mask alone
+    therefore excludes it.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     same_tokens = cu_seqlens_k is None
     cu_seqlens_k, max_seqlen_k = _keys(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
-    blind = mask = None
+    no_keys = mask = None
     if same_tokens:
         mask = _mask(cu_seqlens.diff(), max_seqlen, causal, window, q.device)
     else:
         max_seqlen_k = max(max_seqlen_k, 1)
-        mask, blind = _aligned_mask(cu_seqlens.diff(), cu_seqlens_k.diff(), max_seqlen, max_seqlen_k, causal, window)
+        mask, no_keys = _aligned_mask(cu_seqlens.diff(), cu_seqlens_k.diff(), max_seqlen, max_seqlen_k, causal, window)
     q_SHMC, k_SHMC, v_SHMC = (
         _padded(x, cu, longest)
         for x, cu, longest in (
@@ -55,14 +55,14 @@ def attention_reference(
     out_SHMC = F.scaled_dot_product_attention(
         q_SHMC, k_SHMC, v_SHMC, attn_mask=mask, is_causal=mask is None, scale=scale
     )
-    if blind is not None:
-        out_SHMC = out_SHMC.masked_fill(blind, 0.0)
+    if no_keys is not None:
+        out_SHMC = out_SHMC.masked_fill(no_keys, 0.0)
     flat = out_SHMC.transpose(1, 2).reshape(-1, heads, v.shape[-1])
     return flat.index_select(0, _padded_slots(cu_seqlens, max_seqlen, q.shape[0]))
 
 
 def _keys(cu_seqlens: Tensor, max_seqlen: int, cu_k: Tensor | None, max_k: int | None) -> tuple[Tensor, int]:
-    """Boundaries of the keys: their own, or those of the queries."""
+    """cu_seqlens and the longest sequence of the keys; by default those of the queries."""
     return (cu_seqlens, max_seqlen) if cu_k is None else (cu_k, max_k)
 
 
@@ -87,13 +87,13 @@ def _aligned_mask(
         seen = seen & (key <= query)
     if window is not None:
         seen = seen & (key > query - window)
-    blind = ~seen.any(-1, keepdim=True)
-    return (seen | (blind & (key == 0)))[:, None], blind[:, None]
+    no_keys = ~seen.any(-1, keepdim=True)
+    return (seen | (no_keys & (key == 0)))[:, None], no_keys[:, None]
 
 
 class _ShortAttention(torch.autograd.Function):
-    """The same through explicit (S H, M, M) probabilities: several times faster than the general path on a CPU where
-    sequences are short, because every product is one batched matrix product over contiguous rows.
+    """Attention through explicit (S H, M, M) probabilities. For short sequences on a CPU it is faster than the general
+    path, because every product is one batched matrix product over contiguous rows.
     """
 
     @staticmethod
@@ -148,49 +148,51 @@ def _short_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale) -> 
 
 
 def _short_aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:
-    """The same where keys are other tokens than the queries, run by run of sequences of similar sizes."""
+    """`_short_attention` for keys that are other tokens than the queries, one run of similar sequences at a time."""
     queries, keys = cu_q.tolist(), cu_k.tolist()
     runs = _similar([b - a for a, b in pairwise(queries)], [b - a for a, b in pairwise(keys)])
     if len(runs) == 1:
         return _aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale)
-    found = []
-    for first, last, most_q, most_k in runs:
-        own_q, own_k = (slice(marks[first], marks[last]) for marks in (queries, keys))
-        marks_q, marks_k = (cu[first : last + 1] - cu[first] for cu in (cu_q, cu_k))
-        found.append(_aligned(q[own_q], k[own_k], v[own_k], marks_q, most_q, marks_k, most_k, causal, window, scale))
-    return torch.cat(found)
+    outputs = []
+    for first, last, longest_q, longest_k in runs:
+        run_q, run_k = (slice(bounds[first], bounds[last]) for bounds in (queries, keys))
+        run_cu_q, run_cu_k = (cu[first : last + 1] - cu[first] for cu in (cu_q, cu_k))
+        outputs.append(
+            _aligned(q[run_q], k[run_k], v[run_k], run_cu_q, longest_q, run_cu_k, longest_k, causal, window, scale)
+        )
+    return torch.cat(outputs)
 
 
 def _similar(queries: list[int], keys: list[int]) -> list[tuple[int, int, int, int]]:
-    """Runs [first, last) of sequences, with their longest queries and keys, that padding makes at most PADDED times as
-    large as they are."""
+    """Runs [first, last) of sequences, with their longest queries and keys, that padding makes at most PADDED times
+    larger."""
     runs: list[tuple[int, int, int, int]] = []
-    first, most_q, most_k, real = 0, 1, 1, 0
-    for place, (m, n) in enumerate(zip(queries, keys)):
-        wide, long = max(most_q, m), max(most_k, n)
-        if place > first and (place + 1 - first) * wide * long > PADDED * (real + m * n):
-            runs.append((first, place, most_q, most_k))
-            first, wide, long, real = place, max(1, m), max(1, n), 0
-        most_q, most_k, real = wide, long, real + m * n
-    return [*runs, (first, len(queries), most_q, most_k)]
+    first, longest_q, longest_k, pairs = 0, 1, 1, 0
+    for index, (m, n) in enumerate(zip(queries, keys)):
+        new_q, new_k = max(longest_q, m), max(longest_k, n)
+        if index > first and (index + 1 - first) * new_q * new_k > PADDED * (pairs + m * n):
+            runs.append((first, index, longest_q, longest_k))
+            first, new_q, new_k, pairs = index, max(1, m), max(1, n), 0
+        longest_q, longest_k, pairs = new_q, new_k, pairs + m * n
+    return [*runs, (first, len(queries), longest_q, longest_k)]
 
 
 def _aligned(q, k, v, cu_q, max_q, cu_k, max_k, causal, window, scale) -> Tensor:
     """Attention of sequences of similar sizes by padding them to the longest."""
-    seen, blind = _aligned_mask(cu_q.diff(), cu_k.diff(), max_q, max_k, causal, window)
+    seen, no_keys = _aligned_mask(cu_q.diff(), cu_k.diff(), max_q, max_k, causal, window)
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
     rows, rows_k = (cu_q.numel() - 1, max_q), (cu_k.numel() - 1, max_k)
     bias = bias.expand(-1, q.shape[1], -1, -1).reshape(-1, max_q, max_k)
     slots_T, slots_N = _padded_slots(cu_q, max_q, q.shape[0]), _padded_slots(cu_k, max_k, k.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out_THC = _ShortAttention.apply(q, k, v, slots_T, bias, rows, scale, slots_N, rows_k)
-    if not bool(blind.any()):
+    if not bool(no_keys.any()):
         return out_THC
-    return out_THC.masked_fill(blind[:, 0, :, 0].reshape(-1)[slots_T][:, None, None], 0.0)
+    return out_THC.masked_fill(no_keys[:, 0, :, 0].reshape(-1)[slots_T][:, None, None], 0.0)
 
 
 def _padded_slots(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:
-    """(T,) int64: where each packed token stands in the (S * max_seqlen) padded rows."""
+    """(T,) int64: index of each packed token in the (S * max_seqlen) padded rows."""
     lengths_S = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     starts_S = torch.arange(lengths_S.numel(), device=cu_seqlens.device) * max_seqlen - cu_seqlens[:-1]
     shift_T = torch.repeat_interleave(starts_S, lengths_S, output_size=num_tokens)
@@ -200,7 +202,7 @@ def _padded_slots(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tenso
 def _mask(
     rows_S: Tensor, max_seqlen: int, causal: bool, window: int | None, device: torch.device, *, always: bool = False
 ) -> Tensor | None:
-    """None where a plain causal mask does; otherwise a (1 or S, 1, M, M) boolean mask of the keys that are seen."""
+    """None where a plain causal mask suffices; else a (1 or S, 1, M, M) boolean mask of the keys that queries see."""
     if causal and (window is None or window >= max_seqlen) and not always:
         return None
     query = torch.arange(max_seqlen, device=device)[:, None]
@@ -293,7 +295,7 @@ def attention(
         1 1 1 1 0               0 0 1 1 0
         1 1 1 1 1               0 0 0 1 1
 
-    A query that sees no key gives 0. So do the rows behind cu_seqlens[-1], and no gradient comes from them.
+    A query that sees no key gives 0. Rows from cu_seqlens[-1] on give 0 and no gradient.
 
     Args:
         q: (T, H, C), fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous.   k, v: (N, K, C); K divides H (grouped
@@ -307,7 +309,7 @@ def attention(
         (T, H, C), dtype of q. Differentiable in q, k and v; bit-equal between runs on one device.
     Raises:
         ValueError: ranks, shapes, dtypes, devices or strides do not fit, C > 256 on CUDA, window < 1, scale <= 0, or
-            cu_seqlens do not fit (their values are looked at on CPU, and on CUDA inside kernels.check_values()).
+            cu_seqlens do not fit (their values are checked on CPU, and on CUDA inside kernels.check_values()).
     Source: Vaswani et al. 2017; Dao 2023, arXiv:2307.08691; sliding window as in Mistral 7B (arXiv:2310.06825).
     """
     _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, scale)
@@ -317,6 +319,11 @@ def attention(
             raise ValueError(f"q: expected heads of at most {MAX_HEAD_WIDTH} elements, got {q.shape[-1]}")
         cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         return _forward(q, k, v, cu_seqlens, cu_k, causal, window, float(scale))[0]
+    return _on_torch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, window, scale)
+
+
+def _on_torch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, window, scale) -> Tensor:
+    """`attention` in PyTorch: explicit probabilities for short sequences on a CPU, else the reference."""
     used, used_k = num_packed(cu_seqlens, q.shape[0]), num_packed(cu_seqlens_k, k.shape[0])
     if cu_seqlens_k is None:
         used_k = used
@@ -337,16 +344,16 @@ def attention(
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, scale) -> None:
-    own_keys = cu_seqlens_k is not None
+    has_separate_keys = cu_seqlens_k is not None
     fits = q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
-    if not fits or (q.shape[0] != k.shape[0] and not own_keys):
-        expected = "(T, H, C), (N, K, C), (N, K, C)" if own_keys else "(T, H, C), (T, K, C), (T, K, C)"
+    if not fits or (q.shape[0] != k.shape[0] and not has_separate_keys):
+        expected = "(T, H, C), (N, K, C), (N, K, C)" if has_separate_keys else "(T, H, C), (T, K, C), (T, K, C)"
         raise ValueError(f"q, k, v: expected {expected}, got {[tuple(x.shape) for x in (q, k, v)]}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: the number of key heads must divide the query heads: got {k.shape[1]} and {q.shape[1]}")
-    if own_keys and max_seqlen_k is None:
+    if has_separate_keys and max_seqlen_k is None:
         raise ValueError("max_seqlen_k: expected the longest key sequence beside cu_seqlens_k, got None")
-    if own_keys and cu_seqlens_k.shape != cu_seqlens.shape:
+    if has_separate_keys and cu_seqlens_k.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_k: expected {tuple(cu_seqlens.shape)}, got {tuple(cu_seqlens_k.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 or None, got {window}")
@@ -356,5 +363,5 @@ def _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, window, 
     same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     contiguous_rows(q=q, k=k, v=v)
     check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0], max_seqlen)
-    if own_keys:
+    if has_separate_keys:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)

@@ -92,18 +92,18 @@ def from_host(numbers: Sequence[float], dtype: torch.dtype, device: torch.device
 
 def same_device(**tensors: Tensor | None) -> None:
     """ValueError unless all tensors are on the device of the first."""
-    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    first, reference = given[0]
-    for name, tensor in given[1:]:
+    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first, reference = present[0]
+    for name, tensor in present[1:]:
         if tensor.device != reference.device:
             raise ValueError(f"{name}: expected the device of {first}, {reference.device}, got {tensor.device}")
 
 
 def same_dtype(**tensors: Tensor | None) -> None:
     """ValueError unless all tensors have the dtype of the first."""
-    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    first, reference = given[0]
-    for name, tensor in given[1:]:
+    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first, reference = present[0]
+    for name, tensor in present[1:]:
         if tensor.dtype != reference.dtype:
             raise ValueError(f"{name}: expected the dtype of {first}, {reference.dtype}, got {tensor.dtype}")
 

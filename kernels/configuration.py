@@ -83,9 +83,11 @@ def configuration(kernel: str, device: torch.device, **keys: Any) -> dict[str, A
 
 @cache
 def _lookup(kernel: str, arch: int, keys: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    wanted, limit = dict(keys), SMALL_MEMORY.get(arch, arch)
-    found = [entry for entry in table(kernel) if entry["class"] == wanted and entry["arch"] <= limit]
-    if not found:
-        have = sorted({entry["arch"] for entry in table(kernel)})
-        raise ValueError(f"{kernel}: expected a table entry for {wanted} on sm_{arch}, found none (sm_ of {have})")
-    return max(found, key=lambda entry: entry["arch"])["config"]
+    shape_class, limit = dict(keys), SMALL_MEMORY.get(arch, arch)
+    entries = [entry for entry in table(kernel) if entry["class"] == shape_class and entry["arch"] <= limit]
+    if not entries:
+        archs = sorted({entry["arch"] for entry in table(kernel)})
+        raise ValueError(
+            f"{kernel}: expected a table entry for {shape_class} on sm_{arch}, found none (sm_ of {archs})"
+        )
+    return max(entries, key=lambda entry: entry["arch"])["config"]

@@ -22,7 +22,7 @@ class _CrossEntropy(TokenLoss):
     def value(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor | slice) -> tuple[Tensor, Metrics]:
         return cross_entropy_reference(logprob, self.weights[rows], num_tokens=self.num_tokens), {}
 
-    def slopes(self, logprob, entropy, rows):
+    def grads(self, logprob, entropy, rows):
         loss, metrics = self.value(logprob, entropy, rows)
         return loss, metrics, self.weights[rows] * (-1.0 / self.num_tokens), None
 
@@ -47,5 +47,5 @@ def cross_entropy(
     """
     check_per_token(targets, weights=weights)
     check_positive(num_tokens=num_tokens)
-    kept = torch.where(weights != 0, targets, -1)
-    return linear_loss(hidden, weight, kept, _CrossEntropy(weights, float(num_tokens)), shard=shard)
+    weighted_targets = torch.where(weights != 0, targets, -1)
+    return linear_loss(hidden, weight, weighted_targets, _CrossEntropy(weights, float(num_tokens)), shard=shard)

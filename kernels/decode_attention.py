@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over keys and values that stand in pages: a step of generation."""
+"""Decode attention: one new token per sequence over keys and values in pages."""
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +15,27 @@ def decode_attention_reference(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor, max_length: int, *,
     window: int | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same by copying every sequence's keys and values together, padded to the longest."""
+    """`decode_attention` by copying every sequence's keys and values together, padded to the longest."""
     batch, heads, width = q.shape
     page, kv_heads = keys.shape[1:3]
     count = max(1, -(-max_length // page))
     position = torch.arange(count * page, device=q.device)
-    # Entries behind a sequence's last page may be anything.
+    # Table entries after a sequence's last page are undefined.
     used = position[::page] < lengths[:, None]
     pages = page_table[:, :count].long().masked_fill(~used, 0)
     k, v = (x[pages].view(batch, count * page, kv_heads, width).transpose(1, 2) for x in (keys, values))
     seen = position < lengths[:, None]
     if window is not None:
         seen = seen & (position >= lengths[:, None] - window)
-    blind = ~seen.any(-1)
-    mask = (seen | (blind[:, None] & (position == 0)))[:, None, None, :]
+    no_keys = ~seen.any(-1)
+    mask = (seen | (no_keys[:, None] & (position == 0)))[:, None, None, :]
     grouped = q.view(batch, kv_heads, heads // kv_heads, width)
-    # What stands behind a sequence's last key may be anything.
+    # Keys and values after a sequence's last one are undefined, perhaps NaN: 0 * NaN must not enter the sum.
     v = v.masked_fill(~seen[:, None, :, None], 0.0)
     out = F.scaled_dot_product_attention(
         grouped, k.masked_fill(~seen[:, None, :, None], 0.0), v, attn_mask=mask, scale=scale
     )
-    return out.masked_fill(blind[:, None, None, None], 0.0).reshape(batch, heads, width)
+    return out.masked_fill(no_keys[:, None, None, None], 0.0).reshape(batch, heads, width)
 
 
 @torch.library.custom_op("wizard_engine::decode_attention", mutates_args=())
@@ -43,14 +43,14 @@ def _decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor, max_length: int, window: int,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    seen = window or None
+    keys_seen = window or None
     if runs_triton(q, "q"):
         from ._decode_attention import decode_attention as kernels
 
-        return kernels(q, keys, values, page_table, lengths, max_length, seen, scale)
+        return kernels(q, keys, values, page_table, lengths, max_length, keys_seen, scale)
     if runs_csrc(q):
-        return attend_rows(q, keys, values, page_table, None, lengths, seen, scale)
-    out = decode_attention_reference(q, keys, values, page_table, lengths, max_length, window=seen, scale=scale)
+        return attend_rows(q, keys, values, page_table, None, lengths, keys_seen, scale)
+    out = decode_attention_reference(q, keys, values, page_table, lengths, max_length, window=keys_seen, scale=scale)
     return out.clone()
 
 
@@ -63,26 +63,26 @@ def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor, max_length: int, *,
     window: int | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of the last token of every sequence over its keys, which stand in pages; no gradient.
+    """Attention of the last token of every sequence over its keys in pages; no gradient.
 
     out_bh = sum_j softmax_j(scale q_bh . k_bj) v_bj,   j from max(0, n_b - window) to n_b - 1,   n_b = lengths_b
 
-    All heads of a key/value head are one tile of a product. Keys are divided into shares at fixed places, a program
-    each, which are summed in their order: a sequence's numbers are bit-equal whatever else is in the batch.
+    The query heads of a key/value head are one tile of a product. Keys are split at fixed positions, a program for each
+    split, and the splits are summed in order: a sequence gets the same bits in any batch.
 
     Args:
         q: (B, H, C) fp32, fp16 or bf16 (CPU: fp64 too), contiguous; each the token at position lengths - 1.
         keys, values: (P, page, K, C) of q's dtype, contiguous, page one of 16 to 256; K divides H.
-        page_table: (B, N) int32, the page of positions [i page, (i + 1) page) of each sequence; entries behind its last
-            page are not looked at.
+        page_table: (B, N) int32, the page of positions [i page, (i + 1) page) of each sequence; entries after its last
+            page are not read.
         lengths: (B,) int32 keys of each sequence, its last token's included; 0 gives zeros.
-        max_length: the longest, or more: at most N page; the host knows it, so that nothing waits for the device.
-        window: keys that are seen, the own included; None: all.   scale: of the scores; None: 1 / sqrt(C).
+        max_length: an upper bound of the lengths, at most N page, known to the host: nothing waits for the device.
+        window: keys that a token sees, its own included; None: all.   scale: of the scores; None: 1 / sqrt(C).
     Returns:
         (B, H, C), dtype of q.
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit; or, where values are looked at, a length beyond
-            `max_length` or a page that is not there.
+        ValueError: shapes, dtypes, devices or strides do not fit; or, where values are checked, a length is above
+            `max_length` or a page does not exist.
     Source: split keys as in Dao et al. 2023, "Flash-Decoding"; pages as in Kwon et al. 2023, arXiv:2309.06180.
     """
     _check(q, keys, values, page_table, lengths, max_length, window)

@@ -21,13 +21,13 @@ def preference_loss(
     """The loss of pairs of sequence log-probabilities, (B,) each, and its metrics, as `dpo` defines them."""
     chosen_reward, rejected_reward = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     margin = chosen_reward - rejected_reward
-    flipped = label_smoothing
+    smoothing = label_smoothing
     if variant == "ipo":
         losses = (margin / beta - 1 / (2 * beta)).square()
     elif variant == "robust":
-        losses = (flipped * F.logsigmoid(-margin) - (1 - flipped) * F.logsigmoid(margin)) / (1 - 2 * flipped)
+        losses = (smoothing * F.logsigmoid(-margin) - (1 - smoothing) * F.logsigmoid(margin)) / (1 - 2 * smoothing)
     else:
-        losses = -(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)
+        losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
     with torch.no_grad():
         metrics = {
             "chosen_reward": chosen_reward.sum(),
@@ -50,15 +50,15 @@ def sequence_logprobs(logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, *, m
         from ._dpo import sequence_sums
 
         return sequence_sums(logprob.detach(), weights, cu_seqlens, mean)
-    owner = sequence_ids(cu_seqlens, logprob.numel())
-    return _sums(logprob, weights, owner, cu_seqlens.numel() - 1, mean)
+    sequence = sequence_ids(cu_seqlens, logprob.numel())
+    return _sums(logprob, weights, sequence, cu_seqlens.numel() - 1, mean)
 
 
-def _sums(logprob: Tensor, weights: Tensor, owner: Tensor, sequences: int, mean: bool) -> Tensor:
-    totals = logprob.new_zeros(sequences + 1).index_add(0, owner, logprob * weights)[:-1]
+def _sums(logprob: Tensor, weights: Tensor, sequence: Tensor, sequences: int, mean: bool) -> Tensor:
+    totals = logprob.new_zeros(sequences + 1).index_add(0, sequence, logprob * weights)[:-1]
     if not mean:
         return totals
-    counts = logprob.new_zeros(sequences + 1).index_add(0, owner, weights.to(logprob.dtype))[:-1]
+    counts = logprob.new_zeros(sequences + 1).index_add(0, sequence, weights.to(logprob.dtype))[:-1]
     return totals / counts.clamp(min=1)
 
 
@@ -81,24 +81,24 @@ class DpoFormula(TokenLoss):
 
     def value(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor | slice) -> tuple[Tensor, Metrics]:
         """`preference_loss` of the sums or means of packed sequences, plus the chosen answers' likelihood."""
-        owner, weights = sequence_ids(self.cu_seqlens, self.weights.numel())[rows], self.weights[rows]
+        sequence, weights = sequence_ids(self.cu_seqlens, self.weights.numel())[rows], self.weights[rows]
         pairs = (self.cu_seqlens.numel() - 1) // 2
-        policy = _sums(logprob, weights, owner, 2 * pairs, self.mean)
+        policy = _sums(logprob, weights, sequence, 2 * pairs, self.mean)
         loss, metrics = preference_loss(
             *policy.chunk(2), *self.reference.chunk(2), beta=self.beta, num_pairs=self.num_pairs, variant=self.variant,
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
-        chosen_nll = -torch.where(owner < pairs, weights * logprob, 0.0).sum()
+        chosen_nll = -torch.where(sequence < pairs, weights * logprob, 0.0).sum()
         metrics["chosen_nll"] = chosen_nll.detach()
         return (loss + self.nll * chosen_nll / self.num_chosen_tokens if self.nll else loss), metrics
 
-    def slopes(self, logprob, entropy, rows):
-        """The same with its slopes; on CUDA in one kernel."""
+    def grads(self, logprob, entropy, rows):
+        """As `TokenLoss.grads`; on CUDA in one kernel."""
         if not runs_triton(logprob, "logprob"):
-            return super().slopes(logprob, entropy, rows)
-        from ._dpo import dpo_slopes
+            return super().grads(logprob, entropy, rows)
+        from ._dpo import dpo_grads
 
-        loss, metrics, dlogprob = dpo_slopes(
+        loss, metrics, dlogprob = dpo_grads(
             logprob, self.weights, self.cu_seqlens, self.reference, beta=self.beta, num_pairs=self.num_pairs,
             variant=self.variant, label_smoothing=self.label_smoothing, mean=self.mean,
             nll_scale=self.nll / self.num_chosen_tokens,
@@ -143,11 +143,11 @@ def dpo(
     """
     check_per_token(targets, weights=weights)
     _check(cu_seqlens, targets, beta, num_pairs, variant, label_smoothing, nll, num_chosen_tokens)
-    kept, weights = torch.where(weights != 0, targets, -1), torch.where(targets >= 0, weights, 0)
+    weighted_targets, weights = torch.where(weights != 0, targets, -1), torch.where(targets >= 0, weights, 0)
     mean = length_normalised or variant == "ipo"
     if isinstance(reference, tuple):
         with torch.no_grad():
-            logprob_T, _ = linear_logprob(*reference, kept, shard=shard)
+            logprob_T, _ = linear_logprob(*reference, weighted_targets, shard=shard)
         reference = sequence_logprobs(logprob_T, weights, cu_seqlens, mean=mean)
     if reference.shape != (cu_seqlens.numel() - 1,):
         raise ValueError(f"reference: expected ({cu_seqlens.numel() - 1},), got {tuple(reference.shape)}")
@@ -155,7 +155,7 @@ def dpo(
         reference, weights, cu_seqlens, float(beta), float(num_pairs), variant, float(label_smoothing), mean,
         float(nll), float(num_chosen_tokens or 1),
     )  # fmt: skip
-    return linear_loss(hidden, weight, kept, formula, shard=shard)
+    return linear_loss(hidden, weight, weighted_targets, formula, shard=shard)
 
 
 def _check(cu_seqlens, targets, beta, num_pairs, variant, label_smoothing, nll, num_chosen_tokens) -> None:

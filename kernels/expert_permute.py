@@ -1,4 +1,4 @@
-"""Expert permutation: tokens copied to the sorted rows of their experts, and the rows added up again."""
+"""Expert permutation: tokens copied to the sorted rows of their experts, and the weighted sum of a token's rows."""
 
 import torch
 from torch import Tensor
@@ -69,13 +69,13 @@ def _(x, rows, choices):
 
 @torch.library.custom_op("wizard_engine::combine_rows", mutates_args=())
 def _combine(rows: Tensor, gates: Tensor | None, positions: Tensor) -> Tensor:
-    """The sum over a token's choices of its rows, each times its gate where gates are given."""
+    """The sum over a token's choices of its rows, each times its gate unless gates is None."""
     if runs_triton(rows, "rows"):
         from ._expert_rows import moe_combine
 
         return moe_combine(rows, gates, positions)
-    own = rows[positions.long()]
-    return (own if gates is None else gates.to(rows.dtype)[..., None] * own).sum(1)
+    rows_TAD = rows[positions.long()]
+    return (rows_TAD if gates is None else gates.to(rows.dtype)[..., None] * rows_TAD).sum(1)
 
 
 @_combine.register_fake
@@ -90,8 +90,8 @@ class _Permute(torch.autograd.Function):
         return _permute(x, rows, positions.shape[1])
 
     @staticmethod
-    def backward(ctx, slope):
-        return _combine(slope.contiguous(), None, *ctx.saved_tensors), None, None
+    def backward(ctx, dout):
+        return _combine(dout.contiguous(), None, *ctx.saved_tensors), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -101,20 +101,20 @@ class _Combine(torch.autograd.Function):
         return _combine(out, gates, positions)
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx, dcombined):
         out, gates, rows, positions = ctx.saved_tensors
-        slope_RD = _permute(slope.contiguous(), rows, positions.shape[1])
+        dcombined_RD = _permute(dcombined.contiguous(), rows, positions.shape[1])
         dout = dgates = None
         if ctx.needs_input_grad[0]:
-            dout = slope_RD * gates.flatten()[rows.long(), None].to(slope.dtype)
+            dout = dcombined_RD * gates.flatten()[rows.long(), None].to(dcombined.dtype)
         if ctx.needs_input_grad[1]:
-            wide = torch.promote_types(gates.dtype, slope.dtype)
-            dgates = (out * slope_RD).sum(-1, dtype=wide)[positions.long()].to(gates.dtype)
+            sum_dtype = torch.promote_types(gates.dtype, dcombined.dtype)
+            dgates = (out * dcombined_RD).sum(-1, dtype=sum_dtype)[positions.long()].to(gates.dtype)
         return dout, dgates, None, None
 
 
 def permute_rows(x: Tensor, routing: Routing) -> Tensor:
-    """(R, D) rows of the tokens x (T, D), sorted by expert, as a routing says; differentiable in x."""
+    """(R, D) rows of the tokens x (T, D), sorted by expert; differentiable in x."""
     return _Permute.apply(x, routing.rows, routing.positions)
 
 

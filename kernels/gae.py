@@ -55,7 +55,7 @@ def gae(
         cu_seqlens: (S + 1,) int32, where each answer starts, then where the last one ends.
         gamma: discount, and lam: decay of the trace, each in [0, 1].
     Returns:
-        advantages and returns = advantages + values, (N,) each; 0 behind the last answer, whatever stands there. Not
+        advantages and returns = advantages + values, (N,) each; 0 after the last answer, for any input there. Not
         differentiable. Bit-equal between runs.
     Raises:
         ValueError: shapes, dtypes, devices, boundaries or a number do not fit.
@@ -86,7 +86,7 @@ def whiten(
     moments: Callable[[float, float, float], tuple[float, float, float]] | None = None, shift_mean: bool = True,
     epsilon: float = 1e-8,
 ) -> Tensor:  # fmt: skip
-    """Numbers of mean 0 and variance 1: (x - mean) / (std + epsilon), 0 where the mask is 0, whatever stands there.
+    """Numbers of mean 0 and variance 1: (x - mean) / (std + epsilon), 0 where the mask is 0, even for NaN.
 
     Args:
         x: (N,).   mask: (N,) bool, what takes part; default: all.

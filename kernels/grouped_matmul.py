@@ -55,28 +55,28 @@ def _backward(
     from ._grouped_matmul import Layout, grouped_dswiglu, grouped_dweight, grouped_matmul
 
     layout, experts = Layout(rows, positions, offsets, tiles), gate_up.shape[0]
-    found = [t.new_empty(0) for t in (x, gates, gate_up, down)]
+    grads = [t.new_empty(0) for t in (x, gates, gate_up, down)]
     dinner, gated, dgate_R = grouped_dswiglu(dout, down, inner, gates, layout)
     if needed[1]:
-        found[1] = dgate_R[positions.long()]
+        grads[1] = dgate_R[positions.long()]
     if needed[3]:
-        found[3] = grouped_dweight(dout, gated, layout, experts, gathered="left")
+        grads[3] = grouped_dweight(dout, gated, layout, experts, gathered="left")
     del gated
     if needed[2]:
-        found[2] = grouped_dweight(dinner, x, layout, experts, gathered="right")
+        grads[2] = grouped_dweight(dinner, x, layout, experts, gathered="right")
     if needed[0]:
-        found[0] = moe_combine(grouped_matmul(dinner, gate_up, layout, transposed=True), None, positions)
-    return found
+        grads[0] = moe_combine(grouped_matmul(dinner, gate_up, layout, transposed=True), None, positions)
+    return grads
 
 
 @_backward.register_fake
 def _(dout, x, gates, gate_up, down, inner, rows, positions, offsets, tiles, needed):
     operands = (x, gates, gate_up, down)
-    return [t.new_empty(t.shape if wanted else (0,)) for t, wanted in zip(operands, needed)]
+    return [t.new_empty(t.shape if is_needed else (0,)) for t, is_needed in zip(operands, needed)]
 
 
 class _ExpertMlp(torch.autograd.Function):
-    """Keeps the tokens and the products with `gate_up`; activations and what they add up to are made anew."""
+    """Keeps the tokens and the products with `gate_up`; the backward computes the activations again."""
 
     @staticmethod
     def forward(ctx, x, gates, gate_up, down, rows, positions, offsets, tiles, keep):
@@ -87,8 +87,8 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         needed = list(ctx.needs_input_grad[:4])
-        found = _backward(dout.contiguous(), *ctx.saved_tensors, needed)
-        return *(g if wanted else None for g, wanted in zip(found, needed)), None, None, None, None, None
+        grads = _backward(dout.contiguous(), *ctx.saved_tensors, needed)
+        return *(grad if is_needed else None for grad, is_needed in zip(grads, needed)), None, None, None, None, None
 
 
 def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
@@ -96,9 +96,9 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Te
 
     out_t = sum_k gate_tk down_e (silu(g) * u),   (g, u) = gate_up_e x_t,   e = experts_tk
 
-    Tokens are gathered in the load of the first product, the activation is behind it in registers, the sum over a
-    token's experts gathers its rows: no atomics, bit-equal between runs. Kept for the backward are x and (g, u), which
-    is (R, 2 F). An expert without rows costs nothing, and the gradients of its weights are zero.
+    The first product gathers tokens in its load and applies the activation in registers; the sum over a token's experts
+    gathers its rows: no atomics, bit-equal between runs. The backward keeps x and (g, u), which is (R, 2 F). An expert
+    without rows costs nothing, and the gradients of its weights are zero.
 
     Args:
         x: (T, D) fp32, fp16 or bf16 (CPU: fp64 too).   gate_up: (E, 2 F, D), the gate in the first F rows of an expert.

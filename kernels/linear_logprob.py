@@ -24,27 +24,27 @@ def linear_logprob_reference(
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """What this rank has of a vocabulary that is divided over ranks, and of tokens that are.
+    """This rank's shard of the vocabulary, and of the tokens where they are sharded too.
 
-    start: the first word of the slice.   words: of the whole vocabulary.
-    gather: a function of this rank's (4, T) statistics that returns those of all slices, (n, 4, T).
-    own: where the tokens are divided too, a function of per-token values (T,) and what padding gets that returns those
-    of this rank's hidden states, (t,).   to_all: its counterpart, of (4, t) statistics and T, that returns (4, T).
+    start: the first vocabulary entry of the shard.   vocab_size: entries of the whole vocabulary.
+    gather: from this rank's (4, T) statistics to those of all shards, (n, 4, T).
+    take_local: where tokens are sharded, from per-token values (T,) and a value for padding to those of this rank's
+    hidden states, (t,).   gather_tokens: the inverse for statistics, from (4, t) and T to (4, T).
     """
 
     start: int
-    words: int
+    vocab_size: int
     gather: Callable[[Tensor], Tensor]
-    own: Callable[[Tensor, int], Tensor] | None = None
-    to_all: Callable[[Tensor, int], Tensor] | None = None
+    take_local: Callable[[Tensor, int], Tensor] | None = None
+    gather_tokens: Callable[[Tensor, int], Tensor] | None = None
 
-    def of(self, values_T: Tensor, fill: int = 0) -> Tensor:
+    def local_values(self, values_T: Tensor, fill: int = 0) -> Tensor:
         """Per-token values of this rank's hidden states."""
-        return values_T if self.own is None else self.own(values_T, fill)
+        return values_T if self.take_local is None else self.take_local(values_T, fill)
 
     def all_tokens(self, statistics: Tensor, tokens: int) -> Tensor:
         """(4, T) statistics of all tokens from those of this rank's."""
-        return statistics if self.to_all is None else self.to_all(statistics, tokens)
+        return statistics if self.gather_tokens is None else self.gather_tokens(statistics, tokens)
 
 
 @torch.library.custom_op("wizard_engine::linear_logprob_statistics", mutates_args=())
@@ -75,16 +75,16 @@ def gradients(
     if runs_triton(hidden, "hidden"):
         from ._linear_logprob import linear_logprob_gradients
 
-        found = linear_logprob_gradients(*arguments)
+        grads = linear_logprob_gradients(*arguments)
     else:
-        found = chunks.gradients(*arguments)
-    return [x.new_empty(0) if dx is None else dx for x, dx in zip((hidden, weight), found)]
+        grads = chunks.gradients(*arguments)
+    return [x.new_empty(0) if dx is None else dx for x, dx in zip((hidden, weight), grads)]
 
 
 @gradients.register_fake
 def _(dlogprob, dentropy, hidden, weight, targets, statistics, temperature, start, needs_hidden, needs_weight):
     needed = ((hidden, needs_hidden), (weight, needs_weight))
-    return [x.new_empty(x.shape if wanted else (0,)) for x, wanted in needed]
+    return [x.new_empty(x.shape if is_needed else (0,)) for x, is_needed in needed]
 
 
 def gathered(local: Tensor, shard: VocabularyShard | None) -> Tensor:
@@ -93,29 +93,29 @@ def gathered(local: Tensor, shard: VocabularyShard | None) -> Tensor:
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Saves four numbers per token; the backward makes the logits anew."""
+    """Saves four numbers per token; the backward computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, shard):
-        start, own = (0, targets) if shard is None else (shard.start, shard.of(targets, -1))
-        found = gathered(statistics(hidden, weight, own, temperature, entropy, start), shard)
-        ctx.save_for_backward(hidden, weight, own, found)
+        start, local_targets = (0, targets) if shard is None else (shard.start, shard.local_values(targets, -1))
+        row_statistics = gathered(statistics(hidden, weight, local_targets, temperature, entropy, start), shard)
+        ctx.save_for_backward(hidden, weight, local_targets, row_statistics)
         ctx.temperature, ctx.entropy, ctx.start, ctx.shard = temperature, entropy, start, shard
         if shard is not None:
-            found = shard.all_tokens(found, targets.shape[0])
-        logprob_T, entropy_T = chunks.finish(found, targets)
+            row_statistics = shard.all_tokens(row_statistics, targets.shape[0])
+        logprob_T, entropy_T = chunks.finish(row_statistics, targets)
         ctx.mark_non_differentiable(*([] if entropy else [entropy_T]))
         return logprob_T, entropy_T
 
     @staticmethod
     def backward(ctx, dlogprob_T, dentropy_T):
         needed = ctx.needs_input_grad[:2]
-        slopes = [dlogprob_T, dentropy_T if ctx.entropy else None]
+        loss_grads = [dlogprob_T, dentropy_T if ctx.entropy else None]
         if ctx.shard is not None:
-            slopes = [None if x is None else ctx.shard.of(x) for x in slopes]
-        slopes = [None if x is None else x.contiguous() for x in slopes]
-        found = gradients(*slopes, *ctx.saved_tensors, ctx.temperature, ctx.start, *needed)
-        dhidden, dweight = (dx if wanted else None for dx, wanted in zip(found, needed))
+            loss_grads = [None if x is None else ctx.shard.local_values(x) for x in loss_grads]
+        loss_grads = [None if x is None else x.contiguous() for x in loss_grads]
+        grads = gradients(*loss_grads, *ctx.saved_tensors, ctx.temperature, ctx.start, *needed)
+        dhidden, dweight = (dx if is_needed else None for dx, is_needed in zip(grads, needed))
         return dhidden, dweight, None, None, None, None
 
 
@@ -127,25 +127,25 @@ def linear_logprob(
 
     logprob_i = log softmax(weight hidden_i / temperature)[targets_i],   entropy_i = -sum_v p_iv log p_iv
 
-    The logits are never rounded below fp32 and never stored as a whole: the forward keeps four numbers per token, the
-    backward makes the logits anew, in at most 256 MiB besides the fp32 sums of the two gradients. A loss that is made
-    of these numbers is cheaper as one node: see `linear_loss`.
+    Logits have at least fp32 and are never stored as a whole: the forward keeps four numbers per token, and the
+    backward computes the logits again, in at most 256 MiB besides the fp32 sums of the two gradients. A loss of these
+    numbers is cheaper as one autograd node: see `linear_loss`.
 
     Args:
         hidden: (T, D) fp32, fp16 or bf16 (CPU: fp64 too).   weight: (V, D), dtype of hidden; last dims contiguous.
-        targets: (T,) int64, 0 to V - 1; -1 is ignored: it gives 0 and no gradient, whatever its hidden state (on CUDA
-            that has to be finite where the weight's gradient is asked for: no rows are left out of the products).
+        targets: (T,) int64, 0 to V - 1; -1 is ignored: it gives 0 and no gradient, for any hidden state. (On CUDA the
+            hidden state must be finite where the weight needs a gradient: the products take all rows.)
         temperature: divides the logits, > 0.   entropy: whether to compute the entropy.
-        shard: where the vocabulary is divided over ranks: `weight` is then this rank's slice (v, D), targets count in
-            the whole vocabulary, results are those of the whole, and the gradient of `hidden` is this rank's share, to
-            be summed over the ranks. Where tokens are divided too, `hidden` (t, D) are this rank's, and targets and
-            results those of all, which every rank does the same with.
+        shard: for a vocabulary that is sharded over ranks: `weight` is then this rank's shard (v, D), targets count in
+            the whole vocabulary, results are those of the whole, and the gradient of `hidden` is this rank's part, to
+            be summed over ranks. Where tokens are sharded too, `hidden` (t, D) is this rank's; targets and results are
+            those of all tokens, the same on every rank.
     Returns:
         logprob: (T,) fp32 (fp64 for fp64 input), nats.   entropy: the same, or None. Both differentiable in hidden and
         weight. Infinite or NaN logits give a NaN.
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit, temperature is not positive and finite, or a target
-            is out of range (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere such a
+            is out of range (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere such a
             target gives -inf).
     Source: online log-sum-exp, Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
@@ -155,28 +155,30 @@ def linear_logprob(
 
 
 def linear_logprob_partial(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, start: int = 0, words: int | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, start: int = 0, vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """(4, T) statistics of a slice of the vocabulary, without gradients.
+    """(4, T) statistics of a shard of the vocabulary, without gradients.
 
-    For each token, over the slice's logits z: m = max z, sum exp(z - m), the target's z (-inf where another slice has
-    it), sum (z - m) exp(z - m). `merge_partials` makes those of the whole from those of all slices.
+    For each token, over the shard's logits z: m = max z, sum exp(z - m), the target's z (-inf where another shard has
+    it), sum (z - m) exp(z - m). `merge_partials` combines those of all shards.
 
     Args:
-        hidden: (T, D).   weight: (v, D), words `start` to `start + v` of `words` (default: these are the last).
+        hidden: (T, D).   weight: (v, D), entries `start` to `start + v` of `vocab_size` (default: start + v).
         targets: (T,) int64, in the whole vocabulary; -1 is ignored.   temperature: divides the logits, > 0.
     Raises:
         ValueError: as `linear_logprob`.
     """
-    shard = VocabularyShard(start, start + weight.shape[0] if words is None else words, lambda own: own[None])
+    shard = VocabularyShard(
+        start, start + weight.shape[0] if vocab_size is None else vocab_size, lambda local: local[None]
+    )
     check(hidden, weight, targets, temperature, shard)
     with torch.no_grad():
         return statistics(hidden, weight, targets, float(temperature), True, start)
 
 
 def merge_partials(parts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy, (T,) each, from the (n, 4, T) statistics of all slices, in any order.
+    """Log-probability and entropy, (T,) each, from the (n, 4, T) statistics of all shards, in any order.
 
     Raises:
         ValueError: another shape.
@@ -194,7 +196,7 @@ def check(
         raise ValueError(
             f"hidden, weight: expected (T, D), (V, D) with V >= 1, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
         )
-    tokens = targets.shape if shard is None else shard.of(targets, -1).shape
+    tokens = targets.shape if shard is None else shard.local_values(targets, -1).shape
     if tokens != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"targets: expected ({hidden.shape[0]},) int64, got {tuple(targets.shape)} "
@@ -207,15 +209,15 @@ def check(
     same_dtype(hidden=hidden, weight=weight)
     same_device(hidden=hidden, weight=weight, targets=targets)
     contiguous_rows(hidden=hidden, weight=weight)
-    _check_values(targets, weight.shape[0] if shard is None else shard.words)
+    _check_values(targets, weight.shape[0] if shard is None else shard.vocab_size)
 
 
-def _check_values(targets: Tensor, words: int) -> None:
+def _check_values(targets: Tensor, vocab_size: int) -> None:
     if not values_are_checked(targets) or not targets.numel():
         return
     low, high = torch.aminmax(targets)
-    if int(low) < -1 or int(high) >= words:
-        wrong = ((targets < -1) | (targets >= words)).nonzero()[0, 0]
+    if int(low) < -1 or int(high) >= vocab_size:
+        wrong = ((targets < -1) | (targets >= vocab_size)).nonzero()[0, 0]
         raise ValueError(
-            f"targets: expected -1 (ignored) to {words - 1}, got {int(targets[wrong])} at token {int(wrong)}"
+            f"targets: expected -1 (ignored) to {vocab_size - 1}, got {int(targets[wrong])} at token {int(wrong)}"
         )

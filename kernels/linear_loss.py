@@ -13,11 +13,11 @@ Metrics = dict[str, Tensor]
 
 
 class LossOutput(NamedTuple):
-    """What a loss gives.
+    """Loss, metrics and log-probabilities of a step on this rank.
 
-    loss: () fp32, this rank's share; the sum over ranks is the loss.   metrics: sums over this rank's tokens or pairs,
-    detached.   logprob: (T,) fp32, detached, 0 where a target is ignored: the one that is not finite is to blame for a
-    loss that is not.
+    loss: () fp32, this rank's part; the sum over ranks is the loss.   metrics: sums over this rank's tokens or pairs,
+    detached.   logprob: (T,) fp32, detached, 0 where a target is ignored; where the loss is not finite, it shows which
+    token is the cause.
     """
 
     loss: Tensor
@@ -28,8 +28,8 @@ class LossOutput(NamedTuple):
 class TokenLoss:
     """A loss of per-token log-probabilities, and entropies where `uses_entropy`.
 
-    is_separable: whether a token's slope depends on that token alone. Then, on CPU, a chunk's gradients are complete as
-    soon as its logits are there, and no logits are made twice.
+    is_separable: whether a token's gradient depends on that token alone. Then, on CPU, the gradients of a chunk are
+    computed together with its logits, and no logit is computed twice.
     """
 
     is_separable = True
@@ -39,30 +39,30 @@ class TokenLoss:
         """The loss of tokens `rows`, and its metrics, in plain PyTorch: the reference.
 
         Args:
-            logprob, entropy: (N,) of these tokens; 0 where a target is ignored, which then counts for nothing.
+            logprob, entropy: (N,) of these tokens; 0 where a target is ignored, which must not count.
         """
         raise NotImplementedError
 
-    def slopes(
+    def grads(
         self, logprob: Tensor, entropy: Tensor | None, rows: Tensor | slice
     ) -> tuple[Tensor, Metrics, Tensor, Tensor | None]:
         """Loss, metrics, and the loss's gradients in `logprob` and `entropy`."""
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (logprob, entropy) if x is not None]
             loss, metrics = self.value(*leaves, *([] if entropy is not None else [None]), rows)
-            slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        return loss.detach(), metrics, slopes[0], slopes[1] if entropy is not None else None
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), metrics, grads[0], grads[1] if entropy is not None else None
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Where a chunk's slopes are known at once its gradients are made in the forward; else in the backward."""
+    """Computes its gradients in the forward where a chunk suffices for them; else in the backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, formula, shard, metrics):
         ctx.gradients, ctx.dtypes = None, (hidden.dtype, weight.dtype)
         work = _in_one_pass if _is_one_pass(ctx, hidden, weight, targets, formula, shard) else _in_two_passes
-        loss, found = work(ctx, hidden, weight, targets, temperature, formula, shard, metrics)
-        logprob_T, _ = chunks.finish(found, targets)
+        loss, row_statistics = work(ctx, hidden, weight, targets, temperature, formula, shard, metrics)
+        logprob_T, _ = chunks.finish(row_statistics, targets)
         ctx.mark_non_differentiable(logprob_T)
         return loss, logprob_T
 
@@ -72,13 +72,13 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.saved_tensors:
             *tensors, dlogprob_T, dentropy_T = ctx.saved_tensors
             dlogprob_T, dentropy_T = (None if x is None else x * dloss for x in (dlogprob_T, dentropy_T))
-            found = gradients(dlogprob_T, dentropy_T, *tensors, ctx.temperature, ctx.start, *needed)
+            grads = gradients(dlogprob_T, dentropy_T, *tensors, ctx.temperature, ctx.start, *needed)
         else:
             if ctx.gradients is None:
                 raise RuntimeError("loss: expected one backward; its gradients were given away by the first")
-            found, ctx.gradients = ctx.gradients, None
-            found = [_scaled(gradient, dloss, dtype) for gradient, dtype in zip(found, ctx.dtypes)]
-        return *(dx if wanted else None for dx, wanted in zip(found, needed)), *[None] * 5
+            grads, ctx.gradients = ctx.gradients, None
+            grads = [_scaled(gradient, dloss, dtype) for gradient, dtype in zip(grads, ctx.dtypes)]
+        return *(dx if is_needed else None for dx, is_needed in zip(grads, needed)), *[None] * 5
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -98,31 +98,33 @@ def _is_one_pass(ctx, hidden, weight, targets, formula, shard) -> bool:
 def _in_one_pass(ctx, hidden, weight, targets, temperature, formula, shard, metrics) -> tuple[Tensor, Tensor]:
     losses = []
 
-    def slopes(logprob_N, entropy_N, rows):
-        loss, found, *gradient = formula.slopes(logprob_N, entropy_N, rows)
+    def loss_grads(logprob_N, entropy_N, rows):
+        loss, chunk_metrics, *grads = formula.grads(logprob_N, entropy_N, rows)
         losses.append(loss)
-        for name, value in found.items():
+        for name, value in chunk_metrics.items():
             metrics[name] = metrics[name] + value if name in metrics else value
-        return gradient
+        return grads
 
-    found, *ctx.gradients = chunks.one_pass(
-        hidden, weight, targets, temperature, formula.uses_entropy, slopes, *ctx.needs_input_grad[:2]
+    row_statistics, *ctx.gradients = chunks.one_pass(
+        hidden, weight, targets, temperature, formula.uses_entropy, loss_grads, *ctx.needs_input_grad[:2]
     )
-    return sum(losses[1:], start=losses[0]), found
+    return sum(losses[1:], start=losses[0]), row_statistics
 
 
 def _in_two_passes(ctx, hidden, weight, targets, temperature, formula, shard, metrics) -> tuple[Tensor, Tensor]:
-    start, own = (0, targets) if shard is None else (shard.start, shard.of(targets, -1))
-    mine = gathered(statistics(hidden, weight, own, temperature, formula.uses_entropy, start), shard)
-    found = mine if shard is None else shard.all_tokens(mine, targets.shape[0])
-    logprob_T, entropy_T = chunks.finish(found, targets)
-    loss, values, *slopes = formula.slopes(logprob_T, entropy_T if formula.uses_entropy else None, slice(None))
+    start, local_targets = (0, targets) if shard is None else (shard.start, shard.local_values(targets, -1))
+    local_statistics = gathered(
+        statistics(hidden, weight, local_targets, temperature, formula.uses_entropy, start), shard
+    )
+    row_statistics = local_statistics if shard is None else shard.all_tokens(local_statistics, targets.shape[0])
+    logprob_T, entropy_T = chunks.finish(row_statistics, targets)
+    loss, values, *loss_grads = formula.grads(logprob_T, entropy_T if formula.uses_entropy else None, slice(None))
     metrics |= values
     if shard is not None:
-        slopes = [None if x is None else shard.of(x).contiguous() for x in slopes]
-    ctx.save_for_backward(hidden, weight, own, mine, *slopes)
+        loss_grads = [None if x is None else shard.local_values(x).contiguous() for x in loss_grads]
+    ctx.save_for_backward(hidden, weight, local_targets, local_statistics, *loss_grads)
     ctx.temperature, ctx.start = temperature, start
-    return loss, found
+    return loss, row_statistics
 
 
 def linear_loss(
@@ -131,11 +133,14 @@ def linear_loss(
 ) -> LossOutput:  # fmt: skip
     """A loss of the targets' log-probabilities, with its gradients in the hidden states and the head.
 
-    On CPU a separable loss, or one whose tokens fit one chunk of logits, makes its gradients in the forward, in one
-    pass over the logits; they are given away by the first backward. Otherwise the backward makes the logits anew.
+    On CPU a separable loss, or one whose tokens fit one chunk of logits, computes its gradients in the forward, in one
+    pass over the logits; the first backward hands them out and frees them. Otherwise the backward computes the logits
+    again.
 
     Args:
         hidden, weight, targets, temperature, shard: as in `linear_logprob`.   formula: the loss per token.
+    Returns:
+        LossOutput; `loss` is differentiable in hidden and weight, once.
     Raises:
         ValueError: as in `linear_logprob`.
     """
@@ -146,7 +151,7 @@ def linear_loss(
 
 
 def check_per_token(targets: Tensor, **tensors: Tensor | None) -> None:
-    """ValueError unless every tensor given has the shape and device of `targets`."""
+    """ValueError unless every tensor that is not None has the shape and device of `targets`."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -14,7 +14,7 @@ class Routing:
     """Where the tokens of a packed row go. Rows are (token, choice) pairs, sorted by expert, then by token.
 
     logits: (T, E) fp32, differentiable.   gates: (T, A) fp32, weights of the chosen, differentiable.
-    experts: (T, A) int32, by falling logit unless they were given.   offsets: (E + 1,) int32, rows of expert e are
+    experts: (T, A) int32, by falling logit unless replayed.   offsets: (E + 1,) int32, rows of expert e are
     offsets[e] to offsets[e + 1].   rows: (R,) int32, the pair token * A + choice of each sorted row.
     positions: (T, A) int32, the sorted row of each pair.   tiles: (2, ceil(R / 128) + E - 1) int32, expert and first
     row of each tile of 128 rows of one expert; expert -1 behind the last one, so that no count has to reach the host.
@@ -35,15 +35,15 @@ class Routing:
 
 
 def moe_route_reference(
-    hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None = None
+    hidden: Tensor, router: Tensor, experts_per_token: int, replayed_experts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, gates and experts in at least fp32; ties go to the lower expert."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits_TE = hidden.to(wide) @ router.to(wide).T
-    if given is None:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits_TE = hidden.to(dtype) @ router.to(dtype).T
+    if replayed_experts is None:
         chosen_TA = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :experts_per_token]
     else:
-        chosen_TA = given.long()
+        chosen_TA = replayed_experts.long()
     return logits_TE, logits_TE.gather(1, chosen_TA).softmax(-1), chosen_TA.int()
 
 
@@ -58,39 +58,44 @@ def layout_reference(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     tiles = torch.zeros((2, num_slots(flat_R.numel(), num_experts)), dtype=torch.int32, device=experts.device)
     tiles[0] = -1
     per_expert = (counts_E + TILE_ROWS - 1) // TILE_ROWS
-    owner = torch.repeat_interleave(torch.arange(num_experts, device=experts.device), per_expert)
-    number = torch.arange(owner.numel(), device=experts.device) - (per_expert.cumsum(0) - per_expert)[owner]
-    tiles[0, : owner.numel()], tiles[1, : owner.numel()] = owner.int(), (offsets[owner] + TILE_ROWS * number).int()
+    tile_expert = torch.repeat_interleave(torch.arange(num_experts, device=experts.device), per_expert)
+    tile_in_expert = (
+        torch.arange(tile_expert.numel(), device=experts.device) - (per_expert.cumsum(0) - per_expert)[tile_expert]
+    )
+    tiles[0, : tile_expert.numel()], tiles[1, : tile_expert.numel()] = (
+        tile_expert.int(),
+        (offsets[tile_expert] + TILE_ROWS * tile_in_expert).int(),
+    )
     return offsets.int(), rows_R.int(), positions_R.view_as(experts).int(), tiles
 
 
 @torch.library.custom_op("wizard_engine::moe_route", mutates_args=())
-def _route(hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None) -> list[Tensor]:
+def _route(hidden: Tensor, router: Tensor, experts_per_token: int, replayed_experts: Tensor | None) -> list[Tensor]:
     if runs_triton(hidden, "hidden"):
         from ._moe_route import moe_route as kernels
 
-        return list(kernels(hidden, router, experts_per_token, given))
-    chosen = moe_route_reference(hidden, router, experts_per_token, given)
+        return list(kernels(hidden, router, experts_per_token, replayed_experts))
+    chosen = moe_route_reference(hidden, router, experts_per_token, replayed_experts)
     return [x.contiguous() for x in (*chosen, *layout_reference(chosen[2], router.shape[0]))]
 
 
 @_route.register_fake
-def _(hidden, router, experts_per_token, given):
+def _(hidden, router, experts_per_token, replayed_experts):
     tokens, experts = hidden.shape[0], router.shape[0]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = tokens * experts_per_token
     shapes = ((tokens, experts_per_token), (experts + 1,), (rows,), (tokens, experts_per_token))
     numbers = [hidden.new_empty(shape, dtype=torch.int32) for shape in (*shapes, (2, num_slots(rows, experts)))]
-    logits, gates = (hidden.new_empty((tokens, n), dtype=wide) for n in (experts, experts_per_token))
+    logits, gates = (hidden.new_empty((tokens, n), dtype=dtype) for n in (experts, experts_per_token))
     return [logits, gates, *numbers]
 
 
 class _Route(torch.autograd.Function):
-    """The slopes of logits and gates meet in the logits; two thin products take them to hidden states and router."""
+    """Adds the gradients that reach the logits; two thin products then make those of hidden states and router."""
 
     @staticmethod
-    def forward(ctx, hidden, router, experts_per_token, given):
-        logits, gates, *layout = _route(hidden, router, experts_per_token, given)
+    def forward(ctx, hidden, router, experts_per_token, replayed_experts):
+        logits, gates, *layout = _route(hidden, router, experts_per_token, replayed_experts)
         ctx.save_for_backward(hidden, router, gates, layout[0])
         ctx.mark_non_differentiable(*layout)
         return logits, gates, *layout
@@ -103,13 +108,15 @@ class _Route(torch.autograd.Function):
         for choice in range(experts_TA.shape[1]):
             here_TE = experts_TA[:, choice, None] == numbers_E
             dlogits_TE = dlogits_TE + dchosen_TA[:, choice, None] * here_TE
-        slopes_TE = dlogits_TE.to(hidden.dtype)
-        dhidden = slopes_TE @ router if ctx.needs_input_grad[0] else None
-        drouter = slopes_TE.T @ hidden if ctx.needs_input_grad[1] else None
+        rounded_TE = dlogits_TE.to(hidden.dtype)
+        dhidden = rounded_TE @ router if ctx.needs_input_grad[0] else None
+        drouter = rounded_TE.T @ hidden if ctx.needs_input_grad[1] else None
         return dhidden, drouter, None, None
 
 
-def moe_route(hidden: Tensor, router: Tensor, *, experts_per_token: int, given: Tensor | None = None) -> Routing:
+def moe_route(
+    hidden: Tensor, router: Tensor, *, experts_per_token: int, replayed_experts: Tensor | None = None
+) -> Routing:
     """Sends each token to its best experts: logits in fp32, top-k, softmax over the chosen (Mixtral's order).
 
     logits = hidden router^T,   gates_t = softmax(logits_t[experts_t])
@@ -120,17 +127,22 @@ def moe_route(hidden: Tensor, router: Tensor, *, experts_per_token: int, given: 
     Args:
         hidden: (T, D) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous.   router: (E, D), dtype of hidden.
         experts_per_token: A, 1 to E.
-        given: (T, A) integers, the experts to take instead of the best ones, different ones for each token: a recorded
-            choice replayed. Gates are those of the logits of now.
+        replayed_experts: (T, A) int32 or int64, a recorded choice to take instead of the best experts; different ones
+            for each token. The gates are those of the current logits.
     Returns:
-        Routing. Logits and gates are differentiable in hidden and router; slopes are rounded to the dtype of hidden.
+        Routing. Logits and gates are differentiable in hidden and router; the gradient of the logits is rounded to the
+        dtype of hidden.
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit, A is out of range, or a given expert is out of range
-            or stands twice (values are looked at on CPU, and on CUDA inside kernels.check_values()).
+        ValueError: shapes, dtypes, devices or strides do not fit, A is out of range, or a replayed expert is out of
+            range or twice there (values are checked on CPU, and on CUDA inside kernels.check_values()).
     Source: Jiang et al. 2024, arXiv:2401.04088, section 2.1.
     """
-    _check(hidden, router, experts_per_token, given)
-    return Routing(*_Route.apply(hidden, router, experts_per_token, None if given is None else given.contiguous()))
+    _check(hidden, router, experts_per_token, replayed_experts)
+    return Routing(
+        *_Route.apply(
+            hidden, router, experts_per_token, None if replayed_experts is None else replayed_experts.contiguous()
+        )
+    )
 
 
 def expert_layout(counts: Tensor, total: int) -> Routing:
@@ -149,9 +161,9 @@ def expert_layout(counts: Tensor, total: int) -> Routing:
     )
     offsets = torch.nn.functional.pad(counts_PE.sum(0).cumsum(0), (1, 0))
     first_PE = offsets[:-1] + counts_PE.cumsum(0) - counts_PE
-    own_R = torch.arange(total, device=device)
-    positions_R = own_R - (cumulated_P - counts_PE.flatten())[segment_R] + first_PE.flatten()[segment_R]
-    rows_R = torch.empty_like(positions_R).scatter_(0, positions_R, own_R)
+    row_R = torch.arange(total, device=device)
+    positions_R = row_R - (cumulated_P - counts_PE.flatten())[segment_R] + first_PE.flatten()[segment_R]
+    rows_R = torch.empty_like(positions_R).scatter_(0, positions_R, row_R)
     slot = torch.arange(num_slots(total, experts), device=device)
     tiles_E = (offsets.diff() + TILE_ROWS - 1) // TILE_ROWS
     ends_E = tiles_E.cumsum(0)
@@ -167,7 +179,7 @@ def expert_layout(counts: Tensor, total: int) -> Routing:
     )
 
 
-def _check(hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor | None) -> None:
+def _check(hidden: Tensor, router: Tensor, experts_per_token: int, replayed_experts: Tensor | None) -> None:
     if hidden.dim() != 2 or router.dim() != 2 or hidden.shape[1] != router.shape[1] or not router.shape[0]:
         raise ValueError(
             f"hidden, router: expected (T, D), (E, D) with E >= 1, got {tuple(hidden.shape)}, {tuple(router.shape)}"
@@ -177,24 +189,27 @@ def _check(hidden: Tensor, router: Tensor, experts_per_token: int, given: Tensor
     if not 1 <= experts_per_token <= router.shape[0]:
         raise ValueError(f"experts_per_token: expected 1 to {router.shape[0]}, got {experts_per_token}")
     same_dtype(hidden=hidden, router=router)
-    same_device(hidden=hidden, router=router, given=given)
+    same_device(hidden=hidden, router=router, replayed_experts=replayed_experts)
     contiguous_rows(hidden=hidden, router=router)
-    if given is not None:
-        _check_given(given, (hidden.shape[0], experts_per_token), router.shape[0])
+    if replayed_experts is not None:
+        _check_replayed(replayed_experts, (hidden.shape[0], experts_per_token), router.shape[0])
 
 
-def _check_given(given: Tensor, shape: tuple[int, int], experts: int) -> None:
-    if given.shape != shape or given.dtype not in (torch.int32, torch.int64):
-        name = str(given.dtype).removeprefix("torch.")
-        raise ValueError(f"given: expected {shape} int32 or int64, got {tuple(given.shape)} {name}")
-    if not values_are_checked(given) or not given.numel():
+def _check_replayed(replayed_experts: Tensor, shape: tuple[int, int], experts: int) -> None:
+    if replayed_experts.shape != shape or replayed_experts.dtype not in (torch.int32, torch.int64):
+        name = str(replayed_experts.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"replayed_experts: expected {shape} int32 or int64, got {tuple(replayed_experts.shape)} {name}"
+        )
+    if not values_are_checked(replayed_experts) or not replayed_experts.numel():
         return
-    ordered = given.sort(-1).values
+    ordered = replayed_experts.sort(-1).values
     wrong = (ordered[:, 0] < 0) | (ordered[:, -1] >= experts) | (ordered.diff(dim=-1) == 0).any(-1)
     if bool(wrong.any()):
         token = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"given: expected different experts of 0 to {experts - 1}, got {given[token].tolist()} at token {token}"
+            f"replayed_experts: expected different experts of 0 to {experts - 1}, got "
+            f"{replayed_experts[token].tolist()} at token {token}"
         )
 
 
@@ -227,8 +242,8 @@ def load_balancing_loss(
         probability_TE = probability_TE.masked_fill(~real[:, None], 0.0)
     if counts is None:
         counts = expert_counts(experts, logits.shape[1], real)
-    share_E = counts / (counts.sum() / experts.shape[1]).clamp(min=1)
-    return logits.shape[1] * (share_E * probability_TE.sum(0)).sum() / num_tokens
+    fraction_E = counts / (counts.sum() / experts.shape[1]).clamp(min=1)
+    return logits.shape[1] * (fraction_E * probability_TE.sum(0)).sum() / num_tokens
 
 
 def router_z_loss(logits: Tensor, *, num_tokens: float | Tensor, real: Tensor | None = None) -> Tensor:

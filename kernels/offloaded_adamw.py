@@ -24,11 +24,11 @@ def offloaded_adamw_reference(
     """The same in plain PyTorch passes."""
     if not math.isfinite(scale):
         return
-    slope = gradient.to(master.dtype)
+    grad = gradient.to(master.dtype)
     if accumulated is not None:
-        slope = slope + accumulated
+        grad = grad + accumulated
         accumulated.zero_()
-    adamw_reference(master, exp_avg, exp_avg_sq, slope * scale, **options)
+    adamw_reference(master, exp_avg, exp_avg_sq, grad * scale, **options)
 
 
 @torch.no_grad()
@@ -66,12 +66,12 @@ def offloaded_adamw(
     if not math.isfinite(scale):
         return
     pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in buffers.items()}
-    ran = csrc.library().wizard_adamw(
+    status = csrc.library().wizard_adamw(
         *(pointers[name] for name in ("master", "exp_avg", "exp_avg_sq", "accumulated", "gradient")),
         gradient.dtype == torch.bfloat16, pointers["copy"], master.numel(), lr, *betas, epsilon, weight_decay, step,
         scale, -1 if level is None else LEVELS.index(level), threads or torch.get_num_threads(),
     )  # fmt: skip
-    if ran < 0:
+    if status < 0:
         raise ValueError(f"level: expected at most {widest_level()}, what this processor has, got {level}")
 
 

@@ -1,4 +1,4 @@
-"""Attention of generation: new tokens of many sequences, one each or a piece of a prompt, over keys in pages."""
+"""Attention of generation: new tokens of many sequences (decode steps and prefill chunks) over keys in pages."""
 
 from dataclasses import dataclass, field
 
@@ -15,15 +15,15 @@ from .rope import MAX_HEAD_WIDTH, rope
 
 @dataclass
 class PagedBatch:
-    """Where the new tokens of a batch stand, packed end to end, and the keys that they see.
+    """New tokens of a batch, packed end to end, and the keys that they see.
 
     Sequence s has `counts[s]` new tokens, the last of its `lengths[s]`; the first `decodes` sequences have one each.
-    Rows of q behind the last sequence's are padding, and give zeros.
+    Rows of q after those of the last sequence are padding, and give zeros.
 
     Attributes:
         page_table: (S, N) int32, the pages of each sequence.   lengths: (S,) int32.   counts: tokens, on the host.
-        max_length: longest, the host's.   decodes: see above.   page: tokens of a page.
-        checked: the values have been looked at.
+        max_length: the longest, on the host.   decodes: see above.   page: tokens of a page.
+        checked: whether the values have been checked.
     """
 
     page_table: Tensor
@@ -34,7 +34,7 @@ class PagedBatch:
     page: int
     checked: bool = False
     _rows: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    _pieces: tuple | None = field(default=None, repr=False)
+    _prefill_chunks: tuple | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -42,58 +42,59 @@ class PagedBatch:
         return sum(self.counts)
 
     def rows(self, padded: int) -> tuple[Tensor, Tensor]:
-        """(T,) int32 each: the sequence of every token, and the keys that it sees; none of padding."""
+        """(T,) int32 each: the sequence of every token, and the number of keys that it sees; 0 for padding."""
         if self._rows is None or self._rows[0].shape[0] != padded:
             counts = torch.tensor(self.counts)
-            owners = torch.repeat_interleave(torch.arange(len(self.counts)), counts)
-            last = counts.cumsum(0)[owners]
-            seen = self.lengths.cpu()[owners] - last + torch.arange(1, len(owners) + 1)
-            room = (0, padded - len(owners))
-            self._rows = F.pad(owners.int(), room), F.pad(seen.int(), room)
+            sequences = torch.repeat_interleave(torch.arange(len(self.counts)), counts)
+            end = counts.cumsum(0)[sequences]
+            num_keys = self.lengths.cpu()[sequences] - end + torch.arange(1, len(sequences) + 1)
+            room = (0, padded - len(sequences))
+            self._rows = F.pad(sequences.int(), room), F.pad(num_keys.int(), room)
         return self._rows
 
-    def pieces(self) -> tuple[Tensor, int, Tensor, int, Tensor]:
-        """Of the sequences behind the first `decodes`: boundaries of their tokens, the most of them; boundaries of
-        their keys, the most of them, and (Tk,) int64 where these stand in keys.view(-1, K, C)."""
-        if self._pieces is None:
+    def prefill_chunks(self) -> tuple[Tensor, int, Tensor, int, Tensor]:
+        """Of the sequences after the first `decodes`: cu_seqlens of their tokens and the longest; cu_seqlens of their
+        keys and the longest; and (N,) int64 rows of these keys in keys.view(-1, K, C)."""
+        if self._prefill_chunks is None:
             device, counts = self.page_table.device, self.counts[self.decodes :]
             lengths = self.lengths[self.decodes :].long()
             cu_q = F.pad(torch.tensor(counts).cumsum(0), (1, 0)).int().to(device)
             cu_k = F.pad(lengths.cumsum(0), (1, 0))
-            owner = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths)
-            position = torch.arange(owner.shape[0], device=device) - cu_k[owner]
-            pages = self.page_table[self.decodes :][owner, position // self.page].long()
+            sequence = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths)
+            position = torch.arange(sequence.shape[0], device=device) - cu_k[sequence]
+            pages = self.page_table[self.decodes :][sequence, position // self.page].long()
             slots = pages * self.page + position % self.page
-            self._pieces = cu_q, max(counts), cu_k.int(), self.max_length, slots
-        return self._pieces
+            self._prefill_chunks = cu_q, max(counts), cu_k.int(), self.max_length, slots
+        return self._prefill_chunks
 
 
 def paged_attention(
     q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, *, window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of new tokens over the keys of their sequences, which stand in pages; no gradient.
+    """Causal attention of new tokens over the keys of their sequences in pages; no gradient.
 
     out_th = sum_j softmax_j(scale q_th . k_j) v_j over the keys j of t's sequence up to its own, at most `window`
 
-    On a CPU every token is computed alone, in the order of its keys: bit-equal whatever else is in the batch and
-    however a prompt was cut. On a GPU single tokens go through `decode_attention`, and pieces of prompts through
-    `attention` over keys that are copied together.
+    On a CPU every token is computed alone, in the order of its keys: the same bits in any batch and for any division
+    into prefill chunks. On a GPU decode steps go through `decode_attention`, prefill chunks through `attention` over a
+    copy of their keys.
 
     Args:
         q: (T, H, C) contiguous, rows of `batch`, then padding; T at least its tokens.
-        keys, values: (P, page, K, C) of q's dtype, contiguous; the tokens' own are in them.
-        window: keys that are seen, the own included; None: all.   scale: of the scores; None: 1 / sqrt(C).
+        keys, values: (P, page, K, C) of q's dtype, contiguous; those of the new tokens are already in them.
+        window: keys that a token sees, its own included; None: all.   scale: of the scores; None: 1 / sqrt(C).
     Returns:
         (T, H, C), dtype of q.
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a length or page is out of range.
+    Source: pages as in Kwon et al. 2023, arXiv:2309.06180.
     """
     _check(q, keys, values, batch, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if runs_csrc(q):
-        owners, seen = batch.rows(q.shape[0])
-        return attend_rows(q, keys, values, batch.page_table, owners, seen, window, scale)
+        sequences, num_keys = batch.rows(q.shape[0])
+        return attend_rows(q, keys, values, batch.page_table, sequences, num_keys, window, scale)
     n, tokens = batch.decodes, batch.tokens
     options = {"window": window, "scale": scale}
     if n == len(batch.counts) == q.shape[0]:
@@ -104,7 +105,7 @@ def paged_attention(
             q[:n], keys, values, batch.page_table[:n], batch.lengths[:n], batch.max_length, **options
         )
     if n < len(batch.counts):
-        cu_q, max_q, cu_k, max_k, slots = batch.pieces()
+        cu_q, max_q, cu_k, max_k, slots = batch.prefill_chunks()
         k, v = (x.view(-1, *x.shape[2:]).index_select(0, slots) for x in (keys, values))
         out[n:tokens] = attention(
             q[n:tokens], k, v, cu_q, max_q, cu_seqlens_k=cu_k, max_seqlen_k=max_k, **options
@@ -137,7 +138,7 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, window: i
 
 
 def _check_batch(batch: PagedBatch, pages: int) -> None:
-    """The values of a batch, looked at once."""
+    """ValueError unless counts, lengths and pages of a batch are in range."""
     lengths = batch.lengths.tolist()
     for number, (length, count) in enumerate(zip(lengths, batch.counts, strict=True)):
         if not 1 <= count <= length <= batch.max_length:
@@ -156,7 +157,7 @@ def write_pages_reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
     positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same by rotating q and k, and two copies."""
+    """`write_pages` by rotating q and k, and two copies."""
     kv_heads = keys.shape[2]
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     q, k = rope(q, k, cos, sin, positions)
@@ -183,7 +184,7 @@ def write_pages(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
     positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Queries rotated by their positions' angles; rotated keys, and values, are stored in the pages. No gradient.
+    """Queries rotated by their positions' angles; stores rotated keys, and values, in the pages. No gradient.
 
     One launch on CUDA.
 
@@ -191,13 +192,13 @@ def write_pages(
         qkv: (T, H + 2 K, C): heads of q, then of k, then of v; last dim contiguous.
         cos, sin: (P, C/2) fp32, see `rope_tables`.
         keys, values: (pages, page, K, C) of the same dtype, contiguous, written in place.
-        slots: (T,) int64, page * size + place of each token; padding may share one.
+        slots: (T,) int64, page * page size + place in the page, for each token; padding tokens may share a slot.
         positions: (T,) int32 or int64, the row of the tables that each token takes; None: token t takes row t, P = T.
     Returns:
         (T, H, C) contiguous.
     Raises:
-        ValueError: shapes or dtypes do not fit, or (where values are looked at) a slot or position is out of range;
-            elsewhere a slot out of range is not written, and a token of such a position becomes NaN.
+        ValueError: shapes or dtypes do not fit, or (where values are checked) a slot or position is out of range.
+            Elsewhere a slot out of range is not written, and a token with a position out of range becomes NaN.
     """
     _check_write(qkv, cos, sin, keys, values, slots, positions)
     is_native = runs_csrc(qkv) and qkv.stride(1) == qkv.shape[2] and positions is None

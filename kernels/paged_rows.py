@@ -1,4 +1,4 @@
-"""Attention over pages on the CPU, token by token, and writing keys and values there (csrc)."""
+"""Attention over pages on the CPU, token by token, and writes of keys and values into pages (csrc)."""
 
 import torch
 from torch import Tensor
@@ -13,48 +13,49 @@ def attend_rows(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, owners: Tensor | None, seen: Tensor,
     window: int | None, scale: float, *, level: str | None = None, threads: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """(T, H, C): attention of token t over the first seen_t keys of sequence owners_t; tensors are checked already.
+    """(T, H, C): attention of token t over the first seen_t keys of sequence owners_t; arguments are checked.
 
-    A token's sums run over its own keys in their order: its numbers do not depend on the others. The code for plain
-    x86-64, AVX2 and AVX-512 gives the same bits.
+    A token's sums run over its keys in order, so its numbers do not depend on other tokens. The code for plain x86-64,
+    AVX2 and AVX-512 gives the same bits.
 
     Args:
         q: (T, H, C) fp32, bf16 or fp64 on the CPU.   keys, values: (P, page, K, C).   page_table: (S, N) int32.
         owners: (T,) int32 rows of the table; None: t itself.   seen: (T,) int32; 0 gives zeros.
-        window: keys that are seen, the own included.   level: of LEVELS, default the widest that there is.
+        window: keys that a token sees, its own included.   level: of LEVELS, default the widest of this processor.
     Raises:
-        ValueError: the processor lacks the level, or a page is not there.   MemoryError: no room for a token's scores.
+        ValueError: the processor lacks the level, or a page does not exist.
+        MemoryError: no room for a token's scores.
     """
     (tokens, heads, width), (_, page, kv_heads, _) = q.shape, keys.shape
     out = torch.empty_like(q)
-    ran = csrc.library().wizard_paged_attention(
+    status = csrc.library().wizard_paged_attention(
         _TYPES[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(), page_table.data_ptr(),
         None if owners is None else owners.data_ptr(), seen.data_ptr(), out.data_ptr(), tokens, heads, kv_heads, width,
         page, page_table.shape[1], window or 0, scale, keys.shape[0], page_table.shape[0],
         -1 if level is None else LEVELS.index(level),
         threads or torch.get_num_threads(),
     )  # fmt: skip
-    _check(csrc.check(ran, "paged attention"), level, f"lengths, page_table: expected pages below {keys.shape[0]}")
+    _check(csrc.check(status, "paged attention"), level, f"lengths, page_table: expected pages below {keys.shape[0]}")
     return out
 
 
 def write_rows(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, *, level: str | None = None
 ) -> Tensor:
-    """(T, H, C) turned queries of (T, H + 2 K, C) with the last dims contiguous; turned keys and values go to slots."""
+    """(T, H, C) rotated queries of qkv (T, H + 2 K, C), contiguous heads; stores rotated keys, and values, in slots."""
     (tokens, heads, width), kv_heads = qkv.shape, keys.shape[2]
     q = qkv.new_empty(tokens, heads - 2 * kv_heads, width)
-    ran = csrc.library().wizard_write_pages(
+    status = csrc.library().wizard_write_pages(
         _TYPES[q.dtype], qkv.data_ptr(), qkv.stride(0), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(),
         q.data_ptr(), keys.data_ptr(), values.data_ptr(), tokens, q.shape[1], kv_heads, width,
         keys.shape[0] * keys.shape[1], -1 if level is None else LEVELS.index(level),
     )  # fmt: skip
-    _check(ran, level, f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}")
+    _check(status, level, f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}")
     return q
 
 
-def _check(ran: int, level: str | None, wanted: str) -> None:
-    if ran == -2:
+def _check(status: int, level: str | None, expected: str) -> None:
+    if status == -2:
         raise ValueError(f"level: expected one that this processor has, got {level}")
-    if ran < 0:
-        raise ValueError(f"{wanted} for every token, got others")
+    if status < 0:
+        raise ValueError(f"{expected} for every token, got others")

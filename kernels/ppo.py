@@ -70,13 +70,13 @@ class PpoFormula(TokenLoss):
         sums = {name: torch.where(live, value.detach(), 0).float().sum() for name, value in metrics.items()}
         return torch.where(live, scale * loss, 0).sum(), sums
 
-    def slopes(self, logprob, entropy, rows):
-        """The same with its slopes; on CUDA in one kernel."""
+    def grads(self, logprob, entropy, rows):
+        """As `TokenLoss.grads`; on CUDA in one kernel."""
         if not runs_triton(logprob, "logprob"):
-            return super().slopes(logprob, entropy, rows)
-        from ._ppo import ppo_slopes
+            return super().grads(logprob, entropy, rows)
+        from ._ppo import ppo_grads
 
-        return ppo_slopes(
+        return ppo_grads(
             logprob, entropy, self.behaviour, self.advantages, self.scale, clip=self.clip, dual_clip=self.dual_clip,
             reference=self.reference, kl=self.kl, kl_estimator=self.kl_estimator, entropy_bonus=self.entropy,
             sampled=self.sampled, importance_cap=self.importance_cap,
@@ -94,9 +94,9 @@ def token_scale(
     live = (targets >= 0).float()
     if num_sequences is None:
         return live / num_tokens
-    owner = sequence_ids(cu_seqlens, targets.numel())
-    lengths = live.new_zeros(cu_seqlens.numel()).index_add(0, owner, live)
-    return live / (lengths.clamp(min=1)[owner] * num_sequences)
+    sequence = sequence_ids(cu_seqlens, targets.numel())
+    lengths = live.new_zeros(cu_seqlens.numel()).index_add(0, sequence, live)
+    return live / (lengths.clamp(min=1)[sequence] * num_sequences)
 
 
 def ppo(
@@ -152,9 +152,9 @@ def ppo(
 def _value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    from ._ppo import value_slopes
+    from ._ppo import value_loss_grads
 
-    return value_slopes(values.contiguous(), old_values.contiguous(), returns.contiguous(), clip, scale)
+    return value_loss_grads(values.contiguous(), old_values.contiguous(), returns.contiguous(), clip, scale)
 
 
 @_value_loss.register_fake

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, alone or behind the sum with a residual."""
+"""Root-mean-square normalisation, alone or after the sum with a residual."""
 
 import torch
 from torch import Tensor

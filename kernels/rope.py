@@ -18,9 +18,9 @@ def rope_tables(positions: Tensor, head_width: int, base: float) -> tuple[Tensor
 def rope_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each pair (x_i, x_{i + C/2}) of q and k turned by its angle."""
+    """Each pair (x_i, x_{i + C/2}) of q and k rotated by its angle."""
     cos, sin = _angles(cos, sin, positions, q.shape[0])
-    return _turned(q, cos, sin), _turned(k, cos, sin)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
 def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None, tokens: int) -> 
     return cos.unsqueeze(1), sin.unsqueeze(1)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -44,22 +44,22 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        turned = _turned(_joined(q, k), cos, sin)
-        return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
+        rotated = _rotated(_joined(q, k), cos, sin)
+        return rotated[:, : q.shape[1]], rotated[:, q.shape[1] :]
 
     @staticmethod
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        turned = _turned(_joined(dq, dk), cos, -sin)
-        return turned[:, : dq.shape[1]], turned[:, dq.shape[1] :], None, None
+        rotated = _rotated(_joined(dq, dk), cos, -sin)
+        return rotated[:, : dq.shape[1]], rotated[:, dq.shape[1] :], None, None
 
 
 def _joined(q: Tensor, k: Tensor) -> Tensor:
     """(T, H + K, C): a view where k follows q in one buffer, as slices of one projection do; else a copy."""
     if not torch.compiler.is_compiling():
-        apart = k.storage_offset() - q.storage_offset()
+        distance = k.storage_offset() - q.storage_offset()
         same_buffer = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
-        if same_buffer and q.stride() == k.stride() and apart == q.shape[1] * q.stride(1):
+        if same_buffer and q.stride() == k.stride() and distance == q.shape[1] * q.stride(1):
             return q.as_strided((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]), q.stride())
     return torch.cat((q, k), dim=1)
 
@@ -104,7 +104,7 @@ def _(dq, dk, dv, cos, sin):
 
 
 class _RopeOfProduct(torch.autograd.Function):
-    """q, k and v out of one product; their gradients go to one buffer, without slices that are put together."""
+    """q, k and v out of one product; their gradients go to one buffer, without a concatenation."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, kv_heads):
@@ -113,8 +113,8 @@ class _RopeOfProduct(torch.autograd.Function):
         q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
         if ctx.runs_triton:
             return *_rotate(q, k, cos, sin, None, False), v
-        turned = _turned(qkv[:, : q.shape[1] + kv_heads], *_angles(cos, sin, None, qkv.shape[0]))
-        return turned[:, : q.shape[1]], turned[:, q.shape[1] :], v
+        rotated = _rotated(qkv[:, : q.shape[1] + kv_heads], *_angles(cos, sin, None, qkv.shape[0]))
+        return rotated[:, : q.shape[1]], rotated[:, q.shape[1] :], v
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
@@ -123,7 +123,7 @@ class _RopeOfProduct(torch.autograd.Function):
             grads = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
             return _joined_gradient(*grads, cos, sin), None, None, None
         cos, sin = _angles(cos, sin, None, dq.shape[0])
-        return torch.cat((_turned(_joined(dq, dk), cos, -sin), dv), dim=1), None, None, None
+        return torch.cat((_rotated(_joined(dq, dk), cos, -sin), dv), dim=1), None, None, None
 
 
 def rope_of_product(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,8 +159,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     Returns:
         q' (T, H, C) and k' (T, K, C), dtype of q. Differentiable in q and k.
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit, or a position is negative or behind the tables
-            (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere the token becomes NaN).
+        ValueError: shapes, dtypes, devices or strides do not fit, or a position is negative or not in the tables
+            (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere the token becomes NaN).
     Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of Llama checkpoints.
     """
     _check(q, k, cos, sin, positions)

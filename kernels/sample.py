@@ -62,22 +62,22 @@ def sample_reference(
     logits: Tensor, uniform: Tensor, temperature: Tensor | float, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens and log-probabilities as `sample` defines them; masses in fp64."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    heat = torch.as_tensor(temperature, dtype=wide.dtype, device=logits.device)
-    greedy_B = heat == 0
-    scaled = wide
+    logits_BV = logits if logits.dtype == torch.float64 else logits.float()
+    row_temperature = torch.as_tensor(temperature, dtype=logits_BV.dtype, device=logits.device)
+    greedy_B = row_temperature == 0
+    scaled = logits_BV
     if isinstance(temperature, Tensor) or temperature not in (0.0, 1.0):
-        scaled = wide * torch.where(greedy_B, 1.0, heat).reciprocal().view(-1, 1)
+        scaled = logits_BV * torch.where(greedy_B, 1.0, row_temperature).reciprocal().view(-1, 1)
     if top_k is not None or top_p is not None:
         scaled = torch.where(greedy_B.view(-1, 1) | (scaled >= _threshold(scaled, top_k, top_p)), scaled, -torch.inf)
     logprobs = scaled.log_softmax(-1)
-    tokens = _chosen(wide, logprobs, uniform, greedy_B)
+    tokens = _chosen(logits_BV, logprobs, uniform, greedy_B)
     logprob = logprobs.gather(-1, tokens[:, None])[:, 0]
     return tokens.masked_fill(logprob.isnan(), 0), logprob
 
 
 def _chosen(wide: Tensor, logprobs: Tensor, uniform: Tensor, greedy_B: Tensor) -> Tensor:
-    """(B,) words. Log-probabilities round: two words may tie there that do not tie in the logits."""
+    """(B,) tokens. Greedy rows take the maximum of the logits: rounding may make log-probabilities tie that differ."""
     if bool(greedy_B.all()):
         return wide.argmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
@@ -97,8 +97,8 @@ def _threshold(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Te
         kept = torch.where(ranked >= lowest, ranked, -torch.inf)
         mass = kept.double().softmax(-1).cumsum(-1)
         enough = (mass >= top_p.double()[:, None]).int().argmax(-1, keepdim=True)
-        found = ranked.gather(-1, enough)
-        lowest = torch.where((top_p >= 1)[:, None], lowest, torch.maximum(found, lowest))
+        nucleus = ranked.gather(-1, enough)
+        lowest = torch.where((top_p >= 1)[:, None], lowest, torch.maximum(nucleus, lowest))
     return lowest
 
 
@@ -126,13 +126,13 @@ def sample(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token per row, and its log-probability under the distribution that it was drawn from.
 
-    z = logits / temperature. top-k keeps every word whose z is at least the k-th largest; of the distribution over
-    these, top-p keeps every word whose z is at least v, the largest value for which the words with z >= v have a mass
-    of top_p. Words that tie with the last one stay. The choice is the first word in the vocabulary's order whose
-    cumulative mass passes a uniform number times the whole.
+    z = logits / temperature. top-k keeps the entries of the vocabulary whose z is at least the k-th largest. Of the
+    distribution over these, top-p keeps the entries with z >= v, for the largest v whose entries have a mass of at
+    least top_p. Ties with the last one stay. The choice is the first entry in vocabulary order whose cumulative mass
+    passes a uniform number times the whole mass.
 
     Args:
-        logits: (B, V) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous; words of -inf are never drawn.
+        logits: (B, V) fp32, fp16 or bf16 (CPU: fp64 too), last dim contiguous; entries of -inf are never drawn.
         seeds: (B,) int64, one per row: the row's uniform number is `uniforms(seed)`.
         temperature: >= 0, a number or (B,); 0 takes the largest logit, the lowest index of a tie, whatever top_k and
             top_p say, with its log-probability at temperature 1 over the whole vocabulary.
@@ -144,7 +144,7 @@ def sample(
         rounding of masses.
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a number is out of its range, or a row has a NaN, or nothing
-            above -inf (values are looked at on CPU, and on CUDA inside kernels.check_values(); elsewhere such a row
+            above -inf (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere such a row
             gives token 0 with a log-probability of NaN).
     Source: top-p: Holtzman et al. 2020, arXiv:1904.09751.
     """
@@ -175,11 +175,11 @@ def _check(logits: Tensor, seeds: Tensor | None, uniform: Tensor | None) -> None
         raise ValueError(f"logits: expected a float dtype, got {str(logits.dtype).removeprefix('torch.')}")
     if (seeds is None) == (uniform is None):
         raise ValueError(f"seeds, uniform: expected one of the two, got {'both' if uniform is not None else 'none'}")
-    name, given, dtype = ("seeds", seeds, torch.int64) if uniform is None else ("uniform", uniform, torch.float32)
-    if given.shape != logits.shape[:1] or given.dtype != dtype:
+    name, row_source, dtype = ("seeds", seeds, torch.int64) if uniform is None else ("uniform", uniform, torch.float32)
+    if row_source.shape != logits.shape[:1] or row_source.dtype != dtype:
         raise ValueError(
-            f"{name}: expected ({logits.shape[0]},) {str(dtype).removeprefix('torch.')}, got {tuple(given.shape)} "
-            f"{str(given.dtype).removeprefix('torch.')}"
+            f"{name}: expected ({logits.shape[0]},) {str(dtype).removeprefix('torch.')}, got {tuple(row_source.shape)} "
+            f"{str(row_source.dtype).removeprefix('torch.')}"
         )
     same_device(logits=logits, seeds=seeds, uniform=uniform)
     contiguous_rows(logits=logits)
@@ -191,8 +191,8 @@ def _checked(
     """The number or the (B,) tensor as a float, for a float `low`, or as an integer, once it is in range."""
     is_tensor, kind = isinstance(value, Tensor), type(low)
     if is_tensor and (value.shape != logits.shape[:1] or value.device != logits.device):
-        wanted, got = f"({logits.shape[0]},) on {logits.device}", f"{tuple(value.shape)} on {value.device}"
-        raise ValueError(f"{name}: expected {wanted}, got {got}")
+        expected, got = f"({logits.shape[0]},) on {logits.device}", f"{tuple(value.shape)} on {value.device}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
     if kind is int and (value.is_floating_point() if is_tensor else not isinstance(value, Integral)):
         raise ValueError(f"{name}: expected integers, got {value.dtype if is_tensor else value}")
     for number in _numbers(value):

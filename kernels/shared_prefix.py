@@ -1,4 +1,4 @@
-"""Attention of packed sequences of which several begin with the same tokens, which are there once."""
+"""Attention of packed sequences with shared prefixes, each of which is in the row once."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -11,13 +11,15 @@ from .backend import to_device
 
 @dataclass(frozen=True)
 class Prefixes:
-    """A packed row of P tokens of prefixes, then the continuations; takes the place of cu_seqlens.
+    """A packed row of P tokens of prefixes, then their continuations; takes the place of cu_seqlens.
 
     cu_prefixes: (G + 1,) int32, where prefixes start, then P.   max_prefix: the longest.
-    cu_tails: (S + 1,) int32, where continuations start behind the first P tokens, then their number.   max_tail.
-    cu_keys: (S + 1,) int32, where the keys of each continuation start, its prefix's and its own.   max_keys.
-    keys: (N,) int64 rows of those keys.   previous: (T,) int64, the row of the token before each, its own at a
-    beginning.   prefix_tokens: P.   tokens: of the row; both on the host.
+    cu_tails: (S + 1,) int32, where continuations start, counted from token P, then their number of tokens.   max_tail:
+    the longest.
+    cu_keys: (S + 1,) int32, where the keys of each continuation start: those of its prefix, then its own.   max_keys:
+    the most.   keys: (N,) int64 rows of those keys.
+    previous: (T,) int64, the row of the token before each; for the first token of a prefix, the token itself.
+    prefix_tokens: P.   tokens: tokens of the row; both on the host.
     """
 
     cu_prefixes: Tensor
@@ -38,7 +40,7 @@ class Prefixes:
 
 
 class _Pick(torch.autograd.Function):
-    """Rows of x, some of them several times; gradients of a row are added in one order."""
+    """Rows of x, some of them repeated; the gradients of a row are added in one order."""
 
     @staticmethod
     def forward(ctx, x, rows):
@@ -55,7 +57,7 @@ class _Pick(torch.autograd.Function):
 
 
 def pick(x: Tensor, rows: Tensor) -> Tensor:
-    """(N, ...) rows of x (T, ...), any of them as often as it is named; bit-equal gradients between runs.
+    """(N, ...) rows of x (T, ...), with repeats; gradients are bit-equal between runs.
 
     Args:
         rows: (N,) int64, 0 to T - 1.
@@ -66,13 +68,13 @@ def pick(x: Tensor, rows: Tensor) -> Tensor:
 def shared_attention(
     q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, *, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """Causal attention in which every continuation sees its prefix and itself; rows behind the last give 0.
+    """Causal attention in which every continuation sees its prefix and itself; padding rows at the end give 0.
 
-    The same numbers as `attention` of whole sequences, with each prefix computed once.
+    The result is that of `attention` over whole sequences, with each prefix computed once.
 
     Args:
         q: (T, H, C), prefixes first, then continuations, then padding.   k, v: (T, K, C).
-        window: keys seen per query, the own included, as in `attention`.   scale: of the scores.
+        window: keys that a query sees, its own included, as in `attention`.   scale: of the scores.
     Returns:
         (T, H, C). Differentiable in q, k and v.
     Raises:

@@ -14,7 +14,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 class _SwiGlu(torch.autograd.Function):
-    """One node for the fused product; the slope of silu comes from torch's own kernel."""
+    """One node for the fused product; the gradient of silu is torch's own kernel."""
 
     @staticmethod
     def forward(ctx, gate_up):

@@ -59,16 +59,16 @@ def in_a_copy(tmp_path, code, **environment):
 
 
 def test_without_nvcc_there_is_no_library(tmp_path):
-    found = in_a_copy(tmp_path, "import csrc.cuda; print(csrc.cuda.library())", NVCC="no-such-nvcc")
-    assert found.stdout == "None\n", found.stderr
+    result = in_a_copy(tmp_path, "import csrc.cuda; print(csrc.cuda.library())", NVCC="no-such-nvcc")
+    assert result.stdout == "None\n", result.stderr
 
 
 def test_a_failing_nvcc_is_an_error_with_its_output(tmp_path):
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\necho this is broken >&2\nexit 3\n")
     broken.chmod(0o755)
-    found = in_a_copy(tmp_path, "import csrc.cuda; csrc.cuda.library()", NVCC=str(broken))
-    assert "expected a library, got exit 3" in found.stderr and "this is broken" in found.stderr
+    result = in_a_copy(tmp_path, "import csrc.cuda; csrc.cuda.library()", NVCC=str(broken))
+    assert "expected a library, got exit 3" in result.stderr and "this is broken" in result.stderr
     assert not (tmp_path / "csrc" / "cuda" / "libwizard_cuda.so").exists()
 
 

@@ -54,20 +54,20 @@ def library() -> Any:
         path = Path(folder) / "guard_pages.so"
         command = [os.environ.get("CXX", "g++"), "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", str(SOURCE), "-o"]
         subprocess.run([*command, str(path)], check=True)
-        found = ctypes.CDLL(str(path))
-    found.guard_watch.argtypes = ctypes.c_size_t, ctypes.c_size_t
-    return found
+        result = ctypes.CDLL(str(path))
+    result.guard_watch.argtypes = ctypes.c_size_t, ctypes.c_size_t
+    return result
 
 
 @functools.cache
 def system() -> Any:
     """mmap, mprotect and munmap."""
-    found = ctypes.CDLL(None, use_errno=True)
-    found.mmap.restype = ctypes.c_void_p
-    found.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
-    found.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    found.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
-    return found
+    result = ctypes.CDLL(None, use_errno=True)
+    result.mmap.restype = ctypes.c_void_p
+    result.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
+    result.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    result.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
+    return result
 
 
 def bytes_at(address: int, count: int) -> np.ndarray:
@@ -135,8 +135,8 @@ class Copy:
 
 def extents_of(arguments: dict[str, Any]) -> list[Extent]:
     """Extents of the tensors and descriptors that have elements."""
-    found = [Extent.of(name, x) for name, x in arguments.items() if isinstance(x, Tensor | TensorDescriptor)]
-    return [extent for extent in found if extent.count]
+    result = [Extent.of(name, x) for name, x in arguments.items() if isinstance(x, Tensor | TensorDescriptor)]
+    return [extent for extent in result if extent.count]
 
 
 def copies_of(arguments: dict[str, Any], at_end: bool) -> dict[str, Copy]:
@@ -157,11 +157,11 @@ def violations(copies: dict[str, Copy]) -> list[str]:
     """What the launch that just ended touched outside of its arguments, in words."""
     hits = (ctypes.c_size_t * (2 * MAX_HITS))()
     count = library().guard_end(hits)
-    found = []
+    result = []
     for address, kind in zip(hits[: 2 * count : 2], hits[1 : 2 * count : 2]):
         copy = next(c for c in copies.values() if c.start <= address < c.start + c.mapped)
-        found.append(f"{KINDS[kind]} argument {copy.extent.name} {copy.where(address)}")
-    return found
+        result.append(f"{KINDS[kind]} argument {copy.extent.name} {copy.where(address)}")
+    return result
 
 
 def run_once(kernel: InterpretedFunction, arguments: dict[str, Any], at_end: bool, run: Any) -> list[Copy]:
@@ -180,9 +180,9 @@ def run_once(kernel: InterpretedFunction, arguments: dict[str, Any], at_end: boo
     try:
         run(**arguments | {name: replaced(arguments[name], copy) for name, copy in copies.items()})
     finally:
-        found = violations(copies)
-        if found:
-            raise OutsideArgumentError(f"{test}: {kernel.__name__} {'; '.join(found)}")
+        result = violations(copies)
+        if result:
+            raise OutsideArgumentError(f"{test}: {kernel.__name__} {'; '.join(result)}")
     return list(copies.values())
 
 

@@ -47,11 +47,11 @@ def replaced(launch: Launch, name: str, value: int) -> Launch:
 
 def specialised(launch: Launch) -> list[str]:
     """The counts of a launch that make variants: every integer but strides, which a model's sizes fix."""
-    found = []
+    result = []
     for name in numbers(launch):
         if not name.startswith("stride") and len({key(replaced(launch, name, n)) for n in NUMBERS}) > 1:
-            found.append(name)
-    return found
+            result.append(name)
+    return result
 
 
 def changing(case: Case) -> list[str]:
@@ -75,9 +75,9 @@ def violations(case: Case) -> Iterator[str]:
 def main() -> int:
     """Prints what makes variants; returns the exit status."""
     chosen = [case for table in sorted(configuration.kernels()) for case in cases(table, ARCH)]
-    found = [line for case in chosen for line in violations(case)]
-    print(*found, f"{len(chosen)} forms of {len({case.table for case in chosen})} kernels", sep="\n")
-    return bool(found)
+    result = [line for case in chosen for line in violations(case)]
+    print(*result, f"{len(chosen)} forms of {len({case.table for case in chosen})} kernels", sep="\n")
+    return bool(result)
 
 
 if __name__ == "__main__":

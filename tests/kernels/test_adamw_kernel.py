@@ -50,9 +50,9 @@ def test_adamw_on_the_cpu_has_the_bits_of_torch_fused(count):
         theirs.param_groups[0]["lr"] = 0.03 / step
         theirs.step()
         adamw(**ours, gradient=flat.grad, **(NUMBERS | {"lr": 0.03 / step}), step=step)
-        found = theirs.state[flat]
-        assert torch.equal(ours["master"], flat.data) and torch.equal(ours["exp_avg"], found["exp_avg"])
-        assert torch.equal(ours["exp_avg_sq"], found["exp_avg_sq"])
+        result = theirs.state[flat]
+        assert torch.equal(ours["master"], flat.data) and torch.equal(ours["exp_avg"], result["exp_avg"])
+        assert torch.equal(ours["exp_avg_sq"], result["exp_avg_sq"])
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -89,12 +89,12 @@ def test_adamw_traces_without_a_graph_break(backend):
         adamw(master, exp_avg, exp_avg_sq, gradient, **NUMBERS, step=3, scale=scale, copy=copy)
         return master.sum()
 
-    found = []
+    result = []
     with kernels.use_backend(backend):
         for form in (torch.compile(update, fullgraph=True, backend="aot_eager"), update):
             buffers = [*state(1100).values(), torch.tensor(0.5, device=DEVICE)]
             buffers.append(torch.zeros(1100, dtype=torch.float16, device=DEVICE))
-            found.append([form(*buffers), *buffers])
+            result.append([form(*buffers), *buffers])
     torch._dynamo.reset()
-    for traced, eager in zip(*found):
+    for traced, eager in zip(*result):
         torch.testing.assert_close(traced, eager)

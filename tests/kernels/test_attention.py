@@ -119,12 +119,12 @@ def test_attention_keeps_a_neighbour_of_nan_out(path, causal):
     poisoned = {name: t.clone() for name, t in clean.items()}
     for tensor in poisoned.values():
         tensor[3:14] = float("nan")
-    found = []
+    result = []
     for tensors in (clean, poisoned):
         leaves = [t.requires_grad_() for t in tensors.values()]
         out = attention(*leaves, *marks(lengths), causal=causal)[kept]
-        found.append([out, *(g[kept] for g in torch.autograd.grad(out.sin().sum(), leaves))])
-    for a, b in zip(*found):
+        result.append([out, *(g[kept] for g in torch.autograd.grad(out.sin().sum(), leaves))])
+    for a, b in zip(*result):
         assert torch.isfinite(b).all() and torch.equal(a, b)
 
 

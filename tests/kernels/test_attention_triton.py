@@ -65,10 +65,10 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, seen, scale):
         scores = (wide(q) @ wide(k).T * (scale * math.log2(math.e))).masked_fill(~seen, float("-inf"))
-        peak = scores.amax(-1, keepdim=True)
-        total = torch.exp2(scores - peak).sum(-1, keepdim=True)
-        out = ((torch.exp2(scores - peak).to(v.dtype).to(scores.dtype) @ wide(v)) / total).to(v.dtype)
-        ctx.save_for_backward(q, k, v, seen, out, peak + total.log2())
+        row_max = scores.amax(-1, keepdim=True)
+        total = torch.exp2(scores - row_max).sum(-1, keepdim=True)
+        out = ((torch.exp2(scores - row_max).to(v.dtype).to(scores.dtype) @ wide(v)) / total).to(v.dtype)
+        ctx.save_for_backward(q, k, v, seen, out, row_max + total.log2())
         ctx.scale = scale
         return out
 
@@ -122,9 +122,9 @@ def inputs(lengths, key_lengths=None, heads=2, kv_heads=1, width=16, seed=0):
 
 def compare(lengths, tensors, dtype=torch.float32, key_lengths=None, **options):
     options.setdefault("scale", tensors["q"].shape[-1] ** -0.5)
-    own = {} if key_lengths is None else dict(zip(("cu_seqlens_k", "max_seqlen_k"), marks(key_lengths)))
+    local = {} if key_lengths is None else dict(zip(("cu_seqlens_k", "max_seqlen_k"), marks(key_lengths)))
     check(
-        lambda q, k, v: attention(q, k, v, *marks(lengths), **own, **options),
+        lambda q, k, v: attention(q, k, v, *marks(lengths), **local, **options),
         lambda q, k, v: slow(q, k, v, lengths, key_lengths, **options),
         tensors,
         dtype,
@@ -188,12 +188,12 @@ def test_attention_groups_query_heads(heads, kv_heads):
 
 def entries():
     """Classes of the tables and their architectures, by the largest tile first met, each configuration once."""
-    found = {}
+    result = {}
     for entry in table("attention_forward"):
         rest = [e["config"] for name in ("attention_backward_kv", "attention_backward_q") for e in table(name)
                 if (e["arch"], e["class"]) == (entry["arch"], entry["class"])]  # fmt: skip
-        found.setdefault(str((entry["class"], entry["config"], rest)), (entry["arch"], entry["class"]))
-    return [pytest.param(*x, id=f"sm{x[0]}-{x[1]['width']}-{8 * x[1]['bytes']}bit") for x in found.values()]
+        result.setdefault(str((entry["class"], entry["config"], rest)), (entry["arch"], entry["class"]))
+    return [pytest.param(*x, id=f"sm{x[0]}-{x[1]['width']}-{8 * x[1]['bytes']}bit") for x in result.values()]
 
 
 @pytest.mark.parametrize(("arch", "shape"), entries())
@@ -233,7 +233,7 @@ def test_attention_keeps_nan_of_neighbours_and_padding_out(variant, tma, causal)
     lengths, kept = [20, 41, 19], [*range(20), *range(61, 80)]
     clean = {name: t.float() for name, t in inputs([*lengths, 30]).items()}
     cu, longest = marks(lengths)
-    found = []
+    result = []
     for poison in (0.0, float("nan")):
         leaves = []
         for tensor in clean.values():
@@ -247,8 +247,8 @@ def test_attention_keeps_nan_of_neighbours_and_padding_out(variant, tma, causal)
         cotangent[kept] = out.detach()[kept].sin()
         grads = torch.autograd.grad(out, leaves, cotangent)
         assert not out[80:].any() and not any(g[80:].any() for g in grads)
-        found.append([x[kept] for x in (out, *grads)])
-    for a, b in zip(*found):
+        result.append([x[kept] for x in (out, *grads)])
+    for a, b in zip(*result):
         assert torch.isfinite(b).all() and torch.equal(a, b)
 
 

@@ -54,10 +54,10 @@ def expected(q, flat, window, scale):
     return out
 
 
-def close(found, right, dtype):
+def close(result, right, dtype):
     limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    assert found.dtype == dtype and bool(found.isfinite().all())
-    assert float((found.double() - right).abs().max()) <= limit * max(1.0, float(right.abs().max()))
+    assert result.dtype == dtype and bool(result.isfinite().all())
+    assert float((result.double() - right).abs().max()) <= limit * max(1.0, float(right.abs().max()))
 
 
 LENGTHS = [1, 16, 33, 0, 127, 64, 5]
@@ -80,9 +80,9 @@ def test_windows_and_scales(window, scale):
     with kernels.use_backend("triton"), use_config("decode_attention", **SMALL):
         close(decode_attention(*arguments, window=window, scale=scale), right, torch.float32)
     wide, flat = problem(LENGTHS, 16, 4, 2, 16, torch.float64, seed=1)
-    found = decode_attention(*wide, window=window, scale=scale) if DEVICE == "cpu" else None
-    if found is not None:
-        close(found, expected(wide[0], flat, window, scale), torch.float64)
+    result = decode_attention(*wide, window=window, scale=scale) if DEVICE == "cpu" else None
+    if result is not None:
+        close(result, expected(wide[0], flat, window, scale), torch.float64)
 
 
 @pytest.mark.parametrize(

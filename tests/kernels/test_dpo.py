@@ -30,8 +30,8 @@ def test_sigmoid_of_hand_worked_numbers():
     chosen, rejected, *ref = pairs()
     loss, metrics = preference_loss(chosen, rejected, *ref, beta=0.5, num_pairs=2)
     assert loss.item() == pytest.approx(0.386871 / 2, abs=1e-6)
-    slope = 0.5 * (1 - 0.679179) / 2
-    assert gradient(loss, chosen, rejected) == pytest.approx([-slope, slope], abs=1e-6)
+    grad = 0.5 * (1 - 0.679179) / 2
+    assert gradient(loss, chosen, rejected) == pytest.approx([-grad, grad], abs=1e-6)
     expected = {"chosen_reward": 0.25, "rejected_reward": -0.5, "accuracy": 1, "margin": 0.75, "chosen_logprob": -1}
     assert {name: value.item() for name, value in metrics.items()} == expected | {"rejected_logprob": -2}
 
@@ -48,8 +48,8 @@ def test_robust_of_hand_worked_numbers():
     chosen, rejected, *ref = pairs()
     loss, _ = preference_loss(chosen, rejected, *ref, beta=0.5, num_pairs=1, variant="robust", label_smoothing=0.1)
     assert loss.item() == pytest.approx(0.293121, abs=1e-6)
-    slope = 0.5 * (0.9 * 0.320821 + 0.1 * 0.679179) / 0.8
-    assert gradient(loss, chosen, rejected) == pytest.approx([-slope, slope], abs=1e-6)
+    grad = 0.5 * (0.9 * 0.320821 + 0.1 * 0.679179) / 0.8
+    assert gradient(loss, chosen, rejected) == pytest.approx([-grad, grad], abs=1e-6)
 
 
 def test_ipo_of_hand_worked_numbers():
@@ -77,13 +77,13 @@ def test_sequence_logprobs_sum_or_average_each_sequence():
 
 
 MARKS = torch.tensor([0, 7, 8, 8, 19, 20, 26], dtype=torch.int32)
-TOKENS, WIDTH, WORDS = 29, 6, 13
+TOKENS, WIDTH, VOCAB_SIZE = 29, 6, 13
 
 
 def drawn(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    inputs = {"hidden": scaled(TOKENS, WIDTH, seed=seed), "weight": 0.3 * scaled(WORDS, WIDTH, seed=seed + 1)}
-    targets = torch.randint(-1, WORDS, (TOKENS,), generator=generator)
+    inputs = {"hidden": scaled(TOKENS, WIDTH, seed=seed), "weight": 0.3 * scaled(VOCAB_SIZE, WIDTH, seed=seed + 1)}
+    targets = torch.randint(-1, VOCAB_SIZE, (TOKENS,), generator=generator)
     weights = torch.rand(TOKENS, generator=generator) * (torch.rand(TOKENS, generator=generator) > 0.3)
     weights[26:] = 0
     return inputs, targets, weights
@@ -120,7 +120,7 @@ def eager(hidden, weight, targets, weights, reference, *, beta, variant, smoothi
 def path(request, monkeypatch):
     """All rows in one chunk, whose gradients are made in the forward; and chunks of two rows, made anew."""
     if request.param == "chunks":
-        monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * WORDS * 2)
+        monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * VOCAB_SIZE * 2)
     return request.param
 
 

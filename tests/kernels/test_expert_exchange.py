@@ -31,12 +31,12 @@ def test_layout_of_rows_that_came_is_that_of_a_stable_sort(name):
     counts = torch.tensor(COUNTS[name], dtype=torch.int32, device=DEVICE)
     total, experts = int(counts.sum()), counts.shape[1]
     chosen = torch.cat([torch.full((n,), e, dtype=torch.int32) for row in COUNTS[name] for e, n in enumerate(row)])
-    found = expert_layout(counts, total)
+    result = expert_layout(counts, total)
     offsets, rows, positions, tiles = layout_reference(chosen[:, None].to(DEVICE), experts)
-    assert torch.equal(found.offsets, offsets) and torch.equal(found.rows, rows)
-    assert torch.equal(found.positions, positions) and torch.equal(found.tiles, tiles)
-    assert torch.equal(found.experts[:, 0].cpu(), chosen) and bool((found.gates == 1).all())
-    assert found.gates.shape == found.experts.shape == (total, 1)
+    assert torch.equal(result.offsets, offsets) and torch.equal(result.rows, rows)
+    assert torch.equal(result.positions, positions) and torch.equal(result.tiles, tiles)
+    assert torch.equal(result.experts[:, 0].cpu(), chosen) and bool((result.gates == 1).all())
+    assert result.gates.shape == result.experts.shape == (total, 1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -49,19 +49,19 @@ def test_rows_and_their_sums_against_plain_indexing(backend, tokens, width, per_
     experts = experts[:tokens].int().to(DEVICE)
     x = torch.randn(tokens, width, generator=generator).to(DEVICE).requires_grad_()
     gates = torch.rand(tokens, per_token, generator=generator).to(DEVICE).requires_grad_()
-    slope = torch.randn(tokens, width, generator=generator).to(DEVICE)
+    grad = torch.randn(tokens, width, generator=generator).to(DEVICE)
     routing = routing_of(gates, experts, 4)
     scale = torch.randn(tokens * per_token, 1, generator=generator).to(DEVICE)
 
-    def found():
+    def result():
         out = combine(permute_rows(x, routing) * scale, routing)
-        return out, *torch.autograd.grad(out, (x, gates), slope)
+        return out, *torch.autograd.grad(out, (x, gates), grad)
 
     rows = x[routing.rows.long() // per_token] * scale
     expected = (gates[..., None] * rows[routing.positions.long()]).sum(1)
-    expected = expected, *torch.autograd.grad(expected, (x, gates), slope)
+    expected = expected, *torch.autograd.grad(expected, (x, gates), grad)
     with kernels.use_backend(backend):
-        first, second = found(), found()
+        first, second = result(), result()
     for a, b, again in zip(first, expected, second, strict=True):
         assert torch.equal(a, again)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

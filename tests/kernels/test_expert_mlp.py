@@ -60,10 +60,10 @@ def drawn(tokens, width, ffn_width, experts, per_token, seed=0):
 
 def plain(experts, x, gates, gate_up, down):
     """Each pair by itself: the specification, written another way than the code's own reference."""
-    own = experts.flatten().long()
+    local = experts.flatten().long()
     rows = x.repeat_interleave(experts.shape[1], 0)
-    gate, up = torch.einsum("rfd,rd->rf", gate_up[own], rows).chunk(2, -1)
-    outer = torch.einsum("rdf,rf->rd", down[own], F.silu(gate) * up)
+    gate, up = torch.einsum("rfd,rd->rf", gate_up[local], rows).chunk(2, -1)
+    outer = torch.einsum("rdf,rf->rd", down[local], F.silu(gate) * up)
     return (gates.flatten().to(outer.dtype)[:, None] * outer).view(*experts.shape, x.shape[1]).sum(1)
 
 
@@ -73,28 +73,28 @@ class Stored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, experts, x, gates, gate_up, down):
         ctx.save_for_backward(experts, x, gates, gate_up, down)
-        own, rows = experts.flatten().long(), x.repeat_interleave(experts.shape[1], 0).float()
-        gate, up = torch.einsum("rfd,rd->rf", gate_up[own].float(), rows).to(x.dtype).float().chunk(2, -1)
+        local, rows = experts.flatten().long(), x.repeat_interleave(experts.shape[1], 0).float()
+        gate, up = torch.einsum("rfd,rd->rf", gate_up[local].float(), rows).to(x.dtype).float().chunk(2, -1)
         hidden = (F.silu(gate) * up).to(x.dtype).float()
-        outer = torch.einsum("rdf,rf->rd", down[own].float(), hidden).to(x.dtype).float()
+        outer = torch.einsum("rdf,rf->rd", down[local].float(), hidden).to(x.dtype).float()
         return (gates.flatten().float()[:, None] * outer).view(*experts.shape, -1).sum(1).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dout):
         experts, x, gates, gate_up, down = ctx.saved_tensors
-        own, count = experts.flatten().long(), experts.shape[1]
-        rows, slope = (t.repeat_interleave(count, 0).float() for t in (x, dout))
+        local, count = experts.flatten().long(), experts.shape[1]
+        rows, grad = (t.repeat_interleave(count, 0).float() for t in (x, dout))
         weight = gates.flatten().float()[:, None]
-        gate, up = torch.einsum("rfd,rd->rf", gate_up[own].float(), rows).to(x.dtype).float().chunk(2, -1)
-        sigmoid, dhidden = gate.sigmoid(), torch.einsum("rdf,rd->rf", down[own].float(), slope)
+        gate, up = torch.einsum("rfd,rd->rf", gate_up[local].float(), rows).to(x.dtype).float().chunk(2, -1)
+        sigmoid, dhidden = gate.sigmoid(), torch.einsum("rdf,rd->rf", down[local].float(), grad)
         silu = gate * sigmoid
         gated = (weight * silu * up).to(x.dtype).float()
         dgate = dhidden * weight * up * (sigmoid + silu * (1 - sigmoid))
         dinner = torch.cat((dgate, dhidden * weight * silu), -1).to(x.dtype).float()
-        dx = torch.einsum("rfd,rf->rd", gate_up[own].float(), dinner).to(x.dtype).float()
+        dx = torch.einsum("rfd,rf->rd", gate_up[local].float(), dinner).to(x.dtype).float()
         dgate_up, ddown = torch.zeros_like(gate_up).float(), torch.zeros_like(down).float()
-        dgate_up.index_add_(0, own, torch.einsum("rf,rd->rfd", dinner, rows))
-        ddown.index_add_(0, own, torch.einsum("rd,rf->rdf", slope, gated))
+        dgate_up.index_add_(0, local, torch.einsum("rf,rd->rfd", dinner, rows))
+        ddown.index_add_(0, local, torch.einsum("rd,rf->rdf", grad, gated))
         dgates = (dhidden * silu * up).sum(-1).view_as(experts).to(gates.dtype)
         dx = dx.view(*experts.shape, -1).sum(1).to(x.dtype)
         return None, dx, dgates, dgate_up.to(x.dtype), ddown.to(x.dtype)
@@ -148,12 +148,12 @@ def test_every_table_entry(arch, dtype):
         against_float64("idle", 90, 72, 104, 4, 2, dtype, seed=4)
 
 
-def found_by(inputs, experts, num_experts):
+def result_of(inputs, experts, num_experts):
     """Output and all gradients."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     out = expert_mlp(leaves["x"], leaves["gate_up"], leaves["down"], routing_of(leaves["gates"], experts, num_experts))
-    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
-    return out, *torch.autograd.grad((out * slope).sum(), list(leaves.values()))
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+    return out, *torch.autograd.grad((out * grad).sum(), list(leaves.values()))
 
 
 def floats(*shape, seed=0):
@@ -163,39 +163,39 @@ def floats(*shape, seed=0):
 @pytest.mark.parametrize(("tma", "gather"), [(True, False), (False, True), (False, False)])
 def test_descriptors_pointers_gathers_and_copies_give_the_same_bits(tma, gather):
     inputs, experts = floats(41, 48, 64, 4, 2), chosen("zipf", 41, 4, 2, seed=0).to(DEVICE)
-    expected = found_by(inputs, experts, 4)
+    expected = result_of(inputs, experts, 4)
     with tiles(TMA=tma, GATHER=gather):
-        assert all(torch.equal(a, b) for a, b in zip(found_by(inputs, experts, 4), expected))
+        assert all(torch.equal(a, b) for a, b in zip(result_of(inputs, experts, 4), expected))
     with grouped.use_gather(gather):
-        assert all(torch.equal(a, b) for a, b in zip(found_by(inputs, experts, 4), expected))
+        assert all(torch.equal(a, b) for a, b in zip(result_of(inputs, experts, 4), expected))
 
 
 def test_two_runs_are_bit_equal():
     inputs, experts = floats(70, 48, 32, 4, 2, seed=1), chosen("uniform", 70, 4, 2, seed=0).to(DEVICE)
-    assert all(torch.equal(a, b) for a, b in zip(found_by(inputs, experts, 4), found_by(inputs, experts, 4)))
+    assert all(torch.equal(a, b) for a, b in zip(result_of(inputs, experts, 4), result_of(inputs, experts, 4)))
 
 
 # Catches: gradients of idle experts that are left as they were allocated; a tile that reads the next expert's weights.
 def test_idle_experts_get_zero_gradients_and_their_weights_are_never_read():
     inputs, experts = floats(70, 40, 24, 6, 2, seed=2), chosen("idle", 70, 6, 2, seed=0).to(DEVICE)
-    expected = found_by(inputs, experts, 6)
+    expected = result_of(inputs, experts, 6)
     for name in ("gate_up", "down"):
         inputs[name] = inputs[name].clone()
         inputs[name][::4] = float("nan")
-    found = found_by(inputs, experts, 6)
-    for a, b in zip(found, expected):
+    result = result_of(inputs, experts, 6)
+    for a, b in zip(result, expected):
         assert torch.equal(a, b)
-    for slope in found[3:]:
+    for grad in result[3:]:
         idle = torch.arange(6, device=DEVICE) % 4 == 0
-        assert not slope[idle].any() and slope[~idle].flatten(1).any(1).all()
+        assert not grad[idle].any() and grad[~idle].flatten(1).any(1).all()
 
 
 def test_a_broken_token_leaves_the_other_tokens_as_they_are():
     inputs, experts = floats(70, 48, 32, 4, 2, seed=3), chosen("uniform", 70, 4, 2, seed=0).to(DEVICE)
-    out, dx, dgates, *_ = found_by(inputs, experts, 4)
+    out, dx, dgates, *_ = result_of(inputs, experts, 4)
     inputs["x"] = inputs["x"].clone()
     inputs["x"][11] = float("nan")
-    broken, broken_dx, broken_dgates, *_ = found_by(inputs, experts, 4)
+    broken, broken_dx, broken_dgates, *_ = result_of(inputs, experts, 4)
     others = torch.arange(70, device=DEVICE) != 11
     for a, b in ((out, broken), (dx, broken_dx), (dgates, broken_dgates)):
         assert torch.equal(a[others], b[others])
@@ -228,15 +228,15 @@ def test_whole_numbers_are_exact(dtype):
 
 def test_only_what_is_needed_gets_a_gradient():
     inputs, experts = floats(30, 16, 8, 4, 2), chosen("uniform", 30, 4, 2, seed=0).to(DEVICE)
-    whole = dict(zip(inputs, found_by(inputs, experts, 4)[1:]))
+    whole = dict(zip(inputs, result_of(inputs, experts, 4)[1:]))
     for size in (1, 2):
         for names in itertools.combinations(inputs, size):
             leaves = {name: x.clone().requires_grad_(name in names) for name, x in inputs.items()}
             routing = routing_of(leaves["gates"], experts, 4)
             out = expert_mlp(leaves["x"], leaves["gate_up"], leaves["down"], routing)
-            slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
-            slopes = torch.autograd.grad((out * slope).sum(), [leaves[name] for name in names])
-            assert all(torch.equal(a, whole[name]) for a, name in zip(slopes, names))
+            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+            grads = torch.autograd.grad((out * grad).sum(), [leaves[name] for name in names])
+            assert all(torch.equal(a, whole[name]) for a, name in zip(grads, names))
 
 
 # Catches: products kept for a backward that never comes.
@@ -254,7 +254,7 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
 
 def test_no_tokens():
     inputs, experts = floats(0, 16, 8, 4, 2), torch.zeros(0, 2, dtype=torch.int32, device=DEVICE)
-    out, dx, dgates, dgate_up, ddown = found_by(inputs, experts, 4)
+    out, dx, dgates, dgate_up, ddown = result_of(inputs, experts, 4)
     assert out.shape == dx.shape == (0, 16) and dgates.shape == (0, 2)
     assert dgate_up.shape == (4, 16, 16) and ddown.shape == (4, 16, 8) and not dgate_up.any() and not ddown.any()
 
@@ -267,8 +267,8 @@ def test_reference_is_the_specification():
             out = expert_mlp(leaves[0], *leaves[2:], routing_of(leaves[1], experts, 6))
             expected = plain(experts, *leaves)
             assert torch.allclose(out, expected, rtol=1e-12)
-            slopes = [torch.autograd.grad(y.square().sum(), leaves) for y in (out, expected)]
-            assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(*slopes))
+            grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (out, expected)]
+            assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(*grads))
 
 
 @pytest.mark.parametrize("pattern", ["uniform", "one"])

@@ -32,9 +32,9 @@ def slow(rewards, values, lengths, gamma, lam):
 def test_gae_of_hand_worked_numbers():
     """Rewards 0, 1; values 0.5, 0.25: deltas -0.275 and 0.75, gamma lam = 0.45. Then an answer of one token."""
     given = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, 0.25, 0.5])
-    found = gae(*given, marks([2, 1]), gamma=0.9, lam=0.5)
-    assert found[0].tolist() == pytest.approx([0.0625, 0.75, 1.5])
-    assert found[1].tolist() == pytest.approx([0.5625, 1.0, 2.0])
+    result = gae(*given, marks([2, 1]), gamma=0.9, lam=0.5)
+    assert result[0].tolist() == pytest.approx([0.0625, 0.75, 1.5])
+    assert result[1].tolist() == pytest.approx([0.5625, 1.0, 2.0])
 
 
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 3], [4, 0, 2], [0]])
@@ -63,9 +63,9 @@ def test_gae_kernel_equals_the_reference(lengths, gamma, lam):
     given[count:], values[count:] = math.nan, math.nan
     with kernels.use_backend("triton"), use_config("gae", BLOCK=32, num_warps=4, num_stages=1):
         runs = [gae(given.to(DEVICE), values.to(DEVICE), cut.to(DEVICE), gamma=gamma, lam=lam) for _ in range(2)]
-    for found, again, ref, near in zip(*runs, exact, base):
-        assert torch.equal(found, again) and not found[count:].any()
-        assert_close(found[:count].cpu(), near, ref)
+    for result, again, ref, near in zip(*runs, exact, base):
+        assert torch.equal(result, again) and not result[count:].any()
+        assert_close(result[:count].cpu(), near, ref)
 
 
 @pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("gae")}))
@@ -75,8 +75,8 @@ def test_every_table_entry(arch):
     exact = gae_reference(given.double(), values.double(), marks(lengths), lam=0.9)
     base = gae_reference(given, values, marks(lengths), lam=0.9)
     with kernels.use_backend("triton"), use_arch(arch if DEVICE == "cpu" else None):
-        found = gae(given.to(DEVICE), values.to(DEVICE), marks(lengths).to(DEVICE), lam=0.9)
-    for x, near, ref in zip(found, base, exact):
+        result = gae(given.to(DEVICE), values.to(DEVICE), marks(lengths).to(DEVICE), lam=0.9)
+    for x, near, ref in zip(result, base, exact):
         assert_close(x.cpu(), near, ref)
 
 
@@ -84,8 +84,8 @@ def test_gae_takes_boundaries_of_any_stride():
     values, given = torch.randn(2, 7, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     apart = torch.tensor([0, 5, 3, 5, 7, 5], dtype=torch.int32, device=DEVICE)[::2]
     with kernels.use_backend("triton"):
-        found, expected = (gae(given, values, cut) for cut in (apart, apart.clone()))
-    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+        result, expected = (gae(given, values, cut) for cut in (apart, apart.clone()))
+    assert all(torch.equal(x, y) for x, y in zip(result, expected))
 
 
 def test_gae_operation_traces():
@@ -131,8 +131,8 @@ def test_whiten_of_hand_worked_numbers():
 def test_whiten_without_the_shift_keeps_the_mean():
     """1 and 5: mean 3, deviation 2."""
     x = torch.tensor([1.0, math.inf, 5.0])
-    found = whiten(x, torch.tensor([True, False, True]), shift_mean=False)
-    assert found.tolist() == pytest.approx([2, 0, 4])
+    result = whiten(x, torch.tensor([True, False, True]), shift_mean=False)
+    assert result.tolist() == pytest.approx([2, 0, 4])
 
 
 def test_whiten_rounds_as_double_moments_do():
@@ -144,9 +144,11 @@ def test_whiten_rounds_as_double_moments_do():
 
 def test_whiten_takes_the_moments_of_all_ranks():
     """With 4 on another rank: mean 8 / 3, variance 26 / 3 - 64 / 9."""
-    found = whiten(torch.tensor([1.0, 3.0]), moments=lambda total, squares, count: (total + 4, squares + 16, count + 1))
+    result = whiten(
+        torch.tensor([1.0, 3.0]), moments=lambda total, squares, count: (total + 4, squares + 16, count + 1)
+    )
     std = (26 / 3 - 64 / 9) ** 0.5
-    assert found.tolist() == pytest.approx([(1 - 8 / 3) / std, (3 - 8 / 3) / std])
+    assert result.tolist() == pytest.approx([(1 - 8 / 3) / std, (3 - 8 / 3) / std])
 
 
 def test_whiten_refuses_another_shape_and_nothing():

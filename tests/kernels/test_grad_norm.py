@@ -30,10 +30,10 @@ def wide(grads):
 def test_norm_equals_float64(sizes, dtype):
     grads = drawn(sizes, dtype)
     with kernels.use_backend("triton"):
-        found, again = grad_norm(grads), grad_norm(grads)
+        result, again = grad_norm(grads), grad_norm(grads)
     # Sums of 65,536 squares in fp32, 4,096 side by side, and all further ones in fp64.
-    assert abs(found - wide(grads)) <= 2e-7 * wide(grads) and found.dtype == torch.float64 and found.shape == ()
-    assert torch.equal(found, again)
+    assert abs(result - wide(grads)) <= 2e-7 * wide(grads) and result.dtype == torch.float64 and result.shape == ()
+    assert torch.equal(result, again)
     assert abs(grad_norm(grads) - wide(grads)) <= 1e-5 * wide(grads)
 
 
@@ -43,8 +43,8 @@ def test_norm_of_both_dtypes_and_of_slices_between_nan():
     ]
     for offset in (0, 8, 5):
         inside = [x[offset : offset + 1500] for x in around]
-        for x, own in zip(inside, drawn((1500, 1500))):
-            x.copy_(own)
+        for x, local in zip(inside, drawn((1500, 1500))):
+            x.copy_(local)
         with kernels.use_backend("triton"):
             assert abs(grad_norm(inside) - wide(inside)) <= 2e-7 * wide(inside)
         for x in inside:
@@ -111,8 +111,8 @@ def test_table_is_made_once_for_the_same_buffers(monkeypatch):
     monkeypatch.setattr(_grad_norm, "from_host", lambda *numbers: made.append(1) or inner(*numbers))
     grads, others = drawn((100, 100)), drawn((300,))
     with kernels.use_backend("triton"):
-        for own in (grads, others, grads, others, grads[:1]):
-            assert abs(grad_norm(own) - wide(own)) <= 2e-7 * wide(own)
+        for local in (grads, others, grads, others, grads[:1]):
+            assert abs(grad_norm(local) - wide(local)) <= 2e-7 * wide(local)
     assert len(made) == 3
 
 
@@ -155,8 +155,8 @@ def test_norm_on_the_cpu_has_the_bits_of_chunk_norms():
 def test_reduction_over_ranks_gets_the_sum_of_squares():
     grads = drawn((100, 300))
     with kernels.use_backend("triton"):
-        found = grad_norm(grads, reduce=lambda total: total.add_(3.0))
-    assert abs(found.square() - wide(grads).square() - 3.0) <= 1e-6 * found.square()
+        result = grad_norm(grads, reduce=lambda total: total.add_(3.0))
+    assert abs(result.square() - wide(grads).square() - 3.0) <= 1e-6 * result.square()
 
 
 @pytest.mark.parametrize(

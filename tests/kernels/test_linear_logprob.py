@@ -42,7 +42,7 @@ def path(request, monkeypatch):
     if request.param == "chunks":
         monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * 11 * 2)
         monkeypatch.setattr(chunks, "PART_BYTES", 4 * 11)
-        monkeypatch.setattr(chunks, "WORDS", 3)
+        monkeypatch.setattr(chunks, "VOCAB_BLOCK", 3)
     return request.param
 
 
@@ -125,9 +125,9 @@ def test_linear_logprob_of_logits_of_magnitude_1e4(path):
     p = 1 / (1 + math.exp(-0.5))
     assert logprob.tolist() == pytest.approx([math.log(p), math.log(1 - p)], rel=1e-6)
     assert entropy.tolist() == pytest.approx([-p * math.log(p) - (1 - p) * math.log(1 - p)] * 2, rel=1e-6)
-    (slope,) = torch.autograd.grad(logprob.sum(), hidden)
+    (grad,) = torch.autograd.grad(logprob.sum(), hidden)
     # 1e4 times (1 - p) less 1e4 - 0.5 times (1 - p), in fp32
-    assert slope[:, 0].tolist() == pytest.approx([0.5 * (1 - p), -0.5 * p], abs=2e-3)
+    assert grad[:, 0].tolist() == pytest.approx([0.5 * (1 - p), -0.5 * p], abs=2e-3)
 
 
 def test_linear_logprob_of_rows_with_words_of_minus_infinity(path):
@@ -156,12 +156,12 @@ def shards(hidden, weight, targets, count, temperature):
     """A `VocabularyShard` of each slice, whose gather knows the statistics of all of them."""
     edges = [round(weight.shape[0] * i / count) for i in range(count + 1)]
     parts = [
-        linear_logprob_partial(hidden, weight[a:b], targets, start=a, words=weight.shape[0], temperature=temperature)
+        linear_logprob_partial(hidden, weight[a:b], targets, start=a, vocab_size=len(weight), temperature=temperature)
         for a, b in itertools.pairwise(edges)
     ]
     stacked = torch.stack(parts)
     return stacked, [
-        (slice(a, b), VocabularyShard(a, weight.shape[0], lambda own: stacked)) for a, b in itertools.pairwise(edges)
+        (slice(a, b), VocabularyShard(a, weight.shape[0], lambda local: stacked)) for a, b in itertools.pairwise(edges)
     ]
 
 
@@ -177,22 +177,22 @@ def test_slices_of_the_vocabulary_equal_the_whole(path, count, infinite):
         targets = torch.where((targets >= 0) & (targets < 3), 5, targets)
     whole = [x.clone().requires_grad_() for x in (hidden, weight)]
     expected = linear_logprob(*whole, targets, temperature=0.7, entropy=True)
-    slopes = torch.randn(2, 17, generator=torch.Generator().manual_seed(1))
+    grads = torch.randn(2, 17, generator=torch.Generator().manual_seed(1))
     if not infinite:
-        (expected[0] * slopes[0] + expected[1] * slopes[1]).sum().backward()
+        (expected[0] * grads[0] + expected[1] * grads[1]).sum().backward()
     stacked, slices = shards(hidden, weight, targets, count, 0.7)
     merged = merge_partials(stacked, targets)
     dhidden, dweight = torch.zeros_like(hidden), torch.zeros_like(weight)
-    for words, shard in slices:
-        own = [x.clone().requires_grad_() for x in (hidden, weight[words])]
-        found = linear_logprob(*own, targets, temperature=0.7, entropy=True, shard=shard)
-        for x, y, z in zip(found, merged, expected):
+    for vocab_size, shard in slices:
+        local = [x.clone().requires_grad_() for x in (hidden, weight[vocab_size])]
+        result = linear_logprob(*local, targets, temperature=0.7, entropy=True, shard=shard)
+        for x, y, z in zip(result, merged, expected):
             torch.testing.assert_close(x, z, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-6)
         if not infinite:
-            (found[0] * slopes[0] + found[1] * slopes[1]).sum().backward()
-            dhidden += own[0].grad
-            dweight[words] = own[1].grad
+            (result[0] * grads[0] + result[1] * grads[1]).sum().backward()
+            dhidden += local[0].grad
+            dweight[vocab_size] = local[1].grad
     if not infinite:
         for sums, expected in ((dhidden, whole[0].grad), (dweight, whole[1].grad)):
             torch.testing.assert_close(sums, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
@@ -207,13 +207,13 @@ def test_slices_give_a_loss_its_gradients_too():
     expected.loss.backward()
     _, slices = shards(hidden, weight, targets, 3, 1.0)
     dhidden = torch.zeros_like(hidden)
-    for words, shard in slices:
-        own = [x.clone().requires_grad_() for x in (hidden, weight[words])]
-        found = cross_entropy(*own, targets, weights, num_tokens=5, shard=shard)
-        found.loss.backward()
-        torch.testing.assert_close(found.loss, expected.loss)
-        torch.testing.assert_close(own[1].grad, whole[1].grad[words], rtol=1e-5, atol=1e-6)
-        dhidden += own[0].grad
+    for vocab_size, shard in slices:
+        local = [x.clone().requires_grad_() for x in (hidden, weight[vocab_size])]
+        result = cross_entropy(*local, targets, weights, num_tokens=5, shard=shard)
+        result.loss.backward()
+        torch.testing.assert_close(result.loss, expected.loss)
+        torch.testing.assert_close(local[1].grad, whole[1].grad[vocab_size], rtol=1e-5, atol=1e-6)
+        dhidden += local[0].grad
     torch.testing.assert_close(dhidden, whole[0].grad, rtol=1e-5, atol=1e-6)
 
 
@@ -292,8 +292,8 @@ def test_loss_made_in_one_pass_gives_its_gradients_once():
 
 def test_reference_is_what_the_operation_computes():
     inputs, targets = drawn(9, 5, 11)
-    found = linear_logprob(*inputs.values(), targets, temperature=0.7, entropy=True)
-    for x, y in zip(found, linear_logprob_reference(*inputs.values(), targets, temperature=0.7)):
+    result = linear_logprob(*inputs.values(), targets, temperature=0.7, entropy=True)
+    for x, y in zip(result, linear_logprob_reference(*inputs.values(), targets, temperature=0.7)):
         torch.testing.assert_close(x, y)
 
 
@@ -302,8 +302,8 @@ def test_operations_of_linear_logprob_trace():
     head = [x.float().requires_grad_() for x in inputs.values()]
     plain = torch.ops.wizard_engine.linear_logprob_statistics
     torch.library.opcheck(plain, (*head, targets, 0.7, True, 0), test_utils=("test_schema", "test_faketensor"))
-    found = plain(*(x.detach() for x in head), targets, 0.7, True, 0)
-    arguments = (torch.ones(9), torch.ones(9), *(x.detach() for x in head), targets, found, 0.7, 0, True, False)
+    result = plain(*(x.detach() for x in head), targets, 0.7, True, 0)
+    arguments = (torch.ones(9), torch.ones(9), *(x.detach() for x in head), targets, result, 0.7, 0, True, False)
     torch.library.opcheck(
         torch.ops.wizard_engine.linear_logprob_gradients, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -38,13 +38,13 @@ def triton_backend():
         yield
 
 
-def drawn(rows, words, width, seed=0):
+def drawn(rows, vocab_size, width, seed=0):
     """Inputs in float64, and targets of which some are -1."""
     inputs = {
         "hidden": scaled(max(rows, 1), width, seed=seed)[:rows],
-        "weight": 0.3 * scaled(words, width, seed=seed + 1),
+        "weight": 0.3 * scaled(vocab_size, width, seed=seed + 1),
     }
-    targets = torch.randint(-1, words, (rows,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    targets = torch.randint(-1, vocab_size, (rows,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     return {name: x.to(DEVICE) for name, x in inputs.items()}, targets
 
 
@@ -56,20 +56,20 @@ def against_full_logits(inputs, targets, dtype, *, entropy=True, temperature=1.0
     """
 
     def eager(hidden, weight):
-        found = linear_logprob_reference(hidden, weight, targets, temperature=temperature)
-        return found if entropy else found[0]
+        result = linear_logprob_reference(hidden, weight, targets, temperature=temperature)
+        return result if entropy else result[0]
 
     def ours(hidden, weight):
-        found = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy)
-        return found if entropy else found[0]
+        result = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy)
+        return result if entropy else result[0]
 
     def apart(hidden, weight):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = (weight.to(wide) @ hidden.to(wide).T).T / temperature
         if logits.requires_grad:
             logits.register_hook(lambda gradient: gradient.to(hidden.dtype).to(wide))
-        peak = logits.detach().amax(-1, keepdim=True)
-        logprobs = logits - peak - ((logits - peak) * module.LOG2_E).exp2().sum(-1, keepdim=True).log()
+        row_max = logits.detach().amax(-1, keepdim=True)
+        logprobs = logits - row_max - ((logits - row_max) * module.LOG2_E).exp2().sum(-1, keepdim=True).log()
         chosen = logprobs[torch.arange(len(targets)), targets.clamp(min=0)] * (targets >= 0)
         spread = -((logprobs * module.LOG2_E).exp2() * logprobs).sum(-1) * (targets >= 0)
         return (chosen, spread) if entropy else chosen
@@ -80,9 +80,9 @@ def against_full_logits(inputs, targets, dtype, *, entropy=True, temperature=1.0
 # Catches: a mask of tail words left out; the target's column counted from the tile; decay applied to the new sum.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 37])
-@pytest.mark.parametrize(("words", "width"), [(1, 16), (7, 5), (32, 1), (33, 64), (211, 33)])
-def test_linear_logprob_equals_full_logits(rows, words, width, dtype):
-    inputs, targets = drawn(rows, words, width, seed=rows)
+@pytest.mark.parametrize(("vocab_size", "width"), [(1, 16), (7, 5), (32, 1), (33, 64), (211, 33)])
+def test_linear_logprob_equals_full_logits(rows, vocab_size, width, dtype):
+    inputs, targets = drawn(rows, vocab_size, width, seed=rows)
     against_full_logits(inputs, targets, dtype)
 
 
@@ -122,14 +122,14 @@ def test_linear_logprob_through_pointers_equals_that_through_descriptors():
     inputs, targets = drawn(37, 75, 24)
     head = [x.float().requires_grad_() for x in inputs.values()]
 
-    def found():
+    def result():
         results = linear_logprob(*head, targets, entropy=True)
         return *results, *torch.autograd.grad(results[0].sum() + results[1].sum(), head)
 
-    through = found()
+    through = result()
     for name in ("linear_logprob_statistics", "linear_logprob_dlogits"):
         with use_config(name, TMA=False, **SMALL):
-            assert all(torch.equal(a, b) for a, b in zip(found(), through))
+            assert all(torch.equal(a, b) for a, b in zip(result(), through))
 
 
 def test_strided_rows_equal_copies():
@@ -154,11 +154,11 @@ def test_ignored_rows_are_0_whatever_their_hidden_states():
     large = [x.clone().requires_grad_() for x in (hidden.masked_fill((targets < 0)[:, None], 1e4), weight)]
     outs = []
     for leaves in (clean, poisoned, large):
-        found = linear_logprob(*leaves, targets, entropy=True)
-        (found[0].sum() + found[1].sum()).backward()
-        outs.append(found)
-    for found, other in zip(outs[1:], (poisoned, large)):
-        assert all(torch.equal(a, b) for a, b in zip(outs[0], found))
+        result = linear_logprob(*leaves, targets, entropy=True)
+        (result[0].sum() + result[1].sum()).backward()
+        outs.append(result)
+    for result, other in zip(outs[1:], (poisoned, large)):
+        assert all(torch.equal(a, b) for a, b in zip(outs[0], result))
         assert torch.equal(clean[0].grad, other[0].grad)
     assert not clean[0].grad[targets < 0].any() and torch.equal(clean[1].grad, large[1].grad)
 
@@ -167,21 +167,21 @@ def test_two_runs_are_bit_equal():
     inputs, targets = drawn(37, 211, 24, seed=6)
     head = [x.float().requires_grad_() for x in inputs.values()]
 
-    def found():
+    def result():
         results = linear_logprob(*head, targets, entropy=True)
         return *results, *torch.autograd.grad(results[0].sum() + results[1].sum(), head)
 
-    assert all(torch.equal(a, b) for a, b in zip(found(), found()))
+    assert all(torch.equal(a, b) for a, b in zip(result(), result()))
 
 
 def test_integer_inputs_give_exact_targets_and_peaks():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randint(-2, 3, (n, 40), generator=generator).float().to(DEVICE) for n in (37, 75))
     targets = torch.randint(75, (37,), generator=generator).to(DEVICE)
-    found = linear_logprob_partial(hidden, weight, targets)
+    result = linear_logprob_partial(hidden, weight, targets)
     logits = hidden @ weight.T
-    assert torch.equal(found[0], logits.amax(-1))
-    assert torch.equal(found[2], logits.gather(-1, targets[:, None])[:, 0])
+    assert torch.equal(result[0], logits.amax(-1))
+    assert torch.equal(result[2], logits.gather(-1, targets[:, None])[:, 0])
 
 
 # Catches: a sum that is not kept relative to the peak.
@@ -214,15 +214,15 @@ def test_words_of_minus_infinity_have_no_gradient(entropy):
     inputs, targets = drawn(20, 75, 24, seed=13)
     hidden, weight = inputs["hidden"].float().abs() + 1e-3, inputs["weight"].float()
     targets = targets % 40 + 35
-    found = []
-    for words, here in ((weight.masked_fill(torch.arange(75, device=DEVICE)[:, None] < 35, -torch.inf), targets),
+    result = []
+    for vocab_size, here in ((weight.masked_fill(torch.arange(75, device=DEVICE)[:, None] < 35, -torch.inf), targets),
                         (weight[35:], targets - 35)):  # fmt: skip
-        leaf = words.clone().requires_grad_()
+        leaf = vocab_size.clone().requires_grad_()
         logprob, spread = linear_logprob(hidden, leaf, here, entropy=entropy)
         (logprob.sum() + spread.sum() if entropy else logprob.sum()).backward()
-        found.append(leaf.grad)
-    assert not found[0][:35].any()
-    torch.testing.assert_close(found[0][35:], found[1], rtol=0, atol=2e-6 * float(found[1].abs().max()))
+        result.append(leaf.grad)
+    assert not result[0][:35].any()
+    torch.testing.assert_close(result[0][35:], result[1], rtol=0, atol=2e-6 * float(result[1].abs().max()))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -249,10 +249,10 @@ def test_slices_of_the_vocabulary_equal_the_whole(count, infinite):
         targets = torch.where((targets >= 0) & (targets < edges[1]), 149, targets)
     whole = [x.clone().requires_grad_() for x in (hidden, weight)]
     expected = linear_logprob(*whole, targets, temperature=0.7, entropy=True)
-    slopes = torch.randn(2, 37, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    upstreams = torch.randn(2, 37, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     stacked = torch.stack(
         [
-            linear_logprob_partial(hidden, weight[a:b], targets, start=a, words=150, temperature=0.7)
+            linear_logprob_partial(hidden, weight[a:b], targets, start=a, vocab_size=150, temperature=0.7)
             for a, b in itertools.pairwise(edges)
         ]
     )
@@ -260,16 +260,16 @@ def test_slices_of_the_vocabulary_equal_the_whole(count, infinite):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
     if infinite:
         return
-    (expected[0] * slopes[0] + expected[1] * slopes[1]).sum().backward()
+    (expected[0] * upstreams[0] + expected[1] * upstreams[1]).sum().backward()
     dhidden = torch.zeros_like(hidden)
     for a, b in itertools.pairwise(edges):
-        own = [x.clone().requires_grad_() for x in (hidden, weight[a:b])]
+        local = [x.clone().requires_grad_() for x in (hidden, weight[a:b])]
         shard = VocabularyShard(a, 150, lambda _: stacked)
-        found = linear_logprob(*own, targets, temperature=0.7, entropy=True, shard=shard)
-        (found[0] * slopes[0] + found[1] * slopes[1]).sum().backward()
-        dhidden += own[0].grad
+        result = linear_logprob(*local, targets, temperature=0.7, entropy=True, shard=shard)
+        (result[0] * upstreams[0] + result[1] * upstreams[1]).sum().backward()
+        dhidden += local[0].grad
         atol = 2e-6 * float(whole[1].grad.abs().max())
-        torch.testing.assert_close(own[1].grad, whole[1].grad[a:b], rtol=0, atol=atol)
+        torch.testing.assert_close(local[1].grad, whole[1].grad[a:b], rtol=0, atol=atol)
     atol = 2e-6 * float(whole[0].grad.abs().max())
     torch.testing.assert_close(dhidden, whole[0].grad, rtol=0, atol=atol)
 
@@ -284,19 +284,19 @@ def test_gradients_do_not_depend_on_the_workspace(monkeypatch):
 
     whole = gradients()
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 37 * 4 * 64)
-    assert module._slice_words(37, 211, 32, 4) == 64
+    assert module._slice_entries(37, 211, 32, 4) == 64
     cut = gradients()
     assert torch.equal(whole[1], cut[1])
     torch.testing.assert_close(whole[0], cut[0], rtol=0, atol=1e-6 * float(whole[0].abs().max()))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words", "size"), [(1, 1, 2), (16384, 128000, 2), (65536, 128256, 2), (8192, 32001, 4)]
+    ("tokens", "vocab_size", "size"), [(1, 1, 2), (16384, 128000, 2), (65536, 128256, 2), (8192, 32001, 4)]
 )
-def test_workspace_stays_within_its_bound(tokens, words, size):
-    step = module._slice_words(tokens, words, 256, size)
+def test_workspace_stays_within_its_bound(tokens, vocab_size, size):
+    step = module._slice_entries(tokens, vocab_size, 256, size)
     assert step % 256 == 0 and step * tokens * size <= module.WORKSPACE_BYTES <= 256 * 2**20
-    assert step >= min(words, module.WORKSPACE_BYTES // (4 * tokens * size)), "a slice takes a fair share of it"
+    assert step >= min(vocab_size, module.WORKSPACE_BYTES // (4 * tokens * size)), "a slice takes a fair share of it"
 
 
 # Catches: a last group of fewer row tiles that is counted as a full one.
@@ -305,14 +305,14 @@ def test_results_do_not_depend_on_the_order_of_programs(group, monkeypatch):
     inputs, targets = drawn(90, 211, 24, seed=11)
     head = [x.float().requires_grad_() for x in inputs.values()]
 
-    def found():
+    def result():
         results = linear_logprob(*head, targets, entropy=True)
         return *results, *torch.autograd.grad(results[0].sum() + results[1].sum(), head)
 
     monkeypatch.setattr(module, "_split_blocks", lambda *sizes: 2)
-    expected = found()
+    expected = result()
     monkeypatch.setattr(module, "GROUP", group)
-    assert all(torch.equal(a, b) for a, b in zip(found(), expected))
+    assert all(torch.equal(a, b) for a, b in zip(result(), expected))
 
 
 @pytest.mark.parametrize(("tiles", "blocks"), [(0, 1), (1, 1), (1, 500), (64, 500), (128, 125), (257, 500), (4096, 9)])
@@ -363,13 +363,13 @@ def test_losses_equal_those_of_the_reference():
     head = [(0.1 * x).float().requires_grad_() for x in inputs.values()]
     with kernels.use_backend("reference"):
         expected = losses(head, targets, DEVICE)
-        slopes = [torch.autograd.grad(out.loss, head) for out in expected]
-    for out, wanted, gradients in zip(losses(head, targets, DEVICE), expected, slopes):
-        torch.testing.assert_close(out.loss, wanted.loss, rtol=1e-5, atol=1e-5)
-        for name, value in wanted.metrics.items():
+        upstreams = [torch.autograd.grad(out.loss, head) for out in expected]
+    for out, target, gradients in zip(losses(head, targets, DEVICE), expected, upstreams):
+        torch.testing.assert_close(out.loss, target.loss, rtol=1e-5, atol=1e-5)
+        for name, value in target.metrics.items():
             torch.testing.assert_close(out.metrics[name], value, rtol=1e-5, atol=1e-4, msg=name)
-        for found, gradient in zip(torch.autograd.grad(out.loss, head), gradients):
-            torch.testing.assert_close(found, gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+        for result, gradient in zip(torch.autograd.grad(out.loss, head), gradients):
+            torch.testing.assert_close(result, gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
 
 
 @needs_interpreter
@@ -380,7 +380,7 @@ def test_rows_behind_2_to_the_31_elements(which):
     tensors = {name: x.half() for name, x in inputs.items()}
     far = torch.empty(2**31 + 2**20, dtype=torch.float16).as_strided((3, 16), (2**30, 1))
     far.copy_(tensors[which])
-    found = []
+    result = []
     for pointers in (False, True):
         for arguments in (tensors, {**tensors, which: far}):
             leaves = [x.detach().requires_grad_() for x in arguments.values()]
@@ -389,8 +389,8 @@ def test_rows_behind_2_to_the_31_elements(which):
             with configs[0], configs[1]:
                 logprob, _ = linear_logprob(*leaves, targets)
                 grads = torch.autograd.grad(logprob.sum(), leaves)
-            found.append((logprob, *grads))
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+            result.append((logprob, *grads))
+    assert all(torch.equal(a, b) for other in result[1:] for a, b in zip(result[0], other))
 
 
 @needs_interpreter
@@ -398,26 +398,26 @@ def test_gradients_of_logits_behind_2_to_the_31_elements(monkeypatch):
     """The last tile of 70,000 rows of 32,768 words, 2.3e9 elements, the only one that runs."""
     from triton.runtime import interpreter
 
-    rows, words = 70000, 32768
-    hidden, weight = torch.randn(rows, 16).half(), torch.randn(words, 16).half()
-    targets, dlogprob = torch.full((rows,), words - 1), torch.ones(rows)
+    rows, vocab_size = 70000, 32768
+    hidden, weight = torch.randn(rows, 16).half(), torch.randn(vocab_size, 16).half()
+    targets, dlogprob = torch.full((rows,), vocab_size - 1), torch.ones(rows)
     logits = hidden[-32:].float() @ weight.float().T
     statistics = torch.zeros(4, rows)
     statistics[0, -32:], statistics[1, -32:] = logits.amax(-1), (logits - logits.amax(-1, keepdim=True)).exp().sum(-1)
     statistics[1, :-32] = 1
-    dlogits = torch.empty(rows * words, dtype=torch.float16)
-    programs = math.ceil(rows / 16) * words // 32
+    dlogits = torch.empty(rows * vocab_size, dtype=torch.float16)
+    programs = math.ceil(rows / 16) * vocab_size // 32
     last = interpreter.TensorHandle(
         interpreter.np.array([programs - 1], dtype=interpreter.np.int32), interpreter.tl.int32
     )
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: last)
     module.linear_logprob_dlogits_kernel[(1,)](
-        hidden, weight, None, None, targets, statistics, dlogprob, None, dlogits, rows, words, 0, words // 32, 0, 1.0,
-        16, 16, words, WIDTH=16, ENTROPY=False, TMA=False, PRECISION="ieee", GROUP=module.GROUP, **SMALL,
+        hidden, weight, None, None, targets, statistics, dlogprob, None, dlogits, rows, vocab_size, 0, vocab_size // 32,
+        0, 1.0, 16, 16, vocab_size, WIDTH=16, ENTROPY=False, TMA=False, PRECISION="ieee", GROUP=module.GROUP, **SMALL,
     )  # fmt: skip
     expected = -logits.softmax(-1)[-16:, -32:]
     expected[:, -1] += 1
-    torch.testing.assert_close(dlogits.view(rows, words)[-16:, -32:].float(), expected, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(dlogits.view(rows, vocab_size)[-16:, -32:].float(), expected, rtol=2e-3, atol=1e-6)
 
 
 def test_operations_trace_with_the_kernels():
@@ -426,6 +426,6 @@ def test_operations_trace_with_the_kernels():
     tests = ("test_schema", "test_faketensor")
     plain = torch.ops.wizard_engine.linear_logprob_statistics
     torch.library.opcheck(plain, (*head, targets, 0.7, True, 0), test_utils=tests)
-    slope = torch.ones(9, device=DEVICE)
-    arguments = (slope, slope, *head, targets, plain(*head, targets, 0.7, True, 0), 0.7, 0, True, False)
+    grad = torch.ones(9, device=DEVICE)
+    arguments = (grad, grad, *head, targets, plain(*head, targets, 0.7, True, 0), 0.7, 0, True, False)
     torch.library.opcheck(torch.ops.wizard_engine.linear_logprob_gradients, arguments, test_utils=tests)

@@ -26,15 +26,15 @@ needs_liger = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel; pip install liger-kernel"
 )
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl; pip install trl")
-ROWS, LENGTH, WIDTH, WORDS, BETA = 6, 9, 12, 31, 0.3
+ROWS, LENGTH, WIDTH, VOCAB_SIZE, BETA = 6, 9, 12, 31, 0.3
 
 
 def drawn(seed=0):
     """Hidden states (ROWS, LENGTH, WIDTH), a head and another, targets with -100 where nothing is learned."""
     generator = torch.Generator().manual_seed(seed)
     hidden, other = torch.randn(2, ROWS, LENGTH, WIDTH, generator=generator)
-    weight, fixed = torch.randn(2, WORDS, WIDTH, generator=generator)
-    targets = torch.randint(WORDS, (ROWS, LENGTH), generator=generator)
+    weight, fixed = torch.randn(2, VOCAB_SIZE, WIDTH, generator=generator)
+    targets = torch.randint(VOCAB_SIZE, (ROWS, LENGTH), generator=generator)
     for row, (prompt, end) in enumerate([(2, 9), (0, 5), (3, 4), (1, 8), (4, 9), (2, 6)]):
         targets[row, :prompt], targets[row, end:] = -100, -100
     return hidden, weight, other, fixed, targets
@@ -55,8 +55,8 @@ def both(hidden, weight):
 def same(ours, theirs, mine, twins):
     """Equal losses and gradients."""
     torch.testing.assert_close(ours, theirs, rtol=5e-6, atol=1e-6)
-    for found, expected in zip(torch.autograd.grad(ours, mine), torch.autograd.grad(theirs, twins)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for result, expected in zip(torch.autograd.grad(ours, mine), torch.autograd.grad(theirs, twins)):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 def our_dpo(hidden, weight, other, fixed, targets, **options):
@@ -143,11 +143,11 @@ def test_dpo_equals_trl(loss_type, variant, smoothing):
     same(ours.loss, theirs, mine, twins)
     if variant == "ipo":
         return
-    found = {name: values[0] for name, values in trainer._metrics["train"].items() if name.startswith("rewards")}
+    result = {name: values[0] for name, values in trainer._metrics["train"].items() if name.startswith("rewards")}
     means = {name: float(value) / (ROWS // 2) for name, value in ours.metrics.items()}
-    assert found["rewards/chosen"] == pytest.approx(means["chosen_reward"], rel=1e-5)
-    assert found["rewards/margins"] == pytest.approx(means["margin"], rel=1e-5)
-    assert found["rewards/accuracies"] == pytest.approx(means["accuracy"])
+    assert result["rewards/chosen"] == pytest.approx(means["chosen_reward"], rel=1e-5)
+    assert result["rewards/margins"] == pytest.approx(means["margin"], rel=1e-5)
+    assert result["rewards/accuracies"] == pytest.approx(means["accuracy"])
 
 
 def rollout(hidden, weight, targets, seed=3):

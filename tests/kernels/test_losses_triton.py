@@ -22,21 +22,21 @@ def wide(value):
 def compared(formula, *numbers):
     """The kernel's loss, metrics and slopes in fp32 beside the reference's in float64."""
     with kernels.use_backend("triton"):
-        found = formula.slopes(*numbers, ALL)
-        again = formula.slopes(*numbers, ALL)
+        result = formula.grads(*numbers, ALL)
+        again = formula.grads(*numbers, ALL)
     exact = type(formula)(**{name: wide(value) for name, value in vars(formula).items()})
     with kernels.use_backend("reference"):
-        wanted = exact.slopes(*(wide(x) for x in numbers), ALL)
-    assert found[1].keys() == wanted[1].keys()
-    pairs = {"loss": (found[0], wanted[0]), **{name: (found[1][name], wanted[1][name]) for name in wanted[1]}}
-    slopes = [(a, b) for a, b in zip(found[2:], wanted[2:]) if b is not None]
+        target = exact.grads(*(wide(x) for x in numbers), ALL)
+    assert result[1].keys() == target[1].keys()
+    pairs = {"loss": (result[0], target[0]), **{name: (result[1][name], target[1][name]) for name in target[1]}}
+    grads = [(a, b) for a, b in zip(result[2:], target[2:]) if b is not None]
     for name, (value, expected) in pairs.items():
         torch.testing.assert_close(
             value.double(), expected.double(), rtol=3e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
-    for slope, expected in slopes:
-        torch.testing.assert_close(slope.double(), expected, rtol=3e-6, atol=1e-7)
-    assert torch.equal(found[0], again[0]) and all(torch.equal(a, again[2 + n]) for n, (a, _) in enumerate(slopes))
+    for grad, expected in grads:
+        torch.testing.assert_close(grad.double(), expected, rtol=3e-6, atol=1e-7)
+    assert torch.equal(result[0], again[0]) and all(torch.equal(a, again[2 + n]) for n, (a, _) in enumerate(grads))
 
 
 def preference(lengths, padding=3, seed=0, far=1.0):
@@ -87,20 +87,20 @@ def test_dpo_kernel_of_a_pair_that_is_all_but_certain():
     numbers = {**DPO, "beta": 2.0, "num_pairs": 1.0}
     formula = DpoFormula(torch.zeros(2, device=DEVICE), ones, marks, **numbers, num_chosen_tokens=1.0)
     with kernels.use_backend("triton"):
-        loss, _, slope, _ = formula.slopes(logprob, None, ALL)
+        loss, _, grad, _ = formula.grads(logprob, None, ALL)
     assert loss.item() == pytest.approx(math.exp(-24), rel=1e-5)
-    assert slope.tolist() == pytest.approx([-2 * math.exp(-24), 2 * math.exp(-24)], rel=1e-5)
+    assert grad.tolist() == pytest.approx([-2 * math.exp(-24), 2 * math.exp(-24)], rel=1e-5)
 
 
 @pytest.mark.parametrize("mean", [False, True])
 def test_sequence_logprobs_kernel_equals_the_reference(mean):
     logprob, weights, marks, _ = preference([3, 0, 700, 64, 65, 1])
     with kernels.use_backend("triton"):
-        found = sequence_logprobs(logprob, weights, marks, mean=mean)
-        assert torch.equal(found, sequence_logprobs(logprob, weights, marks, mean=mean))
+        result = sequence_logprobs(logprob, weights, marks, mean=mean)
+        assert torch.equal(result, sequence_logprobs(logprob, weights, marks, mean=mean))
     with kernels.use_backend("reference"):
         expected = sequence_logprobs(logprob.double(), weights.double(), marks, mean=mean)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -120,8 +120,8 @@ def test_dpo_kernel_without_weights_is_ln_2():
     nothing, zeros = torch.zeros_like(weights), torch.zeros(4, device=DEVICE)
     formula = DpoFormula(zeros, nothing, marks, **{**DPO, "num_pairs": 2.0}, num_chosen_tokens=1.0)
     with kernels.use_backend("triton"):
-        loss, metrics, slope, _ = formula.slopes(logprob, None, ALL)
-    assert loss.item() == torch.tensor(math.log(2)).item() and metrics["accuracy"] == 1 and not slope.any()
+        loss, metrics, grad, _ = formula.grads(logprob, None, ALL)
+    assert loss.item() == torch.tensor(math.log(2)).item() and metrics["accuracy"] == 1 and not grad.any()
 
 
 def tokens(count, seed=0):
@@ -170,10 +170,10 @@ def test_ppo_kernel_on_fresh_samples_has_ratio_1_exactly():
         behaviour=logprob.clone(), advantages=numbers["advantages"], scale=scale, reference=None, sampled=None, **PPO
     )
     with kernels.use_backend("triton"):
-        _, metrics, slope, _ = formula.slopes(logprob, entropy, ALL)
+        _, metrics, grad, _ = formula.grads(logprob, entropy, ALL)
     live = scale != 0
     assert metrics["ratio"] == live.sum() and metrics["approx_kl"] == 0 and metrics["clip_fraction"] == 0
-    assert torch.equal(slope[live], (-numbers["advantages"] * scale)[live])
+    assert torch.equal(grad[live], (-numbers["advantages"] * scale)[live])
 
 
 def test_ppo_kernel_where_every_token_is_ignored():
@@ -181,8 +181,8 @@ def test_ppo_kernel_where_every_token_is_ignored():
     nothing = {name: torch.full_like(x, math.nan) for name, x in numbers.items()}
     formula = PpoFormula(scale=torch.zeros_like(scale), **nothing, **{**PPO, "kl": 0.1})
     with kernels.use_backend("triton"):
-        loss, metrics, *slopes = formula.slopes(0 * logprob, 0 * entropy, ALL)
-    assert loss == 0 and all(value == 0 for value in metrics.values()) and not any(slope.any() for slope in slopes)
+        loss, metrics, *grads = formula.grads(0 * logprob, 0 * entropy, ALL)
+    assert loss == 0 and all(value == 0 for value in metrics.values()) and not any(grad.any() for grad in grads)
 
 
 # Catches: the clipped side's gradient let through; half a loss.
@@ -197,21 +197,21 @@ def test_value_loss_kernel_equals_the_reference(count):
             leaf = values.to(kind).requires_grad_()
             with kernels.use_backend(backend):
                 loss, metrics = clipped_value_loss(leaf, old.to(kind), returns.to(kind), clip=0.2, num_tokens=7)
-                (slope,) = torch.autograd.grad(3 * loss, leaf)
-            results.append((loss, slope, *metrics.values()))
-    for found, expected in zip(*results):
-        torch.testing.assert_close(found.double(), expected.double(), rtol=3e-6, atol=1e-7)
+                (grad,) = torch.autograd.grad(3 * loss, leaf)
+            results.append((loss, grad, *metrics.values()))
+    for result, expected in zip(*results):
+        torch.testing.assert_close(result.double(), expected.double(), rtol=3e-6, atol=1e-7)
 
 
 def test_value_loss_kernel_splits_a_tie_as_torch_does():
     """Value 1, old 0, clip 0.5, goal 0.75: both sides are off by 0.25."""
     leaf = torch.ones(1, device=DEVICE, requires_grad=True)
     zero, goal = torch.zeros(1, device=DEVICE), torch.full((1,), 0.75, device=DEVICE)
-    slopes = []
+    grads = []
     for backend in ("triton", "reference"):
         with kernels.use_backend(backend):
-            slopes.append(torch.autograd.grad(clipped_value_loss(leaf, zero, goal, clip=0.5, num_tokens=1)[0], leaf)[0])
-    assert torch.equal(*slopes) and slopes[0].item() == 0.125
+            grads.append(torch.autograd.grad(clipped_value_loss(leaf, zero, goal, clip=0.5, num_tokens=1)[0], leaf)[0])
+    assert torch.equal(*grads) and grads[0].item() == 0.125
 
 
 @pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("ppo")}))

@@ -73,7 +73,7 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(wide) @ router.to(wide).T
         if logits.requires_grad:
-            logits.register_hook(lambda slope: slope.to(hidden.dtype).to(wide))
+            logits.register_hook(lambda grad: grad.to(hidden.dtype).to(wide))
         chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :per_token]
         return logits, logits.gather(1, chosen).softmax(-1)
 
@@ -86,7 +86,7 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
 def test_rows_stand_by_expert_then_token(pattern, tokens, experts, per_token):
     given = chosen(pattern, tokens, experts, per_token, seed=tokens).to(DEVICE)
     inputs = {name: x.float() for name, x in drawn(tokens, 8, experts).items()}
-    routing = moe_route(*inputs.values(), experts_per_token=per_token, given=given)
+    routing = moe_route(*inputs.values(), experts_per_token=per_token, replayed_experts=given)
     assert torch.equal(routing.experts, given)
     assert_layout(routing, given, experts)
     logits = inputs["hidden"] @ inputs["router"].T
@@ -98,7 +98,7 @@ def test_given_experts_may_be_strided():
     inputs = [x.float() for x in drawn(40, 8, 6).values()]
     layers = torch.stack([chosen("uniform", 40, 6, 2, seed=s).to(DEVICE) for s in (1, 2, 3)], dim=1)
     for layer, given in enumerate(layers.unbind(1)):
-        routing = moe_route(*inputs, experts_per_token=2, given=given)
+        routing = moe_route(*inputs, experts_per_token=2, replayed_experts=given)
         assert torch.equal(routing.experts, layers[:, layer]) and not given.is_contiguous()
         assert_layout(routing, given, 6)
 
@@ -137,19 +137,19 @@ def test_a_broken_token_leaves_the_others_as_they_are(value):
 def test_two_runs_are_bit_equal():
     inputs = [x.float().requires_grad_() for x in drawn(150, 24, 8, seed=5).values()]
 
-    def found():
+    def result():
         routing = moe_route(*inputs, experts_per_token=2)
-        slopes = torch.autograd.grad(routing.gates[:, 0].sum() + routing.logits.square().sum(), inputs)
-        return routing.logits, routing.gates, routing.experts, routing.rows, routing.positions, routing.tiles, *slopes
+        grads = torch.autograd.grad(routing.gates[:, 0].sum() + routing.logits.square().sum(), inputs)
+        return routing.logits, routing.gates, routing.experts, routing.rows, routing.positions, routing.tiles, *grads
 
-    assert all(torch.equal(a, b) for a, b in zip(found(), found()))
+    assert all(torch.equal(a, b) for a, b in zip(result(), result()))
 
 
 def test_frozen_inputs_get_no_gradient():
     hidden, router = (x.float() for x in drawn(9, 8, 4).values())
     routing = moe_route(hidden.requires_grad_(), router, experts_per_token=2)
-    (slope,) = torch.autograd.grad(routing.gates[:, 0].sum(), hidden)
-    assert slope.abs().sum() > 0
+    (grad,) = torch.autograd.grad(routing.gates[:, 0].sum(), hidden)
+    assert grad.abs().sum() > 0
     assert not moe_route(hidden.detach(), router, experts_per_token=2).gates.requires_grad
 
 
@@ -163,15 +163,18 @@ def test_frozen_inputs_get_no_gradient():
         ({"router": torch.zeros(6, 4, dtype=torch.float16)}, "router: expected the dtype of hidden"),
         ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden: expected a float dtype, got int64"),
         ({"hidden": torch.zeros(4, 3).T}, "hidden: expected a contiguous last dim"),
-        ({"given": torch.zeros(3, 1, dtype=torch.int64)}, r"given: expected \(3, 2\)"),
-        ({"given": torch.zeros(3, 2)}, "int32 or int64"),
-        ({"given": torch.tensor([[0, 1], [2, 2], [0, 1]])}, r"different experts of 0 to 5, got \[2, 2\] at token 1"),
-        ({"given": torch.tensor([[0, 1], [0, 1], [0, 6]])}, r"got \[0, 6\] at token 2"),
-        ({"given": torch.tensor([[0, -1], [0, 1], [0, 5]])}, r"got \[0, -1\] at token 0"),
+        ({"replayed_experts": torch.zeros(3, 1, dtype=torch.int64)}, r"replayed_experts: expected \(3, 2\)"),
+        ({"replayed_experts": torch.zeros(3, 2)}, "int32 or int64"),
+        (
+            {"replayed_experts": torch.tensor([[0, 1], [2, 2], [0, 1]])},
+            r"different experts of 0 to 5, got \[2, 2\] at token 1",
+        ),
+        ({"replayed_experts": torch.tensor([[0, 1], [0, 1], [0, 6]])}, r"got \[0, 6\] at token 2"),
+        ({"replayed_experts": torch.tensor([[0, -1], [0, 1], [0, 5]])}, r"got \[0, -1\] at token 0"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
-    arguments = {"hidden": torch.zeros(3, 4), "router": torch.zeros(6, 4), "experts_per_token": 2, "given": None}
+    arguments = {"hidden": torch.zeros(3, 4), "router": torch.zeros(6, 4), "experts_per_token": 2}
     arguments |= changes
     moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with kernels.check_values(), pytest.raises(ValueError, match=message):

@@ -41,7 +41,7 @@ def test_update_equals_float64(level, size, dtype, accumulates, scale):
     tensors = drawn(size, dtype, seed=size)
     if accumulates:
         tensors["accumulated"] = torch.randn(size, generator=torch.Generator().manual_seed(9))
-    found = updated(tensors, level=level, scale=scale)
+    result = updated(tensors, level=level, scale=scale)
     wide = {name: x.double().clone() for name, x in tensors.items()}
     base = {name: x.float().clone() for name, x in tensors.items()}
     for copies in (wide, base):
@@ -50,9 +50,9 @@ def test_update_equals_float64(level, size, dtype, accumulates, scale):
             accumulated=copies.get("accumulated"), **OPTIONS,
         )  # fmt: skip
     for name in ("master", "exp_avg", "exp_avg_sq"):
-        assert_close(found[name], base[name], wide[name], name)
-    assert torch.equal(found["gradient"], tensors["gradient"])
-    assert not accumulates or not found["accumulated"].any()
+        assert_close(result[name], base[name], wide[name], name)
+    assert torch.equal(result["gradient"], tensors["gradient"])
+    assert not accumulates or not result["accumulated"].any()
 
 
 # Catches: rounding towards zero; ties away from even; a NaN that becomes an infinity.
@@ -64,13 +64,13 @@ def test_copies_are_rounded_as_torch_rounds(level):
     # A NaN whose mantissa is all ones: rounding it like a number would carry into the sign.
     tensors["master"][len(special)] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     tensors["copy"] = torch.zeros(4000, dtype=torch.bfloat16)
-    found = updated(tensors, level=level, lr=0.0)
+    result = updated(tensors, level=level, lr=0.0)
     numbers = ~tensors["master"].isnan()
     expected = tensors["master"].bfloat16()
-    assert torch.equal(found["copy"].view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
-    assert torch.equal(found["copy"].isnan(), ~numbers)
-    found = updated(tensors, level=level)
-    assert torch.equal(found["copy"].nan_to_num(), found["master"].bfloat16().nan_to_num())
+    assert torch.equal(result["copy"].view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
+    assert torch.equal(result["copy"].isnan(), ~numbers)
+    result = updated(tensors, level=level)
+    assert torch.equal(result["copy"].nan_to_num(), result["master"].bfloat16().nan_to_num())
 
 
 @pytest.mark.parametrize("size", [17, 700_001])
@@ -81,15 +81,15 @@ def test_levels_and_threads_give_the_same_bits(size):
     expected = updated(tensors, level="plain", threads=1)
     for level in HERE:
         for threads in (1, 2, 3, 7):
-            found = updated(tensors, level=level, threads=threads)
-            assert all(torch.equal(found[name], expected[name]) for name in found), (level, threads)
+            result = updated(tensors, level=level, threads=threads)
+            assert all(torch.equal(result[name], expected[name]) for name in result), (level, threads)
 
 
 def test_a_scale_that_is_not_finite_changes_nothing():
     tensors = drawn(100) | {"accumulated": torch.ones(100), "copy": torch.ones(100, dtype=torch.bfloat16)}
     for scale in (math.inf, math.nan):
-        found = updated(tensors, scale=scale)
-        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+        result = updated(tensors, scale=scale)
+        assert all(torch.equal(result[name], tensors[name]) for name in tensors)
 
 
 def test_many_steps_follow_torch():

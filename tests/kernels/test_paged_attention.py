@@ -73,9 +73,9 @@ def test_new_tokens_attend_to_the_keys_of_their_sequence(shape, dtype):
         pytest.skip("the kernels have no fp64")
     for number, (sequences, window) in enumerate(zip(SEQUENCES, (None, 7, 20, 16, None))):
         q, keys, values, batch, flat = problem(sequences, *shape, dtype, seed=number)
-        found = paged_attention(q, keys, values, batch, window=window)
-        assert found.dtype == dtype and bool(found.isfinite().all()) and not found[batch.tokens :].any()
-        assert float((found.double() - expected(q, batch, flat, window)).abs().max()) < limit
+        result = paged_attention(q, keys, values, batch, window=window)
+        assert result.dtype == dtype and bool(result.isfinite().all()) and not result[batch.tokens :].any()
+        assert float((result.double() - expected(q, batch, flat, window)).abs().max()) < limit
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -84,8 +84,8 @@ def test_backends_agree(backend):
         pytest.skip("Triton needs a GPU or its interpreter")
     q, keys, values, batch, flat = problem(SEQUENCES[3], 16, 4, 2, 16, torch.float32)
     with kernels.use_backend(backend):
-        found = paged_attention(q, keys, values, batch, window=30)
-    assert float((found.double() - expected(q, batch, flat, 30)).abs().max()) < 3e-6
+        result = paged_attention(q, keys, values, batch, window=30)
+    assert float((result.double() - expected(q, batch, flat, 30)).abs().max()) < 3e-6
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the order of sums on a CPU")
@@ -116,12 +116,12 @@ def test_levels_and_threads_give_the_same_bits(dtype):
         owners, seen = batch.rows(q.shape[0])
         qkv = torch.randn(9, shape[1] + 2 * shape[2], shape[3]).to(dtype)
         cos, sin = rope_tables(torch.arange(9), shape[3], 100.0)
-        found, written = [], []
+        result, written = [], []
         for level in LEVELS:
             for threads in (1, 2):
                 options = {"level": level, "threads": threads}
                 try:
-                    found.append(attend_rows(q, keys, values, batch.page_table, owners, seen, 90, 0.3, **options))
+                    result.append(attend_rows(q, keys, values, batch.page_table, owners, seen, 90, 0.3, **options))
                 except ValueError as error:
                     assert "level: expected one that this processor has" in str(error)
                     continue
@@ -129,7 +129,7 @@ def test_levels_and_threads_give_the_same_bits(dtype):
                 other = torch.zeros_like(cache)
                 slots = torch.arange(9) * 3
                 written.append((write_rows(qkv, cos, sin, cache, other, slots, level=level), cache, other))
-        assert len(found) >= 2 and all(torch.equal(found[0], x) for x in found[1:])
+        assert len(result) >= 2 and all(torch.equal(result[0], x) for x in result[1:])
         assert all(torch.equal(a, b) for pairs in written[1:] for a, b in zip(pairs, written[0]))
 
 
@@ -146,9 +146,9 @@ def test_pages_get_turned_keys_and_values(heads, kv_heads, width, dtype):
     again = write_pages_reference(qkv, cos, sin, *caches[2:], slots)
     turned, k = rope_reference(qkv[:, :heads], qkv[:, heads : heads + kv_heads], cos, sin)
     assert q.is_contiguous() and torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
-    for found, right in ((q, turned), (again, turned), (caches[0].view(48, kv_heads, width)[slots], k)):
-        torch.testing.assert_close(found, right, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
-        assert DEVICE == "cuda" or torch.equal(found, right)
+    for result, right in ((q, turned), (again, turned), (caches[0].view(48, kv_heads, width)[slots], k)):
+        torch.testing.assert_close(result, right, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+        assert DEVICE == "cuda" or torch.equal(result, right)
     assert torch.equal(caches[1].view(48, kv_heads, width)[slots], qkv[:, heads + kv_heads :])
     assert int(caches[0].view(48, -1).any(1).sum()) == tokens
 

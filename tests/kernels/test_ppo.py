@@ -58,14 +58,14 @@ def test_importance_weight_is_truncated_and_has_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "slope"),
+    ("name", "value", "grad"),
     [("k1", math.log(2), 1), ("k2", 0.5 * math.log(2) ** 2, math.log(2)), ("k3", math.log(2) - 0.5, 0.5)],
 )
-def test_divergence_to_the_reference_adds_to_the_loss(name, value, slope):
+def test_divergence_to_the_reference_adds_to_the_loss(name, value, grad):
     """p = 1, r = 1/2: k1 = ln 2, k2 = ln^2 2 / 2, k3 = 1/2 - 1 + ln 2; slopes in log p: 1, ln 2, 1 - r / p."""
     options = {"reference": torch.tensor([0.5]).log(), "kl": 0.1, "kl_estimator": name}
     loss, metrics, gradient = valued([1.0], [0.0], **options)
-    assert loss == pytest.approx(0.1 * value) and gradient == pytest.approx([0.1 * slope])
+    assert loss == pytest.approx(0.1 * value) and gradient == pytest.approx([0.1 * grad])
     assert metrics["kl_k1"] == pytest.approx(math.log(2)) and metrics[f"kl_{name}"] == pytest.approx(value)
 
 
@@ -106,22 +106,22 @@ def test_value_loss_takes_the_worse_of_clipped_and_plain():
 def test_kl_estimates_are_unbiased_and_k3_is_never_negative():
     p, r = (torch.randn(2, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2).softmax(-1)
     exact = (p * (p / r).log()).sum().item()
-    found = kl_estimates(p.log(), r.log())
+    result = kl_estimates(p.log(), r.log())
     for name in ("k1", "k3"):
-        assert (p * found[name]).sum().item() == pytest.approx(exact, rel=1e-9)
-    assert (found["k1"] < 0).any() and (found["k3"] >= 0).all()
-    assert torch.equal(found["k2"], 0.5 * found["k1"] ** 2)
+        assert (p * result[name]).sum().item() == pytest.approx(exact, rel=1e-9)
+    assert (result["k1"] < 0).any() and (result["k3"] >= 0).all()
+    assert torch.equal(result["k2"], 0.5 * result["k1"] ** 2)
 
 
 MARKS = torch.tensor([0, 7, 7, 18, 26], dtype=torch.int32)
-TOKENS, WIDTH, WORDS = 29, 6, 13
+TOKENS, WIDTH, VOCAB_SIZE = 29, 6, 13
 
 
 def drawn(seed=0):
     """Inputs, and what a token needs: NaN where its target is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = {"hidden": scaled(TOKENS, WIDTH, seed=seed), "weight": 0.3 * scaled(WORDS, WIDTH, seed=seed + 1)}
-    targets = torch.randint(-1, WORDS, (TOKENS,), generator=generator)
+    inputs = {"hidden": scaled(TOKENS, WIDTH, seed=seed), "weight": 0.3 * scaled(VOCAB_SIZE, WIDTH, seed=seed + 1)}
+    targets = torch.randint(-1, VOCAB_SIZE, (TOKENS,), generator=generator)
     targets[3:5], targets[26:] = -1, -1
     given = {}
     for number, name in enumerate(("behaviour", "advantages", "reference", "sampled")):
@@ -162,7 +162,7 @@ def eager(
 def path(request, monkeypatch):
     """All rows in one chunk, and chunks of two rows."""
     if request.param == "chunks":
-        monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * WORDS * 2)
+        monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * VOCAB_SIZE * 2)
     return request.param
 
 
@@ -220,7 +220,7 @@ def test_ppo_metrics_do_not_depend_on_chunks(monkeypatch):
         ).metrics  # fmt: skip
 
     whole = metrics()
-    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * WORDS * 2)
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * VOCAB_SIZE * 2)
     cut = metrics()
     assert whole.keys() == cut.keys() and len(whole) == 10
     for name, value in whole.items():

@@ -36,9 +36,9 @@ def test_rms_norm_gradients_come_from_the_results_that_are_used(used):
     with kernels.use_backend("reference"):
         outs = both(*leaves)
         expected = torch.autograd.grad([outs[n] for n in used], leaves, cotangents, allow_unused=True)
-    for found, wanted in zip(grads, expected):
-        wanted = torch.zeros_like(found) if wanted is None else wanted
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    for result, target in zip(grads, expected):
+        target = torch.zeros_like(result) if target is None else target
+        torch.testing.assert_close(result, target, rtol=1e-5, atol=1e-5 * float(target.abs().max()))
     assert torch.equal(grads[0], grads[1])
 
 
@@ -50,9 +50,9 @@ def test_rms_norm_with_a_residual_traces_without_a_graph_break(used):
 
     leaves = inputs()
     traced = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (traced, loss))
+    result, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (traced, loss))
     torch._dynamo.reset()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected))
 
 
 def test_rms_norm_of_wider_strides_equals_that_of_copies():
@@ -60,5 +60,5 @@ def test_rms_norm_of_wider_strides_equals_that_of_copies():
     _, _, weight = inputs()
     poisoned = torch.full((4, 5, 60), float("nan"), device=DEVICE)
     rows = poisoned[:, :, 7:47].copy_(scaled(20, 40, seed=3).view(4, 5, 40)).transpose(0, 1)
-    found, apart = (both(x, x, weight) for x in (rows, rows.contiguous()))
-    assert all(torch.equal(a, b) and torch.isfinite(a).all() for a, b in zip(found, apart))
+    result, apart = (both(x, x, weight) for x in (rows, rows.contiguous()))
+    assert all(torch.equal(a, b) and torch.isfinite(a).all() for a, b in zip(result, apart))

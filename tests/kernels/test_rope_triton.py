@@ -37,6 +37,6 @@ def test_rope_with_positions_traces_without_a_graph_break():
 
     with kernels.use_backend("triton"):
         traced = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        found, expected = (torch.autograd.grad(f(qkv), qkv) for f in (traced, loss))
+        result, expected = (torch.autograd.grad(f(qkv), qkv) for f in (traced, loss))
     torch._dynamo.reset()
-    assert torch.equal(found[0], expected[0])
+    assert torch.equal(result[0], expected[0])

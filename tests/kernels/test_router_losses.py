@@ -14,8 +14,8 @@ def test_load_balancing_loss_by_hand():
     assert loss.item() == pytest.approx(2 * (1 / 3 * 1 + 2 / 3 * 2) / 3)
     padded = load_balancing_loss(logits, experts, num_tokens=2, real=torch.tensor([True, True, False]))
     assert padded.item() == pytest.approx(2 * (0.5 * 1 + 0.5 * 1) / 2)
-    (slope,) = torch.autograd.grad(padded, logits)
-    assert not slope[2].any()
+    (grad,) = torch.autograd.grad(padded, logits)
+    assert not grad[2].any()
 
 
 def test_load_balancing_loss_is_the_number_of_choices_where_the_load_is_even():
@@ -34,8 +34,8 @@ def test_load_balancing_loss_is_that_of_transformers():
     theirs = mixtral.load_balancing_loss_func((logits,), 8, 2)
     ours = load_balancing_loss(logits, experts, num_tokens=50)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
-    slopes = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
-    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-8)
+    grads = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-8)
     mask = torch.ones(2, 25, dtype=torch.int64)
     mask[1, 20:] = 0
     theirs = mixtral.load_balancing_loss_func((logits,), 8, 2, mask)
@@ -51,5 +51,5 @@ def test_z_loss_by_hand():
     assert router_z_loss(logits, num_tokens=1, real=real).item() == pytest.approx(
         float(torch.log(torch.tensor(2.0))) ** 2
     )
-    (slope,) = torch.autograd.grad(router_z_loss(logits, num_tokens=1, real=real), logits)
-    assert not slope[1].any()
+    (grad,) = torch.autograd.grad(router_z_loss(logits, num_tokens=1, real=real), logits)
+    assert not grad[1].any()

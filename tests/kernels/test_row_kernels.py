@@ -30,10 +30,12 @@ def drawn(*shape, seed=0, least=1):
 
 def entries(kernel):
     """(arch, class) of a table, each configuration of a class once."""
-    found = {}
+    result = {}
     for entry in table(kernel):
-        found.setdefault(str((entry["class"], entry["config"])), (entry["arch"], entry["class"]))
-    return [pytest.param(*x, id=f"sm{x[0]}-" + "-".join(str(value) for value in x[1].values())) for x in found.values()]
+        result.setdefault(str((entry["class"], entry["config"])), (entry["arch"], entry["class"]))
+    return [
+        pytest.param(*x, id=f"sm{x[0]}-" + "-".join(str(value) for value in x[1].values())) for x in result.values()
+    ]
 
 
 def runs_here(arch):
@@ -171,10 +173,10 @@ def plain_rope(q, k, cos, sin):
 def test_rope_turns_q_and_k(tokens, heads, kv_heads, width, dtype):
     positions = torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     tables = [x.to(DEVICE) for x in rope_tables(torch.arange(50), width, 100.0)]
-    own = [x[positions] for x in tables]
+    local = [x[positions] for x in tables]
     tensors = {"q": drawn(tokens, heads, width), "k": drawn(tokens, kv_heads, width, seed=1)}
-    for form in (lambda q, k: rope(q, k, *tables, positions), lambda q, k: rope(q, k, *own)):
-        check(form, lambda q, k: plain_rope(q, k, *own), tensors, dtype)
+    for form in (lambda q, k: rope(q, k, *tables, positions), lambda q, k: rope(q, k, *local)):
+        check(form, lambda q, k: plain_rope(q, k, *local), tensors, dtype)
 
 
 # Catches: v's gradient turned, or put where k's last heads stand; a head of the wrong neighbour's.
@@ -202,8 +204,8 @@ def test_rope_of_a_product_keeps_infinite_gradients_of_v_apart():
     _, _, v = rope_of_product(qkv, *(x.to(DEVICE) for x in rope_tables(torch.arange(3), 8, 100.0)), 1)
     dv = torch.full_like(v, float("inf"))
     dv[:, :, 4:] = 1.0
-    (found,) = torch.autograd.grad(v, qkv, dv)
-    assert torch.equal(found[:, 3:], dv) and not found[:, :3].any()
+    (result,) = torch.autograd.grad(v, qkv, dv)
+    assert torch.equal(result[:, 3:], dv) and not result[:, :3].any()
 
 
 @pytest.mark.parametrize(("shape", "kv_heads"), [((3, 2, 8), 1), ((3, 4, 8), 0), ((3, 4, 8), 2), ((3, 32), 1)])
@@ -228,9 +230,9 @@ def test_rope_of_quarter_turns_is_exact_and_takes_strides():
     turns = torch.arange(40, device=DEVICE) % 4
     cos, sin = (torch.tensor(x, device=DEVICE)[turns][:, None].expand(40, 8).contiguous()
                 for x in ([1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, -1.0]))  # fmt: skip
-    found = rope(q, k, cos, sin)
-    same_bits(found, plain_rope(q, k, cos, sin))
-    same_bits(found, rope(q.contiguous(), k.contiguous(), cos, sin))
+    result = rope(q, k, cos, sin)
+    same_bits(result, plain_rope(q, k, cos, sin))
+    same_bits(result, rope(q.contiguous(), k.contiguous(), cos, sin))
 
 
 def test_rope_reads_rows_beyond_2_31_elements():
@@ -309,12 +311,12 @@ NUMBERS = {"lr": 0.03, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.
 
 def updated(function, buffers, dtype, **options):
     """Copies of the buffers in `dtype` after one update."""
-    own = {
+    local = {
         name: (x if name == "gradient" and dtype == torch.float32 else x.to(dtype)).clone()
         for name, x in buffers.items()
     }
-    function(**own, **(NUMBERS | options))
-    return own
+    function(**local, **(NUMBERS | options))
+    return local
 
 
 # Catches: decay after the step instead of beside it; a bias correction of the wrong beta; the last block's mask.
@@ -425,14 +427,14 @@ def test_a_block_traces_without_a_graph_break(backend, experts):
     positions = torch.cat((torch.arange(5), torch.arange(8))).to(DEVICE)
     tables = rope_tables(positions, 16, 1e4)
     cu = torch.tensor([0, 5, 13], dtype=torch.int32, device=DEVICE)
-    found = []
+    result = []
     with kernels.use_backend(backend):
         for form in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
             block.zero_grad()
             stream, delta = form(x, x.flip(0), *tables, cu, 8)
             out = stream + delta
             out.sin().sum().backward()
-            found.append([out, *(p.grad for p in block.parameters())])
+            result.append([out, *(p.grad for p in block.parameters())])
     torch._dynamo.reset()
-    for traced, eager in zip(*found):
+    for traced, eager in zip(*result):
         torch.testing.assert_close(traced, eager)

@@ -19,15 +19,15 @@ def seeds(count, seed=0):
 
 def test_philox_of_the_published_vector():
     """Random123's first known answer: counter 0 and key 0."""
-    words = [int(word) for word in philox(torch.zeros(1, dtype=torch.int64))]
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    vocab_size = [int(word) for word in philox(torch.zeros(1, dtype=torch.int64))]
+    assert vocab_size == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_philox_takes_all_64_bits_of_a_key():
     keys = torch.tensor([0, 1, 1 << 31, 1 << 32, -1, -(1 << 63)])
-    words = torch.stack(philox(keys))
-    assert len({tuple(column) for column in words.T.tolist()}) == 6 and int(words.min()) >= 0
-    assert int(words.max()) < 2**32
+    vocab_size = torch.stack(philox(keys))
+    assert len({tuple(column) for column in vocab_size.T.tolist()}) == 6 and int(vocab_size.min()) >= 0
+    assert int(vocab_size.max()) < 2**32
 
 
 def test_uniforms_are_inside_0_and_1_and_even():
@@ -51,12 +51,12 @@ def test_row_seeds_depend_on_row_step_and_seed_alone():
 
 def enumerated(logits, u, temperature, top_k, top_p):
     """One row, word by word, in Python floats."""
-    words = range(len(logits))
+    vocab_size = range(len(logits))
     if temperature == 0:
-        token = max(words, key=lambda w: (logits[w], -w))
+        token = max(vocab_size, key=lambda w: (logits[w], -w))
         return token, logits[token] - math.log(sum(math.exp(z) for z in logits))
     z = [x / temperature for x in logits]
-    kept = list(words)
+    kept = list(vocab_size)
     if top_k:
         least = sorted(z, reverse=True)[min(top_k, len(z)) - 1]
         kept = [w for w in kept if z[w] >= least]
@@ -108,12 +108,12 @@ def test_sample_has_the_distribution_that_it_says(options):
     assert float(((counts - rows * expected)[kept] ** 2 / (rows * expected)[kept]).sum()) < 20.5  # 99.9 %, 5 degrees
 
 
-def awkward(rows, words, dtype, seed=0):
+def awkward(rows, vocab_size, dtype, seed=0):
     """Logits with ties, -inf, one word alone, and magnitudes of 1e4."""
-    logits = 3 * torch.randn(rows, words, generator=torch.Generator().manual_seed(seed))
+    logits = 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
     logits[:, ::5] = logits[:, :1].clone()
     logits[1::7, 1:] = -torch.inf
-    logits[2::7, : words // 2] = -torch.inf
+    logits[2::7, : vocab_size // 2] = -torch.inf
     logits[3::7] += 1e4 if dtype != torch.float16 else 1e3
     logits[4::7] = 0.0
     return logits.to(dtype)
@@ -121,16 +121,16 @@ def awkward(rows, words, dtype, seed=0):
 
 # Catches: a carry between blocks lost; an index of the block for one of the row; bisection that ends one off.
 @pytest.mark.parametrize(
-    ("words", "dtype"),
+    ("vocab_size", "dtype"),
     [
         (1, torch.float32), (64, torch.float32), (65, torch.float16), (63, torch.bfloat16), (211, torch.float32),
         (2, torch.float16),
     ],
 )  # fmt: skip
-def test_kernel_draws_what_the_reference_draws(words, dtype):
+def test_kernel_draws_what_the_reference_draws(vocab_size, dtype):
     # Seven kinds of rows; the interpreter takes a while to bisect.
     rows = 7
-    logits, drawn = awkward(rows, words, dtype, words), seeds(rows, words)
+    logits, drawn = awkward(rows, vocab_size, dtype, vocab_size), seeds(rows, vocab_size)
     generator = torch.Generator().manual_seed(5)
     mixed = {
         "temperature": torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) > 0.2),
@@ -140,11 +140,11 @@ def test_kernel_draws_what_the_reference_draws(words, dtype):
         there = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         expected = sample(logits, drawn, **options)
         with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
-            found = sample(logits.to(DEVICE), drawn.to(DEVICE), **there)
+            result = sample(logits.to(DEVICE), drawn.to(DEVICE), **there)
             again = sample(logits.to(DEVICE), uniform=uniforms(drawn).to(DEVICE), **there)
-        assert torch.equal(found[0].cpu(), expected[0]), options
-        torch.testing.assert_close(found[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)
-        assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+        assert torch.equal(result[0].cpu(), expected[0]), options
+        torch.testing.assert_close(result[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)
+        assert torch.equal(result[0], again[0]) and torch.equal(result[1], again[1])
 
 
 def on_kernel(logits, drawn, **options):
@@ -157,11 +157,11 @@ def on_kernel(logits, drawn, **options):
 # Catches: a row's options read from another row; a token of the block's number alone.
 def test_kernel_draws_what_the_reference_draws_in_hundreds_of_rows():
     logits, drawn = awkward(200, 101, torch.float32), seeds(200, 4)
-    heat = torch.linspace(0, 2, 200)
-    for options in ({}, {"temperature": heat}):
-        expected, found = sample(logits, drawn, **options), on_kernel(logits, drawn, **options)
-        assert torch.equal(found[0], expected[0])
-        torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=2e-6)
+    row_temperature = torch.linspace(0, 2, 200)
+    for options in ({}, {"temperature": row_temperature}):
+        expected, result = sample(logits, drawn, **options), on_kernel(logits, drawn, **options)
+        assert torch.equal(result[0], expected[0])
+        torch.testing.assert_close(result[1], expected[1], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.8}], ids=str)
@@ -169,9 +169,9 @@ def test_logprobs_are_as_near_to_float64_as_those_of_eager(options):
     logits, drawn = torch.randn(9, 131, generator=torch.Generator().manual_seed(4)).mul(3), seeds(9, 5)
     options = {name: torch.full((9,), x) if name == "temperature" else x for name, x in options.items()}
     exact, base = sample(logits.double(), drawn, **options), sample(logits, drawn, **options)
-    found = on_kernel(logits, drawn, **options)
-    assert torch.equal(found[0], exact[0]) and torch.equal(base[0], exact[0])
-    assert_close(found[1], base[1], exact[1])
+    result = on_kernel(logits, drawn, **options)
+    assert torch.equal(result[0], exact[0]) and torch.equal(base[0], exact[0])
+    assert_close(result[1], base[1], exact[1])
 
 
 def test_kernel_takes_rows_options_and_seeds_of_any_stride():
@@ -181,37 +181,40 @@ def test_kernel_takes_rows_options_and_seeds_of_any_stride():
     share = torch.tensor([0.6]).expand(4)
     expected = sample(logits[:, :70].clone(), drawn[::2].clone(), temperature=mixed, top_k=counts, top_p=share)
     with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
-        found = sample(
+        result = sample(
             logits.to(DEVICE)[:, :70], drawn.to(DEVICE)[::2], temperature=mixed.to(DEVICE), top_k=counts.to(DEVICE),
             top_p=share.to(DEVICE),
         )  # fmt: skip
-    assert torch.equal(found[0].cpu(), expected[0])
-    torch.testing.assert_close(found[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)
+    assert torch.equal(result[0].cpu(), expected[0])
+    torch.testing.assert_close(result[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)
 
 
 def test_numbers_and_tensors_mean_the_same():
     logits, drawn = torch.randn(5, 33, generator=torch.Generator().manual_seed(7)), seeds(5)
-    for heat in (0.003, 0.7, 0.9, 1.0, 1.3, 1e-50, 0.0):
-        one, many = (sample(logits, drawn, temperature=t) for t in (heat, torch.full((5,), heat)))
+    for row_temperature in (0.003, 0.7, 0.9, 1.0, 1.3, 1e-50, 0.0):
+        one, many = (sample(logits, drawn, temperature=t) for t in (row_temperature, torch.full((5,), row_temperature)))
         assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
     for count in (33, 2**31, 2**40):
         for top_k in (count, torch.full((5,), count)):
-            for found in (sample(logits, drawn, top_k=top_k), on_kernel(logits, drawn, top_k=top_k)):
-                assert torch.equal(found[0], sample(logits, drawn)[0])
+            for result in (sample(logits, drawn, top_k=top_k), on_kernel(logits, drawn, top_k=top_k)):
+                assert torch.equal(result[0], sample(logits, drawn)[0])
 
 
 def test_greedy_takes_the_largest_logit_where_logprobs_round_to_a_tie():
     logits = torch.zeros(2, 600)
     logits[0, 300] = 1e-8
     assert len(logits[0].log_softmax(-1).unique()) == 1
-    for heat in (0.0, torch.zeros(2), torch.tensor([0.0, 1.0])):
-        for found in (sample(logits, seeds(2), temperature=heat), on_kernel(logits, seeds(2), temperature=heat)):
-            assert int(found[0][0]) == 300 and float(found[1][0]) == pytest.approx(-math.log(600))
+    for row_temperature in (0.0, torch.zeros(2), torch.tensor([0.0, 1.0])):
+        for result in (
+            sample(logits, seeds(2), temperature=row_temperature),
+            on_kernel(logits, seeds(2), temperature=row_temperature),
+        ):
+            assert int(result[0][0]) == 300 and float(result[1][0]) == pytest.approx(-math.log(600))
 
 
 def test_no_rows():
-    for found in (sample(torch.zeros(0, 5), seeds(0), top_k=2), on_kernel(torch.zeros(0, 5), seeds(0), top_p=0.5)):
-        assert [(x.shape, x.dtype) for x in found] == [((0,), torch.int64), ((0,), torch.float32)]
+    for result in (sample(torch.zeros(0, 5), seeds(0), top_k=2), on_kernel(torch.zeros(0, 5), seeds(0), top_p=0.5)):
+        assert [(x.shape, x.dtype) for x in result] == [((0,), torch.int64), ((0,), torch.float32)]
 
 
 @pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("sample")}))
@@ -220,9 +223,9 @@ def test_every_table_entry(arch):
     for options in ({}, {"top_k": 50, "top_p": 0.9}):
         expected = sample(logits, drawn, **options)
         with kernels.use_backend("triton"), use_arch(arch if DEVICE == "cpu" else None):
-            found = sample(logits.to(DEVICE), drawn.to(DEVICE), **options)
-        assert torch.equal(found[0].cpu(), expected[0])
-        torch.testing.assert_close(found[1].cpu(), expected[1], rtol=1e-5, atol=1e-5)
+            result = sample(logits.to(DEVICE), drawn.to(DEVICE), **options)
+        assert torch.equal(result[0].cpu(), expected[0])
+        torch.testing.assert_close(result[1].cpu(), expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a buffer that is hardly touched, which a GPU would allocate")
@@ -230,9 +233,9 @@ def test_rows_behind_2_to_the_31_elements():
     far = torch.empty(2**31 + 2**20, dtype=torch.float16).as_strided((3, 50), (2**30, 1))
     far.copy_(awkward(3, 50, torch.float16))
     with kernels.use_backend("triton"):
-        found = sample(far, seeds(3), top_k=5)
+        result = sample(far, seeds(3), top_k=5)
         expected = sample(far.contiguous(), seeds(3), top_k=5)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -250,10 +253,11 @@ def test_rows_without_a_distribution_are_named(bad):
 
 def test_sample_operation_traces():
     logits = torch.randn(4, 9).to(DEVICE)
-    heat, counts = torch.ones(4, device=DEVICE), torch.full((4,), 3, dtype=torch.int32, device=DEVICE)
+    row_temperature, counts = torch.ones(4, device=DEVICE), torch.full((4,), 3, dtype=torch.int32, device=DEVICE)
     with kernels.use_backend("triton"):
         torch.library.opcheck(
-            torch.ops.wizard_engine.sample, (logits, seeds(4).to(DEVICE), None, heat, counts, heat),
+            torch.ops.wizard_engine.sample,
+            (logits, seeds(4).to(DEVICE), None, row_temperature, counts, row_temperature),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

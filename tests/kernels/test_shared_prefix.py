@@ -44,8 +44,8 @@ def whole(q, k, v, batch, window):
 def run(function, inputs):
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = function(*leaves)
-    slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
-    return out.detach(), *torch.autograd.grad((out * slopes).sum(), leaves)
+    grads = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    return out.detach(), *torch.autograd.grad((out * grads).sum(), leaves)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -67,11 +67,11 @@ def test_shared_beginnings_change_no_number(group, window, last, backend):
         return run(lambda q, k, v: shared_attention(q, k, v, batch.prefixes, window=window), inputs)
 
     if backend == "cpu":
-        found = ours()
+        result = ours()
     else:
         with kernels.use_backend(backend):
-            found = ours()
-    for a, b in zip(found, expected):
+            result = ours()
+    for a, b in zip(result, expected):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-11 if dtype == torch.float64 else 3e-5)
 
 

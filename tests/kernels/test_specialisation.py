@@ -54,16 +54,16 @@ def test_specialised_count_is_named(module, kernel, table, number, name):
 
 
 def test_whole_numbers_of_options_are_floats_to_the_kernels():
-    from kernels._dpo import dpo_slopes
-    from kernels._ppo import ppo_slopes
+    from kernels._dpo import dpo_grads
+    from kernels._ppo import ppo_grads
 
     numbers, marks = torch.empty(64, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
     with record() as made:
-        ppo_slopes(
+        ppo_grads(
             numbers, numbers, numbers, numbers, numbers, clip=(1, 1), dual_clip=3, reference=numbers, kl=1,
             kl_estimator="k3", entropy_bonus=0, sampled=numbers, importance_cap=2,
         )  # fmt: skip
-        dpo_slopes(
+        dpo_grads(
             numbers, numbers, marks, torch.empty(4, device="meta"), beta=1, num_pairs=2, variant="sigmoid",
             label_smoothing=0, mean=False, nll_scale=1,
         )  # fmt: skip

@@ -29,13 +29,13 @@ def inputs(tokens, heads, kv_heads, width, dtype, *, page=16, seed=0):
     return qkv, cos, sin, caches, slots, positions
 
 
-def near(found, exact, base):
+def near(result, exact, base):
     """At most twice the error of the reference in the tested dtype, NaN where the reference has them."""
-    found, exact, base = (x.double() for x in (found, exact, base))
-    assert torch.equal(found.isnan(), base.isnan())
-    found, exact, base = (x.nan_to_num(0.0) for x in (found, exact, base))
+    result, exact, base = (x.double() for x in (result, exact, base))
+    assert torch.equal(result.isnan(), base.isnan())
+    result, exact, base = (x.nan_to_num(0.0) for x in (result, exact, base))
     bound = 2 * (base - exact).abs().max() + 4 * 2.0**-23 * exact.abs().max()
-    assert float((found - exact).abs().max()) <= float(bound)
+    assert float((result - exact).abs().max()) <= float(bound)
 
 
 def exactly(qkv, cos, sin, caches, slots, positions=None):
@@ -57,10 +57,10 @@ def test_one_launch_rotates_and_stores(tokens, shape, dtype):
     with kernels.use_backend("reference"):
         base = write_pages(qkv, cos, sin, *caches[2:], slots, positions)
     with kernels.use_backend("triton"):
-        found = write_pages(qkv, cos, sin, *caches[:2], slots, positions)
-    assert found.is_contiguous() and found.dtype == dtype
-    for mine, right, other in zip((found, *caches[:2]), exact, (base, *caches[2:])):
-        near(mine, right, other)
+        result = write_pages(qkv, cos, sin, *caches[:2], slots, positions)
+    assert result.is_contiguous() and result.dtype == dtype
+    for ours, right, other in zip((result, *caches[:2]), exact, (base, *caches[2:])):
+        near(ours, right, other)
     # Values are copied, not computed with.
     values = caches[1].view(-1, *caches[1].shape[2:])
     assert torch.equal(values[slots], qkv[:, shape[0] + shape[1] :])
@@ -80,17 +80,17 @@ def test_every_table_entry_is_right(arch, half, dtype):
     with kernels.use_backend("reference"):
         base = write_pages(qkv, cos, sin, *caches[2:], slots, positions)
     with kernels.use_backend("triton"), configuration.use_arch(arch):
-        found = write_pages(qkv, cos, sin, *caches[:2], slots, positions)
-    for mine, right, other in zip((found, *caches[:2]), exact, (base, *caches[2:])):
-        near(mine, right, other)
+        result = write_pages(qkv, cos, sin, *caches[:2], slots, positions)
+    for ours, right, other in zip((result, *caches[:2]), exact, (base, *caches[2:])):
+        near(ours, right, other)
 
 
 def test_without_positions_each_token_has_a_row_of_the_tables():
     qkv, cos, sin, caches, slots, positions = inputs(7, 4, 2, 16, torch.float32)
     with kernels.use_backend("triton"):
-        found = write_pages(qkv, cos[positions], sin[positions], *caches[:2], slots)
+        result = write_pages(qkv, cos[positions], sin[positions], *caches[:2], slots)
         again = write_pages(qkv, cos, sin, *caches[2:], slots, positions.int())
-    assert torch.equal(found, again) and torch.equal(caches[0][~caches[0].isnan()], caches[2][~caches[2].isnan()])
+    assert torch.equal(result, again) and torch.equal(caches[0][~caches[0].isnan()], caches[2][~caches[2].isnan()])
 
 
 def test_padding_goes_to_the_scratch_page_alone():

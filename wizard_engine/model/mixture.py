@@ -129,7 +129,7 @@ class Mixture(nn.Module):
     def forward(self, x_TD: Tensor, routes: Routes | None = None) -> Tensor:
         """(T, D): each token's weighted sum over its experts; `routes` records the choice, or replays what it has."""
         given = None if routes is None else routes.experts.get(self.layer)
-        routing = moe_route(x_TD, self.router.weight, experts_per_token=self.experts_per_token, given=given)
+        routing = moe_route(x_TD, self.router.weight, experts_per_token=self.experts_per_token, replayed_experts=given)
         if routes is None:
             return self.experts(x_TD, routing)
         routes.experts.setdefault(self.layer, routing.experts)
