@@ -18,12 +18,13 @@ from wizard_engine.generation.offline import continued
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize
 from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
+from wizard_engine.rl.options import RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import AnswerReward, score_answer_tokens
 from wizard_engine.rl.sampler import Sampler
 from wizard_engine.rl.trajectories import Rollout, answer_logprobs, answer_values
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.training.online_run import OnlineRun
-from wizard_engine.training.options import Training
+from wizard_engine.training.options import OnlineTraining, Training
 from wizard_engine.training.run import Run
 
 DOCUMENT = 4096
@@ -122,9 +123,11 @@ def rleif(
     runtime = Runtime(0, 1, 0, device)
     with tempfile.TemporaryDirectory() as folder:
         cfg = recipe.Config(
-            data=(), out=Path(folder), model="", instruction_model=Path(folder), process_model=Path(folder), steps=WARM,
-            prompts_per_step=answers // GROUP, samples_per_prompt=GROUP, max_new_tokens=ANSWER, save_every=0,
-            quiet=True,
+            data=(), out=Path(folder), model="", reward=RewardOptions(Path(folder), Path(folder)), quiet=True,
+            training=OnlineTraining(save_every=0),
+            rollout=RolloutOptions(
+                steps=WARM, prompts_per_step=answers // GROUP, samples_per_prompt=GROUP, max_new_tokens=ANSWER
+            ),
         )  # fmt: skip
         policy, reference = (sharded_model(config, runtime, recompute) for _ in range(2))
         critic, process, instruction = (scoring_model(config, runtime, recompute) for _ in range(3))
@@ -154,16 +157,17 @@ def _online_step(
     recipe: Any, cfg: Any, run: OnlineRun, sampler: Sampler, config: ModelConfig, policy: Transformer,
     reference: Transformer, critic: ScoringModel, rewarders: Sequence[ScoringModel], number: int,
 ) -> None:  # fmt: skip
-    answers = cfg.prompts_per_step * cfg.samples_per_prompt
+    count, each = cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt
+    answers = count * each
     generator = np.random.default_rng(number)
-    prompts = [generator.integers(0, config.vocab_size, PROMPT).tolist() for _ in range(cfg.prompts_per_step)]
+    prompts = [generator.integers(0, config.vocab_size, PROMPT).tolist() for _ in range(count)]
     sampler.take()
     samplings = [Sampling(ANSWER, 1.0, seed=number, row=row) for row in range(answers)]
-    drawn = continued(sampler.engine, [prompts[i // cfg.samples_per_prompt] for i in range(answers)], samplings)
+    drawn = continued(sampler.engine, [prompts[i // each] for i in range(answers)], samplings)
     sampler.release()
     samples = [
         Sample(
-            np.asarray([*prompts[i // cfg.samples_per_prompt], *answer], dtype=np.int32),
+            np.asarray([*prompts[i // each], *answer], dtype=np.int32),
             np.concatenate((np.zeros(PROMPT), np.ones(len(answer)))).astype(np.float32),
         )
         for i, answer in enumerate(drawn.tokens)

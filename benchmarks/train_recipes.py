@@ -30,11 +30,12 @@ from wizard_engine.model import ModelConfig, ScoringModel, Transformer
 from wizard_engine.model.loading import shard_model
 from wizard_engine.parallel import Mesh, Sharding, sharded
 from wizard_engine.planning.flops import TRAINING_FACTOR, matrix_parameters, mean_keys
+from wizard_engine.rl.options import RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import InstructionReward, ProcessReward
 from wizard_engine.rl.trajectories import Rollout
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.training.online_run import OnlineRun
-from wizard_engine.training.options import Training
+from wizard_engine.training.options import OnlineTraining, Training
 from wizard_engine.training.run import Run
 
 Span = tuple[int, int]
@@ -288,7 +289,7 @@ def make_reward(shape: Shape, place: Place) -> Recipe:
     model = scoring(shape.config, place, shape.seed, 1)
 
     def step(run: Run, pairs: list[Pair], packs: list[np.ndarray]) -> None:
-        reward.instruction_step(run, model, pairs, packs)
+        reward.train_step(run, model, reward.Instruction(), pairs, packs)
 
     return Recipe({"reward": model}, _pair_steps(shape, place, model, "reward", step, heads=False))
 
@@ -320,9 +321,12 @@ def make_rleif(shape: Shape, place: Place) -> Recipe:
     instruction = scoring(config, place, seed + 2, 1, frozen=True)
     process = scoring(config, place, seed + 3, 3, surprise=True, frozen=True)
     cfg = rleif.Config(
-        data=(), out=place.out, model="", instruction_model=Path(), process_model=Path(), steps=shape.steps,
-        prompts_per_step=shape.prompts * mesh.data.size, samples_per_prompt=SAMPLES, max_new_tokens=shape.new_tokens,
-        batch_size=SAMPLES * shape.prompts, pack_tokens=shape.tokens, save_every=0, seed=seed, quiet=True,
+        data=(), out=place.out, model="", reward=RewardOptions(Path(), Path()), seed=seed, quiet=True,
+        training=OnlineTraining(pack_tokens=shape.tokens, save_every=0),
+        rollout=RolloutOptions(
+            steps=shape.steps, prompts_per_step=shape.prompts * mesh.data.size, samples_per_prompt=SAMPLES,
+            max_new_tokens=shape.new_tokens, batch_size=SAMPLES * shape.prompts,
+        ),
     )  # fmt: skip
 
     def steps() -> Iterator[Work]:

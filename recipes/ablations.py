@@ -58,7 +58,9 @@ class Ablations:
 
     def measure(self, pipeline: progressive.Pipeline, model: Path, name: str) -> dict[str, Any]:
         """A line of a table: the accuracies of one model."""
-        out = pipeline.run(name, accuracy, model=model, data=self.held_out, max_new_tokens=self.plan.max_new_tokens)
+        out = pipeline.run(
+            name, accuracy, model=model, data=self.held_out, max_new_tokens=self.plan.rollout.max_new_tokens
+        )
         counted = read_object(out / "accuracy.json")
         return {key: counted[key] for key in ("accuracy", "se", "sampled_accuracy", "sampled_se", "total")}
 
@@ -106,10 +108,10 @@ class Ablations:
         rows.append({"setting": "before RLEIF", **{key: lines[key] for key in kept}})
         for factors in (FACTORS, *((name,) for name in FACTORS)):
             pipeline = self.pipeline("reward_" + "_".join(factors))
-            options = pipeline.rleif_options(factors)
+            models = at / "instruction_reward" / "model", at / "process_reward" / "model"
+            options = pipeline.rleif_options(*models, factors)
             model = pipeline.run(
                 "rleif", rleif, data=(at / "rows" / "slice_1.jsonl",), model=str(at / "stage_dpo" / "model"),
-                instruction_model=at / "instruction_reward" / "model", process_model=at / "process_reward" / "model",
                 **options,
             ) / "model"  # fmt: skip
             rows.append({"setting": " x ".join(factors), **self.measure(pipeline, model, "accuracy")})

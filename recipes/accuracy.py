@@ -5,7 +5,7 @@ python recipes/accuracy.py --model openai:MODEL@http://127.0.0.1:8000/v1 --data 
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wizard_engine import runtime, world
@@ -19,7 +19,7 @@ from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Config:
     """Model directory, registered program (world:NAME) or endpoint (openai:MODEL@URL)."""
     data: Path
     """Conversation rows; the last answer of each is the reference."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Directory for answers.jsonl and accuracy.json."""
     temperature: float = 1.0
     """Of the sampled answers; the others are greedy."""
@@ -38,12 +38,12 @@ class Config:
     """Longest answer, tokens."""
     limit: int | None = None
     """Rows read at most; default: all."""
-    batch_size: int = 128
+    batch_size: int = field(default=128, metadata=INCIDENTAL)
     """Answers generated together; calls of one transaction."""
     seed: int = 0
-    device: str = "auto"
-    overwrite: bool = False
-    quiet: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def main(cfg: Config) -> dict:

@@ -9,7 +9,7 @@ the answers under the checkpoint; without one there is none.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from wizard_engine.generation import perplexities
 from wizard_engine.model.loading import language_model
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis.tagging import tag_rows
 
 
@@ -32,7 +32,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K, preference pairs, ..."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Directory for rows.jsonl, analysis.json and analysis.html."""
     checkpoint: Path | None = None
     """Model directory whose perplexity is an attribute; default: none."""
@@ -45,10 +45,10 @@ class Config:
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
     """Of the clusters that name topics beyond the lexicon."""
-    device: str = "auto"
-    overwrite: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
-    quiet: bool = False
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> list[float] | None:

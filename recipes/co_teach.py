@@ -7,17 +7,17 @@ Writes OUT/sft.jsonl (lessons), OUT/preferences.jsonl, OUT/battles.jsonl and OUT
 OUT/ledger.sqlite: a resumed run repeats none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from wizard_engine import runtime, world
-from wizard_engine.agents import Cast
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import co_teach
-from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K; their last answers are not used."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents
     sft_threshold: float = 3.0
@@ -62,12 +62,12 @@ class Config:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
-    batch_size: int = 256
+    batch_size: int = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
-    device: str = "auto"
-    overwrite: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
-    quiet: bool = False
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def main(cfg: Config) -> dict:
@@ -77,10 +77,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "co_teach", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
-    rows, rejected = read_conversations(
-        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
-    )
+    cast, rows, rejected = open_inputs(cfg, rt)
     who = cfg.agents
     taught = co_teach(
         rows, ours=cast.agent(who.ours), rivals=[cast.agent(spec) for spec in who.rivals],

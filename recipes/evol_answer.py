@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from wizard_engine import runtime, world
-from wizard_engine.agents import Cast
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import evolve_answers
 from wizard_engine.synthesis.evol_answer import OPERATORS
-from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents = field(default_factory=Agents)
     rounds: int = 2
@@ -54,12 +54,12 @@ class Config:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
-    batch_size: int = 256
+    batch_size: int = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
-    device: str = "auto"
-    overwrite: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
-    quiet: bool = False
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def main(cfg: Config) -> dict:
@@ -69,23 +69,20 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "evol_answer", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
-    rows, rejected = read_conversations(
-        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
-    )
-    evolved = evolve_answers(
+    cast, rows, rejected = open_inputs(cfg, rt)
+    rewritten = evolve_answers(
         rows, rewriter=cast.agent(cfg.agents.rewriter), judge=cast.agent(cfg.agents.judge), rounds=cfg.rounds,
         operators=cfg.operators, length_cap=cfg.length_cap, result_margin=cfg.result_margin, min_gap=cfg.min_gap,
         seed=cfg.seed, max_tokens=cfg.max_tokens,
     )  # fmt: skip
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **evolved.statistics}
-    files = {"rows": evolved.rows, "preferences": evolved.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": evolved.chains}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **rewritten.statistics}
+    files = {"rows": rewritten.rows, "preferences": rewritten.preferences}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": rewritten.chains}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        changed, pairs = evolved.statistics["rows_changed"], len(evolved.preferences)
+        changed, pairs = rewritten.statistics["rows_changed"], len(rewritten.preferences)
         print(f"{changed} of {len(rows)} answers changed, {pairs} preference rows")
-        print_table("operator", evolved.statistics["operators"])
+        print_table("operator", rewritten.statistics["operators"])
     return finish_stage(stage, rt, report, outputs)
 
 

@@ -21,10 +21,11 @@ from wizard_engine.data.records import Conversation, read_prompts
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
 from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
-from wizard_engine.synthesis.outputs import print_table, read_conversations, write_outputs
+from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents = field(default_factory=Agents)
     rounds: int = 1
@@ -87,12 +88,12 @@ class Config:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
-    batch_size: int = 256
+    batch_size: int = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
-    device: str = "auto"
-    overwrite: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
-    quiet: bool = False
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[str, dict[str, Any]]:
@@ -133,10 +134,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "evol_instruct", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
-    rows, rejected = read_conversations(
-        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
-    )
+    cast, rows, rejected = open_inputs(cfg, rt)
     method, search = choose_method(cfg, cast, rows)
     evolved = evolve_instructions(
         rows, evolver=cast.agent(cfg.agents.evolver), answerer=cast.agent(cfg.agents.answerer),

@@ -4,7 +4,7 @@ python recipes/make_world.py --out runs/world --corpus 10000 --seed 0
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wizard_engine import runtime, world
@@ -14,14 +14,14 @@ from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
 @dataclass(frozen=True)
 class Config:
     """The embedded world: problems, answers and text."""
 
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Directory for corpus.jsonl, held_out.jsonl, plain.jsonl, questions.jsonl and tokenizer/."""
     corpus: int = 10_000
     """Rows of the natural corpus."""
@@ -34,8 +34,8 @@ class Config:
     vocabulary: int = 720
     """Most tokens of the tokenizer."""
     seed: int = 0
-    overwrite: bool = False
-    quiet: bool = False
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def write(cfg: Config) -> tuple[dict, list[Path]]:

@@ -36,11 +36,12 @@ from recipes import (
 from wizard_engine import runtime, world
 from wizard_engine.evaluation.summary import Timing, write_summary
 from wizard_engine.parallel import MeshOptions, Sharding
+from wizard_engine.rl.options import CriticOptions, KLOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import FACTORS
 from wizard_engine.runtime.files import write_json
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.training.options import Training
+from wizard_engine.training.options import OnlineTraining, Training
 
 # Target shares of the embedded world's attributes: more of rare topics, Spanish, hard problems and careful sources.
 TARGETS = {
@@ -117,22 +118,18 @@ class Config:
     preference: Training = field(default_factory=Training)
     instruction_reward: Training = field(default_factory=Training)
     process_reward: Training = field(default_factory=Training)
-    rleif_steps: int = 24
-    """Rollouts per slice."""
-    rleif_prompts: int = 24
-    """Prompts of a rollout."""
-    rleif_samples: int = 8
-    """Answers per prompt."""
-    rleif_lr: float = 1e-4
-    ptx: float = 0.5
-    """Weight of the supervised loss beside PPO."""
-    critic_lr: float = 5e-4
-    kl: float = 0.02
+    reinforcement: OnlineTraining = field(default_factory=lambda: OnlineTraining(lr=1e-4))
+    rollout: RolloutOptions = field(
+        default_factory=lambda: RolloutOptions(steps=24, prompts_per_step=24, samples_per_prompt=8, max_new_tokens=80)
+    )
+    """Of RLEIF in each slice; the student's other answers are as long at most."""
+    critic: CriticOptions = field(default_factory=lambda: CriticOptions(lr=5e-4))
+    kl: KLOptions = field(default_factory=lambda: KLOptions(coefficient=0.02))
+    ptx: PTXOptions = field(default_factory=lambda: PTXOptions(coefficient=0.5))
     dpo_slices: int = 2
     beta: float = 0.2
     nll: float = 0.5
     """Weight of the chosen answers' likelihood in Stage-DPO."""
-    max_new_tokens: int = 80
     mesh: MeshOptions = field(default_factory=MeshOptions)
     sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
@@ -160,8 +157,8 @@ TINY = replace(
         corpus=900, plain=300, held_out=60, sample=240, battles=20, preferences=30, questions=8
     ),
     pretraining=TINY_STEPS, supervised=TINY_STEPS, preference=replace(TINY_STEPS, lr=2e-5),
-    instruction_reward=TINY_STEPS, process_reward=TINY_STEPS, rleif_steps=2, rleif_prompts=4, rleif_samples=2,
-    max_new_tokens=32, dpo_slices=1,
+    instruction_reward=TINY_STEPS, process_reward=TINY_STEPS, dpo_slices=1,
+    rollout=RolloutOptions(steps=2, prompts_per_step=4, samples_per_prompt=2, max_new_tokens=32),
 )  # fmt: skip
 PRESETS = {"demo": DEMO, "tiny": TINY}
 
@@ -263,7 +260,8 @@ class Pipeline:
         cfg, at = self.cfg, f"slice_{t}"
         supervised = self.run(f"{at}/sft", sft, data=rows, model=str(model), training=cfg.supervised) / "model"
         self_taught = self.run(
-            f"{at}/self_teach", self_teach, data=rows[-1:], limit=cfg.sizes.preferences, max_tokens=cfg.max_new_tokens,
+            f"{at}/self_teach", self_teach, data=rows[-1:], limit=cfg.sizes.preferences,
+            max_tokens=cfg.rollout.max_new_tokens,
             agents=self_teach.Agents(str(supervised), cfg.agents.judge, labeller=cfg.agents.labeller), keep=1.0,
         )  # fmt: skip
         evolved = self.out / at / "evol_answer"
@@ -283,8 +281,7 @@ class Pipeline:
         )  # fmt: skip
         reinforced = self.run(
             f"{at}/rleif", rleif, data=rows[-1:], model=str(preferred / "model"),
-            instruction_model=instruction / "model", process_model=process / "model",
-            **self.rleif_options(cfg.factors),
+            **self.rleif_options(instruction / "model", process / "model", cfg.factors),
         )  # fmt: skip
         return {"sft": supervised, "stage_dpo": preferred / "model", "rleif": reinforced / "model"}
 
@@ -297,20 +294,24 @@ class Pipeline:
             print(f"{self_taught}: {reason}; Stage-DPO trains on {evolved}", flush=True)
         return evolved
 
-    def rleif_options(self, factors: tuple[str, ...]) -> dict[str, Any]:
+    def rleif_options(self, instruction: Path, process: Path, factors: tuple[str, ...]) -> dict[str, Any]:
         """Options of RLEIF that are the same in every slice; one factor alone needs no baseline within a prompt."""
         cfg = self.cfg
         return {
-            "factors": factors, "steps": cfg.rleif_steps, "lr": cfg.rleif_lr, "critic_lr": cfg.critic_lr, "kl": cfg.kl,
-            "max_new_tokens": cfg.max_new_tokens, "prompts_per_step": cfg.rleif_prompts,
-            "samples_per_prompt": cfg.rleif_samples, "ptx": cfg.ptx, "group_baseline": "process" in factors,
-        }  # fmt: skip
+            "reward": RewardOptions(instruction, process, factors),
+            "training": cfg.reinforcement,
+            "rollout": cfg.rollout,
+            "ppo": PPOOptions(group_baseline="process" in factors),
+            "critic": cfg.critic,
+            "kl": cfg.kl,
+            "ptx": cfg.ptx,
+        }
 
     def measure(self, t: int, name: str, model: Path) -> Path:
         """Greedy and sampled accuracy of one model."""
         return self.run(
             f"slice_{t}/accuracy_{name}", accuracy, model=str(model), data=self.held_out,
-            max_new_tokens=self.cfg.max_new_tokens,
+            max_new_tokens=self.cfg.rollout.max_new_tokens,
         )  # fmt: skip
 
 
@@ -343,7 +344,7 @@ def main(cfg: Config) -> dict:
     for name, path in (("base", base), ("rleif", model)):
         pipeline.run(
             f"mt_bench_{name}", mt_bench, alone=True, model=str(path), judge=cfg.agents.judge,
-            questions=pipeline.out / "world" / "questions.jsonl", max_new_tokens=cfg.max_new_tokens,
+            questions=pipeline.out / "world" / "questions.jsonl", max_new_tokens=cfg.rollout.max_new_tokens,
         )  # fmt: skip
     seconds = time.perf_counter() - began
     return from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))

@@ -16,7 +16,11 @@ import torch
 from kernels.backend import to_device
 from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
+from wizard_engine.data.chat import Sample
+from wizard_engine.data.records import Preference
+from wizard_engine.data.records import Process as ProcessRow
 from wizard_engine.data.samples import Pair, check_rows, encode_all, fitting_pair, read_pairs, read_processes
+from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import process_loss, ranking_loss
 from wizard_engine.model import Routes, ScoringModel
 from wizard_engine.model.loading import scoring_start, write_model
@@ -24,8 +28,7 @@ from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.rl.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.process import Runtime
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training.options import Training, sample_limit
 from wizard_engine.training.run import Run
 
@@ -37,7 +40,7 @@ class Config:
     kind: Literal["instruction", "process"]
     data: tuple[Path, ...]
     """Ranking rows, or process rows (JSONL; GSM8K model solutions are read as they are)."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Run directory: model/, metrics.jsonl."""
     model: str = "demo"
     """Model directory whose body is the start, or a preset's name (random weights, needs --tokenizer)."""
@@ -49,12 +52,12 @@ class Config:
     max_length: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=1e-6))
-    mesh: MeshOptions = field(default_factory=MeshOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
-    device: str = "auto"
-    overwrite: bool = False
-    quiet: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def main(cfg: Config) -> dict:
@@ -69,10 +72,38 @@ def main(cfg: Config) -> dict:
         cfg.model, cfg.tokenizer, 3 if is_process else 1, surprise=is_process and cfg.surprise, seed=cfg.seed,
         mesh=mesh, sharding=cfg.sharding,
     )  # fmt: skip
-    limit = sample_limit(cfg.max_length, model.config, cfg.training)
-    result, extra = (_process if is_process else _instruction)(cfg, rt, model, tokenizer, limit)
-    write_model(rt, model, tokenizer, cfg.out / "model", extra=extra)
-    return finish_stage(stage, rt, result, [cfg.out / "model"])
+    kind = Process() if is_process else Instruction()
+    items, rejected = kind.read(cfg, tokenizer, sample_limit(cfg.max_length, model.config, cfg.training))
+    check_rows(rt, "reward", (sample for item in items for sample in kind.samples(item)))
+    train, test = _split(items, cfg.held_out, cfg.seed)
+    documents = [[len(sample.tokens) - 1 for sample in kind.samples(item)] for item in train]
+    run = Run(
+        cfg.training, rt, model, [sum(row) for row in documents], cfg.out, seed=cfg.seed, name=f"reward {cfg.kind}",
+        quiet=cfg.quiet, documents=documents,
+    )  # fmt: skip
+    for packs in run.steps():
+        train_step(run, model, kind, train, packs)
+    measured, calibration = kind.measure(model, test)
+    counts = {kind.unit: len(train), "rejected": rejected, "held_out": len(test)}
+    write_model(rt, model, tokenizer, cfg.out / "model", extra=calibration)
+    return finish_stage(stage, rt, run.result() | counts | measured, [cfg.out / "model"])
+
+
+def train_step(
+    run: Run, model: ScoringModel, kind: "Instruction | Process", items: list, packs: list[np.ndarray]
+) -> None:  # fmt: skip
+    """One optimizer step on this rank's packs (indices of items)."""
+    count = int(run.totals(sum(kind.count(items[i]) for pack in packs for i in pack))[0])
+    for pack in run.lockstep(packs):
+        rows = [items[i] for i in pack]
+        batch = kind.batch(rows)
+        labels = [to_device(x, run.device) for x in kind.labels(rows, batch)]
+        batch = batch.to(run.device)
+        routes = Routes()
+        loss, correct = kind.loss(model(*batch.inputs, routes), batch, *labels, count)
+        (loss + run.router.loss(routes)).backward()
+        run.add(loss, batch.tokens.numel(), accuracy=correct / count)
+    run.update()
 
 
 def _split(items: list, share: float, seed: int) -> tuple[list, list]:
@@ -84,112 +115,128 @@ def _split(items: list, share: float, seed: int) -> tuple[list, list]:
     return [items[i] for i in order[kept:]], [items[i] for i in order[:kept]]
 
 
-def _instruction(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: int) -> tuple[dict, dict]:
-    def encode(row) -> Pair:
-        sides = [encode_instruction(tokenizer, text) for text in (row.chosen, row.rejected)]
-        longest = max(len(side.tokens) for side in sides)
-        if longest >= limit:
-            raise ValueError(f"instruction: expected fewer than {limit} tokens, got {longest}")
-        pair = Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
-        return fitting_pair(pair, cfg.training.pack_tokens)
+class Instruction:
+    """Pairs of instructions, the better one with a margin: a ranking loss over the score at each one's end."""
 
-    rejects = cfg.out / "rejects.jsonl"
-    pairs, rejected = read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=rejects, quiet=cfg.quiet)
-    check_rows(rt, "reward", (side for pair in pairs for side in (pair.chosen, pair.rejected)))
-    train, test = _split(pairs, cfg.held_out, cfg.seed)
-    lengths = [pair.length for pair in train]
-    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward instruction", quiet=cfg.quiet)
-    for packs in run.steps():
-        instruction_step(run, model, train, packs)
-    sides = [[_cut(side) for side in (pair.chosen, pair.rejected)] for pair in test]
-    scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
-    pool = np.asarray(scores).ravel()
-    result = run.result() | {
-        "pairs": len(train), "rejected": rejected, "held_out": len(test),
-        "held_out_accuracy": float(np.mean([better > worse for better, worse in scores])),
-    }  # fmt: skip
-    return result, {"wizard_mean": float(pool.mean()), "wizard_std": float(pool.std() + 1e-6)}
+    unit = "pairs"
+
+    def read(self, cfg: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Pair], int]:
+        """Pairs of the rows, and how many rows were rejected."""
+
+        def encode(row: Preference) -> Pair:
+            sides = [encode_instruction(tokenizer, text) for text in (row.chosen, row.rejected)]
+            longest = max(len(side.tokens) for side in sides)
+            if longest >= limit:
+                raise ValueError(f"instruction: expected fewer than {limit} tokens, got {longest}")
+            pair = Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
+            return fitting_pair(pair, cfg.training.pack_tokens)
+
+        return read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", quiet=cfg.quiet)
+
+    def samples(self, pair: Pair) -> tuple[Sample, ...]:
+        """What the model reads of a pair."""
+        return pair.chosen, pair.rejected
+
+    def count(self, pair: Pair) -> int:
+        """Terms of the loss."""
+        return 1
+
+    def batch(self, pairs: list[Pair]) -> Batch:
+        """The chosen sides, then the rejected ones, in host memory."""
+        return collate([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+
+    def labels(self, pairs: list[Pair], batch: Batch) -> tuple[torch.Tensor, ...]:
+        """(S / 2,) margins."""
+        return (torch.tensor([pair.margin for pair in pairs]),)
+
+    def loss(
+        self, scores: torch.Tensor, batch: Batch, margin: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """This rank's share of the loss, and how many pairs are in order; scores (T, 1)."""
+        better, worse = scores[batch.cu_seqlens[1:].long() - 1, 0].chunk(2)
+        return ranking_loss(better, worse, margin, num_pairs=count), (better > worse).sum()
+
+    def measure(self, model: ScoringModel, pairs: list[Pair]) -> tuple[dict, dict]:
+        """Held-out accuracy, and mean and deviation of the scores, which calibrate the factor."""
+        sides = [[_cut(side) for side in self.samples(pair)] for pair in pairs]
+        scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
+        pool = np.asarray(scores).ravel()
+        accuracy = float(np.mean([better > worse for better, worse in scores]))
+        return {"held_out_accuracy": accuracy}, {
+            "wizard_mean": float(pool.mean()),
+            "wizard_std": float(pool.std() + 1e-6),
+        }
 
 
-def instruction_step(run: Run, model: ScoringModel, pairs: list[Pair], packs: list[np.ndarray]) -> None:
-    """One optimizer step of the instruction model on this rank's packs (indices of pairs)."""
-    device = run.runtime.device
-    num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
-    for pack in run.lockstep(packs):
-        batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
-        routes = Routes()
-        better, worse = _last_scores(model, batch, routes).chunk(2)
-        margin = to_device(torch.tensor([pairs[i].margin for i in pack]), device)
-        loss = ranking_loss(better, worse, margin, num_pairs=num_pairs)
-        (loss + run.router.loss(routes)).backward()
-        run.add(loss, batch.tokens.numel(), accuracy=(better > worse).sum() / num_pairs)
-    run.update()
+LabelledSteps = tuple[Sample, list[int], tuple[int, ...]]
+"""Sample, index of the last token of each step, label of each step (-1, 0, 1)."""
 
 
-def _cut(sample):
+class Process:
+    """Answers with a label for each step: cross-entropy over three classes at the end of each step."""
+
+    unit = "rows"
+
+    def read(self, cfg: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[LabelledSteps], int]:
+        """Answers with labels, and how many rows were rejected."""
+
+        def encode(row: ProcessRow) -> LabelledSteps:
+            sample, ends = encode_steps(tokenizer, row.prompt, row.answer)
+            if len(sample.tokens) >= limit:
+                raise ValueError(f"steps: expected fewer than {limit} tokens, got {len(sample.tokens)}")
+            if len(ends) != len(row.labels):
+                raise ValueError(f"steps: expected {len(row.labels)} steps (the labels), found {len(ends)} in the text")
+            return with_end(sample), ends, row.labels
+
+        rejects = cfg.out / "rejects.jsonl"
+        rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
+        items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
+        return items, rejected + unread
+
+    def samples(self, item: LabelledSteps) -> tuple[Sample, ...]:
+        """What the model reads of an answer."""
+        return item[:1]
+
+    def count(self, item: LabelledSteps) -> int:
+        """Terms of the loss."""
+        return len(item[2])
+
+    def batch(self, items: list[LabelledSteps]) -> Batch:
+        """The answers in host memory."""
+        return collate([sample for sample, _, _ in items])
+
+    def labels(self, items: list[LabelledSteps], batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Packed positions of the step ends, and their labels, in host memory."""
+        starts = batch.cu_seqlens.tolist()
+        ends = [starts[n] + end for n, (_, ends, _) in enumerate(items) for end in ends]
+        return torch.tensor(ends), torch.tensor([label for _, _, labels in items for label in labels])
+
+    def loss(
+        self, scores: torch.Tensor, batch: Batch, ends: torch.Tensor, labels: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """This rank's share of the loss, and how many steps are classed right; scores (T, 3)."""
+        scores = scores[ends]
+        return process_loss(scores, labels, num_steps=count), (scores.argmax(-1) - 1 == labels).sum()
+
+    def measure(self, model: ScoringModel, items: list[LabelledSteps]) -> tuple[dict, dict]:
+        """Held-out accuracy of step labels, and of telling answers without a wrong step from those with one."""
+        scored = score_tokens(model, [_cut(sample) for sample, _, _ in items])
+        steps, clean, wrong = [], [], []
+        for (_, ends, labels), scores in zip(items, scored):
+            probabilities = scores[ends].softmax(-1)
+            steps += (probabilities.argmax(-1) - 1 == torch.tensor(labels)).tolist()
+            (wrong if -1 in labels else clean).append(float((1 - probabilities[:, 0]).min()))
+        pairs = [(c > w) + 0.5 * (c == w) for c in clean for w in wrong]
+        return {
+            "held_out_accuracy": float(np.mean(steps)),
+            "held_out_answer_auc": float(np.mean(pairs)) if pairs else None,
+            "share_with_a_wrong_step": len(wrong) / len(items),
+        }, {}
+
+
+def _cut(sample: Sample) -> Sample:
     """The sample without the token that `with_end` appended."""
-    return type(sample)(sample.tokens[:-1], sample.weights[:-1])
-
-
-def _last_scores(model: ScoringModel, batch: Batch, routes: Routes) -> torch.Tensor:
-    """(S,) score at the last position of each packed sequence."""
-    return model(*batch.inputs, routes)[batch.cu_seqlens[1:].long() - 1, 0]
-
-
-def _process(cfg: Config, rt: Runtime, model: ScoringModel, tokenizer, limit: int) -> tuple[dict, dict]:
-    def encode(row):
-        sample, ends = encode_steps(tokenizer, row.prompt, row.answer)
-        if len(sample.tokens) >= limit:
-            raise ValueError(f"steps: expected fewer than {limit} tokens, got {len(sample.tokens)}")
-        if len(ends) != len(row.labels):
-            raise ValueError(f"steps: expected {len(row.labels)} steps (the labels), found {len(ends)} in the text")
-        return with_end(sample), ends, row.labels
-
-    rejects = cfg.out / "rejects.jsonl"
-    rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
-    items, rejected = encode_all(rows, encode, cfg.on_error, rejects, quiet=cfg.quiet)
-    check_rows(rt, "reward", (sample for sample, _, _ in items))
-    train, test = _split(items, cfg.held_out, cfg.seed)
-    lengths = [len(sample.tokens) - 1 for sample, _, _ in train]
-    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="reward process", quiet=cfg.quiet)
-    for packs in run.steps():
-        num_steps = int(run.total_over_ranks(n=sum(len(train[i][2]) for pack in packs for i in pack))["n"])
-        for pack in run.lockstep(packs):
-            batch = collate([train[i][0] for i in pack])
-            ends, labels = (to_device(x, rt.device) for x in _labelled(train, pack, batch))
-            batch = batch.to(rt.device)
-            routes = Routes()
-            scores = model(*batch.inputs, routes)[ends]
-            loss = process_loss(scores, labels, num_steps=num_steps)
-            (loss + run.router.loss(routes)).backward()
-            run.add(loss, batch.tokens.numel(), accuracy=(scores.argmax(-1) - 1 == labels).sum() / num_steps)
-        run.update()
-    result = run.result() | {"rows": len(train), "rejected": rejected + unread, "held_out": len(test)}
-    return result | _process_accuracy(model, test), {}
-
-
-def _labelled(items: list, pack, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed positions of the step ends of a pack's rows, and their labels, all in host memory."""
-    starts = batch.cu_seqlens.tolist()
-    ends = [starts[n] + end for n, i in enumerate(pack) for end in items[i][1]]
-    labels = [label for i in pack for label in items[i][2]]
-    return torch.tensor(ends), torch.tensor(labels)
-
-
-def _process_accuracy(model: ScoringModel, items: list) -> dict:
-    """Held-out accuracy of step labels, and of telling answers without a wrong step from those with one."""
-    scored = score_tokens(model, [_cut(sample) for sample, _, _ in items])
-    steps, clean, wrong = [], [], []
-    for (_, ends, labels), scores in zip(items, scored):
-        own = scores[ends].softmax(-1)
-        steps += (own.argmax(-1) - 1 == torch.tensor(labels)).tolist()
-        (wrong if -1 in labels else clean).append(float((1 - own[:, 0]).min()))
-    pairs = [(c > w) + 0.5 * (c == w) for c in clean for w in wrong]
-    return {
-        "held_out_accuracy": float(np.mean(steps)),
-        "held_out_answer_auc": float(np.mean(pairs)) if pairs else None,
-        "share_with_a_wrong_step": len(wrong) / len(items),
-    }
+    return Sample(sample.tokens[:-1], sample.weights[:-1])
 
 
 if __name__ == "__main__":

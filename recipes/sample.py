@@ -18,7 +18,7 @@ from wizard_engine.data.records import Row, read_files, read_prompts, write_rows
 from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K, ..."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Directory for slice_1.jsonl, slice_2.jsonl, ..., removed.jsonl and sampling.json."""
     evaluation: tuple[Path, ...] = ()
     """Held-out files: rows, or questions with `turns`; rows that repeat one of their prompts are removed."""
@@ -68,9 +68,9 @@ class Config:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
-    quiet: bool = False
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def read_targets(path: Path | None) -> dict[str, dict[str, float]]:

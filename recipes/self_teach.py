@@ -9,7 +9,7 @@ OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run repeat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from wizard_engine.agents import Cast
 from wizard_engine.data.records import Conversation, Process
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import label_processes, self_teach
-from wizard_engine.synthesis.outputs import read_conversations, write_outputs
+from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.outputs import write_outputs
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT, GSM8K; their last answers are not used."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents
     samples: int = 4
@@ -66,12 +67,12 @@ class Config:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     seed: int = 0
-    batch_size: int = 256
+    batch_size: int = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
-    device: str = "auto"
-    overwrite: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
-    quiet: bool = False
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list[Process], dict[str, Any]]:
@@ -94,24 +95,21 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "self_teach", rt)
     if stage.done:
         return stage.result()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
-    rows, rejected = read_conversations(
-        cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", limit=cfg.limit
-    )
-    taught = self_teach(
+    cast, rows, rejected = open_inputs(cfg, rt)
+    selected = self_teach(
         rows, student=cast.agent(cfg.agents.student), judge=cast.agent(cfg.agents.judge),
         evolver=cast.optional(cfg.agents.evolver), samples=cfg.samples, score=cfg.score, keep=cfg.keep,
         min_gap=cfg.min_gap, min_score=cfg.min_score, temperature=cfg.temperature, seed=cfg.seed,
         max_tokens=cfg.max_tokens,
     )  # fmt: skip
     processes, labels = label(cfg, cast, rows)
-    report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics, "labels": labels}
-    files = {"sft": taught.sft, "preferences": taught.preferences, "processes": processes}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": taught.scores}, report))
+    report = {"counts": {"given": len(rows), "rejected": rejected}, **selected.statistics, "labels": labels}
+    files = {"sft": selected.sft, "preferences": selected.preferences, "processes": processes}
+    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": selected.scores}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
-        print(f"{taught.statistics['selected']} of {taught.statistics['prompts']} prompts selected by {cfg.score}:")
-        print(f"{len(taught.sft)} supervised, {len(taught.preferences)} preference, {len(processes)} process rows")
+        print(f"{selected.statistics['selected']} of {selected.statistics['prompts']} prompts selected by {cfg.score}:")
+        print(f"{len(selected.sft)} supervised, {len(selected.preferences)} preference, {len(processes)} process rows")
     return finish_stage(stage, rt, report, outputs)
 
 

@@ -18,7 +18,7 @@ from wizard_engine.model.loading import language_model, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
 from wizard_engine.training.options import Training, sample_limit
 from wizard_engine.training.run import Run, num_supervised
@@ -30,7 +30,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Row files: JSONL, Alpaca, ShareGPT or GSM8K; with --kind text, JSONL with a `text` field."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Run directory: config.json, metrics.jsonl, checkpoints/, model/."""
     model: str = "demo"
     """Model directory to start from, or a preset's name (random weights, needs --tokenizer)."""
@@ -42,15 +42,15 @@ class Config:
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     training: Training = field(default_factory=Training)
-    mesh: MeshOptions = field(default_factory=MeshOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
-    device: str = "auto"
-    audit: bool = True
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    audit: bool = field(default=True, metadata=INCIDENTAL)
     """Check the numerics before the first step and print a table."""
-    overwrite: bool = False
-    """Replace what OUT holds from another configuration."""
-    quiet: bool = False
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+    """Replace the results of another configuration in OUT."""
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def main(cfg: Config) -> dict:
@@ -81,7 +81,7 @@ def main(cfg: Config) -> dict:
 
 def train_step(run: Run, model: Transformer, batches: list[Batch]) -> None:
     """One optimizer step on this rank's packed rows, which are still in host memory."""
-    num_tokens = run.total_over_ranks(n=num_supervised(batches))["n"]
+    num_tokens = run.totals(num_supervised(batches))[0]
     for batch in run.lockstep([batch.to(run.runtime.device) for batch in batches]):
         routes = Routes()
         hidden = model(*batch.inputs, routes)

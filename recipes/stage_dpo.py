@@ -25,7 +25,7 @@ from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.process import Runtime
-from wizard_engine.runtime.stage import finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
 from wizard_engine.training.options import Training, sample_limit
 from wizard_engine.training.preference_slices import order_slices
@@ -39,7 +39,7 @@ class Config:
 
     data: tuple[Path, ...]
     """Preference rows: JSONL, or ShareGPT with chosen and rejected."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Run directory: stage_N/, model/."""
     model: str = "demo"
     """Model directory to start from, or a preset's name (random weights, needs --tokenizer)."""
@@ -65,13 +65,13 @@ class Config:
     """Longest sample, tokens; default: the model's context. Both sides of a pair have to fit one packed row."""
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=5e-7))
-    mesh: MeshOptions = field(default_factory=MeshOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
     seed: int = 0
-    device: str = "auto"
-    audit: bool = True
-    overwrite: bool = False
-    quiet: bool = False
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    audit: bool = field(default=True, metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def main(cfg: Config) -> dict:
@@ -114,7 +114,10 @@ def _train_stage(
     reference = initial if cfg.reference == "initial" or index == 0 else cache.logprobs(model, pairs)
     name, out = f"stage_dpo {index + 1}/{cfg.slices}", cfg.out / f"stage_{index + 1}"
     lengths = [pair.length for pair in pairs]
-    run = Run(cfg.training, rt, model, lengths, out, seed=cfg.seed + index, name=name, quiet=cfg.quiet)
+    run = Run(
+        cfg.training, rt, model, lengths, out, seed=cfg.seed + index, name=name, quiet=cfg.quiet,
+        documents=[pair.documents for pair in pairs],
+    )  # fmt: skip
     for packs in run.steps():
         train_step(cfg, run, model, pairs, packs, reference, initial)
     return run.result() | {"pairs": len(pairs)}
@@ -136,9 +139,9 @@ def train_step(
             reference of the stage and under the initial model.
     """
     device = run.runtime.device
-    num_pairs = int(run.total_over_ranks(n=sum(len(pack) for pack in packs))["n"])
+    num_pairs = int(run.totals(sum(len(pack) for pack in packs))[0])
     chosen_tokens = sum(pairs[i].chosen.weights.sum() for pack in packs for i in pack)
-    num_chosen = run.total_over_ranks(n=float(chosen_tokens))["n"]
+    num_chosen = run.totals(float(chosen_tokens))[0]
     for pack in run.lockstep(packs):
         batch = collate([pairs[i].chosen for i in pack] + [pairs[i].rejected for i in pack]).to(device)
         rows = torch.as_tensor(pack, dtype=torch.int64)

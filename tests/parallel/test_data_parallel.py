@@ -16,10 +16,11 @@ from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.loader import Loader
 from wizard_engine.data.records import Message, Preference, Process, conversation, write_rows
 from wizard_engine.parallel import MeshOptions, sum_over_ranks
+from wizard_engine.rl.options import CriticOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
 from wizard_engine.runtime import object_collectives
 from wizard_engine.runtime.object_collectives import check_same, gather_objects
 from wizard_engine.runtime.process import Runtime
-from wizard_engine.training.options import Training
+from wizard_engine.training.options import OnlineTraining, Training
 
 SCRIPT = """
 import json, sys, torch
@@ -88,10 +89,11 @@ def configurations(root, name):
         (reward, reward.Config(kind="instruction", data=(root / "ranks.jsonl",), out=root / name / "irm", **rewards)),
         (reward, reward.Config(kind="process", data=(root / "steps.jsonl",), out=root / name / "prm", **rewards)),
         (rleif, rleif.Config(
-            data=(root / "rows.jsonl",), out=root / name / "rleif", model=str(root / "policy"), steps=3,
-            instruction_model=root / name / "irm" / "model", process_model=root / name / "prm" / "model",
-            prompts_per_step=4, samples_per_prompt=4, max_new_tokens=60, minibatches=2, epochs=2, lr=1e-4,
-            critic_lr=1e-4, pack_tokens=300, ptx=0.1, ptx_rows=5, average_from=0.3, save_every=1,
+            data=(root / "rows.jsonl",), out=root / name / "rleif", model=str(root / "policy"),
+            reward=RewardOptions(root / name / "irm" / "model", root / name / "prm" / "model"),
+            training=OnlineTraining(lr=1e-4, pack_tokens=300, save_every=1), critic=CriticOptions(lr=1e-4),
+            rollout=RolloutOptions(steps=3, prompts_per_step=4, samples_per_prompt=4, max_new_tokens=60),
+            ppo=PPOOptions(minibatches=2, epochs=2), ptx=PTXOptions(coefficient=0.1, rows=5), average_from=0.3,
             device="cpu", quiet=True, mesh=LAYOUTS[name][1],
         )),
     ]  # fmt: skip

@@ -11,8 +11,9 @@ from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.model import PRESETS, Routes, Transformer, save_model
 from wizard_engine.parallel import Mesh
 from wizard_engine.parallel.reductions import pack
+from wizard_engine.rl.options import PPOOptions, RewardOptions, RolloutOptions
 from wizard_engine.runtime.metrics import read_metrics
-from wizard_engine.training.options import Training
+from wizard_engine.training.options import OnlineTraining, Training
 from wizard_engine.training.router_metrics import RouterMeter
 from wizard_engine.training.run import Run
 
@@ -102,15 +103,17 @@ def test_preferences_rewards_and_rleif_train_mixtures(world, tmp_path):
     for name in ("dpo/stage_1", "instruction"):
         assert read_metrics(tmp_path / name / "metrics.jsonl")[0].keys() >= KEYS
     cfg = rleif.Config(
-        data=(world.write("prompts.jsonl", world.single[:5]),), out=tmp_path / "rleif", steps=2, samples_per_prompt=2,
-        instruction_model=tmp_path / "instruction" / "model", process_model=tmp_path / "process" / "model",
-        prompts_per_step=2, max_new_tokens=8, minibatches=2, epochs=1, pack_tokens=256, **shared,
+        data=(world.write("prompts.jsonl", world.single[:5]),), out=tmp_path / "rleif",
+        reward=RewardOptions(tmp_path / "instruction" / "model", tmp_path / "process" / "model"),
+        training=OnlineTraining(pack_tokens=256), ppo=PPOOptions(minibatches=2),
+        rollout=RolloutOptions(steps=2, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=8), **shared,
     )  # fmt: skip
     rleif.main(cfg)
     lines = read_metrics(tmp_path / "rleif" / "metrics.jsonl")
     assert lines[0].keys() >= KEYS | {f"critic_{name}" for name in KEYS} and lines[0]["ratio_error"] < 1e-4
     assert lines[0]["router_loss"] > 0.02
-    rleif.main(dataclasses.replace(cfg, out=tmp_path / "free", replay_routing=False))
+    free = dataclasses.replace(cfg.rollout, replay_routing=False)
+    rleif.main(dataclasses.replace(cfg, out=tmp_path / "free", rollout=free))
 
 
 def test_meter_by_hand():

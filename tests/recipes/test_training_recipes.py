@@ -14,11 +14,12 @@ from wizard_engine.data.records import conversation, read_rows
 from wizard_engine.data.samples import Pair
 from wizard_engine.model import ScoringModel, load_model
 from wizard_engine.parallel import Sharding
+from wizard_engine.rl.options import CriticOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.training import reference_logprobs
 from wizard_engine.training.online_run import OnlineRun
-from wizard_engine.training.options import Training
+from wizard_engine.training.options import OnlineTraining, Training
 from wizard_engine.training.preference_slices import order_slices
 
 QUICK = {"pack_tokens": 384, "packs_per_step": 2, "lr": 2e-3}
@@ -257,13 +258,17 @@ def test_reward_recipe_refuses_other_rows_and_too_few(world, tmp_path):
 
 
 def online(world, reward_models, out, **changes):
-    options = {
-        "data": (world.write("prompts.jsonl", world.single[:7]),), "model": world.base, "steps": 3, "save_every": 1,
-        "instruction_model": reward_models["instruction"][0].out / "model", "samples_per_prompt": 2, "epochs": 2,
-        "process_model": reward_models["process"][0].out / "model", "prompts_per_step": 3, "max_new_tokens": 12,
-        "minibatches": 2, "lr": 1e-3, "critic_lr": 1e-3, "pack_tokens": 512, "entropy": 0.01, "quiet": True,
+    """A short run; `changes` by group for options, `{"rollout": {"steps": 1}}`, or by field."""
+    groups = {
+        "reward": RewardOptions(*(reward_models[kind][0].out / "model" for kind in ("instruction", "process"))),
+        "training": OnlineTraining(lr=1e-3, pack_tokens=512, save_every=1), "critic": CriticOptions(lr=1e-3),
+        "rollout": RolloutOptions(steps=3, prompts_per_step=3, samples_per_prompt=2, max_new_tokens=12),
+        "ppo": PPOOptions(epochs=2, minibatches=2, entropy=0.01), "ptx": PTXOptions(),
     }  # fmt: skip
-    return rleif.Config(out=out, **{**options, **changes})
+    options = {"data": (world.write("prompts.jsonl", world.single[:7]),), "model": world.base, "quiet": True, **groups}
+    for name, change in changes.items():
+        options[name] = dataclasses.replace(groups[name], **change) if name in groups else change
+    return rleif.Config(out=out, **options)
 
 
 LOGGED = {
@@ -308,14 +313,20 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
 
 
 def test_rleif_with_ptx_learns_from_the_rows_own_answers_too(world, reward_models, tmp_path):
-    cfg = online(world, reward_models, tmp_path, steps=8, ptx=1.0, ptx_rows=16, lr=3e-3)
+    cfg = online(
+        world, reward_models, tmp_path, rollout={"steps": 8}, ptx={"coefficient": 1.0, "rows": 16},
+        training={"lr": 3e-3},
+    )  # fmt: skip
     rleif.main(cfg)
     losses = [line["ptx_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 def test_rleif_warms_the_critic_up_alone(world, reward_models, tmp_path):
-    cfg = online(world, reward_models, tmp_path, steps=1, critic_warmup=1, factors=("process",))
+    cfg = online(
+        world, reward_models, tmp_path, rollout={"steps": 1}, critic={"warmup_steps": 1},
+        reward={"factors": ("process",)},
+    )  # fmt: skip
     rleif.main(cfg)
     assert same(weights(tmp_path), load_file(world.root / "base" / "model" / "model.safetensors"))
 
@@ -323,8 +334,8 @@ def test_rleif_warms_the_critic_up_alone(world, reward_models, tmp_path):
 @pytest.mark.parametrize(("advantages", "factors"), [("rloo", ("instruction", "process")), ("grpo", ("process",))])
 def test_rleif_learns_without_a_critic(world, reward_models, tmp_path, advantages, factors):
     cfg = online(
-        world, reward_models, tmp_path, advantages=advantages, factors=factors, samples_per_prompt=4, minibatches=1,
-        importance_limit=0.0,
+        world, reward_models, tmp_path, reward={"factors": factors}, rollout={"samples_per_prompt": 4},
+        ppo={"advantages": advantages, "minibatches": 1, "importance_limit": 0.0},
     )  # fmt: skip
     rleif.main(cfg)
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -337,9 +348,9 @@ def test_rleif_learns_without_a_critic(world, reward_models, tmp_path, advantage
 
 def test_rleif_refuses_baselines_that_cannot_be(world, reward_models, tmp_path):
     with pytest.raises(ValueError, match="their standard deviation cancels it"):
-        online(world, reward_models, tmp_path, advantages="grpo")
-    with pytest.raises(ValueError, match="samples_per_prompt: expected at least 2 with --advantages rloo, got 1"):
-        online(world, reward_models, tmp_path, advantages="rloo", samples_per_prompt=1)
+        online(world, reward_models, tmp_path, ppo={"advantages": "grpo"})
+    with pytest.raises(ValueError, match=r"samples_per_prompt: expected at least 2 with --ppo.advantages rloo, got 1"):
+        online(world, reward_models, tmp_path, ppo={"advantages": "rloo"}, rollout={"samples_per_prompt": 1})
 
 
 def test_rleif_refuses_long_prompts_by_line_and_models_of_another_kind(world, reward_models, tmp_path):
@@ -348,11 +359,11 @@ def test_rleif_refuses_long_prompts_by_line_and_models_of_another_kind(world, re
         rleif.main(online(world, reward_models, tmp_path / "a", data=(long,)))
     swapped = {"process_model": reward_models["instruction"][0].out / "model"}
     with pytest.raises(ValueError, match="expected a process reward model, got an instruction reward model"):
-        rleif.main(online(world, reward_models, tmp_path / "b", **swapped))
+        rleif.main(online(world, reward_models, tmp_path / "b", reward=swapped))
     with pytest.raises(ValueError, match="expected a language model, got a reward model with 1 outputs"):
         rleif.main(online(world, reward_models, tmp_path / "c", model=str(swapped["process_model"])))
-    with pytest.raises(ValueError, match=r"factors: expected some of instruction, process, got \['length'\]"):
-        online(world, reward_models, tmp_path / "d", factors=("length",))
+    with pytest.raises(ValueError, match=r"reward.factors: expected some of instruction, process, got \['length'\]"):
+        online(world, reward_models, tmp_path / "d", reward={"factors": ("length",)})
 
 
 def test_accuracy_counts_what_it_writes(world, tmp_path):

@@ -143,9 +143,11 @@ def test_make_targets_whitens_with_the_moments_of_all_ranks():
     spread = found.of([1, 0], drawn.batch([1, 0], SINGLE_DEVICE, torch.device("cpu")))
     assert spread.reference.tolist() == [-3, -1, -2] and spread.returns.tolist() == [3, 1, 1]
     assert torch.equal(spread.behaviour, spread.sampled)
-    own = torch.tensor([-0.5, -0.25, -0.125])
-    found = advantages.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, own=own)
-    assert torch.equal(torch.cat(found.behaviour), own) and torch.equal(torch.cat(found.sampled), drawn.behaviour)
+    behaviour = torch.tensor([-0.5, -0.25, -0.125])
+    found = advantages.make_targets(
+        drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, behaviour=behaviour
+    )
+    assert torch.equal(torch.cat(found.behaviour), behaviour) and torch.equal(torch.cat(found.sampled), drawn.behaviour)
 
 
 def test_rollout_and_its_logprobs_and_values_line_up():

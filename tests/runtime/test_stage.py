@@ -2,11 +2,13 @@
 
 import json
 import os
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from wizard_engine.runtime import files
-from wizard_engine.runtime.stage import Stage
+from wizard_engine.runtime.stage import INCIDENTAL, VERSION, Stage, identity
 
 
 def stage(out, lr: float, *, overwrite: bool = False) -> Stage:
@@ -32,6 +34,49 @@ def test_stage_keeps_work_of_another_configuration_unless_told_to(tmp_path, work
     assert path.exists()
     stage(tmp_path, 2.0, overwrite=True).start()
     assert not path.exists() and other.read_text() == "mine"
+
+
+# Catches: options of other names taken for the defaults of the new ones; a finished stage of a former release reused.
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_stage_refuses_a_run_directory_of_another_version(tmp_path, is_finished: bool) -> None:
+    first = stage(tmp_path, 1.0)
+    first.start()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    if is_finished:
+        first.finish({}, [])
+    for path in tmp_path.glob("*.json"):
+        fields = json.loads(path.read_text())
+        assert fields.pop("version") == VERSION
+        path.write_text(json.dumps(fields))
+    again = stage(tmp_path, 1.0)
+    assert not again.is_current()
+    with pytest.raises(
+        ValueError, match=rf"options of version {VERSION}, got version 1.*choose another --out, or --ov"
+    ):
+        again.start()
+    assert (tmp_path / "metrics.jsonl").exists()
+    stage(tmp_path, 1.0, overwrite=True).start()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@dataclass(frozen=True)
+class Inner:
+    speed: int = field(default=1, metadata=INCIDENTAL)
+    lr: float = 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
+    # Of the name of an incidental option elsewhere, and not incidental itself.
+    speed: int = 2
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_identity_skips_fields_that_are_incidental_and_no_others(tmp_path):
+    options, inputs = identity(Options(tmp_path))
+    assert options == {"speed": 2, "inner": {"lr": 0.5}} and inputs == {"out": tmp_path}
 
 
 def finished(tmp_path, config=None, text="rows"):

@@ -9,13 +9,16 @@ from host_reads import HostReads
 
 from wizard_engine.model import PRESETS, ScoringModel, Transformer
 from wizard_engine.optim import AdamW
+from wizard_engine.rl.options import CriticOptions, RolloutOptions
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.training.online_run import OnlineRun
+from wizard_engine.training.options import OnlineTraining
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], vocab_size=31, width=16, layers=1)
-NUMBERS = {
-    "prompts_per_step": 2, "quiet": True, "steps": 4, "seed": 0, "samples_per_prompt": 1, "lr": 1e-2, "critic_lr": 1e-2,
-    "critic_warmup": 0, "max_grad_norm": 0.1, "warmup": 0.0, "lr_floor": 1.0, "save_every": 0, "average_from": 1.0,
+OPTIONS = {
+    "training": OnlineTraining(lr=1e-2, clip=0.1, warmup=0.0, lr_floor=1.0, save_every=0),
+    "rollout": RolloutOptions(steps=4, prompts_per_step=2, samples_per_prompt=1), "critic": CriticOptions(lr=1e-2),
+    "average_from": 1.0, "seed": 0, "quiet": True,
 }  # fmt: skip
 
 
@@ -23,7 +26,7 @@ NUMBERS = {
 def run(tmp_path):
     policy, critic = Transformer(CONFIG, seed=0), ScoringModel(CONFIG, 1)
     critic.body.initialise(1)
-    made = OnlineRun(SimpleNamespace(out=tmp_path, **NUMBERS), Runtime(), policy, critic, num_prompts=4)
+    made = OnlineRun(SimpleNamespace(out=tmp_path, **OPTIONS), Runtime(), policy, critic, num_prompts=4)
     steps = made.steps()
     next(steps)
     yield made
@@ -63,7 +66,7 @@ def test_update_reads_once_behind_both_launches(run, monkeypatch):
 @pytest.mark.parametrize("bad", ["policy", "critic"])
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_update_that_is_not_finite_is_skipped_and_does_not_count(run, bad, warmup, capsys):
-    run.cfg.critic_warmup = warmup
+    run.cfg.critic = CriticOptions(lr=1e-2, warmup_steps=warmup)
     backward(run)
     run.optimizers[bad].gradients[0][0] = float("nan")
     before = {name: optimizer.sharded.master.clone() for name, optimizer in run.optimizers.items()}

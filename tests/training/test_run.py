@@ -1,5 +1,6 @@
 """Training runs: resume is bit-equal, steps that are not finite are skipped and counted, a signal saves."""
 
+import json
 import math
 import os
 import signal
@@ -17,8 +18,9 @@ from wizard_engine.model import ModelConfig, Transformer
 from wizard_engine.optim import AdamW
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.runtime.process import Interrupted, Runtime
+from wizard_engine.training.base_run import STATE_VERSION, blame
 from wizard_engine.training.options import Training
-from wizard_engine.training.run import Run, blame
+from wizard_engine.training.run import Run
 
 OPTIONS = {"lr": 3e-2, "epochs": 2, "pack_tokens": 24, "packs_per_step": 2, "warmup": 0.2, "weight_decay": 0.1}
 TIMES = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "wait_seconds", "peak_memory_gib")
@@ -153,6 +155,37 @@ def test_run_refuses_rows_that_fit_no_pack_and_other_data_on_resume(tmp_path):
     train(tmp_path / "b", save_every=1)
     with pytest.raises(ValueError, match="loader state: expected order"):
         train(tmp_path / "b", pack_tokens=30)
+
+
+def test_run_refuses_a_checkpoint_of_another_version(tmp_path):
+    train(tmp_path, save_every=2)
+    path = checkpoint.latest(tmp_path) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["state"].pop("version") == STATE_VERSION
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"state of version 2, got version 1; finish the run with the release that"):
+        train(tmp_path, save_every=2)
+
+
+# Catches: attention counted over the packed row; a pair counted as one document; a third of the training's operations.
+@pytest.mark.parametrize("documents", [None, [(4, 2), (10,)]])
+def test_mfu_counts_the_attention_of_each_document(tmp_path, monkeypatch, documents):
+    config = ModelConfig(vocab_size=31, width=8, layers=3, heads=2, kv_heads=1, head_width=4, ffn_width=12)
+    model = Transformer(config, seed=0)
+    training = Training(pack_tokens=64, save_every=0)
+    run = Run(training, Runtime(), model, [6, 10], tmp_path, seed=0, name="test", quiet=True, documents=documents)
+    monkeypatch.setattr("wizard_engine.training.run.peak_flops", lambda device: 1e6)
+    for packs in run.steps():
+        run._began = -0.5
+        monkeypatch.setattr("wizard_engine.training.run.time.perf_counter", lambda: 1.5)
+        assert sorted(packs[0].tolist()) == [0, 1]
+        run.update()
+    line = read_metrics(tmp_path / "metrics.jsonl")[0]
+    # Of a token: 2 operations a weight (q, k, v, out; gate, up, down; the head), and 4 H C for every key of a layer.
+    weights = 3 * (8 * 4 * 2 * (2 + 1) + 3 * 8 * 12) + 8 * 31
+    keys = sum(n * (n + 1) / 2 for n in (6, 10) if documents is None) or 4 * 5 / 2 + 2 * 3 / 2 + 10 * 11 / 2
+    work = 3 * (2 * 16 * weights + 4 * 3 * 2 * 4 * keys)
+    assert line["mfu"] == pytest.approx(work / 2.0 / 1e6, rel=1e-12)
 
 
 def test_step_that_is_not_finite_names_its_token(tmp_path, capsys):

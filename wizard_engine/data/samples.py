@@ -31,7 +31,12 @@ class Pair:
     @property
     def length(self) -> int:
         """Packed positions of both."""
-        return len(self.chosen.tokens) + len(self.rejected.tokens) - 2
+        return sum(self.documents)
+
+    @property
+    def documents(self) -> tuple[int, int]:
+        """Packed positions of each."""
+        return len(self.chosen.tokens) - 1, len(self.rejected.tokens) - 1
 
 
 def read_samples(

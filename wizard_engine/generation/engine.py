@@ -1,5 +1,6 @@
 """Generation on a model's own weights: each step packs tokens of many sequences, whose keys stand in pages."""
 
+import functools
 import itertools
 from collections.abc import Sequence as Several
 
@@ -7,12 +8,9 @@ import torch
 from torch import Tensor
 
 from kernels.paged_attention import paged_attention, write_pages
-from kernels.rms_norm import rms_norm
 from kernels.rope import rope_tables
 from kernels.sample import sample
 from wizard_engine.model import Routes, Transformer
-from wizard_engine.model.mixture import Mixture
-from wizard_engine.model.transformer import Norm
 from wizard_engine.parallel.collectives import all_gather_rows
 
 from .cuda_graphs import DecodeGraphs
@@ -341,22 +339,22 @@ class Engine:
         if routes is not None:
             routes.begin(torch.ones_like(step.sources, dtype=torch.bool), parallel)
         for layer, block in enumerate(model.blocks):
-            keys, values = self.keys[layer], self.values[layer]
-            x_TD, stream_TD = _added(stream_TD, delta_TD, block.attention_norm)
-            qkv = parallel.column_parallel(x_TD, block.attention.qkv.weight)
-            heads = qkv.view(qkv.shape[0], -1, config.head_width)
-            q_THC = write_pages(heads, *tables, keys, values, step.slots, positions)
-            out_THC = paged_attention(q_THC, keys, values, step.batch, window=config.window)
-            delta_TD = parallel.row_parallel(out_THC.view(qkv.shape[0], -1), block.attention.out.weight)
-            x_TD, stream_TD = _added(stream_TD, delta_TD, block.feed_forward_norm)
-            if isinstance(block.feed_forward, Mixture):
-                delta_TD = block.feed_forward(x_TD, routes)
-            else:
-                delta_TD = block.outer(parallel.column_parallel(x_TD, block.feed_forward.gate_up.weight))
+            attend = functools.partial(self._attend, layer, step, *tables, positions)
+            stream_TD, delta_TD = block.decode(stream_TD, delta_TD, attend, routes)
         if routes is not None:
             chosen = parallel.gather_over_tp(routes.stacked())
             self.routes.view(-1, *self.routes.shape[2:])[step.slots] = chosen.to(torch.int16)
-        return parallel.gather_over_tp(_added(stream_TD, delta_TD, model.norm)[0])
+        # Not called as a module: that would start a gather where a trainer shards this model.
+        return parallel.gather_over_tp(model.norm.forward(delta_TD, stream_TD)[0])
+
+    def _attend(
+        self, layer: int, step: Step, cos: Tensor, sin: Tensor, positions: Tensor | None, qkv: Tensor
+    ) -> Tensor:  # fmt: skip
+        """(T, H, C) attention of a step's tokens over their pages, which its keys and values join."""
+        keys, values = self.keys[layer], self.values[layer]
+        heads = qkv.view(qkv.shape[0], -1, self.config.head_width)
+        q_THC = write_pages(heads, cos, sin, keys, values, step.slots, positions)
+        return paged_attention(q_THC, keys, values, step.batch, window=self.config.window)
 
     def _logits(self, hidden_TD: Tensor, rows: list[int], rows_R: Tensor) -> Tensor:
         """(B, V) fp32 logits after some rows, which are on the device, and padded, as `rows_R`."""
@@ -375,10 +373,3 @@ class Engine:
             read = min(sequence.computed, sequence.length - 1)
             pages = torch.tensor(sequence.held.pages, device=self.device)
             sequence.experts = self.routes[pages].flatten(0, 1)[:read].cpu()
-
-
-def _added(stream_TD: Tensor, delta_TD: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """The norm of the residual stream behind what a layer adds to it, and the stream."""
-    if delta_TD is None:
-        return norm(stream_TD), stream_TD
-    return rms_norm(delta_TD, norm.weight, norm.epsilon, residual=stream_TD)

@@ -1,7 +1,7 @@
 """The transformer, written for one device and packed tokens only."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from .mixture import Mixture, Routes
 
 # Names of weights that write to the residual stream.
 RESIDUAL = ("attention.out.weight", "feed_forward.down.weight", "experts.down")
+
+
+# (T, H, C) attention out of the product with q, k and v, (T, (H + 2 K) C), and more arguments.
+Attend = Callable[..., Tensor]
 
 
 class Norm(nn.Module):
@@ -65,10 +69,18 @@ class Attention(nn.Module):
         kv_heads = heads.shape[1] * self.kv_heads // (self.heads + 2 * self.kv_heads)
         return rope_of_product(heads, cos, sin, kv_heads)
 
-    def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """(T, D) out of the product with `qkv`, (T, (H + 2 K) C)."""
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """(T, H, C) attention within the sequences of a packed row, out of the product with `qkv`."""
         q_THC, k_TKC, v_TKC = self.split(qkv, cos, sin)
-        out_THC = self.parallel.attend(q_THC, k_TKC, v_TKC, cu_seqlens, max_seqlen, window=self.window)
+        return self.parallel.attend(q_THC, k_TKC, v_TKC, cu_seqlens, max_seqlen, window=self.window)
+
+    def forward(self, qkv: Tensor, *where: Any, attend: Attend | None = None) -> Tensor:
+        """(T, D) out of the product with `qkv`, (T, (H + 2 K) C).
+
+        Args:
+            where: what `attend` takes beside the product.   attend: another attention; default: the method.
+        """
+        out_THC = (attend or self.attend)(qkv, *where)
         return self.parallel.row_parallel(out_THC.reshape(qkv.shape[0], -1), self.out.weight)
 
 
@@ -131,20 +143,26 @@ class Block(nn.Module):
         Args:
             x_TD: the stream.   delta_TD: what is to be added to it, or None.
         """
-        rest = cos, sin, cu_seqlens, max_seqlen, routes
+        rest = routes, cos, sin, cu_seqlens, max_seqlen
         if self.recompute == "full":
             return behind_norm(self.attention_norm, self._behind_norm, again=True)(x_TD, delta_TD, *rest)[0]
         qkv, x_TD = self._product(self.attention_norm, self.attention.qkv, x_TD, delta_TD)
         return self._behind_product(qkv, x_TD, *rest)
 
+    def decode(
+        self, x_TD: Tensor, delta_TD: Tensor | None, attend: Attend, routes: Routes | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What `forward` gives, with another attention, such as one over cached keys; without a gradient."""
+        qkv, x_TD = self._product(self.attention_norm, self.attention.qkv, x_TD, delta_TD)
+        return self._behind_product(qkv, x_TD, routes, attend=attend)
+
     def _behind_norm(self, y_TD: Tensor, x_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         return self._behind_product(self.parallel.column_parallel(y_TD, self.attention.qkv.weight), x_TD, *rest)
 
     def _behind_product(
-        self, qkv: Tensor, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-        routes: Routes | None,
+        self, qkv: Tensor, x_TD: Tensor, routes: Routes | None, *where: Any, attend: Attend | None = None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        delta_TD = self.attention(qkv, cos, sin, cu_seqlens, max_seqlen)
+        delta_TD = self.attention(qkv, *where, attend=attend)
         if isinstance(self.feed_forward, Mixture):
             y_TD, x_TD = self.feed_forward_norm(delta_TD, x_TD)
             return x_TD, self.feed_forward(y_TD, routes)

@@ -2,11 +2,13 @@
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from wizard_engine.runtime.stage import INCIDENTAL
 
 from .context import ParallelContext
 from .fsdp import Sharded, sharded
@@ -22,14 +24,14 @@ class Sharding:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in and gathers; master weights, gradients and moments are fp32. auto: bf16 on GPUs."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = field(default="none", metadata=INCIDENTAL)
     """Activations computed again in the backward: none, cheap ones, or all inside each block."""
-    accumulate: Literal["sharded", "whole"] = "sharded"
+    accumulate: Literal["sharded", "whole"] = field(default="sharded", metadata=INCIDENTAL)
     """Gradients between micro-batches: reduced each time, or whole on every rank and reduced once (4 bytes a parameter
     more)."""
-    offload_activations: bool = False
+    offload_activations: bool = field(default=False, metadata=INCIDENTAL)
     """Keep what the blocks save for the backward in host memory."""
-    offload_optimizer: bool = False
+    offload_optimizer: bool = field(default=False, metadata=INCIDENTAL)
     """Keep master weights, gradients and moments in host memory, and update them there."""
 
 

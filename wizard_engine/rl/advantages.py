@@ -38,10 +38,10 @@ def token_rewards(
     return tokens, estimates
 
 
-def trusted(own: Tensor, sampled: Tensor, limit: float) -> Tensor:
+def trusted(trained: Tensor, sampled: Tensor, limit: float) -> Tensor:
     """Log-probabilities that ratios are taken to: the sampler's, and the trainer's own where the two are further apart
     than `limit` nats; there the truncated importance weight of the loss, trainer over sampler, is not 1."""
-    return torch.where((own - sampled).abs() > limit, own, sampled)
+    return torch.where((trained - sampled).abs() > limit, trained, sampled)
 
 
 def advantages_of_groups(rewards: Tensor, rollout: Rollout, group: int, *, kind: str) -> Tensor:
@@ -101,22 +101,22 @@ class Targets:
 
 def make_targets(
     rollout: Rollout, rewards: Tensor, values: Tensor | None, reference: Tensor, *, gamma: float = 1.0,
-    lam: float = 1.0, moments=None, own: Tensor | None = None, advantages: Tensor | None = None,
+    lam: float = 1.0, moments=None, behaviour: Tensor | None = None, advantages: Tensor | None = None,
 ) -> Targets:  # fmt: skip
     """GAE over the rollout, advantages whitened with moments over all ranks; or advantages that are given.
 
     Args:
         values: (N,) of a critic.   reference: (N,) log-probabilities under the reference.
         moments: function of (sum, sum of squares, count) on this rank giving the totals over ranks.
-        own: (N,) the trainer's log-probabilities of the answers; default: the sampler's are taken for them.
+        behaviour: (N,) log-probabilities that ratios are taken to; default: the sampler's.
         advantages: (N,) where no critic takes part.
     """
     if advantages is None:
-        marks = torch.tensor([0, *itertools.accumulate(rollout.lengths)], dtype=torch.int32)
-        advantages, returns = gae(rewards, values, marks, gamma=gamma, lam=lam)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(rollout.lengths)], dtype=torch.int32)
+        advantages, returns = gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam)
         advantages = whiten(advantages, moments=moments)
     else:
         returns = values = torch.zeros_like(advantages)
-    behaviour = rollout.behaviour if own is None else own
+    behaviour = rollout.behaviour if behaviour is None else behaviour
     parts = (behaviour, rollout.behaviour, reference, advantages, returns, values)
     return Targets(*(rollout.split(x) for x in parts))

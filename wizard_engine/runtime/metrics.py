@@ -4,7 +4,7 @@ import json
 import math
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,18 @@ class MetricsLogger:
         path: the file; its directory is made.
         total_steps: steps of the whole run.
         desc: the bar's label.
-        quiet: no bar; the file is still written.
-        resume_step: steps done before; 0 starts a new file.
+        quiet: no bar; the file is written all the same.
+        resume_step: steps done before; 0 begins a new file.
+        shown: metrics on the bar.
     Raises:
         ValueError: a line of the existing file, other than a cut last one, is no JSON object with a `step`.
     """
 
     def __init__(
-        self, path: Path | str, total_steps: int, desc: str, quiet: bool = False, *, resume_step: int = 0
-    ) -> None:
+        self, path: Path | str, total_steps: int, desc: str, quiet: bool = False, *, resume_step: int = 0,
+        shown: Sequence[str] = BAR_METRICS,
+    ) -> None:  # fmt: skip
+        self._shown = tuple(shown)
         self._file = self._bar = None
         if dist.is_initialized() and dist.get_rank() != 0:
             return
@@ -70,7 +73,7 @@ class MetricsLogger:
             return
         self._file.write(line + "\n")
         self._file.flush()
-        shown = {name: f"{values[name]:.4g}" for name in BAR_METRICS if name in values}
+        shown = {name: f"{values[name]:.4g}" for name in self._shown if name in values}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 

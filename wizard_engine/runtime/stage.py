@@ -12,12 +12,11 @@ from .files import file_hash, file_mark, read_object, to_plain, write_json
 from .object_collectives import check_same, from_main
 from .process import Runtime
 
-# Options that change how a stage runs but not what it makes.
-INCIDENTAL = (
-    "out", "quiet", "overwrite", "device", "save_every", "keep_last", "audit", "batch_size", "mesh", "recompute",
-    "accumulate", "offload_activations", "offload_optimizer", "cache_tokens", "sampler_tp",
-)  # fmt: skip
+# Of the options' names in config.json and stage.json; 1 had no number.
+VERSION = 2
 
+# Metadata of the field of an option that changes how a stage runs but not what it makes.
+INCIDENTAL = {"incidental": True}
 MISSING = "(absent)"
 
 
@@ -61,7 +60,7 @@ class Stage:
         self._identity: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """{"stage", "config", "inputs" (name -> SHA-256)}: equal identities make equal outputs.
+        """{"stage", "version", "config", "inputs" (name -> SHA-256)}: equal identities make equal outputs.
 
         Raises:
             ValueError: an input is absent.
@@ -71,7 +70,7 @@ class Stage:
                 if not path.exists():
                     raise ValueError(f"{self.name}: input {key}: expected a file or directory, got none at {path}")
             hashes = {key: file_hash(path) for key, path in self.inputs.items()}
-            self._identity = {"stage": self.name, "config": self.config, "inputs": hashes}
+            self._identity = {"stage": self.name, "version": VERSION, "config": self.config, "inputs": hashes}
         return self._identity
 
     def is_current(self) -> bool:
@@ -79,7 +78,7 @@ class Stage:
         record = read_object(self.out / "stage.json")
         if record is None or not all(path.exists() for path in self.inputs.values()):
             return False
-        if {key: record.get(key) for key in ("stage", "config", "inputs")} != self.identity():
+        if {key: record.get(key) for key in ("stage", "version", "config", "inputs")} != self.identity():
             return False
         outputs = {self.out / name: mark for name, mark in record["outputs"].items()}
         return all(path.exists() and file_mark(path) == mark for path, mark in outputs.items())
@@ -101,13 +100,21 @@ class Stage:
         A configuration without work beside it is replaced. A run that fails on its rows leaves such a one.
 
         Raises:
-            ValueError: `out` holds work of another configuration and `overwrite` is off; names what differs.
+            ValueError: `out` holds work of another configuration and `overwrite` is off; names what differs. So does
+                work of a release whose options had other names.
         """
         path = self.out / "config.json"
         former = read_object(path)
         if path.exists() and (former is None or "stage" not in former):
             raise ValueError(
                 f"{path}: expected a stage's configuration, got another kind of file; choose another --out"
+            )
+        version = VERSION if former is None else former.get("version", 1)
+        if version != VERSION and self._work() and not self.overwrite:
+            raise ValueError(
+                f"{self.out}: expected a run directory with options of version {VERSION}, got version {version}, whose "
+                "options had other names; finish it with the release that wrote it, choose another --out, or "
+                "--overwrite to replace it"
             )
         differing = [] if former is None else _differences(former, self.identity())
         if differing and self._work() and not self.overwrite:
@@ -161,7 +168,7 @@ def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
     inputs: dict[str, Path] = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name in INCIDENTAL:
+        if field.metadata.get("incidental"):
             continue
         if dataclasses.is_dataclass(value):
             inner, more = identity(value)

@@ -1,22 +1,19 @@
 """Options that the training recipes share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wizard_engine.model.config import ModelConfig
+from wizard_engine.runtime.stage import INCIDENTAL
 
 
 @dataclass(frozen=True)
-class Training:
-    """Optimisation options that all training recipes share."""
+class Optimisation:
+    """Optimisation options that every training run has."""
 
     lr: float = 2e-5
     """Peak learning rate."""
-    epochs: float = 1.0
-    """Passes over the rows; a fraction stops inside a pass."""
     pack_tokens: int = 1024
     """Capacity of one packed row (micro-batch), tokens."""
-    packs_per_step: int = 1
-    """Packed rows of one optimizer step over all ranks; a multiple of the number of ranks."""
     warmup: float = 0.05
     """Share of the steps with a rising learning rate."""
     lr_floor: float = 0.05
@@ -26,18 +23,42 @@ class Training:
     """Decay rate of the second moment."""
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    save_every: int = 200
+    save_every: int = field(default=200, metadata=INCIDENTAL)
     """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
-    keep_last: int = 2
+    keep_last: int = field(default=2, metadata=INCIDENTAL)
     """Checkpoints kept."""
+    max_skipped: int = 10
+    """Updates with a non-finite gradient, or a spike, that may be skipped before the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class Training(Optimisation):
+    """Optimisation options of runs over a fixed set of rows."""
+
+    epochs: float = 1.0
+    """Passes over the rows; a fraction stops inside a pass."""
+    packs_per_step: int = 1
+    """Packed rows of one optimizer step over all ranks; a multiple of the number of ranks."""
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
-    max_skipped: int = 10
-    """Steps with a non-finite gradient, or a spike, that may be skipped before the run ends with an error."""
     spike: float = 0.0
     """Skip a step whose loss is so many standard deviations above the mean of the last 128 steps; 0 skips none. 6 is
     usual for large batches; the losses of small ones have long tails. Any but 0 lets the host wait for the loss before
     the update."""
+
+
+@dataclass(frozen=True)
+class OnlineTraining(Optimisation):
+    """Optimisation options of online reinforcement learning; a step is a rollout with its updates."""
+
+    lr: float = 1e-7
+    """Peak learning rate of the policy."""
+    pack_tokens: int = 8192
+    """Capacity of one packed row (micro-batch), tokens."""
+    lr_floor: float = 0.1
+    """Share of the peak learning rate left at the end."""
+    save_every: int = field(default=50, metadata=INCIDENTAL)
+    """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
 
 
 def sample_limit(max_length: int | None, config: ModelConfig, training: Training) -> int:
