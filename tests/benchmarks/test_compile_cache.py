@@ -122,6 +122,7 @@ def test_missing_kernel_is_compiled_and_counted(copied):
     assert "compiled 1, loaded 4" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_compile_missing_compiles_what_is_missing_alone(copied):
     for name in ("gae", "dpo"):
         shutil.rmtree(next(copied.glob(f"*/{name}_kernel.cubin")).parent)
@@ -158,6 +159,7 @@ time.sleep(600 * (sys.argv[1] == "endless"))
     assert all(process.poll() is not None for process in asked._processes)
 
 
+@pytest.mark.slow
 def test_training_step_on_the_stand_in_asks_for_its_kernels(monkeypatch):
     """Catches: a form that the step launches and no source knows; one layer asks for as much as two."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -170,6 +172,7 @@ def test_training_step_on_the_stand_in_asks_for_its_kernels(monkeypatch):
     assert 15 <= len(lines) <= 30
 
 
+@pytest.mark.slow
 def test_kernel_that_does_not_compile_is_named(tmp_path):
     source = SOURCE.replace(
         "            yield launch_forms.launch_of(case)",

@@ -188,6 +188,7 @@ def end_the_process(case: Case) -> dict:
     return {"label": case.label}
 
 
+@pytest.mark.slow
 def test_case_that_ends_its_process_costs_no_other():
     chosen = [Case("adamw", 90, (), (), form) for form in ("a", "bad", "b")]
     moved = []

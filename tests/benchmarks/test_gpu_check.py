@@ -95,6 +95,7 @@ def rows_of(out: Path, phase: str) -> list[dict]:
 
 # Catches: a crash or a lost device that ends the phase or the run; children of a stopped phase that go on; results that
 # a crash leaves behind in hundreds of files or one huge one.
+@pytest.mark.slow
 def test_whole_check_with_phases_that_crash_hang_flood_and_lose_the_device(tmp_path):
     out = tmp_path / "results"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--stand-in", "fake_gpu", "--out", str(out)]

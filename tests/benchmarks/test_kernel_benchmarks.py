@@ -648,6 +648,7 @@ def test_percent_takes_shares_and_refuses_others():
             percent(text)
 
 
+@pytest.mark.slow
 def test_harness_runs_on_a_cpu_end_to_end(tmp_path, capsys):
     results = tmp_path / "out.jsonl"
     assert kernels.main(["--device", "cpu", "--quick", "--json", str(results)]) == 0

@@ -79,6 +79,7 @@ def check_export(root, name):
         assert torch.equal(parameter, expected["model"][key].bfloat16()), key
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2), (4, 1)])
 def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replicas):
     name = f"on_{ranks}_{replicas}"
@@ -90,6 +91,7 @@ def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replica
         check_export(root, name)
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
@@ -113,6 +115,7 @@ def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, 
         check_same_state(root, f"{name}_{back}")
 
 
+@pytest.mark.slow
 def test_transformers_reads_what_four_ranks_exported(root):
     transformers = pytest.importorskip("transformers")
     reshard(root, 4, "run", "exported", tp=2, ep=2)
@@ -133,6 +136,7 @@ def test_four_ranks_resume_bit_equal(root):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
@@ -150,6 +154,7 @@ def test_other_layouts_go_on_with_the_same_losses(root, ranks, words):
             assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
 
 
+@pytest.mark.slow
 def test_lost_file_and_another_model_are_named_on_every_rank(root, tmp_path):
     script = Path(__file__).parent / "resharded.py"
     shutil.copytree(root / "base", tmp_path / "base")

@@ -299,6 +299,7 @@ def test_graphs_give_the_tokens_of_eager_steps(name):
     assert [s.tokens for s in rows[0]] == [s.tokens for s in rows[1]]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "tiny-mixtral"])
 def test_the_kernels_of_a_gpu_give_the_same_tokens(name):
     if not (torch.cuda.is_available() or kernels.backend.is_interpreted()):

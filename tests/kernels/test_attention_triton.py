@@ -196,6 +196,7 @@ def entries():
     return [pytest.param(*x, id=f"sm{x[0]}-{x[1]['width']}-{8 * x[1]['bytes']}bit") for x in result.values()]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(("arch", "shape"), entries())
 def test_attention_is_right_with_every_table_entry(arch, shape):
     if DEVICE == "cuda" and arch > 10 * torch.cuda.get_device_capability()[0]:

@@ -85,6 +85,7 @@ def test_windows_and_scales(window, scale):
         close(result, expected(wide[0], flat, window, scale), torch.float64)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("arch", "entry"),
     [(e["arch"], e) for e in configuration.table("decode_attention")],

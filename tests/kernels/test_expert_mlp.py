@@ -134,6 +134,7 @@ def test_numbers_of_experts(experts, per_token):
     against_float64("uniform", 50, 24, 40, experts, per_token, torch.float32)
 
 
+@pytest.mark.every(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 def test_every_table_entry(arch, dtype):

@@ -100,6 +100,7 @@ ENTRIES = [
 ]
 
 
+@pytest.mark.every(8)
 @pytest.mark.parametrize(("name", "arch", "size"), ENTRIES)
 def test_every_table_entry(name, arch, size):
     inputs, targets = drawn(130, 300, 72, seed=3)

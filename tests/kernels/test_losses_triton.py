@@ -214,6 +214,7 @@ def test_value_loss_kernel_splits_a_tie_as_torch_does():
     assert torch.equal(*grads) and grads[0].item() == 0.125
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("ppo")}))
 def test_every_table_entry(arch):
     with use_arch(arch if DEVICE == "cpu" else None):

@@ -181,6 +181,7 @@ def test_wrong_arguments_are_named(changes, message):
         moe_route(moved.pop("hidden"), moved.pop("router"), **moved)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("entry", table("moe_route"), ids=lambda e: f"sm_{e['arch']}-{e['class']['bytes']}")
 def test_every_table_entry(entry, backend):
     if backend == "reference":

@@ -101,6 +101,7 @@ def norm_classes():
     return list(both.values())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("arch", "shape"), norm_classes())
 def test_rms_norm_is_right_with_every_table_entry(arch, shape):
     runs_here(arch)
@@ -214,6 +215,7 @@ def test_rope_of_a_product_refuses_heads_that_do_not_fit(shape, kv_heads):
         rope_of_product(torch.zeros(shape, device=DEVICE), *rope_tables(torch.arange(3), 8, 100.0), kv_heads)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("arch", "shape"), entries("rope"))
 def test_rope_is_right_with_every_table_entry(arch, shape):
     runs_here(arch)
@@ -277,6 +279,7 @@ def gate_classes():
     return list(both.values())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("arch", "shape"), gate_classes())
 def test_swiglu_is_right_with_every_table_entry(arch, shape):
     runs_here(arch)
@@ -333,6 +336,7 @@ def test_adamw_equals_its_formula(count, step, gradient):
         assert_close(out[name], base[name], ref[name], name)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("arch", "shape"), entries("adamw"))
 def test_adamw_is_right_with_every_table_entry(arch, shape):
     runs_here(arch)

@@ -69,6 +69,7 @@ def test_one_launch_rotates_and_stores(tokens, shape, dtype):
     assert [launch.kernel.__name__ for launch in launches] == ["write_pages_kernel"]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 @pytest.mark.parametrize("half", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -60,6 +60,7 @@ def killed(out, rank):
     return 0
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("how", "text"),
     [
@@ -103,6 +104,7 @@ def test_rank_that_a_collective_waits_for_is_named(root, tmp_path, how, text):
         process.wait()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("how", "text"),
     [
@@ -123,6 +125,7 @@ def test_number_of_ranks_that_the_mesh_does_not_have_is_refused(root, tmp_path):
     assert done.returncode and "got 2 x 2 x 1 x 1 = 4" in done.stderr and "or start 4 ranks" in done.stderr
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_on_one_rank_ends_all_and_keeps_the_checkpoint_before(root, tmp_path):
     """Rank 1 cannot write its part of the checkpoint of step 8; the run ends at the next save."""
     done, _ = run(root, tmp_path, "full", rank=1, step=6)
@@ -136,6 +139,7 @@ def test_disk_that_is_full_on_one_rank_ends_all_and_keeps_the_checkpoint_before(
     assert done.returncode == 0 and len(untimed(tmp_path)) == 12, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(root, tmp_path):
     done, _ = run(root, tmp_path, "nan", rank=1, step=5)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -54,6 +54,7 @@ def measured(tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "name"), NAMES)
 def test_memory_and_traffic_are_those_of_real_ranks(measured, world, name):
     _, config, options, recompute, tokens, micro_batches = next(p for p in PROBLEMS[world] if p[0] == name)
@@ -84,6 +85,7 @@ def command(*words):
     return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_8x22b_on_128_is_planned_in_under_a_minute():
     began = time.perf_counter()
     done = command("plan", "--preset", "8x22b", "--gpus", 128, "--json")
@@ -109,6 +111,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
         report.run(Options("70b", 16, layout="tp=2,recompute=full"))
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [

@@ -37,6 +37,7 @@ def empty(config):
         return Transformer(config)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("name", "options"),
     [(n, options) for n, options in itertools.product(MODELS, LAYOUTS) if MODELS[n].experts or "ep" not in options],
@@ -52,6 +53,7 @@ def test_bytes_on_every_axis_are_those_of_the_closed_form(name, options):
             assert by_ranks(by_axis(calls.collectives, mesh), mesh) == by_ranks(expected.traffic, mesh)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("preset", "ranks", "options", "recompute", "tokens"),
     [
@@ -101,6 +103,7 @@ def test_every_element_has_one_owner_in_each_copy(ranks, options):
         assert all(a[1] == b[0] for a, b in itertools.pairwise(runs)), name
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("preset", "ranks", "options"),
     [
@@ -117,6 +120,7 @@ def test_collectives_of_all_ranks_fit(preset, ranks, options):
     assert len(records[0]) > 8
 
 
+@pytest.mark.slow
 def test_collectives_of_1024_ranks_fit_in_every_group_of_the_first_and_the_last():
     config, options = dataclasses.replace(PRESETS["8x22b"], layers=1), MeshOptions(ep=8, tp=4, cp=2, dp_replicate=4)
     looked_at = set()

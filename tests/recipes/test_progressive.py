@@ -67,6 +67,7 @@ def test_progressive_again_skips_every_stage(demo):
     assert {path: path.stat().st_mtime_ns for path in cfg.out.rglob("metrics.jsonl")} == metrics and metrics
 
 
+@pytest.mark.slow
 def test_ablations_measure_each_variant_against_the_demo(demo, tmp_path):
     cfg, _ = demo
     result = ablations.main(ablations.Config(demo=cfg.out, out=tmp_path / "ablations", preset="few", quiet=True))

@@ -23,6 +23,7 @@ def found(request, tmp_path_factory):
 
 
 # Catches: columns of another rank; an expert in another's place; logits joined in another order; old keys found again.
+@pytest.mark.every(2)
 def test_samplers_of_any_division_draw_what_the_whole_model_draws(found):
     assert len(found[0][0]) > 10
     for cases in zip(*(cases for cases, _ in found)):

@@ -353,6 +353,7 @@ def test_a_failed_engine_is_told_and_does_not_hang(monkeypatch):
 # Load
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_with_cancellations_lose_none(serving):
     draw = random.Random(0)
 
@@ -430,6 +431,7 @@ def test_the_recipe_serves_drains_and_ends(tmp_path):
             process.kill()
 
 
+@pytest.mark.slow
 def test_two_ranks_serve_one_model(tmp_path):
     model, tokenizer = small_model()
     save_model(model, tokenizer, tmp_path / "tiny")
@@ -459,6 +461,7 @@ def test_two_ranks_serve_one_model(tmp_path):
             process.kill()
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
