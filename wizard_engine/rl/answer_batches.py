@@ -76,7 +76,7 @@ class SharedAnswers:
         return out.index_select(0, self.batch.rows)
 
     def at(self, out: Tensor) -> Tensor:
-        return out.index_select(0, self.batch.own)
+        return out.index_select(0, self.batch.target_positions)
 
 
 class WholeAnswers:
