@@ -263,7 +263,10 @@ def _pair_steps(
     options = training(shape, place.mesh)
     pairs = _pairs(shape, shape.rows // 2 * options.packs_per_step * shape.steps)
     lengths = [pair.length for pair in pairs]
-    run = Run(options, place.runtime, model, lengths, place.out, seed=shape.seed, name=name, quiet=True)
+    run = Run(
+        options, place.runtime, model, lengths, place.out, seed=shape.seed, name=name, quiet=True,
+        documents=[pair.documents for pair in pairs],
+    )  # fmt: skip
     for packs in run.steps():
         step(run, pairs, packs)
         sides = [side for pack in packs for i in pack for side in (pairs[i].chosen, pairs[i].rejected)]

@@ -214,7 +214,7 @@ class Counting(DecodeGraphs):
 
         class Graph:
             def replay(self):
-                batch = replace(step.batch, _rows=None, _pieces=None)
+                batch = replace(step.batch, _rows=None, _prefill_chunks=None)
                 hidden.copy_(graphs.function(Step(*step[:4], batch)))
 
         return Captured(Graph(), step, hidden)

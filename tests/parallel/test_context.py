@@ -82,7 +82,7 @@ def test_attention_over_chunks_is_that_of_the_row(monkeypatch, backend, window, 
 
 
 def test_a_model_gathered_whole_divides_nothing():
-    one = dataclasses.replace(ranks_of(2, 2)[1], whole=True)
+    one = dataclasses.replace(ranks_of(2, 2)[1], is_gathered=True)
     x = torch.arange(5)
     assert one.shard_tokens(x) is x and one.gather_tokens(x, 5) is x and one.vocabulary_shard(torch.zeros(4, 2)) is None
     assert not one.shards_tokens
