@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from recipes import sft
+from wizard_engine.checkpoint import latest
 from wizard_engine.runtime.launch import launch
 from wizard_engine.training.run import Run
 
@@ -19,6 +20,10 @@ torch.set_num_threads(1)
 
 
 def go_wrong(run):
+    # The checkpoint before is written beside the training: on a busy machine it would not be there yet.
+    until = time.monotonic() + 6.0
+    while HOW in ("error", "bug") and latest(run.out) is None and time.monotonic() < until:
+        time.sleep(0.01)
     if HOW == "nan":
         run.sharded.gradients[0][3] = float("nan")
     if HOW == "error":
