@@ -32,10 +32,14 @@ SEED = 0
 def environment() -> dict[str, Any]:
     """What a number depends on besides the code: commit, hardware, versions, threads, date."""
     return {
-        "commit": _commit(), "hardware": _hardware(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "seed": SEED,
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seed": SEED,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
 
 
 def _commit() -> str:

@@ -22,9 +22,17 @@ TILES = ((128, 128, 2), (128, 64, 3))
 
 @triton.jit
 def attention_probe_kernel(
-    q_tiles, k_tiles, v_tiles, out, keys, scale, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPECIALISED: tl.constexpr,
-):  # fmt: skip
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    out,
+    keys,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK_M
     q_MC = q_tiles.load([row, 0])
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -62,10 +70,13 @@ def modelled_probe(block_m: int, block_n: int, stages: int, arch: int, width: in
     model = estimate(code, launch)
     return {
         "name": f"specialised probe BLOCK_M={block_m} BLOCK_N={block_n} num_warps=4 num_stages={stages}",
-        "specialised": code.is_specialised, "serialised": code.is_serialised, "registers": code.registers,
-        "spilled": code.spill_store_bytes + code.spill_load_bytes, "shared_bytes": code.shared_bytes,
+        "specialised": code.is_specialised,
+        "serialised": code.is_serialised,
+        "registers": code.registers,
+        "spilled": code.spill_store_bytes + code.spill_load_bytes,
+        "shared_bytes": code.shared_bytes,
         "share": None if model is None else model.share,
-    }  # fmt: skip
+    }
 
 
 def lines(arch: int, width: int = 128) -> list[str]:

@@ -189,10 +189,13 @@ def in_blocks(
     names = ("dq", "dk", "dv") if phase == "backward" else ("out",)
     shape = (problem.tokens, len(heads), problem.width)
     results = {
-        name: torch.zeros(shape if name in ("dk", "dv") else (shape[0], shape[1] * group, shape[2]), dtype=wide,
-                          device=tensors["q"].device)
+        name: torch.zeros(
+            shape if name in ("dk", "dv") else (shape[0], shape[1] * group, shape[2]),
+            dtype=wide,
+            device=tensors["q"].device,
+        )
         for name in names
-    }  # fmt: skip
+    }
     start = 0
     for length in problem.lengths:
         for at, head in enumerate(heads):

@@ -19,10 +19,22 @@ NOTE = "note: "
 # Exit statuses of a phase's process; 1 and 2 are Python's own.
 DONE, LOST, WRONG, LEFT_OUT = 0, 3, 4, 5
 LOST_DEVICE = (
-    "illegal memory access", "illegal address", "misaligned address", "launch failure", "launch timed out",
-    "illegal instruction", "invalid program counter", "hardware stack error", "device-side assert", "ecc error",
-    "uncorrectable", "device lost", "context is destroyed", "nccl error", "unhandled cuda error",
-)  # fmt: skip
+    "illegal memory access",
+    "illegal address",
+    "misaligned address",
+    "launch failure",
+    "launch timed out",
+    "illegal instruction",
+    "invalid program counter",
+    "hardware stack error",
+    "device-side assert",
+    "ecc error",
+    "uncorrectable",
+    "device lost",
+    "context is destroyed",
+    "nccl error",
+    "unhandled cuda error",
+)
 Row = dict[str, Any]
 Case = tuple[str, Callable[[], Iterable[Row]]]
 

@@ -100,7 +100,7 @@ def train(visit: Visit) -> int:
     ]
     return run_cases(
         visit, [(name, lambda r=r, n=n, first=not i: case(r, n, first)) for i, (name, r, n) in enumerate(named)]
-    )  # fmt: skip
+    )
 
 
 def predicted(visit: Visit, row: Row) -> Iterator[Row]:
@@ -290,15 +290,21 @@ def tests(visit: Visit) -> int:
 
 # Seconds of 510, in the order of what a figure is worth.
 PHASES = (
-    Phase("compile", 40, compile_ahead), Phase("operations", 60, operations, 4 * GIB),
-    Phase("train_step", 80, train, 20 * GIB), Phase("attention", 70, measure("attention"), 20 * GIB),
-    Phase("rollout", 55, rollout, 60 * GIB), Phase("tables", 45, tables, 12 * GIB),
-    Phase("recipes", 25, recipes, 6 * GIB), Phase("mixture", 30, measure("mixture"), 40 * GIB),
+    Phase("compile", 40, compile_ahead),
+    Phase("operations", 60, operations, 4 * GIB),
+    Phase("train_step", 80, train, 20 * GIB),
+    Phase("attention", 70, measure("attention"), 20 * GIB),
+    Phase("rollout", 55, rollout, 60 * GIB),
+    Phase("tables", 45, tables, 12 * GIB),
+    Phase("recipes", 25, recipes, 6 * GIB),
+    Phase("mixture", 30, measure("mixture"), 40 * GIB),
     Phase("linear_logprob", 25, measure("linear_logprob"), 30 * GIB),
-    Phase("row_kernels", 20, measure("row_kernels"), 12 * GIB), Phase("one_rank", 15, one_rank, 2 * GIB),
-    Phase("plan_rates", 20, plan_rates, 40 * GIB), Phase("pytest", 15, tests, 4 * GIB),
+    Phase("row_kernels", 20, measure("row_kernels"), 12 * GIB),
+    Phase("one_rank", 15, one_rank, 2 * GIB),
+    Phase("plan_rates", 20, plan_rates, 40 * GIB),
+    Phase("pytest", 15, tests, 4 * GIB),
     Phase("trace", 10, trace, 8 * GIB),
-)  # fmt: skip
+)
 
 
 def run_phase(phase: Phase, out: Path, scratch: Path, seconds: float) -> int:

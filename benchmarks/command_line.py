@@ -18,9 +18,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(
-            prog=prog, description=description, allow_abbrev=False,
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
 
     def error(self, message: str) -> NoReturn:
         """Print the message, for an unknown option with the nearest known one, and exit with status 2."""

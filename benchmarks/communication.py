@@ -24,11 +24,17 @@ from wizard_engine.planning.simulate import axis_names
 
 # Methods of a process group -> kind of collective, and which argument is the whole buffer. torch 2.13 has new names.
 METHODS = {
-    "_allgather_base": ("gather", 0), "all_gather_single": ("gather", 0),
-    "_reduce_scatter_base": ("reduce", 1), "reduce_scatter_single": ("reduce", 1),
-    "alltoall_base": ("exchange", 1), "all_to_all_single": ("exchange", 1),
-    "allreduce": ("sum", 0), "broadcast": ("broadcast", 0), "allgather": ("objects", 0), "barrier": ("barrier", None),
-}  # fmt: skip
+    "_allgather_base": ("gather", 0),
+    "all_gather_single": ("gather", 0),
+    "_reduce_scatter_base": ("reduce", 1),
+    "reduce_scatter_single": ("reduce", 1),
+    "alltoall_base": ("exchange", 1),
+    "all_to_all_single": ("exchange", 1),
+    "allreduce": ("sum", 0),
+    "broadcast": ("broadcast", 0),
+    "allgather": ("objects", 0),
+    "barrier": ("barrier", None),
+}
 NUMBERS = "numbers"
 
 Key = tuple[str, str]

@@ -66,9 +66,14 @@ class Manifest:
         import triton
 
         return cls(
-            triton.__version__, toolchain(arch), platform.python_version(), torch.__version__, arch, source_hash(),
+            triton.__version__,
+            toolchain(arch),
+            platform.python_version(),
+            torch.__version__,
+            arch,
+            source_hash(),
             str(folder.resolve()),
-        )  # fmt: skip
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

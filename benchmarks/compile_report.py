@@ -32,10 +32,23 @@ ARCHS = ("80", "86", "90", "100")
 COMMITTED = Path(__file__).parent / "results" / "compile_report.json"
 # What two reports are compared in, besides the counts of instructions.
 COMPARED = (
-    "config", "registers", "spill_store_bytes", "spill_load_bytes", "stack_bytes", "shared_bytes", "num_warps",
-    "blocks", "load_bytes", "store_bytes", "specialised", "serialised", "loop", "loop_spills", "overlapped",
+    "config",
+    "registers",
+    "spill_store_bytes",
+    "spill_load_bytes",
+    "stack_bytes",
+    "shared_bytes",
+    "num_warps",
+    "blocks",
+    "load_bytes",
+    "store_bytes",
+    "specialised",
+    "serialised",
+    "loop",
+    "loop_spills",
+    "overlapped",
     "error",
-)  # fmt: skip
+)
 
 
 def about(arch: int) -> dict[str, str]:

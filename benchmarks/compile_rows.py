@@ -25,9 +25,15 @@ Row = dict[str, Any]
 FAILURES = (CompilationError, OutOfResources, PTXASError, RuntimeError, ValueError, AssertionError)
 # Prefixes of opcodes that are counted, by the name of the count.
 COUNTED = {
-    "HGMMA": "HGMMA", "HMMA": "HMMA", "UTMALDG": "UTMALDG", "UTMASTG": "UTMASTG", "LDGSTS": "LDGSTS",
-    "EX2": "MUFU.EX2", "LDL": "LDL", "STL": "STL",
-}  # fmt: skip
+    "HGMMA": "HGMMA",
+    "HMMA": "HMMA",
+    "UTMALDG": "UTMALDG",
+    "UTMASTG": "UTMASTG",
+    "LDGSTS": "LDGSTS",
+    "EX2": "MUFU.EX2",
+    "LDL": "LDL",
+    "STL": "STL",
+}
 
 
 def row_of(case: Case, code: MachineCode) -> Row:
@@ -36,23 +42,35 @@ def row_of(case: Case, code: MachineCode) -> Row:
     counts = {name: code.count(prefix) for name, prefix in COUNTED.items()}
     counts["UTCMMA"] = sum(i.base.startswith("UTC") and i.is_matrix for i in code.instructions)
     return _named(case) | {
-        "registers": code.registers, "spill_store_bytes": code.spill_store_bytes,
-        "spill_load_bytes": code.spill_load_bytes, "stack_bytes": code.stack_bytes, "shared_bytes": code.shared_bytes,
-        "num_warps": code.num_warps, "blocks": code.blocks_per_multiprocessor, "occupancy": round(code.occupancy, 3),
-        "counts": {name: n for name, n in counts.items() if n}, "load_bytes": code.vector_bytes["load"],
-        "store_bytes": code.vector_bytes["store"], "specialised": code.is_specialised,
-        "serialised": code.is_serialised, "instructions": len(code.instructions),
+        "registers": code.registers,
+        "spill_store_bytes": code.spill_store_bytes,
+        "spill_load_bytes": code.spill_load_bytes,
+        "stack_bytes": code.stack_bytes,
+        "shared_bytes": code.shared_bytes,
+        "num_warps": code.num_warps,
+        "blocks": code.blocks_per_multiprocessor,
+        "occupancy": round(code.occupancy, 3),
+        "counts": {name: n for name, n in counts.items() if n},
+        "load_bytes": code.vector_bytes["load"],
+        "store_bytes": code.vector_bytes["store"],
+        "specialised": code.is_specialised,
+        "serialised": code.is_serialised,
+        "instructions": len(code.instructions),
         "loop": len(loops[0]) if loops else 0,
         "loop_spills": count(loops[0], "LDL", "STL") if loops else 0,
         "overlapped": round(overlapped_exponentials(loops[0]), 3) if loops else 0.0,
-    }  # fmt: skip
+    }
 
 
 def _named(case: Case) -> Row:
     return {
-        "label": case.label, "kernel": case.table, "arch": case.arch, "class": dict(case.shape),
-        "config": dict(case.config), "form": case.form,
-    }  # fmt: skip
+        "label": case.label,
+        "kernel": case.table,
+        "arch": case.arch,
+        "class": dict(case.shape),
+        "config": dict(case.config),
+        "form": case.form,
+    }
 
 
 def problems(row: Row) -> list[str]:

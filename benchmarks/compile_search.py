@@ -31,8 +31,12 @@ COMPARED: dict[str, tuple[dict[str, Any], ...]] = {
     "attention_forward": tuple(
         {"VARIANT": variant, "BLOCK_M": m, "BLOCK_N": n, "TMA": True, "num_warps": warps, "num_stages": stages}
         for variant, m, n, warps, stages in (
-            ("plain", 128, 128, 8, 2), ("plain", 128, 128, 8, 3), ("plain", 128, 64, 8, 3), ("rotated", 128, 128, 8, 2),
-            ("rotated", 128, 64, 8, 2), ("rotated", 128, 64, 8, 3),
+            ("plain", 128, 128, 8, 2),
+            ("plain", 128, 128, 8, 3),
+            ("plain", 128, 64, 8, 3),
+            ("rotated", 128, 128, 8, 2),
+            ("rotated", 128, 64, 8, 2),
+            ("rotated", 128, 64, 8, 3),
         )
     ),
     "attention_backward_kv": tuple(
@@ -43,7 +47,7 @@ COMPARED: dict[str, tuple[dict[str, Any], ...]] = {
         {"BLOCK_M": m, "BLOCK_N": n, "TMA": True, "num_warps": warps, "num_stages": stages}
         for m, n, warps, stages in ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (128, 128, 8, 2), (64, 64, 4, 2))
     ),
-}  # fmt: skip
+}
 
 
 def modelled(case: Case) -> Row:
@@ -56,9 +60,14 @@ def modelled(case: Case) -> Row:
     model = estimate(code, launch)
     if model is not None:
         row["model"] = {
-            "share": model.share, "cycles": model.cycles, "roof": model.roof, "serial": model.serial,
-            "limit": model.limit, "overlapped": model.overlapped, "pipes": model.pipes,
-        }  # fmt: skip
+            "share": model.share,
+            "cycles": model.cycles,
+            "roof": model.roof,
+            "serial": model.serial,
+            "limit": model.limit,
+            "overlapped": model.overlapped,
+            "pipes": model.pipes,
+        }
     return row
 
 

@@ -59,7 +59,7 @@ class DecodeAttention(Problem):
         like = {"dtype": dtype, "device": device}
         keys, values = (
             normal(pages, self.page, self.kv_heads, self.width, seed=seed * SEED_STEP + n, **like) for n in (1, 2)
-        )  # fmt: skip
+        )
         q = normal(self.batch, self.heads, self.width, seed=seed * SEED_STEP, **like)
         return {"q": q, "keys": keys, "values": values, "table": table.to(device), "lengths": lengths.to(device)}
 

@@ -36,13 +36,46 @@ ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.1,
 # Public names that are no operation of a device: checks of arguments, tables of configurations, choice of a backend,
 # parts of operations that stand here whole, code for CPUs alone.
 NOT_OPERATIONS = frozenset(
-    ("architecture", "attend_rows", "check", "check_cu_seqlens", "check_numbers", "check_per_token", "check_positive",
-     "check_values", "configuration", "contiguous_rows", "fits_vectors", "from_host", "gathered", "gradients",
-     "is_interpreted", "kernels", "launch", "linear_loss", "named", "num_packed", "num_slots", "observe", "record",
-     "runs_csrc", "runs_triton",
-     "same_device", "same_dtype", "sequence_ids", "statistics", "table", "to_device", "use_arch", "use_backend",
-     "use_config",     "values_are_checked", "widest_level", "write_rows")
-)  # fmt: skip
+    (
+        "architecture",
+        "attend_rows",
+        "check",
+        "check_cu_seqlens",
+        "check_numbers",
+        "check_per_token",
+        "check_positive",
+        "check_values",
+        "configuration",
+        "contiguous_rows",
+        "fits_vectors",
+        "from_host",
+        "gathered",
+        "gradients",
+        "is_interpreted",
+        "kernels",
+        "launch",
+        "linear_loss",
+        "named",
+        "num_packed",
+        "num_slots",
+        "observe",
+        "record",
+        "runs_csrc",
+        "runs_triton",
+        "same_device",
+        "same_dtype",
+        "sequence_ids",
+        "statistics",
+        "table",
+        "to_device",
+        "use_arch",
+        "use_backend",
+        "use_config",
+        "values_are_checked",
+        "widest_level",
+        "write_rows",
+    )
+)
 
 
 def _qkv(s: Sizes, tokens: int) -> Tensors:
@@ -64,9 +97,17 @@ def _prefixes(device: torch.device) -> Prefixes:
         at += length
     whole_lengths = [first[owner] + length for owner, length in zip(owners, tails)]
     return Prefixes(
-        marks(*first), 4, marks(*tails), 6, marks(*whole_lengths), max(whole_lengths), torch.cat(keys),
-        torch.arange(-1, at - 1).clamp(min=0), 7, at,
-    ).to(device)  # fmt: skip
+        marks(*first),
+        4,
+        marks(*tails),
+        6,
+        marks(*whole_lengths),
+        max(whole_lengths),
+        torch.cat(keys),
+        torch.arange(-1, at - 1).clamp(min=0),
+        7,
+        at,
+    ).to(device)
 
 
 def _norm(s: Sizes) -> Tensors:
@@ -120,11 +161,23 @@ def _partials(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
 def _ppo(hidden, weight, targets, behaviour, advantages, apart) -> tuple[Tensor, ...]:
     return _loss(
         ppo(
-            hidden, weight, targets, behaviour - 9, advantages, clip=(0.2, 0.3), num_sequences=3.0,
-            cu_seqlens=marks(5, 8, 6).to(targets.device), dual_clip=3.0, reference=behaviour - 9 + apart, kl=0.1,
-            entropy=0.05, sampled=behaviour - 9 - apart, importance_cap=1.3, temperature=0.9,
+            hidden,
+            weight,
+            targets,
+            behaviour - 9,
+            advantages,
+            clip=(0.2, 0.3),
+            num_sequences=3.0,
+            cu_seqlens=marks(5, 8, 6).to(targets.device),
+            dual_clip=3.0,
+            reference=behaviour - 9 + apart,
+            kl=0.1,
+            entropy=0.05,
+            sampled=behaviour - 9 - apart,
+            importance_cap=1.3,
+            temperature=0.9,
         )
-    )  # fmt: skip
+    )
 
 
 def _adamw(gradient: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -200,10 +253,11 @@ def _mixture(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor) -> tuple[
 def _experts(s: Sizes) -> Tensors:
     width, inner = (1032, 520) if s.width > 1000 else (24, 40)
     return {
-        "x": drawn(33, width, seed=0), "router": drawn(4, width, seed=1, scale=width**-0.5),
+        "x": drawn(33, width, seed=0),
+        "router": drawn(4, width, seed=1, scale=width**-0.5),
         "gate_up": drawn(4, 2 * inner, width, seed=2, scale=width**-0.5),
         "down": drawn(4, width, inner, seed=3, scale=inner**-0.5),
-    }  # fmt: skip
+    }
 
 
 def _cache(s: Sizes) -> Tensors:
@@ -211,9 +265,12 @@ def _cache(s: Sizes) -> Tensors:
     table = torch.tensor([[5, 2, 7], [1, 0, 0], [4, 6, 0]], dtype=torch.int32)
     shape = (8, 16, 2, s.head)
     return {
-        "q": drawn(3, 4, s.head, seed=0), "keys": drawn(*shape, seed=1), "values": drawn(*shape, seed=2),
-        "table": table, "lengths": torch.tensor([40, 3, 17], dtype=torch.int32),
-    }  # fmt: skip
+        "q": drawn(3, 4, s.head, seed=0),
+        "keys": drawn(*shape, seed=1),
+        "values": drawn(*shape, seed=2),
+        "table": table,
+        "lengths": torch.tensor([40, 3, 17], dtype=torch.int32),
+    }
 
 
 def _paged(q, keys, values, table, lengths) -> Tensor:
@@ -269,83 +326,124 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("rms_norm", ("rms_norm",), lambda s: dict(list(_norm(s).items())[:2]), rms_norm, ("x", "weight")),
     Operation("rms_norm residual", ("rms_norm",), _norm, rms_norm, ("x", "weight", "residual")),
     Operation(
-        "rope", ("rope", "rope_tables"),
+        "rope",
+        ("rope", "rope_tables"),
         lambda s: {n: x for n, x in _qkv(s, 19).items() if n != "v"} | {"positions": whole(0, 40, 19, seed=5)},
-        _rope, ("q", "k"),
+        _rope,
+        ("q", "k"),
     ),
     Operation(
-        "rope_of_product", ("rope_of_product",), lambda s: {"qkv": drawn(19, 8, s.head, seed=6)}, _rope_of_product,
+        "rope_of_product",
+        ("rope_of_product",),
+        lambda s: {"qkv": drawn(19, 8, s.head, seed=6)},
+        _rope_of_product,
         ("qkv",),
     ),
     Operation(
-        "grad_norm", ("grad_norm",), lambda s: {n: drawn(c, seed=c) for n, c in (("one", 70_001), ("other", 13))},
+        "grad_norm",
+        ("grad_norm",),
+        lambda s: {n: drawn(c, seed=c) for n, c in (("one", 70_001), ("other", 13))},
         lambda one, other: grad_norm([one, other]),
     ),
     Operation("swiglu", ("swiglu",), lambda s: {"gate_up": drawn(7, 2 * s.ffn, seed=0)}, swiglu, ("gate_up",)),
     Operation("attention", ("attention",), _attention, _packed(None), ("q", "k", "v")),
     Operation("attention window", ("attention",), _attention, _packed(7), ("q", "k", "v")),
     Operation(
-        "shared_attention", ("shared_attention", "pick"), lambda s: _qkv(s, 21),
+        "shared_attention",
+        ("shared_attention", "pick"),
+        lambda s: _qkv(s, 21),
         lambda q, k, v: (shared_attention(q, k, v, _prefixes(q.device)), pick(k, torch.tensor([3, 0, 3]).to(q.device))),
         ("q", "k", "v"),
     ),
     Operation(
-        "linear_logprob", ("linear_logprob",), _head, lambda **t: linear_logprob(**t, temperature=0.8, entropy=True),
+        "linear_logprob",
+        ("linear_logprob",),
+        _head,
+        lambda **t: linear_logprob(**t, temperature=0.8, entropy=True),
         ("hidden", "weight"),
     ),
     Operation("linear_logprob slices", ("linear_logprob_partial", "merge_partials"), _head, _partials),
     Operation(
-        "cross_entropy", ("cross_entropy",), lambda s: _head(s) | _tokens(s, weights=1.0),
-        lambda **t: _loss(cross_entropy(**t, num_tokens=11.0)), ("hidden", "weight"), ("weights",),
+        "cross_entropy",
+        ("cross_entropy",),
+        lambda s: _head(s) | _tokens(s, weights=1.0),
+        lambda **t: _loss(cross_entropy(**t, num_tokens=11.0)),
+        ("hidden", "weight"),
+        ("weights",),
     ),
     Operation(
-        "dpo", ("dpo",), _dpo, lambda **t: _loss(dpo(**t, beta=0.3, num_pairs=2, nll=0.2, num_chosen_tokens=9.0)),
-        ("hidden", "weight"), ("weights", "reference"),
+        "dpo",
+        ("dpo",),
+        _dpo,
+        lambda **t: _loss(dpo(**t, beta=0.3, num_pairs=2, nll=0.2, num_chosen_tokens=9.0)),
+        ("hidden", "weight"),
+        ("weights", "reference"),
     ),
     Operation(
-        "ppo", ("ppo",), lambda s: _head(s) | _tokens(s, behaviour=0.3, advantages=1.0, apart=0.2), _ppo,
-        ("hidden", "weight"), ("behaviour", "advantages", "apart"),
+        "ppo",
+        ("ppo",),
+        lambda s: _head(s) | _tokens(s, behaviour=0.3, advantages=1.0, apart=0.2),
+        _ppo,
+        ("hidden", "weight"),
+        ("behaviour", "advantages", "apart"),
     ),
     Operation(
-        "critic", ("gae", "whiten", "kl_estimates", "clipped_value_loss", "token_scale", "sequence_logprobs"),
-        lambda s: _tokens(s, logprob=1.0, reference=1.0, rewards=1.0), _critic, ("logprob",),
+        "critic",
+        ("gae", "whiten", "kl_estimates", "clipped_value_loss", "token_scale", "sequence_logprobs"),
+        lambda s: _tokens(s, logprob=1.0, reference=1.0, rewards=1.0),
+        _critic,
+        ("logprob",),
         ("logprob", "reference", "rewards"),
     ),
     Operation(
-        "preference_loss", ("preference_loss",),
+        "preference_loss",
+        ("preference_loss",),
         lambda s: {n: drawn(5, seed=i) for i, n in enumerate(("chosen", "rejected", "ref_chosen", "ref_rejected"))},
-        _preference, ("chosen", "rejected"), ("chosen", "rejected", "ref_chosen", "ref_rejected"),
+        _preference,
+        ("chosen", "rejected"),
+        ("chosen", "rejected", "ref_chosen", "ref_rejected"),
     ),
     Operation("adamw fp32 gradient", ("adamw",), _state, _adamw("fp32"), wide=tuple(_state(Sizes(*[1] * 5)))),
     Operation("adamw bf16 gradient, scale", ("adamw",), _state, _adamw("bf16"), wide=tuple(_state(Sizes(*[1] * 5)))),
     Operation("offloaded_adamw", ("offloaded_adamw",), _state, _offloaded, wide=tuple(_state(Sizes(*[1] * 5)))),
     Operation(
-        "moe_route", ("moe_route", "expert_counts", "load_balancing_loss", "router_z_loss"),
+        "moe_route",
+        ("moe_route", "expert_counts", "load_balancing_loss", "router_z_loss"),
         lambda s: {"hidden": drawn(33, s.width, seed=0), "router": drawn(8, s.width, seed=1, scale=s.width**-0.5)},
-        _routed, ("hidden", "router"),
+        _routed,
+        ("hidden", "router"),
     ),
     Operation(
-        "experts", ("expert_mlp", "expert_layout", "permute", "permute_rows", "combine"), _experts, _mixture,
+        "experts",
+        ("expert_mlp", "expert_layout", "permute", "permute_rows", "combine"),
+        _experts,
+        _mixture,
         ("x", "router", "gate_up", "down"),
     ),
     Operation(
-        "decode_attention", ("decode_attention",), _cache,
+        "decode_attention",
+        ("decode_attention",),
+        _cache,
         lambda q, keys, values, table, lengths: decode_attention(q, keys, values, table, lengths, 48, window=30),
     ),
     Operation("paged_attention", ("paged_attention",), _cache, _paged),
     Operation(
-        "write_pages", ("write_pages",),
-        lambda s: {"qkv": drawn(5, 8, s.head, seed=3), "slots": torch.tensor([40, 3, 127, 16, 90])} | {
-            name: x for name, x in _cache(s).items() if name in ("keys", "values")
-        },
+        "write_pages",
+        ("write_pages",),
+        lambda s: (
+            {"qkv": drawn(5, 8, s.head, seed=3), "slots": torch.tensor([40, 3, 127, 16, 90])}
+            | {name: x for name, x in _cache(s).items() if name in ("keys", "values")}
+        ),
         _written,
     ),
     Operation(
-        "sample", ("sample", "uniforms", "row_seeds", "philox"),
-        lambda s: {"logits": drawn(4, s.vocab, seed=0, scale=2.0), "seeds": whole(0, 2**60, 4, seed=1)}, _sampled,
+        "sample",
+        ("sample", "uniforms", "row_seeds", "philox"),
+        lambda s: {"logits": drawn(4, s.vocab, seed=0, scale=2.0), "seeds": whole(0, 2**60, 4, seed=1)},
+        _sampled,
         wide=("logits",),
     ),
-)  # fmt: skip
+)
 
 
 def gradient_norm(device: torch.device, dtype: torch.dtype) -> list[Triple]:

@@ -47,9 +47,14 @@ def theirs(model: Any, prompts: list[list[int]], eos_id: int) -> list[list[int]]
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
         out = model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=max(counts), do_sample=False, use_cache=True,
-            eos_token_id=eos_id, pad_token_id=eos_id,
-        )  # fmt: skip
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=max(counts),
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=eos_id,
+            pad_token_id=eos_id,
+        )
     new = [row[longest : longest + count].tolist() for row, count in zip(out, counts)]
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new]
 
@@ -79,9 +84,14 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
         span = f"{min(lengths)}..{max(lengths)}, {NEW_TOKENS[0]}..{NEW_TOKENS[1]} new"
         shape = f"{describe(preset, model)}  {PROMPTS} prompts of {span}"
         rows += interleave(
-            "generation", variants, items=sum(map(len, answers)), unit="tokens/s", shape=shape,
-            repeats=2 if quick else 5, peer=PEER,
-        )  # fmt: skip
+            "generation",
+            variants,
+            items=sum(map(len, answers)),
+            unit="tokens/s",
+            shape=shape,
+            repeats=2 if quick else 5,
+            peer=PEER,
+        )
     return rows
 
 

@@ -267,10 +267,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(device)
     smi = query(device, "driver_version", "power.limit", "clocks.max.sm")
     return about | {
-        "gpu": torch.cuda.get_device_name(device), "arch": 10 * major + minor, "cuda": torch.version.cuda,
-        "ptxas": ptxas_version(10 * major + minor), "driver": smi.get("driver_version", "unknown"),
-        "power_limit_watt": _number(smi.get("power.limit")), "max_sm_mhz": _number(smi.get("clocks.max.sm")),
-    }  # fmt: skip
+        "gpu": torch.cuda.get_device_name(device),
+        "arch": 10 * major + minor,
+        "cuda": torch.version.cuda,
+        "ptxas": ptxas_version(10 * major + minor),
+        "driver": smi.get("driver_version", "unknown"),
+        "power_limit_watt": _number(smi.get("power.limit")),
+        "max_sm_mhz": _number(smi.get("clocks.max.sm")),
+    }
 
 
 def hardware(about: Mapping[str, Any]) -> str:
@@ -291,15 +295,25 @@ def state_under(call: Call, device: torch.device, seconds: float = 0.3) -> dict[
     if not state:
         return {}
     return {
-        "sm_mhz": _number(state["clocks.sm"]), "memory_mhz": _number(state["clocks.mem"]),
-        "power_watt": _number(state["power.draw"]), "temperature_c": _number(state["temperature.gpu"]),
+        "sm_mhz": _number(state["clocks.sm"]),
+        "memory_mhz": _number(state["clocks.mem"]),
+        "power_watt": _number(state["power.draw"]),
+        "temperature_c": _number(state["temperature.gpu"]),
         "throttle": throttle_reasons(state[reasons]),
-    }  # fmt: skip
+    }
 
 
 # Bits of clocks_event_reasons.active; bit 0, idle, says nothing about a measurement.
-THROTTLE = {1: "applications clocks", 2: "power cap", 3: "hardware slowdown", 4: "sync boost", 5: "software thermal",
-            6: "hardware thermal", 7: "hardware power brake", 8: "display clocks"}  # fmt: skip
+THROTTLE = {
+    1: "applications clocks",
+    2: "power cap",
+    3: "hardware slowdown",
+    4: "sync boost",
+    5: "software thermal",
+    6: "hardware thermal",
+    7: "hardware power brake",
+    8: "display clocks",
+}
 
 
 def throttle_reasons(mask: str) -> list[str]:

@@ -54,9 +54,11 @@ class LinearLogprob(Problem):
 
         weight = draw(1, self.vocab_size, self.width, kind=torch.float32) * self.width**-0.5
         return {
-            "hidden": draw(0, self.tokens, self.width), "weight": weight.to(dtype),
-            "targets": self._targets(device, seed), "dlogprob": draw(3, self.tokens, kind=torch.float32),
-        }  # fmt: skip
+            "hidden": draw(0, self.tokens, self.width),
+            "weight": weight.to(dtype),
+            "targets": self._targets(device, seed),
+            "dlogprob": draw(3, self.tokens, kind=torch.float32),
+        }
 
     def _targets(self, device: torch.device, seed: int) -> Tensor:
         if device.type == "meta":
@@ -73,8 +75,11 @@ class LinearLogprob(Problem):
         hidden[torch.arange(self.tokens, device=device), pick(0, self.width - 1, self.tokens)] = 128
         cotangents = draw(-2, 2, self.tokens).float()
         return self, {
-            "hidden": hidden, "weight": weight, "targets": self._targets(device, seed + 2), "dlogprob": cotangents
-        }  # fmt: skip
+            "hidden": hidden,
+            "weight": weight,
+            "targets": self._targets(device, seed + 2),
+            "dlogprob": cotangents,
+        }
 
     def ours(self, tensors: Tensors) -> tuple[Tensor, ...]:
         from kernels.linear_logprob import linear_logprob

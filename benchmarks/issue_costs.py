@@ -12,16 +12,51 @@ SHARED_BYTES = 128
 EXP_CYCLES = 8
 # Cycles from issue to result, behind the unit's own; what is not named and sets a scoreboard takes OTHER.
 LATENCY = {
-    "MUFU": 14, "SHFL": 23, "LDS": 23, "LDSM": 23, "STS": 12, "S2R": 25, "S2UR": 25, "R2UR": 10, "SYNCS": 20,
-    "LDG": 273, "LDGSTS": 300, "UTMALDG": 600, "BAR": 20, "HGMMA": 20, "LDL": 35,
-}  # fmt: skip
+    "MUFU": 14,
+    "SHFL": 23,
+    "LDS": 23,
+    "LDSM": 23,
+    "STS": 12,
+    "S2R": 25,
+    "S2UR": 25,
+    "R2UR": 10,
+    "SYNCS": 20,
+    "LDG": 273,
+    "LDGSTS": 300,
+    "UTMALDG": 600,
+    "BAR": 20,
+    "HGMMA": 20,
+    "LDL": 35,
+}
 OTHER = 12
 # Instructions that wait for a unit without holding up their warp.
 QUEUED = 2
 ALU = (
-    "FMNMX", "FSEL", "FSETP", "F2FP", "SEL", "ISETP", "LOP3", "IADD3", "LEA", "SHF", "PRMT", "PLOP3", "VOTE", "VOTEU",
-    "FCHK", "IMNMX", "IABS", "LOP", "SGXT", "BMSK", "FLO", "POPC", "VIADD", "VIMNMX",
-)  # fmt: skip
+    "FMNMX",
+    "FSEL",
+    "FSETP",
+    "F2FP",
+    "SEL",
+    "ISETP",
+    "LOP3",
+    "IADD3",
+    "LEA",
+    "SHF",
+    "PRMT",
+    "PLOP3",
+    "VOTE",
+    "VOTEU",
+    "FCHK",
+    "IMNMX",
+    "IABS",
+    "LOP",
+    "SGXT",
+    "BMSK",
+    "FLO",
+    "POPC",
+    "VIADD",
+    "VIMNMX",
+)
 FMA = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FADD2", "FMUL2")
 SHARED = ("LDS", "STS", "LDSM", "STSM", "LDG", "STG", "LDGSTS", "LDL", "STL", "ATOMS", "SHFL", "RED", "ATOMG")
 

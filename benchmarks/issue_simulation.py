@@ -86,9 +86,12 @@ class SubCore:
         self.arrivals: dict[tuple[int, int, int], float] = {}
         self.meetings: dict[tuple[int, int, int, int], dict[int, float]] = {}
         self.actions: dict[str, Callable[[Warp, float, float], float]] = {
-            "HGMMA": self._product, "LDGSTS": self._copy, "LDGDEPBAR": self._commit, "UTMALDG": self._load,
+            "HGMMA": self._product,
+            "LDGSTS": self._copy,
+            "LDGDEPBAR": self._commit,
+            "UTMALDG": self._load,
             "LDG": self._fetch,
-        }  # fmt: skip
+        }
 
     def run(self) -> float:
         """Cycles of a turn, once the loop has settled."""

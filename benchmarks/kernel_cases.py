@@ -64,10 +64,19 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", 
 OPERATIONS: dict[str, type[Problem]] = {
     kind.op: kind
     for kind in (
-        Attention, LinearLogprob, Experts, MoeRoute, MoePermute, MoeCombine, RmsNorm, Rope, SwiGlu, AdamW,
+        Attention,
+        LinearLogprob,
+        Experts,
+        MoeRoute,
+        MoePermute,
+        MoeCombine,
+        RmsNorm,
+        Rope,
+        SwiGlu,
+        AdamW,
         DecodeAttention,
     )
-}  # fmt: skip
+}
 TOKENS = 16384
 RAGGED = (9000, 6000, 4500, 3300, 2500, 2000, 1500, 1200, 900, 700, 500, 350, 200, 90, 27, 1)
 

@@ -31,15 +31,24 @@ from benchmarks.kernel_problems import (
     rms_norm_formula,
     rope_formula,
     swiglu_formula,
-)  # fmt: skip
+)
 from benchmarks.moe_problem import Experts, MoeCombine, MoePermute, MoeRoute
 from kernels.configuration import configuration, use_config
 
 # What foreign packages and compilers raise when they cannot run something; out of memory is a RuntimeError.
 FAILURES = (
-    RuntimeError, ValueError, TypeError, LookupError, ImportError, AttributeError, AssertionError, OSError,
-    ArithmeticError, NotImplementedError, triton.TritonError,
-)  # fmt: skip
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ImportError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    ArithmeticError,
+    NotImplementedError,
+    triton.TritonError,
+)
 EAGER_SCORES_BYTES, EAGER_LOGITS_BYTES = 6 * 2**30, 9 * 2**30
 LIGER = "liger-kernel is not installed"
 
@@ -140,7 +149,7 @@ def _fused(backend: str) -> Callable[[Problem, torch.device], Function]:
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 out = F.scaled_dot_product_attention(
                     q, k, v, is_causal=problem.causal, scale=_scale(problem), enable_gqa=grouped and not repeat
-                )  # fmt: skip
+                )
             return (out.transpose(1, 2).flatten(0, 1),)
 
         def with_repeated_keys(tensors: Tensors) -> tuple[Tensor, ...]:
@@ -159,8 +168,10 @@ def _takes_groups(problem: Attention, backend: str, device: torch.device) -> boo
     allowed = {"CUDNN_ATTENTION": cuda.can_use_cudnn_attention, "FLASH_ATTENTION": cuda.can_use_flash_attention}[
         backend
     ]
-    q, k = (torch.empty(1, n, 128, problem.width, dtype=torch.bfloat16, device=device)
-            for n in (problem.heads, problem.kv_heads))  # fmt: skip
+    q, k = (
+        torch.empty(1, n, 128, problem.width, dtype=torch.bfloat16, device=device)
+        for n in (problem.heads, problem.kv_heads)
+    )
     return bool(allowed(cuda.SDPAParams(q, k, k, None, 0.0, problem.causal, True)))
 
 

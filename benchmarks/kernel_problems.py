@@ -383,9 +383,7 @@ class AdamW(Problem):
         return self.written(tensors)
 
     def formula(self, tensors: Tensors) -> tuple[Tensor, ...]:
-        adamw_formula(
-            *(tensors[name] for name in (*self.STATE, "gradient")), tensors.get("copy"), self.options
-        )  # fmt: skip
+        adamw_formula(*(tensors[name] for name in (*self.STATE, "gradient")), tensors.get("copy"), self.options)
         return self.written(tensors)
 
     def written(self, tensors: Tensors) -> tuple[Tensor, ...]:

@@ -140,10 +140,17 @@ def _clear(device: torch.device) -> None:
 def _new_row(session: Session, case: Case, variant: Variant) -> Row:
     work = case.work
     return session.about | {
-        "op": case.op, "phase": case.phase, "label": case.label, "dtype": str(case.dtype).removeprefix("torch."),
-        "variant": variant.name, "is_ours": variant.is_ours, "flops": work.flops, "bytes": work.bytes,
-        "ceilings": session.ceilings, "reproduce": reproduce(case, variant),
-    }  # fmt: skip
+        "op": case.op,
+        "phase": case.phase,
+        "label": case.label,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "variant": variant.name,
+        "is_ours": variant.is_ours,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "ceilings": session.ceilings,
+        "reproduce": reproduce(case, variant),
+    }
 
 
 def reproduce(case: Case, variant: Variant) -> str:
@@ -216,7 +223,7 @@ def configurations(call: gpu_timing.Call) -> dict[str, dict[str, Any]]:
             name: value for name, value in launch.options.items() if isinstance(value, bool | int | str)
         }
         for launch in launches
-    }  # fmt: skip
+    }
 
 
 def _time_or_say(session: Session, case: Case, calls: dict[str, gpu_timing.Call], rows: list[Row]) -> list[Row]:
@@ -291,9 +298,12 @@ def parser() -> Parser:
     reader.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     reader.add_argument("--profile", action="store_true", help="one repetition in NVTX ranges, no flush, nothing timed")
     reader.add_argument(
-        "--json", type=Path, default=DEFAULT_RESULTS, metavar="PATH",
+        "--json",
+        type=Path,
+        default=DEFAULT_RESULTS,
+        metavar="PATH",
         help="JSON lines; the roofline is written beside them as .html; default: %(default)s",
-    )  # fmt: skip
+    )
     reader.add_argument(
         "--compare", nargs="+", type=Path, metavar="FILE", help="OLD, with what is measured now; OLD NEW, two files"
     )
@@ -346,9 +356,13 @@ def _measure_all(reader: Parser, options: Any, names: list[str], arguments: Sequ
     if results:
         results.unlink(missing_ok=True)
     session = start(
-        device, command=command, results=results, profile=options.profile, seconds=0.1 if options.quick else 0.3,
+        device,
+        command=command,
+        results=results,
+        profile=options.profile,
+        seconds=0.1 if options.quick else 0.3,
         only=options.variant,
-    )  # fmt: skip
+    )
     print("  ".join(f"{key} {value}" for key, value in session.about.items()))
     print(ceilings_line(session))
     if not options.profile:

@@ -152,9 +152,16 @@ def _write_pages(arguments: Arguments, name: str) -> Cost:
 
 
 COSTS: dict[str, Callable[[Arguments, str], Cost]] = {
-    "attention_forward_kernel": _attention(2), "attention_backward_kv_kernel": _attention(4),
-    "attention_backward_q_kernel": _attention(3), "linear_logprob_statistics_kernel": _logprob,
-    "linear_logprob_dlogits_kernel": _logprob, "grouped_matmul_kernel": _grouped, "grouped_swiglu_kernel": _grouped,
-    "grouped_dswiglu_kernel": _grouped, "grouped_dweight_kernel": _grouped_dweight, "decode_attention_kernel": _decode,
-    "grad_norm_kernel": _grad_norm, "write_pages_kernel": _write_pages,
-}  # fmt: skip
+    "attention_forward_kernel": _attention(2),
+    "attention_backward_kv_kernel": _attention(4),
+    "attention_backward_q_kernel": _attention(3),
+    "linear_logprob_statistics_kernel": _logprob,
+    "linear_logprob_dlogits_kernel": _logprob,
+    "grouped_matmul_kernel": _grouped,
+    "grouped_swiglu_kernel": _grouped,
+    "grouped_dswiglu_kernel": _grouped,
+    "grouped_dweight_kernel": _grouped_dweight,
+    "decode_attention_kernel": _decode,
+    "grad_norm_kernel": _grad_norm,
+    "write_pages_kernel": _write_pages,
+}

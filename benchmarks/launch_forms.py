@@ -251,9 +251,17 @@ def _dpo(variant: str, mean: bool) -> None:
 
     numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
     dpo_grads(
-        numbers, numbers, marks, _meta(16, dtype=torch.float32), beta=0.1, num_pairs=8, variant=variant,
-        label_smoothing=0.1, mean=mean, nll_scale=0.1,
-    )  # fmt: skip
+        numbers,
+        numbers,
+        marks,
+        _meta(16, dtype=torch.float32),
+        beta=0.1,
+        num_pairs=8,
+        variant=variant,
+        label_smoothing=0.1,
+        mean=mean,
+        nll_scale=0.1,
+    )
 
 
 def sequence_logprobs(shape: dict[str, int]) -> Iterator[Form]:
@@ -278,9 +286,20 @@ def _ppo(everything: bool, estimator: str) -> None:
     numbers = _meta(TOKENS, dtype=torch.float32)
     other = numbers if everything else None
     ppo_grads(
-        numbers, numbers, numbers, numbers, numbers, clip=(0.2, 0.2), dual_clip=3.0 if everything else None,
-        reference=other, kl=0.1, kl_estimator=estimator, entropy_bonus=0.01, sampled=other, importance_cap=2.0,
-    )  # fmt: skip
+        numbers,
+        numbers,
+        numbers,
+        numbers,
+        numbers,
+        clip=(0.2, 0.2),
+        dual_clip=3.0 if everything else None,
+        reference=other,
+        kl=0.1,
+        kl_estimator=estimator,
+        entropy_bonus=0.01,
+        sampled=other,
+        importance_cap=2.0,
+    )
 
 
 def value_loss(shape: dict[str, int]) -> Iterator[Form]:
@@ -311,18 +330,18 @@ def _sample(dtype: torch.dtype, truncated: bool, seeded: bool) -> None:
 
     numbers, counts = _meta(64, dtype=torch.float32), _meta(64, dtype=torch.int32) if truncated else None
     seeds, uniform = (_meta(64, dtype=torch.int64), None) if seeded else (None, numbers)
-    sample_rows(
-        _meta(64, VOCABULARY, dtype=dtype), seeds, uniform, numbers, counts, numbers if truncated else None
-    )  # fmt: skip
+    sample_rows(_meta(64, VOCABULARY, dtype=dtype), seeds, uniform, numbers, counts, numbers if truncated else None)
 
 
 def decode_attention(shape: dict[str, int]) -> Iterator[Form]:
     """The 7B and 70B shapes, keys in one share and in several; other groups and widths, small pages, a window."""
     for dtype in (d for d in NAMES if d.itemsize == shape.get("bytes", 2)):
         for name, heads, kv_heads, width, page, longest, window in (
-            ("7b", 32, 8, 128, 64, 8192, None), ("7b one share", 32, 8, 128, 64, 512, None),
-            ("70b page=16", 64, 8, 128, 16, 8192, None), ("H=12/12 C=96 window", 12, 12, 96, 256, 8192, 4096),
-        ):  # fmt: skip
+            ("7b", 32, 8, 128, 64, 8192, None),
+            ("7b one share", 32, 8, 128, 64, 512, None),
+            ("70b page=16", 64, 8, 128, 16, 8192, None),
+            ("H=12/12 C=96 window", 12, 12, 96, 256, 8192, 4096),
+        ):
             shapes = heads, kv_heads, width, page, longest, window
             yield f"{name} {NAMES[dtype]}", lambda d=dtype, s=shapes: _decode_attention(d, *s)
 
@@ -430,14 +449,37 @@ def _moe_rows(dtype: torch.dtype, width: int, gated: bool) -> None:
 
 
 FORMS: dict[str, Callable[[dict[str, int]], Iterator[Form]]] = {
-    "attention_forward": attention, "attention_backward_kv": attention, "attention_backward_q": attention,
-    "attention_delta": attention_delta, "rms_norm_forward": rms_norm, "rms_norm_backward": rms_norm,
-    "rms_norm_reduce": rms_norm_reduce, "rope": rope, "swiglu_forward": swiglu, "swiglu_backward": swiglu,
-    "adamw": adamw, "grad_norm": grad_norm, "linear_logprob_statistics": linear_logprob,
-    "linear_logprob_merge": linear_logprob_merge, "linear_logprob_dlogits": linear_logprob, "dpo": dpo,
-    "sequence_logprobs": sequence_logprobs, "ppo": ppo, "value_loss": value_loss, "gae": gae, "sample": sample,
-    "moe_route": moe_route, "moe_offsets": moe_layout, "moe_place": moe_layout, "moe_combine": moe_rows,
-    "moe_permute": moe_rows, "grouped_swiglu": experts, "grouped_dswiglu": experts, "grouped_dweight": experts,
-    "grouped_matmul": down_products, "decode_attention": decode_attention, "decode_attention_sum": decode_attention_sum,
+    "attention_forward": attention,
+    "attention_backward_kv": attention,
+    "attention_backward_q": attention,
+    "attention_delta": attention_delta,
+    "rms_norm_forward": rms_norm,
+    "rms_norm_backward": rms_norm,
+    "rms_norm_reduce": rms_norm_reduce,
+    "rope": rope,
+    "swiglu_forward": swiglu,
+    "swiglu_backward": swiglu,
+    "adamw": adamw,
+    "grad_norm": grad_norm,
+    "linear_logprob_statistics": linear_logprob,
+    "linear_logprob_merge": linear_logprob_merge,
+    "linear_logprob_dlogits": linear_logprob,
+    "dpo": dpo,
+    "sequence_logprobs": sequence_logprobs,
+    "ppo": ppo,
+    "value_loss": value_loss,
+    "gae": gae,
+    "sample": sample,
+    "moe_route": moe_route,
+    "moe_offsets": moe_layout,
+    "moe_place": moe_layout,
+    "moe_combine": moe_rows,
+    "moe_permute": moe_rows,
+    "grouped_swiglu": experts,
+    "grouped_dswiglu": experts,
+    "grouped_dweight": experts,
+    "grouped_matmul": down_products,
+    "decode_attention": decode_attention,
+    "decode_attention_sum": decode_attention_sum,
     "write_pages": write_pages,
-}  # fmt: skip
+}

@@ -113,8 +113,12 @@ def measured(arch: int) -> Iterator[Launch]:
 
 
 STEPS: dict[str, Callable[[], None]] = {
-    "operations": operations, "training": training, "decoding": decoding, "recipes": recipes, "rates": rates,
-}  # fmt: skip
+    "operations": operations,
+    "training": training,
+    "decoding": decoding,
+    "recipes": recipes,
+    "rates": rates,
+}
 TABLES: dict[str, Callable[[int], Iterator[Launch]]] = {"measured": measured, "losses": losses, "entries": entries}
 # The most valuable first.
 SOURCES = (*STEPS, *TABLES)

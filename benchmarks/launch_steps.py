@@ -69,9 +69,15 @@ def train(log: Log, config: ModelConfig, device: torch.device, tokens: int, reco
     options = Training(pack_tokens=tokens, max_steps=WARM + 1, save_every=0)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(
-            options, runtime, model, [len(sample.tokens) - 1 for sample in samples], Path(folder), seed=0, name="sft",
+            options,
+            runtime,
+            model,
+            [len(sample.tokens) - 1 for sample in samples],
+            Path(folder),
+            seed=0,
+            name="sft",
             quiet=True,
-        )  # fmt: skip
+        )
         counted: list[Event] = []
         for packs in run.steps():
             log.events.clear()
@@ -123,12 +129,16 @@ def rleif(
     runtime = Runtime(0, 1, 0, device)
     with tempfile.TemporaryDirectory() as folder:
         cfg = recipe.Config(
-            data=(), out=Path(folder), model="", reward=RewardOptions(Path(folder), Path(folder)), quiet=True,
+            data=(),
+            out=Path(folder),
+            model="",
+            reward=RewardOptions(Path(folder), Path(folder)),
+            quiet=True,
             training=OnlineTraining(save_every=0),
             rollout=RolloutOptions(
                 steps=WARM, prompts_per_step=answers // GROUP, samples_per_prompt=GROUP, max_new_tokens=ANSWER
             ),
-        )  # fmt: skip
+        )
         policy, reference = (sharded_model(config, runtime, recompute) for _ in range(2))
         critic, process, instruction = (scoring_model(config, runtime, recompute) for _ in range(3))
         for frozen in (reference, process, instruction):
@@ -154,9 +164,17 @@ def scoring_model(config: ModelConfig, runtime: Runtime, recompute: str) -> Scor
 
 
 def _online_step(
-    recipe: Any, cfg: Any, run: OnlineRun, sampler: Sampler, config: ModelConfig, policy: Transformer,
-    reference: Transformer, critic: ScoringModel, rewarders: Sequence[ScoringModel], number: int,
-) -> None:  # fmt: skip
+    recipe: Any,
+    cfg: Any,
+    run: OnlineRun,
+    sampler: Sampler,
+    config: ModelConfig,
+    policy: Transformer,
+    reference: Transformer,
+    critic: ScoringModel,
+    rewarders: Sequence[ScoringModel],
+    number: int,
+) -> None:
     count, each = cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt
     answers = count * each
     generator = np.random.default_rng(number)
@@ -171,7 +189,7 @@ def _online_step(
             np.concatenate((np.zeros(PROMPT), np.ones(len(answer)))).astype(np.float32),
         )
         for i, answer in enumerate(drawn.tokens)
-    ]  # fmt: skip
+    ]
     lengths = [len(tokens) for tokens in drawn.tokens]
     behaviour = torch.tensor([x for row in drawn.logprobs for x in row], dtype=torch.float32)
     rollout = Rollout([()] * answers, samples, [""] * answers, [True] * answers, lengths, behaviour, load=(1, 1, 1))
@@ -217,6 +235,8 @@ def counts(events: Sequence[Event]) -> dict[str, Any]:
     """Launches, waits, bytes and operations of a step."""
     flat = list(flattened(events))
     return {
-        "launches": sum(event.launches for event in flat), "host_syncs": len(full_waits(flat)),
-        "bytes": sum(event.bytes for event in flat), "flops": sum(event.flops for event in flat),
-    }  # fmt: skip
+        "launches": sum(event.launches for event in flat),
+        "host_syncs": len(full_waits(flat)),
+        "bytes": sum(event.bytes for event in flat),
+        "flops": sum(event.flops for event in flat),
+    }

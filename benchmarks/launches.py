@@ -157,9 +157,15 @@ def _device_of(log: Log | None) -> Iterator[Log]:
 
 
 def predict(
-    preset: str, tokens: int, step: str = "train", *, recompute: str = "full", layers: int | None = None,
-    rates: Rates | None = None, log: Log | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    preset: str,
+    tokens: int,
+    step: str = "train",
+    *,
+    recompute: str = "full",
+    layers: int | None = None,
+    rates: Rates | None = None,
+    log: Log | None = None,
+) -> dict[str, Any]:
     """The ledger of one step, as the JSON that the command writes.
 
     Args:
@@ -184,14 +190,29 @@ def predict(
             flops = tokens * flops_per_token(config, 2 * launch_steps.KEYS)
         else:
             events, flops = launch_steps.rleif(device, config, DEVICE, tokens, recompute)
-    return result_of(events, rates, preset=preset, layers=config.layers, step=step, tokens=tokens, model_flops=flops,
-                     recompute=recompute)  # fmt: skip
+    return result_of(
+        events,
+        rates,
+        preset=preset,
+        layers=config.layers,
+        step=step,
+        tokens=tokens,
+        model_flops=flops,
+        recompute=recompute,
+    )
 
 
 def result_of(
-    events: Sequence[Event], rates: Rates, *, preset: str, layers: int, step: str, tokens: int, model_flops: float,
+    events: Sequence[Event],
+    rates: Rates,
+    *,
+    preset: str,
+    layers: int,
+    step: str,
+    tokens: int,
+    model_flops: float,
     recompute: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The JSON of a ledger."""
     from benchmarks import launch_steps
 
@@ -199,13 +220,21 @@ def result_of(
     result = launch_steps.counts(events)
     rows = rows_of(events, rates)
     return {
-        "preset": preset, "layers": layers, "step": step, "tokens": tokens, "recompute": recompute,
-        **result, "host_seconds": predicted.host, "predicted_seconds": predicted.seconds,
-        "host_bound": predicted.idle / predicted.seconds, "tokens_per_second": tokens / predicted.seconds,
+        "preset": preset,
+        "layers": layers,
+        "step": step,
+        "tokens": tokens,
+        "recompute": recompute,
+        **result,
+        "host_seconds": predicted.host,
+        "predicted_seconds": predicted.seconds,
+        "host_bound": predicted.idle / predicted.seconds,
+        "tokens_per_second": tokens / predicted.seconds,
         "mfu": model_flops / predicted.seconds / rates.peak,
         "share_of_copy": result["bytes"] / predicted.seconds / rates.memory,
-        "rates": asdict(rates), "rows": rows,
-    }  # fmt: skip
+        "rates": asdict(rates),
+        "rows": rows,
+    }
 
 
 def config_of(preset: str, tokens: int, step: str, layers: int | None) -> ModelConfig:
@@ -279,18 +308,22 @@ def main(args: Sequence[str] | None = None) -> int:
     reader = Parser("python -m benchmarks launches", __doc__)
     reader.add_argument("--preset", default="7b", help=f"of {', '.join(PRESETS)}; default: %(default)s")
     reader.add_argument(
-        "--tokens", type=int, nargs="+", metavar="N",
+        "--tokens",
+        type=int,
+        nargs="+",
+        metavar="N",
         help="train: of the packed row, default 4096 16384; decode: sequences, default 1 32 256; rleif: answer tokens",
-    )  # fmt: skip
+    )
     reader.add_argument("--step", default="train", help=f"{', '.join(STEPS)}; default: %(default)s")
     reader.add_argument(
         "--recompute", default="full", choices=("none", "selective", "full"), help="default: %(default)s"
     )
     reader.add_argument("--layers", type=int, help="of the model, default: the preset's")
     reader.add_argument(
-        "--measure-host", action="store_true",
+        "--measure-host",
+        action="store_true",
         help="measure this machine's host seconds of a launch first, instead of assuming them",
-    )  # fmt: skip
+    )
     reader.add_argument("--rates", type=Path, metavar="FILE", help="JSON of rates in place of the assumed ones")
     reader.add_argument("--json", type=Path, metavar="PATH", help="write the ledgers as JSON lines")
     options = reader.parse_args(args)
@@ -305,8 +338,17 @@ def main(args: Sequence[str] | None = None) -> int:
         results = []
         with stand_in() as log:
             for size in sizes:
-                results.append(predict(options.preset, size, options.step, recompute=options.recompute,
-                                     layers=options.layers, rates=rates, log=log))  # fmt: skip
+                results.append(
+                    predict(
+                        options.preset,
+                        size,
+                        options.step,
+                        recompute=options.recompute,
+                        layers=options.layers,
+                        rates=rates,
+                        log=log,
+                    )
+                )
                 print(text_of(results[-1]), end="\n\n", flush=True)
     except ValueError as error:
         print(f"launches: {error}", file=sys.stderr)

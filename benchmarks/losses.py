@@ -77,22 +77,40 @@ class Head:
     def dpo(self) -> None:
         """One pair as long as the row."""
         dpo(
-            self.hidden, self.weight, self.targets, self.weights, self.marks, torch.tensor([-5e4, -5e4]), beta=0.1,
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.weights,
+            self.marks,
+            torch.tensor([-5e4, -5e4]),
+            beta=0.1,
             num_pairs=1,
-        ).loss.backward()  # fmt: skip
+        ).loss.backward()
 
     def ppo(self) -> None:
         """Clipped surrogate with entropy and a divergence."""
         ppo(
-            self.hidden, self.weight, self.targets, self.other, self.other, clip=0.2, num_tokens=len(self.targets),
-            reference=self.other, kl=0.1, entropy=0.01,
-        ).loss.backward()  # fmt: skip
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.other,
+            self.other,
+            clip=0.2,
+            num_tokens=len(self.targets),
+            reference=self.other,
+            kl=0.1,
+            entropy=0.01,
+        ).loss.backward()
 
 
 VARIANTS: dict[str, Callable[[Head], None]] = {
-    "one node": Head.one_node, "two passes": Head.two_passes, "full logits": Head.full_logits,
-    "autograd": Head.autograd, "dpo": Head.dpo, "ppo": Head.ppo,
-}  # fmt: skip
+    "one node": Head.one_node,
+    "two passes": Head.two_passes,
+    "full logits": Head.full_logits,
+    "autograd": Head.autograd,
+    "dpo": Head.dpo,
+    "ppo": Head.ppo,
+}
 SAME = ("one node", "two passes", "autograd")
 
 
@@ -120,9 +138,14 @@ def timed(tokens: int, vocab_size: int, width: int, names: list[str], repeats: i
         return run
 
     return interleave(
-        "losses", {name: step(name) for name in names}, items=tokens, unit="tokens/s", repeats=repeats,
-        shape=f"T={tokens} V={vocab_size} D={width} fp32", peer="full logits",
-    )  # fmt: skip
+        "losses",
+        {name: step(name) for name in names},
+        items=tokens,
+        unit="tokens/s",
+        repeats=repeats,
+        shape=f"T={tokens} V={vocab_size} D={width} fp32",
+        peer="full logits",
+    )
 
 
 def _resident(field: str) -> int:
@@ -172,8 +195,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=(__doc__ or "").split("\n\n")[0])
     for name, default in (("tokens", 16384), ("words", 128000), ("width", 1024), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="default %(default)s")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", default=list(VARIANTS)[:3],
-                        help=f"of {', '.join(VARIANTS)}; default: the first three")  # fmt: skip
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        metavar="NAME",
+        default=list(VARIANTS)[:3],
+        help=f"of {', '.join(VARIANTS)}; default: the first three",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="JSON lines")
     options = parser.parse_args(arguments)
     from benchmarks.__main__ import environment, line_of

@@ -31,9 +31,16 @@ from benchmarks.control_flow import main_loops
 from kernels.launch import Launch
 
 POINTERS = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int32: "i32",
-    torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8",
-}  # fmt: skip
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas")
 # What a multiprocessor holds at a time, and the shared memory of its blocks together and of one block, bytes:
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -250,9 +257,15 @@ def compile_launch(launch: Launch, arch: int) -> MachineCode:
     if stack or count(instructions, "LDL", "STL"):
         spills = spills_of(assembler_log(compiled.asm["ptx"], arch, options))
     return MachineCode(
-        compiled.name, arch, compiled.metadata.num_warps, registers, *spills, stack,
-        compiled.metadata.shared + shared, instructions,
-    )  # fmt: skip
+        compiled.name,
+        arch,
+        compiled.metadata.num_warps,
+        registers,
+        *spills,
+        stack,
+        compiled.metadata.shared + shared,
+        instructions,
+    )
 
 
 def assembler_log(ptx: str, arch: int, options: dict[str, Any]) -> str:

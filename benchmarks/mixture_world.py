@@ -60,10 +60,16 @@ def trained(name: str, config: ModelConfig, world: Path, folder: Path, seed: int
         )
     )
     row = {
-        "model": name, "seed": seed, "parameters": config.num_parameters, "active": config.active_parameters,
-        "loss": float(loss), "accuracy": result["accuracy"], "se": result["se"], "problems": result["total"],
+        "model": name,
+        "seed": seed,
+        "parameters": config.num_parameters,
+        "active": config.active_parameters,
+        "loss": float(loss),
+        "accuracy": result["accuracy"],
+        "se": result["se"],
+        "problems": result["total"],
         "train_seconds": seconds,
-    }  # fmt: skip
+    }
     return row | _load(folder, config)
 
 
@@ -103,7 +109,7 @@ def main() -> None:
                     f"{name:8} seed {seed}  active {row['active']:,} of {row['parameters']:,}  loss {row['loss']:.4f}  "
                     f"accuracy {row['accuracy']:.3f} (se {row['se']:.3f})  {row['train_seconds']:.0f} s  {load}",
                     flush=True,
-                )  # fmt: skip
+                )
                 if options.json:
                     write_json(options.json, {"environment": environment(), "scale": options.scale, "rows": rows})
 

@@ -21,9 +21,11 @@ def chosen(load: str, tokens: int, experts: int, per_token: int, seed: int) -> T
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.arange(experts)
     weights = {
-        "uniform": torch.ones(experts), "zipf": 1 / (numbers + 1).float(),
-        "one": torch.where(numbers == experts // 2, 1.0, 1e-6), "idle": torch.where(numbers % 4 == 0, 1e-9, 1.0),
-    }[load]  # fmt: skip
+        "uniform": torch.ones(experts),
+        "zipf": 1 / (numbers + 1).float(),
+        "one": torch.where(numbers == experts // 2, 1.0, 1e-6),
+        "idle": torch.where(numbers % 4 == 0, 1e-9, 1.0),
+    }[load]
     return (torch.rand(tokens, experts, generator=generator).log() / weights).topk(per_token).indices.int()
 
 
@@ -98,8 +100,9 @@ class Experts(Problem):
         gates = draw(1, self.tokens, self.per_token, kind=torch.float32).softmax(-1)
         return self._with_layout(
             {"x": draw(0, self.tokens, self.width), "gates": gates, **weights, "dy": draw(3, self.tokens, self.width)},
-            device, seed,
-        )  # fmt: skip
+            device,
+            seed,
+        )
 
     def _with_layout(self, tensors: Tensors, device: torch.device, seed: int) -> Tensors:
         experts = chosen(self.load, self.tokens, self.experts, self.per_token, seed).to(device)
@@ -176,10 +179,11 @@ class MoeRoute(Problem):
             return normal(*shape, dtype=kind, device=device, seed=seed * SEED_STEP + i)
 
         return {
-            "hidden": draw(0, self.tokens, self.width), "router": draw(1, self.experts, self.width) * self.width**-0.5,
+            "hidden": draw(0, self.tokens, self.width),
+            "router": draw(1, self.experts, self.width) * self.width**-0.5,
             "dlogits": draw(2, self.tokens, self.experts, kind=torch.float32),
             "dgates": draw(3, self.tokens, self.per_token, kind=torch.float32),
-        }  # fmt: skip
+        }
 
     def exact(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple["MoeRoute", Tensors]:
         """Hidden states that pick a column of different whole logits, far enough apart that the best has all weight."""
@@ -188,10 +192,11 @@ class MoeRoute(Problem):
         hidden = torch.zeros(self.tokens, self.width, dtype=dtype, device=device)
         hidden[torch.arange(self.tokens, device=device), pick(0, self.width - 1, self.tokens)] = 128
         return self, {
-            "hidden": hidden, "router": order.to(device=device, dtype=dtype), "dgates": torch.zeros(
-                self.tokens, self.per_token, device=device
-            ), "dlogits": draw(-2, 2, self.tokens, self.experts).float(),
-        }  # fmt: skip
+            "hidden": hidden,
+            "router": order.to(device=device, dtype=dtype),
+            "dgates": torch.zeros(self.tokens, self.per_token, device=device),
+            "dlogits": draw(-2, 2, self.tokens, self.experts).float(),
+        }
 
     def ours(self, tensors: Tensors) -> tuple[Tensor, ...]:
         from kernels.moe_route import moe_route
@@ -299,8 +304,9 @@ class MoeCombine(_Rows):
         gates = normal(self.tokens, self.per_token, dtype=torch.float32, device=device, seed=seed * SEED_STEP + 1)
         return {
             "outer": normal(rows, self.width, dtype=dtype, device=device, seed=seed * SEED_STEP),
-            "gates": (4 * gates).round() / 4, "positions": self._layout(device, seed)["positions"],
-        }  # fmt: skip
+            "gates": (4 * gates).round() / 4,
+            "positions": self._layout(device, seed)["positions"],
+        }
 
     def ours(self, tensors: Tensors) -> tuple[Tensor, ...]:
         from kernels.backend import runs_triton

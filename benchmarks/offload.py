@@ -50,9 +50,18 @@ def deepspeed(t: dict[str, torch.Tensor], wide: torch.Tensor) -> Callable[[], No
         wide.copy_(t["gradient"])
         wide.add_(t["accumulated"])
         kernel.adam_update(
-            number, 10, OPTIONS["lr"], *OPTIONS["betas"], OPTIONS["epsilon"], OPTIONS["weight_decay"], True,
-            t["master"], wide, t["exp_avg"], t["exp_avg_sq"],
-        )  # fmt: skip
+            number,
+            10,
+            OPTIONS["lr"],
+            *OPTIONS["betas"],
+            OPTIONS["epsilon"],
+            OPTIONS["weight_decay"],
+            True,
+            t["master"],
+            wide,
+            t["exp_avg"],
+            t["exp_avg_sq"],
+        )
         t["accumulated"].zero_()
         t["copy"].copy_(t["master"])
 
@@ -65,9 +74,19 @@ def fused(t: dict[str, torch.Tensor], count: torch.Tensor, wide: torch.Tensor) -
     wide.add_(t["accumulated"])
     (beta, beta_sq), more = OPTIONS["betas"], {"amsgrad": False, "maximize": False}
     torch._fused_adamw_(
-        [t["master"]], [wide], [t["exp_avg"]], [t["exp_avg_sq"]], [], [count], lr=OPTIONS["lr"], beta1=beta,
-        beta2=beta_sq, weight_decay=OPTIONS["weight_decay"], eps=OPTIONS["epsilon"], **more,
-    )  # fmt: skip
+        [t["master"]],
+        [wide],
+        [t["exp_avg"]],
+        [t["exp_avg_sq"]],
+        [],
+        [count],
+        lr=OPTIONS["lr"],
+        beta1=beta,
+        beta2=beta_sq,
+        weight_decay=OPTIONS["weight_decay"],
+        eps=OPTIONS["epsilon"],
+        **more,
+    )
     t["accumulated"].zero_()
     t["copy"].copy_(t["master"])
 
@@ -92,11 +111,18 @@ def main() -> None:
         calls["deepspeed"] = theirs
     calls |= {
         f"csrc {level}": lambda level=level: offloaded_adamw(
-            t["master"], t["exp_avg"], t["exp_avg_sq"], t["gradient"], accumulated=t["accumulated"], copy=t["copy"],
-            step=10, level=level, **OPTIONS,
+            t["master"],
+            t["exp_avg"],
+            t["exp_avg_sq"],
+            t["gradient"],
+            accumulated=t["accumulated"],
+            copy=t["copy"],
+            step=10,
+            level=level,
+            **OPTIONS,
         )
         for level in names
-    }  # fmt: skip
+    }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for turn in range(options.repeats + 1):

@@ -182,7 +182,7 @@ def cases(device: torch.device) -> list[Case]:
         ("experts exchanged", lambda: _experts(device)),
         ("training step", lambda: _step(device, MeshOptions())),
         ("training step dp_replicate 1 dp_shard 1 cp 1 tp 1 ep 1", lambda: _step(device, MeshOptions(1, 1, 1, 1, 1))),
-    ]  # fmt: skip
+    ]
 
 
 def _nccl_version(device: torch.device) -> str:

@@ -29,7 +29,12 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
             "Python": lambda lengths=lengths: pack_reference(lengths, CAPACITY),
         }
         rows += interleave(
-            "packing", variants, items=count, unit="sequences/s", shape=f"N={count} capacity={CAPACITY}",
-            repeats=3 if quick else 5, peer="Python" if peer else None,
-        )  # fmt: skip
+            "packing",
+            variants,
+            items=count,
+            unit="sequences/s",
+            shape=f"N={count} capacity={CAPACITY}",
+            repeats=3 if quick else 5,
+            peer="Python" if peer else None,
+        )
     return rows

@@ -111,9 +111,14 @@ def _run_once(
     """
     arguments = [*command, "--phase", phase.name, "--out", str(out), "--scratch", str(scratch)]
     process = subprocess.Popen(
-        [*arguments, "--seconds", f"{0.85 * seconds:.1f}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+        [*arguments, "--seconds", f"{0.85 * seconds:.1f}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     log = Log(out / LOG, phase.name)
     reader = threading.Thread(target=log.follow, args=(process.stdout,), daemon=True)
     reader.start()

@@ -71,7 +71,7 @@ def calls_of(config: ModelConfig, tokens: int, device: torch.device) -> Problem:
         _, calls[f"matrix {n}"] = both(lambda r=row, w=weight: r @ w.T, [row, weight])
     q, k, v = (
         normal(tokens, n, c.head_width, seed=n, **like).requires_grad_() for n in (c.heads, c.kv_heads, c.kv_heads)
-    )  # fmt: skip
+    )
     calls["attention forward"], calls["attention"] = both(
         lambda: attention(q, k, v, marks, tokens, window=c.window), [q, k, v]
     )
@@ -79,9 +79,7 @@ def calls_of(config: ModelConfig, tokens: int, device: torch.device) -> Problem:
         gate_up = (0.02 * normal(c.experts, 2 * c.ffn_width, c.width, seed=5, **like)).requires_grad_()
         down = (0.02 * normal(c.experts, c.width, c.ffn_width, seed=6, **like)).requires_grad_()
         with torch.no_grad():
-            routing = moe_route(
-                x, normal(c.experts, c.width, seed=7, **like), experts_per_token=c.experts_per_token
-            )  # fmt: skip
+            routing = moe_route(x, normal(c.experts, c.width, seed=7, **like), experts_per_token=c.experts_per_token)
         _, calls["experts"] = both(lambda: expert_mlp(x, gate_up, down, routing), [x, gate_up, down])
     scale, inner = torch.ones(c.width, **like), normal(tokens, 2 * c.ffn_width, seed=8, **like)
     calls["norm"], calls["activation"] = lambda: rms_norm(x.detach(), scale, 1e-5), lambda: swiglu(inner)
@@ -90,7 +88,7 @@ def calls_of(config: ModelConfig, tokens: int, device: torch.device) -> Problem:
     copy = torch.zeros(size, dtype=torch.bfloat16, device=device)
     calls["optimizer"] = lambda: adamw(
         *state, lr=1e-4, betas=(0.9, 0.95), epsilon=1e-8, step=1, weight_decay=0.1, copy=copy
-    )  # fmt: skip
+    )
     calls["block"] = _block(config, tokens, device, dtype, marks)
     return Problem(calls, shapes, size)
 
@@ -156,9 +154,12 @@ def main(args: list[str] | None = None) -> int:
         return 2
     device, config = torch.device("cuda:0"), PRESETS[options.preset]
     comparison = compared(
-        measure(config, options.tokens, device, plan.GPUS[options.gpu]), options.preset, config, options.tokens,
+        measure(config, options.tokens, device, plan.GPUS[options.gpu]),
+        options.preset,
+        config,
+        options.tokens,
         options.gpu,
-    )  # fmt: skip
+    )
     about = gpu_timing.environment(device)
     options.out.write_text(
         json.dumps(comparison | {"tokens": options.tokens, "preset": options.preset} | about, indent=1)

@@ -64,8 +64,14 @@ def generation() -> str:
             row for row in rows if row["shape"] == engine_row["shape"] and row["variant"] == engine_row["ratio"]["peer"]
         )
         ratio = engine_row["ratio"]
-        lines.append([engine_row["shape"].split(" V=")[0], f"{engine_row['rate']:,.0f}", f"{peer['rate']:,.0f}",
-                      f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"])  # fmt: skip
+        lines.append(
+            [
+                engine_row["shape"].split(" V=")[0],
+                f"{engine_row['rate']:,.0f}",
+                f"{peer['rate']:,.0f}",
+                f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]",
+            ]
+        )
     head = ["shape", "engine, tokens/s", "transformers, tokens/s", "ratio [20th, 80th percentile]"]
     return f"{table(head, lines)}\n\n{made_by('generation_cpu.jsonl', rows)}"
 
@@ -74,10 +80,13 @@ def serving() -> str:
     """Latencies of the server under load."""
     rows = [row for row in read_lines("generation_cpu.jsonl") if row["op"] == "serve"]
     lines = [
-        [row["variant"], *(f"{1e3 * row['seconds'][key]:,.0f} ms" for key in ("p50", "p95", "p99")),
-         f"{row['rate']:,.0f}"]
+        [
+            row["variant"],
+            *(f"{1e3 * row['seconds'][key]:,.0f} ms" for key in ("p50", "p95", "p99")),
+            f"{row['rate']:,.0f}",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     head = ["time to", "median", "95th percentile", "99th percentile", "tokens/s of the run"]
     return f"{table(head, lines)}\n\n{made_by('generation_cpu.jsonl', rows)}"
 
@@ -103,9 +112,17 @@ def train_step() -> str:
     for row in rows:
         waits = sum(share for axis, share in row["exposed_share"].items() if axis != "numbers")
         layout = f"{row['mesh']}, recompute {row['sharding']['recompute']}"
-        lines.append([row["recipe"], str(row["ranks"]), layout, f"{row['tokens_per_second_per_gpu']:,.0f}",
-                      f"{100 * waits:.1f} %", f"{row['peak_memory_gib']:.2f} GiB",
-                      "yes" if row["bytes_as_planned"] else "no"])  # fmt: skip
+        lines.append(
+            [
+                row["recipe"],
+                str(row["ranks"]),
+                layout,
+                f"{row['tokens_per_second_per_gpu']:,.0f}",
+                f"{100 * waits:.1f} %",
+                f"{row['peak_memory_gib']:.2f} GiB",
+                "yes" if row["bytes_as_planned"] else "no",
+            ]
+        )
     head = ["recipe", "ranks", "layout", "tokens/s per rank", "waits for tensors", "peak memory", "bytes as planned"]
     return f"{table(head, lines)}\n\n{made_by('train_step_cpu.jsonl', rows)}"
 
@@ -121,8 +138,10 @@ def mixture() -> str:
             values.append((pair[name]["loss"], pair[name]["accuracy"]))
             cells.append(f"{values[-1][0]:.3f}, {100 * values[-1][1]:.1f} %")
         lines.append([str(seed), *cells, f"{max(pair['mixture']['load_base'] + pair['mixture']['load_sft']):.2f}"])
-    average = [f"{statistics.fmean(x):.3f}, {100 * statistics.fmean(y):.1f} %" for x, y in
-               (zip(*values) for values in means.values())]  # fmt: skip
+    average = [
+        f"{statistics.fmean(x):.3f}, {100 * statistics.fmean(y):.1f} %"
+        for x, y in (zip(*values) for values in means.values())
+    ]
     lines.append(["mean", *average, ""])
     head = ["seed", "dense: loss, accuracy", "mixture: loss, accuracy", "largest share"]
     made = made_by("mixture_world.json", [result["environment"]])
@@ -140,8 +159,17 @@ def launches() -> str:
         what = f"decode, {many}" if is_decode else f"{kind}, {row['tokens']:,} tokens"
         share = f"{100 * row['share_of_copy']:.0f} % of copy" if is_decode else f"{100 * row['mfu']:.1f} % MFU"
         code = row["code"] if "before" in row["code"] else f"after: {row['commit']}"
-        lines.append([code, what, "-" if is_decode else row["recompute"], f"{row['launches']:,}",
-                      str(row["host_syncs"]), f"{1e3 * row['predicted_seconds']:,.1f} ms", share])  # fmt: skip
+        lines.append(
+            [
+                code,
+                what,
+                "-" if is_decode else row["recompute"],
+                f"{row['launches']:,}",
+                str(row["host_syncs"]),
+                f"{1e3 * row['predicted_seconds']:,.1f} ms",
+                share,
+            ]
+        )
     head = ["code", "step", "recompute", "launches", "waits of the host", "predicted", "predicted rate"]
     return f"{table(head, lines)}\n\n{made_by('launches_7b.jsonl', rows)}"
 
@@ -166,9 +194,14 @@ def compiled() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "generation": generation, "serving": serving, "sharded": sharded, "train_step": train_step, "mixture": mixture,
-    "launches": launches, "compiled": compiled,
-}  # fmt: skip
+    "generation": generation,
+    "serving": serving,
+    "sharded": sharded,
+    "train_step": train_step,
+    "mixture": mixture,
+    "launches": launches,
+    "compiled": compiled,
+}
 
 
 def filled(text: str) -> str:

@@ -78,9 +78,11 @@ def decode(model: Transformer, batch: int, keys: int, steps: int, *, most: int =
     moved = weights + batch * cache_bytes(model, length)
     spread = gpu_timing.spread(seconds)
     return row | {
-        "seconds": spread, "bytes": moved, "tokens_per_second": batch / spread["p50"],
+        "seconds": spread,
+        "bytes": moved,
+        "tokens_per_second": batch / spread["p50"],
         "bytes_per_second": moved / spread["p50"],
-    }  # fmt: skip
+    }
 
 
 def timed_steps(engine: Engine, batch: int, steps: int) -> tuple[list[float], str]:
@@ -113,9 +115,12 @@ def rollout(model: Transformer, prompts: int, prompt_tokens: int, new_tokens: in
         prompt = [(7 * i + 13 * j) % model.config.vocab_size for j in range(prompt_tokens)]
         engine.add(prompt, Sampling(new_tokens, 1.0, seed=i), n=4)
     row = {
-        "op": "rollout", "sequences": prompts // 4 * 4, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+        "op": "rollout",
+        "sequences": prompts // 4 * 4,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
         "captures": engine.captures,
-    }  # fmt: skip
+    }
     began = synchronised(engine.device)
     engine.run()
     seconds = synchronised(engine.device) - began
@@ -123,9 +128,11 @@ def rollout(model: Transformer, prompts: int, prompt_tokens: int, new_tokens: in
         extra = engine.captures - row["captures"]
         return row | {"error": f"expected no capture of a graph while a rollout is timed, got {extra}"}
     return row | {
-        "seconds": seconds, "tokens_per_second": engine.generated / seconds, "steps": engine.steps,
+        "seconds": seconds,
+        "tokens_per_second": engine.generated / seconds,
+        "steps": engine.steps,
         "preemptions": engine.scheduler.preemptions,
-    }  # fmt: skip
+    }
 
 
 def measure(preset: str, device: torch.device, *, small: bool = False) -> Iterator[dict[str, Any]]:

@@ -13,9 +13,12 @@ from wizard_engine.html import charts, page
 WIDTH, HEIGHT = 1040.0, 560.0
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 1010.0, 20.0, 510.0
 HUES = {
-    "attention": charts.BLUE, "rms_norm": charts.ORANGE, "rope": charts.GREEN, "swiglu": charts.VIOLET,
+    "attention": charts.BLUE,
+    "rms_norm": charts.ORANGE,
+    "rope": charts.GREEN,
+    "swiglu": charts.VIOLET,
     "adamw": charts.TEAL,
-}  # fmt: skip
+}
 
 
 class Axes:
@@ -146,10 +149,16 @@ def _table(rows: Sequence[Row]) -> str:
     title = ("op", "phase", "shape", "variant", "us", "TFLOP/s", "GB/s", "of copy", "of matrix rate")
     cells = [
         (
-            row["op"], row["phase"], row["label"], row["variant"], f"{row['us']:,.1f}", f"{row['tflops']:,.1f}",
-            f"{row['gbps']:,.0f}", f"{row['share_of_copy']:.0%}",
+            row["op"],
+            row["phase"],
+            row["label"],
+            row["variant"],
+            f"{row['us']:,.1f}",
+            f"{row['tflops']:,.1f}",
+            f"{row['gbps']:,.0f}",
+            f"{row['share_of_copy']:.0%}",
             f"{row['share_of_matrix']:.0%}" if "share_of_matrix" in row else "",
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     return page.card(page.table(title, cells, numeric=(4, 5, 6, 7, 8)))

@@ -26,9 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 async def _ask(web: Any, number: int, messages: list[dict], outcomes: dict[str, list]) -> None:
     body = {
-        "model": "model", "messages": messages, "max_tokens": 16 + number * 37 % 113, "seed": number, "stream": True,
+        "model": "model",
+        "messages": messages,
+        "max_tokens": 16 + number * 37 % 113,
+        "seed": number,
+        "stream": True,
         "stream_options": {"include_usage": True},
-    }  # fmt: skip
+    }
     began, first, pieces = time.perf_counter(), None, 0
     async with web.stream("POST", "/chat/completions", json=body) as answer:
         if answer.status_code != 200:
@@ -103,9 +107,13 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
         p20, p50, p80, p95, p99 = np.percentile(numbers, (20, 50, 80, 95, 99))
         rows.append(
             {
-                "op": "serve", "shape": f"{shape}, p95 {1e3 * p95:.0f} p99 {1e3 * p99:.0f} ms", "variant": name,
+                "op": "serve",
+                "shape": f"{shape}, p95 {1e3 * p95:.0f} p99 {1e3 * p99:.0f} ms",
+                "variant": name,
                 "seconds": {"p20": p20, "p50": p50, "p80": p80, "p95": p95, "p99": p99},
-                "rate": sum(outcomes["tokens"]) / seconds, "unit": "tokens/s", "requests_per_second": count / seconds,
+                "rate": sum(outcomes["tokens"]) / seconds,
+                "unit": "tokens/s",
+                "requests_per_second": count / seconds,
             }
-        )  # fmt: skip
+        )
     return rows

@@ -43,9 +43,18 @@ def config(experts: int = 0, device: torch.device = CPU) -> ModelConfig:
     """Grouped heads, a window, a head of its own; on a GPU of 7B's widths, whose kernels are compiled already."""
     width, head, ffn, layers = (4096, 128, 2048, 1) if device.type == "cuda" else (48, 16, 40, LAYERS)
     return ModelConfig(
-        vocab_size=VOCABULARY, width=width, layers=layers, heads=2 * KV_HEADS, kv_heads=KV_HEADS, head_width=head,
-        ffn_width=ffn // 4 if experts else ffn, window=8, tied=False, init_std=0.7 * width**-0.5, experts=experts,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        width=width,
+        layers=layers,
+        heads=2 * KV_HEADS,
+        kv_heads=KV_HEADS,
+        head_width=head,
+        ffn_width=ffn // 4 if experts else ffn,
+        window=8,
+        tied=False,
+        init_std=0.7 * width**-0.5,
+        experts=experts,
+    )
 
 
 def samples(seed: int) -> list[Sample]:
@@ -84,9 +93,18 @@ def _dpo(model: Transformer, device: torch.device, routes: Routes) -> Tensor:
     packed = batch(1).to(device)
     reference = -40 + _drawn(len(LENGTHS), device, _wide(model), 1)
     out = dpo_loss(
-        model(*packed.inputs, routes), model.head_weight, packed.targets, packed.weights.to(_wide(model)),
-        packed.cu_seqlens, reference, beta=0.3, num_pairs=2, nll=0.2, num_chosen_tokens=26.0, shard=model.shard,
-    )  # fmt: skip
+        model(*packed.inputs, routes),
+        model.head_weight,
+        packed.targets,
+        packed.weights.to(_wide(model)),
+        packed.cu_seqlens,
+        reference,
+        beta=0.3,
+        num_pairs=2,
+        nll=0.2,
+        num_chosen_tokens=26.0,
+        shard=model.shard,
+    )
     return out.loss
 
 
@@ -116,10 +134,22 @@ def _policy(model: Transformer, device: torch.device, routes: Routes) -> Tensor:
     count = len(answers.targets)
     behaviour, advantages = -5 + 0.3 * _drawn(count, device, wide, 5), _drawn(count, device, wide, 6)
     out = policy_loss(
-        hidden, model.head_weight, answers.targets, behaviour, advantages, clip=FAR, num_tokens=float(count),
-        cu_seqlens=answers.cu_seqlens, reference=behaviour - 0.1, kl=0.1, entropy=0.05, sampled=behaviour + 0.05,
-        importance_cap=FAR, temperature=0.9, shard=model.shard,
-    )  # fmt: skip
+        hidden,
+        model.head_weight,
+        answers.targets,
+        behaviour,
+        advantages,
+        clip=FAR,
+        num_tokens=float(count),
+        cu_seqlens=answers.cu_seqlens,
+        reference=behaviour - 0.1,
+        kl=0.1,
+        entropy=0.05,
+        sampled=behaviour + 0.05,
+        importance_cap=FAR,
+        temperature=0.9,
+        shard=model.shard,
+    )
     return out.loss
 
 
@@ -156,12 +186,15 @@ def _scoring(outputs: int, *, surprise: bool = False) -> Callable[[torch.device]
 
 
 STEPS = (
-    Step("sft", _language(), _sft), Step("sft of a mixture", _language(4), _sft),
-    Step("stage_dpo", _language(), _dpo), Step("reward ranking", _scoring(1), _ranking),
+    Step("sft", _language(), _sft),
+    Step("sft of a mixture", _language(4), _sft),
+    Step("stage_dpo", _language(), _dpo),
+    Step("reward ranking", _scoring(1), _ranking),
     Step("reward process", _scoring(3), _process),
     Step("reward process, body frozen", _scoring(3, surprise=True), _process),
-    Step("rleif policy", _language(), _policy), Step("rleif critic", _scoring(1), _critic),
-)  # fmt: skip
+    Step("rleif policy", _language(), _policy),
+    Step("rleif critic", _scoring(1), _critic),
+)
 
 
 @dataclass
@@ -225,11 +258,17 @@ def rows(step: Step, device: torch.device, dtype: torch.dtype) -> list[Row]:
     worst = max(ref.grads, key=lambda name: float((measured.grads[name] - ref.grads[name]).abs().max()))
     return [
         {
-            "status": "right" if right else "wrong", "loss": float(measured.loss), "reference_loss": float(ref.loss),
-            "norm": norm, "reference_norm": ref.norm, "error": error, "norm_error": norm_error, "allowed": allowed,
+            "status": "right" if right else "wrong",
+            "loss": float(measured.loss),
+            "reference_loss": float(ref.loss),
+            "norm": norm,
+            "reference_norm": ref.norm,
+            "error": error,
+            "norm_error": norm_error,
+            "allowed": allowed,
             "note": "" if right else f"error {error:.2e}, of the norm {norm_error:.2e}, allowed {allowed:.2e}; {worst}",
         }
-    ]  # fmt: skip
+    ]
 
 
 def cases(device: torch.device) -> list[Case]:

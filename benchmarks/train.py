@@ -65,9 +65,7 @@ class Theirs:
         """Loss of the samples; their gradients are left in place."""
         self.optimizer.zero_grad(set_to_none=True)
         tokens, targets, mask = pad(samples)
-        out = self.model(
-            input_ids=tokens, attention_mask=mask, labels=targets, shift_labels=targets, use_cache=False
-        )  # fmt: skip
+        out = self.model(input_ids=tokens, attention_mask=mask, labels=targets, shift_labels=targets, use_cache=False)
         out.loss.backward()
         return float(out.loss.detach())
 

@@ -110,9 +110,13 @@ class ClosedForm:
     def estimate(self, tokens: int, micro_batches: int) -> Estimate:
         """The closed form of a language model's step."""
         return estimate(
-            self.model, self.mesh, self.sharding, tokens=padded(tokens, self.mesh), micro_batches=micro_batches,
+            self.model,
+            self.mesh,
+            self.sharding,
+            tokens=padded(tokens, self.mesh),
+            micro_batches=micro_batches,
             units=self.units,
-        )  # fmt: skip
+        )
 
     def _language(self, tokens: Sequence[int]) -> dict[Key, int]:
         """A language model's step over rows of these tokens."""
@@ -292,7 +296,7 @@ class Prediction:
 
 def predict(
     recipe: str, shape: Shape, preset: str, options: MeshOptions, form: ClosedForm, rates: plan.Rates
-) -> Prediction:  # fmt: skip
+) -> Prediction:
     """The plan of a step of this shape on this mesh; every rank makes the call."""
     mesh, peak = form.mesh, peak_bytes(recipe, shape, form)
     gpu, origin = device_of_plan(mesh.device, mesh)

@@ -174,7 +174,7 @@ def language(config: ModelConfig, place: Place, seed: int, *, frozen: bool = Fal
 
 def scoring(
     config: ModelConfig, place: Place, seed: int, outputs: int, *, surprise: bool = False, frozen: bool = False
-) -> ScoringModel:  # fmt: skip
+) -> ScoringModel:
     """A random scoring model, divided over the mesh."""
     with torch.device("meta"):
         model = ScoringModel(config, outputs, surprise=surprise)
@@ -264,9 +264,16 @@ def _pair_steps(
     pairs = _pairs(shape, shape.rows // 2 * options.packs_per_step * shape.steps)
     lengths = [pair.length for pair in pairs]
     run = Run(
-        options, place.runtime, model, lengths, place.out, seed=shape.seed, name=name, quiet=True,
+        options,
+        place.runtime,
+        model,
+        lengths,
+        place.out,
+        seed=shape.seed,
+        name=name,
+        quiet=True,
         documents=[pair.documents for pair in pairs],
-    )  # fmt: skip
+    )
     for packs in run.steps():
         step(run, pairs, packs)
         sides = [side for pack in packs for i in pack for side in (pairs[i].chosen, pairs[i].rejected)]
@@ -324,35 +331,56 @@ def make_rleif(shape: Shape, place: Place) -> Recipe:
     instruction = scoring(config, place, seed + 2, 1, frozen=True)
     process = scoring(config, place, seed + 3, 3, surprise=True, frozen=True)
     cfg = rleif.Config(
-        data=(), out=place.out, model="", reward=RewardOptions(Path(), Path()), seed=seed, quiet=True,
+        data=(),
+        out=place.out,
+        model="",
+        reward=RewardOptions(Path(), Path()),
+        seed=seed,
+        quiet=True,
         training=OnlineTraining(pack_tokens=shape.tokens, save_every=0),
         rollout=RolloutOptions(
-            steps=shape.steps, prompts_per_step=shape.prompts * mesh.data.size, samples_per_prompt=SAMPLES,
-            max_new_tokens=shape.new_tokens, batch_size=SAMPLES * shape.prompts,
+            steps=shape.steps,
+            prompts_per_step=shape.prompts * mesh.data.size,
+            samples_per_prompt=SAMPLES,
+            max_new_tokens=shape.new_tokens,
+            batch_size=SAMPLES * shape.prompts,
         ),
-    )  # fmt: skip
+    )
 
     def steps() -> Iterator[Work]:
         tokenizer = Words(config.vocab_size)
         run = OnlineRun(cfg, place.runtime, policy, critic, num_prompts=len(prompts))
         setup = rleif.Setup(
-            tokenizer, policy, reference, critic, InstructionReward(instruction, tokenizer),
-            ProcessReward(process, tokenizer), rleif.sampler_of(cfg, tokenizer, policy, prompts, place.runtime),
-            prompts, [],
-        )  # fmt: skip
+            tokenizer,
+            policy,
+            reference,
+            critic,
+            InstructionReward(instruction, tokenizer),
+            ProcessReward(process, tokenizer),
+            rleif.sampler_of(cfg, tokenizer, policy, prompts, place.runtime),
+            prompts,
+            [],
+        )
         for step, chosen in run.steps():
             rollout = rleif.train_step(cfg, run, setup, step, chosen)
             yield Work(sum(rollout.lengths), rollout_flops(config, rollout))
 
     models = {
-        "policy": policy, "reference": reference, "critic": critic, "instruction": instruction, "process": process
-    }  # fmt: skip
+        "policy": policy,
+        "reference": reference,
+        "critic": critic,
+        "instruction": instruction,
+        "process": process,
+    }
     return Recipe(models, steps())
 
 
 RECIPES: dict[str, Callable[[Shape, Place], Recipe]] = {
-    "sft": make_sft, "stage_dpo": make_stage_dpo, "reward": make_reward, "rleif": make_rleif
-}  # fmt: skip
+    "sft": make_sft,
+    "stage_dpo": make_stage_dpo,
+    "reward": make_reward,
+    "rleif": make_rleif,
+}
 PAIRED = ("stage_dpo", "reward")
 
 

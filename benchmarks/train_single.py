@@ -145,7 +145,7 @@ def _forget() -> None:
 
 def run(
     device: torch.device, *, recompute: str = "none", lengths: Sequence[int] = DOCUMENTS, steps: int = 5
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Figures of the largest model that fits: fewer layers are tried where memory runs out all the same.
 
     Args:
@@ -182,12 +182,22 @@ def _measured(
     seconds = {name: spread([step[name] for step in timed_steps]) for name in timed_steps[0]}
     flops, median = training_flops(config, lengths), seconds["step"]["p50"]
     return {
-        "preset": "7b", "layers": config.layers, "layers_of_preset": PRESETS["7b"].layers, "tokens": sum(lengths),
-        "documents": len(lengths), "recompute": recompute, "parameters": config.num_parameters, "seconds": seconds,
-        "tokens_per_second": sum(lengths) / median, "flops": flops, "tflops": flops / median / 1e12,
-        "mfu": flops / median / peak_flops(device), "peak_tflops": peak_flops(device) / 1e12,
-        "peak_memory_gib": memory, "steps": steps,
-    }  # fmt: skip
+        "preset": "7b",
+        "layers": config.layers,
+        "layers_of_preset": PRESETS["7b"].layers,
+        "tokens": sum(lengths),
+        "documents": len(lengths),
+        "recompute": recompute,
+        "parameters": config.num_parameters,
+        "seconds": seconds,
+        "tokens_per_second": sum(lengths) / median,
+        "flops": flops,
+        "tflops": flops / median / 1e12,
+        "mfu": flops / median / peak_flops(device),
+        "peak_tflops": peak_flops(device) / 1e12,
+        "peak_memory_gib": memory,
+        "steps": steps,
+    }
 
 
 def trace(device: torch.device, path: Path, config: ModelConfig | None = None) -> None:

@@ -156,9 +156,7 @@ def from_log(lines: Sequence[Mapping[str, Any]], warmup: int, peak: float) -> di
     return logged
 
 
-def _measured_steps(
-    options: Options, recipe: str, made: Any, form: ClosedForm, rt: Runtime, mesh: Mesh
-) -> list[Step]:  # fmt: skip
+def _measured_steps(options: Options, recipe: str, made: Any, form: ClosedForm, rt: Runtime, mesh: Mesh) -> list[Step]:
     """This rank's steps behind the warm-up."""
     passes, steps = PassLog(), []
     passes.watch(made.models)
@@ -206,16 +204,19 @@ def summary(recipe: str, ranks: Sequence[Sequence[Step]], sharing: int, peak: fl
         planned.update(step.planned)
     each = world * count
     return {
-        "seconds": spread(seconds), "step_tokens": tokens, "step_flops": flops,
+        "seconds": spread(seconds),
+        "step_tokens": tokens,
+        "step_flops": flops,
         "tokens_per_second_per_gpu": statistics.median(rates),
-        "mfu": statistics.median(n / s / world / peak for n, s in zip(flops, seconds)), "peak_tflops": peak / 1e12,
+        "mfu": statistics.median(n / s / world / peak for n, s in zip(flops, seconds)),
+        "peak_tflops": peak / 1e12,
         "exposed_seconds": {axis: s / each for axis, s in sorted(waited.items())},
         "exposed_share": {axis: s / world / sum(seconds) for axis, s in sorted(waited.items())},
         "bytes": {_name(key): n / each for key, n in sorted(moved.items()) if key[1] != NUMBERS and n},
         "numbers_bytes": sum(n for key, n in moved.items() if key[1] == NUMBERS) / each,
         "planned_bytes": {_name(key): n / each for key, n in sorted(planned.items()) if n},
         "bytes_as_planned": as_planned(recipe, moved, planned),
-    }  # fmt: skip
+    }
 
 
 def as_planned(
@@ -237,14 +238,15 @@ def _name(key: tuple[str, str]) -> str:
 
 def _readable(prediction: Prediction) -> dict[str, Any]:
     return {
-        "seconds": prediction.seconds, "tokens_per_second_per_gpu": prediction.tokens_per_second, "mfu": prediction.mfu,
-        "peak_memory_gib": prediction.peak_bytes / 2**30, "device": prediction.rates,
-    }  # fmt: skip
+        "seconds": prediction.seconds,
+        "tokens_per_second_per_gpu": prediction.tokens_per_second,
+        "mfu": prediction.mfu,
+        "peak_memory_gib": prediction.peak_bytes / 2**30,
+        "device": prediction.rates,
+    }
 
 
-def about(
-    options: Options, recipe: str, shape: Shape, rt: Runtime, mesh: Mesh, form: ClosedForm
-) -> dict[str, Any]:  # fmt: skip
+def about(options: Options, recipe: str, shape: Shape, rt: Runtime, mesh: Mesh, form: ClosedForm) -> dict[str, Any]:
     """What a row is of."""
     on_gpu = rt.device.type == "cuda"
     device = torch.cuda.get_device_name(rt.device) if on_gpu else "CPU ranks"
@@ -252,11 +254,20 @@ def about(
     known = {"benchmark": "train_step", "name": options.name or _mesh_words(mesh), **environment()}
     known |= {"seed": options.seed, "triton": _triton_version()}
     return known | {
-        "device": device, "backend": backend, "recipe": recipe, "preset": options.preset,
-        "layers": shape.config.layers, "tokens": shape.tokens, "document_tokens": shape.document_tokens,
-        "packs": shape.packs, "ranks": rt.world_size, "mesh": _mesh_words(mesh), "sharding": asdict(form.sharding),
-        "warmup": options.warmup, "steps": options.steps,
-    }  # fmt: skip
+        "device": device,
+        "backend": backend,
+        "recipe": recipe,
+        "preset": options.preset,
+        "layers": shape.config.layers,
+        "tokens": shape.tokens,
+        "document_tokens": shape.document_tokens,
+        "packs": shape.packs,
+        "ranks": rt.world_size,
+        "mesh": _mesh_words(mesh),
+        "sharding": asdict(form.sharding),
+        "warmup": options.warmup,
+        "steps": options.steps,
+    }
 
 
 def _triton_version() -> str:
@@ -270,9 +281,12 @@ def _triton_version() -> str:
 def _mesh_words(mesh: Mesh) -> str:
     """Axes of more than one rank: `dp_shard 2 x tp 2`."""
     sizes = {
-        "dp_replicate": mesh.replicate.size, "dp_shard": mesh.shard.size // mesh.cp.size, "cp": mesh.cp.size,
-        "tp": mesh.tp.size, "ep": mesh.ep.size,
-    }  # fmt: skip
+        "dp_replicate": mesh.replicate.size,
+        "dp_shard": mesh.shard.size // mesh.cp.size,
+        "cp": mesh.cp.size,
+        "tp": mesh.tp.size,
+        "ep": mesh.ep.size,
+    }
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 rank"
 
 

@@ -177,9 +177,14 @@ def started(layout: Layout, path: Path) -> list[dict[str, Any]]:
     if done.returncode:
         left = [recipe for recipe in layout.recipes if recipe not in [row["recipe"] for row in rows]]
         failed = {
-            "benchmark": "train_step", **environment(), "name": layout.name, "ranks": layout.ranks,
-            "recipe": left[0] if left else "", "options": " ".join(layout.flags), "error": reason(done.stderr),
-        }  # fmt: skip
+            "benchmark": "train_step",
+            **environment(),
+            "name": layout.name,
+            "ranks": layout.ranks,
+            "recipe": left[0] if left else "",
+            "options": " ".join(layout.flags),
+            "error": reason(done.stderr),
+        }
         append(path, failed)
         rows.append(failed)
     return rows

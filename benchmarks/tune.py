@@ -226,11 +226,15 @@ def write_entry(target: Target, arch: int, config: Config, measured: Mapping[str
 def measured_of(choice: Choice, about: Mapping[str, Any]) -> dict[str, Any]:
     """What an entry says of the measurement that chose it."""
     return {
-        "gpu": about["gpu"], "date": about["date"][:10], "triton": about["triton"], "torch": about["torch"],
-        "ptxas": about["ptxas"], "us": round(choice.us, 2),
+        "gpu": about["gpu"],
+        "date": about["date"][:10],
+        "triton": about["triton"],
+        "torch": about["torch"],
+        "ptxas": about["ptxas"],
+        "us": round(choice.us, 2),
         "runner_up_us": None if choice.runner_up_us is None else round(choice.runner_up_us, 2),
         "candidates": choice.candidates,
-    }  # fmt: skip
+    }
 
 
 def tune(
@@ -290,9 +294,12 @@ def entry_checks(
             compilers.results(ahead[place], deadline)
         wrong = _ask_check(ask, target, config, full=True)
         return {
-            "kernel": target.kernel, "class": target.shape, "config": config, "wrong": wrong,
+            "kernel": target.kernel,
+            "class": target.shape,
+            "config": config,
+            "wrong": wrong,
             "seconds": round(time.monotonic() - began, 2),
-        }  # fmt: skip
+        }
 
     return [(target, functools.partial(check, place)) for place, (target, _) in enumerate(todo)]
 

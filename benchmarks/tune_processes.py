@@ -127,9 +127,10 @@ def resources(compiled: Any, arch: int, options: dict[str, Any]) -> dict[str, in
     except (OSError, subprocess.SubprocessError):
         return {"shared_bytes": compiled.metadata.shared}
     return spills | {
-        "registers": registers, "shared_bytes": compiled.metadata.shared + shared,
+        "registers": registers,
+        "shared_bytes": compiled.metadata.shared + shared,
         "group_registers": count(instructions, "USETMAXREG"),
-    }  # fmt: skip
+    }
 
 
 def launcher_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:

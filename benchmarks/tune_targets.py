@@ -32,9 +32,21 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Tables of kernels over a few numbers per token or one row per sample: a launch costs more than they do, and nothing is
 # gained by tuning them. The norm of the gradient reads it once and does no more. Their entries are cases of the tests.
 UNTUNED = frozenset(
-    ("decode_attention_sum", "dpo", "gae", "grad_norm", "linear_logprob_merge", "moe_offsets", "moe_place", "ppo",
-     "sample", "sequence_logprobs", "value_loss", "write_pages")
-)  # fmt: skip
+    (
+        "decode_attention_sum",
+        "dpo",
+        "gae",
+        "grad_norm",
+        "linear_logprob_merge",
+        "moe_offsets",
+        "moe_place",
+        "ppo",
+        "sample",
+        "sequence_logprobs",
+        "value_loss",
+        "write_pages",
+    )
+)
 # Tables whose kernel a backward launches in another form: a product with the other side of the weights.
 BOTH_PHASES = ("grouped_matmul",)
 FORWARDS = frozenset(("linear_logprob_statistics", "grouped_swiglu", "grouped_matmul"))
@@ -114,13 +126,17 @@ def timed_case(target: Target) -> Case:
         return Case(Attention((length,) * 4, heads, heads // 4, width), target.phase, dtype)
     rows = max(256, 2**26 // width)
     problems: dict[str, Problem] = {
-        "rms_norm": RmsNorm(rows, width, residual=True), "rope": Rope(16384, 32, 8, 2 * shape.get("half", 64)),
-        "swiglu": SwiGlu(rows, 14336 if width >= 2048 else width), "adamw": AdamW(2**27),
+        "rms_norm": RmsNorm(rows, width, residual=True),
+        "rope": Rope(16384, 32, 8, 2 * shape.get("half", 64)),
+        "swiglu": SwiGlu(rows, 14336 if width >= 2048 else width),
+        "adamw": AdamW(2**27),
         "linear_logprob": LinearLogprob(8192 if dtype.itemsize == 2 else 1024, 32000, 4096),
         "experts": Experts(8192, 6144, 16384) if dtype.itemsize == 2 else Experts(1024, 2048, 4096),
-        "moe_route": MoeRoute(16384, 6144), "moe_permute": MoePermute(16384, 6144),
-        "moe_combine": MoeCombine(16384, 6144), "decode_attention": DecodeAttention(64, 4096),
-    }  # fmt: skip
+        "moe_route": MoeRoute(16384, 6144),
+        "moe_permute": MoePermute(16384, 6144),
+        "moe_combine": MoeCombine(16384, 6144),
+        "decode_attention": DecodeAttention(64, 4096),
+    }
     return Case(problems[target.op], target.phase, dtype)
 
 
@@ -221,9 +237,7 @@ def shared_limit(arch: int) -> int:
 def _tiles(rows, columns, warps, stages, arch: int) -> Iterator[Config]:
     for block_m, block_n, num_warps, num_stages in itertools.product(rows, columns, warps, stages):
         for tma in (True, False) if arch >= 90 else (False,):
-            yield {
-                "BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma, "num_warps": num_warps, "num_stages": num_stages
-            }  # fmt: skip
+            yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma, "num_warps": num_warps, "num_stages": num_stages}
 
 
 def _blocks(width: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,9 +18,17 @@ FOLDER = Path(__file__).parent.resolve()
 LIBRARY = FOLDER / "libwizard.so"
 # Without contraction, so that code compiled for several instruction sets gives the same bits.
 FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off",
-    "-fno-math-errno", "-pthread",
-)  # fmt: skip
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-pthread",
+)
 MEMORY = -1
 
 _int32, _int64, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p

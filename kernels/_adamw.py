@@ -17,9 +17,22 @@ from .launch import launch, named
 
 @triton.jit
 def _update(
-    master, exp_avg, exp_avg_sq, gradient, copy, at, mask, factor, blend, keep_sq, blend_sq, decay, step_size,
-    correction, epsilon,
-):  # fmt: skip
+    master,
+    exp_avg,
+    exp_avg_sq,
+    gradient,
+    copy,
+    at,
+    mask,
+    factor,
+    blend,
+    keep_sq,
+    blend_sq,
+    decay,
+    step_size,
+    correction,
+    epsilon,
+):
     # `_rn`: correctly rounded, where Triton's default fp32 division and square root are approximations.
     grad = tl.load(gradient + at, mask=mask).to(tl.float32) * factor
     mean = tl.load(exp_avg + at, mask=mask)
@@ -37,9 +50,22 @@ def _update(
 
 @triton.jit(repr=named("adamw", "BLOCK"), do_not_specialize=["count"])
 def adamw_kernel(
-    master, exp_avg, exp_avg_sq, gradient, scale, copy, count, blend, keep_sq, blend_sq, decay, step_size, correction,
-    epsilon, BLOCK: tl.constexpr,
-):  # fmt: skip
+    master,
+    exp_avg,
+    exp_avg_sq,
+    gradient,
+    scale,
+    copy,
+    count,
+    blend,
+    keep_sq,
+    blend_sq,
+    decay,
+    step_size,
+    correction,
+    epsilon,
+    BLOCK: tl.constexpr,
+):
     factor = 1.0
     if scale is not None:
         factor = tl.load(scale)
@@ -50,25 +76,75 @@ def adamw_kernel(
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= count:
         _update(
-            master, exp_avg, exp_avg_sq, gradient, copy, at, None, factor, blend, keep_sq, blend_sq, decay, step_size,
-            correction, epsilon,
-        )  # fmt: skip
+            master,
+            exp_avg,
+            exp_avg_sq,
+            gradient,
+            copy,
+            at,
+            None,
+            factor,
+            blend,
+            keep_sq,
+            blend_sq,
+            decay,
+            step_size,
+            correction,
+            epsilon,
+        )
     else:
         _update(
-            master, exp_avg, exp_avg_sq, gradient, copy, at, at < count, factor, blend, keep_sq, blend_sq, decay,
-            step_size, correction, epsilon,
-        )  # fmt: skip
+            master,
+            exp_avg,
+            exp_avg_sq,
+            gradient,
+            copy,
+            at,
+            at < count,
+            factor,
+            blend,
+            keep_sq,
+            blend_sq,
+            decay,
+            step_size,
+            correction,
+            epsilon,
+        )
 
 
 def adamw_step(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, lr: float, beta: float, beta_sq: float,
-    epsilon: float, weight_decay: float, step: int, scale: Tensor | None, copy: Tensor | None,
-) -> None:  # fmt: skip
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    lr: float,
+    beta: float,
+    beta_sq: float,
+    epsilon: float,
+    weight_decay: float,
+    step: int,
+    scale: Tensor | None,
+    copy: Tensor | None,
+) -> None:
     """Update (P,) buffers in place. The step's coefficients are computed here in float64 and passed as fp32."""
     config = configuration("adamw", master.device, bytes=gradient.element_size())
     count = master.numel()
     launch(
-        adamw_kernel, (triton.cdiv(count, config["BLOCK"]),), master, exp_avg, exp_avg_sq, gradient, scale, copy, count,
-        1.0 - beta, float(beta_sq), 1.0 - beta_sq, float(lr * weight_decay), lr / (1.0 - beta**step),
-        1.0 / math.sqrt(1.0 - beta_sq**step), float(epsilon), **config,
-    )  # fmt: skip
+        adamw_kernel,
+        (triton.cdiv(count, config["BLOCK"]),),
+        master,
+        exp_avg,
+        exp_avg_sq,
+        gradient,
+        scale,
+        copy,
+        count,
+        1.0 - beta,
+        float(beta_sq),
+        1.0 - beta_sq,
+        float(lr * weight_decay),
+        lr / (1.0 - beta**step),
+        1.0 / math.sqrt(1.0 - beta_sq**step),
+        float(epsilon),
+        **config,
+    )

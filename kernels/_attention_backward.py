@@ -37,25 +37,32 @@ from .configuration import configuration
 from .launch import launch, named
 
 
-@triton.jit(
-    repr=named("attention_delta", "WIDTH", "BLOCK_M"), do_not_specialize=["num_sequences", "tokens"]
-)  # fmt: skip
+@triton.jit(repr=named("attention_delta", "WIDTH", "BLOCK_M"), do_not_specialize=["num_sequences", "tokens"])
 def attention_delta_kernel(
-    out, dout, delta, cu_q, num_sequences, tokens, stride_out, stride_outh, stride_do, stride_doh, stride_delta,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNMENT: tl.constexpr,
-):  # fmt: skip
+    out,
+    dout,
+    delta,
+    cu_q,
+    num_sequences,
+    tokens,
+    stride_out,
+    stride_outh,
+    stride_do,
+    stride_doh,
+    stride_delta,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
     """delta of a row: the sum of out * dout over the head's width, fp32; stored where its log-sum-exp is."""
     head = tl.program_id(1)
     sequence, block, start, length = find_tile(cu_q, num_sequences, tokens, tl.program_id(0), BLOCK_M)
     row = block * BLOCK_M
     if row >= length:
         return
-    o_MC = load_rows(
-        out, None, start, row, length, head, stride_out, stride_outh, BLOCK_M, WIDTH, BLOCK_WIDTH, False
-    )  # fmt: skip
-    do_MC = load_rows(
-        dout, None, start, row, length, head, stride_do, stride_doh, BLOCK_M, WIDTH, BLOCK_WIDTH, False
-    )  # fmt: skip
+    o_MC = load_rows(out, None, start, row, length, head, stride_out, stride_outh, BLOCK_M, WIDTH, BLOCK_WIDTH, False)
+    do_MC = load_rows(dout, None, start, row, length, head, stride_do, stride_doh, BLOCK_M, WIDTH, BLOCK_WIDTH, False)
     delta_M = tl.sum(o_MC.to(tl.float32) * do_MC.to(tl.float32), 1)
     base = delta + head.to(tl.int64) * stride_delta + aligned_start(start, sequence, ALIGNMENT)
     tl.store(base + row + tl.arange(0, BLOCK_M), delta_M)
@@ -66,13 +73,49 @@ def attention_delta_kernel(
     do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window", "slots"],
 )
 def attention_backward_kv_kernel(
-    q, k, v, dout, q_tiles, k_tiles, v_tiles, do_tiles, lse, delta, dk, dv, cu_q, cu_k, num_sequences,
-    tokens_q, tokens_k, window, scale, scale_log2,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_do, stride_doh, stride_lse, slots,
-    TAIL: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNMENT: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    dout,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    do_tiles,
+    lse,
+    delta,
+    dk,
+    dv,
+    cu_q,
+    cu_k,
+    num_sequences,
+    tokens_q,
+    tokens_k,
+    window,
+    scale,
+    scale_log2,
+    stride_q,
+    stride_qh,
+    stride_k,
+    stride_kh,
+    stride_v,
+    stride_vh,
+    stride_do,
+    stride_doh,
+    stride_lse,
+    slots,
+    TAIL: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
     """dK and dV of one block of keys: a walk over the queries that see it, for each query head of the group."""
     # The tile: key head, sequence, first key.
     program = tl.program_id(0)
@@ -106,10 +149,10 @@ def attention_backward_kv_kernel(
 
     k_NC = load_rows(
         k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
-    )  # fmt: skip
+    )
     v_NC = load_rows(
         v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
-    )  # fmt: skip
+    )
     dk_NC = tl.zeros([BLOCK_N, BLOCK_WIDTH], tl.float32)
     dv_NC = tl.zeros([BLOCK_N, BLOCK_WIDTH], tl.float32)
     lse_rows = lse + aligned_start(start, sequence, ALIGNMENT)
@@ -121,10 +164,10 @@ def attention_backward_kv_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         q_MC = load_rows(
             q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
-        )  # fmt: skip
+        )
         do_MC = load_rows(
             dout, do_tiles, start, row, num_queries, head, stride_do, stride_doh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
-        )  # fmt: skip
+        )
         scores_NM = tl.dot(k_NC, q_MC.T, input_precision=PRECISION)
         lse_M = tl.load(lse_rows + head * stride_lse + rows)
         p_NM = tl.math.exp2(scores_NM * scale_log2 - lse_M[None, :])
@@ -145,10 +188,10 @@ def attention_backward_kv_kernel(
         rows = row + tl.arange(0, TAIL)
         q_MC = load_rows(
             q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, TAIL, WIDTH, BLOCK_WIDTH, False
-        )  # fmt: skip
+        )
         do_MC = load_rows(
             dout, do_tiles, start, row, num_queries, head, stride_do, stride_doh, TAIL, WIDTH, BLOCK_WIDTH, False
-        )  # fmt: skip
+        )
         scores_NM = tl.dot(k_NC, q_MC.T, input_precision=PRECISION)
         lse_M = tl.load(lse_rows + head * stride_lse + rows, mask=rows < num_queries, other=float("inf"))
         p_NM = tl.math.exp2(scores_NM * scale_log2 - lse_M[None, :])
@@ -162,10 +205,8 @@ def attention_backward_kv_kernel(
     # Scores were scaled inside the exponent, so dK takes the scale once, here.
     store_rows(
         dk, dk_NC * scale, start_k, column, num_keys, kv_head, KV_HEADS * WIDTH, WIDTH, BLOCK_N, WIDTH, BLOCK_WIDTH
-    )  # fmt: skip
-    store_rows(
-        dv, dv_NC, start_k, column, num_keys, kv_head, KV_HEADS * WIDTH, WIDTH, BLOCK_N, WIDTH, BLOCK_WIDTH
-    )  # fmt: skip
+    )
+    store_rows(dv, dv_NC, start_k, column, num_keys, kv_head, KV_HEADS * WIDTH, WIDTH, BLOCK_N, WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit(
@@ -173,13 +214,48 @@ def attention_backward_kv_kernel(
     do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window", "slots"],
 )
 def attention_backward_q_kernel(
-    q, k, v, dout, q_tiles, k_tiles, v_tiles, do_tiles, lse, delta, dq, cu_q, cu_k, num_sequences,
-    tokens_q, tokens_k, window, scale, scale_log2,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_do, stride_doh, stride_lse, slots,
-    TAIL: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNMENT: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    dout,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    do_tiles,
+    lse,
+    delta,
+    dq,
+    cu_q,
+    cu_k,
+    num_sequences,
+    tokens_q,
+    tokens_k,
+    window,
+    scale,
+    scale_log2,
+    stride_q,
+    stride_qh,
+    stride_k,
+    stride_kh,
+    stride_v,
+    stride_vh,
+    stride_do,
+    stride_doh,
+    stride_lse,
+    slots,
+    TAIL: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
     """dQ of one block of queries: a walk over the keys that it sees, in the three parts of the forward."""
     kv_head, head, slot = query_tile(tl.program_id(0), slots, GROUP)
     sequence, block, start, num_queries = find_tile(cu_q, num_sequences, tokens_q, slot, BLOCK_M)
@@ -192,14 +268,12 @@ def attention_backward_q_kernel(
 
     first, whole, last, left, right = key_range(
         row, num_queries, num_keys, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED
-    )  # fmt: skip
+    )
 
-    q_MC = load_rows(
-        q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
-    )  # fmt: skip
+    q_MC = load_rows(q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA)
     do_MC = load_rows(
         dout, do_tiles, start, row, num_queries, head, stride_do, stride_doh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
-    )  # fmt: skip
+    )
     # lse = +inf for rows after the end: their P is 0, so they take no part.
     row_numbers = head * stride_lse + aligned_start(start, sequence, ALIGNMENT) + rows
     lse_M = tl.load(lse + row_numbers, mask=rows < num_queries, other=float("inf"))
@@ -212,13 +286,33 @@ def attention_backward_q_kernel(
             end = left if part == 0 else (right if part == 1 else whole)
             for column in tl.range(begin, end, BLOCK_N):
                 k_NC = load_rows(
-                    k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH,
+                    k,
+                    k_tiles,
+                    start_k,
+                    column,
+                    num_keys,
+                    kv_head,
+                    stride_k,
+                    stride_kh,
+                    BLOCK_N,
+                    WIDTH,
+                    BLOCK_WIDTH,
                     TMA,
-                )  # fmt: skip
+                )
                 v_NC = load_rows(
-                    v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH, BLOCK_WIDTH,
+                    v,
+                    v_tiles,
+                    start_k,
+                    column,
+                    num_keys,
+                    kv_head,
+                    stride_v,
+                    stride_vh,
+                    BLOCK_N,
+                    WIDTH,
+                    BLOCK_WIDTH,
                     TMA,
-                )  # fmt: skip
+                )
                 scores_MN = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
                 p_MN = tl.math.exp2(scores_MN * scale_log2 - lse_M[:, None])
                 if part != 1:
@@ -233,10 +327,10 @@ def attention_backward_q_kernel(
         keys = column + tl.arange(0, TAIL)
         k_NC = load_rows(
             k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, TAIL, WIDTH, BLOCK_WIDTH, False
-        )  # fmt: skip
+        )
         v_NC = load_rows(
             v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, TAIL, WIDTH, BLOCK_WIDTH, False
-        )  # fmt: skip
+        )
         scores_MN = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
         p_MN = tl.math.exp2(scores_MN * scale_log2 - lse_M[:, None])
         seen = is_seen(rows[:, None], keys[None, :], num_keys, offset, window, CAUSAL, WINDOWED)
@@ -244,9 +338,7 @@ def attention_backward_q_kernel(
         dp_MN = tl.dot(do_MC, v_NC.T, input_precision=PRECISION)
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_MC = tl.dot(ds_MN.to(k_NC.dtype), k_NC, dq_MC, input_precision=PRECISION)
-    store_rows(
-        dq, dq_MC * scale, start, row, num_queries, head, HEADS * WIDTH, WIDTH, BLOCK_M, WIDTH, BLOCK_WIDTH
-    )  # fmt: skip
+    store_rows(dq, dq_MC * scale, start, row, num_queries, head, HEADS * WIDTH, WIDTH, BLOCK_M, WIDTH, BLOCK_WIDTH)
 
 
 def _delta(out: Tensor, dout: Tensor, cu_q: Tensor) -> Tensor:
@@ -258,42 +350,105 @@ def _delta(out: Tensor, dout: Tensor, cu_q: Tensor) -> Tensor:
     assert ALIGNMENT % config["BLOCK_M"] == 0, "a tile writes its rows as a whole"
     slots = tokens // config["BLOCK_M"] + cu_q.numel()
     launch(
-        attention_delta_kernel, (slots if tokens else 0, heads), out, dout, delta, cu_q, cu_q.numel() - 1, tokens,
-        out.stride(0), out.stride(1), dout.stride(0), dout.stride(1), delta.stride(0), WIDTH=width,
-        BLOCK_WIDTH=block_width(width), ALIGNMENT=ALIGNMENT, **config,
-    )  # fmt: skip
+        attention_delta_kernel,
+        (slots if tokens else 0, heads),
+        out,
+        dout,
+        delta,
+        cu_q,
+        cu_q.numel() - 1,
+        tokens,
+        out.stride(0),
+        out.stride(1),
+        dout.stride(0),
+        dout.stride(1),
+        delta.stride(0),
+        WIDTH=width,
+        BLOCK_WIDTH=block_width(width),
+        ALIGNMENT=ALIGNMENT,
+        **config,
+    )
     return delta
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    causal: bool, window: int | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention_forward`, contiguous, bit-equal between runs."""
     (tokens, heads, width), (tokens_k, kv_heads, _) = q.shape, k.shape
     delta = _delta(out, dout, cu_q)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sequences, padded = cu_q.numel() - 1, block_width(width)
     shared = {
-        "GROUP": heads // kv_heads, "WIDTH": width, "BLOCK_WIDTH": padded, "CAUSAL": causal,
-        "WINDOWED": window is not None, "PRECISION": "ieee", "ALIGNMENT": ALIGNMENT,
-    }  # fmt: skip
+        "GROUP": heads // kv_heads,
+        "WIDTH": width,
+        "BLOCK_WIDTH": padded,
+        "CAUSAL": causal,
+        "WINDOWED": window is not None,
+        "PRECISION": "ieee",
+        "ALIGNMENT": ALIGNMENT,
+    }
     numbers = (sequences, tokens, tokens_k, window or 0, scale, scale * LOG2_E)
     strides = tuple(stride for x in (q, k, v, dout) for stride in x.stride()[:2]) + (lse.stride(0),)
 
     config, tiles = _rows_and_tiles("attention_backward_kv", q, k, v, dout)
     slots = tokens_k // config["BLOCK_N"] + cu_k.numel()
     launch(
-        attention_backward_kv_kernel, (slots * kv_heads if tokens_k else 0,), q, k, v, dout, *tiles, lse, delta, dk,
-        dv, cu_q, cu_k, *numbers, *strides, slots, KV_HEADS=kv_heads, TAIL=TAIL, **shared, **config,
-    )  # fmt: skip
+        attention_backward_kv_kernel,
+        (slots * kv_heads if tokens_k else 0,),
+        q,
+        k,
+        v,
+        dout,
+        *tiles,
+        lse,
+        delta,
+        dk,
+        dv,
+        cu_q,
+        cu_k,
+        *numbers,
+        *strides,
+        slots,
+        KV_HEADS=kv_heads,
+        TAIL=TAIL,
+        **shared,
+        **config,
+    )
 
     config, tiles = _rows_and_tiles("attention_backward_q", q, k, v, dout)
     slots = tokens // config["BLOCK_M"] + cu_q.numel()
     launch(
-        attention_backward_q_kernel, (slots * heads if tokens else 0,), q, k, v, dout, *tiles, lse, delta, dq, cu_q,
-        cu_k, *numbers, *strides, slots, HEADS=heads, TAIL=TAIL, **shared, **config,
-    )  # fmt: skip
+        attention_backward_q_kernel,
+        (slots * heads if tokens else 0,),
+        q,
+        k,
+        v,
+        dout,
+        *tiles,
+        lse,
+        delta,
+        dq,
+        cu_q,
+        cu_k,
+        *numbers,
+        *strides,
+        slots,
+        HEADS=heads,
+        TAIL=TAIL,
+        **shared,
+        **config,
+    )
     return dq, dk, dv
 
 

@@ -65,12 +65,43 @@ def _online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr):
     do_not_specialize=["num_sequences", "tokens_q", "tokens_k", "window", "slots"],
 )
 def attention_forward_kernel(
-    q, k, v, q_tiles, k_tiles, v_tiles, out, lse, cu_q, cu_k, num_sequences, tokens_q, tokens_k, window, scale,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_lse, slots,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, VARIANT: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNMENT: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    num_sequences,
+    tokens_q,
+    tokens_k,
+    window,
+    scale,
+    stride_q,
+    stride_qh,
+    stride_k,
+    stride_kh,
+    stride_v,
+    stride_vh,
+    stride_lse,
+    slots,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    VARIANT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     # 1. The tile.
     kv_head, head, slot = query_tile(tl.program_id(0), slots, GROUP)
     sequence, block, start, num_queries = find_tile(cu_q, num_sequences, tokens_q, slot, BLOCK_M)
@@ -84,12 +115,10 @@ def attention_forward_kernel(
     # 2. The keys. A descriptor cannot stop at the end of a sequence: it reads whole blocks, and step 5 takes the rest.
     first, whole, last, left, right = key_range(
         row, num_queries, num_keys, offset, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED
-    )  # fmt: skip
+    )
 
     # 3. The queries. After the last one, a descriptor reads rows of the next sequence: computed, but not stored.
-    q_MC = load_rows(
-        q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA
-    )  # fmt: skip
+    q_MC = load_rows(q, q_tiles, start, row, num_queries, head, stride_q, stride_qh, BLOCK_M, WIDTH, BLOCK_WIDTH, TMA)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
@@ -99,21 +128,41 @@ def attention_forward_kernel(
             # Scores and softmax of the first block; its product with V comes in the first iteration of the loop.
             k_NC = load_rows(
                 k, k_tiles, start_k, first, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH, TMA
-            )  # fmt: skip
+            )
             scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
             scores = apply_mask(scores, rows, first, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
             p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, True)
             for column in tl.range(first + BLOCK_N, whole, BLOCK_N):
                 k_NC = load_rows(
-                    k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH, BLOCK_WIDTH,
+                    k,
+                    k_tiles,
+                    start_k,
+                    column,
+                    num_keys,
+                    kv_head,
+                    stride_k,
+                    stride_kh,
+                    BLOCK_N,
+                    WIDTH,
+                    BLOCK_WIDTH,
                     TMA,
-                )  # fmt: skip
+                )
                 scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
                 # Product of the previous block, issued before the softmax of this one.
                 v_NC = load_rows(
-                    v, v_tiles, start_k, column - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
-                    BLOCK_WIDTH, TMA,
-                )  # fmt: skip
+                    v,
+                    v_tiles,
+                    start_k,
+                    column - BLOCK_N,
+                    num_keys,
+                    kv_head,
+                    stride_v,
+                    stride_vh,
+                    BLOCK_N,
+                    WIDTH,
+                    BLOCK_WIDTH,
+                    TMA,
+                )
                 acc = acc * rescale[:, None]
                 acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
                 if CAUSAL or WINDOWED:
@@ -122,9 +171,19 @@ def attention_forward_kernel(
                 p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, CAUSAL or WINDOWED)
             # Product of the last block.
             v_NC = load_rows(
-                v, v_tiles, start_k, whole - BLOCK_N, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
-                BLOCK_WIDTH, TMA,
-            )  # fmt: skip
+                v,
+                v_tiles,
+                start_k,
+                whole - BLOCK_N,
+                num_keys,
+                kv_head,
+                stride_v,
+                stride_vh,
+                BLOCK_N,
+                WIDTH,
+                BLOCK_WIDTH,
+                TMA,
+            )
             acc = acc * rescale[:, None]
             acc = tl.dot(p_MN.to(v_NC.dtype), v_NC, acc, input_precision=PRECISION)
     else:
@@ -136,14 +195,34 @@ def attention_forward_kernel(
                 end = left if part == 0 else (right if part == 1 else whole)
                 for column in tl.range(begin, end, BLOCK_N):
                     k_NC = load_rows(
-                        k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, BLOCK_N, WIDTH,
-                        BLOCK_WIDTH, TMA,
-                    )  # fmt: skip
+                        k,
+                        k_tiles,
+                        start_k,
+                        column,
+                        num_keys,
+                        kv_head,
+                        stride_k,
+                        stride_kh,
+                        BLOCK_N,
+                        WIDTH,
+                        BLOCK_WIDTH,
+                        TMA,
+                    )
                     scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
                     v_NC = load_rows(
-                        v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, BLOCK_N, WIDTH,
-                        BLOCK_WIDTH, TMA,
-                    )  # fmt: skip
+                        v,
+                        v_tiles,
+                        start_k,
+                        column,
+                        num_keys,
+                        kv_head,
+                        stride_v,
+                        stride_vh,
+                        BLOCK_N,
+                        WIDTH,
+                        BLOCK_WIDTH,
+                        TMA,
+                    )
                     if part != 1:
                         scores = apply_mask(scores, rows, column, num_keys, offset, window, BLOCK_N, CAUSAL, WINDOWED)
                     p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, part != 1)
@@ -153,10 +232,10 @@ def attention_forward_kernel(
     for column in tl.range(whole, last, TAIL, num_stages=1):
         k_NC = load_rows(
             k, k_tiles, start_k, column, num_keys, kv_head, stride_k, stride_kh, TAIL, WIDTH, BLOCK_WIDTH, False
-        )  # fmt: skip
+        )
         v_NC = load_rows(
             v, v_tiles, start_k, column, num_keys, kv_head, stride_v, stride_vh, TAIL, WIDTH, BLOCK_WIDTH, False
-        )  # fmt: skip
+        )
         scores = tl.dot(q_MC, k_NC.T, input_precision=PRECISION)
         scores = apply_mask(scores, rows, column, num_keys, offset, window, TAIL, CAUSAL, WINDOWED)
         p_MN, rescale, row_max, row_sum = _online_softmax(scores, row_max, row_sum, scale, True)
@@ -167,9 +246,7 @@ def attention_forward_kernel(
     is_empty = row_sum == 0.0
     divisor = tl.where(is_empty, 1.0, row_sum)
     acc = acc / divisor[:, None]
-    store_rows(
-        out, acc, start, row, num_queries, head, HEADS * WIDTH, WIDTH, BLOCK_M, WIDTH, BLOCK_WIDTH
-    )  # fmt: skip
+    store_rows(out, acc, start, row, num_queries, head, HEADS * WIDTH, WIDTH, BLOCK_M, WIDTH, BLOCK_WIDTH)
     # In units of log2, for exp2 in the backward. No mask: each sequence has whole aligned blocks in this buffer.
     lse_M = tl.where(is_empty, float("inf"), row_max * scale + tl.math.log2(divisor))
     lse_rows = lse + head.to(tl.int64) * stride_lse + aligned_start(start, sequence, ALIGNMENT)
@@ -231,10 +308,38 @@ def attention_forward(
         raise ValueError(f"q: expected less than 2^31 rows of all heads, got {heads} heads of {tokens} tokens")
     slots = tokens // config["BLOCK_M"] + cu_q.numel()
     launch(
-        attention_forward_kernel, (slots * heads if tokens else 0,), q, k, v, *tiles, out, lse, cu_q, cu_k,
-        cu_q.numel() - 1, tokens, k.shape[0], window or 0, scale * LOG2_E,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), lse.stride(0), slots,
-        HEADS=heads, GROUP=heads // k.shape[1], WIDTH=width, BLOCK_WIDTH=block_width(width), CAUSAL=causal,
-        WINDOWED=window is not None, PRECISION="ieee", ALIGNMENT=ALIGNMENT, TAIL=TAIL, **config,
-    )  # fmt: skip
+        attention_forward_kernel,
+        (slots * heads if tokens else 0,),
+        q,
+        k,
+        v,
+        *tiles,
+        out,
+        lse,
+        cu_q,
+        cu_k,
+        cu_q.numel() - 1,
+        tokens,
+        k.shape[0],
+        window or 0,
+        scale * LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        lse.stride(0),
+        slots,
+        HEADS=heads,
+        GROUP=heads // k.shape[1],
+        WIDTH=width,
+        BLOCK_WIDTH=block_width(width),
+        CAUSAL=causal,
+        WINDOWED=window is not None,
+        PRECISION="ieee",
+        ALIGNMENT=ALIGNMENT,
+        TAIL=TAIL,
+        **config,
+    )
     return out, lse

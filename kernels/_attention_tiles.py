@@ -45,9 +45,19 @@ def find_tile(cu_seqlens, num_sequences, tokens, slot, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    source, tiles, start, row, limit, head, stride_row, stride_head, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    source,
+    tiles,
+    start,
+    row,
+    limit,
+    head,
+    stride_row,
+    stride_head,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """(BLOCK, BLOCK_WIDTH) rows start + row ... of one head; columns from WIDTH on are 0.
 
     Through the pointer `source`, rows from `limit` on are 0. Through the descriptor `tiles` (`TMA`) they are rows of
@@ -71,9 +81,18 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    target, values, start, row, limit, head, stride_row, stride_head, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    target,
+    values,
+    start,
+    row,
+    limit,
+    head,
+    stride_row,
+    stride_head,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     """Write the rows before `limit` and the columns before WIDTH of a tile."""
     rows = row + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_WIDTH)
@@ -99,9 +118,16 @@ def query_tile(program, slots, GROUP: tl.constexpr):
 
 @triton.jit
 def key_range(
-    row, num_queries, num_keys, offset, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    row,
+    num_queries,
+    num_keys,
+    offset,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
-):  # fmt: skip
+):
     """Keys that a tile of queries [row, row + BLOCK_M) visits: first, whole, last, left, right.
 
         first        left             right        whole   last

@@ -26,11 +26,31 @@ LOG2E = 1.4426950408889634
 
 @triton.jit(repr=named("decode_attention", "WIDTH", "PAGE"), do_not_specialize=["batch", "columns"])
 def decode_attention_kernel(
-    q, keys, values, table, lengths, out, shares, norms, scale, batch, columns, stride_page, stride_token,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    q,
+    keys,
+    values,
+    table,
+    lengths,
+    out,
+    shares,
+    norms,
+    scale,
+    batch,
+    columns,
+    stride_page,
+    stride_token,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # 1. The queries of this key/value head.
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -108,9 +128,15 @@ def decode_attention_sum_kernel(shares, norms, out, rows, splits, WIDTH: tl.cons
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, max_length: int, window: int | None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    window: int | None,
     scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(B, H, C) fp32, fp16 or bf16, as `kernels.decode_attention`, of checked tensors on a GPU."""
     (batch, heads, width), (_, page, kv_heads, _) = q.shape, keys.shape
     config = dict(configuration("decode_attention", q.device, bytes=q.element_size()))
@@ -123,15 +149,45 @@ def decode_attention(
     )
     block_c = triton.next_power_of_2(width)
     launch(
-        decode_attention_kernel, (batch, kv_heads, splits), q, keys, values, table, lengths, out, shares, norms,
-        scale * LOG2E, batch, table.shape[1], keys.stride(0), keys.stride(1), HEADS=heads, KV_HEADS=kv_heads,
-        WIDTH=width, PAGE=page, WINDOW=window or 0, SPLITS=min(splits, 2), SHARE=share, BLOCK_N=block_n,
-        BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_C=max(16, block_c), PRECISION="ieee",
+        decode_attention_kernel,
+        (batch, kv_heads, splits),
+        q,
+        keys,
+        values,
+        table,
+        lengths,
+        out,
+        shares,
+        norms,
+        scale * LOG2E,
+        batch,
+        table.shape[1],
+        keys.stride(0),
+        keys.stride(1),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        WIDTH=width,
+        PAGE=page,
+        WINDOW=window or 0,
+        SPLITS=min(splits, 2),
+        SHARE=share,
+        BLOCK_N=block_n,
+        BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_C=max(16, block_c),
+        PRECISION="ieee",
         **config,
-    )  # fmt: skip
+    )
     if splits > 1:
         launch(
-            decode_attention_sum_kernel, (batch * heads,), shares, norms, out, batch * heads, splits, WIDTH=width,
-            BLOCK_C=block_c, **configuration("decode_attention_sum", q.device),
-        )  # fmt: skip
+            decode_attention_sum_kernel,
+            (batch * heads,),
+            shares,
+            norms,
+            out,
+            batch * heads,
+            splits,
+            WIDTH=width,
+            BLOCK_C=block_c,
+            **configuration("decode_attention_sum", q.device),
+        )
     return out

@@ -21,9 +21,15 @@ from .launch import launch, named
 
 # Metrics in the order of `dpo_kernel`'s stores.
 SUMS = (
-    "loss", "chosen_reward", "rejected_reward", "accuracy", "margin", "chosen_logprob", "rejected_logprob",
+    "loss",
+    "chosen_reward",
+    "rejected_reward",
+    "accuracy",
+    "margin",
+    "chosen_logprob",
+    "rejected_logprob",
     "chosen_nll",
-)  # fmt: skip
+)
 
 
 @triton.jit
@@ -78,9 +84,21 @@ def sequence_logprobs_kernel(logprob, weights, cu_seqlens, out, MEAN: tl.constex
 
 @triton.jit(repr=named("dpo", "VARIANT", "MEAN"), do_not_specialize=["pairs"])
 def dpo_kernel(
-    logprob, weights, cu_seqlens, reference, dlogprob, sums, pairs, beta, smoothing, pair_scale, nll_scale,
-    VARIANT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logprob,
+    weights,
+    cu_seqlens,
+    reference,
+    dlogprob,
+    sums,
+    pairs,
+    beta,
+    smoothing,
+    pair_scale,
+    nll_scale,
+    VARIANT: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # 1. Chosen sequences come first, then the rejected ones in the same order.
     pair = tl.program_id(0)
     chosen_start = tl.load(cu_seqlens + pair)
@@ -137,17 +155,40 @@ def sequence_sums(logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, mean: bo
 
 
 def dpo_grads(
-    logprob: Tensor, weights: Tensor, cu_seqlens: Tensor, reference: Tensor, *, beta: float, num_pairs: float,
-    variant: str, label_smoothing: float, mean: bool, nll_scale: float,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip
+    logprob: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor,
+    reference: Tensor,
+    *,
+    beta: float,
+    num_pairs: float,
+    variant: str,
+    label_smoothing: float,
+    mean: bool,
+    nll_scale: float,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss, metrics and dlogprob (T,) from the (T,) log-probabilities of packed pairs; arguments as in `dpo`."""
     pairs = (cu_seqlens.numel() - 1) // 2
     dlogprob = torch.zeros_like(logprob)
     sums = torch.empty((len(SUMS), pairs), dtype=torch.float32, device=logprob.device)
     config = configuration("dpo", logprob.device)
     launch(
-        dpo_kernel, (pairs,), logprob, weights, cu_seqlens, reference, dlogprob, sums, pairs, float(beta),
-        float(label_smoothing), 1.0 / num_pairs, float(nll_scale), VARIANT=variant, MEAN=mean, **config,
-    )  # fmt: skip
+        dpo_kernel,
+        (pairs,),
+        logprob,
+        weights,
+        cu_seqlens,
+        reference,
+        dlogprob,
+        sums,
+        pairs,
+        float(beta),
+        float(label_smoothing),
+        1.0 / num_pairs,
+        float(nll_scale),
+        VARIANT=variant,
+        MEAN=mean,
+        **config,
+    )
     loss, *metrics = sums.sum(1).unbind()
     return loss, dict(zip(SUMS[1:], metrics)), dlogprob

@@ -29,9 +29,16 @@ def _tile(rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.c
 
 @triton.jit(repr=named("moe_combine", "WIDTH", "CHOICES"), do_not_specialize=["tokens"])
 def moe_combine_kernel(
-    rows, gates, positions, out, tokens,
-    WIDTH: tl.constexpr, CHOICES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    rows,
+    gates,
+    positions,
+    out,
+    tokens,
+    WIDTH: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     token, column, row_mask, mask = _tile(tokens, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
     pair = token.to(tl.int64) * CHOICES
     acc = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
@@ -48,9 +55,16 @@ def moe_combine_kernel(
 
 @triton.jit(repr=named("moe_permute", "WIDTH"), do_not_specialize=["total"])
 def moe_permute_kernel(
-    x, index, out, total, stride,
-    WIDTH: tl.constexpr, CHOICES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    out,
+    total,
+    stride,
+    WIDTH: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     row, column, row_mask, mask = _tile(total, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
     token = (tl.load(index + row, mask=row_mask, other=0) // CHOICES).to(tl.int64)
     value = tl.load(x + token[:, None] * stride + column[None, :], mask=mask, other=0.0)
@@ -67,9 +81,17 @@ def moe_combine(rows: Tensor, gates: Tensor | None, positions: Tensor) -> Tensor
     config = configuration("moe_combine", rows.device, bytes=rows.element_size())
     out = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
     launch(
-        moe_combine_kernel, _grid(tokens, width, config), rows, gates, positions, out, tokens, WIDTH=width,
-        CHOICES=choices, **config,
-    )  # fmt: skip
+        moe_combine_kernel,
+        _grid(tokens, width, config),
+        rows,
+        gates,
+        positions,
+        out,
+        tokens,
+        WIDTH=width,
+        CHOICES=choices,
+        **config,
+    )
     return out
 
 
@@ -79,7 +101,15 @@ def moe_permute(x: Tensor, index: Tensor, choices: int) -> Tensor:
     config = configuration("moe_permute", x.device, bytes=x.element_size())
     out = torch.empty((total, width), dtype=x.dtype, device=x.device)
     launch(
-        moe_permute_kernel, _grid(total, width, config), x, index, out, total, x.stride(0), WIDTH=width,
-        CHOICES=choices, **config,
-    )  # fmt: skip
+        moe_permute_kernel,
+        _grid(total, width, config),
+        x,
+        index,
+        out,
+        total,
+        x.stride(0),
+        WIDTH=width,
+        CHOICES=choices,
+        **config,
+    )
     return out

@@ -47,7 +47,15 @@ def gae_scan(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, 
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     config = configuration("gae", rewards.device)
     launch(
-        gae_kernel, (cu_seqlens.numel() - 1 if rewards.numel() else 0,), rewards, values, cu_seqlens.contiguous(),
-        advantages, returns, gamma, gamma * lam, **config,
-    )  # fmt: skip
+        gae_kernel,
+        (cu_seqlens.numel() - 1 if rewards.numel() else 0,),
+        rewards,
+        values,
+        cu_seqlens.contiguous(),
+        advantages,
+        returns,
+        gamma,
+        gamma * lam,
+        **config,
+    )
     return advantages, returns

@@ -21,7 +21,7 @@ from .launch import launch, named
 @triton.jit
 def _add_squares(
     total, pointer, first, count, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
+):
     """(BLOCK,) sums, each of every BLOCK-th square of a chunk."""
     for start in range(0, CHUNK, BLOCK):
         at = first + start + tl.arange(0, BLOCK)

@@ -36,9 +36,15 @@ _forced_gather: bool | None = None
 
 @triton.jit
 def _block(
-    tiles, offsets, slots, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
+    tiles,
+    offsets,
+    slots,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     """Expert, first row, end of the expert's rows, and first column of this program; row >= end: nothing to do.
 
     tiles: (2, slots), the expert of each tile and its first row. A tile has PARTS row blocks.
@@ -52,10 +58,27 @@ def _block(
 
 @triton.jit
 def _products(
-    x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, CHOICES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    index,
+    x_tiles,
+    weight_tiles,
+    expert,
+    row,
+    end,
+    column,
+    stride_x,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PAIR: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """(BLOCK_M, BLOCK_N) fp32 products of rows and columns, and where PAIR of columns COLUMNS + column, else 0.
 
     weight is (E, N, K), or (E, K, N) where TRANSPOSED, N = COLUMNS, or 2 COLUMNS where PAIR. Rows and columns after the
@@ -113,9 +136,7 @@ def _products(
 
 
 @triton.jit
-def _mask(
-    row, end, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr
-):  # fmt: skip
+def _mask(row, end, column, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr):
     """Rows (BLOCK_M, 1) int64, columns (1, BLOCK_N), and a mask of those that exist.
 
     STEP: columns per program; where it divides COLUMNS, the mask is of rows only.
@@ -130,36 +151,106 @@ def _mask(
 
 @triton.jit(repr=named("grouped_matmul", "DEPTH", "COLUMNS", "TRANSPOSED"), do_not_specialize=["slots"])
 def grouped_matmul_kernel(
-    x, weight, index, x_tiles, weight_tiles, tiles, offsets, out, slots, stride_x,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TRANSPOSED: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    weight,
+    index,
+    x_tiles,
+    weight_tiles,
+    tiles,
+    offsets,
+    out,
+    slots,
+    stride_x,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
     if row >= end:
         return
     product, _ = _products(
-        x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, TRANSPOSED,
-        CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
-    )  # fmt: skip
+        x,
+        weight,
+        index,
+        x_tiles,
+        weight_tiles,
+        expert,
+        row,
+        end,
+        column,
+        stride_x,
+        COLUMNS,
+        DEPTH,
+        False,
+        TRANSPOSED,
+        CHOICES,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        TMA,
+        PRECISION,
+    )
     rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
     tl.store(out + rows * COLUMNS + columns, product.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=named("grouped_swiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots"])
 def grouped_swiglu_kernel(
-    x, weight, index, x_tiles, weight_tiles, tiles, offsets, gate_up, out, slots, stride_x,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    weight,
+    index,
+    x_tiles,
+    weight_tiles,
+    tiles,
+    offsets,
+    gate_up,
+    out,
+    slots,
+    stride_x,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
     if row >= end:
         return
     gate, up = _products(
-        x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, True, False,
-        CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
-    )  # fmt: skip
+        x,
+        weight,
+        index,
+        x_tiles,
+        weight_tiles,
+        expert,
+        row,
+        end,
+        column,
+        stride_x,
+        COLUMNS,
+        DEPTH,
+        True,
+        False,
+        CHOICES,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        TMA,
+        PRECISION,
+    )
     rows, columns, mask = _mask(row, end, column, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_N)
     # The activation takes gate and up as they are stored, since the backward starts from the stored numbers.
     gate = gate.to(out.dtype.element_ty)
@@ -174,9 +265,18 @@ def grouped_swiglu_kernel(
 
 @triton.jit
 def _dswiglu(
-    dhidden, weight_M, gate_up, dgate_up, gated, row, end, column,
-    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dhidden,
+    weight_M,
+    gate_up,
+    dgate_up,
+    gated,
+    row,
+    end,
+    column,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Store a tile's dgate, dup and weighted activations; return the tile's part of the gates' gradient, (BLOCK_M,).
 
     With h = silu(gate) * up and out = sum weight h: dweight = sum_columns dhidden h, and dh = weight dhidden.
@@ -201,19 +301,58 @@ def _dswiglu(
 
 @triton.jit(repr=named("grouped_dswiglu", "DEPTH", "COLUMNS"), do_not_specialize=["slots", "total"])
 def grouped_dswiglu_kernel(
-    x, weight, index, x_tiles, weight_tiles, tiles, offsets, pairs, gates, gate_up, dgate_up, gated, partial, slots,
-    total, stride_x,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHOICES: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    weight,
+    index,
+    x_tiles,
+    weight_tiles,
+    tiles,
+    offsets,
+    pairs,
+    gates,
+    gate_up,
+    dgate_up,
+    gated,
+    partial,
+    slots,
+    total,
+    stride_x,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     expert, row, end, column = _block(tiles, offsets, slots, COLUMNS, BLOCK_M, BLOCK_N, TILE, GROUP)
     if row >= end:
         return
     dhidden, _ = _products(
-        x, weight, index, x_tiles, weight_tiles, expert, row, end, column, stride_x, COLUMNS, DEPTH, False, True,
-        CHOICES, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
-    )  # fmt: skip
+        x,
+        weight,
+        index,
+        x_tiles,
+        weight_tiles,
+        expert,
+        row,
+        end,
+        column,
+        stride_x,
+        COLUMNS,
+        DEPTH,
+        False,
+        True,
+        CHOICES,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        TMA,
+        PRECISION,
+    )
     # Two halves of the columns, one after the other: the tiles of the activation do not fit beside the whole product.
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.permute(tl.reshape(dhidden, (BLOCK_M, 2, HALF)), (0, 2, 1)))
@@ -240,9 +379,19 @@ def _rows(x, index, rows, end, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _whole_rows(
-    x, index, x_tiles, row, column, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHOICES: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    x_tiles,
+    row,
+    column,
+    stride,
+    columns,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """As `_rows`, for a block of rows that all exist."""
     if TMA and index is None:
         tile = x_tiles.load([row, column])
@@ -260,10 +409,27 @@ def _whole_rows(
 
 @triton.jit(repr=named("grouped_dweight", "ROWS", "COLUMNS"))
 def grouped_dweight_kernel(
-    left, right, left_index, right_index, left_tiles, right_tiles, offsets, out, stride_left, stride_right,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    left,
+    right,
+    left_index,
+    right_index,
+    left_tiles,
+    right_tiles,
+    offsets,
+    out,
+    stride_left,
+    stride_right,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TAIL: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     # The expert, and the block of its (ROWS, COLUMNS) gradient.
     BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
@@ -282,9 +448,19 @@ def grouped_dweight_kernel(
             left, left_index, left_tiles, row, block * BLOCK_M, stride_left, m, ROWS, BLOCK_M, BLOCK_R, CHOICES, TMA
         )
         right_RN = _whole_rows(
-            right, right_index, right_tiles, row, column_block * BLOCK_N, stride_right, n, COLUMNS, BLOCK_N, BLOCK_R,
-            CHOICES, TMA,
-        )  # fmt: skip
+            right,
+            right_index,
+            right_tiles,
+            row,
+            column_block * BLOCK_N,
+            stride_right,
+            n,
+            COLUMNS,
+            BLOCK_N,
+            BLOCK_R,
+            CHOICES,
+            TMA,
+        )
         acc = tl.dot(left_RM.T, right_RN, acc, input_precision=PRECISION)
     for row in tl.range(whole, end, TAIL, num_stages=1):
         rows = row + tl.arange(0, TAIL)
@@ -346,9 +522,18 @@ def _gathered(x: Tensor, layout: Layout, config: dict) -> tuple[Tensor, Tensor |
 
 
 def _row_product(
-    kernel, config: dict, x: Tensor, weight: Tensor, index: Tensor | None, layout: Layout, outs: tuple, columns: int,
-    *numbers: int, transposed: bool, **more,
-) -> None:  # fmt: skip
+    kernel,
+    config: dict,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    layout: Layout,
+    outs: tuple,
+    columns: int,
+    *numbers: int,
+    transposed: bool,
+    **more,
+) -> None:
     """Launch a kernel of `_products` over all tiles and blocks of columns."""
     depth = x.shape[1]
     weight_block = ("BLOCK_K", "BLOCK_N") if transposed else ("BLOCK_N", "BLOCK_K")
@@ -357,10 +542,28 @@ def _row_product(
     slots = layout.tiles.shape[1]
     programs = slots * (TILE_ROWS // config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
     launch(
-        kernel, (programs if layout.rows.numel() else 0,), x, weight, index, x_tiles, weight_tiles, layout.tiles,
-        layout.offsets, *outs, slots, *numbers, x.stride(0), COLUMNS=columns, DEPTH=depth, CHOICES=layout.choices,
-        TILE=TILE_ROWS, PRECISION="ieee", GROUP=GROUP, **more, **config,
-    )  # fmt: skip
+        kernel,
+        (programs if layout.rows.numel() else 0,),
+        x,
+        weight,
+        index,
+        x_tiles,
+        weight_tiles,
+        layout.tiles,
+        layout.offsets,
+        *outs,
+        slots,
+        *numbers,
+        x.stride(0),
+        COLUMNS=columns,
+        DEPTH=depth,
+        CHOICES=layout.choices,
+        TILE=TILE_ROWS,
+        PRECISION="ieee",
+        GROUP=GROUP,
+        **more,
+        **config,
+    )
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, layout: Layout, *, transposed: bool = False) -> Tensor:
@@ -369,9 +572,17 @@ def grouped_matmul(x: Tensor, weight: Tensor, layout: Layout, *, transposed: boo
     config = _config("grouped_matmul", x, x, weight, depth=x.shape[1] if transposed else None)
     out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
     _row_product(
-        grouped_matmul_kernel, config, x, weight, None, layout, (out,), columns, transposed=transposed,
+        grouped_matmul_kernel,
+        config,
+        x,
+        weight,
+        None,
+        layout,
+        (out,),
+        columns,
+        transposed=transposed,
         TRANSPOSED=transposed,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -382,9 +593,7 @@ def grouped_swiglu(x: Tensor, weight: Tensor, layout: Layout, keep: bool) -> tup
     x, index = _gathered(x, layout, config)
     out = torch.empty((total, columns), dtype=x.dtype, device=x.device)
     gate_up = torch.empty((total, 2 * columns), dtype=x.dtype, device=x.device) if keep else None
-    _row_product(
-        grouped_swiglu_kernel, config, x, weight, index, layout, (gate_up, out), columns, transposed=False
-    )  # fmt: skip
+    _row_product(grouped_swiglu_kernel, config, x, weight, index, layout, (gate_up, out), columns, transposed=False)
     return out, gate_up
 
 
@@ -400,9 +609,7 @@ def grouped_dswiglu(
     dout, index = _gathered(dout, layout, config)
     dgate_up = torch.empty_like(gate_up)
     gated = torch.empty((total, columns), dtype=dout.dtype, device=dout.device)
-    partial = torch.empty(
-        (triton.cdiv(columns, config["BLOCK_N"]), total), dtype=torch.float32, device=dout.device
-    )  # fmt: skip
+    partial = torch.empty((triton.cdiv(columns, config["BLOCK_N"]), total), dtype=torch.float32, device=dout.device)
     outs = (layout.rows, gates, gate_up, dgate_up, gated, partial)
     _row_product(grouped_dswiglu_kernel, config, dout, down, index, layout, outs, columns, total, transposed=True)
     return dgate_up, gated, partial.sum(0)
@@ -427,8 +634,23 @@ def grouped_dweight(
     out = torch.empty((num_experts, left.shape[1], right.shape[1]), dtype=left.dtype, device=left.device)
     blocks = triton.cdiv(left.shape[1], sizes[0]) * triton.cdiv(right.shape[1], sizes[1])
     launch(
-        grouped_dweight_kernel, (num_experts * blocks,), left, right, gather["left"], gather["right"], *tiles,
-        layout.offsets, out, left.stride(0), right.stride(0), ROWS=left.shape[1], COLUMNS=right.shape[1],
-        CHOICES=layout.choices, TAIL=16, PRECISION="ieee", GROUP=GROUP, **config,
-    )  # fmt: skip
+        grouped_dweight_kernel,
+        (num_experts * blocks,),
+        left,
+        right,
+        gather["left"],
+        gather["right"],
+        *tiles,
+        layout.offsets,
+        out,
+        left.stride(0),
+        right.stride(0),
+        ROWS=left.shape[1],
+        COLUMNS=right.shape[1],
+        CHOICES=layout.choices,
+        TAIL=16,
+        PRECISION="ieee",
+        GROUP=GROUP,
+        **config,
+    )
     return out

@@ -36,10 +36,23 @@ WORKSPACE_BYTES = 256 * 2**20
 
 @triton.jit
 def _logits(
-    hidden, weight, hidden_tiles, weight_tiles, row, entry, tokens, vocab_size, stride_hidden, stride_weight,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+    hidden,
+    weight,
+    hidden_tiles,
+    weight_tiles,
+    row,
+    entry,
+    tokens,
+    vocab_size,
+    stride_hidden,
+    stride_weight,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """(BLOCK_T, BLOCK_V) logits of the tokens from `row` on and the vocabulary entries from `entry` on, fp32.
 
     Those after the last token or entry are undefined: the caller masks them.
@@ -76,11 +89,28 @@ def _store(target, stride, rows, tokens, row_max, row_sum, target_logit, weighte
     do_not_specialize=["tokens", "vocab_size", "split_entries", "start"],
 )
 def linear_logprob_statistics_kernel(
-    hidden, weight, hidden_tiles, weight_tiles, targets, partial, tokens, vocab_size, split_entries, start, scale,
-    stride_hidden, stride_weight,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    hidden_tiles,
+    weight_tiles,
+    targets,
+    partial,
+    tokens,
+    vocab_size,
+    split_entries,
+    start,
+    scale,
+    stride_hidden,
+    stride_weight,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     # 1. The tile of tokens and the split. `start` is the first entry of this rank's shard of the vocabulary.
     tile, split = place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.cdiv(vocab_size, split_entries), GROUP)
     row = tile * BLOCK_T
@@ -94,9 +124,23 @@ def linear_logprob_statistics_kernel(
     # 2. The blocks of the split. Only the inner loop over the width, in `_logits`, is pipelined.
     for entry in tl.range(split * split_entries, end, BLOCK_V, num_stages=1):
         logits = _logits(
-            hidden, weight, hidden_tiles, weight_tiles, row, entry, tokens, vocab_size, stride_hidden, stride_weight,
-            WIDTH, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
-        )  # fmt: skip
+            hidden,
+            weight,
+            hidden_tiles,
+            weight_tiles,
+            row,
+            entry,
+            tokens,
+            vocab_size,
+            stride_hidden,
+            stride_weight,
+            WIDTH,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_D,
+            TMA,
+            PRECISION,
+        )
         entries = entry + tl.arange(0, BLOCK_V)
         logits = tl.where((entries < end)[None, :], logits * scale, float("-inf"))
         # At most one column is the target: the maximum picks it, and keeps -inf where another split has it.
@@ -169,19 +213,55 @@ def linear_logprob_merge_kernel(partial, out, tokens, splits, BLOCK_T: tl.conste
     do_not_specialize=["tokens", "vocab_size", "first", "blocks", "start"],
 )
 def linear_logprob_dlogits_kernel(
-    hidden, weight, hidden_tiles, weight_tiles, targets, statistics, dlogprob, dentropy, dlogits, tokens, vocab_size,
-    first, blocks, start, scale, stride_hidden, stride_weight, stride_dlogits,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ENTROPY: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    hidden_tiles,
+    weight_tiles,
+    targets,
+    statistics,
+    dlogprob,
+    dentropy,
+    dlogits,
+    tokens,
+    vocab_size,
+    first,
+    blocks,
+    start,
+    scale,
+    stride_hidden,
+    stride_weight,
+    stride_dlogits,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     # Logits of the block: `column` counts inside the slice, `entry` inside the vocabulary.
     tile, block = place(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), blocks, GROUP)
     row, column = tile * BLOCK_T, block * BLOCK_V
     entry = first + column
     logits = _logits(
-        hidden, weight, hidden_tiles, weight_tiles, row, entry, tokens, vocab_size, stride_hidden, stride_weight, WIDTH,
-        BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
-    )  # fmt: skip
+        hidden,
+        weight,
+        hidden_tiles,
+        weight_tiles,
+        row,
+        entry,
+        tokens,
+        vocab_size,
+        stride_hidden,
+        stride_weight,
+        WIDTH,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_D,
+        TMA,
+        PRECISION,
+    )
     # Numbers of the tokens.
     rows = row + tl.arange(0, BLOCK_T)
     entries = entry + tl.arange(0, BLOCK_V)
@@ -240,10 +320,24 @@ def linear_logprob_statistics(
     splits = triton.cdiv(vocab_size, split_entries)
     partial = torch.empty((splits, 4, tokens), dtype=torch.float32, device=hidden.device)
     launch(
-        linear_logprob_statistics_kernel, (tiles * splits,), *operands, targets, partial, tokens, vocab_size,
-        split_entries, start, 1.0 / temperature, hidden.stride(0), weight.stride(0), WIDTH=hidden.shape[1],
-        ENTROPY=entropy, PRECISION="ieee", GROUP=GROUP, **config,
-    )  # fmt: skip
+        linear_logprob_statistics_kernel,
+        (tiles * splits,),
+        *operands,
+        targets,
+        partial,
+        tokens,
+        vocab_size,
+        split_entries,
+        start,
+        1.0 / temperature,
+        hidden.stride(0),
+        weight.stride(0),
+        WIDTH=hidden.shape[1],
+        ENTROPY=entropy,
+        PRECISION="ieee",
+        GROUP=GROUP,
+        **config,
+    )
     if splits == 1:
         return partial[0]
     out = torch.empty((4, tokens), dtype=torch.float32, device=hidden.device)
@@ -261,9 +355,17 @@ def _split_blocks(tiles: int, blocks: int, processors: int) -> int:
 
 
 def linear_logprob_gradients(
-    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
-    temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    start: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """dhidden (T, D) and dweight (V, D) from the gradients of log-probabilities and entropies and the statistics."""
     tokens, vocab_size = hidden.shape[0], weight.shape[0]
     config, operands = _operands("linear_logprob_dlogits", hidden, weight)
@@ -276,10 +378,29 @@ def linear_logprob_gradients(
         width = min(step, vocab_size - first)
         blocks = triton.cdiv(width, config["BLOCK_V"])
         launch(
-            linear_logprob_dlogits_kernel, (tiles * blocks,), *operands, targets, statistics, dlogprob, dentropy,
-            workspace, tokens, vocab_size, first, blocks, start, 1.0 / temperature, hidden.stride(0), weight.stride(0),
-            step, WIDTH=hidden.shape[1], ENTROPY=dentropy is not None, PRECISION="ieee", GROUP=GROUP, **config,
-        )  # fmt: skip
+            linear_logprob_dlogits_kernel,
+            (tiles * blocks,),
+            *operands,
+            targets,
+            statistics,
+            dlogprob,
+            dentropy,
+            workspace,
+            tokens,
+            vocab_size,
+            first,
+            blocks,
+            start,
+            1.0 / temperature,
+            hidden.stride(0),
+            weight.stride(0),
+            step,
+            WIDTH=hidden.shape[1],
+            ENTROPY=dentropy is not None,
+            PRECISION="ieee",
+            GROUP=GROUP,
+            **config,
+        )
         dlogits, entries = workspace[:, :width], slice(first, first + width)
         if needs_weight:
             _product(dlogits.T, hidden, dweight[entries])

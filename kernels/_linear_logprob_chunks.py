@@ -54,9 +54,17 @@ def statistics(
 
 
 def gradients(
-    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
-    temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    start: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """dhidden (T, D) and dweight (V, D) from the gradients of log-probabilities and entropies."""
     sums = _Sums(hidden, weight, needs_hidden, needs_weight, temperature)
     for rows, hidden_ND, targets_N in _chunks(hidden, weight, targets, temperature, start):
@@ -69,9 +77,15 @@ def gradients(
 
 
 def one_pass(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, loss_grads: LossGrads,
-    needs_hidden: bool, needs_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    loss_grads: LossGrads,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(4, T) statistics, dhidden and dweight, wide, for a loss whose gradients in a chunk need that chunk alone."""
     out = hidden.new_zeros((4, targets.numel()), dtype=wide(hidden[:0]).dtype)
     sums = _Sums(hidden, weight, needs_hidden, needs_weight, temperature)
@@ -195,9 +209,7 @@ class _Sums:
             dhidden_ND = self._back(dlogits_NV)
             self.dhidden[rows] = dhidden_ND if self.temperature == 1 else dhidden_ND / self.temperature
         if self.dweight is not None:
-            torch.addmm(
-                self.dweight, dlogits_NV.T, hidden_ND, beta=0.0 if self.is_empty else 1.0, out=self.dweight
-            )  # fmt: skip
+            torch.addmm(self.dweight, dlogits_NV.T, hidden_ND, beta=0.0 if self.is_empty else 1.0, out=self.dweight)
         self.is_empty = False
 
     def _back(self, dlogits_NV: Tensor) -> Tensor:

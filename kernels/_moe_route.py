@@ -23,10 +23,25 @@ from .launch import launch, named
 
 @triton.jit(repr=named("moe_route", "WIDTH", "EXPERTS", "CHOICES"), do_not_specialize=["tokens"])
 def moe_route_kernel(
-    hidden, router, replayed_experts, logits, gates, experts, histogram, tokens, stride_hidden, stride_router,
-    WIDTH: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    router,
+    replayed_experts,
+    logits,
+    gates,
+    experts,
+    histogram,
+    tokens,
+    stride_hidden,
+    stride_router,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # Logits of the tile, (BLOCK_T, BLOCK_E).
     tile = tl.program_id(0)
     rows = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -36,9 +51,18 @@ def moe_route_kernel(
     exists = expert < EXPERTS
     # Rows and experts after the last ones are repeated: never stored, never chosen.
     logit = pointer_products(
-        hidden, router, tl.minimum(rows, tokens - 1).to(tl.int64), tl.minimum(expert, EXPERTS - 1), stride_hidden,
-        stride_router, WIDTH, BLOCK_T, BLOCK_E, BLOCK_D, PRECISION,
-    )  # fmt: skip
+        hidden,
+        router,
+        tl.minimum(rows, tokens - 1).to(tl.int64),
+        tl.minimum(expert, EXPERTS - 1),
+        stride_hidden,
+        stride_router,
+        WIDTH,
+        BLOCK_T,
+        BLOCK_E,
+        BLOCK_D,
+        PRECISION,
+    )
     tl.store(logits + at[:, None] * EXPERTS + expert[None, :], logit, mask=row_mask[:, None] & exists[None, :])
     # Top-k: the best expert that is not taken, CHOICES times. A NaN sorts first: the token's gates are then NaN, and
     # the chosen index is still valid.
@@ -74,9 +98,17 @@ def moe_route_kernel(
 
 @triton.jit(repr=named("moe_offsets", "EXPERTS"), do_not_specialize=["blocks", "slots"])
 def moe_offsets_kernel(
-    histogram, bases, offsets, tiles, blocks, slots,
-    EXPERTS: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    histogram,
+    bases,
+    offsets,
+    tiles,
+    blocks,
+    slots,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     # Rows of each expert in the tiles before each tile.
     expert = tl.arange(0, BLOCK_E)
     exists = expert < EXPERTS
@@ -110,9 +142,17 @@ def moe_offsets_kernel(
 
 @triton.jit(repr=named("moe_place", "EXPERTS", "CHOICES"), do_not_specialize=["tokens"])
 def moe_place_kernel(
-    experts, bases, offsets, rows, positions, tokens,
-    EXPERTS: tl.constexpr, CHOICES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+    experts,
+    bases,
+    offsets,
+    rows,
+    positions,
+    tokens,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     # First row of each expert for this tile's tokens.
     tile = tl.program_id(0)
     token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -161,16 +201,50 @@ def moe_route(
     rows, tiles = empty(tokens * experts_per_token), empty(2, slots)
     shared = {"EXPERTS": experts, "BLOCK_E": block_e}
     launch(
-        moe_route_kernel, (blocks,), hidden, router, replayed_experts, logits, gates, chosen, histogram, tokens,
-        hidden.stride(0), router.stride(0), WIDTH=width, CHOICES=experts_per_token,
-        BLOCK_A=triton.next_power_of_2(experts_per_token), PRECISION="ieee", **shared, **config,
-    )  # fmt: skip
+        moe_route_kernel,
+        (blocks,),
+        hidden,
+        router,
+        replayed_experts,
+        logits,
+        gates,
+        chosen,
+        histogram,
+        tokens,
+        hidden.stride(0),
+        router.stride(0),
+        WIDTH=width,
+        CHOICES=experts_per_token,
+        BLOCK_A=triton.next_power_of_2(experts_per_token),
+        PRECISION="ieee",
+        **shared,
+        **config,
+    )
     launch(
-        moe_offsets_kernel, (1,), histogram, bases, offsets, tiles, blocks, slots, TILE=TILE_ROWS, **shared,
+        moe_offsets_kernel,
+        (1,),
+        histogram,
+        bases,
+        offsets,
+        tiles,
+        blocks,
+        slots,
+        TILE=TILE_ROWS,
+        **shared,
         **configuration("moe_offsets", hidden.device),
-    )  # fmt: skip
+    )
     launch(
-        moe_place_kernel, (blocks,), chosen, bases, offsets, rows, positions, tokens, CHOICES=experts_per_token,
-        BLOCK_T=config["BLOCK_T"], **shared, **configuration("moe_place", hidden.device),
-    )  # fmt: skip
+        moe_place_kernel,
+        (blocks,),
+        chosen,
+        bases,
+        offsets,
+        rows,
+        positions,
+        tokens,
+        CHOICES=experts_per_token,
+        BLOCK_T=config["BLOCK_T"],
+        **shared,
+        **configuration("moe_place", hidden.device),
+    )
     return logits, gates, chosen, offsets, rows, positions, tiles

@@ -22,9 +22,18 @@ from .launch import launch, named
 
 # Rows of the kernels' sums, in their order.
 SUMS = (
-    "loss", "clip_fraction", "ratio", "approx_kl", "dual_clip_fraction", "importance", "importance_truncated", "kl_k1",
-    "kl_k2", "kl_k3", "entropy",
-)  # fmt: skip
+    "loss",
+    "clip_fraction",
+    "ratio",
+    "approx_kl",
+    "dual_clip_fraction",
+    "importance",
+    "importance_truncated",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "entropy",
+)
 VALUE_SUMS = ("loss", "value_clip_fraction", "value_error")
 
 
@@ -36,10 +45,28 @@ def _store_sum(sums, number, block, blocks, values, kept):
 
 @triton.jit(repr=named("ppo", "ESTIMATOR"), do_not_specialize=["tokens", "blocks"])
 def ppo_kernel(
-    logprob, entropy, behaviour, advantages, scale, reference, sampled, dlogprob, dentropy, sums, tokens, blocks, low,
-    high, bound, kl, bonus, cap,
-    DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logprob,
+    entropy,
+    behaviour,
+    advantages,
+    scale,
+    reference,
+    sampled,
+    dlogprob,
+    dentropy,
+    sums,
+    tokens,
+    blocks,
+    low,
+    high,
+    bound,
+    kl,
+    bonus,
+    cap,
+    DUAL: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # 1. The tokens.
     block = tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -99,9 +126,7 @@ def ppo_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
-def value_loss_kernel(
-    values, old_values, returns, dvalues, sums, tokens, blocks, clip, scale, BLOCK: tl.constexpr
-):  # fmt: skip
+def value_loss_kernel(values, old_values, returns, dvalues, sums, tokens, blocks, clip, scale, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
     in_range = token < tokens
@@ -124,20 +149,51 @@ def value_loss_kernel(
 
 
 def ppo_grads(
-    logprob: Tensor, entropy: Tensor, behaviour: Tensor, advantages: Tensor, scale: Tensor, *,
-    clip: tuple[float, float], dual_clip: float | None, reference: Tensor | None, kl: float, kl_estimator: str,
-    entropy_bonus: float, sampled: Tensor | None, importance_cap: float,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
+    logprob: Tensor,
+    entropy: Tensor,
+    behaviour: Tensor,
+    advantages: Tensor,
+    scale: Tensor,
+    *,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    reference: Tensor | None,
+    kl: float,
+    kl_estimator: str,
+    entropy_bonus: float,
+    sampled: Tensor | None,
+    importance_cap: float,
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
     """Loss, metrics, dlogprob and dentropy (T,) from (T,) numbers; arguments as in `PpoFormula`."""
     config = configuration("ppo", logprob.device)
     tokens, blocks = logprob.numel(), triton.cdiv(logprob.numel(), config["BLOCK"])
     dlogprob, dentropy = torch.empty_like(logprob), torch.empty_like(logprob)
     sums = torch.zeros((len(SUMS), blocks), dtype=torch.float32, device=logprob.device)
     launch(
-        ppo_kernel, (blocks,), logprob, entropy, behaviour, advantages, scale, reference, sampled, dlogprob, dentropy,
-        sums, tokens, blocks, 1.0 - clip[0], 1.0 + clip[1], float(dual_clip or 0.0), float(kl), float(entropy_bonus),
-        float(importance_cap), DUAL=dual_clip is not None, ESTIMATOR=kl_estimator, **config,
-    )  # fmt: skip
+        ppo_kernel,
+        (blocks,),
+        logprob,
+        entropy,
+        behaviour,
+        advantages,
+        scale,
+        reference,
+        sampled,
+        dlogprob,
+        dentropy,
+        sums,
+        tokens,
+        blocks,
+        1.0 - clip[0],
+        1.0 + clip[1],
+        float(dual_clip or 0.0),
+        float(kl),
+        float(entropy_bonus),
+        float(importance_cap),
+        DUAL=dual_clip is not None,
+        ESTIMATOR=kl_estimator,
+        **config,
+    )
     totals = dict(zip(SUMS, sums.sum(1).unbind()))
     absent = {"dual_clip_fraction"} if dual_clip is None else set()
     absent |= {"importance", "importance_truncated"} if sampled is None else set()

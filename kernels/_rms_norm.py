@@ -28,9 +28,20 @@ INTERPRETED_PROGRAMS = 3
 
 @triton.jit(repr=named("rms_norm_forward", "WIDTH", "BLOCK_ROWS"), do_not_specialize=["rows"])
 def rms_norm_forward_kernel(
-    x, residual, weight, y, stream, rstd, rows, epsilon, stride_x, stride_residual,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    y,
+    stream,
+    rstd,
+    rows,
+    epsilon,
+    stride_x,
+    stride_residual,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     start = row.to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
@@ -54,10 +65,23 @@ def rms_norm_forward_kernel(
 
 @triton.jit(repr=named("rms_norm_backward", "WIDTH", "BLOCK_ROWS"), do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
-    dy, dstream, stream, weight, rstd, dx, partial, rows, stride_dy, stride_dstream, stride_stream,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, REREAD: tl.constexpr,
+    dy,
+    dstream,
+    stream,
+    weight,
+    rstd,
+    dx,
+    partial,
+    rows,
+    stride_dy,
+    stride_dstream,
+    stride_stream,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    REREAD: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
     if not REREAD:
@@ -135,10 +159,22 @@ def rms_norm_forward(
     shape = shape_class(x)
     config = configuration("rms_norm_forward", x.device, **shape)
     launch(
-        rms_norm_forward_kernel, (triton.cdiv(rows, config["BLOCK_ROWS"]),), x, residual, weight, y, stream, rstd,
-        rows, float(epsilon), x.stride(0), 0 if residual is None else residual.stride(0),
-        WIDTH=width, BLOCK_WIDTH=shape["width"], **config,
-    )  # fmt: skip
+        rms_norm_forward_kernel,
+        (triton.cdiv(rows, config["BLOCK_ROWS"]),),
+        x,
+        residual,
+        weight,
+        y,
+        stream,
+        rstd,
+        rows,
+        float(epsilon),
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        WIDTH=width,
+        BLOCK_WIDTH=shape["width"],
+        **config,
+    )
     return y, stream, rstd
 
 
@@ -155,13 +191,32 @@ def rms_norm_backward(
     partial = torch.empty((programs, width), dtype=torch.float32, device=stream.device)
     dweight = torch.empty((width,), dtype=weight.dtype, device=stream.device)
     launch(
-        rms_norm_backward_kernel, (programs,), dy, dstream, stream, weight, rstd, dx, partial, rows,
-        dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0),
-        WIDTH=width, BLOCK_WIDTH=shape["width"], STAGES=config["num_stages"], **config,
-    )  # fmt: skip
+        rms_norm_backward_kernel,
+        (programs,),
+        dy,
+        dstream,
+        stream,
+        weight,
+        rstd,
+        dx,
+        partial,
+        rows,
+        dy.stride(0),
+        0 if dstream is None else dstream.stride(0),
+        stream.stride(0),
+        WIDTH=width,
+        BLOCK_WIDTH=shape["width"],
+        STAGES=config["num_stages"],
+        **config,
+    )
     config = configuration("rms_norm_reduce", stream.device)
     launch(
-        rms_norm_reduce_kernel, (triton.cdiv(width, config["BLOCK_WIDTH"]),), partial, dweight, programs,
-        WIDTH=width, **config,
-    )  # fmt: skip
+        rms_norm_reduce_kernel,
+        (triton.cdiv(width, config["BLOCK_WIDTH"]),),
+        partial,
+        dweight,
+        programs,
+        WIDTH=width,
+        **config,
+    )
     return dx, dweight

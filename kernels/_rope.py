@@ -19,10 +19,23 @@ MIN_BLOCK_HALF = 8
 
 @triton.jit
 def _rotate_heads(
-    source, target, start, tokens, cos, sin, first_head, stride, stride_head,
-    HEADS: tl.constexpr, TO_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
+    source,
+    target,
+    start,
+    tokens,
+    cos,
+    sin,
+    first_head,
+    stride,
+    stride_head,
+    HEADS: tl.constexpr,
+    TO_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
     """Rotate, or without ROTATE copy, BLOCK_HEADS heads of BLOCK_TOKENS tokens.
 
     source: (T, HEADS, 2 HALF), strided.   target: the first of these heads in rows of TO_HEADS heads.
@@ -54,11 +67,30 @@ def _rotate_heads(
 
 @triton.jit(repr=named("rope", "HALF", "HEADS", "KV_HEADS", "INVERSE"), do_not_specialize=["tokens", "table_rows"])
 def rope_kernel(
-    q, k, v, cos, sin, positions, rotated_q, rotated_k, tokens, table_rows, stride_q, stride_qh, stride_k, stride_kh,
-    stride_v, stride_vh,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, INVERSE: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    positions,
+    rotated_q,
+    rotated_k,
+    tokens,
+    table_rows,
+    stride_q,
+    stride_qh,
+    stride_k,
+    stride_kh,
+    stride_v,
+    stride_vh,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
     """Without `v`, into `rotated_q` and `rotated_k`; with it, all three side by side into `rotated_q`."""
     # The programs of one token block have neighbouring numbers, so that its angles come from L2.
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -85,20 +117,61 @@ def rope_kernel(
         sine = -sine
     if block < q_blocks:
         _rotate_heads(
-            q, rotated_q, start, tokens, cosine, sine, block * BLOCK_HEADS, stride_q, stride_qh,
-            HEADS, to_q, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, True,
-        )  # fmt: skip
+            q,
+            rotated_q,
+            start,
+            tokens,
+            cosine,
+            sine,
+            block * BLOCK_HEADS,
+            stride_q,
+            stride_qh,
+            HEADS,
+            to_q,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_TOKENS,
+            BLOCK_HEADS,
+            True,
+        )
     elif block < q_blocks + kv_blocks:
         _rotate_heads(
-            k, rotated_k, start, tokens, cosine, sine, (block - q_blocks) * BLOCK_HEADS, stride_k, stride_kh,
-            KV_HEADS, to_k, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, True,
-        )  # fmt: skip
+            k,
+            rotated_k,
+            start,
+            tokens,
+            cosine,
+            sine,
+            (block - q_blocks) * BLOCK_HEADS,
+            stride_k,
+            stride_kh,
+            KV_HEADS,
+            to_k,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_TOKENS,
+            BLOCK_HEADS,
+            True,
+        )
     elif joined:
         _rotate_heads(
-            v, rotated_k + KV_HEADS * 2 * HALF, start, tokens, cosine, sine,
-            (block - q_blocks - kv_blocks) * BLOCK_HEADS, stride_v, stride_vh,
-            KV_HEADS, to_k, HALF, BLOCK_HALF, BLOCK_TOKENS, BLOCK_HEADS, False,
-        )  # fmt: skip
+            v,
+            rotated_k + KV_HEADS * 2 * HALF,
+            start,
+            tokens,
+            cosine,
+            sine,
+            (block - q_blocks - kv_blocks) * BLOCK_HEADS,
+            stride_v,
+            stride_vh,
+            KV_HEADS,
+            to_k,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_TOKENS,
+            BLOCK_HEADS,
+            False,
+        )
 
 
 def shape_class(q: Tensor) -> dict[str, int]:
@@ -126,9 +199,16 @@ def rope_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Te
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, to_q: Tensor,
-    to_k: Tensor, inverse: bool,
-) -> None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    to_q: Tensor,
+    to_k: Tensor,
+    inverse: bool,
+) -> None:
     tokens, heads, width = q.shape
     shape = shape_class(q)
     config = configuration("rope", q.device, **shape)
@@ -136,7 +216,25 @@ def _launch(
     blocks = sum(triton.cdiv(count, config["BLOCK_HEADS"]) for count in per_token)
     strides = (0, 0) if v is None else v.stride()[:2]
     launch(
-        rope_kernel, (triton.cdiv(tokens, config["BLOCK_TOKENS"]) * blocks,), q, k, v, cos.contiguous(),
-        sin.contiguous(), positions, to_q, to_k, tokens, cos.shape[0], *q.stride()[:2], *k.stride()[:2], *strides,
-        HEADS=heads, KV_HEADS=k.shape[1], HALF=width // 2, BLOCK_HALF=shape["half"], INVERSE=inverse, **config,
-    )  # fmt: skip
+        rope_kernel,
+        (triton.cdiv(tokens, config["BLOCK_TOKENS"]) * blocks,),
+        q,
+        k,
+        v,
+        cos.contiguous(),
+        sin.contiguous(),
+        positions,
+        to_q,
+        to_k,
+        tokens,
+        cos.shape[0],
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *strides,
+        HEADS=heads,
+        KV_HEADS=k.shape[1],
+        HALF=width // 2,
+        BLOCK_HALF=shape["half"],
+        INVERSE=inverse,
+        **config,
+    )

@@ -64,7 +64,7 @@ def _threshold(logits, vocab_size, inverse, row_max, low, high, target, COUNT: t
 @triton.jit(do_not_specialize=["vocab_size"])
 def sample_kernel(
     logits, seeds, uniform, temperature, top_k, top_p, tokens, logprobs, vocab_size, stride, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     # 1. Online softmax in each of BLOCK lanes, which are combined once, at the end.
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
@@ -135,16 +135,27 @@ def sample_kernel(
 
 
 def sample_rows(
-    logits: Tensor, seeds: Tensor | None, uniform: Tensor | None, temperature: Tensor, top_k: Tensor | None,
+    logits: Tensor,
+    seeds: Tensor | None,
+    uniform: Tensor | None,
+    temperature: Tensor,
+    top_k: Tensor | None,
     top_p: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Tokens (B,) int64 and log-probabilities (B,) fp32; everything but logits (B, V) per row."""
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     per_row = (None if x is None else x.contiguous() for x in (seeds, uniform, temperature, top_k, top_p))
     launch(
-        sample_kernel, (rows,), logits, *per_row, tokens, logprobs, vocab_size, logits.stride(0),
+        sample_kernel,
+        (rows,),
+        logits,
+        *per_row,
+        tokens,
+        logprobs,
+        vocab_size,
+        logits.stride(0),
         **configuration("sample", logits.device),
-    )  # fmt: skip
+    )
     return tokens, logprobs

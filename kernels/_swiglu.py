@@ -44,9 +44,16 @@ def swiglu_forward_kernel(
 
 @triton.jit(repr=named("swiglu_backward", "WIDTH"), do_not_specialize=["rows"])
 def swiglu_backward_kernel(
-    dy, gate_up, dgate_up, rows, stride_dy, stride,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    dy,
+    gate_up,
+    dgate_up,
+    rows,
+    stride_dy,
+    stride,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     row, column, mask = _tile(rows, WIDTH, BLOCK_WIDTH, BLOCK_ROWS)
     at = gate_up + row * stride + column
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -87,7 +94,15 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = torch.empty((rows, 2 * width), dtype=gate_up.dtype, device=gate_up.device)
     config = configuration("swiglu_backward", gate_up.device, **shape_class(gate_up))
     launch(
-        swiglu_backward_kernel, _grid(rows, width, config), dy, gate_up, dgate_up, rows, dy.stride(0),
-        gate_up.stride(0), WIDTH=width, **config,
-    )  # fmt: skip
+        swiglu_backward_kernel,
+        _grid(rows, width, config),
+        dy,
+        gate_up,
+        dgate_up,
+        rows,
+        dy.stride(0),
+        gate_up.stride(0),
+        WIDTH=width,
+        **config,
+    )
     return dgate_up

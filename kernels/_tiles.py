@@ -20,9 +20,18 @@ def place(program, blocks, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def pointer_products(
-    x, weight, rows, columns, stride_x, stride_weight, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    rows,
+    columns,
+    stride_x,
+    stride_weight,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """(BLOCK_M, BLOCK_N) fp32 products of rows of x and rows of weight.
 
     rows, columns: indices that all exist; int64 where an offset may pass 2^31 elements.

@@ -16,10 +16,21 @@ from .launch import launch, named
 
 @triton.jit
 def _store_heads(
-    source, target, from_row, to_row, kept, cos, sin, first_head, stride_head,
-    ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    source,
+    target,
+    from_row,
+    to_row,
+    kept,
+    cos,
+    sin,
+    first_head,
+    stride_head,
+    ROTATED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-):  # fmt: skip
+):
     """Rotate, or without ROTATED copy, BLOCK_HEADS heads of a block of tokens.
 
     from_row, to_row: (BLOCK_TOKENS, 1) offsets of the tokens in `source` and `target`. In `target` the HEADS heads of a
@@ -48,10 +59,26 @@ def _store_heads(
     repr=named("write_pages", "HALF", "HEADS", "KV_HEADS"), do_not_specialize=["tokens", "table_rows", "num_slots"]
 )
 def write_pages_kernel(
-    qkv, cos, sin, positions, slots, q, keys, values, tokens, table_rows, num_slots, stride, stride_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    cos,
+    sin,
+    positions,
+    slots,
+    q,
+    keys,
+    values,
+    tokens,
+    table_rows,
+    num_slots,
+    stride,
+    stride_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
     # The programs of one token block have neighbouring numbers, so that its angles come from L2.
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -71,9 +98,21 @@ def write_pages_kernel(
         cosine = tl.load(cos + angle, mask=angle_mask, other=float("nan"))
         sine = tl.load(sin + angle, mask=angle_mask, other=float("nan"))
         _store_heads(
-            qkv, q, row * stride, row * (HEADS * 2 * HALF), in_range[:, None] & is_column, cosine, sine,
-            block * BLOCK_HEADS, stride_head, True, HEADS, HALF, BLOCK_HALF, BLOCK_HEADS,
-        )  # fmt: skip
+            qkv,
+            q,
+            row * stride,
+            row * (HEADS * 2 * HALF),
+            in_range[:, None] & is_column,
+            cosine,
+            sine,
+            block * BLOCK_HEADS,
+            stride_head,
+            True,
+            HEADS,
+            HALF,
+            BLOCK_HALF,
+            BLOCK_HEADS,
+        )
     else:
         slot = tl.load(slots + token, mask=in_range, other=-1)
         # A slot outside the cache is not written: padding and wrong indices cannot damage other sequences.
@@ -83,15 +122,38 @@ def write_pages_kernel(
             cosine = tl.load(cos + angle, mask=angle_mask, other=float("nan"))
             sine = tl.load(sin + angle, mask=angle_mask, other=float("nan"))
             _store_heads(
-                qkv + HEADS * stride_head, keys, row * stride, to_row, kept, cosine, sine,
-                (block - q_blocks) * BLOCK_HEADS, stride_head, True, KV_HEADS, HALF, BLOCK_HALF, BLOCK_HEADS,
-            )  # fmt: skip
+                qkv + HEADS * stride_head,
+                keys,
+                row * stride,
+                to_row,
+                kept,
+                cosine,
+                sine,
+                (block - q_blocks) * BLOCK_HEADS,
+                stride_head,
+                True,
+                KV_HEADS,
+                HALF,
+                BLOCK_HALF,
+                BLOCK_HEADS,
+            )
         else:
             _store_heads(
-                qkv + (HEADS + KV_HEADS) * stride_head, values, row * stride, to_row, kept, 0.0, 0.0,
-                (block - q_blocks - kv_blocks) * BLOCK_HEADS, stride_head, False, KV_HEADS, HALF, BLOCK_HALF,
+                qkv + (HEADS + KV_HEADS) * stride_head,
+                values,
+                row * stride,
+                to_row,
+                kept,
+                0.0,
+                0.0,
+                (block - q_blocks - kv_blocks) * BLOCK_HEADS,
+                stride_head,
+                False,
+                KV_HEADS,
+                HALF,
+                BLOCK_HALF,
                 BLOCK_HEADS,
-            )  # fmt: skip
+            )
 
 
 def write_pages(
@@ -104,9 +166,25 @@ def write_pages(
     q = torch.empty((tokens, heads - 2 * kv_heads, width), dtype=qkv.dtype, device=qkv.device)
     blocks = triton.cdiv(q.shape[1], config["BLOCK_HEADS"]) + 2 * triton.cdiv(kv_heads, config["BLOCK_HEADS"])
     launch(
-        write_pages_kernel, (triton.cdiv(tokens, config["BLOCK_TOKENS"]) * blocks,), qkv, cos.contiguous(),
-        sin.contiguous(), positions, slots, q, keys, values, tokens, cos.shape[0], keys.shape[0] * keys.shape[1],
-        qkv.stride(0), qkv.stride(1), HEADS=q.shape[1], KV_HEADS=kv_heads, HALF=width // 2, BLOCK_HALF=shape["half"],
+        write_pages_kernel,
+        (triton.cdiv(tokens, config["BLOCK_TOKENS"]) * blocks,),
+        qkv,
+        cos.contiguous(),
+        sin.contiguous(),
+        positions,
+        slots,
+        q,
+        keys,
+        values,
+        tokens,
+        cos.shape[0],
+        keys.shape[0] * keys.shape[1],
+        qkv.stride(0),
+        qkv.stride(1),
+        HEADS=q.shape[1],
+        KV_HEADS=kv_heads,
+        HALF=width // 2,
+        BLOCK_HALF=shape["half"],
         **config,
-    )  # fmt: skip
+    )
     return q

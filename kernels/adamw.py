@@ -11,9 +11,19 @@ COPY_DTYPES, GRADIENT_DTYPES = (torch.bfloat16, torch.float16), (torch.float32, 
 
 
 def adamw_reference(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, *, lr: float, betas: tuple[float, float],
-    epsilon: float, weight_decay: float, step: int, scale: Tensor | None = None, copy: Tensor | None = None,
-) -> None:  # fmt: skip
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    step: int,
+    scale: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
     """The update in plain PyTorch, any device and float dtype."""
     grad = gradient.to(master.dtype) * (1.0 if scale is None else scale)
     mean = betas[0] * exp_avg + (1 - betas[0]) * grad
@@ -35,23 +45,42 @@ def _on_cpu(master, exp_avg, exp_avg_sq, gradient, lr, betas, epsilon, weight_de
     grad = gradient.float() if factor == 1.0 else gradient.float() * scale
     count = torch.tensor(float(step))
     torch._fused_adamw_(
-        [master], [grad], [exp_avg], [exp_avg_sq], [], [count], lr=lr, beta1=betas[0], beta2=betas[1],
-        weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
-    )  # fmt: skip
+        [master],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [count],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=epsilon,
+        amsgrad=False,
+        maximize=False,
+    )
     if copy is not None:
         copy.copy_(master)
 
 
 @torch.library.custom_op("wizard_engine::adamw", mutates_args=("master", "exp_avg", "exp_avg_sq", "copy"))
 def _update(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, lr: float, beta: float, beta_sq: float,
-    epsilon: float, weight_decay: float, step: int, scale: Tensor | None, copy: Tensor | None,
-) -> None:  # fmt: skip
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    lr: float,
+    beta: float,
+    beta_sq: float,
+    epsilon: float,
+    weight_decay: float,
+    step: int,
+    scale: Tensor | None,
+    copy: Tensor | None,
+) -> None:
     from ._adamw import adamw_step
 
-    adamw_step(
-        master, exp_avg, exp_avg_sq, gradient, lr, beta, beta_sq, epsilon, weight_decay, step, scale, copy
-    )  # fmt: skip
+    adamw_step(master, exp_avg, exp_avg_sq, gradient, lr, beta, beta_sq, epsilon, weight_decay, step, scale, copy)
 
 
 @_update.register_fake
@@ -61,9 +90,19 @@ def _(master, exp_avg, exp_avg_sq, gradient, lr, beta, beta_sq, epsilon, weight_
 
 @torch.no_grad()
 def adamw(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, *, lr: float, betas: tuple[float, float],
-    epsilon: float, weight_decay: float, step: int, scale: Tensor | None = None, copy: Tensor | None = None,
-) -> None:  # fmt: skip
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    step: int,
+    scale: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
     """One AdamW update of flat buffers, in place.
 
     g = scale gradient,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
@@ -84,24 +123,35 @@ def adamw(
     _check(master, exp_avg, exp_avg_sq, gradient, scale, copy)
     check_numbers(lr, betas, epsilon, weight_decay, step)
     if runs_triton(master, "master"):
-        _update(
-            master, exp_avg, exp_avg_sq, gradient, lr, *betas, epsilon, weight_decay, step, scale, copy
-        )  # fmt: skip
+        _update(master, exp_avg, exp_avg_sq, gradient, lr, *betas, epsilon, weight_decay, step, scale, copy)
     elif master.device.type == "cpu" and not torch.compiler.is_compiling():
         _on_cpu(master, exp_avg, exp_avg_sq, gradient, lr, betas, epsilon, weight_decay, step, scale, copy)
     else:
         adamw_reference(
-            master, exp_avg, exp_avg_sq, gradient, lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay,
-            step=step, scale=scale, copy=copy,
-        )  # fmt: skip
+            master,
+            exp_avg,
+            exp_avg_sq,
+            gradient,
+            lr=lr,
+            betas=betas,
+            epsilon=epsilon,
+            weight_decay=weight_decay,
+            step=step,
+            scale=scale,
+            copy=copy,
+        )
 
 
 def _check(master, exp_avg, exp_avg_sq, gradient, scale, copy) -> None:
     fp32 = (torch.float32,)
     buffers = {
-        "master": (master, fp32), "exp_avg": (exp_avg, fp32), "exp_avg_sq": (exp_avg_sq, fp32),
-        "gradient": (gradient, GRADIENT_DTYPES), "copy": (copy, COPY_DTYPES), "scale": (scale, fp32),
-    }  # fmt: skip
+        "master": (master, fp32),
+        "exp_avg": (exp_avg, fp32),
+        "exp_avg_sq": (exp_avg_sq, fp32),
+        "gradient": (gradient, GRADIENT_DTYPES),
+        "copy": (copy, COPY_DTYPES),
+        "scale": (scale, fp32),
+    }
     for name, (tensor, dtypes) in buffers.items():
         if tensor is None:
             continue

@@ -46,9 +46,11 @@ def attention_reference(
     q_SHMC, k_SHMC, v_SHMC = (
         _padded(x, cu, longest)
         for x, cu, longest in (
-            (q, cu_seqlens, max_seqlen), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_k, max_seqlen_k)
+            (q, cu_seqlens, max_seqlen),
+            (k, cu_seqlens_k, max_seqlen_k),
+            (v, cu_seqlens_k, max_seqlen_k),
         )
-    )  # fmt: skip
+    )
     if kv_heads != heads:
         k_SHMC = k_SHMC.repeat_interleave(heads // kv_heads, dim=1)
         v_SHMC = v_SHMC.repeat_interleave(heads // kv_heads, dim=1)
@@ -220,7 +222,7 @@ def _mask(
 @torch.library.custom_op("wizard_engine::attention_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     from ._attention_forward import attention_forward
 
     return attention_forward(q, k, v, cu_q, cu_k, causal, window, scale)
@@ -236,9 +238,18 @@ def _(q, k, v, cu_q, cu_k, causal, window, scale):
 
 @torch.library.custom_op("wizard_engine::attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool,
-    window: int | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     from ._attention_backward import attention_backward
 
     return attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, causal, window, scale)
@@ -337,9 +348,17 @@ def _on_torch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causa
         )
     else:
         out = attention_reference(
-            rows, keys, values, cu_seqlens, max_seqlen, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k,
-            causal=causal, window=window, scale=scale,
-        )  # fmt: skip
+            rows,
+            keys,
+            values,
+            cu_seqlens,
+            max_seqlen,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_k=max_seqlen_k,
+            causal=causal,
+            window=window,
+            scale=scale,
+        )
     return out if used == q.shape[0] else F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - used))
 
 

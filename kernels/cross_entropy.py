@@ -28,9 +28,14 @@ class _CrossEntropy(TokenLoss):
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, num_tokens: float,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    num_tokens: float,
     shard: VocabularyShard | None = None,
-) -> LossOutput:  # fmt: skip
+) -> LossOutput:
     """Weighted negative log-likelihood of this rank's targets.
 
     loss = -sum_i weights_i log softmax(weight hidden_i)[targets_i] / num_tokens

@@ -12,9 +12,16 @@ MAX_HEAD_WIDTH = 256
 
 
 def decode_attention_reference(
-    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor, max_length: int, *,
-    window: int | None = None, scale: float | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """`decode_attention` by copying every sequence's keys and values together, padded to the longest."""
     batch, heads, width = q.shape
     page, kv_heads = keys.shape[1:3]
@@ -40,9 +47,15 @@ def decode_attention_reference(
 
 @torch.library.custom_op("wizard_engine::decode_attention", mutates_args=())
 def _decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor, max_length: int, window: int,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    window: int,
     scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     keys_seen = window or None
     if runs_triton(q, "q"):
         from ._decode_attention import decode_attention as kernels
@@ -60,9 +73,16 @@ def _(q, keys, values, page_table, lengths, max_length, window, scale):
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor, max_length: int, *,
-    window: int | None = None, scale: float | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Attention of the last token of every sequence over its keys in pages; no gradient.
 
     out_bh = sum_j softmax_j(scale q_bh . k_bj) v_bj,   j from max(0, n_b - window) to n_b - 1,   n_b = lengths_b

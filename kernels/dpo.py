@@ -15,9 +15,16 @@ VARIANTS = ("sigmoid", "robust", "ipo")
 
 
 def preference_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float,
-    num_pairs: float, variant: str = "sigmoid", label_smoothing: float = 0.0,
-) -> tuple[Tensor, Metrics]:  # fmt: skip
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float,
+    num_pairs: float,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Metrics]:
     """The loss of pairs of sequence log-probabilities, (B,) each, and its metrics, as `dpo` defines them."""
     chosen_reward, rejected_reward = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     margin = chosen_reward - rejected_reward
@@ -85,9 +92,13 @@ class DpoFormula(TokenLoss):
         pairs = (self.cu_seqlens.numel() - 1) // 2
         policy = _sums(logprob, weights, sequence, 2 * pairs, self.mean)
         loss, metrics = preference_loss(
-            *policy.chunk(2), *self.reference.chunk(2), beta=self.beta, num_pairs=self.num_pairs, variant=self.variant,
+            *policy.chunk(2),
+            *self.reference.chunk(2),
+            beta=self.beta,
+            num_pairs=self.num_pairs,
+            variant=self.variant,
             label_smoothing=self.label_smoothing,
-        )  # fmt: skip
+        )
         chosen_nll = -torch.where(sequence < pairs, weights * logprob, 0.0).sum()
         metrics["chosen_nll"] = chosen_nll.detach()
         return (loss + self.nll * chosen_nll / self.num_chosen_tokens if self.nll else loss), metrics
@@ -99,19 +110,37 @@ class DpoFormula(TokenLoss):
         from ._dpo import dpo_grads
 
         loss, metrics, dlogprob = dpo_grads(
-            logprob, self.weights, self.cu_seqlens, self.reference, beta=self.beta, num_pairs=self.num_pairs,
-            variant=self.variant, label_smoothing=self.label_smoothing, mean=self.mean,
+            logprob,
+            self.weights,
+            self.cu_seqlens,
+            self.reference,
+            beta=self.beta,
+            num_pairs=self.num_pairs,
+            variant=self.variant,
+            label_smoothing=self.label_smoothing,
+            mean=self.mean,
             nll_scale=self.nll / self.num_chosen_tokens,
-        )  # fmt: skip
+        )
         return loss, metrics, dlogprob, None
 
 
 def dpo(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cu_seqlens: Tensor,
-    reference: Tensor | tuple[Tensor, Tensor], *, beta: float, num_pairs: float, variant: str = "sigmoid",
-    label_smoothing: float = 0.0, length_normalised: bool = False, nll: float = 0.0,
-    num_chosen_tokens: float | None = None, shard: VocabularyShard | None = None,
-) -> LossOutput:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor,
+    reference: Tensor | tuple[Tensor, Tensor],
+    *,
+    beta: float,
+    num_pairs: float,
+    variant: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_normalised: bool = False,
+    nll: float = 0.0,
+    num_chosen_tokens: float | None = None,
+    shard: VocabularyShard | None = None,
+) -> LossOutput:
     """Direct preference optimisation loss of packed pairs.
 
     delta = (log p(chosen) - log r(chosen)) - (log p(rejected) - log r(rejected)), each the sum over an answer's tokens
@@ -152,9 +181,17 @@ def dpo(
     if reference.shape != (cu_seqlens.numel() - 1,):
         raise ValueError(f"reference: expected ({cu_seqlens.numel() - 1},), got {tuple(reference.shape)}")
     formula = DpoFormula(
-        reference, weights, cu_seqlens, float(beta), float(num_pairs), variant, float(label_smoothing), mean,
-        float(nll), float(num_chosen_tokens or 1),
-    )  # fmt: skip
+        reference,
+        weights,
+        cu_seqlens,
+        float(beta),
+        float(num_pairs),
+        variant,
+        float(label_smoothing),
+        mean,
+        float(nll),
+        float(num_chosen_tokens or 1),
+    )
     return linear_loss(hidden, weight, weighted_targets, formula, shard=shard)
 
 

@@ -82,10 +82,13 @@ def _check(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, la
 
 
 def whiten(
-    x: Tensor, mask: Tensor | None = None, *,
-    moments: Callable[[float, float, float], tuple[float, float, float]] | None = None, shift_mean: bool = True,
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    moments: Callable[[float, float, float], tuple[float, float, float]] | None = None,
+    shift_mean: bool = True,
     epsilon: float = 1e-8,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Numbers of mean 0 and variance 1: (x - mean) / (std + epsilon), 0 where the mask is 0, even for NaN.
 
     Args:

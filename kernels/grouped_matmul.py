@@ -28,9 +28,16 @@ def expert_mlp_reference(
 
 @torch.library.custom_op("wizard_engine::expert_mlp_forward", mutates_args=())
 def _forward(
-    x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, rows: Tensor, positions: Tensor, offsets: Tensor,
-    tiles: Tensor, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    gates: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     from ._expert_rows import moe_combine
     from ._grouped_matmul import Layout, grouped_matmul, grouped_swiglu
 
@@ -47,9 +54,18 @@ def _(x, gates, gate_up, down, rows, positions, offsets, tiles, keep):
 
 @torch.library.custom_op("wizard_engine::expert_mlp_backward", mutates_args=())
 def _backward(
-    dout: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, inner: Tensor, rows: Tensor,
-    positions: Tensor, offsets: Tensor, tiles: Tensor, needed: list[bool],
-) -> list[Tensor]:  # fmt: skip
+    dout: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    inner: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    needed: list[bool],
+) -> list[Tensor]:
     """dx, dgates, dgate_up, ddown; empty where they are not needed."""
     from ._expert_rows import moe_combine
     from ._grouped_matmul import Layout, grouped_dswiglu, grouped_dweight, grouped_matmul

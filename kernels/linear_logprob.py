@@ -67,9 +67,17 @@ def _(hidden, weight, targets, temperature, entropy, start):
 
 @torch.library.custom_op("wizard_engine::linear_logprob_gradients", mutates_args=())
 def gradients(
-    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor,
-    temperature: float, start: int, needs_hidden: bool, needs_weight: bool,
-) -> list[Tensor]:  # fmt: skip
+    dlogprob: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    start: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> list[Tensor]:
     """dhidden (T, D) and dweight (V, D), empty where they are not needed."""
     arguments = dlogprob, dentropy, hidden, weight, targets, statistics, temperature, start, needs_hidden, needs_weight
     if runs_triton(hidden, "hidden"):
@@ -120,9 +128,14 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
     shard: VocabularyShard | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target token and entropy of its distribution.
 
     logprob_i = log softmax(weight hidden_i / temperature)[targets_i],   entropy_i = -sum_v p_iv log p_iv
@@ -155,9 +168,14 @@ def linear_logprob(
 
 
 def linear_logprob_partial(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, start: int = 0, vocab_size: int | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    start: int = 0,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(4, T) statistics of a shard of the vocabulary, without gradients.
 
     For each token, over the shard's logits z: m = max z, sum exp(z - m), the target's z (-inf where another shard has

@@ -128,9 +128,14 @@ def _in_two_passes(ctx, hidden, weight, targets, temperature, formula, shard, me
 
 
 def linear_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, formula: TokenLoss, *, temperature: float = 1.0,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    formula: TokenLoss,
+    *,
+    temperature: float = 1.0,
     shard: VocabularyShard | None = None,
-) -> LossOutput:  # fmt: skip
+) -> LossOutput:
     """A loss of the targets' log-probabilities, with its gradients in the hidden states and the head.
 
     On CPU a separable loss, or one whose tokens fit one chunk of logits, computes its gradients in the forward, in one

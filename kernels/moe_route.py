@@ -220,9 +220,13 @@ def expert_counts(experts: Tensor, num_experts: int, real: Tensor | None = None)
 
 
 def load_balancing_loss(
-    logits: Tensor, experts: Tensor, *, num_tokens: float | Tensor, real: Tensor | None = None,
+    logits: Tensor,
+    experts: Tensor,
+    *,
+    num_tokens: float | Tensor,
+    real: Tensor | None = None,
     counts: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """A micro-batch's share of the load-balancing loss, A where the load is even.
 
     loss = E sum_e f_e P_e,   f_e = share of the real tokens that e was chosen by,   P_e = sum_t softmax(logits_t)_e /

@@ -18,9 +18,15 @@ def widest_level() -> str:
 
 
 def offloaded_adamw_reference(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, *, scale: float = 1.0,
-    accumulated: Tensor | None = None, **options,
-) -> None:  # fmt: skip
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    *,
+    scale: float = 1.0,
+    accumulated: Tensor | None = None,
+    **options,
+) -> None:
     """The same in plain PyTorch passes."""
     if not math.isfinite(scale):
         return
@@ -33,10 +39,22 @@ def offloaded_adamw_reference(
 
 @torch.no_grad()
 def offloaded_adamw(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, *, lr: float, betas: tuple[float, float],
-    epsilon: float, weight_decay: float, step: int, scale: float = 1.0, accumulated: Tensor | None = None,
-    copy: Tensor | None = None, level: str | None = None, threads: int | None = None,
-) -> None:  # fmt: skip
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    step: int,
+    scale: float = 1.0,
+    accumulated: Tensor | None = None,
+    copy: Tensor | None = None,
+    level: str | None = None,
+    threads: int | None = None,
+) -> None:
     """One AdamW update of flat buffers in host memory, in place and in one pass over them.
 
     g = scale (gradient + accumulated), then as `kernels.adamw`; accumulated = 0; copy = w rounded to bf16
@@ -56,9 +74,13 @@ def offloaded_adamw(
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
     buffers = {
-        "master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "gradient": gradient,
-        "accumulated": accumulated, "copy": copy,
-    }  # fmt: skip
+        "master": master,
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "gradient": gradient,
+        "accumulated": accumulated,
+        "copy": copy,
+    }
     _check(buffers, master.numel())
     check_numbers(lr, betas, epsilon, weight_decay, step)
     if level is not None and level not in LEVELS:
@@ -68,9 +90,18 @@ def offloaded_adamw(
     pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in buffers.items()}
     status = csrc.library().wizard_adamw(
         *(pointers[name] for name in ("master", "exp_avg", "exp_avg_sq", "accumulated", "gradient")),
-        gradient.dtype == torch.bfloat16, pointers["copy"], master.numel(), lr, *betas, epsilon, weight_decay, step,
-        scale, -1 if level is None else LEVELS.index(level), threads or torch.get_num_threads(),
-    )  # fmt: skip
+        gradient.dtype == torch.bfloat16,
+        pointers["copy"],
+        master.numel(),
+        lr,
+        *betas,
+        epsilon,
+        weight_decay,
+        step,
+        scale,
+        -1 if level is None else LEVELS.index(level),
+        threads or torch.get_num_threads(),
+    )
     if status < 0:
         raise ValueError(f"level: expected at most {widest_level()}, what this processor has, got {level}")
 

@@ -69,9 +69,14 @@ class PagedBatch:
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, *, window: int | None = None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: PagedBatch,
+    *,
+    window: int | None = None,
     scale: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Causal attention of new tokens over the keys of their sequences in pages; no gradient.
 
     out_th = sum_j softmax_j(scale q_th . k_j) v_j over the keys j of t's sequence up to its own, at most `window`
@@ -107,9 +112,7 @@ def paged_attention(
     if n < len(batch.counts):
         cu_q, max_q, cu_k, max_k, slots = batch.prefill_chunks()
         k, v = (x.view(-1, *x.shape[2:]).index_select(0, slots) for x in (keys, values))
-        out[n:tokens] = attention(
-            q[n:tokens], k, v, cu_q, max_q, cu_seqlens_k=cu_k, max_seqlen_k=max_k, **options
-        )  # fmt: skip
+        out[n:tokens] = attention(q[n:tokens], k, v, cu_q, max_q, cu_seqlens_k=cu_k, max_seqlen_k=max_k, **options)
     return out
 
 
@@ -154,9 +157,14 @@ def _check_batch(batch: PagedBatch, pages: int) -> None:
 
 
 def write_pages_reference(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
     positions: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`write_pages` by rotating q and k, and two copies."""
     kv_heads = keys.shape[2]
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
@@ -181,9 +189,14 @@ def _(qkv, cos, sin, keys, values, slots, positions):
 
 
 def write_pages(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
     positions: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Queries rotated by their positions' angles; stores rotated keys, and values, in the pages. No gradient.
 
     One launch on CUDA.

@@ -10,9 +10,18 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
 def attend_rows(
-    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, owners: Tensor | None, seen: Tensor,
-    window: int | None, scale: float, *, level: str | None = None, threads: int | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    owners: Tensor | None,
+    seen: Tensor,
+    window: int | None,
+    scale: float,
+    *,
+    level: str | None = None,
+    threads: int | None = None,
+) -> Tensor:
     """(T, H, C): attention of token t over the first seen_t keys of sequence owners_t; arguments are checked.
 
     A token's sums run over its keys in order, so its numbers do not depend on other tokens. The code for plain x86-64,
@@ -29,12 +38,27 @@ def attend_rows(
     (tokens, heads, width), (_, page, kv_heads, _) = q.shape, keys.shape
     out = torch.empty_like(q)
     status = csrc.library().wizard_paged_attention(
-        _TYPES[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(), page_table.data_ptr(),
-        None if owners is None else owners.data_ptr(), seen.data_ptr(), out.data_ptr(), tokens, heads, kv_heads, width,
-        page, page_table.shape[1], window or 0, scale, keys.shape[0], page_table.shape[0],
+        _TYPES[q.dtype],
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        page_table.data_ptr(),
+        None if owners is None else owners.data_ptr(),
+        seen.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        heads,
+        kv_heads,
+        width,
+        page,
+        page_table.shape[1],
+        window or 0,
+        scale,
+        keys.shape[0],
+        page_table.shape[0],
         -1 if level is None else LEVELS.index(level),
         threads or torch.get_num_threads(),
-    )  # fmt: skip
+    )
     _check(csrc.check(status, "paged attention"), level, f"lengths, page_table: expected pages below {keys.shape[0]}")
     return out
 
@@ -46,10 +70,22 @@ def write_rows(
     (tokens, heads, width), kv_heads = qkv.shape, keys.shape[2]
     q = qkv.new_empty(tokens, heads - 2 * kv_heads, width)
     status = csrc.library().wizard_write_pages(
-        _TYPES[q.dtype], qkv.data_ptr(), qkv.stride(0), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(),
-        q.data_ptr(), keys.data_ptr(), values.data_ptr(), tokens, q.shape[1], kv_heads, width,
-        keys.shape[0] * keys.shape[1], -1 if level is None else LEVELS.index(level),
-    )  # fmt: skip
+        _TYPES[q.dtype],
+        qkv.data_ptr(),
+        qkv.stride(0),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        slots.data_ptr(),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        tokens,
+        q.shape[1],
+        kv_heads,
+        width,
+        keys.shape[0] * keys.shape[1],
+        -1 if level is None else LEVELS.index(level),
+    )
     _check(status, level, f"slots: expected 0 to {keys.shape[0] * keys.shape[1] - 1}")
     return q
 

@@ -77,16 +77,29 @@ class PpoFormula(TokenLoss):
         from ._ppo import ppo_grads
 
         return ppo_grads(
-            logprob, entropy, self.behaviour, self.advantages, self.scale, clip=self.clip, dual_clip=self.dual_clip,
-            reference=self.reference, kl=self.kl, kl_estimator=self.kl_estimator, entropy_bonus=self.entropy,
-            sampled=self.sampled, importance_cap=self.importance_cap,
-        )  # fmt: skip
+            logprob,
+            entropy,
+            self.behaviour,
+            self.advantages,
+            self.scale,
+            clip=self.clip,
+            dual_clip=self.dual_clip,
+            reference=self.reference,
+            kl=self.kl,
+            kl_estimator=self.kl_estimator,
+            entropy_bonus=self.entropy,
+            sampled=self.sampled,
+            importance_cap=self.importance_cap,
+        )
 
 
 def token_scale(
-    targets: Tensor, *, num_tokens: float | None = None, num_sequences: float | None = None,
+    targets: Tensor,
+    *,
+    num_tokens: float | None = None,
+    num_sequences: float | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(T,) fp32 factor of each token's loss, 0 where the target is ignored.
 
     1 / num_tokens, or, given num_sequences, 1 / (num_sequences times the tokens of its sequence).
@@ -100,12 +113,26 @@ def token_scale(
 
 
 def ppo(
-    hidden: Tensor, weight: Tensor, targets: Tensor, behaviour: Tensor, advantages: Tensor, *,
-    clip: float | tuple[float, float], num_tokens: float | None = None, num_sequences: float | None = None,
-    cu_seqlens: Tensor | None = None, dual_clip: float | None = None, reference: Tensor | None = None, kl: float = 0.0,
-    kl_estimator: str = "k3", entropy: float = 0.0, sampled: Tensor | None = None, importance_cap: float = 2.0,
-    temperature: float = 1.0, shard: VocabularyShard | None = None,
-) -> LossOutput:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    behaviour: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float | tuple[float, float],
+    num_tokens: float | None = None,
+    num_sequences: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    dual_clip: float | None = None,
+    reference: Tensor | None = None,
+    kl: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: float = 0.0,
+    sampled: Tensor | None = None,
+    importance_cap: float = 2.0,
+    temperature: float = 1.0,
+    shard: VocabularyShard | None = None,
+) -> LossOutput:
     """Clipped surrogate loss over the answer tokens of this rank.
 
     r = exp(log p - behaviour),   l = max(-A r, -A clamp(r, 1 - low, 1 + high))
@@ -142,9 +169,18 @@ def ppo(
     _check_denominator(targets, num_tokens, num_sequences, cu_seqlens)
     scale = token_scale(targets, num_tokens=num_tokens, num_sequences=num_sequences, cu_seqlens=cu_seqlens)
     formula = PpoFormula(
-        behaviour, advantages, scale, (low, high), dual_clip, reference, kl, kl_estimator, entropy, sampled,
+        behaviour,
+        advantages,
+        scale,
+        (low, high),
+        dual_clip,
+        reference,
+        kl,
+        kl_estimator,
+        entropy,
+        sampled,
         importance_cap,
-    )  # fmt: skip
+    )
     return linear_loss(hidden, weight, targets, formula, temperature=temperature, shard=shard)
 
 
@@ -219,9 +255,7 @@ def _check(low, high, dual_clip, reference, kl, kl_estimator, entropy, importanc
 
 def _check_denominator(targets, num_tokens, num_sequences, cu_seqlens) -> None:
     if (num_tokens is None) == (num_sequences is None):
-        raise ValueError(
-            f"num_tokens, num_sequences: expected one of the two, got {num_tokens}, {num_sequences}"
-        )  # fmt: skip
+        raise ValueError(f"num_tokens, num_sequences: expected one of the two, got {num_tokens}, {num_sequences}")
     if num_tokens is not None:
         return check_positive(num_tokens=num_tokens)
     check_positive(num_sequences=num_sequences)

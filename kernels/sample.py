@@ -104,9 +104,13 @@ def _threshold(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Te
 
 @torch.library.custom_op("wizard_engine::sample", mutates_args=())
 def _draw(
-    logits: Tensor, seeds: Tensor | None, uniform: Tensor | None, temperature: Tensor, top_k: Tensor | None,
+    logits: Tensor,
+    seeds: Tensor | None,
+    uniform: Tensor | None,
+    temperature: Tensor,
+    top_k: Tensor | None,
     top_p: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     from ._sample import sample_rows
 
     return sample_rows(logits, seeds, uniform, temperature, top_k, top_p)
@@ -121,9 +125,14 @@ def _(logits, seeds, uniform, temperature, top_k, top_p):
 
 @torch.no_grad()
 def sample(
-    logits: Tensor, seeds: Tensor | None = None, *, temperature: Tensor | float = 1.0,
-    top_k: Tensor | int | None = None, top_p: Tensor | float | None = None, uniform: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    seeds: Tensor | None = None,
+    *,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """One token per row, and its log-probability under the distribution that it was drawn from.
 
     z = logits / temperature. top-k keeps the entries of the vocabulary whose z is at least the k-th largest. Of the

@@ -86,7 +86,13 @@ def shared_attention(
     options = {"window": window, "scale": scale}
     before = attention(q[:first], k[:first], v[:first], prefixes.cu_prefixes, prefixes.max_prefix, **options)
     behind = attention(
-        q[first:], pick(k, prefixes.keys), pick(v, prefixes.keys), prefixes.cu_tails, prefixes.max_tail,
-        cu_seqlens_k=prefixes.cu_keys, max_seqlen_k=prefixes.max_keys, **options,
-    )  # fmt: skip
+        q[first:],
+        pick(k, prefixes.keys),
+        pick(v, prefixes.keys),
+        prefixes.cu_tails,
+        prefixes.max_tail,
+        cu_seqlens_k=prefixes.cu_keys,
+        max_seqlen_k=prefixes.max_keys,
+        **options,
+    )
     return torch.cat((before, behind))

@@ -79,9 +79,10 @@ class Ablations:
         model = self.base
         for t, source in enumerate(sources, 1):
             rows = source if slices else pipeline.rows(t, source, model)
-            model = pipeline.run(
-                f"slice_{t}/sft", sft, data=(rows,), model=str(model), training=self.plan.supervised
-            ) / "model"  # fmt: skip
+            model = (
+                pipeline.run(f"slice_{t}/sft", sft, data=(rows,), model=str(model), training=self.plan.supervised)
+                / "model"
+            )
         return self.measure(pipeline, model, "accuracy")
 
     def data(self) -> None:
@@ -110,10 +111,16 @@ class Ablations:
             pipeline = self.pipeline("reward_" + "_".join(factors))
             models = at / "instruction_reward" / "model", at / "process_reward" / "model"
             options = pipeline.rleif_options(*models, factors)
-            model = pipeline.run(
-                "rleif", rleif, data=(at / "rows" / "slice_1.jsonl",), model=str(at / "stage_dpo" / "model"),
-                **options,
-            ) / "model"  # fmt: skip
+            model = (
+                pipeline.run(
+                    "rleif",
+                    rleif,
+                    data=(at / "rows" / "slice_1.jsonl",),
+                    model=str(at / "stage_dpo" / "model"),
+                    **options,
+                )
+                / "model"
+            )
             rows.append({"setting": " x ".join(factors), **self.measure(pipeline, model, "accuracy")})
         self.add("RLEIF reward", rows)
 

@@ -79,9 +79,15 @@ def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str,
         local_prompts = prompts[rt.rank :: rt.world_size]
         with progress(desc=f"{name} answers", unit="answer", total=len(local_prompts), quiet=cfg.quiet) as bar:
             texts = answer_texts(
-                model, tokenizer, local_prompts, max_new_tokens=cfg.max_new_tokens, temperature=temperature,
-                seed=step_seed(cfg.seed, rt.rank), batch_size=cfg.batch_size, on_finished=bar.update,
-            )  # fmt: skip
+                model,
+                tokenizer,
+                local_prompts,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=temperature,
+                seed=step_seed(cfg.seed, rt.rank),
+                batch_size=cfg.batch_size,
+                on_finished=bar.update,
+            )
         answers[name] = [""] * len(prompts)
         for rank, part in enumerate(gather_objects(texts)):
             answers[name][rank :: rt.world_size] = part
@@ -112,9 +118,14 @@ def _by_agent(cfg: Config, rt: runtime.Runtime, prompts: list) -> tuple[dict[str
 def _count(answers: dict[str, list[str]], references: list[str]) -> dict:
     greedy, sampled = (accuracy(answers[name], references) for name in ("greedy", "sampled"))
     return {
-        "accuracy": greedy.accuracy, "correct": greedy.correct, "total": greedy.total, "se": greedy.se,
-        "sampled_accuracy": sampled.accuracy, "sampled_correct": sampled.correct, "sampled_se": sampled.se,
-    }  # fmt: skip
+        "accuracy": greedy.accuracy,
+        "correct": greedy.correct,
+        "total": greedy.total,
+        "se": greedy.se,
+        "sampled_accuracy": sampled.accuracy,
+        "sampled_correct": sampled.correct,
+        "sampled_se": sampled.se,
+    }
 
 
 def _write(out: Path, rows, answers: dict[str, list[str]], result: dict) -> None:

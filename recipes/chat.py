@@ -173,9 +173,7 @@ class Chat:
 
 def sampling(cfg: Config) -> dict:
     """Options of `generate` and `Streamer.stream`."""
-    return {
-        "temperature": cfg.temperature, "top_k": cfg.top_k or None, "top_p": None if cfg.top_p == 1 else cfg.top_p
-    }  # fmt: skip
+    return {"temperature": cfg.temperature, "top_k": cfg.top_k or None, "top_p": None if cfg.top_p == 1 else cfg.top_p}
 
 
 def printable(text: str) -> str:
@@ -327,9 +325,14 @@ def answer_file(model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: T
             batch = order[start : start + cfg.batch_size]
             new = min(cfg.max_new_tokens, limit - max(len(prompts[i]) for i in batch))
             out = generate(
-                model, [prompts[i] for i in batch], max_new_tokens=new, seed=cfg.seed + start, eos_id=tokenizer.eos_id,
-                batch_size=cfg.batch_size, **sampling(cfg),
-            )  # fmt: skip
+                model,
+                [prompts[i] for i in batch],
+                max_new_tokens=new,
+                seed=cfg.seed + start,
+                eos_id=tokenizer.eos_id,
+                batch_size=cfg.batch_size,
+                **sampling(cfg),
+            )
             for i, tokens, finished in zip(batch, out.tokens, out.finished):
                 answered = [*rows[i], Message("assistant", tokenizer.decode(tokens).strip())]
                 turns = [{"role": m.role, "content": m.content} for m in answered]

@@ -80,12 +80,21 @@ def main(cfg: Config) -> dict:
     cast, rows, rejected = open_inputs(cfg, rt)
     who = cfg.agents
     taught = co_teach(
-        rows, ours=cast.agent(who.ours), rivals=[cast.agent(spec) for spec in who.rivals],
-        judge=cast.agent(who.judge), suggester=cast.optional(who.suggester), rewriter=cast.optional(who.rewriter),
-        user=cast.optional(who.user), sft_threshold=cfg.sft_threshold, dpo_threshold=cfg.dpo_threshold,
-        chat_turns=cfg.chat_turns, lessons=cfg.lessons, seed=cfg.seed, temperature=cfg.temperature,
+        rows,
+        ours=cast.agent(who.ours),
+        rivals=[cast.agent(spec) for spec in who.rivals],
+        judge=cast.agent(who.judge),
+        suggester=cast.optional(who.suggester),
+        rewriter=cast.optional(who.rewriter),
+        user=cast.optional(who.user),
+        sft_threshold=cfg.sft_threshold,
+        dpo_threshold=cfg.dpo_threshold,
+        chat_turns=cfg.chat_turns,
+        lessons=cfg.lessons,
+        seed=cfg.seed,
+        temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
-    )  # fmt: skip
+    )
     report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics}
     files = {"sft": taught.sft, "preferences": taught.preferences}
     outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": taught.battles}, report))

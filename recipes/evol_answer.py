@@ -71,10 +71,17 @@ def main(cfg: Config) -> dict:
         return stage.result()
     cast, rows, rejected = open_inputs(cfg, rt)
     rewritten = evolve_answers(
-        rows, rewriter=cast.agent(cfg.agents.rewriter), judge=cast.agent(cfg.agents.judge), rounds=cfg.rounds,
-        operators=cfg.operators, length_cap=cfg.length_cap, result_margin=cfg.result_margin, min_gap=cfg.min_gap,
-        seed=cfg.seed, max_tokens=cfg.max_tokens,
-    )  # fmt: skip
+        rows,
+        rewriter=cast.agent(cfg.agents.rewriter),
+        judge=cast.agent(cfg.agents.judge),
+        rounds=cfg.rounds,
+        operators=cfg.operators,
+        length_cap=cfg.length_cap,
+        result_margin=cfg.result_margin,
+        min_gap=cfg.min_gap,
+        seed=cfg.seed,
+        max_tokens=cfg.max_tokens,
+    )
     report = {"counts": {"given": len(rows), "rejected": rejected}, **rewritten.statistics}
     files = {"rows": rewritten.rows, "preferences": rewritten.preferences}
     outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": rewritten.chains}, report))

@@ -102,12 +102,20 @@ def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tupl
     if not cfg.optimise.steps:
         return method, {}
     optimised = optimise_method(
-        rows, evolver=cast.agent(cfg.agents.evolver), optimizer=cast.agent(cfg.agents.optimizer),
-        answerer=cast.agent(cfg.agents.answerer), method=method, steps=cfg.optimise.steps,
-        candidates=cfg.optimise.candidates, minibatch=cfg.optimise.minibatch, dev_size=cfg.optimise.dev_size,
-        rounds=cfg.optimise.rounds, optimizer_temperature=cfg.optimise.temperature, seed=cfg.seed,
+        rows,
+        evolver=cast.agent(cfg.agents.evolver),
+        optimizer=cast.agent(cfg.agents.optimizer),
+        answerer=cast.agent(cfg.agents.answerer),
+        method=method,
+        steps=cfg.optimise.steps,
+        candidates=cfg.optimise.candidates,
+        minibatch=cfg.optimise.minibatch,
+        dev_size=cfg.optimise.dev_size,
+        rounds=cfg.optimise.rounds,
+        optimizer_temperature=cfg.optimise.temperature,
+        seed=cfg.seed,
         max_tokens=max(cfg.max_tokens, 512),
-    )  # fmt: skip
+    )
     return optimised.method, {"stopped": optimised.stopped, "history": optimised.history, **optimised.statistics}
 
 
@@ -137,10 +145,17 @@ def main(cfg: Config) -> dict:
     cast, rows, rejected = open_inputs(cfg, rt)
     method, search = choose_method(cfg, cast, rows)
     evolved = evolve_instructions(
-        rows, evolver=cast.agent(cfg.agents.evolver), answerer=cast.agent(cfg.agents.answerer),
-        judge=cast.agent(cfg.agents.judge), rounds=cfg.rounds, operators=cfg.operators, method=method, seed=cfg.seed,
-        temperature=cfg.temperature, max_tokens=cfg.max_tokens,
-    )  # fmt: skip
+        rows,
+        evolver=cast.agent(cfg.agents.evolver),
+        answerer=cast.agent(cfg.agents.answerer),
+        judge=cast.agent(cfg.agents.judge),
+        rounds=cfg.rounds,
+        operators=cfg.operators,
+        method=method,
+        seed=cfg.seed,
+        temperature=cfg.temperature,
+        max_tokens=cfg.max_tokens,
+    )
     clean = decontaminate(cfg, evolved, len(rows))
     rankings, ranking = rank(cfg, cast, [*rows, *clean.rows])
     counts = {"given": len(rows), "rejected": rejected, "evolved": len(clean.rows), "contaminated": len(clean.removed)}

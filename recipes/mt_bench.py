@@ -137,9 +137,14 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
     cast, failures = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet), []
     agent = cast.agent(cfg.model)
     result = mt_bench(
-        answers_of(agent, cfg, failures), questions, judge=cast.agent(cfg.judge), name=agent.name, seed=cfg.seed,
-        repeats=cfg.repeats, default_temperature=cfg.default_temperature,
-    )  # fmt: skip
+        answers_of(agent, cfg, failures),
+        questions,
+        judge=cast.agent(cfg.judge),
+        name=agent.name,
+        seed=cfg.seed,
+        repeats=cfg.repeats,
+        default_temperature=cfg.default_temperature,
+    )
 
     def finish() -> dict[str, Any]:
         counts = {"questions": len(questions), "answer_errors": len(failures), "calls": cast.ledger.counts()}

@@ -46,14 +46,22 @@ from wizard_engine.training.options import OnlineTraining, Training
 # Target shares of the embedded world's attributes: more of rare topics, Spanish, hard problems and careful sources.
 TARGETS = {
     "topic": {
-        "market": 0.25, "school": 0.20, "kitchen": 0.15, "sports": 0.12, "farm": 0.09, "library": 0.08, "travel": 0.05,
-        "garden": 0.03, "general": 0.02, "other": 0.01,
+        "market": 0.25,
+        "school": 0.20,
+        "kitchen": 0.15,
+        "sports": 0.12,
+        "farm": 0.09,
+        "library": 0.08,
+        "travel": 0.05,
+        "garden": 0.03,
+        "general": 0.02,
+        "other": 0.01,
     },
     "language": {"en": 0.84, "es": 0.16},
     "source": {"textbook": 0.35, "exam": 0.25, "forum": 0.25, "chat_log": 0.15},
     "difficulty": {"easy": 0.34, "medium": 0.50, "hard": 0.16},
     "toxic": {"false": 1.0, "true": 0.0},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -153,13 +161,15 @@ TINY_STEPS = replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, max_steps=6)
 TINY = replace(
     DEMO,
     out=Path("runs/tiny"),
-    sizes=Sizes(
-        corpus=900, plain=300, held_out=60, sample=240, battles=20, preferences=30, questions=8
-    ),
-    pretraining=TINY_STEPS, supervised=TINY_STEPS, preference=replace(TINY_STEPS, lr=2e-5),
-    instruction_reward=TINY_STEPS, process_reward=TINY_STEPS, dpo_slices=1,
+    sizes=Sizes(corpus=900, plain=300, held_out=60, sample=240, battles=20, preferences=30, questions=8),
+    pretraining=TINY_STEPS,
+    supervised=TINY_STEPS,
+    preference=replace(TINY_STEPS, lr=2e-5),
+    instruction_reward=TINY_STEPS,
+    process_reward=TINY_STEPS,
+    dpo_slices=1,
     rollout=RolloutOptions(steps=2, prompts_per_step=4, samples_per_prompt=2, max_new_tokens=32),
-)  # fmt: skip
+)
 PRESETS = {"demo": DEMO, "tiny": TINY}
 
 
@@ -169,8 +179,12 @@ class Pipeline:
     def __init__(self, cfg: Config, rt: runtime.Runtime) -> None:
         self.cfg, self.out, self.rt = cfg, cfg.out, rt
         self.common = {
-            "seed": cfg.seed, "overwrite": True, "quiet": cfg.quiet, "mesh": cfg.mesh, "sharding": cfg.sharding
-        }  # fmt: skip
+            "seed": cfg.seed,
+            "overwrite": True,
+            "quiet": cfg.quiet,
+            "mesh": cfg.mesh,
+            "sharding": cfg.sharding,
+        }
         self.timing = Timing(cfg.out / "timing.json", rt)
 
     def run(self, where: str, recipe: ModuleType, *, alone: bool = False, **options: Any) -> Path:
@@ -194,9 +208,15 @@ class Pipeline:
         from_main(self.rt, lambda: write_json(self.out / "targets.json", TARGETS if cfg.weighted else {}))
         try:
             drawn = self.run(
-                "sample", sample, data=(analysis / "rows.jsonl",), evaluation=(self.held_out,), size=cfg.sizes.sample,
-                slices=cfg.slices, targets=self.out / "targets.json", cap=cfg.cap,
-            )  # fmt: skip
+                "sample",
+                sample,
+                data=(analysis / "rows.jsonl",),
+                evaluation=(self.held_out,),
+                size=cfg.sizes.sample,
+                slices=cfg.slices,
+                targets=self.out / "targets.json",
+                cap=cfg.cap,
+            )
         except ValueError as error:
             if not (cfg.data and cfg.weighted and re.search(r"\b(targets\.|cap: )", str(error))):
                 raise
@@ -218,9 +238,14 @@ class Pipeline:
         """A base model trained briefly on the world's plain text."""
         files = self.out / "world"
         self.run(
-            "base", sft, data=(files / "plain.jsonl",), kind="text", model="demo", tokenizer=files / "tokenizer",
+            "base",
+            sft,
+            data=(files / "plain.jsonl",),
+            kind="text",
+            model="demo",
+            tokenizer=files / "tokenizer",
             training=self.cfg.pretraining,
-        )  # fmt: skip
+        )
         return self.out / "base" / "model"
 
     def rows(self, t: int, slice_rows: Path, model: Path) -> Path:
@@ -231,9 +256,14 @@ class Pipeline:
             sources = [self.evol_lab(t, slice_rows)]
             if t > 1:
                 taught = self.run(
-                    f"{at}/co_teach", co_teach, data=tuple(sources), limit=cfg.sizes.battles, sft_threshold=1.0,
-                    chat_turns=2, agents=co_teach.Agents(str(model), cfg.agents.rivals, cfg.agents.judge),
-                )  # fmt: skip
+                    f"{at}/co_teach",
+                    co_teach,
+                    data=tuple(sources),
+                    limit=cfg.sizes.battles,
+                    sft_threshold=1.0,
+                    chat_turns=2,
+                    agents=co_teach.Agents(str(model), cfg.agents.rivals, cfg.agents.judge),
+                )
                 sources.insert(0, taught / "sft.jsonl")
         clean = self.run(f"{at}/rows", sample, data=tuple(sources), evaluation=(self.held_out,), slices=1)
         return clean / "slice_1.jsonl"
@@ -244,15 +274,20 @@ class Pipeline:
         first = self.out / "slice_1" / "evol_instruct" / "method.txt"
         method = {"optimise": evol_instruct.Optimise(steps=4)} if t == 1 else {"method": first}
         evolved = self.run(
-            f"slice_{t}/evol_instruct", evol_instruct, data=(slice_rows,), evaluation=(self.held_out,), **method,
-            agents=evol_instruct.Agents(
-                agents.evolver, agents.answerer, agents.judge, agents.optimizer, agents.ranker
-            ),
-        )  # fmt: skip
+            f"slice_{t}/evol_instruct",
+            evol_instruct,
+            data=(slice_rows,),
+            evaluation=(self.held_out,),
+            **method,
+            agents=evol_instruct.Agents(agents.evolver, agents.answerer, agents.judge, agents.optimizer, agents.ranker),
+        )
         answers = self.run(
-            f"slice_{t}/evol_answer", evol_answer, data=(evolved / "rows.jsonl",), rounds=1,
+            f"slice_{t}/evol_answer",
+            evol_answer,
+            data=(evolved / "rows.jsonl",),
+            rounds=1,
             agents=evol_answer.Agents(agents.answerer, agents.judge),
-        )  # fmt: skip
+        )
         return answers / "rows.jsonl"
 
     def learn(self, t: int, rows: tuple[Path, ...], model: Path) -> dict[str, Path]:
@@ -260,29 +295,50 @@ class Pipeline:
         cfg, at = self.cfg, f"slice_{t}"
         supervised = self.run(f"{at}/sft", sft, data=rows, model=str(model), training=cfg.supervised) / "model"
         self_taught = self.run(
-            f"{at}/self_teach", self_teach, data=rows[-1:], limit=cfg.sizes.preferences,
+            f"{at}/self_teach",
+            self_teach,
+            data=rows[-1:],
+            limit=cfg.sizes.preferences,
             max_tokens=cfg.rollout.max_new_tokens,
-            agents=self_teach.Agents(str(supervised), cfg.agents.judge, labeller=cfg.agents.labeller), keep=1.0,
-        )  # fmt: skip
+            agents=self_teach.Agents(str(supervised), cfg.agents.judge, labeller=cfg.agents.labeller),
+            keep=1.0,
+        )
         evolved = self.out / at / "evol_answer"
         pairs = (self.preferences(self_taught / "preferences.jsonl", evolved / "preferences.jsonl"),)
         preferred = self.run(
-            f"{at}/stage_dpo", stage_dpo, data=pairs, model=str(supervised), slices=cfg.dpo_slices, beta=cfg.beta,
-            nll=cfg.nll, training=cfg.preference,
-        )  # fmt: skip
+            f"{at}/stage_dpo",
+            stage_dpo,
+            data=pairs,
+            model=str(supervised),
+            slices=cfg.dpo_slices,
+            beta=cfg.beta,
+            nll=cfg.nll,
+            training=cfg.preference,
+        )
         rankings = self.out / f"slice_{t if cfg.evolve else 1}" / "evol_instruct" / "rankings.jsonl"
         instruction = self.run(
-            f"{at}/instruction_reward", reward, kind="instruction", data=(rankings,), model=str(supervised),
+            f"{at}/instruction_reward",
+            reward,
+            kind="instruction",
+            data=(rankings,),
+            model=str(supervised),
             training=cfg.instruction_reward,
-        )  # fmt: skip
+        )
         process = self.run(
-            f"{at}/process_reward", reward, kind="process", data=(self_taught / "processes.jsonl",),
-            model=str(supervised), training=cfg.process_reward,
-        )  # fmt: skip
+            f"{at}/process_reward",
+            reward,
+            kind="process",
+            data=(self_taught / "processes.jsonl",),
+            model=str(supervised),
+            training=cfg.process_reward,
+        )
         reinforced = self.run(
-            f"{at}/rleif", rleif, data=rows[-1:], model=str(preferred / "model"),
+            f"{at}/rleif",
+            rleif,
+            data=rows[-1:],
+            model=str(preferred / "model"),
             **self.rleif_options(instruction / "model", process / "model", cfg.factors),
-        )  # fmt: skip
+        )
         return {"sft": supervised, "stage_dpo": preferred / "model", "rleif": reinforced / "model"}
 
     def preferences(self, self_taught: Path, evolved: Path) -> Path:
@@ -310,9 +366,12 @@ class Pipeline:
     def measure(self, t: int, name: str, model: Path) -> Path:
         """Greedy and sampled accuracy of one model."""
         return self.run(
-            f"slice_{t}/accuracy_{name}", accuracy, model=str(model), data=self.held_out,
+            f"slice_{t}/accuracy_{name}",
+            accuracy,
+            model=str(model),
+            data=self.held_out,
             max_new_tokens=self.cfg.rollout.max_new_tokens,
-        )  # fmt: skip
+        )
 
 
 def main(cfg: Config) -> dict:
@@ -337,15 +396,25 @@ def main(cfg: Config) -> dict:
         model = models["rleif"]
     last = {name: answers for t, name, answers in stages if t == len(slices)}
     battles = pipeline.run(
-        "arena", arena, alone=True,
+        "arena",
+        arena,
+        alone=True,
         models=tuple(f"{name}={path / 'answers.jsonl'}#sampled" for name, path in last.items()),
-        prompts=pipeline.held_out, n=cfg.sizes.held_out, judge=cfg.agents.judge, anchor="base",
-    )  # fmt: skip
+        prompts=pipeline.held_out,
+        n=cfg.sizes.held_out,
+        judge=cfg.agents.judge,
+        anchor="base",
+    )
     for name, path in (("base", base), ("rleif", model)):
         pipeline.run(
-            f"mt_bench_{name}", mt_bench, alone=True, model=str(path), judge=cfg.agents.judge,
-            questions=pipeline.out / "world" / "questions.jsonl", max_new_tokens=cfg.rollout.max_new_tokens,
-        )  # fmt: skip
+            f"mt_bench_{name}",
+            mt_bench,
+            alone=True,
+            model=str(path),
+            judge=cfg.agents.judge,
+            questions=pipeline.out / "world" / "questions.jsonl",
+            max_new_tokens=cfg.rollout.max_new_tokens,
+        )
     seconds = time.perf_counter() - began
     return from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
 

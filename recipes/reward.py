@@ -69,18 +69,30 @@ def main(cfg: Config) -> dict:
         return stage.result()
     is_process = cfg.kind == "process"
     model, tokenizer = scoring_start(
-        cfg.model, cfg.tokenizer, 3 if is_process else 1, surprise=is_process and cfg.surprise, seed=cfg.seed,
-        mesh=mesh, sharding=cfg.sharding,
-    )  # fmt: skip
+        cfg.model,
+        cfg.tokenizer,
+        3 if is_process else 1,
+        surprise=is_process and cfg.surprise,
+        seed=cfg.seed,
+        mesh=mesh,
+        sharding=cfg.sharding,
+    )
     kind = Process() if is_process else Instruction()
     items, rejected = kind.read(cfg, tokenizer, sample_limit(cfg.max_length, model.config, cfg.training))
     check_rows(rt, "reward", (sample for item in items for sample in kind.samples(item)))
     train, test = _split(items, cfg.held_out, cfg.seed)
     documents = [[len(sample.tokens) - 1 for sample in kind.samples(item)] for item in train]
     run = Run(
-        cfg.training, rt, model, [sum(row) for row in documents], cfg.out, seed=cfg.seed, name=f"reward {cfg.kind}",
-        quiet=cfg.quiet, documents=documents,
-    )  # fmt: skip
+        cfg.training,
+        rt,
+        model,
+        [sum(row) for row in documents],
+        cfg.out,
+        seed=cfg.seed,
+        name=f"reward {cfg.kind}",
+        quiet=cfg.quiet,
+        documents=documents,
+    )
     for packs in run.steps():
         train_step(run, model, kind, train, packs)
     measured, calibration = kind.measure(model, test)
@@ -91,7 +103,7 @@ def main(cfg: Config) -> dict:
 
 def train_step(
     run: Run, model: ScoringModel, kind: "Instruction | Process", items: list, packs: list[np.ndarray]
-) -> None:  # fmt: skip
+) -> None:
     """One optimizer step on this rank's packs (indices of items)."""
     count = int(run.totals(sum(kind.count(items[i]) for pack in packs for i in pack))[0])
     for pack in run.lockstep(packs):
@@ -151,7 +163,7 @@ class Instruction:
 
     def loss(
         self, scores: torch.Tensor, batch: Batch, margin: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the loss, and how many pairs are in order; scores (T, 1)."""
         better, worse = scores[batch.cu_seqlens[1:].long() - 1, 0].chunk(2)
         return ranking_loss(better, worse, margin, num_pairs=count), (better > worse).sum()
@@ -213,7 +225,7 @@ class Process:
 
     def loss(
         self, scores: torch.Tensor, batch: Batch, ends: torch.Tensor, labels: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the loss, and how many steps are classed right; scores (T, 3)."""
         scores = scores[ends]
         return process_loss(scores, labels, num_steps=count), (scores.argmax(-1) - 1 == labels).sum()

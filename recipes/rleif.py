@@ -142,10 +142,16 @@ def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: lis
         setup.sampler.take()
     with run.phase("generate"):
         rollout = roll_out(
-            setup.sampler, setup.tokenizer, [setup.prompts[i] for i in chosen], samples=cfg.rollout.samples_per_prompt,
-            temperature=cfg.rollout.temperature, max_new_tokens=cfg.rollout.max_new_tokens,
-            seed=step_seed(cfg.seed, step), first=run.data.index, stride=run.data.size,
-        )  # fmt: skip
+            setup.sampler,
+            setup.tokenizer,
+            [setup.prompts[i] for i in chosen],
+            samples=cfg.rollout.samples_per_prompt,
+            temperature=cfg.rollout.temperature,
+            max_new_tokens=cfg.rollout.max_new_tokens,
+            seed=step_seed(cfg.seed, step),
+            first=run.data.index,
+            stride=run.data.size,
+        )
     with run.phase("hand_over"):
         setup.sampler.release()
     with run.phase("score"):
@@ -180,21 +186,34 @@ def sampler_of(cfg: Config, tokenizer: Tokenizer, policy: Transformer, prompts: 
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + cfg.rollout.max_new_tokens
     pages = -(-longest // PAGE_TOKENS) + 1
     return Sampler(
-        policy, rt, tp=cfg.rollout.tp, max_sequences=cfg.rollout.batch_size,
+        policy,
+        rt,
+        tp=cfg.rollout.tp,
+        max_sequences=cfg.rollout.batch_size,
         cache_tokens=cfg.rollout.cache_tokens or cfg.rollout.batch_size * pages * PAGE_TOKENS,
-    )  # fmt: skip
+    )
 
 
 def _targets(
-    cfg: Config, run: OnlineRun, rollout: Rollout, rewards: list, ref_logprobs: torch.Tensor,
-    values: torch.Tensor | None, policy_logprobs: torch.Tensor | None,
-) -> tuple[Targets, dict]:  # fmt: skip
+    cfg: Config,
+    run: OnlineRun,
+    rollout: Rollout,
+    rewards: list,
+    ref_logprobs: torch.Tensor,
+    values: torch.Tensor | None,
+    policy_logprobs: torch.Tensor | None,
+) -> tuple[Targets, dict]:
     """What the losses need of each answer token, and the estimates of the divergence from the reference."""
     is_relative = cfg.ppo.group_baseline and cfg.ppo.advantages == "critic"
     per_token, kl = token_rewards(
-        rollout, rewards, ref_logprobs, factors=cfg.reward.factors, kl=cfg.kl.coefficient,
-        no_eos_penalty=cfg.reward.no_eos_penalty, group=cfg.rollout.samples_per_prompt if is_relative else 1,
-    )  # fmt: skip
+        rollout,
+        rewards,
+        ref_logprobs,
+        factors=cfg.reward.factors,
+        kl=cfg.kl.coefficient,
+        no_eos_penalty=cfg.reward.no_eos_penalty,
+        group=cfg.rollout.samples_per_prompt if is_relative else 1,
+    )
     options: dict[str, Any] = {}
     if policy_logprobs is not None:
         options["behaviour"] = trusted(policy_logprobs, rollout.behaviour, cfg.ppo.importance_limit)
@@ -228,7 +247,7 @@ def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: l
         hidden = policy(*batch.inputs)
         out = sft_loss(
             hidden, policy.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=policy.shard
-        )  # fmt: skip
+        )
         (cfg.ptx.coefficient * out.loss).backward()
         run.share(ptx_loss=out.loss)
 
@@ -256,22 +275,35 @@ def _update(
             run.note_difference(batch.of_answers(logprobs - tokens.sampled))
             tokens.behaviour = trusted(logprobs, tokens.sampled, ppo.importance_limit)
         loss, metrics, logprob = policy_loss(
-            hidden, policy.head_weight, batch.targets, tokens.behaviour, tokens.advantages, clip=ppo.clip,
-            num_tokens=num_tokens if per_token else None, num_sequences=None if per_token else num_answers,
-            cu_seqlens=batch.cu_seqlens, dual_clip=ppo.dual_clip,
-            reference=tokens.reference if kl.loss_coefficient else None, kl=kl.loss_coefficient,
-            kl_estimator=kl.estimator, entropy=ppo.entropy, sampled=tokens.sampled, importance_cap=ppo.importance_cap,
-            temperature=temperature, shard=policy.shard,
-        )  # fmt: skip
+            hidden,
+            policy.head_weight,
+            batch.targets,
+            tokens.behaviour,
+            tokens.advantages,
+            clip=ppo.clip,
+            num_tokens=num_tokens if per_token else None,
+            num_sequences=None if per_token else num_answers,
+            cu_seqlens=batch.cu_seqlens,
+            dual_clip=ppo.dual_clip,
+            reference=tokens.reference if kl.loss_coefficient else None,
+            kl=kl.loss_coefficient,
+            kl_estimator=kl.estimator,
+            entropy=ppo.entropy,
+            sampled=tokens.sampled,
+            importance_cap=ppo.importance_cap,
+            temperature=temperature,
+            shard=policy.shard,
+        )
         (loss + run.routers["policy"].loss(routes)).backward()
         shares = {"policy_loss": loss}
         if critic is not None:
             critic_routes = Routes()
             error, value_metrics = value_loss(
                 batch.before(critic(*batch.inputs, critic_routes))[:, 0],
-                *(batch.of_answers(x) for x in (tokens.values, tokens.returns)), clip=cfg.critic.value_clip,
+                *(batch.of_answers(x) for x in (tokens.values, tokens.returns)),
+                clip=cfg.critic.value_clip,
                 num_tokens=num_tokens,
-            )  # fmt: skip
+            )
             (error + run.routers["critic"].loss(critic_routes)).backward()
             metrics, shares = metrics | value_metrics, shares | {"value_loss": error}
         # The rollout's own divergence is logged as kl_k1 and kl_k3.

@@ -113,9 +113,16 @@ def sample(cfg: Config) -> tuple[dict[str, Any], list[Path]]:
     rows, bad = read_files(cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
     evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path)]
     selection = select(
-        rows, evaluation, all_targets(cfg, rows), size=cfg.size, slices=cfg.slices, seed=cfg.seed, cap=cfg.cap,
-        dedupe=asdict(cfg.dedupe), decontaminate=asdict(cfg.decontaminate),
-    )  # fmt: skip
+        rows,
+        evaluation,
+        all_targets(cfg, rows),
+        size=cfg.size,
+        slices=cfg.slices,
+        seed=cfg.seed,
+        cap=cfg.cap,
+        dedupe=asdict(cfg.dedupe),
+        decontaminate=asdict(cfg.decontaminate),
+    )
     report = selection.report
     report["counts"] = {"rejected": len(bad)} | report["counts"] | {"evaluation": len(evaluation)}
     return report, write(cfg.out, selection, report)

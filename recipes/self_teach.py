@@ -81,10 +81,15 @@ def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list[P
         return [], {}
     statistics: dict[str, Any] = {}
     processes = label_processes(
-        rows, student=cast.agent(cfg.agents.student), labeller=cast.agent(cfg.agents.labeller),
-        samples=cfg.label_samples, temperature=cfg.temperature, seed=cfg.seed, max_tokens=cfg.max_tokens,
+        rows,
+        student=cast.agent(cfg.agents.student),
+        labeller=cast.agent(cfg.agents.labeller),
+        samples=cfg.label_samples,
+        temperature=cfg.temperature,
+        seed=cfg.seed,
+        max_tokens=cfg.max_tokens,
         statistics=statistics,
-    )  # fmt: skip
+    )
     return processes, statistics
 
 
@@ -97,11 +102,19 @@ def main(cfg: Config) -> dict:
         return stage.result()
     cast, rows, rejected = open_inputs(cfg, rt)
     selected = self_teach(
-        rows, student=cast.agent(cfg.agents.student), judge=cast.agent(cfg.agents.judge),
-        evolver=cast.optional(cfg.agents.evolver), samples=cfg.samples, score=cfg.score, keep=cfg.keep,
-        min_gap=cfg.min_gap, min_score=cfg.min_score, temperature=cfg.temperature, seed=cfg.seed,
+        rows,
+        student=cast.agent(cfg.agents.student),
+        judge=cast.agent(cfg.agents.judge),
+        evolver=cast.optional(cfg.agents.evolver),
+        samples=cfg.samples,
+        score=cfg.score,
+        keep=cfg.keep,
+        min_gap=cfg.min_gap,
+        min_score=cfg.min_score,
+        temperature=cfg.temperature,
+        seed=cfg.seed,
         max_tokens=cfg.max_tokens,
-    )  # fmt: skip
+    )
     processes, labels = label(cfg, cast, rows)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **selected.statistics, "labels": labels}
     files = {"sft": selected.sft, "preferences": selected.preferences, "processes": processes}

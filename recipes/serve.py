@@ -104,18 +104,30 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
     limits = Limits(
-        min(cfg.max_new_tokens, engine.scheduler.max_length), cfg.max_choices, int(cfg.max_body_mib * 2**20),
-        cfg.read_seconds, cfg.write_seconds,
-    )  # fmt: skip
+        min(cfg.max_new_tokens, engine.scheduler.max_length),
+        cfg.max_choices,
+        int(cfg.max_body_mib * 2**20),
+        cfg.read_seconds,
+        cfg.write_seconds,
+    )
     name = cfg.name or cfg.model.resolve().name
     server = Server(
-        driver, tokenizer, limits, name=name, context=engine.scheduler.max_length, fingerprint=fingerprint,
+        driver,
+        tokenizer,
+        limits,
+        name=name,
+        context=engine.scheduler.max_length,
+        fingerprint=fingerprint,
         api_key=os.environ.get(KEY) or None,
-    )  # fmt: skip
+    )
     options = uvicorn.Config(
-        server.app(), log_level="warning", timeout_keep_alive=30, lifespan="off",
-        timeout_graceful_shutdown=max(1, round(cfg.drain_seconds)), limit_concurrency=8 * driver.max_jobs,
-    )  # fmt: skip
+        server.app(),
+        log_level="warning",
+        timeout_keep_alive=30,
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, round(cfg.drain_seconds)),
+        limit_concurrency=8 * driver.max_jobs,
+    )
     where = f"http://{cfg.host}:{listening.getsockname()[1]}/v1"
     keyed = "with the key of " + KEY if server.api_key else "without a key"
     print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)

@@ -62,11 +62,16 @@ def main(cfg: Config) -> dict:
         return stage.result()
     model, tokenizer = language_model(
         cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device, mesh=mesh, sharding=cfg.sharding
-    )  # fmt: skip
+    )
     samples, rejected = read_samples(
-        cfg.data, tokenizer, kind=cfg.kind, max_length=sample_limit(cfg.max_length, model.config, cfg.training),
-        on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", quiet=cfg.quiet,
-    )  # fmt: skip
+        cfg.data,
+        tokenizer,
+        kind=cfg.kind,
+        max_length=sample_limit(cfg.max_length, model.config, cfg.training),
+        on_error=cfg.on_error,
+        rejects=cfg.out / "rejects.jsonl",
+        quiet=cfg.quiet,
+    )
     check_rows(rt, "sft", samples)
     if cfg.audit:
         audit.check_supervised(model, samples, tokenizer, quiet=cfg.quiet or not rt.is_main)
@@ -87,7 +92,7 @@ def train_step(run: Run, model: Transformer, batches: list[Batch]) -> None:
         hidden = model(*batch.inputs, routes)
         loss, _, logprob = sft_loss(
             hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=model.shard
-        )  # fmt: skip
+        )
         (loss + run.router.loss(routes)).backward()
         run.add(loss, batch.tokens.numel(), logprob=logprob)
     run.update()

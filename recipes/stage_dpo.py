@@ -83,7 +83,7 @@ def main(cfg: Config) -> dict:
         return stage.result()
     model, tokenizer = language_model(
         cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device, mesh=mesh, sharding=cfg.sharding
-    )  # fmt: skip
+    )
     limit = sample_limit(cfg.max_length, model.config, cfg.training)
     pairs, rejected = read_pairs(
         cfg.data,
@@ -115,9 +115,16 @@ def _train_stage(
     name, out = f"stage_dpo {index + 1}/{cfg.slices}", cfg.out / f"stage_{index + 1}"
     lengths = [pair.length for pair in pairs]
     run = Run(
-        cfg.training, rt, model, lengths, out, seed=cfg.seed + index, name=name, quiet=cfg.quiet,
+        cfg.training,
+        rt,
+        model,
+        lengths,
+        out,
+        seed=cfg.seed + index,
+        name=name,
+        quiet=cfg.quiet,
         documents=[pair.documents for pair in pairs],
-    )  # fmt: skip
+    )
     for packs in run.steps():
         train_step(cfg, run, model, pairs, packs, reference, initial)
     return run.result() | {"pairs": len(pairs)}
@@ -129,9 +136,14 @@ def _normalises(cfg: Config) -> bool:
 
 
 def train_step(
-    cfg: Config, run: Run, model: Transformer, pairs: list[Pair], packs: list[np.ndarray], reference: torch.Tensor,
+    cfg: Config,
+    run: Run,
+    model: Transformer,
+    pairs: list[Pair],
+    packs: list[np.ndarray],
+    reference: torch.Tensor,
     initial: torch.Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """One optimizer step on this rank's packs of pairs.
 
     Args:
@@ -148,11 +160,21 @@ def train_step(
         ref, first = (to_device(x[rows], device) for x in (reference, initial))
         routes = Routes()
         loss, metrics, logprob = dpo_loss(
-            model(*batch.inputs, routes), model.head_weight, batch.targets, batch.weights, batch.cu_seqlens,
-            ref.T.flatten(), beta=cfg.beta, num_pairs=num_pairs, variant=cfg.variant,
-            label_smoothing=cfg.label_smoothing, length_normalised=_normalises(cfg), nll=cfg.nll,
-            num_chosen_tokens=num_chosen, shard=model.shard,
-        )  # fmt: skip
+            model(*batch.inputs, routes),
+            model.head_weight,
+            batch.targets,
+            batch.weights,
+            batch.cu_seqlens,
+            ref.T.flatten(),
+            beta=cfg.beta,
+            num_pairs=num_pairs,
+            variant=cfg.variant,
+            label_smoothing=cfg.label_smoothing,
+            length_normalised=_normalises(cfg),
+            nll=cfg.nll,
+            num_chosen_tokens=num_chosen,
+            shard=model.shard,
+        )
         (loss + run.router.loss(routes)).backward()
         metrics["drift_to_reference"] = ref[:, 0].sum() - metrics["chosen_logprob"]
         metrics["drift_to_initial"] = first[:, 0].sum() - metrics["chosen_logprob"]

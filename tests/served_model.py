@@ -40,9 +40,14 @@ class Serving:
         self.engine.step = slowed
         context = self.engine.scheduler.max_length
         self.server = Server(
-            self.driver, self.tokenizer, Limits(**{"new_tokens": 128} | limits), name="small", context=context,
-            fingerprint="fp_test", api_key=api_key,
-        )  # fmt: skip
+            self.driver,
+            self.tokenizer,
+            Limits(**{"new_tokens": 128} | limits),
+            name="small",
+            context=context,
+            fingerprint="fp_test",
+            api_key=api_key,
+        )
         config = uvicorn.Config(self.server.app(), port=0, log_level="warning", lifespan="off")
         self.socket = config.bind_socket()
         self.port = self.socket.getsockname()[1]

@@ -13,8 +13,10 @@ def main() -> int:
         asked = word in ("", "-h", "--help")
         close = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.0)
         text = "usage: python -m wizard_engine plan --preset NAME --gpus N [...]; plan --help lists the options"
-        print(text if asked else f"wizard_engine: error: expected a command, got {word!r}; the nearest is {close[0]}",
-              file=sys.stdout if asked else sys.stderr)  # fmt: skip
+        print(
+            text if asked else f"wizard_engine: error: expected a command, got {word!r}; the nearest is {close[0]}",
+            file=sys.stdout if asked else sys.stderr,
+        )
         return 0 if asked else 2
     from wizard_engine.planning.planner import Options
     from wizard_engine.planning.report import main as plan

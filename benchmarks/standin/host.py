@@ -46,9 +46,11 @@ def _operations() -> list[Callable[[], None]]:
         return both
 
     return [
-        run(lambda: rms_norm(x, weight, residual=x)[0]), run(lambda: swiglu(gate_up)),
-        run(lambda: rope(q, k, cos, sin)[0]), run(lambda: attention(q, k, v, marks, 8)),
-    ]  # fmt: skip
+        run(lambda: rms_norm(x, weight, residual=x)[0]),
+        run(lambda: swiglu(gate_up)),
+        run(lambda: rope(q, k, cos, sin)[0]),
+        run(lambda: attention(q, k, v, marks, 8)),
+    ]
 
 
 def torch_launch_seconds(rounds: int = 2000) -> float:

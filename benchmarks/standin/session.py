@@ -118,10 +118,16 @@ class Cuda:
     def __init__(self, log: Log, arch: int, multiprocessors: int, memory: int, name: str) -> None:
         self.log, self.arch, self.memory = log, arch, memory
         self.properties = SimpleNamespace(
-            name=name, major=arch // 10, minor=arch % 10, total_memory=memory, multi_processor_count=multiprocessors,
-            L2_cache_size=50 * 2**20, warp_size=32, max_threads_per_multi_processor=2048,
+            name=name,
+            major=arch // 10,
+            minor=arch % 10,
+            total_memory=memory,
+            multi_processor_count=multiprocessors,
+            L2_cache_size=50 * 2**20,
+            warp_size=32,
+            max_threads_per_multi_processor=2048,
             shared_memory_per_block_optin=SHARED_MEMORY[arch],
-        )  # fmt: skip
+        )
 
     def wait(self, what: str) -> None:
         self.log.add(Event("sync", what, launches=0, where=caller()))
@@ -173,23 +179,38 @@ class Cuda:
 
         stream, statistics = StandInStream(), {"allocated_bytes.all.peak": 0}
         return {
-            "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
             "_lazy_init": lambda: None,
-            "is_initialized": lambda: True, "init": lambda: None, "set_device": lambda device: None,
+            "is_initialized": lambda: True,
+            "init": lambda: None,
+            "set_device": lambda device: None,
             "get_device_name": lambda device=None: self.properties.name,
             "get_device_capability": lambda device=None: divmod(self.arch, 10),
             "get_device_properties": lambda device=None: self.properties,
-            "mem_get_info": lambda device=None: (self.memory, self.memory), "empty_cache": lambda: None,
-            "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 0,
-            "memory_reserved": lambda device=None: 0, "max_memory_reserved": lambda device=None: 0,
-            "memory_stats": lambda device=None: statistics, "reset_peak_memory_stats": lambda device=None: None,
-            "synchronize": lambda device=None: wait("synchronize"), "current_stream": lambda device=None: stream,
-            "default_stream": lambda device=None: stream, "Stream": StandInStream, "Event": StandInEvent,
-            "stream": lambda stream: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),
-            "CUDAGraph": Graph, "graph": graph, "graph_pool_handle": lambda: (0, 0),
+            "mem_get_info": lambda device=None: (self.memory, self.memory),
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: 0,
+            "memory_reserved": lambda device=None: 0,
+            "max_memory_reserved": lambda device=None: 0,
+            "memory_stats": lambda device=None: statistics,
+            "reset_peak_memory_stats": lambda device=None: None,
+            "synchronize": lambda device=None: wait("synchronize"),
+            "current_stream": lambda device=None: stream,
+            "default_stream": lambda device=None: stream,
+            "Stream": StandInStream,
+            "Event": StandInEvent,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "device": lambda device: contextlib.nullcontext(),
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "graph_pool_handle": lambda: (0, 0),
             "is_bf16_supported": lambda *a: True,
-            "is_current_stream_capturing": lambda: False, "manual_seed_all": lambda seed: None,
-        }  # fmt: skip
+            "is_current_stream_capturing": lambda: False,
+            "manual_seed_all": lambda seed: None,
+        }
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -293,10 +314,15 @@ class UncompiledKernel:
         backend = make_backend(target)
         parsed = backend.parse_options(dict(options)).__dict__
         made = {
-            "shared": 0, "name": src.fn.__name__, "global_scratch_size": 0, "global_scratch_align": 1,
-            "profile_scratch_size": 0, "profile_scratch_align": 1, "tensordesc_meta": descriptors(src),
+            "shared": 0,
+            "name": src.fn.__name__,
+            "global_scratch_size": 0,
+            "global_scratch_align": 1,
+            "profile_scratch_size": 0,
+            "profile_scratch_align": 1,
+            "tensordesc_meta": descriptors(src),
             "tmem_size": None,
-        }  # fmt: skip
+        }
         self.metadata = SimpleNamespace(**(parsed | made))
         self.packed_metadata = backend.pack_metadata(self.metadata)
         self.name, self.src, self.function = src.fn.__name__, src, 1
@@ -316,9 +342,14 @@ _installed = ExitStack()
 
 @contextmanager
 def stand_in(
-    *, arch: int = 90, multiprocessors: int = 132, memory: int = 141 * 10**9, name: str = "NVIDIA H200",
-    compiles: bool = False, checks: bool = False,
-) -> Iterator[Log]:  # fmt: skip
+    *,
+    arch: int = 90,
+    multiprocessors: int = 132,
+    memory: int = 141 * 10**9,
+    name: str = "NVIDIA H200",
+    compiles: bool = False,
+    checks: bool = False,
+) -> Iterator[Log]:
     """Stand in for a GPU inside the block, in a process that does nothing else.
 
     Args:

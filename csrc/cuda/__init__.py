@@ -16,9 +16,12 @@ FOLDER = Path(__file__).parent.resolve()
 LIBRARY = FOLDER / "libwizard_cuda.so"
 ARCHITECTURES = ("compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_100,code=sm_100")
 FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall,-fvisibility=hidden",
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-Xcompiler=-fPIC,-Wall,-fvisibility=hidden",
     *(f"-gencode=arch={name}" for name in (*ARCHITECTURES, "compute_80,code=compute_80")),
-)  # fmt: skip
+)
 
 _int32, _int64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {"wizard_permute_rows": (_pointer, _pointer, _pointer, _int64, _int64, _int64, _int32, _pointer)}

@@ -55,9 +55,11 @@ class Fake:
             return JSONResponse(behaviour) if isinstance(behaviour, dict) else behaviour
 
         config = uvicorn.Config(
-            Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])]), port=0,
-            log_level="error", lifespan="off",
-        )  # fmt: skip
+            Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])]),
+            port=0,
+            log_level="error",
+            lifespan="off",
+        )
         self.socket = config.bind_socket()
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
         self.server = uvicorn.Server(config)
@@ -270,7 +272,8 @@ def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("openai:", "got no model"), ("openai:m@ftp://x", "expected an address such as"),
+        ("openai:", "got no model"),
+        ("openai:m@ftp://x", "expected an address such as"),
         ("openai:m@https://user:secret@x/v1", "without a key in it"),
         ("openai:m@https://x/v1?key=secret", "without a key in it"),
         ("openai:m@http://x#speed=3", "expected options of concurrency"),
@@ -280,7 +283,7 @@ def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
         ("openai:m#key_env=sk-abc", "expected the name of an environment variable"),
         ("openai:m@https://example.org/v1#key_env=NOT_THERE", "expected a key in NOT_THERE"),
     ],
-)  # fmt: skip
+)
 def test_specs_that_cannot_be_asked_are_refused_without_their_secrets(spec, message):
     with pytest.raises(ValueError, match=message) as caught:
         make_agent(spec)

@@ -52,9 +52,11 @@ def phases():
     of = lambda *cases: lambda visit: run_cases(visit, cases)  # noqa: E731
     bad = of(("a", right()), ("b", kill), ("c", right(3)), ("d", lose), ("e", refuse), ("f", right(5)))
     return (
-        Phase("bad", 200, bad), Phase("hang", 10, of(("x", hang))), Phase("flood", 100, flood),
+        Phase("bad", 200, bad),
+        Phase("hang", 10, of(("x", hang))),
+        Phase("flood", 100, flood),
         Phase("dies", 100, of(*((str(n), lose) for n in range(9)))),
-    )  # fmt: skip
+    )
 
 
 def install():

@@ -56,25 +56,37 @@ def tensors() -> dict:
     view = x[3:, 16:]
     return {
         "devices": [str(t.device) for t in (x, y, x.grad, host, host.to(CUDA), host.to(CUDA).cpu())],
-        "is_cuda": [t.is_cuda for t in (x, y, x.grad, host)], "host": host[host > 2].tolist(),
-        "offset": view.data_ptr() - x.data_ptr(), "aligned": x.data_ptr() % 512, "apart": x.data_ptr() != y.data_ptr(),
-        "moved": host.to(CUDA).tolist(), "pinned": host.pin_memory().is_pinned(),
-    }  # fmt: skip
+        "is_cuda": [t.is_cuda for t in (x, y, x.grad, host)],
+        "host": host[host > 2].tolist(),
+        "offset": view.data_ptr() - x.data_ptr(),
+        "aligned": x.data_ptr() % 512,
+        "apart": x.data_ptr() != y.data_ptr(),
+        "moved": host.to(CUDA).tolist(),
+        "pinned": host.pin_memory().is_pinned(),
+    }
 
 
 def waits(log: Log) -> dict:
     """Which calls make the host wait."""
     x, large, small = empty(300, 300, dtype=torch.float32), torch.zeros(100_000), torch.zeros(10)
     calls = {
-        "item": lambda: float(x.sum()), "mask": lambda: x[x > 0], "nonzero": lambda: x.nonzero(), "cpu": x.cpu,
-        "tolist": lambda: x.tolist(), "tensor": lambda: torch.tensor([1, 2], device="cuda"),
-        "blocking": lambda: small.to(CUDA), "synchronize": lambda: torch.cuda.synchronize(),
+        "item": lambda: float(x.sum()),
+        "mask": lambda: x[x > 0],
+        "nonzero": lambda: x.nonzero(),
+        "cpu": x.cpu,
+        "tolist": lambda: x.tolist(),
+        "tensor": lambda: torch.tensor([1, 2], device="cuda"),
+        "blocking": lambda: small.to(CUDA),
+        "synchronize": lambda: torch.cuda.synchronize(),
         "pageable": lambda: large.to(CUDA, non_blocking=True),
         "pinned": lambda: large.pin_memory().to(CUDA, non_blocking=True),
         "kernel": lambda: rms_norm(x, empty(300).float()),
-        "staged": lambda: small.to(CUDA, non_blocking=True), "sum": x.sum, "view": lambda: x.t()[3:].view(-1, 3),
-        "where": lambda: torch.where(x > 0, x, 1.0), "slots": lambda: x[torch.arange(3, device=CUDA)],
-    }  # fmt: skip
+        "staged": lambda: small.to(CUDA, non_blocking=True),
+        "sum": x.sum,
+        "view": lambda: x.t()[3:].view(-1, 3),
+        "where": lambda: torch.where(x > 0, x, 1.0),
+        "slots": lambda: x[torch.arange(3, device=CUDA)],
+    }
     results = {}
     for name, call in calls.items():
         log.events.clear()
@@ -102,9 +114,10 @@ def refusals() -> dict:
         "grid": message(lambda: plain_kernel[(1, 70000)](x, 3, BLOCK=16)),
         "threads": message(lambda: plain_kernel[(1,)](x, 3, BLOCK=16, num_warps=64)),
         "option": message(lambda: plain_kernel[(1,)](x, 3, BLOCK=16, blocks=3)),
-        "missing": message(lambda: plain_kernel[(1,)](x, BLOCK=16)), "descriptor": message(descriptor),
+        "missing": message(lambda: plain_kernel[(1,)](x, BLOCK=16)),
+        "descriptor": message(descriptor),
         "right": message(lambda: plain_kernel[(7, 65535)](x, 3, BLOCK=16)),
-    }  # fmt: skip
+    }
 
 
 @triton.jit
@@ -181,12 +194,15 @@ def steps(log: Log) -> dict:
     launch_steps.PROMPT = launch_steps.ANSWER = 32
     online = launch_steps.rleif(log, replace(SMALL, layers=1), CUDA, 256, "none")
     results = {
-        "train": train(), "deeper": train(replace(SMALL, layers=4)),
-        "wider": train(replace(SMALL, width=1024, ffn_width=4096, vocab_size=8192)), "longer": train(tokens=8192),
-        "selective": train(recompute="selective"), "none": train(recompute="none"),
+        "train": train(),
+        "deeper": train(replace(SMALL, layers=4)),
+        "wider": train(replace(SMALL, width=1024, ffn_width=4096, vocab_size=8192)),
+        "longer": train(tokens=8192),
+        "selective": train(recompute="selective"),
+        "none": train(recompute="none"),
         "decode": summary(launch_steps.decode(log, SMALL, CUDA, 4)),
         "rleif": summary(online[0]),
-    }  # fmt: skip
+    }
     with planted(Run, "add", lambda self, loss, *rest: float(loss)):
         results["host read"] = train()
     with planted(Sharded, "finish", lambda self: [chunk.norm() for chunk in self.master.split(65536)]):

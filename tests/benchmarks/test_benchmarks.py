@@ -39,7 +39,7 @@ def test_interleave_gives_rate_spread_and_ratio_to_the_peer(clock):
 
     ours, theirs = interleave(
         "op", {name: work(name) for name in waits}, items=10, unit="x/s", repeats=3, peer="theirs"
-    )  # fmt: skip
+    )
     assert order[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
     assert ours["seconds"]["p50"] == 2.0 and ours["rate"] == 5.0
     assert ours["ratio"]["p50"] == 2.0 and ours["ratio"]["peer"] == "theirs"

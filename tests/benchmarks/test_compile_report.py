@@ -25,13 +25,32 @@ TMA = {"VARIANT": "plain", "BLOCK_M": 128, "BLOCK_N": 64, "TMA": True, "num_warp
 def row(**changes) -> dict:
     """A row with nothing wrong."""
     fields = {
-        "label": "attention_forward sm_90 width=128 bytes=2 causal bf16", "kernel": "attention_forward", "arch": 90,
-        "class": {"width": 128, "bytes": 2}, "config": TMA, "form": "causal bf16", "registers": 187,
-        "spill_store_bytes": 0, "spill_load_bytes": 0, "stack_bytes": 0, "shared_bytes": 98_304, "num_warps": 8,
-        "blocks": 1, "occupancy": 0.125, "counts": {"HGMMA": 24, "UTMALDG": 5, "EX2": 70}, "load_bytes": 16,
-        "store_bytes": 16, "specialised": False, "serialised": False, "instructions": 1700, "loop": 400,
-        "loop_spills": 0, "overlapped": 0.0, "triton": "3.6.0", "ptxas": "12.8.93",
-    }  # fmt: skip
+        "label": "attention_forward sm_90 width=128 bytes=2 causal bf16",
+        "kernel": "attention_forward",
+        "arch": 90,
+        "class": {"width": 128, "bytes": 2},
+        "config": TMA,
+        "form": "causal bf16",
+        "registers": 187,
+        "spill_store_bytes": 0,
+        "spill_load_bytes": 0,
+        "stack_bytes": 0,
+        "shared_bytes": 98_304,
+        "num_warps": 8,
+        "blocks": 1,
+        "occupancy": 0.125,
+        "counts": {"HGMMA": 24, "UTMALDG": 5, "EX2": 70},
+        "load_bytes": 16,
+        "store_bytes": 16,
+        "specialised": False,
+        "serialised": False,
+        "instructions": 1700,
+        "loop": 400,
+        "loop_spills": 0,
+        "overlapped": 0.0,
+        "triton": "3.6.0",
+        "ptxas": "12.8.93",
+    }
     return fields | changes
 
 
@@ -51,7 +70,7 @@ def test_entries_of_a_table_compile_and_are_reported(tmp_path):
     rows = json.loads(path.read_text())
     assert [(row["arch"], row["form"]) for row in rows] == [
         (arch, form) for arch in (80, 90, 100) for form in ("bf16", "fp16", "fp32")
-    ]  # fmt: skip
+    ]
     assert all(row["registers"] > 8 and row["blocks"] > 0 and row["load_bytes"] == 16 for row in rows)
     assert {"commit", "triton", "torch", "ptxas", "date"} <= rows[0].keys()
     assert "9 forms, 0 wrong" in done.stdout and "| rms_norm_reduce | 100 | 3 |" in done.stdout
@@ -237,7 +256,7 @@ def test_wrong_command_line_gives_one_line_and_status_2(arguments, message, monk
         (["--search", "attention_forward", "--arch", "100"], "expected some of 80, 86, 90 for the model, got 100"),
         (["--search", "attention_forward", "--width", "100"], "expected an entry for {'width': 100, 'bytes': 2} on"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_are_named_before_anything_compiles(arguments, message, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as stopped:

@@ -156,11 +156,30 @@ def test_every_collective_of_the_engine_is_checked(capsys):
         return names
 
     moving = {
-        "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_to_all",
-        "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce",
-        "reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
-        "recv", "isend", "irecv", "batch_isend_irecv",
-    }  # fmt: skip
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "all_gather_object",
+        "all_to_all",
+        "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "broadcast_object_list",
+        "gather",
+        "gather_object",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_single",
+        "reduce_scatter_tensor",
+        "scatter",
+        "scatter_object_list",
+        "send",
+        "recv",
+        "isend",
+        "irecv",
+        "batch_isend_irecv",
+    }
     engine = called((ROOT / "wizard_engine").rglob("*.py")) & moving
     # Those of collectives.py are called through its functions.
     names = {"all_gather_into_tensor", "reduce_scatter_tensor"}

@@ -103,8 +103,11 @@ def test_whole_check_with_phases_that_crash_hang_flood_and_lose_the_device(tmp_p
     done = subprocess.run([*command, "--minutes", "8"], cwd=ROOT, env=environment, capture_output=True, text=True)
     outcomes = {line["name"]: line for line in check_files.read_lines(out / "phases.jsonl")}
     assert {name: line["status"] for name, line in outcomes.items()} == {
-        "bad": "wrong", "hang": "stopped", "flood": "done", "dies": "lost the device",
-    }, done.stdout[-3000:] + done.stderr  # fmt: skip
+        "bad": "wrong",
+        "hang": "stopped",
+        "flood": "done",
+        "dies": "lost the device",
+    }, done.stdout[-3000:] + done.stderr
     assert done.returncode == 1 and list(outcomes) == [phase.name for phase in fake_gpu.phases()]
 
     bad = {row["case"]: row for row in rows_of(out, "bad") if "pid" in row or "status" in row}
@@ -190,9 +193,12 @@ def test_a_lost_device_ends_the_process_and_a_peers_failure_does_not_make_a_phas
     peer = [("a", lambda: [{"status": "error", "is_ours": False}, {"status": "absent"}])]
     assert run_cases(visit(tmp_path, "peers"), peer) == DONE
     for text, lost in (
-        ("CUDA error: unspecified launch failure", True), ("CUDA out of memory", False), ("no kernel image", False),
-        ("CUDA error: device-side assert triggered", True), ("expected fp32", False),
-    ):  # fmt: skip
+        ("CUDA error: unspecified launch failure", True),
+        ("CUDA out of memory", False),
+        ("no kernel image", False),
+        ("CUDA error: device-side assert triggered", True),
+        ("expected fp32", False),
+    ):
         assert check_cases.is_lost(RuntimeError(text)) == lost, text
 
 
@@ -304,13 +310,14 @@ def test_summary_shows_what_is_wrong(tmp_path):
     figures |= dict.fromkeys(("layers", "layers_of_preset", "tokens", "documents"), 7)
     figures |= {"recompute": "none", "seconds": {"forward": {"p50": 0.5}, "step": {"p50": 1.5}}}
     rows = [
-        {"environment": about}, {"ceilings": {"copy_gbps": 3000.0, "matrix_tflops": 700.0}},
+        {"environment": about},
+        {"ceilings": {"copy_gbps": 3000.0, "matrix_tflops": 700.0}},
         {"entry": {"wrong": ""}, "status": "right", "from": "tables", "case": "swiglu"},
         {"entry": {"wrong": "dq"}, "status": "wrong", "note": "dq: error 3", "from": "tables", "case": "rope half=8"},
         {"train_step": figures},
         {"op": "x", "status": "error", "is_ours": False, "phase": "step", "label": "", "variant": "y"},
         {"prediction": {"predicted_seconds": 1.0}, "measured_seconds": 1.5, "measured_over_predicted": 1.5},
-    ]  # fmt: skip
+    ]
     for row in rows:
         check_files.append(tmp_path / "rows.jsonl", row)
     with open(tmp_path / "rows.jsonl", "a") as file:
@@ -318,10 +325,17 @@ def test_summary_shows_what_is_wrong(tmp_path):
     check_summary.report(tmp_path, [Outcome("tables", "wrong", 12.0, "2 of 90")])
     text = (tmp_path / "summary.md").read_text()
     for part in (
-        "# GPU check: H100, 2026-11-25", "torch 2.11", "| tables | wrong | 12 | 2 of 90 |", "2 checked, 1 wrong",
-        "- tables rope half=8  wrong: dq: error 3", "copy 3,000 GB/s", "forward 500 ms, step 1500 ms", "MFU 50.0%",
-        "predicted 1.000 s, measured 1.500 s: 1.50 times as long", "rows cut: {\"op\": \"cut in the mid",
-    ):  # fmt: skip
+        "# GPU check: H100, 2026-11-25",
+        "torch 2.11",
+        "| tables | wrong | 12 | 2 of 90 |",
+        "2 checked, 1 wrong",
+        "- tables rope half=8  wrong: dq: error 3",
+        "copy 3,000 GB/s",
+        "forward 500 ms, step 1500 ms",
+        "MFU 50.0%",
+        "predicted 1.000 s, measured 1.500 s: 1.50 times as long",
+        'rows cut: {"op": "cut in the mid',
+    ):
         assert part in text, text
 
 
@@ -362,14 +376,16 @@ def test_exit_status_says_what_became_of_the_phases(tmp_path, monkeypatch, has_g
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "atention"], "the nearest is attention"), (["--minutes", "0"], "above 0, got '0'"),
-        (["--minutes", "-3"], "above 0, got '-3'"), (["--minutes", "soon"], "above 0, got 'soon'"),
+        (["--only", "atention"], "the nearest is attention"),
+        (["--minutes", "0"], "above 0, got '0'"),
+        (["--minutes", "-3"], "above 0, got '-3'"),
+        (["--minutes", "soon"], "above 0, got 'soon'"),
         (["--minutes", "nan"], "above 0, got 'nan'"),
         (["--out", "FILE"], "--out: expected a folder that can be written"),
         (["--out", "FILE/below"], "--out: expected a folder that can be written"),
         (["--out", "USED"], "--out: expected an empty folder or one of an earlier check"),
     ],
-)  # fmt: skip
+)
 def test_command_line_refuses_with_status_2(tmp_path, has_gpu, capsys, words, message):
     (tmp_path / "file").write_text("x")
     (tmp_path / "used").mkdir()
@@ -479,10 +495,13 @@ def test_shares_of_the_mixture_are_those_of_one_size():
     rows = [
         row("experts", "T=8 D=6 F=4 E=2 A=2 uniform bf16", 90.0),
         row("experts", "T=8 D=6 F=4 E=2 A=2 zipf bf16", 500.0),
-        row("experts", "T=8 D=6 F=4 E=2 A=2 uniform bf16", 7.0, is_ours=False), row("moe_route", "T=8 D=6", 10.0),
-        row("moe_permute", "T=8 D=6", 3.0), row("moe_combine", "T=8 D=6", 2.0), row("moe_combine", "T=9 D=6", 2.0),
+        row("experts", "T=8 D=6 F=4 E=2 A=2 uniform bf16", 7.0, is_ours=False),
+        row("moe_route", "T=8 D=6", 10.0),
+        row("moe_permute", "T=8 D=6", 3.0),
+        row("moe_combine", "T=8 D=6", 2.0),
+        row("moe_combine", "T=9 D=6", 2.0),
         row("moe_route", "T=8 D=6", 99.0, phase="backward"),
-    ]  # fmt: skip
+    ]
     assert check_phases.mixture_shares(rows) == ["T=8: routing and rows 15.0% of the layer's forward"]
     assert check_phases.mixture_shares(rows[1:]) == []
     timed = row("experts", "T=8", 5.0, phase="backward", share_of_equal=0.715)

@@ -28,12 +28,28 @@ ROUGH = Attention((5, 0, 9, 1, 14), 4, 2, 8, padding=3)
 def row(us: float = 100.0, *, spread: float = 1.0, variant: str = "triton", **more) -> dict:
     times = {"p20": us - spread, "p50": us, "p80": us + spread}
     fields = {
-        "op": "rope", "phase": "forward", "label": "T=4 fp32", "variant": variant, "is_ours": variant == "triton",
-        "status": "right", "kernel_us": times, "wall_us": times, "us": us, "gpu": "H100", "hardware": "x",
-        "tflops": 1.0, "gbps": 50.0, "share_of_copy": 0.5, "flops": 100, "bytes": 50, "commit": "abc",
-        "date": "2026-11-25T00:00:00", "command": "python -m benchmarks.kernels", "torch": "2.11",
+        "op": "rope",
+        "phase": "forward",
+        "label": "T=4 fp32",
+        "variant": variant,
+        "is_ours": variant == "triton",
+        "status": "right",
+        "kernel_us": times,
+        "wall_us": times,
+        "us": us,
+        "gpu": "H100",
+        "hardware": "x",
+        "tflops": 1.0,
+        "gbps": 50.0,
+        "share_of_copy": 0.5,
+        "flops": 100,
+        "bytes": 50,
+        "commit": "abc",
+        "date": "2026-11-25T00:00:00",
+        "command": "python -m benchmarks.kernels",
+        "torch": "2.11",
         "ceilings": {"copy_gbps": 100.0, "matrix_tflops": 10.0},
-    }  # fmt: skip
+    }
     return fields | more
 
 
@@ -168,10 +184,17 @@ def test_largest_error_looks_at_every_chunk(monkeypatch):
 
 
 PROBLEMS = [
-    (ROUGH, "forward"), (ROUGH, "backward"), (replace(ROUGH, causal=False, window=6), "backward"),
-    (RmsNorm(7, 16), "forward"), (RmsNorm(7, 16, residual=True), "backward"), (Rope(5, 4, 2, 8), "forward"),
-    (Rope(5, 4, 2, 8), "backward"), (SwiGlu(6, 8), "forward"), (SwiGlu(6, 8), "backward"), (AdamW(50), "step"),
-]  # fmt: skip
+    (ROUGH, "forward"),
+    (ROUGH, "backward"),
+    (replace(ROUGH, causal=False, window=6), "backward"),
+    (RmsNorm(7, 16), "forward"),
+    (RmsNorm(7, 16, residual=True), "backward"),
+    (Rope(5, 4, 2, 8), "forward"),
+    (Rope(5, 4, 2, 8), "backward"),
+    (SwiGlu(6, 8), "forward"),
+    (SwiGlu(6, 8), "backward"),
+    (AdamW(50), "step"),
+]
 NAMES = [f"{problem.op} {phase} {place}" for place, (problem, phase) in enumerate(PROBLEMS)]
 
 
@@ -329,8 +352,12 @@ def test_state_of_the_gpu_is_read_under_either_name(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     assert gpu_timing.state_under(lambda: None, CUDA, 0.0) == {
-        "sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_watt": 650.5, "temperature_c": 61.0, "throttle": ["power cap"]
-    }  # fmt: skip
+        "sm_mhz": 1980.0,
+        "memory_mhz": 2619.0,
+        "power_watt": 650.5,
+        "temperature_c": 61.0,
+        "throttle": ["power cap"],
+    }
     asked = (tmp_path / "asked").read_text()
     assert "clocks_event_reasons.active" in asked and "clocks_throttle_reasons.active" in asked and "GPU-12-34" in asked
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
@@ -368,9 +395,7 @@ def test_flex_attention_is_given_the_same_mask(monkeypatch, problem):
     torch.testing.assert_close(out.double(), Oracle(problem, tensors, "forward").ref["out"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "window"), [({}, (-1, 0)), ({"causal": False}, (-1, -1)), ({"window": 5}, (4, 0))]
-)  # fmt: skip
+@pytest.mark.parametrize(("options", "window"), [({}, (-1, 0)), ({"causal": False}, (-1, -1)), ({"window": 5}, (4, 0))])
 def test_packed_attention_is_given_the_same_window(monkeypatch, options, window):
     from torch.nn.attention import varlen
 
@@ -436,18 +461,26 @@ def test_wrong_variants_are_timed_and_marked_and_failing_ones_reported(monkeypat
         return lambda t: (_ for _ in ()).throw(ValueError("odd\nshape"))
 
     chosen = [
-        Variant("reference", is_ours=True), Variant("eager", lambda problem, _: problem.formula),
-        Variant("wrong", wrong, is_ours=True), Variant("failing", failing), Variant("late", fails_in_the_end),
+        Variant("reference", is_ours=True),
+        Variant("eager", lambda problem, _: problem.formula),
+        Variant("wrong", wrong, is_ours=True),
+        Variant("failing", failing),
+        Variant("late", fails_in_the_end),
         Variant("wrong peer", wrong),
         Variant("gone", absent="is not installed"),
-    ]  # fmt: skip
+    ]
     monkeypatch.setattr(kernels, "variants", lambda case, device: chosen)
     rows = {r["variant"]: r for r in kernels.measure(session(), Case(SwiGlu(8, 16), "forward", torch.float32))}
     status = {name: r["status"] for name, r in rows.items()}
     assert status == {
-        "reference": "right", "eager": "right", "wrong": "wrong", "failing": "error", "late": "error",
-        "gone": "absent", "wrong peer": "wrong",
-    }  # fmt: skip
+        "reference": "right",
+        "eager": "right",
+        "wrong": "wrong",
+        "failing": "error",
+        "late": "error",
+        "gone": "absent",
+        "wrong peer": "wrong",
+    }
     assert {name for name, r in rows.items() if "us" in r} == {"reference", "eager", "wrong", "wrong peer"}
     assert len(ran) > 10 and "y: error" in rows["wrong"]["note"] and "speedup" not in rows["wrong"]
     assert " WRONG  [y: error" in kernel_rows.line_of(rows["wrong"])
@@ -500,8 +533,16 @@ def test_cases_of_a_gpu_hold_the_shapes_that_matter():
     labels = [case.label for case in actual if case.phase == "forward"]
     assert len(actual) == 2 * len(labels) and all(case.phase == "forward" for case in actual[: len(labels)])
     assert all(case.problem.tokens == 32768 for case in actual if not case.problem.is_ragged)
-    for part in ("S=8 H=32 K=8 C=128 causal bf16", "S=1 H=32 K=8 C=128 full", "H=16 K=16 C=128", "window=4096",
-                 "ragged", "C=64", "C=96", "C=256"):  # fmt: skip
+    for part in (
+        "S=8 H=32 K=8 C=128 causal bf16",
+        "S=1 H=32 K=8 C=128 full",
+        "H=16 K=16 C=128",
+        "window=4096",
+        "ragged",
+        "C=64",
+        "C=96",
+        "C=256",
+    ):
         assert any(part in label for label in labels), part
     assert set(cases(["attention"], CUDA, quick=True)) < set(actual)
     rows = [case.label for case in cases(["rms_norm", "adamw", "swiglu", "rope"], CUDA)]
@@ -517,8 +558,15 @@ def test_variants_on_a_gpu_say_why_they_are_absent():
         without = {v.name: v for v in variants(ragged, CUDA)}
         norm = {v.name: v.absent for v in variants(cases(["rms_norm"], CUDA)[0], CUDA)}
     assert list(actual) == [
-        "triton", "triton plain", "triton rotated", "sdpa cudnn", "sdpa flash", "torch varlen", "flex", "eager",
-    ]  # fmt: skip
+        "triton",
+        "triton plain",
+        "triton rotated",
+        "sdpa cudnn",
+        "sdpa flash",
+        "torch varlen",
+        "flex",
+        "eager",
+    ]
     assert absent["sdpa cudnn"] == "takes no window" and not absent["torch varlen"]
     assert without["sdpa flash"].absent == "takes sequences of one length only" and "triton plain" not in without
     assert actual["eager"].absent == "scores of 8.0 GiB" and norm["liger"] in ("", LIGER)
@@ -573,11 +621,29 @@ def test_compare_command_gives_its_exit_status(tmp_path, capsys, us, limit, stat
 
 def test_line_has_the_form_of_the_conventions():
     text = kernel_rows.line_of(
-        row(82.4, op="rms_norm", label="T=16384 D=4096 bf16", gbps=3258.4, share_of_copy=0.76, peak_memory_gib=0.25,
-            speedup={"eager": 3.9, "compile": 1.02})
-    )  # fmt: skip
-    expected = ["rms_norm", "fwd", "T=16384 D=4096 bf16", "triton", "82.4 us", "(81.4 to 83.4)", "wall     82.4",
-                "3258 GB/s  76% of copy", "3.90x eager", "1.02x compile", "peak 0.25 GiB"]  # fmt: skip
+        row(
+            82.4,
+            op="rms_norm",
+            label="T=16384 D=4096 bf16",
+            gbps=3258.4,
+            share_of_copy=0.76,
+            peak_memory_gib=0.25,
+            speedup={"eager": 3.9, "compile": 1.02},
+        )
+    )
+    expected = [
+        "rms_norm",
+        "fwd",
+        "T=16384 D=4096 bf16",
+        "triton",
+        "82.4 us",
+        "(81.4 to 83.4)",
+        "wall     82.4",
+        "3258 GB/s  76% of copy",
+        "3.90x eager",
+        "1.02x compile",
+        "peak 0.25 GiB",
+    ]
     places = [text.index(part) for part in expected]
     assert places == sorted(places)
     attention = kernel_rows.line_of(row(tflops=512.3, share_of_matrix=0.7, share_of_equal=0.8))

@@ -53,9 +53,16 @@ LOOP = """
 
 def code(instructions, **changes) -> MachineCode:
     values = {
-        "name": "kernel", "arch": 90, "num_warps": 8, "registers": 128, "spill_store_bytes": 0, "spill_load_bytes": 0,
-        "stack_bytes": 0, "shared_bytes": 0, "instructions": tuple(instructions),
-    }  # fmt: skip
+        "name": "kernel",
+        "arch": 90,
+        "num_warps": 8,
+        "registers": 128,
+        "spill_store_bytes": 0,
+        "spill_load_bytes": 0,
+        "stack_bytes": 0,
+        "shared_bytes": 0,
+        "instructions": tuple(instructions),
+    }
     return MachineCode(**values | changes)
 
 
@@ -79,11 +86,18 @@ def test_listing_without_encodings_is_read_too():
 @pytest.mark.parametrize(
     ("opcode", "size", "flops"),
     [
-        ("LDG.E.128.CONSTANT", 16, 0), ("STG.E.64", 8, 0), ("LDG.E.U16", 2, 0), ("STG.E.U8", 1, 0), ("LDL", 4, 0),
-        ("LDGSTS.E.BYPASS.LTC128B.128", 16, 0), ("HGMMA.64x128x16.F32.BF16", 4, 2 * 64 * 128 * 16),
-        ("HMMA.16816.F32.BF16", 4, 2 * 16 * 8 * 16), ("HMMA.1688.F32.TF32", 4, 2 * 16 * 8 * 8), ("UTCHMMA", 4, 0),
+        ("LDG.E.128.CONSTANT", 16, 0),
+        ("STG.E.64", 8, 0),
+        ("LDG.E.U16", 2, 0),
+        ("STG.E.U8", 1, 0),
+        ("LDL", 4, 0),
+        ("LDGSTS.E.BYPASS.LTC128B.128", 16, 0),
+        ("HGMMA.64x128x16.F32.BF16", 4, 2 * 64 * 128 * 16),
+        ("HMMA.16816.F32.BF16", 4, 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 4, 2 * 16 * 8 * 8),
+        ("UTCHMMA", 4, 0),
     ],
-)  # fmt: skip
+)
 def test_opcode_says_bytes_and_operations(opcode, size, flops):
     instruction = Instruction(0, opcode)
     assert (instruction.bytes, instruction.flops) == (size, flops)

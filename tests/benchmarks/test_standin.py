@@ -54,12 +54,15 @@ def test_calls_that_do_not_wait_are_not_counted(seen, call, launches):
 @pytest.mark.parametrize(
     ("launch", "error"),
     [
-        ("swapped", "invalid operands of type pointer<bf16>"), ("host tensor", "cpu tensor?"),
-        ("grid", "invalid argument"), ("threads", "invalid argument"),
+        ("swapped", "invalid operands of type pointer<bf16>"),
+        ("host tensor", "cpu tensor?"),
+        ("grid", "invalid argument"),
+        ("threads", "invalid argument"),
         ("option", "blocks was specified but unrecognised"),
-        ("missing", "missing 1 required positional argument"), ("descriptor", "Failed to create tensor map descriptor"),
+        ("missing", "missing 1 required positional argument"),
+        ("descriptor", "Failed to create tensor map descriptor"),
     ],
-)  # fmt: skip
+)
 def test_launches_that_a_gpu_would_refuse_are_refused(seen, launch, error):
     assert error in seen["refusals"][launch]
 

@@ -330,8 +330,9 @@ def test_layouts_of_json_lines_override_the_command_line(tmp_path):
     )
     layouts = train_sweep.read_layouts(path, {"tokens": 16, "recipe": ("sft", "reward")})
     assert [(one.name, one.ranks, one.recipes) for one in layouts] == [
-        ("2 ranks", 2, ("sft", "reward")), ("b", 1, ("sft", "reward"))
-    ]  # fmt: skip
+        ("2 ranks", 2, ("sft", "reward")),
+        ("b", 1, ("sft", "reward")),
+    ]
     assert layouts[0].flags == ("--tokens", "16", "--recipe", "sft", "reward", "--mesh.tp", "2")
     assert layouts[1].flags[:2] == ("--tokens", "8") and layouts[1].flags[-1] == "--sharding.offload-optimizer"
     assert train_sweep.flags_of("sharding.offload_optimizer", False) == ["--sharding.no-offload-optimizer"]

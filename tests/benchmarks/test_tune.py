@@ -144,9 +144,15 @@ def test_write_entry_puts_a_new_architecture_in_its_place(folder, arch, place):
 def test_measured_holds_what_the_numbers_depend_on():
     about = {"gpu": "H100", "date": "2026-11-25T10:00:00", "triton": "3.6.0", "torch": "2.11", "ptxas": "12.8", "x": 1}
     assert measured_of(Choice(B, 12.3456, None, 7), about) == {
-        "gpu": "H100", "date": "2026-11-25", "triton": "3.6.0", "torch": "2.11", "ptxas": "12.8", "us": 12.35,
-        "runner_up_us": None, "candidates": 7,
-    }  # fmt: skip
+        "gpu": "H100",
+        "date": "2026-11-25",
+        "triton": "3.6.0",
+        "torch": "2.11",
+        "ptxas": "12.8",
+        "us": 12.35,
+        "runner_up_us": None,
+        "candidates": 7,
+    }
 
 
 def test_tune_writes_what_it_chose_and_stops_in_time(folder, monkeypatch, capsys):
@@ -181,14 +187,22 @@ def test_every_table_belongs_to_an_operation_and_the_important_come_first():
     actual = all_targets()
     assert {target.kernel for target in actual} == set(tuned()) and set(tuned()) | UNTUNED >= set(tables.kernels())
     assert [str(target) for target in actual[:2]] == [
-        "attention_forward bytes=2 width=128", "attention_backward_kv bytes=2 width=128"
-    ]  # fmt: skip
+        "attention_forward bytes=2 width=128",
+        "attention_backward_kv bytes=2 width=128",
+    ]
     assert all(target.shape.get("bytes") == 4 for target in actual[-20:])
     # Training and decode of 7B, AdamW's gradients in fp32 and half precision included, before everything else.
     assert {(t.op, t.shape.get("width"), t.shape.get("bytes", 2)) for t in actual[:15]} == {
-        ("attention", 128, 2), ("linear_logprob", None, 2), ("rms_norm", 4096, 2), ("rms_norm", None, 2),
-        ("rope", None, 2), ("swiglu", 2048, 2), ("adamw", None, 2), ("adamw", None, 4), ("decode_attention", None, 2),
-    }  # fmt: skip
+        ("attention", 128, 2),
+        ("linear_logprob", None, 2),
+        ("rms_norm", 4096, 2),
+        ("rms_norm", None, 2),
+        ("rope", None, 2),
+        ("swiglu", 2048, 2),
+        ("adamw", None, 2),
+        ("adamw", None, 4),
+        ("decode_attention", None, 2),
+    }
     with pytest.raises(ValueError, match="expected the table of one of attention"):
         _ = Target.of("softmax_forward", {}).op
 
@@ -243,9 +257,12 @@ def test_entries_for_takes_the_newest_that_the_architecture_can_run():
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is used where there is no GPU")
 INTERPRETED = [
-    ("attention_backward_q", {"width": 16, "bytes": 4}), ("rms_norm_backward", {"width": 16, "bytes": 2}),
-    ("rope", {"half": 8, "bytes": 2}), ("swiglu_backward", {"width": 16, "bytes": 4}), ("adamw", {"bytes": 4}),
-]  # fmt: skip
+    ("attention_backward_q", {"width": 16, "bytes": 4}),
+    ("rms_norm_backward", {"width": 16, "bytes": 2}),
+    ("rope", {"half": 8, "bytes": 2}),
+    ("swiglu_backward", {"width": 16, "bytes": 4}),
+    ("adamw", {"bytes": 4}),
+]
 
 
 @interpreted

@@ -23,7 +23,7 @@ def main(root, source, name, options):
     mesh = make_mesh(MeshOptions(**options), rt)
     model, _ = language_model(
         str(root / "base"), None, seed=0, device=rt.device, mesh=mesh, sharding=Sharding(dtype="bfloat16")
-    )  # fmt: skip
+    )
     with sharded(model).gathered():
         pairs = zip(model.parameters(), load_hf(root / "base", dtype=torch.bfloat16).parameters(), strict=True)
         is_read = all(torch.equal(a, b) for a, b in pairs)

@@ -18,11 +18,31 @@ STEPS, SAVED = 20, 10
 
 def train(root, out, ranks, *words):
     done = torchrun(
-        ranks, ROOT / "recipes" / "sft.py", "--model", root / "base", "--data", root / "rows.jsonl", "--out", out,
-        "--training.lr", "3e-3", "--training.pack-tokens", "120", "--training.packs-per-step", "12",
-        "--training.epochs", "40", "--training.max-steps", STEPS, "--training.save-every", SAVED, "--quiet",
-        "--training.weight-decay", "0.1", *words,
-    )  # fmt: skip
+        ranks,
+        ROOT / "recipes" / "sft.py",
+        "--model",
+        root / "base",
+        "--data",
+        root / "rows.jsonl",
+        "--out",
+        out,
+        "--training.lr",
+        "3e-3",
+        "--training.pack-tokens",
+        "120",
+        "--training.packs-per-step",
+        "12",
+        "--training.epochs",
+        "40",
+        "--training.max-steps",
+        STEPS,
+        "--training.save-every",
+        SAVED,
+        "--quiet",
+        "--training.weight-decay",
+        "0.1",
+        *words,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -95,10 +115,15 @@ def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replica
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (2, {"tp": 2}), (2, {"ep": 2}), (2, {"tp": 2, "ep": 2}), (4, {"tp": 2, "ep": 2}), (4, {"ep": 4}),
-        (4, {"tp": 2, "cp": 2, "ep": 4}), (4, {"tp": 2, "dp_replicate": 2}),
+        (2, {"tp": 2}),
+        (2, {"ep": 2}),
+        (2, {"tp": 2, "ep": 2}),
+        (4, {"tp": 2, "ep": 2}),
+        (4, {"ep": 4}),
+        (4, {"tp": 2, "cp": 2, "ep": 4}),
+        (4, {"tp": 2, "dp_replicate": 2}),
     ],
-)  # fmt: skip
+)
 def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, ranks, layout):
     """From four ranks of data to this layout, and from it to one rank, to four, or to experts on two."""
     name = "_".join([f"in_{ranks}", *(f"{key}_{size}" for key, size in layout.items())])
@@ -140,10 +165,14 @@ def test_four_ranks_resume_bit_equal(root):
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        (1, ()), (2, ("--mesh.dp-replicate", "2")), (3, ()), (2, ("--mesh.tp", "2", "--mesh.ep", "2")),
-        (2, ("--mesh.cp", "2")), (4, ("--mesh.tp", "2", "--mesh.ep", "4")),
+        (1, ()),
+        (2, ("--mesh.dp-replicate", "2")),
+        (3, ()),
+        (2, ("--mesh.tp", "2", "--mesh.ep", "2")),
+        (2, ("--mesh.cp", "2")),
+        (4, ("--mesh.tp", "2", "--mesh.ep", "4")),
     ],
-)  # fmt: skip
+)
 def test_other_layouts_go_on_with_the_same_losses(root, ranks, words):
     out = resumed(root, "with_" + "_".join([str(ranks), *words]).replace("--mesh.", ""), ranks, *words)
     ours, theirs = untimed(out)[SAVED:], untimed(root / "whole")[SAVED:]

@@ -53,9 +53,12 @@ def in_a_copy(tmp_path, code, **environment):
     """Python code run where csrc is a fresh copy without a library."""
     shutil.copytree(HERE.parent, tmp_path / "csrc", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={"PATH": "/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "nowhere"), **environment},
-    )  # fmt: skip
+    )
 
 
 def test_without_nvcc_there_is_no_library(tmp_path):

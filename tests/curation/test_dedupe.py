@@ -54,9 +54,28 @@ def random_texts(seed, count, alphabet, join):
 
 
 ENGLISH = [
-    "the", "a", "cat", "dog", "sat", "ran", "on", "mat", "red", "big", "house", "tree", "and", "then", "3", "4.5",
-    "17", "slowly", "home", "river", "stone",
-]  # fmt: skip
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "mat",
+    "red",
+    "big",
+    "house",
+    "tree",
+    "and",
+    "then",
+    "3",
+    "4.5",
+    "17",
+    "slowly",
+    "home",
+    "river",
+    "stone",
+]
 CHINESE = list("我们你的是不了在人有大这中国来上个说时候三四学生老师")
 
 

@@ -81,9 +81,14 @@ def test_sample_recipe_writes_slices_and_report(tmp_path, recipe):
     write_rows(tmp_path / "test.jsonl", rows(2))
     (tmp_path / "targets.json").write_text('{"topic": {"school": 0.5, "market": 0.5}}')
     cfg = recipe.Config(
-        data=(tmp_path / "rows.jsonl",), out=tmp_path / "out", evaluation=(tmp_path / "test.jsonl",),
-        targets=tmp_path / "targets.json", size=30, slices=2, quiet=True,
-    )  # fmt: skip
+        data=(tmp_path / "rows.jsonl",),
+        out=tmp_path / "out",
+        evaluation=(tmp_path / "test.jsonl",),
+        targets=tmp_path / "targets.json",
+        size=30,
+        slices=2,
+        quiet=True,
+    )
     report = recipe.main(cfg)
     assert report["counts"]["contaminated"] == 2 and report["counts"]["slices"] == [15, 15]
     written = read_rows(tmp_path / "out/slice_1.jsonl") + read_rows(tmp_path / "out/slice_2.jsonl")
@@ -116,10 +121,14 @@ def test_sample_recipe_bad_targets_and_bad_rows(tmp_path, recipe):
 def test_sample_recipe_on_real_files(tmp_path, shared_data, recipe):
     names = ["instructions/alpaca_en.json", "instructions/alpaca_zh.json", "instructions/sharegpt_tools_en.json"]
     cfg = recipe.Config(
-        data=tuple(shared_data / name for name in [*names, "gsm8k/train.jsonl"]), out=tmp_path / "out",
+        data=tuple(shared_data / name for name in [*names, "gsm8k/train.jsonl"]),
+        out=tmp_path / "out",
         evaluation=(shared_data / "gsm8k/test.jsonl", shared_data / "mt_bench/question.jsonl"),
-        uniform=("source",), cap=20, size=600, quiet=True,
-    )  # fmt: skip
+        uniform=("source",),
+        cap=20,
+        size=600,
+        quiet=True,
+    )
     report = recipe.main(cfg)
     counts = report["counts"]
     assert counts["rows"] == 9772 and counts["evaluation"] == 1319 + 160 and counts["slices"] == [200] * 3

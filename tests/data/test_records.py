@@ -31,11 +31,32 @@ JSON = st.recursive(
 )
 KEYS = st.sampled_from(
     [
-        "messages", "prompt", "chosen", "rejected", "steps", "labels", "conversations", "instruction", "input",
-        "output", "question", "answer", "role", "content", "from", "value", "instances", "attributes", "lineage",
-        "id", "user", "assistant", "human", "gpt",
+        "messages",
+        "prompt",
+        "chosen",
+        "rejected",
+        "steps",
+        "labels",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "question",
+        "answer",
+        "role",
+        "content",
+        "from",
+        "value",
+        "instances",
+        "attributes",
+        "lineage",
+        "id",
+        "user",
+        "assistant",
+        "human",
+        "gpt",
     ]
-)  # fmt: skip
+)
 
 
 def turns(question="Why?", answer="Because."):
@@ -275,14 +296,28 @@ def test_own_id_that_differs_is_kept_as_source_id(tmp_path):
 @pytest.mark.parametrize(
     "equation, holds",
     [
-        ("3*4=12", True), ("10/3=3.33", True), ("10/3=3.3", True), ("10/3=3", False), ("3*4=13", False),
+        ("3*4=12", True),
+        ("10/3=3.33", True),
+        ("10/3=3.3", True),
+        ("10/3=3", False),
+        ("3*4=13", False),
         ("$5+.5=5.5", True),
-        ("20%*50=10", True), ("1,000+1=1001", True), ("2*(3+4)=14.0", True), ("-3+5=2", True), ("05+1=6", True),
-        ("2**9=512", None), ("x+1=2", None), ("5", None), ("1/0=0", None), ("3+4=7=7", True),
+        ("20%*50=10", True),
+        ("1,000+1=1001", True),
+        ("2*(3+4)=14.0", True),
+        ("-3+5=2", True),
+        ("05+1=6", True),
+        ("2**9=512", None),
+        ("x+1=2", None),
+        ("5", None),
+        ("1/0=0", None),
+        ("3+4=7=7", True),
         ("__import__('os')=1", None),
-        ("1e9*2=3", None), ("(" * 190 + "=1", None), ("9" * 180 + "*2=1", False),
+        ("1e9*2=3", None),
+        ("(" * 190 + "=1", None),
+        ("9" * 180 + "*2=1", False),
     ],
-)  # fmt: skip
+)
 def test_equation_holds(equation, holds):
     assert equation_holds(equation) is holds
 
@@ -310,12 +345,16 @@ def test_read_prompts_of_rows_and_of_questions(tmp_path):
 @pytest.mark.parametrize(
     "name, count, kind",
     [
-        ("gsm8k/train.jsonl", 7473, Conversation), ("gsm8k/model_solutions.jsonl", 4 * 1319, Process),
-        ("instructions/alpaca_en.json", 999, Conversation), ("instructions/alpaca_zh.json", 1000, Conversation),
-        ("instructions/sharegpt_tools_en.json", 300, Conversation), ("preferences/dpo_en.json", 300, Preference),
-        ("instructions/seed_tasks.jsonl", 175, Conversation), ("instructions/user_oriented.jsonl", 252, Conversation),
+        ("gsm8k/train.jsonl", 7473, Conversation),
+        ("gsm8k/model_solutions.jsonl", 4 * 1319, Process),
+        ("instructions/alpaca_en.json", 999, Conversation),
+        ("instructions/alpaca_zh.json", 1000, Conversation),
+        ("instructions/sharegpt_tools_en.json", 300, Conversation),
+        ("preferences/dpo_en.json", 300, Preference),
+        ("instructions/seed_tasks.jsonl", 175, Conversation),
+        ("instructions/user_oriented.jsonl", 252, Conversation),
     ],
-)  # fmt: skip
+)
 def test_real_files_are_read_whole(shared_data, name, count, kind):
     rows = read_rows(shared_data / name)
     assert len(rows) == count and all(type(row) is kind for row in rows)

@@ -18,9 +18,7 @@ def read(tmp_path, *files: str, on_error: str = "skip"):
         paths.append(tmp_path / f"{index}.jsonl")
         paths[-1].write_text(text)
     rejects = tmp_path / "rejects.jsonl"
-    return read_samples(
-        paths, TOKENIZER, kind="conversation", max_length=260, on_error=on_error, rejects=rejects
-    )  # fmt: skip
+    return read_samples(paths, TOKENIZER, kind="conversation", max_length=260, on_error=on_error, rejects=rejects)
 
 
 def test_read_samples_names_the_line_of_a_sample_that_is_too_long(tmp_path):
@@ -35,8 +33,9 @@ def test_read_samples_counts_unreadable_records_of_every_file_and_refused_sample
     unread = [json.loads(line) for line in (tmp_path / "unread_rejects.jsonl").read_text().splitlines()]
     assert [line["where"] for line in refused] == [f"{tmp_path}/0.jsonl:3"]
     assert [(line["path"], line["line"]) for line in unread] == [
-        (f"{tmp_path}/0.jsonl", 2), (f"{tmp_path}/1.jsonl", 1),
-    ]  # fmt: skip
+        (f"{tmp_path}/0.jsonl", 2),
+        (f"{tmp_path}/1.jsonl", 1),
+    ]
 
 
 def test_read_pairs_counts_unreadable_records_too(tmp_path):
@@ -44,7 +43,9 @@ def test_read_pairs_counts_unreadable_records_too(tmp_path):
     same = pair | {"rejected": "two"}
     (tmp_path / "p.jsonl").write_text("\n".join([json.dumps(pair), "{", json.dumps(same)]))
     pairs, rejected = read_pairs(
-        [tmp_path / "p.jsonl"], lambda row: answer_pair(TOKENIZER, row, 260, 1024), on_error="skip",
+        [tmp_path / "p.jsonl"],
+        lambda row: answer_pair(TOKENIZER, row, 260, 1024),
+        on_error="skip",
         rejects=tmp_path / "rejects.jsonl",
-    )  # fmt: skip
+    )
     assert (len(pairs), rejected) == (1, 2)

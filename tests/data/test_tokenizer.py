@@ -172,8 +172,23 @@ def tokens_of(tokenizer, text):
 
 def test_trained_tokenizer_has_a_token_per_word_digit_newline_and_atom():
     assert tokens_of(TRAINED, "Tom has 12 apples.\n3*4=12 ASSISTANT: He") == [
-        "Tom", " has", " ", "1", "2", " apples", ".", "\n", "3", "*", "4", "=", "1", "2", " ASSISTANT:", " He"
-    ]  # fmt: skip
+        "Tom",
+        " has",
+        " ",
+        "1",
+        "2",
+        " apples",
+        ".",
+        "\n",
+        "3",
+        "*",
+        "4",
+        "=",
+        "1",
+        "2",
+        " ASSISTANT:",
+        " He",
+    ]
     assert tokens_of(TRAINED, "¿Cuántas peras") == ["¿Cuántas", " peras"]
     assert TRAINED.vocab_size < 330 and MERGED.vocab_size == 275
     for text in CORPUS:

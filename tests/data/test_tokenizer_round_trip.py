@@ -16,15 +16,43 @@ from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import load_tokenizer
 
 CORPUS = [
-    "A chat between a curious user and an artificial intelligence assistant.", "USER: What is 12 + 30? ASSISTANT: 42",
-    "def f(x):\n\treturn x  # two  spaces", "Größe, déjà vu, naïve café", "one two three four five six seven eight",
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "USER: What is 12 + 30? ASSISTANT: 42",
+    "def f(x):\n\treturn x  # two  spaces",
+    "Größe, déjà vu, naïve café",
+    "one two three four five six seven eight",
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-] * 4  # fmt: skip
+] * 4
 TEXTS = [
-    "", " ", "  ", "a", " a", "a ", "  a  b  ", "\n", "\n\n x\n", "\t", "12345 + 6 = 12351", "</s>", "<s>hi</s>USER:",
-    "<unk>", "▁x", "é", "e\u0301", "😀👩‍👩‍👧", "中文 text", "\u200b\u00a0", "\x00\x1b[31m", "USER: hi ASSISTANT:",
-    "<0x41>", "x" * 300, "What is 12 + 30?\nIt's  42.", "\u2028", "ﬁ ½ Ⅷ", "مرحبا بالعالم",
-]  # fmt: skip
+    "",
+    " ",
+    "  ",
+    "a",
+    " a",
+    "a ",
+    "  a  b  ",
+    "\n",
+    "\n\n x\n",
+    "\t",
+    "12345 + 6 = 12351",
+    "</s>",
+    "<s>hi</s>USER:",
+    "<unk>",
+    "▁x",
+    "é",
+    "e\u0301",
+    "😀👩‍👩‍👧",
+    "中文 text",
+    "\u200b\u00a0",
+    "\x00\x1b[31m",
+    "USER: hi ASSISTANT:",
+    "<0x41>",
+    "x" * 300,
+    "What is 12 + 30?\nIt's  42.",
+    "\u2028",
+    "ﬁ ½ Ⅷ",
+    "مرحبا بالعالم",
+]
 
 
 def llama_json(model, layout):
@@ -43,11 +71,20 @@ def pair(request, tmp_path_factory):
     """The same tokenizer read from tokenizer.model and from tokenizer.json."""
     folder, file = tmp_path_factory.mktemp("tokenizers"), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=420, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
-        split_digits=True, allow_whitespace_only_pieces=True, character_coverage=1.0, minloglevel=2,
+        sentence_iterator=iter(CORPUS),
+        model_writer=file,
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        character_coverage=1.0,
+        minloglevel=2,
         hard_vocab_limit=False,
-    )  # fmt: skip
+    )
     (folder / "tokenizer.model").write_bytes(file.getvalue())
     (folder / "tokenizer.json").write_text(llama_json(file.getvalue(), request.param))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
@@ -115,8 +152,12 @@ def test_the_mistral_tokenizer_reads_like_the_published_one(shared_data, tmp_pat
 def test_models_of_another_kind_are_refused():
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=90, model_type="unigram", minloglevel=2,
+        sentence_iterator=iter(CORPUS),
+        model_writer=file,
+        vocab_size=90,
+        model_type="unigram",
+        minloglevel=2,
         hard_vocab_limit=False,
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match="tokenizer: expected a SentencePiece BPE model without a normalisation"):
         tokenizer_json(file.getvalue())

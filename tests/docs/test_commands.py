@@ -219,8 +219,12 @@ def named_options(path: Path) -> set[str]:
     """Options that a page's text names in code, `--a.b`, without their values."""
     plain = FENCE.sub("", path.read_text(encoding="utf-8"))
     is_command = re.compile(r"(python3?|torchrun|ncu|nsys|pip|env) ").match
-    return {match[1].rstrip(".") for code in re.findall(r"`([^`]+)`", plain) if not is_command(code)
-            for match in re.finditer(r"(?:^|(?<=\s))(--[a-z][\w.-]*)", code)}  # fmt: skip
+    return {
+        match[1].rstrip(".")
+        for code in re.findall(r"`([^`]+)`", plain)
+        if not is_command(code)
+        for match in re.finditer(r"(?:^|(?<=\s))(--[a-z][\w.-]*)", code)
+    }
 
 
 def is_option(option: str, known: set[str]) -> bool:

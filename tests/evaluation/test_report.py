@@ -15,11 +15,18 @@ from wizard_engine.html import charts
 from wizard_engine.html.flow import flow, wrapped
 
 STAGES = [
-    {"slice": s, "name": name, "accuracy": a, "correct": round(1000 * a), "total": 1000, "sampled_accuracy": a - 0.05,
-     "seconds": 12.5}
+    {
+        "slice": s,
+        "name": name,
+        "accuracy": a,
+        "correct": round(1000 * a),
+        "total": 1000,
+        "sampled_accuracy": a - 0.05,
+        "seconds": 12.5,
+    }
     for s, values in ((1, (0.1, 0.4, 0.38, 0.45)), (2, (0.45, 0.55, 0.56, 0.61)))
     for name, a in zip(("base", "sft", "stage_dpo", "rleif"), values)
-]  # fmt: skip
+]
 PAIRS = [
     {"a": "rleif", "b": "sft", "wins": 300, "losses": 200, "ties": 500, "win_rate": 0.6, "ci95": [0.55, 0.64]},
     {"a": "stage_dpo", "b": "sft", "wins": 0, "losses": 0, "ties": 10, "win_rate": None, "ci95": None},
@@ -52,7 +59,7 @@ DETAILS = {
     "phases": [
         {"name": EVIL, "steps": 3, "step": 1.5, "tail_idle": 0.25, "difference": 3e-6, "seconds": {"hand_over": 0.1}}
     ],
-}  # fmt: skip
+}
 
 
 class Balanced(HTMLParser):
@@ -99,14 +106,34 @@ def test_report_is_well_formed_self_contained_and_escaped(page):
 def test_report_shows_every_part(page):
     words = _read(page)
     for expected in (
-        "programs, not language models", "The path of the data", "9,000", "Weighted sampling", "A problem, evolved",
+        "programs, not language models",
+        "The path of the data",
+        "9,000",
+        "Weighted sampling",
+        "A problem, evolved",
         "constraint",
-        "What each stage bought", "Learning curves", "Blind preference", "300 : 200", "60.0 %",
-        "55.0 %", "55.0 to 64.0 %",
-        "Elo", "1050",
-        "Two-turn questions", "could not be read: 2", "Before and after", "right", "wrong", "Ablations", "1,234",
-        "make demo SEED=3", "9 min 5 s", "10.0 → 61.0 %", "5.0 → 56.0 %", "1 min 1 s",
-    ):  # fmt: skip
+        "What each stage bought",
+        "Learning curves",
+        "Blind preference",
+        "300 : 200",
+        "60.0 %",
+        "55.0 %",
+        "55.0 to 64.0 %",
+        "Elo",
+        "1050",
+        "Two-turn questions",
+        "could not be read: 2",
+        "Before and after",
+        "right",
+        "wrong",
+        "Ablations",
+        "1,234",
+        "make demo SEED=3",
+        "9 min 5 s",
+        "10.0 → 61.0 %",
+        "5.0 → 56.0 %",
+        "1 min 1 s",
+    ):
         assert expected in words, expected
     assert "red" in page[page.index("<mark>") : page.index("</mark>")]
 

@@ -22,10 +22,16 @@ EOS = 7
 def pair(family, folder, seed, spread=0.3):
     """A random model of transformers and the same in this engine; likelihoods far apart, so that nothing ties."""
     fields = {
-        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": spread,
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": spread,
         "tie_word_embeddings": seed % 2 == 0,
-    }  # fmt: skip
+    }
     if family == "Mistral":
         fields["sliding_window"] = 11
     if family == "Mixtral":
@@ -51,9 +57,13 @@ def prompts_of(seed, count, vocab_size=97, longest=60):
 def by_transformers(model, prompt, count):
     with torch.no_grad():
         out = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            max_new_tokens=count, eos_token_id=EOS, pad_token_id=EOS,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=count,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+        )
     return out[0, len(prompt) :].tolist()
 
 

@@ -26,9 +26,14 @@ def load(draw, vocab_size, count):
     for i in range(count):
         prompt = stem[: draw.randint(0, 40)] + [draw.randrange(vocab_size) for _ in range(draw.randint(1, 20))]
         how = Sampling(
-            draw.choice([1, 2, 9, 30]), draw.choice([0.0, 0.7, 1.0]), draw.choice([None, 0, 5]),
-            draw.choice([None, 1.0, 0.8]), seed=i, eos_id=EOS, top_logprobs=draw.choice([0, 0, 3]),
-        )  # fmt: skip
+            draw.choice([1, 2, 9, 30]),
+            draw.choice([0.0, 0.7, 1.0]),
+            draw.choice([None, 0, 5]),
+            draw.choice([None, 1.0, 0.8]),
+            seed=i,
+            eos_id=EOS,
+            top_logprobs=draw.choice([0, 0, 3]),
+        )
         yield prompt, how, draw.choice([1, 1, 1, 3])
 
 

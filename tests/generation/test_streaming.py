@@ -37,9 +37,13 @@ def test_the_next_turn_is_read_from_the_page_where_it_differs(model):
     first = list(streamer.stream(long, max_new_tokens=6))
     assert streamer.reused == 0
     for turn, reused in (
-        (long + first + [11, 12], 48), (long + first + [11, 13, 14], 64), (long[:40] + [1, 2], 32), (long[:33], 32),
-        (long[:32], 16), ([9, *long], 0),
-    ):  # fmt: skip
+        (long + first + [11, 12], 48),
+        (long + first + [11, 13, 14], 64),
+        (long[:40] + [1, 2], 32),
+        (long[:33], 32),
+        (long[:32], 16),
+        ([9, *long], 0),
+    ):
         expected = generate(model, [turn], max_new_tokens=6, eos_id=-1).tokens[0]
         assert list(streamer.stream(turn, max_new_tokens=6)) == expected
         assert streamer.reused == reused
@@ -91,11 +95,16 @@ def test_a_piece_comes_as_soon_as_it_is_sure():
 @pytest.mark.parametrize(
     ("text", "stop", "shown"),
     [
-        ("one two. three. four", ["three"], "one two. "), ("one two. three. four", ["four", " two"], "one"),
-        ("aaab", ["aab"], "a"), ("no such", ["nope", ""], "no such"), ("x é\u20acé y", ["\u20acé"], "x é"),
-        ("stop at once", ["stop"], ""), ("ends with sto", ["stop"], "ends with sto"), ("  a b  c", ["  c"], "  a b"),
+        ("one two. three. four", ["three"], "one two. "),
+        ("one two. three. four", ["four", " two"], "one"),
+        ("aaab", ["aab"], "a"),
+        ("no such", ["nope", ""], "no such"),
+        ("x é\u20acé y", ["\u20acé"], "x é"),
+        ("stop at once", ["stop"], ""),
+        ("ends with sto", ["stop"], "ends with sto"),
+        ("  a b  c", ["  c"], "  a b"),
     ],
-)  # fmt: skip
+)
 def test_text_ends_before_the_first_stop_string(text, stop, shown, strip):
     tokenizer = train_tokenizer(["two words plain"], vocab_size=300)
     stream = TextStream(tokenizer, stop, strip=strip)

@@ -190,8 +190,12 @@ def entries():
     """Classes of the tables and their architectures, by the largest tile first met, each configuration once."""
     result = {}
     for entry in table("attention_forward"):
-        rest = [e["config"] for name in ("attention_backward_kv", "attention_backward_q") for e in table(name)
-                if (e["arch"], e["class"]) == (entry["arch"], entry["class"])]  # fmt: skip
+        rest = [
+            e["config"]
+            for name in ("attention_backward_kv", "attention_backward_q")
+            for e in table(name)
+            if (e["arch"], e["class"]) == (entry["arch"], entry["class"])
+        ]
         result.setdefault(str((entry["class"], entry["config"], rest)), (entry["arch"], entry["class"]))
     return [pytest.param(*x, id=f"sm{x[0]}-{x[1]['width']}-{8 * x[1]['bytes']}bit") for x in result.values()]
 
@@ -361,7 +365,7 @@ def test_attention_traces_without_a_graph_break():
         ({"keys": [0, 8]}, r"max_seqlen_k: expected the longest key sequence beside cu_seqlens_k, got None"),
         ({"keys": [0, 4, 8]}, r"cu_seqlens_k: expected \(2,\), got \(3,\)|max_seqlen_k"),
     ],
-)  # fmt: skip
+)
 def test_attention_refuses(change, message):
     width = change.get("width", 8)
     tensors = {name: torch.zeros(8, 1, width, device=DEVICE, dtype=change.get(name, torch.float32)) for name in "qkv"}

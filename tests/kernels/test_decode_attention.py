@@ -146,8 +146,13 @@ def test_bad_arguments_are_named():
         ({"window": 0}, "window: expected at least 1"),
     ):
         arguments = {
-            "q": q, "keys": keys, "values": values, "page_table": table, "lengths": sizes, "max_length": longest,
-        } | change  # fmt: skip
+            "q": q,
+            "keys": keys,
+            "values": values,
+            "page_table": table,
+            "lengths": sizes,
+            "max_length": longest,
+        } | change
         with pytest.raises(ValueError, match=re.escape(text)):
             decode_attention(**arguments)
 

@@ -91,9 +91,10 @@ def drawn(seed=0):
 
 def eager(hidden, weight, targets, weights, reference, *, beta, variant, smoothing=0.0, mean=False, nll=0.0):
     """Written apart from the engine: one sequence at a time, full logits."""
-    logprob = (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) @ weight.to(
-        torch.promote_types(weight.dtype, torch.float32)
-    ).T).log_softmax(-1)  # fmt: skip
+    logprob = (
+        hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        @ weight.to(torch.promote_types(weight.dtype, torch.float32)).T
+    ).log_softmax(-1)
     scores, chosen = [], 0.0
     for start, end in zip(MARKS[:-1].tolist(), MARKS[1:].tolist()):
         rows = [i for i in range(start, end) if targets[i] >= 0 and weights[i] != 0]
@@ -129,10 +130,13 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize(
     ("variant", "smoothing", "mean", "nll"),
     [
-        ("sigmoid", 0.0, False, 0.0), ("sigmoid", 0.2, False, 0.7), ("robust", 0.2, False, 0.0),
-        ("ipo", 0.0, False, 0.3), ("sigmoid", 0.0, True, 0.0),
+        ("sigmoid", 0.0, False, 0.0),
+        ("sigmoid", 0.2, False, 0.7),
+        ("robust", 0.2, False, 0.0),
+        ("ipo", 0.0, False, 0.3),
+        ("sigmoid", 0.0, True, 0.0),
     ],
-)  # fmt: skip
+)
 def test_dpo_equals_eager_with_full_logits(path, dtype, variant, smoothing, mean, nll):
     inputs, targets, weights = drawn()
     reference = -5 * torch.rand(6, generator=torch.Generator().manual_seed(5))
@@ -140,9 +144,19 @@ def test_dpo_equals_eager_with_full_logits(path, dtype, variant, smoothing, mean
 
     def node(hidden, weight):
         return dpo(
-            hidden, weight, targets, weights, MARKS, reference, **options, num_pairs=5, label_smoothing=smoothing,
-            length_normalised=mean, nll=nll, num_chosen_tokens=11,
-        ).loss  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            weights,
+            MARKS,
+            reference,
+            **options,
+            num_pairs=5,
+            label_smoothing=smoothing,
+            length_normalised=mean,
+            nll=nll,
+            num_chosen_tokens=11,
+        ).loss
 
     check(
         node,
@@ -224,8 +238,13 @@ def test_dpo_without_a_supervised_token_is_that_of_the_references_and_has_zero_g
 def test_dpo_refuses_what_does_not_fit(changes, message):
     inputs, targets, weights = drawn()
     arguments = {
-        **{name: x.float() for name, x in inputs.items()}, "targets": targets, "weights": weights, "cu_seqlens": MARKS,
-        "reference": torch.zeros(6), "beta": 0.1, "num_pairs": 3,
-    }  # fmt: skip
+        **{name: x.float() for name, x in inputs.items()},
+        "targets": targets,
+        "weights": weights,
+        "cu_seqlens": MARKS,
+        "reference": torch.zeros(6),
+        "beta": 0.1,
+        "num_pairs": 3,
+    }
     with pytest.raises(ValueError, match=message):
         dpo(**{**arguments, **changes})

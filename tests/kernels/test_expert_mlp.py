@@ -219,9 +219,11 @@ def test_whole_numbers_are_exact(dtype):
     )
     down = draw(-1, 1, num_experts, width, ffn_width)
     inputs = {
-        "x": x, "gates": torch.tensor([0.5, 0.25], device=DEVICE).expand(tokens, 2).contiguous(),
-        "gate_up": gate_up.to(dtype), "down": down.to(dtype),
-    }  # fmt: skip
+        "x": x,
+        "gates": torch.tensor([0.5, 0.25], device=DEVICE).expand(tokens, 2).contiguous(),
+        "gate_up": gate_up.to(dtype),
+        "down": down.to(dtype),
+    }
     out = expert_mlp(inputs["x"], inputs["gate_up"], inputs["down"], routing_of(inputs["gates"], experts, num_experts))
     expected = plain(experts, *(inputs[name].double() for name in ("x", "gates", "gate_up", "down")))
     assert torch.equal(out.double(), expected)

@@ -92,9 +92,10 @@ def test_gae_operation_traces():
     numbers = torch.randn(2, 7).to(DEVICE)
     with kernels.use_backend("triton"):
         torch.library.opcheck(
-            torch.ops.wizard_engine.gae, (*numbers, marks([4, 3]).to(DEVICE), 1.0, 0.9),
+            torch.ops.wizard_engine.gae,
+            (*numbers, marks([4, 3]).to(DEVICE), 1.0, 0.9),
             test_utils=("test_schema", "test_faketensor"),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,10 @@ def test_norm_reaches_elements_beyond_2_31(monkeypatch):
     ids = {axis: number([n], dtype=interpreter.np.int32) for axis, n in ((0, 2**31 // CHUNK), (1, 0), (2, 0))}
     sums = torch.zeros(2**31 // CHUNK + 1)
     monkeypatch.setattr(
-        interpreter.InterpreterBuilder, "create_get_program_id",
+        interpreter.InterpreterBuilder,
+        "create_get_program_id",
         lambda self, axis: interpreter.TensorHandle(ids[axis], interpreter.tl.int32),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(_grad_norm.torch, "empty", lambda *a, **k: sums)
     monkeypatch.setattr("triton.cdiv", lambda a, b: 1)
     with use_config("grad_norm", BLOCK=4096, num_warps=4, num_stages=1):

@@ -216,8 +216,10 @@ def test_words_of_minus_infinity_have_no_gradient(entropy):
     hidden, weight = inputs["hidden"].float().abs() + 1e-3, inputs["weight"].float()
     targets = targets % 40 + 35
     result = []
-    for vocab_size, here in ((weight.masked_fill(torch.arange(75, device=DEVICE)[:, None] < 35, -torch.inf), targets),
-                        (weight[35:], targets - 35)):  # fmt: skip
+    for vocab_size, here in (
+        (weight.masked_fill(torch.arange(75, device=DEVICE)[:, None] < 35, -torch.inf), targets),
+        (weight[35:], targets - 35),
+    ):
         leaf = vocab_size.clone().requires_grad_()
         logprob, spread = linear_logprob(hidden, leaf, here, entropy=entropy)
         (logprob.sum() + spread.sum() if entropy else logprob.sum()).backward()
@@ -385,8 +387,10 @@ def test_rows_behind_2_to_the_31_elements(which):
     for pointers in (False, True):
         for arguments in (tensors, {**tensors, which: far}):
             leaves = [x.detach().requires_grad_() for x in arguments.values()]
-            configs = [use_config(name, TMA=not pointers, **SMALL) for name in
-                       ("linear_logprob_statistics", "linear_logprob_dlogits")]  # fmt: skip
+            configs = [
+                use_config(name, TMA=not pointers, **SMALL)
+                for name in ("linear_logprob_statistics", "linear_logprob_dlogits")
+            ]
             with configs[0], configs[1]:
                 logprob, _ = linear_logprob(*leaves, targets)
                 grads = torch.autograd.grad(logprob.sum(), leaves)
@@ -413,9 +417,31 @@ def test_gradients_of_logits_behind_2_to_the_31_elements(monkeypatch):
     )
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: last)
     module.linear_logprob_dlogits_kernel[(1,)](
-        hidden, weight, None, None, targets, statistics, dlogprob, None, dlogits, rows, vocab_size, 0, vocab_size // 32,
-        0, 1.0, 16, 16, vocab_size, WIDTH=16, ENTROPY=False, TMA=False, PRECISION="ieee", GROUP=module.GROUP, **SMALL,
-    )  # fmt: skip
+        hidden,
+        weight,
+        None,
+        None,
+        targets,
+        statistics,
+        dlogprob,
+        None,
+        dlogits,
+        rows,
+        vocab_size,
+        0,
+        vocab_size // 32,
+        0,
+        1.0,
+        16,
+        16,
+        vocab_size,
+        WIDTH=16,
+        ENTROPY=False,
+        TMA=False,
+        PRECISION="ieee",
+        GROUP=module.GROUP,
+        **SMALL,
+    )
     expected = -logits.softmax(-1)[-16:, -32:]
     expected[:, -1] += 1
     torch.testing.assert_close(dlogits.view(rows, vocab_size)[-16:, -32:].float(), expected, rtol=2e-3, atol=1e-6)

@@ -82,15 +82,27 @@ def test_dpo_equals_liger(variant, smoothing, mean, nll):
     hidden, weight, other, fixed, targets = drawn()
     mine, twins = both(hidden, weight)
     peer = LigerFusedLinearDPOLoss(
-        beta=BETA, alpha=nll, compute_nll_loss=nll > 0, compiled=False, average_log_prob=mean, loss_type=variant,
+        beta=BETA,
+        alpha=nll,
+        compute_nll_loss=nll > 0,
+        compiled=False,
+        average_log_prob=mean,
+        loss_type=variant,
         label_smoothing=smoothing,
-    )  # fmt: skip
+    )
     theirs, _ = peer(twins[1], twins[0], targets, ref_input=other, ref_weight=fixed)
     chosen = int((targets[: ROWS // 2] >= 0).sum())
     ours = our_dpo(
-        *mine, other, fixed, targets, variant=variant, label_smoothing=smoothing, length_normalised=mean, nll=nll,
+        *mine,
+        other,
+        fixed,
+        targets,
+        variant=variant,
+        label_smoothing=smoothing,
+        length_normalised=mean,
+        nll=nll,
         num_chosen_tokens=chosen,
-    )  # fmt: skip
+    )
     same(ours.loss, theirs, mine, twins)
 
 
@@ -125,17 +137,30 @@ def test_dpo_equals_trl(loss_type, variant, smoothing):
     same_device = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        ref_model=trl_model((other, fixed)), accelerator=same_device,
-        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=False, f_divergence_type="reverse_kl", beta=BETA,
-        loss_types=[loss_type], loss_weights=[1.0], label_smoothing=smoothing, use_weighting=False, _tp_size=1,
-        args=MagicMock(gradient_checkpointing=False), _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0, is_vision_dataset=False,
-    )  # fmt: skip
+        ref_model=trl_model((other, fixed)),
+        accelerator=same_device,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=False,
+        f_divergence_type="reverse_kl",
+        beta=BETA,
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        label_smoothing=smoothing,
+        use_weighting=False,
+        _tp_size=1,
+        args=MagicMock(gradient_checkpointing=False),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        is_vision_dataset=False,
+    )
     # TRL shifts: the target of position i stands at i + 1.
     ids = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=-100)
     inputs = {
-        "input_ids": ids.clamp(min=0), "attention_mask": torch.ones_like(ids), "completion_mask": (ids >= 0).long()
-    }  # fmt: skip
+        "input_ids": ids.clamp(min=0),
+        "attention_mask": torch.ones_like(ids),
+        "completion_mask": (ids >= 0).long(),
+    }
     theirs = DPOTrainer._compute_loss(trainer, trl_model(twins), inputs, False)
     cut = targets.clone()
     cut[:, -1] = -100
@@ -173,10 +198,19 @@ def our_ppo(head, targets, drawn_before, kind, delta, kl, weighted, cap=1.2):
     flat, kept, _, marks = packed(head[0], targets)
     over = {"num_tokens": int((kept >= 0).sum())} if kind == "bnpo" else {"num_sequences": ROWS, "cu_seqlens": marks}
     return ppo(
-        flat, head[1], kept, old.flatten(), advantages.repeat_interleave(LENGTH), clip=(0.2, 0.3), dual_clip=delta,
-        reference=reference.flatten(), kl=kl, sampled=sampled.flatten() if weighted else None, importance_cap=cap,
+        flat,
+        head[1],
+        kept,
+        old.flatten(),
+        advantages.repeat_interleave(LENGTH),
+        clip=(0.2, 0.3),
+        dual_clip=delta,
+        reference=reference.flatten(),
+        kl=kl,
+        sampled=sampled.flatten() if weighted else None,
+        importance_cap=cap,
         **over,
-    )  # fmt: skip
+    )
 
 
 @needs_liger
@@ -192,10 +226,15 @@ def test_ppo_equals_liger_grpo(kind, delta, kl, weighted):
         beta=kl, compiled=False, use_ref_model=kl > 0, epsilon_low=0.2, epsilon_high=0.3, loss_type=kind, delta=delta
     )
     theirs, _ = peer(
-        twins[0], twins[1], targets.clamp(min=0), (targets >= 0).float(), advantages,
-        ref_per_token_logps=reference if kl else None, old_per_token_logps=old,
+        twins[0],
+        twins[1],
+        targets.clamp(min=0),
+        (targets >= 0).float(),
+        advantages,
+        ref_per_token_logps=reference if kl else None,
+        old_per_token_logps=old,
         vllm_is_ratio=(old - sampled).exp().clamp(max=1.2) if weighted else None,
-    )  # fmt: skip
+    )
     same(our_ppo(mine, targets, before, kind, delta, kl, weighted).loss, theirs, mine, twins)
 
 
@@ -215,20 +254,34 @@ def test_ppo_equals_trl_grpo(kind, delta, kl, weighted):
     logprob = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     trainer = MagicMock()
     trainer.configure_mock(
-        beta=kl, loss_type=kind, epsilon_low=0.2, epsilon_high=0.3, importance_sampling_level="token",
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=weighted,
-        vllm_importance_sampling_correction=weighted, aux_loss_enabled=False, tools=None,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, use_adaptive_entropy=False,
-    )  # fmt: skip
+        beta=kl,
+        loss_type=kind,
+        epsilon_low=0.2,
+        epsilon_high=0.3,
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=weighted,
+        vllm_importance_sampling_correction=weighted,
+        aux_loss_enabled=False,
+        tools=None,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        use_adaptive_entropy=False,
+    )
     trainer.args.delta, trainer.args.use_bias_correction_kl = delta, False
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
     trainer._metrics = defaultdict(lambda: defaultdict(list))
     trainer._get_per_token_logps_and_entropies.return_value = (logprob, torch.zeros_like(logprob), None)
     inputs = {
-        "prompt_ids": torch.zeros(ROWS, 1, dtype=torch.int64), "prompt_mask": torch.ones(ROWS, 1, dtype=torch.int64),
-        "completion_ids": targets.clamp(min=0), "completion_mask": kept, "advantages": advantages,
-        "old_per_token_logps": old, "ref_per_token_logps": reference,
+        "prompt_ids": torch.zeros(ROWS, 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(ROWS, 1, dtype=torch.int64),
+        "completion_ids": targets.clamp(min=0),
+        "completion_mask": kept,
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": reference,
         "importance_sampling_ratio": (old - sampled).exp().clamp(max=1.2),
-    }  # fmt: skip
+    }
     theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
     same(our_ppo(mine, targets, before, kind, delta, kl, weighted).loss, theirs, mine, twins)

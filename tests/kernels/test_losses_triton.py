@@ -58,10 +58,15 @@ DPO = {"beta": 0.3, "num_pairs": 5.0, "variant": "sigmoid", "label_smoothing": 0
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"label_smoothing": 0.2}, {"variant": "robust", "label_smoothing": 0.2}, {"variant": "ipo", "mean": True},
-        {"mean": True}, {"nll": 0.7}, {"variant": "ipo", "mean": True, "nll": 0.7},
+        {},
+        {"label_smoothing": 0.2},
+        {"variant": "robust", "label_smoothing": 0.2},
+        {"variant": "ipo", "mean": True},
+        {"mean": True},
+        {"nll": 0.7},
+        {"variant": "ipo", "mean": True, "nll": 0.7},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("lengths", [[1, 1], [3, 0, 70, 64, 65, 0], [200, 5, 63, 1, 2, 129]])
 def test_dpo_kernel_equals_the_reference(lengths, changes):
     logprob, weights, marks, reference = preference(lengths)
@@ -149,11 +154,15 @@ PPO = {"clip": (0.2, 0.3), "dual_clip": None, "kl": 0.0, "kl_estimator": "k3", "
 @pytest.mark.parametrize(
     ("changes", "terms"),
     [
-        ({}, ()), ({"dual_clip": 1.1}, ()), ({}, ("sampled",)), ({"entropy": 0.1}, ()),
-        ({"kl": 0.3, "kl_estimator": "k1"}, ("reference",)), ({"kl": 0.3, "kl_estimator": "k2"}, ("reference",)),
+        ({}, ()),
+        ({"dual_clip": 1.1}, ()),
+        ({}, ("sampled",)),
+        ({"entropy": 0.1}, ()),
+        ({"kl": 0.3, "kl_estimator": "k1"}, ("reference",)),
+        ({"kl": 0.3, "kl_estimator": "k2"}, ("reference",)),
         ({"kl": 0.3, "dual_clip": 1.1, "entropy": 0.1}, ("reference", "sampled")),
     ],
-)  # fmt: skip
+)
 def test_ppo_kernel_equals_the_reference(count, changes, terms):
     logprob, entropy, scale, numbers = tokens(count, seed=count)
     given = {name: numbers[name] if name in terms else None for name in ("reference", "sampled")}

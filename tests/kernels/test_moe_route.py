@@ -28,10 +28,8 @@ def backend(request):
 def drawn(tokens, width, experts, seed=0):
     inputs = {
         "hidden": scaled(max(tokens, 1), width, seed=seed)[:tokens],
-        "router": torch.randn(
-            experts, width, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64
-        ),
-    }  # fmt: skip
+        "router": torch.randn(experts, width, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64),
+    }
     return {name: x.to(DEVICE) for name, x in inputs.items()}
 
 

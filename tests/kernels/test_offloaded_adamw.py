@@ -16,18 +16,21 @@ HERE = LEVELS[: LEVELS.index(widest_level()) + 1]
 def drawn(size, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {
-        "master": torch.randn(size, generator=generator), "exp_avg": 0.1 * torch.randn(size, generator=generator),
+        "master": torch.randn(size, generator=generator),
+        "exp_avg": 0.1 * torch.randn(size, generator=generator),
         "exp_avg_sq": 0.01 * torch.randn(size, generator=generator).square(),
         "gradient": scaled(max(size, 1), 1, seed=seed)[:size, 0].to(dtype),
-    }  # fmt: skip
+    }
 
 
 def updated(tensors, **options):
     """The buffers after an update, all of them copies."""
     clones = {name: x.clone() for name, x in tensors.items()}
-    offloaded_adamw(*(clones[n] for n in ("master", "exp_avg", "exp_avg_sq", "gradient")), **OPTIONS | options, **{
-        name: x for name, x in clones.items() if name in ("accumulated", "copy")
-    })  # fmt: skip
+    offloaded_adamw(
+        *(clones[n] for n in ("master", "exp_avg", "exp_avg_sq", "gradient")),
+        **OPTIONS | options,
+        **{name: x for name, x in clones.items() if name in ("accumulated", "copy")},
+    )
     return clones
 
 
@@ -46,9 +49,11 @@ def test_update_equals_float64(level, size, dtype, accumulates, scale):
     base = {name: x.float().clone() for name, x in tensors.items()}
     for copies in (wide, base):
         offloaded_adamw_reference(
-            *(copies[n] for n in ("master", "exp_avg", "exp_avg_sq", "gradient")), scale=scale,
-            accumulated=copies.get("accumulated"), **OPTIONS,
-        )  # fmt: skip
+            *(copies[n] for n in ("master", "exp_avg", "exp_avg_sq", "gradient")),
+            scale=scale,
+            accumulated=copies.get("accumulated"),
+            **OPTIONS,
+        )
     for name in ("master", "exp_avg", "exp_avg_sq"):
         assert_close(result[name], base[name], wide[name], name)
     assert torch.equal(result["gradient"], tensors["gradient"])
@@ -76,8 +81,9 @@ def test_copies_are_rounded_as_torch_rounds(level):
 @pytest.mark.parametrize("size", [17, 700_001])
 def test_levels_and_threads_give_the_same_bits(size):
     tensors = drawn(size, torch.bfloat16) | {
-        "accumulated": torch.randn(size), "copy": torch.zeros(size, dtype=torch.bfloat16)
-    }  # fmt: skip
+        "accumulated": torch.randn(size),
+        "copy": torch.zeros(size, dtype=torch.bfloat16),
+    }
     expected = updated(tensors, level="plain", threads=1)
     for level in HERE:
         for threads in (1, 2, 3, 7):
@@ -114,11 +120,14 @@ def test_many_steps_follow_torch():
         ({"exp_avg": torch.zeros(5)}, r"exp_avg: expected \(4,\), got \(5,\)"),
         ({"exp_avg_sq": torch.zeros(8)[::2]}, "exp_avg_sq: expected a contiguous tensor in host memory"),
         ({"accumulated": torch.zeros(4, device="meta")}, "accumulated: expected a contiguous tensor in host memory"),
-        ({"lr": -1.0}, "lr: expected >= 0"), ({"epsilon": math.nan}, "epsilon: expected >= 0"),
-        ({"weight_decay": math.inf}, "weight_decay: expected >= 0"), ({"betas": (0.9, 1.0)}, "betas: expected two"),
-        ({"step": 0}, "step: expected >= 1, got 0"), ({"level": "sse"}, "level: expected one of plain, avx2, avx512"),
+        ({"lr": -1.0}, "lr: expected >= 0"),
+        ({"epsilon": math.nan}, "epsilon: expected >= 0"),
+        ({"weight_decay": math.inf}, "weight_decay: expected >= 0"),
+        ({"betas": (0.9, 1.0)}, "betas: expected two"),
+        ({"step": 0}, "step: expected >= 1, got 0"),
+        ({"level": "sse"}, "level: expected one of plain, avx2, avx512"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(changes, message):
     arguments = {name: torch.zeros(4) for name in ("master", "exp_avg", "exp_avg_sq", "gradient")} | OPTIONS | changes
     with pytest.raises(ValueError, match=message):

@@ -11,9 +11,15 @@ from kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from kernels.ppo import PpoFormula, clipped_value_loss, kl_estimates, ppo, token_scale
 
 PLAIN = {
-    "clip": (0.2, 0.2), "dual_clip": None, "reference": None, "kl": 0.0, "kl_estimator": "k3", "entropy": 0.0,
-    "sampled": None, "importance_cap": 2.0,
-}  # fmt: skip
+    "clip": (0.2, 0.2),
+    "dual_clip": None,
+    "reference": None,
+    "kl": 0.0,
+    "kl_estimator": "k3",
+    "entropy": 0.0,
+    "sampled": None,
+    "importance_cap": 2.0,
+}
 
 
 def valued(ratios, advantages, entropy=None, *, coefficient=0.0, **changes):
@@ -170,10 +176,12 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize(
     ("per_sequence", "kl", "estimator", "entropy", "dual_clip", "cap", "temperature"),
     [
-        (False, 0.0, "k3", 0.0, None, None, 1.0), (True, 0.3, "k1", 0.0, 1.2, None, 0.7),
-        (False, 0.3, "k2", 0.2, None, 1.1, 1.0), (True, 0.3, "k3", 0.2, 1.2, 1.1, 1.3),
+        (False, 0.0, "k3", 0.0, None, None, 1.0),
+        (True, 0.3, "k1", 0.0, 1.2, None, 0.7),
+        (False, 0.3, "k2", 0.2, None, 1.1, 1.0),
+        (True, 0.3, "k3", 0.2, 1.2, 1.1, 1.3),
     ],
-)  # fmt: skip
+)
 def test_ppo_equals_eager_with_full_logits(
     path, dtype, per_sequence, kl, estimator, entropy, dual_clip, cap, temperature
 ):
@@ -181,17 +189,45 @@ def test_ppo_equals_eager_with_full_logits(
     options = {"num_sequences": 9, "cu_seqlens": MARKS} if per_sequence else {"num_tokens": 31}
 
     def node(hidden, weight):
-        return ppo(
-            hidden, weight, targets, given["behaviour"], given["advantages"], clip=(0.2, 0.3), dual_clip=dual_clip,
-            reference=given["reference"], kl=kl, kl_estimator=estimator, entropy=entropy,
-            sampled=given["sampled"] if cap else None, importance_cap=cap or 2.0, temperature=temperature, **options,
-        ).loss + 1.0  # fmt: skip
+        return (
+            ppo(
+                hidden,
+                weight,
+                targets,
+                given["behaviour"],
+                given["advantages"],
+                clip=(0.2, 0.3),
+                dual_clip=dual_clip,
+                reference=given["reference"],
+                kl=kl,
+                kl_estimator=estimator,
+                entropy=entropy,
+                sampled=given["sampled"] if cap else None,
+                importance_cap=cap or 2.0,
+                temperature=temperature,
+                **options,
+            ).loss
+            + 1.0
+        )
 
     def other(hidden, weight, first=False):
-        return eager(
-            hidden, weight, targets, given, per_sequence=per_sequence, kl=kl, estimator=estimator, entropy=entropy,
-            dual_clip=dual_clip, cap=cap, temperature=temperature, first=first,
-        ) + 1.0  # fmt: skip
+        return (
+            eager(
+                hidden,
+                weight,
+                targets,
+                given,
+                per_sequence=per_sequence,
+                kl=kl,
+                estimator=estimator,
+                entropy=entropy,
+                dual_clip=dual_clip,
+                cap=cap,
+                temperature=temperature,
+                first=first,
+            )
+            + 1.0
+        )
 
     # The loss is one number whose terms, which are of the size of 1, cancel: it is compared at their scale.
     check(node, other, inputs, dtype, also=lambda hidden, weight: other(hidden, weight, first=True))
@@ -215,9 +251,16 @@ def test_ppo_metrics_do_not_depend_on_chunks(monkeypatch):
 
     def metrics():
         return ppo(
-            *head, targets, given["behaviour"], given["advantages"], clip=0.1, num_tokens=3, dual_clip=1.1,
-            reference=given["reference"], sampled=given["sampled"],
-        ).metrics  # fmt: skip
+            *head,
+            targets,
+            given["behaviour"],
+            given["advantages"],
+            clip=0.1,
+            num_tokens=3,
+            dual_clip=1.1,
+            reference=given["reference"],
+            sampled=given["sampled"],
+        ).metrics
 
     whole = metrics()
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * VOCAB_SIZE * 2)
@@ -266,8 +309,12 @@ def test_ppo_of_ignored_tokens_alone_is_0_with_zero_gradients():
 def test_ppo_refuses_what_does_not_fit(changes, message):
     inputs, targets, given = drawn()
     arguments = {
-        **{name: x.float() for name, x in inputs.items()}, "targets": targets, "behaviour": given["behaviour"],
-        "advantages": given["advantages"], "clip": 0.2, "num_tokens": 31,
-    }  # fmt: skip
+        **{name: x.float() for name, x in inputs.items()},
+        "targets": targets,
+        "behaviour": given["behaviour"],
+        "advantages": given["advantages"],
+        "clip": 0.2,
+        "num_tokens": 31,
+    }
     with pytest.raises(ValueError, match=message):
         ppo(**{**arguments, **changes})

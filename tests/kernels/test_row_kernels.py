@@ -82,8 +82,10 @@ def norm_inputs(rows, width, residual, seed=0):
 def check_norm(rows, width, residual, dtype, seed=0):
     check(
         lambda x, weight, residual=None: rms_norm(x, weight, residual=residual),
-        plain_norm, norm_inputs(rows, width, residual, seed), dtype,
-    )  # fmt: skip
+        plain_norm,
+        norm_inputs(rows, width, residual, seed),
+        dtype,
+    )
 
 
 # Catches: the mean over the padded width; dstream left out of dx; the last program's partial row left out of dweight.
@@ -148,7 +150,7 @@ def test_rms_norm_takes_strides_and_rows_beyond_2_31_elements():
         ({"epsilon": -1.0}, "epsilon: expected >= 0, got -1.0"),
         ({"x": torch.zeros(2, 16385), "weight": torch.zeros(16385)}, "x: expected rows of at most 16384 elements"),
     ],
-)  # fmt: skip
+)
 def test_rms_norm_refuses(change, message):
     options = {"x": torch.zeros(2, 4), "weight": torch.zeros(4)} | change
     options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
@@ -170,7 +172,7 @@ def plain_rope(q, k, cos, sin):
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "width"),
     [(0, 2, 1, 8), (1, 1, 1, 2), (33, 5, 2, 20), (67, 4, 4, 64), (9, 3, 1, 256)],
-)  # fmt: skip
+)
 def test_rope_turns_q_and_k(tokens, heads, kv_heads, width, dtype):
     positions = torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     tables = [x.to(DEVICE) for x in rope_tables(torch.arange(50), width, 100.0)]
@@ -230,8 +232,10 @@ def test_rope_of_quarter_turns_is_exact_and_takes_strides():
     qkv = torch.randint(-9, 10, (40, 6, 16), generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     q, k = qkv[:, :3], qkv[:, 3:5]
     turns = torch.arange(40, device=DEVICE) % 4
-    cos, sin = (torch.tensor(x, device=DEVICE)[turns][:, None].expand(40, 8).contiguous()
-                for x in ([1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, -1.0]))  # fmt: skip
+    cos, sin = (
+        torch.tensor(x, device=DEVICE)[turns][:, None].expand(40, 8).contiguous()
+        for x in ([1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, -1.0])
+    )
     result = rope(q, k, cos, sin)
     same_bits(result, plain_rope(q, k, cos, sin))
     same_bits(result, rope(q.contiguous(), k.contiguous(), cos, sin))
@@ -424,7 +428,7 @@ def test_a_block_traces_without_a_graph_break(backend, experts):
 
     config = ModelConfig(
         width=32, layers=1, heads=4, kv_heads=2, head_width=16, ffn_width=48, window=6, experts=experts
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     block = Block(config, 0).to(DEVICE)
     x = torch.randn(13, 32, device=DEVICE)

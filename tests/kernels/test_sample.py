@@ -76,10 +76,19 @@ def enumerated(logits, u, temperature, top_k, top_p):
 
 
 OPTIONS = [
-    {}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 1}, {"top_k": 3}, {"top_k": 100}, {"top_k": 0},
-    {"top_p": 0.6}, {"top_p": 1e-6}, {"top_p": 1.0}, {"top_k": 4, "top_p": 0.7, "temperature": 1.3},
+    {},
+    {"temperature": 0.7},
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_k": 100},
+    {"top_k": 0},
+    {"top_p": 0.6},
+    {"top_p": 1e-6},
+    {"top_p": 1.0},
+    {"top_k": 4, "top_p": 0.7, "temperature": 1.3},
     {"temperature": 0.0, "top_k": 2, "top_p": 0.1},
-]  # fmt: skip
+]
 
 
 # Catches: a threshold that drops ties; top-p before top-k; a log-probability of the whole distribution.
@@ -123,10 +132,14 @@ def awkward(rows, vocab_size, dtype, seed=0):
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"),
     [
-        (1, torch.float32), (64, torch.float32), (65, torch.float16), (63, torch.bfloat16), (211, torch.float32),
+        (1, torch.float32),
+        (64, torch.float32),
+        (65, torch.float16),
+        (63, torch.bfloat16),
+        (211, torch.float32),
         (2, torch.float16),
     ],
-)  # fmt: skip
+)
 def test_kernel_draws_what_the_reference_draws(vocab_size, dtype):
     # Seven kinds of rows; the interpreter takes a while to bisect.
     rows = 7
@@ -134,8 +147,9 @@ def test_kernel_draws_what_the_reference_draws(vocab_size, dtype):
     generator = torch.Generator().manual_seed(5)
     mixed = {
         "temperature": torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) > 0.2),
-        "top_k": torch.randint(0, 12, (rows,), generator=generator), "top_p": 1 - torch.rand(rows, generator=generator),
-    }  # fmt: skip
+        "top_k": torch.randint(0, 12, (rows,), generator=generator),
+        "top_p": 1 - torch.rand(rows, generator=generator),
+    }
     for options in ({}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0.0}, mixed):
         there = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         expected = sample(logits, drawn, **options)
@@ -182,9 +196,12 @@ def test_kernel_takes_rows_options_and_seeds_of_any_stride():
     expected = sample(logits[:, :70].clone(), drawn[::2].clone(), temperature=mixed, top_k=counts, top_p=share)
     with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
         result = sample(
-            logits.to(DEVICE)[:, :70], drawn.to(DEVICE)[::2], temperature=mixed.to(DEVICE), top_k=counts.to(DEVICE),
+            logits.to(DEVICE)[:, :70],
+            drawn.to(DEVICE)[::2],
+            temperature=mixed.to(DEVICE),
+            top_k=counts.to(DEVICE),
             top_p=share.to(DEVICE),
-        )  # fmt: skip
+        )
     assert torch.equal(result[0].cpu(), expected[0])
     torch.testing.assert_close(result[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)
 
@@ -259,7 +276,7 @@ def test_sample_operation_traces():
             torch.ops.wizard_engine.sample,
             (logits, seeds(4).to(DEVICE), None, row_temperature, counts, row_temperature),
             test_utils=("test_schema", "test_faketensor"),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,32 @@ def test_whole_numbers_of_options_are_floats_to_the_kernels():
     numbers, marks = torch.empty(64, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
     with record() as made:
         ppo_grads(
-            numbers, numbers, numbers, numbers, numbers, clip=(1, 1), dual_clip=3, reference=numbers, kl=1,
-            kl_estimator="k3", entropy_bonus=0, sampled=numbers, importance_cap=2,
-        )  # fmt: skip
+            numbers,
+            numbers,
+            numbers,
+            numbers,
+            numbers,
+            clip=(1, 1),
+            dual_clip=3,
+            reference=numbers,
+            kl=1,
+            kl_estimator="k3",
+            entropy_bonus=0,
+            sampled=numbers,
+            importance_cap=2,
+        )
         dpo_grads(
-            numbers, numbers, marks, torch.empty(4, device="meta"), beta=1, num_pairs=2, variant="sigmoid",
-            label_smoothing=0, mean=False, nll_scale=1,
-        )  # fmt: skip
+            numbers,
+            numbers,
+            marks,
+            torch.empty(4, device="meta"),
+            beta=1,
+            num_pairs=2,
+            variant="sigmoid",
+            label_smoothing=0,
+            mean=False,
+            nll_scale=1,
+        )
     kinds = [[type(x) for x in launch.arguments if not isinstance(x, torch.Tensor)] for launch in made]
     # catches: a coefficient of 0 or 1 handed on as an integer, which makes variants of the kernel.
     assert kinds == [[int, int, *[float] * 6], [int, *[float] * 4]]

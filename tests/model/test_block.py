@@ -107,9 +107,25 @@ def test_stream_and_summand_apart_serve_one_block():
 
 # Operators that launch nothing.
 FREE = {
-    "view", "_unsafe_view", "t", "transpose", "detach", "split_with_sizes", "slice", "as_strided", "select",
-    "unsqueeze", "expand", "alias", "empty", "new_empty", "permute", "reshape", "split", "empty_like",
-}  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "detach",
+    "split_with_sizes",
+    "slice",
+    "as_strided",
+    "select",
+    "unsqueeze",
+    "expand",
+    "alias",
+    "empty",
+    "new_empty",
+    "permute",
+    "reshape",
+    "split",
+    "empty_like",
+}
 
 
 class Operators(TorchDispatchMode):
@@ -160,8 +176,9 @@ def test_launches_of_a_dense_block_are_few():
         assert forward["mm"] == 4 and backward["mm"] == 8
         assert forward["attention_forward_kernel"] == 1
         assert sum(backward[name] for name in attention_names) == 3
-        rest = [sum(n for name, n in c.items() if name != "mm" and name not in attention_names)
-                for c in (forward, backward)]  # fmt: skip
+        rest = [
+            sum(n for name, n in c.items() if name != "mm" and name not in attention_names) for c in (forward, backward)
+        ]
         assert rest == [4, others]
     forward, backward = launches("full")
     assert not {"add", "cat", "clone", "copy_"} & {*forward, *backward}, (forward, backward)

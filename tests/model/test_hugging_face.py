@@ -19,9 +19,16 @@ from wizard_engine.model.hugging_face import published_tensors
 transformers = pytest.importorskip("transformers")
 LENGTHS = [9, 1, 14]
 SHAPES = {
-    "vocab_size": 300, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "initializer_range": 0.3, "attn_implementation": "eager", "rms_norm_eps": 1e-4,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "attn_implementation": "eager",
+    "rms_norm_eps": 1e-4,
+}
 KINDS = {
     "llama": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama grouped": ("Llama", {"num_key_value_heads": 2, "head_dim": 10, "rope_theta": 500.0}),
@@ -121,9 +128,15 @@ def test_saved_model_comes_back_bit_equal_and_opens_in_transformers(published, t
 
 def small(tokenizer, seed=0, **changes):
     config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=8, layers=1, heads=2, kv_heads=1, head_width=4, ffn_width=12,
+        vocab_size=tokenizer.vocab_size,
+        width=8,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_width=4,
+        ffn_width=12,
         **{"tied": False, **changes},
-    )  # fmt: skip
+    )
     return Transformer(config, seed=seed)
 
 
@@ -211,7 +224,7 @@ DAMAGE = [
     (pickled, r"model\.safetensors: expected safetensors weights, found none; pickled weights are never read"),
     (without_config, r"config\.json: expected a model directory with config\.json, found none"),
     (without_tokenizer, r"m: expected tokenizer\.json or a \*\.model file"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[damage.__name__ for damage, _ in DAMAGE])

@@ -79,9 +79,13 @@ def test_a_rank_reads_only_the_bytes_of_its_slices(mixture):
         list(directory.parameters())
         assert directory.bytes_read == 4 * model.config.num_parameters
     for name, box in (
-        ("nothing", ()), ("norm.weight", ()), ("norm.weight", (slice(0, 33),)), ("norm.weight", (slice(0, 32, 2),)),
-        ("norm.weight", (slice(-3, 32),)), ("norm.weight", (slice(9, 3),)),
-    ):  # fmt: skip
+        ("nothing", ()),
+        ("norm.weight", ()),
+        ("norm.weight", (slice(0, 33),)),
+        ("norm.weight", (slice(0, 32, 2),)),
+        ("norm.weight", (slice(-3, 32),)),
+        ("norm.weight", (slice(9, 3),)),
+    ):
         with ModelDirectory(path) as directory, pytest.raises(ValueError, match="slices: "):
             dict(directory.parameters(slices={name: box}))
 
@@ -166,11 +170,14 @@ def test_headers_that_are_none_are_refused(mixture):
     header, data = header_of(path)
     twice = json.dumps(header)[:-1] + f', "{NAME}": ' + json.dumps(header[NAME]) + "}"
     cases = {
-        b"[1]": "header: expected a JSON object, got list", b"{": "header: expected JSON",
-        b"\xff\xfe": "header: expected JSON", b'{"x": 3}': "x: expected dtype, shape and data_offsets, got 3",
-        b"[" * 100_000: "header: expected JSON", twice.encode(): f"the name '{NAME}' twice",
+        b"[1]": "header: expected a JSON object, got list",
+        b"{": "header: expected JSON",
+        b"\xff\xfe": "header: expected JSON",
+        b'{"x": 3}': "x: expected dtype, shape and data_offsets, got 3",
+        b"[" * 100_000: "header: expected JSON",
+        twice.encode(): f"the name '{NAME}' twice",
         json.dumps(header | {"x": None}).encode(): "x: expected dtype",
-    }  # fmt: skip
+    }
     for text, message in cases.items():
         with_header(path, text, data)
         with pytest.raises(ValueError, match=r"model\.safetensors: .*" + message):
@@ -292,7 +299,7 @@ def test_pickles_are_never_read(mixture, tmp_path):
         ({"num_hidden_layers": 3}, r"expected the tensor model\.layers\.2\.block_sparse_moe\..* \(and \d+ more\)"),
         ({"num_hidden_layers": 1}, r"model\.layers\.1\..*: expected a tensor of MixtralForCausalLM"),
     ],
-)  # fmt: skip
+)
 def test_configurations_that_are_not_implemented_are_refused(mixture, changes, message):
     _, path = mixture
     fields = json.loads((path / "config.json").read_text())
@@ -324,9 +331,11 @@ def test_writing_refuses_what_the_format_has_no_name_for(tmp_path):
 
 def test_a_file_is_read_whatever_its_alignment_and_shapes(tmp_path):
     tensors = {
-        "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "row": torch.arange(5.0),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "row": torch.arange(5.0),
         "half": torch.arange(6).half().view(1, 2, 3),
-    }  # fmt: skip
+    }
     write_file(tmp_path / "x.safetensors", tensors)
     assert all(torch.equal(tensors[name], read) for name, read in load_file(tmp_path / "x.safetensors").items())
     content = (tmp_path / "x.safetensors").read_bytes()

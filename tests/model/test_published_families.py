@@ -24,11 +24,16 @@ def random_fields(family, seed):
     fields = {
         "vocab_size": draw.choice([61, 97, 128, 255]),
         "hidden_size": heads * (draw.choice([3, 5, 8]) if explicit else head_width),
-        "intermediate_size": draw.choice([12, 31, 40]), "num_hidden_layers": draw.choice([1, 2, 3]),
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 64,
-        "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-3]), "rope_theta": draw.choice([100.0, 1e4, 1e6]),
-        "tie_word_embeddings": draw.random() < 0.5, "initializer_range": draw.choice([0.05, 0.1]),
-    }  # fmt: skip
+        "intermediate_size": draw.choice([12, 31, 40]),
+        "num_hidden_layers": draw.choice([1, 2, 3]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-3]),
+        "rope_theta": draw.choice([100.0, 1e4, 1e6]),
+        "tie_word_embeddings": draw.random() < 0.5,
+        "initializer_range": draw.choice([0.05, 0.1]),
+    }
     if explicit:
         fields["head_dim"] = head_width
     if family != "Llama":
@@ -203,21 +208,45 @@ def test_dtype_is_the_callers(tmp_path):
 
 PUBLISHED = {
     "7b": ("Mistral", {"sliding_window": 4096, "max_position_embeddings": 32_768}, 7_241_732_096),
-    "70b": ("Llama", {
-        "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "max_position_embeddings": 4096,
-    }, 68_976_648_192),
-    "8x22b": ("Mixtral", {
-        "hidden_size": 6144, "intermediate_size": 16_384, "num_hidden_layers": 56, "num_attention_heads": 48,
-        "num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6, "max_position_embeddings": 65_536,
-        "router_aux_loss_coef": 0.001, "sliding_window": None,
-    }, 140_620_634_112),
-}  # fmt: skip
+    "70b": (
+        "Llama",
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28_672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "max_position_embeddings": 4096,
+        },
+        68_976_648_192,
+    ),
+    "8x22b": (
+        "Mixtral",
+        {
+            "hidden_size": 6144,
+            "intermediate_size": 16_384,
+            "num_hidden_layers": 56,
+            "num_attention_heads": 48,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 65_536,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+        },
+        140_620_634_112,
+    ),
+}
 COMMON = {
-    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

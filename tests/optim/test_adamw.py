@@ -150,8 +150,12 @@ def test_step_that_is_not_finite_changes_nothing_and_does_not_count(where, value
 def optimizer_model(optimizer):
     """A module with the optimizer's parameters."""
     module = model()
-    flat_grads = dict(zip([slot.name for f in optimizer.sharded.training for slot in f.layout.slots],
-                   [p for f in optimizer.sharded.training for p in f.parameters]))  # fmt: skip
+    flat_grads = dict(
+        zip(
+            [slot.name for f in optimizer.sharded.training for slot in f.layout.slots],
+            [p for f in optimizer.sharded.training for p in f.parameters],
+        )
+    )
     for name, parameter in flat_grads.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)

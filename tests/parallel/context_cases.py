@@ -33,16 +33,24 @@ MODELS["one expert"] = dataclasses.replace(MODELS["many experts"], balance_loss=
 MIXTURES = ("mixture", "many experts", "one expert")
 LAYOUTS = {
     2: {
-        "tp 2": MeshOptions(tp=2), "ep 2": MeshOptions(ep=2), "cp 2": MeshOptions(cp=2),
-        "tp 2, ep 2": MeshOptions(tp=2, ep=2), "cp 2, ep 2": MeshOptions(cp=2, ep=2),
+        "tp 2": MeshOptions(tp=2),
+        "ep 2": MeshOptions(ep=2),
+        "cp 2": MeshOptions(cp=2),
+        "tp 2, ep 2": MeshOptions(tp=2, ep=2),
+        "cp 2, ep 2": MeshOptions(cp=2, ep=2),
     },
     4: {
-        "tp 2, dp 2": MeshOptions(tp=2), "ep 2, dp 2": MeshOptions(ep=2), "tp 2, ep 2, dp 2": MeshOptions(tp=2, ep=2),
-        "tp 2, ep 4, dp 2": MeshOptions(tp=2, ep=4), "cp 2, tp 2": MeshOptions(cp=2, tp=2),
-        "cp 2, tp 2, ep 4": MeshOptions(cp=2, tp=2, ep=4), "cp 2, dp 2": MeshOptions(cp=2),
-        "tp 2, replicas 2": MeshOptions(tp=2, dp_shard=1), "ep 2, replicas 2": MeshOptions(ep=2, dp_replicate=2),
+        "tp 2, dp 2": MeshOptions(tp=2),
+        "ep 2, dp 2": MeshOptions(ep=2),
+        "tp 2, ep 2, dp 2": MeshOptions(tp=2, ep=2),
+        "tp 2, ep 4, dp 2": MeshOptions(tp=2, ep=4),
+        "cp 2, tp 2": MeshOptions(cp=2, tp=2),
+        "cp 2, tp 2, ep 4": MeshOptions(cp=2, tp=2, ep=4),
+        "cp 2, dp 2": MeshOptions(cp=2),
+        "tp 2, replicas 2": MeshOptions(tp=2, dp_shard=1),
+        "ep 2, replicas 2": MeshOptions(ep=2, dp_replicate=2),
     },
-}  # fmt: skip
+}
 
 
 def cases(world):

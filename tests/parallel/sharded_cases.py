@@ -63,9 +63,18 @@ def loss_of(kind, model, rows, seed, config):
     elif kind == "dpo":
         reference = -10 * torch.rand(len(rows), **wide)
         loss = dpo_loss(
-            hidden, model.head_weight, batch.targets, weights, batch.cu_seqlens, reference, beta=0.3, num_pairs=10,
-            nll=0.2, num_chosen_tokens=31.0, shard=shard,
-        )[0]  # fmt: skip
+            hidden,
+            model.head_weight,
+            batch.targets,
+            weights,
+            batch.cu_seqlens,
+            reference,
+            beta=0.3,
+            num_pairs=10,
+            nll=0.2,
+            num_chosen_tokens=31.0,
+            shard=shard,
+        )[0]
     elif kind == "reward":
         better, worse = hidden[batch.cu_seqlens[1:].long() - 1, 0].chunk(2)
         loss = ranking_loss(better, worse, torch.rand(len(better), **wide), num_pairs=10)
@@ -77,9 +86,18 @@ def loss_of(kind, model, rows, seed, config):
         advantages = torch.randn(len(batch.tokens), **wide)
         targets = torch.where(weights > 0, batch.targets, -1)
         loss = policy_loss(
-            hidden, model.head_weight, targets, old, advantages, clip=0.2, num_tokens=57.0, reference=old - 1, kl=0.1,
-            entropy=0.05, shard=shard,
-        )[0]  # fmt: skip
+            hidden,
+            model.head_weight,
+            targets,
+            old,
+            advantages,
+            clip=0.2,
+            num_tokens=57.0,
+            reference=old - 1,
+            kl=0.1,
+            entropy=0.05,
+            shard=shard,
+        )[0]
     return loss, routes.loss(config, 200.0)
 
 
@@ -287,11 +305,15 @@ def main(out):
             results[name] = {"error": repr(error)}
             break
     mesh = next(iter(meshes.values()))
-    bits = {
-        f"{dtype}, {accumulate}": bits_of(mesh, Sharding(dtype=dtype, accumulate=accumulate), getattr(torch, dtype))
-        for dtype in ("float32", "bfloat16")
-        for accumulate in ("sharded", "whole")
-    } if rt.world_size > 1 else {}  # fmt: skip
+    bits = (
+        {
+            f"{dtype}, {accumulate}": bits_of(mesh, Sharding(dtype=dtype, accumulate=accumulate), getattr(torch, dtype))
+            for dtype in ("float32", "bfloat16")
+            for accumulate in ("sharded", "whole")
+        }
+        if rt.world_size > 1
+        else {}
+    )
     Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps({"cases": results, "bits": bits}))
     runtime.stop()
 

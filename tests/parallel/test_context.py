@@ -71,7 +71,7 @@ def test_attention_over_chunks_is_that_of_the_row(monkeypatch, backend, window, 
     with kernels.use_backend(backend):
         parts = [
             rank.attend(rank.shard_over_cp(q), k[order], v[order], marks, longest, window=window) for rank in ranks
-        ]  # fmt: skip
+        ]
     places = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
     out = torch.cat(parts)[places]
     with kernels.use_backend(backend):

@@ -65,9 +65,11 @@ names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.is_di
 
 # Directory -> the mesh of dense models, and that of mixtures.
 LAYOUTS = {
-    "one": (MeshOptions(), MeshOptions()), "two": (MeshOptions(), MeshOptions()),
-    "tp": (MeshOptions(tp=2), MeshOptions(tp=2, ep=2)), "cp": (MeshOptions(cp=2), MeshOptions(ep=2)),
-}  # fmt: skip
+    "one": (MeshOptions(), MeshOptions()),
+    "two": (MeshOptions(), MeshOptions()),
+    "tp": (MeshOptions(tp=2), MeshOptions(tp=2, ep=2)),
+    "cp": (MeshOptions(cp=2), MeshOptions(ep=2)),
+}
 
 
 def configurations(root, name):
@@ -88,15 +90,25 @@ def configurations(root, name):
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "spread", **shared | copies)),
         (reward, reward.Config(kind="instruction", data=(root / "ranks.jsonl",), out=root / name / "irm", **rewards)),
         (reward, reward.Config(kind="process", data=(root / "steps.jsonl",), out=root / name / "prm", **rewards)),
-        (rleif, rleif.Config(
-            data=(root / "rows.jsonl",), out=root / name / "rleif", model=str(root / "policy"),
-            reward=RewardOptions(root / name / "irm" / "model", root / name / "prm" / "model"),
-            training=OnlineTraining(lr=1e-4, pack_tokens=300, save_every=1), critic=CriticOptions(lr=1e-4),
-            rollout=RolloutOptions(steps=3, prompts_per_step=4, samples_per_prompt=4, max_new_tokens=60),
-            ppo=PPOOptions(minibatches=2, epochs=2), ptx=PTXOptions(coefficient=0.1, rows=5), average_from=0.3,
-            device="cpu", quiet=True, mesh=LAYOUTS[name][1],
-        )),
-    ]  # fmt: skip
+        (
+            rleif,
+            rleif.Config(
+                data=(root / "rows.jsonl",),
+                out=root / name / "rleif",
+                model=str(root / "policy"),
+                reward=RewardOptions(root / name / "irm" / "model", root / name / "prm" / "model"),
+                training=OnlineTraining(lr=1e-4, pack_tokens=300, save_every=1),
+                critic=CriticOptions(lr=1e-4),
+                rollout=RolloutOptions(steps=3, prompts_per_step=4, samples_per_prompt=4, max_new_tokens=60),
+                ppo=PPOOptions(minibatches=2, epochs=2),
+                ptx=PTXOptions(coefficient=0.1, rows=5),
+                average_from=0.3,
+                device="cpu",
+                quiet=True,
+                mesh=LAYOUTS[name][1],
+            ),
+        ),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,34 @@ def root(tmp_path_factory):
 
 def command(root, out, how="fine", rank=0, step=0, ranks=2, steps=12, options=(), launcher=()):
     argv = [
-        WORKER, how, rank, step, "--model", root / "base", "--data", root / "rows.jsonl", "--out", out,
-        "--training.lr", "3e-3", "--training.pack-tokens", "120", "--training.packs-per-step", "4",
-        "--training.epochs", "400", "--training.max-steps", steps, "--training.save-every", "4", "--quiet",
-        "--no-audit", "--mesh.timeout-seconds", "8", *options,
-    ]  # fmt: skip
+        WORKER,
+        how,
+        rank,
+        step,
+        "--model",
+        root / "base",
+        "--data",
+        root / "rows.jsonl",
+        "--out",
+        out,
+        "--training.lr",
+        "3e-3",
+        "--training.pack-tokens",
+        "120",
+        "--training.packs-per-step",
+        "4",
+        "--training.epochs",
+        "400",
+        "--training.max-steps",
+        steps,
+        "--training.save-every",
+        "4",
+        "--quiet",
+        "--no-audit",
+        "--mesh.timeout-seconds",
+        "8",
+        *options,
+    ]
     return torchrun_words(ranks, *argv, launcher=launcher)
 
 

@@ -51,14 +51,15 @@ def test_sizes_left_out_take_the_rest(options, ranks, shape):
         ({"dp_shard": 3}, 8, r"dp_shard=3, ranks / \(cp x tp\) = 8; choose from \[1, 2, 4, 8\]"),
         ({"dp_replicate": 5, "tp": 2}, 12, r"dp_replicate=5, ranks / \(cp x tp\) = 6; choose from \[1, 2, 3, 6\]"),
         (
-            {"dp_replicate": 2, "dp_shard": 2}, 8,
+            {"dp_replicate": 2, "dp_shard": 2},
+            8,
             r"expected dp_replicate x dp_shard x cp x tp = 8 ranks, got 2 x 2 x 1 x 1 = 4; with cp=1 and tp=1 choose "
             r"dp_replicate x dp_shard from 1 x 8, 2 x 4, 4 x 2, 8 x 1, or start 4 ranks",
         ),
         ({"ep": 3}, 8, r"ep=3, dp_shard x cp x tp = 8; choose from \[1, 2, 4, 8\]"),
         ({"dp_replicate": 4, "ep": 4}, 8, r"ep=4, dp_shard x cp x tp = 2; choose from \[1, 2\]"),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_do_not_fit_name_those_that_would(options, ranks, text):
     with pytest.raises(ValueError, match=text):
         resolve(MeshOptions(**options), ranks)
@@ -111,10 +112,14 @@ def test_every_rank_of_512_agrees_on_who_is_with_whom(simulated):
 @pytest.mark.parametrize(
     ("world", "options"),
     [
-        (8, {}), (8, {"dp_replicate": 2}), (16, {"tp": 2, "ep": 8}), (16, {"cp": 2, "tp": 2, "ep": 4}),
-        (16, {"dp_replicate": 2, "tp": 4, "ep": 8}), (12, {"dp_shard": 1, "tp": 2, "cp": 3, "ep": 2}),
+        (8, {}),
+        (8, {"dp_replicate": 2}),
+        (16, {"tp": 2, "ep": 8}),
+        (16, {"cp": 2, "tp": 2, "ep": 4}),
+        (16, {"dp_replicate": 2, "tp": 4, "ep": 8}),
+        (12, {"dp_shard": 1, "tp": 2, "cp": 3, "ep": 2}),
     ],
-)  # fmt: skip
+)
 def test_every_rank_takes_part_in_every_split_of_the_world(simulated, monkeypatch, world, options):
     made = []
     monkeypatch.setattr(dist, "new_group", lambda ranks, **more: made[-1].append(tuple(ranks)))

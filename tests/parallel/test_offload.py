@@ -76,9 +76,7 @@ def test_weights_leave_while_the_next_flat_is_updated(monkeypatch):
     link.log.clear()
     first = link.started
     inner = optimizers.offloaded_adamw
-    monkeypatch.setattr(
-        optimizers, "offloaded_adamw", lambda *a, **k: link.log.append("update") or inner(*a, **k)
-    )  # fmt: skip
+    monkeypatch.setattr(optimizers, "offloaded_adamw", lambda *a, **k: link.log.append("update") or inner(*a, **k))
     optimizer.step(1e-2)
     updates = [2 if all(flat.decay_split()) else 1 for flat in engine.training]
     expected = [line for n, count in enumerate(updates) for line in (*["update"] * count, f"start {first + n}")]

@@ -28,11 +28,12 @@ MIXTURE = dataclasses.replace(SMALL, experts=4, layers=4)
 # Ranks -> (name, model, mesh, recompute, tokens, micro-batches).
 PROBLEMS = {
     2: [
-        ("tp", SMALL, {"tp": 2}, "none", 96, 1), ("cp", SMALL, {"cp": 2}, "full", 96, 1),
+        ("tp", SMALL, {"tp": 2}, "none", 96, 1),
+        ("cp", SMALL, {"cp": 2}, "full", 96, 1),
         ("ep", MIXTURE, {"ep": 2}, "none", 64, 1),
     ],
     4: [("tp, ep, dp", MIXTURE, {"tp": 2, "ep": 4}, "full", 64, 1)],
-}  # fmt: skip
+}
 NAMES = [(world, problem[0]) for world, problems in PROBLEMS.items() for problem in problems]
 
 

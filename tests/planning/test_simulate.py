@@ -27,9 +27,15 @@ from wizard_engine.planning.simulate import (
 )
 
 LAYOUTS = [
-    {}, {"tp": 2}, {"cp": 2}, {"cp": 2, "tp": 2}, {"tp": 2, "dp_shard": 1}, {"ep": 2}, {"tp": 2, "ep": 4},
+    {},
+    {"tp": 2},
+    {"cp": 2},
+    {"cp": 2, "tp": 2},
+    {"tp": 2, "dp_shard": 1},
+    {"ep": 2},
+    {"tp": 2, "ep": 4},
     {"cp": 2, "tp": 2, "ep": 2, "dp_replicate": 2},
-]  # fmt: skip
+]
 
 
 def empty(config):
@@ -57,14 +63,18 @@ def test_bytes_on_every_axis_are_those_of_the_closed_form(name, options):
 @pytest.mark.parametrize(
     ("preset", "ranks", "options", "recompute", "tokens"),
     [
-        ("7b", 8, {"tp": 8}, "selective", 4096), ("7b", 8, {"cp": 2}, "full", 8192),
+        ("7b", 8, {"tp": 8}, "selective", 4096),
+        ("7b", 8, {"cp": 2}, "full", 8192),
         ("7b", 1024, {"tp": 4}, "none", 4096),
-        ("70b", 64, {"tp": 8}, "none", 4096), ("70b", 8, {"tp": 8}, "full", 4096),
-        ("70b", 1024, {"tp": 8, "cp": 2}, "selective", 8192), ("8x22b", 8, {"ep": 8}, "full", 4096),
-        ("8x22b", 64, {"ep": 8, "tp": 8, "cp": 2}, "none", 4096), ("8x22b", 128, {"ep": 8}, "none", 4096),
+        ("70b", 64, {"tp": 8}, "none", 4096),
+        ("70b", 8, {"tp": 8}, "full", 4096),
+        ("70b", 1024, {"tp": 8, "cp": 2}, "selective", 8192),
+        ("8x22b", 8, {"ep": 8}, "full", 4096),
+        ("8x22b", 64, {"ep": 8, "tp": 8, "cp": 2}, "none", 4096),
+        ("8x22b", 128, {"ep": 8}, "none", 4096),
         ("8x22b", 1024, {"ep": 8, "tp": 2, "dp_replicate": 4}, "selective", 4096),
     ],
-)  # fmt: skip
+)
 def test_peak_memory_is_within_the_closed_bound(preset, ranks, options, recompute, tokens):
     config, sharding = PRESETS[preset], Sharding(dtype="bfloat16", recompute=recompute)
     with simulated_rank(MeshOptions(**options), ranks - 1, ranks) as mesh:
@@ -107,11 +117,13 @@ def test_every_element_has_one_owner_in_each_copy(ranks, options):
 @pytest.mark.parametrize(
     ("preset", "ranks", "options"),
     [
-        ("7b", 8, {}), ("7b", 64, {"tp": 4, "dp_replicate": 2}), ("70b", 64, {"tp": 8, "cp": 2}),
+        ("7b", 8, {}),
+        ("7b", 64, {"tp": 4, "dp_replicate": 2}),
+        ("70b", 64, {"tp": 8, "cp": 2}),
         ("8x22b", 8, {"ep": 8}),
         ("8x22b", 128, {"ep": 8, "tp": 4, "dp_replicate": 2}),
     ],
-)  # fmt: skip
+)
 def test_collectives_of_all_ranks_fit(preset, ranks, options):
     config, sharding = dataclasses.replace(PRESETS[preset], layers=2), Sharding(dtype="bfloat16", recompute="full")
     mesh = MeshOptions(**options)

@@ -60,8 +60,13 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     make_world.main(make_world.Config(out=root, corpus=160, held_out=12, plain=60, questions=3, quiet=True))
     base = sft.Config(
-        data=(root / "plain.jsonl",), out=root / "base", model="tiny", tokenizer=root / "tokenizer", kind="text",
-        training=Training(**QUICK, max_steps=3), quiet=True,
-    )  # fmt: skip
+        data=(root / "plain.jsonl",),
+        out=root / "base",
+        model="tiny",
+        tokenizer=root / "tokenizer",
+        kind="text",
+        training=Training(**QUICK, max_steps=3),
+        quiet=True,
+    )
     sft.main(base)
     return World(root, read_rows(root / "corpus.jsonl", kind="conversation"), str(root / "base" / "model"))

@@ -126,12 +126,16 @@ def test_a_file_is_answered_in_its_order(directory, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected a message a line, got none"), ('{"prompt": "a"}\nnot json', r"x\.jsonl:2: expected prompt or"),
-        ("[1]", r"x\.jsonl:1: "), ('{"prompt": "a", "messages": []}', "exactly one"), ('{"messages": [{}]}', "'role'"),
-        ('{"prompt": 3}', "no text"), ('{"messages": [{"role": "assistant", "content": "x"}]}', "row 1: messages"),
+        ("", "expected a message a line, got none"),
+        ('{"prompt": "a"}\nnot json', r"x\.jsonl:2: expected prompt or"),
+        ("[1]", r"x\.jsonl:1: "),
+        ('{"prompt": "a", "messages": []}', "exactly one"),
+        ('{"messages": [{}]}', "'role'"),
+        ('{"prompt": 3}', "no text"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "row 1: messages"),
         (json.dumps({"prompt": "x " * 600}), "row 1: expected below 512 tokens"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_file_is_refused_by_its_line(directory, tmp_path, text, message):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -196,9 +200,12 @@ def test_options_that_contradict_are_refused(directory, tmp_path):
 
 def run(*arguments, text=""):
     return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "chat.py"), *map(str, arguments)], input=text, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "recipes" / "chat.py"), *map(str, arguments)],
+        input=text,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_the_command_line(directory):

@@ -92,10 +92,13 @@ def test_preferences_rewards_and_rleif_train_mixtures(world, tmp_path):
     shared = {"model": model, "quiet": True}
     stage_dpo.main(
         stage_dpo.Config(
-            data=(world.write("pairs.jsonl", world.preferences(12)),), out=tmp_path / "dpo", slices=1,
-            training=Training(**QUICK, max_steps=2), **shared,
+            data=(world.write("pairs.jsonl", world.preferences(12)),),
+            out=tmp_path / "dpo",
+            slices=1,
+            training=Training(**QUICK, max_steps=2),
+            **shared,
         )
-    )  # fmt: skip
+    )
     for kind, rows in (("instruction", world.rankings(8)), ("process", world.processes(8))):
         data = (world.write(f"{kind}.jsonl", rows),)
         training = Training(**QUICK, max_steps=2)
@@ -103,11 +106,14 @@ def test_preferences_rewards_and_rleif_train_mixtures(world, tmp_path):
     for name in ("dpo/stage_1", "instruction"):
         assert read_metrics(tmp_path / name / "metrics.jsonl")[0].keys() >= KEYS
     cfg = rleif.Config(
-        data=(world.write("prompts.jsonl", world.single[:5]),), out=tmp_path / "rleif",
+        data=(world.write("prompts.jsonl", world.single[:5]),),
+        out=tmp_path / "rleif",
         reward=RewardOptions(tmp_path / "instruction" / "model", tmp_path / "process" / "model"),
-        training=OnlineTraining(pack_tokens=256), ppo=PPOOptions(minibatches=2),
-        rollout=RolloutOptions(steps=2, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=8), **shared,
-    )  # fmt: skip
+        training=OnlineTraining(pack_tokens=256),
+        ppo=PPOOptions(minibatches=2),
+        rollout=RolloutOptions(steps=2, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=8),
+        **shared,
+    )
     rleif.main(cfg)
     lines = read_metrics(tmp_path / "rleif" / "metrics.jsonl")
     assert lines[0].keys() >= KEYS | {f"critic_{name}" for name in KEYS} and lines[0]["ratio_error"] < 1e-4

@@ -8,9 +8,7 @@ import pytest
 from recipes import ablations, progressive
 from wizard_engine.runtime import Runtime
 
-SIZES = progressive.Sizes(
-    corpus=900, plain=200, held_out=30, sample=240, battles=12, preferences=20, questions=4
-)  # fmt: skip
+SIZES = progressive.Sizes(corpus=900, plain=200, held_out=30, sample=240, battles=12, preferences=20, questions=4)
 SMALL = replace(progressive.TINY, sizes=SIZES, quiet=True)
 
 
@@ -51,9 +49,13 @@ def test_progressive_draws_rows_of_ones_own_without_weights_only(demo, tmp_path)
     questions = [f"How many legs do {n} tables and {n * n} chairs have?" for n in range(2, 12)]
     data.write_text("".join(json.dumps({"instruction": text, "output": "#### 4"}) + "\n" for text in questions))
     own_data = replace(
-        cfg, out=tmp_path / "out", data=(data,), evaluation=cfg.out / "world" / "held_out.jsonl",
-        base=str(cfg.out / "base" / "model"), sizes=replace(SIZES, sample=6),
-    )  # fmt: skip
+        cfg,
+        out=tmp_path / "out",
+        data=(data,),
+        evaluation=cfg.out / "world" / "held_out.jsonl",
+        base=str(cfg.out / "base" / "model"),
+        sizes=replace(SIZES, sample=6),
+    )
     with pytest.raises(ValueError, match=r"targets\..*belong to the embedded world; pass --no-weighted"):
         progressive.Pipeline(own_data, Runtime()).prepare()
     slices, _ = progressive.Pipeline(replace(own_data, weighted=False), Runtime()).prepare()

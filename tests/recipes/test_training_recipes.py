@@ -147,8 +147,11 @@ def test_stage_dpo_starts_at_its_reference_and_drifts(world, tmp_path, changes):
     else:
         assert abs(second[0]["drift_to_reference"]) < 0.1 * moved
     counts = [stage["pairs"] for stage in result["stages"]]
-    assert counts == ([result["pairs"] // 2 + result["pairs"] % 2, result["pairs"]] if changes.get("cumulative") else
-                      [result["pairs"] - result["pairs"] // 2, result["pairs"] // 2])  # fmt: skip
+    assert counts == (
+        [result["pairs"] // 2 + result["pairs"] % 2, result["pairs"]]
+        if changes.get("cumulative")
+        else [result["pairs"] - result["pairs"] // 2, result["pairs"] // 2]
+    )
 
 
 def test_stage_dpo_computes_references_once_per_stage(world, tmp_path, monkeypatch):
@@ -215,9 +218,14 @@ def reward_models(world):
     made = {}
     for kind, rows in (("instruction", world.rankings(20)), ("process", world.processes(30))):
         cfg = reward.Config(
-            kind=kind, data=(world.write(f"{kind}.jsonl", rows),), out=world.root / f"reward_{kind}", model=world.base,
-            held_out=0.3, training=Training(**{**QUICK, "lr": 5e-3}, epochs=8), quiet=True,
-        )  # fmt: skip
+            kind=kind,
+            data=(world.write(f"{kind}.jsonl", rows),),
+            out=world.root / f"reward_{kind}",
+            model=world.base,
+            held_out=0.3,
+            training=Training(**{**QUICK, "lr": 5e-3}, epochs=8),
+            quiet=True,
+        )
         made[kind] = (cfg, reward.main(cfg))
     return made
 
@@ -261,10 +269,12 @@ def online(world, reward_models, out, **changes):
     """A short run; `changes` by group for options, `{"rollout": {"steps": 1}}`, or by field."""
     groups = {
         "reward": RewardOptions(*(reward_models[kind][0].out / "model" for kind in ("instruction", "process"))),
-        "training": OnlineTraining(lr=1e-3, pack_tokens=512, save_every=1), "critic": CriticOptions(lr=1e-3),
+        "training": OnlineTraining(lr=1e-3, pack_tokens=512, save_every=1),
+        "critic": CriticOptions(lr=1e-3),
         "rollout": RolloutOptions(steps=3, prompts_per_step=3, samples_per_prompt=2, max_new_tokens=12),
-        "ppo": PPOOptions(epochs=2, minibatches=2, entropy=0.01), "ptx": PTXOptions(),
-    }  # fmt: skip
+        "ppo": PPOOptions(epochs=2, minibatches=2, entropy=0.01),
+        "ptx": PTXOptions(),
+    }
     options = {"data": (world.write("prompts.jsonl", world.single[:7]),), "model": world.base, "quiet": True, **groups}
     for name, change in changes.items():
         options[name] = dataclasses.replace(groups[name], **change) if name in groups else change
@@ -272,11 +282,34 @@ def online(world, reward_models, out, **changes):
 
 
 LOGGED = {
-    "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "reward", "instruction_factor", "process_factor",
-    "kl_k1", "kl_k3", "clip_fraction", "value_clip_fraction", "entropy", "length", "finished", "value",
-    "explained_variance", "ratio_error", "critic_grad_norm", "seconds", "hand_over_seconds", "generate_seconds",
-    "score_seconds", "train_seconds", "tail_idle", "importance",
-}  # fmt: skip
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "tokens_per_second",
+    "reward",
+    "instruction_factor",
+    "process_factor",
+    "kl_k1",
+    "kl_k3",
+    "clip_fraction",
+    "value_clip_fraction",
+    "entropy",
+    "length",
+    "finished",
+    "value",
+    "explained_variance",
+    "ratio_error",
+    "critic_grad_norm",
+    "seconds",
+    "hand_over_seconds",
+    "generate_seconds",
+    "score_seconds",
+    "train_seconds",
+    "tail_idle",
+    "importance",
+}
 
 
 def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp_path, monkeypatch):
@@ -314,9 +347,13 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
 
 def test_rleif_with_ptx_learns_from_the_rows_own_answers_too(world, reward_models, tmp_path):
     cfg = online(
-        world, reward_models, tmp_path, rollout={"steps": 8}, ptx={"coefficient": 1.0, "rows": 16},
+        world,
+        reward_models,
+        tmp_path,
+        rollout={"steps": 8},
+        ptx={"coefficient": 1.0, "rows": 16},
         training={"lr": 3e-3},
-    )  # fmt: skip
+    )
     rleif.main(cfg)
     losses = [line["ptx_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
@@ -324,9 +361,13 @@ def test_rleif_with_ptx_learns_from_the_rows_own_answers_too(world, reward_model
 
 def test_rleif_warms_the_critic_up_alone(world, reward_models, tmp_path):
     cfg = online(
-        world, reward_models, tmp_path, rollout={"steps": 1}, critic={"warmup_steps": 1},
+        world,
+        reward_models,
+        tmp_path,
+        rollout={"steps": 1},
+        critic={"warmup_steps": 1},
         reward={"factors": ("process",)},
-    )  # fmt: skip
+    )
     rleif.main(cfg)
     assert same(weights(tmp_path), load_file(world.root / "base" / "model" / "model.safetensors"))
 
@@ -334,9 +375,13 @@ def test_rleif_warms_the_critic_up_alone(world, reward_models, tmp_path):
 @pytest.mark.parametrize(("advantages", "factors"), [("rloo", ("instruction", "process")), ("grpo", ("process",))])
 def test_rleif_learns_without_a_critic(world, reward_models, tmp_path, advantages, factors):
     cfg = online(
-        world, reward_models, tmp_path, reward={"factors": factors}, rollout={"samples_per_prompt": 4},
+        world,
+        reward_models,
+        tmp_path,
+        reward={"factors": factors},
+        rollout={"samples_per_prompt": 4},
         ppo={"advantages": advantages, "minibatches": 1, "importance_limit": 0.0},
-    )  # fmt: skip
+    )
     rleif.main(cfg)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert len(lines) == 3 and not {"value", "critic_grad_norm", "value_loss"} & lines[0].keys()

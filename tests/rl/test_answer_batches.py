@@ -47,9 +47,18 @@ def loss_and_gradients(model, rollout, parallel, capacity):
         own = targets.of(run, batch)
         hidden = batch.hidden(model, model(*batch.inputs, Routes()))
         loss, _, _ = policy_loss(
-            hidden, model.head_weight, batch.targets, own.behaviour, own.advantages, clip=0.2, num_tokens=tokens,
-            reference=own.reference, kl=0.1, entropy=0.01, cu_seqlens=batch.cu_seqlens,
-        )  # fmt: skip
+            hidden,
+            model.head_weight,
+            batch.targets,
+            own.behaviour,
+            own.advantages,
+            clip=0.2,
+            num_tokens=tokens,
+            reference=own.reference,
+            kl=0.1,
+            entropy=0.01,
+            cu_seqlens=batch.cu_seqlens,
+        )
         loss.backward()
         total += float(loss.detach())
     found = {name: p.grad.clone() for name, p in model.named_parameters()}

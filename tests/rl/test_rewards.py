@@ -71,9 +71,15 @@ def test_step_ends_are_the_last_tokens_of_the_steps(tokenizer, answer):
 
 def scoring(tokenizer, outputs, seed=0):
     config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=2, head_width=8, ffn_width=16,
+        vocab_size=tokenizer.vocab_size,
+        width=16,
+        layers=1,
+        heads=2,
+        kv_heads=2,
+        head_width=8,
+        ffn_width=16,
         init_std=0.5,
-    )  # fmt: skip
+    )
     model = ScoringModel.from_language_model(Transformer(config, seed=seed), outputs)
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.score.weight)
@@ -114,16 +120,21 @@ def test_score_answers_joins_factors_and_steps():
 
 def rollout(lengths, behaviour):
     samples = [Sample(np.arange(n + 2, dtype=np.int32), np.ones(n + 2, np.float32)) for n in lengths]
-    return trajectories.Rollout([ASK] * len(lengths), samples, [""] * len(lengths), [True] * len(lengths), lengths,
-                                torch.tensor(behaviour))  # fmt: skip
+    return trajectories.Rollout(
+        [ASK] * len(lengths), samples, [""] * len(lengths), [True] * len(lengths), lengths, torch.tensor(behaviour)
+    )
 
 
 def test_token_rewards_pay_at_the_end_and_take_kl_off_every_token():
     """k1 = behaviour - reference = 1, -1, 2; an open answer pays the penalty instead of its reward."""
     found, estimates = advantages.token_rewards(
-        rollout([2, 1], [-1.0, -2.0, -1.0]), [reward(), reward(finished=False)], torch.tensor([-2.0, -1.0, -3.0]),
-        factors=("instruction", "process"), kl=0.1, no_eos_penalty=0.5,
-    )  # fmt: skip
+        rollout([2, 1], [-1.0, -2.0, -1.0]),
+        [reward(), reward(finished=False)],
+        torch.tensor([-2.0, -1.0, -3.0]),
+        factors=("instruction", "process"),
+        kl=0.1,
+        no_eos_penalty=0.5,
+    )
     assert found.tolist() == pytest.approx([-0.1, 0.1 + 0.2, -0.2 - 0.5])
     assert estimates["k1"].tolist() == [1.0, -1.0, 2.0]
 

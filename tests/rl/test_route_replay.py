@@ -62,9 +62,14 @@ def ratio_error(model, rollout, picked, replayed):
     routes = rollout.routes(picked, batch, device) if replayed else Routes()
     own = batch.place([rollout.split(rollout.behaviour)[i] for i in picked])
     _, _, logprob = policy_loss(
-        batch.hidden(model, model(*batch.inputs, routes)), model.head_weight, batch.targets, own,
-        torch.ones_like(own), clip=0.2, num_tokens=float(own.numel()),
-    )  # fmt: skip
+        batch.hidden(model, model(*batch.inputs, routes)),
+        model.head_weight,
+        batch.targets,
+        own,
+        torch.ones_like(own),
+        clip=0.2,
+        num_tokens=float(own.numel()),
+    )
     return float(batch.of_answers(logprob - own).detach().abs().max())
 
 

@@ -79,9 +79,10 @@ class Required:
     [
         (["--modle", "x"], "--modle: expected a known option, got an unknown one; the nearest is --model"),
         (["--limt", "3", "--no-stats"], "--limt: expected a known option, got an unknown one; the nearest is --limit"),
-        (["--limit", "3"], "--model"), (["--model"], "--model"),
+        (["--limit", "3"], "--model"),
+        (["--model"], "--model"),
     ],
-)  # fmt: skip
+)
 def test_cli_misspelt_option_is_named_where_another_is_missing(words, text, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.cli(Required, args=words)

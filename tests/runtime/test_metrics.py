@@ -54,8 +54,11 @@ def test_resume_drops_later_and_cut_lines_and_goes_on(tmp_path):
     log.log(step=4, loss=9.0)
     log.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "m")] == [
-        (1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 9.0)
-    ]  # fmt: skip
+        (1, 1 / 3),
+        (2, 2 / 3),
+        (3, 1.0),
+        (4, 9.0),
+    ]
     logger(tmp_path / "m").close()
     assert (tmp_path / "m").read_text() == ""
 

@@ -49,9 +49,12 @@ def expected(serving, count, how, messages=ASK):
     prompt = encode_prompt(serving.tokenizer, [Message(m["role"], m["content"]) for m in messages])
     n = how.pop("n", 1)
     generation = generate(
-        serving.model, [prompt] * n, max_new_tokens=count, eos_id=serving.tokenizer.eos_id,
+        serving.model,
+        [prompt] * n,
+        max_new_tokens=count,
+        eos_id=serving.tokenizer.eos_id,
         **{"temperature": 1.0, "top_p": 1.0} | how,
-    )  # fmt: skip
+    )
     return [serving.tokenizer.decode(tokens).strip() for tokens in generation.tokens], generation
 
 
@@ -215,7 +218,7 @@ GOOD = {"model": "small", "messages": ASK, "max_tokens": 4}
         ({"response_format": {"type": "json_object"}}, 400, "response_format.type: expected 'text'"),
         ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs: expected 0 to 20"),
     ],
-)  # fmt: skip
+)
 def test_requests_that_do_not_fit_are_refused_by_field(serving, changes, status, message):
     answer = post(serving, json=GOOD | changes)
     assert answer.status_code == status, answer.text
@@ -226,10 +229,14 @@ def test_requests_that_do_not_fit_are_refused_by_field(serving, changes, status,
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([0, 10**6], "prompt[1]: expected 0 to 277, got 1000000"), ([[1], [-1]], "prompt[1][0]: expected 0 to 277"),
-        ([], "prompt: expected"), ([[]], "prompt[0]: expected"), (["two", 3], "prompt["), (3, "prompt: expected"),
+        ([0, 10**6], "prompt[1]: expected 0 to 277, got 1000000"),
+        ([[1], [-1]], "prompt[1][0]: expected 0 to 277"),
+        ([], "prompt: expected"),
+        ([[]], "prompt[0]: expected"),
+        (["two", 3], "prompt["),
+        (3, "prompt: expected"),
     ],
-)  # fmt: skip
+)
 def test_prompts_that_are_none_are_refused(serving, prompt, message):
     answer = post(serving, "/v1/completions", json={"model": "small", "prompt": prompt, "max_tokens": 3})
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message), answer.text
@@ -360,9 +367,11 @@ def test_a_thousand_requests_with_cancellations_lose_none(serving):
     async def one(web, number, gate):
         text = " ".join(draw.choice(["one", "two", "three", "ten"]) for _ in range(draw.randint(1, 12)))
         body = GOOD | {
-            "messages": [{"role": "user", "content": text}], "max_tokens": draw.randint(1, 24), "seed": number,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": draw.randint(1, 24),
+            "seed": number,
             "stream": number % 3 == 0,
-        }  # fmt: skip
+        }
         leaves = number % 7 == 0
         async with gate:
             if not body["stream"]:
@@ -465,11 +474,13 @@ def test_two_ranks_serve_one_model(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tp", "0"], "tp: expected at least 1"), (["--tp", "2"], "tp: expected the 1 ranks of this run"),
-        (["--port", "70000"], "port: expected 0 to 65535"), (["--cache-gib", "0"], "cache_gib: expected room"),
+        (["--tp", "0"], "tp: expected at least 1"),
+        (["--tp", "2"], "tp: expected the 1 ranks of this run"),
+        (["--port", "70000"], "port: expected 0 to 65535"),
+        (["--cache-gib", "0"], "cache_gib: expected room"),
         (["--modle", "x"], "modle"),
     ],
-)  # fmt: skip
+)
 def test_options_of_the_recipe_that_do_not_fit(tmp_path, words, message):
     model, tokenizer = small_model()
     save_model(model, tokenizer, tmp_path / "tiny")

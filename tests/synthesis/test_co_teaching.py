@@ -58,9 +58,14 @@ def test_lesson_is_the_answer_of_the_best_scored_rival():
     assert lesson.messages == (Message("user", "Question 0"), Message("assistant", "right q9"))
     assert lesson.lineage == {"parents": [rows()[0].id], "operator": "co_teach", "agent": "right"}
     assert lesson.attributes == {
-        "topic": "farm", "skill": "division", "difficulty": 2.6, "gap": 7.0, "rival": "right", "answer_score": 9.0,
+        "topic": "farm",
+        "skill": "division",
+        "difficulty": 2.6,
+        "gap": 7.0,
+        "rival": "right",
+        "answer_score": 9.0,
         "turn": 0,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(3.9, 1), (4.0, 0)])
@@ -79,8 +84,14 @@ def test_our_wins_are_counted_among_the_pairs():
     out = co_teach(rows(3), **team(9, 4), judge=honest_judge())
     assert out.sft == [] and out.statistics["selected"]["pairs_won_by_ours"] == 3
     assert out.statistics["rivals"]["left"] == {
-        "battles": 3, "wins": 3, "losses": 0, "ties": 0, "flips": 0, "identical": 0, "mean_gap": 5.0,
-    }  # fmt: skip
+        "battles": 3,
+        "wins": 3,
+        "losses": 0,
+        "ties": 0,
+        "flips": 0,
+        "identical": 0,
+        "mean_gap": 5.0,
+    }
 
 
 def test_flipped_battles_teach_nothing():
@@ -112,13 +123,16 @@ def test_failed_answers_and_judgements_leave_the_others_alone():
 
 
 def test_tables_group_by_topic_difficulty_and_skill():
-    source_rows = [conversation(f"Q{n}", "x", topic=t, difficulty=d, skill=s) for n, (t, d, s) in enumerate(
-        [("farm", 1.2, ["mul", "add"]), ("farm", 2.7, "div"), ("school", 3, "div")]
-    )] + [conversation("Q9", "x")]  # fmt: skip
+    source_rows = [
+        conversation(f"Q{n}", "x", topic=t, difficulty=d, skill=s)
+        for n, (t, d, s) in enumerate([("farm", 1.2, ["mul", "add"]), ("farm", 2.7, "div"), ("school", 3, "div")])
+    ] + [conversation("Q9", "x")]
     out = co_teach(source_rows, **team(5, 9), judge=honest_judge())
     assert {name: line["losses"] for name, line in out.statistics["topics"].items()} == {
-        "farm": 2, "school": 1, "unknown": 1,
-    }  # fmt: skip
+        "farm": 2,
+        "school": 1,
+        "unknown": 1,
+    }
     assert list(out.statistics["difficulties"]) == ["1", "3", "unknown"]
     assert list(out.statistics["skills"]) == ["add+mul", "div", "unknown"]
 
@@ -192,8 +206,13 @@ def test_chat_goes_on_after_the_best_answer():
     agents, judge = team(2, 9, 5), honest_judge()
     out = co_teach(rows(2), **agents, judge=judge, user=user, chat_turns=3)
     assert [message.content for message in out.sft[-1].messages] == [
-        "Question 1", "left q9", "And 2?", "left q9", "And 4?", "left q9",
-    ]  # fmt: skip
+        "Question 1",
+        "left q9",
+        "And 2?",
+        "left q9",
+        "And 4?",
+        "left q9",
+    ]
     assert [battle["turn"] for battle in out.battles] == [0] * 6 + [1] * 6 + [2] * 6
     assert user.batches == [("user", 2)] * 2 and len(judge.batches) == 3
     assert out.statistics["selected"]["scenes"] == 6

@@ -32,8 +32,12 @@ def test_evolved_rows_follow_their_parents_with_lineage():
     assert [row.instruction for row in first] == [f"Question {i} +steps" for i in range(3)]
     assert [row.answer for row in second] == [f"Answer to Question {i} +steps +steps" for i in range(3)]
     assert second[0].lineage == {
-        "parents": [first[0].id], "operator": "steps", "agent": "evolver", "answerer": "answerer", "round": 2,
-    }  # fmt: skip
+        "parents": [first[0].id],
+        "operator": "steps",
+        "agent": "evolver",
+        "answerer": "answerer",
+        "round": 2,
+    }
     assert second[0].attributes == {"source": "forum", "topic": "farm", "evolutions": 2}
     assert out.eliminated == []
     assert out.statistics["rounds"] == [{"pool": 3, "kept": 3}] * 2

@@ -36,8 +36,9 @@ def test_labels_belong_to_the_students_own_steps():
     agent = solver("3*4=12\nThen\n12+1=14", "3*4=12", "3*4=12")
     out = label_processes(rows(), student=agent, labeller=Fake("labeller", label=check), samples=3, statistics=counts)
     assert [(row.steps, row.labels) for row in out] == [
-        (("3*4=12", "Then", "12+1=14"), (1, 0, -1)), (("3*4=12",), (1,)),
-    ]  # fmt: skip
+        (("3*4=12", "Then", "12+1=14"), (1, 0, -1)),
+        (("3*4=12",), (1,)),
+    ]
     assert out[0].prompt == rows()[0].messages[:-1] and out[0].lineage["parents"] == [rows()[0].id]
     assert out[0].attributes == {"topic": "farm", "policy": "student/1", "answer": "3*4=12\nThen\n12+1=14"}
     assert counts["dropped"] == {"no answer": 0, "repeated": 1, "several turns": 0} and counts["labels"] == {
@@ -58,8 +59,11 @@ def test_unreadable_labels_and_failed_answers_are_counted():
     labeller = Fake("labeller", label=lambda r, f: "1\n1\n1")
     out = label_processes(rows(2), student=solver("1=1", FAILED), labeller=labeller, samples=2, statistics=counts)
     assert out == [] and counts["dropped"] == {
-        "labels unreadable": 2, "no answer": 2, "repeated": 0, "several turns": 0,
-    }  # fmt: skip
+        "labels unreadable": 2,
+        "no answer": 2,
+        "repeated": 0,
+        "several turns": 0,
+    }
     assert counts["calls"]["label"] == {"asked": 2, "failed": 0, "unreadable": 2}
 
 
@@ -94,8 +98,9 @@ def test_ranked_pairs_have_margins():
     counts = {}
     out = rank_instructions([["a", "b", "c"]], ranker=ranker(a=2, b=9, c=8.8), statistics=counts)
     assert [(row.chosen, row.rejected, round(row.attributes["margin"], 6)) for row in out] == [
-        ("b", "a", 0.7), ("c", "a", 0.68),
-    ]  # fmt: skip
+        ("b", "a", 0.7),
+        ("c", "a", 0.68),
+    ]
     assert all(row.prompt == () for row in out)
     assert counts["dropped"] == {"groups too small": 0, "groups unreadable": 0, "no margin": 1, "repeated": 0}
 

@@ -37,15 +37,25 @@ def right(rows):
 
 def test_evol_instruct_makes_harder_rows(data, tmp_path):
     cfg = evol_instruct.Config(
-        data=(data,), out=tmp_path, rounds=2, optimise=evol_instruct.Optimise(steps=2, dev_size=30), quiet=True,
-        agents=evol_instruct.Agents(ranker="world:ranker"), evaluation=(data,), ngram=6,
-    )  # fmt: skip
+        data=(data,),
+        out=tmp_path,
+        rounds=2,
+        optimise=evol_instruct.Optimise(steps=2, dev_size=30),
+        quiet=True,
+        agents=evol_instruct.Agents(ranker="world:ranker"),
+        evaluation=(data,),
+        ngram=6,
+    )
     report = evol_instruct.main(cfg)
     rows = read(tmp_path / "rows.jsonl", "conversation")
     assert rows[:120] == read(data) and report["counts"]["evolved"] == len(rows) - 120 > 20
     by_id = {row.id: row for row in rows}
-    pairs = [(parse(row.instruction), parse(by_id[parent].instruction)) for row in rows[120:]
-             for parent in row.lineage["parents"] if parent in by_id]  # fmt: skip
+    pairs = [
+        (parse(row.instruction), parse(by_id[parent].instruction))
+        for row in rows[120:]
+        for parent in row.lineage["parents"]
+        if parent in by_id
+    ]
     harder = [new.operations - old.operations for new, old in pairs if new and old]
     assert sum(harder) / len(harder) > 0.3
     assert report["counts"]["contaminated"] > 0 and (tmp_path / "removed.jsonl").read_text()

@@ -17,9 +17,12 @@ from wizard_engine.training.options import OnlineTraining
 CONFIG = dataclasses.replace(PRESETS["tiny"], vocab_size=31, width=16, layers=1)
 OPTIONS = {
     "training": OnlineTraining(lr=1e-2, clip=0.1, warmup=0.0, lr_floor=1.0, save_every=0),
-    "rollout": RolloutOptions(steps=4, prompts_per_step=2, samples_per_prompt=1), "critic": CriticOptions(lr=1e-2),
-    "average_from": 1.0, "seed": 0, "quiet": True,
-}  # fmt: skip
+    "rollout": RolloutOptions(steps=4, prompts_per_step=2, samples_per_prompt=1),
+    "critic": CriticOptions(lr=1e-2),
+    "average_from": 1.0,
+    "seed": 0,
+    "quiet": True,
+}
 
 
 @pytest.fixture

@@ -223,9 +223,11 @@ class EndpointAgent:
 
     def _arguments(self, request: Request, messages: list[dict]) -> dict[str, Any]:
         arguments: dict[str, Any] = {
-            "model": self.model, "messages": messages, "temperature": request.temperature,
+            "model": self.model,
+            "messages": messages,
+            "temperature": request.temperature,
             "max_tokens": request.max_tokens,
-        }  # fmt: skip
+        }
         if self.options.seed and request.temperature > 0:
             # 31 bits: every implementation accepts such seeds.
             arguments["seed"] = request.seed % 2**31

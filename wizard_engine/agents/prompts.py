@@ -14,8 +14,19 @@ from importlib import resources
 from wizard_engine.data.records import Message
 
 TASKS = (
-    "evolve", "compare", "rewrite", "judge", "rate", "label", "rank", "suggest", "analyse", "optimise", "tag", "user",
-)  # fmt: skip
+    "evolve",
+    "compare",
+    "rewrite",
+    "judge",
+    "rate",
+    "label",
+    "rank",
+    "suggest",
+    "analyse",
+    "optimise",
+    "tag",
+    "user",
+)
 ROLES = ("system", "user", "assistant")
 
 _FIELD_LINE = re.compile(r"^\{(\w+)\}$", re.MULTILINE)

@@ -27,9 +27,17 @@ NAME = "manifest.json"
 FORMAT = "wizard-engine checkpoint 2"
 GROUP_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 22
 _ADVICE = "remove this checkpoint to continue from the one before it"
@@ -81,11 +89,13 @@ def _written(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     totals = iter(sums)
     listed = {
         key: [
-            shard.start, shard.start + shard.values.numel(), next(totals) if shard.values.numel() else 0,
+            shard.start,
+            shard.start + shard.values.numel(),
+            next(totals) if shard.values.numel() else 0,
             *([] if shard.spec.is_whole else [shard.spec.rows, shard.spec.columns]),
         ]
         for key, shard in shards.items()
-    }  # fmt: skip
+    }
     return {"bytes": len(text) + at, "header": [len(text), zlib.crc32(text)], "parts": listed}
 
 

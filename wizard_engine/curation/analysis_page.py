@@ -124,9 +124,14 @@ def _pair(pair: dict[str, Any]) -> str:
     """Card of one contingency table: the shares within each row of the table."""
     shares = [[count / max(1, sum(line)) if count else None for count in line] for line in pair["counts"]]
     chart = charts.heatmap(
-        pair["rows"], pair["columns"], shares, top=1, width=440, form=lambda v: f"{100 * v:.0f}",
+        pair["rows"],
+        pair["columns"],
+        shares,
+        top=1,
+        width=440,
+        form=lambda v: f"{100 * v:.0f}",
         label=f"{pair['a']} by {pair['b']}",
-    )  # fmt: skip
+    )
     return card(chart, title=f"{pair['b']} within {pair['a']}", note=f"per cent of a row; V = {pair['cramers_v']:.2f}")
 
 

@@ -29,8 +29,17 @@ from wizard_engine.data.rows import Conversation, Message, Preference, Row
 from . import lexicons
 
 ATTRIBUTES = (
-    "topic", "language", "skill", "source", "difficulty", "perplexity", "length", "turns", "toxic", "cluster",
-)  # fmt: skip
+    "topic",
+    "language",
+    "skill",
+    "source",
+    "difficulty",
+    "perplexity",
+    "length",
+    "turns",
+    "toxic",
+    "cluster",
+)
 EASY_BELOW, HARD_FROM = 2.5, 3.5
 LANGUAGES = re.compile(
     r"en|es|fr|de|it|pt|nl|sv|da|no|fi|pl|cs|sk|hu|ro|el|bg|ru|uk|sr|hr|tr|ar|fa|he|hi|bn|ta|th|vi|id"

@@ -135,18 +135,28 @@ def share_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int], *, la
         return torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32)
 
     prefixes = Prefixes(
-        marks([b - a for _, a, b in prompts]), max(b for _, _, b in prompts), marks([b - a for _, a, b in tails]),
-        max(1, *(b - a for _, a, b in tails)), marks(ends), max(ends), torch.from_numpy(np.concatenate(keys)),
-        torch.from_numpy(previous), prefix_tokens, total,
-    )  # fmt: skip
+        marks([b - a for _, a, b in prompts]),
+        max(b for _, _, b in prompts),
+        marks([b - a for _, a, b in tails]),
+        max(1, *(b - a for _, a, b in tails)),
+        marks(ends),
+        max(ends),
+        torch.from_numpy(np.concatenate(keys)),
+        torch.from_numpy(previous),
+        prefix_tokens,
+        total,
+    )
     return SharedBatch(
         tokens=torch.from_numpy(np.concatenate([samples[i].tokens[a:b] for i, a, b in pieces]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(a, b) for _, a, b in pieces])),
-        prefixes=prefixes, rows=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+        prefixes=prefixes,
+        rows=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         target_positions=torch.from_numpy(np.concatenate(target_positions).astype(np.int64)),
-        cu_answers=marks(lengths), pieces=pieces, max_seqlen=max(ends),
-    )  # fmt: skip
+        cu_answers=marks(lengths),
+        pieces=pieces,
+        max_seqlen=max(ends),
+    )
 
 
 def _check_prompts(samples: Sequence[Sample], prompt_tokens: Sequence[int]) -> None:

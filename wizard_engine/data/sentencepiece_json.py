@@ -9,10 +9,19 @@ from tokenizers import Tokenizer as Backend
 META_SPACE = "▁"
 # Texts on which a conversion must give the ids of SentencePiece: spaces, line ends, digits, scripts, bytes, markup.
 PROBES = (
-    "", " ", "a", "  two  spaces ", "A chat between a curious user and an artificial intelligence assistant.",
-    "What is 12 + 30?\nIt's  42.\n\n\tdef f(x): return x", "Größe naïve e\u0301 ½ Ⅷ ﬁ", "中文 текст مرحبا 😀👩‍👩‍👧",
-    "</s><s>[INST]<0x41>", "\u00a0\u2028\x00\x1b", "x" * 100, "1234567890.5e-3",
-)  # fmt: skip
+    "",
+    " ",
+    "a",
+    "  two  spaces ",
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "What is 12 + 30?\nIt's  42.\n\n\tdef f(x): return x",
+    "Größe naïve e\u0301 ½ Ⅷ ﬁ",
+    "中文 текст مرحبا 😀👩‍👩‍👧",
+    "</s><s>[INST]<0x41>",
+    "\u00a0\u2028\x00\x1b",
+    "x" * 100,
+    "1234567890.5e-3",
+)
 
 
 def tokenizer_json(model: bytes) -> str:
@@ -45,9 +54,7 @@ def _converted(processor: sentencepiece.SentencePieceProcessor) -> str:
     unknown = pieces[processor.unk_id()] if processor.unk_id() >= 0 else None
     model = models.BPE(vocabulary, _merges(processor, pieces, vocabulary), unk_token=unknown, byte_fallback=True)
     backend = Backend(model)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(META_SPACE), normalizers.Replace(" ", META_SPACE)]
-    )  # fmt: skip
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(META_SPACE), normalizers.Replace(" ", META_SPACE)])
     backend.decoder = decoders.Sequence(
         [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

@@ -187,12 +187,24 @@ def _summarise(
     longer = [(gap > 0) == (b.score == 1) for b, gap in zip(judged, lengths) if b.score != 0.5 and gap]
     without, with_ties = bootstrap_rates(wins, losses, ties, seed=seed)
     return Pairwise(
-        a=battles[0].a, b=battles[0].b, wins=wins, losses=losses, ties=ties, errors=len(battles) - len(judged),
-        win_rate=wins / (wins + losses) if wins + losses else None, ci95=without,
-        win_rate_with_ties=(wins + ties / 2) / len(judged) if judged else None, ci95_with_ties=with_ties,
-        flips=sum(pair[0] * pair[1] < 0 for pair in winners), first_wins=_mean(shown_first), longer_wins=_mean(longer),
-        judge=judge.name, fingerprint=judge.fingerprint, seed=seed, battles=tuple(battles),
-    )  # fmt: skip
+        a=battles[0].a,
+        b=battles[0].b,
+        wins=wins,
+        losses=losses,
+        ties=ties,
+        errors=len(battles) - len(judged),
+        win_rate=wins / (wins + losses) if wins + losses else None,
+        ci95=without,
+        win_rate_with_ties=(wins + ties / 2) / len(judged) if judged else None,
+        ci95_with_ties=with_ties,
+        flips=sum(pair[0] * pair[1] < 0 for pair in winners),
+        first_wins=_mean(shown_first),
+        longer_wins=_mean(longer),
+        judge=judge.name,
+        fingerprint=judge.fingerprint,
+        seed=seed,
+        battles=tuple(battles),
+    )
 
 
 def _mean(values: Sequence[bool]) -> float | None:

@@ -159,9 +159,14 @@ def swapped(pair: Mapping[str, Any]) -> dict[str, Any]:
     """A comparison seen from the other model."""
     interval = pair.get("ci95")
     return {
-        **pair, "a": pair["b"], "b": pair["a"], "wins": pair["losses"], "losses": pair["wins"],
-        "win_rate": 1 - pair["win_rate"], "ci95": interval and [1 - interval[1], 1 - interval[0]],
-    }  # fmt: skip
+        **pair,
+        "a": pair["b"],
+        "b": pair["a"],
+        "wins": pair["losses"],
+        "losses": pair["wins"],
+        "win_rate": 1 - pair["win_rate"],
+        "ci95": interval and [1 - interval[1], 1 - interval[0]],
+    }
 
 
 def _figures(summary: Mapping[str, Any], best: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -252,22 +257,31 @@ def _preference(pairwise: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping
         return ""
     rows = [
         Interval(
-            f"{parts.stage_name(pair['a'])} : {parts.stage_name(pair['b'])}", pair["win_rate"], *pair["ci95"],
-            f"{pair['wins']} : {pair['losses']}, {pair['ties']} ties", _colour(pair["a"]),
+            f"{parts.stage_name(pair['a'])} : {parts.stage_name(pair['b'])}",
+            pair["win_rate"],
+            *pair["ci95"],
+            f"{pair['wins']} : {pair['losses']}, {pair['ties']} ties",
+            _colour(pair["a"]),
         )
         for pair in pairwise
         if pair.get("win_rate") is not None and pair.get("ci95")
-    ]  # fmt: skip
+    ]
     cards = []
     if rows:
         chart = charts.intervals(rows, reference=0.5, span=(0, 1), width=450, label="blind win rates")
         cards.append(card(chart, title="Win rate of the first over the second", note="ties left out"))
     if ratings:
         elo = [
-            Interval(parts.stage_name(item["model"]), item["elo"], item["low"], item["high"], f"{item['elo']:.0f}",
-                     _colour(item["model"]))
+            Interval(
+                parts.stage_name(item["model"]),
+                item["elo"],
+                item["low"],
+                item["high"],
+                f"{item['elo']:.0f}",
+                _colour(item["model"]),
+            )
             for item in ratings
-        ]  # fmt: skip
+        ]
         chart = charts.intervals(elo, width=450, form=lambda value: f"{value:.0f}", label="Elo")
         cards.append(card(chart, title="Elo", note="Bradley-Terry, bootstrap median and 95 % interval"))
     return section(
@@ -326,13 +340,19 @@ def _mt_bench(results: Sequence[Mapping[str, Any]]) -> str:
     cards = [
         card(
             charts.heatmap(
-                [name for name, _ in rows], names, [values for _, values in rows], low=min(known) - 1, top=max(known),
-                width=440, form=lambda value: f"{value:.2f}", label=title,
+                [name for name, _ in rows],
+                names,
+                [values for _, values in rows],
+                low=min(known) - 1,
+                top=max(known),
+                width=440,
+                form=lambda value: f"{value:.2f}",
+                label=title,
             ),
             title=title,
         )
         for title, rows in (("By turn", overall), ("By category", single))
-    ]  # fmt: skip
+    ]
     missing = sum(result.get("missing", 0) for result in results)
     lead = "Two-turn questions of the world in the manner of MT-Bench: the second turn changes one number. The world's "
     lead += f"judge rates each turn from 1 to 10; ratings that could not be read: {missing}."

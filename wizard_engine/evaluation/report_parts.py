@@ -219,11 +219,14 @@ def phases(items: Sequence[Mapping[str, Any]]) -> str:
     head = ("", *(name.replace("_", " ") for name in names), "step", "idle", "apart")
     lines = [
         (
-            item["name"], *(f"{item['seconds'].get(name, 0.0):.3f}" for name in names), f"{item['step']:.3f}",
-            f"{100 * item['tail_idle']:.0f} %", f"{item['difference']:.0e}",
+            item["name"],
+            *(f"{item['seconds'].get(name, 0.0):.3f}" for name in names),
+            f"{item['step']:.3f}",
+            f"{100 * item['tail_idle']:.0f} %",
+            f"{item['difference']:.0e}",
         )
         for item in items
-    ]  # fmt: skip
+    ]
     note = (
         "Mean seconds of a rollout; share of the sampling with nothing left to sample; largest difference between "
         "sampler and trainer, nats of a token"

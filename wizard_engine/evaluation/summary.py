@@ -134,11 +134,14 @@ def phases(out: Path, slices: int) -> list[dict[str, Any]]:
 
         slice_phases.append(
             {
-                "name": f"slice {index}", "steps": len(rows), "step": mean("seconds"), "tail_idle": mean("tail_idle"),
+                "name": f"slice {index}",
+                "steps": len(rows),
+                "step": mean("seconds"),
+                "tail_idle": mean("tail_idle"),
                 "seconds": {name: mean(f"{name}_seconds") for name in PHASES},
                 "difference": max(row["ratio_error"] for row in rows),
             }
-        )  # fmt: skip
+        )
     return slice_phases
 
 

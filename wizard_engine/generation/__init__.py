@@ -4,5 +4,10 @@ from .offline import Generation, answer_texts, generate
 from .scoring import packed_groups, perplexities, sequence_logprobs
 
 __all__ = [
-    "Generation", "answer_texts", "generate", "packed_groups", "perplexities", "sequence_logprobs",
-]  # fmt: skip
+    "Generation",
+    "answer_texts",
+    "generate",
+    "packed_groups",
+    "perplexities",
+    "sequence_logprobs",
+]

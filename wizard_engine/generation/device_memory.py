@@ -39,9 +39,12 @@ class Allocation(ctypes.Structure):
     """CUmemAllocationProp: what kind of memory to create."""
 
     _fields_ = [
-        ("type", c_int), ("handle_types", c_int), ("location", Location), ("win32", c_void_p),
+        ("type", c_int),
+        ("handle_types", c_int),
+        ("location", Location),
+        ("win32", c_void_p),
         ("flags", AllocationFlags),
-    ]  # fmt: skip
+    ]
 
 
 class Access(ctypes.Structure):
@@ -177,9 +180,13 @@ class LentTensors:
     """
 
     def __init__(
-        self, like: Sequence[tuple[Sequence[int], torch.dtype]], device: torch.device, *, stays: bool = False,
+        self,
+        like: Sequence[tuple[Sequence[int], torch.dtype]],
+        device: torch.device,
+        *,
+        stays: bool = False,
         driver: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.like, self.device = [(tuple(shape), dtype) for shape, dtype in like], device
         self._range: MappedRange | None = None
         self._tensors: list[Tensor] = []
@@ -193,9 +200,12 @@ class LentTensors:
     def _reserve(self, size: int, driver: Any) -> None:
         try:
             self._range = MappedRange(
-                driver or library(), self.device.index or 0, size, settle=partial(settled, self.device),
+                driver or library(),
+                self.device.index or 0,
+                size,
+                settle=partial(settled, self.device),
                 free_cached=torch.cuda.empty_cache,
-            )  # fmt: skip
+            )
         except (DriverError, OSError) as error:
             print(
                 f"generation: the driver keeps no addresses ({error}); each release makes CUDA graphs be captured anew",
@@ -253,9 +263,12 @@ class _Interface:
     def __init__(self, owner: MappedRange, offset: int, elements: int, typestr: str) -> None:
         self.owner = owner
         self.__cuda_array_interface__ = {
-            "data": (owner.address + offset, False), "shape": (elements,), "strides": None, "typestr": typestr,
+            "data": (owner.address + offset, False),
+            "shape": (elements,),
+            "strides": None,
+            "typestr": typestr,
             "version": 3,
-        }  # fmt: skip
+        }
 
 
 def tensor_at(

@@ -55,10 +55,18 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, *, cache_tokens: int, page_size: int | None = None, max_sequences: int = 256,
-        max_tokens: int = 2048, record_routes: bool = False, use_graphs: bool = True,
-        keeps_addresses: bool = False, lookahead: bool | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Transformer,
+        *,
+        cache_tokens: int,
+        page_size: int | None = None,
+        max_sequences: int = 256,
+        max_tokens: int = 2048,
+        record_routes: bool = False,
+        use_graphs: bool = True,
+        keeps_addresses: bool = False,
+        lookahead: bool | None = None,
+    ) -> None:
         self.model, self.config = model, model.config
         self.device = model.embedding.weight.device
         on_gpu = self.device.type == "cuda"
@@ -99,9 +107,13 @@ class Engine:
         self.words = self.staging.buffer.view(torch.int64)
         self.sampled = self.words[: self.staging.kept // 8]
         self.packer = Packer(
-            pages=self.pages, page_size=self.page_size, max_sequences=most, max_length=longest,
-            sampled=len(self.sampled), unit=unit,
-        )  # fmt: skip
+            pages=self.pages,
+            page_size=self.page_size,
+            max_sequences=most,
+            max_length=longest,
+            sampled=len(self.sampled),
+            unit=unit,
+        )
 
     def _graphs(self) -> DecodeGraphs:
         return DecodeGraphs(self._blocks, self.device, sequences=self.max_sequences, length=self.scheduler.max_length)
@@ -349,7 +361,7 @@ class Engine:
 
     def _attend(
         self, layer: int, step: Step, cos: Tensor, sin: Tensor, positions: Tensor | None, qkv: Tensor
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """(T, H, C) attention of a step's tokens over their pages, which its keys and values join."""
         keys, values = self.keys[layer], self.values[layer]
         heads = qkv.view(qkv.shape[0], -1, self.config.head_width)

@@ -80,18 +80,25 @@ def generate(
 
 
 def engine_for(
-    model: Transformer, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], batch_size: int,
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    batch_size: int,
     **options: bool,
-) -> Engine:  # fmt: skip
+) -> Engine:
     """An engine with a cache in which any `batch_size` of some prompts run beside each other to their ends."""
     page_size = 16 if model.embedding.weight.device.type == "cpu" else 64
     # A page more for each, so that none has to wait for pages.
     needed = [-(-(len(p) + s.max_new_tokens) // page_size) + 1 for p, s in zip(prompts, samplings)]
     pages = sum(sorted(needed, reverse=True)[:batch_size])
     return Engine(
-        model, cache_tokens=pages * page_size, page_size=page_size, max_sequences=min(batch_size, len(prompts)),
-        use_graphs=False, **options,
-    )  # fmt: skip
+        model,
+        cache_tokens=pages * page_size,
+        page_size=page_size,
+        max_sequences=min(batch_size, len(prompts)),
+        use_graphs=False,
+        **options,
+    )
 
 
 def continued(
@@ -114,9 +121,11 @@ def continued(
             on_finished(finished)
     rows = [sequences[place] for place in range(len(prompts))]
     return Generation(
-        [s.tokens for s in rows], [s.logprobs for s in rows], [s.reason == "stop" for s in rows],
+        [s.tokens for s in rows],
+        [s.logprobs for s in rows],
+        [s.reason == "stop" for s in rows],
         [torch.empty(0) if s.experts is None else s.experts for s in rows] if engine.records_routes else None,
-    )  # fmt: skip
+    )
 
 
 def answer_texts(

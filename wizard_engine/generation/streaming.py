@@ -31,9 +31,15 @@ class Streamer:
         self.engine = Engine(model, cache_tokens=tokens, page_size=16, max_sequences=1)
 
     def stream(
-        self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
-        top_p: float | None = None, seed: int = 0,
-    ) -> Iterator[int]:  # fmt: skip
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Iterator[int]:
         """Ids after the prompt, as they are sampled; EOS, where it comes, is the last one.
 
         Args:

@@ -11,8 +11,15 @@ from typing import NamedTuple
 
 INK, SOFT, FAINT, RULE, PANEL = "#1f2933", "#5f6c7b", "#98a3b0", "#e4e8ee", "#f6f8fa"
 BLUE, VIOLET, ORANGE, GREEN, GREY, RED, GOLD, TEAL = (
-    "#3a72c4", "#8059c0", "#e2762f", "#2f9467", "#9aa5b1", "#cf4a4a", "#d2a02a", "#2b9bab",
-)  # fmt: skip
+    "#3a72c4",
+    "#8059c0",
+    "#e2762f",
+    "#2f9467",
+    "#9aa5b1",
+    "#cf4a4a",
+    "#d2a02a",
+    "#2b9bab",
+)
 SERIES = (BLUE, ORANGE, GREEN, VIOLET, TEAL, GOLD, RED, GREY)
 
 

@@ -13,6 +13,14 @@ from .process_reward import process_loss
 from .reward import ranking_loss
 
 __all__ = [
-    "LossOutput", "dpo_loss", "kl_estimates", "policy_loss", "preference_loss", "process_loss", "ranking_loss",
-    "sequence_logprobs", "sft_loss", "value_loss",
-]  # fmt: skip
+    "LossOutput",
+    "dpo_loss",
+    "kl_estimates",
+    "policy_loss",
+    "preference_loss",
+    "process_loss",
+    "ranking_loss",
+    "sequence_logprobs",
+    "sft_loss",
+    "value_loss",
+]

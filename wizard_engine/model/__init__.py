@@ -7,6 +7,17 @@ from .mixture import Mixture, Routes
 from .transformer import Transformer
 
 __all__ = [
-    "PRESETS", "Mixture", "ModelConfig", "ModelDirectory", "Routes", "ScoringModel", "Transformer", "load_hf",
-    "load_model", "save_hf", "save_model", "save_sharded", "scoring_head",
-]  # fmt: skip
+    "PRESETS",
+    "Mixture",
+    "ModelConfig",
+    "ModelDirectory",
+    "Routes",
+    "ScoringModel",
+    "Transformer",
+    "load_hf",
+    "load_model",
+    "save_hf",
+    "save_model",
+    "save_sharded",
+    "scoring_head",
+]

@@ -62,9 +62,13 @@ class ScoringModel(nn.Module):
         return scoring.to(next(model.parameters()).device)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int,
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | Prefixes,
+        max_seqlen: int,
         routes: Routes | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """(T, outputs) fp32 (of a float64 model float64) scores at every position; arguments as for Transformer.
 
         Where several ranks divide the tokens of a row each scores its own, and all of them get all scores.

@@ -143,9 +143,12 @@ class ModelDirectory:
         return self.fields["architectures"][0]
 
     def parameters(
-        self, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
         slices: Mapping[str, Region] | None = None,
-    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    ) -> Iterator[tuple[str, Tensor]]:
         """This engine's parameters by name, one at a time; only the bytes that they need are read.
 
         Args:
@@ -286,9 +289,13 @@ def _materialised(directory: ModelDirectory, dtype: torch.dtype, device: Any) ->
 
 
 def save_hf(
-    model: Transformer, path: Path | str, *, tokenizer: Tokenizer | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES, extra: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+    model: Transformer,
+    path: Path | str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a directory that transformers and others read: Mixtral (classic layout), Mistral or Llama; returns path.
 
     It appears by one rename, complete or not at all. Beside the model one tensor is in memory at a time.
@@ -350,9 +357,14 @@ def _pieces_of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], *, st
 
 
 def save_sharded(
-    model: Transformer | ScoringModel, path: Path | str, runtime: Runtime, *, tokenizer: Tokenizer | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES, extra: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+    model: Transformer | ScoringModel,
+    path: Path | str,
+    runtime: Runtime,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
     """`save_model` of a model that is divided over ranks: each of them writes its ranges of every file, nothing is
     gathered. Every rank makes the call; they share a file system.
 

@@ -20,9 +20,15 @@ from .transformer import Transformer
 
 
 def language_model(
-    model: str, tokenizer: Path | None, *, seed: int, device: Any, mesh: Mesh | None = None,
-    sharding: Sharding | None = None, frozen: bool = False,
-) -> tuple[Transformer, Tokenizer]:  # fmt: skip
+    model: str,
+    tokenizer: Path | None,
+    *,
+    seed: int,
+    device: Any,
+    mesh: Mesh | None = None,
+    sharding: Sharding | None = None,
+    frozen: bool = False,
+) -> tuple[Transformer, Tokenizer]:
     """A language model from a directory, or a preset's with random weights and the given tokenizer.
 
     Args:
@@ -67,7 +73,7 @@ def _check_experts(config: ModelConfig, mesh: Mesh | None) -> None:
 
 def shard_model(
     empty: nn.Module, mesh: Mesh, sharding: Sharding | None, values: Any = (), *, frozen: bool = False
-) -> Any:  # fmt: skip
+) -> Any:
     """A model on the meta device divided over a mesh and filled with (name, tensor) pairs."""
     if frozen:
         empty.requires_grad_(False)
@@ -107,9 +113,15 @@ def load_sharded(path: Path, mesh: Mesh, sharding: Sharding | None, *, frozen: b
 
 
 def scoring_start(
-    source: str, tokenizer: Path | None, outputs: int, *, surprise: bool = False, seed: int, mesh: Mesh,
+    source: str,
+    tokenizer: Path | None,
+    outputs: int,
+    *,
+    surprise: bool = False,
+    seed: int,
+    mesh: Mesh,
     sharding: Sharding | None,
-) -> tuple[ScoringModel, Tokenizer]:  # fmt: skip
+) -> tuple[ScoringModel, Tokenizer]:
     """A scoring model whose body starts as a language model's (or as a scoring model's body); its head is fresh.
 
     Args:
@@ -142,9 +154,7 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def write_model(
-    runtime: Runtime, model: Any, tokenizer: Tokenizer, path: Path, *, extra: dict | None = None
-) -> None:  # fmt: skip
+def write_model(runtime: Runtime, model: Any, tokenizer: Tokenizer, path: Path, *, extra: dict | None = None) -> None:
     """Write a model's directory; every rank makes the call."""
     engine = sharded(model)
     if engine is not None and engine.is_sharded:
@@ -155,7 +165,7 @@ def write_model(
 
 def scoring_model(
     path: Path, outputs: int, mesh: Mesh, sharding: Sharding | None
-) -> tuple[ScoringModel, Tokenizer, dict]:  # fmt: skip
+) -> tuple[ScoringModel, Tokenizer, dict]:
     """A reward model's directory: model (frozen, divided), tokenizer, fields of config.json.
 
     Raises:

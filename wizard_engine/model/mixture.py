@@ -68,7 +68,7 @@ class Routes:
             if config.balance_loss:
                 total = total + config.balance_loss * load_balancing_loss(
                     logits_TE, self.experts[layer], counts=counts.get(layer), **options
-                )  # fmt: skip
+                )
             if config.z_loss:
                 total = total + config.z_loss * router_z_loss(logits_TE, **options)
         return total

@@ -11,6 +11,13 @@ def byte_bar(description: str, total: int) -> tqdm:
     """A bar of bytes on stderr, on rank 0 alone and only in a terminal; a context manager, moved by `update(bytes)`."""
     is_other_rank = dist.is_initialized() and dist.get_rank() != 0
     return tqdm(
-        desc=description, total=total, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True, leave=False,
-        delay=DELAY_SECONDS, disable=True if is_other_rank else None,
-    )  # fmt: skip
+        desc=description,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        dynamic_ncols=True,
+        leave=False,
+        delay=DELAY_SECONDS,
+        disable=True if is_other_rank else None,
+    )

@@ -19,21 +19,36 @@ Region = tuple[slice, ...]
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral"}
 # Fields of config.json that may say what the transformer does not do, and the value of each that it does.
 IMPLEMENTED = {
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0, "router_jitter_noise": 0.0, "quantization_config": None, "layer_types": None,
-}  # fmt: skip
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "router_jitter_noise": 0.0,
+    "quantization_config": None,
+    "layer_types": None,
+}
 # What the families take for a field that config.json leaves out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {
-        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 131_072, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
         "sliding_window": 4096,
     },
     "mixtral": {
-        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131_072, "num_key_value_heads": 8,
-        "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
     },
-}  # fmt: skip
+}
 
 
 def published_config(config: ModelConfig, tokenizer: Tokenizer | None = None, *, dtype: str = "float32") -> dict:
@@ -62,9 +77,10 @@ def published_config(config: ModelConfig, tokenizer: Tokenizer | None = None, *,
         fields["sliding_window"] = config.window
     if config.experts:
         fields |= {
-            "num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token,
+            "num_local_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
             "router_aux_loss_coef": config.balance_loss,
-        }  # fmt: skip
+        }
         if config.z_loss:
             fields["wizard_z_loss"] = config.z_loss
     if tokenizer is not None:
@@ -127,24 +143,39 @@ def _model_config(kind: str, fields: dict, rope: dict) -> ModelConfig:
     # An explicit null is "no window"; the field left out is the family's own.
     window = fields.get("sliding_window", DEFAULTS[kind].get("sliding_window")) if kind != "llama" else None
     heads = known["num_attention_heads"]
-    experts = {
-        "experts": known["num_local_experts"], "experts_per_token": known["num_experts_per_tok"],
-        "balance_loss": known["router_aux_loss_coef"], "z_loss": known.get("wizard_z_loss", 0.0),
-    } if kind == "mixtral" else {}  # fmt: skip
+    experts = (
+        {
+            "experts": known["num_local_experts"],
+            "experts_per_token": known["num_experts_per_tok"],
+            "balance_loss": known["router_aux_loss_coef"],
+            "z_loss": known.get("wizard_z_loss", 0.0),
+        }
+        if kind == "mixtral"
+        else {}
+    )
     numbers = {
-        "vocab_size": known["vocab_size"], "width": known["hidden_size"], "layers": known["num_hidden_layers"],
-        "heads": heads, "kv_heads": known["num_key_value_heads"] or heads,
-        "head_width": known.get("head_dim") or known["hidden_size"] // heads, "ffn_width": known["intermediate_size"],
+        "vocab_size": known["vocab_size"],
+        "width": known["hidden_size"],
+        "layers": known["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": known["num_key_value_heads"] or heads,
+        "head_width": known.get("head_dim") or known["hidden_size"] // heads,
+        "ffn_width": known["intermediate_size"],
         "max_positions": known["max_position_embeddings"],
-    }  # fmt: skip
+    }
     for name, value in numbers.items():
         if type(value) is not int:
             raise ValueError(f"{name}: expected a whole number, got {value!r}")
     base = fields.get("rope_theta") or rope.get("rope_theta") or known["rope_theta"]
     return ModelConfig(
-        **numbers, **experts, rope_base=float(base), norm_epsilon=float(known["rms_norm_eps"]), window=window,
-        tied=bool(known.get("tie_word_embeddings", False)), init_std=float(known.get("initializer_range", 0.02)),
-    )  # fmt: skip
+        **numbers,
+        **experts,
+        rope_base=float(base),
+        norm_epsilon=float(known["rms_norm_eps"]),
+        window=window,
+        tied=bool(known.get("tie_word_embeddings", False)),
+        init_std=float(known.get("initializer_range", 0.02)),
+    )
 
 
 @dataclass(frozen=True)

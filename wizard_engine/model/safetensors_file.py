@@ -20,9 +20,24 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes of an element of every dtype of the format, so that a file with tensors of others can be told from a broken one.
 SIZES = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+}
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -225,9 +240,7 @@ def file_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> t
     return text, {name: len(text) + place for name, place in places.items()}, len(text) + at
 
 
-def write_file(
-    path: Path, tensors: Mapping[str, Tensor], *, written: Callable[[int], object] | None = None
-) -> None:  # fmt: skip
+def write_file(path: Path, tensors: Mapping[str, Tensor], *, written: Callable[[int], object] | None = None) -> None:
     """Write a file, one tensor in memory at a time: those on other devices are fetched one by one.
 
     Args:

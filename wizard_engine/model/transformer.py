@@ -135,9 +135,15 @@ class Block(nn.Module):
         return self.parallel.row_parallel(swiglu(gate_up), self.feed_forward.down.weight)
 
     def forward(
-        self, x_TD: Tensor, delta_TD: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        self,
+        x_TD: Tensor,
+        delta_TD: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
         routes: Routes | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """The stream (T, D) behind attention, and what the feed-forward block adds to it.
 
         Args:
@@ -151,7 +157,7 @@ class Block(nn.Module):
 
     def decode(
         self, x_TD: Tensor, delta_TD: Tensor | None, attend: Attend, routes: Routes | None = None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """What `forward` gives, with another attention, such as one over cached keys; without a gradient."""
         qkv, x_TD = self._product(self.attention_norm, self.attention.qkv, x_TD, delta_TD)
         return self._behind_product(qkv, x_TD, routes, attend=attend)
@@ -161,7 +167,7 @@ class Block(nn.Module):
 
     def _behind_product(
         self, qkv: Tensor, x_TD: Tensor, routes: Routes | None, *where: Any, attend: Attend | None = None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         delta_TD = self.attention(qkv, *where, attend=attend)
         if isinstance(self.feed_forward, Mixture):
             y_TD, x_TD = self.feed_forward_norm(delta_TD, x_TD)
@@ -221,9 +227,15 @@ class Transformer(nn.Module):
         return self.parallel.vocabulary_shard(self.head_weight)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int,
-        routes: Routes | None = None, *, own_tokens: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | Prefixes,
+        max_seqlen: int,
+        routes: Routes | None = None,
+        *,
+        own_tokens: bool = False,
+    ) -> Tensor:
         """Hidden states after the last norm.
 
         Args:

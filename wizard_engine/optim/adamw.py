@@ -80,9 +80,13 @@ class AdamW:
         for where, gradient, decayed, copy in engine.segments():
             buffers = (*(x[where] for x in (engine.master, self.exp_avg, self.exp_avg_sq)), gradient)
             options: dict[str, Any] = {
-                "lr": lr, "betas": self.betas, "epsilon": self.epsilon, "step": self.count, "copy": copy,
+                "lr": lr,
+                "betas": self.betas,
+                "epsilon": self.epsilon,
+                "step": self.count,
+                "copy": copy,
                 "weight_decay": self.weight_decay if decayed else 0.0,
-            }  # fmt: skip
+            }
             if not (engine.host or (copy is not None and copy.device.type == "cpu")):
                 adamw(*buffers, scale=scale, **options)
                 continue

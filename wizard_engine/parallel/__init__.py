@@ -18,4 +18,4 @@ __all__ = [
     "sharded",
     "sum_over_ranks",
     "sum_over_rows",
-]  # fmt: skip
+]

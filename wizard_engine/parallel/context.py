@@ -151,7 +151,7 @@ class ParallelContext:
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | Prefixes, max_seqlen: int, *, window: int | None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """`kernels.attention` of this rank's queries over the keys of the whole row.
 
         A chunk ends at key `last`. Its queries belong to the last of the keys up to there, document by document, which
@@ -171,10 +171,16 @@ class ParallelContext:
             # Clamping the boundaries to [first, last) leaves empty documents where a document has no query or key.
             out.append(
                 attention(
-                    queries, k[:last], v[:last], cu_seqlens.clamp(first, last) - first, min(max_seqlen, chunk),
-                    cu_seqlens_k=cu_seqlens.clamp(max=last), max_seqlen_k=min(max_seqlen, last), window=window,
+                    queries,
+                    k[:last],
+                    v[:last],
+                    cu_seqlens.clamp(first, last) - first,
+                    min(max_seqlen, chunk),
+                    cu_seqlens_k=cu_seqlens.clamp(max=last),
+                    max_seqlen_k=min(max_seqlen, last),
+                    window=window,
                 )
-            )  # fmt: skip
+            )
         return torch.cat(out)
 
     def expert_mlp(

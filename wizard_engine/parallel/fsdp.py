@@ -61,16 +61,21 @@ class Sharded(ShardedState):
     """
 
     def __init__(
-        self, units: Sequence[UnitSpec], mesh: Mesh, *, whole: bool = False, host: bool = False,
-        partitions: Mapping[str, Partition] | None = None, parallel: ParallelContext | None = None,
-        dummy: Callable[[bool], None] | None = None, link: Link | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        units: Sequence[UnitSpec],
+        mesh: Mesh,
+        *,
+        whole: bool = False,
+        host: bool = False,
+        partitions: Mapping[str, Partition] | None = None,
+        parallel: ParallelContext | None = None,
+        dummy: Callable[[bool], None] | None = None,
+        link: Link | None = None,
+    ) -> None:
         super().__init__(units, mesh, host=host, partitions=partitions, link=link)
         self.parallel, self.dummy, self.gathered_bytes, self.replicated_bytes = parallel, dummy, 0, 0
         every_unit = (*self.units, *self.resident)
-        self.reducer = GradientReducer(
-            every_unit, self.master_dtype, self.device, self._gradient_offload, whole=whole
-        )  # fmt: skip
+        self.reducer = GradientReducer(every_unit, self.master_dtype, self.device, self._gradient_offload, whole=whole)
         self._phase, self._is_gathered = FORWARD, False
         # A gradient hook on the output of every other unit starts its backward. Resident units have no such moment,
         # and the last unit's backward comes first, so their parameters announce it.

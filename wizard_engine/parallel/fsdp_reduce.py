@@ -26,9 +26,14 @@ class GradientReducer:
     """
 
     def __init__(
-        self, units: Sequence[Unit], dtype: torch.dtype, device: torch.device,
-        gradient_offload: GradientOffload | None, *, whole: bool,
-    ) -> None:  # fmt: skip
+        self,
+        units: Sequence[Unit],
+        dtype: torch.dtype,
+        device: torch.device,
+        gradient_offload: GradientOffload | None,
+        *,
+        whole: bool,
+    ) -> None:
         self.units, self.dtype, self.device = units, dtype, device
         self.gradient_offload, self.whole = gradient_offload, whole
         self.is_last_backward, self.reduced_bytes = True, 0

@@ -35,9 +35,14 @@ class ShardedState:
     """
 
     def __init__(
-        self, units: Sequence[UnitSpec], mesh: Mesh, *, host: bool = False,
-        partitions: Mapping[str, Partition] | None = None, link: Link | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        units: Sequence[UnitSpec],
+        mesh: Mesh,
+        *,
+        host: bool = False,
+        partitions: Mapping[str, Partition] | None = None,
+        link: Link | None = None,
+    ) -> None:
         self.mesh, self.host = mesh, host
         self.partitions = dict(partitions or {})
         self.is_sharded = mesh.copy.size > 1
@@ -110,7 +115,7 @@ class ShardedState:
             narrow = self.mesh.replicate.size == 1
             self._accumulator = Accumulator(
                 self.training, self.master_dtype, storage, narrow=narrow, gradient_offload=self._gradient_offload
-            )  # fmt: skip
+            )
         for flat in self.flats:
             if not flat.trains or self._has_copy(flat):
                 flat.weights = torch.zeros(flat.layout.shard_size, dtype=flat.dtype, device=self.device)

@@ -27,9 +27,14 @@ class Accumulator:
     """
 
     def __init__(
-        self, flats: Iterable[Flat], wide: torch.dtype, device: torch.device, *, narrow: bool,
+        self,
+        flats: Iterable[Flat],
+        wide: torch.dtype,
+        device: torch.device,
+        *,
+        narrow: bool,
         gradient_offload: GradientOffload | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.flats, self.wide, self.device, self.narrow = list(flats), wide, device, narrow
         self.gradient_offload, self.multiple = gradient_offload, False
 

@@ -203,9 +203,16 @@ def make_mesh(options: MeshOptions, runtime: Runtime) -> Mesh:
     # Separate communicators: a collective of tokens must not queue behind one of parameters.
     parameters, tokens = ("gather", "reduce"), ("tokens",)
     return Mesh(
-        device=runtime.device, rank=runtime.rank, world_size=runtime.world_size,
-        replicate=axis(dense, 0, purposes=("gather",)), shard=axis(dense, 1, 2, purposes=parameters),
-        tp=axis(dense, 3, purposes=tokens), cp=axis(dense, 2, purposes=tokens), row=axis(dense, 2, 3, purposes=tokens),
-        copy=axis(dense, 1, 2, 3, purposes=parameters), efsdp=axis(expert, 1, purposes=parameters),
-        ep=axis(expert, 2, purposes=tokens), data=axis(dense, 0, 1),
-    )  # fmt: skip
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        replicate=axis(dense, 0, purposes=("gather",)),
+        shard=axis(dense, 1, 2, purposes=parameters),
+        tp=axis(dense, 3, purposes=tokens),
+        cp=axis(dense, 2, purposes=tokens),
+        row=axis(dense, 2, 3, purposes=tokens),
+        copy=axis(dense, 1, 2, 3, purposes=parameters),
+        efsdp=axis(expert, 1, purposes=parameters),
+        ep=axis(expert, 2, purposes=tokens),
+        data=axis(dense, 0, 1),
+    )

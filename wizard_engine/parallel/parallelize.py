@@ -82,9 +82,14 @@ def parallelize(model: nn.Module, mesh: Mesh, sharding: Sharding | None = None) 
     else:
         specs = [UnitSpec("all", dict(model.named_parameters()), dtype)]
     engine = Sharded(
-        specs, mesh, whole=sharding.accumulate == "whole", host=sharding.offload_optimizer, partitions=partitions,
-        parallel=parallel, dummy=_dummy_pass(model),
-    )  # fmt: skip
+        specs,
+        mesh,
+        whole=sharding.accumulate == "whole",
+        host=sharding.offload_optimizer,
+        partitions=partitions,
+        parallel=parallel,
+        dummy=_dummy_pass(model),
+    )
     model._sharded = engine
     if engine.is_sharded:
         _hook(engine, body, recomputes=sharding.recompute == "full")

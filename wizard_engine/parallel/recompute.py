@@ -112,9 +112,7 @@ class ActivationOffload:
         is_weight: whether a tensor's memory holds parameters.   copies: moves tensors; default: by the device.
     """
 
-    def __init__(
-        self, device: torch.device, is_weight: Callable[[Tensor], bool], copies: Copies | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, device: torch.device, is_weight: Callable[[Tensor], bool], copies: Copies | None = None) -> None:
         self.device, self.is_weight = device, is_weight
         self.copies = copies or (CudaCopies(device) if device.type == "cuda" else Copies())
         self.moved_bytes = 0

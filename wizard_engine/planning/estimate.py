@@ -78,10 +78,18 @@ PARAMETER_AXES = ("shard", "copy", "efsdp")
 def mesh_of(shape: MeshShape, device: torch.device) -> Mesh:
     """The first rank's place in a mesh of this shape, without groups: sizes alone."""
     return Mesh(
-        device=device, world_size=shape.replicate * shape.copy, replicate=Axis(shape.replicate),
-        shard=Axis(shape.dp_shard * shape.cp), tp=Axis(shape.tp), cp=Axis(shape.cp), row=Axis(shape.cp * shape.tp),
-        copy=Axis(shape.copy), efsdp=Axis(shape.efsdp), ep=Axis(shape.ep), data=Axis(shape.replicate * shape.dp_shard),
-    )  # fmt: skip
+        device=device,
+        world_size=shape.replicate * shape.copy,
+        replicate=Axis(shape.replicate),
+        shard=Axis(shape.dp_shard * shape.cp),
+        tp=Axis(shape.tp),
+        cp=Axis(shape.cp),
+        row=Axis(shape.cp * shape.tp),
+        copy=Axis(shape.copy),
+        efsdp=Axis(shape.efsdp),
+        ep=Axis(shape.ep),
+        data=Axis(shape.replicate * shape.dp_shard),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,14 @@ def sizes_of_units(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[_Un
 
 
 def estimate(
-    model: nn.Module, mesh: Mesh, sharding: Sharding, *, tokens: int, micro_batches: int = 1,
+    model: nn.Module,
+    mesh: Mesh,
+    sharding: Sharding,
+    *,
+    tokens: int,
+    micro_batches: int = 1,
     units: list[_Unit] | None = None,
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Memory and traffic of training steps with AdamW, all parameters trained, everything on the device.
 
     Args:
@@ -198,7 +211,7 @@ def _times_gathered(model: nn.Module, k: int) -> dict[str, int]:
 
 def _token_traffic(
     model: nn.Module, mesh: Mesh, sharding: Sharding, tokens: int, narrow: int
-) -> dict[tuple[str, str], int]:  # fmt: skip
+) -> dict[tuple[str, str], int]:
     """What a micro-batch's tokens move."""
     c, again = model.config, sharding.recompute
     row, local_tokens = tokens // mesh.cp.size, tokens // mesh.row.size
@@ -225,7 +238,7 @@ def _token_traffic(
 
 def activation_bytes(
     model: nn.Module, mesh: Mesh, tokens: int, sharding: Sharding, dtype: torch.dtype
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """Bound of what forward and backward of a micro-batch hold besides parameters and their gradients' buffers: what is
     kept of all blocks, and what is at work beside it."""
     c, size, tp = model.config, dtype.itemsize, mesh.tp.size

@@ -126,7 +126,7 @@ class Planner:
 
     def __init__(
         self, options: Options, rates: Rates, config: ModelConfig | None = None, gpu: Gpu | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.options, self.rates, self.gpu = options, rates, GPUS[options.gpu] if gpu is None else gpu
         self.config: ModelConfig = PRESETS[options.preset] if config is None else config
         with META:
@@ -199,7 +199,7 @@ class Planner:
             self._units[divided] = sizes_of_units(self.model, mesh, torch.bfloat16)
         memory = estimate(
             self.model, mesh, sharding, tokens=tokens, micro_batches=layout.micro_batches, units=self._units[divided]
-        )  # fmt: skip
+        )
         peak = memory.peak + memory.workspace
         seconds, hidden = self._seconds(layout, memory, tokens)
         step = sum(seconds.values())
@@ -211,15 +211,23 @@ class Planner:
         return Plan(
             layout=layout,
             memory={
-                "parameters, gradients, moments": memory.parts, "gathered units": memory.places,
-                "activations": memory.activations, "kernels' workspace": memory.workspace,
+                "parameters, gradients, moments": memory.parts,
+                "gathered units": memory.places,
+                "activations": memory.activations,
+                "kernels' workspace": memory.workspace,
                 "not there at once": -memory.saved,
             },
-            peak=peak, fits=peak <= self.room,
+            peak=peak,
+            fits=peak <= self.room,
             traffic={f"{kind} {axis}": size for (kind, axis), size in memory.traffic.items()},
-            seconds=seconds, step=step, tokens_per_second=rate, mfu=rate * work / self.gpu.flops,
-            bottleneck=max(seconds, key=seconds.get), waits=waits / step, hidden=hidden,
-        )  # fmt: skip
+            seconds=seconds,
+            step=step,
+            tokens_per_second=rate,
+            mfu=rate * work / self.gpu.flops,
+            bottleneck=max(seconds, key=seconds.get),
+            waits=waits / step,
+            hidden=hidden,
+        )
 
     @property
     def room(self) -> float:
@@ -294,10 +302,14 @@ class Planner:
         """Seconds of all collectives of a kind on an axis, given the bytes of their whole buffers."""
         mesh, gpu = layout.mesh, self.gpu
         sizes = {
-            "replicate": (mesh.replicate, mesh.copy), "shard": (mesh.dp_shard * mesh.cp, mesh.tp),
-            "copy": (mesh.copy, 1), "tp": (mesh.tp, 1), "cp": (mesh.cp, mesh.tp), "efsdp": (mesh.efsdp, mesh.ep),
+            "replicate": (mesh.replicate, mesh.copy),
+            "shard": (mesh.dp_shard * mesh.cp, mesh.tp),
+            "copy": (mesh.copy, 1),
+            "tp": (mesh.tp, 1),
+            "cp": (mesh.cp, mesh.tp),
+            "efsdp": (mesh.efsdp, mesh.ep),
             "ep": (mesh.ep, 1),
-        }  # fmt: skip
+        }
         ranks, stride = sizes[axis]
         inside = max(1, min(ranks, gpu.node // stride))
         nodes = -(-ranks // inside)

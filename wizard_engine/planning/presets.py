@@ -53,9 +53,7 @@ def presets(config: type[Config]) -> dict[str, Config]:
                 values[field.name] = field.default_factory()
             else:
                 values[field.name] = tyro.MISSING
-        training = dataclasses.replace(
-            values["training"], pack_tokens=scale.pack_tokens, packs_per_step=scale.packs
-        )  # fmt: skip
+        training = dataclasses.replace(values["training"], pack_tokens=scale.pack_tokens, packs_per_step=scale.packs)
         values |= {"model": scale.model, "mesh": scale.mesh, "sharding": scale.sharding, "training": training}
         presets_by_name[name] = config(**values)
     return presets_by_name

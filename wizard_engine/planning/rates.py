@@ -10,9 +10,18 @@ import torch
 
 # Dense peak of tensor cores in bf16, operations per second, from the makers' data sheets; the first name that fits.
 PEAK_FLOPS = {
-    "B200": 2250e12, "GB200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12, "RTX 4090": 165e12,
-}  # fmt: skip
+    "B200": 2250e12,
+    "GB200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
 
 
 @dataclass(frozen=True)

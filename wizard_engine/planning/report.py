@@ -45,9 +45,13 @@ def simulated(planner: Planner, plan: Plan) -> dict[str, Any]:
         rank: sim.record(lambda: empty(small), options, rank, gpus, sharding, tokens=tokens) for rank in looked_at
     }
     return {
-        "peak": peak, "bound": bound.peak, "traffic_as_planned": as_planned, "micro_batches": k,
-        "ranks_compared": len(records), "collectives": sim.first_difference(records) or "fit",
-    }  # fmt: skip
+        "peak": peak,
+        "bound": bound.peak,
+        "traffic_as_planned": as_planned,
+        "micro_batches": k,
+        "ranks_compared": len(records),
+        "collectives": sim.first_difference(records) or "fit",
+    }
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -62,12 +66,17 @@ def run(options: Options) -> dict[str, Any]:
         raise ValueError(planner.refusal())
     shown = plans[: options.best]
     return {
-        "preset": options.preset, "gpus": options.gpus, "gpu": options.gpu, "sequence": options.sequence,
-        "room_gib": planner.room / GIB, "rates": asdict(planner.rates),
-        "measured": options.rates is not None, "layouts_that_fit": len(plans),
+        "preset": options.preset,
+        "gpus": options.gpus,
+        "gpu": options.gpu,
+        "sequence": options.sequence,
+        "room_gib": planner.room / GIB,
+        "rates": asdict(planner.rates),
+        "measured": options.rates is not None,
+        "layouts_that_fit": len(plans),
         "plans": [asdict(plan) | {"words": plan.layout.flags} for plan in shown],
         "simulated": simulated(planner, shown[0]) if options.simulate else None,
-    }  # fmt: skip
+    }
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -25,9 +25,12 @@ from wizard_engine.runtime.process import Runtime
 META = torch.device("meta")
 # Collective -> its kind, and which of its arguments has the whole buffer.
 WHOLE = {
-    "_allgather_base_": ("gather", 0), "_reduce_scatter_base_": ("reduce", 1), "allreduce_": ("sum", 0),
-    "alltoall_base_": ("exchange", 1), "broadcast_": ("broadcast", 0),
-}  # fmt: skip
+    "_allgather_base_": ("gather", 0),
+    "_reduce_scatter_base_": ("reduce", 1),
+    "allreduce_": ("sum", 0),
+    "alltoall_base_": ("exchange", 1),
+    "broadcast_": ("broadcast", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def simulated_rank(options: MeshOptions, rank: int, ranks: int) -> Iterator[Mesh
 
 def language_step(
     model: Any, tokens: int, micro_batches: int = 1, *, before: Callable[[], None] = lambda: None
-) -> None:  # fmt: skip
+) -> None:
     """Forward and backward passes of one training step of a language model on rows of one document, on any device.
 
     Args:
@@ -98,18 +101,22 @@ def language_step(
         before()
         engine.reducer.is_last_backward = number + 1 == micro_batches
         hidden = model(ids, positions, marks, tokens)
-        loss = sft_loss(
-            hidden, model.head_weight, ids, weights, num_tokens=float(tokens), shard=model.shard
-        ).loss  # fmt: skip
+        loss = sft_loss(hidden, model.head_weight, ids, weights, num_tokens=float(tokens), shard=model.shard).loss
         del hidden
         loss.backward()
     engine.finish()
 
 
 def record(
-    build: Callable[[], Any], options: MeshOptions, rank: int, ranks: int, sharding: Sharding, *, tokens: int,
+    build: Callable[[], Any],
+    options: MeshOptions,
+    rank: int,
+    ranks: int,
+    sharding: Sharding,
+    *,
+    tokens: int,
     micro_batches: int = 1,
-) -> list[Collective]:  # fmt: skip
+) -> list[Collective]:
     """Collectives of a training step of one rank; the norm of the gradient, which ends it, included.
 
     Args:

@@ -16,9 +16,15 @@ from .trajectories import Rollout
 
 
 def token_rewards(
-    rollout: Rollout, rewards: Sequence[AnswerReward], reference: Tensor, *, factors: Sequence[str], kl: float,
-    no_eos_penalty: float, group: int = 1,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    rollout: Rollout,
+    rewards: Sequence[AnswerReward],
+    reference: Tensor,
+    *,
+    factors: Sequence[str],
+    kl: float,
+    no_eos_penalty: float,
+    group: int = 1,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(N,) reward of each answer token: the answer's reward on its last token, minus kl times k1 on every token.
 
     Args:
@@ -100,9 +106,17 @@ class Targets:
 
 
 def make_targets(
-    rollout: Rollout, rewards: Tensor, values: Tensor | None, reference: Tensor, *, gamma: float = 1.0,
-    lam: float = 1.0, moments=None, behaviour: Tensor | None = None, advantages: Tensor | None = None,
-) -> Targets:  # fmt: skip
+    rollout: Rollout,
+    rewards: Tensor,
+    values: Tensor | None,
+    reference: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    moments=None,
+    behaviour: Tensor | None = None,
+    advantages: Tensor | None = None,
+) -> Targets:
     """GAE over the rollout, advantages whitened with moments over all ranks; or advantages that are given.
 
     Args:

@@ -36,16 +36,23 @@ class Sampler:
     """
 
     def __init__(
-        self, policy: Transformer, runtime: Runtime | None = None, *, cache_tokens: int, max_sequences: int = 128,
+        self,
+        policy: Transformer,
+        runtime: Runtime | None = None,
+        *,
+        cache_tokens: int,
+        max_sequences: int = 128,
         tp: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.policy, self.trainer = policy, sharded(policy)
         self.stamp: int | None = None
         self.row, self.mesh = Axis(), Mesh(device=policy.embedding.weight.device)
         self.options = {
-            "cache_tokens": cache_tokens, "max_sequences": max_sequences, "record_routes": True,
+            "cache_tokens": cache_tokens,
+            "max_sequences": max_sequences,
+            "record_routes": True,
             "keeps_addresses": True,
-        }  # fmt: skip
+        }
         divided = self.trainer is not None and self.trainer.is_sharded
         ranks = self.trainer.mesh.copy.size if divided else 1
         if ranks % tp:

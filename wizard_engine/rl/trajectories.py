@@ -73,9 +73,17 @@ def step_seed(*parts: int) -> int:
 
 
 def roll_out(
-    sampler: Sampler, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, samples: int,
-    max_new_tokens: int, temperature: float, seed: int, first: int = 0, stride: int = 1,
-) -> Rollout:  # fmt: skip
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    first: int = 0,
+    stride: int = 1,
+) -> Rollout:
     """`samples` answers to each prompt, drawn from the weights that the sampler has taken.
 
     Args:

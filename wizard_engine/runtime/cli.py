@@ -38,9 +38,14 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
     try:
         with contextlib.redirect_stderr(printed):
             value, unknown = tyro.cli(
-                config, prog=Path(sys.argv[0]).name, description=_description(config, presets), args=words,
-                return_unknown_args=True, config=(tyro.conf.EnumChoicesFromValues,), **keywords,
-            )  # fmt: skip
+                config,
+                prog=Path(sys.argv[0]).name,
+                description=_description(config, presets),
+                args=words,
+                return_unknown_args=True,
+                config=(tyro.conf.EnumChoicesFromValues,),
+                **keywords,
+            )
     except ValueError as error:
         _fail(str(error))
     except SystemExit:

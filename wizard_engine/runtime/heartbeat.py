@@ -123,8 +123,11 @@ def run_store(purpose: str) -> Any:
     the former ranks and wait for those.
     """
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
         timeout=timedelta(seconds=STORE_SECONDS),
-    )  # fmt: skip
+    )
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"wizard/{restart}/{purpose}", store)

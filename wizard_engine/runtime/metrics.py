@@ -50,9 +50,15 @@ class MetricsLogger:
     """
 
     def __init__(
-        self, path: Path | str, total_steps: int, desc: str, quiet: bool = False, *, resume_step: int = 0,
+        self,
+        path: Path | str,
+        total_steps: int,
+        desc: str,
+        quiet: bool = False,
+        *,
+        resume_step: int = 0,
         shown: Sequence[str] = BAR_METRICS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._shown = tuple(shown)
         self._file = self._bar = None
         if dist.is_initialized() and dist.get_rank() != 0:

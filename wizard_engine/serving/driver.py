@@ -158,8 +158,10 @@ class Driver:
         commands: list[tuple] = [("add", job.prompt, numbered(job.sampling, job.n)) for job in begun]
         commands += [
             ("finish", sequence.number, "cancelled")
-            for job in dropped.values() for sequence in job.sequences if sequence.reason is None
-        ]  # fmt: skip
+            for job in dropped.values()
+            for sequence in job.sequences
+            if sequence.reason is None
+        ]
         commands += [("end",) for what, _ in inbox if what == "end"]
         shared(commands, self.axis)
         waiting = iter(begun)

@@ -6,70 +6,92 @@ from typing import Any
 from .protocol import Field, schema_of
 
 _ERROR = {
-    "type": "object", "required": ["error"],
+    "type": "object",
+    "required": ["error"],
     "properties": {
         "error": {
-            "type": "object", "required": ["message", "type", "param", "code"],
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
             "properties": {
-                "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
                 "code": {"type": ["string", "null"]},
             },
         }
     },
-}  # fmt: skip
+}
 _USAGE = {
-    "type": "object", "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+    "type": "object",
+    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
     "properties": {name: {"type": "integer"} for name in ("prompt_tokens", "completion_tokens", "total_tokens")},
-}  # fmt: skip
+}
 
 
 def _envelope(kind: str, choice: Mapping[str, Any]) -> dict[str, Any]:
     choices = {
         "type": "array",
         "items": {
-            "type": "object", "required": ["index", "finish_reason", *choice],
+            "type": "object",
+            "required": ["index", "finish_reason", *choice],
             "properties": {"index": {"type": "integer"}, "finish_reason": {"enum": ["stop", "length"]}, **choice},
         },
-    }  # fmt: skip
+    }
     return {
-        "type": "object", "required": ["id", "object", "created", "model", "choices", "usage"],
+        "type": "object",
+        "required": ["id", "object", "created", "model", "choices", "usage"],
         "properties": {
-            "id": {"type": "string"}, "object": {"const": kind}, "created": {"type": "integer"},
-            "model": {"type": "string"}, "choices": choices, "usage": _USAGE,
+            "id": {"type": "string"},
+            "object": {"const": kind},
+            "created": {"type": "integer"},
+            "model": {"type": "string"},
+            "choices": choices,
+            "usage": _USAGE,
         },
-    }  # fmt: skip
+    }
 
 
 _CHAT = _envelope(
     "chat.completion",
     {
         "message": {
-            "type": "object", "required": ["role", "content"],
+            "type": "object",
+            "required": ["role", "content"],
             "properties": {"role": {"const": "assistant"}, "content": {"type": "string"}},
         }
     },
-)  # fmt: skip
+)
 _COMPLETION = _envelope("text_completion", {"text": {"type": "string"}})
 _MODEL = {
-    "type": "object", "required": ["id", "object", "created", "owned_by"],
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by"],
     "properties": {
-        "id": {"type": "string"}, "object": {"const": "model"}, "created": {"type": "integer"},
-        "owned_by": {"type": "string"}, "max_model_len": {"type": "integer"},
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": {"type": "string"},
+        "max_model_len": {"type": "integer"},
     },
-}  # fmt: skip
+}
 _MODELS = {
-    "type": "object", "required": ["object", "data"],
+    "type": "object",
+    "required": ["object", "data"],
     "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": _MODEL}},
-}  # fmt: skip
+}
 _HEALTH = {
-    "type": "object", "required": ["status"],
+    "type": "object",
+    "required": ["status"],
     "properties": {"status": {"enum": ["ok", "failed"]}, "open": {"type": "integer"}},
-}  # fmt: skip
+}
 _MEANINGS = {
-    400: "The request is invalid.", 401: "The key is missing or wrong.", 404: "No such model.",
-    408: "The body took too long.", 413: "The body is too long.", 429: "Too many requests; try again later.",
+    400: "The request is invalid.",
+    401: "The key is missing or wrong.",
+    404: "No such model.",
+    408: "The body took too long.",
+    413: "The body is too long.",
+    429: "Too many requests; try again later.",
     503: "The server is stopping, or its engine has failed.",
-}  # fmt: skip
+}
 
 
 def _json(schema: Mapping[str, Any], meaning: str) -> dict[str, Any]:
@@ -82,7 +104,7 @@ def _errors(*statuses: int) -> dict[str, Any]:
 
 def description(
     chat: Mapping[str, Field], completion: Mapping[str, Field], *, model: str, needs_key: bool
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The OpenAPI description, with the fields that this server accepts."""
     examples = {
         "chat": {"model": model, "messages": [{"role": "user", "content": "What is 2 + 3?"}], "max_tokens": 16},
@@ -115,8 +137,10 @@ def description(
         "/metrics": get("metrics", {"200": text, **_errors(*keyed)}),
     }
     document: dict[str, Any] = {
-        "openapi": "3.1.0", "info": {"title": "wizard-engine", "version": "1"}, "paths": paths,
-    }  # fmt: skip
+        "openapi": "3.1.0",
+        "info": {"title": "wizard-engine", "version": "1"},
+        "paths": paths,
+    }
     if needs_key:
         document["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
         document["security"] = [{"key": []}]

@@ -18,9 +18,14 @@ class RequestError(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
@@ -53,33 +58,43 @@ def _number(low: float, high: float, kind: str = "number", **more: Any) -> dict[
 
 
 _TEXT_PARTS = {
-    "type": "array", "minItems": 1,
+    "type": "array",
+    "minItems": 1,
     "items": {
-        "type": "object", "additionalProperties": False, "required": ["type", "text"],
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["type", "text"],
         "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     },
-}  # fmt: skip
+}
 MESSAGES = {
-    "type": "array", "minItems": 1, "maxItems": 4096,
+    "type": "array",
+    "minItems": 1,
+    "maxItems": 4096,
     "items": {
-        "type": "object", "required": ["role", "content"], "additionalProperties": False,
+        "type": "object",
+        "required": ["role", "content"],
+        "additionalProperties": False,
         "properties": {
             "role": {"enum": ["system", "developer", "user", "assistant"]},
-            "content": {"anyOf": [{"type": "string"}, _TEXT_PARTS]}, "name": {"type": "string"},
+            "content": {"anyOf": [{"type": "string"}, _TEXT_PARTS]},
+            "name": {"type": "string"},
         },
     },
-}  # fmt: skip
+}
 _STOP = {
     "anyOf": [
-        {"type": "null"}, {"type": "string", "maxLength": MAX_STOP_LENGTH},
+        {"type": "null"},
+        {"type": "string", "maxLength": MAX_STOP_LENGTH},
         {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "maxLength": MAX_STOP_LENGTH}},
     ]
-}  # fmt: skip
+}
 _FLAG = {"type": ["boolean", "null"]}
 _STREAM_OPTIONS = {
-    "type": ["object", "null"], "additionalProperties": False,
+    "type": ["object", "null"],
+    "additionalProperties": False,
     "properties": {"include_usage": {"type": "boolean"}, "include_obfuscation": {"type": "boolean"}},
-}  # fmt: skip
+}
 
 
 def _shared(most: int, choices: int) -> dict[str, Field]:
@@ -115,14 +130,16 @@ def chat_fields(most: int, choices: int) -> dict[str, Field]:
         "top_logprobs": Field(_number(0, MAX_TOP_LOGPROBS, "integer")),
         "response_format": Field(
             {
-                "type": ["object", "null"], "properties": {"type": {"const": "text"}}, "required": ["type"],
+                "type": ["object", "null"],
+                "properties": {"type": {"const": "text"}},
+                "required": ["type"],
                 "additionalProperties": False,
             }
         ),
         "tools": Field({"type": ["array", "null"], "maxItems": 0}),
         "store": Field({"enum": [False, None]}),
         "metadata": Field({"type": ["object", "null"]}),
-    }  # fmt: skip
+    }
 
 
 def completion_fields(most: int, choices: int, words: int) -> dict[str, Field]:
@@ -140,10 +157,11 @@ def completion_fields(most: int, choices: int, words: int) -> dict[str, Field]:
 def schema_of(fields: Mapping[str, Field]) -> dict[str, Any]:
     """The JSON schema of a request."""
     return {
-        "type": "object", "additionalProperties": False,
+        "type": "object",
+        "additionalProperties": False,
         "required": [name for name, field in fields.items() if field.required],
         "properties": {name: dict(field.schema) for name, field in fields.items()},
-    }  # fmt: skip
+    }
 
 
 def checked(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
@@ -168,9 +186,14 @@ def checked(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
 
 
 _TYPES = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+    "array": list,
     "object": dict,
-}  # fmt: skip
+}
 
 
 def _is(value: Any, kind: str) -> bool:

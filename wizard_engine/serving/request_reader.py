@@ -93,10 +93,15 @@ class RequestReader:
         jobs = []
         for place, prompt in enumerate(prompts):
             sampling = Sampling(
-                self._new_tokens(fields, kind, len(prompt)), float(fields.get("temperature", 1.0)),
-                int(fields["top_k"]) if fields.get("top_k") else None, float(fields.get("top_p", 1.0)), seed=seed,
-                row=place * n, eos_id=self.tokenizer.eos_id, top_logprobs=tops,
-            )  # fmt: skip
+                self._new_tokens(fields, kind, len(prompt)),
+                float(fields.get("temperature", 1.0)),
+                int(fields["top_k"]) if fields.get("top_k") else None,
+                float(fields.get("top_p", 1.0)),
+                seed=seed,
+                row=place * n,
+                eos_id=self.tokenizer.eos_id,
+                top_logprobs=tops,
+            )
 
             def deliver(pieces: list[Piece], place: int = place) -> None:
                 loop.call_soon_threadsafe(queue.put_nowait, (place, pieces))
@@ -105,9 +110,14 @@ class RequestReader:
             jobs.append(Job(prompt, sampling, n, deliver, stops, strip=kind == "chat"))
         options = fields.get("stream_options") or {}
         parsed = ParsedRequest(
-            kind, jobs, queue, logprobs not in (False, None), bool(fields.get("stream")),
-            bool(options.get("include_usage")), ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12),
-        )  # fmt: skip
+            kind,
+            jobs,
+            queue,
+            logprobs not in (False, None),
+            bool(fields.get("stream")),
+            bool(options.get("include_usage")),
+            ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12),
+        )
         return parsed
 
     def _chat_prompt(self, messages: Sequence[dict]) -> list[int]:

@@ -31,9 +31,16 @@ class Server:
     """
 
     def __init__(
-        self, driver: Driver, tokenizer: Tokenizer, limits: Limits, *, name: str, context: int, fingerprint: str = "",
+        self,
+        driver: Driver,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        *,
+        name: str,
+        context: int,
+        fingerprint: str = "",
         api_key: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.driver, self.limits = driver, limits
         self.name, self.api_key = name, api_key
         self.metrics = Metrics()
@@ -55,11 +62,14 @@ class Server:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
-            ("/v1/chat/completions", self.chat, "POST"), ("/v1/completions", self.completions, "POST"),
-            ("/v1/models", self.status.models, "GET"), ("/v1/models/{model:path}", self.status.model, "GET"),
-            ("/health", self.status.health, "GET"), ("/metrics", self.status.show_metrics, "GET"),
+            ("/v1/chat/completions", self.chat, "POST"),
+            ("/v1/completions", self.completions, "POST"),
+            ("/v1/models", self.status.models, "GET"),
+            ("/v1/models/{model:path}", self.status.model, "GET"),
+            ("/health", self.status.health, "GET"),
+            ("/metrics", self.status.show_metrics, "GET"),
             ("/openapi.json", self.status.schema, "GET"),
-        ]  # fmt: skip
+        ]
         handlers = {404: self._no_route, 405: self._no_route, 500: self._failed}
         return Starlette(
             routes=[Route(path, self._counted(path, call), methods=[method]) for path, call, method in routes],
@@ -90,9 +100,11 @@ class Server:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
             raise RequestError(
-                401, "authorization: expected `Bearer KEY` with the server's key", code="invalid_api_key",
+                401,
+                "authorization: expected `Bearer KEY` with the server's key",
+                code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
+            )
 
     async def _no_route(self, request: Request, error: Any) -> Response:
         what = "no such path" if error.status_code == 404 else f"{request.method} is not what this path takes"

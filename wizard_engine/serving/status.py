@@ -47,9 +47,12 @@ class StatusPages:
 
     def _model(self) -> dict[str, Any]:
         return {
-            "id": self.name, "object": "model", "created": self.started, "owned_by": "wizard-engine",
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "wizard-engine",
             "max_model_len": self.context,
-        }  # fmt: skip
+        }
 
     async def health(self, request: Request) -> Response:
         """Whether the engine works."""
@@ -61,14 +64,18 @@ class StatusPages:
         """Numbers for Prometheus."""
         engine = self.driver.engine
         gauges = {
-            "sequences_open": self.driver.open, "sequences_running": len(engine.scheduler.running),
-            "pages": engine.pages, "pages_free": engine.pool.free,
-        }  # fmt: skip
+            "sequences_open": self.driver.open,
+            "sequences_running": len(engine.scheduler.running),
+            "pages": engine.pages,
+            "pages_free": engine.pool.free,
+        }
         totals = {
-            "steps_total": self.driver.steps, "step_seconds_total": self.driver.step_seconds,
-            "preemptions_total": engine.scheduler.preemptions, "tokens_drawn_total": engine.generated,
+            "steps_total": self.driver.steps,
+            "step_seconds_total": self.driver.step_seconds,
+            "preemptions_total": engine.scheduler.preemptions,
+            "tokens_drawn_total": engine.generated,
             "graph_captures_total": engine.captures,
-        }  # fmt: skip
+        }
         return PlainTextResponse(self.metrics.text(gauges, totals), media_type="text/plain; version=0.0.4")
 
     async def schema(self, request: Request) -> Response:

@@ -76,10 +76,13 @@ class AnswerFormat:
         """The object around choices or chunks."""
         chat = "chat.completion.chunk" if parsed.stream else "chat.completion"
         return {
-            "id": parsed.number, "object": chat if parsed.kind == "chat" else "text_completion",
-            "created": parsed.created, "model": self.name, "choices": choices,
+            "id": parsed.number,
+            "object": chat if parsed.kind == "chat" else "text_completion",
+            "created": parsed.created,
+            "model": self.name,
+            "choices": choices,
             "system_fingerprint": self.fingerprint or None,
-        }  # fmt: skip
+        }
 
     def opening(self, number: int) -> dict[str, Any]:
         """The first chunk of a chat choice."""
@@ -98,9 +101,11 @@ class AnswerFormat:
         """Token counts: each prompt once, all choices with EOS."""
         prompt, new = sum(len(job.prompt) for job in parsed.jobs), sum(len(choice.tokens) for choice in choices)
         return {
-            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in parsed.jobs)},
-        }  # fmt: skip
+        }
 
     def _choice(self, parsed: ParsedRequest, number: int, choice: Choice) -> dict[str, Any]:
         body: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
@@ -114,10 +119,13 @@ class AnswerFormat:
         """Log-probabilities of the tokens of a choice from `first` on, without EOS."""
         last = len(choice.tokens) - (1 if choice.ended_by_eos else 0)
         entries = [
-            (self._token(choice.tokens, i, choice.tokens[i]), choice.logprobs[i],
-             [(self._token(choice.tokens, i, word), value) for word, value in choice.tops[i]])
+            (
+                self._token(choice.tokens, i, choice.tokens[i]),
+                choice.logprobs[i],
+                [(self._token(choice.tokens, i, word), value) for word, value in choice.tops[i]],
+            )
             for i in range(first, last)
-        ]  # fmt: skip
+        ]
         if parsed.kind == "chat":
             return {
                 "content": [
@@ -130,10 +138,11 @@ class AnswerFormat:
         offsets = [choice.shown + sum(map(len, texts[:i])) for i in range(len(texts))]
         choice.shown += sum(map(len, texts))
         return {
-            "tokens": texts, "token_logprobs": [value for _, value, _ in entries],
+            "tokens": texts,
+            "token_logprobs": [value for _, value, _ in entries],
             "top_logprobs": [dict(tops) for _, _, tops in entries] if any(tops for _, _, tops in entries) else None,
             "text_offset": offsets,
-        }  # fmt: skip
+        }
 
     def _token(self, tokens: Sequence[int], place: int, word: int) -> str:
         """The text of one token after its predecessor."""

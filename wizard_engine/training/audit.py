@@ -157,7 +157,7 @@ def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tenso
         own = model(*batch.inputs), model.head_weight
         loss, _, logprob = dpo_loss(
             *own, batch.targets, batch.weights, batch.cu_seqlens, own, beta=beta, num_pairs=len(few), shard=model.shard
-        )  # fmt: skip
+        )
     recorded = reference[: len(few)]
     sums, means = (
         sequence_logprobs(logprob, batch.weights, batch.cu_seqlens, mean=mean).view(2, -1).T.cpu()

@@ -45,7 +45,7 @@ class BaseRun(Generic[Work]):
 
     def __init__(
         self, options: Optimisation, runtime: Runtime, modules: Mapping[str, nn.Module], out: Path, *, name: str
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.options, self.runtime, self.device = options, runtime, runtime.device
         self.modules, self.out, self.name = dict(modules), Path(out), name
         for module in self.modules.values():
@@ -70,9 +70,13 @@ class BaseRun(Generic[Work]):
         self.total = total
         self._resume()
         self.logger = MetricsLogger(
-            self.out / "metrics.jsonl", total, self.name, quiet=quiet or not self.runtime.is_main,
-            resume_step=self.step, shown=shown,
-        )  # fmt: skip
+            self.out / "metrics.jsonl",
+            total,
+            self.name,
+            quiet=quiet or not self.runtime.is_main,
+            resume_step=self.step,
+            shown=shown,
+        )
         self.stop, self._asked_to_stop = StopRequest(), False
 
     # What a subclass adds
@@ -149,9 +153,13 @@ class BaseRun(Generic[Work]):
             groups[name], groups[f"{name}_optimizer"] = parts_of(module, self.optimizers[name])
         updates = {name: optimizer.count for name, optimizer in self.optimizers.items()}
         state = {
-            "version": STATE_VERSION, "step": self.step, "skipped": self.skipped, "tokens": self.tokens,
-            "updates": updates, **self._state(),
-        }  # fmt: skip
+            "version": STATE_VERSION,
+            "step": self.step,
+            "skipped": self.skipped,
+            "tokens": self.tokens,
+            "updates": updates,
+            **self._state(),
+        }
         self.saver.save(self.step, groups | self._groups(), state)
 
     def _resume(self) -> None:

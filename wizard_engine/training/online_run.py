@@ -59,9 +59,14 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
     """
 
     def __init__(
-        self, cfg: OnlineOptions, runtime: Runtime, policy: Transformer, critic: ScoringModel | None, *,
+        self,
+        cfg: OnlineOptions,
+        runtime: Runtime,
+        policy: Transformer,
+        critic: ScoringModel | None,
+        *,
         num_prompts: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         modules = {"policy": policy} | ({} if critic is None else {"critic": critic})
         super().__init__(cfg.training, runtime, modules, cfg.out, name="rleif")
         self.cfg, self.num_prompts, self.data = cfg, num_prompts, self.mesh.data
@@ -187,19 +192,26 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         self._logprobs.clear()
 
     def record(
-        self, rollout: Rollout, rewards: Sequence[AnswerReward], kl: dict[str, Tensor], values: Tensor | None,
+        self,
+        rollout: Rollout,
+        rewards: Sequence[AnswerReward],
+        kl: dict[str, Tensor],
+        values: Tensor | None,
         targets: Targets,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Count and log a rollout: reward and its factors, KL, clipping, entropy, lengths, critic, phases."""
         local: dict[str, Tensor | float] = {
-            "answers": len(rewards), "tokens": sum(rollout.lengths), "finished": sum(rollout.finished),
+            "answers": len(rewards),
+            "tokens": sum(rollout.lengths),
+            "finished": sum(rollout.finished),
             "reward": sum(r.total(self.cfg.reward.factors) for r in rewards),
             "instruction_factor": sum(r.instruction for r in rewards),
             "process_factor": sum(r.process for r in rewards),
             "mean_step_score": sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores),
             "steps_per_answer": sum(len(r.scores) for r in rewards),
-            "kl_k1": kl["k1"].sum(), "kl_k3": kl["k3"].sum(),
-        }  # fmt: skip
+            "kl_k1": kl["k1"].sum(),
+            "kl_k3": kl["k3"].sum(),
+        }
         if values is not None:
             returns = torch.cat(targets.returns)
             local |= {"value": values.sum(), "r": returns.sum(), "rr": returns.square().sum()}
@@ -229,11 +241,20 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         self.step += 1
         loss = numbers.pop("policy_loss")
         self.logger.log(
-            step=self.step, loss=loss, grad_norm=self._norms["policy"], lr=self.options.lr, tokens=self.tokens,
-            tokens_per_second=tokens / seconds, seconds=seconds, length=tokens / count,
-            ratio_error=difference, tail_idle=idle_share([one[2] for one in ranks]),
-            peak_memory_gib=peak_memory_gib(self.device), **numbers, **routers["policy"],
-        )  # fmt: skip
+            step=self.step,
+            loss=loss,
+            grad_norm=self._norms["policy"],
+            lr=self.options.lr,
+            tokens=self.tokens,
+            tokens_per_second=tokens / seconds,
+            seconds=seconds,
+            length=tokens / count,
+            ratio_error=difference,
+            tail_idle=idle_share([one[2] for one in ranks]),
+            peak_memory_gib=peak_memory_gib(self.device),
+            **numbers,
+            **routers["policy"],
+        )
 
     def _read(self) -> tuple[dict[str, float], float]:
         """This rank's shares of the step, and its largest difference of log-probabilities: one transfer."""
@@ -258,8 +279,12 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
 
     def result(self) -> dict:
         """What a stage records of the run."""
-        return {"steps": self.step, "answer_tokens": self.tokens, "skipped": self.skipped,
-                "largest_ratio_error": self.largest_ratio_error}  # fmt: skip
+        return {
+            "steps": self.step,
+            "answer_tokens": self.tokens,
+            "skipped": self.skipped,
+            "largest_ratio_error": self.largest_ratio_error,
+        }
 
     def _state(self) -> dict[str, Any]:
         return {"largest_ratio_error": self.largest_ratio_error, "averaged": self.averaged}

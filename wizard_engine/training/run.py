@@ -42,18 +42,32 @@ class Run(BaseRun[list[np.ndarray]]):
     has_limited_steps = True
 
     def __init__(
-        self, options: Training, runtime: Runtime, model: nn.Module, lengths: Sequence[int], out: Path, *,
-        seed: int, name: str, quiet: bool = False, documents: Sequence[Sequence[int]] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        options: Training,
+        runtime: Runtime,
+        model: nn.Module,
+        lengths: Sequence[int],
+        out: Path,
+        *,
+        seed: int,
+        name: str,
+        quiet: bool = False,
+        documents: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         super().__init__(options, runtime, {"model": model}, out, name=name)
         self.options: Training = options
         self.model, self.sharded = model, sharded(model)
         self.router, self.optimizer = self.routers["model"], self.optimizers["model"]
         data = self.mesh.data
         self.loader = Loader(
-            np.asarray(lengths, dtype=np.int64), capacity=options.pack_tokens, packs_per_step=options.packs_per_step,
-            seed=seed, epochs=options.epochs, rank=data.index, world_size=data.size,
-        )  # fmt: skip
+            np.asarray(lengths, dtype=np.int64),
+            capacity=options.pack_tokens,
+            packs_per_step=options.packs_per_step,
+            seed=seed,
+            epochs=options.epochs,
+            rank=data.index,
+            world_size=data.size,
+        )
         total = min(self.loader.steps, options.max_steps or self.loader.steps)
         if total < 1:
             raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
@@ -149,11 +163,20 @@ class Run(BaseRun[list[np.ndarray]]):
         rate = numbers.pop("tokens") / seconds
         work = numbers.pop("flops") / seconds / world
         self.logger.log(
-            step=self.step, loss=numbers.pop("loss"), grad_norm=norm, lr=lr, tokens=self.tokens,
-            tokens_per_second=rate, tokens_per_second_per_device=rate / world,
-            mfu=work / peak_flops(self.device), wait_seconds=self._waiting, skipped=self.skipped,
-            peak_memory_gib=peak_memory_gib(self.device), **numbers, **router,
-        )  # fmt: skip
+            step=self.step,
+            loss=numbers.pop("loss"),
+            grad_norm=norm,
+            lr=lr,
+            tokens=self.tokens,
+            tokens_per_second=rate,
+            tokens_per_second_per_device=rate / world,
+            mfu=work / peak_flops(self.device),
+            wait_seconds=self._waiting,
+            skipped=self.skipped,
+            peak_memory_gib=peak_memory_gib(self.device),
+            **numbers,
+            **router,
+        )
 
     def result(self) -> dict:
         """What a stage records of the run."""

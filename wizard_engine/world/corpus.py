@@ -63,9 +63,16 @@ SOURCES = {
 OPERATIONS = {1: 0.50, 2: 0.32, 3: 0.14, 4: 0.04}
 HELD_OUT_OPERATIONS = {1: 0.2, 2: 0.3, 3: 0.3, 4: 0.2}
 TOPIC_SHARES = {
-    "market": 0.40, "school": 0.25, "kitchen": 0.11, "sports": 0.08, "farm": 0.05, "library": 0.04, "travel": 0.025,
-    "garden": 0.015, "general": 0.03,
-}  # fmt: skip
+    "market": 0.40,
+    "school": 0.25,
+    "kitchen": 0.11,
+    "sports": 0.08,
+    "farm": 0.05,
+    "library": 0.04,
+    "travel": 0.025,
+    "garden": 0.015,
+    "general": 0.03,
+}
 SPANISH, HELD_OUT_SPANISH = 0.10, 0.20
 EXACT_COPIES, NEAR_COPIES = 0.04, 0.06
 TWO_TURNS = 0.08

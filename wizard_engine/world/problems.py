@@ -24,8 +24,14 @@ CHAIN_KINDS = ("gain", "lose", "scale", "share")
 COMPARISONS = ("more", "fewer", "times")
 OTHER_KINDS = ("other", *COMPARISONS)
 KIND_OPERATION = {
-    "gain": "+", "lose": "-", "scale": "*", "share": "/", "more": "+", "fewer": "-", "times": "*",
-}  # fmt: skip
+    "gain": "+",
+    "lose": "-",
+    "scale": "*",
+    "share": "/",
+    "more": "+",
+    "fewer": "-",
+    "times": "*",
+}
 
 
 class Quantity(NamedTuple):

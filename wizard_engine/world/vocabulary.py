@@ -15,9 +15,19 @@ GENERAL = "general"
 
 # Name -> True for "he". The same names serve both languages.
 NAMES = {
-    "Tom": True, "Ana": False, "Leo": True, "Mia": False, "Ben": True, "Eva": False,
-    "Max": True, "Sara": False, "Luis": True, "Nora": False, "Hugo": True, "Rosa": False,
-}  # fmt: skip
+    "Tom": True,
+    "Ana": False,
+    "Leo": True,
+    "Mia": False,
+    "Ben": True,
+    "Eva": False,
+    "Max": True,
+    "Sara": False,
+    "Luis": True,
+    "Nora": False,
+    "Hugo": True,
+    "Rosa": False,
+}
 
 
 class Topic(NamedTuple):
