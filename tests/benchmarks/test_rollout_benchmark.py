@@ -84,6 +84,7 @@ def test_rollout_benchmark_needs_a_gpu(monkeypatch, capsys):
     assert rollout.main([]) == 2 and "expected a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_server_benchmark_loses_nothing():
     pytest.importorskip("uvicorn")
     first, whole = serve.run(quick=True)

@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request, tmp_path_factory):
     """Ranks and their rows by layout: one start of the ranks for all recipes and layouts."""
     out = tmp_path_factory.mktemp("rows") / "rows.json"
@@ -308,6 +308,7 @@ name = "one rank"
 """
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_behind_a_layout_that_fails(tmp_path):
     file, rows, plot = tmp_path / "layouts.toml", tmp_path / "rows.jsonl", tmp_path / "plot.svg"
     file.write_text(SWEEP)

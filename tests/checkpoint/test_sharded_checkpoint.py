@@ -154,6 +154,7 @@ def test_transformers_reads_what_four_ranks_exported(root):
     assert float((logits - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.slow
 def test_four_ranks_resume_bit_equal(root):
     out = resumed(root, "again", 4)
     assert untimed(out) == untimed(root / "whole") and len(untimed(out)) == STEPS

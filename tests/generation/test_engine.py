@@ -108,6 +108,7 @@ def tiny(name="tiny", **changes):
 
 
 # Catches: products whose code depends on the number of rows; attention whose sums depend on how a prompt was cut.
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "demo"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU products of other sizes round otherwise")

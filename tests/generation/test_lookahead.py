@@ -72,6 +72,7 @@ def results(everyone, exact=True):
 
 
 # Catches: a token taken from another's place, pages of one that ended, uniforms of another step, a token too many.
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "tiny-mixtral"])
 def test_random_loads_get_the_tokens_of_the_synchronous_order(name):
     model, preemptions = tiny(name), 0

@@ -134,6 +134,7 @@ def compare(lengths, tensors, dtype=torch.float32, key_lengths=None, **options):
 
 # Catches: `<` for `<=` in is_seen; a missing `- 1` in the window's bound; the last block of a range left out;
 # LSE without log2; dK without the scale; the group's second head left out; find_tile one sequence off.
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 5), (True, 40), (False, 21)])
 @pytest.mark.parametrize(("variant", "tma"), [("rotated", True), ("plain", False)])
@@ -150,6 +151,7 @@ def test_attention_in_other_forms_equals_a_loop(variant, tma):
 
 # Catches: keys aligned with the first query instead of the last; a row that is blind through two blocks (45 on 37) as
 # NaN where a causal mask alone hides its keys.
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 7)])
 @pytest.mark.parametrize("variant", ["rotated", "plain"])
 def test_attention_of_other_keys_than_queries(variant, causal, window):
@@ -232,6 +234,7 @@ def test_attention_of_integers_is_exact(variant):
 
 
 # Catches: a descriptor's tail rows taken as they are (0 x NaN), padding rows left unwritten.
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("variant", "tma"), [("rotated", True), ("plain", True), ("plain", False)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_keeps_nan_of_neighbours_and_padding_out(variant, tma, causal):

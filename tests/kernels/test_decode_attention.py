@@ -63,6 +63,7 @@ def close(result, right, dtype):
 LENGTHS = [1, 16, 33, 0, 127, 64, 5]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("page", PAGE_SIZES)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (8, 2, 32), (6, 1, 24), (32, 1, 64)])
 def test_pages_groups_and_widths(page, heads, kv_heads, width):

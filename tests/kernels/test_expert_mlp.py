@@ -116,6 +116,7 @@ def against_float64(pattern, tokens, width, ffn_width, num_experts, per_token, d
 
 
 # Catches: a gate missing or twice in the weights' gradients; the wrong expert's rows; a mask of the last rows left out.
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("pattern", LOADS)
 @pytest.mark.parametrize("tokens", [1, 33, 129])
@@ -123,6 +124,7 @@ def test_loads(pattern, tokens, dtype):
     against_float64(pattern, tokens, 48, 32, 8, 2, dtype, seed=tokens)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("width", "ffn_width"), [(1, 1), (17, 5), (64, 48), (40, 72), (33, 130)])
 def test_widths(width, ffn_width, dtype):
@@ -161,6 +163,7 @@ def floats(*shape, seed=0):
     return {name: x.float() for name, x in drawn(*shape, seed=seed).items()}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("tma", "gather"), [(True, False), (False, True), (False, False)])
 def test_descriptors_pointers_gathers_and_copies_give_the_same_bits(tma, gather):
     inputs, experts = floats(41, 48, 64, 4, 2), chosen("zipf", 41, 4, 2, seed=0).to(DEVICE)

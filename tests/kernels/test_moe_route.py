@@ -78,6 +78,7 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
     check(ours, eager, drawn(tokens, width, experts, seed=tokens), dtype, also=rounded)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("pattern", LOADS)
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 129, 300])
 @pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (5, 1), (20, 3)])

@@ -48,6 +48,7 @@ def run(function, inputs):
     return out.detach(), *torch.autograd.grad((out * grads).sum(), leaves)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("group", range(len(GROUPS)))
 @pytest.mark.parametrize("last", [False, True])

@@ -107,6 +107,7 @@ print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in mode
 
 
 # Catches: files read whole; a second copy of the model; pages of the map that are kept.
+@pytest.mark.every(3)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("saved", "wanted"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]

@@ -15,7 +15,7 @@ def results(request, tmp_path_factory):
     return found_by_ranks(context_cases.__file__, context_cases.LAYOUTS, out, selected(request, "name"))
 
 
-@pytest.mark.every(12)
+@pytest.mark.every(29)
 @pytest.mark.parametrize(
     ("world", "name"), [(world, name) for world in context_cases.LAYOUTS for name in context_cases.cases(world)]
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from many_ranks import save_base, torchrun, untimed, word_texts
+from many_ranks import save_base, selected, torchrun, untimed, word_texts
 from safetensors.torch import load_file
 
 from recipes import reward, rleif, sft, stage_dpo
@@ -112,8 +112,8 @@ def configurations(root, name):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Directory with what one process and what two ranks made."""
+def ranks(request, tmp_path_factory):
+    """Directory with what one process and what two ranks made, in the layouts that the session tests."""
     root = tmp_path_factory.mktemp("ranks")
     texts = word_texts(60)
     shapes = {"width": 16, "layers": 1, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_width": 24}
@@ -133,7 +133,7 @@ def ranks(tmp_path_factory):
     (root / "script.py").write_text(
         SCRIPT.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], root=str(root))
     )
-    done = torchrun(2, root / "script.py", "two", "tp", "cp", timeout=500)
+    done = torchrun(2, root / "script.py", *sorted({"two", *selected(request, "layout")}), timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     for recipe, cfg in configurations(root, "one"):
         recipe.main(cfg)
@@ -144,7 +144,7 @@ RUNS = ["sft", "mixture", "spread", "dpo/stage_1", "dpo/stage_2", "alone/stage_1
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("layout", ["two", "tp", "cp"])
+@pytest.mark.parametrize("layout", ["two", "tp", pytest.param("cp", marks=pytest.mark.slow)])
 def test_two_ranks_log_the_numbers_of_one(ranks, layout, run):
     one, two = (untimed(ranks / name / run) for name in ("one", layout))
     assert len(one) == len(two) > (0 if run.startswith("alone") else 1)
@@ -177,7 +177,7 @@ def test_reinforcement_learning_of_two_ranks_goes_on_with_one(ranks):
         assert first[name] == pytest.approx(second[name], rel=5e-3, abs=1e-3), name
 
 
-@pytest.mark.parametrize("layout", ["two", "tp", "cp"])
+@pytest.mark.parametrize("layout", ["two", "tp", pytest.param("cp", marks=pytest.mark.slow)])
 def test_two_ranks_train_the_weights_of_one(ranks, layout):
     for run, start in (("sft", "base"), ("spread", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
         base = load_file(ranks / start / "model.safetensors")

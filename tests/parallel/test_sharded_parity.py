@@ -15,7 +15,7 @@ def results(request, tmp_path_factory):
     return found_by_ranks(sharded_cases.__file__, sharded_cases.LAYOUTS, out, selected(request, "name"))
 
 
-@pytest.mark.every(12)
+@pytest.mark.every(29)
 @pytest.mark.parametrize(
     ("world", "name"), [(world, name) for world in sharded_cases.LAYOUTS for name in sharded_cases.cases(world)]
 )
