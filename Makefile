@@ -48,8 +48,8 @@ demo: $(VENV)/.core
 ablations: $(VENV)/.core
 	$(RUN) recipes/ablations.py --demo $(OUT) --seed $(SEED)
 
-# Tests of a file stay in one process: they share what it has started.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Tests of a file stay in one process: they share what it has started. In the order of their folders the last ones are short.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev
 	$(PYTEST)

