@@ -193,7 +193,7 @@ def documents(shape: Shape, count: int, supervised: float = 1.0) -> list[Sample]
     return [Sample(row, weights) for row in tokens]
 
 
-class Words:
+class WordTokenizer:
     """A tokenizer whose vocabulary is `w3`, `w4`, ...; any other word is one of them, too."""
 
     prefixes_space = False
@@ -310,7 +310,7 @@ def _prompts(shape: Shape, count: int) -> list[tuple[Message, ...]]:
     Raises:
         ValueError: the chat format's own tokens leave no room.
     """
-    tokenizer, length = Words(shape.config.vocab_size), shape.document_tokens - shape.new_tokens
+    tokenizer, length = WordTokenizer(shape.config.vocab_size), shape.document_tokens - shape.new_tokens
     wrapper = len(encode_prompt(tokenizer, (Message("user", "w3"),))) - 1
     if length <= wrapper:
         raise ValueError(
@@ -348,7 +348,7 @@ def make_rleif(shape: Shape, place: Place) -> Recipe:
     )
 
     def steps() -> Iterator[Work]:
-        tokenizer = Words(config.vocab_size)
+        tokenizer = WordTokenizer(config.vocab_size)
         run = OnlineRun(cfg, place.runtime, policy, critic, num_prompts=len(prompts))
         setup = rleif.Setup(
             tokenizer,

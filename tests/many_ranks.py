@@ -29,15 +29,15 @@ TIMED = {
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def torchrun_words(ranks, *words, launcher=()):
+def torchrun_command(ranks, *arguments, launcher=()):
     """The command that starts a script on some ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *launcher]
-    return [str(word) for word in (*command, *words)]
+    return [str(argument) for argument in (*command, *arguments)]
 
 
-def torchrun(ranks, *words, timeout=240):
+def torchrun(ranks, *arguments, timeout=240):
     """A script run on some ranks to its end."""
-    command = torchrun_words(ranks, *words)
+    command = torchrun_command(ranks, *arguments)
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
@@ -71,8 +71,8 @@ def selected(request, parameter):
     return sorted({params[parameter] for params in cases if parameter in params})
 
 
-def found_by_ranks(script, worlds, out, names=(), timeout=500):
-    """World size -> what each of its ranks wrote to OUT/found_WORLD_RANK.json.
+def results_by_rank(script, worlds, out, names=(), timeout=500):
+    """World size -> what each of its ranks wrote to OUT/result_WORLD_RANK.json.
 
     Args:
         names: of the cases to run, in OUT/cases.json for the script to read.
@@ -82,6 +82,6 @@ def found_by_ranks(script, worlds, out, names=(), timeout=500):
         done = torchrun(world, script, out, timeout=timeout)
         assert done.returncode == 0, done.stderr[-3000:]
     return {
-        world: [json.loads((Path(out) / f"found_{world}_{rank}.json").read_text()) for rank in range(world)]
+        world: [json.loads((Path(out) / f"result_{world}_{rank}.json").read_text()) for rank in range(world)]
         for world in worlds
     }

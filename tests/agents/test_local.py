@@ -42,11 +42,11 @@ def texts(replies):
 
 def test_greedy_replies_depend_on_their_request_alone(agent):
     requests = [ask(text, seed=seed) for seed, text in enumerate(TEXTS + ["Tom has 1.", "apples " * 9])]
-    alone = [texts(agent.respond([request]))[0] for request in requests]
-    assert texts(agent.respond(requests)) == alone
-    assert texts(agent.respond(requests[::-1])) == alone[::-1]
-    assert texts(agent.respond([ask(TEXTS[0], seed=77)])) == alone[:1]
-    assert len(set(alone)) > 1
+    one_by_one = [texts(agent.respond([request]))[0] for request in requests]
+    assert texts(agent.respond(requests)) == one_by_one
+    assert texts(agent.respond(requests[::-1])) == one_by_one[::-1]
+    assert texts(agent.respond([ask(TEXTS[0], seed=77)])) == one_by_one[:1]
+    assert len(set(one_by_one)) > 1
 
 
 def test_sampled_replies_follow_the_seed(agent):
@@ -57,8 +57,8 @@ def test_sampled_replies_follow_the_seed(agent):
     mixed = texts(agent.respond([ask(text, seed, temperature=1.0) for seed in (2, 1) for text in TEXTS]))
     assert mixed == sampled(2) + sampled(1)
     # Whatever else is asked, and wherever the request stands.
-    alone = [texts(agent.respond([ask(text, 1, temperature=1.0)]))[0] for text in TEXTS]
-    assert alone == sampled(1)
+    one_by_one = [texts(agent.respond([ask(text, 1, temperature=1.0)]))[0] for text in TEXTS]
+    assert one_by_one == sampled(1)
 
 
 def test_settings_of_each_request_are_its_own(agent, tokenizer):

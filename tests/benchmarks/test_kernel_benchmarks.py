@@ -25,8 +25,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 ROUGH = Attention((5, 0, 9, 1, 14), 4, 2, 8, padding=3)
 
 
-def row(us: float = 100.0, *, spread: float = 1.0, variant: str = "triton", **more) -> dict:
-    times = {"p20": us - spread, "p50": us, "p80": us + spread}
+def row(us: float = 100.0, *, deviation: float = 1.0, variant: str = "triton", **more) -> dict:
+    times = {"p20": us - deviation, "p50": us, "p80": us + deviation}
     fields = {
         "op": "rope",
         "phase": "forward",
@@ -533,7 +533,7 @@ def test_cases_of_a_gpu_hold_the_shapes_that_matter():
     labels = [case.label for case in actual if case.phase == "forward"]
     assert len(actual) == 2 * len(labels) and all(case.phase == "forward" for case in actual[: len(labels)])
     assert all(case.problem.tokens == 32768 for case in actual if not case.problem.is_ragged)
-    for part in (
+    for text in (
         "S=8 H=32 K=8 C=128 causal bf16",
         "S=1 H=32 K=8 C=128 full",
         "H=16 K=16 C=128",
@@ -543,7 +543,7 @@ def test_cases_of_a_gpu_hold_the_shapes_that_matter():
         "C=96",
         "C=256",
     ):
-        assert any(part in label for label in labels), part
+        assert any(text in label for label in labels), text
     assert set(cases(["attention"], CUDA, quick=True)) < set(actual)
     rows = [case.label for case in cases(["rms_norm", "adamw", "swiglu", "rope"], CUDA)]
     assert "T=16384 D=4096 residual bf16" in rows and "T=16384 F=28672 bf16" in rows and "P=117440512 bf16" in rows
@@ -591,7 +591,7 @@ def test_plain_formula_agrees_with_this_projects_function(problem):
     [
         (row(110), row(100), True, "+10.0%"),
         (row(104), row(100), False, "+4.0%"),
-        (row(110, spread=20), row(100, spread=5), False, "(within the noise)"),
+        (row(110, deviation=20), row(100, deviation=5), False, "(within the noise)"),
         (row(90), row(100), False, "-10.0%"),
         (row(110, variant="eager"), row(100, variant="eager"), False, "+10.0%"),
         (untimed("wrong", note="y: error"), row(100), True, "wrong now: y: error"),
@@ -614,8 +614,8 @@ def test_compare_refuses_other_hardware_and_passes_over_rows_of_one_file():
 def test_compare_command_gives_its_exit_status(tmp_path, capsys, us, limit, status):
     for name, rows in (("old.json", [row(100)]), ("new.json", [row(us)])):
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-    words = ["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--fail-over", limit]
-    assert kernels.main(words) == status
+    options = ["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--fail-over", limit]
+    assert kernels.main(options) == status
     assert ("worse: rope forward T=4 fp32 triton: 100.0 -> 110.0 us" in capsys.readouterr().out) == bool(status)
 
 
@@ -669,13 +669,13 @@ def test_markdown_names_hardware_and_command_of_every_table():
     rows = [row(1234.5, speedup={"eager": 2.0}), row(variant="eager"), row(gpu="H200"), untimed("wrong")]
     text = kernel_rows.markdown(rows)
     assert text.count("| operation |") == 2
-    for part in (
+    for expected in (
         "H100, torch 2.11, commit abc, 2026-11-25; `python -m benchmarks.kernels`",
         "copy 100 GB/s",
         "| rope forward | T=4 fp32 | 1,234.5 (1,233.5 to 1,235.5) | 50 GB/s | 50% of copy | eager 2.00 |",
         "H200",
     ):
-        assert part in text
+        assert expected in text
     assert len(text.splitlines()) == 2 * 5 + 1
 
 
@@ -735,15 +735,15 @@ def test_harness_runs_on_a_cpu_end_to_end(tmp_path, capsys):
 
 def test_profile_runs_once_and_writes_nothing(tmp_path, capsys):
     results = tmp_path / "out.jsonl"
-    words = ["--device", "cpu", "--op", "swiglu", "--profile", "--variant", "reference", "--json", str(results)]
-    assert kernels.main(words) == 0
+    options = ["--device", "cpu", "--op", "swiglu", "--profile", "--variant", "reference", "--json", str(results)]
+    assert kernels.main(options) == 0
     printed = capsys.readouterr().out
     assert "ncu --nvtx --nvtx-include 'swiglu.forward.T64_F48_fp32.reference/'" in printed and " us " not in printed
     assert "nsys profile" in printed and not results.exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         (["--op", "atention"], "got atention; the nearest is attention"),
         (["--quik"], "--quik: expected a known option, got an unknown one; the nearest is --quick"),
@@ -757,9 +757,9 @@ def test_profile_runs_once_and_writes_nothing(tmp_path, capsys):
         ),
     ],
 )
-def test_command_line_refuses_with_status_2(capsys, words, message):
+def test_command_line_refuses_with_status_2(capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
-        kernels.main(words)
+        kernels.main(options)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 

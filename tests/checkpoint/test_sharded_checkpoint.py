@@ -16,7 +16,7 @@ from wizard_engine.model import load_hf
 STEPS, SAVED = 20, 10
 
 
-def train(root, out, ranks, *words):
+def train(root, out, ranks, *arguments):
     done = torchrun(
         ranks,
         ROOT / "recipes" / "sft.py",
@@ -41,7 +41,7 @@ def train(root, out, ranks, *words):
         "--quiet",
         "--training.weight-decay",
         "0.1",
-        *words,
+        *arguments,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -60,10 +60,10 @@ def root(tmp_path_factory):
     return root
 
 
-def resumed(root, name, ranks, *words):
+def resumed(root, name, ranks, *arguments):
     out = root / name
     shutil.copytree(root / "whole", out, ignore=shutil.ignore_patterns("model", "stage.json"))
-    train(root, out, ranks, *words)
+    train(root, out, ranks, *arguments)
     return out
 
 
@@ -163,7 +163,7 @@ def test_four_ranks_resume_bit_equal(root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "words"),
+    ("ranks", "arguments"),
     [
         (1, ()),
         (2, ("--mesh.dp-replicate", "2")),
@@ -173,8 +173,8 @@ def test_four_ranks_resume_bit_equal(root):
         (4, ("--mesh.tp", "2", "--mesh.ep", "4")),
     ],
 )
-def test_other_layouts_go_on_with_the_same_losses(root, ranks, words):
-    out = resumed(root, "with_" + "_".join([str(ranks), *words]).replace("--mesh.", ""), ranks, *words)
+def test_other_layouts_go_on_with_the_same_losses(root, ranks, arguments):
+    out = resumed(root, "with_" + "_".join([str(ranks), *arguments]).replace("--mesh.", ""), ranks, *arguments)
     ours, theirs = untimed(out)[SAVED:], untimed(root / "whole")[SAVED:]
     assert len(ours) == len(theirs) == STEPS - SAVED
     for a, b in zip(ours, theirs):

@@ -112,16 +112,16 @@ def test_pairwise_shows_the_history_of_a_conversation():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "given", "message"),
+    ("a", "b", "prompts", "message"),
     [
         ([], [], [], "at least one prompt"),
         (["x"], ["y", "z"], ["q"], "one per prompt from both"),
         (["x"], ["y"], [(Message("user", "q"), Message("assistant", "a"))], "ends with a user turn"),
     ],
 )
-def test_pairwise_refuses_bad_arguments(a, b, given, message):
+def test_pairwise_refuses_bad_arguments(a, b, prompts, message):
     with pytest.raises(ValueError, match=message):
-        pairwise(a, b, given, judge=ScriptedJudge(_by_quality))
+        pairwise(a, b, prompts, judge=ScriptedJudge(_by_quality))
 
 
 def test_bootstrap_rates_hold_the_rate_and_match_the_normal_width():

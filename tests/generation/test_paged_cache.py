@@ -109,12 +109,12 @@ class Pool(RuleBasedStateMachine):
         else:
             assert self.pool.free == free and len(held.pages) == pages
 
-    @rule(sequence=sequences, share=st.floats(0, 1))
-    def compute(self, sequence, share):
+    @rule(sequence=sequences, fraction=st.floats(0, 1))
+    def compute(self, sequence, fraction):
         if sequence is None or sequence not in self.alive:
             return
         held, ids, era = sequence
-        count = max(held.cached, int(share * len(ids)))
+        count = max(held.cached, int(fraction * len(ids)))
         for number in range(count // SIZE):
             self.holds[held.pages[number]] = era, tuple(ids[: (number + 1) * SIZE])
         self.pool.computed(held, ids[:count])

@@ -111,9 +111,9 @@ def run(seed):
     return scheduler.preemptions
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_random_loads_get_what_each_would_get_alone(part):
-    preemptions = sum(run(1000 * part + seed) for seed in range(300))
+@pytest.mark.parametrize("block", range(10))
+def test_random_loads_get_what_each_would_get_alone(block):
+    preemptions = sum(run(1000 * block + seed) for seed in range(300))
     assert preemptions > 100
 
 
@@ -128,7 +128,7 @@ def test_preempted_sequences_come_back_before_later_ones():
         seen.append([s.number for s in scheduler.running])
         assert [s.number for s in scheduler.waiting] == sorted(s.number for s in scheduler.waiting)
     assert scheduler.preemptions and all(row.reason for row in rows)
-    assert all(numbers == sorted(numbers) for numbers in seen)
+    assert all(order == sorted(order) for order in seen)
 
 
 def test_uniform_numbers_are_those_of_seed_row_and_step():
@@ -137,11 +137,11 @@ def test_uniform_numbers_are_those_of_seed_row_and_step():
     sequences[1].ids += [2] * 3
     sequences.append(Sequence(9, Sampling(5), 1, [1]))
     for _ in range(READY + 5):
-        found = next_uniforms(sequences)
-        for sequence, (seed, row), number in zip(sequences, rows, found):
+        actual = next_uniforms(sequences)
+        for sequence, (seed, row), number in zip(sequences, rows, actual):
             steps = sequence.steps + 1
             assert number == float(uniforms(row_seeds(seed, torch.tensor([row]), steps))[0, -1])
-        assert found[-1] == 0.5
+        assert actual[-1] == 0.5
         for sequence in sequences:
             sequence.ids.append(1)
 

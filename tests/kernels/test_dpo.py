@@ -98,10 +98,12 @@ def eager(hidden, weight, targets, weights, reference, *, beta, variant, smoothi
     scores, chosen = [], 0.0
     for start, end in zip(MARKS[:-1].tolist(), MARKS[1:].tolist()):
         rows = [i for i in range(start, end) if targets[i] >= 0 and weights[i] != 0]
-        total = sum((weights[i].to(logprob.dtype) * logprob[i, targets[i]] for i in rows), start=logprob.new_zeros(()))
-        chosen = chosen - total if len(scores) < 3 else chosen
+        logprob_sum = sum(
+            (weights[i].to(logprob.dtype) * logprob[i, targets[i]] for i in rows), start=logprob.new_zeros(())
+        )
+        chosen = chosen - logprob_sum if len(scores) < 3 else chosen
         over = max(sum(float(weights[i]) for i in rows), 1.0)
-        scores.append(total / over if mean or variant == "ipo" else total)
+        scores.append(logprob_sum / over if mean or variant == "ipo" else logprob_sum)
     loss = 0.0
     for b in range(3):
         delta = scores[b] - reference[b].to(logprob.dtype) - scores[b + 3] + reference[b + 3].to(logprob.dtype)
@@ -182,10 +184,10 @@ def test_dpo_takes_the_reference_from_a_second_head(path):
     hidden, weight = (x.float() for x in inputs.values())
     other = hidden.flip(1), 2 * weight
     kept = torch.where(weights != 0, targets, -1)
-    given = sequence_logprobs(linear_logprob_reference(*other, kept)[0], weights, MARKS)
-    numbers = {"beta": 0.3, "num_pairs": 3}
-    inside = dpo(hidden, weight, targets, weights, MARKS, other, **numbers)
-    outside = dpo(hidden, weight, targets, weights, MARKS, given, **numbers)
+    ref_logprobs = sequence_logprobs(linear_logprob_reference(*other, kept)[0], weights, MARKS)
+    options = {"beta": 0.3, "num_pairs": 3}
+    inside = dpo(hidden, weight, targets, weights, MARKS, other, **options)
+    outside = dpo(hidden, weight, targets, weights, MARKS, ref_logprobs, **options)
     torch.testing.assert_close(inside.loss, outside.loss)
     assert inside.metrics.keys() == outside.metrics.keys()
     for name, value in inside.metrics.items():

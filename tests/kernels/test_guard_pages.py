@@ -79,7 +79,7 @@ def guarded_run(tests, report: Path, folder: Path = ROOT) -> tuple[list[str], se
     crashed, failed, launched = [], [], set()
     for _ in range(MAX_CRASHES):
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-        command += [word for line in crashed for word in ("--deselect", line.split(" ")[0])]
+        command += [argument for line in crashed for argument in ("--deselect", line.split(" ")[0])]
         report.write_text("")
         paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"GUARD_PAGES": "on", "GUARD_REPORT": str(report), "PYTHONPATH": paths}

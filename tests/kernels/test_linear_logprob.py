@@ -155,11 +155,11 @@ def test_linear_logprob_of_a_logit_that_is_not_a_number_is_nan(path, bad):
 def shards(hidden, weight, targets, count, temperature):
     """A `VocabularyShard` of each slice, whose gather knows the statistics of all of them."""
     edges = [round(weight.shape[0] * i / count) for i in range(count + 1)]
-    parts = [
+    partials = [
         linear_logprob_partial(hidden, weight[a:b], targets, start=a, vocab_size=len(weight), temperature=temperature)
         for a, b in itertools.pairwise(edges)
     ]
-    stacked = torch.stack(parts)
+    stacked = torch.stack(partials)
     return stacked, [
         (slice(a, b), VocabularyShard(a, weight.shape[0], lambda local: stacked)) for a, b in itertools.pairwise(edges)
     ]

@@ -71,8 +71,8 @@ def against_full_logits(inputs, targets, dtype, *, entropy=True, temperature=1.0
         row_max = logits.detach().amax(-1, keepdim=True)
         logprobs = logits - row_max - ((logits - row_max) * module.LOG2_E).exp2().sum(-1, keepdim=True).log()
         chosen = logprobs[torch.arange(len(targets)), targets.clamp(min=0)] * (targets >= 0)
-        spread = -((logprobs * module.LOG2_E).exp2() * logprobs).sum(-1) * (targets >= 0)
-        return (chosen, spread) if entropy else chosen
+        entropies = -((logprobs * module.LOG2_E).exp2() * logprobs).sum(-1) * (targets >= 0)
+        return (chosen, entropies) if entropy else chosen
 
     check(ours, eager, inputs, dtype, also=apart)
 
@@ -221,8 +221,8 @@ def test_words_of_minus_infinity_have_no_gradient(entropy):
         (weight[35:], targets - 35),
     ):
         leaf = vocab_size.clone().requires_grad_()
-        logprob, spread = linear_logprob(hidden, leaf, here, entropy=entropy)
-        (logprob.sum() + spread.sum() if entropy else logprob.sum()).backward()
+        logprob, entropies = linear_logprob(hidden, leaf, here, entropy=entropy)
+        (logprob.sum() + entropies.sum() if entropy else logprob.sum()).backward()
         result.append(leaf.grad)
     assert not result[0][:35].any()
     torch.testing.assert_close(result[0][35:], result[1], rtol=0, atol=2e-6 * float(result[1].abs().max()))
@@ -288,9 +288,9 @@ def test_gradients_do_not_depend_on_the_workspace(monkeypatch):
     whole = gradients()
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 37 * 4 * 64)
     assert module._slice_entries(37, 211, 32, 4) == 64
-    cut = gradients()
-    assert torch.equal(whole[1], cut[1])
-    torch.testing.assert_close(whole[0], cut[0], rtol=0, atol=1e-6 * float(whole[0].abs().max()))
+    chunked = gradients()
+    assert torch.equal(whole[1], chunked[1])
+    torch.testing.assert_close(whole[0], chunked[0], rtol=0, atol=1e-6 * float(whole[0].abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -352,12 +352,12 @@ def losses(head, targets, device):
     generator = torch.Generator().manual_seed(2)
     weights = torch.rand(37, generator=generator).to(device)
     marks = torch.tensor([0, 8, 17, 30, 37], dtype=torch.int32, device=device)
-    numbers = [torch.randn(37, generator=generator).to(device) - 3 for _ in range(3)]
+    logprobs = [torch.randn(37, generator=generator).to(device) - 3 for _ in range(3)]
     other = [x.detach().flip(0) for x in head]
     return (
         cross_entropy(*head, targets, weights, num_tokens=20),
         dpo(*head, targets, weights, marks, tuple(other), beta=0.3, num_pairs=2, nll=0.1, num_chosen_tokens=9),
-        ppo(*head, targets, *numbers[:2], clip=0.2, num_tokens=20, reference=numbers[2], kl=0.1, entropy=0.1),
+        ppo(*head, targets, *logprobs[:2], clip=0.2, num_tokens=20, reference=logprobs[2], kl=0.1, entropy=0.1),
     )
 
 

@@ -102,8 +102,8 @@ def test_tokens_are_bit_equal_alone_in_pieces_and_together(dtype):
             piece = PagedBatch(
                 batch.page_table[row : row + 1], torch.tensor([done + n], dtype=torch.int32), [n], done + n, 0, 16
             )
-            alone = paged_attention(q[at + done : at + done + n].contiguous(), keys, values, piece)
-            assert torch.equal(alone, whole[at + done : at + done + n])
+            single = paged_attention(q[at + done : at + done + n].contiguous(), keys, values, piece)
+            assert torch.equal(single, whole[at + done : at + done + n])
             done += n
         at += length
 

@@ -26,8 +26,8 @@ def ranks_of(cp, tp):
 def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, tp, tokens):
     ranks, row = ranks_of(cp, tp), torch.arange(1, tokens + 1)
     shards = [rank.shard_tokens(row) for rank in ranks]
-    assert sorted(int(x) for part in shards for x in part if x > 0) == row.tolist()
-    assert len({len(part) for part in shards}) == 1 and sum(map(len, shards)) < tokens + 2 * cp * tp
+    assert sorted(int(x) for shard in shards for x in shard if x > 0) == row.tolist()
+    assert len({len(shard) for shard in shards}) == 1 and sum(map(len, shards)) < tokens + 2 * cp * tp
     # Ranks of cp have chunks from both ends, and those of tp halves of what theirs has.
     for c in range(cp):
         together = torch.cat(shards[c * tp : (c + 1) * tp])
@@ -69,11 +69,11 @@ def test_attention_over_chunks_is_that_of_the_row(monkeypatch, backend, window, 
     monkeypatch.setattr(context.AllGather, "apply", lambda x, axis: x)
     order = torch.cat([rank.shard_over_cp(torch.arange(tokens)) for rank in ranks])
     with kernels.use_backend(backend):
-        parts = [
+        outputs = [
             rank.attend(rank.shard_over_cp(q), k[order], v[order], marks, longest, window=window) for rank in ranks
         ]
     places = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
-    out = torch.cat(parts)[places]
+    out = torch.cat(outputs)[places]
     with kernels.use_backend(backend):
         out = out, *torch.autograd.grad(out, (q, k, v), cotangent)
     last = int(marks[-1])

@@ -3,7 +3,7 @@ float64."""
 
 import context_cases
 import pytest
-from many_ranks import found_by_ranks, selected
+from many_ranks import results_by_rank, selected
 
 TOLERANCE = 1e-10
 
@@ -11,8 +11,8 @@ TOLERANCE = 1e-10
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
     """World size -> what each of its ranks found."""
-    out = tmp_path_factory.mktemp("spread")
-    return found_by_ranks(context_cases.__file__, context_cases.LAYOUTS, out, selected(request, "name"))
+    out = tmp_path_factory.mktemp("context")
+    return results_by_rank(context_cases.__file__, context_cases.LAYOUTS, out, selected(request, "name"))
 
 
 @pytest.mark.every(12)

@@ -60,10 +60,10 @@ def inputs():
 
 # Catches: sizes read again where a block is computed again; a wait before the permutation is queued.
 @pytest.mark.parametrize("again", ["none", "selective", "full"])
-@pytest.mark.parametrize("given", [False, True])
-def test_host_waits_once_a_layer_in_the_forward_and_never_in_the_backward(log, again, given):
+@pytest.mark.parametrize("replays_routes", [False, True])
+def test_host_waits_once_a_layer_in_the_forward_and_never_in_the_backward(log, again, replays_routes):
     model = sharded_mixture(again)
-    routes = Routes() if given else None
+    routes = Routes() if replays_routes else None
     hidden = model(*inputs(), routes)
     assert log == ["counts", "permute", "wait", "rows", "rows"] * LAYERS
     log.clear()

@@ -37,7 +37,7 @@ def simulated(config, ranks, sharding, **options):
     return plain, mesh, parallelize(model, mesh, sharding)
 
 
-def peak(model, tokens, micro_batches):
+def measured_peak(model, tokens, micro_batches):
     """Peak bytes of a step."""
     return peak_bytes(model, AdamW(model), tokens, micro_batches)
 
@@ -54,13 +54,13 @@ def test_peak_memory_of_a_rank_is_within_the_closed_bound(preset, ranks, recompu
     sharding = Sharding(dtype="bfloat16", recompute=recompute)
     plain, mesh, model = simulated(PRESETS[preset], ranks, sharding)
     bound = estimate(plain, mesh, sharding, tokens=4096, micro_batches=micro_batches)
-    measured = peak(model, 4096, micro_batches)
+    measured = measured_peak(model, 4096, micro_batches)
     print(f"{preset} {ranks} ranks {recompute}: {measured / 2**30:.2f} GiB of {bound.peak / 2**30:.2f}")
     assert measured <= bound.peak and measured > 0.8 * bound.peak
     # Everything but the activations is not a bound but the sum itself.
     engine, optimizer = sharded(model), AdamW(model)
-    parts = (engine.master, engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies)
-    assert bound.parts == sum(part.nbytes for part in parts)
+    buffers = (engine.master, engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies)
+    assert bound.parts == sum(buffer.nbytes for buffer in buffers)
 
 
 def moved(model, tokens, micro_batches=1):

@@ -15,18 +15,18 @@ from wizard_engine.rl.weight_sync import Part, checksum, moves
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sampler") / "found"
+def rank_results(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampler") / "results"
     done = torchrun(request.param, ROOT / "tests" / "rl" / "sampler_cases.py", out, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(out.with_name(f"found.{rank}").read_text()) for rank in range(request.param)]
+    return [json.loads(out.with_name(f"results.{rank}").read_text()) for rank in range(request.param)]
 
 
 # Catches: columns of another rank; an expert in another's place; logits joined in another order; old keys found again.
 @pytest.mark.every(2)
-def test_samplers_of_any_division_draw_what_the_whole_model_draws(found):
-    assert len(found[0][0]) > 10
-    for cases in zip(*(cases for cases, _ in found)):
+def test_samplers_of_any_division_draw_what_the_whole_model_draws(rank_results):
+    assert len(rank_results[0][0]) > 10
+    for cases in zip(*(cases for cases, _ in rank_results)):
         for case in cases:
             where = case["name"], case["layout"], case["tp"], case["dtype"]
             first, second = case["results"]
@@ -38,18 +38,18 @@ def test_samplers_of_any_division_draw_what_the_whole_model_draws(found):
         assert any(case["moved"] for case in cases) or cases[0]["layout"] == {"dp_shard": 1}
 
 
-def test_checksums_do_not_depend_on_the_division(found):
+def test_checksums_do_not_depend_on_the_division(rank_results):
     stamps = {}
-    for case in found[0][0]:
+    for case in rank_results[0][0]:
         stamps.setdefault((case["name"], case["dtype"]), set()).add((case["results"][0][2], case["results"][1][2]))
     assert all(len(values) == 1 for values in stamps.values()) and len(stamps) == 4
     assert len({next(iter(values)) for values in stamps.values()}) == 4
 
 
-def test_damaged_weights_and_divisions_that_do_not_fit_are_refused(found):
-    damaged, uneven = found[1][1]
+def test_damaged_weights_and_divisions_that_do_not_fit_are_refused(rank_results):
+    damaged, uneven = rank_results[1][1]
     assert "weights of the sampler: expected checksum" in damaged and damaged.startswith("[rank 1/")
-    assert found[0][1][0] == "nothing" and "sampler tp must divide the" in uneven
+    assert rank_results[0][1][0] == "nothing" and "sampler tp must divide the" in uneven
 
 
 def test_undivided_policies_are_sampled_from_where_they_stand():
@@ -73,11 +73,13 @@ def test_a_checksum_is_that_of_its_parts_and_changes_with_every_bit_and_place(dt
     whole = ShardSpec.whole(values.shape)
     total = checksum([("a", whole, 0, values)])
     partition = Partition((12, 6), (8, 4), Axis(size=2))
-    parts = []
+    shards = []
     for index in range(2):
         local = partition.shard(index).of(values).reshape(-1)
-        parts += [("a", partition.shard(index), start, local[start : start + 10]) for start in range(0, len(local), 10)]
-    assert sum(checksum([part]) for part in parts) % 2**64 == total % 2**64
+        shards += [
+            ("a", partition.shard(index), start, local[start : start + 10]) for start in range(0, len(local), 10)
+        ]
+    assert sum(checksum([shard]) for shard in shards) % 2**64 == total % 2**64
     columns = Partition((12, 6), (), Axis(size=3))
     local = [("a", columns.shard(i), 0, columns.shard(i).of(values).reshape(-1)) for i in range(3)]
     assert checksum(local) == total != checksum([("b", whole, 0, values)])

@@ -304,9 +304,9 @@ def test_killed_co_teaching_resumes_without_repeating_a_returned_call(tmp_path):
     stored = sum(task["replies"] for tasks in counts.values() for task in tasks.values())
     before = len(log.read_text())
     subprocess.run(command, check=True)
-    total = 60 * 3 + 60 * 3 * 2
-    assert 0 < stored < total and before - stored <= 2 * 20
-    assert len(log.read_text()) - before == total - stored
+    expected_calls = 60 * 3 + 60 * 3 * 2
+    assert 0 < stored < expected_calls and before - stored <= 2 * 20
+    assert len(log.read_text()) - before == expected_calls - stored
     resumed = (tmp_path / "out").read_text()
     for name in ("ledger", "ledger-wal", "ledger-shm"):
         (tmp_path / name).unlink(missing_ok=True)
