@@ -97,8 +97,8 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """Why a cache of `other` is of no use where this one would be made, its path apart."""
         changes = [
-            f"made {word} {name} {getattr(other, name)}, not {getattr(self, name)}"
-            for name, word in (("triton", "by"), ("arch", "for"), ("source", "of"), ("toolchain", "by"))
+            f"made {preposition} {name} {getattr(other, name)}, not {getattr(self, name)}"
+            for name, preposition in (("triton", "by"), ("arch", "for"), ("source", "of"), ("toolchain", "by"))
             if getattr(self, name) != getattr(other, name)
         ]
         minor, others = (version.rpartition(".")[0] for version in (self.python, other.python))

@@ -147,7 +147,7 @@ def compile_all(
             if not isinstance(future.exception(), BrokenProcessPool):
                 rows[futures[future]] = _then(done, future.result())
     for case in (case for case in cases if case not in rows):
-        rows[case] = _then(done, _alone(case, work))
+        rows[case] = _then(done, _in_own_process(case, work))
     return [rows[case] for case in cases]
 
 
@@ -155,7 +155,7 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
-def _alone(case: Case, work: Callable[[Case], Row]) -> Row:
+def _in_own_process(case: Case, work: Callable[[Case], Row]) -> Row:
     """A case in a process of its own: it, or another one, ended the process that they shared."""
     with _pool(1) as pool:
         future: Future[Row] = pool.submit(work, case)

@@ -204,13 +204,13 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """An id for each word between blanks."""
-        return [self._id(word) for word in text.split()]
+        return [self._id(token) for token in text.split()]
 
-    def _id(self, word: str) -> int:
-        number = int(word[1:]) if word[:1] == "w" and word[1:].isdecimal() else 0
+    def _id(self, token: str) -> int:
+        number = int(token[1:]) if token[:1] == "w" and token[1:].isdecimal() else 0
         if FIRST_WORD <= number < self.vocab_size:
             return number
-        return FIRST_WORD + zlib.crc32(word.encode()) % (self.vocab_size - FIRST_WORD)
+        return FIRST_WORD + zlib.crc32(token.encode()) % (self.vocab_size - FIRST_WORD)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words, a blank between two; special ids are skipped."""

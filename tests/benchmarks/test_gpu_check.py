@@ -460,7 +460,7 @@ def test_training_step_moves_masters_and_clears_gradients(recompute):
     state = train_single.build(config, CPU, recompute)
     engine = state.optimizer.sharded
     before = engine.master.clone()
-    calls = train_single.parts(state, train_single.Packed.of(LENGTHS, config.vocab_size, CPU))
+    calls = train_single.step_phases(state, train_single.Packed.of(LENGTHS, config.vocab_size, CPU))
     calls["forward"]()
     calls["backward"]()
     names = [name for name, _, values in engine.shards(engine.gradient()) if bool(values.any())]

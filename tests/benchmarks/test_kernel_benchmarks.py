@@ -148,7 +148,7 @@ def test_reference_of_some_heads_is_a_part_of_that_of_all():
     for phase in ("forward", "backward"):
         whole = in_blocks(ROUGH, tensors, phase, torch.float64, [0, 1])
         some = in_blocks(ROUGH, tensors, phase, torch.float64, [1])
-        for name, x in attention_problem.part(ROUGH, whole, [1]).items():
+        for name, x in attention_problem.select_heads(ROUGH, whole, [1]).items():
             assert torch.equal(x, some[name])
 
 
@@ -302,7 +302,7 @@ def test_time_calls_rotates_and_gives_percentiles(clock):
     assert actual["a"].wall_us["p50"] == pytest.approx(1e4) and actual["b"].us == pytest.approx(2e4)
     assert actual["a"].kernel_us is None and actual["a"].repeats == 4
     assert order[6:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert gpu_timing.spread(range(11)) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
+    assert gpu_timing.percentiles(range(11)) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
 
 
 class FakeEvent:
