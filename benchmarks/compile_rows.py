@@ -74,7 +74,7 @@ def _named(case: Case) -> Row:
 
 
 def problems(row: Row) -> list[str]:
-    """What is wrong with a row, in words; empty where it keeps what its entry promises."""
+    """Problems of a row as text; empty where it keeps its entry's promises."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     reasons, counts, config = [], row["counts"], row["config"]
@@ -156,7 +156,7 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def _in_own_process(case: Case, work: Callable[[Case], Row]) -> Row:
-    """A case in a process of its own: it, or another one, ended the process that they shared."""
+    """Run a case in a separate process, after it or another case ended the shared one."""
     with _pool(1) as pool:
         future: Future[Row] = pool.submit(work, case)
         try:

@@ -149,7 +149,7 @@ def _dpo(s: Sizes) -> Tensors:
 
 
 def _partials(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """A vocabulary in two slices."""
+    """The log-probability of a vocabulary in two slices, merged."""
     boundary, vocab_size = weight.shape[0] // 2 + 1, weight.shape[0]
     partials = [
         linear_logprob_partial(hidden, weight[:boundary], targets, start=0, vocab_size=vocab_size),

@@ -97,7 +97,7 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def sharpen_logits(model: Transformer) -> None:
-    """Random weights ten times as large: likelihoods far enough apart that rounding rarely decides between tokens."""
+    """Scale random weights by ten, so that likelihoods are far apart and rounding rarely decides between tokens."""
     generator = torch.Generator().manual_seed(SEED + 1)
     for parameter in model.parameters():
         if parameter.dim() >= 2:

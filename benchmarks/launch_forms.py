@@ -226,7 +226,7 @@ def linear_logprob(shape: dict[str, int]) -> Iterator[Form]:
 
 
 def linear_logprob_merge(shape: dict[str, int]) -> Iterator[Form]:
-    """One form, fp32 numbers per token; so few rows that the vocabulary is divided."""
+    """One form, fp32 numbers per token; so few rows that the kernel splits the vocabulary."""
     yield "fp32", lambda: _linear_logprob(torch.bfloat16, True, tokens=128)
 
 

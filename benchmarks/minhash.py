@@ -1,4 +1,4 @@
-"""Near-duplicates: the C++ part against datasketch with the same words, shingles, permutations, bands and threshold."""
+"""Near-duplicates: the C++ code against datasketch with the same words, shingles, permutations, bands and threshold."""
 
 from typing import Any
 

@@ -125,7 +125,7 @@ class Experts(Problem):
         return self, self._with_layout(tensors, device, seed)
 
     def routing(self, tensors: Tensors) -> Routing:
-        """The given choices and gates as a Routing."""
+        """The problem's expert choices and gates as a Routing."""
         layout_tensors = {name: tensors[name] for name in LAYOUT}
         return Routing(tensors["gates"], tensors["gates"], tensors["experts"], **layout_tensors)
 
@@ -211,7 +211,7 @@ class MoeRoute(Problem):
         return logits, logits.topk(self.per_token).values.softmax(-1)
 
     def other_forms(self) -> tuple:
-        """The slopes of the logits rounded to the dtype before the products, as the kernels' are documented to be."""
+        """Gradients of the logits, rounded to the dtype before the products as the kernels document."""
 
         def rounded(tensors: Tensors) -> tuple[Tensor, ...]:
             logits, _ = self.formula(tensors)

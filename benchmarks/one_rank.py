@@ -109,7 +109,7 @@ def _gradients(device: torch.device) -> list[Row]:
 
 
 def _experts(device: torch.device) -> list[Row]:
-    """Experts that are divided over an axis of one rank, against those that are not."""
+    """Experts sharded over an axis of one rank against unsharded ones."""
     from kernels.grouped_matmul import expert_mlp
     from kernels.moe_route import moe_route
 

@@ -150,7 +150,7 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
 
 
 def measure(options: argparse.Namespace, out: Path) -> dict:
-    """What rank 0 of a run found."""
+    """The result that rank 0 of a run wrote."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "OMP_NUM_THREADS": "1"}
     mp.start_processes(work, args=(options, str(out)), nprocs=options.ranks, start_method="spawn")
     return json.loads(out.read_text())

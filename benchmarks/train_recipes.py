@@ -151,7 +151,7 @@ def _spans(rollout: Rollout) -> tuple[list[Span], int, list[Span]]:
 
 
 def fill_random(model: nn.Module, seed: int) -> None:
-    """Give a divided model normal weights of its `init_std` on its device, other ones on each rank of a copy."""
+    """Fill a sharded model with normal weights of its `init_std`; the ranks of a replica draw different ones."""
     engine, config = sharded(model), model.config
     generator = torch.Generator(engine.device).manual_seed(997 * seed + engine.mesh.copy.index)
     host = torch.Generator().manual_seed(997 * seed + engine.mesh.copy.index)
@@ -164,7 +164,7 @@ def fill_random(model: nn.Module, seed: int) -> None:
 
 
 def language(config: ModelConfig, place: Place, seed: int, *, frozen: bool = False) -> Transformer:
-    """A random language model, divided over the mesh."""
+    """A random language model, sharded over the mesh."""
     with torch.device("meta"):
         model = Transformer(config)
     shard_model(model, place.mesh, place.sharding, frozen=frozen)
@@ -175,7 +175,7 @@ def language(config: ModelConfig, place: Place, seed: int, *, frozen: bool = Fal
 def scoring(
     config: ModelConfig, place: Place, seed: int, outputs: int, *, surprise: bool = False, frozen: bool = False
 ) -> ScoringModel:
-    """A random scoring model, divided over the mesh."""
+    """A random scoring model, sharded over the mesh."""
     with torch.device("meta"):
         model = ScoringModel(config, outputs, surprise=surprise)
     shard_model(model, place.mesh, place.sharding, frozen=frozen)
@@ -194,7 +194,7 @@ def documents(shape: Shape, count: int, supervised: float = 1.0) -> list[Sample]
 
 
 class WordTokenizer:
-    """A tokenizer whose vocabulary is `w3`, `w4`, ...; any other word is one of them, too."""
+    """A tokenizer with the vocabulary `w3`, `w4`, ...; it maps any other word to one of these by hash."""
 
     prefixes_space = False
     bos_id, eos_id = BOS, EOS

@@ -41,7 +41,7 @@ PANEL, WIDTH = 210.0, 640.0
 
 @dataclass(frozen=True)
 class Layout:
-    """A row of the file: its name, how many ranks it starts, and the words of its command."""
+    """A row of the file: its name, how many ranks it starts, and the arguments of its command."""
 
     name: str
     ranks: int
@@ -126,7 +126,7 @@ def _layout(where: str, options: dict[str, Any]) -> Layout:
 
 
 def flags_of(option: str, value: Any) -> list[str]:
-    """An option as words of a command."""
+    """An option as command-line arguments."""
     typed = "--" + option.replace("_", "-")
     if isinstance(value, bool):
         head, _, last = typed[2:].rpartition(".")

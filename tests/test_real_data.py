@@ -1,4 +1,4 @@
-"""Recipes on small pieces of real data; everything here is skipped where the data folder is absent."""
+"""Recipes on small samples of real data. These tests are skipped where the data folder is absent."""
 
 import json
 import math

@@ -195,9 +195,9 @@ def _names_cuda(device: str | torch.device) -> bool:
 
 
 class KnownValues:
-    """Numbers of small tensors on the device, where they came from the host or from others that are known.
+    """Values of small device tensors that came from the host or from other known tensors.
 
-    Where tokens stand, how long sequences are: what the engine's code asks for again. A kernel's results are not known.
+    The engine reads them back: token positions, sequence lengths. Results of kernels stay unknown.
     """
 
     def __init__(self) -> None:

@@ -488,7 +488,7 @@ def test_layers_that_fit_follow_from_two_peaks(one, two, whole, layers):
     assert train_single.layers_that_fit(one, two, whole, 32) == layers
 
 
-def test_shares_of_the_mixture_are_those_of_one_size():
+def test_fractions_of_the_mixture_belong_to_one_size():
     def row(op, label, us, **changes):
         return {"op": op, "phase": "forward", "label": label, "us": us, "is_ours": True, **changes}
 

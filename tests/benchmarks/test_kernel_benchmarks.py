@@ -143,7 +143,7 @@ def test_reference_in_blocks_equals_a_loop(monkeypatch, causal, window, fused):
         torch.testing.assert_close(actual[name][:-3], grad[:-3])
 
 
-def test_reference_of_some_heads_is_a_part_of_that_of_all():
+def test_reference_of_some_heads_is_a_slice_of_the_whole_reference():
     tensors = ROUGH.inputs(torch.float32, CPU)
     for phase in ("forward", "backward"):
         whole = in_blocks(ROUGH, tensors, phase, torch.float64, [0, 1])
@@ -275,7 +275,7 @@ def test_roughened_rows_have_scales_over_four_decades():
 
 
 # Catches: a backward that runs the forward again, or adds to the gradients of the call before.
-def test_backward_is_timed_alone_and_into_fresh_gradients():
+def test_backward_is_timed_without_the_forward_and_into_fresh_gradients():
     calls = []
     problem = RmsNorm(4, 8, residual=True)
     tensors = problem.inputs(torch.float32, CPU)
@@ -513,7 +513,7 @@ def test_variants_that_did_not_compile_are_never_launched(monkeypatch):
 
 
 # Catches: an in-place variant that leaves its mark on what the next variant reads.
-def test_variants_that_write_their_inputs_get_their_own(monkeypatch):
+def test_variants_that_write_their_inputs_receive_copies(monkeypatch):
     def spoil(problem, device):
         def function(t):
             out = problem.formula({name: x.clone() for name, x in t.items()})
@@ -658,7 +658,7 @@ def test_rates_and_shares_come_from_the_same_run():
     assert actual["share_of_copy"] == pytest.approx(0.5) and actual["share_of_matrix"] == pytest.approx(0.5)
 
 
-def test_ratios_leave_the_equal_product_out_of_the_peers():
+def test_ratios_exclude_the_equal_product_from_the_peers():
     rows = [row(100, tflops=2.0), row(150, variant="eager", tflops=1.0), row(50, variant="matmul equal", tflops=4.0)]
     kernel_rows.add_ratios(rows)
     assert rows[0]["speedup"] == {"eager": 1.5} and rows[0]["share_of_equal"] == 0.5
@@ -773,7 +773,7 @@ def test_results_file_errors_name_the_line(tmp_path, text, message):
         kernel_rows.read_rows(tmp_path / "x.json")
 
 
-# Catches: columns instead of rows divided among the experts; gates of another order; the weights' wrong sides.
+# Catches: columns instead of rows split among the experts; gates in another order; transposed weights.
 def test_torch_s_grouped_product_is_given_the_same_experts():
     if not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip("torch has no grouped_mm")

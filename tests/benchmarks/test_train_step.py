@@ -129,7 +129,7 @@ def test_bytes_that_differ_are_not_as_planned():
     assert train_step.as_planned("sft", one | {("sum", "numbers"): 8}, one)
 
 
-def test_parts_of_a_document_take_what_the_document_takes():
+def test_chunks_of_a_document_cost_as_much_as_the_document():
     config = PRESETS["tiny-mistral"]
     whole = forward_flops(config, [(0, 40)], 40)
     assert whole == pytest.approx(40 * flops_per_token(config, 40))
@@ -203,7 +203,7 @@ def test_meter_counts_inside_its_block_alone(tmp_path):
         dist.destroy_process_group()
 
 
-def test_words_are_read_back():
+def test_word_tokenizer_round_trip():
     tokenizer = WordTokenizer(50)
     ids = [3, 49, 2, 17]
     text = tokenizer.decode(ids)

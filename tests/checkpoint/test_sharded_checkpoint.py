@@ -67,7 +67,7 @@ def resumed(root, name, ranks, *arguments):
     return out
 
 
-def test_every_rank_writes_its_own_part(root):
+def test_every_rank_writes_its_shard(root):
     path = root / "run" / "checkpoints" / f"step_{SAVED:08d}"
     files = [f"part_{rank:05d}.safetensors" for rank in range(4)]
     assert sorted(os.listdir(path)) == ["manifest.json", *files]
@@ -124,7 +124,7 @@ def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replica
         (4, {"tp": 2, "dp_replicate": 2}),
     ],
 )
-def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, ranks, layout):
+def test_matrices_and_experts_resharded_and_gathered_are_the_same(root, ranks, layout):
     """From four ranks of data to this layout, and from it to one rank, to four, or to experts on two."""
     name = "_".join([f"in_{ranks}", *(f"{key}_{size}" for key, size in layout.items())])
     reshard(root, ranks, "run", name, **layout)

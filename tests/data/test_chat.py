@@ -98,7 +98,7 @@ def test_conversation_is_the_template_in_text():
 
 
 def test_sentencepiece_ids_are_those_of_the_whole_text(mistral):
-    """Segment by segment gives the pieces that SentencePiece gives the turn's text as a whole, with no double space."""
+    """Encoding segment by segment gives SentencePiece's pieces of the whole turn, with no double space."""
     pairs = [("How many apples?", "There are 12 apples."), ("And now?", "None.")]
     tokens = encode_conversation(mistral, turns(pairs)).tokens.tolist()
     first = f"{SYSTEM} USER: How many apples? ASSISTANT: There are 12 apples."
@@ -232,7 +232,7 @@ def test_twenty_thousand_conversations_take_under_four_seconds():
     assert time.process_time() - began < 4 and len(samples) == 20_000 and not rejected
 
 
-def test_encode_prompt_goes_on_after_a_blank_answer_of_the_models_own():
+def test_encode_prompt_continues_after_a_blank_answer_of_the_model():
     tokenizer = train_tokenizer(["hello there"], vocab_size=300, atoms=CHAT_ATOMS)
     history = (Message("user", "hello"), Message("assistant", ""), Message("user", "there"))
     ids = encode_prompt(tokenizer, history)

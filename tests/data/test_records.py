@@ -288,7 +288,7 @@ def test_gsm8k_annotations_leave_the_text_and_stay_as_attribute(tmp_path):
     assert row.answer == "She has 2*3=6.\n#### 6" and row.attributes["annotated"] == answer
 
 
-def test_own_id_that_differs_is_kept_as_source_id(tmp_path):
+def test_differing_id_of_a_row_is_kept_as_source_id(tmp_path):
     (row,) = read_rows(save(tmp_path, {**turns(), "id": "mine"}))
     assert row.attributes["source_id"] == "mine" and row.id == conversation("Why?", "Because.").id
 

@@ -131,7 +131,7 @@ def test_sentencepiece_ids_are_the_library_s(mistral):
     assert [mistral._backend.id_to_piece(i) for i in mistral.encode("</s>")] == ["▁</", "s", ">"]
 
 
-def test_offsets_are_the_words(mistral):
+def test_offsets_span_the_text_of_each_token(mistral):
     text = "12 ñandú\n😀"
     for tokenizer in (mistral, TRAINED):
         ids = tokenizer.encode(text)

@@ -88,7 +88,7 @@ PYTHON_COMMANDS = [c for c in COMMANDS if re.match(r"(\w+=\S+ )*(python3?|torchr
 
 @contextlib.contextmanager
 def as_main(arguments: list[str]) -> Iterator[None]:
-    """The arguments as this process's command line."""
+    """In the block, these arguments are the process's command line."""
     before, main = sys.argv, sys.modules["__main__"]
     sys.argv = arguments
     try:
@@ -100,7 +100,7 @@ def as_main(arguments: list[str]) -> Iterator[None]:
 
 
 def run_python(arguments: list[str]) -> None:
-    """`python WORDS` in this process."""
+    """Run `python ARGUMENTS` in this process."""
     if arguments[0] == "-m":
         with as_main(arguments[1:]):
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=False)
@@ -110,7 +110,7 @@ def run_python(arguments: list[str]) -> None:
 
 
 def python_arguments(text: str) -> list[str]:
-    """What python gets of a command of python, torchrun, or a profiler in front of one."""
+    """The arguments that Python receives from a python or torchrun command, with or without a profiler in front."""
     arguments = shlex.split(text, comments=True)
     while arguments and re.fullmatch(r"\w+=.*", arguments[0]):
         arguments.pop(0)
@@ -128,7 +128,7 @@ def python_arguments(text: str) -> list[str]:
 
 
 def launcher_options(arguments: list[str]) -> argparse.Namespace:
-    """What torchrun reads of its arguments."""
+    """torchrun's own options among its arguments."""
     options, unknown = get_args_parser().parse_known_args(arguments)
     assert not unknown, f"torchrun: unknown {unknown}"
     return options
@@ -169,7 +169,7 @@ def parse(arguments: list[str]) -> None:
     raise AssertionError("expected a command line that is read by cli() or argparse, got none")
 
 
-def test_every_page_with_commands_is_found():
+def test_page_scan_covers_every_page_with_commands():
     pages = {command.page for command in COMMANDS}
     assert {"README.md", "docs/gpu.md", "docs/getting_started.md", "docs/recipes/rleif.md"} <= pages
     assert len(PYTHON_COMMANDS) > 80
@@ -201,7 +201,7 @@ def test_options_in_documents_are_those_of_the_parsers(page, stops_after_options
 @pytest.mark.parametrize(
     "arguments", [["recipes/sft.py", "--tokeniser", "x"], ["-m", "benchmarks.tune", "--budge", "3"]]
 )
-def test_an_option_that_is_not_there_is_found(arguments, stops_after_options):
+def test_unknown_options_are_detected(arguments, stops_after_options):
     with pytest.raises(AssertionError, match=r"the nearest is --(tokenizer|budget)"):
         parse(arguments)
 
@@ -238,7 +238,7 @@ def is_option(option: str, known: set[str]) -> bool:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs/recipes").glob("[!i]*.md")), ids=lambda path: path.stem)
-def test_options_in_the_text_of_a_recipes_page_are_its_own(path):
+def test_options_in_the_text_of_a_recipes_page_belong_to_the_recipe(path):
     known = recipe_options(path.stem) | {"--tp", "--nproc-per-node"}
     assert [option for option in named_options(path) if not is_option(option, known)] == []
 

@@ -142,7 +142,7 @@ def test_report_shows_a_fall_as_a_fall(page):
     assert '<span class="down">-2.0</span>' in page and '<span class="up">+30.0</span>' in page
 
 
-def test_report_of_the_bare_summary_leaves_the_rest_out(tmp_path):
+def test_report_of_the_bare_summary_omits_the_rest(tmp_path):
     write_report(tmp_path / "report.html", SUMMARY | {"pairwise": []}, tmp_path)
     text = _read((tmp_path / "report.html").read_text())
     assert "What each stage bought" in text and "programs, not language models" in text
@@ -211,7 +211,7 @@ def test_histogram_counts_every_value_and_marks_the_median():
     assert "median 2" in chart and "no values" in charts.histogram([])
 
 
-def test_lines_leave_out_what_is_not_finite():
+def test_lines_skip_values_that_are_not_finite():
     assert "nan" not in charts.lines({"a": [(0, float("nan")), (1, 2.0), (2, float("inf"))]})
     assert "no values" in charts.lines({"a": [(0, float("nan"))]})
 

@@ -168,7 +168,7 @@ def test_the_device_is_waited_for_before_memory_goes():
 
 
 @pytest.mark.parametrize(("where", "code"), [("map", 1), ("access", 700), ("create", 999)])
-def test_a_call_that_fails_leaves_nothing_behind(where, code):
+def test_failed_calls_leak_nothing(where, code):
     driver = Driver(fails=[(where, code)])
     made, _ = ranged(driver)
     with pytest.raises(DriverError, match=f"expected CUDA_SUCCESS, got error {code}"):
@@ -231,7 +231,7 @@ def watched(engine, driver=None):
 
 
 def rleif(sampler, policy, steps):
-    """Steps of reinforcement learning: weights handed over, samples, memory given back, an update in place."""
+    """Token ids of each RL step: sync the weights, sample, release the memory, update in place."""
     tokens_by_step = []
     for step in range(steps):
         sampler.take()

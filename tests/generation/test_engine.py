@@ -90,7 +90,7 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_in_any_batch(family, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_logprobs_are_those_of_the_training_forward(family, temperature, tmp_path):
+def test_logprobs_equal_the_training_forward(family, temperature, tmp_path):
     _, ours = pair(family, tmp_path, 3, init_std=0.15)
     engine = Engine(ours, cache_tokens=16 * 14, max_sequences=6, max_tokens=31)
     prompts = prompts_of(6, 12)
@@ -123,7 +123,7 @@ def test_a_sequence_is_bit_equal_whatever_runs_beside_it(name, dtype):
     assert seen[0] == seen[1] == seen[2] == seen[3]
 
 
-def test_samples_of_one_prompt_share_its_pages_and_its_computation():
+def test_samples_of_one_prompt_share_its_pages_and_prefill():
     model, prompt = tiny(), prompts_of(8, 1, longest=60)[0][:1] * 50
     one = [Engine(model, cache_tokens=1600, max_sequences=1) for _ in range(6)]
     single = [engine.add(prompt, Sampling(20, 1.0, seed=3, row=i))[0] for i, engine in enumerate(one)]
@@ -151,7 +151,7 @@ def test_samples_without_room_wait_for_it(pages, sequences):
     assert [s.tokens for s in rows[0]] == [s.tokens for s in rows[1]]
 
 
-def test_mixed_settings_are_each_sequence_s_own():
+def test_each_sequence_keeps_its_sampling_settings():
     model, prompts = tiny(), prompts_of(9, 6)
     hows = [
         Sampling(12), Sampling(9, 1.0, seed=5), Sampling(12, 0.7, top_k=5, seed=6), Sampling(4, 1.3, top_p=0.6, seed=7),
@@ -171,7 +171,7 @@ def test_mixed_settings_are_each_sequence_s_own():
 @pytest.mark.parametrize(
     "how", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 3}, {"temperature": 1.0, "top_p": 0.5}]
 )
-def test_likeliest_words_are_those_of_the_distribution_drawn_from(how):
+def test_top_logprobs_are_those_of_the_sampling_distribution(how):
     model = tiny()
     engine = Engine(model, cache_tokens=1600)
     (row,) = engine.add([3, 9, 4], Sampling(8, seed=1, top_logprobs=5, **how))
@@ -210,7 +210,7 @@ def test_cancelled_sequences_free_their_pages_and_change_nothing_else():
     assert engine.pool.free == 14 and not engine.has_work
 
 
-def test_memory_is_given_back_and_weights_may_change():
+def test_engine_releases_memory_and_accepts_new_weights():
     model, prompt = tiny(), [4] * 40
     engine = Engine(model, cache_tokens=160)
     (first,) = engine.add(prompt, Sampling(5))

@@ -73,7 +73,7 @@ def results(everyone, exact=True):
 
 # Catches: a token taken from another's place, pages of one that ended, uniforms of another step, a token too many.
 @pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "tiny-mixtral"])
-def test_random_loads_get_the_tokens_of_the_synchronous_order(name):
+def test_random_loads_produce_the_tokens_of_the_synchronous_order(name):
     model, preemptions = tiny(name), 0
     # Products of experts have as many rows as tokens chose them: they round by what else is in a step.
     exact = not model.config.experts
@@ -86,7 +86,7 @@ def test_random_loads_get_the_tokens_of_the_synchronous_order(name):
     assert preemptions > 2
 
 
-def test_cancelled_sequences_have_a_beginning_of_what_they_would_have_had():
+def test_cancelled_sequences_are_prefixes_of_uncancelled_ones():
     model, cancelled = tiny(), 0
     for seed in range(8):
         right, _ = played(model, seed, lookahead=False)
@@ -150,7 +150,7 @@ def test_a_token_behind_an_end_is_dropped_and_its_pages_come_back():
 
 # Catches: pages whose last ids are read when their sequence has given them back already.
 @pytest.mark.parametrize("new", range(20, 25))
-def test_answers_are_found_again_as_in_the_synchronous_order(new):
+def test_answers_reuse_the_cache_as_in_the_synchronous_order(new):
     model, cached = tiny(), []
     for lookahead in (False, True):
         engine = Engine(model, cache_tokens=320, lookahead=lookahead)

@@ -87,7 +87,7 @@ def test_truncated_tokens_have_the_logprobs_of_the_truncated_distribution(option
             assert logprob == pytest.approx(float((p[token] / kept.sum()).log()), abs=1e-4)
 
 
-def test_truncation_to_one_word_is_greedy():
+def test_truncation_to_one_token_is_greedy():
     net = model()
     greedy = generate(net, PROMPTS, max_new_tokens=8, eos_id=NEVER)
     for options in ({"top_k": 1}, {"top_p": 1e-6}):
@@ -152,7 +152,7 @@ def test_sequence_logprobs_sum_the_supervised_tokens():
     assert sequence_logprobs(net, [sample], mean=True)[0] == pytest.approx(expected / 2, rel=1e-5)
 
 
-def test_perplexities_of_answers_and_of_rows_that_do_not_fit():
+def test_perplexities_of_answers_and_of_rows_over_the_context():
     net, tokenizer = chat()
     rows = [conversation("What is two and two?", text) for text in ("It is four.", "four " * 50, "two")]
     values = perplexities(net, tokenizer, rows)

@@ -22,7 +22,7 @@ def state(count, device=DEVICE):
 
 # Catches: the mask of the last block left out; the copy written behind its end.
 @pytest.mark.parametrize("offset", [0, 4, 5])
-def test_adamw_of_slices_leaves_their_neighbours_alone(offset):
+def test_adamw_of_slices_does_not_change_their_neighbours(offset):
     count = 1500
     near = state(count)
     around = {name: torch.full((3 * count,), 7.0, device=DEVICE) for name in NAMES}

@@ -43,7 +43,7 @@ def test_cdpo_of_hand_worked_numbers():
 
 
 def test_robust_of_hand_worked_numbers():
-    """(0.9 ln(1 + e^-0.75) - 0.1 ln(1 + e^0.75)) / 0.8 = (0.348184 - 0.113687) / 0.8; slope as in sigmoid where
+    """(0.9 ln(1 + e^-0.75) - 0.1 ln(1 + e^0.75)) / 0.8 = (0.348184 - 0.113687) / 0.8; gradient as in sigmoid where
     weighed out: -(0.9 * 0.320821 + 0.1 * 0.679179) * 0.5 / 0.8."""
     chosen, rejected, *ref = pairs()
     loss, _ = preference_loss(chosen, rejected, *ref, beta=0.5, num_pairs=1, variant="robust", label_smoothing=0.1)
@@ -53,7 +53,7 @@ def test_robust_of_hand_worked_numbers():
 
 
 def test_ipo_of_hand_worked_numbers():
-    """(1.5 - 1 / (2 * 0.25))^2 = 0.25, slope 2 * (1.5 - 2) = -1."""
+    """(1.5 - 1 / (2 * 0.25))^2 = 0.25, gradient 2 * (1.5 - 2) = -1."""
     chosen, rejected, *ref = pairs()
     loss, _ = preference_loss(chosen, rejected, *ref, beta=0.25, num_pairs=1, variant="ipo")
     assert loss.item() == pytest.approx(0.25)

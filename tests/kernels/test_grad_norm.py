@@ -153,7 +153,7 @@ def test_norm_on_the_cpu_has_the_bits_of_chunk_norms():
     assert torch.equal(chunk_norms_reference(narrow), chunk_norms_reference([grad.float() for grad in narrow]))
 
 
-def test_reduction_over_ranks_gets_the_sum_of_squares():
+def test_reduction_over_ranks_receives_the_sum_of_squares():
     grads = drawn((100, 300))
     with kernels.use_backend("triton"):
         result = grad_norm(grads, reduce=lambda squares: squares.add_(3.0))

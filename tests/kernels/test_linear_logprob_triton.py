@@ -77,7 +77,7 @@ def against_full_logits(inputs, targets, dtype, *, entropy=True, temperature=1.0
     check(ours, eager, inputs, dtype, also=apart)
 
 
-# Catches: a mask of tail words left out; the target's column counted from the tile; decay applied to the new sum.
+# Catches: no mask of the tail entries; the target's column counted from the tile; decay applied to the new sum.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 37])
 @pytest.mark.parametrize(("vocab_size", "width"), [(1, 16), (7, 5), (32, 1), (33, 64), (211, 33)])
@@ -196,8 +196,8 @@ def test_logits_of_magnitude_1e4():
     assert entropy.tolist() == pytest.approx([-p * math.log(p) - (1 - p) * math.log(1 - p)] * 2, rel=1e-6)
 
 
-def test_words_of_minus_infinity():
-    """Half of the words, and a whole first tile of them."""
+def test_logits_of_minus_infinity():
+    """Half of the vocabulary entries are -inf, and so is the whole first tile."""
     weight = torch.zeros(75, 1, device=DEVICE)
     weight[:40] = -torch.inf
     hidden, targets = torch.ones(3, 1, device=DEVICE), torch.tensor([41, 74, 2], device=DEVICE)
@@ -210,7 +210,7 @@ def test_words_of_minus_infinity():
 
 # Catches: 0 times -inf in the gradient of the logits.
 @pytest.mark.parametrize("entropy", [False, True])
-def test_words_of_minus_infinity_have_no_gradient(entropy):
+def test_logits_of_minus_infinity_have_no_gradient(entropy):
     """Nor do they change that of the others; the hidden states' gradient multiplies by them and is not asked for."""
     inputs, targets = drawn(20, 75, 24, seed=13)
     hidden, weight = inputs["hidden"].float().abs() + 1e-3, inputs["weight"].float()
@@ -229,7 +229,7 @@ def test_words_of_minus_infinity_have_no_gradient(entropy):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_numbers_are_seen_in_their_row_alone(bad):
+def test_non_finite_logits_affect_only_their_row(bad):
     inputs, targets = drawn(20, 75, 24)
     hidden, weight = (x.float() for x in inputs.values())
     targets = targets.clamp(min=0)
@@ -400,7 +400,7 @@ def test_rows_behind_2_to_the_31_elements(which):
 
 @needs_interpreter
 def test_gradients_of_logits_behind_2_to_the_31_elements(monkeypatch):
-    """The last tile of 70,000 rows of 32,768 words, 2.3e9 elements, the only one that runs."""
+    """The last tile of 70,000 rows of 32,768 vocabulary entries, 2.3e9 elements, the only one that runs."""
     from triton.runtime import interpreter
 
     rows, vocab_size = 70000, 32768

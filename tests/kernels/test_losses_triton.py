@@ -1,4 +1,4 @@
-"""Kernels of the losses' formulas against the reference in float64: loss, every metric, every slope."""
+"""Kernels of the losses' formulas against the reference in float64: loss, every metric, every gradient."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ def wide(value):
 
 
 def compared(formula, *inputs):
-    """The kernel's loss, metrics and slopes in fp32 beside the reference's in float64."""
+    """Compares the kernel's loss, metrics and gradients in fp32 with the reference's in float64."""
     with kernels.use_backend("triton"):
         result = formula.grads(*inputs, ALL)
         again = formula.grads(*inputs, ALL)
@@ -54,7 +54,7 @@ def preference(lengths, padding=3, seed=0, far=1.0):
 DPO = {"beta": 0.3, "num_pairs": 5.0, "variant": "sigmoid", "label_smoothing": 0.0, "mean": False, "nll": 0.0}
 
 
-# Catches: the sides swapped; the mean's divisor left out of the slope; a block's tail read as tokens.
+# Catches: the sides swapped; the mean's divisor missing in the gradient; a block's tail read as tokens.
 @pytest.mark.parametrize(
     "changes",
     [
@@ -130,7 +130,7 @@ def test_dpo_kernel_without_weights_is_ln_2():
 
 
 def tokens(count, seed=0):
-    """Numbers of `count` tokens near each other, NaN where the scale is 0; some ratios exactly 1."""
+    """Inputs of `count` tokens near each other, NaN where the scale is 0; some ratios are exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(count, generator=generator) * (torch.rand(count, generator=generator) > 0.2)
     logprob = -3 * torch.rand(count, generator=generator)
@@ -149,7 +149,7 @@ def tokens(count, seed=0):
 PPO = {"clip": (0.2, 0.3), "dual_clip": None, "kl": 0.0, "kl_estimator": "k3", "entropy": 0.0, "importance_cap": 1.3}
 
 
-# Catches: an interval's ends swapped; the importance weight left out of the slope; a divergence's sign; NaN let in.
+# Catches: an interval's ends swapped; no importance weight in the gradient; a KL's sign; NaN not masked.
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 331])
 @pytest.mark.parametrize(
     ("changes", "terms"),

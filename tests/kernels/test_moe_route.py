@@ -52,7 +52,7 @@ def assert_layout(routing, experts, num_experts):
     assert per_token == routing.positions.shape[1]
 
 
-# Catches: softmax before top-k; a gate's slope without the sum over the chosen; padded experts not masked.
+# Catches: softmax before top-k; a gate's gradient without the sum over the chosen experts; padded experts not masked.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("tokens", "width", "experts", "per_token"),
@@ -67,7 +67,7 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
         return moe_route_reference(hidden, router, per_token)[:2]
 
     def rounded(hidden, router):
-        """The slopes of the logits rounded before the products, as documented."""
+        """Gradients of the logits, rounded before the products as documented."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(wide) @ router.to(wide).T
         if logits.requires_grad:
@@ -92,7 +92,7 @@ def test_rows_stand_by_expert_then_token(pattern, tokens, experts, per_token):
 
 
 # Catches: choices read as if they stood together, where a replay gives one layer's of many.
-def test_given_experts_may_be_strided():
+def test_replayed_experts_may_be_strided():
     inputs = [x.float() for x in drawn(40, 8, 6).values()]
     layers = torch.stack([chosen("uniform", 40, 6, 2, seed=s).to(DEVICE) for s in (1, 2, 3)], dim=1)
     for layer, replayed in enumerate(layers.unbind(1)):
@@ -119,7 +119,7 @@ def test_ties_go_to_the_lower_expert():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_a_broken_token_leaves_the_others_as_they_are(value):
+def test_extreme_token_does_not_change_the_others(value):
     inputs = {name: x.float() for name, x in drawn(20, 16, 8, seed=4).items()}
     clean = moe_route(*inputs.values(), experts_per_token=2)
     inputs["hidden"][7] = value

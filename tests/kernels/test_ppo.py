@@ -68,7 +68,7 @@ def test_importance_weight_is_truncated_and_has_no_gradient():
     [("k1", math.log(2), 1), ("k2", 0.5 * math.log(2) ** 2, math.log(2)), ("k3", math.log(2) - 0.5, 0.5)],
 )
 def test_divergence_to_the_reference_adds_to_the_loss(name, value, grad):
-    """p = 1, r = 1/2: k1 = ln 2, k2 = ln^2 2 / 2, k3 = 1/2 - 1 + ln 2; slopes in log p: 1, ln 2, 1 - r / p."""
+    """p = 1, r = 1/2: k1 = ln 2, k2 = ln^2 2 / 2, k3 = 1/2 - 1 + ln 2; gradients in log p: 1, ln 2, 1 - r / p."""
     options = {"reference": torch.tensor([0.5]).log(), "kl": 0.1, "kl_estimator": name}
     loss, metrics, gradient = valued([1.0], [0.0], **options)
     assert loss == pytest.approx(0.1 * value) and gradient == pytest.approx([0.1 * grad])
@@ -80,7 +80,7 @@ def test_entropy_is_a_bonus():
     assert loss == pytest.approx(-0.2) and metrics["entropy"] == pytest.approx(2)
 
 
-# Catches: sequences that are not divided by their number.
+# Catches: a sum over sequences where the mean belongs.
 def test_scale_is_of_tokens_or_of_sequences():
     targets = torch.tensor([3, -1, 0, 2, -1, 1, 5])
     marks = torch.tensor([0, 3, 3, 6], dtype=torch.int32)

@@ -121,7 +121,7 @@ def test_rms_norm_of_signs_is_exact_and_repeats_bits():
     same_bits(*runs)
 
 
-def test_rms_norm_rows_of_nan_stay_alone():
+def test_rms_norm_nan_affects_only_its_row():
     x = drawn(40, 48).float()
     weight = torch.ones(48, device=DEVICE)
     clean = results(lambda x: rms_norm(x, weight), x)
@@ -269,7 +269,7 @@ def plain_swiglu(gate_up):
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-# Catches: gate and up exchanged in the gradient; a slope of silu without its second term.
+# Catches: gate and up exchanged in the gradient; a derivative of silu without its second term.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(0, 4), (1, 1), (2, 16), (129, 17), (67, 640), (3, 5000)])
 def test_swiglu_equals_its_formula(rows, width, dtype):
@@ -359,7 +359,7 @@ def test_adamw_writes_the_rounded_copy():
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
-def test_adamw_leaves_everything_alone_where_the_scale_is_not_finite(scale):
+def test_adamw_changes_nothing_where_the_scale_is_not_finite(scale):
     buffers = state(1500)
     before = {name: x.clone() for name, x in buffers.items()}
     copy = torch.full((1500,), 3.0, dtype=torch.float16, device=DEVICE)

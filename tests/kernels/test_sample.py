@@ -50,7 +50,7 @@ def test_row_seeds_depend_on_row_step_and_seed_alone():
 
 
 def enumerated(logits, u, temperature, top_k, top_p):
-    """One row, word by word, in Python floats."""
+    """One row, one vocabulary entry at a time, in Python floats."""
     vocab_size = range(len(logits))
     if temperature == 0:
         token = max(vocab_size, key=lambda w: (logits[w], -w))
@@ -118,7 +118,7 @@ def test_sample_has_the_distribution_that_it_says(options):
 
 
 def awkward(rows, vocab_size, dtype, seed=0):
-    """Logits with ties, -inf, one word alone, and magnitudes of 1e4."""
+    """Logits with ties, -inf, a single finite entry, and magnitudes of 1e4."""
     logits = 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
     logits[:, ::5] = logits[:, :1].clone()
     logits[1::7, 1:] = -torch.inf
@@ -162,7 +162,7 @@ def test_kernel_draws_what_the_reference_draws(vocab_size, dtype):
 
 
 def on_kernel(logits, drawn, **options):
-    """What the kernel gives, on CPU; a block of 64 words."""
+    """Results of the kernel, on the CPU, with blocks of 64 vocabulary entries."""
     there = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
         return [x.cpu() for x in sample(logits.to(DEVICE), drawn.to(DEVICE), **there)]

@@ -93,7 +93,7 @@ def test_recorded_routes_are_replayed_by_another_router(model):
     assert not torch.equal(changed, hidden)
 
 
-def test_replay_takes_the_given_experts_with_the_gates_of_now():
+def test_replay_uses_the_recorded_experts_with_current_gates():
     layer, x_TD = Mixture(CONFIG, 0), torch.randn(5, CONFIG.width)
     torch.nn.init.zeros_(layer.router.weight)
     experts = torch.tensor([[3, 2]] * 5)

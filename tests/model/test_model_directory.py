@@ -315,7 +315,7 @@ def test_configurations_that_are_not_implemented_are_refused(mixture, changes, m
         load_hf(path)
 
 
-def test_fields_left_out_are_the_familys_own(mixture):
+def test_missing_fields_have_the_familys_defaults(mixture):
     _, path = mixture
     fields = json.loads((path / "config.json").read_text())
     for name in ("rope_theta", "num_key_value_heads", "rms_norm_eps", "router_aux_loss_coef", "num_experts_per_tok"):

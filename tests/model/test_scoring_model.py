@@ -23,7 +23,7 @@ def scoring(seed: int = 1) -> ScoringModel:
     return model
 
 
-def test_surprise_is_the_language_models_own_log_probability_per_lag() -> None:
+def test_surprise_is_the_language_models_log_probability_per_lag() -> None:
     model, inputs = scoring(), packed([5, 12])
     tokens, positions = inputs[:2]
     hidden = model.body(*inputs)

@@ -118,7 +118,7 @@ def is_random_model(mesh, mixture):
 
 
 def main(out):
-    """Run the cases of this world that the session runs and write what was found."""
+    """Run the selected cases of this world size and write their results."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
     from wizard_engine.parallel import recompute

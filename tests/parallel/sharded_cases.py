@@ -282,13 +282,13 @@ def bits_of(mesh, sharding, dtype):
 
 
 def selected_cases(out, cases):
-    """Of the cases by name, those that a session runs: what `many_ranks.results_by_rank` wrote down."""
+    """The cases whose names `many_ranks.results_by_rank` wrote: those that this pytest run selects."""
     names = json.loads(Path(out, "cases.json").read_text())
     return {name: case for name, case in cases.items() if name in names}
 
 
 def main(out):
-    """Run the cases of this world that the session runs and write what was found."""
+    """Run the selected cases of this world size and write their results."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
     # These tensors are small: all of them are kept in host memory where any is.

@@ -23,7 +23,7 @@ def ranks_of(cp, tp):
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, 33])
 @pytest.mark.parametrize(("cp", "tp"), [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (1, 1)])
-def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, tp, tokens):
+def test_every_token_has_one_rank_and_the_shards_join_to_the_row(monkeypatch, cp, tp, tokens):
     ranks, row = ranks_of(cp, tp), torch.arange(1, tokens + 1)
     shards = [rank.shard_tokens(row) for rank in ranks]
     assert sorted(int(x) for shard in shards for x in shard if x > 0) == row.tolist()
@@ -42,7 +42,7 @@ def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, 
         assert torch.equal(ranks[0].gather_over_cp(shards[0], tokens), row)
 
 
-def test_all_ranks_have_as_many_pairs_of_query_and_key():
+def test_all_ranks_have_equally_many_query_key_pairs():
     for cp in (2, 4, 8):
         positions = torch.arange(64)
         pairs = {int((rank.shard_over_cp(positions) + 1).sum()) for rank in ranks_of(cp, 1)}

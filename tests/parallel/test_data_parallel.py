@@ -148,7 +148,7 @@ RUNS = ["sft", "mixture", "replicated", "dpo/stage_1", "dpo/stage_2", "single_pa
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("layout", ["two", "tp", "cp"])
-def test_two_ranks_log_the_numbers_of_one(ranks, layout, run):
+def test_two_ranks_log_the_metrics_of_one(ranks, layout, run):
     one, two = (untimed(ranks / name / run) for name in ("one", layout))
     assert len(one) == len(two) > (0 if run.startswith("single_pair") else 1)
     # Once rounding has changed one sampled token, the answers after it are others.
@@ -157,7 +157,7 @@ def test_two_ranks_log_the_numbers_of_one(ranks, layout, run):
         # At policy = reference every margin is rounding noise, and its sign with it.
         # Returns that hardly differ make their explained share a quotient of rounding errors.
         noise = {"ratio_error", "explained_variance"} | ({"accuracy"} if a["step"] == 1 else set())
-        # Prompts count as often as they are read, and answers to sample are divided otherwise.
+        # Prompts count once for each read, and ranks share the sampled answers differently.
         if run == "rleif":
             noise |= {"tail_idle"} | {name for name in a if "expert_load" in name}
         for name in a.keys() - noise:

@@ -90,7 +90,7 @@ def test_dispatch_reads_sizes_of_both_ways(monkeypatch):
     assert dispatch.sizes(12) == ([5, 7], [5, 3]) == dispatch.sizes(12)
 
 
-def test_dispatch_without_numbers_takes_an_even_load(monkeypatch):
+def test_dispatch_without_counts_assumes_an_even_load(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda out, x, group=None: None)
     dispatch = Dispatch()
     dispatch.begin(torch.empty(2, 2, dtype=torch.int32, device="meta"), Axis(2))

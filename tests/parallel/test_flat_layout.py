@@ -13,7 +13,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 
 @given(SHAPES, st.integers(1, 9))
 @settings(max_examples=50)
-def test_parts_cover_every_parameter_once(shapes, num_shards):
+def test_shards_cover_every_parameter_once(shapes, num_shards):
     named = [(str(number), shape) for number, shape in enumerate(shapes)]
     layout = Layout(named, num_shards)
     assert layout.size == layout.shard_size * num_shards and layout.shard_size % ALIGNMENT == 0

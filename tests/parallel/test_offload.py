@@ -65,7 +65,7 @@ def test_late_copies_give_the_numbers_of_no_copies(dtype, micro_batches):
 
 
 # Catches: weights that leave when all are updated; an update that waits for the copy of the one before.
-def test_weights_leave_while_the_next_flat_is_updated(monkeypatch):
+def test_weights_are_copied_out_while_the_next_flat_is_updated(monkeypatch):
     link = LateLink()
     model = offloaded("bfloat16", link)
     engine, optimizer = sharded(model), AdamW(model)

@@ -27,7 +27,7 @@ def no_group_left():
 
 
 def simulated(config, ranks, sharding, **options):
-    """(plain model, mesh, divided model) of one of many ranks."""
+    """(plain model, mesh, sharded model) of one of many ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -87,7 +87,7 @@ def test_bytes_moved_are_those_of_the_closed_form(name, recompute, accumulate, m
     assert sharded(model).reducer.reduced_bytes == 2 * expected.reduced
 
 
-def test_next_unit_is_asked_for_before_this_one_computes_and_before_gradients_leave():
+def test_next_unit_is_gathered_before_this_one_computes_and_before_gradients_are_reduced():
     _, _, model = simulated(MODELS["untied"], 8, Sharding(dtype="bfloat16"))
     collectives = moved(model, 64)[0]
     sizes = {unit.flats[0].layout.size: unit.spec.name.partition(".")[0] for unit in sharded(model).units}
@@ -107,7 +107,7 @@ def test_next_unit_is_asked_for_before_this_one_computes_and_before_gradients_le
     assert seen == [(0, 2), (1, 3), (2, 4), (3, 5)]
 
 
-def test_copies_alone_move_their_sum_and_nothing_else():
+def test_replicas_move_only_the_sum_of_their_gradients():
     sharding = Sharding(dtype="bfloat16")
     plain, mesh, model = simulated(TINY, 4, sharding, dp_shard=1)
     expected = estimate(plain, mesh, sharding, tokens=64)

@@ -10,7 +10,7 @@ TOLERANCE = 1e-10
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
-    """World size -> what each of its ranks found."""
+    """World size -> the results of each rank."""
     out = tmp_path_factory.mktemp("sharded")
     return results_by_rank(sharded_cases.__file__, sharded_cases.LAYOUTS, out, selected(request, "name"))
 

@@ -190,7 +190,7 @@ def test_measured_rates_take_the_place_of_assumptions(tmp_path):
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_presets_fit_and_are_near_the_best_that_is_found(name):
+def test_presets_fit_and_are_near_the_best_plan(name):
     scale = SCALES[name]
     planner = planned(scale.model, scale.gpus, gpu=scale.gpu, step_tokens=scale.packs * scale.pack_tokens)
     mesh = resolve(scale.mesh, scale.gpus)

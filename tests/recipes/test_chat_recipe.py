@@ -62,7 +62,7 @@ def answer(directory, *messages, seed=0, **options):
 
 
 # Catches: a conversation that forgets its turns; a prompt that is not the whole conversation's.
-def test_several_turns_are_one_conversation(directory):
+def test_multiple_turns_are_one_conversation(directory):
     first = answer(directory, "hello")
     second = answer(directory, "hello", first, "and now")
     assert talk(directory, "hello\nand now\n") == (f"{first}\n{second}\n", "")

@@ -345,7 +345,7 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
     assert [line["reward"] for line in again] == [line["reward"] for line in lines]
 
 
-def test_rleif_with_ptx_learns_from_the_rows_own_answers_too(world, reward_models, tmp_path):
+def test_rleif_with_ptx_also_learns_from_the_answers_of_the_rows(world, reward_models, tmp_path):
     cfg = online(
         world,
         reward_models,

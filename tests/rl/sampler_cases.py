@@ -1,4 +1,4 @@
-"""Run by test_sampler.py on several ranks: weights handed from divided trainers to samplers, and what they sample.
+"""Run by test_sampler.py on several ranks: resharding of trainer weights into samplers, and their samples.
 
 torchrun --nproc-per-node N sampler_cases.py OUT
 """

@@ -143,7 +143,7 @@ def test_dividing_by_a_group_s_deviation_cancels_a_factor_of_its_prompt():
     assert means["grpo"] == pytest.approx([1.0] * 3, rel=1e-4)
 
 
-def test_ratios_are_taken_to_the_trainer_s_numbers_where_the_two_differ():
+def test_ratios_use_the_trainer_s_logprobs_where_the_two_differ():
     trained, sampled = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.005, -2.5, -2.9])
     assert trusted(trained, sampled, 0.01).tolist() == pytest.approx([-1.005, -2.0, -3.0])
 

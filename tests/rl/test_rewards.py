@@ -1,4 +1,4 @@
-"""Advantages, step ends, rewards and the pieces of a rollout."""
+"""Advantages, step ends, rewards, and the fields of a rollout."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_answer_reward_is_the_product_with_the_minimum_over_steps():
 
 
 @pytest.mark.parametrize("lost", [{"finished": False}, {"scores": ()}])
-def test_answer_reward_is_zero_for_a_cut_answer_or_one_without_steps(lost):
+def test_answer_reward_is_zero_for_a_truncated_answer_or_one_without_steps(lost):
     for factors in (("instruction", "process"), ("instruction",), ("process",)):
         assert reward(**lost).total(factors) == 0.0
     assert reward(**lost).process == 0.0

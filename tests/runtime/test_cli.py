@@ -43,7 +43,7 @@ class Options:
 PRESETS = {"small": Options(lr=0.5), "large": Options(lr=0.25, data=Data("skip"))}
 
 
-def test_cli_without_words_gives_the_defaults():
+def test_cli_without_arguments_gives_the_defaults():
     assert cli.cli(Options, args=[]) == Options()
 
 
@@ -102,7 +102,7 @@ def test_cli_misspelt_option_is_named_where_another_is_missing(arguments, text, 
         (["--lr=-1"], "lr: expected a positive number, got -1.0"),
     ],
 )
-def test_cli_bad_words_exit_2_and_say_why(arguments, text, capsys):
+def test_cli_bad_arguments_exit_2_and_say_why(arguments, text, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.cli(Options, PRESETS, arguments)
     assert stopped.value.code == 2

@@ -135,7 +135,7 @@ def test_logprobs_are_those_of_the_tokens(serving, stream):
         assert bytes(token.bytes).decode() == token.token
 
 
-def test_completions_take_texts_and_ids_and_several_prompts(serving):
+def test_completions_accept_texts_ids_and_multiple_prompts(serving):
     tokenizer = serving.tokenizer
     how = {"model": "small", "max_tokens": 9, "temperature": 0}
     create = client(serving).completions.create
@@ -317,7 +317,7 @@ def test_more_choices_than_the_cache_holds_are_answered_in_turn():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages(serving, stream):
+def test_disconnected_client_frees_its_pages(serving, stream):
     serving.slow = 0.05
     body = json.dumps(GOOD | {"max_tokens": 120, "n": 3, "stream": stream, "seed": 12}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -329,7 +329,7 @@ def test_a_client_that_leaves_frees_its_pages(serving, stream):
     assert serving.engine.steps < steps + 60
 
 
-def test_a_client_that_does_not_read_is_given_up():
+def test_server_disconnects_a_client_that_does_not_read():
     with Serving(write_seconds=0.3) as serving:
         ask = {"model": "small", "prompt": "two", "max_tokens": 128, "n": 64, "stream": True, "logprobs": 5}
         body = json.dumps(ask).encode()

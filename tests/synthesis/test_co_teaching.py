@@ -109,7 +109,7 @@ def test_equal_answers_are_a_tie_without_a_judgement():
     assert out.sft == [] and out.preferences == []
 
 
-def test_failed_answers_and_judgements_leave_the_others_alone():
+def test_failed_answers_and_judgements_do_not_affect_the_others():
     agents = team(2, 9)
     agents["rivals"].append(Fake("down", answer=lambda r, m: FAILED))
     judge = honest_judge()
@@ -187,7 +187,7 @@ def test_suggestion_is_applied_to_our_answer_and_kept_where_better():
 
 
 @pytest.mark.parametrize("rewrite", ["rewritten q8.5", "left q9", "", FAILED])
-def test_rewrite_that_is_no_better_leaves_the_rivals_answer(rewrite):
+def test_rewrite_that_is_no_better_keeps_the_rivals_answer(rewrite):
     out, _ = advised(rewrite=rewrite)
     assert out.sft[0].answer == "left q9" and "suggestion" not in out.sft[0].lineage
 

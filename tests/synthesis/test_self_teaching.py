@@ -113,7 +113,7 @@ def test_identical_but_for_blanks_is_no_pair():
     assert out.preferences == [] and out.statistics["pairs"]["identical"] == 1
 
 
-def test_failed_samples_leave_the_others():
+def test_failed_samples_do_not_affect_the_others():
     out, _ = teach({"half": [9, FAILED, 2, FAILED], "none": [FAILED] * 4}, keep=1.0)
     assert len(out.sft) == 1 and [item["samples"] for item in out.scores] == [2, 0]
     assert out.statistics["calls"]["answer"]["failed"] == 6

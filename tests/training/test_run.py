@@ -118,7 +118,7 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path, bad):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_skipped_step_leaves_the_weights_alone(tmp_path):
+def test_skipped_step_does_not_change_the_weights(tmp_path):
     before, _ = train(tmp_path / "a", max_steps=3, epochs=2, warmup=1e-9, lr_floor=1.0)
     after, run = train(tmp_path / "b", max_steps=4, warmup=1e-9, lr_floor=1.0, at={3: lambda loss: loss * float("nan")})
     assert run.step == 4 and same(before, after)
@@ -189,7 +189,7 @@ def test_mfu_counts_the_attention_of_each_document(tmp_path, monkeypatch, docume
 
 
 def test_step_that_is_not_finite_names_its_token(tmp_path, capsys):
-    """NaN in the head's row of one word makes every log-probability NaN, the first token's first."""
+    """NaN in the head's row of one vocabulary entry makes every log-probability NaN, the first token's first."""
 
     def poison(model):
         with torch.no_grad():
@@ -249,7 +249,7 @@ def test_numbers_of_a_step_are_read_once_behind_the_optimizer(tmp_path, monkeypa
 
 # Catches: a count of updates that a skipped step went into; a decision on the loss alone, or on the norm alone.
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_skipped_steps_leave_the_bias_correction_alone(tmp_path, monkeypatch, what):
+def test_skipped_steps_do_not_change_the_bias_correction(tmp_path, monkeypatch, what):
     update = Run.update
 
     def poisoned(run):
