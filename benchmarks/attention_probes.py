@@ -35,21 +35,21 @@ def attention_probe_kernel(
 ):
     row = tl.program_id(0) * BLOCK_M
     q_MC = q_tiles.load([row, 0])
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for column in tl.range(0, keys, BLOCK_N, warp_specialize=SPECIALISED):
         scores = tl.dot(q_MC, k_tiles.load([column, 0]).T)
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        probability = tl.math.exp2(scores * scale - (new_peak * scale)[:, None])
-        decay = tl.math.exp2((peak - new_peak) * scale)
-        total = total * decay + tl.sum(probability, 1)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        probability = tl.math.exp2(scores * scale - (new_max * scale)[:, None])
+        decay = tl.math.exp2((row_max - new_max) * scale)
+        row_sum = row_sum * decay + tl.sum(probability, 1)
         acc = acc * decay[:, None]
         v_NC = v_tiles.load([column, 0])
         acc = tl.dot(probability.to(v_NC.dtype), v_NC, acc)
-        peak = new_peak
+        row_max = new_max
     at = out + (row + tl.arange(0, BLOCK_M))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(at, (acc / total[:, None]).to(q_MC.dtype))
+    tl.store(at, (acc / row_sum[:, None]).to(q_MC.dtype))
 
 
 def probe(block_m: int, block_n: int, stages: int, width: int) -> Launch:

@@ -130,12 +130,12 @@ class Attention(Problem):
         """Scores, mask, softmax, product, sequence by sequence, the sequences of one length as a batch."""
         q, k, v = (tensors[name] for name in ("q", "k", "v"))
         shapes = [self.lengths] if not self.is_ragged else [(length,) for length in self.lengths if length]
-        pieces, start = [], 0
+        batches, start = [], 0
         for batch in shapes:
             rows = slice(start, start + sum(batch))
             start = rows.stop
-            pieces.append(self._softmax(q[rows], k[rows], v[rows], batch[0]))
-        return (F.pad(torch.cat(pieces), (0, 0, 0, 0, 0, self.padding)),)
+            batches.append(self._softmax(q[rows], k[rows], v[rows], batch[0]))
+        return (F.pad(torch.cat(batches), (0, 0, 0, 0, 0, self.padding)),)
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
@@ -171,7 +171,7 @@ def checked_heads(problem: Attention, phase: str) -> list[int]:
     return [0, problem.kv_heads - 1] if large and problem.kv_heads > 2 else list(range(problem.kv_heads))
 
 
-def part(problem: Attention, results: Tensors, heads: list[int]) -> Tensors:
+def select_heads(problem: Attention, results: Tensors, heads: list[int]) -> Tensors:
     """The results of those key heads and their query heads."""
     group = problem.heads // problem.kv_heads
     queries = [head * group + member for head in heads for member in range(group)]

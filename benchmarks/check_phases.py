@@ -193,9 +193,9 @@ def mixture_shares(rows: Sequence[Row]) -> list[str]:
             times.setdefault(row["label"].split()[0], {})[name] = row["us"]
     lines = []
     for tokens, us in times.items():
-        layer, parts = us.get("experts uniform"), [us.get(name) for name in MIXTURE[1:]]
-        if layer is not None and None not in parts:
-            lines.append(f"{tokens}: routing and rows {sum(parts) / (layer + parts[0]):.1%} of the layer's forward")
+        layer, forms = us.get("experts uniform"), [us.get(name) for name in MIXTURE[1:]]
+        if layer is not None and None not in forms:
+            lines.append(f"{tokens}: routing and rows {sum(forms) / (layer + forms[0]):.1%} of the layer's forward")
     for row in rows:
         if row["op"] == "experts" and row["is_ours"] and "share_of_equal" in row:
             lines.append(

@@ -30,14 +30,18 @@ def figures(rows: Sequence[Row], name: str) -> list[Any]:
 def summary(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
     """Phases, environment, ceilings, what is wrong, training step, rollout, kernels."""
     about = next(iter(figures(rows, "environment")), {})
-    parts = [f"# GPU check: {about.get('gpu', 'unknown GPU')}, {about.get('date', '')[:10]}", "`make gpu-check`"]
-    parts.append(", ".join(f"{name} {about[name]}" for name in KEPT if about.get(name)))
+    sections = [f"# GPU check: {about.get('gpu', 'unknown GPU')}, {about.get('date', '')[:10]}", "`make gpu-check`"]
+    sections.append(", ".join(f"{name} {about[name]}" for name in KEPT if about.get(name)))
     lines = [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.note.replace('|', '/')} |" for o in outcomes]
-    parts.append("\n".join(["| phase | status | s | |", "|---|---|---|---|", *lines]))
+    sections.append("\n".join(["| phase | status | s | |", "|---|---|---|---|", *lines]))
     for ceilings in figures(rows, "ceilings"):
-        parts.append(f"copy {ceilings['copy_gbps']:,.0f} GB/s, matrix product {ceilings['matrix_tflops']:,.0f} TFLOP/s")
-    parts += _wrong_text(rows) + _training_text(rows) + _rollout_text(rows) + _entries_text(rows) + _kernels_text(rows)
-    return "\n\n".join(part for part in parts if part) + "\n"
+        sections.append(
+            f"copy {ceilings['copy_gbps']:,.0f} GB/s, matrix product {ceilings['matrix_tflops']:,.0f} TFLOP/s"
+        )
+    sections += (
+        _wrong_text(rows) + _training_text(rows) + _rollout_text(rows) + _entries_text(rows) + _kernels_text(rows)
+    )
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _wrong_text(rows: Sequence[Row]) -> list[str]:
@@ -47,8 +51,8 @@ def _wrong_text(rows: Sequence[Row]) -> list[str]:
         f"- {row.get('from', '')} {row.get('case', '')} {row.get('variant', '')} {row['status']}: {row.get('note', '')}"
         for row in bad
     ]
-    cut = [row["cut"] for row in rows if "cut" in row]
-    lines = [line[:LINE_CHARACTERS] for line in lines[:MOST_LINES]] + [f"- rows cut: {text}" for text in cut[:3]]
+    notices = [row["cut"] for row in rows if "cut" in row]
+    lines = [line[:LINE_CHARACTERS] for line in lines[:MOST_LINES]] + [f"- rows cut: {text}" for text in notices[:3]]
     return ["## Not right", "\n".join(lines)] if lines else []
 
 

@@ -35,7 +35,7 @@ METHODS = {
     "allgather": ("objects", 0),
     "barrier": ("barrier", None),
 }
-NUMBERS = "numbers"
+NUMBERS_KEY = "numbers"
 
 Key = tuple[str, str]
 
@@ -114,7 +114,7 @@ class CommunicationMeter:
             return kind, axis
         # Sums of numbers are of fp64 and int64, those of gradients over the copies of the model of fp32.
         is_gradient = kind == "sum" and buffers[0].dtype == torch.float32
-        return (kind, axis) if is_gradient else (kind, NUMBERS)
+        return (kind, axis) if is_gradient else (kind, NUMBERS_KEY)
 
     def _timed(self, original: Callable) -> Callable:
         def wait(work: dist.Work, *args: Any, **kwargs: Any) -> Any:

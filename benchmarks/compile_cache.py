@@ -97,8 +97,8 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """Why a cache of `other` is of no use where this one would be made, its path apart."""
         changes = [
-            f"made {word} {name} {getattr(other, name)}, not {getattr(self, name)}"
-            for name, word in (("triton", "by"), ("arch", "for"), ("source", "of"), ("toolchain", "by"))
+            f"made {preposition} {name} {getattr(other, name)}, not {getattr(self, name)}"
+            for name, preposition in (("triton", "by"), ("arch", "for"), ("source", "of"), ("toolchain", "by"))
             if getattr(self, name) != getattr(other, name)
         ]
         minor, others = (version.rpartition(".")[0] for version in (self.python, other.python))
@@ -136,7 +136,7 @@ def source_hash() -> str:
 
 
 def make(folder: Path, arch: int, workers: int | None = None, sources: Sequence[str] | None = None) -> list[str]:
-    """Fill a folder with what the sources launch; what failed, in words.
+    """Fill a folder with the kernels that the sources launch; return messages of what failed.
 
     Raises:
         ValueError: the folder holds something else, or a cache that does not fit this machine.
@@ -170,7 +170,7 @@ def _claim(folder: Path, manifest: Manifest) -> None:
 
 
 def _compile(names: Sequence[str], arch: int, workers: int | None) -> list[str]:
-    """Compile what sources ask for, and the driver's own C code, in parallel; what failed, in words."""
+    """Compile what sources ask for and the driver's C code in parallel; return messages of what failed."""
     from tqdm import tqdm
 
     from benchmarks.jit_requests import compile_request, driver_request

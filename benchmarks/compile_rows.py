@@ -74,7 +74,7 @@ def _named(case: Case) -> Row:
 
 
 def problems(row: Row) -> list[str]:
-    """What is wrong with a row, in words; empty where it keeps what its entry promises."""
+    """Problems of a row as text; empty where it keeps its entry's promises."""
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     reasons, counts, config = [], row["counts"], row["config"]
@@ -147,7 +147,7 @@ def compile_all(
             if not isinstance(future.exception(), BrokenProcessPool):
                 rows[futures[future]] = _then(done, future.result())
     for case in (case for case in cases if case not in rows):
-        rows[case] = _then(done, _alone(case, work))
+        rows[case] = _then(done, _in_own_process(case, work))
     return [rows[case] for case in cases]
 
 
@@ -155,8 +155,8 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
-def _alone(case: Case, work: Callable[[Case], Row]) -> Row:
-    """A case in a process of its own: it, or another one, ended the process that they shared."""
+def _in_own_process(case: Case, work: Callable[[Case], Row]) -> Row:
+    """Run a case in a separate process, after it or another case ended the shared one."""
     with _pool(1) as pool:
         future: Future[Row] = pool.submit(work, case)
         try:

@@ -42,14 +42,16 @@ def blocks_of(instructions: Sequence[Any]) -> list[Block]:
             groups.append([])
         groups[-1].append(instruction)
         closed = instruction.base in ("BRA", *ENDS)
-    numbers = {group[0].address: number for number, group in enumerate(groups)}
-    return [Block(tuple(group), _followers(group[-1], n, numbers, len(groups))) for n, group in enumerate(groups)]
+    block_of_address = {group[0].address: number for number, group in enumerate(groups)}
+    return [
+        Block(tuple(group), _followers(group[-1], n, block_of_address, len(groups))) for n, group in enumerate(groups)
+    ]
 
 
-def _followers(last: Any, number: int, numbers: dict[int, int], total: int) -> tuple[int, ...]:
+def _followers(last: Any, number: int, block_of_address: dict[int, int], num_blocks: int) -> tuple[int, ...]:
     is_last = last.base in ("BRA", *ENDS) and not _is_conditional(last)
-    following = () if is_last or number + 1 == total else (number + 1,)
-    target = numbers.get(last.target)
+    following = () if is_last or number + 1 == num_blocks else (number + 1,)
+    target = block_of_address.get(last.target)
     return following if target is None or target in following else (*following, target)
 
 

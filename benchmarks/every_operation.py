@@ -149,13 +149,13 @@ def _dpo(s: Sizes) -> Tensors:
 
 
 def _partials(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """A vocabulary in two slices."""
-    cut, words = weight.shape[0] // 2 + 1, weight.shape[0]
-    parts = [
-        linear_logprob_partial(hidden, weight[:cut], targets, start=0, vocab_size=words),
-        linear_logprob_partial(hidden, weight[cut:], targets, start=cut, vocab_size=words),
+    """The log-probability of a vocabulary in two slices, merged."""
+    boundary, vocab_size = weight.shape[0] // 2 + 1, weight.shape[0]
+    partials = [
+        linear_logprob_partial(hidden, weight[:boundary], targets, start=0, vocab_size=vocab_size),
+        linear_logprob_partial(hidden, weight[boundary:], targets, start=boundary, vocab_size=vocab_size),
     ]
-    return merge_partials(torch.stack(parts), targets)
+    return merge_partials(torch.stack(partials), targets)
 
 
 def _ppo(hidden, weight, targets, behaviour, advantages, apart) -> tuple[Tensor, ...]:
@@ -242,8 +242,8 @@ def _mixture(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor) -> tuple[
     """Tokens through their experts, and through the same in steps: rows permuted, experts, rows summed."""
     # The chosen experts are given: a tie in a smaller dtype would send a token elsewhere.
     tokens = torch.arange(x.shape[0], device=x.device)
-    given = torch.stack((tokens % 3, tokens % 3 + 1 + tokens % 2), 1) % 4
-    routing = moe_route(x, router, experts_per_token=2, replayed_experts=given)
+    replayed = torch.stack((tokens % 3, tokens % 3 + 1 + tokens % 2), 1) % 4
+    routing = moe_route(x, router, experts_per_token=2, replayed_experts=replayed)
     rows = permute_rows(x, routing)
     counts = routing.counts[None].long()
     inner = expert_mlp(rows, gate_up, down, expert_layout(counts, rows.shape[0]))
@@ -285,9 +285,9 @@ def _written(qkv, keys, values, slots) -> tuple[Tensor, ...]:
 
 
 def _sampled(logits: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
-    plain, cut = sample(logits, seeds), sample(logits, seeds, temperature=0.7, top_k=20, top_p=0.9)
+    plain, truncated = sample(logits, seeds), sample(logits, seeds, temperature=0.7, top_k=20, top_p=0.9)
     chosen = row_seeds(3, torch.arange(4, device=seeds.device), 2)
-    return *plain, *cut, *sample(logits, seeds, temperature=0.0), uniforms(seeds), chosen % 1009, *philox(seeds)
+    return *plain, *truncated, *sample(logits, seeds, temperature=0.0), uniforms(seeds), chosen % 1009, *philox(seeds)
 
 
 def _critic(logprob, reference, rewards) -> tuple[Tensor, ...]:

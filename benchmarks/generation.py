@@ -61,9 +61,9 @@ def theirs(model: Any, prompts: list[list[int]], eos_id: int) -> list[list[int]]
 
 def check_same(mine: list[list[int]], other: list[list[int]]) -> float:
     """Share of answers that are the same; AssertionError below nine in ten (rounding may turn a tie between tokens)."""
-    share = float(np.mean([a == b for a, b in zip(mine, other)]))
-    assert share >= 0.9, f"greedy answers: {share:.0%} are the same, expected at least 90 %"
-    return share
+    agreement = float(np.mean([a == b for a, b in zip(mine, other)]))
+    assert agreement >= 0.9, f"greedy answers: {agreement:.0%} are the same, expected at least 90 %"
+    return agreement
 
 
 def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
     rows = []
     for preset in SHAPES[: 1 if quick else None]:
         model = build(preset, tokenizer)
-        spread_logits(model)
+        sharpen_logits(model)
         answers = ours(model, prompts, eos_id)
         variants: dict[str, Any] = {"wizard_engine": lambda model=model: ours(model, prompts, eos_id)}
         if peer:
@@ -96,8 +96,8 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def spread_logits(model: Transformer) -> None:
-    """Random weights ten times as large: likelihoods far enough apart that rounding rarely decides between tokens."""
+def sharpen_logits(model: Transformer) -> None:
+    """Scale random weights by ten, so that likelihoods are far apart and rounding rarely decides between tokens."""
     generator = torch.Generator().manual_seed(SEED + 1)
     for parameter in model.parameters():
         if parameter.dim() >= 2:

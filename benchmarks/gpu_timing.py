@@ -44,7 +44,7 @@ class Timing:
         return (self.kernel_us or self.wall_us)["p50"]
 
 
-def spread(values: Any) -> dict[str, float]:
+def percentiles(values: Any) -> dict[str, float]:
     """Median with the 20th and 80th percentile."""
     return dict(zip(("p20", "p50", "p80"), (float(x) for x in np.percentile(values, (20, 50, 80)))))
 
@@ -131,7 +131,10 @@ def time_calls(
     with profiled(device):
         kernel = _kernel_times(calls, device, turns, {n: host for n, (_, host) in warmed.items()}, names)
         wall = _wall_times(calls, device, turns if kernel is None else min(turns, 15))
-    return {name: Timing(None if kernel is None else spread(kernel[name]), spread(wall[name]), turns) for name in calls}
+    return {
+        name: Timing(None if kernel is None else percentiles(kernel[name]), percentiles(wall[name]), turns)
+        for name in calls
+    }
 
 
 def warm_up(call: Call, device: torch.device) -> tuple[float, float]:

@@ -19,7 +19,7 @@ def linear_logprob_formula(hidden: Tensor, weight: Tensor, targets: Tensor) -> T
 
 @dataclass(frozen=True)
 class LinearLogprob(Problem):
-    """T tokens, V words, width D. The backward makes the logits anew: its 6 T V D operations count that product."""
+    """T tokens, V vocabulary entries, width D. The backward recomputes the logits: 6 T V D FLOPs count that product."""
 
     tokens: int
     vocab_size: int
@@ -66,7 +66,7 @@ class LinearLogprob(Problem):
         return whole_numbers(torch.int64, device, seed)(0, self.vocab_size - 1, self.tokens)
 
     def exact(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple["LinearLogprob", Tensors]:
-        """Hidden states that pick a column of weights whose one largest word is 128 above: it is certain."""
+        """Hidden states whose largest logit is 128 above the others, so that its probability is 1."""
         draw = whole_numbers(dtype, device, seed)
         pick = whole_numbers(torch.int64, device, seed + 1)
         weight, best = draw(-2, 2, self.vocab_size, self.width), pick(0, self.vocab_size - 1, self.width)

@@ -96,7 +96,7 @@ class Estimate:
 
 def overlapped_exponentials(path: Sequence[Instruction]) -> float:
     """Share of an iteration's exponentials between the issue of a wgmma and the wait for it; 0 without exponentials."""
-    flying, during, total = False, 0, 0
+    flying, during, exponentials = False, 0, 0
     for turn in range(2):
         for instruction in path:
             if instruction.base == "HGMMA":
@@ -104,9 +104,9 @@ def overlapped_exponentials(path: Sequence[Instruction]) -> float:
             elif instruction.opcode.startswith("WARPGROUP.DEPBAR") and re.search(r"0x0\b", instruction.operands):
                 flying = False
             elif instruction.opcode.startswith("MUFU.EX2") and turn:
-                total += 1
+                exponentials += 1
                 during += flying
-    return during / total if total else 0.0
+    return during / exponentials if exponentials else 0.0
 
 
 def estimate(code: MachineCode, launch: Launch) -> Estimate | None:

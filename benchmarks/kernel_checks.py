@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.attention_problem import Attention, checked_heads, in_blocks, part
+from benchmarks.attention_problem import Attention, checked_heads, in_blocks, select_heads
 from benchmarks.kernel_problems import Problem, Tensors, call_of
 
 UNIT = 2.0**-23
@@ -88,7 +88,7 @@ class Oracle:
         return f"{len(self.heads)} of {self.problem.kv_heads} key heads"
 
     def _checked(self, results: Tensors) -> Tensors:
-        return results if self.heads is None else part(self.problem, results, self.heads)
+        return results if self.heads is None else select_heads(self.problem, results, self.heads)
 
     def verdicts(self, results: Tensors) -> list[Verdict]:
         """One for each result, by the rule of this module; a missing or misshapen one is off without limit."""
@@ -131,19 +131,19 @@ def by_rows(problem: Problem, tensors: Tensors, phase: str) -> Tensors:
     rowed = [x for name, x in tensors.items() if name not in problem.whole]
     rows = rowed[0].shape[0]
     step = max(1, CHUNK * rows // max(1, problem.row_elements * rows, *(x.numel() for x in rowed)))
-    pieces: dict[str, list[Tensor]] = {}
+    chunks: dict[str, list[Tensor]] = {}
     sums: Tensors = {}
     for start in range(0, rows, step):
         some = {name: (x if name in problem.whole else x[start : start + step]).double() for name, x in tensors.items()}
         for name, result in call_of(problem, problem.formula, some, phase)().items():
             if name not in problem.whole:
-                pieces.setdefault(name, []).append(result.detach())
+                chunks.setdefault(name, []).append(result.detach())
             # Added up as they come: kept apart, those of the experts' weights would not fit into a GPU.
             elif name in sums:
                 sums[name] += result.detach()
             else:
                 sums[name] = result.detach()
-    return {name: torch.cat(pieces.pop(name)) for name in list(pieces)} | sums
+    return {name: torch.cat(chunks.pop(name)) for name in list(chunks)} | sums
 
 
 def roughened(problem: Problem, tensors: Tensors, seed: int = 0) -> Tensors:

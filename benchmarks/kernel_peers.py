@@ -303,7 +303,7 @@ def _row_function(problem: Problem, change: Callable[[Callable], Callable]) -> F
     """The plain formula of a row operation, changed by `change`, over its tensors by name."""
     if isinstance(problem, RmsNorm):
         norm = change(functools.partial(rms_norm_formula, epsilon=problem.epsilon))
-        return lambda t: _several(norm(t["x"], t["weight"], *([t["residual"]] if problem.residual else [])))
+        return lambda t: _as_tuple(norm(t["x"], t["weight"], *([t["residual"]] if problem.residual else [])))
     if isinstance(problem, Rope):
         both = change(lambda q, k, cos, sin: (rope_formula(q, cos, sin), rope_formula(k, cos, sin)))
         return lambda t: both(t["q"], t["k"], t["cos"], t["sin"])
@@ -322,7 +322,7 @@ def _row_function(problem: Problem, change: Callable[[Callable], Callable]) -> F
     return step
 
 
-def _several(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _as_tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 

@@ -115,17 +115,17 @@ def whole_numbers(dtype: torch.dtype, device: torch.device, seed: int) -> Callab
     return draw
 
 
-def _several(x: Any) -> tuple[Tensor, ...]:
+def _as_tuple(x: Any) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
 def rms_norm_formula(x: Tensor, weight: Tensor, residual: Tensor | None = None, epsilon: float = 1e-5):
     """Llama's: statistics in at least fp32, cast, weight; with a residual, of the sum, which is returned too."""
-    total = x if residual is None else x + residual
-    wide = total if total.dtype == torch.float64 else total.float()
+    residual_sum = x if residual is None else x + residual
+    wide = residual_sum if residual_sum.dtype == torch.float64 else residual_sum.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     y = normed.to(x.dtype) * weight
-    return y if residual is None else (y, total)
+    return y if residual is None else (y, residual_sum)
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ class RmsNorm(Problem):
         from kernels.rms_norm import rms_norm
 
         more = (tensors["residual"],) if self.residual else ()
-        return _several(rms_norm(tensors["x"], tensors["weight"], self.epsilon, *more))
+        return _as_tuple(rms_norm(tensors["x"], tensors["weight"], self.epsilon, *more))
 
     def formula(self, tensors: Tensors) -> tuple[Tensor, ...]:
-        return _several(rms_norm_formula(tensors["x"], tensors["weight"], tensors.get("residual"), self.epsilon))
+        return _as_tuple(rms_norm_formula(tensors["x"], tensors["weight"], tensors.get("residual"), self.epsilon))
 
 
 def rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -313,8 +313,8 @@ def adamw_formula(
     wide = gradient.to(master.dtype)
     exp_avg.lerp_(wide, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
-    spread = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(options["epsilon"])
-    master.mul_(1 - lr * options["weight_decay"]).addcdiv_(exp_avg, spread, value=-lr / (1 - beta1**step))
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(options["epsilon"])
+    master.mul_(1 - lr * options["weight_decay"]).addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
     if copy is not None:
         copy.copy_(master)
 

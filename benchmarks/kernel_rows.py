@@ -166,9 +166,9 @@ def _table(hardware: str, command: str, rows: Sequence[Row]) -> str:
 def _cells(row: Row) -> list[str]:
     times = row["kernel_us"] or row["wall_us"]
     name = f"{row['op']} {row['phase']}" + ("" if row["variant"] in ("triton", "reference") else f" ({row['variant']})")
-    spread = f"{times['p50']:,.1f} ({times['p20']:,.1f} to {times['p80']:,.1f})"
+    timing = f"{times['p50']:,.1f} ({times['p20']:,.1f} to {times['p80']:,.1f})"
     is_matrix = "share_of_matrix" in row
     rate = f"{row['tflops']:,.0f} TFLOP/s" if is_matrix else f"{row['gbps']:,.0f} GB/s"
     share = f"{row['share_of_matrix']:.0%} of matmul" if is_matrix else f"{row['share_of_copy']:.0%} of copy"
     ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row.get("speedup", {}).items())
-    return [name, row["label"], spread, rate, share, ratios or "–"]
+    return [name, row["label"], timing, rate, share, ratios or "–"]

@@ -226,7 +226,7 @@ def linear_logprob(shape: dict[str, int]) -> Iterator[Form]:
 
 
 def linear_logprob_merge(shape: dict[str, int]) -> Iterator[Form]:
-    """One form, fp32 numbers per token; so few rows that the vocabulary is divided."""
+    """One form, fp32 numbers per token; so few rows that the kernel splits the vocabulary."""
     yield "fp32", lambda: _linear_logprob(torch.bfloat16, True, tokens=128)
 
 
@@ -249,10 +249,10 @@ def dpo(shape: dict[str, int]) -> Iterator[Form]:
 def _dpo(variant: str, mean: bool) -> None:
     from kernels._dpo import dpo_grads
 
-    numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
+    per_token, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
     dpo_grads(
-        numbers,
-        numbers,
+        per_token,
+        per_token,
         marks,
         _meta(16, dtype=torch.float32),
         beta=0.1,
@@ -268,9 +268,9 @@ def sequence_logprobs(shape: dict[str, int]) -> Iterator[Form]:
     """Sums and means."""
     from kernels._dpo import sequence_sums
 
-    numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
+    per_token, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
     for name, mean in (("sum", False), ("mean", True)):
-        yield name, lambda m=mean: sequence_sums(numbers, numbers, marks, m)
+        yield name, lambda m=mean: sequence_sums(per_token, per_token, marks, m)
 
 
 def ppo(shape: dict[str, int]) -> Iterator[Form]:
@@ -283,14 +283,14 @@ def ppo(shape: dict[str, int]) -> Iterator[Form]:
 def _ppo(everything: bool, estimator: str) -> None:
     from kernels._ppo import ppo_grads
 
-    numbers = _meta(TOKENS, dtype=torch.float32)
-    other = numbers if everything else None
+    per_token = _meta(TOKENS, dtype=torch.float32)
+    other = per_token if everything else None
     ppo_grads(
-        numbers,
-        numbers,
-        numbers,
-        numbers,
-        numbers,
+        per_token,
+        per_token,
+        per_token,
+        per_token,
+        per_token,
         clip=(0.2, 0.2),
         dual_clip=3.0 if everything else None,
         reference=other,
@@ -306,16 +306,16 @@ def value_loss(shape: dict[str, int]) -> Iterator[Form]:
     """One form: fp32 numbers per token."""
     from kernels._ppo import value_loss_grads
 
-    numbers = _meta(TOKENS, dtype=torch.float32)
-    yield "fp32", lambda: value_loss_grads(numbers, numbers, numbers, 0.2, 0.1)
+    per_token = _meta(TOKENS, dtype=torch.float32)
+    yield "fp32", lambda: value_loss_grads(per_token, per_token, per_token, 0.2, 0.1)
 
 
 def gae(shape: dict[str, int]) -> Iterator[Form]:
     """One form: fp32 numbers per token."""
     from kernels._gae import gae_scan
 
-    numbers, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
-    yield "fp32", lambda: gae_scan(numbers, numbers, marks, 1.0, 0.95)
+    per_token, marks = _meta(TOKENS, dtype=torch.float32), _meta(17, dtype=torch.int32)
+    yield "fp32", lambda: gae_scan(per_token, per_token, marks, 1.0, 0.95)
 
 
 def sample(shape: dict[str, int]) -> Iterator[Form]:
@@ -328,9 +328,9 @@ def sample(shape: dict[str, int]) -> Iterator[Form]:
 def _sample(dtype: torch.dtype, truncated: bool, seeded: bool) -> None:
     from kernels._sample import sample_rows
 
-    numbers, counts = _meta(64, dtype=torch.float32), _meta(64, dtype=torch.int32) if truncated else None
-    seeds, uniform = (_meta(64, dtype=torch.int64), None) if seeded else (None, numbers)
-    sample_rows(_meta(64, VOCABULARY, dtype=dtype), seeds, uniform, numbers, counts, numbers if truncated else None)
+    per_token, counts = _meta(64, dtype=torch.float32), _meta(64, dtype=torch.int32) if truncated else None
+    seeds, uniform = (_meta(64, dtype=torch.int64), None) if seeded else (None, per_token)
+    sample_rows(_meta(64, VOCABULARY, dtype=dtype), seeds, uniform, per_token, counts, per_token if truncated else None)
 
 
 def decode_attention(shape: dict[str, int]) -> Iterator[Form]:
@@ -378,8 +378,8 @@ def moe_layout(shape: dict[str, int]) -> Iterator[Form]:
 def _moe_route(dtype: torch.dtype, width: int, experts: int, choices: int, replay: bool) -> None:
     from kernels._moe_route import moe_route
 
-    given = _meta(TOKENS, choices, dtype=torch.int32) if replay else None
-    moe_route(_meta(TOKENS, width, dtype=dtype), _meta(experts, width, dtype=dtype), choices, given)
+    replayed = _meta(TOKENS, choices, dtype=torch.int32) if replay else None
+    moe_route(_meta(TOKENS, width, dtype=dtype), _meta(experts, width, dtype=dtype), choices, replayed)
 
 
 def experts(shape: dict[str, int]) -> Iterator[Form]:

@@ -57,7 +57,7 @@ def training() -> None:
         for lengths in dict.fromkeys(lengths for _, lengths in train_single.CASES):
             state = train_single.build(config, GPU, recompute)
             batch = train_single.Packed.of(lengths, config.vocab_size, GPU)
-            for call in train_single.parts(state, batch).values():
+            for call in train_single.step_phases(state, batch).values():
                 call()
 
 

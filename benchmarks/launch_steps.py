@@ -209,7 +209,7 @@ def flattened(events: Sequence[Event]) -> Iterator[Event]:
     """Events one by one, those of graphs in their place."""
     for event in events:
         if event.kind == "graph":
-            yield from flattened(event.parts)
+            yield from flattened(event.replayed)
         else:
             yield event
 

@@ -86,7 +86,7 @@ class Prediction:
 def device_seconds(event: Event, rates: Rates) -> float:
     """How long the device works on an event."""
     if event.kind == "graph":
-        return sum(device_seconds(part, rates) + rates.graph_node for part in event.parts)
+        return sum(device_seconds(replayed, rates) + rates.graph_node for replayed in event.replayed)
     if event.kind in ("sync", "mark", "wait"):
         return 0.0
     if event.kind == "copy":

@@ -154,7 +154,7 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _peak(tokens: int, vocab_size: int, width: int, name: str, threads: int, answers: Any) -> None:
+def _measure_peak(tokens: int, vocab_size: int, width: int, name: str, threads: int, answers: Any) -> None:
     torch.set_num_threads(threads)
     small = Head(8, 64, width)
     VARIANTS[name](small)
@@ -175,7 +175,7 @@ def peak_bytes(tokens: int, vocab_size: int, width: int, name: str) -> int | Non
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     arguments = (tokens, vocab_size, width, name, torch.get_num_threads(), answers)
-    process = context.Process(target=_peak, args=arguments)
+    process = context.Process(target=_measure_peak, args=arguments)
     process.start()
     process.join()
     return answers.get() if process.exitcode == 0 else None

@@ -315,8 +315,8 @@ def instructions_of(listing: str) -> Iterator[Instruction]:
             labels.update(dict.fromkeys(pending, int(code[1], 16)))
             pending.clear()
             lines.append([int(code[1], 16), code[3], code[4], code[2] or "", ()])
-        elif lines and (word := HIGH_WORD.match(line)):
-            lines[-1][-1] = _schedule(int(word[1], 16))
+        elif lines and (match := HIGH_WORD.match(line)):
+            lines[-1][-1] = _schedule(int(match[1], 16))
     for address, opcode, operands, guard, schedule in lines:
         target = re.search(r"`\((\.L_\w+)\)", operands)
         if target and target[1] in labels:
@@ -324,13 +324,13 @@ def instructions_of(listing: str) -> Iterator[Instruction]:
         yield Instruction(address, opcode, operands, guard, *schedule)
 
 
-def _schedule(word: int) -> tuple[int, int, int, tuple[int, ...]]:
+def _schedule(high_word: int) -> tuple[int, int, int, tuple[int, ...]]:
     """Stall cycles, scoreboards set and read, and scoreboards waited for, from the upper half of an encoding.
 
     Bits 41 to 61: stall (4), yield (1), write scoreboard (3), read scoreboard (3), wait mask (6), reuse (4).
     Source: Jia et al. 2018, arXiv:1804.06826, section 2.1, for Volta; sm_80 to sm_90 keep it.
     """
-    control = word >> 41
+    control = high_word >> 41
     scoreboards = ((control >> 5) & 7, (control >> 8) & 7)
     sets, reads = (-1 if board == 7 else board for board in scoreboards)
     return control & 15, sets, reads, tuple(board for board in range(6) if control >> 11 & 1 << board)

@@ -1,4 +1,4 @@
-"""Near-duplicates: the C++ part against datasketch with the same words, shingles, permutations, bands and threshold."""
+"""Near-duplicates: the C++ code against datasketch with the same words, shingles, permutations, bands and threshold."""
 
 from typing import Any
 
@@ -19,19 +19,19 @@ def example_texts(count: int) -> list[str]:
     texts: list[list[str]] = []
     for _ in range(count):
         if texts and rng.random() < 0.25:
-            parts = list(texts[rng.integers(len(texts))])
+            tokens = list(texts[rng.integers(len(texts))])
             for _ in range(rng.integers(0, 3)):
-                parts[rng.integers(len(parts))] = vocabulary[rng.integers(len(vocabulary))]
+                tokens[rng.integers(len(tokens))] = vocabulary[rng.integers(len(vocabulary))]
         else:
-            parts = [vocabulary[i] for i in rng.integers(0, len(vocabulary), rng.integers(20, 61))]
-        texts.append(parts)
-    return [" ".join(parts) for parts in texts]
+            tokens = [vocabulary[i] for i in rng.integers(0, len(vocabulary), rng.integers(20, 61))]
+        texts.append(tokens)
+    return [" ".join(tokens) for tokens in texts]
 
 
 def python_shingles(text: str) -> set[bytes]:
     """The shingles of a text as bytes, which is what datasketch takes."""
-    parts = words(text, operators=True)
-    return {" ".join(parts[i : i + SHINGLE]).encode() for i in range(max(1, len(parts) - SHINGLE + 1))}
+    tokens = words(text, operators=True)
+    return {" ".join(tokens[i : i + SHINGLE]).encode() for i in range(max(1, len(tokens) - SHINGLE + 1))}
 
 
 def datasketch_signatures(texts: list[str]) -> tuple[list[set[bytes]], list[Any]]:

@@ -19,12 +19,12 @@ LOADS = ("uniform", "zipf", "one", "idle")
 def chosen(load: str, tokens: int, experts: int, per_token: int, seed: int) -> Tensor:
     """(T, A) int32 different experts of each token: even, by Zipf's law, one that all choose, or every fourth idle."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.arange(experts)
+    expert_ids = torch.arange(experts)
     weights = {
         "uniform": torch.ones(experts),
-        "zipf": 1 / (numbers + 1).float(),
-        "one": torch.where(numbers == experts // 2, 1.0, 1e-6),
-        "idle": torch.where(numbers % 4 == 0, 1e-9, 1.0),
+        "zipf": 1 / (expert_ids + 1).float(),
+        "one": torch.where(expert_ids == experts // 2, 1.0, 1e-6),
+        "idle": torch.where(expert_ids % 4 == 0, 1e-9, 1.0),
     }[load]
     return (torch.rand(tokens, experts, generator=generator).log() / weights).topk(per_token).indices.int()
 
@@ -125,9 +125,9 @@ class Experts(Problem):
         return self, self._with_layout(tensors, device, seed)
 
     def routing(self, tensors: Tensors) -> Routing:
-        """The given choices and gates as a Routing."""
-        numbers = {name: tensors[name] for name in LAYOUT}
-        return Routing(tensors["gates"], tensors["gates"], tensors["experts"], **numbers)
+        """The problem's expert choices and gates as a Routing."""
+        layout_tensors = {name: tensors[name] for name in LAYOUT}
+        return Routing(tensors["gates"], tensors["gates"], tensors["experts"], **layout_tensors)
 
     def ours(self, tensors: Tensors) -> tuple[Tensor, ...]:
         from kernels.grouped_matmul import expert_mlp
@@ -211,7 +211,7 @@ class MoeRoute(Problem):
         return logits, logits.topk(self.per_token).values.softmax(-1)
 
     def other_forms(self) -> tuple:
-        """The slopes of the logits rounded to the dtype before the products, as the kernels' are documented to be."""
+        """Gradients of the logits, rounded to the dtype before the products as the kernels document."""
 
         def rounded(tensors: Tensors) -> tuple[Tensor, ...]:
             logits, _ = self.formula(tensors)

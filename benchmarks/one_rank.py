@@ -52,7 +52,7 @@ def world() -> Axis:
     return Axis(1, 0, (0,), dist.group.WORLD, dist.group.WORLD)
 
 
-def _numbers(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _random(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator).to(device, dtype)
 
@@ -68,21 +68,21 @@ def _close(out: Tensor, expected: Tensor) -> list[Row]:
 
 
 def _async(function: Callable, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    x = _numbers(device, ROWS, WIDTH, dtype=dtype)
+    x = _random(device, ROWS, WIDTH, dtype=dtype)
     out, work = function(x, world(), async_op=True)
     work.wait()
     return _same(out, x)
 
 
 def _reduced(device: torch.device, dtype: torch.dtype, op: dist.ReduceOp.RedOpType) -> list[Row]:
-    x = _numbers(device, ROWS, dtype=torch.float32).mul(100).to(dtype)
+    x = _random(device, ROWS, dtype=torch.float32).mul(100).to(dtype)
     out = x.clone()
     dist.all_reduce(out, op)
     return _same(out, x)
 
 
 def _exchanged(device: torch.device, rows: int) -> list[Row]:
-    x = _numbers(device, rows, WIDTH)
+    x = _random(device, rows, WIDTH)
     return _same(collectives.all_to_all_rows(x, [rows], [rows], world()), x)
 
 
@@ -96,7 +96,7 @@ def _counts(device: torch.device) -> list[Row]:
 def _gradients(device: torch.device) -> list[Row]:
     """Each collective with a gradient: one rank's is that of the identity, and of a plain product."""
     axis, verdicts = world(), []
-    x, weight = (_numbers(device, n, WIDTH).requires_grad_() for n in (ROWS, 3))
+    x, weight = (_random(device, n, WIDTH).requires_grad_() for n in (ROWS, 3))
     for function in (collectives.AllGather, collectives.ReduceScatter, collectives.AllGatherReplicated):
         (dx,) = torch.autograd.grad(function.apply(x, axis).square().sum(), x)
         verdicts += [row | {"what": function.__name__} for row in _same(dx, 2 * x.detach())]
@@ -109,12 +109,12 @@ def _gradients(device: torch.device) -> list[Row]:
 
 
 def _experts(device: torch.device) -> list[Row]:
-    """Experts that are divided over an axis of one rank, against those that are not."""
+    """Experts sharded over an axis of one rank against unsharded ones."""
     from kernels.grouped_matmul import expert_mlp
     from kernels.moe_route import moe_route
 
-    x, router = _numbers(device, 37, 16), _numbers(device, 4, 16)
-    gate_up, down = _numbers(device, 4, 64, 16), _numbers(device, 4, 16, 32)
+    x, router = _random(device, 37, 16), _random(device, 4, 16)
+    gate_up, down = _random(device, 4, 64, 16), _random(device, 4, 16, 32)
     routing = moe_route(x, router, experts_per_token=2)
     return _close(dispatched_mlp(x, gate_up, down, routing, world()), expert_mlp(x, gate_up, down, routing))
 
@@ -123,15 +123,15 @@ def _objects(device: torch.device) -> list[Row]:
     value = {"name": "rank", "numbers": [1, 2.5, None]}
     gathered: list = [None]
     dist.all_gather_object(gathered, value)
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
+    objects = [value]
+    dist.broadcast_object_list(objects, src=0)
     received = from_main(runtime.Runtime(0, 1, 0, device), lambda: value)
-    right = gathered == [value] and box == [value] and received == value
-    return [{"status": "right" if right else "wrong", "note": "" if right else f"{gathered} {box}"}]
+    right = gathered == [value] and objects == [value] and received == value
+    return [{"status": "right" if right else "wrong", "note": "" if right else f"{gathered} {objects}"}]
 
 
 def _broadcast(device: torch.device) -> list[Row]:
-    x = _numbers(device, ROWS)
+    x = _random(device, ROWS)
     out = x.clone()
     dist.broadcast(out, src=0)
     dist.barrier()

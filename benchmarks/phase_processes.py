@@ -148,7 +148,7 @@ class Log:
     notes: list[str] = field(default_factory=list)
     lines: int = 0
     characters: int = 0
-    cut: int = 0
+    omitted: int = 0
 
     def follow(self, stream: Any) -> None:
         """Read a stream to its end."""
@@ -156,8 +156,8 @@ class Log:
             # A line without an end must not fill the memory.
             while line := stream.readline(LINE_CHARACTERS):
                 self._take(line.rstrip("\n"), file)
-            if self.cut:
-                self._write(f"{self.cut} further lines are left out", file)
+            if self.omitted:
+                self._write(f"{self.omitted} further lines are left out", file)
 
     def _take(self, line: str, file: Any) -> None:
         if line.startswith(NOTE):
@@ -167,7 +167,7 @@ class Log:
         if self.lines <= LOG_LINES and self.characters <= LOG_CHARACTERS:
             self._write(line, file)
         else:
-            self.cut += 1
+            self.omitted += 1
 
     def _write(self, line: str, file: Any) -> None:
         print(line, flush=True)

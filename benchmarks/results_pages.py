@@ -42,11 +42,11 @@ def made_by(file: str, rows: Sequence[Row]) -> str:
         return " and ".join(dict.fromkeys(str(row[name]) for row in rows if name in row))
 
     days = sorted({row["date"][:10] for row in rows})
-    parts = [f"`benchmarks/results/{file}`", f"commit {of('commit')}"]
-    parts += [of("hardware")] if of("hardware") else []
-    parts += [f"threads {of('threads')}"] if of("threads") else []
-    parts += [f"torch {of('torch')}"] + ([f"triton {of('triton')}"] if of("triton") else [])
-    return f"Rows: {', '.join(parts)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}."
+    fields = [f"`benchmarks/results/{file}`", f"commit {of('commit')}"]
+    fields += [of("hardware")] if of("hardware") else []
+    fields += [f"threads {of('threads')}"] if of("threads") else []
+    fields += [f"torch {of('torch')}"] + ([f"triton {of('triton')}"] if of("triton") else [])
+    return f"Rows: {', '.join(fields)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}."
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:

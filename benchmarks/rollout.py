@@ -76,12 +76,12 @@ def decode(model: Transformer, batch: int, keys: int, steps: int, *, most: int =
     weights = sum(p.nbytes for p in model.parameters()) - model.embedding.weight.nbytes * (not model.config.tied)
     length = sum(len(s.ids) for s in engine.scheduler.running) // batch - steps // 2
     moved = weights + batch * cache_bytes(model, length)
-    spread = gpu_timing.spread(seconds)
+    step_seconds = gpu_timing.percentiles(seconds)
     return row | {
-        "seconds": spread,
+        "seconds": step_seconds,
         "bytes": moved,
-        "tokens_per_second": batch / spread["p50"],
-        "bytes_per_second": moved / spread["p50"],
+        "tokens_per_second": batch / step_seconds["p50"],
+        "bytes_per_second": moved / step_seconds["p50"],
     }
 
 

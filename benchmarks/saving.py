@@ -40,7 +40,7 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
     seconds_of: dict[str, list[float]] = {"alone": [], "beside": [], "held up": [], "copy": [], "writing": []}
     for turn in range(options.repeats + 1):
         weights, moments = parts_of(variant.model, variant.optimizer)
-        values = [part.values for part in (*weights.values(), *moments.values())]
+        values = [shard.values for shard in (*weights.values(), *moments.values())]
         hosts = [torch.empty_like(value) for value in values]
         for _ in range(2):
             dist.barrier()
@@ -62,20 +62,20 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
                 break
         written = time.perf_counter() - began
         saver.wait()
-        alone = []
+        undisturbed = []
         for _ in range(len(beside)):
             at = time.perf_counter()
             variant.step()
-            alone.append(time.perf_counter() - at)
+            undisturbed.append(time.perf_counter() - at)
         if turn:
-            seconds_of["alone"].append(sum(alone) / len(alone))
+            seconds_of["alone"].append(sum(undisturbed) / len(undisturbed))
             seconds_of["beside"].append(sum(beside) / len(beside))
             seconds_of["held up"].append(held)
             seconds_of["copy"].append(copied)
             seconds_of["writing"].append(written)
     if rank == 0:
         size = sum(value.nbytes for value in values)
-        Path(out, "found.json").write_text(json.dumps({"seconds": seconds_of, "bytes": size, "steps": len(beside)}))
+        Path(out, "result.json").write_text(json.dumps({"seconds": seconds_of, "bytes": size, "steps": len(beside)}))
     dist.barrier()
     runtime.stop()
 
@@ -93,7 +93,7 @@ def main() -> None:
     out = tempfile.mkdtemp()
     try:
         mp.start_processes(work, args=(options, out), nprocs=options.ranks, start_method="spawn")
-        result = json.loads(Path(out, "found.json").read_text())
+        result = json.loads(Path(out, "result.json").read_text())
     finally:
         shutil.rmtree(out)
     about = environment()

@@ -33,7 +33,7 @@ async def _ask(web: Any, number: int, messages: list[dict], outcomes: dict[str, 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    began, first, pieces = time.perf_counter(), None, 0
+    began, first, chunks = time.perf_counter(), None, 0
     async with web.stream("POST", "/chat/completions", json=body) as answer:
         if answer.status_code != 200:
             outcomes["refused"].append(answer.status_code)
@@ -46,8 +46,8 @@ async def _ask(web: Any, number: int, messages: list[dict], outcomes: dict[str, 
                 return
             if '"content": "' in line and '"content": ""' not in line:
                 first = first or time.perf_counter() - began
-                pieces += 1
-                if number % LEFT_EVERY == 0 and pieces > 4:
+                chunks += 1
+                if number % LEFT_EVERY == 0 and chunks > 4:
                     outcomes["left"].append(number)
                     return
             if '"usage": {' in line:
@@ -103,8 +103,8 @@ def run(*, quick: bool = False, peer: bool = True) -> list[dict[str, Any]]:
     assert values["wizard_pages"] == values["wizard_pages_free"] and values["wizard_sequences_open"] == "0"
     shape = f"{describe(PRESET, model).partition(' V=')[0]}  {count}, {AT_ONCE} at once, {len(outcomes['left'])} left"
     rows = []
-    for name, numbers in (("first token", outcomes["first"]), ("whole answer", outcomes["seconds"])):
-        p20, p50, p80, p95, p99 = np.percentile(numbers, (20, 50, 80, 95, 99))
+    for name, samples in (("first token", outcomes["first"]), ("whole answer", outcomes["seconds"])):
+        p20, p50, p80, p95, p99 = np.percentile(samples, (20, 50, 80, 95, 99))
         rows.append(
             {
                 "op": "serve",

@@ -29,7 +29,7 @@ from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, parallelize, sharded
 
 LR, CLIP = 1e-4, 1.0
-NUMBERS = {"betas": (0.9, 0.95), "weight_decay": 0.1}
+HYPERPARAMETERS = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 class Batch:
@@ -53,7 +53,7 @@ class Ours:
 
     def __init__(self, config, mesh, batch: Batch) -> None:
         self.model = parallelize(Transformer(config, seed=0), mesh, Sharding(dtype="float32"))
-        self.optimizer, self.batch = AdamW(self.model, **NUMBERS), batch
+        self.optimizer, self.batch = AdamW(self.model, **HYPERPARAMETERS), batch
         self.num_tokens = float(len(batch.tokens) * mesh.world_size)
 
     def step(self) -> float:
@@ -90,7 +90,7 @@ class Theirs:
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, fused=True, **NUMBERS)
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, fused=True, **HYPERPARAMETERS)
 
     def step(self) -> float:
         """Its gradient norm."""
@@ -110,7 +110,7 @@ def quantiles(values: list[float]) -> list[float]:
     return torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
 
 
-def peak(variant, external: list[Tensor]) -> float:
+def peak_memory(variant, external: list[Tensor]) -> float:
     """Peak MiB of a step, what is held between steps included."""
     tracker = MemTracker()
     tracker.track_external(variant.model, *external)
@@ -140,8 +140,8 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
             seconds[name].append(time.perf_counter() - began)
     last = {name: variant.step() for name, variant in variants.items()}
     memory = {
-        "this engine": peak(variants["this engine"], variants["this engine"].buffers()),
-        "fully_shard": peak(variants["fully_shard"], []),
+        "this engine": peak_memory(variants["this engine"], variants["this engine"].buffers()),
+        "fully_shard": peak_memory(variants["fully_shard"], []),
     }
     if rank == 0:
         Path(out).write_text(json.dumps({"first": first, "last": last, "seconds": seconds, "memory": memory}))
@@ -150,7 +150,7 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
 
 
 def measure(options: argparse.Namespace, out: Path) -> dict:
-    """What rank 0 of a run found."""
+    """The result that rank 0 of a run wrote."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "OMP_NUM_THREADS": "1"}
     mp.start_processes(work, args=(options, str(out)), nprocs=options.ranks, start_method="spawn")
     return json.loads(out.read_text())
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="append a line with everything measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, Path(folder, "found.json"))
+        result = measure(options, Path(folder, "result.json"))
     about = environment()
     print(f"{about['hardware']}, {options.ranks} ranks of one thread, torch {about['torch']}, commit {about['commit']}")
     ours, theirs = result["seconds"]["this engine"], result["seconds"]["fully_shard"]

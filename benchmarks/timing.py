@@ -37,14 +37,14 @@ def interleave(
             seconds[name].append(time.perf_counter() - start)
     rows = []
     for name in names:
-        row: dict[str, Any] = {"op": op, "shape": shape, "variant": name, "seconds": _spread(seconds[name])}
+        row: dict[str, Any] = {"op": op, "shape": shape, "variant": name, "seconds": _percentiles(seconds[name])}
         row |= {"rate": items / row["seconds"]["p50"], "unit": unit, "repeats": repeats}
         if peer in names and name != peer:
-            turns = _spread(np.divide(seconds[peer], seconds[name]))
+            turns = _percentiles(np.divide(seconds[peer], seconds[name]))
             row["ratio"] = turns | {"peer": peer, "p50": float(np.median(seconds[peer]) / np.median(seconds[name]))}
         rows.append(row)
     return rows
 
 
-def _spread(values: Any) -> dict[str, float]:
+def _percentiles(values: Any) -> dict[str, float]:
     return dict(zip(("p20", "p50", "p80"), (float(x) for x in np.percentile(values, (20, 50, 80)))))

@@ -37,8 +37,8 @@ class Ours:
         self.optimizer.zero_grad()
         batch = collate(samples)
         hidden = self.model(*batch.inputs)
-        total = float(batch.weights.sum())
-        loss = sft_loss(hidden, self.model.head_weight, batch.targets, batch.weights, num_tokens=total).loss
+        num_tokens = float(batch.weights.sum())
+        loss = sft_loss(hidden, self.model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens).loss
         loss.backward()
         return float(loss.detach())
 
@@ -155,5 +155,5 @@ def _time(shape: str, ours: Ours, theirs: Theirs | None, samples: list[Sample], 
 
 def _lengths(samples: list[Sample]) -> str:
     lengths = [len(sample.tokens) - 1 for sample in samples]
-    share = sum(lengths) / (len(lengths) * max(lengths))
-    return f"{len(lengths)}x{min(lengths)}..{max(lengths)} ({1 - share:.0%} padding in the peer)"
+    filled = sum(lengths) / (len(lengths) * max(lengths))
+    return f"{len(lengths)}x{min(lengths)}..{max(lengths)} ({1 - filled:.0%} padding in the peer)"

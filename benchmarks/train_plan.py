@@ -150,13 +150,13 @@ class ClosedForm:
         """A row's tokens: scores instead of log-probabilities, and hidden states that are not gathered at the end."""
         mesh, tokens = self.mesh, padded(tokens, self.mesh)
         row = tokens // mesh.cp.size
-        stream, numbers = row * self.config.width * self.dtype.itemsize, 4 * WIDE * row
+        stream, scores = row * self.config.width * self.dtype.itemsize, 4 * WIDE * row
         traffic: dict[Key, int] = {}
         if mesh.tp.size > 1:
-            traffic["gather", "tp"] = -stream - mesh.tp.size * numbers
+            traffic["gather", "tp"] = -stream - mesh.tp.size * scores
             traffic["reduce", "tp"] = -stream
         if mesh.cp.size > 1:
-            traffic["gather", "cp"] = -mesh.cp.size * numbers
+            traffic["gather", "cp"] = -mesh.cp.size * scores
         if mesh.row.size > 1:
             traffic["gather", "row"] = tokens * model.outputs * WIDE
         return traffic
@@ -268,8 +268,8 @@ def _measured(mesh: Mesh) -> tuple[float, float, float]:
     copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
     arriving = copied
     if mesh.world_size > 1:
-        parts = [torch.empty_like(small) for _ in range(mesh.world_size)]
-        arriving = (mesh.world_size - 1) * small.nbytes / _seconds(lambda: dist.all_gather(parts, small))
+        gathered = [torch.empty_like(small) for _ in range(mesh.world_size)]
+        arriving = (mesh.world_size - 1) * small.nbytes / _seconds(lambda: dist.all_gather(gathered, small))
     return peak_flops("cpu"), copied, arriving
 
 

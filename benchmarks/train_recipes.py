@@ -151,7 +151,7 @@ def _spans(rollout: Rollout) -> tuple[list[Span], int, list[Span]]:
 
 
 def fill_random(model: nn.Module, seed: int) -> None:
-    """Give a divided model normal weights of its `init_std` on its device, other ones on each rank of a copy."""
+    """Fill a sharded model with normal weights of its `init_std`; the ranks of a replica draw different ones."""
     engine, config = sharded(model), model.config
     generator = torch.Generator(engine.device).manual_seed(997 * seed + engine.mesh.copy.index)
     host = torch.Generator().manual_seed(997 * seed + engine.mesh.copy.index)
@@ -164,7 +164,7 @@ def fill_random(model: nn.Module, seed: int) -> None:
 
 
 def language(config: ModelConfig, place: Place, seed: int, *, frozen: bool = False) -> Transformer:
-    """A random language model, divided over the mesh."""
+    """A random language model, sharded over the mesh."""
     with torch.device("meta"):
         model = Transformer(config)
     shard_model(model, place.mesh, place.sharding, frozen=frozen)
@@ -175,7 +175,7 @@ def language(config: ModelConfig, place: Place, seed: int, *, frozen: bool = Fal
 def scoring(
     config: ModelConfig, place: Place, seed: int, outputs: int, *, surprise: bool = False, frozen: bool = False
 ) -> ScoringModel:
-    """A random scoring model, divided over the mesh."""
+    """A random scoring model, sharded over the mesh."""
     with torch.device("meta"):
         model = ScoringModel(config, outputs, surprise=surprise)
     shard_model(model, place.mesh, place.sharding, frozen=frozen)
@@ -193,8 +193,8 @@ def documents(shape: Shape, count: int, supervised: float = 1.0) -> list[Sample]
     return [Sample(row, weights) for row in tokens]
 
 
-class Words:
-    """A tokenizer whose vocabulary is `w3`, `w4`, ...; any other word is one of them, too."""
+class WordTokenizer:
+    """A tokenizer with the vocabulary `w3`, `w4`, ...; it maps any other word to one of these by hash."""
 
     prefixes_space = False
     bos_id, eos_id = BOS, EOS
@@ -204,13 +204,13 @@ class Words:
 
     def encode(self, text: str) -> list[int]:
         """An id for each word between blanks."""
-        return [self._id(word) for word in text.split()]
+        return [self._id(token) for token in text.split()]
 
-    def _id(self, word: str) -> int:
-        number = int(word[1:]) if word[:1] == "w" and word[1:].isdecimal() else 0
+    def _id(self, token: str) -> int:
+        number = int(token[1:]) if token[:1] == "w" and token[1:].isdecimal() else 0
         if FIRST_WORD <= number < self.vocab_size:
             return number
-        return FIRST_WORD + zlib.crc32(word.encode()) % (self.vocab_size - FIRST_WORD)
+        return FIRST_WORD + zlib.crc32(token.encode()) % (self.vocab_size - FIRST_WORD)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words, a blank between two; special ids are skipped."""
@@ -310,7 +310,7 @@ def _prompts(shape: Shape, count: int) -> list[tuple[Message, ...]]:
     Raises:
         ValueError: the chat format's own tokens leave no room.
     """
-    tokenizer, length = Words(shape.config.vocab_size), shape.document_tokens - shape.new_tokens
+    tokenizer, length = WordTokenizer(shape.config.vocab_size), shape.document_tokens - shape.new_tokens
     wrapper = len(encode_prompt(tokenizer, (Message("user", "w3"),))) - 1
     if length <= wrapper:
         raise ValueError(
@@ -348,7 +348,7 @@ def make_rleif(shape: Shape, place: Place) -> Recipe:
     )
 
     def steps() -> Iterator[Work]:
-        tokenizer = Words(config.vocab_size)
+        tokenizer = WordTokenizer(config.vocab_size)
         run = OnlineRun(cfg, place.runtime, policy, critic, num_prompts=len(prompts))
         setup = rleif.Setup(
             tokenizer,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from benchmarks.gpu_timing import spread
+from benchmarks.gpu_timing import percentiles
 from benchmarks.train_trace import activities, module_ranges
 from wizard_engine.loss import sft_loss
 from wizard_engine.model.config import PRESETS, ModelConfig
@@ -82,7 +82,7 @@ class Packed:
         return cls(drawn[:-1], drawn[1:], positions, marks, max(lengths))
 
 
-def parts(state: State, batch: Packed):
+def step_phases(state: State, batch: Packed):
     """The step in three calls: forward to the loss, backward, update."""
     loss: list[Tensor] = []
 
@@ -108,7 +108,7 @@ def timed_step(state: State, batch: Packed) -> dict[str, float]:
     """Seconds of each part of one step on a GPU, and of the whole."""
     marks = [torch.cuda.Event(enable_timing=True)]
     marks[0].record()
-    calls = parts(state, batch)
+    calls = step_phases(state, batch)
     for call in calls.values():
         call()
         marks.append(torch.cuda.Event(enable_timing=True))
@@ -128,11 +128,11 @@ def layers_that_fit(one: float, two: float, whole: float, most: int) -> int:
     return max(1, min(most, 1 + int((FILLED * whole - one) / max(1.0, two - one))))
 
 
-def _peak(config: ModelConfig, batch: Packed, device: torch.device, recompute: str) -> float:
+def _peak_memory(config: ModelConfig, batch: Packed, device: torch.device, recompute: str) -> float:
     """Largest memory of one step, bytes; the model is gone afterwards."""
     torch.cuda.reset_peak_memory_stats(device)
     state = build(config, device, recompute)
-    for call in parts(state, batch).values():
+    for call in step_phases(state, batch).values():
         call()
     torch.cuda.synchronize(device)
     return peak_memory_gib(device) * 2**30
@@ -156,7 +156,7 @@ def run(
     batch = Packed.of(lengths, full.vocab_size, device)
     peaks = []
     for layers in (1, 2):
-        peaks.append(_peak(replace(full, layers=layers), batch, device, recompute))
+        peaks.append(_peak_memory(replace(full, layers=layers), batch, device, recompute))
         _forget()
     layers = layers_that_fit(*peaks, torch.cuda.mem_get_info(device)[0], full.layers)
     while True:
@@ -179,7 +179,7 @@ def _measured(
     torch.cuda.reset_peak_memory_stats(device)
     timed_steps = [timed_step(state, batch) for _ in range(steps)]
     memory = peak_memory_gib(device)
-    seconds = {name: spread([step[name] for step in timed_steps]) for name in timed_steps[0]}
+    seconds = {name: percentiles([step[name] for step in timed_steps]) for name in timed_steps[0]}
     flops, median = training_flops(config, lengths), seconds["step"]["p50"]
     return {
         "preset": "7b",
@@ -208,11 +208,11 @@ def trace(device: torch.device, path: Path, config: ModelConfig | None = None) -
     """
     one = replace(config or PRESETS["7b"], layers=1)
     state, batch = build(one, device), Packed.of((min(SEQUENCE, one.max_positions),), one.vocab_size, device)
-    for call in parts(state, batch).values():
+    for call in step_phases(state, batch).values():
         call()
     kinds = activities(device)
     with module_ranges({"policy": state.model}), torch.profiler.profile(activities=kinds) as profile:
-        for name, call in parts(state, batch).items():
+        for name, call in step_phases(state, batch).items():
             with record_function(name):
                 call()
         if device.type == "cuda":

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks.__main__ import environment
-from benchmarks.communication import NUMBERS, Communication, CommunicationMeter
-from benchmarks.gpu_timing import spread
+from benchmarks.communication import NUMBERS_KEY, Communication, CommunicationMeter
+from benchmarks.gpu_timing import percentiles
 from benchmarks.train_plan import (
     PARAMETER_AXES,
     ClosedForm,
@@ -204,7 +204,7 @@ def summary(recipe: str, ranks: Sequence[Sequence[Step]], sharing: int, peak: fl
         planned.update(step.planned)
     each = world * count
     return {
-        "seconds": spread(seconds),
+        "seconds": percentiles(seconds),
         "step_tokens": tokens,
         "step_flops": flops,
         "tokens_per_second_per_gpu": statistics.median(rates),
@@ -212,8 +212,8 @@ def summary(recipe: str, ranks: Sequence[Sequence[Step]], sharing: int, peak: fl
         "peak_tflops": peak / 1e12,
         "exposed_seconds": {axis: s / each for axis, s in sorted(waited.items())},
         "exposed_share": {axis: s / world / sum(seconds) for axis, s in sorted(waited.items())},
-        "bytes": {_name(key): n / each for key, n in sorted(moved.items()) if key[1] != NUMBERS and n},
-        "numbers_bytes": sum(n for key, n in moved.items() if key[1] == NUMBERS) / each,
+        "bytes": {_name(key): n / each for key, n in sorted(moved.items()) if key[1] != NUMBERS_KEY and n},
+        "numbers_bytes": sum(n for key, n in moved.items() if key[1] == NUMBERS_KEY) / each,
         "planned_bytes": {_name(key): n / each for key, n in sorted(planned.items()) if n},
         "bytes_as_planned": as_planned(recipe, moved, planned),
     }
@@ -224,7 +224,7 @@ def as_planned(
 ) -> bool | None:
     """Whether bytes are those of the closed form, which of an online step leaves out what moves tokens; None for the
     online step of a mixture, which has none."""
-    keys = {key for key in (*moved, *planned) if key[1] != NUMBERS}
+    keys = {key for key in (*moved, *planned) if key[1] != NUMBERS_KEY}
     if recipe == "rleif":
         keys = {key for key in keys if key[1] in PARAMETER_AXES}
         if keys and not planned:

@@ -35,13 +35,13 @@ from wizard_engine.runtime.cli import cli, option_names
 from wizard_engine.runtime.files import write_text
 
 # Options of the sweep itself, not of its layouts.
-OWN = ("sweep", "plot", "json", "trace", "memory", "name")
+SWEEP_OPTIONS = ("sweep", "plot", "json", "trace", "memory", "name")
 PANEL, WIDTH = 210.0, 640.0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A row of the file: its name, how many ranks it starts, and the words of its command."""
+    """A row of the file: its name, how many ranks it starts, and the arguments of its command."""
 
     name: str
     ranks: int
@@ -110,11 +110,11 @@ def _layout(where: str, options: dict[str, Any]) -> Layout:
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise ValueError(f"{where}: ranks: expected a whole number of at least 1, got {ranks!r}")
     known = [option.removeprefix("--").replace("-", "_") for option in option_names(Options)]
-    known = [option for option in known if option not in OWN]
+    known = [option for option in known if option not in SWEEP_OPTIONS]
     for option in options:
         if option not in known:
             raise ValueError(f"{where}: {option}: expected a known option{nearest(option, ['name', 'ranks', *known])}")
-    flags = tuple(word for option, value in options.items() for word in flags_of(option, value))
+    flags = tuple(argument for option, value in options.items() for argument in flags_of(option, value))
     try:
         options_read = cli(Options, args=flags)
         check_values(options_read)
@@ -126,7 +126,7 @@ def _layout(where: str, options: dict[str, Any]) -> Layout:
 
 
 def flags_of(option: str, value: Any) -> list[str]:
-    """An option as words of a command."""
+    """An option as command-line arguments."""
     typed = "--" + option.replace("_", "-")
     if isinstance(value, bool):
         head, _, last = typed[2:].rpartition(".")
@@ -138,7 +138,7 @@ def flags_of(option: str, value: Any) -> list[str]:
 def changed(options: Options) -> dict[str, Any]:
     """Options of the command line that are not the defaults, without the sweep's own."""
     values, usual = flat(asdict(options)), flat(asdict(Options()))
-    return {name: value for name, value in values.items() if value != usual[name] and name not in OWN}
+    return {name: value for name, value in values.items() if value != usual[name] and name not in SWEEP_OPTIONS}
 
 
 # Running

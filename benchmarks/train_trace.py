@@ -32,10 +32,10 @@ def module_ranges(models: dict[str, nn.Module]) -> Iterator[None]:
     """In the block, every forward of a module with parameters of its own or below it is a range `role.module`."""
     open_ranges: list[ExitStack] = []
 
-    def enter(name: str, module: nn.Module, args: Any) -> None:
+    def enter_range(name: str, module: nn.Module, args: Any) -> None:
         open_ranges.append(named_range(name))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def exit_range(module: nn.Module, args: Any, output: Any) -> None:
         open_ranges.pop().close()
 
     with ExitStack() as stack:
@@ -44,8 +44,8 @@ def module_ranges(models: dict[str, nn.Module]) -> Iterator[None]:
                 if any(True for _ in module.parameters()):
                     full = f"{role}.{name}" if name else role
                     for handle in (
-                        module.register_forward_pre_hook(partial(enter, full)),
-                        module.register_forward_hook(leave, always_call=True),
+                        module.register_forward_pre_hook(partial(enter_range, full)),
+                        module.register_forward_hook(exit_range, always_call=True),
                     ):
                         stack.callback(handle.remove)
                 for method in METHODS:

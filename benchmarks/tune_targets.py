@@ -343,8 +343,10 @@ def _run(problem: Problem, phase: str, t: dict) -> None:
     else:
         from kernels._adamw import adamw_step
 
-        names, numbers = (*AdamW.STATE, "gradient"), problem.options
-        lr, betas, epsilon, decay, step = (numbers[n] for n in ("lr", "betas", "epsilon", "weight_decay", "step"))
+        names, hyperparameters = (*AdamW.STATE, "gradient"), problem.options
+        lr, betas, epsilon, decay, step = (
+            hyperparameters[n] for n in ("lr", "betas", "epsilon", "weight_decay", "step")
+        )
         adamw_step(*(t[n] for n in names), lr, *betas, epsilon, decay, step, None, t.get("copy"))
 
 

@@ -1,4 +1,4 @@
-"""What tests with several ranks share: torchrun, rows of a few words, and what of the metrics depends on the clock."""
+"""Helpers of tests that run on multiple ranks: torchrun, short texts, and the metrics that depend on the clock."""
 
 import json
 import os
@@ -29,27 +29,27 @@ TIMED = {
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def torchrun_words(ranks, *words, launcher=()):
-    """The command that starts a script on some ranks."""
+def torchrun_command(ranks, *arguments, launcher=()):
+    """The command line that starts a script on `ranks` ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *launcher]
-    return [str(word) for word in (*command, *words)]
+    return [str(argument) for argument in (*command, *arguments)]
 
 
-def torchrun(ranks, *words, timeout=240):
-    """A script run on some ranks to its end."""
-    command = torchrun_words(ranks, *words)
+def torchrun(ranks, *arguments, timeout=240):
+    """Run a script on `ranks` ranks and wait for its end."""
+    command = torchrun_command(ranks, *arguments)
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
 def word_texts(count):
-    """Texts of 2 to 24 of ten words."""
+    """Random texts of 2 to 24 words from a list of ten."""
     generator = np.random.default_rng(0)
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     return [" ".join(generator.choice(words, generator.integers(2, 25))) for _ in range(count)]
 
 
 def save_base(path, texts, **shapes):
-    """Write a small random model with a tokenizer of its own; its configuration."""
+    """Save a small random model with a tokenizer trained on `texts`, and return its configuration."""
     tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, max_positions=128, init_std=0.2, **shapes)
     save_model(Transformer(config, seed=0), tokenizer, path)
@@ -57,12 +57,12 @@ def save_base(path, texts, **shapes):
 
 
 def untimed(out):
-    """A run's metrics without what depends on the clock."""
+    """A run's metrics without those that depend on the clock."""
     return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")]
 
 
 def selected(request, parameter):
-    """Values of a parameter among the cases of this file that the session runs."""
+    """Sorted values of a parameter among this file's selected test cases."""
     cases = [
         item.callspec.params
         for item in request.session.items
@@ -71,17 +71,17 @@ def selected(request, parameter):
     return sorted({params[parameter] for params in cases if parameter in params})
 
 
-def found_by_ranks(script, worlds, out, names=(), timeout=500):
-    """World size -> what each of its ranks wrote to OUT/found_WORLD_RANK.json.
+def results_by_rank(script, worlds, out, names=(), timeout=500):
+    """Run a script once per world size: world size -> the JSON that each rank wrote to OUT/result_WORLD_RANK.json.
 
     Args:
-        names: of the cases to run, in OUT/cases.json for the script to read.
+        names: cases to run; the script reads them from OUT/cases.json.
     """
     Path(out, "cases.json").write_text(json.dumps(list(names)))
     for world in worlds:
         done = torchrun(world, script, out, timeout=timeout)
         assert done.returncode == 0, done.stderr[-3000:]
     return {
-        world: [json.loads((Path(out) / f"found_{world}_{rank}.json").read_text()) for rank in range(world)]
+        world: [json.loads((Path(out) / f"result_{world}_{rank}.json").read_text()) for rank in range(world)]
         for world in worlds
     }

@@ -14,8 +14,8 @@ ROOMS = tuple(re.findall(r"^\| `wizard_engine/(\w+)/` \|", (ROOT / "CONTRIBUTING
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
 MODULES = {module_name(path): path for tree in TREES for path in sorted((ROOT / tree).rglob("*.py"))}
@@ -23,17 +23,17 @@ MODULES = {module_name(path): path for tree in TREES for path in sorted((ROOT / 
 
 def imports(text: str, package: str) -> list[tuple[int, str]]:
     """(line, module) of every import of the project's own modules, those in functions and for type checking too."""
-    found = []
+    lines = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            lines += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                found.append((node.lineno, inner if inner in MODULES else base))
-    return [(line, name) for line, name in found if name.partition(".")[0] in TREES]
+                lines.append((node.lineno, inner if inner in MODULES else base))
+    return [(line, name) for line, name in lines if name.partition(".")[0] in TREES]
 
 
 def package_of(module: str) -> str:
@@ -62,15 +62,15 @@ def test_the_tour_lists_every_room_once_and_no_module_is_loose():
 def test_imports_point_to_what_stands_above():
     wrong = [
         f"{MODULES[name].relative_to(ROOT)}:{line}: {other}"
-        for name, found in IMPORTS.items()
-        for line, other in found
+        for name, edges in IMPORTS.items()
+        for line, other in edges
         if rank(other) > rank(name)
     ]
     assert not wrong, "; ".join(wrong)
 
 
 def test_no_modules_import_each_other():
-    graph = {name: {other for _, other in found if other != name} for name, found in IMPORTS.items()}
+    graph = {name: {other for _, other in edges if other != name} for name, edges in IMPORTS.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

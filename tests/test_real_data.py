@@ -1,4 +1,4 @@
-"""Recipes on small pieces of real data; everything here is skipped where the data folder is absent."""
+"""Recipes on small samples of real data. These tests are skipped where the data folder is absent."""
 
 import json
 import math
@@ -45,17 +45,17 @@ def test_four_sources_are_read_whole(shared_data):
 
 
 def test_analysis_and_sampling_over_four_sources_together(shared_data):
-    pieces = [read_rows(shared_data / name)[:60] for name in INSTRUCTIONS]
-    rows = [row for piece in (*pieces, read_rows(shared_data / GSM8K)[:240]) for row in piece]
-    found = analyze(rows)
-    languages = dict(zip((row.id for row in found.rows), found.columns["language"]))
-    assert all(languages[row.id] == "zh" for row in pieces[1]) and languages[pieces[0][0].id] == "en"
-    natural = {line["value"]: line["share"] for line in found.tables["source"]["values"]}
+    sources = [read_rows(shared_data / name)[:60] for name in INSTRUCTIONS]
+    rows = [row for source in (*sources, read_rows(shared_data / GSM8K)[:240]) for row in source]
+    analysis = analyze(rows)
+    languages = dict(zip((row.id for row in analysis.rows), analysis.columns["language"]))
+    assert all(languages[row.id] == "zh" for row in sources[1]) and languages[sources[0][0].id] == "en"
+    natural = {line["value"]: line["share"] for line in analysis.tables["source"]["values"]}
     assert natural["gsm8k/train"] == pytest.approx(240 / 420)
     target = {"language": {"en": 0.7, "zh": 0.3}}
-    drawn = select(found.rows, targets=target, size=120, slices=3, seed=0)
+    drawn = select(analysis.rows, targets=target, size=120, slices=3, seed=0)
     assert drawn.report["drawn"]["language"]["zh"] == pytest.approx(0.3, abs=0.1)
-    assert [len(part) for part in drawn.slices] == [40, 40, 40]
+    assert [len(slice_rows) for slice_rows in drawn.slices] == [40, 40, 40]
 
 
 def test_gsm8k_train_is_decontaminated_against_test(shared_data):

@@ -18,7 +18,7 @@ class Event:
         name: of the kernel or operator, what the host waited for, or the number of the mark.
         bytes: read and written.   flops: operations.   launches: kernels that the device runs.
         where: "file:line" of the engine's code that asked, of waits.
-        parts: of a graph, the events that it replays.   launch: of a Triton kernel.
+        replayed: of a graph, the events that it replays.   launch: of a Triton kernel.
     """
 
     kind: Kind
@@ -27,7 +27,7 @@ class Event:
     flops: float = 0.0
     launches: int = 1
     where: str = ""
-    parts: tuple["Event", ...] = ()
+    replayed: tuple["Event", ...] = ()
     launch: Any = None
 
 

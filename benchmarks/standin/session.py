@@ -136,13 +136,13 @@ class Cuda:
         """Name in torch.cuda -> what stands in for it."""
         log, wait = self.log, self.wait
 
-        numbers = itertools.count()
+        event_numbers = itertools.count()
 
         class StandInEvent(FakeStream):
             number = ""
 
             def record(self, stream: Any = None) -> None:
-                self.number = str(next(numbers))
+                self.number = str(next(event_numbers))
                 log.add(Event("mark", self.number, launches=0))
 
             def synchronize(self) -> None:
@@ -169,7 +169,7 @@ class Cuda:
 
             def replay(self) -> None:
                 launches = sum(event.launches for event in self.events)
-                log.add(Event("graph", "replay", launches=launches, parts=tuple(self.events)))
+                log.add(Event("graph", "replay", launches=launches, replayed=tuple(self.events)))
 
         @contextmanager
         def graph(made: Graph, *args: Any, **options: Any) -> Iterator[None]:
@@ -291,10 +291,10 @@ def descriptors(src: Any) -> list[dict[str, Any]] | None:
         match = re.match(r"tensordesc<(\w+)\[([\d,\s]+)\]", kind) if isinstance(kind, str) else None
         if match:
             size, number = DESCRIPTOR_TYPES[match[1]]
-            box = [int(n) for n in match[2].split(",")]
-            row = min(box[-1] * size, 128)
+            block_shape = [int(n) for n in match[2].split(",")]
+            row = min(block_shape[-1] * size, 128)
             swizzle = {32: 1, 64: 2, 128: 3}[row]
-            shape = [*box[:-1], row // size]
+            shape = [*block_shape[:-1], row // size]
             made.append(
                 {"swizzle": swizzle, "elem_size": size, "elem_type": number, "block_size": shape, "fp4_padded": False}
             )

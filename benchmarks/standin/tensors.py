@@ -194,10 +194,10 @@ def _names_cuda(device: str | torch.device) -> bool:
     return str(device).partition(":")[0] == "cuda"
 
 
-class Numbers:
-    """Numbers of small tensors on the device, where they came from the host or from others that are known.
+class KnownValues:
+    """Values of small device tensors that came from the host or from other known tensors.
 
-    Where tokens stand, how long sequences are: what the engine's code asks for again. A kernel's results are not known.
+    The engine reads them back: token positions, sequence lengths. Results of kernels stay unknown.
     """
 
     def __init__(self) -> None:
@@ -248,7 +248,7 @@ class Numbers:
         return func(*args, **kwargs)
 
 
-NUMBERS = Numbers()
+KNOWN_VALUES = KnownValues()
 
 
 def _is_view(func: Any) -> bool:
@@ -264,7 +264,7 @@ class CudaMode(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode, log: Log) -> None:
         super().__init__()
-        self.fake, self.log, self.numbers = fake, log, NUMBERS
+        self.fake, self.log, self.known_values = fake, log, KNOWN_VALUES
         self.pinned: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -307,7 +307,7 @@ class CudaMode(TorchDispatchMode):
         return out
 
     def _scalar(self, tensor: Tensor) -> Any:
-        known = self.numbers.of(tensor)
+        known = self.known_values.of(tensor)
         if known is not None:
             return known.item()
         return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
@@ -319,7 +319,7 @@ class CudaMode(TorchDispatchMode):
         """A copy to new memory of the host, which is pageable: the host waits."""
         self._wait("copy to the host")
         dtype = kwargs.get("dtype") or tensor.dtype
-        known = self.numbers.of(tensor)
+        known = self.known_values.of(tensor)
         return torch.zeros(tensor.shape, dtype=dtype) if known is None else known.to(dtype, copy=True)
 
     def _is_pinned(self, tensor: Tensor) -> bool:
@@ -334,9 +334,9 @@ class CudaMode(TorchDispatchMode):
         if is_cuda(target):
             with self.fake:
                 func(target, self.fake.from_tensor(source))
-            self.numbers.store(target, source)
+            self.known_values.store(target, source)
         else:
-            known = self.numbers.of(source)
+            known = self.known_values.of(source)
             target.zero_() if known is None else target.copy_(known)
         return target
 
@@ -352,12 +352,12 @@ class CudaMode(TorchDispatchMode):
             return self._to_device(func, args[0], kwargs)
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             self._wait(name)
-            kwargs["output_size"] = int(self.numbers.of(args[-1]).sum())
+            kwargs["output_size"] = int(self.known_values.of(args[-1]).sum())
         if name in COUNTED or (name.startswith("index") and _has_mask(args)):
             self._wait(name)
         kwargs.pop("pin_memory", None)
         out = self._fake_call(func, name, args, kwargs)
-        self.numbers.follow(func, args, kwargs, out)
+        self.known_values.follow(func, args, kwargs, out)
         if launches_kernels(func, name, args, out):
             self.log.add(self._event(func, name, args, kwargs, out))
         return out
@@ -365,7 +365,7 @@ class CudaMode(TorchDispatchMode):
     def _to_device(self, func: Any, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         self._count_copy(source, kwargs.get("non_blocking", False))
         out = self._fake_call(func, "_to_copy", (source,), kwargs)
-        self.numbers.store(out, source.to(out.dtype))
+        self.known_values.store(out, source.to(out.dtype))
         return out
 
     def _fake_call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:

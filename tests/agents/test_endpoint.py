@@ -174,7 +174,7 @@ def test_bad_requests_are_not_repeated_and_a_refused_key_ends_all():
         assert len(fake.asked) == 1 and len(errors) == 2 and not any(KEY in error for error in errors)
 
 
-def test_an_endpoint_that_is_down_is_given_up():
+def test_endpoint_gives_up_after_consecutive_failures():
     with Fake(lambda *_: BROKEN["500"]()) as fake:
         endpoint = agent(fake, retries=0, give_up=5, concurrency=1)
         replies = endpoint.respond(ask(40))

@@ -42,11 +42,11 @@ def texts(replies):
 
 def test_greedy_replies_depend_on_their_request_alone(agent):
     requests = [ask(text, seed=seed) for seed, text in enumerate(TEXTS + ["Tom has 1.", "apples " * 9])]
-    alone = [texts(agent.respond([request]))[0] for request in requests]
-    assert texts(agent.respond(requests)) == alone
-    assert texts(agent.respond(requests[::-1])) == alone[::-1]
-    assert texts(agent.respond([ask(TEXTS[0], seed=77)])) == alone[:1]
-    assert len(set(alone)) > 1
+    one_by_one = [texts(agent.respond([request]))[0] for request in requests]
+    assert texts(agent.respond(requests)) == one_by_one
+    assert texts(agent.respond(requests[::-1])) == one_by_one[::-1]
+    assert texts(agent.respond([ask(TEXTS[0], seed=77)])) == one_by_one[:1]
+    assert len(set(one_by_one)) > 1
 
 
 def test_sampled_replies_follow_the_seed(agent):
@@ -57,16 +57,16 @@ def test_sampled_replies_follow_the_seed(agent):
     mixed = texts(agent.respond([ask(text, seed, temperature=1.0) for seed in (2, 1) for text in TEXTS]))
     assert mixed == sampled(2) + sampled(1)
     # Whatever else is asked, and wherever the request stands.
-    alone = [texts(agent.respond([ask(text, 1, temperature=1.0)]))[0] for text in TEXTS]
-    assert alone == sampled(1)
+    one_by_one = [texts(agent.respond([ask(text, 1, temperature=1.0)]))[0] for text in TEXTS]
+    assert one_by_one == sampled(1)
 
 
-def test_settings_of_each_request_are_its_own(agent, tokenizer):
+def test_each_request_keeps_its_settings(agent, tokenizer):
     short, long = agent.respond([ask(TEXTS[0], max_tokens=2), ask(TEXTS[0], max_tokens=12)])
     assert long.text.startswith(short.text) and len(tokenizer.encode(short.text)) < len(tokenizer.encode(long.text))
 
 
-def test_prompts_too_long_are_failed_calls_and_leave_the_others(agent, tmp_path):
+def test_prompts_too_long_are_failed_calls_and_do_not_affect_the_others(agent, tmp_path):
     ledger = Ledger(tmp_path / "l.sqlite")
     replies = LedgeredAgent(agent, ledger).respond([ask("Tom"), ask("apples " * 200)])
     assert [reply.ok for reply in replies] == [True, False]
@@ -85,7 +85,7 @@ def test_fingerprint_follows_weights_and_tokenizer(agent, tokenizer):
     assert LocalAgent(model(tokenizer), other, "tiny").fingerprint != agent.fingerprint
 
 
-def test_user_turn_goes_on_where_the_conversation_format_puts_it(agent, tokenizer):
+def test_user_turn_continues_where_the_conversation_format_places_it(agent, tokenizer):
     turns = (Message("user", "Tom has 12."), Message("assistant", "7"))
     prompt = _encode_for_user(tokenizer, turns)
     full = encode_conversation(tokenizer, [*turns, Message("user", "How?"), Message("assistant", "12-5=7")])

@@ -7,7 +7,7 @@ from wizard_engine.data.records import Message
 from wizard_engine.runtime.process import Runtime
 
 
-class Fixed:
+class RegisteredAgent:
     name, fingerprint = "fixed", "1"
 
     def respond(self, requests):
@@ -15,32 +15,32 @@ class Fixed:
 
 
 @pytest.fixture
-def fixed():
-    register("test:fixed", Fixed)
+def agent_name():
+    register("test:fixed", RegisteredAgent)
     return "test:fixed"
 
 
-def test_make_agent_finds_registered_names(fixed, tmp_path):
-    assert fixed in registered()
-    assert isinstance(make_agent(fixed), Fixed)
+def test_make_agent_finds_registered_names(agent_name, tmp_path):
+    assert agent_name in registered()
+    assert isinstance(make_agent(agent_name), RegisteredAgent)
     ledger = Ledger(tmp_path / "l.sqlite")
-    agent = make_agent(fixed, ledger, batch_size=3)
+    agent = make_agent(agent_name, ledger, batch_size=3)
     assert isinstance(agent, LedgeredAgent) and agent.batch_size == 3
     assert agent.respond([Request("answer", (Message("user", "?"),))]) == [Reply("yes")]
     assert ledger.counts() == {"fixed": {"answer": {"replies": 1, "failures": 0}}}
 
 
-def test_cast_makes_each_agent_once_with_one_ledger(fixed, tmp_path):
+def test_cast_makes_each_agent_once_with_one_ledger(agent_name, tmp_path):
     cast = Cast(tmp_path / "l.sqlite", Runtime())
-    agent = cast.agent(fixed)
-    assert cast.agent(fixed) is agent and agent.ledger is cast.ledger
-    assert cast.optional(None) is None and cast.optional(fixed) is agent
+    agent = cast.agent(agent_name)
+    assert cast.agent(agent_name) is agent and agent.ledger is cast.ledger
+    assert cast.optional(None) is None and cast.optional(agent_name) is agent
     agent.respond([Request("answer", (Message("user", "?"),))])
     cast.close()
     assert not (tmp_path / "l.sqlite-wal").exists()
 
 
-def test_make_agent_names_the_nearest(fixed, tmp_path):
+def test_make_agent_names_the_nearest(agent_name, tmp_path):
     with pytest.raises(ValueError, match="got 'test:fixd'; did you mean 'test:fixed'"):
         make_agent("test:fixd")
     with pytest.raises(ValueError, match="openai:MODEL@URL, or a directory holding a saved model, got"):

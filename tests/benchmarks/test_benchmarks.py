@@ -51,8 +51,8 @@ def test_line_holds_median_spread_rate_and_ratio():
     row = {"op": "packing", "shape": "N=5", "variant": "C++", "rate": 1234.5, "unit": "sequences/s"}
     row |= {"seconds": {"p20": 0.001, "p50": 0.002, "p80": 0.003}}
     row |= {"ratio": {"peer": "Python", "p50": 30.0, "p20": 29.0, "p80": 31.0}}
-    for part in ("packing", "N=5", "2.00 ms (1.00 to 3.00)", "1,234 sequences/s", "30.00x Python (29.00 to 31.00)"):
-        assert part in harness.line_of(row)
+    for expected in ("packing", "N=5", "2.00 ms (1.00 to 3.00)", "1,234 sequences/s", "30.00x Python (29.00 to 31.00)"):
+        assert expected in harness.line_of(row)
 
 
 def test_absent_peer_is_said_and_the_rest_is_measured(monkeypatch, capsys):

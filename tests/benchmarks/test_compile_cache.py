@@ -123,7 +123,7 @@ def test_missing_kernel_is_compiled_and_counted(copied):
 
 
 @pytest.mark.slow
-def test_compile_missing_compiles_what_is_missing_alone(copied):
+def test_compile_missing_compiles_only_missing_kernels(copied):
     for name in ("gae", "dpo"):
         shutil.rmtree(next(copied.glob(f"*/{name}_kernel.cubin")).parent)
     code = """
@@ -137,7 +137,7 @@ for seconds in (300, 300):
     assert again.startswith("5 of 5 kernels cached, 0 compiled ahead"), done.stderr
 
 
-def test_source_that_fails_or_never_ends_costs_itself_alone(monkeypatch):
+def test_source_that_fails_or_hangs_costs_only_itself(monkeypatch):
     """Catches: a source that holds up the others, or processes that go on behind the deadline."""
     code = """
 import json, sys, time
@@ -255,7 +255,7 @@ def test_missing_compilers_are_named(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "cache").exists()
 
 
-def test_folder_with_other_things_is_left_alone(cache, copied, tmp_path, monkeypatch, capsys):
+def test_folder_with_other_files_is_not_changed(cache, copied, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

@@ -150,8 +150,8 @@ def test_problems_are_what_an_entry_promises_and_does_not_keep(changes, expected
 
 def test_line_holds_resources_counts_and_what_is_wrong():
     text = line_of(row(spill_store_bytes=4))
-    for part in ("187 registers", "96.0 KB", "1 blocks", "16/16 B", "HGMMA 24 UTMALDG 5 EX2 70", "spills 4 bytes"):
-        assert part in text
+    for expected in ("187 registers", "96.0 KB", "1 blocks", "16/16 B", "HGMMA 24 UTMALDG 5 EX2 70", "spills 4 bytes"):
+        assert expected in text
     assert line_of(row(error="E: no")).endswith("does not compile: E: no")
 
 

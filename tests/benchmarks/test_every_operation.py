@@ -127,7 +127,7 @@ def test_a_wrong_gradient_or_norm_of_a_step_is_seen(monkeypatch):
 
 def test_recipes_that_train_are_all_there(capsys):
     names = " ".join(step.name for step in tiny_steps.STEPS)
-    assert all(part in names for part in ("sft", "stage_dpo", "ranking", "process", "rleif policy", "rleif critic"))
+    assert all(name in names for name in ("sft", "stage_dpo", "ranking", "process", "rleif policy", "rleif critic"))
     cuda = tiny_steps.cases(torch.device("cuda", 0))
     assert [name for name, _ in cuda][:: len(tiny_steps.STEPS)] == ["sft bfloat16", "sft float32"]
     if not torch.cuda.is_available():

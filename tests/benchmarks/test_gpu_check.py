@@ -281,7 +281,7 @@ def test_the_step_stands_beside_the_ledgers_prediction_and_goes_without(tmp_path
     (predicted,) = check_phases.predicted(visit(tmp_path), row)
     assert predicted["measured_over_predicted"] == 1.5 and predicted["prediction"]["asked"] == ("7b", 16384, "train")
 
-    def refuse(*words):
+    def refuse(*arguments):
         raise ValueError("tokens: expected fewer")
 
     ledger.predict = refuse
@@ -324,7 +324,7 @@ def test_summary_shows_what_is_wrong(tmp_path):
         file.write('{"op": "cut in the mid')
     check_summary.report(tmp_path, [Outcome("tables", "wrong", 12.0, "2 of 90")])
     text = (tmp_path / "summary.md").read_text()
-    for part in (
+    for expected in (
         "# GPU check: H100, 2026-11-25",
         "torch 2.11",
         "| tables | wrong | 12 | 2 of 90 |",
@@ -336,7 +336,7 @@ def test_summary_shows_what_is_wrong(tmp_path):
         "predicted 1.000 s, measured 1.500 s: 1.50 times as long",
         'rows cut: {"op": "cut in the mid',
     ):
-        assert part in text, text
+        assert expected in text, text
 
 
 def test_default_folder_has_a_plain_name_and_takes_no_other_runs(tmp_path):
@@ -357,8 +357,8 @@ def test_exit_status_says_what_became_of_the_phases(tmp_path, monkeypatch, has_g
     monkeypatch.setattr(
         gpu_check, "spawn", lambda phase, *more: Outcome(phase.name, status.get(phase.name, "done"), 1.0)
     )
-    words = ["--out", str(tmp_path / "run")]
-    assert gpu_check.main([*words, "--only", "tables", "pytest"]) == 0
+    arguments = ["--out", str(tmp_path / "run")]
+    assert gpu_check.main([*arguments, "--only", "tables", "pytest"]) == 0
     assert "every phase was run" in capsys.readouterr().out
     for what, expected in (
         ("left out", 3),
@@ -368,13 +368,13 @@ def test_exit_status_says_what_became_of_the_phases(tmp_path, monkeypatch, has_g
         ("crashed (exit -11)", 1),
     ):
         status["pytest"] = what
-        assert gpu_check.main([*words, "--only", "tables", "pytest"]) == expected, what
+        assert gpu_check.main([*arguments, "--only", "tables", "pytest"]) == expected, what
     assert gpu_check.main(["--out", str(tmp_path / "two"), "--minutes", "0.2"]) == 3
     assert "skipped: compile the minutes are spent" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--only", "atention"], "the nearest is attention"),
         (["--minutes", "0"], "above 0, got '0'"),
@@ -386,13 +386,13 @@ def test_exit_status_says_what_became_of_the_phases(tmp_path, monkeypatch, has_g
         (["--out", "USED"], "--out: expected an empty folder or one of an earlier check"),
     ],
 )
-def test_command_line_refuses_with_status_2(tmp_path, has_gpu, capsys, words, message):
+def test_command_line_refuses_with_status_2(tmp_path, has_gpu, capsys, arguments, message):
     (tmp_path / "file").write_text("x")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("x")
-    words = [w.replace("FILE", str(tmp_path / "file")).replace("USED", str(tmp_path / "used")) for w in words]
+    arguments = [w.replace("FILE", str(tmp_path / "file")).replace("USED", str(tmp_path / "used")) for w in arguments]
     with pytest.raises(SystemExit) as stopped:
-        gpu_check.main(words)
+        gpu_check.main(arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert (tmp_path / "used" / "thesis.tex").exists() and (tmp_path / "file").is_file()
 
@@ -437,13 +437,13 @@ sys.exit(gpu_check.main([]))
     )
 
 
-@pytest.mark.parametrize("words", ["--minutes 5", '--out "$OUT/check" --minutes 8.5'])
-def test_make_gpu_check_runs_the_module_and_installs_nothing(words):
-    command = ["make", "-n", "gpu-check", "PYTHON=some-python", f"ARGS={words.replace('$', '$$')}"]
+@pytest.mark.parametrize("arguments", ["--minutes 5", '--out "$OUT/check" --minutes 8.5'])
+def test_make_gpu_check_runs_the_module_and_installs_nothing(arguments):
+    command = ["make", "-n", "gpu-check", "PYTHON=some-python", f"ARGS={arguments.replace('$', '$$')}"]
     # Under `make test` this make would be a sub-make, and print the folders that it enters.
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=inherited).stdout
-    assert printed.splitlines()[-1] == f"PYTHONPATH=. some-python -m benchmarks.gpu_check {words}"
+    assert printed.splitlines()[-1] == f"PYTHONPATH=. some-python -m benchmarks.gpu_check {arguments}"
     done = subprocess.run(command[:1] + command[2:], cwd=ROOT, capture_output=True, text=True, env=inherited)
     assert (
         done.returncode == 2 and "some-python has no torch; PYTHON=" in done.stderr and "Traceback" not in done.stderr
@@ -460,7 +460,7 @@ def test_training_step_moves_masters_and_clears_gradients(recompute):
     state = train_single.build(config, CPU, recompute)
     engine = state.optimizer.sharded
     before = engine.master.clone()
-    calls = train_single.parts(state, train_single.Packed.of(LENGTHS, config.vocab_size, CPU))
+    calls = train_single.step_phases(state, train_single.Packed.of(LENGTHS, config.vocab_size, CPU))
     calls["forward"]()
     calls["backward"]()
     names = [name for name, _, values in engine.shards(engine.gradient()) if bool(values.any())]
@@ -488,7 +488,7 @@ def test_layers_that_fit_follow_from_two_peaks(one, two, whole, layers):
     assert train_single.layers_that_fit(one, two, whole, 32) == layers
 
 
-def test_shares_of_the_mixture_are_those_of_one_size():
+def test_fractions_of_the_mixture_belong_to_one_size():
     def row(op, label, us, **changes):
         return {"op": op, "phase": "forward", "label": label, "us": us, "is_ours": True, **changes}
 

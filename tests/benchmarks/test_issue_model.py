@@ -91,14 +91,14 @@ def test_stalls_and_scoreboards_of_the_code_are_kept():
 
 def test_barrier_keeps_warp_groups_in_step_and_blocks_overlap():
     steps = (PRODUCT, WAIT, BARRIER, *exponentials(8))
-    alone = simulate(loop(*steps), 1, 1, 0)
+    one_block = simulate(loop(*steps), 1, 1, 0)
     in_step = simulate(loop(*steps, num_warps=8), 1, 1, 0)
-    assert alone == pytest.approx(64 + 20 + 20 + 64 + 14, abs=5)
+    assert one_block == pytest.approx(64 + 20 + 20 + 64 + 14, abs=5)
     # The first warp's product runs during the second's exponentials (64); the second's follows (64 + 20), then comes
     # the barrier (20), and only then the first's exponentials (64 + 14).
     assert in_step == pytest.approx(64 + 64 + 20 + 20 + 64 + 14, abs=6)
     # catches: blocks that wait for each other's barriers, or that run in step: together they need hardly more than one.
-    assert simulate(loop(*steps), 2, 1, 0) < 1.1 * alone
+    assert simulate(loop(*steps), 2, 1, 0) < 1.1 * one_block
 
 
 def test_stages_hide_the_latency_of_loads():

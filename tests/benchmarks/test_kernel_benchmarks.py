@@ -25,8 +25,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 ROUGH = Attention((5, 0, 9, 1, 14), 4, 2, 8, padding=3)
 
 
-def row(us: float = 100.0, *, spread: float = 1.0, variant: str = "triton", **more) -> dict:
-    times = {"p20": us - spread, "p50": us, "p80": us + spread}
+def row(us: float = 100.0, *, deviation: float = 1.0, variant: str = "triton", **more) -> dict:
+    times = {"p20": us - deviation, "p50": us, "p80": us + deviation}
     fields = {
         "op": "rope",
         "phase": "forward",
@@ -143,12 +143,12 @@ def test_reference_in_blocks_equals_a_loop(monkeypatch, causal, window, fused):
         torch.testing.assert_close(actual[name][:-3], grad[:-3])
 
 
-def test_reference_of_some_heads_is_a_part_of_that_of_all():
+def test_reference_of_some_heads_is_a_slice_of_the_whole_reference():
     tensors = ROUGH.inputs(torch.float32, CPU)
     for phase in ("forward", "backward"):
         whole = in_blocks(ROUGH, tensors, phase, torch.float64, [0, 1])
         some = in_blocks(ROUGH, tensors, phase, torch.float64, [1])
-        for name, x in attention_problem.part(ROUGH, whole, [1]).items():
+        for name, x in attention_problem.select_heads(ROUGH, whole, [1]).items():
             assert torch.equal(x, some[name])
 
 
@@ -275,7 +275,7 @@ def test_roughened_rows_have_scales_over_four_decades():
 
 
 # Catches: a backward that runs the forward again, or adds to the gradients of the call before.
-def test_backward_is_timed_alone_and_into_fresh_gradients():
+def test_backward_is_timed_without_the_forward_and_into_fresh_gradients():
     calls = []
     problem = RmsNorm(4, 8, residual=True)
     tensors = problem.inputs(torch.float32, CPU)
@@ -302,7 +302,7 @@ def test_time_calls_rotates_and_gives_percentiles(clock):
     assert actual["a"].wall_us["p50"] == pytest.approx(1e4) and actual["b"].us == pytest.approx(2e4)
     assert actual["a"].kernel_us is None and actual["a"].repeats == 4
     assert order[6:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert gpu_timing.spread(range(11)) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
+    assert gpu_timing.percentiles(range(11)) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
 
 
 class FakeEvent:
@@ -513,7 +513,7 @@ def test_variants_that_did_not_compile_are_never_launched(monkeypatch):
 
 
 # Catches: an in-place variant that leaves its mark on what the next variant reads.
-def test_variants_that_write_their_inputs_get_their_own(monkeypatch):
+def test_variants_that_write_their_inputs_receive_copies(monkeypatch):
     def spoil(problem, device):
         def function(t):
             out = problem.formula({name: x.clone() for name, x in t.items()})
@@ -533,7 +533,7 @@ def test_cases_of_a_gpu_hold_the_shapes_that_matter():
     labels = [case.label for case in actual if case.phase == "forward"]
     assert len(actual) == 2 * len(labels) and all(case.phase == "forward" for case in actual[: len(labels)])
     assert all(case.problem.tokens == 32768 for case in actual if not case.problem.is_ragged)
-    for part in (
+    for text in (
         "S=8 H=32 K=8 C=128 causal bf16",
         "S=1 H=32 K=8 C=128 full",
         "H=16 K=16 C=128",
@@ -543,7 +543,7 @@ def test_cases_of_a_gpu_hold_the_shapes_that_matter():
         "C=96",
         "C=256",
     ):
-        assert any(part in label for label in labels), part
+        assert any(text in label for label in labels), text
     assert set(cases(["attention"], CUDA, quick=True)) < set(actual)
     rows = [case.label for case in cases(["rms_norm", "adamw", "swiglu", "rope"], CUDA)]
     assert "T=16384 D=4096 residual bf16" in rows and "T=16384 F=28672 bf16" in rows and "P=117440512 bf16" in rows
@@ -591,7 +591,7 @@ def test_plain_formula_agrees_with_this_projects_function(problem):
     [
         (row(110), row(100), True, "+10.0%"),
         (row(104), row(100), False, "+4.0%"),
-        (row(110, spread=20), row(100, spread=5), False, "(within the noise)"),
+        (row(110, deviation=20), row(100, deviation=5), False, "(within the noise)"),
         (row(90), row(100), False, "-10.0%"),
         (row(110, variant="eager"), row(100, variant="eager"), False, "+10.0%"),
         (untimed("wrong", note="y: error"), row(100), True, "wrong now: y: error"),
@@ -614,8 +614,8 @@ def test_compare_refuses_other_hardware_and_passes_over_rows_of_one_file():
 def test_compare_command_gives_its_exit_status(tmp_path, capsys, us, limit, status):
     for name, rows in (("old.json", [row(100)]), ("new.json", [row(us)])):
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-    words = ["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--fail-over", limit]
-    assert kernels.main(words) == status
+    options = ["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--fail-over", limit]
+    assert kernels.main(options) == status
     assert ("worse: rope forward T=4 fp32 triton: 100.0 -> 110.0 us" in capsys.readouterr().out) == bool(status)
 
 
@@ -658,7 +658,7 @@ def test_rates_and_shares_come_from_the_same_run():
     assert actual["share_of_copy"] == pytest.approx(0.5) and actual["share_of_matrix"] == pytest.approx(0.5)
 
 
-def test_ratios_leave_the_equal_product_out_of_the_peers():
+def test_ratios_exclude_the_equal_product_from_the_peers():
     rows = [row(100, tflops=2.0), row(150, variant="eager", tflops=1.0), row(50, variant="matmul equal", tflops=4.0)]
     kernel_rows.add_ratios(rows)
     assert rows[0]["speedup"] == {"eager": 1.5} and rows[0]["share_of_equal"] == 0.5
@@ -669,13 +669,13 @@ def test_markdown_names_hardware_and_command_of_every_table():
     rows = [row(1234.5, speedup={"eager": 2.0}), row(variant="eager"), row(gpu="H200"), untimed("wrong")]
     text = kernel_rows.markdown(rows)
     assert text.count("| operation |") == 2
-    for part in (
+    for expected in (
         "H100, torch 2.11, commit abc, 2026-11-25; `python -m benchmarks.kernels`",
         "copy 100 GB/s",
         "| rope forward | T=4 fp32 | 1,234.5 (1,233.5 to 1,235.5) | 50 GB/s | 50% of copy | eager 2.00 |",
         "H200",
     ):
-        assert part in text
+        assert expected in text
     assert len(text.splitlines()) == 2 * 5 + 1
 
 
@@ -735,15 +735,15 @@ def test_harness_runs_on_a_cpu_end_to_end(tmp_path, capsys):
 
 def test_profile_runs_once_and_writes_nothing(tmp_path, capsys):
     results = tmp_path / "out.jsonl"
-    words = ["--device", "cpu", "--op", "swiglu", "--profile", "--variant", "reference", "--json", str(results)]
-    assert kernels.main(words) == 0
+    options = ["--device", "cpu", "--op", "swiglu", "--profile", "--variant", "reference", "--json", str(results)]
+    assert kernels.main(options) == 0
     printed = capsys.readouterr().out
     assert "ncu --nvtx --nvtx-include 'swiglu.forward.T64_F48_fp32.reference/'" in printed and " us " not in printed
     assert "nsys profile" in printed and not results.exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         (["--op", "atention"], "got atention; the nearest is attention"),
         (["--quik"], "--quik: expected a known option, got an unknown one; the nearest is --quick"),
@@ -757,9 +757,9 @@ def test_profile_runs_once_and_writes_nothing(tmp_path, capsys):
         ),
     ],
 )
-def test_command_line_refuses_with_status_2(capsys, words, message):
+def test_command_line_refuses_with_status_2(capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
-        kernels.main(words)
+        kernels.main(options)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -773,7 +773,7 @@ def test_results_file_errors_name_the_line(tmp_path, text, message):
         kernel_rows.read_rows(tmp_path / "x.json")
 
 
-# Catches: columns instead of rows divided among the experts; gates of another order; the weights' wrong sides.
+# Catches: columns instead of rows split among the experts; gates in another order; transposed weights.
 def test_torch_s_grouped_product_is_given_the_same_experts():
     if not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip("torch has no grouped_mm")

@@ -158,10 +158,10 @@ def test_serialised_wgmma_is_told_from_single_ones():
         Instruction(0, chain, "R24, gdesc[UR4], RZ, !UPT"),
         Instruction(16, chain, "R24, gdesc[UR8], R24, gsb0"),
     ]
-    alone = [Instruction(0, chain, "R24, gdesc[UR4], RZ, !UPT, gsb0")]
-    waiting = [alone[0], Instruction(16, chain, "R24, gdesc[UR8], R24, gsb0")]
+    single = [Instruction(0, chain, "R24, gdesc[UR4], RZ, !UPT, gsb0")]
+    waiting = [single[0], Instruction(16, chain, "R24, gdesc[UR8], R24, gsb0")]
     # catches: every gsb0 taken for one: products of a single instruction commit their group too.
-    assert [code(actual).is_serialised for actual in (together, alone, alone * 2, waiting)] == [
+    assert [code(actual).is_serialised for actual in (together, single, single * 2, waiting)] == [
         False,
         False,
         False,

@@ -50,8 +50,8 @@ def test_a_batch_that_changes_and_a_capture_are_errors_and_no_figures(monkeypatc
     engine.step()
     seconds, error = rollout.timed_steps(engine, 3, 20)
     assert seconds == [] and error == "step 7: expected a batch of 3, got 3, 2 after it"
-    numbers = count()
-    monkeypatch.setattr(Engine, "captures", property(lambda self: next(numbers)))
+    captures = count()
+    monkeypatch.setattr(Engine, "captures", property(lambda self: next(captures)))
     decode, _, whole = rollout.measure("tiny", CPU, small=True)
     for row in (decode, whole):
         assert "seconds" not in row and "expected no capture of a graph while" in row["error"]

@@ -16,7 +16,7 @@ from many_ranks import ENVIRONMENT, ROOT, torchrun
 from benchmarks import train_single, train_step, train_sweep
 from benchmarks.communication import Communication, CommunicationMeter
 from benchmarks.train_plan import Pass, PassLog, gathers
-from benchmarks.train_recipes import Words, Work, forward_flops, rollout_flops
+from benchmarks.train_recipes import WordTokenizer, Work, forward_flops, rollout_flops
 from wizard_engine.data.chat import Sample
 from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel import Mesh, MeshOptions
@@ -28,11 +28,11 @@ CPU = torch.device("cpu")
 RECIPES = ["sft", "stage_dpo", "reward", "rleif"]
 SMALL = {"recipe": RECIPES, "preset": "tiny", "device": "cpu", "warmup": 1, "steps": 1}
 WHOLE = SMALL | {"tokens": 128, "packs": 2}
-PARTS = SMALL | {"tokens": 256, "document_tokens": 64, "sharding": {"recompute": "full"}}
+CHUNKS = SMALL | {"tokens": 256, "document_tokens": 64, "sharding": {"recompute": "full"}}
 LAYOUTS = {
-    1: {"whole documents": WHOLE, "parts": PARTS},
-    2: {"whole documents": WHOLE, "tp": PARTS | {"mesh": {"tp": 2}}},
-    4: {"shard and copies": WHOLE | {"mesh": {"dp_replicate": 2}}, "shard and cp": PARTS | {"mesh": {"cp": 2}}},
+    1: {"whole documents": WHOLE, "parts": CHUNKS},
+    2: {"whole documents": WHOLE, "tp": CHUNKS | {"mesh": {"tp": 2}}},
+    4: {"shard and copies": WHOLE | {"mesh": {"dp_replicate": 2}}, "shard and cp": CHUNKS | {"mesh": {"cp": 2}}},
 }
 
 
@@ -117,8 +117,8 @@ def test_summary_counts_shared_rows_once_and_divides_by_all_ranks():
     assert row["step_tokens"] == [100] and row["seconds"]["p50"] == 4.0
     assert row["tokens_per_second_per_gpu"] == 12.5 and row["mfu"] == 1.0
     assert row["exposed_seconds"] == {"tp": 1.0} and row["exposed_share"] == {"tp": 0.25}
-    alone = train_step.summary("sft", [first, second], sharing=1, peak=1e3)
-    assert alone["step_tokens"] == [200] and alone["tokens_per_second_per_gpu"] == 25.0
+    unshared = train_step.summary("sft", [first, second], sharing=1, peak=1e3)
+    assert unshared["step_tokens"] == [200] and unshared["tokens_per_second_per_gpu"] == 25.0
 
 
 def test_bytes_that_differ_are_not_as_planned():
@@ -129,7 +129,7 @@ def test_bytes_that_differ_are_not_as_planned():
     assert train_step.as_planned("sft", one | {("sum", "numbers"): 8}, one)
 
 
-def test_parts_of_a_document_take_what_the_document_takes():
+def test_chunks_of_a_document_cost_as_much_as_the_document():
     config = PRESETS["tiny-mistral"]
     whole = forward_flops(config, [(0, 40)], 40)
     assert whole == pytest.approx(40 * flops_per_token(config, 40))
@@ -203,8 +203,8 @@ def test_meter_counts_inside_its_block_alone(tmp_path):
         dist.destroy_process_group()
 
 
-def test_words_are_read_back():
-    tokenizer = Words(50)
+def test_word_tokenizer_round_trip():
+    tokenizer = WordTokenizer(50)
     ids = [3, 49, 2, 17]
     text = tokenizer.decode(ids)
     assert text == "w3 w49 w17" and tokenizer.encode(text) == [3, 49, 17]
@@ -229,8 +229,8 @@ def test_row_is_on_the_disk_before_the_trace_which_is_of_one_layer(tmp_path, mon
         raise OSError("the disk is full")
 
     monkeypatch.setattr(train_step, "write_trace", slow)
-    words = ["--preset", "tiny", "--tokens", "64", "--steps", "1", "--device", "cpu"]
-    assert train_step.main([*words, "--json", str(rows), "--trace", str(path)]) == 2
+    arguments = ["--preset", "tiny", "--tokens", "64", "--steps", "1", "--device", "cpu"]
+    assert train_step.main([*arguments, "--json", str(rows), "--trace", str(path)]) == 2
     assert json.loads(rows.read_text())["recipe"] == "sft"
     names = names_in(path)
     assert {"sft step", "policy", "policy.blocks.0", "policy.blocks.0.feed_forward.down", "policy.norm"} <= names
@@ -242,11 +242,11 @@ def test_trace_of_the_single_gpu_step_has_ranges_by_module(tmp_path):
     assert {"forward", "backward", "update", "policy.blocks.0.attention_norm"} <= names_in(tmp_path / "trace.json")
 
 
-GIVEN = ["--device", "cpu", "--preset", "tiny", "--tokens", "128"]
+TINY_RUN = ["--device", "cpu", "--preset", "tiny", "--tokens", "128"]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             ["--recipe", "stage-dpo"],
@@ -266,10 +266,10 @@ GIVEN = ["--device", "cpu", "--preset", "tiny", "--tokens", "128"]
         (["--sweep", "PATH"], "expected a file of layouts"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_is_written(words, message, tmp_path, capsys):
+def test_bad_input_is_refused_and_nothing_is_written(arguments, message, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
-    words = [word.replace("PATH", str(tmp_path / "absent")) for word in words]
-    assert train_step.main([*GIVEN, *words, "--json", str(rows)]) == 2
+    arguments = [argument.replace("PATH", str(tmp_path / "absent")) for argument in arguments]
+    assert train_step.main([*TINY_RUN, *arguments, "--json", str(rows)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("train_step: error: ")
     assert re.search(message, printed), printed
@@ -278,7 +278,7 @@ def test_bad_input_is_refused_and_nothing_is_written(words, message, tmp_path, c
 
 def test_unknown_option_is_refused_with_the_nearest(capsys):
     with pytest.raises(SystemExit) as stopped:
-        train_step.main([*GIVEN, "--sharding.recompue", "full"])
+        train_step.main([*TINY_RUN, "--sharding.recompue", "full"])
     assert stopped.value.code == 2 and "the nearest is --sharding.recompute" in capsys.readouterr().err
 
 

@@ -87,14 +87,14 @@ def test_choose_keeps_the_tables_configuration_within_a_percent(us, expected):
     assert name_of(choose(TARGET, [A, B, C], fake({"A": 100, "B": us, "C": 150})).config) == expected
 
 
-def test_choose_looks_at_the_tables_own_even_when_time_is_up():
+def test_choose_times_the_current_entry_even_without_time():
     asked = []
     choice = choose(TARGET, [A, B, C], fake({"A": 9, "B": 5, "C": 7}, asked=asked), deadline=0.0, clock=lambda: 1.0)
     assert choice.config == A and choice.candidates == 1 and choice.runner_up_us is None
     assert all(B not in request.get("configs", [request.get("config")]) for request in asked)
 
 
-def test_choose_compares_the_tables_own_with_the_fastest_four():
+def test_choose_compares_the_current_entry_with_the_fastest_four():
     asked = []
     us = {"A": 50, "B": 5, "C": 7, "D": 9}
     configs = [A, B, C, D, {"BLOCK_TOKENS": 32, "num_warps": 8}, {"BLOCK_TOKENS": 64, "num_warps": 8}]

@@ -144,7 +144,7 @@ def test_load_of_a_damaged_checkpoint_names_file_and_tensor(tmp_path, name):
         checkpoint.load(damaged(tmp_path, damage))
 
 
-def test_every_flipped_byte_is_found(tmp_path):
+def test_every_flipped_byte_is_detected(tmp_path):
     path = checkpoint.save(tmp_path, 1, tensors={"g": {"x": torch.arange(4.0), "y": torch.arange(3)}}, state={})
     file = path / FILE
     for position in range(file.stat().st_size):
@@ -169,7 +169,7 @@ def test_load_like_names_the_tensor_of_another_model(tmp_path):
         checkpoint.load(path, like={"value": {"v": torch.zeros(1)}})
 
 
-def test_full_disk_leaves_the_old_checkpoints_and_nothing_else(tmp_path):
+def test_full_disk_keeps_only_the_old_checkpoints(tmp_path):
     checkpoint.save(tmp_path, 1, tensors=groups(), state={})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))

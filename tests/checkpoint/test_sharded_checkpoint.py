@@ -16,7 +16,7 @@ from wizard_engine.model import load_hf
 STEPS, SAVED = 20, 10
 
 
-def train(root, out, ranks, *words):
+def train(root, out, ranks, *arguments):
     done = torchrun(
         ranks,
         ROOT / "recipes" / "sft.py",
@@ -41,7 +41,7 @@ def train(root, out, ranks, *words):
         "--quiet",
         "--training.weight-decay",
         "0.1",
-        *words,
+        *arguments,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -60,14 +60,14 @@ def root(tmp_path_factory):
     return root
 
 
-def resumed(root, name, ranks, *words):
+def resumed(root, name, ranks, *arguments):
     out = root / name
     shutil.copytree(root / "whole", out, ignore=shutil.ignore_patterns("model", "stage.json"))
-    train(root, out, ranks, *words)
+    train(root, out, ranks, *arguments)
     return out
 
 
-def test_every_rank_writes_its_own_part(root):
+def test_every_rank_writes_its_shard(root):
     path = root / "run" / "checkpoints" / f"step_{SAVED:08d}"
     files = [f"part_{rank:05d}.safetensors" for rank in range(4)]
     assert sorted(os.listdir(path)) == ["manifest.json", *files]
@@ -124,7 +124,7 @@ def test_checkpoint_of_four_ranks_is_the_same_in_any_layout(root, ranks, replica
         (4, {"tp": 2, "dp_replicate": 2}),
     ],
 )
-def test_matrices_and_experts_divided_and_put_together_again_are_the_same(root, ranks, layout):
+def test_matrices_and_experts_resharded_and_gathered_are_the_same(root, ranks, layout):
     """From four ranks of data to this layout, and from it to one rank, to four, or to experts on two."""
     name = "_".join([f"in_{ranks}", *(f"{key}_{size}" for key, size in layout.items())])
     reshard(root, ranks, "run", name, **layout)
@@ -164,7 +164,7 @@ def test_four_ranks_resume_bit_equal(root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "words"),
+    ("ranks", "arguments"),
     [
         (1, ()),
         (2, ("--mesh.dp-replicate", "2")),
@@ -174,8 +174,8 @@ def test_four_ranks_resume_bit_equal(root):
         (4, ("--mesh.tp", "2", "--mesh.ep", "4")),
     ],
 )
-def test_other_layouts_go_on_with_the_same_losses(root, ranks, words):
-    out = resumed(root, "with_" + "_".join([str(ranks), *words]).replace("--mesh.", ""), ranks, *words)
+def test_other_layouts_go_on_with_the_same_losses(root, ranks, arguments):
+    out = resumed(root, "with_" + "_".join([str(ranks), *arguments]).replace("--mesh.", ""), ranks, *arguments)
     ours, theirs = untimed(out)[SAVED:], untimed(root / "whole")[SAVED:]
     assert len(ours) == len(theirs) == STEPS - SAVED
     for a, b in zip(ours, theirs):

@@ -23,8 +23,8 @@ def listing():
     printed = subprocess.run(
         [knobs.nvidia.cuobjdump.path, "-sass", str(csrc.cuda.LIBRARY)], capture_output=True, text=True, check=True
     )
-    parts = re.split(r"arch = (sm_\w+)", printed.stdout)
-    return {arch: body for arch, body in zip(parts[1::2], parts[2::2]) if "permute_rows" in body}
+    sections = re.split(r"arch = (sm_\w+)", printed.stdout)
+    return {arch: body for arch, body in zip(sections[1::2], sections[2::2]) if "permute_rows" in body}
 
 
 # Catches: rows copied in 4 or 8 bytes; an architecture left out of the build.

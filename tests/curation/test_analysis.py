@@ -114,12 +114,12 @@ def test_analyze_recipe_writes_counts_rejects_and_is_skipped_when_current(tmp_pa
 
 def test_analysis_of_real_rows(shared_data):
     names = ("instructions/alpaca_en.json", "instructions/alpaca_zh.json", "instructions/sharegpt_tools_en.json")
-    parts = [read_rows(shared_data / name) for name in names] + [read_rows(shared_data / "gsm8k/train.jsonl")[:700]]
+    sources = [read_rows(shared_data / name) for name in names] + [read_rows(shared_data / "gsm8k/train.jsonl")[:700]]
     began = time.process_time()
-    analysis = analyze([row for part in parts for row in part])
+    analysis = analyze([row for source in sources for row in source])
     seconds = time.process_time() - began
     assert seconds < 20 * len(analysis.rows) / 5000, f"{seconds:.1f} s of CPU for {len(analysis.rows)} rows"
-    ends = [sum(map(len, parts[:place])) for place in range(5)]
+    ends = [sum(map(len, sources[:place])) for place in range(5)]
     language, skill = ([analysis.columns[name][a:b] for a, b in pairwise(ends)] for name in ("language", "skill"))
     assert [language[0].count("en"), language[1].count("zh"), language[2].count("en")] == [999, 1000, 300]
     assert sum(value.startswith("math-") for value in skill[3]) >= 0.95 * 700

@@ -179,8 +179,8 @@ def test_heuristics_take_any_text(user, answer):
 def _themes(count: int) -> tuple[list[str], list[int]]:
     """Texts of eight words out of twelve, of four vocabularies in turns, and which one each is of."""
     themes = [i % 4 for i in range(count)]
-    words = [[f"{syllable}{letter}" for letter in "abcdefghijkl"] for syllable in ("glom", "trin", "vask", "pelu")]
-    return [" ".join(words[t][(i + k) % 12] for k in range(8)) for i, t in enumerate(themes)], themes
+    vocabulary = [[f"{syllable}{letter}" for letter in "abcdefghijkl"] for syllable in ("glom", "trin", "vask", "pelu")]
+    return [" ".join(vocabulary[t][(i + k) % 12] for k in range(8)) for i, t in enumerate(themes)], themes
 
 
 def test_clustered_topics_separate_vocabularies_and_are_named_by_them():

@@ -13,8 +13,8 @@ SENTENCES = st.lists(st.sampled_from(["a", "b", "c", "1", "2"]), max_size=9).map
 
 
 def grams(text, n):
-    parts = words(text)
-    return {tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)}
+    tokens = words(text)
+    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
 
 
 @settings(max_examples=50, deadline=None)

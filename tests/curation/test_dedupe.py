@@ -18,12 +18,12 @@ from wizard_engine.curation.words import words
 
 
 def shingle_set(text, width):
-    parts = words(text, operators=True)
-    return {tuple(parts[i : i + width]) for i in range(max(1, len(parts) - width + 1))} if parts else set()
+    tokens = words(text, operators=True)
+    return {tuple(tokens[i : i + width]) for i in range(max(1, len(tokens) - width + 1))} if tokens else set()
 
 
-def numbers(text):
-    return [part for part in words(text, operators=True) if not part[0].isalpha()]
+def non_words(text):
+    return [token for token in words(text, operators=True) if not token[0].isalpha()]
 
 
 def clusters_by_all_pairs(texts, threshold, width):
@@ -33,7 +33,7 @@ def clusters_by_all_pairs(texts, threshold, width):
         for i in range(j):
             union = len(sets[i] | sets[j])
             similar = len(sets[i] & sets[j]) >= threshold * union if union else True
-            if similar and numbers(texts[i]) == numbers(texts[j]):
+            if similar and non_words(texts[i]) == non_words(texts[j]):
                 low, high = sorted((cluster[i], cluster[j]))
                 cluster = [low if item == high else item for item in cluster]
     return cluster
@@ -44,13 +44,13 @@ def random_texts(seed, count, alphabet, join):
     texts = []
     for _ in range(count):
         if texts and rng.random() < 0.6:
-            parts = list(texts[rng.integers(len(texts))])
+            tokens = list(texts[rng.integers(len(texts))])
             for _ in range(rng.integers(0, 3)):
-                parts[rng.integers(len(parts))] = alphabet[rng.integers(len(alphabet))]
+                tokens[rng.integers(len(tokens))] = alphabet[rng.integers(len(alphabet))]
         else:
-            parts = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(1, 30))]
-        texts.append(parts)
-    return [join.join(parts) for parts in texts]
+            tokens = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(1, 30))]
+        texts.append(tokens)
+    return [join.join(tokens) for tokens in texts]
 
 
 ENGLISH = [

@@ -192,10 +192,10 @@ def test_effective_sample_size():
 
 def test_partition_covers_every_row_once_in_order():
     rows = [f"row{i:03}" for i in range(101)]
-    parts = partition(rows, 4, 5)
-    assert sorted(row for part in parts for row in part) == rows and sorted(map(len, parts)) == [25, 25, 25, 26]
-    assert all(part == sorted(part) for part in parts) and parts != partition(rows, 4, 6)
-    assert parts == partition(rows, 4, 5) and parts[0] != rows[:26]
+    shards = partition(rows, 4, 5)
+    assert sorted(row for shard in shards for row in shard) == rows and sorted(map(len, shards)) == [25, 25, 25, 26]
+    assert all(shard == sorted(shard) for shard in shards) and shards != partition(rows, 4, 6)
+    assert shards == partition(rows, 4, 5) and shards[0] != rows[:26]
     for slices in (0, 102):
         with pytest.raises(ValueError, match="slices: expected 1 to 101"):
             partition(rows, slices, 0)

@@ -64,7 +64,7 @@ def test_select_counts_add_up_and_slices_are_disjoint():
     assert counts["exact_duplicate"] == 10 and counts["contaminated"] == 2 and counts["rows"] == 71
     assert counts["clean"] == counts["drawn"] == 59 == sum(counts["slices"])
     assert len(selection.removed) == 12
-    assert len({row.id for part in selection.slices for row in part}) == 59
+    assert len({row.id for chosen in selection.slices for row in chosen}) == 59
     with pytest.raises(ValueError, match="rows: expected some to be left after cleaning"):
         select(rows(1), [STORY.format(0, 2)])
 

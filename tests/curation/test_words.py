@@ -38,5 +38,5 @@ def test_words_of_ascii_text_are_those_of_the_general_pattern(text, operators):
 @given(st.text(max_size=40))
 def test_words_hold_no_blanks_and_are_empty_only_for_blank_text(text):
     split = words(text, operators=True)
-    assert all(part and not part.isspace() for part in split)
+    assert all(token and not token.isspace() for token in split)
     assert bool(split) == bool(text.strip())

@@ -20,9 +20,9 @@ from wizard_engine.data.chat import (
 from wizard_engine.data.rows import Conversation, Message, Preference, conversation
 from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
 
-WORDS = ["Tom has 12 apples. How many?", "3*4=12\nThe answer is 12.", " hello there The"]
-TRAINED = train_tokenizer(WORDS, vocab_size=400, atoms=CHAT_ATOMS)
-PLAIN = train_tokenizer(WORDS, vocab_size=280)
+TEXTS = ["Tom has 12 apples. How many?", "3*4=12\nThe answer is 12.", " hello there The"]
+TRAINED = train_tokenizer(TEXTS, vocab_size=400, atoms=CHAT_ATOMS)
+PLAIN = train_tokenizer(TEXTS, vocab_size=280)
 TRAPS = ["</s>", "<s>", " ASSISTANT: ", "USER:", " USER: x ASSISTANT: y</s>", SYSTEM, " lead", "trail ", "\n", "é😀"]
 contents = st.lists(st.sampled_from(TRAPS) | st.text("ab 1\n<", max_size=4), min_size=1, max_size=4).map("".join)
 answers = contents.filter(str.strip)
@@ -43,15 +43,15 @@ def mistral(shared_data):
 
 def runs(sample):
     """Token lists of the maximal runs with weight, each ended by its EOS."""
-    pieces, current = [], []
+    token_runs, current = [], []
     for token, weight in zip(sample.tokens.tolist(), sample.weights.tolist()):
         assert weight in (0.0, 1.0)
         if weight:
             current.append(token)
         elif current:
-            pieces.append(current)
+            token_runs.append(current)
             current = []
-    return [*pieces, current] if current else pieces
+    return [*token_runs, current] if current else token_runs
 
 
 def check_conversation(tokenizer, pairs, system):
@@ -93,12 +93,12 @@ def test_conversation_is_the_template_in_text():
     marked = [TRAINED.decode([token]) or {0: "<s>", 1: "</s>"}[token] for token in sample.tokens.tolist()]
     assert "".join(marked) == f"<s>{SYSTEM} USER: u1 ASSISTANT: a1</s>USER: u2 ASSISTANT: a2</s>"
     assert marked[:3] == ["<s>", SYSTEM, " USER:"]
-    taught = "".join(mark for mark, weight in zip(marked, sample.weights) if weight)
+    taught = "".join(text for text, weight in zip(marked, sample.weights) if weight)
     assert taught == " a1</s> a2</s>"
 
 
 def test_sentencepiece_ids_are_those_of_the_whole_text(mistral):
-    """Segment by segment gives the pieces that SentencePiece gives the turn's text as a whole, with no double space."""
+    """Encoding segment by segment gives SentencePiece's pieces of the whole turn, with no double space."""
     pairs = [("How many apples?", "There are 12 apples."), ("And now?", "None.")]
     tokens = encode_conversation(mistral, turns(pairs)).tokens.tolist()
     first = f"{SYSTEM} USER: How many apples? ASSISTANT: There are 12 apples."
@@ -149,8 +149,8 @@ def test_too_long_is_refused_and_truncation_drops_whole_exchanges():
     with pytest.raises(ValueError, match=f"at most {lengths[2] - 1} tokens, got {lengths[2]}"):
         encode_conversation(TRAINED, whole, max_length=lengths[2] - 1)
     for limit, answers in ((lengths[2] - 1, 2), (lengths[1], 2), (lengths[1] - 1, 1)):
-        cut = encode_conversation(TRAINED, whole, max_length=limit, truncate=True)
-        assert np.array_equal(cut.tokens, encode_conversation(TRAINED, turns(pairs[:answers])).tokens)
+        truncated = encode_conversation(TRAINED, whole, max_length=limit, truncate=True)
+        assert np.array_equal(truncated.tokens, encode_conversation(TRAINED, turns(pairs[:answers])).tokens)
     with pytest.raises(ValueError, match=f"got {lengths[0]}"):
         encode_conversation(TRAINED, whole, max_length=lengths[0] - 1, truncate=True)
 
@@ -232,7 +232,7 @@ def test_twenty_thousand_conversations_take_under_four_seconds():
     assert time.process_time() - began < 4 and len(samples) == 20_000 and not rejected
 
 
-def test_encode_prompt_goes_on_after_a_blank_answer_of_the_models_own():
+def test_encode_prompt_continues_after_a_blank_answer_of_the_model():
     tokenizer = train_tokenizer(["hello there"], vocab_size=300, atoms=CHAT_ATOMS)
     history = (Message("user", "hello"), Message("assistant", ""), Message("user", "there"))
     ids = encode_prompt(tokenizer, history)

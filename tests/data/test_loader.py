@@ -41,10 +41,10 @@ def test_loader_order_does_not_depend_on_world_size(count, world_size, epochs, s
         make(count, packs_per_step=12, epochs=epochs, seed=seed, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    for packs, *parts in zip(one, *ranks, strict=True):
+    for packs, *shards in zip(one, *ranks, strict=True):
         merged = [None] * len(packs)
-        for rank, part in enumerate(parts):
-            merged[rank::world_size] = part
+        for rank, shard in enumerate(shards):
+            merged[rank::world_size] = shard
         assert plain([merged]) == plain([packs])
         for loader in ranks:
             assert np.array_equal(loader.global_step_indices(), one.global_step_indices())

@@ -110,11 +110,11 @@ def test_scan_rows_gives_a_row_or_a_reject_for_any_json(tmp_path_factory, value,
 
 
 @settings(max_examples=50, deadline=None)
-@given(content=st.binary(max_size=60), array=st.booleans(), cut=st.integers(0, 200))
-def test_read_rows_any_bytes_raise_value_error_with_the_line_or_give_rows(tmp_path_factory, content, array, cut):
+@given(content=st.binary(max_size=60), array=st.booleans(), length=st.integers(0, 200))
+def test_read_rows_any_bytes_raise_value_error_with_the_line_or_give_rows(tmp_path_factory, content, array, length):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     valid = json.dumps([turns()] * 2 if array else turns()).encode()
-    path.write_bytes(valid[:cut] + content)
+    path.write_bytes(valid[:length] + content)
     try:
         rows = read_rows(path)
     except ValueError as error:
@@ -288,7 +288,7 @@ def test_gsm8k_annotations_leave_the_text_and_stay_as_attribute(tmp_path):
     assert row.answer == "She has 2*3=6.\n#### 6" and row.attributes["annotated"] == answer
 
 
-def test_own_id_that_differs_is_kept_as_source_id(tmp_path):
+def test_differing_id_of_a_row_is_kept_as_source_id(tmp_path):
     (row,) = read_rows(save(tmp_path, {**turns(), "id": "mine"}))
     assert row.attributes["source_id"] == "mine" and row.id == conversation("Why?", "Because.").id
 

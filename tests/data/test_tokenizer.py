@@ -26,7 +26,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁
 
 def llama_like():
     """A small tokenizer.json in SentencePiece's manner: ▁ for spaces, bytes as a fallback."""
-    words = [
+    vocabulary = [
         "<unk>",
         "<s>",
         "</s>",
@@ -40,7 +40,9 @@ def llama_like():
         "<",
         "c",
     ]
-    backend = Backend(models.BPE({word: i for i, word in enumerate(words)}, [("▁", "a")][:0], byte_fallback=True))
+    backend = Backend(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, [("▁", "a")][:0], byte_fallback=True)
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -78,7 +80,7 @@ def check_text(tokenizer, text):
     assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(spans))
 
 
-PIECES = [
+FRAGMENTS = [
     "'s",
     "'t",
     "'re",
@@ -100,9 +102,11 @@ PIECES = [
 
 @pytest.mark.parametrize("tokenizer", [TRAINED, MERGED], ids=["words", "merges"])
 @settings(max_examples=50, deadline=None)
-@given(parts=st.lists(st.sampled_from(PIECES) | st.text(st.characters(max_codepoint=127), max_size=6), max_size=8))
-def test_trained_tokenizer_s_cache_gives_the_library_s_ids(tokenizer, parts):
-    text = "".join(parts)
+@given(
+    fragments=st.lists(st.sampled_from(FRAGMENTS) | st.text(st.characters(max_codepoint=127), max_size=6), max_size=8)
+)
+def test_trained_tokenizer_s_cache_gives_the_library_s_ids(tokenizer, fragments):
+    text = "".join(fragments)
     assert tokenizer._units is not None
     assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
 
@@ -127,17 +131,17 @@ def test_sentencepiece_ids_are_the_library_s(mistral):
     assert [mistral._backend.id_to_piece(i) for i in mistral.encode("</s>")] == ["▁</", "s", ">"]
 
 
-def test_offsets_are_the_words(mistral):
+def test_offsets_span_the_text_of_each_token(mistral):
     text = "12 ñandú\n😀"
     for tokenizer in (mistral, TRAINED):
         ids = tokenizer.encode(text)
-        parts = [text[start:end] for start, end in tokenizer.offsets(ids)]
-        assert "1" in parts and "2" in parts
-        for index, part in zip(ids, parts):
+        fragments = [text[start:end] for start, end in tokenizer.offsets(ids)]
+        assert "1" in fragments and "2" in fragments
+        for index, fragment in zip(ids, fragments):
             whole = tokenizer._table[index]
             if whole.decode("utf-8", "ignore").encode() == whole:
-                assert whole.decode().lstrip() == part.lstrip()
-        assert parts[-1] == "😀" and parts.count("😀") in (1, 4)
+                assert whole.decode().lstrip() == fragment.lstrip()
+        assert fragments[-1] == "😀" and fragments.count("😀") in (1, 4)
 
 
 def test_decode_of_broken_bytes_is_a_replacement_sign_with_spans_inside():

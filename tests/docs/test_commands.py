@@ -72,10 +72,10 @@ def commands_of(path: Path) -> Iterator[Command]:
             if joined.endswith("\\"):
                 joined = joined[:-1]
                 continue
-            for part in joined.split(" && "):
+            for command in joined.split(" && "):
                 # A line that only sets a variable says nothing that could be wrong.
-                if not all(re.fullmatch(r"\w+=.*", word) for word in shlex.split(part, comments=True)):
-                    yield Command(page, start, part.strip(), is_run)
+                if not all(re.fullmatch(r"\w+=.*", argument) for argument in shlex.split(command, comments=True)):
+                    yield Command(page, start, command.strip(), is_run)
             joined = ""
     plain = FENCE.sub(lambda block: "\n" * block[0].count("\n"), text)
     for code in re.finditer(r"`((?:python -m |python recipes/|torchrun |make )[^`]*)`", plain):
@@ -83,14 +83,14 @@ def commands_of(path: Path) -> Iterator[Command]:
 
 
 COMMANDS = [command for path in PAGES for command in commands_of(path)]
-OWN = [c for c in COMMANDS if re.match(r"(\w+=\S+ )*(python3?|torchrun|ncu|nsys)\b", c.text)]
+PYTHON_COMMANDS = [c for c in COMMANDS if re.match(r"(\w+=\S+ )*(python3?|torchrun|ncu|nsys)\b", c.text)]
 
 
 @contextlib.contextmanager
-def as_main(words: list[str]) -> Iterator[None]:
-    """The words as this process's command line."""
+def as_main(arguments: list[str]) -> Iterator[None]:
+    """In the block, these arguments are the process's command line."""
     before, main = sys.argv, sys.modules["__main__"]
-    sys.argv = words
+    sys.argv = arguments
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -99,39 +99,39 @@ def as_main(words: list[str]) -> Iterator[None]:
         sys.argv, sys.modules["__main__"] = before, main
 
 
-def run_words(words: list[str]) -> None:
-    """`python WORDS` in this process."""
-    if words[0] == "-m":
-        with as_main(words[1:]):
-            runpy.run_module(words[1], run_name="__main__", alter_sys=False)
+def run_python(arguments: list[str]) -> None:
+    """Run `python ARGUMENTS` in this process."""
+    if arguments[0] == "-m":
+        with as_main(arguments[1:]):
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=False)
     else:
-        with as_main(words):
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        with as_main(arguments):
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
 
-def python_words(text: str) -> list[str]:
-    """What python gets of a command of python, torchrun, or a profiler in front of one."""
-    words = shlex.split(text, comments=True)
-    while words and re.fullmatch(r"\w+=.*", words[0]):
-        words.pop(0)
-    if words[0] in ("ncu", "nsys"):
-        words = words[next(i for i, word in enumerate(words) if word in ("python", "torchrun")) :]
-    if words[-1] == "...":
-        words.pop()
-    if words[0] != "torchrun":
-        return words[1:]
-    if len(words) == 1 or not any("recipes/" in word or word == "-m" for word in words):
-        launcher_options([*words[1:], "script.py"])
+def python_arguments(text: str) -> list[str]:
+    """The arguments that Python receives from a python or torchrun command, with or without a profiler in front."""
+    arguments = shlex.split(text, comments=True)
+    while arguments and re.fullmatch(r"\w+=.*", arguments[0]):
+        arguments.pop(0)
+    if arguments[0] in ("ncu", "nsys"):
+        arguments = arguments[next(i for i, argument in enumerate(arguments) if argument in ("python", "torchrun")) :]
+    if arguments[-1] == "...":
+        arguments.pop()
+    if arguments[0] != "torchrun":
+        return arguments[1:]
+    if len(arguments) == 1 or not any("recipes/" in argument or argument == "-m" for argument in arguments):
+        launcher_options([*arguments[1:], "script.py"])
         return []
-    found = launcher_options(words[1:])
-    return [*(["-m"] if found.module else []), found.training_script, *found.training_script_args]
+    options = launcher_options(arguments[1:])
+    return [*(["-m"] if options.module else []), options.training_script, *options.training_script_args]
 
 
-def launcher_options(words: list[str]) -> argparse.Namespace:
-    """What torchrun reads of its words."""
-    found, unknown = get_args_parser().parse_known_args(words)
+def launcher_options(arguments: list[str]) -> argparse.Namespace:
+    """torchrun's own options among its arguments."""
+    options, unknown = get_args_parser().parse_known_args(arguments)
     assert not unknown, f"torchrun: unknown {unknown}"
-    return found
+    return options
 
 
 @pytest.fixture
@@ -155,12 +155,12 @@ def stops_after_options(monkeypatch):
     monkeypatch.setattr(standin, "install", lambda: None)
 
 
-def parse(words: list[str]) -> None:
-    """Let the real parser read the words; AssertionError with its message where it refuses them."""
+def parse(arguments: list[str]) -> None:
+    """Let the real parser read the arguments; AssertionError with its message where it refuses them."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            run_words(words)
+            run_python(arguments)
     except Parsed:
         return
     except SystemExit as end:
@@ -169,43 +169,47 @@ def parse(words: list[str]) -> None:
     raise AssertionError("expected a command line that is read by cli() or argparse, got none")
 
 
-def test_every_page_with_commands_is_found():
+def test_page_scan_covers_every_page_with_commands():
     pages = {command.page for command in COMMANDS}
     assert {"README.md", "docs/gpu.md", "docs/getting_started.md", "docs/recipes/rleif.md"} <= pages
-    assert len(OWN) > 80
+    assert len(PYTHON_COMMANDS) > 80
 
 
-@pytest.mark.parametrize("page", sorted({command.page for command in OWN}))
+@pytest.mark.parametrize("page", sorted({command.page for command in PYTHON_COMMANDS}))
 def test_options_in_documents_are_those_of_the_parsers(page, stops_after_options):
     wrong = []
-    for command in (c for c in OWN if c.page == page):
+    for command in (c for c in PYTHON_COMMANDS if c.page == page):
         if "--tokeniser" in command.text:
             continue  # shows what a wrong option gives
         try:
-            words = python_words(command.text)
-            if words[:1] == ["-c"]:
-                compile(words[1], command.place, "exec")
-            elif words[:2] == ["-m", "venv"] or words[:2] == ["-m", "pytest"] or not words:
-                assert all((ROOT / word).exists() for word in words[2:] if word.startswith("tests/")), "no such test"
-            elif len(words) > 1 or words[0].startswith("recipes/"):
-                if len(words) == 1 or words[-1] == words[1] == command.text.split()[-1]:
-                    words = [*words, "--help"]  # named without options
-                parse(words)
+            arguments = python_arguments(command.text)
+            if arguments[:1] == ["-c"]:
+                compile(arguments[1], command.place, "exec")
+            elif arguments[:2] == ["-m", "venv"] or arguments[:2] == ["-m", "pytest"] or not arguments:
+                assert all((ROOT / argument).exists() for argument in arguments[2:] if argument.startswith("tests/")), (
+                    "no such test"
+                )
+            elif len(arguments) > 1 or arguments[0].startswith("recipes/"):
+                if len(arguments) == 1 or arguments[-1] == arguments[1] == command.text.split()[-1]:
+                    arguments = [*arguments, "--help"]  # named without options
+                parse(arguments)
         except (AssertionError, SystemExit) as error:
             wrong.append(f"{command.place}\n    {error}")
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("words", [["recipes/sft.py", "--tokeniser", "x"], ["-m", "benchmarks.tune", "--budge", "3"]])
-def test_an_option_that_is_not_there_is_found(words, stops_after_options):
+@pytest.mark.parametrize(
+    "arguments", [["recipes/sft.py", "--tokeniser", "x"], ["-m", "benchmarks.tune", "--budge", "3"]]
+)
+def test_unknown_options_are_detected(arguments, stops_after_options):
     with pytest.raises(AssertionError, match=r"the nearest is --(tokenizer|budget)"):
-        parse(words)
+        parse(arguments)
 
 
 def test_the_wrong_option_in_readme_prints_what_readme_says(stops_after_options):
     command = next(c for c in COMMANDS if "--tokeniser" in c.text)
     with pytest.raises(AssertionError) as refused:
-        parse(python_words(command.text))
+        parse(python_arguments(command.text))
     assert str(refused.value).splitlines()[0].removeprefix("AssertionError: ") in (ROOT / "README.md").read_text()
 
 
@@ -234,16 +238,16 @@ def is_option(option: str, known: set[str]) -> bool:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs/recipes").glob("[!i]*.md")), ids=lambda path: path.stem)
-def test_options_in_the_text_of_a_recipes_page_are_its_own(path):
+def test_options_in_the_text_of_a_recipes_page_belong_to_the_recipe(path):
     known = recipe_options(path.stem) | {"--tp", "--nproc-per-node"}
     assert [option for option in named_options(path) if not is_option(option, known)] == []
 
 
 def test_options_in_the_text_of_other_pages_are_some_commands(capsys):
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
-    for words in (["-m", "wizard_engine", "plan"], ["-m", "benchmarks.train_step"]):
+    for arguments in (["-m", "wizard_engine", "plan"], ["-m", "benchmarks.train_step"]):
         with contextlib.suppress(SystemExit):
-            run_words([*words, "--help"])
+            run_python([*arguments, "--help"])
     known = set(re.findall(r'"(--[a-z][\w-]*)"', sources)) | set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
     known = known.union(*(recipe_options(path.stem) for path in (ROOT / "recipes").glob("[!_]*.py")))
@@ -251,10 +255,10 @@ def test_options_in_the_text_of_other_pages_are_some_commands(capsys):
         assert [option for option in named_options(path) if not is_option(option, known)] == [], path
 
 
-def check_make(words: list[str]) -> None:
+def check_make(arguments: list[str]) -> None:
     """Targets and variables of a make command are the Makefile's; arguments of gpu-check are its parser's."""
-    for word in words:
-        name, sign, value = word.partition("=")
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
         if not sign:
             assert re.search(rf"^{re.escape(name)}:", MAKEFILE, re.MULTILINE), f"no target {name}"
             continue
@@ -263,9 +267,9 @@ def check_make(words: list[str]) -> None:
             parse(["-m", "benchmarks.gpu_check", *shlex.split(value)])
 
 
-def check_other(words: list[str]) -> None:
+def check_other(arguments: list[str]) -> None:
     """A command of another program, as far as it says something of this project."""
-    program, *rest = words
+    program, *rest = arguments
     assert program in OTHERS, f"expected one of {', '.join(OTHERS)}, got {program}"
     if program == "make":
         check_make(rest)
@@ -275,17 +279,17 @@ def check_other(words: list[str]) -> None:
     elif program == "curl":
         json.loads(rest[rest.index("-d") + 1])
     elif program == "pytest":
-        assert all((ROOT / word).exists() for word in rest if "/" in word), f"no such test in {rest}"
+        assert all((ROOT / argument).exists() for argument in rest if "/" in argument), f"no such test in {rest}"
 
 
 def test_other_commands_name_what_is_there(stops_after_options):
     wrong = []
-    for command in (c for c in COMMANDS if c not in OWN):
-        words = shlex.split(command.text, comments=True)
-        while re.fullmatch(r"\w+=.*", words[0]):
-            words.pop(0)
+    for command in (c for c in COMMANDS if c not in PYTHON_COMMANDS):
+        arguments = shlex.split(command.text, comments=True)
+        while re.fullmatch(r"\w+=.*", arguments[0]):
+            arguments.pop(0)
         try:
-            check_other(words)
+            check_other(arguments)
         except (AssertionError, ValueError) as error:
             wrong.append(f"{command.place}\n    {error}")
     assert not wrong, "\n".join(wrong)
@@ -296,20 +300,20 @@ def test_commands_that_a_page_marks_are_run(tmp_path, monkeypatch, capsys):
     marked = [command for command in COMMANDS if command.runs]
     assert len(marked) >= 6
     for command in marked:
-        words = python_words(command.text)
-        quiet = [] if "chat.py" in words[0] else ["--quiet"]
+        arguments = python_arguments(command.text)
+        quiet = [] if "chat.py" in arguments[0] else ["--quiet"]
         try:
-            run_words([*words, *quiet])
+            run_python([*arguments, *quiet])
         except SystemExit as end:
             assert end.code in (0, None), f"{command.place}\n{capsys.readouterr().err}"
-        out = Path(words[words.index("--out") + 1]) if "--out" in words else None
+        out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
         assert out is None or (out / "stage.json").is_file(), f"{command.place}\n{capsys.readouterr().err}"
     assert json.loads((tmp_path / "runs/accuracy/accuracy.json").read_text())["total"] == 20
 
 
 def test_the_planner_says_what_the_page_says(capsys):
     with pytest.raises(SystemExit) as end:
-        run_words(["-m", "wizard_engine", "plan", "--preset", "70b", "--gpus", "32", "--no-simulate"])
+        run_python(["-m", "wizard_engine", "plan", "--preset", "70b", "--gpus", "32", "--no-simulate"])
     assert end.value.code == 0
     best = next(line for line in capsys.readouterr().out.splitlines() if "recompute=" in line)
     assert "dp_shard=16,tp=2,recompute=selective" in best and "73.2" in best

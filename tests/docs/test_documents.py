@@ -32,7 +32,7 @@ def test_tables_are_those_of_the_committed_rows(capsys):
     assert results_pages.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_table_that_was_changed_by_hand_is_found(tmp_path, monkeypatch, capsys):
+def test_table_changed_by_hand_is_detected(tmp_path, monkeypatch, capsys):
     page = tmp_path / "docs" / "results" / "mixture.md"
     page.parent.mkdir(parents=True)
     text = (ROOT / "docs/results/mixture.md").read_text(encoding="utf-8")

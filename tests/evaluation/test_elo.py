@@ -39,7 +39,7 @@ def test_elo_recovers_known_strengths():
     assert all(table[name].low - 10 < value < table[name].high + 10 for name, value in strengths.items())
 
 
-def test_elo_likelihood_has_no_slope_at_the_estimate():
+def test_elo_likelihood_has_zero_gradient_at_the_estimate():
     battles = _battles({"a": 1000, "b": 1100, "c": 950}, 50, seed=4)
     table = _table(battles, anchor="a", prior=0.0, bootstrap=0)
     for name in "bc":

@@ -94,7 +94,7 @@ def test_accuracy_by_group_sums_to_the_whole():
     accuracies = accuracy_by(answers, references, groups)
     assert list(accuracies) == ["a", "b"]
     assert (accuracies["a"].correct, accuracies["b"].correct) == (1, 2)
-    assert sum(part.total for part in accuracies.values()) == 4
+    assert sum(group.total for group in accuracies.values()) == 4
 
 
 @pytest.mark.parametrize(

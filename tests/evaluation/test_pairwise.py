@@ -58,7 +58,7 @@ def test_pairwise_judge_sees_no_names_and_each_order_once():
     assert [b.a_first for b in comparison.battles] == [fields["answer_a"] == "quality 9" for fields in first]
 
 
-def test_pairwise_judge_of_positions_ties_everything_and_is_found_out():
+def test_pairwise_detects_a_judge_of_positions_and_ties_everything():
     judge = ScriptedJudge(lambda fields: "[[9]] [[2]]")
     comparison = pairwise(_answers([5] * 12), _answers([4] * 12), ["q"] * 12, judge=judge)
     assert (comparison.wins, comparison.losses, comparison.ties, comparison.flips) == (0, 0, 12, 12)
@@ -112,16 +112,16 @@ def test_pairwise_shows_the_history_of_a_conversation():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "given", "message"),
+    ("a", "b", "prompts", "message"),
     [
         ([], [], [], "at least one prompt"),
         (["x"], ["y", "z"], ["q"], "one per prompt from both"),
         (["x"], ["y"], [(Message("user", "q"), Message("assistant", "a"))], "ends with a user turn"),
     ],
 )
-def test_pairwise_refuses_bad_arguments(a, b, given, message):
+def test_pairwise_refuses_bad_arguments(a, b, prompts, message):
     with pytest.raises(ValueError, match=message):
-        pairwise(a, b, given, judge=ScriptedJudge(_by_quality))
+        pairwise(a, b, prompts, judge=ScriptedJudge(_by_quality))
 
 
 def test_bootstrap_rates_hold_the_rate_and_match_the_normal_width():

@@ -69,7 +69,7 @@ class Balanced(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.words = [], []
+        self.open, self.texts = [], []
 
     def handle_starttag(self, tag, attributes):
         if tag not in self.VOID:
@@ -81,14 +81,14 @@ class Balanced(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
 
 def _read(page: str) -> str:
     parser = Balanced()
     parser.feed(page)
     assert parser.open == []
-    return " ".join(" ".join(parser.words).split())
+    return " ".join(" ".join(parser.texts).split())
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_report_is_well_formed_self_contained_and_escaped(page):
 
 
 def test_report_shows_every_part(page):
-    words = _read(page)
+    text = _read(page)
     for expected in (
         "programs, not language models",
         "The path of the data",
@@ -134,7 +134,7 @@ def test_report_shows_every_part(page):
         "5.0 → 56.0 %",
         "1 min 1 s",
     ):
-        assert expected in words, expected
+        assert expected in text, expected
     assert "red" in page[page.index("<mark>") : page.index("</mark>")]
 
 
@@ -142,12 +142,12 @@ def test_report_shows_a_fall_as_a_fall(page):
     assert '<span class="down">-2.0</span>' in page and '<span class="up">+30.0</span>' in page
 
 
-def test_report_of_the_bare_summary_leaves_the_rest_out(tmp_path):
+def test_report_of_the_bare_summary_omits_the_rest(tmp_path):
     write_report(tmp_path / "report.html", SUMMARY | {"pairwise": []}, tmp_path)
-    words = _read((tmp_path / "report.html").read_text())
-    assert "What each stage bought" in words and "programs, not language models" in words
+    text = _read((tmp_path / "report.html").read_text())
+    assert "What each stage bought" in text and "programs, not language models" in text
     for absent in ("The path of the data", "Blind preference", "Elo", "Learning curves", "Before and after"):
-        assert absent not in words
+        assert absent not in text
 
 
 def test_report_headline_is_rleif_over_sft_else_the_last_decided():
@@ -211,7 +211,7 @@ def test_histogram_counts_every_value_and_marks_the_median():
     assert "median 2" in chart and "no values" in charts.histogram([])
 
 
-def test_lines_leave_out_what_is_not_finite():
+def test_lines_skip_values_that_are_not_finite():
     assert "nan" not in charts.lines({"a": [(0, float("nan")), (1, 2.0), (2, float("inf"))]})
     assert "no values" in charts.lines({"a": [(0, float("nan"))]})
 

@@ -41,8 +41,8 @@ class Driver:
         out._obj.value = GRANULARITY
         return self._said("granularity")
 
-    def cuMemAddressReserve(self, out, size, alignment, wanted, flags):
-        assert size.value and size.value % GRANULARITY == 0 and not (alignment.value or wanted.value or flags.value)
+    def cuMemAddressReserve(self, out, size, alignment, address, flags):
+        assert size.value and size.value % GRANULARITY == 0 and not (alignment.value or address.value or flags.value)
         if code := self._said("reserve"):
             return code
         buffer = ctypes.create_string_buffer(size.value + GRANULARITY)
@@ -168,7 +168,7 @@ def test_the_device_is_waited_for_before_memory_goes():
 
 
 @pytest.mark.parametrize(("where", "code"), [("map", 1), ("access", 700), ("create", 999)])
-def test_a_call_that_fails_leaves_nothing_behind(where, code):
+def test_failed_calls_leak_nothing(where, code):
     driver = Driver(fails=[(where, code)])
     made, _ = ranged(driver)
     with pytest.raises(DriverError, match=f"expected CUDA_SUCCESS, got error {code}"):
@@ -231,17 +231,17 @@ def watched(engine, driver=None):
 
 
 def rleif(sampler, policy, steps):
-    """Steps of reinforcement learning: weights handed over, samples, memory given back, an update in place."""
-    found = []
+    """Token ids of each RL step: sync the weights, sample, release the memory, update in place."""
+    tokens_by_step = []
     for step in range(steps):
         sampler.take()
         rows = [sampler.engine.add([i + 1] * 20, Sampling(30, 1.0, seed=step, row=i))[0] for i in range(9)]
         sampler.engine.run()
-        found.append([s.tokens for s in rows])
+        tokens_by_step.append([s.tokens for s in rows])
         sampler.release()
         with torch.no_grad():
             policy.blocks[0].attention.qkv.weight.mul_(1.01)
-    return found
+    return tokens_by_step
 
 
 def policy_and_sampler():

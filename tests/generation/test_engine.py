@@ -19,7 +19,7 @@ FAMILIES = ("Llama", "Mistral", "Mixtral")
 EOS = 7
 
 
-def pair(family, folder, seed, spread=0.3):
+def pair(family, folder, seed, init_std=0.3):
     """A random model of transformers and the same in this engine; likelihoods far apart, so that nothing ties."""
     fields = {
         "vocab_size": 97,
@@ -29,7 +29,7 @@ def pair(family, folder, seed, spread=0.3):
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "initializer_range": spread,
+        "initializer_range": init_std,
         "tie_word_embeddings": seed % 2 == 0,
     }
     if family == "Mistral":
@@ -46,12 +46,12 @@ def pair(family, folder, seed, spread=0.3):
 
 def prompts_of(seed, count, vocab_size=97, longest=60):
     draw = random.Random(seed)
-    found = [[draw.randrange(vocab_size) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+    prompts = [[draw.randrange(vocab_size) for _ in range(draw.randint(1, longest))] for _ in range(count)]
     # Some begin like others, some are others.
     for i in range(0, count - 3, 4):
-        found[i + 1] = found[i][: draw.randint(1, len(found[i]))] + found[i + 1][:9]
-        found[i + 2] = list(found[i])
-    return found
+        prompts[i + 1] = prompts[i][: draw.randint(1, len(prompts[i]))] + prompts[i + 1][:9]
+        prompts[i + 2] = list(prompts[i])
+    return prompts
 
 
 def by_transformers(model, prompt, count):
@@ -74,24 +74,24 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_in_any_batch(family, 
     counts = [draw.randint(1, 40) for _ in prompts]
     expected = [by_transformers(theirs, p, n) for p, n in zip(prompts, counts)]
     for prompt, count, right in zip(prompts, counts, expected):
-        alone = Engine(ours, cache_tokens=160, max_sequences=1)
-        (found,) = alone.add(prompt, Sampling(count, eos_id=EOS))
-        alone.run()
-        assert found.tokens == right and found.reason == ("stop" if right[-1] == EOS else "length")
+        single = Engine(ours, cache_tokens=160, max_sequences=1)
+        (sequence,) = single.add(prompt, Sampling(count, eos_id=EOS))
+        single.run()
+        assert sequence.tokens == right and sequence.reason == ("stop" if right[-1] == EOS else "length")
     # Few pages: sequences give them back and are computed again.
     for pages, sequences, tokens in ((7, 14, 24), (12, 5, 9), (60, 14, 2048)):
         engine = Engine(ours, cache_tokens=16 * pages, max_sequences=sequences, max_tokens=tokens)
-        found = [engine.add(p, Sampling(n, eos_id=EOS))[0] for p, n in zip(prompts, counts)]
+        batch = [engine.add(p, Sampling(n, eos_id=EOS))[0] for p, n in zip(prompts, counts)]
         engine.run()
-        assert [s.tokens for s in found] == expected
+        assert [s.tokens for s in batch] == expected
         assert (engine.scheduler.preemptions > 0) == (pages == 7)
         assert engine.pool.free == engine.pages
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_logprobs_are_those_of_the_training_forward(family, temperature, tmp_path):
-    _, ours = pair(family, tmp_path, 3, spread=0.15)
+def test_logprobs_equal_the_training_forward(family, temperature, tmp_path):
+    _, ours = pair(family, tmp_path, 3, init_std=0.15)
     engine = Engine(ours, cache_tokens=16 * 14, max_sequences=6, max_tokens=31)
     prompts = prompts_of(6, 12)
     rows = [engine.add(p, Sampling(25, temperature, seed=2, row=i, eos_id=EOS))[0] for i, p in enumerate(prompts)]
@@ -99,8 +99,8 @@ def test_logprobs_are_those_of_the_training_forward(family, temperature, tmp_pat
     samples = [Sample(torch.tensor(s.ids).int().numpy(), torch.ones(len(s.ids)).numpy()) for s in rows]
     again = token_logprobs(ours, samples, temperature=temperature or 1.0)
     for sequence, logprobs in zip(rows, again):
-        found = torch.tensor(sequence.logprobs)
-        torch.testing.assert_close(found, torch.from_numpy(logprobs[-len(found) :]), rtol=0, atol=1e-5)
+        sampled = torch.tensor(sequence.logprobs)
+        torch.testing.assert_close(sampled, torch.from_numpy(logprobs[-len(sampled) :]), rtol=0, atol=1e-5)
 
 
 def tiny(name="tiny", **changes):
@@ -124,10 +124,10 @@ def test_a_sequence_is_bit_equal_whatever_runs_beside_it(name, dtype):
     assert seen[0] == seen[1] == seen[2] == seen[3]
 
 
-def test_samples_of_one_prompt_share_its_pages_and_its_computation():
+def test_samples_of_one_prompt_share_its_pages_and_prefill():
     model, prompt = tiny(), prompts_of(8, 1, longest=60)[0][:1] * 50
     one = [Engine(model, cache_tokens=1600, max_sequences=1) for _ in range(6)]
-    alone = [engine.add(prompt, Sampling(20, 1.0, seed=3, row=i))[0] for i, engine in enumerate(one)]
+    single = [engine.add(prompt, Sampling(20, 1.0, seed=3, row=i))[0] for i, engine in enumerate(one)]
     for engine in one:
         engine.run()
     engine = Engine(model, cache_tokens=16 * 40, max_sequences=8)
@@ -136,7 +136,7 @@ def test_samples_of_one_prompt_share_its_pages_and_its_computation():
     # Three full pages are shared, a copy of the last one is each one's own.
     assert engine.pool.free == 40 - 3 - 6 and engine.steps == 1 and [s.steps for s in rows] == [1] * 6
     engine.run()
-    assert [s.tokens for s in rows] == [s.tokens for s in alone] and len({tuple(s.tokens) for s in rows}) > 1
+    assert [s.tokens for s in rows] == [s.tokens for s in single] and len({tuple(s.tokens) for s in rows}) > 1
     assert [s.cached for s in rows] == [0] + [50] * 5 and engine.pool.free == 40
 
 
@@ -152,7 +152,7 @@ def test_samples_without_room_wait_for_it(pages, sequences):
     assert [s.tokens for s in rows[0]] == [s.tokens for s in rows[1]]
 
 
-def test_mixed_settings_are_each_sequence_s_own():
+def test_each_sequence_keeps_its_sampling_settings():
     model, prompts = tiny(), prompts_of(9, 6)
     hows = [
         Sampling(12), Sampling(9, 1.0, seed=5), Sampling(12, 0.7, top_k=5, seed=6), Sampling(4, 1.3, top_p=0.6, seed=7),
@@ -162,32 +162,32 @@ def test_mixed_settings_are_each_sequence_s_own():
     rows = [together.add(p, how)[0] for p, how in zip(prompts, hows)]
     together.run()
     for prompt, how, row in zip(prompts, hows, rows):
-        alone = Engine(model, cache_tokens=1600, max_sequences=1)
-        (found,) = alone.add(prompt, how)
-        alone.run()
-        assert found.tokens == row.tokens and len(found.tokens) == how.max_new_tokens
-        torch.testing.assert_close(torch.tensor(found.logprobs), torch.tensor(row.logprobs), rtol=0, atol=2e-6)
+        single = Engine(model, cache_tokens=1600, max_sequences=1)
+        (sequence,) = single.add(prompt, how)
+        single.run()
+        assert sequence.tokens == row.tokens and len(sequence.tokens) == how.max_new_tokens
+        torch.testing.assert_close(torch.tensor(sequence.logprobs), torch.tensor(row.logprobs), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
     "how", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 3}, {"temperature": 1.0, "top_p": 0.5}]
 )
-def test_likeliest_words_are_those_of_the_distribution_drawn_from(how):
+def test_top_logprobs_are_those_of_the_sampling_distribution(how):
     model = tiny()
     engine = Engine(model, cache_tokens=1600)
     (row,) = engine.add([3, 9, 4], Sampling(8, seed=1, top_logprobs=5, **how))
     engine.run()
     assert len(row.top) == len(row.tokens)
     for token, logprob, top in zip(row.tokens, row.logprobs, row.top):
-        words, values = zip(*top)
+        token_ids, values = zip(*top)
         assert list(values) == sorted(values, reverse=True) and 1 <= len(top) <= how.get("top_k", 5)
         assert sum(torch.tensor(values).exp()) <= 1 + 1e-4
-        if token in words:
-            assert values[words.index(token)] == pytest.approx(logprob, abs=1e-5)
+        if token in token_ids:
+            assert values[token_ids.index(token)] == pytest.approx(logprob, abs=1e-5)
         if how.get("temperature", 0) == 0:
-            assert words[0] == token and len(top) == 5
+            assert token_ids[0] == token and len(top) == 5
         elif "top_k" in how:
-            assert token in words and float(torch.tensor(values).exp().sum()) == pytest.approx(1, abs=1e-4)
+            assert token in token_ids and float(torch.tensor(values).exp().sum()) == pytest.approx(1, abs=1e-4)
 
 
 def test_cancelled_sequences_free_their_pages_and_change_nothing_else():
@@ -211,7 +211,7 @@ def test_cancelled_sequences_free_their_pages_and_change_nothing_else():
     assert engine.pool.free == 14 and not engine.has_work
 
 
-def test_memory_is_given_back_and_weights_may_change():
+def test_engine_releases_memory_and_accepts_new_weights():
     model, prompt = tiny(), [4] * 40
     engine = Engine(model, cache_tokens=160)
     (first,) = engine.add(prompt, Sampling(5))

@@ -22,12 +22,12 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = Counter()
+        self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
         if name.startswith("aten::") and name.removeprefix("aten::") not in FREE:
-            self.found[name.removeprefix("aten::")] += 1
+            self.counts[name.removeprefix("aten::")] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -47,7 +47,7 @@ def launched(layers, monkeypatch):
         monkeypatch.setattr(module, "values_are_checked", lambda tensor: False)
     with torch.no_grad(), kernels.use_backend("triton"), record() as launches, Operations() as operations:
         engine._blocks(step)
-    return operations.found, Counter(launch.kernel.__name__.removesuffix("_kernel") for launch in launches)
+    return operations.counts, Counter(launch.kernel.__name__.removesuffix("_kernel") for launch in launches)
 
 
 def test_a_layer_launches_four_products_and_five_kernels(monkeypatch):

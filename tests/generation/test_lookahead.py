@@ -74,25 +74,25 @@ def results(everyone, exact=True):
 # Catches: a token taken from another's place, pages of one that ended, uniforms of another step, a token too many.
 @pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["tiny", "tiny-mistral", "tiny-mixtral"])
-def test_random_loads_get_the_tokens_of_the_synchronous_order(name):
+def test_random_loads_produce_the_tokens_of_the_synchronous_order(name):
     model, preemptions = tiny(name), 0
     # Products of experts have as many rows as tokens chose them: they round by what else is in a step.
     exact = not model.config.experts
     for seed in range(8):
-        (right, _), (found, engine) = (played(model, seed, lookahead=ahead) for ahead in (False, True))
-        assert results(found, exact) == results(right, exact)
-        for a, b in zip(found, right):
+        (right, _), (actual, engine) = (played(model, seed, lookahead=ahead) for ahead in (False, True))
+        assert results(actual, exact) == results(right, exact)
+        for a, b in zip(actual, right):
             torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-5)
         preemptions += engine.scheduler.preemptions
     assert preemptions > 2
 
 
-def test_cancelled_sequences_have_a_beginning_of_what_they_would_have_had():
+def test_cancelled_sequences_are_prefixes_of_uncancelled_ones():
     model, cancelled = tiny(), 0
     for seed in range(8):
         right, _ = played(model, seed, lookahead=False)
-        found, _ = played(model, seed, lookahead=True, cancels=0.2)
-        for mine, whole in zip(found, right, strict=True):
+        actual, _ = played(model, seed, lookahead=True, cancels=0.2)
+        for mine, whole in zip(actual, right, strict=True):
             assert mine.pending == 0 or mine.reason is not None
             assert mine.tokens == whole.tokens[: mine.steps] and mine.logprobs == whole.logprobs[: mine.steps]
             assert mine.reason == "cancelled" or results([mine]) == results([whole])
@@ -135,23 +135,23 @@ def test_a_token_behind_an_end_is_dropped_and_its_pages_come_back():
     probe.run()
     eos = row.tokens[2]
     engine = Engine(model, cache_tokens=160, lookahead=True)
-    (found,) = engine.add([3, 4], Sampling(60, eos_id=eos))
-    while found.reason is None:
+    (actual,) = engine.add([3, 4], Sampling(60, eos_id=eos))
+    while actual.reason is None:
         engine.step()
     stop = row.tokens.index(eos) + 1
-    assert found.tokens == row.tokens[:stop] and found.reason == "stop" and engine.pool.free == 10
+    assert actual.tokens == row.tokens[:stop] and actual.reason == "stop" and engine.pool.free == 10
     # A step that had begun is nobody's.
     assert not engine.has_work and engine.steps == stop + 1 and engine.generated == stop
     engine.release()
     engine.restore()
     (again,) = engine.add([3, 4], Sampling(60, eos_id=eos))
     engine.run()
-    assert again.tokens == found.tokens and engine.generated == 2 * stop
+    assert again.tokens == actual.tokens and engine.generated == 2 * stop
 
 
 # Catches: pages whose last ids are read when their sequence has given them back already.
 @pytest.mark.parametrize("new", range(20, 25))
-def test_answers_are_found_again_as_in_the_synchronous_order(new):
+def test_answers_reuse_the_cache_as_in_the_synchronous_order(new):
     model, cached = tiny(), []
     for lookahead in (False, True):
         engine = Engine(model, cache_tokens=320, lookahead=lookahead)
@@ -183,8 +183,8 @@ def test_streams_and_generation_are_as_in_the_synchronous_order(monkeypatch):
     monkeypatch.setattr(
         Engine, "__init__", lambda self, *args, **named: original(self, *args, **named | {"lookahead": True})
     )
-    found = generate(model, prompts, **options)
-    assert (found.tokens, found.logprobs, found.finished) == (right.tokens, right.logprobs, right.finished)
+    actual = generate(model, prompts, **options)
+    assert (actual.tokens, actual.logprobs, actual.finished) == (right.tokens, right.logprobs, right.finished)
     stream = Streamer(model, EOS)
     for _ in range(2):
         ids = list(stream.stream([1, 2, 3], max_new_tokens=12, temperature=0.8, seed=5))

@@ -37,20 +37,20 @@ def naive(net, prompt, count):
 @pytest.mark.parametrize("changes", [{}, {"window": 4}, {"window": 1}, {"tied": False}])
 def test_greedy_generation_equals_whole_forward_passes(changes):
     net = model(**changes)
-    found = generate(net, PROMPTS, max_new_tokens=12, eos_id=NEVER)
-    assert found.tokens == [naive(net, prompt, 12) for prompt in PROMPTS]
-    assert found.finished == [False] * len(PROMPTS) and len({tuple(t) for t in found.tokens}) > 3
+    answers = generate(net, PROMPTS, max_new_tokens=12, eos_id=NEVER)
+    assert answers.tokens == [naive(net, prompt, 12) for prompt in PROMPTS]
+    assert answers.finished == [False] * len(PROMPTS) and len({tuple(t) for t in answers.tokens}) > 3
 
 
 @pytest.mark.parametrize(("temperature", "scored"), [(0.0, 1.0), (1.0, 1.0), (0.6, 0.6)])
 def test_generated_logprobs_equal_those_of_training(temperature, scored):
     net = model(window=6)
-    found = generate(net, PROMPTS, max_new_tokens=9, temperature=temperature, seed=4, eos_id=5)
+    answers = generate(net, PROMPTS, max_new_tokens=9, temperature=temperature, seed=4, eos_id=5)
     samples = [
         Sample(torch.tensor([*p, *t]).int().numpy(), torch.ones(len(p) + len(t)).numpy())
-        for p, t in zip(PROMPTS, found.tokens)
+        for p, t in zip(PROMPTS, answers.tokens)
     ]
-    for logprobs, again in zip(found.logprobs, token_logprobs(net, samples, temperature=scored)):
+    for logprobs, again in zip(answers.logprobs, token_logprobs(net, samples, temperature=scored)):
         torch.testing.assert_close(torch.tensor(logprobs), torch.from_numpy(again[-len(logprobs) :]), rtol=0, atol=2e-5)
 
 
@@ -67,17 +67,17 @@ def test_sampled_tokens_follow_seed_and_row_and_not_the_batch():
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_tokens_have_the_distribution_of_the_model(temperature):
     net, count = model(), 6000
-    found = generate(net, [[1, 5, 9]] * count, max_new_tokens=1, temperature=temperature, seed=0, eos_id=NEVER)
-    share = torch.bincount(torch.tensor(found.tokens)[:, 0], minlength=23) / count
+    answers = generate(net, [[1, 5, 9]] * count, max_new_tokens=1, temperature=temperature, seed=0, eos_id=NEVER)
+    frequency = torch.bincount(torch.tensor(answers.tokens)[:, 0], minlength=23) / count
     exact = (forward(net, [1, 5, 9])[-1] / temperature).softmax(-1)
-    assert float(((share - exact) / (exact * (1 - exact) / count).sqrt()).abs().max()) < 4.5
+    assert float(((frequency - exact) / (exact * (1 - exact) / count).sqrt()).abs().max()) < 4.5
 
 
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.7}])
 def test_truncated_tokens_have_the_logprobs_of_the_truncated_distribution(options):
     net = model()
-    found = generate(net, PROMPTS, max_new_tokens=6, temperature=0.8, seed=3, eos_id=NEVER, **options)
-    for prompt, tokens, logprobs in zip(PROMPTS, found.tokens, found.logprobs):
+    answers = generate(net, PROMPTS, max_new_tokens=6, temperature=0.8, seed=3, eos_id=NEVER, **options)
+    for prompt, tokens, logprobs in zip(PROMPTS, answers.tokens, answers.logprobs):
         probability = (forward(net, [*prompt, *tokens])[len(prompt) - 1 : -1].double() / 0.8).softmax(-1)
         for token, logprob, p in zip(tokens, logprobs, probability):
             ranked = p.sort(descending=True).values[: options.get("top_k", 23)]
@@ -87,23 +87,23 @@ def test_truncated_tokens_have_the_logprobs_of_the_truncated_distribution(option
             assert logprob == pytest.approx(float((p[token] / kept.sum()).log()), abs=1e-4)
 
 
-def test_truncation_to_one_word_is_greedy():
+def test_truncation_to_one_token_is_greedy():
     net = model()
     greedy = generate(net, PROMPTS, max_new_tokens=8, eos_id=NEVER)
     for options in ({"top_k": 1}, {"top_p": 1e-6}):
-        found = generate(net, PROMPTS, max_new_tokens=8, temperature=1.0, seed=5, eos_id=NEVER, **options)
-        assert found.tokens == greedy.tokens and {p for row in found.logprobs for p in row} == {0.0}
+        answers = generate(net, PROMPTS, max_new_tokens=8, temperature=1.0, seed=5, eos_id=NEVER, **options)
+        assert answers.tokens == greedy.tokens and {p for row in answers.logprobs for p in row} == {0.0}
 
 
 def test_generation_ends_at_eos_and_at_the_limit():
     net = model()
     free = generate(net, PROMPTS, max_new_tokens=12, eos_id=NEVER).tokens
     eos = free[3][4]
-    found = generate(net, PROMPTS, max_new_tokens=12, eos_id=eos)
-    for tokens, logprobs, finished, whole in zip(found.tokens, found.logprobs, found.finished, free):
+    answers = generate(net, PROMPTS, max_new_tokens=12, eos_id=eos)
+    for tokens, logprobs, finished, whole in zip(answers.tokens, answers.logprobs, answers.finished, free):
         expected = whole[: whole.index(eos) + 1] if eos in whole else whole
         assert tokens == expected and finished == (eos in whole) and len(logprobs) == len(tokens)
-    assert True in found.finished and False in found.finished
+    assert True in answers.finished and False in answers.finished
     assert generate(net, PROMPTS, max_new_tokens=1, eos_id=NEVER).tokens == [row[:1] for row in free]
     assert generate(net, [], max_new_tokens=3, eos_id=0).tokens == []
     full = generate(net, [[1] * 28], max_new_tokens=12, eos_id=NEVER)
@@ -152,24 +152,24 @@ def test_sequence_logprobs_sum_the_supervised_tokens():
     assert sequence_logprobs(net, [sample], mean=True)[0] == pytest.approx(expected / 2, rel=1e-5)
 
 
-def test_perplexities_of_answers_and_of_rows_that_do_not_fit():
+def test_perplexities_of_answers_and_of_rows_over_the_context():
     net, tokenizer = chat()
     rows = [conversation("What is two and two?", text) for text in ("It is four.", "four " * 50, "two")]
-    found = perplexities(net, tokenizer, rows)
-    assert found[1] != found[1] and found[0] > 1
+    values = perplexities(net, tokenizer, rows)
+    assert values[1] != values[1] and values[0] > 1
     prompt = encode_prompt(tokenizer, rows[2].messages[:-1])
     answer = [*tokenizer.encode(" two"), tokenizer.eos_id]
     logprobs = forward(net, prompt + answer).log_softmax(-1)
     picked = [logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(answer)]
-    assert found[2] == pytest.approx(float(torch.stack(picked).mean().neg().exp()), rel=1e-4)
+    assert values[2] == pytest.approx(float(torch.stack(picked).mean().neg().exp()), rel=1e-4)
 
 
 def test_answer_texts_decode_what_is_generated():
     net, tokenizer = chat()
     messages = [(Message("user", "What is two?"),), (Message("user", "It is four."),)]
     ids = [encode_prompt(tokenizer, m) for m in messages]
-    found = generate(net, ids, max_new_tokens=8, eos_id=tokenizer.eos_id)
-    texts = [tokenizer.decode(t).strip() for t in found.tokens]
+    answers = generate(net, ids, max_new_tokens=8, eos_id=tokenizer.eos_id)
+    texts = [tokenizer.decode(t).strip() for t in answers.tokens]
     assert answer_texts(net, tokenizer, messages, max_new_tokens=8) == texts
     for options in ({"top_k": 1}, {"top_p": 1e-6}):
         assert answer_texts(net, tokenizer, messages, max_new_tokens=8, temperature=1.0, **options) == texts

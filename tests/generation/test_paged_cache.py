@@ -1,4 +1,4 @@
-"""Pages of the cache: none is lost or has two owners of other texts; beginnings are found, and forgotten."""
+"""The paged cache loses no page, shares a page only between equal prefixes, and finds and evicts prefixes."""
 
 import hypothesis.strategies as st
 import pytest
@@ -11,7 +11,7 @@ SIZE, PAGES = 3, 12
 TEXT = st.lists(st.integers(0, 1), min_size=1, max_size=17)
 
 
-def test_equal_beginnings_share_their_full_pages():
+def test_equal_prefixes_share_their_full_pages():
     pool, ids = PagePool(8, 4), list(range(10))
     first = pool.take(ids)
     assert first.cached == 0 and len(first.pages) == 3 and pool.free == 5
@@ -36,7 +36,7 @@ def test_last_token_is_always_computed():
     assert pool.take([1, 2, 3, 4]).cached == 0
 
 
-def test_text_that_nobody_has_is_found_until_its_pages_are_needed():
+def test_prefixes_without_an_owner_stay_cached_until_their_pages_are_needed():
     pool = PagePool(4, 2)
     held = pool.take([1, 2, 3, 4, 5])
     pool.computed(held, [1, 2, 3, 4, 5])
@@ -109,12 +109,12 @@ class Pool(RuleBasedStateMachine):
         else:
             assert self.pool.free == free and len(held.pages) == pages
 
-    @rule(sequence=sequences, share=st.floats(0, 1))
-    def compute(self, sequence, share):
+    @rule(sequence=sequences, fraction=st.floats(0, 1))
+    def compute(self, sequence, fraction):
         if sequence is None or sequence not in self.alive:
             return
         held, ids, era = sequence
-        count = max(held.cached, int(share * len(ids)))
+        count = max(held.cached, int(fraction * len(ids)))
         for number in range(count // SIZE):
             self.holds[held.pages[number]] = era, tuple(ids[: (number + 1) * SIZE])
         self.pool.computed(held, ids[:count])

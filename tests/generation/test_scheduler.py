@@ -111,9 +111,9 @@ def run(seed):
     return scheduler.preemptions
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_random_loads_get_what_each_would_get_alone(part):
-    preemptions = sum(run(1000 * part + seed) for seed in range(300))
+@pytest.mark.parametrize("block", range(10))
+def test_random_loads_get_the_tokens_of_single_requests(block):
+    preemptions = sum(run(1000 * block + seed) for seed in range(300))
     assert preemptions > 100
 
 
@@ -128,25 +128,25 @@ def test_preempted_sequences_come_back_before_later_ones():
         seen.append([s.number for s in scheduler.running])
         assert [s.number for s in scheduler.waiting] == sorted(s.number for s in scheduler.waiting)
     assert scheduler.preemptions and all(row.reason for row in rows)
-    assert all(numbers == sorted(numbers) for numbers in seen)
+    assert all(order == sorted(order) for order in seen)
 
 
-def test_uniform_numbers_are_those_of_seed_row_and_step():
+def test_uniforms_depend_on_seed_row_and_step():
     rows = [(5, 3), (5, 4), (6, 3), (-1, 0)]
     sequences = [Sequence(i, Sampling(1000, 1.0, seed=s, row=r), 1, [1]) for i, (s, r) in enumerate(rows)]
     sequences[1].ids += [2] * 3
     sequences.append(Sequence(9, Sampling(5), 1, [1]))
     for _ in range(READY + 5):
-        found = next_uniforms(sequences)
-        for sequence, (seed, row), number in zip(sequences, rows, found):
+        actual = next_uniforms(sequences)
+        for sequence, (seed, row), number in zip(sequences, rows, actual):
             steps = sequence.steps + 1
             assert number == float(uniforms(row_seeds(seed, torch.tensor([row]), steps))[0, -1])
-        assert found[-1] == 0.5
+        assert actual[-1] == 0.5
         for sequence in sequences:
             sequence.ids.append(1)
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(0, 4), (5, 4)])
-def test_limits_that_leave_no_room_are_refused(sequences, tokens):
+def test_limits_without_room_are_refused(sequences, tokens):
     with pytest.raises(ValueError, match="expected 1 <= max_sequences <= max_tokens"):
         Scheduler(PagePool(4, 4), max_sequences=sequences, max_tokens=tokens, max_length=9)

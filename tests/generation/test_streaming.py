@@ -74,12 +74,12 @@ def test_a_prompt_without_room_is_refused(prompt, new):
 def test_streamed_pieces_are_the_decoded_text(text):
     tokenizer = train_tokenizer(["two words plain"], vocab_size=300)
     for ids in (tokenizer.encode(text), tokenizer.encode(text)[:-1]):
-        pieces = list(stream_text(tokenizer, iter(ids)))
-        assert "".join(pieces) == tokenizer.decode(ids).strip() and all(pieces)
+        chunks = list(stream_text(tokenizer, iter(ids)))
+        assert "".join(chunks) == tokenizer.decode(ids).strip() and all(chunks)
         whole = tokenizer.decode(ids).lstrip()
         shown = ""
-        for piece in pieces:
-            shown += piece
+        for chunk in chunks:
+            shown += chunk
             assert whole.startswith(shown)
 
 
@@ -108,14 +108,14 @@ def test_a_piece_comes_as_soon_as_it_is_sure():
 def test_text_ends_before_the_first_stop_string(text, stop, shown, strip):
     tokenizer = train_tokenizer(["two words plain"], vocab_size=300)
     stream = TextStream(tokenizer, stop, strip=strip)
-    ids, pieces = tokenizer.encode(text), []
+    ids, chunks = tokenizer.encode(text), []
     for token in ids:
-        pieces.append(stream.push(token))
-        assert shown.startswith("".join(pieces)) or strip
+        chunks.append(stream.push(token))
+        assert shown.startswith("".join(chunks)) or strip
         if stream.stopped:
             break
-    pieces.append(stream.end())
-    assert "".join(pieces) == stream.text == (shown.strip() if strip else shown)
+    chunks.append(stream.end())
+    assert "".join(chunks) == stream.text == (shown.strip() if strip else shown)
     assert stream.stopped == any(s and s in text for s in stop)
     assert not stream.stopped or stream.push(ids[0]) == ""
 

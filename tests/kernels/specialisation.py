@@ -19,7 +19,7 @@ from kernels.launch import Launch
 ARCH = 90
 BACKEND = make_backend(GPUTarget("cuda", ARCH, 32))
 # 1 is a value of its own to Triton, and so is what 16 divides.
-NUMBERS = (1, 4096, 4097, 4099)
+SIZES = (1, 4096, 4097, 4099)
 binders: dict[Any, Any] = {}
 
 
@@ -32,7 +32,7 @@ def key(launch: Launch) -> str:
     return f"{specialisation} {options}"
 
 
-def numbers(launch: Launch) -> dict[str, int]:
+def int_arguments(launch: Launch) -> dict[str, int]:
     """The run-time integers of a launch, by name."""
     names = [parameter.name for parameter in launch.kernel.params if not parameter.is_constexpr]
     return {name: x for name, x in zip(names, launch.arguments, strict=True) if type(x) is int}
@@ -48,8 +48,8 @@ def replaced(launch: Launch, name: str, value: int) -> Launch:
 def specialised(launch: Launch) -> list[str]:
     """The counts of a launch that make variants: every integer but strides, which a model's sizes fix."""
     result = []
-    for name in numbers(launch):
-        if not name.startswith("stride") and len({key(replaced(launch, name, n)) for n in NUMBERS}) > 1:
+    for name in int_arguments(launch):
+        if not name.startswith("stride") and len({key(replaced(launch, name, n)) for n in SIZES}) > 1:
             result.append(name)
     return result
 
@@ -59,11 +59,11 @@ def changing(case: Case) -> list[str]:
     keys = {}
     before = launch_forms.TOKENS
     try:
-        for launch_forms.TOKENS in NUMBERS:
+        for launch_forms.TOKENS in SIZES:
             keys[launch_forms.TOKENS] = key(launch_of(case))
     finally:
         launch_forms.TOKENS = before
-    return [f"{n} tokens" for n in NUMBERS if keys[n] != keys[4096]]
+    return [f"{n} tokens" for n in SIZES if keys[n] != keys[4096]]
 
 
 def violations(case: Case) -> Iterator[str]:

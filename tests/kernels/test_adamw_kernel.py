@@ -8,7 +8,7 @@ import kernels
 from kernels.adamw import adamw, adamw_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUMBERS = {"lr": 0.03, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.1}
+HYPERPARAMETERS = {"lr": 0.03, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.1}
 NAMES = ("master", "exp_avg", "exp_avg_sq", "gradient")
 
 
@@ -22,7 +22,7 @@ def state(count, device=DEVICE):
 
 # Catches: the mask of the last block left out; the copy written behind its end.
 @pytest.mark.parametrize("offset", [0, 4, 5])
-def test_adamw_of_slices_leaves_their_neighbours_alone(offset):
+def test_adamw_of_slices_does_not_change_their_neighbours(offset):
     count = 1500
     near = state(count)
     around = {name: torch.full((3 * count,), 7.0, device=DEVICE) for name in NAMES}
@@ -31,8 +31,8 @@ def test_adamw_of_slices_leaves_their_neighbours_alone(offset):
     for name, x in near.items():
         inside[name].copy_(x)
     with kernels.use_backend("triton"):
-        adamw(**inside, **NUMBERS, step=2)
-        adamw(**near, **NUMBERS, step=2)
+        adamw(**inside, **HYPERPARAMETERS, step=2)
+        adamw(**near, **HYPERPARAMETERS, step=2)
     for name, x in around.items():
         assert (x[:offset] == 7).all() and (x[offset + count :] == 7).all()
         assert torch.equal(inside[name], near["master"].half() if name == "copy" else near[name])
@@ -43,13 +43,13 @@ def test_adamw_of_slices_leaves_their_neighbours_alone(offset):
 def test_adamw_on_the_cpu_has_the_bits_of_torch_fused(count):
     ours = {name: torch.zeros(count) for name in NAMES[1:3]} | {"master": state(count, "cpu")["master"]}
     flat = torch.nn.Parameter(ours["master"].clone())
-    theirs = torch.optim.AdamW([flat], betas=NUMBERS["betas"], eps=1e-8, weight_decay=0.1, fused=True)
+    theirs = torch.optim.AdamW([flat], betas=HYPERPARAMETERS["betas"], eps=1e-8, weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(1)
     for step in range(1, 8):
         flat.grad = torch.randn(count, generator=generator)
         theirs.param_groups[0]["lr"] = 0.03 / step
         theirs.step()
-        adamw(**ours, gradient=flat.grad, **(NUMBERS | {"lr": 0.03 / step}), step=step)
+        adamw(**ours, gradient=flat.grad, **(HYPERPARAMETERS | {"lr": 0.03 / step}), step=step)
         result = theirs.state[flat]
         assert torch.equal(ours["master"], flat.data) and torch.equal(ours["exp_avg"], result["exp_avg"])
         assert torch.equal(ours["exp_avg_sq"], result["exp_avg_sq"])
@@ -63,9 +63,9 @@ def test_adamw_scales_rounded_gradients_and_writes_a_rounded_copy(backend):
     wide = {name: x.double() for name, x in buffers.items()}
     plain = {name: x.float().clone() for name, x in buffers.items()}
     with kernels.use_backend(backend):
-        adamw(**buffers, **NUMBERS, step=3, scale=scale, copy=copy)
-    adamw_reference(**wide, **NUMBERS, step=3, scale=scale.double())
-    adamw_reference(**plain, **NUMBERS, step=3, scale=scale)
+        adamw(**buffers, **HYPERPARAMETERS, step=3, scale=scale, copy=copy)
+    adamw_reference(**wide, **HYPERPARAMETERS, step=3, scale=scale.double())
+    adamw_reference(**plain, **HYPERPARAMETERS, step=3, scale=scale)
     for name in NAMES[:3]:
         assert_close(buffers[name], plain[name], wide[name], name)
     assert torch.equal(copy, buffers["master"].half())
@@ -86,7 +86,7 @@ def test_adamw_of_powers_of_two_is_exact():
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_adamw_traces_without_a_graph_break(backend):
     def update(master, exp_avg, exp_avg_sq, gradient, scale, copy):
-        adamw(master, exp_avg, exp_avg_sq, gradient, **NUMBERS, step=3, scale=scale, copy=copy)
+        adamw(master, exp_avg, exp_avg_sq, gradient, **HYPERPARAMETERS, step=3, scale=scale, copy=copy)
         return master.sum()
 
     result = []

@@ -14,7 +14,7 @@ LENGTHS = {"one": [1], "odd": [7, 1, 13], "empty": [0, 5, 0, 3, 0], "long": [31,
 def slow(q, k, v, lengths, causal, window, scale):
     """One softmax per sequence, head and query."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    pieces, start = [], 0
+    outputs, start = [], 0
     groups = q.shape[1] // k.shape[1]
     for length in lengths:
         rows = slice(start, start + length)
@@ -26,21 +26,21 @@ def slow(q, k, v, lengths, causal, window, scale):
         for h in range(q.shape[1]):
             logits = (q[rows, h] @ k[rows, h // groups].T) * scale
             heads.append(logits.masked_fill(~seen, float("-inf")).softmax(-1) @ v[rows, h // groups])
-        pieces.append(torch.stack(heads, 1))
-    return torch.cat(pieces)
+        outputs.append(torch.stack(heads, 1))
+    return torch.cat(outputs)
 
 
 def eager(q, k, v, lengths, causal, window, scale):
     """torch's own attention of each sequence."""
-    pieces = []
+    outputs = []
     for rows in torch.arange(sum(lengths)).split(lengths):
         i, j = torch.arange(len(rows))[:, None], torch.arange(len(rows))[None, :]
         seen = (j <= i) | (not causal)
         seen = seen if window is None else seen & (j > i - window)
         heads = [x[rows].transpose(0, 1)[None] for x in (q, k, v)]
         out = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=True)
-        pieces.append(out[0].transpose(0, 1))
-    return torch.cat(pieces)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def compare(lengths, tensors, dtype=torch.float32, causal=True, window=None, scale=0.3):
@@ -55,11 +55,11 @@ def compare(lengths, tensors, dtype=torch.float32, causal=True, window=None, sca
 
 
 def inputs(lengths, heads=4, kv_heads=2, width=6, seed=0):
-    total = sum(lengths)
+    tokens = sum(lengths)
     return {
-        "q": 0.3 * scaled(total, heads, width, seed=seed),
-        "k": 0.3 * scaled(total, kv_heads, width, seed=seed + 1),
-        "v": scaled(total, kv_heads, width, seed=seed + 2),
+        "q": 0.3 * scaled(tokens, heads, width, seed=seed),
+        "k": 0.3 * scaled(tokens, kv_heads, width, seed=seed + 1),
+        "v": scaled(tokens, kv_heads, width, seed=seed + 2),
     }
 
 
@@ -131,10 +131,10 @@ def test_attention_keeps_a_neighbour_of_nan_out(path, causal):
 def test_attention_takes_strided_inputs_and_repeats_bits(path):
     lengths = [6, 2]
     joined = scaled(8, 8, 6, seed=3).float()
-    pieces = joined[:, :4], joined[:, 4:6], joined[:, 6:]
-    strided = attention(*pieces, *marks(lengths))
-    assert torch.equal(strided, attention(*(p.contiguous() for p in pieces), *marks(lengths)))
-    assert torch.equal(strided, attention(*pieces, *marks(lengths)))
+    views = joined[:, :4], joined[:, 4:6], joined[:, 6:]
+    strided = attention(*views, *marks(lengths))
+    assert torch.equal(strided, attention(*(p.contiguous() for p in views), *marks(lengths)))
+    assert torch.equal(strided, attention(*views, *marks(lengths)))
 
 
 @pytest.mark.parametrize(

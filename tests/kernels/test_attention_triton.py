@@ -47,7 +47,7 @@ def sequences(lengths, key_lengths, causal, window):
 
 def slow(q, k, v, lengths, key_lengths=None, causal=True, window=None, scale=0.3):
     """One softmax per sequence, head and query."""
-    pieces = []
+    outputs = []
     for at, at_k, seen, blind in sequences(lengths, key_lengths, causal, window):
         heads = []
         for h in range(q.shape[1]):
@@ -55,8 +55,8 @@ def slow(q, k, v, lengths, key_lengths=None, causal=True, window=None, scale=0.3
             logits = (q[at, h] @ k[at_k, kv].T) * scale
             probability = logits.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(blind, 0.0)
             heads.append(probability @ v[at_k, kv])
-        pieces.append(torch.stack(heads, 1))
-    return torch.cat(pieces)
+        outputs.append(torch.stack(heads, 1))
+    return torch.cat(outputs)
 
 
 class Recomputed(torch.autograd.Function):
@@ -66,9 +66,9 @@ class Recomputed(torch.autograd.Function):
     def forward(ctx, q, k, v, seen, scale):
         scores = (wide(q) @ wide(k).T * (scale * math.log2(math.e))).masked_fill(~seen, float("-inf"))
         row_max = scores.amax(-1, keepdim=True)
-        total = torch.exp2(scores - row_max).sum(-1, keepdim=True)
-        out = ((torch.exp2(scores - row_max).to(v.dtype).to(scores.dtype) @ wide(v)) / total).to(v.dtype)
-        ctx.save_for_backward(q, k, v, seen, out, row_max + total.log2())
+        row_sum = torch.exp2(scores - row_max).sum(-1, keepdim=True)
+        out = ((torch.exp2(scores - row_max).to(v.dtype).to(scores.dtype) @ wide(v)) / row_sum).to(v.dtype)
+        ctx.save_for_backward(q, k, v, seen, out, row_max + row_sum.log2())
         ctx.scale = scale
         return out
 
@@ -92,18 +92,18 @@ def wide(x):
 
 def recomputed(q, k, v, lengths, key_lengths=None, causal=True, window=None, scale=0.3):
     """The eager form of what the kernels do, in whole sequences: as far off as they may be, times two."""
-    pieces = []
+    outputs = []
     for at, at_k, seen, blind in sequences(lengths, key_lengths, causal, window):
         if not k[at_k].shape[0]:
-            pieces.append(q[at] * 0.0)
+            outputs.append(q[at] * 0.0)
             continue
         groups = q.shape[1] // k.shape[1]
         heads = [
             Recomputed.apply(q[at, h], k[at_k, h // groups], v[at_k, h // groups], seen, scale)
             for h in range(q.shape[1])
         ]
-        pieces.append(torch.stack(heads, 1).masked_fill(blind[..., None], 0.0))
-    return torch.cat(pieces)
+        outputs.append(torch.stack(heads, 1).masked_fill(blind[..., None], 0.0))
+    return torch.cat(outputs)
 
 
 def marks(lengths):
@@ -265,8 +265,8 @@ def test_attention_takes_strided_inputs_and_repeats_bits():
     strided = joined[:, :2], joined[:, 2:3], joined[:, 3:4]
     runs = []
     with small_tiles():
-        for pieces in (strided, strided, [x.contiguous() for x in strided]):
-            leaves = [x.detach().requires_grad_() for x in pieces]
+        for inputs in (strided, strided, [x.contiguous() for x in strided]):
+            leaves = [x.detach().requires_grad_() for x in inputs]
             out = attention(*leaves, *marks([33, 47]))
             runs.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for again in runs[1:]:
@@ -275,10 +275,10 @@ def test_attention_takes_strided_inputs_and_repeats_bits():
 
 def test_attention_of_unaligned_rows_does_without_descriptors():
     joined = scaled(40, 4, 17, seed=3).half().to(DEVICE)
-    pieces = joined[:, :2, 1:], joined[:, 2:3, 1:], joined[:, 3:4, 1:]
+    views = joined[:, :2, 1:], joined[:, 2:3, 1:], joined[:, 3:4, 1:]
     with small_tiles():
-        out = attention(*pieces, *marks([40]), scale=0.3)
-        assert torch.equal(out, attention(*(x.contiguous() for x in pieces), *marks([40]), scale=0.3))
+        out = attention(*views, *marks([40]), scale=0.3)
+        assert torch.equal(out, attention(*(x.contiguous() for x in views), *marks([40]), scale=0.3))
 
 
 def test_attention_of_nothing():
@@ -298,9 +298,9 @@ def test_attention_of_nothing():
 def far_apart(rows, heads, width, seed):
     """(rows, heads, width) fp16 whose rows stand 2^30 elements apart; only their own pages are ever touched."""
     step = 2**30
-    spread = torch.empty((rows - 1) * step + heads * width, dtype=torch.float16, device=DEVICE)
-    spread = spread.as_strided((rows, heads, width), (step, width, 1))
-    return spread.copy_(scaled(rows, heads, width, seed=seed))
+    strided = torch.empty((rows - 1) * step + heads * width, dtype=torch.float16, device=DEVICE)
+    strided = strided.as_strided((rows, heads, width), (step, width, 1))
+    return strided.copy_(scaled(rows, heads, width, seed=seed))
 
 
 # Catches: 32-bit row offsets in load_rows.

@@ -111,8 +111,8 @@ def test_a_sequence_is_bit_equal_in_any_batch():
         for row, length in enumerate(lengths):
             for longest in (length, 200, table.shape[1] * 16):
                 one = slice(row, row + 1)
-                alone = decode_attention(q[one], keys, values, table[one].contiguous(), sizes[one], longest)
-                assert torch.equal(alone[0], together[row]), (row, longest)
+                single = decode_attention(q[one], keys, values, table[one].contiguous(), sizes[one], longest)
+                assert torch.equal(single[0], together[row]), (row, longest)
 
 
 def test_far_pages_are_reached():

@@ -43,7 +43,7 @@ def test_cdpo_of_hand_worked_numbers():
 
 
 def test_robust_of_hand_worked_numbers():
-    """(0.9 ln(1 + e^-0.75) - 0.1 ln(1 + e^0.75)) / 0.8 = (0.348184 - 0.113687) / 0.8; slope as in sigmoid where
+    """(0.9 ln(1 + e^-0.75) - 0.1 ln(1 + e^0.75)) / 0.8 = (0.348184 - 0.113687) / 0.8; gradient as in sigmoid where
     weighed out: -(0.9 * 0.320821 + 0.1 * 0.679179) * 0.5 / 0.8."""
     chosen, rejected, *ref = pairs()
     loss, _ = preference_loss(chosen, rejected, *ref, beta=0.5, num_pairs=1, variant="robust", label_smoothing=0.1)
@@ -53,7 +53,7 @@ def test_robust_of_hand_worked_numbers():
 
 
 def test_ipo_of_hand_worked_numbers():
-    """(1.5 - 1 / (2 * 0.25))^2 = 0.25, slope 2 * (1.5 - 2) = -1."""
+    """(1.5 - 1 / (2 * 0.25))^2 = 0.25, gradient 2 * (1.5 - 2) = -1."""
     chosen, rejected, *ref = pairs()
     loss, _ = preference_loss(chosen, rejected, *ref, beta=0.25, num_pairs=1, variant="ipo")
     assert loss.item() == pytest.approx(0.25)
@@ -98,10 +98,12 @@ def eager(hidden, weight, targets, weights, reference, *, beta, variant, smoothi
     scores, chosen = [], 0.0
     for start, end in zip(MARKS[:-1].tolist(), MARKS[1:].tolist()):
         rows = [i for i in range(start, end) if targets[i] >= 0 and weights[i] != 0]
-        total = sum((weights[i].to(logprob.dtype) * logprob[i, targets[i]] for i in rows), start=logprob.new_zeros(()))
-        chosen = chosen - total if len(scores) < 3 else chosen
+        logprob_sum = sum(
+            (weights[i].to(logprob.dtype) * logprob[i, targets[i]] for i in rows), start=logprob.new_zeros(())
+        )
+        chosen = chosen - logprob_sum if len(scores) < 3 else chosen
         over = max(sum(float(weights[i]) for i in rows), 1.0)
-        scores.append(total / over if mean or variant == "ipo" else total)
+        scores.append(logprob_sum / over if mean or variant == "ipo" else logprob_sum)
     loss = 0.0
     for b in range(3):
         delta = scores[b] - reference[b].to(logprob.dtype) - scores[b + 3] + reference[b + 3].to(logprob.dtype)
@@ -182,10 +184,10 @@ def test_dpo_takes_the_reference_from_a_second_head(path):
     hidden, weight = (x.float() for x in inputs.values())
     other = hidden.flip(1), 2 * weight
     kept = torch.where(weights != 0, targets, -1)
-    given = sequence_logprobs(linear_logprob_reference(*other, kept)[0], weights, MARKS)
-    numbers = {"beta": 0.3, "num_pairs": 3}
-    inside = dpo(hidden, weight, targets, weights, MARKS, other, **numbers)
-    outside = dpo(hidden, weight, targets, weights, MARKS, given, **numbers)
+    ref_logprobs = sequence_logprobs(linear_logprob_reference(*other, kept)[0], weights, MARKS)
+    options = {"beta": 0.3, "num_pairs": 3}
+    inside = dpo(hidden, weight, targets, weights, MARKS, other, **options)
+    outside = dpo(hidden, weight, targets, weights, MARKS, ref_logprobs, **options)
     torch.testing.assert_close(inside.loss, outside.loss)
     assert inside.metrics.keys() == outside.metrics.keys()
     for name, value in inside.metrics.items():

@@ -29,14 +29,14 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_layout_of_rows_that_came_is_that_of_a_stable_sort(name):
     counts = torch.tensor(COUNTS[name], dtype=torch.int32, device=DEVICE)
-    total, experts = int(counts.sum()), counts.shape[1]
+    routed_rows, experts = int(counts.sum()), counts.shape[1]
     chosen = torch.cat([torch.full((n,), e, dtype=torch.int32) for row in COUNTS[name] for e, n in enumerate(row)])
-    result = expert_layout(counts, total)
+    result = expert_layout(counts, routed_rows)
     offsets, rows, positions, tiles = layout_reference(chosen[:, None].to(DEVICE), experts)
     assert torch.equal(result.offsets, offsets) and torch.equal(result.rows, rows)
     assert torch.equal(result.positions, positions) and torch.equal(result.tiles, tiles)
     assert torch.equal(result.experts[:, 0].cpu(), chosen) and bool((result.gates == 1).all())
-    assert result.gates.shape == result.experts.shape == (total, 1)
+    assert result.gates.shape == result.experts.shape == (routed_rows, 1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

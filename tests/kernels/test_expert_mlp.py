@@ -194,7 +194,7 @@ def test_idle_experts_get_zero_gradients_and_their_weights_are_never_read():
         assert not grad[idle].any() and grad[~idle].flatten(1).any(1).all()
 
 
-def test_a_broken_token_leaves_the_other_tokens_as_they_are():
+def test_nan_token_does_not_change_the_other_tokens():
     inputs, experts = floats(70, 48, 32, 4, 2, seed=3), chosen("uniform", 70, 4, 2, seed=0).to(DEVICE)
     out, dx, dgates, *_ = result_of(inputs, experts, 4)
     inputs["x"] = inputs["x"].clone()
@@ -232,7 +232,7 @@ def test_whole_numbers_are_exact(dtype):
     assert torch.equal(out.double(), expected)
 
 
-def test_only_what_is_needed_gets_a_gradient():
+def test_only_required_inputs_have_a_gradient():
     inputs, experts = floats(30, 16, 8, 4, 2), chosen("uniform", 30, 4, 2, seed=0).to(DEVICE)
     whole = dict(zip(inputs, result_of(inputs, experts, 4)[1:]))
     for size in (1, 2):

@@ -31,8 +31,8 @@ def slow(rewards, values, lengths, gamma, lam):
 
 def test_gae_of_hand_worked_numbers():
     """Rewards 0, 1; values 0.5, 0.25: deltas -0.275 and 0.75, gamma lam = 0.45. Then an answer of one token."""
-    given = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, 0.25, 0.5])
-    result = gae(*given, marks([2, 1]), gamma=0.9, lam=0.5)
+    inputs = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, 0.25, 0.5])
+    result = gae(*inputs, marks([2, 1]), gamma=0.9, lam=0.5)
     assert result[0].tolist() == pytest.approx([0.0625, 0.75, 1.5])
     assert result[1].tolist() == pytest.approx([0.5625, 1.0, 2.0])
 
@@ -41,10 +41,10 @@ def test_gae_of_hand_worked_numbers():
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 1.0), (0.97, 0.0)])
 def test_gae_equals_a_slow_loop(lengths, gamma, lam):
     count = sum(lengths)
-    values, given = torch.randn(2, count + 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = slow(given, values, lengths, gamma, lam)
-    given[count:], values[count:] = math.nan, math.nan
-    advantages, returns = gae(given, values, marks(lengths), gamma=gamma, lam=lam)
+    values, token_rewards = torch.randn(2, count + 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = slow(token_rewards, values, lengths, gamma, lam)
+    token_rewards[count:], values[count:] = math.nan, math.nan
+    advantages, returns = gae(token_rewards, values, marks(lengths), gamma=gamma, lam=lam)
     assert advantages[:count].tolist() == pytest.approx(expected, abs=1e-12)
     assert torch.equal(returns[:count], (advantages + values)[:count])
     assert not advantages[count:].any() and not returns[count:].any()
@@ -56,13 +56,16 @@ def test_gae_equals_a_slow_loop(lengths, gamma, lam):
 def test_gae_kernel_equals_the_reference(lengths, gamma, lam):
     lengths = lengths or [0]
     count = sum(lengths)
-    values, given = torch.randn(2, count + 3, generator=torch.Generator().manual_seed(2))
-    cut = marks(lengths)
-    exact = gae_reference(given[:count].double(), values[:count].double(), cut, gamma=gamma, lam=lam)
-    base = gae_reference(given[:count], values[:count], cut, gamma=gamma, lam=lam)
-    given[count:], values[count:] = math.nan, math.nan
+    values, token_rewards = torch.randn(2, count + 3, generator=torch.Generator().manual_seed(2))
+    cu_seqlens = marks(lengths)
+    exact = gae_reference(token_rewards[:count].double(), values[:count].double(), cu_seqlens, gamma=gamma, lam=lam)
+    base = gae_reference(token_rewards[:count], values[:count], cu_seqlens, gamma=gamma, lam=lam)
+    token_rewards[count:], values[count:] = math.nan, math.nan
     with kernels.use_backend("triton"), use_config("gae", BLOCK=32, num_warps=4, num_stages=1):
-        runs = [gae(given.to(DEVICE), values.to(DEVICE), cut.to(DEVICE), gamma=gamma, lam=lam) for _ in range(2)]
+        runs = [
+            gae(token_rewards.to(DEVICE), values.to(DEVICE), cu_seqlens.to(DEVICE), gamma=gamma, lam=lam)
+            for _ in range(2)
+        ]
     for result, again, ref, near in zip(*runs, exact, base):
         assert torch.equal(result, again) and not result[count:].any()
         assert_close(result[:count].cpu(), near, ref)
@@ -71,29 +74,29 @@ def test_gae_kernel_equals_the_reference(lengths, gamma, lam):
 @pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("gae")}))
 def test_every_table_entry(arch):
     lengths = [1500, 1, 1024, 0, 300]
-    values, given = torch.randn(2, sum(lengths), generator=torch.Generator().manual_seed(3))
-    exact = gae_reference(given.double(), values.double(), marks(lengths), lam=0.9)
-    base = gae_reference(given, values, marks(lengths), lam=0.9)
+    values, token_rewards = torch.randn(2, sum(lengths), generator=torch.Generator().manual_seed(3))
+    exact = gae_reference(token_rewards.double(), values.double(), marks(lengths), lam=0.9)
+    base = gae_reference(token_rewards, values, marks(lengths), lam=0.9)
     with kernels.use_backend("triton"), use_arch(arch if DEVICE == "cpu" else None):
-        result = gae(given.to(DEVICE), values.to(DEVICE), marks(lengths).to(DEVICE), lam=0.9)
+        result = gae(token_rewards.to(DEVICE), values.to(DEVICE), marks(lengths).to(DEVICE), lam=0.9)
     for x, near, ref in zip(result, base, exact):
         assert_close(x.cpu(), near, ref)
 
 
 def test_gae_takes_boundaries_of_any_stride():
-    values, given = torch.randn(2, 7, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    values, token_rewards = torch.randn(2, 7, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     apart = torch.tensor([0, 5, 3, 5, 7, 5], dtype=torch.int32, device=DEVICE)[::2]
     with kernels.use_backend("triton"):
-        result, expected = (gae(given, values, cut) for cut in (apart, apart.clone()))
+        result, expected = (gae(token_rewards, values, cu_seqlens) for cu_seqlens in (apart, apart.clone()))
     assert all(torch.equal(x, y) for x, y in zip(result, expected))
 
 
 def test_gae_operation_traces():
-    numbers = torch.randn(2, 7).to(DEVICE)
+    inputs = torch.randn(2, 7).to(DEVICE)
     with kernels.use_backend("triton"):
         torch.library.opcheck(
             torch.ops.wizard_engine.gae,
-            (*numbers, marks([4, 3]).to(DEVICE), 1.0, 0.9),
+            (*inputs, marks([4, 3]).to(DEVICE), 1.0, 0.9),
             test_utils=("test_schema", "test_faketensor"),
         )
 

@@ -108,7 +108,7 @@ def test_table_is_made_once_for_the_same_buffers(monkeypatch):
     from kernels import _grad_norm
 
     made, inner = [], _grad_norm.from_host
-    monkeypatch.setattr(_grad_norm, "from_host", lambda *numbers: made.append(1) or inner(*numbers))
+    monkeypatch.setattr(_grad_norm, "from_host", lambda *values: made.append(1) or inner(*values))
     grads, others = drawn((100, 100)), drawn((300,))
     with kernels.use_backend("triton"):
         for local in (grads, others, grads, others, grads[:1]):
@@ -147,16 +147,16 @@ def test_norm_on_the_cpu_has_the_bits_of_chunk_norms():
     norms = torch.stack([chunk.norm() for grad in grads for chunk in grad.split(CHUNK)])
     assert torch.equal(grad_norm(iter(grads)), norms.norm().double())
     assert torch.equal(
-        grad_norm(grads, reduce=lambda total: total.mul_(2)), norms.double().square().sum().mul(2).sqrt()
+        grad_norm(grads, reduce=lambda squares: squares.mul_(2)), norms.double().square().sum().mul(2).sqrt()
     )
     narrow = [grad.bfloat16() for grad in grads]
     assert torch.equal(chunk_norms_reference(narrow), chunk_norms_reference([grad.float() for grad in narrow]))
 
 
-def test_reduction_over_ranks_gets_the_sum_of_squares():
+def test_reduction_over_ranks_receives_the_sum_of_squares():
     grads = drawn((100, 300))
     with kernels.use_backend("triton"):
-        result = grad_norm(grads, reduce=lambda total: total.add_(3.0))
+        result = grad_norm(grads, reduce=lambda squares: squares.add_(3.0))
     assert abs(result.square() - wide(grads).square() - 3.0) <= 1e-6 * result.square()
 
 

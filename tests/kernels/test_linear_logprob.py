@@ -38,7 +38,7 @@ def drawn(rows, width, vocabulary, seed=0):
 
 @pytest.fixture(params=["whole", "chunks"])
 def path(request, monkeypatch):
-    """One chunk, and chunks of two rows, in parts of one row, words widened three at a time."""
+    """One chunk, and chunks of two rows, of one row at a time, which widen three vocabulary entries at a time."""
     if request.param == "chunks":
         monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * 11 * 2)
         monkeypatch.setattr(chunks, "PART_BYTES", 4 * 11)
@@ -46,7 +46,7 @@ def path(request, monkeypatch):
     return request.param
 
 
-# Catches: an entropy slope of the wrong sign; sums of the weight begun anew with every chunk; a temperature left out.
+# Catches: an entropy gradient of the wrong sign; weight sums restarted with every chunk; a missing temperature.
 @pytest.mark.parametrize("rows", [0, 1, 2, 17])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_linear_logprob_equals_full_logits(path, rows, temperature):
@@ -117,7 +117,7 @@ def test_linear_logprob_of_a_uniform_and_of_a_certain_distribution():
 
 
 def test_linear_logprob_of_logits_of_magnitude_1e4(path):
-    """Two words 0.5 apart around 1e4, the rest at -1e4: p = 1 / (1 + e^-0.5), and its entropy."""
+    """Two vocabulary entries 0.5 apart around 1e4, the rest at -1e4: p = 1 / (1 + e^-0.5), and its entropy."""
     weight = torch.full((11, 1), -1e4)
     weight[3], weight[7] = 1e4, 1e4 - 0.5
     hidden = torch.ones(2, 1, requires_grad=True)
@@ -130,7 +130,7 @@ def test_linear_logprob_of_logits_of_magnitude_1e4(path):
     assert grad[:, 0].tolist() == pytest.approx([0.5 * (1 - p), -0.5 * p], abs=2e-3)
 
 
-def test_linear_logprob_of_rows_with_words_of_minus_infinity(path):
+def test_linear_logprob_of_rows_with_logits_of_minus_infinity(path):
     weight = torch.zeros(11, 1)
     weight[::2] = -torch.inf
     hidden = torch.ones(3, 1)
@@ -155,11 +155,11 @@ def test_linear_logprob_of_a_logit_that_is_not_a_number_is_nan(path, bad):
 def shards(hidden, weight, targets, count, temperature):
     """A `VocabularyShard` of each slice, whose gather knows the statistics of all of them."""
     edges = [round(weight.shape[0] * i / count) for i in range(count + 1)]
-    parts = [
+    partials = [
         linear_logprob_partial(hidden, weight[a:b], targets, start=a, vocab_size=len(weight), temperature=temperature)
         for a, b in itertools.pairwise(edges)
     ]
-    stacked = torch.stack(parts)
+    stacked = torch.stack(partials)
     return stacked, [
         (slice(a, b), VocabularyShard(a, weight.shape[0], lambda local: stacked)) for a, b in itertools.pairwise(edges)
     ]
@@ -248,7 +248,7 @@ def test_linear_logprob_refuses_what_does_not_fit(changes, message):
         linear_logprob(**{**arguments, **changes})
 
 
-# Catches: a slope of the wrong sign; the gradient that comes in left out.
+# Catches: a gradient of the wrong sign; an ignored incoming gradient.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 17])
 def test_cross_entropy_equals_full_logits(path, rows, dtype):
@@ -264,7 +264,7 @@ def test_cross_entropy_equals_full_logits(path, rows, dtype):
 
 
 def test_cross_entropy_of_hand_worked_numbers():
-    """Uniform over 4 words, weights 1, 0 and 0.5 of 6 tokens: 1.5 ln 4 / 6."""
+    """Uniform over 4 vocabulary entries, weights 1, 0 and 0.5 of 6 tokens: 1.5 ln 4 / 6."""
     hidden, weight = torch.zeros(3, 2, requires_grad=True), torch.ones(4, 2)
     out = cross_entropy(hidden, weight, torch.tensor([0, 1, 2]), torch.tensor([1.0, 0.0, 0.5]), num_tokens=6)
     assert out.loss.item() == pytest.approx(1.5 * math.log(4) / 6) and out.metrics == {}

@@ -71,13 +71,13 @@ def against_full_logits(inputs, targets, dtype, *, entropy=True, temperature=1.0
         row_max = logits.detach().amax(-1, keepdim=True)
         logprobs = logits - row_max - ((logits - row_max) * module.LOG2_E).exp2().sum(-1, keepdim=True).log()
         chosen = logprobs[torch.arange(len(targets)), targets.clamp(min=0)] * (targets >= 0)
-        spread = -((logprobs * module.LOG2_E).exp2() * logprobs).sum(-1) * (targets >= 0)
-        return (chosen, spread) if entropy else chosen
+        entropies = -((logprobs * module.LOG2_E).exp2() * logprobs).sum(-1) * (targets >= 0)
+        return (chosen, entropies) if entropy else chosen
 
     check(ours, eager, inputs, dtype, also=apart)
 
 
-# Catches: a mask of tail words left out; the target's column counted from the tile; decay applied to the new sum.
+# Catches: no mask of the tail entries; the target's column counted from the tile; decay applied to the new sum.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 37])
 @pytest.mark.parametrize(("vocab_size", "width"), [(1, 16), (7, 5), (32, 1), (33, 64), (211, 33)])
@@ -196,8 +196,8 @@ def test_logits_of_magnitude_1e4():
     assert entropy.tolist() == pytest.approx([-p * math.log(p) - (1 - p) * math.log(1 - p)] * 2, rel=1e-6)
 
 
-def test_words_of_minus_infinity():
-    """Half of the words, and a whole first tile of them."""
+def test_logits_of_minus_infinity():
+    """Half of the vocabulary entries are -inf, and so is the whole first tile."""
     weight = torch.zeros(75, 1, device=DEVICE)
     weight[:40] = -torch.inf
     hidden, targets = torch.ones(3, 1, device=DEVICE), torch.tensor([41, 74, 2], device=DEVICE)
@@ -210,7 +210,7 @@ def test_words_of_minus_infinity():
 
 # Catches: 0 times -inf in the gradient of the logits.
 @pytest.mark.parametrize("entropy", [False, True])
-def test_words_of_minus_infinity_have_no_gradient(entropy):
+def test_logits_of_minus_infinity_have_no_gradient(entropy):
     """Nor do they change that of the others; the hidden states' gradient multiplies by them and is not asked for."""
     inputs, targets = drawn(20, 75, 24, seed=13)
     hidden, weight = inputs["hidden"].float().abs() + 1e-3, inputs["weight"].float()
@@ -221,15 +221,15 @@ def test_words_of_minus_infinity_have_no_gradient(entropy):
         (weight[35:], targets - 35),
     ):
         leaf = vocab_size.clone().requires_grad_()
-        logprob, spread = linear_logprob(hidden, leaf, here, entropy=entropy)
-        (logprob.sum() + spread.sum() if entropy else logprob.sum()).backward()
+        logprob, entropies = linear_logprob(hidden, leaf, here, entropy=entropy)
+        (logprob.sum() + entropies.sum() if entropy else logprob.sum()).backward()
         result.append(leaf.grad)
     assert not result[0][:35].any()
     torch.testing.assert_close(result[0][35:], result[1], rtol=0, atol=2e-6 * float(result[1].abs().max()))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_numbers_are_seen_in_their_row_alone(bad):
+def test_non_finite_logits_affect_only_their_row(bad):
     inputs, targets = drawn(20, 75, 24)
     hidden, weight = (x.float() for x in inputs.values())
     targets = targets.clamp(min=0)
@@ -288,9 +288,9 @@ def test_gradients_do_not_depend_on_the_workspace(monkeypatch):
     whole = gradients()
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 37 * 4 * 64)
     assert module._slice_entries(37, 211, 32, 4) == 64
-    cut = gradients()
-    assert torch.equal(whole[1], cut[1])
-    torch.testing.assert_close(whole[0], cut[0], rtol=0, atol=1e-6 * float(whole[0].abs().max()))
+    chunked = gradients()
+    assert torch.equal(whole[1], chunked[1])
+    torch.testing.assert_close(whole[0], chunked[0], rtol=0, atol=1e-6 * float(whole[0].abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -352,12 +352,12 @@ def losses(head, targets, device):
     generator = torch.Generator().manual_seed(2)
     weights = torch.rand(37, generator=generator).to(device)
     marks = torch.tensor([0, 8, 17, 30, 37], dtype=torch.int32, device=device)
-    numbers = [torch.randn(37, generator=generator).to(device) - 3 for _ in range(3)]
+    logprobs = [torch.randn(37, generator=generator).to(device) - 3 for _ in range(3)]
     other = [x.detach().flip(0) for x in head]
     return (
         cross_entropy(*head, targets, weights, num_tokens=20),
         dpo(*head, targets, weights, marks, tuple(other), beta=0.3, num_pairs=2, nll=0.1, num_chosen_tokens=9),
-        ppo(*head, targets, *numbers[:2], clip=0.2, num_tokens=20, reference=numbers[2], kl=0.1, entropy=0.1),
+        ppo(*head, targets, *logprobs[:2], clip=0.2, num_tokens=20, reference=logprobs[2], kl=0.1, entropy=0.1),
     )
 
 
@@ -400,7 +400,7 @@ def test_rows_behind_2_to_the_31_elements(which):
 
 @needs_interpreter
 def test_gradients_of_logits_behind_2_to_the_31_elements(monkeypatch):
-    """The last tile of 70,000 rows of 32,768 words, 2.3e9 elements, the only one that runs."""
+    """The last tile of 70,000 rows of 32,768 vocabulary entries, 2.3e9 elements, the only one that runs."""
     from triton.runtime import interpreter
 
     rows, vocab_size = 70000, 32768

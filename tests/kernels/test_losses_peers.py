@@ -32,12 +32,12 @@ ROWS, LENGTH, WIDTH, VOCAB_SIZE, BETA = 6, 9, 12, 31, 0.3
 def drawn(seed=0):
     """Hidden states (ROWS, LENGTH, WIDTH), a head and another, targets with -100 where nothing is learned."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, other = torch.randn(2, ROWS, LENGTH, WIDTH, generator=generator)
-    weight, fixed = torch.randn(2, VOCAB_SIZE, WIDTH, generator=generator)
+    hidden, ref_hidden = torch.randn(2, ROWS, LENGTH, WIDTH, generator=generator)
+    weight, ref_weight = torch.randn(2, VOCAB_SIZE, WIDTH, generator=generator)
     targets = torch.randint(VOCAB_SIZE, (ROWS, LENGTH), generator=generator)
     for row, (prompt, end) in enumerate([(2, 9), (0, 5), (3, 4), (1, 8), (4, 9), (2, 6)]):
         targets[row, :prompt], targets[row, end:] = -100, -100
-    return hidden, weight, other, fixed, targets
+    return hidden, weight, ref_hidden, ref_weight, targets
 
 
 def packed(hidden, targets):
@@ -59,10 +59,10 @@ def same(ours, theirs, mine, twins):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
-def our_dpo(hidden, weight, other, fixed, targets, **options):
+def our_dpo(hidden, weight, ref_hidden, ref_weight, targets, **options):
     """The loss of this project on the padded rows, each row a sequence."""
     flat, kept, weights, marks = packed(hidden, targets)
-    reference = other.reshape(-1, WIDTH), fixed
+    reference = ref_hidden.reshape(-1, WIDTH), ref_weight
     return dpo(flat, weight, kept, weights, marks, reference, beta=BETA, num_pairs=ROWS // 2, **options)
 
 
@@ -79,7 +79,7 @@ def our_dpo(hidden, weight, other, fixed, targets, **options):
 def test_dpo_equals_liger(variant, smoothing, mean, nll):
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    hidden, weight, other, fixed, targets = drawn()
+    hidden, weight, ref_hidden, ref_weight, targets = drawn()
     mine, twins = both(hidden, weight)
     peer = LigerFusedLinearDPOLoss(
         beta=BETA,
@@ -90,12 +90,12 @@ def test_dpo_equals_liger(variant, smoothing, mean, nll):
         loss_type=variant,
         label_smoothing=smoothing,
     )
-    theirs, _ = peer(twins[1], twins[0], targets, ref_input=other, ref_weight=fixed)
+    theirs, _ = peer(twins[1], twins[0], targets, ref_input=ref_hidden, ref_weight=ref_weight)
     chosen = int((targets[: ROWS // 2] >= 0).sum())
     ours = our_dpo(
         *mine,
-        other,
-        fixed,
+        ref_hidden,
+        ref_weight,
         targets,
         variant=variant,
         label_smoothing=smoothing,
@@ -132,12 +132,12 @@ def test_dpo_equals_trl(loss_type, variant, smoothing):
 
     if not hasattr(DPOTrainer, "_compute_loss"):
         pytest.skip("this TRL has no DPOTrainer._compute_loss")
-    hidden, weight, other, fixed, targets = drawn(1)
+    hidden, weight, ref_hidden, ref_weight, targets = drawn(1)
     mine, twins = both(hidden, weight)
     same_device = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        ref_model=trl_model((other, fixed)),
+        ref_model=trl_model((ref_hidden, ref_weight)),
         accelerator=same_device,
         aux_loss_enabled=False,
         ld_alpha=None,
@@ -162,9 +162,9 @@ def test_dpo_equals_trl(loss_type, variant, smoothing):
         "completion_mask": (ids >= 0).long(),
     }
     theirs = DPOTrainer._compute_loss(trainer, trl_model(twins), inputs, False)
-    cut = targets.clone()
-    cut[:, -1] = -100
-    ours = our_dpo(*mine, other, fixed, cut, variant=variant, label_smoothing=smoothing)
+    shortened = targets.clone()
+    shortened[:, -1] = -100
+    ours = our_dpo(*mine, ref_hidden, ref_weight, shortened, variant=variant, label_smoothing=smoothing)
     same(ours.loss, theirs, mine, twins)
     if variant == "ipo":
         return

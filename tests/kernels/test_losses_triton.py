@@ -1,4 +1,4 @@
-"""Kernels of the losses' formulas against the reference in float64: loss, every metric, every slope."""
+"""Kernels of the losses' formulas against the reference in float64: loss, every metric, every gradient."""
 
 import itertools
 import math
@@ -19,14 +19,14 @@ def wide(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def compared(formula, *numbers):
-    """The kernel's loss, metrics and slopes in fp32 beside the reference's in float64."""
+def compared(formula, *inputs):
+    """Compares the kernel's loss, metrics and gradients in fp32 with the reference's in float64."""
     with kernels.use_backend("triton"):
-        result = formula.grads(*numbers, ALL)
-        again = formula.grads(*numbers, ALL)
+        result = formula.grads(*inputs, ALL)
+        again = formula.grads(*inputs, ALL)
     exact = type(formula)(**{name: wide(value) for name, value in vars(formula).items()})
     with kernels.use_backend("reference"):
-        target = exact.grads(*(wide(x) for x in numbers), ALL)
+        target = exact.grads(*(wide(x) for x in inputs), ALL)
     assert result[1].keys() == target[1].keys()
     pairs = {"loss": (result[0], target[0]), **{name: (result[1][name], target[1][name]) for name in target[1]}}
     grads = [(a, b) for a, b in zip(result[2:], target[2:]) if b is not None]
@@ -54,7 +54,7 @@ def preference(lengths, padding=3, seed=0, far=1.0):
 DPO = {"beta": 0.3, "num_pairs": 5.0, "variant": "sigmoid", "label_smoothing": 0.0, "mean": False, "nll": 0.0}
 
 
-# Catches: the sides swapped; the mean's divisor left out of the slope; a block's tail read as tokens.
+# Catches: the sides swapped; the mean's divisor missing in the gradient; a block's tail read as tokens.
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,8 +89,8 @@ def test_dpo_kernel_of_a_pair_that_is_all_but_certain():
     """Margin 2 * (12 - 0) = 24: the loss is e^-24 and not 0."""
     marks = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
     logprob, ones = torch.tensor([0.0, -12.0], device=DEVICE), torch.ones(2, device=DEVICE)
-    numbers = {**DPO, "beta": 2.0, "num_pairs": 1.0}
-    formula = DpoFormula(torch.zeros(2, device=DEVICE), ones, marks, **numbers, num_chosen_tokens=1.0)
+    options = {**DPO, "beta": 2.0, "num_pairs": 1.0}
+    formula = DpoFormula(torch.zeros(2, device=DEVICE), ones, marks, **options, num_chosen_tokens=1.0)
     with kernels.use_backend("triton"):
         loss, _, grad, _ = formula.grads(logprob, None, ALL)
     assert loss.item() == pytest.approx(math.exp(-24), rel=1e-5)
@@ -130,26 +130,26 @@ def test_dpo_kernel_without_weights_is_ln_2():
 
 
 def tokens(count, seed=0):
-    """Numbers of `count` tokens near each other, NaN where the scale is 0; some ratios exactly 1."""
+    """Inputs of `count` tokens near each other, NaN where the scale is 0; some ratios are exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(count, generator=generator) * (torch.rand(count, generator=generator) > 0.2)
     logprob = -3 * torch.rand(count, generator=generator)
-    numbers = {
+    terms = {
         name: torch.randn(count, generator=generator) for name in ("behaviour", "advantages", "reference", "sampled")
     }
     for name in ("behaviour", "reference", "sampled"):
-        numbers[name] = logprob + 0.5 * numbers[name]
-    numbers["behaviour"][::5] = logprob[::5]
-    numbers = {name: x.masked_fill(scale == 0, math.nan).to(DEVICE) for name, x in numbers.items()}
+        terms[name] = logprob + 0.5 * terms[name]
+    terms["behaviour"][::5] = logprob[::5]
+    terms = {name: x.masked_fill(scale == 0, math.nan).to(DEVICE) for name, x in terms.items()}
     entropy = torch.rand(count, generator=generator) * (scale != 0)
     logprob = logprob * (scale != 0)
-    return logprob.to(DEVICE), entropy.to(DEVICE), scale.to(DEVICE), numbers
+    return logprob.to(DEVICE), entropy.to(DEVICE), scale.to(DEVICE), terms
 
 
 PPO = {"clip": (0.2, 0.3), "dual_clip": None, "kl": 0.0, "kl_estimator": "k3", "entropy": 0.0, "importance_cap": 1.3}
 
 
-# Catches: an interval's ends swapped; the importance weight left out of the slope; a divergence's sign; NaN let in.
+# Catches: an interval's ends swapped; no importance weight in the gradient; a KL's sign; NaN not masked.
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 331])
 @pytest.mark.parametrize(
     ("changes", "terms"),
@@ -164,30 +164,30 @@ PPO = {"clip": (0.2, 0.3), "dual_clip": None, "kl": 0.0, "kl_estimator": "k3", "
     ],
 )
 def test_ppo_kernel_equals_the_reference(count, changes, terms):
-    logprob, entropy, scale, numbers = tokens(count, seed=count)
-    given = {name: numbers[name] if name in terms else None for name in ("reference", "sampled")}
+    logprob, entropy, scale, inputs = tokens(count, seed=count)
+    optional = {name: inputs[name] if name in terms else None for name in ("reference", "sampled")}
     formula = PpoFormula(
-        behaviour=numbers["behaviour"], advantages=numbers["advantages"], scale=scale, **given, **{**PPO, **changes}
+        behaviour=inputs["behaviour"], advantages=inputs["advantages"], scale=scale, **optional, **{**PPO, **changes}
     )
     with use_config("ppo", BLOCK=64, num_warps=4, num_stages=1):
         compared(formula, logprob, entropy)
 
 
 def test_ppo_kernel_on_fresh_samples_has_ratio_1_exactly():
-    logprob, entropy, scale, numbers = tokens(100)
+    logprob, entropy, scale, inputs = tokens(100)
     formula = PpoFormula(
-        behaviour=logprob.clone(), advantages=numbers["advantages"], scale=scale, reference=None, sampled=None, **PPO
+        behaviour=logprob.clone(), advantages=inputs["advantages"], scale=scale, reference=None, sampled=None, **PPO
     )
     with kernels.use_backend("triton"):
         _, metrics, grad, _ = formula.grads(logprob, entropy, ALL)
     live = scale != 0
     assert metrics["ratio"] == live.sum() and metrics["approx_kl"] == 0 and metrics["clip_fraction"] == 0
-    assert torch.equal(grad[live], (-numbers["advantages"] * scale)[live])
+    assert torch.equal(grad[live], (-inputs["advantages"] * scale)[live])
 
 
 def test_ppo_kernel_where_every_token_is_ignored():
-    logprob, entropy, scale, numbers = tokens(70)
-    nothing = {name: torch.full_like(x, math.nan) for name, x in numbers.items()}
+    logprob, entropy, scale, inputs = tokens(70)
+    nothing = {name: torch.full_like(x, math.nan) for name, x in inputs.items()}
     formula = PpoFormula(scale=torch.zeros_like(scale), **nothing, **{**PPO, "kl": 0.1})
     with kernels.use_backend("triton"):
         loss, metrics, *grads = formula.grads(0 * logprob, 0 * entropy, ALL)
@@ -229,13 +229,13 @@ def test_every_table_entry(arch):
     with use_arch(arch if DEVICE == "cpu" else None):
         logprob, weights, marks, reference = preference([700, 3, 1, 600])
         compared(DpoFormula(reference, weights, marks, **DPO, num_chosen_tokens=1.0), logprob, None)
-        logprob, entropy, scale, numbers = tokens(1500)
-        compared(PpoFormula(scale=scale, **numbers, **{**PPO, "kl": 0.1}), logprob, entropy)
+        logprob, entropy, scale, inputs = tokens(1500)
+        compared(PpoFormula(scale=scale, **inputs, **{**PPO, "kl": 0.1}), logprob, entropy)
 
 
 def test_value_loss_operation_traces():
-    numbers = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    inputs = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with kernels.use_backend("triton"):
         torch.library.opcheck(
-            torch.ops.wizard_engine.value_loss, (*numbers, 0.2, 0.1), test_utils=("test_schema", "test_faketensor")
+            torch.ops.wizard_engine.value_loss, (*inputs, 0.2, 0.1), test_utils=("test_schema", "test_faketensor")
         )

@@ -52,7 +52,7 @@ def assert_layout(routing, experts, num_experts):
     assert per_token == routing.positions.shape[1]
 
 
-# Catches: softmax before top-k; a gate's slope without the sum over the chosen; padded experts not masked.
+# Catches: softmax before top-k; a gate's gradient without the sum over the chosen experts; padded experts not masked.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("tokens", "width", "experts", "per_token"),
@@ -67,7 +67,7 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
         return moe_route_reference(hidden, router, per_token)[:2]
 
     def rounded(hidden, router):
-        """The slopes of the logits rounded before the products, as documented."""
+        """Gradients of the logits, rounded before the products as documented."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(wide) @ router.to(wide).T
         if logits.requires_grad:
@@ -83,23 +83,23 @@ def test_logits_and_gates_equal_float64(tokens, width, experts, per_token, dtype
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 129, 300])
 @pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (5, 1), (20, 3)])
 def test_rows_stand_by_expert_then_token(pattern, tokens, experts, per_token):
-    given = chosen(pattern, tokens, experts, per_token, seed=tokens).to(DEVICE)
+    replayed = chosen(pattern, tokens, experts, per_token, seed=tokens).to(DEVICE)
     inputs = {name: x.float() for name, x in drawn(tokens, 8, experts).items()}
-    routing = moe_route(*inputs.values(), experts_per_token=per_token, replayed_experts=given)
-    assert torch.equal(routing.experts, given)
-    assert_layout(routing, given, experts)
+    routing = moe_route(*inputs.values(), experts_per_token=per_token, replayed_experts=replayed)
+    assert torch.equal(routing.experts, replayed)
+    assert_layout(routing, replayed, experts)
     logits = inputs["hidden"] @ inputs["router"].T
-    torch.testing.assert_close(routing.gates, logits.gather(1, given.long()).softmax(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(routing.gates, logits.gather(1, replayed.long()).softmax(-1), rtol=1e-5, atol=1e-6)
 
 
 # Catches: choices read as if they stood together, where a replay gives one layer's of many.
-def test_given_experts_may_be_strided():
+def test_replayed_experts_may_be_strided():
     inputs = [x.float() for x in drawn(40, 8, 6).values()]
     layers = torch.stack([chosen("uniform", 40, 6, 2, seed=s).to(DEVICE) for s in (1, 2, 3)], dim=1)
-    for layer, given in enumerate(layers.unbind(1)):
-        routing = moe_route(*inputs, experts_per_token=2, replayed_experts=given)
-        assert torch.equal(routing.experts, layers[:, layer]) and not given.is_contiguous()
-        assert_layout(routing, given, 6)
+    for layer, replayed in enumerate(layers.unbind(1)):
+        routing = moe_route(*inputs, experts_per_token=2, replayed_experts=replayed)
+        assert torch.equal(routing.experts, layers[:, layer]) and not replayed.is_contiguous()
+        assert_layout(routing, replayed, 6)
 
 
 def test_best_experts_are_chosen_in_falling_order():
@@ -120,7 +120,7 @@ def test_ties_go_to_the_lower_expert():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_a_broken_token_leaves_the_others_as_they_are(value):
+def test_extreme_token_does_not_change_the_others(value):
     inputs = {name: x.float() for name, x in drawn(20, 16, 8, seed=4).items()}
     clean = moe_route(*inputs.values(), experts_per_token=2)
     inputs["hidden"][7] = value

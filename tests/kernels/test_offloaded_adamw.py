@@ -70,10 +70,10 @@ def test_copies_are_rounded_as_torch_rounds(level):
     tensors["master"][len(special)] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     tensors["copy"] = torch.zeros(4000, dtype=torch.bfloat16)
     result = updated(tensors, level=level, lr=0.0)
-    numbers = ~tensors["master"].isnan()
+    is_number = ~tensors["master"].isnan()
     expected = tensors["master"].bfloat16()
-    assert torch.equal(result["copy"].view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
-    assert torch.equal(result["copy"].isnan(), ~numbers)
+    assert torch.equal(result["copy"].view(torch.int16)[is_number], expected.view(torch.int16)[is_number])
+    assert torch.equal(result["copy"].isnan(), ~is_number)
     result = updated(tensors, level=level)
     assert torch.equal(result["copy"].nan_to_num(), result["master"].bfloat16().nan_to_num())
 

@@ -90,7 +90,7 @@ def test_backends_agree(backend):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the order of sums on a CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_are_bit_equal_alone_in_pieces_and_together(dtype):
+def test_tokens_are_bit_equal_single_in_chunks_and_batched(dtype):
     sequences = [(80, 1), (23, 1), (61, 61), (47, 47)]
     q, keys, values, batch, _ = problem(sequences, 16, 6, 2, 24, dtype)
     whole = paged_attention(q, keys, values, batch)
@@ -102,8 +102,8 @@ def test_tokens_are_bit_equal_alone_in_pieces_and_together(dtype):
             piece = PagedBatch(
                 batch.page_table[row : row + 1], torch.tensor([done + n], dtype=torch.int32), [n], done + n, 0, 16
             )
-            alone = paged_attention(q[at + done : at + done + n].contiguous(), keys, values, piece)
-            assert torch.equal(alone, whole[at + done : at + done + n])
+            single = paged_attention(q[at + done : at + done + n].contiguous(), keys, values, piece)
+            assert torch.equal(single, whole[at + done : at + done + n])
             done += n
         at += length
 

@@ -68,7 +68,7 @@ def test_importance_weight_is_truncated_and_has_no_gradient():
     [("k1", math.log(2), 1), ("k2", 0.5 * math.log(2) ** 2, math.log(2)), ("k3", math.log(2) - 0.5, 0.5)],
 )
 def test_divergence_to_the_reference_adds_to_the_loss(name, value, grad):
-    """p = 1, r = 1/2: k1 = ln 2, k2 = ln^2 2 / 2, k3 = 1/2 - 1 + ln 2; slopes in log p: 1, ln 2, 1 - r / p."""
+    """p = 1, r = 1/2: k1 = ln 2, k2 = ln^2 2 / 2, k3 = 1/2 - 1 + ln 2; gradients in log p: 1, ln 2, 1 - r / p."""
     options = {"reference": torch.tensor([0.5]).log(), "kl": 0.1, "kl_estimator": name}
     loss, metrics, gradient = valued([1.0], [0.0], **options)
     assert loss == pytest.approx(0.1 * value) and gradient == pytest.approx([0.1 * grad])
@@ -80,7 +80,7 @@ def test_entropy_is_a_bonus():
     assert loss == pytest.approx(-0.2) and metrics["entropy"] == pytest.approx(2)
 
 
-# Catches: sequences that are not divided by their number.
+# Catches: a sum over sequences where the mean belongs.
 def test_scale_is_of_tokens_or_of_sequences():
     targets = torch.tensor([3, -1, 0, 2, -1, 1, 5])
     marks = torch.tensor([0, 3, 3, 6], dtype=torch.int32)
@@ -129,27 +129,39 @@ def drawn(seed=0):
     inputs = {"hidden": scaled(TOKENS, WIDTH, seed=seed), "weight": 0.3 * scaled(VOCAB_SIZE, WIDTH, seed=seed + 1)}
     targets = torch.randint(-1, VOCAB_SIZE, (TOKENS,), generator=generator)
     targets[3:5], targets[26:] = -1, -1
-    given = {}
+    inputs_by_token = {}
     for number, name in enumerate(("behaviour", "advantages", "reference", "sampled")):
-        given[name] = torch.randn(TOKENS, generator=torch.Generator().manual_seed(seed + 10 + number))
+        inputs_by_token[name] = torch.randn(TOKENS, generator=torch.Generator().manual_seed(seed + 10 + number))
     near = linear_logprob_reference(*inputs.values(), targets)[0].float()
     for name in ("behaviour", "reference", "sampled"):
-        given[name] = near + 0.3 * given[name]
-    return inputs, targets, {name: x.masked_fill(targets < 0, math.nan) for name, x in given.items()}
+        inputs_by_token[name] = near + 0.3 * inputs_by_token[name]
+    return inputs, targets, {name: x.masked_fill(targets < 0, math.nan) for name, x in inputs_by_token.items()}
 
 
 def eager(
-    hidden, weight, targets, given, *, per_sequence, kl, estimator, entropy, dual_clip, cap, temperature, first=False
+    hidden,
+    weight,
+    targets,
+    inputs_by_token,
+    *,
+    per_sequence,
+    kl,
+    estimator,
+    entropy,
+    dual_clip,
+    cap,
+    temperature,
+    first=False,
 ):
     """Written apart from the engine: token by token, full logits; `first`: temperature before the product."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     before, after = (temperature, 1) if first else (1, temperature)
     logprobs = ((hidden.to(wide) / before) @ weight.to(wide).T / after).log_softmax(-1)
-    total = logprobs.new_zeros(())
+    loss = logprobs.new_zeros(())
     for start, end in zip(MARKS[:-1].tolist(), MARKS[1:].tolist()):
         rows = [i for i in range(start, end) if targets[i] >= 0]
         for i in rows:
-            behaviour, advantage, reference, sampled = (x[i].to(wide) for x in given.values())
+            behaviour, advantage, reference, sampled = (x[i].to(wide) for x in inputs_by_token.values())
             logprob = logprobs[i, targets[i]]
             ratio = torch.exp(logprob - behaviour)
             term = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.3))
@@ -160,8 +172,8 @@ def eager(
             far = logprob - reference
             term = term + kl * {"k1": far, "k2": far**2 / 2, "k3": torch.exp(-far) - 1 + far}[estimator]
             term = term + entropy * (logprobs[i].exp() * logprobs[i]).sum()
-            total = total + term / ((len(rows) * 9) if per_sequence else 31)
-    return total
+            loss = loss + term / ((len(rows) * 9) if per_sequence else 31)
+    return loss
 
 
 @pytest.fixture(params=["one chunk", "chunks"])
@@ -185,7 +197,7 @@ def path(request, monkeypatch):
 def test_ppo_equals_eager_with_full_logits(
     path, dtype, per_sequence, kl, estimator, entropy, dual_clip, cap, temperature
 ):
-    inputs, targets, given = drawn()
+    inputs, targets, inputs_by_token = drawn()
     options = {"num_sequences": 9, "cu_seqlens": MARKS} if per_sequence else {"num_tokens": 31}
 
     def node(hidden, weight):
@@ -194,15 +206,15 @@ def test_ppo_equals_eager_with_full_logits(
                 hidden,
                 weight,
                 targets,
-                given["behaviour"],
-                given["advantages"],
+                inputs_by_token["behaviour"],
+                inputs_by_token["advantages"],
                 clip=(0.2, 0.3),
                 dual_clip=dual_clip,
-                reference=given["reference"],
+                reference=inputs_by_token["reference"],
                 kl=kl,
                 kl_estimator=estimator,
                 entropy=entropy,
-                sampled=given["sampled"] if cap else None,
+                sampled=inputs_by_token["sampled"] if cap else None,
                 importance_cap=cap or 2.0,
                 temperature=temperature,
                 **options,
@@ -216,7 +228,7 @@ def test_ppo_equals_eager_with_full_logits(
                 hidden,
                 weight,
                 targets,
-                given,
+                inputs_by_token,
                 per_sequence=per_sequence,
                 kl=kl,
                 estimator=estimator,
@@ -234,9 +246,9 @@ def test_ppo_equals_eager_with_full_logits(
 
 
 def test_ppo_on_fresh_samples_has_ratio_1_exactly(path):
-    inputs, targets, given = drawn(2)
+    inputs, targets, inputs_by_token = drawn(2)
     hidden, weight = (x.float().requires_grad_() for x in inputs.values())
-    advantages = given["advantages"]
+    advantages = inputs_by_token["advantages"]
     behaviour = linear_logprob(hidden, weight, targets, temperature=0.8)[0].detach()
     out = ppo(hidden, weight, targets, behaviour, advantages, clip=0.2, num_tokens=31, temperature=0.8)
     kept = targets >= 0
@@ -246,39 +258,41 @@ def test_ppo_on_fresh_samples_has_ratio_1_exactly(path):
 
 
 def test_ppo_metrics_do_not_depend_on_chunks(monkeypatch):
-    inputs, targets, given = drawn(5)
+    inputs, targets, inputs_by_token = drawn(5)
     head = [x.float().requires_grad_() for x in inputs.values()]
 
     def metrics():
         return ppo(
             *head,
             targets,
-            given["behaviour"],
-            given["advantages"],
+            inputs_by_token["behaviour"],
+            inputs_by_token["advantages"],
             clip=0.1,
             num_tokens=3,
             dual_clip=1.1,
-            reference=given["reference"],
-            sampled=given["sampled"],
+            reference=inputs_by_token["reference"],
+            sampled=inputs_by_token["sampled"],
         ).metrics
 
     whole = metrics()
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 4 * VOCAB_SIZE * 2)
-    cut = metrics()
-    assert whole.keys() == cut.keys() and len(whole) == 10
+    chunked = metrics()
+    assert whole.keys() == chunked.keys() and len(whole) == 10
     for name, value in whole.items():
-        torch.testing.assert_close(cut[name], value, msg=name)
+        torch.testing.assert_close(chunked[name], value, msg=name)
     kept = targets >= 0
     torch.testing.assert_close(whole["entropy"], linear_logprob_reference(*head, targets)[1].sum())
-    expected = (given["behaviour"] - given["sampled"]).exp()[kept].sum()
+    expected = (inputs_by_token["behaviour"] - inputs_by_token["sampled"]).exp()[kept].sum()
     torch.testing.assert_close(whole["importance"], expected)
 
 
 def test_ppo_of_ignored_tokens_alone_is_0_with_zero_gradients():
-    inputs, targets, given = drawn()
+    inputs, targets, inputs_by_token = drawn()
     hidden, weight = (x.float().requires_grad_() for x in inputs.values())
     nothing = torch.full_like(targets, -1)
-    out = ppo(hidden, weight, nothing, given["behaviour"], given["advantages"], clip=0.2, num_tokens=4)
+    out = ppo(
+        hidden, weight, nothing, inputs_by_token["behaviour"], inputs_by_token["advantages"], clip=0.2, num_tokens=4
+    )
     out.loss.backward()
     assert out.loss == 0 and not hidden.grad.any() and not weight.grad.any()
     assert all(value == 0 for value in out.metrics.values())
@@ -307,12 +321,12 @@ def test_ppo_of_ignored_tokens_alone_is_0_with_zero_gradients():
     ],
 )
 def test_ppo_refuses_what_does_not_fit(changes, message):
-    inputs, targets, given = drawn()
+    inputs, targets, inputs_by_token = drawn()
     arguments = {
         **{name: x.float() for name, x in inputs.items()},
         "targets": targets,
-        "behaviour": given["behaviour"],
-        "advantages": given["advantages"],
+        "behaviour": inputs_by_token["behaviour"],
+        "advantages": inputs_by_token["advantages"],
         "clip": 0.2,
         "num_tokens": 31,
     }

@@ -46,8 +46,8 @@ def runs_here(arch):
 def far_apart(rows, width, seed):
     """(rows, width) fp16 whose rows stand 2^30 elements apart; only their own pages are ever touched."""
     step = 2**30
-    spread = torch.empty((rows - 1) * step + width, dtype=torch.float16, device=DEVICE)
-    return spread.as_strided((rows, width), (step, 1)).copy_(scaled(rows, width, seed=seed))
+    strided = torch.empty((rows - 1) * step + width, dtype=torch.float16, device=DEVICE)
+    return strided.as_strided((rows, width), (step, 1)).copy_(scaled(rows, width, seed=seed))
 
 
 def results(function, *tensors):
@@ -121,7 +121,7 @@ def test_rms_norm_of_signs_is_exact_and_repeats_bits():
     same_bits(*runs)
 
 
-def test_rms_norm_rows_of_nan_stay_alone():
+def test_rms_norm_nan_affects_only_its_row():
     x = drawn(40, 48).float()
     weight = torch.ones(48, device=DEVICE)
     clean = results(lambda x: rms_norm(x, weight), x)
@@ -269,7 +269,7 @@ def plain_swiglu(gate_up):
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-# Catches: gate and up exchanged in the gradient; a slope of silu without its second term.
+# Catches: gate and up exchanged in the gradient; a derivative of silu without its second term.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(0, 4), (1, 1), (2, 16), (129, 17), (67, 640), (3, 5000)])
 def test_swiglu_equals_its_formula(rows, width, dtype):
@@ -313,7 +313,7 @@ def state(count, seed=0, gradient=torch.float32):
     return {name: x.to(dtypes.get(name, torch.float32)).to(DEVICE) for name, x in buffers.items()}
 
 
-NUMBERS = {"lr": 0.03, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.1, "step": 7}
+HYPERPARAMETERS = {"lr": 0.03, "betas": (0.9, 0.95), "epsilon": 1e-8, "weight_decay": 0.1, "step": 7}
 
 
 def updated(function, buffers, dtype, **options):
@@ -322,7 +322,7 @@ def updated(function, buffers, dtype, **options):
         name: (x if name == "gradient" and dtype == torch.float32 else x.to(dtype)).clone()
         for name, x in buffers.items()
     }
-    function(**local, **(NUMBERS | options))
+    function(**local, **(HYPERPARAMETERS | options))
     return local
 
 
@@ -354,18 +354,18 @@ def test_adamw_is_right_with_every_table_entry(arch, shape):
 def test_adamw_writes_the_rounded_copy():
     buffers = state(3000)
     copy = torch.zeros(3000, dtype=torch.float16, device=DEVICE)
-    adamw(**buffers, **NUMBERS, copy=copy)
+    adamw(**buffers, **HYPERPARAMETERS, copy=copy)
     assert torch.equal(copy, buffers["master"].half())
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
-def test_adamw_leaves_everything_alone_where_the_scale_is_not_finite(scale):
+def test_adamw_changes_nothing_where_the_scale_is_not_finite(scale):
     buffers = state(1500)
     before = {name: x.clone() for name, x in buffers.items()}
     copy = torch.full((1500,), 3.0, dtype=torch.float16, device=DEVICE)
     for backend in ("triton", "reference"):
         with kernels.use_backend(backend):
-            adamw(**buffers, **NUMBERS, copy=copy, scale=torch.tensor(scale, device=DEVICE))
+            adamw(**buffers, **HYPERPARAMETERS, copy=copy, scale=torch.tensor(scale, device=DEVICE))
     assert all(torch.equal(buffers[name], before[name]) for name in before) and bool((copy == 3).all())
 
 
@@ -392,7 +392,7 @@ def test_adamw_reaches_elements_beyond_2_31(monkeypatch):
         expected = updated(adamw, near, torch.float32)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: last)
         monkeypatch.setattr("triton.cdiv", lambda a, b: 1)
-        adamw(**buffers, **NUMBERS)
+        adamw(**buffers, **HYPERPARAMETERS)
     assert all(torch.equal(buffers[name][2**31 :], expected[name]) for name in buffers)
 
 
@@ -411,7 +411,9 @@ def test_adamw_reaches_elements_beyond_2_31(monkeypatch):
     ],
 )
 def test_adamw_refuses(change, message):
-    options = {name: torch.zeros(4) for name in ("master", "exp_avg", "exp_avg_sq", "gradient")} | NUMBERS | change
+    options = (
+        {name: torch.zeros(4) for name in ("master", "exp_avg", "exp_avg_sq", "gradient")} | HYPERPARAMETERS | change
+    )
     options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with pytest.raises(ValueError, match=message):
         adamw(**options)

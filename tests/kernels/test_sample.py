@@ -19,21 +19,21 @@ def seeds(count, seed=0):
 
 def test_philox_of_the_published_vector():
     """Random123's first known answer: counter 0 and key 0."""
-    vocab_size = [int(word) for word in philox(torch.zeros(1, dtype=torch.int64))]
-    assert vocab_size == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    output = [int(value) for value in philox(torch.zeros(1, dtype=torch.int64))]
+    assert output == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_philox_takes_all_64_bits_of_a_key():
     keys = torch.tensor([0, 1, 1 << 31, 1 << 32, -1, -(1 << 63)])
-    vocab_size = torch.stack(philox(keys))
-    assert len({tuple(column) for column in vocab_size.T.tolist()}) == 6 and int(vocab_size.min()) >= 0
-    assert int(vocab_size.max()) < 2**32
+    outputs = torch.stack(philox(keys))
+    assert len({tuple(column) for column in outputs.T.tolist()}) == 6 and int(outputs.min()) >= 0
+    assert int(outputs.max()) < 2**32
 
 
 def test_uniforms_are_inside_0_and_1_and_even():
-    numbers = uniforms(seeds(20000))
-    assert numbers.dtype == torch.float32 and float(numbers.min()) > 0 and float(numbers.max()) < 1
-    counts = torch.histc(numbers, 20, 0, 1)
+    values = uniforms(seeds(20000))
+    assert values.dtype == torch.float32 and float(values.min()) > 0 and float(values.max()) < 1
+    counts = torch.histc(values, 20, 0, 1)
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 43.8  # 99.9 % of chi-square with 19 degrees
 
 
@@ -50,7 +50,7 @@ def test_row_seeds_depend_on_row_step_and_seed_alone():
 
 
 def enumerated(logits, u, temperature, top_k, top_p):
-    """One row, word by word, in Python floats."""
+    """One row, one vocabulary entry at a time, in Python floats."""
     vocab_size = range(len(logits))
     if temperature == 0:
         token = max(vocab_size, key=lambda w: (logits[w], -w))
@@ -118,7 +118,7 @@ def test_sample_has_the_distribution_that_it_says(options):
 
 
 def awkward(rows, vocab_size, dtype, seed=0):
-    """Logits with ties, -inf, one word alone, and magnitudes of 1e4."""
+    """Logits with ties, -inf, a single finite entry, and magnitudes of 1e4."""
     logits = 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
     logits[:, ::5] = logits[:, :1].clone()
     logits[1::7, 1:] = -torch.inf
@@ -163,7 +163,7 @@ def test_kernel_draws_what_the_reference_draws(vocab_size, dtype):
 
 
 def on_kernel(logits, drawn, **options):
-    """What the kernel gives, on CPU; a block of 64 words."""
+    """Results of the kernel, on the CPU, with blocks of 64 vocabulary entries."""
     there = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
         return [x.cpu() for x in sample(logits.to(DEVICE), drawn.to(DEVICE), **there)]
@@ -193,15 +193,15 @@ def test_kernel_takes_rows_options_and_seeds_of_any_stride():
     logits, drawn = torch.randn(4, 90, generator=torch.Generator().manual_seed(6)).mul(2), seeds(8, 1)
     mixed = torch.tensor([0.5, 9.0, 1.0, 9.0, 0.0, 9.0, 2.0, 9.0])[::2]
     counts = torch.tensor([3, 1, 70, 1, 0, 1, 9, 1])[::2]
-    share = torch.tensor([0.6]).expand(4)
-    expected = sample(logits[:, :70].clone(), drawn[::2].clone(), temperature=mixed, top_k=counts, top_p=share)
+    probability = torch.tensor([0.6]).expand(4)
+    expected = sample(logits[:, :70].clone(), drawn[::2].clone(), temperature=mixed, top_k=counts, top_p=probability)
     with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
         result = sample(
             logits.to(DEVICE)[:, :70],
             drawn.to(DEVICE)[::2],
             temperature=mixed.to(DEVICE),
             top_k=counts.to(DEVICE),
-            top_p=share.to(DEVICE),
+            top_p=probability.to(DEVICE),
         )
     assert torch.equal(result[0].cpu(), expected[0])
     torch.testing.assert_close(result[1].cpu(), expected[1], rtol=2e-6, atol=2e-6)

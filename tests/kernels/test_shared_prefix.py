@@ -1,4 +1,4 @@
-"""Sequences that share their beginning, computed once, against whole sequences: outputs and gradients."""
+"""Sequences whose shared prefix is computed once against whole sequences: outputs and gradients."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def run(function, inputs):
 @pytest.mark.parametrize("group", range(len(GROUPS)))
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
-def test_shared_beginnings_change_no_number(group, window, last, backend):
+def test_shared_prefixes_change_no_result(group, window, last, backend):
     if backend == "triton" and not (DEVICE == "cuda" or kernels.backend.is_interpreted()):
         pytest.skip("Triton needs a GPU or its interpreter")
     rows, counts = samples_of(GROUPS[group])

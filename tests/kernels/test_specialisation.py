@@ -57,26 +57,26 @@ def test_whole_numbers_of_options_are_floats_to_the_kernels():
     from kernels._dpo import dpo_grads
     from kernels._ppo import ppo_grads
 
-    numbers, marks = torch.empty(64, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
+    values, marks = torch.empty(64, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
     with record() as made:
         ppo_grads(
-            numbers,
-            numbers,
-            numbers,
-            numbers,
-            numbers,
+            values,
+            values,
+            values,
+            values,
+            values,
             clip=(1, 1),
             dual_clip=3,
-            reference=numbers,
+            reference=values,
             kl=1,
             kl_estimator="k3",
             entropy_bonus=0,
-            sampled=numbers,
+            sampled=values,
             importance_cap=2,
         )
         dpo_grads(
-            numbers,
-            numbers,
+            values,
+            values,
             marks,
             torch.empty(4, device="meta"),
             beta=1,

@@ -81,7 +81,7 @@ def test_blocks_give_the_bits_of_sums_apart(name, dtype, recompute):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("frozen", ["attention_norm", "blocks.0", "blocks.1.feed_forward", "embedding"])
-def test_frozen_weights_leave_the_other_gradients_alone(frozen, recompute):
+def test_frozen_weights_do_not_change_the_other_gradients(frozen, recompute):
     model = Transformer(CONFIGS["window"], seed=5)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)

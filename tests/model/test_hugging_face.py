@@ -103,10 +103,10 @@ def test_model_equals_transformers_in_logits_and_gradients(published):
 
 def test_packed_rows_equal_rows_one_by_one(published):
     model, _ = load_model(published[1])
-    alone = torch.cat([logits(model, [row]) for row in rows()])
-    assert off(logits(model, rows()), alone) < 1e-5
+    single = torch.cat([logits(model, [row]) for row in rows()])
+    assert off(logits(model, rows()), single) < 1e-5
     swapped = logits(model, [rows()[0].flip(0), *rows()[1:]])
-    assert off(swapped[LENGTHS[0] :], alone[LENGTHS[0] :]) < 1e-5 and off(swapped, alone) > 0.1
+    assert off(swapped[LENGTHS[0] :], single[LENGTHS[0] :]) < 1e-5 and off(swapped, single) > 0.1
 
 
 def test_saved_model_comes_back_bit_equal_and_opens_in_transformers(published, tokenizer, tmp_path):
@@ -163,9 +163,9 @@ def test_sharded_directory_is_read(tokenizer, tmp_path):
     (path / "model.safetensors").unlink()
     names = sorted(tensors)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, part in shards.items():
-        save_file({name: tensors[name] for name in part}, path / file)
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    for file, members in shards.items():
+        save_file({name: tensors[name] for name in members}, path / file)
+    index = {"weight_map": {name: file for file, members in shards.items() for name in members}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_model(path)[0].parameters()))
     (path / "b.safetensors").unlink()
@@ -195,7 +195,7 @@ def transposed(path):
     rewrite(path, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
 
 
-def cut(path):
+def truncated(path):
     os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 10)
 
 
@@ -219,7 +219,7 @@ def without_tokenizer(path):
 DAMAGE = [
     (without, r"m: expected the tensor model\.layers\.0\.mlp\.up_proj\.weight \(and 0 more\), found none"),
     (transposed, r"safetensors: model\.layers\.0\.self_attn\.k_proj\.weight: expected shape \(4, 8\), got \(8, 4\)"),
-    (cut, r"model\.safetensors: expected a whole safetensors file"),
+    (truncated, r"model\.safetensors: expected a whole safetensors file"),
     (emptied, r"model\.safetensors: expected a whole safetensors file"),
     (pickled, r"model\.safetensors: expected safetensors weights, found none; pickled weights are never read"),
     (without_config, r"config\.json: expected a model directory with config\.json, found none"),

@@ -13,8 +13,8 @@ LENGTHS = (9, 1, 14)
 
 def packed(lengths=LENGTHS, seed=0, padding=0):
     """Tokens, positions, cu_seqlens and the longest length of random documents, and padding behind them."""
-    total = sum(lengths) + padding
-    tokens = torch.randint(CONFIG.vocab_size, (total,), generator=torch.Generator().manual_seed(seed))
+    count = sum(lengths) + padding
+    tokens = torch.randint(CONFIG.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(n) for n in (*lengths, padding)])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     return tokens, positions, cu_seqlens, max(lengths)
@@ -62,8 +62,8 @@ def test_configuration_refuses_what_cannot_be(changes, message):
 
 
 def test_initialisation_scales_what_writes_to_the_residual_stream(model):
-    spread = {name: p.std().item() for name, p in model.named_parameters() if "feed_forward." in name}
-    for name, std in spread.items():
+    std_by_name = {name: p.std().item() for name, p in model.named_parameters() if "feed_forward." in name}
+    for name, std in std_by_name.items():
         expected = CONFIG.init_std * (0.5 if name.endswith("down") else 1.0)
         assert std == pytest.approx(expected, rel=0.15), name
 
@@ -73,8 +73,8 @@ def test_packed_documents_equal_each_by_itself(model):
     tokens, positions, cu_seqlens, longest = packed()
     together = model(tokens, positions, cu_seqlens, longest)
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
-        alone = model(tokens[start:end], positions[start:end], torch.tensor([0, end - start]).int(), end - start)
-        torch.testing.assert_close(together[start:end], alone, rtol=1e-5, atol=1e-6)
+        single = model(tokens[start:end], positions[start:end], torch.tensor([0, end - start]).int(), end - start)
+        torch.testing.assert_close(together[start:end], single, rtol=1e-5, atol=1e-6)
 
 
 def test_recorded_routes_are_replayed_by_another_router(model):
@@ -93,7 +93,7 @@ def test_recorded_routes_are_replayed_by_another_router(model):
     assert not torch.equal(changed, hidden)
 
 
-def test_replay_takes_the_given_experts_with_the_gates_of_now():
+def test_replay_uses_the_recorded_experts_with_current_gates():
     layer, x_TD = Mixture(CONFIG, 0), torch.randn(5, CONFIG.width)
     torch.nn.init.zeros_(layer.router.weight)
     experts = torch.tensor([[3, 2]] * 5)

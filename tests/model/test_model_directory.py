@@ -78,7 +78,7 @@ def test_a_rank_reads_only_the_bytes_of_its_slices(mixture):
     with ModelDirectory(path) as directory:
         list(directory.parameters())
         assert directory.bytes_read == 4 * model.config.num_parameters
-    for name, box in (
+    for name, slices in (
         ("nothing", ()),
         ("norm.weight", ()),
         ("norm.weight", (slice(0, 33),)),
@@ -87,10 +87,10 @@ def test_a_rank_reads_only_the_bytes_of_its_slices(mixture):
         ("norm.weight", (slice(9, 3),)),
     ):
         with ModelDirectory(path) as directory, pytest.raises(ValueError, match="slices: "):
-            dict(directory.parameters(slices={name: box}))
+            dict(directory.parameters(slices={name: slices}))
 
 
-PEAK = """
+PEAK_MEMORY_SCRIPT = """
 import resource, sys, torch
 from wizard_engine.model import load_hf
 torch.set_num_threads(1)
@@ -110,19 +110,26 @@ print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in mode
 @pytest.mark.every(3)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("saved", "wanted"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+    ("saved", "requested_dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
 )
-def test_memory_stays_within_a_tensor_of_the_model_itself(tmp_path, saved, wanted):
+def test_memory_stays_within_a_tensor_of_the_model_itself(tmp_path, saved, requested_dtype):
     config = replace(PRESETS["tiny-mixtral"], vocab_size=20_000, width=512, ffn_width=1536, heads=8, head_width=64)
     model = Transformer(config).to(getattr(torch, saved))
     path = save_hf(model, tmp_path / "m", max_shard_bytes=30_000_000)
     small = save_hf(Transformer(PRESETS["tiny-mixtral"]), tmp_path / "small")
     largest = max(p.numel() for p in model.parameters()) * 4
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(small), str(path), wanted], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK_MEMORY_SCRIPT, str(small), str(path), requested_dtype],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    peak, model_bytes = (int(number) for number in done.stdout.split())
-    assert model_bytes > 60_000_000 and peak <= model_bytes + largest + 8_000_000, (peak, model_bytes, largest)
+    peak_bytes, model_bytes = (int(number) for number in done.stdout.split())
+    assert model_bytes > 60_000_000 and peak_bytes <= model_bytes + largest + 8_000_000, (
+        peak_bytes,
+        model_bytes,
+        largest,
+    )
 
 
 def header_of(path):
@@ -309,7 +316,7 @@ def test_configurations_that_are_not_implemented_are_refused(mixture, changes, m
         load_hf(path)
 
 
-def test_fields_left_out_are_the_familys_own(mixture):
+def test_missing_fields_have_the_familys_defaults(mixture):
     _, path = mixture
     fields = json.loads((path / "config.json").read_text())
     for name in ("rope_theta", "num_key_value_heads", "rms_norm_eps", "router_aux_loss_coef", "num_experts_per_tok"):

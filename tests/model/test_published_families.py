@@ -100,8 +100,8 @@ def test_logits_and_gradients_equal_those_of_transformers(family, seed, tmp_path
     actual, grads = logits_and_gradients(ours, rows)
     expected, named = logits_and_gradients(theirs, rows, published=True)
     assert actual.dtype == torch.float32 and off(actual, expected) < 1e-5
-    alone = torch.cat([ours.logits(ours(*packed([row]))) for row in rows])
-    assert off(actual, alone) < 1e-5
+    single = torch.cat([ours.logits(ours(*packed([row]))) for row in rows])
+    assert off(actual, single) < 1e-5
     assert grads.keys() == named.keys()
     for name, gradient in grads.items():
         assert off(gradient, named[name]) < 1e-5, name

@@ -23,7 +23,7 @@ def scoring(seed: int = 1) -> ScoringModel:
     return model
 
 
-def test_surprise_is_the_language_models_own_log_probability_per_lag() -> None:
+def test_surprise_is_the_language_models_log_probability_per_lag() -> None:
     model, inputs = scoring(), packed([5, 12])
     tokens, positions = inputs[:2]
     hidden = model.body(*inputs)
@@ -41,8 +41,8 @@ def test_surprise_is_the_language_models_own_log_probability_per_lag() -> None:
 def test_surprise_of_a_sequence_does_not_depend_on_its_neighbours() -> None:
     model, (tokens, positions, cu_seqlens, longest) = scoring(), packed([5, 12])
     together = model(tokens, positions, cu_seqlens, longest)[5:]
-    alone = model(tokens[5:], positions[5:], torch.tensor([0, 12], dtype=torch.int32), 12)
-    torch.testing.assert_close(together, alone)
+    single = model(tokens[5:], positions[5:], torch.tensor([0, 12], dtype=torch.int32), 12)
+    torch.testing.assert_close(together, single)
 
 
 def test_surprise_freezes_the_body_and_trains_the_head() -> None:

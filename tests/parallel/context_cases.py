@@ -118,7 +118,7 @@ def is_random_model(mesh, mixture):
 
 
 def main(out):
-    """Run the cases of this world that the session runs and write what was found."""
+    """Run the selected cases of this world size and write their results."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
     from wizard_engine.parallel import recompute
@@ -138,7 +138,7 @@ def main(out):
         {name: check(mesh, "ep" in name) for name, mesh in meshes.items() if name in used}
         for check in (is_random_model, is_alike)
     )
-    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(
+    Path(out, f"result_{rt.world_size}_{rt.rank}.json").write_text(
         json.dumps({"cases": results, "alike": alike, "random": random})
     )
     runtime.stop()

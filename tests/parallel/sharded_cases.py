@@ -31,7 +31,7 @@ MODELS = {
     "tied mixture": dataclasses.replace(BASE, experts=3, layers=2, tied=True),
 }
 LAYOUTS = {
-    1: {"alone": MeshOptions()},
+    1: {"single device": MeshOptions()},
     2: {"dp 2": MeshOptions(), "replicas 2": MeshOptions(dp_shard=1)},
     4: {"dp 4": MeshOptions(), "hsdp 2 x 2": MeshOptions(dp_replicate=2), "replicas 4": MeshOptions(dp_shard=1)},
 }
@@ -154,14 +154,14 @@ def plain_steps(kind, models, config):
     for step in range(STEPS):
         for model in models:
             model.zero_grad()
-        total = 0.0
+        loss_sum = 0.0
         for number in range(MICRO_BATCHES):
             for loss, router in shares(kind, models, samples(10 * step + number), number, config):
                 (loss + router).backward()
-                total += float(loss.detach()) + float(torch.as_tensor(router).detach())
+                loss_sum += float(loss.detach()) + float(torch.as_tensor(router).detach())
         grads = [{n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None} for m in models]
         norms = [float(torch.cat([g.flatten() for g in step_grads.values()]).norm()) for step_grads in grads]
-        out.append((total, norms, grads))
+        out.append((loss_sum, norms, grads))
         with torch.no_grad():
             for model in models:
                 for parameter in model.parameters():
@@ -195,7 +195,7 @@ def compare(kind, config, mesh, sharding, freeze=""):
     with late_copies(sharding.offload_optimizer):
         engines = [sharded(parallelize(model, mesh, sharding)) for model in models]
     worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weights": 0.0}
-    for step, (total, norms, grads) in enumerate(expected):
+    for step, (loss_sum, norms, grads) in enumerate(expected):
         for engine in engines:
             engine.zero_grad()
         local_loss = 0.0
@@ -209,7 +209,7 @@ def compare(kind, config, mesh, sharding, freeze=""):
         summed = torch.tensor(local_loss, dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(summed)
-        worst["loss"] = max(worst["loss"], abs(float(summed) - total) / abs(total))
+        worst["loss"] = max(worst["loss"], abs(float(summed) - loss_sum) / abs(loss_sum))
         for engine, norm, own_grads in zip(engines, norms, grads):
             worst["norm"] = max(worst["norm"], abs(float(engine.norm()) - norm) / norm)
             for name, start, values in engine.shards(engine.gradient()):
@@ -256,19 +256,19 @@ def bits_of(mesh, sharding, dtype):
     equal = {}
     for name, config in MODELS.items():
         whole = sharding.accumulate == "whole"
-        numbers = list(range(2 if whole else 1))
+        seeds = list(range(2 if whole else 1))
         model = Transformer(config, seed=3)
         engine = sharded(parallelize(model, mesh, sharding))
         engine.zero_grad()
-        for number in lockstep(numbers, model, backward=True):
+        for number in lockstep(seeds, model, backward=True):
             sum(loss_of("sft", model, samples(100 * mesh.rank + number), number, config)).backward()
         engine.finish()
-        alone = Transformer(config, seed=3).to(dtype)
+        unsharded = Transformer(config, seed=3).to(dtype)
         wide = {}
-        for number in numbers:
-            alone.zero_grad()
-            sum(loss_of("sft", alone, samples(100 * mesh.rank + number), number, config)).backward()
-            for key, parameter in alone.named_parameters():
+        for number in seeds:
+            unsharded.zero_grad()
+            sum(loss_of("sft", unsharded, samples(100 * mesh.rank + number), number, config)).backward()
+            for key, parameter in unsharded.named_parameters():
                 wide[key] = parameter.grad.float() + wide.get(key, 0.0)
         equal[name] = True
         for flat in engine.training:
@@ -282,13 +282,13 @@ def bits_of(mesh, sharding, dtype):
 
 
 def selected_cases(out, cases):
-    """Of the cases by name, those that a session runs: what `many_ranks.found_by_ranks` wrote down."""
+    """The cases whose names `many_ranks.results_by_rank` wrote: those that this pytest run selects."""
     names = json.loads(Path(out, "cases.json").read_text())
     return {name: case for name, case in cases.items() if name in names}
 
 
 def main(out):
-    """Run the cases of this world that the session runs and write what was found."""
+    """Run the selected cases of this world size and write their results."""
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
     # These tensors are small: all of them are kept in host memory where any is.
@@ -314,7 +314,7 @@ def main(out):
         if rt.world_size > 1
         else {}
     )
-    Path(out, f"found_{rt.world_size}_{rt.rank}.json").write_text(json.dumps({"cases": results, "bits": bits}))
+    Path(out, f"result_{rt.world_size}_{rt.rank}.json").write_text(json.dumps({"cases": results, "bits": bits}))
     runtime.stop()
 
 

@@ -23,11 +23,11 @@ def ranks_of(cp, tp):
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, 33])
 @pytest.mark.parametrize(("cp", "tp"), [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (1, 1)])
-def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, tp, tokens):
+def test_every_token_has_one_rank_and_the_shards_join_to_the_row(monkeypatch, cp, tp, tokens):
     ranks, row = ranks_of(cp, tp), torch.arange(1, tokens + 1)
     shards = [rank.shard_tokens(row) for rank in ranks]
-    assert sorted(int(x) for part in shards for x in part if x > 0) == row.tolist()
-    assert len({len(part) for part in shards}) == 1 and sum(map(len, shards)) < tokens + 2 * cp * tp
+    assert sorted(int(x) for shard in shards for x in shard if x > 0) == row.tolist()
+    assert len({len(shard) for shard in shards}) == 1 and sum(map(len, shards)) < tokens + 2 * cp * tp
     # Ranks of cp have chunks from both ends, and those of tp halves of what theirs has.
     for c in range(cp):
         together = torch.cat(shards[c * tp : (c + 1) * tp])
@@ -42,7 +42,7 @@ def test_every_token_has_one_rank_and_all_of_them_make_the_row(monkeypatch, cp, 
         assert torch.equal(ranks[0].gather_over_cp(shards[0], tokens), row)
 
 
-def test_all_ranks_have_as_many_pairs_of_query_and_key():
+def test_all_ranks_have_equally_many_query_key_pairs():
     for cp in (2, 4, 8):
         positions = torch.arange(64)
         pairs = {int((rank.shard_over_cp(positions) + 1).sum()) for rank in ranks_of(cp, 1)}
@@ -69,11 +69,11 @@ def test_attention_over_chunks_is_that_of_the_row(monkeypatch, backend, window, 
     monkeypatch.setattr(context.AllGather, "apply", lambda x, axis: x)
     order = torch.cat([rank.shard_over_cp(torch.arange(tokens)) for rank in ranks])
     with kernels.use_backend(backend):
-        parts = [
+        outputs = [
             rank.attend(rank.shard_over_cp(q), k[order], v[order], marks, longest, window=window) for rank in ranks
         ]
     places = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
-    out = torch.cat(parts)[places]
+    out = torch.cat(outputs)[places]
     with kernels.use_backend(backend):
         out = out, *torch.autograd.grad(out, (q, k, v), cotangent)
     last = int(marks[-1])

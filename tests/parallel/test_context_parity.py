@@ -3,23 +3,23 @@ float64."""
 
 import context_cases
 import pytest
-from many_ranks import found_by_ranks, selected
+from many_ranks import results_by_rank, selected
 
 TOLERANCE = 1e-10
 
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
-    """World size -> what each of its ranks found."""
-    out = tmp_path_factory.mktemp("spread")
-    return found_by_ranks(context_cases.__file__, context_cases.LAYOUTS, out, selected(request, "name"))
+    """World size -> the results of each rank."""
+    out = tmp_path_factory.mktemp("context")
+    return results_by_rank(context_cases.__file__, context_cases.LAYOUTS, out, selected(request, "name"))
 
 
 @pytest.mark.every(29)
 @pytest.mark.parametrize(
     ("world", "name"), [(world, name) for world in context_cases.LAYOUTS for name in context_cases.cases(world)]
 )
-def test_divided_model_equals_one_process(results, world, name):
+def test_parallel_model_equals_one_process(results, world, name):
     for rank, on_rank in enumerate(results[world]):
         errors = on_rank["cases"][name]
         assert max(errors.values()) < TOLERANCE, (rank, errors)

@@ -36,23 +36,23 @@ from test_data_parallel import configurations
 torch.set_num_threads(1)
 root = Path({root!r})
 rt = runtime.start("cpu")
-found = {{"ranks": gather_objects([rt.rank, rt.world_size])}}
-found["sums"] = sum_over_ranks({{"a": 0.1 + rt.rank, "b": 2.0**30 * rt.rank + 1}})
+results = {{"ranks": gather_objects([rt.rank, rt.world_size])}}
+results["sums"] = sum_over_ranks({{"a": 0.1 + rt.rank, "b": 2.0**30 * rt.rank + 1}})
 check_same(rt, "options", [1, 2])
 try:
     check_same(rt, "options", [1, rt.rank])
 except ValueError as error:
-    found["differs"] = str(error)
+    results["differs"] = str(error)
 
 def fail():
     raise ValueError("only the main rank knows")
 
-found["work"] = from_main(rt, lambda: rt.rank + 41)
+results["work"] = from_main(rt, lambda: rt.rank + 41)
 try:
     from_main(rt, fail)
 except ValueError as error:
-    found["error"] = str(error)
-(root / f"found_{{rt.rank}}.json").write_text(json.dumps(found))
+    results["error"] = str(error)
+(root / f"result_{{rt.rank}}.json").write_text(json.dumps(results))
 for name in sys.argv[1:]:
     for recipe, cfg in configurations(root, name):
         recipe.main(cfg)
@@ -79,15 +79,18 @@ def configurations(root, name):
     shared["mesh"] = LAYOUTS[name][0]
     # One pack a pass: the second rank never has a row.
     mixture = {"model": str(root / "mixture_base"), "mesh": LAYOUTS[name][1]}
-    alone = shared | {"training": replace(training, packs_per_step=2, epochs=1)}
+    single_pair = shared | {"training": replace(training, packs_per_step=2, epochs=1)}
     rewards = shared | {"training": replace(training, epochs=1)}
     copies = {"mesh": replace(LAYOUTS[name][0], dp_shard=1)}
     return [
-        (stage_dpo, stage_dpo.Config(data=(root / "pair.jsonl",), out=root / name / "alone", slices=1, **alone)),
+        (
+            stage_dpo,
+            stage_dpo.Config(data=(root / "pair.jsonl",), out=root / name / "single_pair", slices=1, **single_pair),
+        ),
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "sft", **shared)),
         (stage_dpo, stage_dpo.Config(data=(root / "pairs.jsonl",), out=root / name / "dpo", slices=2, **shared)),
         (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "mixture", **shared | mixture)),
-        (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "spread", **shared | copies)),
+        (sft, sft.Config(data=(root / "rows.jsonl",), out=root / name / "replicated", **shared | copies)),
         (reward, reward.Config(kind="instruction", data=(root / "ranks.jsonl",), out=root / name / "irm", **rewards)),
         (reward, reward.Config(kind="process", data=(root / "steps.jsonl",), out=root / name / "prm", **rewards)),
         (
@@ -140,21 +143,21 @@ def ranks(request, tmp_path_factory):
     return root
 
 
-RUNS = ["sft", "mixture", "spread", "dpo/stage_1", "dpo/stage_2", "alone/stage_1", "irm", "prm", "rleif"]
+RUNS = ["sft", "mixture", "replicated", "dpo/stage_1", "dpo/stage_2", "single_pair/stage_1", "irm", "prm", "rleif"]
 
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("layout", ["two", "tp", pytest.param("cp", marks=pytest.mark.slow)])
-def test_two_ranks_log_the_numbers_of_one(ranks, layout, run):
+def test_two_ranks_log_the_metrics_of_one(ranks, layout, run):
     one, two = (untimed(ranks / name / run) for name in ("one", layout))
-    assert len(one) == len(two) > (0 if run.startswith("alone") else 1)
+    assert len(one) == len(two) > (0 if run.startswith("single_pair") else 1)
     # Once rounding has changed one sampled token, the answers after it are others.
     for a, b in list(zip(one, two))[: 2 if run == "rleif" else None]:
         assert a.keys() == b.keys()
         # At policy = reference every margin is rounding noise, and its sign with it.
         # Returns that hardly differ make their explained share a quotient of rounding errors.
         noise = {"ratio_error", "explained_variance"} | ({"accuracy"} if a["step"] == 1 else set())
-        # Prompts count as often as they are read, and answers to sample are divided otherwise.
+        # Prompts count once for each read, and ranks share the sampled answers differently.
         if run == "rleif":
             noise |= {"tail_idle"} | {name for name in a if "expert_load" in name}
         for name in a.keys() - noise:
@@ -179,7 +182,7 @@ def test_reinforcement_learning_of_two_ranks_goes_on_with_one(ranks):
 
 @pytest.mark.parametrize("layout", ["two", "tp", pytest.param("cp", marks=pytest.mark.slow)])
 def test_two_ranks_train_the_weights_of_one(ranks, layout):
-    for run, start in (("sft", "base"), ("spread", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
+    for run, start in (("sft", "base"), ("replicated", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
         base = load_file(ranks / start / "model.safetensors")
         one, two = (load_file(ranks / name / run / "model" / "model.safetensors") for name in ("one", layout))
         for name, tensor in one.items():
@@ -189,7 +192,7 @@ def test_two_ranks_train_the_weights_of_one(ranks, layout):
 
 def test_collectives_sum_and_reach_every_rank(ranks):
     for rank in range(2):
-        sums = json.loads((ranks / f"found_{rank}.json").read_text())
+        sums = json.loads((ranks / f"result_{rank}.json").read_text())
         assert sums["ranks"] == [[0, 2], [1, 2]]
         assert sums["sums"] == {"a": 1.2000000000000002, "b": 2.0**30 + 2}
         assert sums["work"] == 41 and sums["error"] == "[rank 0/2] only the main rank knows"

@@ -60,10 +60,10 @@ def inputs():
 
 # Catches: sizes read again where a block is computed again; a wait before the permutation is queued.
 @pytest.mark.parametrize("again", ["none", "selective", "full"])
-@pytest.mark.parametrize("given", [False, True])
-def test_host_waits_once_a_layer_in_the_forward_and_never_in_the_backward(log, again, given):
+@pytest.mark.parametrize("replays_routes", [False, True])
+def test_host_waits_once_a_layer_in_the_forward_and_never_in_the_backward(log, again, replays_routes):
     model = sharded_mixture(again)
-    routes = Routes() if given else None
+    routes = Routes() if replays_routes else None
     hidden = model(*inputs(), routes)
     assert log == ["counts", "permute", "wait", "rows", "rows"] * LAYERS
     log.clear()
@@ -90,7 +90,7 @@ def test_dispatch_reads_sizes_of_both_ways(monkeypatch):
     assert dispatch.sizes(12) == ([5, 7], [5, 3]) == dispatch.sizes(12)
 
 
-def test_dispatch_without_numbers_takes_an_even_load(monkeypatch):
+def test_dispatch_without_counts_assumes_an_even_load(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda out, x, group=None: None)
     dispatch = Dispatch()
     dispatch.begin(torch.empty(2, 2, dtype=torch.int32, device="meta"), Axis(2))

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from many_ranks import ENVIRONMENT, save_base, torchrun_words, untimed, word_texts
+from many_ranks import ENVIRONMENT, save_base, torchrun_command, untimed, word_texts
 
 from wizard_engine import checkpoint
 from wizard_engine.data.records import conversation, write_rows
@@ -61,7 +61,7 @@ def command(root, out, how="fine", rank=0, step=0, ranks=2, steps=12, options=()
         "8",
         *options,
     ]
-    return torchrun_words(ranks, *argv, launcher=launcher)
+    return torchrun_command(ranks, *argv, launcher=launcher)
 
 
 def run(*args, **options):

@@ -13,10 +13,10 @@ SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 
 @given(SHAPES, st.integers(1, 9))
 @settings(max_examples=50)
-def test_parts_cover_every_parameter_once(shapes, parts):
+def test_shards_cover_every_parameter_once(shapes, num_shards):
     named = [(str(number), shape) for number, shape in enumerate(shapes)]
-    layout = Layout(named, parts)
-    assert layout.size == layout.shard_size * parts and layout.shard_size % ALIGNMENT == 0
+    layout = Layout(named, num_shards)
+    assert layout.size == layout.shard_size * num_shards and layout.shard_size % ALIGNMENT == 0
     flat = torch.full((layout.size,), -1)
     for slot in layout.slots:
         assert slot.start % ALIGNMENT == 0 and slot.stop - slot.start == math.prod(slot.shape)
@@ -26,8 +26,8 @@ def test_parts_cover_every_parameter_once(shapes, parts):
         flat[gap] = -2
     assert not (flat == -1).any()
     ranges = {name: [] for name, _ in named}
-    for index in range(parts):
-        shard = flat.view(parts, -1)[index]
+    for index in range(num_shards):
+        shard = flat.view(num_shards, -1)[index]
         for span in layout.spans(index):
             piece = shard[span.offset : span.offset + span.stop - span.start]
             assert (piece == int(span.slot.name)).all()

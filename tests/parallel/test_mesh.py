@@ -120,7 +120,7 @@ def test_every_rank_of_512_agrees_on_who_is_with_whom(simulated):
         (12, {"dp_shard": 1, "tp": 2, "cp": 3, "ep": 2}),
     ],
 )
-def test_every_rank_takes_part_in_every_split_of_the_world(simulated, monkeypatch, world, options):
+def test_every_rank_joins_every_split_of_the_world(simulated, monkeypatch, world, options):
     made = []
     monkeypatch.setattr(dist, "new_group", lambda ranks, **more: made[-1].append(tuple(ranks)))
     for rank in range(world):

@@ -65,7 +65,7 @@ def test_late_copies_give_the_numbers_of_no_copies(dtype, micro_batches):
 
 
 # Catches: weights that leave when all are updated; an update that waits for the copy of the one before.
-def test_weights_leave_while_the_next_flat_is_updated(monkeypatch):
+def test_weights_are_copied_out_while_the_next_flat_is_updated(monkeypatch):
     link = LateLink()
     model = offloaded("bfloat16", link)
     engine, optimizer = sharded(model), AdamW(model)
@@ -91,9 +91,9 @@ def test_norm_of_a_flat_waits_for_that_flat_alone():
     hidden = model(torch.arange(9), torch.arange(9), torch.tensor([0, 9], dtype=torch.int32), 9)
     (hidden @ model.head_weight.T).float().sum().backward()
     assert not [line for line in link.log if line.startswith("end")]
-    pieces = engine._norm_pieces(None)
-    assert next(pieces).isfinite().all() and link.waiting
-    assert all(piece.isfinite().all() for piece in pieces) and not link.waiting
+    norms = engine._norm_pieces(None)
+    assert next(norms).isfinite().all() and link.waiting
+    assert all(norm.isfinite().all() for norm in norms) and not link.waiting
 
 
 def test_landing_adds_in_order_with_two_rooms():

@@ -61,8 +61,8 @@ def test_gradients_have_the_bits_of_an_fp32_sum(count, told):
     backward(model, 98)
     engine.zero_grad(multiple=told == "by zero_grad")
     if told == "half way":
-        for part in ([0], range(1, count)):
-            for seed in lockstep(part, model, backward=True):
+        for seeds in ([0], range(1, count)):
+            for seed in lockstep(seeds, model, backward=True):
                 backward(model, seed)
     else:
         for seed in lockstep(range(count), model, backward=True) if told == "by lockstep" else range(count):
@@ -137,8 +137,8 @@ def test_memory_follows_the_number_of_backwards_and_the_estimate_knows_it(dtype)
         optimizer = AdamW(model)
         peak = peak_bytes(model, optimizer, 4096, micro_batches)
         engine = sharded(model)
-        parts = (engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies, *engine.gradients)
-        assert bound.parts == sum(part.nbytes for part in parts) and 0.8 * bound.peak < peak <= bound.peak
+        buffers = (engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies, *engine.gradients)
+        assert bound.parts == sum(buffer.nbytes for buffer in buffers) and 0.8 * bound.peak < peak <= bound.peak
         sizes[micro_batches] = sum(g.nbytes for g in engine.gradients)
     elements = sharded(model).master.numel()
     assert sizes == {1: elements * (2 if dtype == "bfloat16" else 4), 2: elements * 4}

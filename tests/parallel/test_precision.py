@@ -23,16 +23,16 @@ def train(model, steps, **options):
     positions, marks = torch.arange(32), torch.tensor([0, 32], dtype=torch.int32)
     for _ in range(steps):
         optimizer.zero_grad()
-        total = 0.0
+        loss_sum = 0.0
         for half in (torch.arange(32) < 16, torch.arange(32) >= 16):
             hidden = model(tokens[:-1], positions, marks, 32)
             loss = sft_loss(hidden, model.head_weight, tokens[1:], half.float(), num_tokens=32.0).loss
             loss.backward()
-            total += float(loss.detach())
+            loss_sum += float(loss.detach())
         optimizer.sharded.finish()
         optimizer.clip(1.0)
         optimizer.step(3e-3)
-        losses.append(total)
+        losses.append(loss_sum)
     return losses
 
 

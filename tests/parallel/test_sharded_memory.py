@@ -27,7 +27,7 @@ def no_group_left():
 
 
 def simulated(config, ranks, sharding, **options):
-    """(plain model, mesh, divided model) of one of many ranks."""
+    """(plain model, mesh, sharded model) of one of many ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -37,7 +37,7 @@ def simulated(config, ranks, sharding, **options):
     return plain, mesh, parallelize(model, mesh, sharding)
 
 
-def peak(model, tokens, micro_batches):
+def measured_peak(model, tokens, micro_batches):
     """Peak bytes of a step."""
     return peak_bytes(model, AdamW(model), tokens, micro_batches)
 
@@ -55,13 +55,13 @@ def test_peak_memory_of_a_rank_is_within_the_closed_bound(preset, ranks, recompu
     sharding = Sharding(dtype="bfloat16", recompute=recompute)
     plain, mesh, model = simulated(PRESETS[preset], ranks, sharding)
     bound = estimate(plain, mesh, sharding, tokens=4096, micro_batches=micro_batches)
-    measured = peak(model, 4096, micro_batches)
+    measured = measured_peak(model, 4096, micro_batches)
     print(f"{preset} {ranks} ranks {recompute}: {measured / 2**30:.2f} GiB of {bound.peak / 2**30:.2f}")
     assert measured <= bound.peak and measured > 0.8 * bound.peak
     # Everything but the activations is not a bound but the sum itself.
     engine, optimizer = sharded(model), AdamW(model)
-    parts = (engine.master, engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies)
-    assert bound.parts == sum(part.nbytes for part in parts)
+    buffers = (engine.master, engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies)
+    assert bound.parts == sum(buffer.nbytes for buffer in buffers)
 
 
 def moved(model, tokens, micro_batches=1):
@@ -88,7 +88,7 @@ def test_bytes_moved_are_those_of_the_closed_form(name, recompute, accumulate, m
     assert sharded(model).reducer.reduced_bytes == 2 * expected.reduced
 
 
-def test_next_unit_is_asked_for_before_this_one_computes_and_before_gradients_leave():
+def test_next_unit_is_gathered_before_this_one_computes_and_before_gradients_are_reduced():
     _, _, model = simulated(MODELS["untied"], 8, Sharding(dtype="bfloat16"))
     collectives = moved(model, 64)[0]
     sizes = {unit.flats[0].layout.size: unit.spec.name.partition(".")[0] for unit in sharded(model).units}
@@ -108,7 +108,7 @@ def test_next_unit_is_asked_for_before_this_one_computes_and_before_gradients_le
     assert seen == [(0, 2), (1, 3), (2, 4), (3, 5)]
 
 
-def test_copies_alone_move_their_sum_and_nothing_else():
+def test_replicas_move_only_the_sum_of_their_gradients():
     sharding = Sharding(dtype="bfloat16")
     plain, mesh, model = simulated(TINY, 4, sharding, dp_shard=1)
     expected = estimate(plain, mesh, sharding, tokens=64)

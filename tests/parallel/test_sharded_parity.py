@@ -3,16 +3,16 @@ all-reduce does, in fp32."""
 
 import pytest
 import sharded_cases
-from many_ranks import found_by_ranks, selected
+from many_ranks import results_by_rank, selected
 
 TOLERANCE = 1e-10
 
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
-    """World size -> what each of its ranks found."""
+    """World size -> the results of each rank."""
     out = tmp_path_factory.mktemp("sharded")
-    return found_by_ranks(sharded_cases.__file__, sharded_cases.LAYOUTS, out, selected(request, "name"))
+    return results_by_rank(sharded_cases.__file__, sharded_cases.LAYOUTS, out, selected(request, "name"))
 
 
 @pytest.mark.every(29)

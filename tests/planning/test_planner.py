@@ -45,8 +45,8 @@ def measured(tmp_path_factory):
     before = os.environ.get("TRITON_INTERPRET")
     ENVIRONMENT["TRITON_INTERPRET"] = "1"
     for world, problems in PROBLEMS.items():
-        words = [(name, dataclasses.asdict(config), *rest) for name, config, *rest in problems]
-        done = torchrun(world, script, out, json.dumps(words), timeout=500)
+        cases = [(name, dataclasses.asdict(config), *rest) for name, config, *rest in problems]
+        done = torchrun(world, script, out, json.dumps(cases), timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
         ranks = [json.loads((out / f"measured_{world}_{rank}.json").read_text()) for rank in range(world)]
         results |= {(world, problem[0]): [on_rank[problem[0]] for on_rank in ranks] for problem in problems}
@@ -80,9 +80,9 @@ def planned(preset, gpus, **options):
     return Planner(Options(preset, gpus, **options), Rates())
 
 
-def command(*words):
+def command(*arguments):
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "TRITON_INTERPRET"}
-    line = [sys.executable, "-m", "wizard_engine", *map(str, words)]
+    line = [sys.executable, "-m", "wizard_engine", *map(str, arguments)]
     return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
 
 @pytest.mark.every(4)
 @pytest.mark.parametrize(
-    ("words", "code", "text"),
+    ("options", "code", "text"),
     [
         (("plan", "--preset", "8x23b", "--gpus", 8), 2, "expected one of demo, tiny"),
         (("plan", "--preset", "7b", "--gpus", 8, "--gpu", "H900"), 2, "expected one of A100-80GB, H100, H200, B200"),
@@ -123,7 +123,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
         (("plan", "--preset", "7b", "--gpus", 8, "--layout", "tp=3"), 1, "mesh.tp must divide the ranks: tp=3"),
         (("plan", "--preset", "7b", "--gpus", 16, "--layout", "tp=16"), 1, "mesh.tp must divide kv_heads: tp=16"),
         (("plan", "--preset", "7b", "--gpus", 8, "--layout", "ep=2"), 1, "expected 1 for a model without experts"),
-        (("plan", "--preset", "7b", "--gpus", 8, "--layout", "pp=2"), 1, "expected words like tp=2 of dp_replicate"),
+        (("plan", "--preset", "7b", "--gpus", 8, "--layout", "pp=2"), 1, "expected options like tp=2 of dp_replicate"),
         (("plan", "--preset", "7b", "--gpus", 8, "--layout", "tp=x"), 1, "layout: tp: expected a number, got 'x'"),
         (("plan", "--preset", "7b", "--gpus", 8, "--layout", "recompute=some"), 1, "expected one of none, selective"),
         (("plan", "--preset", "7b", "--gpus", 8, "--rates", "absent.json"), 1, "expected a JSON object of rates"),
@@ -131,8 +131,8 @@ def test_what_cannot_fit_is_refused_with_the_reason():
         (("--help",), 0, ""),
     ],
 )
-def test_bad_input_is_named(words, code, text):
-    done = command(*words)
+def test_bad_input_is_named(options, code, text):
+    done = command(*options)
     assert done.returncode == code and text in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -190,7 +190,7 @@ def test_measured_rates_take_the_place_of_assumptions(tmp_path):
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_presets_fit_and_are_near_the_best_that_is_found(name):
+def test_presets_fit_and_are_near_the_best_plan(name):
     scale = SCALES[name]
     planner = planned(scale.model, scale.gpus, gpu=scale.gpu, step_tokens=scale.packs * scale.pack_tokens)
     mesh = resolve(scale.mesh, scale.gpus)

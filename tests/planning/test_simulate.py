@@ -95,7 +95,7 @@ def test_peak_memory_is_within_the_closed_bound(preset, ranks, options, recomput
     ],
 )
 def test_every_element_has_one_owner_in_each_copy(ranks, options):
-    """Counted by sums of places: rows of experts, words and heads, each element of each part once."""
+    """Counted by sums of places: rows of experts, vocabulary entries and heads, each element of each shard once."""
     config = dataclasses.replace(PRESETS["8x22b"], layers=1, width=64, ffn_width=96, vocab_size=512)
     owned: dict[tuple, list] = {}
     for rank in range(ranks):
@@ -176,7 +176,7 @@ class Skewed(Transformer):
         ("order", "sum of 16 bytes"),
     ],
 )
-def test_collective_that_depends_on_the_rank_is_found(monkeypatch, how, text):
+def test_collective_that_depends_on_the_rank_is_detected(monkeypatch, how, text):
     monkeypatch.setattr(Skewed, "how", how)
 
     def build():

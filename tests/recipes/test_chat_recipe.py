@@ -62,7 +62,7 @@ def answer(directory, *messages, seed=0, **options):
 
 
 # Catches: a conversation that forgets its turns; a prompt that is not the whole conversation's.
-def test_several_turns_are_one_conversation(directory):
+def test_multiple_turns_are_one_conversation(directory):
     first = answer(directory, "hello")
     second = answer(directory, "hello", first, "and now")
     assert talk(directory, "hello\nand now\n") == (f"{first}\n{second}\n", "")
@@ -114,10 +114,10 @@ def test_a_file_is_answered_in_its_order(directory, tmp_path):
     rows = [{"prompt": texts[0]}, {"messages": [{"role": "user", "content": texts[1]}]}, {"prompt": texts[2]}]
     source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     talk(directory, prompts=source, answers=out, batch_size=2)
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["messages"][0]["content"] for row in found] == texts
-    assert [row["messages"][1]["content"] for row in found] == [answer(directory, text) for text in texts]
-    assert [(row["tokens"], row["finished"]) for row in found] == [(7, False)] * 3
+    answered = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["messages"][0]["content"] for row in answered] == texts
+    assert [row["messages"][1]["content"] for row in answered] == [answer(directory, text) for text in texts]
+    assert [(row["tokens"], row["finished"]) for row in answered] == [(7, False)] * 3
     (tmp_path / "x.txt").write_text("\n".join(texts))
     talk(directory, prompts=tmp_path / "x.txt", answers=tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_text() == out.read_text()
@@ -162,8 +162,8 @@ def test_a_terminal_gets_no_control_characters(monkeypatch):
     assert plain.getvalue() == "\x1b[31m\n"
 
 
-def iter_of(*pieces):
-    yield from pieces
+def iter_of(*chunks):
+    yield from chunks
 
 
 def test_ctrl_c_keeps_what_was_written(directory, monkeypatch):
@@ -209,8 +209,8 @@ def run(*arguments, text=""):
 
 
 def test_the_command_line(directory):
-    found = run("--model", directory, "--max-new-tokens", 7, text="hello\n/quit\n")
-    assert found.returncode == 0 and found.stdout == answer(directory, "hello") + "\n", found.stderr
+    done = run("--model", directory, "--max-new-tokens", 7, text="hello\n/quit\n")
+    assert done.returncode == 0 and done.stdout == answer(directory, "hello") + "\n", done.stderr
     missing = run("--model", directory / "nowhere", "--prompt", "x")
     assert missing.returncode == 1 and "expected a model directory with config.json" in missing.stderr
     wrong = run("--model", directory, "--temprature", "1")

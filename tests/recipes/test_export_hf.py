@@ -39,8 +39,8 @@ def test_transformers_loads_what_is_exported(tokenizer, tmp_path, preset, dtype)
     tokens = torch.arange(1, 30)
     positions, cu_seqlens = torch.arange(29), torch.tensor([0, 29]).int()
     ours = load_hf(out)
-    found = ours.logits(ours(tokens, positions, cu_seqlens, 29))
-    torch.testing.assert_close(found, theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-5)
+    logits = ours.logits(ours(tokens, positions, cu_seqlens, 29))
+    torch.testing.assert_close(logits, theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-5)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_id
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == dtype
 
@@ -98,12 +98,12 @@ def test_a_sentencepiece_model_is_exported_with_its_tokenizer_json(shared_data, 
     file = next((shared_data / "tokenizer").glob("*.model"), None)
     if file is None:
         pytest.skip("no SentencePiece model among the real data")
-    own = load_tokenizer(file)
-    config = replace(PRESETS["tiny-mistral"], vocab_size=own.vocab_size)
-    save_model(Transformer(config, seed=0), own, tmp_path / "m")
+    tokenizer = load_tokenizer(file)
+    config = replace(PRESETS["tiny-mistral"], vocab_size=tokenizer.vocab_size)
+    save_model(Transformer(config, seed=0), tokenizer, tmp_path / "m")
     out = export_hf.main(export_hf.Config(tmp_path / "m", tmp_path / "out", quiet=True))
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     for messages in CONVERSATIONS:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         ids = theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
-        assert ids == encode_prompt(own, messages) == encode_prompt(load_tokenizer(out), messages)
+        assert ids == encode_prompt(tokenizer, messages) == encode_prompt(load_tokenizer(out), messages)

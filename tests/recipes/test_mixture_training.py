@@ -127,16 +127,16 @@ def test_meter_by_hand():
     model = Transformer(config, seed=0)
     meter = RouterMeter(dataclasses.replace(config, balance_loss=1.0), Mesh(torch.device("cpu")))
     meter.start(30)
-    total, loads = 0.0, []
+    loss_sum, loads = 0.0, []
     for length in (12, 18):
         routes = Routes()
         model(torch.arange(length), torch.arange(length), torch.tensor([0, length]).int(), length, routes)
-        total += float(meter.loss(routes))
+        loss_sum += float(meter.loss(routes))
         loads.append(routes.load())
     metrics = meter.metrics(pack(meter.take(), torch.device("cpu")).tolist())
-    assert metrics["router_loss"] == pytest.approx(total) and 1.8 < total < 3
-    share = (sum(loads) / sum(loads).float().mean(1, keepdim=True)).amax(1)
-    assert metrics["expert_load_max"] == pytest.approx(share.tolist(), abs=1e-4)
+    assert metrics["router_loss"] == pytest.approx(loss_sum) and 1.8 < loss_sum < 3
+    load_ratio = (sum(loads) / sum(loads).float().mean(1, keepdim=True)).amax(1)
+    assert metrics["expert_load_max"] == pytest.approx(load_ratio.tolist(), abs=1e-4)
     assert pack(meter.take(), torch.device("cpu")).tolist() == [0.0] * (1 + config.layers * config.experts)
     dense = RouterMeter(PRESETS["tiny"], Mesh(torch.device("cpu")))
     dense.start(3)

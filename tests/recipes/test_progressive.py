@@ -43,7 +43,7 @@ def test_progressive_records_every_stage_of_every_slice(demo):
     assert "<svg" in (cfg.out / "report.html").read_text()
 
 
-def test_progressive_draws_rows_of_ones_own_without_weights_only(demo, tmp_path):
+def test_progressive_samples_custom_rows_only_without_weights(demo, tmp_path):
     cfg, _ = demo
     data = tmp_path / "rows.jsonl"
     questions = [f"How many legs do {n} tables and {n * n} chairs have?" for n in range(2, 12)]

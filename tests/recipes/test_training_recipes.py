@@ -101,7 +101,7 @@ def test_sft_refuses_more_than_the_context_and_models_it_cannot_open(world, tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("options", "code", "message"),
     [
         (["--modle", "x"], 2, "--modle: expected a known option, got an unknown one; the nearest is --model"),
         (["--training.lrr", "1"], 2, "the nearest is --training.lr"),
@@ -109,8 +109,8 @@ def test_sft_refuses_more_than_the_context_and_models_it_cannot_open(world, tmp_
         ([], 1, "sft.py: error: sft: input data: expected a file or directory, got none at"),
     ],
 )
-def test_command_line_says_in_one_line_what_is_wrong(world, tmp_path, monkeypatch, capsys, words, code, message):
-    options = ["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path), "--model", world.base, *words]
+def test_command_line_says_in_one_line_what_is_wrong(world, tmp_path, monkeypatch, capsys, options, code, message):
+    options = ["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path), "--model", world.base, *options]
     monkeypatch.setattr(sys, "argv", ["sft.py", *options])
     with pytest.raises(SystemExit) as caught:
         launch(sft.main, sft.Config)
@@ -209,7 +209,7 @@ def test_order_slices_goes_by_length_or_gap(order, expected):
     pairs = [Pair(side(n), side(1), margin) for n, margin in ((3, 0.1), (8, 0.2), (2, 0.3), (5, 0.4))]
     assert order_slices(pairs, 2, order, seed=0) == expected
     drawn = order_slices(pairs, 3, "random", seed=1)
-    assert sorted(sum(drawn, [])) == [0, 1, 2, 3] and [len(part) for part in drawn] == [2, 1, 1]  # noqa: RUF017
+    assert sorted(sum(drawn, [])) == [0, 1, 2, 3] and [len(rank_rows) for rank_rows in drawn] == [2, 1, 1]  # noqa: RUF017
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +345,7 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
     assert [line["reward"] for line in again] == [line["reward"] for line in lines]
 
 
-def test_rleif_with_ptx_learns_from_the_rows_own_answers_too(world, reward_models, tmp_path):
+def test_rleif_with_ptx_also_learns_from_the_answers_of_the_rows(world, reward_models, tmp_path):
     cfg = online(
         world,
         reward_models,

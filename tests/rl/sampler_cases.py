@@ -1,4 +1,4 @@
-"""Run by test_sampler.py on several ranks: weights handed from divided trainers to samplers, and what they sample.
+"""Run by test_sampler.py on several ranks: resharding of trainer weights into samplers, and their samples.
 
 torchrun --nproc-per-node N sampler_cases.py OUT
 """
@@ -32,9 +32,9 @@ def trained(name, experts):
 
 def sampled(engine):
     samplings = [Sampling(12, 1.0, seed=3, row=row) for row in range(len(PROMPTS) * 2)]
-    found = continued(engine, [p for p in PROMPTS for _ in range(2)], samplings)
-    experts = None if found.experts is None else [x.tolist() for x in found.experts]
-    return [found.tokens, experts]
+    answers = continued(engine, [p for p in PROMPTS for _ in range(2)], samplings)
+    experts = None if answers.experts is None else [x.tolist() for x in answers.experts]
+    return [answers.tokens, experts]
 
 
 def case(rt, name, layout, tp, dtype):
@@ -52,8 +52,8 @@ def case(rt, name, layout, tp, dtype):
         engine.master.mul_(change)
         engine.publish()
         with torch.no_grad():
-            for parameter, own in zip(whole.parameters(), trained(name, experts).parameters()):
-                parameter.copy_(own.detach() * change)
+            for parameter, initial in zip(whole.parameters(), trained(name, experts).parameters()):
+                parameter.copy_(initial.detach() * change)
         right.forget()
         sampler.take()
         results.append([sampled(sampler.engine), sampled(right), sampler.stamp])
@@ -102,20 +102,20 @@ def damaged(rt):
 
 def main(out):
     rt = runtime.start("cpu", threads=1)
-    found = []
+    results = []
     for layout, name in itertools.product(LAYOUTS[rt.world_size], ("tiny", "tiny-llama", "tiny-mixtral")):
         for tp in (1, 2):
             divides = MeshOptions(**layout).dp_shard != 1 or layout.get("tp", 1) > 1
             if tp == 2 and not divides:
                 continue
-            found.append(case(rt, name, layout, tp, "float32"))
-    found.append(case(rt, "tiny-llama", {}, 1, "bfloat16"))
+            results.append(case(rt, name, layout, tp, "float32"))
+    results.append(case(rt, "tiny-llama", {}, 1, "bfloat16"))
     errors = [damaged(rt)]
     try:
         Sampler(parallelize(trained("tiny", 0), make_mesh(MeshOptions(), rt)), rt, cache_tokens=160, tp=3)
     except ValueError as error:
         errors.append(str(error))
-    Path(f"{out}.{rt.rank}").write_text(json.dumps([found, errors]))
+    Path(f"{out}.{rt.rank}").write_text(json.dumps([results, errors]))
     runtime.stop()
 
 

@@ -16,7 +16,7 @@ from wizard_engine.rl.rewards import score_answer_tokens, score_tokens
 from wizard_engine.rl.trajectories import Rollout, answer_logprobs, idle_share
 
 CPU = torch.device("cpu")
-CUT = ParallelContext(cp=Axis(size=2))
+CONTEXT_PARALLEL = ParallelContext(cp=Axis(size=2))
 
 
 def rollout_of(seed=0, vocab_size=512, prompts=3, group=4):
@@ -38,32 +38,32 @@ def rollout_of(seed=0, vocab_size=512, prompts=3, group=4):
 
 def loss_and_gradients(model, rollout, parallel, capacity):
     """PPO's loss and gradients over all answers, in runs of a capacity."""
-    total, tokens = 0.0, sum(rollout.lengths)
+    loss_sum, tokens = 0.0, sum(rollout.lengths)
     targets = make_targets(
         rollout, rollout.behaviour, None, rollout.behaviour - 0.1, advantages=torch.linspace(-1, 1, tokens)
     )
     for run in answer_runs(rollout.samples, rollout.prompt_tokens, range(len(rollout.samples)), capacity, parallel):
         batch = rollout.batch(run, parallel, CPU)
-        own = targets.of(run, batch)
+        run_targets = targets.of(run, batch)
         hidden = batch.hidden(model, model(*batch.inputs, Routes()))
         loss, _, _ = policy_loss(
             hidden,
             model.head_weight,
             batch.targets,
-            own.behaviour,
-            own.advantages,
+            run_targets.behaviour,
+            run_targets.advantages,
             clip=0.2,
             num_tokens=tokens,
-            reference=own.reference,
+            reference=run_targets.reference,
             kl=0.1,
             entropy=0.01,
             cu_seqlens=batch.cu_seqlens,
         )
         loss.backward()
-        total += float(loss.detach())
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+        loss_sum += float(loss.detach())
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    return total, found
+    return loss_sum, grads
 
 
 # Catches: a prompt's gradient that lacks one of its answers; a first answer token predicted by the wrong row.
@@ -73,11 +73,13 @@ def test_losses_and_gradients_are_those_of_whole_sequences(name, capacity):
     config = replace(PRESETS[name], window=6 if name == "tiny-mistral" else None, init_std=0.2)
     model, rollout = Transformer(config, seed=2).double(), rollout_of()
     rollout.behaviour = rollout.behaviour.double()
-    loss, slopes = loss_and_gradients(model, rollout, SINGLE_DEVICE, capacity)
-    whole, right = loss_and_gradients(model, rollout, CUT, 10_000)
+    loss, grads = loss_and_gradients(model, rollout, SINGLE_DEVICE, capacity)
+    whole, right = loss_and_gradients(model, rollout, CONTEXT_PARALLEL, 10_000)
     assert loss == pytest.approx(whole, rel=1e-10)
-    for key, slope in right.items():
-        torch.testing.assert_close(slopes[key], slope, rtol=0, atol=1e-10 * float(slope.abs().max().clamp(min=1e-3)))
+    for key, expected_grad in right.items():
+        torch.testing.assert_close(
+            grads[key], expected_grad, rtol=0, atol=1e-10 * float(expected_grad.abs().max().clamp(min=1e-3))
+        )
 
 
 @pytest.mark.parametrize("surprise", [False, True])
@@ -93,23 +95,23 @@ def test_scores_of_answer_tokens_are_those_of_whole_sequences(surprise, capacity
     model.double()
     expected = score_tokens(model, rollout.samples)
     for before in (False, True):
-        found = score_answer_tokens(model, rollout.samples, rollout.prompt_tokens, before=before, capacity=capacity)
-        for scores, right, n in zip(found, expected, rollout.lengths):
+        actual = score_answer_tokens(model, rollout.samples, rollout.prompt_tokens, before=before, capacity=capacity)
+        for scores, right, n in zip(actual, expected, rollout.lengths):
             right = right[-n - 1 : -1] if before else right[-n:]
             torch.testing.assert_close(scores, right, rtol=1e-6, atol=1e-6)
 
 
 def test_logprobs_of_answers_are_those_of_whole_sequences():
     model, rollout = Transformer(replace(PRESETS["tiny"], init_std=0.2), seed=1), rollout_of(2)
-    found = [answer_logprobs(model, rollout, temperature=0.7, capacity=c) for c in (20, 8192)]
-    pieces = []
+    batched = [answer_logprobs(model, rollout, temperature=0.7, capacity=c) for c in (20, 8192)]
+    logprobs = []
     for run in range(len(rollout.samples)):
-        batch = answer_batch([rollout.samples[run]], [rollout.prompt_tokens[run]], CUT, CPU)
+        batch = answer_batch([rollout.samples[run]], [rollout.prompt_tokens[run]], CONTEXT_PARALLEL, CPU)
         logits = model.logits(model(*batch.inputs)) / 0.7
         logprob = logits.log_softmax(-1).gather(1, batch.targets.clamp(min=0)[:, None])[:, 0]
-        pieces.append(batch.of_answers(logprob))
-    for x in found:
-        torch.testing.assert_close(x, torch.cat(pieces), rtol=0, atol=1e-5)
+        logprobs.append(batch.of_answers(logprob))
+    for x in batched:
+        torch.testing.assert_close(x, torch.cat(logprobs), rtol=0, atol=1e-5)
 
 
 def flat(values, lengths):
@@ -141,14 +143,14 @@ def test_dividing_by_a_group_s_deviation_cancels_a_factor_of_its_prompt():
     assert means["grpo"] == pytest.approx([1.0] * 3, rel=1e-4)
 
 
-def test_ratios_are_taken_to_the_trainer_s_numbers_where_the_two_differ():
-    own, sampled = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.005, -2.5, -2.9])
-    assert trusted(own, sampled, 0.01).tolist() == pytest.approx([-1.005, -2.0, -3.0])
+def test_ratios_use_the_trainer_s_logprobs_where_the_two_differ():
+    trained, sampled = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.005, -2.5, -2.9])
+    assert trusted(trained, sampled, 0.01).tolist() == pytest.approx([-1.005, -2.0, -3.0])
 
 
 @pytest.mark.parametrize(
-    ("loads", "share"),
+    ("loads", "expected"),
     [([(10, 40, 4)], 0.0), ([(10, 20, 4)], 0.5), ([(10, 40, 4), (5, 20, 4)], 0.25), ([(0, 0, 0)], 0)],
 )
-def test_idle_share(loads, share):
-    assert idle_share(loads) == pytest.approx(share)
+def test_idle_share(loads, expected):
+    assert idle_share(loads) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Advantages, step ends, rewards and the pieces of a rollout."""
+"""Advantages, step ends, rewards, and the fields of a rollout."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_answer_reward_is_the_product_with_the_minimum_over_steps():
 
 
 @pytest.mark.parametrize("lost", [{"finished": False}, {"scores": ()}])
-def test_answer_reward_is_zero_for_a_cut_answer_or_one_without_steps(lost):
+def test_answer_reward_is_zero_for_a_truncated_answer_or_one_without_steps(lost):
     for factors in (("instruction", "process"), ("instruction",), ("process",)):
         assert reward(**lost).total(factors) == 0.0
     assert reward(**lost).process == 0.0
@@ -90,14 +90,14 @@ def test_score_tokens_score_every_token_in_any_company():
     tokenizer = train_tokenizer(ANSWERS, vocab_size=400)
     model = scoring(tokenizer, 3)
     samples = [Sample(np.arange(n, dtype=np.int32) + 3, np.ones(n, np.float32)) for n in (5, 1, 9, 3)]
-    found = rewards.score_tokens(model, samples, capacity=8)
-    assert [tuple(scores.shape) for scores in found] == [(5, 3), (1, 3), (9, 3), (3, 3)]
-    for sample, scores in zip(samples, found):
+    all_scores = rewards.score_tokens(model, samples, capacity=8)
+    assert [tuple(scores.shape) for scores in all_scores] == [(5, 3), (1, 3), (9, 3), (3, 3)]
+    for sample, scores in zip(samples, all_scores):
         n = len(sample.tokens)
         marks = torch.tensor([0, n], dtype=torch.int32)
         with torch.no_grad():
-            alone = model(torch.from_numpy(sample.tokens).long(), torch.arange(n), marks, n)
-        torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5)
+            single = model(torch.from_numpy(sample.tokens).long(), torch.arange(n), marks, n)
+        torch.testing.assert_close(scores, single, rtol=1e-4, atol=1e-5)
 
 
 def test_score_answers_joins_factors_and_steps():
@@ -107,15 +107,20 @@ def test_score_answers_joins_factors_and_steps():
     process = ProcessReward(prm, tokenizer, neutral=0.25)
     other = (Message("user", "Count."), Message("assistant", "1"), Message("user", "Go on."))
     asked, answers = [ASK, other, ASK, ASK], [ANSWERS[0], ANSWERS[1], "  ", ANSWERS[2]]
-    found = score_answers(asked, answers, [True, True, True, False], instruction=instruction, process=process)
-    assert [len(r.scores) for r in found] == [2, 3, 0, 1] and [r.finished for r in found] == [True, True, True, False]
-    assert found[0].spans == ((0, 6), (7, 23)) and found[2].total() == found[3].total() == 0
+    answer_rewards = score_answers(asked, answers, [True, True, True, False], instruction=instruction, process=process)
+    assert [len(r.scores) for r in answer_rewards] == [2, 3, 0, 1] and [r.finished for r in answer_rewards] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert answer_rewards[0].spans == ((0, 6), (7, 23)) and answer_rewards[2].total() == answer_rewards[3].total() == 0
     raw = instruction.raw(["Go on."])[0]
-    assert found[1].instruction == pytest.approx(1 / (1 + math.exp(-(raw - 0.3) / 2.0)))
+    assert answer_rewards[1].instruction == pytest.approx(1 / (1 + math.exp(-(raw - 0.3) / 2.0)))
     sample, ends = encode_steps(tokenizer, ASK, ANSWERS[0])
     probability = rewards.score_tokens(prm, [sample])[0][ends].softmax(-1)
-    assert found[0].scores == pytest.approx((probability[:, 2] + 0.25 * probability[:, 1]).tolist())
-    assert found[0].total() == pytest.approx(found[0].instruction * min(found[0].scores))
+    assert answer_rewards[0].scores == pytest.approx((probability[:, 2] + 0.25 * probability[:, 1]).tolist())
+    assert answer_rewards[0].total() == pytest.approx(answer_rewards[0].instruction * min(answer_rewards[0].scores))
 
 
 def rollout(lengths, behaviour):
@@ -127,7 +132,7 @@ def rollout(lengths, behaviour):
 
 def test_token_rewards_pay_at_the_end_and_take_kl_off_every_token():
     """k1 = behaviour - reference = 1, -1, 2; an open answer pays the penalty instead of its reward."""
-    found, estimates = advantages.token_rewards(
+    token_rewards, estimates = advantages.token_rewards(
         rollout([2, 1], [-1.0, -2.0, -1.0]),
         [reward(), reward(finished=False)],
         torch.tensor([-2.0, -1.0, -3.0]),
@@ -135,30 +140,32 @@ def test_token_rewards_pay_at_the_end_and_take_kl_off_every_token():
         kl=0.1,
         no_eos_penalty=0.5,
     )
-    assert found.tolist() == pytest.approx([-0.1, 0.1 + 0.2, -0.2 - 0.5])
+    assert token_rewards.tolist() == pytest.approx([-0.1, 0.1 + 0.2, -0.2 - 0.5])
     assert estimates["k1"].tolist() == [1.0, -1.0, 2.0]
 
 
 def test_make_targets_whitens_with_the_moments_of_all_ranks():
     drawn = rollout([2, 1], [0.0, 0.0, 0.0])
-    given, values = torch.tensor([0.0, 1.0, 3.0]), torch.zeros(3)
+    token_rewards, values = torch.tensor([0.0, 1.0, 3.0]), torch.zeros(3)
 
     def moments(total, squares, count):
         return total + 4.0, squares + 16.0, count + 1
 
     reference = torch.tensor([-1.0, -2.0, -3.0])
-    found = advantages.make_targets(drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments)
+    targets = advantages.make_targets(drawn, token_rewards, values, reference, gamma=1.0, lam=1.0, moments=moments)
     mean, std = 9 / 4, (27 / 4 - (9 / 4) ** 2) ** 0.5
-    assert torch.cat(found.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
-    assert torch.cat(found.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in found.values] == [2, 1]
-    spread = found.of([1, 0], drawn.batch([1, 0], SINGLE_DEVICE, torch.device("cpu")))
-    assert spread.reference.tolist() == [-3, -1, -2] and spread.returns.tolist() == [3, 1, 1]
-    assert torch.equal(spread.behaviour, spread.sampled)
+    assert torch.cat(targets.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
+    assert torch.cat(targets.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in targets.values] == [2, 1]
+    reordered = targets.of([1, 0], drawn.batch([1, 0], SINGLE_DEVICE, torch.device("cpu")))
+    assert reordered.reference.tolist() == [-3, -1, -2] and reordered.returns.tolist() == [3, 1, 1]
+    assert torch.equal(reordered.behaviour, reordered.sampled)
     behaviour = torch.tensor([-0.5, -0.25, -0.125])
-    found = advantages.make_targets(
-        drawn, given, values, reference, gamma=1.0, lam=1.0, moments=moments, behaviour=behaviour
+    targets = advantages.make_targets(
+        drawn, token_rewards, values, reference, gamma=1.0, lam=1.0, moments=moments, behaviour=behaviour
     )
-    assert torch.equal(torch.cat(found.behaviour), behaviour) and torch.equal(torch.cat(found.sampled), drawn.behaviour)
+    assert torch.equal(torch.cat(targets.behaviour), behaviour) and torch.equal(
+        torch.cat(targets.sampled), drawn.behaviour
+    )
 
 
 def test_rollout_and_its_logprobs_and_values_line_up():

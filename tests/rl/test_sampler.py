@@ -1,4 +1,4 @@
-"""Weights handed from trainers divided over two and four ranks to samplers divided otherwise, and what they sample."""
+"""Weights of trainers on two and four ranks, resharded into the sampler's layout, and the samples drawn from them."""
 
 import json
 
@@ -15,17 +15,17 @@ from wizard_engine.rl.weight_sync import Part, checksum, moves
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sampler") / "found"
+def rank_results(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampler") / "results"
     done = torchrun(request.param, ROOT / "tests" / "rl" / "sampler_cases.py", out, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(out.with_name(f"found.{rank}").read_text()) for rank in range(request.param)]
+    return [json.loads(out.with_name(f"results.{rank}").read_text()) for rank in range(request.param)]
 
 
-# Catches: columns of another rank; an expert in another's place; logits joined in another order; old keys found again.
-def test_samplers_of_any_division_draw_what_the_whole_model_draws(found):
-    assert len(found[0][0]) > 10
-    for cases in zip(*(cases for cases, _ in found)):
+# Catches: columns of another rank; swapped experts; logits joined in another order; reuse of old keys.
+def test_samplers_of_any_layout_draw_the_samples_of_the_whole_model(rank_results):
+    assert len(rank_results[0][0]) > 10
+    for cases in zip(*(cases for cases, _ in rank_results)):
         for case in cases:
             where = case["name"], case["layout"], case["tp"], case["dtype"]
             first, second = case["results"]
@@ -37,21 +37,21 @@ def test_samplers_of_any_division_draw_what_the_whole_model_draws(found):
         assert any(case["moved"] for case in cases) or cases[0]["layout"] == {"dp_shard": 1}
 
 
-def test_checksums_do_not_depend_on_the_division(found):
+def test_checksums_do_not_depend_on_the_layout(rank_results):
     stamps = {}
-    for case in found[0][0]:
+    for case in rank_results[0][0]:
         stamps.setdefault((case["name"], case["dtype"]), set()).add((case["results"][0][2], case["results"][1][2]))
     assert all(len(values) == 1 for values in stamps.values()) and len(stamps) == 4
     assert len({next(iter(values)) for values in stamps.values()}) == 4
 
 
-def test_damaged_weights_and_divisions_that_do_not_fit_are_refused(found):
-    damaged, uneven = found[1][1]
+def test_damaged_weights_and_unfit_layouts_are_refused(rank_results):
+    damaged, uneven = rank_results[1][1]
     assert "weights of the sampler: expected checksum" in damaged and damaged.startswith("[rank 1/")
-    assert found[0][1][0] == "nothing" and "sampler tp must divide the" in uneven
+    assert rank_results[0][1][0] == "nothing" and "sampler tp must divide the" in uneven
 
 
-def test_undivided_policies_are_sampled_from_where_they_stand():
+def test_unsharded_policies_are_sampled_in_place():
     policy = Transformer(PRESETS["tiny"], seed=0)
     sampler = Sampler(policy, cache_tokens=160)
     sampler.take()
@@ -66,17 +66,19 @@ def test_undivided_policies_are_sampled_from_where_they_stand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_checksum_is_that_of_its_parts_and_changes_with_every_bit_and_place(dtype):
+def test_checksum_is_the_sum_over_shards_and_changes_with_every_bit_and_place(dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(12, 6, generator=generator, dtype=torch.float64).to(dtype)
     whole = ShardSpec.whole(values.shape)
     total = checksum([("a", whole, 0, values)])
     partition = Partition((12, 6), (8, 4), Axis(size=2))
-    parts = []
+    shards = []
     for index in range(2):
         local = partition.shard(index).of(values).reshape(-1)
-        parts += [("a", partition.shard(index), start, local[start : start + 10]) for start in range(0, len(local), 10)]
-    assert sum(checksum([part]) for part in parts) % 2**64 == total % 2**64
+        shards += [
+            ("a", partition.shard(index), start, local[start : start + 10]) for start in range(0, len(local), 10)
+        ]
+    assert sum(checksum([shard]) for shard in shards) % 2**64 == total % 2**64
     columns = Partition((12, 6), (), Axis(size=3))
     local = [("a", columns.shard(i), 0, columns.shard(i).of(values).reshape(-1)) for i in range(3)]
     assert checksum(local) == total != checksum([("b", whole, 0, values)])
@@ -88,7 +90,7 @@ def test_a_checksum_is_that_of_its_parts_and_changes_with_every_bit_and_place(dt
         assert checksum([("a", whole, 0, other)]) != total
 
 
-def test_moves_cover_what_is_wanted_once():
+def test_moves_cover_each_requested_element_once():
     shape = (8, 6)
     have = [Part("w", Partition(shape, (4, 4), Axis(size=2)).shard(1), start, start + 6) for start in range(0, 24, 6)]
     want = [Part("w", Partition(shape, (), Axis(size=2)).shard(0), 0, 24), Part("other", ShardSpec.whole((3,)), 0, 3)]
@@ -102,8 +104,8 @@ def test_moves_cover_what_is_wanted_once():
     assert torch.equal(marks, expected)
 
 
-# Catches: keys of the former weights that a prompt finds again.
-def test_weights_taken_anew_without_a_release_forget_the_keys_of_before():
+# Catches: a prompt that reuses keys of the former weights.
+def test_new_weights_without_a_release_invalidate_cached_keys():
     policy, prompt = Transformer(PRESETS["tiny"], seed=0), [5] * 40
     sampler = Sampler(policy, cache_tokens=320)
     for change in (1.0, 1.5):

@@ -43,7 +43,7 @@ class Options:
 PRESETS = {"small": Options(lr=0.5), "large": Options(lr=0.25, data=Data("skip"))}
 
 
-def test_cli_without_words_gives_the_defaults():
+def test_cli_without_arguments_gives_the_defaults():
     assert cli.cli(Options, args=[]) == Options()
 
 
@@ -54,11 +54,11 @@ def test_cli_preset_is_the_default_and_options_override_it():
 
 
 @pytest.mark.parametrize(
-    "words", [["--data.on-eror", "skip"], ["--data.on_eror=skip"], ["--lr", "1", "--data.onerror=skip"]]
+    "arguments", [["--data.on-eror", "skip"], ["--data.on_eror=skip"], ["--lr", "1", "--data.onerror=skip"]]
 )
-def test_cli_unknown_option_exits_2_and_names_the_nearest(words, capsys):
+def test_cli_unknown_option_exits_2_and_names_the_nearest(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.cli(Options, PRESETS, words)
+        cli.cli(Options, PRESETS, arguments)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert "nearest is --data.on-error" in error
@@ -75,7 +75,7 @@ class Required:
 
 # Catches: a misspelt required option reported as missing alone; an option's own name taken for the typed one.
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("arguments", "text"),
     [
         (["--modle", "x"], "--modle: expected a known option, got an unknown one; the nearest is --model"),
         (["--limt", "3", "--no-stats"], "--limt: expected a known option, got an unknown one; the nearest is --limit"),
@@ -83,15 +83,15 @@ class Required:
         (["--model"], "--model"),
     ],
 )
-def test_cli_misspelt_option_is_named_where_another_is_missing(words, text, capsys):
+def test_cli_misspelt_option_is_named_where_another_is_missing(arguments, text, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.cli(Required, args=words)
+        cli.cli(Required, args=arguments)
     assert stopped.value.code == 2 and text in capsys.readouterr().err
     assert cli.cli(Required, args=["--model", "x", "--limit", "5"]) == Required(Path("x"), 5)
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("arguments", "text"),
     [
         (["--preset", "smal"], "nearest is small"),
         (["--preset"], "expected one of small, large"),
@@ -102,9 +102,9 @@ def test_cli_misspelt_option_is_named_where_another_is_missing(words, text, caps
         (["--lr=-1"], "lr: expected a positive number, got -1.0"),
     ],
 )
-def test_cli_bad_words_exit_2_and_say_why(words, text, capsys):
+def test_cli_bad_arguments_exit_2_and_say_why(arguments, text, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.cli(Options, PRESETS, words)
+        cli.cli(Options, PRESETS, arguments)
     assert stopped.value.code == 2
     assert text in capsys.readouterr().err
 
@@ -114,8 +114,8 @@ def test_cli_help_shows_defaults_help_texts_and_presets(capsys):
         cli.cli(Options, PRESETS, ["--preset", "small", "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("Peak learning rate. (default: 0.5)", "--data.on-error", "small, large", "{random,easy}"):
-        assert part in text
+    for expected in ("Peak learning rate. (default: 0.5)", "--data.on-error", "small, large", "{random,easy}"):
+        assert expected in text
 
 
 def test_option_names_are_the_ones_that_are_typed():

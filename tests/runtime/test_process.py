@@ -38,7 +38,7 @@ def test_start_tells_nccl_its_device(monkeypatch, device, bound):
     monkeypatch.setattr(process.dist, "init_process_group", lambda name, **more: calls.append((name, more)))
     monkeypatch.setattr(process, "_die_with_parent", lambda: None)
     monkeypatch.setattr(process, "run_store", lambda purpose: None)
-    monkeypatch.setattr(process, "Watch", lambda *found: None)
+    monkeypatch.setattr(process, "Watch", lambda *arguments: None)
     monkeypatch.setattr(process, "_watch", None)
     assert process.start(device).device.type == device
     name, options = calls[-1]
@@ -65,7 +65,7 @@ assert not dist.is_initialized()
 def test_start_under_torchrun_joins_the_ranks(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    words = [
+    command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
@@ -76,7 +76,7 @@ def test_start_under_torchrun_joins_the_ranks(tmp_path):
         str(tmp_path),
     ]
     env = {**os.environ, "PYTHONPATH": str(Path(process.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"rank{i}").read_text() for i in (0, 1)] == ["2 True gloo 3.0 1", "2 False gloo 3.0 1"]
 

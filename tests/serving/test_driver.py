@@ -46,11 +46,11 @@ def test_jobs_hear_of_every_token_and_of_their_end(driver):
         assert driver._turn()
     right = generate(driver.engine.model, [jobs[0].prompt] * 2, max_new_tokens=10, temperature=1.0, seed=3, eos_id=-1)
     for choice in range(2):
-        pieces = [piece for piece in jobs[0].heard if piece.choice == choice]
-        assert [piece.token for piece in pieces] == right.tokens[choice]
-        assert [piece.reason for piece in pieces] == [None] * 9 + ["length"]
+        chunks = [chunk for chunk in jobs[0].heard if chunk.choice == choice]
+        assert [chunk.token for chunk in chunks] == right.tokens[choice]
+        assert [chunk.reason for chunk in chunks] == [None] * 9 + ["length"]
         whole = driver.tokenizer.decode(right.tokens[choice]).strip()
-        assert "".join(piece.text for piece in pieces) == whole
+        assert "".join(chunk.text for chunk in chunks) == whole
     assert len(jobs[1].heard) == 4 and is_idle(driver)
 
 
@@ -89,14 +89,14 @@ def test_a_stop_string_ends_a_choice_and_its_sequence(driver):
     driver.submit(free)
     while driver.open:
         driver._turn()
-    text = "".join(piece.text for piece in free.heard)
+    text = "".join(chunk.text for chunk in free.heard)
     stop = text[8:11]
     stopped = job(driver, count=40, stop=(stop,))
     driver.submit(stopped)
     steps = driver.engine.steps
     while driver.open:
         driver._turn()
-    assert "".join(piece.text for piece in stopped.heard) == text[: text.index(stop)].rstrip()
+    assert "".join(chunk.text for chunk in stopped.heard) == text[: text.index(stop)].rstrip()
     assert stopped.heard[-1].reason == "stop" and driver.engine.steps - steps < 40 and is_idle(driver)
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
-from many_ranks import ENVIRONMENT, ROOT, torchrun_words  # noqa: E402
+from many_ranks import ENVIRONMENT, ROOT, torchrun_command  # noqa: E402
 from served_model import Serving, small_model  # noqa: E402
 
 from wizard_engine.data.chat import encode_prompt  # noqa: E402
@@ -104,9 +104,9 @@ def test_stop_strings_end_the_text_before_them(serving, stream):
     stop = text.message.content[9:12]
     how = {"model": "small", "messages": ASK, "max_tokens": 60, "seed": 1, "stop": ["zzzz", stop]}
     if stream:
-        pieces = list(client(serving).chat.completions.create(**how, stream=True))
-        streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
-        reason = pieces[-1].choices[0].finish_reason
+        events = list(client(serving).chat.completions.create(**how, stream=True))
+        streamed = "".join(event.choices[0].delta.content or "" for event in events)
+        reason = events[-1].choices[0].finish_reason
     else:
         choice = client(serving).chat.completions.create(**how).choices[0]
         streamed, reason = choice.message.content, choice.finish_reason
@@ -135,7 +135,7 @@ def test_logprobs_are_those_of_the_tokens(serving, stream):
         assert bytes(token.bytes).decode() == token.token
 
 
-def test_completions_take_texts_and_ids_and_several_prompts(serving):
+def test_completions_accept_texts_ids_and_multiple_prompts(serving):
     tokenizer = serving.tokenizer
     how = {"model": "small", "max_tokens": 9, "temperature": 0}
     create = client(serving).completions.create
@@ -317,7 +317,7 @@ def test_more_choices_than_the_cache_holds_are_answered_in_turn():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages(serving, stream):
+def test_disconnected_client_frees_its_pages(serving, stream):
     serving.slow = 0.05
     body = json.dumps(GOOD | {"max_tokens": 120, "n": 3, "stream": stream, "seed": 12}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -329,7 +329,7 @@ def test_a_client_that_leaves_frees_its_pages(serving, stream):
     assert serving.engine.steps < steps + 60
 
 
-def test_a_client_that_does_not_read_is_given_up():
+def test_server_disconnects_a_client_that_does_not_read():
     with Serving(write_seconds=0.3) as serving:
         ask = {"model": "small", "prompt": "two", "max_tokens": 128, "n": 64, "stream": True, "logprobs": 5}
         body = json.dumps(ask).encode()
@@ -405,10 +405,14 @@ def test_a_thousand_requests_with_cancellations_lose_none(serving):
 def test_a_fuzzed_client_finds_no_5xx(serving, tmp_path):
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,content_type_conformance,response_schema_conformance,status_code_conformance"
-    words = ["run", serving.url + "/openapi.json", "--max-examples", "15", "--seed", "3", "--checks", checks]
-    words += ["--phases", "examples,fuzzing"]
+    arguments = ["run", serving.url + "/openapi.json", "--max-examples", "15", "--seed", "3", "--checks", checks]
+    arguments += ["--phases", "examples,fuzzing"]
     done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", *words], capture_output=True, text=True, timeout=200, cwd=tmp_path
+        [sys.executable, "-m", "schemathesis.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
@@ -419,9 +423,9 @@ def test_a_fuzzed_client_finds_no_5xx(serving, tmp_path):
 def test_the_recipe_serves_drains_and_ends(tmp_path):
     model, tokenizer = small_model()
     save_model(model, tokenizer, tmp_path / "tiny")
-    words = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--model", str(tmp_path / "tiny"), "--port", "0"]
+    arguments = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--model", str(tmp_path / "tiny"), "--port", "0"]
     with subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | {"WIZARD_API_KEY": "secret"}
+        arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | {"WIZARD_API_KEY": "secret"}
     ) as process:
         try:
             line = process.stderr.readline()
@@ -444,8 +448,8 @@ def test_the_recipe_serves_drains_and_ends(tmp_path):
 def test_two_ranks_serve_one_model(tmp_path):
     model, tokenizer = small_model()
     save_model(model, tokenizer, tmp_path / "tiny")
-    words = torchrun_words(2, ROOT / "recipes" / "serve.py", "--model", tmp_path / "tiny", "--port", 0, "--tp", 2)
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    arguments = torchrun_command(2, ROOT / "recipes" / "serve.py", "--model", tmp_path / "tiny", "--port", 0, "--tp", 2)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         try:
             line = ""
             while " on http" not in line:
@@ -472,7 +476,7 @@ def test_two_ranks_serve_one_model(tmp_path):
 
 @pytest.mark.every(5)
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         (["--tp", "0"], "tp: expected at least 1"),
         (["--tp", "2"], "tp: expected the 1 ranks of this run"),
@@ -481,10 +485,10 @@ def test_two_ranks_serve_one_model(tmp_path):
         (["--modle", "x"], "modle"),
     ],
 )
-def test_options_of_the_recipe_that_do_not_fit(tmp_path, words, message):
+def test_options_of_the_recipe_that_do_not_fit(tmp_path, options, message):
     model, tokenizer = small_model()
     save_model(model, tokenizer, tmp_path / "tiny")
-    command = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--model", str(tmp_path / "tiny"), *words]
+    command = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--model", str(tmp_path / "tiny"), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert done.returncode != 0 and message in done.stderr + done.stdout
 
@@ -494,8 +498,8 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     save_model(model, tokenizer, tmp_path / "tiny")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        words = ["--model", str(tmp_path / "tiny"), "--port", str(port)]
-        command = [sys.executable, str(ROOT / "recipes" / "serve.py"), *words]
+        arguments = ["--model", str(tmp_path / "tiny"), "--port", str(port)]
+        command = [sys.executable, str(ROOT / "recipes" / "serve.py"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert done.returncode == 1
     assert f"host, port: expected a free address, got 127.0.0.1:{port}: Address already in use" in done.stderr

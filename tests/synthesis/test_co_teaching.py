@@ -109,7 +109,7 @@ def test_equal_answers_are_a_tie_without_a_judgement():
     assert out.sft == [] and out.preferences == []
 
 
-def test_failed_answers_and_judgements_leave_the_others_alone():
+def test_failed_answers_and_judgements_do_not_affect_the_others():
     agents = team(2, 9)
     agents["rivals"].append(Fake("down", answer=lambda r, m: FAILED))
     judge = honest_judge()
@@ -187,7 +187,7 @@ def test_suggestion_is_applied_to_our_answer_and_kept_where_better():
 
 
 @pytest.mark.parametrize("rewrite", ["rewritten q8.5", "left q9", "", FAILED])
-def test_rewrite_that_is_no_better_leaves_the_rivals_answer(rewrite):
+def test_rewrite_that_is_no_better_keeps_the_rivals_answer(rewrite):
     out, _ = advised(rewrite=rewrite)
     assert out.sft[0].answer == "left q9" and "suggestion" not in out.sft[0].lineage
 
@@ -304,9 +304,9 @@ def test_killed_co_teaching_resumes_without_repeating_a_returned_call(tmp_path):
     stored = sum(task["replies"] for tasks in counts.values() for task in tasks.values())
     before = len(log.read_text())
     subprocess.run(command, check=True)
-    total = 60 * 3 + 60 * 3 * 2
-    assert 0 < stored < total and before - stored <= 2 * 20
-    assert len(log.read_text()) - before == total - stored
+    expected_calls = 60 * 3 + 60 * 3 * 2
+    assert 0 < stored < expected_calls and before - stored <= 2 * 20
+    assert len(log.read_text()) - before == expected_calls - stored
     resumed = (tmp_path / "out").read_text()
     for name in ("ledger", "ledger-wal", "ledger-shm"):
         (tmp_path / name).unlink(missing_ok=True)

@@ -209,7 +209,7 @@ def test_refusals_are_short():
     assert response_fault("七。") is None
 
 
-def test_template_words_of_the_parent_are_no_fault():
+def test_template_words_of_the_parent_are_accepted():
     assert instruction_fault("Explain the given prompt", "Explain the given prompt in French") is None
     assert instruction_fault("Count to 4", "Count with C# and F# to 4") is None
     assert instruction_fault("Count", "Count #Given Instruction# to 4") == "template words"

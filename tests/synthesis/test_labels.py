@@ -31,7 +31,7 @@ def rows(number=1):
     return [conversation(f"Question {n}", "reference", topic="farm", length=2) for n in range(number)]
 
 
-def test_labels_belong_to_the_students_own_steps():
+def test_labels_belong_to_the_steps_of_the_student():
     counts = {}
     agent = solver("3*4=12\nThen\n12+1=14", "3*4=12", "3*4=12")
     out = label_processes(rows(), student=agent, labeller=Fake("labeller", label=check), samples=3, statistics=counts)
@@ -67,7 +67,7 @@ def test_unreadable_labels_and_failed_answers_are_counted():
     assert counts["calls"]["label"] == {"asked": 2, "failed": 0, "unreadable": 2}
 
 
-def test_rows_of_several_turns_are_not_labelled():
+def test_rows_of_multiple_turns_are_not_labelled():
     turns = [("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2")]
     longer = Conversation(tuple(Message(*turn) for turn in turns))
     counts = {}
@@ -105,7 +105,7 @@ def test_ranked_pairs_have_margins():
     assert counts["dropped"] == {"groups too small": 0, "groups unreadable": 0, "no margin": 1, "repeated": 0}
 
 
-def test_ranking_leaves_out_small_and_unreadable_groups():
+def test_ranking_skips_small_and_unreadable_groups():
     counts = {}
     agent = Fake("ranker", rank=lambda r, f: "1: 4")
     out = rank_instructions([["a", "b"], ["a"], ["a", " a "], []], ranker=agent, statistics=counts)

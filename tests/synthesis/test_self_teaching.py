@@ -29,7 +29,7 @@ def teach(qualities, judge=None, **settings):
     return self_teach(rows(*qualities), student=agent, judge=judge or honest_judge(), **settings), agent
 
 
-SPREAD = {"wide": [9, 2, 9, 2], "narrow": [7, 6, 7, 6], "same": [8, 8, 8, 8], "rare": [9, 9, 9, 2]}
+SCORES = {"wide": [9, 2, 9, 2], "narrow": [7, 6, 7, 6], "same": [8, 8, 8, 8], "rare": [9, 9, 9, 2]}
 
 
 def test_best_sample_is_learned_and_preferred_to_the_worst():
@@ -44,7 +44,7 @@ def test_best_sample_is_learned_and_preferred_to_the_worst():
 
 def test_samples_are_drawn_at_temperature_one_in_one_batch():
     judge = honest_judge()
-    out, agent = teach(SPREAD, judge=judge, keep=1.0)
+    out, agent = teach(SCORES, judge=judge, keep=1.0)
     assert agent.batches == [("answer", 16)]
     assert {request.temperature for request in agent.requests} == {1.0}
     assert judge.batches == [("rate", 7), ("judge", 6)]
@@ -55,17 +55,17 @@ def test_samples_are_drawn_at_temperature_one_in_one_batch():
     ("keep", "chosen"), [(0.25, ["wide"]), (0.5, ["wide", "rare"]), (1.0, ["wide", "narrow", "rare"])]
 )
 def test_spread_selects_where_samples_disagree_most(keep, chosen):
-    out, _ = teach(SPREAD, keep=keep)
+    out, _ = teach(SCORES, keep=keep)
     assert [row.instruction for row in out.sft] == chosen
     assert out.statistics["dropped"]["samples agree"] == 1
     assert out.statistics["dropped"]["score too low"] == 3 - len(chosen)
 
 
 def test_spread_counts_repeated_samples():
-    out, _ = teach(SPREAD)
-    spread = {item["instruction"]: item["spread"] for item in out.scores}
-    assert spread["wide"] == 3.5 and spread["same"] == 0.0
-    assert spread["rare"] == pytest.approx(49**0.5 * (3 / 16) ** 0.5)
+    out, _ = teach(SCORES)
+    deviations = {item["instruction"]: item["spread"] for item in out.scores}
+    assert deviations["wide"] == 3.5 and deviations["same"] == 0.0
+    assert deviations["rare"] == pytest.approx(49**0.5 * (3 / 16) ** 0.5)
 
 
 def test_margin_and_flip_are_scores_of_the_pair():
@@ -113,7 +113,7 @@ def test_identical_but_for_blanks_is_no_pair():
     assert out.preferences == [] and out.statistics["pairs"]["identical"] == 1
 
 
-def test_failed_samples_leave_the_others():
+def test_failed_samples_do_not_affect_the_others():
     out, _ = teach({"half": [9, FAILED, 2, FAILED], "none": [FAILED] * 4}, keep=1.0)
     assert len(out.sft) == 1 and [item["samples"] for item in out.scores] == [2, 0]
     assert out.statistics["calls"]["answer"]["failed"] == 6
@@ -143,7 +143,7 @@ def test_evolved_prompts_that_the_student_cannot_take_are_left_out():
 
 
 def test_self_teaching_repeats_exactly():
-    assert teach(SPREAD, seed=2)[0] == teach(SPREAD, seed=2)[0]
+    assert teach(SCORES, seed=2)[0] == teach(SCORES, seed=2)[0]
 
 
 @pytest.mark.parametrize(
@@ -156,4 +156,4 @@ def test_self_teaching_repeats_exactly():
 )
 def test_self_teaching_refuses_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        teach(SPREAD, **settings)
+        teach(SCORES, **settings)

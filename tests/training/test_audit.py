@@ -91,8 +91,8 @@ def test_audit_sees_a_gradient_that_the_loss_does_not_show(monkeypatch):
         return out._replace(loss=out.loss.detach() + (out.loss - out.loss.detach()) / len(weights))
 
     monkeypatch.setattr(audit, "sft_loss", shrunk)
-    found = verdicts(audit.supervised_checks(model(), samples()))
-    assert [found[name] for name in SUPERVISED] == [True, False, True, False]
+    passed = verdicts(audit.supervised_checks(model(), samples()))
+    assert [passed[name] for name in SUPERVISED] == [True, False, True, False]
 
 
 def test_audit_sees_an_untrained_end_and_a_trained_start():

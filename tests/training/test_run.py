@@ -64,7 +64,7 @@ def train(out, *, at=None, before=None, seed=0, **changes):
     return model, run
 
 
-def numbers(out):
+def metrics(out):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(out / "metrics.jsonl")]
 
 
@@ -99,7 +99,7 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, killed_at):
     assert checkpoint.latest(tmp_path / "cut").name == f"step_{saved:08d}"
     resumed, run = train(tmp_path / "cut", save_every=2, seed=9)
     assert same(whole, resumed) and run.step == run.total
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 def test_run_keeps_the_last_checkpoints_and_none_without_save_every(tmp_path):
@@ -118,7 +118,7 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path, bad):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_skipped_step_leaves_the_weights_alone(tmp_path):
+def test_skipped_step_does_not_change_the_weights(tmp_path):
     before, _ = train(tmp_path / "a", max_steps=3, epochs=2, warmup=1e-9, lr_floor=1.0)
     after, run = train(tmp_path / "b", max_steps=4, warmup=1e-9, lr_floor=1.0, at={3: lambda loss: loss * float("nan")})
     assert run.step == 4 and same(before, after)
@@ -146,7 +146,7 @@ def test_signal_saves_and_the_same_call_goes_on(tmp_path, number):
         train(tmp_path / "cut", save_every=0, at={3: hit})
     assert checkpoint.latest(tmp_path / "cut").name == "step_00000004" and signal.getsignal(number) is handler
     resumed, _ = train(tmp_path / "cut", save_every=0)
-    assert same(whole, resumed) and numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert same(whole, resumed) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 def test_run_refuses_rows_that_fit_no_pack_and_other_data_on_resume(tmp_path):
@@ -189,7 +189,7 @@ def test_mfu_counts_the_attention_of_each_document(tmp_path, monkeypatch, docume
 
 
 def test_step_that_is_not_finite_names_its_token(tmp_path, capsys):
-    """NaN in the head's row of one word makes every log-probability NaN, the first token's first."""
+    """NaN in the head's row of one vocabulary entry makes every log-probability NaN, the first token's first."""
 
     def poison(model):
         with torch.no_grad():
@@ -228,7 +228,7 @@ def test_spikes_after_a_resume_are_those_of_no_resume(tmp_path):
     with pytest.raises(Killed):
         train(tmp_path / "cut", at={42: kill}, **options)
     resumed, run = train(tmp_path / "cut", at=leaps, **options)
-    assert run.skipped == 1 and same(whole, resumed) and numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert run.skipped == 1 and same(whole, resumed) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 # Catches: a norm, a loss or a metric that the host reads before the optimizer has been launched, or one by one.
@@ -249,7 +249,7 @@ def test_numbers_of_a_step_are_read_once_behind_the_optimizer(tmp_path, monkeypa
 
 # Catches: a count of updates that a skipped step went into; a decision on the loss alone, or on the norm alone.
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_skipped_steps_leave_the_bias_correction_alone(tmp_path, monkeypatch, what):
+def test_skipped_steps_do_not_change_the_bias_correction(tmp_path, monkeypatch, what):
     update = Run.update
 
     def poisoned(run):
