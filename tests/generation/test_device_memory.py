@@ -234,7 +234,7 @@ def rleif(sampler, policy, steps):
     """Steps of reinforcement learning: weights handed over, samples, memory given back, an update in place."""
     found = []
     for step in range(steps):
-        sampler.take()
+        sampler.sync_weights()
         rows = [sampler.engine.add([i + 1] * 20, Sampling(30, 1.0, seed=step, row=i))[0] for i in range(9)]
         sampler.engine.run()
         found.append([s.tokens for s in rows])

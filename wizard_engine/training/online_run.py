@@ -18,7 +18,7 @@ from wizard_engine.parallel.reductions import pack
 from wizard_engine.rl.advantages import Targets
 from wizard_engine.rl.options import CriticOptions, RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import AnswerReward
-from wizard_engine.rl.trajectories import Rollout, idle_share, step_seed
+from wizard_engine.rl.trajectories import Rollout, idle_fraction, step_seed
 from wizard_engine.runtime.memory import peak_memory_gib
 from wizard_engine.runtime.object_collectives import gather_objects
 from wizard_engine.runtime.process import Runtime
@@ -250,7 +250,7 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
             seconds=seconds,
             length=tokens / count,
             ratio_error=difference,
-            tail_idle=idle_share([one[2] for one in ranks]),
+            tail_idle=idle_fraction([one[2] for one in ranks]),
             peak_memory_gib=peak_memory_gib(self.device),
             **numbers,
             **routers["policy"],
