@@ -113,7 +113,7 @@ def main(cfg: Config) -> dict:
         if step == 0 and cfg.audit:
             is_wide = policy.embedding.weight.dtype.itemsize > 2
             audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main, is_wide=is_wide)
-    run.take_average()
+    run.use_average()
     write_model(rt, policy, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
 
