@@ -60,7 +60,7 @@ def test_peak_memory_of_a_rank_is_within_the_closed_bound(preset, ranks, recompu
     # Everything but the activations is not a bound but the sum itself.
     engine, optimizer = sharded(model), AdamW(model)
     parts = (engine.master, engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies)
-    assert bound.parts == sum(part.nbytes for part in parts)
+    assert bound.shards == sum(part.nbytes for part in parts)
 
 
 def moved(model, tokens, micro_batches=1):

@@ -13,7 +13,7 @@ from wizard_engine.checkpoint import Checkpoint, Shard
 from wizard_engine.optim import AdamW, cosine_with_warmup
 from wizard_engine.parallel import MeshOptions, lockstep, make_mesh, parallelize, sharded, sum_over_rows
 from wizard_engine.runtime.metrics import BAR_METRICS, MetricsLogger
-from wizard_engine.runtime.process import Interrupted, Runtime, StopRequest, mark
+from wizard_engine.runtime.process import Interrupted, Runtime, StopRequest, post_position
 
 from .options import Optimisation
 from .router_metrics import RouterMeter
@@ -105,7 +105,7 @@ class BaseRun(Generic[Work]):
         """The work of each remaining step; saves and stops on request."""
         while self.step < self.total:
             self._began = time.perf_counter()
-            mark(f"{self.name} step {self.step}", limited=self.has_limited_steps)
+            post_position(f"{self.name} step {self.step}", limited=self.has_limited_steps)
             yield self._begin()
             self._end()
             every = self.options.save_every
@@ -180,7 +180,7 @@ class BaseRun(Generic[Work]):
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and close; every rank makes the call."""
-        mark(f"{self.name} end")
+        post_position(f"{self.name} end")
         self.saver.wait()
         self.close()
 
