@@ -179,7 +179,7 @@ def _online_step(
     answers = count * each
     generator = np.random.default_rng(number)
     prompts = [generator.integers(0, config.vocab_size, PROMPT).tolist() for _ in range(count)]
-    sampler.take()
+    sampler.sync_weights()
     samplings = [Sampling(ANSWER, 1.0, seed=number, row=row) for row in range(answers)]
     drawn = continued(sampler.engine, [prompts[i // each] for i in range(answers)], samplings)
     sampler.release()

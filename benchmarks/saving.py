@@ -25,7 +25,7 @@ from benchmarks.sharded import Batch, Ours, quantiles
 from wizard_engine import checkpoint, runtime
 from wizard_engine.model import PRESETS
 from wizard_engine.parallel import MeshOptions, make_mesh
-from wizard_engine.training.train_state import parts_of
+from wizard_engine.training.train_state import checkpoint_shards
 
 
 def work(rank: int, options: argparse.Namespace, out: str) -> None:
@@ -39,7 +39,7 @@ def work(rank: int, options: argparse.Namespace, out: str) -> None:
     variant.step()
     seconds_of: dict[str, list[float]] = {"alone": [], "beside": [], "held up": [], "copy": [], "writing": []}
     for turn in range(options.repeats + 1):
-        weights, moments = parts_of(variant.model, variant.optimizer)
+        weights, moments = checkpoint_shards(variant.model, variant.optimizer)
         values = [shard.values for shard in (*weights.values(), *moments.values())]
         hosts = [torch.empty_like(value) for value in values]
         for _ in range(2):

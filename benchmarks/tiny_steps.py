@@ -155,7 +155,7 @@ def _policy(model: Transformer, device: torch.device, routes: Routes) -> Tensor:
 
 def _critic(model: ScoringModel, device: torch.device, routes: Routes) -> Tensor:
     answers = _answers(model, device)
-    values = answers.before(model(*answers.inputs, routes))[:, 0]
+    values = answers.scores_before(model(*answers.inputs, routes))[:, 0]
     old, returns = (_drawn(len(values), device, values.dtype, seed) for seed in (7, 8))
     return value_loss(values, old, returns, clip=FAR, num_tokens=float(len(values)))[0]
 

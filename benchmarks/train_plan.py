@@ -320,7 +320,7 @@ def peak_bytes(recipe: str, shape: Shape, form: ClosedForm) -> float:
     peak = float(memory.peak + memory.workspace)
     if recipe == "rleif":
         frozen = form.config.num_parameters / form.mesh.copy.size * form.dtype.itemsize
-        peak += memory.parts + memory.places + 3 * frozen
+        peak += memory.shards + memory.buffers + 3 * frozen
     return peak
 
 

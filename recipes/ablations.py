@@ -69,8 +69,8 @@ class Ablations:
         self.tables.append({"name": name, "rows": rows})
         if self.rt.is_main:
             for row in rows:
-                numbers = f"{100 * row['accuracy']:5.1f} % greedy {100 * row['sampled_accuracy']:5.1f} % sampled"
-                print(f"{name:<32} {row['setting']:<40} {numbers}", flush=True)
+                accuracies = f"{100 * row['accuracy']:5.1f} % greedy {100 * row['sampled_accuracy']:5.1f} % sampled"
+                print(f"{name:<32} {row['setting']:<40} {accuracies}", flush=True)
 
     def chain(self, name: str, slices: list[Path] | None = None, **changes: Any) -> dict[str, Any]:
         """Supervised learning slice by slice; the rows are made by the variant unless given."""

@@ -89,8 +89,8 @@ def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str,
                 on_finished=bar.update,
             )
         answers[name] = [""] * len(prompts)
-        for rank, part in enumerate(gather_objects(texts)):
-            answers[name][rank :: rt.world_size] = part
+        for rank, local_texts in enumerate(gather_objects(texts)):
+            answers[name][rank :: rt.world_size] = local_texts
     return answers
 
 

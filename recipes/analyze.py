@@ -58,9 +58,9 @@ def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -
     model, tokenizer = language_model(str(cfg.checkpoint), None, seed=0, device=rt.device)
     conversations = answered(rows)
     values = [math.nan] * len(conversations)
-    mine = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])
-    for rank, part in enumerate(gather_objects(mine)):
-        values[rank :: rt.world_size] = part
+    local_values = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])
+    for rank, rank_values in enumerate(gather_objects(local_values)):
+        values[rank :: rt.world_size] = rank_values
     return values
 
 

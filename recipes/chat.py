@@ -181,17 +181,17 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-def show(pieces: Iterator[str], stdout: TextIO) -> None:
+def show(deltas: Iterator[str], stdout: TextIO) -> None:
     """Write an answer as it comes; Ctrl-C ends it and keeps what was written."""
     clean = printable if stdout.isatty() else str
     try:
-        for piece in pieces:
-            stdout.write(clean(piece))
+        for delta in deltas:
+            stdout.write(clean(delta))
             stdout.flush()
     except KeyboardInterrupt:
         stdout.write(" [stopped]")
     finally:
-        pieces.close()  # type: ignore[attr-defined]
+        deltas.close()  # type: ignore[attr-defined]
     stdout.write("\n")
     stdout.flush()
 

@@ -51,8 +51,8 @@ def write(cfg: Config) -> tuple[dict, list[Path]]:
     ]
     _write_lines(cfg.out / "questions.jsonl", lines)
     texts = [" " + message.content for row in corpus for message in row.messages] + plain[:5000]
-    numbers = [str(number) for number in range(world.LARGEST + 1)]
-    tokenizer = train_tokenizer(texts, vocab_size=cfg.vocabulary, atoms=(*CHAT_ATOMS, *numbers))
+    atoms = [str(number) for number in range(world.LARGEST + 1)]
+    tokenizer = train_tokenizer(texts, vocab_size=cfg.vocabulary, atoms=(*CHAT_ATOMS, *atoms))
     tokenizer.save(cfg.out / "tokenizer")
     names = ("corpus.jsonl", "held_out.jsonl", "plain.jsonl", "questions.jsonl", "tokenizer")
     counts = {"corpus": len(corpus), "held_out": len(held_out), "plain": len(plain), "questions": len(questions)}

@@ -187,8 +187,8 @@ class Pipeline:
         }
         self.timing = Timing(cfg.out / "timing.json", rt)
 
-    def run(self, where: str, recipe: ModuleType, *, alone: bool = False, **options: Any) -> Path:
-        """One recipe into OUT/where, with the options that all share; `alone` on rank 0 only."""
+    def run(self, where: str, recipe: ModuleType, *, is_main_only: bool = False, **options: Any) -> Path:
+        """One recipe into OUT/where, with the options that all share; `is_main_only`: on rank 0 only."""
         out = self.out / where
         fields = {f.name for f in dataclasses.fields(recipe.Config)}
         common = {name: value for name, value in self.common.items() if name in fields}
@@ -196,7 +196,7 @@ class Pipeline:
             print(f"== {where}", flush=True)
         with self.timing.of(where, out):
             config = recipe.Config(out=out, **common, **options)
-            from_main(self.rt, lambda: recipe.main(config) and None) if alone else recipe.main(config)
+            from_main(self.rt, lambda: recipe.main(config) and None) if is_main_only else recipe.main(config)
         return out
 
     def prepare(self) -> tuple[list[Path], Path]:
@@ -398,7 +398,7 @@ def main(cfg: Config) -> dict:
     battles = pipeline.run(
         "arena",
         arena,
-        alone=True,
+        is_main_only=True,
         models=tuple(f"{name}={path / 'answers.jsonl'}#sampled" for name, path in last.items()),
         prompts=pipeline.held_out,
         n=cfg.sizes.held_out,
@@ -409,7 +409,7 @@ def main(cfg: Config) -> dict:
         pipeline.run(
             f"mt_bench_{name}",
             mt_bench,
-            alone=True,
+            is_main_only=True,
             model=str(path),
             judge=cfg.agents.judge,
             questions=pipeline.out / "world" / "questions.jsonl",

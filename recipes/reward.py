@@ -118,12 +118,12 @@ def train_step(
     run.update()
 
 
-def _split(items: list, share: float, seed: int) -> tuple[list, list]:
+def _split(items: list, fraction: float, seed: int) -> tuple[list, list]:
     """Training and held-out items, at least one of each."""
     if len(items) < 2:
         raise ValueError(f"rows: expected at least two, one of them to measure on, got {len(items)}")
     order = np.random.default_rng(seed).permutation(len(items))
-    kept = min(max(1, round(share * len(items))), len(items) - 1)
+    kept = min(max(1, round(fraction * len(items))), len(items) - 1)
     return [items[i] for i in order[kept:]], [items[i] for i in order[:kept]]
 
 
@@ -170,7 +170,7 @@ class Instruction:
 
     def measure(self, model: ScoringModel, pairs: list[Pair]) -> tuple[dict, dict]:
         """Held-out accuracy, and mean and deviation of the scores, which calibrate the factor."""
-        sides = [[_cut(side) for side in self.samples(pair)] for pair in pairs]
+        sides = [[_without_end(side) for side in self.samples(pair)] for pair in pairs]
         scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
         pool = np.asarray(scores).ravel()
         accuracy = float(np.mean([better > worse for better, worse in scores]))
@@ -232,7 +232,7 @@ class Process:
 
     def measure(self, model: ScoringModel, items: list[LabelledSteps]) -> tuple[dict, dict]:
         """Held-out accuracy of step labels, and of telling answers without a wrong step from those with one."""
-        scored = score_tokens(model, [_cut(sample) for sample, _, _ in items])
+        scored = score_tokens(model, [_without_end(sample) for sample, _, _ in items])
         steps, clean, wrong = [], [], []
         for (_, ends, labels), scores in zip(items, scored):
             probabilities = scores[ends].softmax(-1)
@@ -246,7 +246,7 @@ class Process:
         }, {}
 
 
-def _cut(sample: Sample) -> Sample:
+def _without_end(sample: Sample) -> Sample:
     """The sample without the token that `with_end` appended."""
     return Sample(sample.tokens[:-1], sample.weights[:-1])
 

@@ -26,7 +26,7 @@ from wizard_engine.loss import policy_loss, sft_loss, value_loss
 from wizard_engine.model import Routes, ScoringModel, Transformer
 from wizard_engine.model.loading import language_model, scoring_start, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, lockstep, make_mesh
-from wizard_engine.rl.advantages import Targets, advantages_of_groups, make_targets, token_rewards, trusted
+from wizard_engine.rl.advantages import Targets, advantages_of_groups, make_targets, old_logprobs, token_rewards
 from wizard_engine.rl.answer_batches import answer_runs
 from wizard_engine.rl.options import CriticOptions, KLOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import InstructionReward, ProcessReward, instruction_reward, process_reward, score_answers
@@ -113,7 +113,7 @@ def main(cfg: Config) -> dict:
         if step == 0 and cfg.audit:
             is_wide = policy.embedding.weight.dtype.itemsize > 2
             audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main, is_wide=is_wide)
-    run.take_average()
+    run.use_average()
     write_model(rt, policy, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
 
@@ -139,7 +139,7 @@ class Setup:
 def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: list[int]) -> Rollout:
     """One rollout and its updates: weights to the sampler, answers to the chosen prompts, rewards, losses."""
     with run.phase("hand_over"):
-        setup.sampler.take()
+        setup.sampler.sync_weights()
     with run.phase("generate"):
         rollout = roll_out(
             setup.sampler,
@@ -164,7 +164,7 @@ def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: lis
         policy_logprobs = None
         if multiple_updates:
             policy_logprobs = answer_logprobs(setup.policy, rollout, temperature=cfg.rollout.temperature)
-        setup.sampler.check(rollout.stamp)
+        setup.sampler.check(rollout.weights_checksum)
     targets, kl = _targets(cfg, run, rollout, rewards, ref_logprobs, values, policy_logprobs)
     with run.phase("train"):
         for epoch in range(cfg.ppo.epochs):
@@ -216,7 +216,7 @@ def _targets(
     )
     options: dict[str, Any] = {}
     if policy_logprobs is not None:
-        options["behaviour"] = trusted(policy_logprobs, rollout.behaviour, cfg.ppo.importance_limit)
+        options["behaviour"] = old_logprobs(policy_logprobs, rollout.behaviour, cfg.ppo.importance_limit)
         run.note_difference(policy_logprobs - rollout.behaviour)
     if cfg.ppo.advantages == "critic":
         options |= {"gamma": cfg.ppo.gamma, "lam": cfg.ppo.lam, "moments": run.totals}
@@ -260,11 +260,11 @@ def _update(
     runs = answer_runs(rollout.samples, rollout.prompt_tokens, rows, cfg.training.pack_tokens, policy.parallel)
     batches = [(picked, rollout.batch(picked, policy.parallel, run.device)) for picked in runs]
     for router in run.routers.values():
-        router.start(sum(last - first for _, batch in batches for _, first, last in batch.pieces))
+        router.start(sum(last - first for _, batch in batches for _, first, last in batch.token_ranges))
     per_token = cfg.ppo.normalisation == "token"
     temperature, ppo, kl = cfg.rollout.temperature, cfg.ppo, cfg.kl
     for picked, batch in run.lockstep(batches):
-        tokens = targets.of(picked, batch)
+        tokens = targets.for_batch(picked, batch)
         routes = rollout.routes(picked, batch, run.device) if cfg.rollout.replay_routing else Routes()
         hidden = batch.hidden(policy, policy(*batch.inputs, routes))
         if is_first:
@@ -272,8 +272,8 @@ def _update(
                 logprobs, _ = linear_logprob(
                     hidden.detach(), policy.head_weight, batch.targets, temperature=temperature, shard=policy.shard
                 )
-            run.note_difference(batch.of_answers(logprobs - tokens.sampled))
-            tokens.behaviour = trusted(logprobs, tokens.sampled, ppo.importance_limit)
+            run.note_difference(batch.gather(logprobs - tokens.sampled))
+            tokens.behaviour = old_logprobs(logprobs, tokens.sampled, ppo.importance_limit)
         loss, metrics, logprob = policy_loss(
             hidden,
             policy.head_weight,
@@ -299,8 +299,8 @@ def _update(
         if critic is not None:
             critic_routes = Routes()
             error, value_metrics = value_loss(
-                batch.before(critic(*batch.inputs, critic_routes))[:, 0],
-                *(batch.of_answers(x) for x in (tokens.values, tokens.returns)),
+                batch.scores_before(critic(*batch.inputs, critic_routes))[:, 0],
+                *(batch.gather(x) for x in (tokens.values, tokens.returns)),
                 clip=cfg.critic.value_clip,
                 num_tokens=num_tokens,
             )

@@ -134,9 +134,9 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"effective sample size {report['effective_sample_size']:.0f} of {report['rows']} rows")
     for name, target in report["target"].items():
         print(f"{name:24}{'natural':>9}{'target':>9}{'achieved':>9}{'drawn':>9}")
-        for value, share in sorted(target.items(), key=lambda item: -item[1])[:20]:
+        for value, target_share in sorted(target.items(), key=lambda item: -item[1])[:20]:
             columns = [report[kind][name].get(value, 0.0) for kind in ("natural", "achieved", "drawn")]
-            print(f"  {value[:21]:22}{columns[0]:9.3f}{share:9.3f}{columns[1]:9.3f}{columns[2]:9.3f}")
+            print(f"  {value[:21]:22}{columns[0]:9.3f}{target_share:9.3f}{columns[1]:9.3f}{columns[2]:9.3f}")
 
 
 def main(cfg: Config) -> dict:

@@ -151,14 +151,14 @@ def _listening(cfg: Config) -> socket.socket:
         ValueError: it cannot be had; says why.
     """
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server_socket = socket.socket(family, socket.SOCK_STREAM)
+    server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((cfg.host, cfg.port))
+        server_socket.bind((cfg.host, cfg.port))
     except OSError as error:
-        found.close()
+        server_socket.close()
         raise ValueError(f"host, port: expected a free address, got {cfg.host}:{cfg.port}: {error.strerror}") from None
-    return found
+    return server_socket
 
 
 @contextlib.contextmanager

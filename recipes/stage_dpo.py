@@ -100,7 +100,7 @@ def main(cfg: Config) -> dict:
         audit.check_preference(model, pairs, initial, beta=cfg.beta, quiet=cfg.quiet or not rt.is_main)
     results = []
     for index in range(cfg.slices):
-        rows = [i for part in slices[: index + 1] for i in part] if cfg.cumulative else slices[index]
+        rows = [i for indices in slices[: index + 1] for i in indices] if cfg.cumulative else slices[index]
         results.append(_train_stage(cfg, rt, model, [pairs[i] for i in rows], cache, initial[rows], index))
     write_model(rt, model, tokenizer, cfg.out / "model")
     result = {"stages": results, "pairs": len(pairs), "rejected": rejected}

@@ -13,7 +13,7 @@ from wizard_engine.model import load_hf, save_sharded
 from wizard_engine.model.loading import language_model
 from wizard_engine.optim import AdamW
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh, sharded
-from wizard_engine.training.train_state import parts_of, restore
+from wizard_engine.training.train_state import checkpoint_shards, restore
 
 
 def main(root, source, name, options):
@@ -32,7 +32,7 @@ def main(root, source, name, options):
         checkpoint_read = checkpoint.resume(root / source, rt, stack)
         restore(checkpoint_read, "model", model, optimizer, checkpoint_read.state["updates"])
         state = checkpoint_read.state
-    weights, moments = parts_of(model, optimizer)
+    weights, moments = checkpoint_shards(model, optimizer)
     saver = checkpoint.Saver(root / name, rt)
     saver.save(checkpoint_read.step, {"model": weights, "model_optimizer": moments}, state)
     saver.wait()

@@ -234,7 +234,7 @@ def rleif(sampler, policy, steps):
     """Token ids of each RL step: sync the weights, sample, release the memory, update in place."""
     tokens_by_step = []
     for step in range(steps):
-        sampler.take()
+        sampler.sync_weights()
         rows = [sampler.engine.add([i + 1] * 20, Sampling(30, 1.0, seed=step, row=i))[0] for i in range(9)]
         sampler.engine.run()
         tokens_by_step.append([s.tokens for s in rows])

@@ -203,9 +203,9 @@ def test_staged_arrays_stand_where_those_of_the_same_shapes_stood():
     places = set()
     for turn in range(5):
         arrays = [torch.full(shape, turn + 1, dtype=dtype) for shape, dtype in shapes]
-        views = staging.put(arrays)
+        views = staging.stage(arrays)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(arrays, views))
         places.add(tuple(view.data_ptr() for view in views))
     assert len(places) == 1 and bool((staging.buffer[:32] == 9).all()) and views[0].data_ptr() % 16 == 0
     with pytest.raises(AssertionError, match="staging: 800 bytes of a step, room for 400"):
-        staging.put([torch.zeros(100, dtype=torch.int64)])
+        staging.stage([torch.zeros(100, dtype=torch.int64)])

@@ -13,53 +13,53 @@ TEXT = st.lists(st.integers(0, 1), min_size=1, max_size=17)
 
 def test_equal_prefixes_share_their_full_pages():
     pool, ids = PagePool(8, 4), list(range(10))
-    first = pool.take(ids)
+    first = pool.allocate(ids)
     assert first.cached == 0 and len(first.pages) == 3 and pool.free == 5
     # Nothing is found before it is computed, and then full pages alone.
-    assert pool.take(ids).cached == 0
-    pool.computed(first, ids[:7])
-    second = pool.take(ids)
+    assert pool.allocate(ids).cached == 0
+    pool.register(first, ids[:7])
+    second = pool.allocate(ids)
     assert second.cached == 4 and second.pages[0] == first.pages[0] and second.pages[1] != first.pages[1]
-    pool.computed(first, ids)
-    assert pool.free == 0 and pool.take(ids) is None
-    pool.give_back(second)
-    third = pool.take([*ids[:8], 99])
+    pool.register(first, ids)
+    assert pool.free == 0 and pool.allocate(ids) is None
+    pool.release(second)
+    third = pool.allocate([*ids[:8], 99])
     assert third.cached == 8 and third.pages[:2] == first.pages[:2]
-    assert pool.take([7, *ids[1:]]) is None and pool.free == 1
+    assert pool.allocate([7, *ids[1:]]) is None and pool.free == 1
 
 
 def test_last_token_is_always_computed():
     pool = PagePool(8, 4)
-    held = pool.take([1, 2, 3, 4, 5, 6, 7, 8])
-    pool.computed(held, [1, 2, 3, 4, 5, 6, 7, 8])
-    assert pool.take([1, 2, 3, 4, 5, 6, 7, 8]).cached == 4
-    assert pool.take([1, 2, 3, 4]).cached == 0
+    held = pool.allocate([1, 2, 3, 4, 5, 6, 7, 8])
+    pool.register(held, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert pool.allocate([1, 2, 3, 4, 5, 6, 7, 8]).cached == 4
+    assert pool.allocate([1, 2, 3, 4]).cached == 0
 
 
 def test_prefixes_without_an_owner_stay_cached_until_their_pages_are_needed():
     pool = PagePool(4, 2)
-    held = pool.take([1, 2, 3, 4, 5])
-    pool.computed(held, [1, 2, 3, 4, 5])
-    pool.give_back(held)
+    held = pool.allocate([1, 2, 3, 4, 5])
+    pool.register(held, [1, 2, 3, 4, 5])
+    pool.release(held)
     assert pool.free == 4
-    again = pool.take([1, 2, 3, 4, 9])
+    again = pool.allocate([1, 2, 3, 4, 9])
     assert again.cached == 4
-    pool.give_back(again)
+    pool.release(again)
     # The page without a name goes first, then the end of the text before its beginning.
-    assert pool.take([7, 7, 7, 7]) is not None
-    assert pool.take([1, 2, 9]).cached == 2
+    assert pool.allocate([7, 7, 7, 7]) is not None
+    assert pool.allocate([1, 2, 9]).cached == 2
 
 
 def test_weights_that_change_make_pages_useless():
     pool = PagePool(8, 2)
-    held = pool.take([1, 2, 3])
-    pool.computed(held, [1, 2, 3])
+    held = pool.allocate([1, 2, 3])
+    pool.register(held, [1, 2, 3])
     pool.forget()
-    assert pool.take([1, 2, 3]).cached == 0
+    assert pool.allocate([1, 2, 3]).cached == 0
     # What a sequence of before computes later is of a chain that nobody can find.
     pool.extend(held, 4)
-    pool.computed(held, [1, 2, 3, 4])
-    assert pool.take([1, 2, 3, 4, 5]).cached == 0
+    pool.register(held, [1, 2, 3, 4])
+    assert pool.allocate([1, 2, 3, 4, 5]).cached == 0
 
 
 @pytest.mark.parametrize("arguments", [(0, 4), (4, 0)])
@@ -81,7 +81,7 @@ class Pool(RuleBasedStateMachine):
     @rule(target=sequences, ids=TEXT, room=st.integers(0, 4))
     def come(self, ids, room):
         free = self.pool.free
-        held = self.pool.take(ids, room)
+        held = self.pool.allocate(ids, room)
         if held is None:
             assert self.pool.free == free
             return None
@@ -117,13 +117,13 @@ class Pool(RuleBasedStateMachine):
         count = max(held.cached, int(fraction * len(ids)))
         for number in range(count // SIZE):
             self.holds[held.pages[number]] = era, tuple(ids[: (number + 1) * SIZE])
-        self.pool.computed(held, ids[:count])
+        self.pool.register(held, ids[:count])
 
     @rule(sequence=consumes(sequences))
     def go(self, sequence):
         if sequence is not None and sequence in self.alive:
             self.alive.remove(sequence)
-            self.pool.give_back(sequence[0])
+            self.pool.release(sequence[0])
 
     @rule()
     def forget(self):
@@ -138,7 +138,7 @@ class Pool(RuleBasedStateMachine):
 
     def teardown(self):
         for held, _, _ in self.alive:
-            self.pool.give_back(held)
+            self.pool.release(held)
         assert self.pool.free == PAGES
 
 

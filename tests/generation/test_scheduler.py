@@ -46,9 +46,9 @@ class Memory:
         for sequence, start, count in chunks:
             assert count > 0 and start == sequence.computed and start + count <= len(sequence.ids)
             for at in range(start, start + count):
-                self.cells[sequence.held.pages[at // self.size], at % self.size] = sequence.ids[at]
+                self.cells[sequence.allocation.pages[at // self.size], at % self.size] = sequence.ids[at]
         for sequence, start, count in chunks:
-            read = [self.cells[sequence.held.pages[i // self.size], i % self.size] for i in range(start + count)]
+            read = [self.cells[sequence.allocation.pages[i // self.size], i % self.size] for i in range(start + count)]
             assert read == sequence.ids[: start + count]
         for chunk in chunks:
             self.scheduler.done(chunk)

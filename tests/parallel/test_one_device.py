@@ -138,7 +138,7 @@ def test_memory_follows_the_number_of_backwards_and_the_estimate_knows_it(dtype)
         peak = peak_bytes(model, optimizer, 4096, micro_batches)
         engine = sharded(model)
         buffers = (engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies, *engine.gradients)
-        assert bound.parts == sum(buffer.nbytes for buffer in buffers) and 0.8 * bound.peak < peak <= bound.peak
+        assert bound.shards == sum(buffer.nbytes for buffer in buffers) and 0.8 * bound.peak < peak <= bound.peak
         sizes[micro_batches] = sum(g.nbytes for g in engine.gradients)
     elements = sharded(model).master.numel()
     assert sizes == {1: elements * (2 if dtype == "bfloat16" else 4), 2: elements * 4}

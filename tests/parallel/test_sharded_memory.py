@@ -61,7 +61,7 @@ def test_peak_memory_of_a_rank_is_within_the_closed_bound(preset, ranks, recompu
     # Everything but the activations is not a bound but the sum itself.
     engine, optimizer = sharded(model), AdamW(model)
     buffers = (engine.master, engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies)
-    assert bound.parts == sum(buffer.nbytes for buffer in buffers)
+    assert bound.shards == sum(buffer.nbytes for buffer in buffers)
 
 
 def moved(model, tokens, micro_batches=1):

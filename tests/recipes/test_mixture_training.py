@@ -133,11 +133,11 @@ def test_meter_by_hand():
         model(torch.arange(length), torch.arange(length), torch.tensor([0, length]).int(), length, routes)
         loss_sum += float(meter.loss(routes))
         loads.append(routes.load())
-    metrics = meter.metrics(pack(meter.take(), torch.device("cpu")).tolist())
+    metrics = meter.metrics(pack(meter.pop_sums(), torch.device("cpu")).tolist())
     assert metrics["router_loss"] == pytest.approx(loss_sum) and 1.8 < loss_sum < 3
     load_ratio = (sum(loads) / sum(loads).float().mean(1, keepdim=True)).amax(1)
     assert metrics["expert_load_max"] == pytest.approx(load_ratio.tolist(), abs=1e-4)
-    assert pack(meter.take(), torch.device("cpu")).tolist() == [0.0] * (1 + config.layers * config.experts)
+    assert pack(meter.pop_sums(), torch.device("cpu")).tolist() == [0.0] * (1 + config.layers * config.experts)
     dense = RouterMeter(PRESETS["tiny"], Mesh(torch.device("cpu")))
     dense.start(3)
-    assert dense.loss(Routes()) == 0.0 and dense.take() == [] and dense.metrics([]) == {}
+    assert dense.loss(Routes()) == 0.0 and dense.pop_sums() == [] and dense.metrics([]) == {}

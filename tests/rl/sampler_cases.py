@@ -55,21 +55,21 @@ def case(rt, name, layout, tp, dtype):
             for parameter, initial in zip(whole.parameters(), trained(name, experts).parameters()):
                 parameter.copy_(initial.detach() * change)
         right.forget()
-        sampler.take()
-        results.append([sampled(sampler.engine), sampled(right), sampler.stamp])
-        stamp = sampler.stamp
+        sampler.sync_weights()
+        results.append([sampled(sampler.engine), sampled(right), sampler.weights_checksum])
+        weights_checksum = sampler.weights_checksum
         sampler.release()
-        sampler.check(stamp)
+        sampler.check(weights_checksum)
         engine.master.mul_(1.5)
         engine.publish()
         try:
-            sampler.check(stamp)
+            sampler.check(weights_checksum)
         except ValueError as error:
             results[-1].append(str(error))
         engine.master.div_(1.5)
         engine.publish()
-    moved = 0 if sampler.moves is None else sampler.moves.moved_bytes
-    absent = sampler.moves is None or bool(next(sampler.model.parameters()).isnan().any())
+    moved = 0 if sampler.weight_sync is None else sampler.weight_sync.moved_bytes
+    absent = sampler.weight_sync is None or bool(next(sampler.model.parameters()).isnan().any())
     return {
         "name": name,
         "layout": layout,
@@ -85,16 +85,16 @@ def damaged(rt):
     """The error of a sampler whose weights are not the trainer's."""
     policy = parallelize(trained("tiny", 0), make_mesh(MeshOptions(), rt))
     sampler = Sampler(policy, rt, cache_tokens=160)
-    run = sampler.moves.run
+    run = sampler.weight_sync.run
 
     def wrong():
         run()
         if rt.rank == 1:
             sampler.model.norm.weight.data[3] += 1e-6
 
-    sampler.moves.run = wrong
+    sampler.weight_sync.run = wrong
     try:
-        sampler.take()
+        sampler.sync_weights()
     except ValueError as error:
         return str(error)
     return "nothing"

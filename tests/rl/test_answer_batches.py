@@ -10,10 +10,10 @@ from wizard_engine.loss import policy_loss
 from wizard_engine.model import PRESETS, Routes, ScoringModel, Transformer
 from wizard_engine.parallel.context import SINGLE_DEVICE, ParallelContext
 from wizard_engine.parallel.mesh import Axis
-from wizard_engine.rl.advantages import advantages_of_groups, make_targets, trusted
+from wizard_engine.rl.advantages import advantages_of_groups, make_targets, old_logprobs
 from wizard_engine.rl.answer_batches import answer_batch, answer_runs
 from wizard_engine.rl.rewards import score_answer_tokens, score_tokens
-from wizard_engine.rl.trajectories import Rollout, answer_logprobs, idle_share
+from wizard_engine.rl.trajectories import Rollout, answer_logprobs, idle_fraction
 
 CPU = torch.device("cpu")
 CONTEXT_PARALLEL = ParallelContext(cp=Axis(size=2))
@@ -44,7 +44,7 @@ def loss_and_gradients(model, rollout, parallel, capacity):
     )
     for run in answer_runs(rollout.samples, rollout.prompt_tokens, range(len(rollout.samples)), capacity, parallel):
         batch = rollout.batch(run, parallel, CPU)
-        run_targets = targets.of(run, batch)
+        run_targets = targets.for_batch(run, batch)
         hidden = batch.hidden(model, model(*batch.inputs, Routes()))
         loss, _, _ = policy_loss(
             hidden,
@@ -109,7 +109,7 @@ def test_logprobs_of_answers_are_those_of_whole_sequences():
         batch = answer_batch([rollout.samples[run]], [rollout.prompt_tokens[run]], CONTEXT_PARALLEL, CPU)
         logits = model.logits(model(*batch.inputs)) / 0.7
         logprob = logits.log_softmax(-1).gather(1, batch.targets.clamp(min=0)[:, None])[:, 0]
-        logprobs.append(batch.of_answers(logprob))
+        logprobs.append(batch.gather(logprob))
     for x in batched:
         torch.testing.assert_close(x, torch.cat(logprobs), rtol=0, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_dividing_by_a_group_s_deviation_cancels_a_factor_of_its_prompt():
 
 def test_ratios_use_the_trainer_s_logprobs_where_the_two_differ():
     trained, sampled = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.005, -2.5, -2.9])
-    assert trusted(trained, sampled, 0.01).tolist() == pytest.approx([-1.005, -2.0, -3.0])
+    assert old_logprobs(trained, sampled, 0.01).tolist() == pytest.approx([-1.005, -2.0, -3.0])
 
 
 @pytest.mark.parametrize(
@@ -153,4 +153,4 @@ def test_ratios_use_the_trainer_s_logprobs_where_the_two_differ():
     [([(10, 40, 4)], 0.0), ([(10, 20, 4)], 0.5), ([(10, 40, 4), (5, 20, 4)], 0.25), ([(0, 0, 0)], 0)],
 )
 def test_idle_share(loads, expected):
-    assert idle_share(loads) == pytest.approx(expected)
+    assert idle_fraction(loads) == pytest.approx(expected)

@@ -156,7 +156,7 @@ def test_make_targets_whitens_with_the_moments_of_all_ranks():
     mean, std = 9 / 4, (27 / 4 - (9 / 4) ** 2) ** 0.5
     assert torch.cat(targets.advantages).tolist() == pytest.approx([(x - mean) / std for x in (1, 1, 3)])
     assert torch.cat(targets.returns).tolist() == [1.0, 1.0, 3.0] and [len(x) for x in targets.values] == [2, 1]
-    reordered = targets.of([1, 0], drawn.batch([1, 0], SINGLE_DEVICE, torch.device("cpu")))
+    reordered = targets.for_batch([1, 0], drawn.batch([1, 0], SINGLE_DEVICE, torch.device("cpu")))
     assert reordered.reference.tolist() == [-3, -1, -2] and reordered.returns.tolist() == [3, 1, 1]
     assert torch.equal(reordered.behaviour, reordered.sampled)
     behaviour = torch.tensor([-0.5, -0.25, -0.125])
@@ -173,13 +173,13 @@ def test_rollout_and_its_logprobs_and_values_line_up():
     critic = scoring(tokenizer, 1)
     policy = critic.body
     sampler = Sampler(policy, cache_tokens=1600)
-    sampler.take()
+    sampler.sync_weights()
     drawn = trajectories.roll_out(
         sampler, tokenizer, [ASK, (Message("user", "Go."),)], samples=3, max_new_tokens=6, temperature=0.8, seed=1
     )
     assert len(drawn.samples) == 6 and drawn.prompts[0] == drawn.prompts[2] == ASK != drawn.prompts[3]
     assert sum(drawn.lengths) == drawn.behaviour.numel() and len({s.tokens.tobytes() for s in drawn.samples}) > 3
-    sampler.check(drawn.stamp)
+    sampler.check(drawn.weights_checksum)
     again = trajectories.answer_logprobs(policy, drawn, temperature=0.8)
     torch.testing.assert_close(again, drawn.behaviour, rtol=0, atol=2e-5)
     values = drawn.split(trajectories.answer_values(critic, drawn))

@@ -60,7 +60,7 @@ def ratio_error(model, rollout, picked, replayed):
     device = torch.device("cpu")
     batch = rollout.batch(picked, model.parallel, device)
     routes = rollout.routes(picked, batch, device) if replayed else Routes()
-    behaviour = batch.place([rollout.split(rollout.behaviour)[i] for i in picked])
+    behaviour = batch.scatter([rollout.split(rollout.behaviour)[i] for i in picked])
     _, _, logprob = policy_loss(
         batch.hidden(model, model(*batch.inputs, routes)),
         model.head_weight,
@@ -70,7 +70,7 @@ def ratio_error(model, rollout, picked, replayed):
         clip=0.2,
         num_tokens=float(behaviour.numel()),
     )
-    return float(batch.of_answers(logprob - behaviour).detach().abs().max())
+    return float(batch.gather(logprob - behaviour).detach().abs().max())
 
 
 # Catches: experts of another sample, or shifted by a token.

@@ -11,7 +11,7 @@ from wizard_engine.model import PRESETS, Transformer
 from wizard_engine.parallel.mesh import Axis
 from wizard_engine.parallel.shard_spec import Partition, ShardSpec
 from wizard_engine.rl.sampler import Sampler
-from wizard_engine.rl.weight_sync import Part, checksum, moves
+from wizard_engine.rl.weight_sync import WeightShard, checksum, plan_transfers
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -29,9 +29,9 @@ def test_samplers_of_any_layout_draw_the_samples_of_the_whole_model(rank_results
         for case in cases:
             where = case["name"], case["layout"], case["tp"], case["dtype"]
             first, second = case["results"]
-            for mine, right, stamp, error in (first, second):
+            for mine, right, weights_checksum, error in (first, second):
                 assert mine == right, where
-                assert "hand the weights over before sampling" in error and f"{stamp:x}" in error
+                assert "sync the weights before sampling" in error and f"{weights_checksum:x}" in error
             assert first[0] != second[0] and first[2] != second[2] and case["absent"], where
         assert len({json.dumps(case["results"]) for case in cases}) == 1
         assert any(case["moved"] for case in cases) or cases[0]["layout"] == {"dp_shard": 1}
@@ -54,13 +54,13 @@ def test_damaged_weights_and_unfit_layouts_are_refused(rank_results):
 def test_unsharded_policies_are_sampled_in_place():
     policy = Transformer(PRESETS["tiny"], seed=0)
     sampler = Sampler(policy, cache_tokens=160)
-    sampler.take()
+    sampler.sync_weights()
     assert sampler.model is policy
-    sampler.check(sampler.stamp)
+    sampler.check(sampler.weights_checksum)
     with torch.no_grad():
         policy.norm.weight[0] += 1
     with pytest.raises(ValueError, match="rollout: expected one of the trainer's weights"):
-        sampler.check(sampler.stamp)
+        sampler.check(sampler.weights_checksum)
     with pytest.raises(ValueError, match="got none"):
         sampler.check(None)
 
@@ -92,13 +92,18 @@ def test_checksum_is_the_sum_over_shards_and_changes_with_every_bit_and_place(dt
 
 def test_moves_cover_each_requested_element_once():
     shape = (8, 6)
-    have = [Part("w", Partition(shape, (4, 4), Axis(size=2)).shard(1), start, start + 6) for start in range(0, 24, 6)]
-    want = [Part("w", Partition(shape, (), Axis(size=2)).shard(0), 0, 24), Part("other", ShardSpec.whole((3,)), 0, 3)]
-    planned = moves(have, want)
+    sources = [
+        WeightShard("w", Partition(shape, (4, 4), Axis(size=2)).shard(1), start, start + 6) for start in range(0, 24, 6)
+    ]
+    targets = [
+        WeightShard("w", Partition(shape, (), Axis(size=2)).shard(0), 0, 24),
+        WeightShard("other", ShardSpec.whole((3,)), 0, 3),
+    ]
+    transfers = plan_transfers(sources, targets)
     marks = torch.zeros(shape)
-    for move in planned:
-        move.common.inside(marks).add_(1)
-        assert move.target == 0
+    for transfer in transfers:
+        transfer.overlap.inside(marks).add_(1)
+        assert transfer.target == 0
     expected = torch.zeros(shape)
     expected[[2, 3, 6, 7], :3] = 1
     assert torch.equal(marks, expected)
@@ -111,7 +116,7 @@ def test_new_weights_without_a_release_invalidate_cached_keys():
     for change in (1.0, 1.5):
         with torch.no_grad():
             policy.blocks[0].attention.qkv.weight.mul_(change)
-        sampler.take()
+        sampler.sync_weights()
         (row,) = sampler.engine.add(prompt, Sampling(4))
         sampler.engine.run()
         fresh = Engine(policy, cache_tokens=320)

@@ -38,8 +38,8 @@ def test_start_tells_nccl_its_device(monkeypatch, device, bound):
     monkeypatch.setattr(process.dist, "init_process_group", lambda name, **more: calls.append((name, more)))
     monkeypatch.setattr(process, "_die_with_parent", lambda: None)
     monkeypatch.setattr(process, "run_store", lambda purpose: None)
-    monkeypatch.setattr(process, "Watch", lambda *arguments: None)
-    monkeypatch.setattr(process, "_watch", None)
+    monkeypatch.setattr(process, "Heartbeat", lambda *arguments: None)
+    monkeypatch.setattr(process, "_heartbeat", None)
     assert process.start(device).device.type == device
     name, options = calls[-1]
     assert name == {"cuda": "nccl", "cpu": "gloo"}[device] and options.get("device_id") == bound

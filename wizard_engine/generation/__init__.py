@@ -1,4 +1,4 @@
-"""Generation with a paged KV cache, and log-probabilities of given texts."""
+"""Generation with a paged KV cache, and log-probabilities of texts."""
 
 from .offline import Generation, answer_texts, generate
 from .scoring import packed_groups, perplexities, sequence_logprobs

@@ -8,33 +8,33 @@ from torch import Tensor
 
 from .step_batch import Step
 
-# Keys that the smallest graph is for; larger ones are for four times as many each.
+# Keys of the smallest graph; each larger graph has room for four times as many.
 FIRST_LENGTH = 512
 
 
-def batch_size(sequences: int, most: int) -> int:
-    """The number of sequences of the graph for so many: 1, 2, 4, 8, multiples of 16, at most `most`."""
+def batch_size(sequences: int, limit: int) -> int:
+    """Sequences of the graph that runs `sequences`: 1, 2, 4, 8 or a multiple of 16, at most `limit`."""
     small = [n for n in (1, 2, 4, 8) if n >= sequences]
-    return min(small[0] if small else -(-sequences // 16) * 16, most)
+    return min(small[0] if small else -(-sequences // 16) * 16, limit)
 
 
-def length_size(longest: int, most: int) -> int:
-    """The number of keys of the graph for so many, at most `most`."""
+def length_size(longest: int, limit: int) -> int:
+    """Keys of the graph that runs `longest` keys, at most `limit`."""
     size = FIRST_LENGTH
     while size < longest:
         size *= 4
-    return min(size, most)
+    return min(size, limit)
 
 
 class Replayed(Protocol):
-    """What a captured graph does."""
+    """Interface of a captured graph."""
 
     def replay(self) -> None:
-        """Run what was captured."""
+        """Launch the graph."""
 
 
 class Captured(NamedTuple):
-    """A graph, the step whose tensors it reads, and where its result stands."""
+    """A graph, the step whose tensors it reads, and the tensor of its result."""
 
     graph: Replayed
     inputs: Step
@@ -42,18 +42,18 @@ class Captured(NamedTuple):
 
 
 class DecodeGraphs:
-    """Graphs of a function of a decode step, by the numbers of sequences and keys that they have room for.
+    """Graphs of a function of a decode step, one for each size in sequences and keys.
 
-    A graph reads the tensors that it was captured with: a step of the same sizes must stand at the same addresses, as
-    `Staging` has it, and so must all else that the function reads.
+    A graph reads the tensors that it was captured with. A step of the same sizes must have the same addresses, which
+    `Staging` guarantees. So must all other tensors that the function reads.
 
     Graphs share one pool of memory. It holds the temporaries of the largest and the results of all, (rows, D) each: at
     most (max_sequences / 16 + 4) graphs a length, 18 MB of results at D = 4096 in bf16 and 256 sequences.
 
     Args:
-        function: of a decode step, to hidden states.   sequences: most of a step.   length: most keys.
+        function: decode step -> hidden states.   sequences: largest number in a step.   length: largest number of keys.
     Attributes:
-        captures: graphs captured since the beginning.   pool_bytes: memory that their captures have taken.
+        captures: number of captures so far.   pool_bytes: memory of the pool.
     """
 
     def __init__(
@@ -70,25 +70,27 @@ class DecodeGraphs:
         return batch_size(sequences, self.sequences), -(-length_size(longest, self.length) // page) * page
 
     def lengths(self, longest: int) -> list[int]:
-        """A length for each graph that steps of up to `longest` keys take."""
-        found = [length_size(1, self.length)]
-        while found[-1] < min(longest, self.length):
-            found.append(length_size(found[-1] + 1, self.length))
-        return found
+        """Lengths of the graphs for steps of up to `longest` keys."""
+        sizes = [length_size(1, self.length)]
+        while sizes[-1] < min(longest, self.length):
+            sizes.append(length_size(sizes[-1] + 1, self.length))
+        return sizes
 
     def run(self, step: Step) -> Tensor:
-        """(T, D) hidden states of a step of exactly a graph's sizes, padding included; they hold until the next one."""
+        """(T, D) hidden states of a step padded to a graph's sizes; valid until the next call."""
         key = len(step.batch.counts), step.batch.max_length
         if key not in self._graphs:
             self._graphs[key] = self._capture(step)
             self.captures += 1
         graph, inputs, hidden = self._graphs[key]
-        assert inputs.batch.page_table.data_ptr() == step.batch.page_table.data_ptr(), "the step stands elsewhere"
+        assert inputs.batch.page_table.data_ptr() == step.batch.page_table.data_ptr(), (
+            "the step has other addresses than the captured one"
+        )
         graph.replay()
         return hidden
 
     def forget(self) -> None:
-        """What graphs read stands elsewhere now, or is no more."""
+        """Drop all graphs: a tensor that they read has moved or is freed."""
         self._graphs.clear()
         self._pool, self.pool_bytes = None, 0
 
@@ -96,10 +98,10 @@ class DecodeGraphs:
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            # Kernels are compiled and libraries loaded before anything is recorded.
+            # Compile kernels and load libraries before the capture.
             self.function(step)
         torch.cuda.current_stream(self.device).wait_stream(side)
-        # A capture begins with this, too: only what the pool takes is counted.
+        # A capture empties the cache, too. Do it before, so that the difference is the pool's memory alone.
         torch.cuda.empty_cache()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self.device)
         with torch.cuda.graph(graph, pool=self._pool):

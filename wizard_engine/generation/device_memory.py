@@ -1,8 +1,9 @@
-"""Tensors whose memory comes and goes while their addresses stay: what CUDA graphs read, lent to a trainer in between.
+"""Tensors with fixed addresses whose memory can be freed and mapped again, so that CUDA graphs stay valid.
 
-A range of virtual addresses is reserved once. `restore` maps memory of the device there, `release` gives it back; both
-go to the driver (cuMem...), for torch's allocator gives no address twice on purpose. Whatever was captured with these
-addresses is valid again after `restore`, though the numbers are not: the caller writes them anew.
+The trainer uses the memory in between. A range of virtual addresses is reserved once. `restore` maps device memory
+there, `release` frees it. Both call the driver (cuMem...), because torch's allocator does not guarantee an address. A
+graph that was captured with these addresses is valid again after `restore`. The values are undefined: the caller writes
+them again.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ ALIGNMENT = 512
 
 
 class Location(ctypes.Structure):
-    """CUmemLocation: the kind of a place, and which."""
+    """CUmemLocation: kind and index of a location."""
 
     _fields_ = [("type", c_int), ("id", c_int)]
 
@@ -48,7 +49,7 @@ class Allocation(ctypes.Structure):
 
 
 class Access(ctypes.Structure):
-    """CUmemAccessDesc: who may do what with mapped memory."""
+    """CUmemAccessDesc: access rights to mapped memory."""
 
     _fields_ = [("location", Location), ("flags", c_int)]
 
@@ -68,12 +69,12 @@ class DriverError(Exception):
 class MappedRange:
     """A reserved range of addresses of a device that has memory between `map` and `unmap`.
 
-    Memory and addresses are given back once nobody holds the range any more.
+    The range frees memory and addresses when it is garbage-collected.
 
     Args:
         driver: libcuda as ctypes loads it.   device: its index.   size: bytes; rounded up to the granularity.
-        settle: waits until the device is done with the memory.   free_cached: called where memory is short, before a
-            second attempt.
+        settle: waits until the device is done with the memory.   free_cached: called before a
+            second attempt where memory is short.
     Attributes:
         address: of the first byte.
     Raises:
@@ -94,16 +95,16 @@ class MappedRange:
         self.address = address.value
         self._handles: list[c_uint64] = []
         self.close = weakref.finalize(self, _close, driver, self.address, self.size, self._handles, settle)
-        # The driver takes everything back when the process ends.
+        # The driver frees everything when the process ends.
         self.close.atexit = False
 
     @property
     def is_mapped(self) -> bool:
-        """Whether there is memory."""
+        """Whether memory is mapped."""
         return bool(self._handles)
 
     def map(self) -> None:
-        """Have memory at the addresses; what is in it is undefined.
+        """Map memory at the addresses; its contents are undefined.
 
         Raises:
             DriverError: the device has too little.
@@ -131,13 +132,13 @@ class MappedRange:
         except DriverError as error:
             if error.code != OUT_OF_MEMORY:
                 raise
-            # Torch may keep memory that nobody uses.
+            # Torch's allocator may cache unused memory.
             self._free_cached()
             call(self._driver, "cuMemCreate", *create)
         return handle
 
     def unmap(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         assert self._handles, "the range is not mapped"
         _unmap(self._driver, self.address, self.size, self._handles, self._settle)
 
@@ -158,7 +159,7 @@ def call(driver: Any, name: str, *arguments: Any) -> None:
     """Call a function of the driver.
 
     Raises:
-        DriverError: it fails, or the driver has none of that name.
+        DriverError: the call fails, or the driver has no such function.
     """
     try:
         function = getattr(driver, name)
@@ -170,13 +171,13 @@ def call(driver: Any, name: str, *arguments: Any) -> None:
 
 
 class LentTensors:
-    """Tensors of given shapes whose memory can be given back and had again.
+    """Tensors whose memory can be freed and mapped again.
 
-    With `stays` on a GPU at the same addresses, so that CUDA graphs stay valid; where the driver does not help, which
-    is said in a line, and everywhere else, as new tensors each time.
+    With `stays` on a GPU the addresses stay the same, so that CUDA graphs stay valid. Otherwise, and where the driver
+    has no virtual memory management (a line on stderr says so), every `restore` returns new tensors.
 
     Args:
-        like: (shape, dtype) of each.   stays: at the same addresses.   driver: libcuda; None: the one of this machine.
+        like: (shape, dtype) of each.   stays: keep the addresses.   driver: libcuda; default: this machine's.
     """
 
     def __init__(
@@ -214,11 +215,11 @@ class LentTensors:
 
     @property
     def keeps_addresses(self) -> bool:
-        """Whether the tensors stand where they stood."""
+        """Whether `restore` returns the same addresses."""
         return self._range is not None
 
     def restore(self) -> list[Tensor]:
-        """The tensors, with memory; their numbers are undefined.
+        """The tensors, with memory; their values are undefined.
 
         Raises:
             torch.OutOfMemoryError: the device has too little.
@@ -235,7 +236,7 @@ class LentTensors:
         return list(self._tensors)
 
     def release(self) -> None:
-        """Give the memory back, once the device is done with it; the tensors must not be touched until `restore`."""
+        """Free the memory once the device is done with it; the tensors are invalid until `restore`."""
         if self._range is not None and self._range.is_mapped:
             self._range.unmap()
 
@@ -252,13 +253,13 @@ class LentTensors:
 
 
 def settled(device: torch.device) -> None:
-    """Wait until a device has done what it was told."""
+    """Wait for all work of a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class _Interface:
-    """What `torch.as_tensor` reads of memory that is not torch's, and holds as long as its tensor lives."""
+    """CUDA array interface of foreign memory; the tensor that wraps it keeps it alive."""
 
     def __init__(self, owner: MappedRange, offset: int, elements: int, typestr: str) -> None:
         self.owner = owner
@@ -274,7 +275,7 @@ class _Interface:
 def tensor_at(
     owner: MappedRange, offset: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A tensor over the memory of a range, from an offset in bytes on."""
+    """Tensor over the memory of a range from `offset` bytes on."""
     elements = math.prod(shape)
     if not elements:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -286,7 +287,7 @@ def tensor_at(
 
 
 def library() -> Any:
-    """The driver's library.
+    """The CUDA driver library.
 
     Raises:
         OSError: there is none.

@@ -1,8 +1,8 @@
-"""Generation on a model's own weights: each step packs tokens of many sequences, whose keys stand in pages."""
+"""Generation engine: each step packs tokens of many sequences, with a paged KV cache."""
 
 import functools
 import itertools
-from collections.abc import Sequence as Several
+from collections import abc
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ from .staging import Staging
 from .step_batch import Packed, Packer, Step
 from .token_sampling import Draws, Flight
 
-# Rows of a product that a CPU computes alike whatever their number: it has other code for fewer.
+# Products with a multiple of this many rows are bit-equal on a CPU, which has other code for fewer.
 CPU_ROWS = 16
 
 
 def cache_bytes(model: Transformer, tokens: int) -> int:
-    """Memory of the keys and values of so many tokens on this rank."""
+    """Bytes of the keys and values of `tokens` tokens on this rank."""
     config = model.config
     kv_heads = config.kv_heads // model.parallel.tp.size
     return 2 * config.layers * tokens * kv_heads * config.head_width * model.embedding.weight.element_size()
@@ -35,23 +35,23 @@ def cache_bytes(model: Transformer, tokens: int) -> int:
 class Engine:
     """Continues prompts with continuous batching over a paged cache of keys and values.
 
-    `add` sequences, call `step` while there `has_work`; each step computes one token of every running sequence and
-    pieces of new prompts. What a sequence gets depends on its own prompt and sampling alone: on a CPU its numbers are
-    bit-equal whatever runs beside it, on a GPU up to the rounding that a matrix product's code for another number of
-    rows has.
+    `add` sequences and call `step` while the engine `has_work`. Each step computes one token of every running sequence
+    and prefill chunks of new prompts. The tokens of a sequence depend on its prompt and sampling alone. On a CPU its
+    logits are bit-equal for every batch. On a GPU they differ by the rounding of matrix products with another number of
+    rows.
 
-    Where tensor- or expert-parallel ranks divide the model, each of them makes the same calls and gets the same tokens.
+    Tensor- and expert-parallel ranks make the same calls and get the same tokens.
 
     Args:
-        model: whole on this rank, or divided over tp and ep.   cache_tokens: that the cache holds, all sequences.
+        model: unsharded, or sharded over tp and ep.   cache_tokens: capacity of the cache over all sequences.
         page_size: tokens of a page; default 16 on a CPU, 64 on a GPU.   max_sequences: that run at once.
-        max_tokens: of one step.   record_routes: keep where the experts of a mixture sent each token.
+        max_tokens: of one step.   record_routes: for mixtures, keep the experts of each token.
         use_graphs: on a GPU, replay decode steps as CUDA graphs.
-        keeps_addresses: graphs stay valid over `release` and `restore`, on a GPU whose driver can.
-        lookahead: start a step before the tokens of the one before are read: the host plans while the device computes;
-            default: on a GPU. Sequences get the same tokens, one call of `step` later.
+        keeps_addresses: graphs stay valid over `release` and `restore`, if the GPU's driver supports it.
+        lookahead: start a step before the previous one's tokens are read, so that the host plans while the device
+            computes; default: on a GPU. `step` returns the same tokens one call later.
     Raises:
-        ValueError: numbers out of range, or a model whose rows context-parallel ranks divide.
+        ValueError: an option out of range, or a model with context parallelism.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class Engine:
         self.restore()
 
     def _stage(self) -> None:
-        """Have buffers for what the host tells the device, and for the tokens that a step samples in front of it."""
+        """Allocate the staging buffer, with a region for sampled tokens in front."""
         longest, most = self.scheduler.max_length, self.max_sequences
         unit = 1 if self.model.parallel.is_gathered else self.model.parallel.tp.size
         unit *= CPU_ROWS if self.device.type == "cpu" else 1
         columns = -(-longest // self.page_size)
-        # Of each token, four numbers; of each sequence its length and pages, its row, a copy, and how it is sampled.
+        # Four integers a token; for each sequence its length, pages, row, page copy and sampling parameters.
         room = 32 * (self.max_tokens + unit) + 4 * most * (1 + columns) + 8 * (most + CPU_ROWS) + 32 * most + 256
         self.staging = Staging(self.device, room, kept=8 * most)
-        self.words = self.staging.buffer.view(torch.int64)
-        self.sampled = self.words[: self.staging.kept // 8]
+        self.buffer_int64 = self.staging.buffer.view(torch.int64)
+        self.sampled = self.buffer_int64[: self.staging.kept // 8]
         self.packer = Packer(
             pages=self.pages,
             page_size=self.page_size,
@@ -121,10 +121,10 @@ class Engine:
     # Memory and weights
 
     def _memory(self, stays: bool) -> LentTensors:
-        """That of keys, values and routes."""
+        """Memory of keys, values and routes."""
         config, model = self.config, self.model
         kv_heads = config.kv_heads // (1 if model.parallel.is_gathered else model.parallel.tp.size)
-        # A page more, for the keys of padding.
+        # One more page, for the keys of padding.
         cache = (config.layers, self.pages + 1, self.page_size, kv_heads, config.head_width)
         like = [(cache, model.embedding.weight.dtype)] * 2
         if self.records_routes:
@@ -132,14 +132,14 @@ class Engine:
         return LentTensors(like, self.device, stays=stays)
 
     def restore(self) -> None:
-        """Have memory for the cache, after `release`."""
+        """Allocate the cache again after `release`."""
         if self.keys is None:
             self.keys, self.values, *routes = self.memory.restore()
             self.routes = routes[0] if routes else None
             self._find_graphs()
 
     def release(self) -> None:
-        """Give the memory of the cache back; what was in it is forgotten.
+        """Free the cache and drop its contents.
 
         Raises:
             ValueError: sequences have not ended.
@@ -151,12 +151,12 @@ class Engine:
         self.pool.forget()
 
     def forget(self) -> None:
-        """The weights have changed: no new sequence takes keys of the former ones."""
+        """Drop cached keys after a change of the weights."""
         self.pool.forget()
         self._find_graphs()
 
     def _find_graphs(self) -> None:
-        """Graphs are valid as long as weights and cache stand where they stood."""
+        """Drop the graphs if an address of the weights or the cache has changed."""
         if self.graphs is None or self.keys is None:
             return
         tensors = [*self.model.parameters(), *(x for x in (self.keys, self.values, self.routes) if x is not None)]
@@ -169,11 +169,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence has not ended, or waits for a token that is not read yet."""
+        """Whether a sequence has not ended or has an unread token."""
         unread = () if self.flight is None else self.flight.grown
         return self.scheduler.has_work or any(s.reason is None for s in unread)
 
-    def add(self, prompt: Several[int], sampling: Sampling, *, n: int = 1) -> list[Sequence]:
+    def add(self, prompt: abc.Sequence[int], sampling: Sampling, *, n: int = 1) -> list[Sequence]:
         """`n` sequences of one prompt, with the uniform numbers of `n` rows.
 
         Raises:
@@ -181,13 +181,13 @@ class Engine:
         """
         return self.add_all(prompt, numbered(sampling, n))
 
-    def add_all(self, prompt: Several[int], samplings: Several[Sampling]) -> list[Sequence]:
+    def add_all(self, prompt: abc.Sequence[int], samplings: abc.Sequence[Sampling]) -> list[Sequence]:
         """A sequence of one prompt for each sampling."""
         self.check(prompt, *samplings)
         return self.scheduler.add(prompt, samplings)
 
-    def check(self, prompt: Several[int], *samplings: Sampling) -> None:
-        """ValueError unless a prompt has room beside its new tokens, and ids of the vocabulary alone."""
+    def check(self, prompt: abc.Sequence[int], *samplings: Sampling) -> None:
+        """Raise ValueError unless the prompt has room beside its new tokens and all ids are in the vocabulary."""
         self.scheduler.check(prompt, samplings)
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
             raise ValueError(
@@ -195,13 +195,13 @@ class Engine:
             )
 
     def finish(self, sequence: Sequence, reason: Reason) -> None:
-        """End a sequence where it stands; its pages are free for others at once, and a token on its way is dropped."""
+        """End a sequence now: free its pages and drop its unread tokens."""
         sequence.pending = 0
         self._keep_experts(sequence)
         self.scheduler.finish(sequence, reason)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Nobody wants the sequence any more."""
+        """End a sequence with reason "cancelled"."""
         self.finish(sequence, "cancelled")
 
     def run(self) -> None:
@@ -213,13 +213,13 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sequence]:
-        """Compute the next tokens; the sequences that got one that the host has read, those that ended included.
+        """Compute the next tokens; returns the sequences with a new token, ended ones included.
 
-        With `lookahead` those are the tokens of the step before, read while this one runs.
+        With `lookahead` these are the tokens of the previous step, read while this one runs.
         """
         grown = []
         if self.flight is not None and self.scheduler.is_short:
-            # Who has ended already gives up its pages before anybody else does.
+            # Ended sequences release their pages before a running one is preempted.
             grown = self._land()
         chunks = self.scheduler.plan()
         flight = self._launch(chunks) if chunks else None
@@ -235,7 +235,7 @@ class Engine:
         return grown
 
     def _launch(self, chunks: list[Chunk]) -> Flight | None:
-        """Tell the device to compute some chunks and draw the tokens behind them."""
+        """Launch the chunks and the sampling of their next tokens."""
         single = all(chunk.count == 1 for chunk in chunks)
         room = None
         if self.graphs is not None and single:
@@ -262,7 +262,7 @@ class Engine:
         return Flight.of(grown, logits_BV, tokens, logprobs)
 
     def _land(self) -> list[Sequence]:
-        """Read what the step before has drawn; the sequences that it was for. Tokens behind an end are dropped."""
+        """Read the sampled tokens of the previous step; returns its sequences. Drops tokens of ended sequences."""
         flight, self.flight = self.flight, None
         grown = []
         for sequence, (token, logprob, top) in zip(flight.grown, flight.read()):
@@ -284,7 +284,7 @@ class Engine:
         return grown
 
     def _grown(self, chunks: list[Chunk]) -> tuple[list[int], list[Sequence], list[tuple[int, int]]]:
-        """Rows of the step whose hidden state a sequence's next token comes of; those sequences; pages to copy."""
+        """Rows of the step that yield a sequence's next token; those sequences; pages to copy."""
         rows, grown, copies, at = [], [], [], -1
         for chunk in chunks:
             at += chunk.count
@@ -301,21 +301,21 @@ class Engine:
         return rows, grown, copies
 
     def _padded(self, rows: list[int]) -> list[int]:
-        """Rows of the logits' product, of a number that changes nothing on a CPU."""
+        """Rows of the logits' product, padded to a multiple of CPU_ROWS on a CPU."""
         return rows + rows[-1:] * (-len(rows) % CPU_ROWS if self.device.type == "cpu" else 0)
 
     def _staged(
         self, packed: Packed, rows: list[int], copies: list[tuple[int, int]], options: tuple[Tensor, ...]
     ) -> tuple[Step, list[Tensor]]:
-        """The step on the device; rows, copies and options there."""
+        """The step, rows, copies and options on the device."""
         others = (
             torch.tensor(rows, dtype=torch.int64),
             torch.tensor(copies, dtype=torch.int64).view(-1, 2).T.contiguous(),
         )
-        staged = self.staging.put((*packed.arrays, *others, *options))
+        staged = self.staging.stage((*packed.arrays, *others, *options))
         mine, others = staged[: len(packed.arrays)], staged[len(packed.arrays) :]
-        words = self.words[: self.packer.sampled + len(packed.arrays[0])]
-        return packed.step(mine, words, self.page_size), others
+        tokens = self.buffer_int64[: self.packer.sampled + len(packed.arrays[0])]
+        return packed.step(mine, tokens, self.page_size), others
 
     def _copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         for cache in (self.keys, self.values):
@@ -323,8 +323,8 @@ class Engine:
         if self.routes is not None:
             self.routes[targets] = self.routes[sources]
 
-    def capture(self, batches: Several[int], longest: int) -> None:
-        """Capture the graphs of decode steps of these numbers of sequences and up to so many keys, ahead of the steps.
+    def capture(self, batches: abc.Sequence[int], longest: int) -> None:
+        """Capture the graphs of decode steps with these batch sizes and up to `longest` keys in advance.
 
         Does nothing without graphs.
         """
@@ -337,11 +337,11 @@ class Engine:
 
     @property
     def captures(self) -> int:
-        """Graphs that were captured so far."""
+        """Number of graphs captured so far."""
         return 0 if self.graphs is None else self.graphs.captures
 
     def _blocks(self, step: Step) -> Tensor:
-        """(T, D) hidden states of a packed step after the last norm; keys and values go into the cache."""
+        """(T, D) hidden states of a packed step after the last norm; writes keys and values to the cache."""
         model, config, parallel = self.model, self.config, self.model.parallel
         tables, positions = self.tables, step.positions
         if tables is None:
@@ -362,26 +362,26 @@ class Engine:
     def _attend(
         self, layer: int, step: Step, cos: Tensor, sin: Tensor, positions: Tensor | None, qkv: Tensor
     ) -> Tensor:
-        """(T, H, C) attention of a step's tokens over their pages, which its keys and values join."""
+        """(T, H, C) attention of a step's tokens over their pages; writes their keys and values first."""
         keys, values = self.keys[layer], self.values[layer]
         heads = qkv.view(qkv.shape[0], -1, self.config.head_width)
         q_THC = write_pages(heads, cos, sin, keys, values, step.slots, positions)
         return paged_attention(q_THC, keys, values, step.batch, window=self.config.window)
 
     def _logits(self, hidden_TD: Tensor, rows: list[int], rows_R: Tensor) -> Tensor:
-        """(B, V) fp32 logits after some rows, which are on the device, and padded, as `rows_R`."""
+        """(B, V) fp32 logits of some rows; `rows_R`: the same rows, padded, on the device."""
         parallel = self.model.parallel
         if rows != list(range(hidden_TD.shape[0])):
             hidden_TD = hidden_TD.index_select(0, rows_R)
         logits_BV = self.model.logits(hidden_TD)[: len(rows)]
         if parallel.tp.size > 1 and not parallel.is_gathered:
-            parts, _ = all_gather_rows(logits_BV[None], parallel.tp)
-            logits_BV = parts.transpose(0, 1).reshape(len(rows), -1)
+            shards, _ = all_gather_rows(logits_BV[None], parallel.tp)
+            logits_BV = shards.transpose(0, 1).reshape(len(rows), -1)
         return logits_BV
 
     def _keep_experts(self, sequence: Sequence) -> None:
-        """Have (n, L, A) int16 experts of every token that a sequence has read, before its pages are others'."""
+        """Copy the (n, L, A) int16 experts of a sequence's tokens to the host before its pages are reused."""
         if self.records_routes and sequence.row >= 0:
             read = min(sequence.computed, sequence.length - 1)
-            pages = torch.tensor(sequence.held.pages, device=self.device)
+            pages = torch.tensor(sequence.allocation.pages, device=self.device)
             sequence.experts = self.routes[pages].flatten(0, 1)[:read].cpu()

@@ -17,12 +17,11 @@ from .scheduler import Sampling
 
 @dataclass
 class Generation:
-    """What was sampled, one entry per prompt.
+    """Sampled answers, one entry per prompt.
 
-    tokens: ids after the prompt, the closing EOS included where it came.   logprobs: nats, under the distribution that
-    each id was drawn from (temperature, top-k and top-p applied).   finished: whether EOS came within the limit.
-    experts: of a model with experts, where it sent each token that it read, (n, L, A) int16 on the CPU: all of the
-    prompt's and of the answer's but the last; else None.
+    tokens: ids after the prompt, with the closing EOS if there is one.   logprobs: nats, under the distribution that
+    each id was drawn from (temperature, top-k and top-p applied).   finished: whether EOS occurred within the limit.
+    experts: for mixtures, the experts of each token but the answer's last, (n, L, A) int16 on the CPU; else None.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -31,7 +30,7 @@ class Generation:
     experts: list[Tensor] | None = None
 
     def rows(self, places: Sequence[int]) -> "Generation":
-        """Those of some prompts."""
+        """Entries of some prompts."""
         return Generation(*(None if column is None else [column[i] for i in places] for column in vars(self).values()))
 
 
@@ -46,14 +45,13 @@ def generate(
     batch_size: int = 128,
     top_k: int | None = None,
     top_p: float | None = None,
-    numbers: Sequence[int] | None = None,
+    row_ids: Sequence[int] | None = None,
     on_finished: Callable[[int], object] | None = None,
 ) -> Generation:
     """Continuations of prompts by a model that is whole on this rank, or gathered.
 
-    Row i draws its uniform number of a step from `kernels.sample.row_seeds` of (seed, i, step), so its text does not
-    depend on how rows are batched; nor on how they are divided over ranks, where `numbers` says which rows of all
-    these are.
+    The uniform number of row i in a step comes from `kernels.sample.row_seeds` of (seed, i, step). So its text depends
+    neither on the batching nor, with the global indices in `row_ids`, on the sharding over ranks.
 
     Args:
         prompts: token ids, each at least one.   max_new_tokens: limit per row, EOS counted.
@@ -66,7 +64,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, a number out of its range, or a prompt that leaves no room in the context.
     """
-    rows = range(len(prompts)) if numbers is None else numbers
+    rows = range(len(prompts)) if row_ids is None else row_ids
     how = {"temperature": temperature, "seed": seed, "eos_id": eos_id, "top_k": top_k, "top_p": top_p}
     samplings = [Sampling(max_new_tokens, row=row, **how) for row in rows] or [Sampling(max_new_tokens, **how)]
     limit = model.config.max_positions - max_new_tokens
@@ -86,9 +84,9 @@ def engine_for(
     batch_size: int,
     **options: bool,
 ) -> Engine:
-    """An engine with a cache in which any `batch_size` of some prompts run beside each other to their ends."""
+    """An engine whose cache has room for any `batch_size` of the prompts with all their new tokens."""
     page_size = 16 if model.embedding.weight.device.type == "cpu" else 64
-    # A page more for each, so that none has to wait for pages.
+    # One more page for each, so that none waits for pages.
     needed = [-(-(len(p) + s.max_new_tokens) // page_size) + 1 for p, s in zip(prompts, samplings)]
     pages = sum(sorted(needed, reverse=True)[:batch_size])
     return Engine(

@@ -1,8 +1,8 @@
-"""Pages of the key/value cache: who has which, and which hold the beginnings of texts that others begin with too.
+"""Pages of the KV cache: their allocation, and the reuse of shared prefixes.
 
-A page holds the keys and values of `size` tokens of one sequence. A full page whose tokens are computed is known by its
-own ids and the page before it; a sequence whose prompt begins with the same ids takes the page instead of computing it.
-Pages that nobody has keep what they hold until they are needed for something else, the longest unused first.
+A page holds the keys and values of `size` tokens of one sequence. A full page whose tokens are computed is registered
+under its ids and its previous page. A sequence whose prompt has the same prefix reuses the page. A free page keeps its
+contents until it is allocated again, least recently used first.
 """
 
 from collections import OrderedDict
@@ -13,28 +13,28 @@ ROOT = 0
 
 
 @dataclass
-class Held:
-    """What a sequence has.
+class PageAllocation:
+    """Pages of a sequence.
 
     Attributes:
-        pages: page i holds positions i size to (i + 1) size - 1.   cached: tokens at the beginning that were there.
-        known: pages at the beginning that others can find; `last`, the name of the last of them.
-        weights: those that its keys are of, by how often they have changed.
+        pages: page i holds positions i size to (i + 1) size - 1.   cached: tokens of the prefix that were reused.
+        registered: leading pages that other sequences can reuse; `last`, the name of the last of them.
+        weights: version of the weights that computed the keys.
     """
 
     pages: list[int] = field(default_factory=list)
     cached: int = 0
-    known: int = 0
+    registered: int = 0
     last: int = ROOT
     weights: int = 0
 
 
 class PagePool:
-    """Counts who has each of a number of pages.
+    """Reference counts of pages, and an index of the registered ones.
 
-    Names are numbers that are given once, one for each full page that can be found. What is looked up is the name of
-    the page before together with the ids themselves, so that equal hashes of other ids do no harm. Once a page is
-    taken for something else its name means nothing, and neither do those of the pages behind it.
+    Every registered page has a unique number as its name. The index key is the name of the previous page with the ids
+    themselves, so a hash collision does no harm. When a page is allocated again, its name and those of the pages after
+    it become invalid.
 
     Args:
         pages: in all, at least 1.   size: tokens of a page.
@@ -52,82 +52,83 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages that nobody has."""
+        """Number of free pages."""
         return len(self._free)
 
     def needed(self, tokens: int) -> int:
         """Pages of a sequence of that many tokens."""
         return -(-tokens // self.size)
 
-    def take(self, ids: Sequence[int], room: int = 0) -> Held | None:
-        """Pages for a sequence's ids and `room` more tokens; None, and nothing taken, where there are too few.
+    def allocate(self, ids: Sequence[int], room: int = 0) -> PageAllocation | None:
+        """Pages for a sequence's ids and `room` more tokens; None, without any change, where there are too few.
 
-        At least one token is left to compute, for its hidden state is what the next one is drawn from.
+        At least one token is not reused, because sampling needs its hidden state.
         """
-        found, name = [], ROOT
+        reused, name = [], ROOT
         for start in range(0, (len(ids) - 1) // self.size * self.size, self.size):
             page, child = self._page_of.get((name, tuple(ids[start : start + self.size])), (-1, ROOT))
             if page < 0:
                 break
-            found.append(page)
+            reused.append(page)
             name = child
-        fresh = self.needed(len(ids) + room) - len(found)
-        # Found pages that nobody has are free ones, too.
-        if fresh > self.free - sum(self._users[page] == 0 for page in found):
+        fresh = self.needed(len(ids) + room) - len(reused)
+        # Reused pages without a user count as free, too.
+        if fresh > self.free - sum(self._users[page] == 0 for page in reused):
             return None
-        for page in found:
+        for page in reused:
             self._use(page)
-        pages = found + [self._fresh() for _ in range(fresh)]
-        return Held(pages, len(found) * self.size, len(found), name, self._weights)
+        pages = reused + [self._fresh() for _ in range(fresh)]
+        return PageAllocation(pages, len(reused) * self.size, len(reused), name, self._weights)
 
-    def extend(self, held: Held, tokens: int) -> bool:
-        """Have pages for `tokens` tokens of a sequence; False, and nothing taken, where there are too few."""
-        missing = self.needed(tokens) - len(held.pages)
+    def extend(self, allocation: PageAllocation, tokens: int) -> bool:
+        """Extend a sequence to `tokens` tokens; False, without any change, where there are too few pages."""
+        missing = self.needed(tokens) - len(allocation.pages)
         if missing > self.free:
             return False
-        held.pages += [self._fresh() for _ in range(missing)]
+        allocation.pages += [self._fresh() for _ in range(missing)]
         return True
 
-    def fork(self, held: Held, tokens: int) -> Held | None:
-        """Pages for a further sequence with the same first `tokens` tokens, all computed: full ones are shared, and a
-        last one that is not full is its own, into which the caller copies; None, and nothing taken, without a page."""
+    def fork(self, allocation: PageAllocation, tokens: int) -> PageAllocation | None:
+        """Pages for another sequence with the same first `tokens` tokens, all computed.
+
+        Full pages are shared. A partial last page is a new one, which the caller fills. None where no page is free.
+        """
         full, rest = divmod(tokens, self.size)
         if rest and not self._free:
             return None
-        for page in held.pages[:full]:
+        for page in allocation.pages[:full]:
             self._use(page)
-        pages = held.pages[:full] + ([self._fresh()] if rest else [])
-        return Held(pages, full * self.size, held.known, held.last, held.weights)
+        pages = allocation.pages[:full] + ([self._fresh()] if rest else [])
+        return PageAllocation(pages, full * self.size, allocation.registered, allocation.last, allocation.weights)
 
-    def computed(self, held: Held, ids: Sequence[int]) -> None:
-        """The keys of these ids, the sequence's first ones, are there: others may find its full pages, unless they are
-        of weights that are no more."""
-        if held.weights != self._weights:
+    def register(self, allocation: PageAllocation, ids: Sequence[int]) -> None:
+        """Register the full pages of a sequence's first ids, whose keys are computed; not those of former weights."""
+        if allocation.weights != self._weights:
             return
-        while (held.known + 1) * self.size <= len(ids):
-            start = held.known * self.size
-            key = held.last, tuple(ids[start : start + self.size])
+        while (allocation.registered + 1) * self.size <= len(ids):
+            start = allocation.registered * self.size
+            key = allocation.last, tuple(ids[start : start + self.size])
             if key not in self._page_of:
                 self._names += 1
-                page = held.pages[held.known]
+                page = allocation.pages[allocation.registered]
                 self._page_of[key], self._key_of[page] = (page, self._names), key
-            # Another sequence may have computed the same beginning: its page stays the one that is found.
-            held.last = self._page_of[key][1]
-            held.known += 1
+            # Another sequence may have computed the same prefix: its page stays registered.
+            allocation.last = self._page_of[key][1]
+            allocation.registered += 1
 
-    def give_back(self, held: Held) -> None:
-        """A sequence is done with its pages; those at its end are forgotten first."""
-        for page in reversed(held.pages):
+    def release(self, allocation: PageAllocation) -> None:
+        """Free a sequence's pages; its last pages are the first to be allocated again."""
+        for page in reversed(allocation.pages):
             self._users[page] -= 1
-            assert self._users[page] >= 0, f"page {page} was given back twice"
+            assert self._users[page] >= 0, f"page {page} was released twice"
             if self._users[page] == 0:
                 self._free[page] = None
                 if page not in self._key_of:
                     self._free.move_to_end(page, last=False)
-        held.pages, held.cached, held.known, held.last = [], 0, 0, ROOT
+        allocation.pages, allocation.cached, allocation.registered, allocation.last = [], 0, 0, ROOT
 
     def forget(self) -> None:
-        """The weights have changed: what pages hold is of no use to new sequences."""
+        """Drop the index after a change of the weights."""
         self._page_of.clear()
         self._key_of.clear()
         self._weights += 1
@@ -138,7 +139,7 @@ class PagePool:
         self._users[page] += 1
 
     def _fresh(self) -> int:
-        """A page for something new, blank ones first."""
+        """Allocate a free page, unregistered ones first."""
         page, _ = self._free.popitem(last=False)
         key = self._key_of.pop(page, None)
         if key is not None:

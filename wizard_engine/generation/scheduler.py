@@ -1,13 +1,12 @@
-"""Who computes which tokens in the next step of generation: continuous batching over a pool of pages.
+"""Scheduler of generation: continuous batching with chunked prefill over a pool of pages.
 
-Each step takes one token of every sequence that is being continued, and fills up what is left of its tokens with pieces
-of prompts. Sequences are served in the order in which they came. Where pages run out, the newest one gives its own back
-and is computed again later, with what it has generated; so the oldest always goes on, and none waits for ever.
+Each step computes one token of every decoding sequence and fills its token budget with prefill chunks. Sequences are
+served in the order of arrival. Where pages run out, the newest sequence is preempted: it releases its pages, and its
+prompt and generated tokens are computed again later. So the oldest sequence always advances, and none starves.
 """
 
 import bisect
-from collections import deque
-from collections.abc import Sequence as Several
+from collections import abc, deque
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Literal, NamedTuple
@@ -16,24 +15,23 @@ import torch
 
 from kernels.sample import row_seeds, uniforms
 
-from .paged_cache import Held, PagePool
+from .paged_cache import PageAllocation, PagePool
 
-# Uniform numbers that a sequence gets ready at once.
+# Uniform numbers that are computed ahead for a sequence.
 READY = 128
 Reason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a sequence is continued.
+    """Sampling parameters of a sequence.
 
-    Its uniform number of step i is that of (seed, row, i), see `kernels.sample.row_seeds`: what it draws depends on
-    nothing else.
+    The uniform number of step i depends on (seed, row, i) alone, see `kernels.sample.row_seeds`.
 
     Attributes:
         max_new_tokens: limit, EOS counted.   temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_id: ends the sequence; -1: nothing does.
-        top_logprobs: likeliest words to report for every token.
+        top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_id: ends the sequence; -1: none.
+        top_logprobs: likeliest tokens to report for every position.
     """
 
     max_new_tokens: int
@@ -60,16 +58,16 @@ class Sampling:
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and what has been generated behind it.
+    """A prompt and its generated tokens.
 
     Attributes:
         number: in the order of arrival.   ids: the prompt's and the new ones.   logprobs: nats, of the new ones, under
-            the distribution that each was drawn from.   top: (id, nats) of the likeliest words of each step.
-        reason: why it ended; None while it goes on.   cached: tokens of the prompt that were not computed again.
+            the distribution that each was drawn from.   top: (id, nats) of the likeliest tokens of each step.
+        reason: why it ended; None before.   cached: tokens of the prompt that were reused.
         computed: ids whose keys are in the cache.   row: of the table of pages; tabled: pages written there.
         followers: sequences with the same prompt that wait for this one's first hidden state.
-        preempted: times that it gave its pages back.   pending: tokens that are drawn and not read yet.
-        place: of the last of them among the tokens that its step drew.
+        preempted: number of preemptions.   pending: tokens that are sampled and not read yet.
+        place: of the last of them among the sampled tokens of its step.
     """
 
     number: int
@@ -79,7 +77,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     reason: Reason | None = None
-    held: Held = field(default_factory=Held)
+    allocation: PageAllocation = field(default_factory=PageAllocation)
     cached: int = 0
     computed: int = 0
     row: int = -1
@@ -93,7 +91,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, those that are not read yet included."""
+        """Tokens, unread ones included."""
         return len(self.ids) + self.pending
 
     @property
@@ -103,12 +101,12 @@ class Sequence:
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Number of new ids."""
         return len(self.ids) - self.prompt_tokens
 
     @property
     def drawn(self) -> int:
-        """New tokens, those that are not read yet included."""
+        """New tokens, unread ones included."""
         return self.length - self.prompt_tokens
 
 
@@ -121,12 +119,12 @@ class Chunk(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Whether the sequence's next token comes out of it."""
+        """Whether the chunk yields the sequence's next token."""
         return self.start + self.count == self.sequence.length
 
 
 class Scheduler:
-    """Sequences that wait and that run, and the pages between them.
+    """Waiting and running sequences.
 
     Args:
         pool: of pages.   max_sequences: that run at once.   max_tokens: of one step, at least as many.
@@ -145,30 +143,30 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._rows = deque(range(max_sequences))
-        self._numbers = 0
+        self._next_number = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence has not ended."""
         return bool(self.waiting or self.running)
 
-    def add(self, prompt: Several[int], samplings: Several[Sampling]) -> list[Sequence]:
-        """A sequence for each sampling of one prompt, which is computed once where there is room.
+    def add(self, prompt: abc.Sequence[int], samplings: abc.Sequence[Sampling]) -> list[Sequence]:
+        """A sequence for each sampling of one prompt; the prompt is computed once where there is room.
 
         Raises:
             ValueError: an empty prompt, or one that leaves no room for the new tokens.
         """
         self.check(prompt, samplings)
-        made = []
+        sequences = []
         for sampling in samplings:
-            made.append(Sequence(self._numbers, sampling, len(prompt), list(prompt)))
-            self._numbers += 1
-        made[0].followers = made[1:]
-        self.waiting.append(made[0])
-        return made
+            sequences.append(Sequence(self._next_number, sampling, len(prompt), list(prompt)))
+            self._next_number += 1
+        sequences[0].followers = sequences[1:]
+        self.waiting.append(sequences[0])
+        return sequences
 
-    def check(self, prompt: Several[int], samplings: Several[Sampling]) -> None:
-        """ValueError unless there is a prompt, and room for it with each one's new tokens."""
+    def check(self, prompt: abc.Sequence[int], samplings: abc.Sequence[Sampling]) -> None:
+        """Raise ValueError unless the prompt has a token, and room beside its new tokens."""
         room = self.max_length - max(sampling.max_new_tokens for sampling in samplings)
         if not 1 <= len(prompt) <= room:
             raise ValueError(
@@ -177,49 +175,49 @@ class Scheduler:
 
     @property
     def is_short(self) -> bool:
-        """Whether the next plan makes a sequence give its pages back."""
+        """Whether the next plan preempts a sequence."""
         singles = (s for s in self.running if s.length - s.computed == 1)
-        return sum(max(0, self.pool.needed(s.length) - len(s.held.pages)) for s in singles) > self.pool.free
+        return sum(max(0, self.pool.needed(s.length) - len(s.allocation.pages)) for s in singles) > self.pool.free
 
     def plan(self) -> list[Chunk]:
-        """What to compute next, single tokens first; empty where nothing waits or runs."""
+        """Chunks of the next step, single tokens first; empty without waiting or running sequences."""
         chunks: list[Chunk] = []
-        preempted, left = False, self.max_tokens
+        preempted, budget = False, self.max_tokens
         for sequence in list(self.running):
             if sequence.row < 0 or sequence.length - sequence.computed != 1:
                 continue
-            while not self.pool.extend(sequence.held, sequence.length):
+            while not self.pool.extend(sequence.allocation, sequence.length):
                 preempted = True
                 if self._preempt(self.running[-1]) is sequence:
                     break
             else:
                 chunks.append(Chunk(sequence, sequence.computed, 1))
-                left -= 1
+                budget -= 1
         for sequence in self.running:
             missing = sequence.length - sequence.computed
-            if missing > 1 and left:
-                chunks.append(Chunk(sequence, sequence.computed, min(missing, left)))
-                left -= chunks[-1].count
-        while left and not preempted and (sequence := self._admit()):
-            chunks.append(Chunk(sequence, sequence.computed, min(sequence.length - sequence.computed, left)))
-            left -= chunks[-1].count
-        # A piece may be a single token, too.
+            if missing > 1 and budget:
+                chunks.append(Chunk(sequence, sequence.computed, min(missing, budget)))
+                budget -= chunks[-1].count
+        while budget and not preempted and (sequence := self._admit()):
+            chunks.append(Chunk(sequence, sequence.computed, min(sequence.length - sequence.computed, budget)))
+            budget -= chunks[-1].count
+        # A prefill chunk may be a single token, too.
         return sorted(chunks, key=lambda chunk: chunk.count > 1)
 
     def _admit(self) -> Sequence | None:
-        """Let the first that waits run, where there is room for it and a page more for each that runs already."""
+        """Start the first waiting sequence, if its pages and one more page for each running sequence are free."""
         if not self.waiting or not self._rows:
             return None
         sequence, pool = self.waiting[0], self.pool
         if self.running and pool.free < pool.needed(len(sequence.ids)) + len(self.running):
             return None
-        held = pool.take(sequence.ids)
-        if held is None:
+        allocation = pool.allocate(sequence.ids)
+        if allocation is None:
             return None
         self.waiting.pop(0)
-        sequence.held, sequence.computed = held, held.cached
+        sequence.allocation, sequence.computed = allocation, allocation.cached
         if not sequence.preempted:
-            sequence.cached = held.cached
+            sequence.cached = allocation.cached
         self._run(sequence)
         return sequence
 
@@ -231,10 +229,10 @@ class Scheduler:
         self.running.remove(sequence)
         self._rows.append(sequence.row)
         sequence.row = -1
-        self.pool.give_back(sequence.held)
+        self.pool.release(sequence.allocation)
 
     def _preempt(self, sequence: Sequence) -> Sequence:
-        assert not sequence.pending, "a sequence gave its pages back before its tokens were read"
+        assert not sequence.pending, "a sequence was preempted before its tokens were read"
         self._stop(sequence)
         sequence.computed = 0
         sequence.preempted += 1
@@ -246,43 +244,47 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=lambda s: s.number)
 
     def done(self, chunk: Chunk) -> None:
-        """A chunk is computed."""
+        """Count a chunk as computed."""
         chunk.sequence.computed += chunk.count
         self.register(chunk.sequence)
 
     def register(self, sequence: Sequence) -> None:
-        """Let others find the pages of a sequence whose keys are computed and whose ids are known."""
+        """Register the pages of a sequence whose keys are computed and whose ids are known."""
         known = min(sequence.computed, len(sequence.ids))
-        if known // self.pool.size > sequence.held.known:
-            self.pool.computed(sequence.held, sequence.ids[:known])
+        if known // self.pool.size > sequence.allocation.registered:
+            self.pool.register(sequence.allocation, sequence.ids[:known])
 
     def retire(self, sequence: Sequence) -> None:
-        """A sequence has drawn its last token, which is not read yet: its row and pages are free for others."""
+        """Free row and pages of a sequence whose last token is sampled and not read yet."""
         self._stop(sequence)
 
     def fork(self, leader: Sequence) -> list[tuple[Sequence, int, int]]:
-        """Followers of a sequence whose prompt is computed, that go on from it: (follower, page to copy, page to copy
-        to), the pages -1 where none is; those that there is no room for wait by themselves."""
+        """Start the followers of a sequence whose prompt is computed: (follower, page to copy, target page).
+
+        Both pages are -1 where nothing is copied. Followers without room wait on their own.
+        """
         forked, followers, leader.followers = [], leader.followers, []
         for follower in followers:
-            held = self.pool.fork(leader.held, leader.computed) if self._rows else None
-            if held is None:
+            allocation = self.pool.fork(leader.allocation, leader.computed) if self._rows else None
+            if allocation is None:
                 self._wait(follower)
                 continue
-            follower.held, follower.computed, follower.cached = held, leader.computed, leader.computed
+            follower.allocation, follower.computed, follower.cached = allocation, leader.computed, leader.computed
             self._run(follower)
             pair = (
-                (leader.held.pages[len(held.pages) - 1], held.pages[-1]) if held.cached < leader.computed else (-1, -1)
+                (leader.allocation.pages[len(allocation.pages) - 1], allocation.pages[-1])
+                if allocation.cached < leader.computed
+                else (-1, -1)
             )
             forked.append((follower, *pair))
         return forked
 
     def finish(self, sequence: Sequence, reason: Reason) -> None:
-        """A sequence ends, wherever it is; one that has ended stays as it is."""
+        """End a sequence in any state; does nothing if it has ended."""
         if sequence.reason is not None:
             return
         sequence.reason = reason
-        heirs, sequence.followers = [s for s in sequence.followers if s.reason is None], []
+        remaining, sequence.followers = [s for s in sequence.followers if s.reason is None], []
         if sequence.row >= 0:
             self._stop(sequence)
         elif sequence in self.waiting:
@@ -291,25 +293,25 @@ class Scheduler:
             for leader in (*self.running, *self.waiting):
                 if sequence in leader.followers:
                     leader.followers.remove(sequence)
-        if heirs:
-            heirs[0].followers = heirs[1:]
-            self._wait(heirs[0])
+        if remaining:
+            remaining[0].followers = remaining[1:]
+            self._wait(remaining[0])
 
 
-def next_uniforms(sequences: Several[Sequence]) -> list[float]:
-    """The number in (0, 1) that decides the next token of each sequence."""
-    short: dict[tuple[int, int], list[Sequence]] = {}
+def next_uniforms(sequences: abc.Sequence[Sequence]) -> list[float]:
+    """Uniform number in (0, 1) for the next token of each sequence."""
+    by_seed: dict[tuple[int, int], list[Sequence]] = {}
     for sequence in sequences:
         if sequence.drawn >= len(sequence.uniform) and sequence.sampling.temperature > 0:
-            short.setdefault((sequence.sampling.seed, len(sequence.uniform)), []).append(sequence)
-    # Those of a seed are made at once.
-    for (seed, first), group in short.items():
+            by_seed.setdefault((sequence.sampling.seed, len(sequence.uniform)), []).append(sequence)
+    # One call computes the numbers of a seed.
+    for (seed, first), group in by_seed.items():
         seeds = row_seeds(seed, torch.tensor([s.sampling.row for s in group]), READY, first)
-        for sequence, numbers in zip(group, uniforms(seeds).tolist()):
-            sequence.uniform += numbers
+        for sequence, values in zip(group, uniforms(seeds).tolist()):
+            sequence.uniform += values
     return [s.uniform[s.drawn] if s.sampling.temperature > 0 else 0.5 for s in sequences]
 
 
 def numbered(sampling: Sampling, count: int) -> list[Sampling]:
-    """`count` samplings that differ in the row alone."""
+    """`count` samplings that differ only in the row."""
     return [replace(sampling, row=sampling.row + i) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Log-probabilities of given texts under a model, without gradients."""
+"""Log-probabilities of texts under a model, without gradients."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,9 +33,9 @@ def packed_groups(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
 def token_logprobs(
     model: Transformer, samples: Sequence[Sample], *, capacity: int = 8192, temperature: float = 1.0
 ) -> list[np.ndarray]:
-    """For each sample the (n - 1,) fp32 log-probability of tokens[1:], nats.
+    """(n - 1,) fp32 log-probability of tokens[1:] of each sample, nats.
 
-    Of a divided model every rank makes the call, with samples of its own.
+    For a sharded model every rank makes the call with its own samples.
     """
     device = model.embedding.weight.device
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
@@ -46,9 +46,9 @@ def token_logprobs(
         logprob, _ = linear_logprob(
             hidden, model.head_weight, batch.targets, temperature=temperature, shard=model.shard
         )
-        pieces = np.split(logprob.float().cpu().numpy(), batch.cu_seqlens.cpu().numpy()[1:-1])
-        for index, piece in zip(group, pieces):
-            out[index] = piece
+        by_sample = np.split(logprob.float().cpu().numpy(), batch.cu_seqlens.cpu().numpy()[1:-1])
+        for index, sample_logprob in zip(group, by_sample):
+            out[index] = sample_logprob
     return out
 
 
@@ -56,12 +56,12 @@ def sequence_logprobs(
     model: Transformer, samples: Sequence[Sample], *, capacity: int = 8192, mean: bool = False
 ) -> np.ndarray:
     """(N,) float64 log-probability of each sample's supervised tokens: their sum, or mean, in nats."""
-    totals = np.zeros(len(samples))
+    sums = np.zeros(len(samples))
     for index, logprob in enumerate(token_logprobs(model, samples, capacity=capacity)):
         weights = samples[index].weights[1:]
-        total = float(np.dot(logprob.astype(np.float64), weights))
-        totals[index] = total / max(float(weights.sum()), 1.0) if mean else total
-    return totals
+        logprob_sum = float(np.dot(logprob.astype(np.float64), weights))
+        sums[index] = logprob_sum / max(float(weights.sum()), 1.0) if mean else logprob_sum
+    return sums
 
 
 def perplexities(model: Transformer, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The small arrays that a step takes from the host, in one copy to the device, and results on their way back."""
+"""Staging of a step's small arrays in one copy to the device, and copies of results to the host."""
 
 from collections.abc import Iterable
 
@@ -14,10 +14,10 @@ def aligned(size: int) -> int:
 
 
 class Staging:
-    """A buffer of the device that `put` fills from the host with one copy that nobody waits for.
+    """A device buffer that `stage` fills from the host with one asynchronous copy.
 
-    Arrays stand in it end to end, behind a region that no copy writes: those of the same shapes always at the same
-    addresses. Two pinned buffers of the host take turns; before one is filled again, the copy out of it has ended.
+    The arrays lie end to end after a region that no copy writes. Arrays of the same shapes always have the same
+    addresses. Two pinned host buffers alternate; `stage` waits for the copy out of a buffer before it fills it again.
 
     Args:
         capacity: bytes of all arrays of a step, each rounded up to 16.   kept: bytes of the region in front of them.
@@ -30,8 +30,8 @@ class Staging:
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
-    def put(self, arrays: Iterable[Tensor]) -> list[Tensor]:
-        """The arrays, contiguous ones of the CPU, on the device; they hold until the next call."""
+    def stage(self, arrays: Iterable[Tensor]) -> list[Tensor]:
+        """Copies of contiguous CPU arrays on the device; valid until the next call."""
         turn, self._turn = self._turn, 1 - self._turn
         copied, host = self._copied[turn], self._hosts[turn]
         if copied is not None:
@@ -50,8 +50,8 @@ class Staging:
         return views
 
 
-def on_its_way(x: Tensor) -> Tensor:
-    """A tensor of the host that has the values once the device has done what it was told; `x` itself on a CPU."""
+def copy_to_host(x: Tensor) -> Tensor:
+    """Host tensor that has the values once the device has finished its work; `x` itself on a CPU."""
     if not x.is_cuda:
         return x
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What the host tells the device of a step: the tokens of its chunks, packed, and where each of them stands."""
+"""Inputs of a step from the host: the packed tokens of its chunks and their positions."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ from .scheduler import Chunk
 
 
 class Step(NamedTuple):
-    """The tokens of a step and where they stand; T counts the padding.
+    """The tokens of a step and their positions; T counts the padding.
 
-    tokens: (M + T,) int64: those that the step before sampled, then those that the host knows.
-    sources: (T,) int64, where in `tokens` each one stands.   positions, slots: (T,) int64.   batch: of the attention.
+    tokens: (M + T,) int64: those that the previous step sampled, then those from the host.
+    sources: (T,) int64, index into `tokens` of each one.   positions, slots: (T,) int64.   batch: of the attention.
     """
 
     tokens: Tensor
@@ -45,11 +45,11 @@ class Packed(NamedTuple):
 
 
 class Packer:
-    """Packs the chunks of steps, and keeps the table of their pages.
+    """Packs the chunks of steps, and keeps their page table.
 
     Args:
         pages: of the cache; page `pages` takes the keys of padding.   page_size: tokens of each.
-        max_sequences, max_length: of a step.   sampled: M, tokens that the step before may have sampled.
+        max_sequences, max_length: of a step.   sampled: M, room for the tokens that the previous step sampled.
         unit: rows of a step are padded to multiples of it.
     """
 
@@ -64,7 +64,7 @@ class Packer:
         """The step of some chunks, single tokens first.
 
         Args:
-            room: of single tokens, the sequences and keys to pad them to; those that are not there have no keys.
+            room: sequences and keys to pad a decode step to; absent sequences have no keys.
         """
         self._write_table(chunks)
         counts = [chunk.count for chunk in chunks]
@@ -96,7 +96,7 @@ class Packer:
         return Packed(arrays, [1] * sequences, longest, sequences, True)
 
     def _tokens(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
-        """Ids that the host knows, 0 for others, and where each token stands: behind the sampled ones, or there."""
+        """Ids that the host knows (0 for others), and each token's index: after the sampled ones, or among them."""
         tokens, sources = [], []
         for sequence, start, count in chunks:
             if start == len(sequence.ids):
@@ -110,7 +110,7 @@ class Packer:
     def _write_table(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
-            pages = sequence.held.pages
+            pages = sequence.allocation.pages
             if sequence.tabled < len(pages):
                 self.table[sequence.row, sequence.tabled : len(pages)] = torch.tensor(
                     pages[sequence.tabled :], dtype=torch.int32

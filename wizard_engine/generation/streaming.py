@@ -1,4 +1,4 @@
-"""Answers as they come: one conversation at a time, and text that is never taken back."""
+"""Streaming of answers: one conversation at a time, text that is never retracted."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,13 +16,13 @@ WINDOW, CONTEXT = 64, 16
 class Streamer:
     """Continues prompts one token at a time, keeping keys and values of what it has read.
 
-    A prompt that begins like what is in the cache, as the next turn of a conversation does, is read from the page where
-    it differs. The ids are those of `generation.generate` for the same prompt as its only row.
+    A prompt that shares a prefix with the cache, such as the next turn of a conversation, is computed from the first
+    page that differs. The ids are those of `generation.generate` for the same prompt as its only row.
 
     Args:
-        cache_tokens: that are kept; default: the model's context.
+        cache_tokens: capacity of the cache; default: the model's context.
     Attributes:
-        reused: tokens of the last prompt that were there already.
+        reused: cached tokens of the last prompt.
     """
 
     def __init__(self, model: Transformer, eos_id: int, *, cache_tokens: int | None = None) -> None:
@@ -59,16 +59,16 @@ class Streamer:
 
 
 class TextStream:
-    """The text of an answer as its ids come, up to the first of some stop strings.
+    """The text of an answer while its ids arrive, up to the first stop string.
 
-    A piece is held back while a later id could change it: half a character, white space that may be the last, the
-    beginning of a stop string. All pieces together are `tokenizer.decode(ids)`, cut before the stop string, and without
+    Text is held back while a later id could change it: an incomplete character, white space that may be the last, the
+    beginning of a stop string. All deltas together are `tokenizer.decode(ids)`, cut before the stop string, and without
     white space around it where it is stripped.
 
     Args:
-        stop: strings that end the text.   strip: leave white space at its beginning and end out.
+        stop: strings that end the text.   strip: remove white space at both ends.
     Attributes:
-        stopped: whether a stop string came.   text: what has been given out.
+        stopped: whether a stop string occurred.   text: what has been returned so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, strip: bool = True) -> None:
@@ -78,15 +78,15 @@ class TextStream:
         self._whole, self._start, self._skip, self._base, self._searched = "", 0, 0, "", 0
 
     def push(self, token: int) -> str:
-        """The piece that is sure with one more id; "" while nothing is."""
+        """The new text that is final after one more id; "" if none is."""
         if self.stopped:
             return ""
         self._decode(token)
-        found = [self._whole.find(s, max(0, self._searched - len(s) + 1)) for s in self.stop]
-        found = [place for place in found if place >= 0]
-        if found:
+        stops = [self._whole.find(s, max(0, self._searched - len(s) + 1)) for s in self.stop]
+        stops = [place for place in stops if place >= 0]
+        if stops:
             self.stopped = True
-            return self._give(self._whole[: min(found)].rstrip() if self.strip else self._whole[: min(found)])
+            return self._give(self._whole[: min(stops)].rstrip() if self.strip else self._whole[: min(stops)])
         ready = self._whole.rstrip(UNKNOWN)
         self._searched = len(ready)
         held = max((_overlap(ready, s) for s in self.stop), default=0)
@@ -94,16 +94,16 @@ class TextStream:
         return self._give(ready.rstrip() if self.strip else ready)
 
     def end(self) -> str:
-        """The last piece, when no more ids come."""
+        """The rest of the text, after the last id."""
         if self.stopped:
             return ""
         return self._give(self._whole.rstrip() if self.strip else self._whole)
 
     def _give(self, whole: str) -> str:
         ready = whole.lstrip() if self.strip else whole
-        piece = ready[len(self.text) :]
-        self.text += piece
-        return piece
+        delta = ready[len(self.text) :]
+        self.text += delta
+        return delta
 
     def _decode(self, token: int) -> None:
         """Text of all ids, of which only the last ones are decoded again."""
@@ -123,12 +123,12 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Pieces of the answer as its ids come; together they are `tokenizer.decode(ids).strip()`."""
+    """Deltas of the answer while its ids arrive; together they are `tokenizer.decode(ids).strip()`."""
     stream = TextStream(tokenizer)
     for token in tokens:
-        piece = stream.push(token)
-        if piece:
-            yield piece
+        delta = stream.push(token)
+        if delta:
+            yield delta
     rest = stream.end()
     if rest:
         yield rest

@@ -1,1 +1,1 @@
-"""What a run costs before it starts: hardware rates, FLOPs, memory, traffic, simulated ranks, layouts, presets."""
+"""Cost of a run before it starts: hardware rates, FLOPs, memory, traffic, simulated ranks, layouts, presets."""

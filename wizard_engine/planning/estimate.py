@@ -1,17 +1,19 @@
-"""Closed forms of what a rank of a divided model holds and moves, out of the shapes alone.
+"""Closed forms of the memory and traffic of a rank of a sharded model, from the shapes alone.
 
-    parts        4 (master) + 4 (gradient) + 8 (moments) + the compute dtype's copy, bytes for each element of the part;
-                 on one device, where one micro-batch makes the step, the gradient is in the compute dtype
-    places       two gathered units in the compute dtype, a unit of gradients in fp32 and one as they come, what stays
-    activations  what the backward keeps of every block, and the tensors of the block or loss at work
-    workspace    what kernels take for themselves: chunks of logits, fp32 sums of the head's gradients
+    shards       4 (master) + 4 (gradient) + 8 (moments) + the compute dtype's copy, bytes for each element of a shard;
+                 on one device with one micro-batch a step the gradient is in the compute dtype
+    buffers      two gathered units in the compute dtype, a unit of gradients in fp32 and one in the compute dtype, and
+                 the resident units
+    activations  saved activations of every block, and the tensors of the current block or loss
+    workspace    memory of the kernels: chunks of logits, fp32 sums of the head's gradients
 
-Gradients of the parts come as what the backward keeps goes, block by block: the peak is at the backward's beginning,
-without the former, or at its end, without the latter; with several micro-batches both are there at once.
+The backward allocates gradients of the shards as it frees saved activations, block by block. The peak is at its
+beginning, without the gradients, or at its end, without the activations. With several micro-batches both exist at
+once.
 
-They are upper bounds of what a device allocates at once; fragmentation and the communication library come on top.
-Traffic is counted in whole buffers: of a gather what comes out, of a reduction what goes in, of an exchange what is
-sent. The load of the experts is even. The few numbers that norms, router losses and logs sum up are left out.
+The results are upper bounds of what a device allocates at once, without fragmentation and the communication library.
+Traffic counts whole buffers: the output of a gather, the input of a reduction, the sent bytes of an exchange. The load
+of the experts is even. Sums of norms, router losses and logs are neglected.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from wizard_engine.parallel.flat_layout import Layout
 from wizard_engine.parallel.mesh import Axis, Mesh, MeshShape
 from wizard_engine.parallel.parallelize import Sharding, compute_dtype, partitions_of, unit_specs
 
-# What the head's kernels take for chunks of logits at most, bytes (kernels/linear_logprob.py).
+# Largest chunks of logits in the head's kernels, bytes (kernels/linear_logprob.py).
 LOGITS_BYTES = 256 * 2**20
 
 
@@ -31,13 +33,13 @@ LOGITS_BYTES = 256 * 2**20
 class Estimate:
     """Bytes of one rank.
 
-    parts, places, activations, workspace: see the module.   kept: of the activations, what the backward keeps of the
-    blocks.   gradients: of the parts, where they come and go.   micro_batches: of a step.   elements: of the parts.
+    shards, buffers, activations, workspace: see the module.   kept: saved activations of all blocks.
+    gradients: of the shards, if they are freed in every step.   micro_batches: of a step.   elements: of the shards.
     traffic: (kind of collective, axis of the mesh) -> bytes of a step; kinds gather, reduce, sum, exchange.
     """
 
-    parts: int
-    places: int
+    shards: int
+    buffers: int
     activations: int
     workspace: int
     kept: int
@@ -48,27 +50,27 @@ class Estimate:
 
     @property
     def saved(self) -> int:
-        """What is not there at once."""
+        """Memory that kept activations and gradients share."""
         return 0 if self.micro_batches > 1 else min(self.kept, self.gradients)
 
     @property
     def peak(self) -> int:
-        """Largest memory at one time, kernels' own workspace aside."""
-        return self.parts + self.places + self.activations - self.saved
+        """Largest memory at one time without the kernels' workspace."""
+        return self.shards + self.buffers + self.activations - self.saved
 
     @property
     def gathered(self) -> int:
-        """Of parameters."""
+        """Traffic of parameters, bytes."""
         return sum(n for (kind, axis), n in self.traffic.items() if kind == "gather" and axis in PARAMETER_AXES)
 
     @property
     def reduced(self) -> int:
-        """Of gradients."""
+        """Traffic of gradients, bytes."""
         return sum(n for (kind, axis), n in self.traffic.items() if kind == "reduce" and axis in PARAMETER_AXES)
 
     @property
     def replicated(self) -> int:
-        """Of the sum over the copies of the model."""
+        """Traffic of the sum over the replicas of the model, bytes."""
         return self.traffic.get(("sum", "replicate"), 0)
 
 
@@ -76,7 +78,7 @@ PARAMETER_AXES = ("shard", "copy", "efsdp")
 
 
 def mesh_of(shape: MeshShape, device: torch.device) -> Mesh:
-    """The first rank's place in a mesh of this shape, without groups: sizes alone."""
+    """Mesh of the first rank with the sizes of this shape, without groups."""
     return Mesh(
         device=device,
         world_size=shape.replicate * shape.copy,
@@ -94,7 +96,7 @@ def mesh_of(shape: MeshShape, device: torch.device) -> Mesh:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Sizes of a unit: elements of a rank's part, of the whole flat, and the axis that divides it."""
+    """Sizes of a unit: elements of a rank's shard and of the whole flat buffer, and the axis that shards it."""
 
     name: str
     shard_size: int
@@ -104,7 +106,7 @@ class _Unit:
 
     @property
     def kind(self) -> str:
-        """What it is, whichever block it is of."""
+        """Kind of the unit, without the index of its block."""
         return "experts" if self.name.endswith("experts") else "block" if "." in self.name else self.name
 
 
@@ -135,8 +137,8 @@ def estimate(
     """Memory and traffic of training steps with AdamW, all parameters trained, everything on the device.
 
     Args:
-        model: a plain Transformer, on the meta device say.   tokens: of a packed row, or more; padding included.
-        micro_batches: of a step.   units: what `sizes_of_units` gave for this mesh, where it is asked for often.
+        model: a plain Transformer, for example on the meta device.   tokens: capacity of a packed row.
+        micro_batches: of a step.   units: result of `sizes_of_units` for this mesh, to reuse it.
     """
     dtype = compute_dtype(sharding, mesh.device)
     wide, narrow = 4, dtype.itemsize
@@ -144,21 +146,21 @@ def estimate(
     is_single = mesh.copy.size == mesh.replicate.size == micro_batches == 1
     per_element = 3 * wide + (narrow if is_single else wide) + (narrow if narrow != wide else 0)
     elements = sum(unit.shard_size for unit in units)
-    places, whole = 0, sharding.accumulate == "whole"
+    buffers, whole = 0, sharding.accumulate == "whole"
     if mesh.copy.size > 1:
         room = {unit: unit.size if getattr(mesh, unit.over).size > 1 else 0 for unit in units}
         rotating = [room[unit] for unit in units if not unit.resident]
         largest = max(unit.size for unit in units)
-        places = (max(rotating[::2], default=0) + max(rotating[1::2], default=0)) * narrow
-        places += sum((room[unit] + unit.size) * narrow for unit in units if unit.resident)
-        places += (sum(unit.size for unit in units) if whole else largest) * wide + largest * narrow
+        buffers = (max(rotating[::2], default=0) + max(rotating[1::2], default=0)) * narrow
+        buffers += sum((room[unit] + unit.size) * narrow for unit in units if unit.resident)
+        buffers += (sum(unit.size for unit in units) if whole else largest) * wide + largest * narrow
         if micro_batches > 1 and not whole:
-            places += max(unit.shard_size for unit in units) * wide
+            buffers += max(unit.shard_size for unit in units) * wide
     kept, working = activation_bytes(model, mesh, tokens, sharding, dtype)
     width, vocab_shard = model.config.width, model.config.vocab_size // mesh.tp.size
     return Estimate(
-        parts=elements * per_element,
-        places=places,
+        shards=elements * per_element,
+        buffers=buffers,
         activations=kept + working,
         workspace=LOGITS_BYTES + (vocab_shard + tokens // mesh.cp.size) * width * wide,
         kept=kept,
@@ -196,8 +198,8 @@ def _traffic(
 def _times_gathered(model: nn.Module, k: int) -> dict[str, int]:
     """How often a step of k micro-batches gathers each kind of unit, all blocks together.
 
-    A forward takes every unit, a backward every one but the embedding, in reverse. Two places keep the last two units
-    from one pass to the next, so that those are not gathered again.
+    A forward gathers every unit, a backward every one but the embedding, in reverse. Two buffers keep the last two
+    units from one pass to the next, so these are not gathered again.
     """
     layers, tied, mixture = len(model.blocks), model.head is None, bool(model.config.experts)
     if tied:
@@ -212,26 +214,26 @@ def _times_gathered(model: nn.Module, k: int) -> dict[str, int]:
 def _token_traffic(
     model: nn.Module, mesh: Mesh, sharding: Sharding, tokens: int, narrow: int
 ) -> dict[tuple[str, str], int]:
-    """What a micro-batch's tokens move."""
+    """Traffic of a micro-batch's tokens, bytes."""
     c, again = model.config, sharding.recompute
     row, local_tokens = tokens // mesh.cp.size, tokens // mesh.row.size
-    # The residual stream gathered before, and summed behind, products with divided matrices.
+    # The residual stream is gathered before column-parallel and summed after row-parallel products.
     stream, products = row * c.width * narrow, 1 if c.experts else 2
     gathers = sums = 1 + products * c.layers
     more = products * c.layers
-    # The backward sums what the forward gathered and the other way round, and needs the gathered tokens once more.
+    # The backward sums where the forward gathered, and the reverse. It also gathers the tokens once more.
     gathers, sums = gathers + sums + more, sums + gathers
     if again == "full":
         sums += c.layers
-    numbers = 4 * 4 * row
-    traffic = {("gather", "tp"): gathers * stream + mesh.tp.size * numbers, ("reduce", "tp"): sums * stream}
+    loss_bytes = 4 * 4 * row
+    traffic = {("gather", "tp"): gathers * stream + mesh.tp.size * loss_bytes, ("reduce", "tp"): sums * stream}
     keys = 2 * tokens * (c.kv_heads // mesh.tp.size) * c.head_width * narrow * c.layers
-    traffic["gather", "cp"] = keys * (2 if again == "full" else 1) + mesh.cp.size * numbers
+    traffic["gather", "cp"] = keys * (2 if again == "full" else 1) + mesh.cp.size * loss_bytes
     traffic["reduce", "cp"] = keys
     if c.experts:
         passes = 3 if again == "full" else 2
         rows = local_tokens * c.experts_per_token
-        # The counts once: what is computed again goes the same ways.
+        # The counts are exchanged once: recomputation reuses the routes.
         traffic["exchange", "ep"] = c.layers * (passes * 2 * rows * c.width * narrow + 4 * c.experts)
     return traffic
 
@@ -239,33 +241,32 @@ def _token_traffic(
 def activation_bytes(
     model: nn.Module, mesh: Mesh, tokens: int, sharding: Sharding, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Bound of what forward and backward of a micro-batch hold besides parameters and their gradients' buffers: what is
-    kept of all blocks, and what is at work beside it."""
+    """Bounds of a micro-batch's activations: saved tensors of all blocks, tensors of the current block or loss."""
     c, size, tp = model.config, dtype.itemsize, mesh.tp.size
     row, local_tokens = tokens // mesh.cp.size, tokens // mesh.row.size
     inner, kv = c.heads * c.head_width // tp, c.kv_heads * c.head_width // tp
-    # q and k turned, the product that v is a view of, attention's output; over several ranks all keys and values.
+    # Rotated q and k, the qkv product with v as a view, attention's output; over cp ranks all keys and values.
     attention = row * (inner + kv + (inner + 2 * kv) + inner)
     if mesh.cp.size > 1:
         attention = row * 3 * inner + tokens * 2 * kv
     if c.experts:
         rows = local_tokens * c.experts_per_token
         travelled = 2 * c.width if mesh.ep.size > 1 else 0
-        # The activation is made again in the backward.
+        # The backward recomputes the activation.
         feed_forward, cheap = rows * (2 * c.ffn_width + travelled), local_tokens * c.width
-        numbers = 4 * local_tokens * (c.experts + 4 * c.experts_per_token)
+        fp32_bytes = 4 * local_tokens * (c.experts + 4 * c.experts_per_token)
     else:
         feed_forward, cheap = row * 3 * c.ffn_width // tp, local_tokens * 2 * c.width + row * c.ffn_width // tp
-        numbers = 0
-    # Stream and its norm, twice.
+        fp32_bytes = 0
+    # The residual stream and its norm, twice.
     block = local_tokens * 4 * c.width + attention + feed_forward
-    numbers += 4 * (row * c.heads // tp + 2 * local_tokens)
+    fp32_bytes += 4 * (row * c.heads // tp + 2 * local_tokens)
     saved = {"none": block, "selective": block - cheap, "full": local_tokens * c.width}[sharding.recompute]
-    # What goes to host memory is there of two blocks at a time; small tensors stay.
+    # Offloaded tensors of two blocks are on the device at a time; small tensors stay there.
     whole = min(c.layers, 2) if sharding.offload_activations else c.layers
-    kept = whole * saved * size + c.layers * (4 * local_tokens if sharding.recompute == "full" else numbers)
-    again = block * size + numbers if sharding.recompute != "none" else 0
-    # The slopes of a feed-forward block and of the stream, and gathered tokens of the latter.
-    slopes = rows * 3 * c.ffn_width if c.experts else feed_forward
-    working = (slopes + 4 * local_tokens * c.width + (2 * row * c.width if tp > 1 else 0)) * size
+    kept = whole * saved * size + c.layers * (4 * local_tokens if sharding.recompute == "full" else fp32_bytes)
+    again = block * size + fp32_bytes if sharding.recompute != "none" else 0
+    # Gradients of a feed-forward block and of the stream, and gathered tokens of the latter.
+    grads = rows * 3 * c.ffn_width if c.experts else feed_forward
+    working = (grads + 4 * local_tokens * c.width + (2 * row * c.width if tp > 1 else 0)) * size
     return kept, again + working

@@ -95,11 +95,11 @@ class Plan:
     """A layout's cost.
 
     Attributes:
-        memory: component -> bytes of a GPU.   peak: of them at once, bytes.   fits: whether they are there.
-        traffic: "kind axis" -> bytes of a step, whole buffers.   seconds: kind of work -> seconds of a step; what runs
-            beside other work is there for what is left of it.   step: their sum.
-        tokens_per_second: of a GPU.   mfu: formula of flops.py.   bottleneck: what takes most of the step.
-        waits: share of the step that waits for other GPUs.   hidden: seconds of what runs beside the computation.
+        memory: component -> bytes of a GPU.   peak: largest memory at one time, bytes.   fits: whether the GPU has it.
+        traffic: "kind axis" -> bytes of a step, whole buffers.   seconds: kind of work -> seconds of a step; overlapped
+            work counts with its exposed rest.   step: their sum.
+        tokens_per_second: of a GPU.   mfu: formula of flops.py.   bottleneck: the longest kind of work.
+        waits: fraction of the step that waits for other GPUs.   hidden: seconds that overlap with computation.
     """
 
     layout: Layout
@@ -121,7 +121,7 @@ class Planner:
 
     Args:
         options: see Options.   rates: see Rates.   config: of the model; None: the preset's.
-        gpu: the device; None: the one that the options name.
+        gpu: the device; None: the one in the options.
     """
 
     def __init__(
@@ -152,10 +152,10 @@ class Planner:
         for ep in divisors(math.gcd(self.config.experts, copy)) if self.config.experts else (1,):
             mesh = MeshShape(replicate, dp_shard, cp, tp, ep)
             for recompute in RECOMPUTE:
-                yield from self.cut(mesh, recompute)
+                yield from self.layouts_of(mesh, recompute)
 
-    def cut(self, mesh: MeshShape, recompute: Any, rows: int | None = None) -> Iterator[Layout]:
-        """The layouts of a mesh whose rows make up a step."""
+    def layouts_of(self, mesh: MeshShape, recompute: Any, rows: int | None = None) -> Iterator[Layout]:
+        """Layouts of a mesh, one for each number of rows in a micro-batch."""
         each = max(1, self.options.step_tokens // self.options.sequence // (mesh.replicate * mesh.dp_shard))
         for count in ROWS if rows is None else (rows,):
             if count <= each or rows is not None:
@@ -169,11 +169,11 @@ class Planner:
         """
         sizes: dict[str, Any] = {}
         known = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "rows", "recompute")
-        for word in filter(None, flags.split(",")):
-            name, sign, value = word.partition("=")
+        for option in filter(None, flags.split(",")):
+            name, sign, value = option.partition("=")
             name = name.strip().replace("-", "_")
             if name not in known or not sign:
-                raise ValueError(f"layout: expected words like tp=2 of {', '.join(known)}, got {word!r}")
+                raise ValueError(f"layout: expected words like tp=2 of {', '.join(known)}, got {option!r}")
             if name == "recompute" and value not in RECOMPUTE:
                 raise ValueError(f"layout: recompute: expected one of {', '.join(RECOMPUTE)}, got {value!r}")
             if name != "recompute" and not value.isdecimal():
@@ -185,7 +185,7 @@ class Planner:
             raise ValueError(f"mesh.ep: expected 1 for a model without experts, got {mesh.ep}")
         partitions_of(self.model, self.model, mesh_of(mesh, META))
         modes = RECOMPUTE if recompute is None else (recompute,)
-        return [layout for mode in modes for layout in self.cut(mesh, mode, rows)]
+        return [layout for mode in modes for layout in self.layouts_of(mesh, mode, rows)]
 
     # What one costs
 
@@ -211,8 +211,8 @@ class Planner:
         return Plan(
             layout=layout,
             memory={
-                "parameters, gradients, moments": memory.parts,
-                "gathered units": memory.places,
+                "parameters, gradients, moments": memory.shards,
+                "gathered units": memory.buffers,
                 "activations": memory.activations,
                 "kernels' workspace": memory.workspace,
                 "not there at once": -memory.saved,

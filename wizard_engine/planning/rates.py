@@ -98,7 +98,7 @@ def peak_flops(device: torch.device | str) -> float:
     device = torch.device(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        known = next((flops for model, flops in PEAK_FLOPS.items() if model in name), None)
         if known is not None:
             return known
     return _measured_peak(str(device), torch.get_num_threads())
@@ -108,11 +108,11 @@ def peak_flops(device: torch.device | str) -> float:
 def _measured_peak(device: str, threads: int, size: int = 512, seconds: float = 0.25) -> float:
     """Best rate of a square fp32 GEMM, operations per second."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(size, size, generator=generator).to(device) for _ in range(2))
-    out, best, deadline = left @ right, float("inf"), time.perf_counter() + seconds
+    a, b = (torch.randn(size, size, generator=generator).to(device) for _ in range(2))
+    out, best, deadline = a @ b, float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         began = time.perf_counter()
-        torch.mm(left, right, out=out)
+        torch.mm(a, b, out=out)
         float(out[0, 0])
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best

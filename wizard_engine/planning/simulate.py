@@ -143,20 +143,20 @@ def axis_names(mesh: Mesh) -> dict[str, str]:
 def by_axis(collectives: Iterable[Collective], mesh: Mesh) -> dict[tuple[str, str], int]:
     """(kind, axis of the mesh) -> bytes, by `axis_names`."""
     names = axis_names(mesh)
-    total: dict[tuple[str, str], int] = {}
+    sums: dict[tuple[str, str], int] = {}
     for one in collectives:
         key = one.kind, names.get(one.purpose, "world")
-        total[key] = total.get(key, 0) + one.size
-    return total
+        sums[key] = sums.get(key, 0) + one.size
+    return sums
 
 
 def by_ranks(traffic: dict[tuple[str, str], int], mesh: Mesh) -> dict[tuple[str, tuple[int, ...]], int]:
     """(kind, ranks) -> bytes, of what `by_axis` or an estimate says: axes of the same ranks count as one."""
-    total: dict[tuple[str, tuple[int, ...]], int] = {}
+    sums: dict[tuple[str, tuple[int, ...]], int] = {}
     for (kind, name), size in traffic.items():
         key = kind, getattr(mesh, name).ranks
-        total[key] = total.get(key, 0) + size
-    return total
+        sums[key] = sums.get(key, 0) + size
+    return sums
 
 
 def first_difference(records: dict[int, list[Collective]]) -> str:
@@ -207,12 +207,12 @@ def peak_bytes(model: Any, optimizer: Any, tokens: int, micro_batches: int = 1) 
     engine: Sharded = sharded(model)
     tracker = MemTracker()
     buffers = {id(unit.gather_buffer): unit.gather_buffer.data for unit in (*engine.units, *engine.resident)}
-    parts: list[Tensor] = [engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies]
+    state: list[Tensor] = [engine.master, optimizer.exp_avg, optimizer.exp_avg_sq, *engine.copies]
     if not engine.is_sharded:
-        parts += [flat.gradient for flat in engine.training if flat.gradient is not None]
-    tracker.track_external(*parts, *(buffer for buffer in buffers.values() if buffer is not None))
+        state += [flat.gradient for flat in engine.training if flat.gradient is not None]
+    tracker.track_external(*state, *(buffer for buffer in buffers.values() if buffer is not None))
     # The step may replace some of them.
-    del parts
+    del state
     with tracker, use_backend("triton"):
         language_step(model, tokens, micro_batches, before=tracker.reset_mod_stats)
     return tracker.get_tracker_snapshot("peak")[engine.device]["Total"]

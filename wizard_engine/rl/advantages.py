@@ -1,4 +1,4 @@
-"""Rewards of tokens, advantages and returns: what the losses of PPO need of a rollout."""
+"""Token rewards, advantages and returns of a rollout: the inputs of the PPO losses."""
 
 import itertools
 from collections.abc import Sequence
@@ -29,24 +29,27 @@ def token_rewards(
 
     Args:
         reference: (N,) log-probabilities under the reference.   kl: coefficient of k1 = log p - log r.
-        no_eos_penalty: taken off where the answer did not close itself.
-        group: answers per prompt, one after the other; above 1 each answer's reward is taken relative to the mean of
-            the others of its prompt. That mean does not depend on the answer, so the gradient stays unbiased, and with
-            no division by a group's deviation the instruction factor stays in as the prompt's weight.
+        no_eos_penalty: subtracted where the answer has no end token.
+        group: consecutive answers per prompt. Above 1, the mean reward of the prompt's other answers is subtracted
+            from each answer's reward. That mean does not depend on the answer, so the gradient stays unbiased. The
+            reward is not divided by the group's standard deviation, so the instruction factor weighs the prompt.
     Returns:
         rewards, and the k1 and k3 estimators per token.
     """
     estimates = kl_estimates(rollout.behaviour, reference)
     tokens = -kl * estimates["k1"]
     last = torch.tensor(rollout.lengths).cumsum(0) - 1
-    finals = [r.total(factors) - (0.0 if r.finished else no_eos_penalty) for r in rewards]
-    tokens[last] += _relative(torch.tensor(finals, dtype=tokens.dtype), group)
+    final_rewards = [r.total(factors) - (0.0 if r.finished else no_eos_penalty) for r in rewards]
+    tokens[last] += _relative(torch.tensor(final_rewards, dtype=tokens.dtype), group)
     return tokens, estimates
 
 
-def trusted(trained: Tensor, sampled: Tensor, limit: float) -> Tensor:
-    """Log-probabilities that ratios are taken to: the sampler's, and the trainer's own where the two are further apart
-    than `limit` nats; there the truncated importance weight of the loss, trainer over sampler, is not 1."""
+def old_logprobs(trained: Tensor, sampled: Tensor, limit: float) -> Tensor:
+    """Log-probabilities in the denominator of the PPO ratio.
+
+    These are the sampler's. Where trainer and sampler differ by more than `limit` nats, they are the trainer's, and the
+    loss weighs the token with the truncated importance weight, trainer over sampler.
+    """
     return torch.where((trained - sampled).abs() > limit, trained, sampled)
 
 
@@ -57,29 +60,29 @@ def advantages_of_groups(rewards: Tensor, rollout: Rollout, group: int, *, kind:
     R is the sum of an answer's token rewards.
 
     Args:
-        rewards: (N,) reward of each token.   group: answers per prompt, at least 2, one after the other.
+        rewards: (N,) reward of each token.   group: consecutive answers per prompt, at least 2.
     Source: Ahmadian et al. 2024, arXiv:2402.14740; Shao et al. 2024, arXiv:2402.03300.
     """
-    total = torch.stack([piece.sum() for piece in rollout.split(rewards)])
+    answer_rewards = torch.stack([values.sum() for values in rollout.split(rewards)])
     if kind == "rloo":
-        advantage = _relative(total, group)
+        advantage = _relative(answer_rewards, group)
     else:
-        rows = total.view(-1, group)
-        advantage = ((rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-6)).flatten()
+        groups = answer_rewards.view(-1, group)
+        advantage = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).flatten()
     return torch.repeat_interleave(advantage, torch.tensor(rollout.lengths))
 
 
-def _relative(finals: Tensor, group: int) -> Tensor:
+def _relative(rewards: Tensor, group: int) -> Tensor:
     """Each reward minus the mean of the other rewards of its group; unchanged for groups of one."""
     if group == 1:
-        return finals
-    rows = finals.view(-1, group)
-    return (rows - (rows.sum(1, keepdim=True) - rows) / (group - 1)).flatten()
+        return rewards
+    groups = rewards.view(-1, group)
+    return (groups - (groups.sum(1, keepdim=True) - groups) / (group - 1)).flatten()
 
 
 @dataclass
 class TokenTargets:
-    """What the losses need of each answer token, (N,), or of each row of a batch."""
+    """Inputs of the losses for each answer token, (N,), or for each row of a batch."""
 
     behaviour: Tensor
     sampled: Tensor
@@ -91,7 +94,7 @@ class TokenTargets:
 
 @dataclass
 class Targets:
-    """Per-answer pieces of the same, over the answer tokens."""
+    """Inputs of the losses for each answer: one tensor over its tokens."""
 
     behaviour: tuple[Tensor, ...]
     sampled: tuple[Tensor, ...]
@@ -100,9 +103,9 @@ class Targets:
     returns: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    def of(self, picked: Sequence[int], batch: AnswerBatch) -> TokenTargets:
-        """Those of some answers, as a batch of them stands; 0 where it predicts nothing."""
-        return TokenTargets(*(batch.place([pieces[i] for i in picked]) for pieces in vars(self).values()))
+    def for_batch(self, indices: Sequence[int], batch: AnswerBatch) -> TokenTargets:
+        """Targets of the answers of a batch in its layout; 0 where the batch predicts nothing."""
+        return TokenTargets(*(batch.scatter([values[i] for i in indices]) for values in vars(self).values()))
 
 
 def make_targets(
@@ -117,13 +120,13 @@ def make_targets(
     behaviour: Tensor | None = None,
     advantages: Tensor | None = None,
 ) -> Targets:
-    """GAE over the rollout, advantages whitened with moments over all ranks; or advantages that are given.
+    """Targets from GAE with advantages whitened over all ranks, or from precomputed advantages.
 
     Args:
         values: (N,) of a critic.   reference: (N,) log-probabilities under the reference.
-        moments: function of (sum, sum of squares, count) on this rank giving the totals over ranks.
-        behaviour: (N,) log-probabilities that ratios are taken to; default: the sampler's.
-        advantages: (N,) where no critic takes part.
+        moments: sums (sum, sum of squares, count) of this rank over all ranks.
+        behaviour: (N,) log-probabilities in the ratio's denominator; default: the sampler's.
+        advantages: (N,) precomputed advantages, for runs without a critic.
     """
     if advantages is None:
         cu_seqlens = torch.tensor([0, *itertools.accumulate(rollout.lengths)], dtype=torch.int32)
@@ -132,5 +135,5 @@ def make_targets(
     else:
         returns = values = torch.zeros_like(advantages)
     behaviour = rollout.behaviour if behaviour is None else behaviour
-    parts = (behaviour, rollout.behaviour, reference, advantages, returns, values)
-    return Targets(*(rollout.split(x) for x in parts))
+    targets = (behaviour, rollout.behaviour, reference, advantages, returns, values)
+    return Targets(*(rollout.split(x) for x in targets))

@@ -1,4 +1,4 @@
-"""Micro-batches of sampled answers: what a model reads, and where the numbers of their tokens are in what it says."""
+"""Micro-batches of sampled answers: a model's inputs, and the positions of the answer tokens in its outputs."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,16 +16,16 @@ from wizard_engine.parallel.context import ParallelContext
 
 
 class AnswerBatch(Protocol):
-    """Some answers to prompts, packed for one forward pass.
+    """Answers to prompts, packed for one forward pass.
 
     Attributes:
-        inputs: what a model takes.   targets: of the loss, per row of `hidden`; -1 where nothing is predicted.
-        cu_seqlens: of those rows.   pieces: (sample, first, last) of the tokens that are read, in their order.
+        inputs: arguments of the model.   targets: of the loss, per row of `hidden`; -1 where nothing is predicted.
+        cu_seqlens: of those rows.   token_ranges: (sample, first, last) of the input tokens, in order.
     """
 
     targets: Tensor
     cu_seqlens: Tensor
-    pieces: list[tuple[int, int, int]]
+    token_ranges: list[tuple[int, int, int]]
 
     @property
     def inputs(self) -> tuple:
@@ -33,31 +33,32 @@ class AnswerBatch(Protocol):
         ...
 
     def hidden(self, model: Transformer, out: Tensor) -> Tensor:
-        """Rows of a model's hidden states that predict `targets`."""
+        """Rows of the model's hidden states that predict `targets`."""
         ...
 
-    def place(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Numbers of each answer's tokens, where `targets` has them; 0 elsewhere."""
+    def scatter(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of each answer's tokens at the rows of `targets`; 0 elsewhere."""
         ...
 
-    def of_answers(self, rows: Tensor) -> Tensor:
-        """Of numbers that stand like `targets`, those of answer tokens, (N,)."""
+    def gather(self, rows: Tensor) -> Tensor:
+        """Values of the answer tokens, (N,), out of values in the layout of `targets`."""
         ...
 
-    def before(self, out: Tensor) -> Tensor:
-        """Of a scoring model's scores (T, ...), those before each answer token."""
+    def scores_before(self, out: Tensor) -> Tensor:
+        """Scores before each answer token, out of a scoring model's scores (T, ...)."""
         ...
 
-    def at(self, out: Tensor) -> Tensor:
-        """The same at each answer token itself."""
+    def scores_at(self, out: Tensor) -> Tensor:
+        """Scores at each answer token, out of a scoring model's scores (T, ...)."""
         ...
 
 
 class SharedAnswers:
-    """Prompts of several answers are read once; methods as `AnswerBatch` says."""
+    """Batch that stores the tokens of a shared prompt once; methods as in `AnswerBatch`."""
 
     def __init__(self, batch: SharedBatch) -> None:
-        self.batch, self.targets, self.cu_seqlens, self.pieces = batch, batch.targets, batch.cu_answers, batch.pieces
+        self.batch, self.targets, self.cu_seqlens = batch, batch.targets, batch.cu_answers
+        self.token_ranges = batch.pieces
 
     @property
     def inputs(self) -> tuple:
@@ -66,22 +67,24 @@ class SharedAnswers:
     def hidden(self, model: Transformer, out: Tensor) -> Tensor:
         return model.parallel.pick(out, self.batch.rows)
 
-    def place(self, pieces: Sequence[Tensor]) -> Tensor:
-        return to_device(torch.cat(list(pieces)), self.targets.device)
+    def scatter(self, values: Sequence[Tensor]) -> Tensor:
+        return to_device(torch.cat(list(values)), self.targets.device)
 
-    def of_answers(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Tensor:
         return rows
 
-    def before(self, out: Tensor) -> Tensor:
+    def scores_before(self, out: Tensor) -> Tensor:
         return out.index_select(0, self.batch.rows)
 
-    def at(self, out: Tensor) -> Tensor:
+    def scores_at(self, out: Tensor) -> Tensor:
         return out.index_select(0, self.batch.target_positions)
 
 
 class WholeAnswers:
-    """Every answer is read behind its own prompt: where ranks divide the tokens of a sequence; methods as `AnswerBatch`
-    says."""
+    """Batch in which every answer follows its own copy of the prompt; methods as in `AnswerBatch`.
+
+    Context parallelism uses it.
+    """
 
     def __init__(self, batch: Batch, counts: Sequence[int], *, last: bool) -> None:
         self.batch, self.cu_seqlens = batch, batch.cu_seqlens
@@ -90,7 +93,7 @@ class WholeAnswers:
         self.rows = torch.cat(rows).to(batch.tokens.device)
         self.targets = torch.full_like(batch.targets, -1)
         self.targets[self.rows] = batch.targets[self.rows]
-        self.pieces = [(i, 0, int(n)) for i, n in enumerate(batch.cu_seqlens.diff())]
+        self.token_ranges = [(i, 0, int(n)) for i, n in enumerate(batch.cu_seqlens.diff())]
 
     @property
     def inputs(self) -> tuple:
@@ -99,17 +102,17 @@ class WholeAnswers:
     def hidden(self, model: Transformer, out: Tensor) -> Tensor:
         return out
 
-    def place(self, pieces: Sequence[Tensor]) -> Tensor:
-        values = to_device(torch.cat(list(pieces)), self.rows.device)
-        return values.new_zeros(self.targets.shape).index_copy_(0, self.rows, values)
+    def scatter(self, values: Sequence[Tensor]) -> Tensor:
+        values_N = to_device(torch.cat(list(values)), self.rows.device)
+        return values_N.new_zeros(self.targets.shape).index_copy_(0, self.rows, values_N)
 
-    def of_answers(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self.rows)
 
-    def before(self, out: Tensor) -> Tensor:
+    def scores_before(self, out: Tensor) -> Tensor:
         return out.index_select(0, self.rows)
 
-    def at(self, out: Tensor) -> Tensor:
+    def scores_at(self, out: Tensor) -> Tensor:
         return out.index_select(0, self.rows + 1)
 
 
@@ -120,10 +123,10 @@ def answer_runs(
     capacity: int,
     parallel: ParallelContext,
 ) -> list[list[int]]:
-    """Some samples in runs of at most `capacity` tokens each, or one longer sample."""
+    """Indices of samples in runs of at most `capacity` tokens each; a longer sample forms a run of its own."""
     if parallel.cp.size == 1:
         runs = prompt_groups(samples, prompt_tokens, indices, capacity)
-        # Answers of similar lengths stand together: their attention is padded run by run.
+        # Attention pads within a run, so answers of similar lengths are neighbours.
         return [sorted(run, key=lambda i: len(samples[i].tokens) - prompt_tokens[i]) for run in runs]
     groups = packed_groups([len(samples[i].tokens) for i in indices], capacity)
     return [[indices[i] for i in group] for group in groups]
@@ -137,18 +140,18 @@ def answer_batch(
     *,
     last: bool = False,
 ) -> AnswerBatch:
-    """One run of samples, for one forward pass.
+    """Batch of one run of samples for one forward pass.
 
     Args:
-        prompt_tokens: at the beginning of each sample.   last: read each sample's last token, too.
+        prompt_tokens: at the beginning of each sample.   last: include each sample's last token in the inputs.
     """
     if parallel.cp.size == 1:
         return SharedAnswers(share_prompts(samples, prompt_tokens, last=last).to(device))
     counts = [len(sample.tokens) - count for sample, count in zip(samples, prompt_tokens)]
-    read = [with_end(sample) for sample in samples] if last else samples
-    return WholeAnswers(collate(read).to(device), counts, last=last)
+    inputs = [with_end(sample) for sample in samples] if last else samples
+    return WholeAnswers(collate(inputs).to(device), counts, last=last)
 
 
 def with_end(sample: Sample) -> Sample:
-    """The sample with one more token, so that its own last token is among the inputs of a packed batch."""
+    """The sample with one more token, so that a packed batch has its last token among the inputs."""
     return Sample(np.append(sample.tokens, sample.tokens[-1:]), np.append(sample.weights, np.float32(0)))

@@ -1,4 +1,4 @@
-"""Options of online reinforcement learning, in groups."""
+"""Option groups of online reinforcement learning."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,10 @@ from .rewards import FACTORS
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """Answers that the policy samples, and how its ranks sample them."""
+    """Number and length of the sampled answers, and the layout of the sampler."""
 
     steps: int = 100
-    """Rollouts, each followed by one update or more."""
+    """Number of rollouts; each is followed by at least one update."""
     prompts_per_step: int = 48
     """Prompts of a rollout over all ranks."""
     samples_per_prompt: int = 4
@@ -23,14 +23,14 @@ class RolloutOptions:
     """Longest answer, tokens."""
     temperature: float = 1.0
     tp: int = field(default=1, metadata=INCIDENTAL)
-    """Ranks that divide the sampler's matrices and experts; each such group has the whole policy to sample from."""
+    """Tensor-parallel ranks of the sampler; each group of them holds the whole policy."""
     batch_size: int = field(default=128, metadata=INCIDENTAL)
-    """Answers that a rank samples at once."""
+    """Answers that a rank samples concurrently."""
     cache_tokens: int | None = field(default=None, metadata=INCIDENTAL)
-    """Keys and values that a rank keeps while sampling, tokens; default: enough for --rollout.batch-size of the
-    longest."""
+    """Capacity of a rank's KV cache while sampling, tokens; default: enough for --rollout.batch-size of the longest
+    answers."""
     replay_routing: bool = True
-    """Mixtures of experts: train each token with the experts that the sampler sent it to."""
+    """Mixtures of experts: train each token with the experts that the sampler used for it."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class PPOOptions:
     """Advantages, the clipped loss, and the updates of a rollout."""
 
     advantages: Literal["critic", "rloo", "grpo"] = "critic"
-    """Baseline of the rewards: a critic (PPO), the mean of the other answers to the prompt (RLOO), or that of all of
-    them over their standard deviation (GRPO), which cancels the instruction factor and is refused with it."""
+    """Baseline of the rewards: a critic (PPO), the mean of the other answers to the prompt (RLOO), or the mean of all
+    answers with a division by their standard deviation (GRPO). GRPO cancels the instruction factor; the recipe refuses
+    the combination."""
     group_baseline: bool = True
-    """Take each answer's reward relative to the mean of the other answers to its prompt; the critic adds the rest."""
+    """With a critic: subtract the mean reward of the other answers to the prompt from each answer's reward."""
     epochs: int = 1
     """Passes over each rollout."""
     minibatches: int = 1
@@ -51,10 +52,10 @@ class PPOOptions:
     dual_clip: float | None = None
     """Bound on the loss of tokens with a negative advantage, in advantages, > 1; none by default."""
     normalisation: Literal["token", "sequence"] = "token"
-    """Every answer token weighs the same, or every answer."""
+    """Equal weights for all answer tokens, or for all answers."""
     importance_limit: float = 0.01
-    """Nats by which trainer and sampler may differ in a token's log-probability; of one beyond, the ratio is taken to
-    the trainer's own, and it is weighed by trainer over sampler, at most --ppo.importance-cap."""
+    """Largest difference of a token's log-probability between trainer and sampler, nats. Beyond it the ratio uses the
+    trainer's log-probability, and the token weighs trainer over sampler, at most --ppo.importance-cap."""
     importance_cap: float = 2.0
     entropy: float = 0.0
     """Coefficient of the entropy bonus, per token."""
@@ -69,13 +70,13 @@ class CriticOptions:
     """The critic: its start, learning rate and loss."""
 
     model: Path | None = None
-    """Model directory whose body the critic starts from; default: the process reward model's."""
+    """Model directory with the initial body of the critic; default: the process reward model's."""
     lr: float = 1e-6
     """Peak learning rate."""
     warmup_steps: int = 0
-    """First rollouts that train the critic alone."""
+    """Number of first rollouts that train only the critic."""
     value_clip: float = 0.2
-    """Half width of the interval that a value may leave the former one by."""
+    """Half width of the interval around the former value."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ class KLOptions:
     coefficient: float = 0.05
     """Of k1 = log policy - log reference in the reward, per token."""
     loss_coefficient: float = 0.0
-    """Of --kl.estimator as a term of the loss, with a gradient, per token."""
+    """Of --kl.estimator as a term of the loss, per token."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
 
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """Reward models and how their factors make a reward."""
+    """Reward models and the factors of the reward."""
 
     instruction_model: Path
     """Instruction reward model, a directory of recipes/reward.py."""
@@ -102,7 +103,7 @@ class RewardOptions:
     neutral: float = 0.5
     """Process score of a neutral step, 0 to 1."""
     no_eos_penalty: float = 0.5
-    """Taken off the reward of an answer that did not close itself."""
+    """Subtracted from the reward of an answer without an end token."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.factors if name not in FACTORS]

@@ -1,4 +1,4 @@
-"""Rewards of RLEIF as typed objects: character spans of steps with a score each, factors, and how they combine."""
+"""Rewards of RLEIF as typed objects: a score for the character span of each step, the factors and their product."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class AnswerReward:
 
     spans: character spans of the steps in the answer's text, so that the reward model may have another tokenizer than
     the policy.   scores: one in [0, 1] per span.   instruction: the instruction factor in [0, 1].
-    finished: whether the answer closed itself within its limit.
+    finished: whether the answer ended within its limit.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -39,11 +39,11 @@ class AnswerReward:
 
     @property
     def process(self) -> float:
-        """Minimum over the steps; 0 where nothing could be parsed or the answer was cut."""
+        """Minimum over the steps; 0 where the answer has no step or was truncated."""
         return min(self.scores) if self.scores and self.finished else 0.0
 
     def total(self, factors: Sequence[str] = FACTORS) -> float:
-        """Product of the named factors; 0 for an answer that was cut or has no step.
+        """Product of the named factors; 0 for an answer that was truncated or has no step.
 
         Source: Luo et al. 2023, arXiv:2308.09583: r = r_I r_A with r_A the minimum over the steps.
         """
@@ -56,7 +56,7 @@ def encode_steps(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -
     """Tokens of prompt and answer, and the index of the last token of each step.
 
     Returns:
-        sample: all weights 1 at step ends, 0 elsewhere.   ends: index into sample.tokens per step of `split_steps`.
+        sample: weight 1 at step ends, 0 elsewhere.   ends: index into sample.tokens per step of `split_steps`.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     answer_ids = encode_answer(tokenizer, answer)
@@ -83,15 +83,15 @@ def encode_instruction(tokenizer: Tokenizer, instruction: str) -> Sample:
 
 @torch.no_grad()
 def score_tokens(model: ScoringModel, samples: Sequence[Sample], *, capacity: int = 8192) -> list[torch.Tensor]:
-    """For each sample the (n, outputs) fp32 scores at every token."""
+    """(n, outputs) fp32 scores at every token of each sample."""
     device = next(model.parameters()).device
     out: list[torch.Tensor] = [torch.zeros(0)] * len(samples)
     groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
     for group in lockstep(groups, model, backward=False):
         batch = collate([with_end(samples[i]) for i in group]).to(device)
         scores = model(*batch.inputs).float().cpu()
-        for index, piece in zip(group, scores.split([len(samples[i].tokens) for i in group])):
-            out[index] = piece
+        for index, sample_scores in zip(group, scores.split([len(samples[i].tokens) for i in group])):
+            out[index] = sample_scores
     return out
 
 
@@ -99,7 +99,7 @@ def score_tokens(model: ScoringModel, samples: Sequence[Sample], *, capacity: in
 def score_answer_tokens(
     model: ScoringModel, samples: Sequence[Sample], prompt_tokens: Sequence[int], *, before: bool, capacity: int = 8192
 ) -> list[torch.Tensor]:
-    """For each sample the (n, outputs) fp32 scores at its answer's tokens, or just before them.
+    """(n, outputs) fp32 scores at the answer tokens of each sample, or just before them.
 
     Args:
         prompt_tokens: at the beginning of each sample; equal prompts are read once.
@@ -111,10 +111,10 @@ def score_answer_tokens(
         counts = [prompt_tokens[i] for i in run]
         batch = answer_batch([samples[i] for i in run], counts, parallel, device, last=not before)
         scores = model(*batch.inputs)
-        scores = (batch.before(scores) if before else batch.at(scores)).float().cpu()
+        scores = (batch.scores_before(scores) if before else batch.scores_at(scores)).float().cpu()
         lengths = [len(samples[i].tokens) - prompt_tokens[i] for i in run]
-        for index, piece in zip(run, scores.split(lengths)):
-            out[index] = piece
+        for index, answer_scores in zip(run, scores.split(lengths)):
+            out[index] = answer_scores
     return out
 
 

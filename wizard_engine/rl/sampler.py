@@ -1,5 +1,6 @@
-"""The policy of reinforcement learning as a sampler: its trainer's weights behind the engine, in memory that the two
-take in turns."""
+"""The policy of reinforcement learning as a sampler: the trainer's weights in a generation engine.
+
+Trainer and sampler use the same memory in turn."""
 
 import torch
 from torch import nn
@@ -15,24 +16,24 @@ from wizard_engine.parallel.parallelize import shard_parameters
 from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.process import Runtime
 
-from .weight_sync import HandOver, checksum, trainer_checksum
+from .weight_sync import WeightSync, checksum, trainer_checksum
 
 
 class Sampler:
     """Samples from a policy that is being trained.
 
-    `take` hands the trainer's weights of now over, `engine` samples from them, `release` gives the memory back. A
-    policy that no ranks divide is sampled from where it stands. Otherwise each rank, or each group of `tp` of them, has
-    weights of its own, which exist between `take` and `release` alone.
+    `sync_weights` copies the trainer's current weights, `engine` samples from them, `release` frees the memory. The
+    engine reads an unsharded policy in place. For a sharded one each rank, or each group of `tp` ranks, holds a copy of
+    the weights between `sync_weights` and `release`.
 
     Args:
-        policy: as `parallelize` left it.   runtime: needed where ranks divide the policy.
-        tp: ranks that divide the sampler's matrices, and its experts.
-        cache_tokens: of this rank's, or group's, cache.   max_sequences: that run at once.
+        policy: as `parallelize` returned it.   runtime: needed for a sharded policy.
+        tp: ranks that share the sampler's matrices and experts.
+        cache_tokens: capacity of the cache of this rank or group.   max_sequences: that run at once.
     Attributes:
-        stamp: checksum of the weights that were handed over last.
+        weights_checksum: of the weights that were synced last.
     Raises:
-        ValueError: tp does not divide the ranks of a copy of the policy, its heads, words or experts.
+        ValueError: tp does not divide the ranks of a copy of the policy, its heads, vocabulary or experts.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Sampler:
         tp: int = 1,
     ) -> None:
         self.policy, self.trainer = policy, sharded(policy)
-        self.stamp: int | None = None
+        self.weights_checksum: int | None = None
         self.row, self.mesh = Axis(), Mesh(device=policy.embedding.weight.device)
         self.options = {
             "cache_tokens": cache_tokens,
@@ -53,80 +54,85 @@ class Sampler:
             "record_routes": True,
             "keeps_addresses": True,
         }
-        divided = self.trainer is not None and self.trainer.is_sharded
-        ranks = self.trainer.mesh.copy.size if divided else 1
+        is_sharded = self.trainer is not None and self.trainer.is_sharded
+        ranks = self.trainer.mesh.copy.size if is_sharded else 1
         if ranks % tp:
             raise ValueError(f"sampler tp must divide the {ranks} ranks of a copy of the policy, got {tp}")
-        self.model, self.moves = policy, None
-        if divided:
+        self.model, self.weight_sync = policy, None
+        if is_sharded:
             self.row = self.trainer.mesh.row
             experts = tp if policy.config.experts else 1
             try:
                 self.mesh = make_mesh(MeshOptions(dp_shard=1, tp=tp, ep=experts), runtime)
-                self.model, cuts = empty_sampler(policy.config, next(policy.parameters()).dtype, self.mesh)
+                self.model, specs = empty_sampler(policy.config, next(policy.parameters()).dtype, self.mesh)
             except ValueError as error:
                 raise ValueError(f"sampler: {error}") from None
-            own = [p for p in self.model.parameters() if is_absent(p) or not p.numel()]
-            self.memory = LentTensors([(p.shape, p.dtype) for p in own], self.mesh.device, stays=True)
-            self.own, self.nothing = own, [p.data for p in own]
+            local_parameters = [p for p in self.model.parameters() if is_absent(p) or not p.numel()]
+            self.memory = LentTensors([(p.shape, p.dtype) for p in local_parameters], self.mesh.device, stays=True)
+            self.local_parameters, self.placeholders = local_parameters, [p.data for p in local_parameters]
             self._restore()
             targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
-            self.moves = HandOver(self.trainer, targets, cuts)
+            self.weight_sync = WeightSync(self.trainer, targets, specs)
         self.engine = Engine(self.model, **self.options)
 
     def _restore(self) -> None:
-        """Have memory for weights of the sampler's own."""
-        if any(is_absent(parameter) for parameter in self.own):
-            for parameter, values in zip(self.own, self.memory.restore()):
+        """Allocate memory for the sampler's copy of the weights."""
+        if any(is_absent(parameter) for parameter in self.local_parameters):
+            for parameter, values in zip(self.local_parameters, self.memory.restore()):
                 parameter.data = values
 
-    def take(self) -> None:
-        """Have the trainer's weights of now, and memory to sample with; every rank makes the call.
+    def sync_weights(self) -> None:
+        """Copy the trainer's current weights and allocate the memory for sampling; every rank makes the call.
 
         Raises:
-            ValueError: what arrived is not what the trainer has.
+            ValueError: the checksums of sampler and trainer differ.
         """
-        if self.moves is not None:
+        if self.weight_sync is not None:
             self._restore()
-            self.moves.targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
-            self.moves.run()
+            self.weight_sync.targets = {name: parameter.data for name, parameter in self.model.named_parameters()}
+            self.weight_sync.run()
         self.engine.restore()
         self.engine.forget()
-        self.stamp = self.expected()
-        found = self.stamp if self.moves is None else self.moves.stamp_of_sampler(self.mesh.tp, self.mesh.ep)
-        if found != self.stamp:
+        self.weights_checksum = self.trainer_checksum()
+        received = (
+            self.weights_checksum
+            if self.weight_sync is None
+            else self.weight_sync.sampler_checksum(self.mesh.tp, self.mesh.ep)
+        )
+        if received != self.weights_checksum:
             raise ValueError(
                 f"[rank {self.mesh.rank}/{self.mesh.world_size}] weights of the sampler: expected checksum "
-                f"{self.stamp:x}, the trainer's, got {found:x}"
+                f"{self.weights_checksum:x}, the trainer's, got {received:x}"
             )
 
-    def expected(self) -> int:
-        """Checksum of the trainer's weights of now; every rank makes the call."""
+    def trainer_checksum(self) -> int:
+        """Checksum of the trainer's current weights; every rank makes the call."""
         if self.trainer is not None:
             return trainer_checksum(self.trainer)
         return checksum((n, ShardSpec.whole(p.shape), 0, p.detach()) for n, p in self.policy.named_parameters())
 
-    def check(self, stamp: int | None) -> None:
-        """ValueError unless the trainer still has the weights that something with this stamp was sampled from."""
-        now = self.expected()
-        if stamp != now:
+    def check(self, weights_checksum: int | None) -> None:
+        """Raise ValueError unless this is the checksum of the trainer's current weights."""
+        current = self.trainer_checksum()
+        if weights_checksum != current:
+            received = "none" if weights_checksum is None else f"{weights_checksum:x}"
             raise ValueError(
-                f"rollout: expected one of the trainer's weights, checksum {now:x}, got "
-                f"{'none' if stamp is None else f'{stamp:x}'}; hand the weights over before sampling"
+                f"rollout: expected one of the trainer's weights, checksum {current:x}, got {received}; sync the "
+                "weights before sampling"
             )
 
     def release(self) -> None:
-        """Give the memory of the cache, and of weights of the sampler's own, back to the trainer."""
+        """Free the memory of the cache and of the sampler's copy of the weights."""
         self.engine.release()
-        if self.moves is not None:
-            self.moves.targets = {}
-            for parameter, nothing in zip(self.own, self.nothing):
-                parameter.data = nothing
+        if self.weight_sync is not None:
+            self.weight_sync.targets = {}
+            for parameter, placeholder in zip(self.local_parameters, self.placeholders):
+                parameter.data = placeholder
             self.memory.release()
 
 
 def empty_sampler(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> tuple[Transformer, dict[str, ShardSpec]]:
-    """A model divided over the tp and ep of a mesh, without numbers, and what of each parameter this rank has."""
+    """A model sharded over the tp and ep axes of a mesh, with uninitialised weights, and this rank's shard specs."""
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}

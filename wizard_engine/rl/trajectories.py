@@ -1,4 +1,4 @@
-"""Rollouts of reinforcement learning: sampled answers with everything that one PPO update needs, packed end to end."""
+"""Rollouts of reinforcement learning: sampled answers with the inputs of one PPO update, packed end to end."""
 
 import hashlib
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class Rollout:
 
     samples: prompt and answer ids, weight 1 on every answer token.   texts: the answers.   lengths: answer tokens.
     behaviour: (N,) log-probability of the answer tokens as sampled, all answers end to end, nats.
-    experts: of a policy with experts, where the sampler sent each token that a trainer feeds, (n - 1, L, A) per sample.
-    stamp: checksum of the weights that it was sampled from.
-    load: of this rank's engine: steps, tokens that came out of them, sequences that could run at once.
+    experts: for mixtures, the experts of each token that the trainer feeds, (n - 1, L, A) per sample.
+    weights_checksum: of the weights that it was sampled from.
+    load: of this rank's engine: steps, tokens that they generated, sequences that could run at once.
     """
 
     prompts: list[tuple[Message, ...]]
@@ -42,7 +42,7 @@ class Rollout:
     lengths: list[int]
     behaviour: Tensor
     experts: list[Tensor] | None = None
-    stamp: int | None = None
+    weights_checksum: int | None = None
     load: tuple[int, int, int] = (0, 0, 0)
 
     @property
@@ -51,25 +51,25 @@ class Rollout:
         return [len(sample.tokens) - length for sample, length in zip(self.samples, self.lengths)]
 
     def batch(self, picked: Sequence[int], parallel: ParallelContext, device: torch.device) -> AnswerBatch:
-        """Some answers for one forward pass of a model that is spread so."""
+        """Batch of some answers for one forward pass of a model with this parallelism."""
         counts = self.prompt_tokens
         return answer_batch([self.samples[i] for i in picked], [counts[i] for i in picked], parallel, device)
 
     def routes(self, picked: Sequence[int], batch: AnswerBatch, device: torch.device) -> Routes:
-        """The sampler's choices for the tokens of a batch of some samples; fresh ones of a dense policy."""
+        """The sampler's routes of the tokens of a batch; empty ones for a dense policy."""
         if self.experts is None:
             return Routes()
-        pieces = [self.experts[picked[i]][first:last] for i, first, last in batch.pieces]
-        return Routes(torch.cat(pieces).to(device).int())
+        experts = [self.experts[picked[i]][first:last] for i, first, last in batch.token_ranges]
+        return Routes(torch.cat(experts).to(device).int())
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Per-answer pieces of a tensor over all answer tokens."""
+        """A tensor over all answer tokens, split by answer."""
         return values.split(self.lengths)
 
 
-def step_seed(*parts: int) -> int:
-    """A 63-bit seed from numbers, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+def step_seed(*keys: int) -> int:
+    """A 63-bit seed from integers, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
 
 
 def roll_out(
@@ -84,60 +84,68 @@ def roll_out(
     first: int = 0,
     stride: int = 1,
 ) -> Rollout:
-    """`samples` answers to each prompt, drawn from the weights that the sampler has taken.
+    """`samples` answers to each prompt, sampled from the sampler's current weights.
 
     Args:
-        first, stride: the prompts are number first, first + stride, ... of those of all ranks; an answer does not
-            depend on how they are divided. Ranks that have the same prompts, for they divide a model's matrices or
-            tokens, sample a share of the prompts each, and all of them get all; ranks that divide the sampler's
-            matrices sample what any of them has together.
+        first, stride: the prompts have the global indices first, first + stride, ... An answer depends on its index,
+            not on its rank. Tensor- and context-parallel ranks of the trainer have the same prompts: each samples a
+            subset, and all gather all answers. Tensor-parallel ranks of the sampler sample their prompts together.
     """
-    numbers = [(first + i * stride) * samples + j for i in range(len(prompts)) for j in range(samples)]
+    rows = [(first + i * stride) * samples + j for i in range(len(prompts)) for j in range(samples)]
     repeated = [tuple(prompt) for prompt in prompts for _ in range(samples)]
     ids = [encode_prompt(tokenizer, prompt) for prompt in repeated]
     row, tp = sampler.row, sampler.mesh.tp
-    shares = [[i for i in range(len(ids)) if i // samples % row.size == r] for r in range(row.size)]
-    parts = gather_along(tp, [(numbers[i], ids[i]) for i in shares[row.index]])
-    together = [pair for part in parts for pair in part]
+    indices_by_rank = [[i for i in range(len(ids)) if i // samples % row.size == r] for r in range(row.size)]
+    requests_by_rank = gather_along(tp, [(rows[i], ids[i]) for i in indices_by_rank[row.index]])
+    requests = [request for of_rank in requests_by_rank for request in of_rank]
     samplings = [
         Sampling(max_new_tokens, float(temperature), seed=seed, row=number, eos_id=tokenizer.eos_id)
-        for number, _ in together
+        for number, _ in requests
     ]
     engine = sampler.engine
     before = engine.steps, engine.generated
-    drawn = continued(engine, [prompt for _, prompt in together], samplings)
-    slots = min(engine.max_sequences, len(together))
+    generation = continued(engine, [prompt for _, prompt in requests], samplings)
+    slots = min(engine.max_sequences, len(requests))
     load = engine.steps - before[0], engine.generated - before[1], slots
-    begin = sum(len(part) for part in parts[: tp.index])
-    own = drawn.rows(range(begin, begin + len(parts[tp.index])))
-    drawn = _in_order(gather_along(row, own), shares)
+    begin = sum(len(of_rank) for of_rank in requests_by_rank[: tp.index])
+    local = generation.rows(range(begin, begin + len(requests_by_rank[tp.index])))
+    generation = _in_order(gather_along(row, local), indices_by_rank)
     packed = []
-    for prompt, answer in zip(ids, drawn.tokens):
+    for prompt, answer in zip(ids, generation.tokens):
         weights = np.concatenate((np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)))
         packed.append(Sample(np.asarray([*prompt, *answer], dtype=np.int32), weights))
-    texts = [tokenizer.decode(tokens).strip() for tokens in drawn.tokens]
-    behaviour = torch.tensor([x for row in drawn.logprobs for x in row], dtype=torch.float32)
-    lengths = [len(tokens) for tokens in drawn.tokens]
-    return Rollout(repeated, packed, texts, drawn.finished, lengths, behaviour, drawn.experts, sampler.stamp, load)
+    texts = [tokenizer.decode(tokens).strip() for tokens in generation.tokens]
+    behaviour = torch.tensor([x for logprobs in generation.logprobs for x in logprobs], dtype=torch.float32)
+    return Rollout(
+        prompts=repeated,
+        samples=packed,
+        texts=texts,
+        finished=generation.finished,
+        lengths=[len(tokens) for tokens in generation.tokens],
+        behaviour=behaviour,
+        experts=generation.experts,
+        weights_checksum=sampler.weights_checksum,
+        load=load,
+    )
 
 
-def _in_order(parts: Sequence[Generation], shares: Sequence[Sequence[int]]) -> Generation:
-    """What each part drew for its share of the rows, in the order of the rows."""
-    if len(parts) == 1:
-        return parts[0]
-    places = {row: (r, i) for r, share in enumerate(shares) for i, row in enumerate(share)}
-    whole = Generation(experts=None if parts[0].experts is None else [])
+def _in_order(generations: Sequence[Generation], indices_by_rank: Sequence[Sequence[int]]) -> Generation:
+    """One generation of all rows in their order, out of those of the ranks."""
+    if len(generations) == 1:
+        return generations[0]
+    places = {row: (r, i) for r, indices in enumerate(indices_by_rank) for i, row in enumerate(indices)}
+    merged = Generation(experts=None if generations[0].experts is None else [])
     for row in range(len(places)):
-        part, place = places[row]
-        for name, values in vars(parts[part]).items():
+        rank, place = places[row]
+        for name, values in vars(generations[rank]).items():
             if values is not None:
-                getattr(whole, name).append(values[place])
-    return whole
+                getattr(merged, name).append(values[place])
+    return merged
 
 
 @torch.no_grad()
 def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float, capacity: int = 8192) -> Tensor:
-    """(N,) log-probability of the answer tokens under another model, with the sampler's temperature."""
+    """(N,) log-probability of the answer tokens under a model, at the sampler's temperature."""
     device, parallel = model.embedding.weight.device, model.parallel
     out: list[Tensor] = [torch.zeros(0)] * len(rollout.samples)
     runs = answer_runs(rollout.samples, rollout.prompt_tokens, range(len(out)), capacity, parallel)
@@ -147,9 +155,9 @@ def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float,
         logprob, _ = linear_logprob(
             hidden, model.head_weight, batch.targets, temperature=temperature, shard=model.shard
         )
-        pieces = batch.of_answers(logprob).float().cpu().split([rollout.lengths[i] for i in run])
-        for index, piece in zip(run, pieces):
-            out[index] = piece
+        by_answer = batch.gather(logprob).float().cpu().split([rollout.lengths[i] for i in run])
+        for index, answer_logprob in zip(run, by_answer):
+            out[index] = answer_logprob
     return torch.cat(out)
 
 
@@ -160,13 +168,14 @@ def answer_values(critic: ScoringModel, rollout: Rollout) -> Tensor:
     return torch.cat([score[:, 0] for score in scores])
 
 
-def idle_share(loads: Sequence[tuple[int, int, int]]) -> float:
-    """Share of the sampling that went by with nothing to sample, at the end of the longest answers: 1 - tokens over
-    what all ranks' sequences could have got in the steps of the slowest rank.
+def idle_fraction(loads: Sequence[tuple[int, int, int]]) -> float:
+    """Fraction of the sampling slots that were idle while the longest answers finished.
+
+    1 - tokens / (steps of the slowest rank x sequences of all ranks)
 
     Args:
         loads: `Rollout.load` of every rank.
     """
     steps = max(load[0] for load in loads)
-    room = steps * sum(load[2] for load in loads)
-    return 1 - sum(load[1] for load in loads) / room if room else 0.0
+    slots = steps * sum(load[2] for load in loads)
+    return 1 - sum(load[1] for load in loads) / slots if slots else 0.0

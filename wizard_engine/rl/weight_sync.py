@@ -1,8 +1,8 @@
-"""Weights from a trainer that is divided over ranks to a sampler that is divided otherwise, over the same ranks.
+"""Resharding of the trainer's weights into the sampler's layout, over the same ranks.
 
-Nothing goes through a disk or a server. What every rank sends to whom is planned once, from what all of them have said
-of their parts; then each bucket of parameters is packed, exchanged, and written in place. A checksum of both sides that
-does not depend on the division says whether it arrived.
+Nothing goes through a disk or a server. The ranks exchange their shard specs once and plan all transfers. Each sync
+then packs, exchanges and writes one bucket of parameters after another, in place. A checksum that does not depend on
+the layout, taken on both sides, verifies the result.
 """
 
 import hashlib
@@ -19,77 +19,84 @@ from wizard_engine.parallel.mesh import Axis
 from wizard_engine.parallel.reductions import gather_along
 from wizard_engine.parallel.shard_spec import ShardSpec, Slice, as_matrix
 
-# Bytes of whole parameters that move at once.
+# Bytes of whole parameters in one exchange.
 BUCKET_BYTES = 256 * 2**20
-# Elements that a checksum looks at at once.
+# Elements that a checksum reads at once.
 CHUNK = 2**22
 GOLDEN = -7046029254386353131
 
 
 @dataclass(frozen=True)
-class Part:
-    """Elements [start, stop) of what a cut says of a parameter."""
+class WeightShard:
+    """Elements [start, stop) of a rank's local values of a parameter."""
 
     name: str
-    cut: ShardSpec
+    spec: ShardSpec
     start: int
     stop: int
 
     def slices(self) -> Iterator[Slice]:
         """The elements as rectangles."""
-        return self.cut.slices(self.start, self.stop)
+        return self.spec.slices(self.start, self.stop)
 
 
 @dataclass(frozen=True)
-class Move:
-    """A rectangle that one rank has and another wants: where it stands in the part that it is of, and in the other."""
+class Transfer:
+    """A rectangle that one rank sends to another.
+
+    source, target: indices of the shards on the sending and the receiving rank.   source_slice, target_slice: their
+    rectangles.   overlap: what is sent, the intersection of the two.
+    """
 
     name: str
     source: int
-    held: Slice
+    source_slice: Slice
     target: int
-    wanted: Slice
-    common: Slice
+    target_slice: Slice
+    overlap: Slice
 
 
-def moves(have: Sequence[Part], want: Sequence[Part]) -> list[Move]:
-    """What of some parts others want, in the order of the parts."""
+def plan_transfers(sources: Sequence[WeightShard], targets: Sequence[WeightShard]) -> list[Transfer]:
+    """Transfers from the shards of one rank to those of another, in the order of the sources."""
     by_name: dict[str, list[int]] = {}
-    for target, part in enumerate(want):
-        by_name.setdefault(part.name, []).append(target)
-    found = []
-    for source, mine in enumerate(have):
-        for target in by_name.get(mine.name, ()):
-            for held in mine.slices():
-                for wanted in want[target].slices():
-                    common = held.overlap(wanted)
-                    if common is not None:
-                        found.append(Move(mine.name, source, held, target, wanted, common))
-    return found
+    for index, shard in enumerate(targets):
+        by_name.setdefault(shard.name, []).append(index)
+    transfers = []
+    for source, shard in enumerate(sources):
+        for target in by_name.get(shard.name, ()):
+            for source_slice in shard.slices():
+                for target_slice in targets[target].slices():
+                    overlap = source_slice.overlap(target_slice)
+                    if overlap is not None:
+                        transfers.append(Transfer(shard.name, source, source_slice, target, target_slice, overlap))
+    return transfers
 
 
-class HandOver:
-    """Moves the weights of a divided model into tensors that another division of it has.
+class WeightSync:
+    """Copies the weights of a sharded model into tensors of another layout.
 
     Args:
-        trainer: what divides the model.   targets: parameter -> this rank's tensor, contiguous.
-        cuts: parameter -> what that is of the whole one.
+        trainer: the sharded model.   targets: parameter -> this rank's tensor, contiguous.
+        specs: parameter -> the shard of it that the tensor holds.
+    Attributes:
+        moved_bytes: that this rank has sent so far.
     Raises:
-        ValueError: the ranks do not have, together, what one of them wants.
+        ValueError: the ranks together do not hold every element of a target exactly once.
     """
 
-    def __init__(self, trainer: Sharded, targets: dict[str, Tensor], cuts: dict[str, ShardSpec]) -> None:
+    def __init__(self, trainer: Sharded, targets: dict[str, Tensor], specs: dict[str, ShardSpec]) -> None:
         self.trainer, self.targets, self.axis = trainer, targets, trainer.mesh.copy
-        self.have = [
-            Part(n, trainer.shard_specs[n], at, at + x.numel()) for n, at, x in trainer.weight_shards(exact=False)
+        self.source_shards = [
+            WeightShard(n, trainer.shard_specs[n], at, at + x.numel())
+            for n, at, x in trainer.weight_shards(exact=False)
         ]
-        self.want = [Part(name, cuts[name], 0, target.numel()) for name, target in targets.items()]
-        everyone = gather_along(self.axis, (self.have, self.want))
-        self.outgoing = [moves(self.have, want) for _, want in everyone]
-        self.incoming = [moves(have, self.want) for have, _ in everyone]
+        self.target_shards = [WeightShard(name, specs[name], 0, target.numel()) for name, target in targets.items()]
+        shards_of_ranks = gather_along(self.axis, (self.source_shards, self.target_shards))
+        self.outgoing = [plan_transfers(self.source_shards, target_shards) for _, target_shards in shards_of_ranks]
+        self.incoming = [plan_transfers(source_shards, self.target_shards) for source_shards, _ in shards_of_ranks]
         covered = dict.fromkeys(targets, 0)
-        for move in (m for row in self.incoming for m in row):
-            covered[move.name] += move.common.size
+        for transfer in (t for of_rank in self.incoming for t in of_rank):
+            covered[transfer.name] += transfer.overlap.size
         for name, target in targets.items():
             if covered[name] != target.numel():
                 raise ValueError(
@@ -100,7 +107,7 @@ class HandOver:
         self.moved_bytes = 0
 
     def _buckets(self) -> Iterator[set[str]]:
-        """Parameters that move together, the same on every rank."""
+        """Names of the parameters of each exchange, the same on every rank."""
         names: set[str] = set()
         size = 0
         for name, shape in self.trainer.shapes.items():
@@ -115,89 +122,98 @@ class HandOver:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Move all weights; every rank makes the call."""
+        """Copy all weights; every rank makes the call."""
         values = [x for _, _, x in self.trainer.weight_shards(exact=False)]
         for names in self.buckets:
-            for move in self.outgoing[self.axis.index]:
-                if move.name in names:
-                    self._place(move).copy_(self._found(move, values))
+            for transfer in self.outgoing[self.axis.index]:
+                if transfer.name in names:
+                    self._target(transfer).copy_(self._source(transfer, values))
             if self.axis.size > 1:
                 self._exchange(names, values)
 
     def _exchange(self, names: set[str], values: list[Tensor]) -> None:
-        own = self.axis.index
-        sent = [[m for m in row if m.name in names and r != own] for r, row in enumerate(self.outgoing)]
-        came = [[m for m in row if m.name in names and r != own] for r, row in enumerate(self.incoming)]
-        sizes, counts = ([sum(m.common.size for m in row) for row in rows] for rows in (sent, came))
-        like = next(iter(self.targets.values()))
-        pieces = [self._found(m, values).reshape(-1) for row in sent for m in row]
-        packed = torch.cat(pieces) if pieces else like.new_empty(0)
-        arrived = like.new_empty(sum(counts))
-        dist.all_to_all_single(arrived, packed.to(like.dtype), counts, sizes, group=self.axis.group)
-        self.moved_bytes += packed.nbytes
-        at = 0
-        for move in (m for row in came for m in row):
-            box = move.common
-            self._place(move).copy_(arrived[at : at + box.size].view(box.rows, box.columns))
-            at += box.size
-
-    def _found(self, move: Move, values: list[Tensor]) -> Tensor:
-        """Where this rank has a rectangle."""
-        return move.held.crop(move.held.of(values[move.source]), move.common)
-
-    def _place(self, move: Move) -> Tensor:
-        """Where this rank wants it."""
-        return move.wanted.crop(move.wanted.of(self.targets[move.name].view(-1)), move.common)
-
-    def stamp_of_sampler(self, tp: Axis, ep: Axis) -> int:
-        """Checksum of the weights that this rank's sampler has, with those of the ranks that divide it."""
-        own = checksum(
-            (part.name, part.cut, part.start, self.targets[part.name].view(-1))
-            for part in self.want
-            if not part.cut.is_whole or max(tp.index, ep.index) == 0
+        index = self.axis.index
+        sends = [[t for t in ts if t.name in names and r != index] for r, ts in enumerate(self.outgoing)]
+        receives = [[t for t in ts if t.name in names and r != index] for r, ts in enumerate(self.incoming)]
+        send_sizes, receive_sizes = (
+            [sum(t.overlap.size for t in ts) for ts in of_ranks] for of_ranks in (sends, receives)
         )
-        if tp.size > 1 or ep.size > 1:
-            total = torch.tensor([own], dtype=torch.int64, device=next(iter(self.targets.values())).device)
-            dist.all_reduce(total, group=(tp if tp.size > 1 else ep).group)
-            own = int(total)
-        return own
+        like = next(iter(self.targets.values()))
+        rectangles = [self._source(t, values).reshape(-1) for ts in sends for t in ts]
+        sent = torch.cat(rectangles) if rectangles else like.new_empty(0)
+        received = like.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(received, sent.to(like.dtype), receive_sizes, send_sizes, group=self.axis.group)
+        self.moved_bytes += sent.nbytes
+        at = 0
+        for transfer in (t for ts in receives for t in ts):
+            overlap = transfer.overlap
+            self._target(transfer).copy_(received[at : at + overlap.size].view(overlap.rows, overlap.columns))
+            at += overlap.size
+
+    def _source(self, transfer: Transfer, values: list[Tensor]) -> Tensor:
+        """View of the rectangle in the trainer's shard."""
+        return transfer.source_slice.crop(transfer.source_slice.of(values[transfer.source]), transfer.overlap)
+
+    def _target(self, transfer: Transfer) -> Tensor:
+        """View of the rectangle in the sampler's tensor."""
+        tensor = self.targets[transfer.name].view(-1)
+        return transfer.target_slice.crop(transfer.target_slice.of(tensor), transfer.overlap)
+
+    def sampler_checksum(self, tp: Axis, ep: Axis) -> int:
+        """Checksum of the sampler's weights, over the ranks that share its matrices and experts."""
+        # Every rank holds the whole parameters; the first one counts them.
+        local_sum = checksum(
+            (shard.name, shard.spec, shard.start, self.targets[shard.name].view(-1))
+            for shard in self.target_shards
+            if not shard.spec.is_whole or max(tp.index, ep.index) == 0
+        )
+        if tp.size == 1 and ep.size == 1:
+            return local_sum
+        device = next(iter(self.targets.values())).device
+        return _sum_over(local_sum, tp if tp.size > 1 else ep, device)
 
 
 def trainer_checksum(trainer: Sharded) -> int:
-    """Checksum of a divided model's weights as it computes with them; every rank of a copy makes the call."""
-    own = checksum((name, trainer.shard_specs[name], start, x) for name, start, x in trainer.weight_shards(exact=False))
-    if trainer.mesh.copy.size > 1:
-        total = torch.tensor([own], dtype=torch.int64, device=trainer.device)
-        dist.all_reduce(total, group=trainer.mesh.copy.group)
-        own = int(total)
-    return own
+    """Checksum of the weights that a sharded model computes with; every rank of a copy makes the call."""
+    local_sum = checksum(
+        (name, trainer.shard_specs[name], start, x) for name, start, x in trainer.weight_shards(exact=False)
+    )
+    copy = trainer.mesh.copy
+    return _sum_over(local_sum, copy, trainer.device) if copy.size > 1 else local_sum
+
+
+def _sum_over(local_sum: int, axis: Axis, device: torch.device) -> int:
+    """Sum of a checksum over the ranks of an axis, modulo 2^64."""
+    global_sum = torch.tensor([local_sum], dtype=torch.int64, device=device)
+    dist.all_reduce(global_sum, group=axis.group)
+    return int(global_sum)
 
 
 @torch.no_grad()
-def checksum(parts: Iterable[tuple[str, ShardSpec, int, Tensor]]) -> int:
-    """Sum over elements of their bits times an odd number made of parameter and place, modulo 2^64.
+def checksum(shards: Iterable[tuple[str, ShardSpec, int, Tensor]]) -> int:
+    """Sum over elements of their bits times an odd number made of the parameter and the position, modulo 2^64.
 
-    Sums over ranks, whatever each of them has, are the same as one over whole parameters.
+    The sum over the ranks of any layout equals the sum over whole parameters.
 
     Args:
-        parts: (parameter, cut, start, values): elements from `start` on of what the cut says of the parameter.
+        shards: (parameter, spec, start, values): elements from `start` on of the local values that the spec describes.
     """
-    total: Tensor | None = None
-    for name, cut, start, values in parts:
+    result: Tensor | None = None
+    for name, spec, start, values in shards:
         salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-        width = as_matrix(cut.shape)[1]
-        for box in cut.slices(start, start + values.numel()):
-            own = box.of(values.view(-1))
-            rows = max(1, CHUNK // max(1, box.columns))
-            column = torch.arange(box.column, box.column + box.columns, device=values.device)
-            for row in range(0, box.rows, rows):
-                part = own[row : row + rows]
-                first = box.row + row
-                place = torch.arange(first, first + part.shape[0], device=values.device)[:, None] * width + column
-                bits = part.contiguous().view(_BITS[part.element_size()]).long()
-                partial = (bits * ((place * GOLDEN + salt) | 1)).sum()
-                total = partial if total is None else total + partial
-    return 0 if total is None else int(total)
+        width = as_matrix(spec.shape)[1]
+        for tile in spec.slices(start, start + values.numel()):
+            matrix = tile.of(values.view(-1))
+            rows = max(1, CHUNK // max(1, tile.columns))
+            column = torch.arange(tile.column, tile.column + tile.columns, device=values.device)
+            for row in range(0, tile.rows, rows):
+                chunk = matrix[row : row + rows]
+                first = tile.row + row
+                position = torch.arange(first, first + chunk.shape[0], device=values.device)[:, None] * width + column
+                bits = chunk.contiguous().view(_BITS[chunk.element_size()]).long()
+                chunk_sum = (bits * ((position * GOLDEN + salt) | 1)).sum()
+                result = chunk_sum if result is None else result + chunk_sum
+    return 0 if result is None else int(result)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

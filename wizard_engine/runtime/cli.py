@@ -26,13 +26,13 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
     Args:
         config: a frozen dataclass.
         presets: name -> instance.
-        args: the words after the program's name; None takes them from the command line.
+        args: the arguments after the program's name; None takes them from the command line.
     Raises:
         SystemExit: code 2 after an error on stderr: unknown option (the nearest is named), unknown preset, bad or
             absent value; or a ValueError of the dataclass itself. Code 0 after --help.
     """
-    words = list(sys.argv[1:] if args is None else args)
-    default = _take_preset(words, dict(presets or {}))
+    arguments = list(sys.argv[1:] if args is None else args)
+    default = _take_preset(arguments, dict(presets or {}))
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
@@ -41,7 +41,7 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
                 config,
                 prog=Path(sys.argv[0]).name,
                 description=_description(config, presets),
-                args=words,
+                args=arguments,
                 return_unknown_args=True,
                 config=(tyro.conf.EnumChoicesFromValues,),
                 **keywords,
@@ -49,10 +49,10 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
     except ValueError as error:
         _fail(str(error))
     except SystemExit:
-        # A misspelt required option is also reported as missing: name the misspelt word instead.
+        # A misspelt required option is also reported as missing: name the misspelt one instead.
         if "Unrecognized options" in printed.getvalue():
-            typed = [word for word in words if word.startswith("--")]
-            unknown = [word for word in typed if not _is_option(word, option_names(config))]
+            typed = [argument for argument in arguments if argument.startswith("--")]
+            unknown = [argument for argument in typed if not _is_option(argument, option_names(config))]
             if unknown:
                 _fail(_unknown_message(config, unknown))
         sys.stderr.write(printed.getvalue())
@@ -62,17 +62,21 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
     return value
 
 
-def _take_preset(words: list[str], presets: dict[str, Config]) -> Config | None:
-    """The instance that --preset names, or None without the option; removes the option from `words`."""
-    positions = [i for i, word in enumerate(words) if presets and (word == "--preset" or word.startswith("--preset="))]
+def _take_preset(arguments: list[str], presets: dict[str, Config]) -> Config | None:
+    """The instance that --preset names, or None without the option; removes the option from `arguments`."""
+    positions = [
+        i
+        for i, argument in enumerate(arguments)
+        if presets and (argument == "--preset" or argument.startswith("--preset="))
+    ]
     if not positions:
         return None
     if len(positions) > 1:
         _fail("--preset: expected once, got it twice; keep one")
     at = positions[0]
-    option, sign, name = words.pop(at).partition("=")
+    option, sign, name = arguments.pop(at).partition("=")
     if not sign:
-        name = words.pop(at) if at < len(words) else ""
+        name = arguments.pop(at) if at < len(arguments) else ""
     if name not in presets:
         _fail(f"{option}: expected one of {', '.join(presets)}, got {name!r}{_nearest(name, list(presets))}")
     return presets[name]
@@ -95,9 +99,9 @@ def option_names(config: type, prefix: str = "--") -> list[str]:
     return names
 
 
-def _is_option(word: str, names: Sequence[str]) -> bool:
-    """Whether a word is one of the options, also with =VALUE, with underscores, or with the `no-` of a switch."""
-    name = word.partition("=")[0].replace("_", "-")
+def _is_option(argument: str, names: Sequence[str]) -> bool:
+    """Whether an argument is one of the options, also with =VALUE, with underscores, or with the `no-` of a switch."""
+    name = argument.partition("=")[0].replace("_", "-")
     return name in (*names, "--help") or name.replace("no-", "", 1) in names
 
 
@@ -109,15 +113,15 @@ def _nested_dataclass(hint: Any) -> type | None:
 
 def _unknown_message(config: type, unknown: Sequence[str]) -> str:
     names = [*option_names(config), "--help", "--preset"]
-    option = next((word for word in unknown if word.startswith("-")), None)
+    option = next((argument for argument in unknown if argument.startswith("-")), None)
     if option is None:
         return f"{' '.join(unknown)}: expected options only, got words without an option; see --help"
     typed = option.partition("=")[0]
     return f"{typed}: expected a known option, got an unknown one{_nearest(typed.replace('_', '-'), names)}"
 
 
-def _nearest(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
+def _nearest(argument: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(argument, names, n=1, cutoff=0.0)
     return f"; the nearest is {close[0]}" if close else "; see --help"
 
 

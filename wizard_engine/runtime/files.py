@@ -112,11 +112,11 @@ def file_hash(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def file_mark(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     """Identity of an output: its hash, or for a large file its size and modification time."""
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if item.is_file())
-        return content_hash([[item.relative_to(path).as_posix(), file_mark(item)] for item in files])
+        return content_hash([[item.relative_to(path).as_posix(), file_fingerprint(item)] for item in files])
     status = path.stat()
     if status.st_size > LARGE_FILE_BYTES:
         return f"size {status.st_size} mtime_ns {status.st_mtime_ns}"

@@ -23,7 +23,7 @@ GRACE_SECONDS = 5.0
 STORE_SECONDS = 300.0
 
 
-class Watch:
+class Heartbeat:
     """The heartbeat thread of this rank.
 
     Args:
@@ -33,15 +33,15 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout_seconds: float) -> None:
         self.store, self.rank, self.world_size, self.timeout_seconds = store, rank, world_size, timeout_seconds
-        self._mark: tuple[int, str, float, bool] = (0, "start", time.monotonic(), False)
+        self._position: tuple[int, str, float, bool] = (0, "start", time.monotonic(), False)
         self._ended = threading.Event()
         self._beat = 0
         self._thread = threading.Thread(target=self._work, daemon=True, name="wizard watch")
         self._thread.start()
 
-    def mark(self, text: str, *, limited: bool = False) -> None:
+    def post_position(self, text: str, *, limited: bool = False) -> None:
         """Record the position of the main thread; `limited`: it must change within the timeout."""
-        self._mark = (self._mark[0] + 1, text, time.monotonic(), limited)
+        self._position = (self._position[0] + 1, text, time.monotonic(), limited)
 
     def fail(self, text: str) -> None:
         """Post an error to the other ranks; only the first error of a run is stored."""
@@ -93,7 +93,7 @@ class Watch:
 
     def _work(self) -> None:
         while not self._ended.wait(PERIOD_SECONDS):
-            count, text, since, limited = self._mark
+            count, text, since, limited = self._position
             self._beat += 1
             try:
                 self.store.set(f"mark/{self.rank}", json.dumps({"mark": count, "text": text, "beat": self._beat}))

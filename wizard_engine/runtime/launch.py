@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cli import cli
-from .process import Interrupted, stop, watch
+from .process import Interrupted, current_heartbeat, stop
 
 
 def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] | None = None) -> None:
@@ -29,12 +29,12 @@ def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] 
         print(f"{name}: {stopped}", file=sys.stderr)
         raise SystemExit(130) from stopped
     except Exception as error:
-        if watch() is None:
+        if current_heartbeat() is None:
             raise
         lost = isinstance(error, RuntimeError) and _is_of_collective(error)
         if not lost:
             traceback.print_exc()
-        _fail(name, error, watch().explain() if lost else f"{type(error).__name__}: {error}", tell=not lost)
+        _fail(name, error, current_heartbeat().explain() if lost else f"{type(error).__name__}: {error}", tell=not lost)
         raise SystemExit(1) from error
     finally:
         stop()
@@ -42,7 +42,7 @@ def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] 
 
 def _fail(name: str, error: Exception, text: str, *, tell: bool = True) -> None:
     """Print an error and post it to the other ranks; exit at once if a collective could block this rank."""
-    heartbeat = watch()
+    heartbeat = current_heartbeat()
     where = "" if heartbeat is None or text.startswith("[rank") else f"[rank {heartbeat.rank}/{heartbeat.world_size}] "
     print(f"{name}: error: {where}{text}", file=sys.stderr, flush=True)
     if heartbeat is not None:
@@ -56,5 +56,5 @@ def _is_of_collective(error: RuntimeError) -> bool:
     """Whether an error comes from a collective whose peer failed or is late, not from this rank."""
     text = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or any(
-        word in text for word in ("gloo", "nccl", "connection", "timed out", "peer", "socket")
+        cause in text for cause in ("gloo", "nccl", "connection", "timed out", "peer", "socket")
     )

@@ -24,10 +24,10 @@ def gather_objects(local: object, group: dist.ProcessGroup | None = None) -> lis
     return gathered
 
 
-def with_names_of_all_ranks(numbers: dict[str, float]) -> dict[str, float]:
-    """The numbers in the same order on every rank, 0 for names that only other ranks have. A rank may have no rows."""
-    names = dict.fromkeys(name for names in gather_objects(list(numbers)) for name in names)
-    return {name: numbers.get(name, 0.0) for name in names}
+def with_names_of_all_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics in the same order on every rank, 0 for names that only other ranks have. A rank may have no rows."""
+    names = dict.fromkeys(name for names in gather_objects(list(metrics)) for name in names)
+    return {name: metrics.get(name, 0.0) for name in names}
 
 
 def first_error(error: Exception | None, runtime: Runtime) -> str:

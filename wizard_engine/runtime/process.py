@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .heartbeat import Watch, run_store
+from .heartbeat import Heartbeat, run_store
 
 PR_SET_PDEATHSIG = 1
 AGENT_SECONDS = 30.0
 RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
-_watch: Watch | None = None
+_heartbeat: Heartbeat | None = None
 
 
 @dataclass(frozen=True)
@@ -83,33 +83,33 @@ def start(device: str = "auto", threads: int | None = None, *, timeout_seconds: 
             # With a device id NCCL connects now, where its errors name their cause, and later groups are splits of it.
             options["device_id"] = chosen
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **options)
-        global _watch
+        global _heartbeat
         if world_size > 1:
-            _watch = Watch(run_store("watch"), rank, world_size, timeout_seconds)
+            _heartbeat = Heartbeat(run_store("watch"), rank, world_size, timeout_seconds)
     return Runtime(rank, world_size, local_rank, chosen)
 
 
 def stop() -> None:
     """Destroy the process group, if there is one."""
-    global _watch
-    if _watch is not None:
-        _watch.close()
-        _watch = None
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.close()
+        _heartbeat = None
     if dist.is_initialized():
         # Sharded models hold the groups of their mesh and are part of reference cycles.
         gc.collect()
         dist.destroy_process_group()
 
 
-def watch() -> Watch | None:
+def current_heartbeat() -> Heartbeat | None:
     """The heartbeat of this rank; None on one rank."""
-    return _watch
+    return _heartbeat
 
 
-def mark(text: str, *, limited: bool = False) -> None:
-    """Post the position of this rank; `limited`: the next mark must follow within the timeout."""
-    if _watch is not None:
-        _watch.mark(text, limited=limited)
+def post_position(text: str, *, limited: bool = False) -> None:
+    """Post the position of this rank; `limited`: the next position must follow within the timeout."""
+    if _heartbeat is not None:
+        _heartbeat.post_position(text, limited=limited)
 
 
 def _die_with_parent() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import file_hash, file_mark, read_object, to_plain, write_json
+from .files import file_fingerprint, file_hash, read_object, to_plain, write_json
 from .object_collectives import check_same, from_main
 from .process import Runtime
 
@@ -80,8 +80,8 @@ class Stage:
             return False
         if {key: record.get(key) for key in ("stage", "version", "config", "inputs")} != self.identity():
             return False
-        outputs = {self.out / name: mark for name, mark in record["outputs"].items()}
-        return all(path.exists() and file_mark(path) == mark for path, mark in outputs.items())
+        outputs = {self.out / name: fingerprint for name, fingerprint in record["outputs"].items()}
+        return all(path.exists() and file_fingerprint(path) == fingerprint for path, fingerprint in outputs.items())
 
     def result(self) -> dict:
         """The result that `finish` recorded.
@@ -154,12 +154,12 @@ class Stage:
         Raises:
             ValueError: an output is absent.
         """
-        marks = {}
+        fingerprints = {}
         for path in map(Path, outputs):
             if not path.exists():
                 raise ValueError(f"{self.name}: output {path}: expected a file or directory, got none")
-            marks[os.path.relpath(path, self.out)] = file_mark(path)
-        write_json(self.out / "stage.json", {**self.identity(), "outputs": marks, "result": result})
+            fingerprints[os.path.relpath(path, self.out)] = file_fingerprint(path)
+        write_json(self.out / "stage.json", {**self.identity(), "outputs": fingerprints, "result": result})
 
 
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:

@@ -24,7 +24,7 @@ TOLERANCE = 2e-5
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: what should hold, how far off it is, how far it may be."""
+    """One line of the table: an invariant, its error and the limit of the error."""
 
     name: str
     error: float
@@ -58,12 +58,12 @@ def report(checks: Sequence[Check], *, quiet: bool) -> None:
 
 
 def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -> tuple[float, Tensor]:
-    """Loss of samples packed as given, one denominator over all, and the flat gradient; leaves no gradient behind."""
+    """Loss of groups of samples with one denominator over all, and the flat gradient; restores the gradients."""
     device = model.embedding.weight.device
-    total = float(sum(sample.weights[1:].sum() for group in groups for sample in group))
+    num_tokens = float(sum(sample.weights[1:].sum() for group in groups for sample in group))
     engine = sharded(model)
     if engine is not None and not engine.keeps_gradients:
-        return _divided_gradient_and_loss(model, engine, groups, total)
+        return _sharded_gradient_and_loss(model, engine, groups, num_tokens)
     saved = [parameter.grad for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = None
@@ -71,7 +71,7 @@ def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -
     for group in groups:
         batch = collate(group).to(device)
         hidden = model(*batch.inputs)
-        loss = _supervised_loss(model, hidden, batch, total)
+        loss = _supervised_loss(model, hidden, batch, num_tokens)
         loss.backward()
         value += float(loss.detach())
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -80,21 +80,21 @@ def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -
     return value, gradient
 
 
-def _supervised_loss(model: Transformer, hidden: Tensor, batch: Batch, total: float) -> Tensor:
+def _supervised_loss(model: Transformer, hidden: Tensor, batch: Batch, num_tokens: float) -> Tensor:
     shard = model.shard
-    return sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=total, shard=shard).loss
+    return sft_loss(hidden, model.head_weight, batch.targets, batch.weights, num_tokens=num_tokens, shard=shard).loss
 
 
-def _divided_gradient_and_loss(
-    model: Transformer, engine: Sharded, groups: Sequence[Sequence[Sample]], total: float
+def _sharded_gradient_and_loss(
+    model: Transformer, engine: Sharded, groups: Sequence[Sequence[Sample]], num_tokens: float
 ) -> tuple[float, Tensor]:
-    """The same of a divided model, all of whose ranks do the same; this rank's part of the gradient."""
+    """Loss and this rank's shard of the gradient of a sharded model; every rank makes the call."""
     engine.zero_grad()
     value = 0.0
     for group in lockstep(groups, model, backward=True):
         batch = collate(group).to(engine.device)
         hidden = model(*batch.inputs)
-        loss = _supervised_loss(model, hidden, batch, total)
+        loss = _supervised_loss(model, hidden, batch, num_tokens)
         loss.backward()
         value += float(loss.detach())
     engine.finish()
@@ -108,7 +108,7 @@ def supervised_checks(model: Transformer, samples: Sequence[Sample]) -> list[Che
     few = sorted(samples, key=lambda sample: len(sample.tokens))[: len(samples) // 2 + 1][-8:]
     together, whole = _gradient_and_loss(model, [few])
     apart, single = _gradient_and_loss(model, [[sample] for sample in few])
-    halves, split = _gradient_and_loss(model, [part for part in (few[::2], few[1::2]) if part])
+    halves, split = _gradient_and_loss(model, [half for half in (few[::2], few[1::2]) if half])
     engine = sharded(model)
     norm = Tensor.norm if engine is None or not engine.is_sharded else engine.norm
     scale, limit = max(float(norm(whole)), 1e-12), tolerance(model)
@@ -121,22 +121,22 @@ def supervised_checks(model: Transformer, samples: Sequence[Sample]) -> list[Che
 
 
 def tolerance(model: Transformer) -> float:
-    """Relative error that rounding explains: more where the model computes in 16 bits."""
+    """Relative error that rounding explains; larger for models in 16 bits."""
     return TOLERANCE if model.embedding.weight.dtype.itemsize > 2 else 25 * TOLERANCE
 
 
 def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
-    """The sample's text with what is trained in square brackets, for the eye."""
-    pieces, trained = [], False
+    """The sample's text with its trained spans in square brackets."""
+    is_run_trained, trained = [], False
     runs: list[list[int]] = []
     for token, weight in zip(sample.tokens.tolist(), sample.weights.tolist()):
         if not runs or (weight > 0) != trained:
             runs.append([])
-            pieces.append(weight > 0)
+            is_run_trained.append(weight > 0)
             trained = weight > 0
         runs[-1].append(token)
     closed = [(tokenizer.decode(run) + ("</s>" if tokenizer.eos_id in run else "")) for run in runs]
-    return "".join(f"[{text}]" if on else text for text, on in zip(closed, pieces)).replace("\n", "\\n")
+    return "".join(f"[{text}]" if on else text for text, on in zip(closed, is_run_trained)).replace("\n", "\\n")
 
 
 def check_supervised(model: Transformer, samples: Sequence[Sample], tokenizer: Tokenizer, *, quiet: bool) -> None:
@@ -154,9 +154,16 @@ def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tenso
     few = list(pairs[:8])
     batch = collate([p.chosen for p in few] + [p.rejected for p in few]).to(model.embedding.weight.device)
     with torch.no_grad():
-        own = model(*batch.inputs), model.head_weight
+        policy = model(*batch.inputs), model.head_weight
         loss, _, logprob = dpo_loss(
-            *own, batch.targets, batch.weights, batch.cu_seqlens, own, beta=beta, num_pairs=len(few), shard=model.shard
+            *policy,
+            batch.targets,
+            batch.weights,
+            batch.cu_seqlens,
+            policy,
+            beta=beta,
+            num_pairs=len(few),
+            shard=model.shard,
         )
     recorded = reference[: len(few)]
     sums, means = (
@@ -175,8 +182,8 @@ def check_rollout(largest_ratio_error: float, *, quiet: bool, is_wide: bool = Tr
     """Audit of PPO: on fresh rollouts the trainer's log-probabilities are the sampler's, so that the ratio is 1.
 
     Args:
-        is_wide: the policy computes in 32 bits or more. In 16, sampler and trainer round apart, by 0.16 nats at the
-            worst of 2,700 tokens of the demo's policy; another template or other weights show as several.
+        is_wide: the policy computes in 32 bits or more. In 16, sampler and trainer differ by rounding, at most
+            0.16 nats over 2,700 tokens of the demo's policy. Another template or other weights differ by several nats.
     """
     limit = 1e-3 if is_wide else 0.5
     report([Check("PPO ratio on fresh rollouts is 1 (nats)", largest_ratio_error, limit)], quiet=quiet)

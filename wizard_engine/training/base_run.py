@@ -1,4 +1,4 @@
-"""What all training runs share: models and optimizers, resume, steps, skipped updates, checkpoints, the end."""
+"""Base of all training runs: models and optimizers, resume, steps, skipped updates, checkpoints."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,34 +13,34 @@ from wizard_engine.checkpoint import Checkpoint, Shard
 from wizard_engine.optim import AdamW, cosine_with_warmup
 from wizard_engine.parallel import MeshOptions, lockstep, make_mesh, parallelize, sharded, sum_over_rows
 from wizard_engine.runtime.metrics import BAR_METRICS, MetricsLogger
-from wizard_engine.runtime.process import Interrupted, Runtime, StopRequest, mark
+from wizard_engine.runtime.process import Interrupted, Runtime, StopRequest, post_position
 
 from .options import Optimisation
 from .router_metrics import RouterMeter
-from .train_state import parts_of, restore
+from .train_state import checkpoint_shards, restore
 
 T = TypeVar("T")
 Work = TypeVar("Work")
-# Of the state in a checkpoint; 1 had no number.
+# Version of the state in a checkpoint; version 1 had no number.
 STATE_VERSION = 2
 
 
 class BaseRun(Generic[Work]):
     """Models that are trained step by step, with resume and checkpoints.
 
-    A subclass defines `_begin` (the work of a step), counts and logs a step in a method of its own, and names what
-    else a checkpoint holds (`_state`, `_load_state`, `_groups`). Its constructor calls `_open` last.
+    A subclass defines `_begin` (the work of a step), has a method that counts and logs a step, and adds its own state
+    to the checkpoint (`_state`, `_load_state`, `_groups`). Its constructor calls `_open` last.
 
     Args:
-        modules: name -> model, trained in place, as `parallelize` gave it; a plain one becomes a copy per rank. The
-            names are those of the checkpoint's groups.
+        modules: name -> model, trained in place, as `parallelize` returned it; a plain one is replicated. The names
+            are those of the checkpoint's groups.
         out: run directory (metrics.jsonl, checkpoints/).   name: of the run, in messages and on the progress bar.
     Attributes:
-        step: steps done.   total: steps of the whole run.   skipped: updates that were skipped.
+        step: number of finished steps.   total: steps of the whole run.   skipped: updates that were skipped.
         tokens: trained on so far, all ranks.
     """
 
-    # A step of these has a limited time, where ranks watch each other.
+    # Whether the heartbeat limits the time of a step.
     has_limited_steps = False
 
     def __init__(
@@ -82,18 +82,18 @@ class BaseRun(Generic[Work]):
     # What a subclass adds
 
     def _begin(self) -> Work:
-        """Start a step: the work that `steps` gives to the loop."""
+        """Start a step; returns the work that `steps` yields."""
         raise NotImplementedError
 
     def _end(self) -> None:
-        """A step has been counted."""
+        """Called after a step is counted."""
 
     def _state(self) -> dict[str, Any]:
         """JSON object that a checkpoint keeps beside the counters of every run."""
         return {}
 
     def _load_state(self, state: Mapping[str, Any], saved: Checkpoint) -> None:
-        """Take what `_state` gave, and tensors of `_groups`."""
+        """Restore the object of `_state` and the tensors of `_groups`."""
 
     def _groups(self) -> dict[str, dict[str, Shard]]:
         """Tensors that a checkpoint keeps beside models and optimizers."""
@@ -105,7 +105,7 @@ class BaseRun(Generic[Work]):
         """The work of each remaining step; saves and stops on request."""
         while self.step < self.total:
             self._began = time.perf_counter()
-            mark(f"{self.name} step {self.step}", limited=self.has_limited_steps)
+            post_position(f"{self.name} step {self.step}", limited=self.has_limited_steps)
             yield self._begin()
             self._end()
             every = self.options.save_every
@@ -118,18 +118,18 @@ class BaseRun(Generic[Work]):
         self.finish()
 
     def lockstep(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, a forward and a backward each; ranks that share a model make the same number of passes."""
+        """The items, for one forward and backward pass each; ranks of a sharded model make equally many passes."""
         return lockstep(items, *self.modules.values(), backward=True)
 
-    def totals(self, *numbers: float) -> tuple[float, ...]:
-        """Each number of the host summed over the ranks with rows of their own."""
-        return tuple(sum_over_rows({str(i): float(x) for i, x in enumerate(numbers)}, self.mesh).values())
+    def totals(self, *values: float) -> tuple[float, ...]:
+        """Each value of the host, summed over the data-parallel ranks."""
+        return tuple(sum_over_rows({str(i): float(x) for i, x in enumerate(values)}, self.mesh).values())
 
-    def learning_rate(self, peak: float) -> float:
+    def learning_rate(self, peak_lr: float) -> float:
         """The schedule's rate in this step."""
         options = self.options
         warmup = max(1, round(options.warmup * self.total))
-        return cosine_with_warmup(self.step, peak=peak, warmup=warmup, total=self.total, floor=options.lr_floor)
+        return cosine_with_warmup(self.step, peak=peak_lr, warmup=warmup, total=self.total, floor=options.lr_floor)
 
     def _skip(self, what: str, why: str, unit: str = "step") -> None:
         """Count and report an update that was not made.
@@ -150,7 +150,7 @@ class BaseRun(Generic[Work]):
         """Start to write a checkpoint of everything that the next step depends on; every rank makes the call."""
         groups: dict[str, dict[str, Shard]] = {}
         for name, module in self.modules.items():
-            groups[name], groups[f"{name}_optimizer"] = parts_of(module, self.optimizers[name])
+            groups[name], groups[f"{name}_optimizer"] = checkpoint_shards(module, self.optimizers[name])
         updates = {name: optimizer.count for name, optimizer in self.optimizers.items()}
         state = {
             "version": STATE_VERSION,
@@ -180,12 +180,12 @@ class BaseRun(Generic[Work]):
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and close; every rank makes the call."""
-        mark(f"{self.name} end")
+        post_position(f"{self.name} end")
         self.saver.wait()
         self.close()
 
     def close(self) -> None:
-        """Close the log and give the signals back."""
+        """Close the log and restore the signal handlers."""
         self.saver.close()
         self.logger.close()
         self.stop.close()

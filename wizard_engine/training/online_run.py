@@ -1,4 +1,4 @@
-"""The run of online reinforcement learning: its rollouts, the updates of policy and critic, its log."""
+"""Run of online reinforcement learning: rollouts, updates of policy and critic, log."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from wizard_engine.parallel.reductions import pack
 from wizard_engine.rl.advantages import Targets
 from wizard_engine.rl.options import CriticOptions, RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import AnswerReward
-from wizard_engine.rl.trajectories import Rollout, idle_share, step_seed
+from wizard_engine.rl.trajectories import Rollout, idle_fraction, step_seed
 from wizard_engine.runtime.memory import peak_memory_gib
 from wizard_engine.runtime.object_collectives import gather_objects
 from wizard_engine.runtime.process import Runtime
@@ -31,9 +31,9 @@ SHOWN = ("reward", "kl_k1", "length", "tokens_per_second")
 
 
 class OnlineOptions(Protocol):
-    """What the run reads of a recipe's configuration.
+    """Options of a recipe's configuration that the run reads.
 
-    average_from: share of the rollouts after which the policy's weights are averaged; 1: no average.
+    average_from: fraction of the rollouts after which the policy's weights are averaged; 1: no average.
     """
 
     out: Path
@@ -49,10 +49,10 @@ class OnlineOptions(Protocol):
 class OnlineRun(BaseRun[tuple[int, list[int]]]):
     """Rollout steps of PPO with a policy and maybe a critic: which prompts, the updates, resume, metrics.
 
-    `steps()` gives (step, this rank's prompt indices) of each remaining rollout; `record` ends the step.
+    `steps()` yields (step, this rank's prompt indices) of each remaining rollout; `record` ends the step.
 
     Args:
-        critic: None where advantages come from the other answers to a prompt.
+        critic: None for advantages from the other answers to a prompt.
         num_prompts: prompts to draw from, in seeded epochs.
     Raises:
         ValueError: prompts of a step that the ranks do not divide.
@@ -108,8 +108,8 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         self.averaged += 1
         self.average.lerp_(master, 1.0 / self.averaged)
 
-    def take_average(self) -> None:
-        """Put the averaged weights into the policy, where any were averaged."""
+    def use_average(self) -> None:
+        """Replace the policy's weights by the average, if there is one."""
         if self.averaged:
             engine = sharded(self.modules["policy"])
             engine.master.copy_(self.average)
@@ -127,17 +127,17 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         return chosen[self.data.index :: self.data.size]
 
     def minibatches(self, epoch: int, count: int) -> list[list[int]]:
-        """This rank's answers in each part of a seeded permutation of all ranks' answers of this step."""
+        """This rank's answers in each minibatch of a seeded permutation of all ranks' answers of this step."""
         each, ranks = self.cfg.rollout.samples_per_prompt, self.data.size
         size = self.cfg.rollout.prompts_per_step * each
         order = np.random.default_rng(step_seed(self.cfg.seed, self.step, epoch)).permutation(size)
         return [
-            [i // each // ranks * each + i % each for i in part.tolist() if i // each % ranks == self.data.index]
-            for part in np.array_split(order, count)
+            [i // each // ranks * each + i % each for i in minibatch.tolist() if i // each % ranks == self.data.index]
+            for minibatch in np.array_split(order, count)
         ]
 
     def zero_grad(self, *, multiple: bool = False) -> None:
-        """Clear the gradients of policy and critic; `multiple`: further losses of the policy come before the update."""
+        """Clear the gradients of policy and critic; `multiple`: the policy has several backward passes per update."""
         for name, optimizer in self.optimizers.items():
             optimizer.zero_grad(multiple=multiple and name == "policy")
 
@@ -168,7 +168,7 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
     def update(self) -> None:
         """Reduce, clip and step both optimizers; the policy waits during the critic's warm-up.
 
-        The host reads the norms once, behind both launches: an update that is not finite is skipped on the device.
+        The host reads the norms once, after both launches: the device skips an update that is not finite.
         """
         critic = self.cfg.critic
         peaks = {"policy": self.options.lr if self.step >= critic.warmup_steps else 0.0, "critic": critic.lr}
@@ -228,18 +228,18 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         self.tokens += int(tokens)
         seconds = time.perf_counter() - self._began
         per_answer = ("reward", "instruction_factor", "process_factor", "mean_step_score", "steps_per_answer")
-        numbers = {name: sums[name] / count for name in (*per_answer, "finished")}
-        numbers |= {name: sums[name] / tokens for name in ("kl_k1", "kl_k3")}
-        numbers |= {name: value / max(1, self._updates) for name, value in shares.items()}
+        metrics = {name: sums[name] / count for name in (*per_answer, "finished")}
+        metrics |= {name: sums[name] / tokens for name in ("kl_k1", "kl_k3")}
+        metrics |= {name: value / max(1, self._updates) for name, value in shares.items()}
         if values is not None:
             variance = max(sums["rr"] / tokens - (sums["r"] / tokens) ** 2, 1e-12)
-            numbers |= {"value": sums["value"] / tokens, "critic_grad_norm": self._norms["critic"]}
-            numbers |= {"explained_variance": 1 - sums["ee"] / tokens / variance}
-            numbers |= {f"critic_{name}": value for name, value in routers["critic"].items()}
+            metrics |= {"value": sums["value"] / tokens, "critic_grad_norm": self._norms["critic"]}
+            metrics |= {"explained_variance": 1 - sums["ee"] / tokens / variance}
+            metrics |= {f"critic_{name}": value for name, value in routers["critic"].items()}
         # A phase ends, for all, when its slowest rank does.
-        numbers |= {f"{name}_seconds": max(one[1].get(name, 0.0) for one in ranks) for name in self._seconds}
+        metrics |= {f"{name}_seconds": max(one[1].get(name, 0.0) for one in ranks) for name in self._seconds}
         self.step += 1
-        loss = numbers.pop("policy_loss")
+        loss = metrics.pop("policy_loss")
         self.logger.log(
             step=self.step,
             loss=loss,
@@ -250,9 +250,9 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
             seconds=seconds,
             length=tokens / count,
             ratio_error=difference,
-            tail_idle=idle_share([one[2] for one in ranks]),
+            tail_idle=idle_fraction([one[2] for one in ranks]),
             peak_memory_gib=peak_memory_gib(self.device),
-            **numbers,
+            **metrics,
             **routers["policy"],
         )
 
@@ -260,25 +260,27 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         """This rank's shares of the step, and its largest difference of log-probabilities: one transfer."""
         counts = {name: len(values) for name, values in self._shares.items()}
         kept = [*(x for values in self._shares.values() for x in values), *self._differences]
-        numbers = iter(pack(kept, self.device).tolist() if kept else ())
-        shares = {name: sum(next(numbers) for _ in range(count)) for name, count in counts.items()}
-        return shares, max([0.0, *numbers])
+        values = iter(pack(kept, self.device).tolist() if kept else ())
+        shares = {name: sum(next(values) for _ in range(count)) for name, count in counts.items()}
+        return shares, max([0.0, *values])
 
     def _summed(self, local: dict[str, Tensor | float]) -> tuple[dict[str, float], dict[str, dict]]:
-        """Numbers of the rollout over all ranks, and the routers' metrics: one reduction, one transfer."""
-        taken = {name: router.take() for name, router in self.routers.items()}
-        packed = pack_over_rows(local, self.mesh, float(self.stop.requested), *(x for xs in taken.values() for x in xs))
+        """Sums of the rollout over all ranks, and the routers' metrics: one reduction, one transfer."""
+        sums_by_router = {name: router.pop_sums() for name, router in self.routers.items()}
+        packed = pack_over_rows(
+            local, self.mesh, float(self.stop.requested), *(x for xs in sums_by_router.values() for x in xs)
+        )
         values = iter(packed.tolist())
         sums = {name: next(values) for name in local}
         self._asked_to_stop = next(values) > 0
         routers = {}
-        for name, numbers in taken.items():
-            count = sum(x.numel() if isinstance(x, Tensor) else 1 for x in numbers)
+        for name, router_sums in sums_by_router.items():
+            count = sum(x.numel() if isinstance(x, Tensor) else 1 for x in router_sums)
             routers[name] = self.routers[name].metrics([next(values) for _ in range(count)])
         return sums, routers
 
     def result(self) -> dict:
-        """What a stage records of the run."""
+        """Result of the run for the stage's record."""
         return {
             "steps": self.step,
             "answer_tokens": self.tokens,

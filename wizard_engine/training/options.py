@@ -15,9 +15,9 @@ class Optimisation:
     pack_tokens: int = 1024
     """Capacity of one packed row (micro-batch), tokens."""
     warmup: float = 0.05
-    """Share of the steps with a rising learning rate."""
+    """Fraction of the steps with a rising learning rate."""
     lr_floor: float = 0.05
-    """Share of the peak learning rate left at the end."""
+    """Fraction of the peak learning rate at the end."""
     weight_decay: float = 0.0
     beta2: float = 0.95
     """Decay rate of the second moment."""
@@ -42,9 +42,9 @@ class Training(Optimisation):
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
     spike: float = 0.0
-    """Skip a step whose loss is so many standard deviations above the mean of the last 128 steps; 0 skips none. 6 is
-    usual for large batches; the losses of small ones have long tails. Any but 0 lets the host wait for the loss before
-    the update."""
+    """Skip a step whose loss is this many standard deviations above the mean of the last 128 steps; 0 skips none. 6 is
+    usual for large batches; the losses of small ones have long tails. With a value above 0 the host waits for the loss
+    before the update."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class OnlineTraining(Optimisation):
     pack_tokens: int = 8192
     """Capacity of one packed row (micro-batch), tokens."""
     lr_floor: float = 0.1
-    """Share of the peak learning rate left at the end."""
+    """Fraction of the peak learning rate at the end."""
     save_every: int = field(default=50, metadata=INCIDENTAL)
     """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
 
 
 def sample_limit(max_length: int | None, config: ModelConfig, training: Training) -> int:
-    """Longest sample, tokens: what was asked for, or the context, and never more than a packed row takes.
+    """Longest sample, tokens: `max_length` or the context, at most the capacity of a packed row.
 
     Raises:
-        ValueError: more was asked for than the model's context.
+        ValueError: `max_length` exceeds the model's context.
     """
     if max_length is not None and not 2 <= max_length <= config.max_positions:
         raise ValueError(f"max_length: expected 2 to {config.max_positions} (the model's context), got {max_length}")

@@ -26,4 +26,4 @@ def order_slices(pairs: Sequence[Pair], slices: int, order: str, seed: int) -> l
     gaps = np.asarray([pair.margin for pair in pairs])
     key = {"random": np.zeros(len(pairs)), "easy_first": lengths, "hard_first": -lengths, "by_gap": -gaps}[order]
     ranked = shuffled[np.argsort(key[shuffled], kind="stable")]
-    return [part.tolist() for part in np.array_split(ranked, slices)]
+    return [indices.tolist() for indices in np.array_split(ranked, slices)]

@@ -31,11 +31,11 @@ class ReferenceCache:
         digest = hashlib.sha256()
         engine = sharded(model)
         if engine is not None and engine.is_sharded:
-            parts = hashlib.sha256()
+            shards = hashlib.sha256()
             for name, start, values in engine.weight_shards(exact=False):
-                parts.update(f"{name} {start} {values.dtype}".encode())
-                parts.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            digest.update(repr(gather_objects(parts.hexdigest())).encode())
+                shards.update(f"{name} {start} {values.dtype}".encode())
+                shards.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(repr(gather_objects(shards.hexdigest())).encode())
         else:
             for name, parameter in model.named_parameters():
                 digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -49,26 +49,26 @@ class ReferenceCache:
     def logprobs(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
         """(N, 2) fp32 log-probabilities of the chosen and rejected answers under `model`, nats; computed once."""
         file = self.directory / f"{self.key(model, pairs)}.safetensors"
-        found = gather_objects(file.exists())
-        if all(found):
+        is_cached = gather_objects(file.exists())
+        if all(is_cached):
             return load_file(file)["logprobs"]
         logprobs = self._computed(model, pairs)
         write_bytes(file, save({"logprobs": logprobs}))
         return logprobs
 
     def _computed(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
-        """Of a divided model each rank computes its share of the pairs."""
+        """Log-probabilities of all pairs; each rank of a sharded model computes a subset."""
         engine = sharded(model)
         rank, size = 0, 1
         if engine is not None and engine.is_sharded:
             rank, size = engine.mesh.data.index, engine.mesh.data.size
-        own = pairs[rank::size]
-        samples = [pair.chosen for pair in own] + [pair.rejected for pair in own]
+        local_pairs = pairs[rank::size]
+        samples = [pair.chosen for pair in local_pairs] + [pair.rejected for pair in local_pairs]
         values = sequence_logprobs(model, samples, mean=self.normalise)
         logprobs = torch.tensor(values, dtype=torch.float32).view(2, -1).T.contiguous()
         if size == 1:
             return logprobs
         out = torch.empty(len(pairs), 2)
-        for other, part in gather_objects((rank, logprobs.tolist())):
-            out[other::size] = torch.tensor(part).view(-1, 2)
+        for other, values in gather_objects((rank, logprobs.tolist())):
+            out[other::size] = torch.tensor(values).view(-1, 2)
         return out

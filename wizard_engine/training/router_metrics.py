@@ -1,4 +1,4 @@
-"""What the routers of a model with experts add to a step: their losses, and the load of the experts."""
+"""Losses of a mixture's routers and the load of its experts, over a step."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from wizard_engine.runtime.object_collectives import is_distributed
 
 
 class RouterMeter:
-    """What the routers of a model with experts add to a step: their losses, and the load of the experts.
+    """Losses of a mixture's routers and the load of its experts, over a step.
 
-    For a dense model every call costs nothing and gives nothing. No call reads a number on the host.
+    All calls do nothing for a dense model. No call synchronises the host with the device.
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
@@ -34,25 +34,25 @@ class RouterMeter:
             self._num_tokens = pack_over_rows({"tokens": tokens}, self.mesh)[0].float() if sum_of_ranks else tokens
 
     def loss(self, routes: Routes) -> Tensor | float:
-        """A micro-batch's share of the router's losses, to be added to its loss; 0.0 for a dense model."""
-        found = routes.loss(self.config, self._num_tokens) if routes.logits else 0.0
+        """Router losses of a micro-batch, to be added to its loss; 0.0 for a dense model."""
+        router_loss = routes.loss(self.config, self._num_tokens) if routes.logits else 0.0
         load = routes.load()
         if load is not None:
             self._load += load
-            self._loss = self._loss + (found.detach() if isinstance(found, Tensor) else found)
-        return found
+            self._loss = self._loss + (router_loss.detach() if isinstance(router_loss, Tensor) else router_loss)
+        return router_loss
 
-    def take(self) -> list[Tensor | float]:
-        """This rank's router loss and load of the experts in this step, to be summed over all ranks, and a clean slate;
-        nothing for a dense model."""
+    def pop_sums(self) -> list[Tensor | float]:
+        """This rank's router loss and expert load of the step, to be summed over all ranks; clears them. Empty for a
+        dense model."""
         if not self.config.experts:
             return []
-        numbers = [self._loss, self._load]
+        sums = [self._loss, self._load]
         self._clear()
-        return numbers
+        return sums
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float | list[float]]:
-        """The step's router loss and load, out of the sums over all ranks of what `take` gave."""
+        """The step's router loss and load, out of the sums over all ranks of what `pop_sums` returned."""
         if not self.config.experts:
             return {}
         load = torch.tensor(sums[1:], dtype=torch.float64).view(self._load.shape)

@@ -1,4 +1,4 @@
-"""The run of supervised training loops: packs of rows, one update a step, its log line."""
+"""Run of supervised training: packs of rows, one update a step, its log line."""
 
 import math
 import time
@@ -27,11 +27,11 @@ from .options import Training
 class Run(BaseRun[list[np.ndarray]]):
     """One training run: iterate `steps()`; per micro-batch call `backward` on the loss and `add`, then `update` once.
 
-    `steps()` gives this rank's packs of each remaining step, as arrays of row indices.
+    `steps()` yields this rank's packs of each remaining step, as arrays of row indices.
 
     Args:
         options: see Training.   out: run directory (metrics.jsonl, checkpoints/).
-        model: trained in place, as `parallelize` gave it; a plain one becomes a copy per rank.
+        model: trained in place, as `parallelize` returned it; a plain one is replicated.
         lengths: tokens of each row, for packing.   seed: order of the data.
         documents: tokens of each document of each row, for MFU; default: a row is one document.
     Raises:
@@ -104,7 +104,7 @@ class Run(BaseRun[list[np.ndarray]]):
         Args:
             loss: this rank's share of the step's loss (its sum over ranks and micro-batches is the loss).
             tokens: tokens of the micro-batch.   logprob: (T,) log-probabilities that the loss is made of, to name the
-                token that makes it not finite.   metrics: this rank's share of further numbers.
+                token that makes it not finite.   metrics: this rank's share of further metrics.
         """
         for name, value in {"loss": loss.detach(), "tokens": tokens, **metrics}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -114,8 +114,8 @@ class Run(BaseRun[list[np.ndarray]]):
     def update(self) -> None:
         """Reduce, clip, step and log what was added.
 
-        The host reads the step's numbers once, behind the optimizer's launch: a step that is not finite is skipped on
-        the device. Where spikes are skipped it reads them before, for they depend on the losses so far.
+        The host reads the step's sums once, after the optimizer's launch: the device skips a step that is not finite.
+        Where spikes are skipped, the host reads them before the launch, because a spike depends on earlier losses.
         """
         self.sharded.finish()
         lr = self.learning_rate(self.options.lr)
@@ -135,10 +135,10 @@ class Run(BaseRun[list[np.ndarray]]):
         self._record(sums, lr)
 
     def _summed(self) -> Tensor:
-        """(N,) fp64 sums over ranks: loss, tokens, FLOPs, metrics, whether to stop, the routers' numbers."""
+        """(N,) fp64 sums over ranks: loss, tokens, FLOPs, metrics, whether to stop, the routers' sums."""
         metrics = self._complete({name: x for name, x in self._sums.items() if name not in ("loss", "tokens")})
         sums = {"loss": self._sums["loss"], "tokens": self._sums["tokens"], "flops": self._flops, **metrics}
-        return pack_over_rows(sums, self.mesh, float(self.stop.requested), *self.router.take())
+        return pack_over_rows(sums, self.mesh, float(self.stop.requested), *self.router.pop_sums())
 
     def _complete(self, metrics: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
         """Metrics by the names that the ranks agreed on in the first update; 0 where this rank has no rows."""
@@ -154,17 +154,17 @@ class Run(BaseRun[list[np.ndarray]]):
         self._asked_to_stop = rest[count] > 0
         self.step += 1
         self.tokens += int(tokens)
-        numbers = {"loss": loss, "tokens": tokens, "flops": flops} | dict(zip(self._names, rest))
-        self._log(numbers, self.router.metrics(rest[count + 1 :]), norm, lr)
+        metrics = {"loss": loss, "tokens": tokens, "flops": flops} | dict(zip(self._names, rest))
+        self._log(metrics, self.router.metrics(rest[count + 1 :]), norm, lr)
 
-    def _log(self, numbers: dict[str, float], router: dict[str, float | list[float]], norm: float, lr: float) -> None:
+    def _log(self, metrics: dict[str, float], router: dict[str, float | list[float]], norm: float, lr: float) -> None:
         seconds = time.perf_counter() - self._began
         world = self.runtime.world_size
-        rate = numbers.pop("tokens") / seconds
-        work = numbers.pop("flops") / seconds / world
+        rate = metrics.pop("tokens") / seconds
+        work = metrics.pop("flops") / seconds / world
         self.logger.log(
             step=self.step,
-            loss=numbers.pop("loss"),
+            loss=metrics.pop("loss"),
             grad_norm=norm,
             lr=lr,
             tokens=self.tokens,
@@ -174,12 +174,12 @@ class Run(BaseRun[list[np.ndarray]]):
             wait_seconds=self._waiting,
             skipped=self.skipped,
             peak_memory_gib=peak_memory_gib(self.device),
-            **numbers,
+            **metrics,
             **router,
         )
 
     def result(self) -> dict:
-        """What a stage records of the run."""
+        """Result of the run for the stage's record."""
         return {"steps": self.step, "tokens": self.tokens, "skipped": self.skipped}
 
     def _state(self) -> dict[str, Any]:
@@ -206,5 +206,5 @@ def _is_finite(sums: Sequence[float]) -> bool:
 
 
 def num_supervised(batches: Iterable) -> float:
-    """Sum of the loss weights of batches, which are in host memory still: on a device, each would be waited for."""
+    """Sum of the loss weights of batches in host memory; on a device each would synchronise."""
     return float(sum(float(batch.weights.sum()) for batch in batches))
