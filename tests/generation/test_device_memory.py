@@ -261,10 +261,10 @@ def test_ten_steps_of_rleif_capture_each_graph_once(host):
 
 def test_graphs_are_forgotten_where_cache_or_weights_stand_elsewhere(host, monkeypatch):
     policy, sampler = policy_and_sampler()
-    graphs = watched(sampler.engine)
     # Memory that torch gives again might stand where it stood: keep it from that.
     held, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **options: held.append(empty(*args, **options)) or held[-1])
+    graphs = watched(sampler.engine)
     rleif(sampler, policy, 3)
     assert len(graphs.captured) == 3 * len(set(graphs.captured)) > 0
     monkeypatch.setattr(torch, "empty", empty)
