@@ -34,14 +34,22 @@ def summary(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
     sections.append(", ".join(f"{name} {about[name]}" for name in KEPT if about.get(name)))
     lines = [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.note.replace('|', '/')} |" for o in outcomes]
     sections.append("\n".join(["| phase | status | s | |", "|---|---|---|---|", *lines]))
-    for ceilings in figures(rows, "ceilings"):
-        sections.append(
-            f"copy {ceilings['copy_gbps']:,.0f} GB/s, matrix product {ceilings['matrix_tflops']:,.0f} TFLOP/s"
-        )
+    sections += _ceilings_text(figures(rows, "ceilings"))
     sections += (
         _wrong_text(rows) + _training_text(rows) + _rollout_text(rows) + _entries_text(rows) + _kernels_text(rows)
     )
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _ceilings_text(ceilings: Sequence[dict[str, float]]) -> list[str]:
+    """Lowest and highest rate of copies and matrix products over the phases that measured them."""
+    if not ceilings:
+        return []
+    copy, matrix = ([row[name] for row in ceilings] for name in ("copy_gbps", "matrix_tflops"))
+    return [
+        f"Measured {len(ceilings)} times: copy {min(copy):,.0f} to {max(copy):,.0f} GB/s, "
+        f"matrix product {min(matrix):,.0f} to {max(matrix):,.0f} TFLOP/s."
+    ]
 
 
 def _wrong_text(rows: Sequence[Row]) -> list[str]:

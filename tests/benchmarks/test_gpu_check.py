@@ -312,6 +312,7 @@ def test_summary_shows_what_is_wrong(tmp_path):
     rows = [
         {"environment": about},
         {"ceilings": {"copy_gbps": 3000.0, "matrix_tflops": 700.0}},
+        {"ceilings": {"copy_gbps": 3100.0, "matrix_tflops": 710.0}},
         {"entry": {"wrong": ""}, "status": "right", "from": "tables", "case": "swiglu"},
         {"entry": {"wrong": "dq"}, "status": "wrong", "note": "dq: error 3", "from": "tables", "case": "rope half=8"},
         {"train_step": figures},
@@ -330,7 +331,7 @@ def test_summary_shows_what_is_wrong(tmp_path):
         "| tables | wrong | 12 | 2 of 90 |",
         "2 checked, 1 wrong",
         "- tables rope half=8  wrong: dq: error 3",
-        "copy 3,000 GB/s",
+        "copy 3,000 to 3,100 GB/s, matrix product 700 to 710",
         "forward 500 ms, step 1500 ms",
         "MFU 50.0%",
         "predicted 1.000 s, measured 1.500 s: 1.50 times as long",
