@@ -54,7 +54,8 @@ def test_cli_preset_is_the_default_and_options_override_it():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--data.on-eror", "skip"], ["--data.on_eror=skip"], ["--lr", "1", "--data.onerror=skip"]]
+    "arguments",
+    [["--data.on-eror", "skip"], ["--data.on_eror=skip"], ["--lr", "1", "--data.onerror=skip"], ["--on-error", "skip"]],
 )
 def test_cli_unknown_option_exits_2_and_names_the_nearest(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

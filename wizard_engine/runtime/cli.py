@@ -121,7 +121,9 @@ def _unknown_message(config: type, unknown: Sequence[str]) -> str:
 
 
 def _nearest(argument: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(argument, names, n=1, cutoff=0.0)
+    """What to say of a mistyped option: the option of that name in a group, else the most similar one, if any is."""
+    in_group = [name for name in names if name.rpartition(".")[2] == argument.lstrip("-")]
+    close = in_group[:1] or difflib.get_close_matches(argument, names, n=1)
     return f"; the nearest is {close[0]}" if close else "; see --help"
 
 
