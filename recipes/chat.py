@@ -28,7 +28,7 @@ from wizard_engine.generation import generate
 from wizard_engine.generation.streaming import Streamer, stream_text
 from wizard_engine.model import Transformer, load_model
 from wizard_engine.model.loading import weights_dtype
-from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.files import naming, write_text
 from wizard_engine.runtime.launch import launch
 
 HELP = """/new            forget the conversation
@@ -254,7 +254,7 @@ def save(chat: Chat, name: str) -> None:
     if not name or not chat.messages:
         raise ValueError("/save: expected a file name after a conversation, got none")
     row = {"messages": [{"role": m.role, "content": m.content} for m in chat.conversation()]}
-    with open(name, "a", encoding="utf-8") as file:
+    with naming(name, "the conversation is not saved"), open(name, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"[saved: {name}]", file=chat.stderr)
 

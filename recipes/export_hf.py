@@ -18,7 +18,7 @@ from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.model import Transformer, load_model, save_hf
-from wizard_engine.runtime.files import write_json, write_text
+from wizard_engine.runtime.files import replace_directory, sync_tree, write_json, write_text
 from wizard_engine.runtime.launch import launch
 
 
@@ -75,9 +75,8 @@ def main(cfg: Config) -> Path:
     try:
         save_hf(model, staged, tokenizer=tokenizer, max_shard_bytes=int(cfg.max_shard_gb * 10**9))
         companions(model, tokenizer, staged)
-        if cfg.out.exists():
-            shutil.rmtree(cfg.out)
-        staged.rename(cfg.out)
+        sync_tree(staged)
+        replace_directory(staged, cfg.out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     if not cfg.quiet:

@@ -29,7 +29,7 @@ from wizard_engine.planning.presets import presets
 from wizard_engine.rl.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
-from wizard_engine.training.options import Training, sample_limit
+from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
 from wizard_engine.training.run import Run
 
 
@@ -64,7 +64,7 @@ def main(cfg: Config) -> dict:
     """Train; returns what stage.json records, held-out accuracy included."""
     rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
     mesh = make_mesh(cfg.mesh, rt)
-    stage = open_stage(cfg, f"reward_{cfg.kind}", rt)
+    stage = open_stage(cfg, f"reward_{cfg.kind}", rt, extendable=RUN_LENGTH)
     if stage.done:
         return stage.result()
     is_process = cfg.kind == "process"

@@ -20,7 +20,7 @@ from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
-from wizard_engine.training.options import Training, sample_limit
+from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
 from wizard_engine.training.run import Run, num_supervised
 
 
@@ -57,7 +57,7 @@ def main(cfg: Config) -> dict:
     """Train; returns what stage.json records."""
     rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
     mesh = make_mesh(cfg.mesh, rt)
-    stage = open_stage(cfg, "sft", rt)
+    stage = open_stage(cfg, "sft", rt, extendable=RUN_LENGTH)
     if stage.done:
         return stage.result()
     model, tokenizer = language_model(

@@ -71,7 +71,7 @@ class BaseRun(Generic[Work]):
         self._resume()
         self.logger = MetricsLogger(
             self.out / "metrics.jsonl",
-            total,
+            self.total,
             self.name,
             quiet=quiet or not self.runtime.is_main,
             resume_step=self.step,
@@ -113,7 +113,8 @@ class BaseRun(Generic[Work]):
                 self.save()
                 self.finish()
                 raise Interrupted(self.step, self.out)
-            if every and self.step % every == 0 and self.step < self.total:
+            # The last one too: with more epochs the same command goes on from it.
+            if every and (self.step % every == 0 or self.step == self.total):
                 self.save()
         self.finish()
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from wizard_engine.model.config import ModelConfig
 from wizard_engine.runtime.stage import INCIDENTAL
 
+# Options of a run that goes on from its last checkpoint where they are larger.
+RUN_LENGTH = ("training.epochs", "training.max_steps")
+
 
 @dataclass(frozen=True)
 class Optimisation:

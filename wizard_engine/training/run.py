@@ -68,7 +68,7 @@ class Run(BaseRun[list[np.ndarray]]):
             rank=data.index,
             world_size=data.size,
         )
-        total = min(self.loader.steps, options.max_steps or self.loader.steps)
+        total = self._steps_in_all()
         if total < 1:
             raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
         check_same(runtime, f"{name}: rows and their order", self.loader.state()["order"])
@@ -80,6 +80,9 @@ class Run(BaseRun[list[np.ndarray]]):
         self._clear()
         self._open(total, quiet=quiet)
         self._packs = iter(self.loader)
+
+    def _steps_in_all(self) -> int:
+        return min(self.loader.steps, self.options.max_steps or self.loader.steps)
 
     def _begin(self) -> list[np.ndarray]:
         """This rank's packs of a step."""
@@ -187,6 +190,8 @@ class Run(BaseRun[list[np.ndarray]]):
 
     def _load_state(self, state: Mapping[str, Any], saved: Checkpoint) -> None:
         self.loader.load_state(state["loader"])
+        # A run that was given more epochs goes on from the end of its last pack, not of its last step.
+        self.total = self._steps_in_all()
         self.spikes.losses.extend(state["losses"])
 
 
