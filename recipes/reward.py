@@ -28,13 +28,14 @@ from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.rl.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Fraction, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
 from wizard_engine.training.run import Run
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Instruction or process reward model."""
 
     kind: Literal["instruction", "process"]
@@ -47,14 +48,14 @@ class Config:
     tokenizer: Path | None = None
     surprise: bool = True
     """Process model: let the head see how likely the body itself finds the step's last tokens."""
-    held_out: float = 0.1
+    held_out: Fraction[float] = 0.1
     """Share of the rows kept for measuring."""
-    max_length: int | None = None
+    max_length: AtLeastTwo[int | None] = None
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=1e-6))
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
-    seed: int = 0
+    seed: Seed[int] = 0
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     quiet: bool = field(default=False, metadata=INCIDENTAL)

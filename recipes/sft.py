@@ -18,6 +18,7 @@ from wizard_engine.model.loading import language_model, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
 from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
@@ -25,7 +26,7 @@ from wizard_engine.training.run import Run, num_supervised
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Supervised learning."""
 
     data: tuple[Path, ...]
@@ -37,14 +38,14 @@ class Config:
     tokenizer: Path | None = None
     """Tokenizer file or directory; default: the model directory's own."""
     kind: Literal["conversation", "text"] = "conversation"
-    max_length: int | None = None
+    max_length: AtLeastTwo[int | None] = None
     """Longest sample, tokens; default: the model's context, or what a packed row holds where that is less."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     training: Training = field(default_factory=Training)
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
-    seed: int = 0
+    seed: Seed[int] = 0
     device: str = field(default="auto", metadata=INCIDENTAL)
     audit: bool = field(default=True, metadata=INCIDENTAL)
     """Check the numerics before the first step and print a table."""
