@@ -122,15 +122,18 @@ def replacing(path: Path) -> Iterator[Any]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    is_ours = False
     try:
         # Exclusive: never through a link that somebody has put there.
         with open(temporary, "xb") as file:
+            is_ours = True
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        if is_ours:
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"{path}: not written ({error.strerror}); the former file is intact") from error
         raise

@@ -102,7 +102,7 @@ class Checked:
 
 @contextmanager
 def checked_later() -> Iterator[None]:
-    """Objects of the block are not checked: the command line does it afterwards, when their options' names are known."""
+    """Objects of the block are not checked: the command line does it afterwards, with the names of the options."""
     token = _later.set(True)
     try:
         yield
