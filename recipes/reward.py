@@ -93,6 +93,7 @@ def main(cfg: Config) -> dict:
         name=f"reward {cfg.kind}",
         quiet=cfg.quiet,
         documents=documents,
+        saves_last=True,
     )
     for packs in run.steps():
         train_step(run, model, kind, train, packs)

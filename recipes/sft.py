@@ -77,7 +77,7 @@ def main(cfg: Config) -> dict:
     if cfg.audit:
         audit.check_supervised(model, samples, tokenizer, quiet=cfg.quiet or not rt.is_main)
     lengths = [len(sample.tokens) - 1 for sample in samples]
-    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet)
+    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet, saves_last=True)
     for packs in run.steps():
         train_step(run, model, [collate([samples[i] for i in pack]) for pack in packs])
     result = run.result() | {"samples": len(samples), "rejected": rejected}

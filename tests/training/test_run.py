@@ -39,7 +39,7 @@ def samples():
     return [Sample(row.astype(np.int32), np.ones(len(row), np.float32)) for row in rows]
 
 
-def train(out, *, at=None, before=None, seed=0, **changes):
+def train(out, *, at=None, before=None, seed=0, saves_last=False, **changes):
     """A whole run; `at` maps a step to what happens to its losses, `before` to what happens to the model before it.
 
     Returns the model and the run.
@@ -47,7 +47,8 @@ def train(out, *, at=None, before=None, seed=0, **changes):
     config = ModelConfig(vocab_size=31, width=8, layers=1, heads=2, kv_heads=1, head_width=4, ffn_width=12)
     model, rows = Transformer(config, seed=seed), samples()
     lengths = [len(row.tokens) - 1 for row in rows]
-    run = Run(Training(**{**OPTIONS, **changes}), Runtime(), model, lengths, out, seed=3, name="test", quiet=True)
+    names = {"seed": 3, "name": "test", "quiet": True, "saves_last": saves_last}
+    run = Run(Training(**{**OPTIONS, **changes}), Runtime(), model, lengths, out, **names)
     try:
         for packs in run.steps():
             batches = [collate([rows[i] for i in pack]) for pack in packs]
@@ -124,14 +125,14 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path, bad):
 def test_finished_run_goes_on_with_more_epochs(tmp_path, first):
     lines = {}
     for epochs in (first, 2.5):
-        model, run = train(tmp_path, epochs=epochs, save_every=100, packs_per_step=3)
+        model, run = train(tmp_path, epochs=epochs, save_every=100, packs_per_step=3, saves_last=True)
         lines[epochs] = metrics(tmp_path)
     assert lines[2.5][: len(lines[first])] == lines[first] and len(lines[first]) < len(lines[2.5]) == run.total
     whole = train(tmp_path / "whole", epochs=2.5, packs_per_step=3)[1]
     assert lines[2.5][-1]["tokens"] == whole.tokens
     # Of the longer run's schedule, which begins at the step where the shorter one ended.
     assert lines[2.5][len(lines[first])]["lr"] > lines[first][-1]["lr"]
-    again, run = train(tmp_path, epochs=2.5, save_every=100, packs_per_step=3)
+    again, run = train(tmp_path, epochs=2.5, save_every=100, packs_per_step=3, saves_last=True)
     assert same(model, again) and run.step == run.total
 
 

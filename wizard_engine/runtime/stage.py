@@ -106,7 +106,7 @@ class Stage:
         return all(path.exists() and file_mark(path) == mark for path, mark in outputs.items())
 
     def lock(self) -> None:
-        """Keep other processes out of `out`, until `unlock` or the end of this object or process.
+        """Keep other processes out of `out`, until `finish`, `unlock`, or the end of this object or process.
 
         Raises:
             ValueError: another process is in it; says which.
@@ -129,7 +129,7 @@ class Stage:
         return record["result"]
 
     def start(self) -> None:
-        """Claim `out` for this identity; files of an interrupted run with the same identity stay.
+        """Claim `out` for this identity and lock it; files of an interrupted run with the same identity stay.
 
         A configuration without work beside it is replaced. A run that fails on its rows leaves such a one.
 
@@ -137,6 +137,7 @@ class Stage:
             ValueError: `out` holds work of another configuration and `overwrite` is off; names what differs. So does
                 work of a release whose options had other names.
         """
+        self.lock()
         path = self.out / "config.json"
         former = _read(path)
         if former is not None and "stage" not in former:
@@ -206,7 +207,7 @@ class Stage:
                 path.unlink()
 
     def finish(self, result: Mapping[str, Any], outputs: Sequence[Path] = ()) -> None:
-        """Record the stage as done.
+        """Record the stage as done, and free its directory.
 
         Args:
             result: JSON object that `result()` gives back later.
@@ -220,6 +221,7 @@ class Stage:
                 raise ValueError(f"{self.name}: output {path}: expected a file or directory, got none")
             marks[os.path.relpath(path, self.out)] = file_mark(path)
         write_sealed(self.out / "stage.json", {**self.identity(), "outputs": marks, "result": result})
+        self.unlock()
 
 
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -295,10 +297,5 @@ def open_stage(cfg: Any, name: str, runtime: Runtime, *, extendable: Sequence[st
 
 def finish_stage(stage: Stage, runtime: Runtime, result: dict, outputs: list[Path]) -> dict:
     """Record the stage as done (rank 0); returns its result on every rank."""
-
-    def record() -> None:
-        stage.finish(result, outputs)
-        stage.unlock()
-
-    from_main(runtime, record)
+    from_main(runtime, lambda: stage.finish(result, outputs))
     return result

@@ -40,6 +40,8 @@ class BaseRun(Generic[Work]):
         tokens: trained on so far, all ranks.
     """
 
+    # With more epochs the same command goes on from the last step.
+    saves_last = False
     # A step of these has a limited time, where ranks watch each other.
     has_limited_steps = False
 
@@ -113,8 +115,8 @@ class BaseRun(Generic[Work]):
                 self.save()
                 self.finish()
                 raise Interrupted(self.step, self.out)
-            # The last one too: with more epochs the same command goes on from it.
-            if every and (self.step % every == 0 or self.step == self.total):
+            is_last = self.step == self.total
+            if every and (self.saves_last if is_last else self.step % every == 0):
                 self.save()
         self.finish()
 

@@ -30,7 +30,8 @@ class Optimisation(Checked):
     clip: NonNegative[float] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     save_every: NonNegative[int] = field(default=200, metadata=INCIDENTAL)
-    """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
+    """Steps between checkpoints; a run that more epochs continue writes one at its end too. 0 writes one only when the
+    run is asked to stop."""
     keep_last: Count[int] = field(default=2, metadata=INCIDENTAL)
     """Checkpoints kept."""
     max_skipped: NonNegative[int] = 10

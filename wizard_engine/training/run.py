@@ -34,6 +34,7 @@ class Run(BaseRun[list[np.ndarray]]):
         model: trained in place, as `parallelize` gave it; a plain one becomes a copy per rank.
         lengths: tokens of each row, for packing.   seed: order of the data.
         documents: tokens of each document of each row, for MFU; default: a row is one document.
+        saves_last: write a checkpoint of the last step, from which a run with more epochs goes on.
     Raises:
         ValueError: no rows, rows that fit no pack, ranks with other rows, or a checkpoint of other rows or another
             model.
@@ -53,9 +54,11 @@ class Run(BaseRun[list[np.ndarray]]):
         name: str,
         quiet: bool = False,
         documents: Sequence[Sequence[int]] | None = None,
+        saves_last: bool = False,
     ) -> None:
         super().__init__(options, runtime, {"model": model}, out, name=name)
         self.options: Training = options
+        self.saves_last = saves_last
         self.model, self.sharded = model, sharded(model)
         self.router, self.optimizer = self.routers["model"], self.optimizers["model"]
         data = self.mesh.data
