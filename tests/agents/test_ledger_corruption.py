@@ -22,7 +22,7 @@ class Same:
 
     def respond(self, requests):
         texts = [request.messages[-1].content for request in requests]
-        return [Reply(f"reply to {t} " * 3, error="timed out" if "fail" in t else "") for t in texts]
+        return [Reply("", error="timed out") if "fail" in t else Reply(f"reply to {t} " * 3) for t in texts]
 
 
 REQUESTS = [

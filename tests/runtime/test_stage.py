@@ -144,10 +144,7 @@ def test_stage_names_a_damaged_record_and_what_to_do(tmp_path, name, damage, tex
     path.write_text(damage(content))
     advice = "remove the file to run the stage again" if name == "stage.json" else "choose another --out"
     with pytest.raises(ValueError, match=rf"{name}: {text}.*{advice}"):
-        stage.start()
-    if name == "stage.json":
-        with pytest.raises(ValueError, match=text):
-            stage.is_current()
+        stage.is_current() if name == "stage.json" else stage.start()
 
 
 def test_stage_goes_on_where_only_its_length_is_larger(tmp_path):

@@ -45,6 +45,9 @@ _ADVICE = (
     "recover what it can: sqlite3 OLD .recover | sqlite3 NEW"
 )
 _NOT_WRITTEN = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+# json.dumps makes an encoder for every call that is not of its defaults.
+_encode_content = json.JSONEncoder(separators=(",", ":")).encode
+_encode_messages = json.JSONEncoder(ensure_ascii=False).encode
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
@@ -67,12 +70,12 @@ def request_key(fingerprint: str, request: Request) -> bytes:
         float(request.temperature),
         request.max_tokens,
     ]
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()
+    return hashlib.sha256(_encode_content(content).encode()).digest()
 
 
 def _checksum(key: bytes, agent: str, task: str, text: str) -> int:
     """Of a row. The key itself is a checksum of the request and of the agent's fingerprint."""
-    return zlib.crc32(text.encode(), zlib.crc32(f"{agent}\0{task}\0".encode(), zlib.crc32(key)))
+    return zlib.crc32(f"{agent}\0{task}\0{text}".encode(), zlib.crc32(key))
 
 
 class Ledger:
@@ -109,16 +112,20 @@ class Ledger:
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            query = f"SELECT number, key, agent, task, text, checksum FROM replies WHERE key IN ({marks})"
+            query = f"SELECT key, agent, task, text, checksum FROM replies WHERE key IN ({marks})"
             with self._naming_errors():
-                for number, key, agent, task, text, checksum in self._database.execute(query, part):
+                for key, agent, task, text, checksum in self._database.execute(query, part):
                     if _checksum(key, agent, task, text) != checksum:
-                        raise self._damage("replies", number)
+                        raise self._damage("replies", f"of key {key.hex()[:16]}")
                     stored[key] = text
         return stored
 
-    def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> None:
-        """Writes the replies of a batch in one transaction; it is on disk on return."""
+    def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> bool:
+        """Writes the replies of a batch in one transaction; it is on disk on return.
+
+        Returns:
+            Whether none of them was stored before, by another process.
+        """
         who = (agent.name, agent.fingerprint)
         succeeded, failed = [], []
         for key, request, reply in zip(keys, requests, replies, strict=True):
@@ -131,8 +138,9 @@ class Ledger:
                 failed.append((key, *who, request.task, text, checksum))
         with self._naming_errors(), self._transaction():
             database = self._database
-            database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?,?)", succeeded)
+            stored = database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?,?)", succeeded)
             database.executemany("INSERT INTO failures VALUES (NULL,?,?,?,?,?,?)", failed)
+        return not succeeded or stored.rowcount == len(succeeded)
 
     def counts(self) -> dict[str, dict[str, dict[str, int]]]:
         """agent -> task -> {"replies": stored calls, "failures": failed calls}, over the life of the file."""
@@ -240,7 +248,7 @@ class Ledger:
             # A damaged row has values of other types.
             raise ValueError(f"ledger {self.path}: damaged ({error}): {_ADVICE}") from None
 
-    def _damage(self, table: str, number: int) -> ValueError:
+    def _damage(self, table: str, number: int | str) -> ValueError:
         return ValueError(
             f"ledger {self.path}: row {number} of table {table}: damaged: it does not fit its checksum: {_ADVICE}"
         )
@@ -334,7 +342,7 @@ class LedgeredAgent:
             raise ValueError(
                 f"agent {self.name}: expected {len(requests)} replies, got {len(replies)}; return one a request"
             )
-        self.ledger.store(self.agent, keys, requests, replies)
+        are_first = self.ledger.store(self.agent, keys, requests, replies)
         ended = getattr(self.agent, "ended", "")
         if ended:
             raise ValueError(
@@ -342,7 +350,7 @@ class LedgeredAgent:
             )
         self.asked.update(request.task for request in requests)
         self.served.subtract(request.task for request in requests)
-        first = self.ledger.lookup([key for key, reply in zip(keys, replies) if reply.ok])
+        first = {} if are_first else self.ledger.lookup([key for key, reply in zip(keys, replies) if reply.ok])
         return {key: Reply(first[key]) if key in first else reply for key, reply in zip(keys, replies)}
 
 
@@ -351,7 +359,7 @@ def _settings(request: Request) -> tuple[int, float, int]:
 
 
 def _pack(messages: Sequence[Message]) -> bytes:
-    return zlib.compress(json.dumps(messages, ensure_ascii=False).encode(), 1)
+    return zlib.compress(_encode_messages(messages).encode(), 1)
 
 
 def _unpack(blob: bytes) -> tuple[Message, ...]:

@@ -254,7 +254,10 @@ class Checkpoint:
         self.state, self.step, self.tensors = manifest["state"], manifest["step"], manifest["tensors"]
         match = STEP_PATTERN.fullmatch(self.path.name)
         if match and int(match.group(1)) != self.step:
-            raise ValueError(f"{self.path}: expected step {int(match.group(1))}, got {self.step}; rename the directory")
+            raise ValueError(
+                f"{self.path / NAME}: expected step {int(match.group(1))}, as its directory's name says, got {self.step}; "
+                "give the directory its name back, or remove this checkpoint"
+            )
         keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
         self._files: list[ShardFile] = []
         self._where: dict[str, list[tuple[ShardSpec, int, int, ShardFile]]] = {}

@@ -97,8 +97,11 @@ class Loader:
                 f"loader state: expected order {self._order}, got {state['order']}; resume with the same samples, "
                 "capacity, packs_per_step, seed and window"
             )
-        if self.steps is not None and state["step"] > self.steps:
-            raise ValueError(f"loader state: expected at most step {self.steps}, got {state['step']}; raise epochs")
+        if self.epochs is not None and self._packs_from(state["epoch"], state["pack"]) < 0:
+            raise ValueError(
+                f"loader state: expected a position within {self.epochs:g} epochs, got pack {state['pack']} of epoch "
+                f"{state['epoch']} (from 0), step {state['step']}; raise epochs"
+            )
         self._step, self._epoch, self._start = state["step"], state["epoch"], state["pack"]
         self._indices = None
         self.steps = self._total()
@@ -123,8 +126,12 @@ class Loader:
         """Steps done, and those that the packs from this position on make."""
         if self.epochs is None:
             return None
-        packs = sum(len(self._packs(epoch)) for epoch in range(self._epoch, math.ceil(self.epochs))) - self._start
-        return self._step + math.ceil(max(0, packs) / self.packs_per_step)
+        return self._step + math.ceil(self._packs_from(self._epoch, self._start) / self.packs_per_step)
+
+    def _packs_from(self, epoch: int, start: int) -> int:
+        """Packs from a position to the end of the last epoch; below 0 behind it."""
+        end = math.ceil(self.epochs)
+        return sum(len(self._packs(later)) for later in range(epoch, end)) - start - max(0, epoch - end)
 
     def _packs(self, epoch: int) -> list[Pack]:
         """Packs of an epoch in their seeded order, [] after the last epoch; the last result is cached."""
