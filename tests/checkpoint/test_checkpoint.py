@@ -210,7 +210,7 @@ def test_full_disk_keeps_only_the_old_checkpoints(tmp_path):
 def test_checkpoint_under_another_step_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, 1, tensors=groups(), state={})
     path.rename(path.with_name("step_00000009"))
-    with pytest.raises(ValueError, match="manifest.json: expected step 9, as its directory.s name says, got 1; give"):
+    with pytest.raises(ValueError, match=r"manifest\.json: expected step 9, as its directory's name says, got 1; give"):
         checkpoint.load(path.with_name("step_00000009"))
 
 

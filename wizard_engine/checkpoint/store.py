@@ -255,8 +255,8 @@ class Checkpoint:
         match = STEP_PATTERN.fullmatch(self.path.name)
         if match and int(match.group(1)) != self.step:
             raise ValueError(
-                f"{self.path / NAME}: expected step {int(match.group(1))}, as its directory's name says, got {self.step}; "
-                "give the directory its name back, or remove this checkpoint"
+                f"{self.path / NAME}: expected step {int(match.group(1))}, as its directory's name says, got "
+                f"{self.step}; give the directory its name back, or remove this checkpoint"
             )
         keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
         self._files: list[ShardFile] = []
