@@ -124,7 +124,7 @@ def test_loader_that_is_given_more_epochs_yields_every_sample_once_a_pass(length
         if state is not None:
             loader.load_state(state)
         steps = list(loader)
-        assert len(loader) == 0 and state is None or loader.steps == state["step"] + len(steps)
+        assert len(loader) == 0 and loader.steps == len(steps) + (state["step"] if state else 0)
         seen += [index for packs in steps for pack in packs for index in pack.tolist()]
         state = loader.state()
     whole = [i for packs in make(epochs=lengths[-1], packs_per_step=packs_per_step) for p in packs for i in p.tolist()]
