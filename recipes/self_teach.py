@@ -22,16 +22,18 @@ from wizard_engine.runtime.ranges import (
     AtLeastTwo,
     Checked,
     Count,
-    Finite,
     NonNegative,
     PositiveShare,
     Seed,
     Temperature,
+    ranged,
 )
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import label_processes, self_teach
 from wizard_engine.synthesis.inputs import open_inputs
 from wizard_engine.synthesis.outputs import write_outputs
+
+Rating = ranged(0, 10)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Config(Checked):
     """Fraction of the prompts that give rows, highest scores first."""
     min_gap: NonNegative[float] = 1.0
     """Smallest gap of a preference row, points of score."""
-    min_score: Finite[float] = 6.0
+    min_score: Rating[float] = 6.0
     """Lowest rating of a supervised row, 1 to 10."""
     label_samples: Count[int] = 2
     """Answers a prompt whose steps are labelled."""

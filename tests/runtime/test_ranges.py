@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import recipes
 from wizard_engine.agents import endpoint
 from wizard_engine.planning import planner
+from wizard_engine.rl.options import CriticOptions
 from wizard_engine.runtime import cli, ranges
 from wizard_engine.runtime.ranges import Checked, Count, Range, RangeError, Share, ranged
 
@@ -124,6 +125,33 @@ def test_range_has_the_finite_numbers_between_its_bounds(value, low, high, low_o
     inside = inside and (value > low or (value == low and not low_open))
     inside = inside and (value < high or (value == high and not high_open))
     assert (value in limits) == inside
+
+
+# Options that must stand in an order, or that exclude each other.
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("sample", {"size": 2, "slices": 3}, "size: expected at least slices=3, a row each, got 2"),
+        ("stage_dpo", {"variant": "ipo", "label_smoothing": 0.1}, "label_smoothing: expected 0 with --variant ipo"),
+        ("endpoint", {"backoff": 61.0}, "backoff: expected at most max_wait=60 seconds, got 61"),
+        (
+            "rleif",
+            {"critic": CriticOptions(warmup_steps=100)},
+            "critic.warmup_steps: expected fewer than rollout.steps",
+        ),
+    ],
+)
+def test_options_that_must_stand_in_an_order_are_refused_together(name, changes, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        example(CONFIGURATIONS[name], **changes)
+
+
+@pytest.mark.parametrize(
+    "setting", ["timeout=nan", "timeout=1e999", "concurrency=-1", f"budget={2**63}", "retries=1.5"]
+)
+def test_numbers_of_an_endpoint_are_checked(setting):
+    with pytest.raises(ValueError, match=rf"{setting.partition('=')[0]}: expected "):
+        endpoint.parse_spec(f"openai:m@http://127.0.0.1:1#{setting}")
 
 
 @dataclasses.dataclass(frozen=True)

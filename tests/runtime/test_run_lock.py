@@ -19,9 +19,12 @@ from wizard_engine.runtime.run_lock import RunLock
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 HOLDER = """
-import os, sys
+import os, sys, types
 from pathlib import Path
-sys.path.insert(0, {root!r})
+# Without torch, whose import takes seconds.
+for name in ("wizard_engine", "wizard_engine.runtime"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [str(Path({root!r}, *name.split(".")))]
 from wizard_engine.runtime.run_lock import RunLock
 lock = RunLock.take(Path(sys.argv[1]))
 if len(sys.argv) > 2:

@@ -157,12 +157,12 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_sealed(path: Path | str, value: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """`write_json` of an object with a last field `checksum`: the SHA-256 of all bytes before it; see `read_sealed`.
+    """Write an object with a last field `checksum`, the SHA-256 of all bytes before it, as JSON; see `read_sealed`.
 
     Raises:
         ValueError: the object is empty.
     """
-    text = json.dumps(to_plain(value), indent=indent, ensure_ascii=False)
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=to_plain)
     if not value:
         raise ValueError(f"{path}: expected an object with fields, got none")
     body = text.removesuffix("}").rstrip()
