@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from many_ranks import torchrun
 
 from wizard_engine.runtime import run_lock
 from wizard_engine.runtime.process import Runtime
@@ -71,6 +72,42 @@ def test_second_run_of_a_directory_is_refused_with_who_has_it_until_that_is_kill
         finish_stage(stage, Runtime(), {}, [])
         process.stdin.close()
     assert sorted(os.listdir(tmp_path)) == ["config.json", "stage.json"]
+
+
+RANK = """
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from wizard_engine import runtime
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = field(metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+
+rt = runtime.start("cpu")
+try:
+    finish_stage(open_stage(Config(Path(sys.argv[1])), "test", rt), rt, {}, [])
+    print("done", flush=True)
+except ValueError as error:
+    print(f"refused: {error}", flush=True)
+runtime.stop()
+"""
+
+
+# Catches: ranks that refuse each other; a rank that goes on where rank 0 is refused.
+@pytest.mark.slow
+def test_ranks_have_one_lock_and_are_refused_together(tmp_path):
+    script, out = tmp_path / "rank.py", tmp_path / "out"
+    script.write_text(RANK)
+    with holder(out) as process:
+        refused = torchrun(2, script, out)
+        assert refused.returncode == 0, refused.stderr[-2000:]
+        assert refused.stdout.count("expected no other run in this directory, got one: process") == 2
+        process.communicate("\n")
+    done = torchrun(2, script, out)
+    assert done.stdout.count("done") == 2 and sorted(os.listdir(out)) == ["config.json", "stage.json"]
 
 
 def test_finished_stage_is_read_without_the_lock(tmp_path):
