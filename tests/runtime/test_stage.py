@@ -174,10 +174,11 @@ def test_stage_goes_on_where_only_its_length_is_larger(tmp_path):
 
 def test_stage_refuses_checkpoints_without_their_configuration(tmp_path):
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"config\.json: expected the configuration of the checkpoints beside it"):
         stage(tmp_path, 1.0).start()
     stage(tmp_path, 1.0, overwrite=True).start()
-    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "checkpoints").exists() and (tmp_path / "other" / "checkpoints").exists()
 
 
 def test_stage_start_refuses_another_configuration_and_names_the_fields(tmp_path):
@@ -224,7 +225,8 @@ def test_stage_start_refuses_a_directory_with_a_foreign_config(tmp_path, text):
 
 def test_stage_names_absent_inputs_and_outputs(tmp_path):
     with pytest.raises(ValueError, match="input rows: expected a file"):
-        Stage(tmp_path, "x", {}, {"rows": tmp_path / "absent"}).start()
+        Stage(tmp_path / "out", "x", {}, {"rows": tmp_path / "absent"}).start()
+    assert not (tmp_path / "out").exists()
     stage = Stage(tmp_path, "x", {}, {})
     stage.start()
     with pytest.raises(ValueError, match=r"output .*absent"):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import file_hash, file_mark, read_sealed, to_plain, write_sealed
+from .files import file_hash, file_mark, read_sealed, remove, to_plain, write_sealed
 from .object_collectives import check_same, from_main
 from .process import Runtime
 from .run_lock import RunLock
@@ -111,6 +111,8 @@ class Stage:
         Raises:
             ValueError: another process is in it; says which.
         """
+        # An absent input is an error before anything is made.
+        self.identity()
         lock = RunLock.take(self.out)
         self.unlock = weakref.finalize(self, lock.release)
 
@@ -140,36 +142,48 @@ class Stage:
         self.lock()
         path = self.out / "config.json"
         former = _read(path)
+        differing = self._differing(path, former)
+        if differing and not self.overwrite:
+            raise ValueError(
+                f"{self.out}: expected the configuration that is there, got another: {'; '.join(differing)}; "
+                "choose another --out, or --overwrite to replace it"
+            )
+        if former is None and self.overwrite:
+            # Of this directory alone: nothing says that its subfolders are of the same run.
+            remove(self.out / "checkpoints")
+            remove(self.out / "metrics.jsonl")
+        elif differing:
+            self._clear()
+        (self.out / "stage.json").unlink(missing_ok=True)
+        write_sealed(path, self.identity())
+
+    def _differing(self, path: Path, former: Mapping[str, Any] | None) -> list[str]:
+        """In what a former configuration with work beside it differs from this one.
+
+        Raises:
+            ValueError: it is no configuration of a stage, one of another version, or absent where checkpoints are.
+        """
         if former is not None and "stage" not in former:
             raise ValueError(
                 f"{path}: expected a stage's configuration, got another kind of file; choose another --out"
             )
-        if former is None and (self.out / "checkpoints").exists() and not self.overwrite:
-            raise ValueError(
-                f"{path}: expected the configuration of the checkpoints beside it, got no file; restore it, choose "
-                "another --out, or --overwrite to replace them"
-            )
-        version = VERSION if former is None else former.get("version", 1)
-        if version != VERSION and self._work() and not self.overwrite:
+        if former is None:
+            if (self.out / "checkpoints").exists() and not self.overwrite:
+                raise ValueError(
+                    f"{path}: expected the configuration of the checkpoints beside it, got no file; restore it, choose "
+                    "another --out, or --overwrite to replace them"
+                )
+            return []
+        if not self._work():
+            return []
+        version = former.get("version", 1)
+        if version != VERSION and not self.overwrite:
             raise ValueError(
                 f"{self.out}: expected a run directory with options of version {VERSION}, got version {version}, of an "
                 "earlier release; finish it with the release that wrote it, choose another --out, or --overwrite to "
                 "replace it"
             )
-        if former is None and self.overwrite:
-            self._clear()
-        differing = [] if former is None else _differences(former, self.identity())
-        if former is not None and self._goes_on(former):
-            differing = []
-        if differing and self._work() and not self.overwrite:
-            raise ValueError(
-                f"{self.out}: expected the configuration that is there, got another: {'; '.join(differing)}; "
-                "choose another --out, or --overwrite to replace it"
-            )
-        if differing:
-            self._clear()
-        (self.out / "stage.json").unlink(missing_ok=True)
-        write_sealed(path, self.identity())
+        return [] if self._goes_on(former) else _differences(former, self.identity())
 
     def _goes_on(self, former: Mapping[str, Any]) -> bool:
         """Whether a configuration asks for more of a former one: it differs in `extendable` options that are larger."""
