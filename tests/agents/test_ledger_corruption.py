@@ -44,8 +44,8 @@ def read_back(path: Path) -> list:
     ledger = Ledger(path)
     try:
         agent = LedgeredAgent(Same(), ledger, quiet=True)
-        counts, errors, calls = ledger.counts(), ledger.errors(), list(ledger.calls())
-        return [[reply.text for reply in agent.respond(REQUESTS) if reply.ok], counts, errors, calls]
+        replies = [reply.text for reply in agent.respond(REQUESTS) if reply.ok]
+        return [replies, ledger.counts(), ledger.errors(), list(ledger.calls())]
     finally:
         ledger.close()
 
@@ -138,6 +138,22 @@ def test_changed_row_is_named_with_what_to_do(tmp_path, change):
     ledger = Ledger(path)
     with pytest.raises(ValueError, match=r"ledger .*l\.sqlite: .*damaged.*the same command asks for its replies again"):
         list(ledger.calls())
+    ledger.close()
+
+
+# Catches: a reply that is served without a look at its checksum.
+@pytest.mark.parametrize("change", ["text = text || '.'", "text = X'ff'", "agent = 'x'", "checksum = 0"])
+def test_changed_reply_is_not_served(tmp_path, change):
+    path = written(tmp_path / "l.sqlite")
+    database = sqlite3.connect(path)
+    with database:
+        database.execute(f"UPDATE replies SET {change} WHERE number = 5")
+    database.close()
+    ledger = Ledger(path)
+    agent = LedgeredAgent(Same(), ledger, quiet=True)
+    assert agent.respond(REQUESTS[:3])[0].text == "reply to question 0  " * 3
+    with pytest.raises(ValueError, match=r"ledger .*l\.sqlite: .*damaged.*the same command asks for its replies again"):
+        agent.respond(REQUESTS)
     ledger.close()
 
 
