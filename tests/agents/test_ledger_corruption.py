@@ -157,6 +157,23 @@ def test_changed_reply_is_not_served(tmp_path, change):
     ledger.close()
 
 
+# Catches: rows that SQLite itself does not miss, for a page says that it has fewer.
+@pytest.mark.parametrize("read", [Ledger.counts, lambda ledger: list(ledger.calls())])
+def test_rows_that_a_damaged_page_hides_are_missed(tmp_path, read):
+    content = written(tmp_path / "whole.sqlite").read_bytes()
+    leaves = [at for at in range(4096, len(content), 4096) if content[at] == 13 and content[at + 4] > 1]
+    assert len(leaves) > 2
+    for number, at in enumerate(leaves):
+        damaged = bytearray(content)
+        damaged[at + 4] -= 1
+        path = tmp_path / f"{number}.sqlite"
+        path.write_bytes(damaged)
+        ledger = Ledger(path)
+        with pytest.raises(ValueError, match=r"ledger .*\.sqlite: damaged \(.*move it away"):
+            read(ledger)
+        ledger.close()
+
+
 def test_ledger_of_the_former_version_is_given_checksums_with_a_line(tmp_path, capsys):
     path = written(tmp_path / "l.sqlite")
     expected = read_back(path)
