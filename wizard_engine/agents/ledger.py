@@ -255,7 +255,7 @@ class Ledger:
 
     def _check_structure(self) -> None:
         """Compare tables and index: a damaged page hides rows without an error."""
-        complaint = self._database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        complaint = " ".join(self._database.execute("PRAGMA integrity_check(1)").fetchone()[0].split())
         if complaint != "ok":
             raise ValueError(f"ledger {self.path}: damaged ({complaint}): {_ADVICE}")
 
