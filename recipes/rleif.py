@@ -74,10 +74,10 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.critic.warmup_steps >= self.rollout.steps:
+        if self.critic.warmup_steps > self.rollout.steps:
             raise ValueError(
-                f"critic.warmup_steps: expected fewer than rollout.steps={self.rollout.steps}, got "
-                f"{self.critic.warmup_steps}; the policy would not be trained"
+                f"critic.warmup_steps: expected at most rollout.steps={self.rollout.steps}, got "
+                f"{self.critic.warmup_steps}"
             )
         advantages = self.ppo.advantages
         if advantages != "critic" and self.rollout.samples_per_prompt < 2:

@@ -136,8 +136,8 @@ def test_range_has_the_finite_numbers_between_its_bounds(value, low, high, low_o
         ("endpoint", {"backoff": 61.0}, "backoff: expected at most max_wait=60 seconds, got 61"),
         (
             "rleif",
-            {"critic": CriticOptions(warmup_steps=100)},
-            "critic.warmup_steps: expected fewer than rollout",
+            {"critic": CriticOptions(warmup_steps=101)},
+            "critic.warmup_steps: expected at most rollout.steps=100, got 101",
         ),
     ],
 )
