@@ -32,9 +32,11 @@ if len(sys.argv) > 2:
     # A child that outlives its parent, as a worker of a killed run does.
     if not os.fork():
         os.setsid()
+        print("held", flush=True)
         sys.stdin.readline()
         os._exit(0)
-print("held", flush=True)
+else:
+    print("held", flush=True)
 sys.stdin.readline()
 """
 
