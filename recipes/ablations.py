@@ -19,10 +19,11 @@ from wizard_engine.rl.rewards import FACTORS
 from wizard_engine.runtime.files import read_object, write_json
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import Checked, Seed
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Ablations against a finished demo."""
 
     demo: Path = Path("runs/demo")
@@ -30,7 +31,7 @@ class Config:
     out: Path = Path("runs/ablations")
     preset: str = "demo"
     """Preset of recipes/progressive.py that made the demo."""
-    seed: int = 0
+    seed: Seed[int] = 0
     quiet: bool = False
 
 

@@ -19,11 +19,12 @@ from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
+from wizard_engine.runtime.ranges import Checked, Count, Seed, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Greedy and sampled accuracy."""
 
     model: str
@@ -32,15 +33,15 @@ class Config:
     """Conversation rows; the last answer of each is the reference."""
     out: Path = field(metadata=INCIDENTAL)
     """Directory for answers.jsonl and accuracy.json."""
-    temperature: float = 1.0
+    temperature: Temperature[float] = 1.0
     """Of the sampled answers; the others are greedy."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count[int] = 128
     """Longest answer, tokens."""
-    limit: int | None = None
+    limit: Count[int | None] = None
     """Rows read at most; default: all."""
-    batch_size: int = field(default=128, metadata=INCIDENTAL)
+    batch_size: Count[int] = field(default=128, metadata=INCIDENTAL)
     """Answers generated together; calls of one transaction."""
-    seed: int = 0
+    seed: Seed[int] = 0
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     quiet: bool = field(default=False, metadata=INCIDENTAL)

@@ -22,12 +22,13 @@ from wizard_engine.generation import perplexities
 from wizard_engine.model.loading import language_model
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
+from wizard_engine.runtime.ranges import Checked, Count, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis.tagging import tag_rows
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Data analysis."""
 
     data: tuple[Path, ...]
@@ -39,11 +40,11 @@ class Config:
     tagger: str | None = None
     """Agent that names topic, skill and difficulty of rows that do not bring them along: a model directory or an
     endpoint, openai:MODEL@URL. Default: heuristics name them."""
-    limit: int | None = None
+    limit: Count[int | None] = None
     """Rows read at most; default: all."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    seed: int = 0
+    seed: Seed[int] = 0
     """Of the clusters that name topics beyond the lexicon."""
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)

@@ -26,11 +26,12 @@ from wizard_engine.evaluation.pairwise import Pairwise, all_pairs
 from wizard_engine.runtime.files import to_plain, write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import Checked, Count, Finite, Seed, Temperature
 from wizard_engine.runtime.stage import Stage
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Blind pairwise preference and Elo."""
 
     models: tuple[str, ...]
@@ -41,7 +42,7 @@ class Config:
     """Directory for arena.json, battles.jsonl, answers/ and ledger.sqlite."""
     prompts: Path | None = None
     """Rows whose last user turn is answered; default: held-out problems of the embedded world."""
-    n: Annotated[int, tyro.conf.arg(name="limit")] = 200
+    n: Annotated[Count[int], tyro.conf.arg(name="limit")] = 200
     """Prompts at most."""
     judge: str = "world:judge"
     """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
@@ -49,13 +50,13 @@ class Config:
     """Compare every model with this one only; default: all pairs."""
     anchor: str | None = None
     """Model whose rating is fixed at --anchor-elo; default: the first."""
-    anchor_elo: float = 1000.0
-    temperature: float = 0.0
+    anchor_elo: Finite[float] = 1000.0
+    temperature: Temperature[float] = 0.0
     """Of the models' answers; 0 is greedy."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count[int] = 256
     """Longest answer, tokens."""
-    batch_size: int = 256
-    seed: int = 0
+    batch_size: Count[int] = 256
+    seed: Seed[int] = 0
     device: str = "auto"
     overwrite: bool = False
     """Replace the results of another configuration in OUT."""

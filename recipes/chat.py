@@ -28,8 +28,9 @@ from wizard_engine.generation import generate
 from wizard_engine.generation.streaming import Streamer, stream_text
 from wizard_engine.model import Transformer, load_model
 from wizard_engine.model.loading import weights_dtype
-from wizard_engine.runtime.files import write_text
+from wizard_engine.runtime.files import naming, write_text
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, PositiveShare, Seed, Temperature
 
 HELP = """/new            forget the conversation
 /retry          answer the last message again, with another seed
@@ -41,7 +42,7 @@ A line that ends in \\ goes on in the next; // begins a message with a slash. Ct
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Chat with a checkpoint."""
 
     model: Path
@@ -54,16 +55,16 @@ class Config:
     """Where the answers to --prompts go: JSONL with messages, finished and tokens, in the order of the file."""
     system: str | None = None
     """System prompt; default: the one that WizardLM-2 was trained with."""
-    temperature: float = 0.0
+    temperature: Temperature[float] = 0.0
     """0 takes the likeliest token each time."""
-    top_p: float = 1.0
+    top_p: PositiveShare[float] = 1.0
     """Sample from the likeliest tokens whose probabilities add up to this."""
-    top_k: int = 0
+    top_k: NonNegative[int] = 0
     """Sample from this many likeliest tokens; 0: from all."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count[int] = 1024
     """Longest answer, tokens."""
-    seed: int = 0
-    batch_size: int = 16
+    seed: Seed[int] = 0
+    batch_size: Count[int] = 16
     """Rows of --prompts that are answered together."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
@@ -72,6 +73,7 @@ class Config:
     """Print tokens, tokens per second and the time to the first one on stderr."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompt is not None and self.prompts is not None:
             raise ValueError("--prompt, --prompts: expected one of them, got both")
         if (self.prompts is None) != (self.answers is None):
@@ -254,7 +256,7 @@ def save(chat: Chat, name: str) -> None:
     if not name or not chat.messages:
         raise ValueError("/save: expected a file name after a conversation, got none")
     row = {"messages": [{"role": m.role, "content": m.content} for m in chat.conversation()]}
-    with open(name, "a", encoding="utf-8") as file:
+    with naming(name, "the conversation is not saved"), open(name, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"[saved: {name}]", file=chat.stderr)
 

@@ -14,6 +14,7 @@ from typing import Literal
 from wizard_engine import runtime, world
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import co_teach
 from wizard_engine.synthesis.inputs import open_inputs
@@ -37,7 +38,7 @@ class Agents:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Co-teaching: battles, lessons and preference rows."""
 
     data: tuple[Path, ...]
@@ -45,24 +46,24 @@ class Config:
     out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents
-    sft_threshold: float = 3.0
+    sft_threshold: NonNegative[float] = 3.0
     """K for lessons: points of score by which ours must lose. Arena Learning: 3 in its first round, then 1."""
-    dpo_threshold: float = 2.0
+    dpo_threshold: NonNegative[float] = 2.0
     """K for preference rows, points of score between best and worst answer."""
-    chat_turns: int = 1
+    chat_turns: Count[int] = 1
     """User turns of each chat that are judged."""
-    lessons: int | None = None
+    lessons: NonNegative[int | None] = None
     """Most lessons, the weakest skills first; default: all."""
-    temperature: float = 0.0
+    temperature: Temperature[float] = 0.0
     """Of the contestants' answers."""
-    max_tokens: int = 256
+    max_tokens: Count[int] = 256
     """Longest reply, tokens."""
-    limit: int | None = None
+    limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    seed: int = 0
-    batch_size: int = field(default=256, metadata=INCIDENTAL)
+    seed: Seed[int] = 0
+    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)

@@ -14,6 +14,7 @@ from typing import Literal
 from wizard_engine import runtime, world
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, NonNegative, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import evolve_answers
 from wizard_engine.synthesis.evol_answer import OPERATORS
@@ -30,7 +31,7 @@ class Agents:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Evol-Answer: rewrites that a judge prefers."""
 
     data: tuple[Path, ...]
@@ -38,23 +39,23 @@ class Config:
     out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents = field(default_factory=Agents)
-    rounds: int = 2
+    rounds: NonNegative[int] = 2
     """Rewrites of each answer."""
     operators: tuple[str, ...] = OPERATORS
-    length_cap: float = 4.0
+    length_cap: AtLeastOne[float] = 4.0
     """Longest rewrite, as a multiple of the first answer's characters."""
-    result_margin: float = 2.0
+    result_margin: NonNegative[float] = 2.0
     """Points of score, in both orders, by which a rewrite with another result must win."""
-    min_gap: float = 0.5
+    min_gap: NonNegative[float] = 0.5
     """Smallest gap of a preference row, points of score."""
-    max_tokens: int = 256
+    max_tokens: Count[int] = 256
     """Longest reply, tokens."""
-    limit: int | None = None
+    limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    seed: int = 0
-    batch_size: int = field(default=256, metadata=INCIDENTAL)
+    seed: Seed[int] = 0
+    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)

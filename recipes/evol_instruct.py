@@ -21,6 +21,7 @@ from wizard_engine.data.records import Conversation, read_prompts
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
 from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
@@ -43,25 +44,25 @@ class Agents:
 
 
 @dataclass(frozen=True)
-class Optimise:
+class Optimise(Checked):
     """Automatic improvement of the evolving method."""
 
-    steps: int = 0
+    steps: NonNegative[int] = 0
     """Most steps; 0 keeps the method. The paper reports that more than about 12 make it worse."""
-    candidates: int = 5
+    candidates: Count[int] = 5
     """Methods tried a step."""
-    minibatch: int = 10
+    minibatch: Count[int] = 10
     """Rows of the trajectory that is analysed."""
-    dev_size: int = 50
+    dev_size: Count[int] = 50
     """Rows that the failure rate is measured on."""
-    rounds: int = 1
+    rounds: Count[int] = 1
     """Times each row of the trajectory is evolved."""
-    temperature: float = 0.6
+    temperature: Temperature[float] = 0.6
     """Of the optimizer."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Evol-Instruct, with elimination and optional method optimisation."""
 
     data: tuple[Path, ...]
@@ -69,7 +70,7 @@ class Config:
     out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents = field(default_factory=Agents)
-    rounds: int = 1
+    rounds: NonNegative[int] = 1
     """Times the pool is evolved."""
     operators: tuple[str, ...] = OPERATORS
     method: Path | None = None
@@ -77,18 +78,18 @@ class Config:
     optimise: Optimise = field(default_factory=Optimise)
     evaluation: tuple[Path, ...] = ()
     """Held-out files; evolved rows that repeat one of their prompts are removed."""
-    ngram: int = 13
+    ngram: Count[int] = 13
     """Words of an n-gram that counts as repeated."""
-    temperature: float = 0.0
+    temperature: Temperature[float] = 0.0
     """Of the evolver."""
-    max_tokens: int = 256
+    max_tokens: Count[int] = 256
     """Longest reply, tokens."""
-    limit: int | None = None
+    limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    seed: int = 0
-    batch_size: int = field(default=256, metadata=INCIDENTAL)
+    seed: Seed[int] = 0
+    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)

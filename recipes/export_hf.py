@@ -18,12 +18,13 @@ from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.model import Transformer, load_model, save_hf
-from wizard_engine.runtime.files import write_json, write_text
+from wizard_engine.runtime.files import replace_directory, sync_tree, write_json, write_text
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import Checked, Positive
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Export a language model."""
 
     model: Path
@@ -34,15 +35,11 @@ class Config:
     """Of the weights."""
     tokenizer: Path | None = None
     """Tokenizer file or directory; default: the model directory's own."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Positive[float] = 5.0
     """Largest file of weights, 10^9 bytes; one tensor is never divided."""
     overwrite: bool = False
     """Replace a directory that is there."""
     quiet: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_shard_gb <= 0:
-            raise ValueError(f"--max-shard-gb: expected a positive number, got {self.max_shard_gb}")
 
 
 def companions(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
@@ -75,9 +72,8 @@ def main(cfg: Config) -> Path:
     try:
         save_hf(model, staged, tokenizer=tokenizer, max_shard_bytes=int(cfg.max_shard_gb * 10**9))
         companions(model, tokenizer, staged)
-        if cfg.out.exists():
-            shutil.rmtree(cfg.out)
-        staged.rename(cfg.out)
+        sync_tree(staged)
+        replace_directory(staged, cfg.out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     if not cfg.quiet:

@@ -14,26 +14,27 @@ from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """The embedded world: problems, answers and text."""
 
     out: Path = field(metadata=INCIDENTAL)
     """Directory for corpus.jsonl, held_out.jsonl, plain.jsonl, questions.jsonl and tokenizer/."""
-    corpus: int = 10_000
+    corpus: Count[int] = 10_000
     """Rows of the natural corpus."""
-    held_out: int = 1500
+    held_out: NonNegative[int] = 1500
     """Held-out problems."""
-    plain: int = 40_000
+    plain: NonNegative[int] = 40_000
     """Documents of plain text."""
-    questions: int = 80
+    questions: NonNegative[int] = 80
     """Two-turn questions."""
-    vocabulary: int = 720
+    vocabulary: Count[int] = 720
     """Most tokens of the tokenizer."""
-    seed: int = 0
+    seed: Seed[int] = 0
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     quiet: bool = field(default=False, metadata=INCIDENTAL)
 

@@ -25,11 +25,12 @@ from wizard_engine.evaluation.questions import Question, read_questions
 from wizard_engine.runtime.files import to_plain, write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import Checked, Count, Seed, Temperature
 from wizard_engine.runtime.stage import Stage
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Two-turn questions, rated."""
 
     model: str
@@ -40,18 +41,18 @@ class Config:
     """FastChat's question.jsonl, or a file like it; default: questions of the embedded world."""
     references: Path | None = None
     """FastChat's reference answers, shown to the judge where a question has them."""
-    n: Annotated[int, tyro.conf.arg(name="limit")] = 80
+    n: Annotated[Count[int], tyro.conf.arg(name="limit")] = 80
     """Questions at most."""
     judge: str = "world:judge"
     """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
-    repeats: int = 1
+    repeats: Count[int] = 1
     """Ratings of each turn, with different seeds."""
-    default_temperature: float = 0.0
+    default_temperature: Temperature[float] = 0.0
     """Temperature of answers, except in writing and roleplay (0.7), stem and humanities (0.1)."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count[int] = 1024
     """Longest answer, tokens; a checkpoint's context may allow less."""
-    batch_size: int = 256
-    seed: int = 0
+    batch_size: Count[int] = 256
+    seed: Seed[int] = 0
     device: str = "auto"
     overwrite: bool = False
     """Replace the results of another configuration in OUT."""

@@ -41,6 +41,7 @@ from wizard_engine.rl.rewards import FACTORS
 from wizard_engine.runtime.files import write_json
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, NonNegative, Positive, Seed
 from wizard_engine.training.options import OnlineTraining, Training
 
 # Target shares of the embedded world's attributes: more of rare topics, Spanish, hard problems and careful sources.
@@ -65,22 +66,22 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Checked):
     """How much of everything."""
 
-    corpus: int = 14_000
+    corpus: Count[int] = 14_000
     """Rows of the embedded world's natural corpus."""
-    plain: int = 30_000
+    plain: NonNegative[int] = 30_000
     """Documents of plain text that the base model is trained on."""
-    held_out: int = 1500
+    held_out: Count[int] = 1500
     """Held-out problems."""
-    sample: int = 5400
+    sample: Count[int] = 5400
     """Rows drawn from the corpus for all slices together."""
-    battles: int = 800
+    battles: Count[int] = 800
     """Rows per slice that co-teaching judges."""
-    preferences: int = 1500
+    preferences: Count[int] = 1500
     """Rows per slice that the student answers several times for Stage-DPO."""
-    questions: int = 80
+    questions: Count[int] = 80
     """Two-turn questions."""
 
 
@@ -98,7 +99,7 @@ class Agents:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """The whole system on the embedded world, or on rows and a base model of your own."""
 
     out: Path = Path("runs/progressive")
@@ -108,14 +109,14 @@ class Config:
     """Held-out rows with reference answers; default: the embedded world's."""
     base: str | None = None
     """Model directory to start from; default: one trained briefly on the embedded world's plain text."""
-    slices: int = 3
+    slices: Count[int] = 3
     progression: Literal["continue", "union"] = "continue"
     evolve: bool = True
     """Evolve instructions and answers; off for an ablation."""
     weighted: bool = True
     """Draw rows to the target shares of the embedded world; --no-weighted draws at natural shares, as rows of your own
     need. For other shares run recipes/sample.py first."""
-    cap: float = 2.4
+    cap: AtLeastOne[float] = 2.4
     """Largest sampling weight of a row, in mean weights."""
     factors: tuple[str, ...] = FACTORS
     """Factors of the RLEIF reward."""
@@ -134,14 +135,14 @@ class Config:
     critic: CriticOptions = field(default_factory=lambda: CriticOptions(lr=5e-4))
     kl: KLOptions = field(default_factory=lambda: KLOptions(coefficient=0.02))
     ptx: PTXOptions = field(default_factory=lambda: PTXOptions(coefficient=0.5))
-    dpo_slices: int = 2
-    beta: float = 0.2
-    nll: float = 0.5
+    dpo_slices: Count[int] = 2
+    beta: Positive[float] = 0.2
+    nll: NonNegative[float] = 0.5
     """Weight of the chosen answers' likelihood in Stage-DPO."""
     mesh: MeshOptions = field(default_factory=MeshOptions)
     sharding: Sharding = field(default_factory=Sharding)
-    seed: int = 0
-    threads: int | None = None
+    seed: Seed[int] = 0
+    threads: Count[int | None] = None
     """CPU threads of torch operations per rank."""
     quiet: bool = False
 

@@ -28,13 +28,14 @@ from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.rl.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Fraction, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
-from wizard_engine.training.options import Training, sample_limit
+from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
 from wizard_engine.training.run import Run
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Instruction or process reward model."""
 
     kind: Literal["instruction", "process"]
@@ -47,14 +48,14 @@ class Config:
     tokenizer: Path | None = None
     surprise: bool = True
     """Process model: let the head see how likely the body itself finds the step's last tokens."""
-    held_out: float = 0.1
+    held_out: Fraction[float] = 0.1
     """Share of the rows kept for measuring."""
-    max_length: int | None = None
+    max_length: AtLeastTwo[int | None] = None
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=1e-6))
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
-    seed: int = 0
+    seed: Seed[int] = 0
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     quiet: bool = field(default=False, metadata=INCIDENTAL)
@@ -64,7 +65,7 @@ def main(cfg: Config) -> dict:
     """Train; returns what stage.json records, held-out accuracy included."""
     rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
     mesh = make_mesh(cfg.mesh, rt)
-    stage = open_stage(cfg, f"reward_{cfg.kind}", rt)
+    stage = open_stage(cfg, f"reward_{cfg.kind}", rt, extendable=RUN_LENGTH)
     if stage.done:
         return stage.result()
     is_process = cfg.kind == "process"
@@ -92,6 +93,7 @@ def main(cfg: Config) -> dict:
         name=f"reward {cfg.kind}",
         quiet=cfg.quiet,
         documents=documents,
+        saves_last=True,
     )
     for packs in run.steps():
         train_step(run, model, kind, train, packs)

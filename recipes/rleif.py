@@ -33,6 +33,7 @@ from wizard_engine.rl.rewards import InstructionReward, ProcessReward, instructi
 from wizard_engine.rl.sampler import Sampler
 from wizard_engine.rl.trajectories import Rollout, answer_logprobs, answer_values, roll_out, step_seed
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import Checked, Seed, Share
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
 from wizard_engine.training.online_run import OnlineRun
@@ -43,7 +44,7 @@ PAGE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Reinforcement learning from the instruction and process reward models."""
 
     data: tuple[Path, ...]
@@ -59,11 +60,11 @@ class Config:
     critic: CriticOptions = field(default_factory=CriticOptions)
     kl: KLOptions = field(default_factory=KLOptions)
     ptx: PTXOptions = field(default_factory=PTXOptions)
-    average_from: float = 1.0
+    average_from: Share[float] = 1.0
     """Share of the rollouts after which the policy's weights are averaged; the average is saved. 1: no average."""
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
-    seed: int = 0
+    seed: Seed[int] = 0
     device: str = field(default="auto", metadata=INCIDENTAL)
     audit: bool = field(default=True, metadata=INCIDENTAL)
     """Check in the first rollout that trainer and sampler agree."""
@@ -72,6 +73,12 @@ class Config:
     quiet: bool = field(default=False, metadata=INCIDENTAL)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic.warmup_steps > self.rollout.steps:
+            raise ValueError(
+                f"critic.warmup_steps: expected at most rollout.steps={self.rollout.steps}, got "
+                f"{self.critic.warmup_steps}"
+            )
         advantages = self.ppo.advantages
         if advantages != "critic" and self.rollout.samples_per_prompt < 2:
             raise ValueError(

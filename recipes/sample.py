@@ -18,33 +18,34 @@ from wizard_engine.data.records import Row, read_files, read_prompts, write_rows
 from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, PositiveShare, Seed, Share
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
 @dataclass(frozen=True)
-class Dedupe:
+class Dedupe(Checked):
     """Near-duplicate removal."""
 
-    threshold: float = 0.8
+    threshold: PositiveShare[float] = 0.8
     """Smallest Jaccard index of word shingles at which two rows with the same numbers are duplicates; 0 to 1."""
-    shingle: int = 3
+    shingle: Count[int] = 3
     """Words of a shingle."""
     by: Literal["prompt", "row"] = "prompt"
     """Compare the user turns, or all turns."""
 
 
 @dataclass(frozen=True)
-class Decontaminate:
+class Decontaminate(Checked):
     """Removal of rows that repeat evaluation texts."""
 
-    n: int = 13
+    n: Count[int] = 13
     """Words of an n-gram; a shorter text is compared whole."""
-    min_share: float = 0.0
+    min_share: Share[float] = 0.0
     """Smallest fraction of an evaluation text's n-grams for a match; 0: any one n-gram."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Weighted sampling and partition into slices."""
 
     data: tuple[Path, ...]
@@ -57,20 +58,25 @@ class Config:
     """JSON file {attribute: {value: share}}; a value may be a range of numbers, "10..20"."""
     uniform: tuple[str, ...] = ()
     """Attributes whose values all get the same share."""
-    cap: float = 5.0
+    cap: AtLeastOne[float] = 5.0
     """Largest weight of a row, in mean weights."""
-    size: int | None = None
+    size: Count[int | None] = None
     """Rows to draw; default: as many as the weights allow without repeating a row."""
-    slices: int = 3
+    slices: Count[int] = 3
     """Random slices of equal size."""
     dedupe: Dedupe = field(default_factory=Dedupe)
     decontaminate: Decontaminate = field(default_factory=Decontaminate)
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    seed: int = 0
+    seed: Seed[int] = 0
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
     quiet: bool = field(default=False, metadata=INCIDENTAL)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.size < self.slices:
+            raise ValueError(f"size: expected at least slices={self.slices}, a row each, got {self.size}")
 
 
 def read_targets(path: Path | None) -> dict[str, dict[str, float]]:

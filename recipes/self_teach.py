@@ -18,10 +18,22 @@ from wizard_engine.agents import Cast
 from wizard_engine.data.records import Conversation, Process
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import (
+    AtLeastTwo,
+    Checked,
+    Count,
+    NonNegative,
+    PositiveShare,
+    Seed,
+    Temperature,
+    ranged,
+)
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import label_processes, self_teach
 from wizard_engine.synthesis.inputs import open_inputs
 from wizard_engine.synthesis.outputs import write_outputs
+
+Rating = ranged(0, 10)
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Agents:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Self-teaching: on-policy rows chosen by an active-learning score."""
 
     data: tuple[Path, ...]
@@ -46,28 +58,28 @@ class Config:
     out: Path = field(metadata=INCIDENTAL)
     """Run directory."""
     agents: Agents
-    samples: int = 4
+    samples: AtLeastTwo[int] = 4
     """Samples a prompt."""
     score: Literal["spread", "flip", "margin"] = "spread"
     """spread: deviation of the samples' ratings; flip: doubt of the judge; margin: gap of best and worst."""
-    keep: float = 0.5
+    keep: PositiveShare[float] = 0.5
     """Fraction of the prompts that give rows, highest scores first."""
-    min_gap: float = 1.0
+    min_gap: NonNegative[float] = 1.0
     """Smallest gap of a preference row, points of score."""
-    min_score: float = 6.0
+    min_score: Rating[float] = 6.0
     """Lowest rating of a supervised row, 1 to 10."""
-    label_samples: int = 2
+    label_samples: Count[int] = 2
     """Answers a prompt whose steps are labelled."""
-    temperature: float = 1.0
+    temperature: Temperature[float] = 1.0
     """Of the student's samples."""
-    max_tokens: int = 256
+    max_tokens: Count[int] = 256
     """Longest reply, tokens."""
-    limit: int | None = None
+    limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    seed: int = 0
-    batch_size: int = field(default=256, metadata=INCIDENTAL)
+    seed: Seed[int] = 0
+    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
     device: str = field(default="auto", metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)

@@ -31,53 +31,49 @@ from wizard_engine.parallel import MeshOptions, make_mesh
 from wizard_engine.rl.sampler import empty_sampler
 from wizard_engine.rl.weight_sync import checksum
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Positive, ranged
 from wizard_engine.serving.driver import Driver, follow
 
 KEY = "WIZARD_API_KEY"
 
+Port = ranged(0, 65535)
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Serve a checkpoint with the HTTP API of OpenAI."""
 
     model: Path
     """Model directory of this project or of Hugging Face (Mistral, Llama, Mixtral)."""
-    port: int = 8000
+    port: Port[int] = 8000
     """TCP port; 0 chooses a free one, which the first line of the log names."""
     host: str = "127.0.0.1"
     """Address to listen on; with 0.0.0.0 other machines can connect, so set a key."""
     name: str | None = None
     """Name of the model for clients; default: the directory's name."""
-    tp: int = 1
+    tp: Count[int] = 1
     """Tensor-parallel ranks of torchrun: matrices and experts are sharded over them."""
-    cache_gib: float | None = None
+    cache_gib: Positive[float | None] = None
     """Memory of keys and values, GiB per rank; default: nine tenths of a GPU's free memory, or 2 GiB on a CPU."""
-    max_sequences: int = 64
+    max_sequences: Count[int] = 64
     """Most sequences in one decode step."""
-    max_queue: int = 256
+    max_queue: NonNegative[int] = 256
     """Most waiting sequences; further requests are refused with status 429."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count[int] = 1024
     """Longest answer, tokens; also the default of chat requests."""
-    max_choices: int = 64
+    max_choices: Count[int] = 64
     """Choices (n, times prompts) of one request."""
-    max_body_mib: float = 4.0
+    max_body_mib: Positive[float] = 4.0
     """Largest request body, MiB."""
-    read_seconds: float = 30.0
+    read_seconds: Positive[float] = 30.0
     """Longest wait for a whole request."""
-    write_seconds: float = 30.0
+    write_seconds: Positive[float] = 30.0
     """Longest wait for a client to read a chunk of its answer."""
-    drain_seconds: float = 30.0
+    drain_seconds: NonNegative[float] = 30.0
     """Time for running answers to finish after SIGTERM."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("tp", "max_sequences", "max_new_tokens", "max_choices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port: expected 0 to 65535, got {self.port}")
 
 
 def main(cfg: Config) -> None:

@@ -18,14 +18,15 @@ from wizard_engine.model.loading import language_model, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
+from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
-from wizard_engine.training.options import Training, sample_limit
+from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
 from wizard_engine.training.run import Run, num_supervised
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Supervised learning."""
 
     data: tuple[Path, ...]
@@ -37,14 +38,14 @@ class Config:
     tokenizer: Path | None = None
     """Tokenizer file or directory; default: the model directory's own."""
     kind: Literal["conversation", "text"] = "conversation"
-    max_length: int | None = None
+    max_length: AtLeastTwo[int | None] = None
     """Longest sample, tokens; default: the model's context, or what a packed row holds where that is less."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     training: Training = field(default_factory=Training)
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
-    seed: int = 0
+    seed: Seed[int] = 0
     device: str = field(default="auto", metadata=INCIDENTAL)
     audit: bool = field(default=True, metadata=INCIDENTAL)
     """Check the numerics before the first step and print a table."""
@@ -57,7 +58,7 @@ def main(cfg: Config) -> dict:
     """Train; returns what stage.json records."""
     rt = runtime.start(cfg.device, timeout_seconds=cfg.mesh.timeout_seconds)
     mesh = make_mesh(cfg.mesh, rt)
-    stage = open_stage(cfg, "sft", rt)
+    stage = open_stage(cfg, "sft", rt, extendable=RUN_LENGTH)
     if stage.done:
         return stage.result()
     model, tokenizer = language_model(
@@ -76,7 +77,7 @@ def main(cfg: Config) -> dict:
     if cfg.audit:
         audit.check_supervised(model, samples, tokenizer, quiet=cfg.quiet or not rt.is_main)
     lengths = [len(sample.tokens) - 1 for sample in samples]
-    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet)
+    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet, saves_last=True)
     for packs in run.steps():
         train_step(run, model, [collate([samples[i] for i in pack]) for pack in packs])
     result = run.result() | {"samples": len(samples), "rejected": rejected}

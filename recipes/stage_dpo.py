@@ -25,6 +25,7 @@ from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Count, NonNegative, Positive, Seed, ranged
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
 from wizard_engine.training.options import Training, sample_limit
@@ -32,9 +33,11 @@ from wizard_engine.training.preference_slices import order_slices
 from wizard_engine.training.reference_logprobs import ReferenceCache
 from wizard_engine.training.run import Run
 
+Smoothing = ranged(0, below=0.5)
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Direct preference optimisation in stages."""
 
     data: tuple[Path, ...]
@@ -44,7 +47,7 @@ class Config:
     model: str = "demo"
     """Model directory to start from, or a preset's name (random weights, needs --tokenizer)."""
     tokenizer: Path | None = None
-    slices: int = 1
+    slices: Count[int] = 1
     """Stages that the pairs are split into."""
     order: Literal["random", "easy_first", "hard_first", "by_gap"] = "easy_first"
     """Order of the slices: by length of the chosen answer, or by the judge's score gap (largest first)."""
@@ -52,26 +55,31 @@ class Config:
     """Reference of stage i: the model of stage i - 1, or the initial model throughout."""
     cumulative: bool = False
     """Stage i trains on slices 1 to i instead of slice i alone."""
-    beta: float = 0.3
+    beta: Positive[float] = 0.3
     variant: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
     """Form of the loss; sigmoid with label smoothing is cDPO."""
-    label_smoothing: float = 0.0
+    label_smoothing: Smoothing[float] = 0.0
     """Probability that a label is flipped; not with ipo."""
     length_normalised: bool = False
     """Log-probabilities per token instead of per answer; wants a much larger beta. IPO always normalises."""
-    nll: float = 0.0
+    nll: NonNegative[float] = 0.0
     """Weight of the chosen answers' negative log-likelihood per token."""
-    max_length: int | None = None
+    max_length: AtLeastTwo[int | None] = None
     """Longest sample, tokens; default: the model's context. Both sides of a pair have to fit one packed row."""
     on_error: Literal["raise", "skip"] = "raise"
     training: Training = field(default_factory=lambda: Training(lr=5e-7))
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
-    seed: int = 0
+    seed: Seed[int] = 0
     device: str = field(default="auto", metadata=INCIDENTAL)
     audit: bool = field(default=True, metadata=INCIDENTAL)
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     quiet: bool = field(default=False, metadata=INCIDENTAL)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant == "ipo" and self.label_smoothing:
+            raise ValueError(f"label_smoothing: expected 0 with --variant ipo, got {self.label_smoothing:g}")
 
 
 def main(cfg: Config) -> dict:

@@ -16,6 +16,7 @@ import torch
 
 from wizard_engine import checkpoint
 from wizard_engine.checkpoint import store
+from wizard_engine.runtime import files
 
 FILE = "part_00000.safetensors"
 
@@ -96,8 +97,11 @@ def flip(path, position):
 
 def edit_manifest(path, old, new):
     manifest = path / "manifest.json"
-    assert old in manifest.read_text()
-    manifest.write_text(manifest.read_text().replace(old, new))
+    text = manifest.read_text()
+    assert old in text
+    fields = json.loads(text.replace(old, new))
+    del fields["checksum"]
+    files.write_sealed(manifest, fields, indent=None)
 
 
 DAMAGES = {
@@ -113,9 +117,29 @@ DAMAGES = {
     "no manifest": (lambda path: (path / "manifest.json").unlink(), r"manifest\.json: expected the manifest"),
     "half manifest": (
         lambda path: os.truncate(path / "manifest.json", 40),
-        r"manifest\.json: expected a manifest in JSON",
+        r"manifest\.json: expected JSON, got .* cut or damaged: remove this checkpoint",
     ),
-    "foreign manifest": (lambda path: (path / "manifest.json").write_text("[]"), r"manifest\.json: .*format"),
+    "foreign manifest": (lambda path: (path / "manifest.json").write_text("[]"), r"manifest\.json: expected a JSON"),
+    "edited manifest": (
+        lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("6", "7", 1)),
+        r"manifest\.json: corrupt: its content does not fit its checksum; remove this checkpoint",
+    ),
+    "manifest without checksum": (
+        lambda path: (path / "manifest.json").write_text(
+            re.sub(r', "checksum": "\w+"', "", (path / "manifest.json").read_text())
+        ),
+        r"manifest\.json: corrupt: its content does not fit its checksum",
+    ),
+    "former format": (
+        lambda path: edit_manifest(path, "checkpoint 3", "checkpoint 2"),
+        r"manifest\.json: .* got 'wizard-engine checkpoint 2', of another release; finish the run with the release",
+    ),
+    "foreign format": (lambda path: edit_manifest(path, "checkpoint 3", "x"), r"manifest\.json: .*format"),
+    "pipe for a manifest": (
+        lambda path: ((path / "manifest.json").unlink(), os.mkfifo(path / "manifest.json")),
+        r"manifest\.json: expected a file, got another kind of entry",
+    ),
+    "pipe for a part": (lambda path: ((path / FILE).unlink(), os.mkfifo(path / FILE)), r"part_00000.*missing"),
     "foreign dtype": (
         lambda path: edit_manifest(path, '"dtype": "bfloat16"', '"dtype": "float16"'),
         r"tensor model/half: expected dtype float16, got BF16",
@@ -129,8 +153,8 @@ DAMAGES = {
         r"tensor model/half: expected parts of 15 elements, got none at 0",
     ),
     "foreign sum": (
-        lambda path: (path / "manifest.json").write_text(
-            re.sub(r'("model/a": \[\s*0,\s*60,\s*)\d+', r"\g<1>1", (path / "manifest.json").read_text())
+        lambda path: edit_manifest(
+            path, re.search(r'"model/a": \[0, 60, \d+', (path / "manifest.json").read_text())[0], '"model/a": [0, 60, 1'
         ),
         r"tensor model/a: corrupt",
     ),
@@ -183,17 +207,27 @@ def test_full_disk_keeps_only_the_old_checkpoints(tmp_path):
     assert_equal(checkpoint.load(checkpoint.latest(tmp_path))[0], groups())
 
 
-@pytest.mark.parametrize("failing", ["os.fsync", "Path.rename"])
+def test_checkpoint_under_another_step_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, 1, tensors=groups(), state={})
+    path.rename(path.with_name("step_00000009"))
+    with pytest.raises(ValueError, match=r"manifest\.json: expected step 9, as its directory's name says, got 1; give"):
+        checkpoint.load(path.with_name("step_00000009"))
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "exchange", "Path.rename"])
 def test_no_space_at_the_end_of_a_replacing_save_restores_the_old_one(tmp_path, monkeypatch, failing):
     checkpoint.save(tmp_path, 1, tensors=groups(0), state={})
     rename = Path.rename
 
     def fail(subject, target=None):
-        if target is not None and not subject.name.startswith(".partial_"):
+        if failing == "Path.rename" and not subject.name.startswith(".partial_"):
             return rename(subject, target)
         raise OSError(errno.ENOSPC, "No space left on device", str(subject))
 
-    monkeypatch.setattr(*((os, "fsync") if failing == "os.fsync" else (Path, "rename")), fail)
+    if failing == "Path.rename":
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+    target = {"os.fsync": (os, "fsync"), "exchange": (files, "exchange"), "Path.rename": (Path, "rename")}[failing]
+    monkeypatch.setattr(*target, fail)
     with pytest.raises(OSError, match="step_00000001: not saved") as caught:
         checkpoint.save(tmp_path, 1, tensors=groups(1), state={})
     monkeypatch.undo()

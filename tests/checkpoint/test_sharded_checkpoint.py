@@ -62,7 +62,7 @@ def root(tmp_path_factory):
 
 def resumed(root, name, ranks, *arguments):
     out = root / name
-    shutil.copytree(root / "whole", out, ignore=shutil.ignore_patterns("model", "stage.json"))
+    shutil.copytree(root / "whole", out, ignore=shutil.ignore_patterns("model", "stage.json", f"step_{STEPS:08d}"))
     train(root, out, ranks, *arguments)
     return out
 

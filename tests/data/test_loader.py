@@ -114,6 +114,23 @@ def test_split_packs_cuts_the_largest_first():
     assert plain([split_packs(packs, 20)]) == [[[1], [2], [3], [4], [5], [6], [7]]]
 
 
+# Catches: the rest of a pass that was a fraction skipped; packs of a later pass left out where the last step had few.
+@pytest.mark.parametrize("lengths", [(0.4, 1.0), (1.0, 2.0), (0.3, 0.7, 1.5, 3.0), (1.5, 1.6, 2.0)])
+@pytest.mark.parametrize("packs_per_step", [1, 4, 7])
+def test_loader_that_is_given_more_epochs_yields_every_sample_once_a_pass(lengths, packs_per_step):
+    seen, state = [], None
+    for epochs in lengths:
+        loader = make(epochs=epochs, packs_per_step=packs_per_step)
+        if state is not None:
+            loader.load_state(state)
+        steps = list(loader)
+        assert len(loader) == 0 and loader.steps == len(steps) + (state["step"] if state else 0)
+        seen += [index for packs in steps for pack in packs for index in pack.tolist()]
+        state = loader.state()
+    whole = [i for packs in make(epochs=lengths[-1], packs_per_step=packs_per_step) for p in packs for i in p.tolist()]
+    assert sorted(seen) == sorted(whole)
+
+
 def test_loader_of_other_samples_or_settings_refuses_the_state():
     state = make().state()
     for other in (make(seed=9), make(count=96), make(packs_per_step=2), make(window=5), make(capacity=65)):
@@ -121,7 +138,7 @@ def test_loader_of_other_samples_or_settings_refuses_the_state():
             other.load_state(state)
     done = make(epochs=5)
     list(done)
-    with pytest.raises(ValueError, match="loader state: expected at most step"):
+    with pytest.raises(ValueError, match=r"loader state: expected a position within 1 epochs, got pack 0 of epoch 5"):
         make().load_state(done.state())
 
 

@@ -80,7 +80,7 @@ def test_what_cannot_be_exported_is_refused(tokenizer, tmp_path):
     save_model(ScoringModel(model.config, 1), tokenizer, tmp_path / "reward")
     with pytest.raises(ValueError, match="expected a language model, got a reward model"):
         export_hf.main(export_hf.Config(tmp_path / "reward", tmp_path / "other"))
-    with pytest.raises(ValueError, match="--max-shard-gb: expected a positive number"):
+    with pytest.raises(ValueError, match="max_shard_gb: expected above 0, got"):
         export_hf.Config(tmp_path / "m", tmp_path / "x", max_shard_gb=0)
     larger = train_tokenizer([chr(0x4E00 + n) for n in range(900)], vocab_size=900)
     assert larger.vocab_size > model.config.vocab_size

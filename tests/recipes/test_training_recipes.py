@@ -48,6 +48,18 @@ def supervised(world, out, **changes):
     return sft.Config(data=(data,), out=out, model=world.base, training=training, quiet=True, **changes)
 
 
+# Catches: a finished run that is skipped or refused where it is given more steps, or that begins anew.
+def test_sft_goes_on_where_it_is_given_more_steps(world, tmp_path):
+    cfg = supervised(world, tmp_path, steps=2)
+    assert sft.main(cfg)["steps"] == 2
+    first, shorter = read_metrics(tmp_path / "metrics.jsonl"), weights(tmp_path)
+    assert sft.main(supervised(world, tmp_path, steps=3))["steps"] == 3
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[:2] == first and len(lines) == 3 and not same(shorter, weights(tmp_path))
+    with pytest.raises(ValueError, match=r"another: config\.training\.max_steps \(3 -> 2\)"):
+        sft.main(cfg)
+
+
 def test_sft_learns_writes_a_model_and_is_skipped_when_done(world, tmp_path):
     cfg = supervised(world, tmp_path, steps=8)
     result = sft.main(cfg)

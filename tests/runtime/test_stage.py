@@ -47,6 +47,7 @@ def test_stage_refuses_a_run_directory_of_another_version(tmp_path, is_finished:
     for path in tmp_path.glob("*.json"):
         fields = json.loads(path.read_text())
         assert fields.pop("version") == VERSION
+        del fields["checksum"]
         path.write_text(json.dumps(fields))
     again = stage(tmp_path, 1.0)
     assert not again.is_current()
@@ -104,9 +105,7 @@ def test_stage_does_not_mind_where_its_input_lies(tmp_path):
     assert Stage(stage.out, "double", {"seed": 0, "lr": 0.1}, {"source": moved}).is_current()
 
 
-@pytest.mark.parametrize(
-    "change", ["input", "no input", "config", "output", "no output", "in folder", "record", "name"]
-)
+@pytest.mark.parametrize("change", ["input", "no input", "config", "output", "no output", "in folder", "name"])
 def test_stage_is_not_current_after_a_change(tmp_path, change):
     stage = finished(tmp_path)
     config, name = {"lr": 0.1, "seed": 0}, "double"
@@ -122,11 +121,64 @@ def test_stage_is_not_current_after_a_change(tmp_path, change):
         (stage.out / "result.txt").unlink()
     elif change == "in folder":
         (stage.out / "folder" / "y").write_text("y")
-    elif change == "record":
-        (stage.out / "stage.json").write_text('{"stage": "dou')
     else:
         name = "triple"
     assert not Stage(stage.out, name, config, stage.inputs).is_current()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "text"),
+    [
+        ("stage.json", lambda text: text[:14], "expected JSON"),
+        ("stage.json", lambda text: text.replace('"rows": 2', '"rows": 3'), "corrupt: its content"),
+        ("stage.json", lambda text: text.replace('"version": 3', '"version": 2'), "corrupt: its content"),
+        ("stage.json", lambda text: text[: text.index(',\n  "checksum"')] + "}", "corrupt: its content"),
+        ("config.json", lambda text: text.replace("0.1", "0.2"), "corrupt: its content"),
+    ],
+)
+def test_stage_names_a_damaged_record_and_what_to_do(tmp_path, name, damage, text):
+    stage = finished(tmp_path)
+    path = stage.out / name
+    content = path.read_text()
+    assert damage(content) != content
+    path.write_text(damage(content))
+    advice = "remove the file to run the stage again" if name == "stage.json" else "choose another --out"
+    with pytest.raises(ValueError, match=rf"{name}: {text}.*{advice}"):
+        stage.is_current() if name == "stage.json" else stage.start()
+
+
+def test_stage_goes_on_where_only_its_length_is_larger(tmp_path):
+    lengths = ("training.epochs", "training.max_steps")
+
+    def make(epochs, max_steps, lr=0.1):
+        options = {"training": {"epochs": epochs, "max_steps": max_steps, "lr": lr}}
+        return Stage(tmp_path, "sft", options, {}, extendable=lengths)
+
+    first = make(1.0, 5)
+    first.start()
+    (tmp_path / "checkpoints").mkdir()
+    first.finish({}, [])
+    for changes in ((0.5, 5), (1.0, 4), (2.0, 4), (2.0, 5, 0.2)):
+        with pytest.raises(ValueError, match="expected the configuration that is there"):
+            make(*changes).start()
+    for changes in ((2.0, 5), (2.0, 9), (2.5, None)):
+        stage = make(*changes)
+        assert not stage.is_current()
+        stage.start()
+        assert (tmp_path / "checkpoints").is_dir() and not (tmp_path / "stage.json").exists()
+        stage.finish({}, [])
+        assert make(*changes).is_current()
+    with pytest.raises(ValueError, match=r"max_steps \(null -> 9\)"):
+        make(2.5, 9).start()
+
+
+def test_stage_refuses_checkpoints_without_their_configuration(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"config\.json: expected the configuration of the checkpoints beside it"):
+        stage(tmp_path, 1.0).start()
+    stage(tmp_path, 1.0, overwrite=True).start()
+    assert not (tmp_path / "checkpoints").exists() and (tmp_path / "other" / "checkpoints").exists()
 
 
 def test_stage_start_refuses_another_configuration_and_names_the_fields(tmp_path):
@@ -173,7 +225,8 @@ def test_stage_start_refuses_a_directory_with_a_foreign_config(tmp_path, text):
 
 def test_stage_names_absent_inputs_and_outputs(tmp_path):
     with pytest.raises(ValueError, match="input rows: expected a file"):
-        Stage(tmp_path, "x", {}, {"rows": tmp_path / "absent"}).start()
+        Stage(tmp_path / "out", "x", {}, {"rows": tmp_path / "absent"}).start()
+    assert not (tmp_path / "out").exists()
     stage = Stage(tmp_path, "x", {}, {})
     stage.start()
     with pytest.raises(ValueError, match=r"output .*absent"):

@@ -16,6 +16,7 @@ from wizard_engine.data.chat import Sample
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import ModelConfig, Transformer
 from wizard_engine.optim import AdamW
+from wizard_engine.runtime.files import write_sealed
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.runtime.process import Interrupted, Runtime
 from wizard_engine.training.base_run import STATE_VERSION, blame
@@ -38,7 +39,7 @@ def samples():
     return [Sample(row.astype(np.int32), np.ones(len(row), np.float32)) for row in rows]
 
 
-def train(out, *, at=None, before=None, seed=0, **changes):
+def train(out, *, at=None, before=None, seed=0, saves_last=False, **changes):
     """A whole run; `at` maps a step to what happens to its losses, `before` to what happens to the model before it.
 
     Returns the model and the run.
@@ -46,7 +47,8 @@ def train(out, *, at=None, before=None, seed=0, **changes):
     config = ModelConfig(vocab_size=31, width=8, layers=1, heads=2, kv_heads=1, head_width=4, ffn_width=12)
     model, rows = Transformer(config, seed=seed), samples()
     lengths = [len(row.tokens) - 1 for row in rows]
-    run = Run(Training(**{**OPTIONS, **changes}), Runtime(), model, lengths, out, seed=3, name="test", quiet=True)
+    names = {"seed": 3, "name": "test", "quiet": True, "saves_last": saves_last}
+    run = Run(Training(**{**OPTIONS, **changes}), Runtime(), model, lengths, out, **names)
     try:
         for packs in run.steps():
             batches = [collate([rows[i] for i in pack]) for pack in packs]
@@ -118,6 +120,23 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path, bad):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+# Catches: more epochs that begin anew, that miss the rest of a pass that was a fraction, or that end a step too early.
+@pytest.mark.parametrize("first", [0.5, 1, 1.6])
+def test_finished_run_goes_on_with_more_epochs(tmp_path, first):
+    lines = {}
+    for epochs in (first, 2.5):
+        model, run = train(tmp_path, epochs=epochs, save_every=100, packs_per_step=3, saves_last=True)
+        lines[epochs] = metrics(tmp_path)
+    assert lines[2.5][: len(lines[first])] == lines[first] and len(lines[first]) < len(lines[2.5]) == run.total
+    whole = train(tmp_path / "whole", epochs=2.5, packs_per_step=3)[1]
+    assert lines[2.5][-1]["tokens"] == whole.tokens
+    # Of the longer run's schedule, which begins at the step where the shorter one ended.
+    if first == 1:
+        assert lines[2.5][len(lines[first])]["lr"] > lines[first][-1]["lr"]
+    again, run = train(tmp_path, epochs=2.5, save_every=100, packs_per_step=3, saves_last=True)
+    assert same(model, again) and run.step == run.total
+
+
 def test_skipped_step_does_not_change_the_weights(tmp_path):
     before, _ = train(tmp_path / "a", max_steps=3, epochs=2, warmup=1e-9, lr_floor=1.0)
     after, run = train(tmp_path / "b", max_steps=4, warmup=1e-9, lr_floor=1.0, at={3: lambda loss: loss * float("nan")})
@@ -162,7 +181,8 @@ def test_run_refuses_a_checkpoint_of_another_version(tmp_path):
     path = checkpoint.latest(tmp_path) / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["state"].pop("version") == STATE_VERSION
-    path.write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    write_sealed(path, manifest, indent=None)
     with pytest.raises(ValueError, match=r"state of version 2, got version 1; finish the run with the release that"):
         train(tmp_path, save_every=2)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Positive
+
 from . import prompts
 from .protocol import Reply, Request
 
@@ -21,7 +23,7 @@ OVERHEAD_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """How an endpoint is called; set by `openai:MODEL@URL#name=value,...`.
 
     Attributes:
@@ -34,25 +36,20 @@ class Options:
         key_env: environment variable with the key.   seed: whether the requests' seeds are sent.
     """
 
-    concurrency: int = 8
-    retries: int = 6
-    timeout: float = 120.0
-    backoff: float = 1.0
-    max_wait: float = 60.0
-    budget: int = 0
-    give_up: int = 32
+    concurrency: Count[int] = 8
+    retries: NonNegative[int] = 6
+    timeout: Positive[float] = 120.0
+    backoff: NonNegative[float] = 1.0
+    max_wait: NonNegative[float] = 60.0
+    budget: NonNegative[int] = 0
+    give_up: Count[int] = 32
     key_env: str = "OPENAI_API_KEY"
     seed: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "give_up"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("retries", "backoff", "max_wait", "budget"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: expected above 0 seconds, got {self.timeout}")
+        super().__post_init__()
+        if self.backoff > self.max_wait:
+            raise ValueError(f"backoff: expected at most max_wait={self.max_wait:g} seconds, got {self.backoff:g}")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
             raise ValueError("key_env: expected the name of an environment variable, got something else")
 

@@ -22,9 +22,11 @@ from torch import Tensor
 
 import csrc
 from wizard_engine.parallel.shard_spec import ShardSpec, as_matrix
+from wizard_engine.runtime.files import read_sealed
 
 NAME = "manifest.json"
-FORMAT = "wizard-engine checkpoint 2"
+# 2 had no checksum of the manifest.
+FORMAT = "wizard-engine checkpoint 3"
 GROUP_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 DTYPES = {
     "F64": torch.float64,
@@ -82,7 +84,7 @@ def _written(path: Path, shards: Mapping[str, Shard]) -> dict[str, Any]:
     text += b" " * (-len(text) % 8)
     text = struct.pack("<Q", len(text)) + text
     values = [shard.values.contiguous() for shard in shards.values()]
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "xb", buffering=0) as file:
         _write(file, [np.frombuffer(text, dtype=np.uint8)])
         sums = _write(file, [value.view(torch.uint8).numpy() for value in values if value.numel()])
         os.fsync(file.fileno())
@@ -114,17 +116,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        ValueError: the directory or its manifest is absent, or it is not a manifest of this format.
+        ValueError: the directory or its manifest is absent or damaged, or it is not a manifest of this format.
     """
     path = directory / NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: expected the manifest of a checkpoint, got no file; {_ADVICE}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a manifest in JSON, got {error}; {_ADVICE}") from None
-    fields = manifest.keys() if isinstance(manifest, dict) else ()
-    if not {"format", "step", "state", "tensors", "files"} <= set(fields) or manifest["format"] != FORMAT:
+    manifest = read_sealed(path, _ADVICE, version=("format", FORMAT))
+    if manifest is None:
+        raise ValueError(f"{path}: expected the manifest of a checkpoint, got no file; {_ADVICE}")
+    form = manifest.get("format")
+    if isinstance(form, str) and form != FORMAT and form.startswith(FORMAT[:-1]):
+        raise ValueError(
+            f"{path}: expected a manifest of format {FORMAT!r}, got {form!r:.60}, of another release; finish the run "
+            "with the release that wrote it, or choose another --out"
+        )
+    if form != FORMAT or not {"step", "state", "tensors", "files"} <= manifest.keys():
         raise ValueError(f"{path}: expected a manifest of format {FORMAT!r}, got another; {_ADVICE}")
     _check_cover(path, manifest)
     return manifest

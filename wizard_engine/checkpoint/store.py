@@ -17,14 +17,22 @@ import torch
 from torch import Tensor
 
 from wizard_engine.parallel.shard_spec import ShardSpec
-from wizard_engine.runtime.files import sync_directory, to_plain, write_json, write_text
+from wizard_engine.runtime.files import (
+    REPLACED,
+    replace_directory,
+    restore_replaced,
+    sync_directory,
+    to_plain,
+    write_json,
+    write_sealed,
+)
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
 from .manifest import FORMAT, GROUP_PATTERN, NAME, Shard, ShardFile, file_name, read_manifest, spec_of, write_shards
 
 STEP_PATTERN = re.compile(r"step_(\d{8,})")
-PARTIAL, REPLACED = ".partial_", ".replaced_"
+PARTIAL = ".partial_"
 Groups = Mapping[str, Mapping[str, Shard | Tensor]]
 POLL_SECONDS = 0.01
 GRACE_SECONDS = 5.0
@@ -187,12 +195,12 @@ class Saver:
                 tensors.setdefault(group, {}).update(values)
         # The manifest goes last, and the rename after it: whoever sees the final name sees a complete checkpoint.
         manifest = {"format": FORMAT, "step": step, "state": state, "tensors": tensors, "files": files}
-        write_text(partial / NAME, json.dumps(manifest))
+        write_sealed(partial / NAME, manifest, indent=None)
         for note_path in partial.glob("*.safetensors.json"):
             note_path.unlink()
         # The names of the files must be on the disk before the rename makes them visible.
         sync_directory(partial)
-        _put_in_place(partial, final)
+        replace_directory(partial, final)
         for old in _steps(self.folder)[: -self.keep_last]:
             if old != final:
                 shutil.rmtree(old)
@@ -244,6 +252,12 @@ class Checkpoint:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         self.state, self.step, self.tensors = manifest["state"], manifest["step"], manifest["tensors"]
+        match = STEP_PATTERN.fullmatch(self.path.name)
+        if match and int(match.group(1)) != self.step:
+            raise ValueError(
+                f"{self.path / NAME}: expected step {int(match.group(1))}, as its directory's name says, got "
+                f"{self.step}; give the directory its name back, or remove this checkpoint"
+            )
         keyed = {f"{g}/{n}": e for g, values in self.tensors.items() for n, e in values.items()}
         self._files: list[ShardFile] = []
         self._where: dict[str, list[tuple[ShardSpec, int, int, ShardFile]]] = {}
@@ -323,7 +337,7 @@ def latest(directory: Path) -> Path | None:
     folder = Path(directory) / "checkpoints"
     if not folder.is_dir():
         return None
-    _restore(folder)
+    restore_replaced(folder)
     return next(reversed(_steps(folder)), None)
 
 
@@ -366,40 +380,15 @@ def load(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> 
         return groups, checkpoint.state
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename onto the final name; an old checkpoint of the same step is moved aside first, and back if that fails."""
-    aside = final.with_name(REPLACED + final.name)
-    if final.exists():
-        final.rename(aside)
-    # A kill between the two renames leaves the old one aside; `_restore` finds it there.
-    try:
-        partial.rename(final)
-    except OSError:
-        if aside.exists():
-            aside.rename(final)
-        raise
-    sync_directory(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _steps(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     steps = [(int(match.group(1)), path) for path in folder.iterdir() if (match := STEP_PATTERN.fullmatch(path.name))]
     return [path for _, path in sorted(steps)]
 
 
-def _restore(folder: Path) -> None:
-    """Rename back a checkpoint whose replacement was killed between the two renames."""
-    for aside in folder.glob(REPLACED + "*"):
-        final = folder / aside.name.removeprefix(REPLACED)
-        if not final.exists():
-            with suppress(FileNotFoundError):
-                aside.rename(final)
-
-
 def _tidy(folder: Path) -> None:
     """Remove partial and replaced directories of killed runs."""
-    _restore(folder)
+    restore_replaced(folder)
     for pattern in (PARTIAL, REPLACED):
         for path in folder.glob(pattern + "*"):
             shutil.rmtree(path)

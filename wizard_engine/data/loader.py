@@ -57,8 +57,7 @@ class Loader:
         self._cache: tuple[int, list[Pack]] | None = None
         self._indices: np.ndarray | None = None
         self._order = self._fingerprint()
-        packs = 0 if epochs is None else sum(len(self._packs(epoch)) for epoch in range(math.ceil(epochs)))
-        self.steps = None if epochs is None else math.ceil(packs / packs_per_step)
+        self.steps = self._total()
 
     def __iter__(self) -> Iterator[list[Pack]]:
         """Yields this rank's packs of each remaining step: lists of (n,) int64 arrays of sample indices."""
@@ -88,7 +87,7 @@ class Loader:
         return {"step": self._step, "epoch": self._epoch, "pack": self._start, "order": self._order}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues exactly at a state; world_size, rank and epochs may differ.
+        """Continues exactly at a state; world_size, rank and epochs may differ. `steps` counts those done and to come.
 
         Raises:
             ValueError: the state belongs to other samples or other settings.
@@ -98,10 +97,14 @@ class Loader:
                 f"loader state: expected order {self._order}, got {state['order']}; resume with the same samples, "
                 "capacity, packs_per_step, seed and window"
             )
-        if self.steps is not None and state["step"] > self.steps:
-            raise ValueError(f"loader state: expected at most step {self.steps}, got {state['step']}; raise epochs")
+        if self.epochs is not None and self._packs_from(state["epoch"], state["pack"]) < 0:
+            raise ValueError(
+                f"loader state: expected a position within {self.epochs:g} epochs, got pack {state['pack']} of epoch "
+                f"{state['epoch']} (from 0), step {state['step']}; raise epochs"
+            )
         self._step, self._epoch, self._start = state["step"], state["epoch"], state["pack"]
         self._indices = None
+        self.steps = self._total()
 
     def _check(self) -> None:
         for name, low in (("packs_per_step", 1), ("seed", 0), ("rank", 0), ("world_size", 1), ("window", 0)):
@@ -118,6 +121,17 @@ class Loader:
                 f"world_size must divide packs_per_step: packs_per_step={self.packs_per_step}, "
                 f"world_size={self.world_size}; choose a multiple of {self.world_size}"
             )
+
+    def _total(self) -> int | None:
+        """Steps done, and those that the packs from this position on make."""
+        if self.epochs is None:
+            return None
+        return self._step + math.ceil(self._packs_from(self._epoch, self._start) / self.packs_per_step)
+
+    def _packs_from(self, epoch: int, start: int) -> int:
+        """Packs from a position to the end of the last epoch; below 0 behind it."""
+        end = math.ceil(self.epochs)
+        return sum(len(self._packs(later)) for later in range(epoch, end)) - start - max(0, epoch - end)
 
     def _packs(self, epoch: int) -> list[Pack]:
         """Packs of an epoch in their seeded order, [] after the last epoch; the last result is cached."""
@@ -141,11 +155,12 @@ class Loader:
     def _next_step(self) -> list[Pack]:
         """The packs of the next step over all ranks; advances the position."""
         packs: list[Pack] = []
-        while len(packs) < self.packs_per_step and (epoch_packs := self._packs(self._epoch)):
-            taken = epoch_packs[self._start : self._start + self.packs_per_step - len(packs)]
+        while len(packs) < self.packs_per_step and (epoch_packs := self._packs(self._epoch)[self._start :]):
+            taken = epoch_packs[: self.packs_per_step - len(packs)]
             packs += taken
             self._start += len(taken)
-            if self._start >= len(epoch_packs):
+            # Of the whole pass: a last one that is a fraction may be given its rest later.
+            if self._start >= len(self._cache[1]):
                 self._epoch, self._start = self._epoch + 1, 0
         self._step += 1
         return split_packs(packs, self.packs_per_step)

@@ -16,7 +16,7 @@ from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.parallel import Sharded, sharded
 from wizard_engine.parallel.shard_spec import ShardSpec
-from wizard_engine.runtime.files import write_json
+from wizard_engine.runtime.files import naming, replace_directory, restore_replaced, sync_tree, write_json
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
@@ -27,6 +27,7 @@ from .published import Piece, Region, pieces, published_config, published_tensor
 from .safetensors_file import DTYPES, NAMES, SafetensorsFile, file_header, write_file
 from .transformer import Transformer
 
+INTACT = "what was there is intact"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Tensors that older files carry and that follow from the configuration.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -381,10 +382,11 @@ def save_sharded(
     partial = path.with_name(f".{path.name}.partial")
 
     def begin() -> None:
+        restore_replaced(path.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for file, (text, _, size) in headers.items():
-            with open(partial / file, "wb") as out:
+            with naming(path / file, INTACT), open(partial / file, "xb") as out:
                 out.write(text)
                 out.truncate(size)
         if index is not None:
@@ -400,12 +402,12 @@ def save_sharded(
         if engine.mesh.replicate.index == 0:
             _write_ranges(engine, listed, files, headers, partial)
     except OSError as caught:
-        error = OSError(f"{path}: not saved ({caught}); what was there is intact")
+        error = OSError(f"{path}: not saved ({caught}); {INTACT}")
     text = first_error(error, runtime)
     if text:
         from_main(runtime, lambda: shutil.rmtree(partial, ignore_errors=True))
         raise OSError(text)
-    from_main(runtime, lambda: _swap(partial, path))
+    from_main(runtime, lambda: _put_in_place(partial, path))
     return path
 
 
@@ -429,7 +431,7 @@ def _write_ranges(
                         if low < high:
                             at = headers[file_of[piece.name]][1][piece.name] + (low - begin) * shard.element_size()
                             part = shard[offset + low - first : offset + high - first]
-                            _write_at(opened[file_of[piece.name]], part, at)
+                            _write_at(opened[file_of[piece.name]], part, at, folder / file_of[piece.name])
                 bar.update(shard.nbytes)
         for descriptor in opened.values():
             os.fsync(descriptor)
@@ -438,18 +440,22 @@ def _write_ranges(
             os.close(descriptor)
 
 
-def _write_at(descriptor: int, values: Tensor, at: int) -> None:
-    """Write values at a place of a file."""
+def _write_at(descriptor: int, values: Tensor, at: int, path: Path) -> None:
+    """Write values at a place of a file; an OSError names it."""
     data = memoryview(values.view(torch.uint8).numpy())
-    while data:
-        written = os.pwrite(descriptor, data, at)
-        data, at = data[written:], at + written
+    try:
+        while data:
+            written = os.pwrite(descriptor, data, at)
+            data, at = data[written:], at + written
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write(
     tensors: dict[str, Tensor], fields: dict, tokenizer: Tokenizer | None, path: Path, max_shard_bytes: int
 ) -> Path:
     partial = path.with_name(f".{path.name}.partial")
+    restore_replaced(path.parent)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -458,9 +464,9 @@ def _write(
             tokenizer.save(partial)
             _say_chat_format(partial)
         write_json(partial / "config.json", fields)
-        _swap(partial, path)
+        _put_in_place(partial, path)
     except OSError as error:
-        raise OSError(f"{path}: not saved ({error}); what was there is intact") from error
+        raise OSError(error.errno, f"{path}: not saved ({error}); {INTACT}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -493,11 +499,7 @@ def _files(specs: Mapping[str, tuple], most: int) -> tuple[dict[str, list[str]],
     return files, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
 
-def _swap(partial: Path, path: Path) -> None:
-    """Put `partial` in the place of `path`; what stood there goes only once the new one is in place."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Give a directory its name once every byte of it is on disk."""
+    sync_tree(partial)
+    replace_directory(partial, path)

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from wizard_engine.runtime.files import naming
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes of an element of every dtype of the format, so that a file with tensors of others can be told from a broken one.
@@ -251,7 +253,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], *, written: Callable[[
         OSError: the file cannot be written.
     """
     text, _, _ = file_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
-    with open(path, "wb") as file:
+    with naming(path, "the file is incomplete"), open(path, "xb") as file:
         file.write(text)
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().view(-1)

@@ -16,23 +16,26 @@ import torch.distributed as dist
 
 from wizard_engine.runtime.object_collectives import check_same
 from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.ranges import Checked, Count, ranged
+
+Seconds = ranged(above=0, high=10**7)
 
 
 @dataclass(frozen=True)
-class MeshOptions:
+class MeshOptions(Checked):
     """Sizes of the mesh axes. If --mesh.dp-replicate or --mesh.dp-shard is not set, it takes the remaining ranks."""
 
-    dp_replicate: int | None = None
+    dp_replicate: Count[int | None] = None
     """Copies of the sharded model; default 1, or what --mesh.dp-shard leaves."""
-    dp_shard: int | None = None
+    dp_shard: Count[int | None] = None
     """Ranks that divide the parameters, gradients and optimizer state of one copy; default: all that are left."""
-    tp: int = 1
+    tp: Count[int] = 1
     """Ranks that divide each matrix and the vocabulary, and the tokens between the products."""
-    ep: int = 1
+    ep: Count[int] = 1
     """Ranks that divide the experts of a layer; they are taken from dp_shard, cp and tp."""
-    cp: int = 1
+    cp: Count[int] = 1
     """Ranks that divide the tokens of each packed row, for long documents."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: Seconds[float] = 600.0
     """Longest wait for the other ranks in one collective, seconds."""
 
 
@@ -115,12 +118,8 @@ def resolve(options: MeshOptions, world_size: int) -> MeshShape:
     """The shape of a mesh of a number of ranks.
 
     Raises:
-        ValueError: a size below 1, or sizes that do not divide the ranks; names the choices that would.
+        ValueError: sizes that do not divide the ranks; names the choices that would.
     """
-    for name in ("dp_replicate", "dp_shard", "tp", "ep", "cp"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"mesh.{name}: expected at least 1, got {value}")
     left = world_size
     for name in ("tp", "cp"):
         value = getattr(options, name)

@@ -22,6 +22,7 @@ from wizard_engine.model import PRESETS, ModelConfig, Transformer
 from wizard_engine.parallel import MeshOptions, Sharding
 from wizard_engine.parallel.mesh import MeshShape, divisors, resolve
 from wizard_engine.parallel.parallelize import partitions_of
+from wizard_engine.runtime.ranges import Checked, Count
 
 from .estimate import Estimate, estimate, mesh_of, sizes_of_units
 from .flops import TRAINING_FACTOR, flops_per_token, mean_keys
@@ -36,22 +37,22 @@ ROWS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """What to plan: memory, traffic and time of a training step, and the best layouts."""
 
     preset: str
     """Preset of the model."""
-    gpus: int
-    """GPUs in all."""
+    gpus: Count[int]
+    """GPUs in all, at least 1."""
     gpu: str = "H100"
     """Which: A100-80GB, H100, H200, B200."""
     layout: str | None = None
     """Plan this one alone: dp_replicate, dp_shard, cp, tp, ep, recompute, rows, as in tp=2,ep=8,rows=2."""
-    sequence: int = 4096
+    sequence: Count[int] = 4096
     """Tokens of a document; a packed row holds one, or several."""
-    step_tokens: int = 2**20
+    step_tokens: Count[int] = 2**20
     """Tokens of an optimizer step over all GPUs; where too few, a row on each rank with rows of its own."""
-    best: int = 5
+    best: Count[int] = 5
     """Layouts to show."""
     simulate: bool = True
     """Run the best layout on simulated ranks, and compare memory and traffic."""
@@ -61,12 +62,10 @@ class Options:
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value, known in (("preset", self.preset, PRESETS), ("gpu", self.gpu, GPUS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        for name in ("gpus", "sequence", "step_tokens", "best"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -4,29 +4,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, LearningRate, NonNegative, Positive, Share, ranged
 from wizard_engine.runtime.stage import INCIDENTAL
 
 from .rewards import FACTORS
 
+Clip = ranged(above=0, below=1)
+DualClip = ranged(above=1)
+PositiveTemperature = ranged(above=0, high=100)
+
 
 @dataclass(frozen=True)
-class RolloutOptions:
+class RolloutOptions(Checked):
     """Number and length of the sampled answers, and the layout of the sampler."""
 
-    steps: int = 100
+    steps: Count[int] = 100
     """Number of rollouts; each is followed by at least one update."""
-    prompts_per_step: int = 48
+    prompts_per_step: Count[int] = 48
     """Prompts of a rollout over all ranks."""
-    samples_per_prompt: int = 4
+    samples_per_prompt: Count[int] = 4
     """Answers to each prompt."""
-    max_new_tokens: int = 96
+    max_new_tokens: Count[int] = 96
     """Longest answer, tokens."""
-    temperature: float = 1.0
-    tp: int = field(default=1, metadata=INCIDENTAL)
+    temperature: PositiveTemperature[float] = 1.0
+    tp: Count[int] = field(default=1, metadata=INCIDENTAL)
     """Tensor-parallel ranks of the sampler; each group of them holds the whole policy."""
-    batch_size: int = field(default=128, metadata=INCIDENTAL)
+    batch_size: Count[int] = field(default=128, metadata=INCIDENTAL)
     """Answers that a rank samples concurrently."""
-    cache_tokens: int | None = field(default=None, metadata=INCIDENTAL)
+    cache_tokens: Count[int | None] = field(default=None, metadata=INCIDENTAL)
     """Capacity of a rank's KV cache while sampling, tokens; default: enough for --rollout.batch-size of the longest
     answers."""
     replay_routing: bool = True
@@ -34,7 +39,7 @@ class RolloutOptions:
 
 
 @dataclass(frozen=True)
-class PPOOptions:
+class PPOOptions(Checked):
     """Advantages, the clipped loss, and the updates of a rollout."""
 
     advantages: Literal["critic", "rloo", "grpo"] = "critic"
@@ -43,55 +48,55 @@ class PPOOptions:
     the combination."""
     group_baseline: bool = True
     """With a critic: subtract the mean reward of the other answers to the prompt from each answer's reward."""
-    epochs: int = 1
+    epochs: Count[int] = 1
     """Passes over each rollout."""
-    minibatches: int = 1
+    minibatches: Count[int] = 1
     """Updates per pass."""
-    clip: float = 0.2
+    clip: Clip[float] = 0.2
     """Half width of the ratio's interval."""
-    dual_clip: float | None = None
+    dual_clip: DualClip[float | None] = None
     """Bound on the loss of tokens with a negative advantage, in advantages, > 1; none by default."""
     normalisation: Literal["token", "sequence"] = "token"
     """Equal weights for all answer tokens, or for all answers."""
-    importance_limit: float = 0.01
+    importance_limit: NonNegative[float] = 0.01
     """Largest difference of a token's log-probability between trainer and sampler, nats. Beyond it the ratio uses the
     trainer's log-probability, and the token weighs trainer over sampler, at most --ppo.importance-cap."""
-    importance_cap: float = 2.0
-    entropy: float = 0.0
+    importance_cap: AtLeastOne[float] = 2.0
+    entropy: NonNegative[float] = 0.0
     """Coefficient of the entropy bonus, per token."""
-    gamma: float = 1.0
+    gamma: Share[float] = 1.0
     """Discount of later rewards."""
-    lam: float = 0.95
+    lam: Share[float] = 0.95
     """Lambda of generalised advantage estimation."""
 
 
 @dataclass(frozen=True)
-class CriticOptions:
+class CriticOptions(Checked):
     """The critic: its start, learning rate and loss."""
 
     model: Path | None = None
     """Model directory with the initial body of the critic; default: the process reward model's."""
-    lr: float = 1e-6
+    lr: LearningRate[float] = 1e-6
     """Peak learning rate."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegative[int] = 0
     """Number of first rollouts that train only the critic."""
-    value_clip: float = 0.2
+    value_clip: Positive[float] = 0.2
     """Half width of the interval around the former value."""
 
 
 @dataclass(frozen=True)
-class KLOptions:
+class KLOptions(Checked):
     """Divergence of the policy from the reference."""
 
-    coefficient: float = 0.05
+    coefficient: NonNegative[float] = 0.05
     """Of k1 = log policy - log reference in the reward, per token."""
-    loss_coefficient: float = 0.0
+    loss_coefficient: NonNegative[float] = 0.0
     """Of --kl.estimator as a term of the loss, per token."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
 
 
 @dataclass(frozen=True)
-class RewardOptions:
+class RewardOptions(Checked):
     """Reward models and the factors of the reward."""
 
     instruction_model: Path
@@ -100,22 +105,23 @@ class RewardOptions:
     """Process reward model, a directory of recipes/reward.py."""
     factors: tuple[str, ...] = FACTORS
     """Factors of the reward: instruction, process."""
-    neutral: float = 0.5
+    neutral: Share[float] = 0.5
     """Process score of a neutral step, 0 to 1."""
-    no_eos_penalty: float = 0.5
+    no_eos_penalty: NonNegative[float] = 0.5
     """Subtracted from the reward of an answer without an end token."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [name for name in self.factors if name not in FACTORS]
         if unknown or not self.factors:
             raise ValueError(f"reward.factors: expected some of {', '.join(FACTORS)}, got {unknown or 'none'}")
 
 
 @dataclass(frozen=True)
-class PTXOptions:
+class PTXOptions(Checked):
     """Supervised loss beside PPO (PPO-ptx)."""
 
-    coefficient: float = 0.0
+    coefficient: NonNegative[float] = 0.0
     """Weight of the supervised loss on the rows' own answers in every update; 0 skips it."""
-    rows: int = 32
+    rows: Count[int] = 32
     """Rows of that loss per update over all ranks."""

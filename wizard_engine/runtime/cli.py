@@ -13,6 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from .ranges import RangeError, check_options, checked_later
+
 Config = TypeVar("Config")
 
 
@@ -36,7 +38,7 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), checked_later():
             value, unknown = tyro.cli(
                 config,
                 prog=Path(sys.argv[0]).name,
@@ -59,6 +61,11 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
         raise
     if unknown:
         _fail(_unknown_message(config, unknown))
+    try:
+        check_options(value)
+    except RangeError as error:
+        typed = dict(zip(_field_paths(config), option_names(config)))
+        _fail(f"{typed[error.option]}: {error.reason}")
     return value
 
 
@@ -97,6 +104,15 @@ def option_names(config: type, prefix: str = "--") -> list[str]:
         nested = _nested_dataclass(hints[field.name])
         names += option_names(nested, name + ".") if nested else [name]
     return names
+
+
+def _field_paths(config: type, prefix: str = "") -> list[str]:
+    """The fields of the options, in the order of `option_names`: `data.on_error`."""
+    hints, paths = typing.get_type_hints(config), []
+    for field in dataclasses.fields(config):
+        nested = _nested_dataclass(hints[field.name])
+        paths += _field_paths(nested, f"{prefix}{field.name}.") if nested else [prefix + field.name]
+    return paths
 
 
 def _is_option(argument: str, names: Sequence[str]) -> bool:

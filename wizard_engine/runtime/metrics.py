@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .files import write_bytes
+from .files import naming, write_bytes
 
 BAR_METRICS = ("loss", "tokens_per_second", "mfu")
 
@@ -63,9 +63,10 @@ class MetricsLogger:
         self._file = self._bar = None
         if dist.is_initialized() and dist.get_rank() != 0:
             return
-        path = Path(path)
-        write_bytes(path, _lines_until(path, resume_step))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self.path = Path(path)
+        write_bytes(self.path, _lines_until(self.path, resume_step))
+        # Unbuffered: a line that a full disk refuses is not tried again by close().
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._bar = tqdm(total=total_steps, initial=resume_step, desc=desc, disable=quiet, dynamic_ncols=True)
 
     def log(self, *, step: int, **values: float | list[float]) -> None:
@@ -73,12 +74,15 @@ class MetricsLogger:
 
         Raises:
             TypeError: a value that is not a number.
+            OSError: the line cannot be written; names the file.
         """
         line = json.dumps({name: _number(name, value) for name, value in {"step": step, **values}.items()})
         if self._file is None or self._bar is None:
             return
-        self._file.write(line + "\n")
-        self._file.flush()
+        data = (line + "\n").encode("utf-8")
+        with naming(self.path, "the same command goes on from the last checkpoint"):
+            while data:
+                data = data[self._file.write(data) :]
         shown = {name: f"{values[name]:.4g}" for name in self._shown if name in values}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)

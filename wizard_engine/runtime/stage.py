@@ -4,20 +4,26 @@ import dataclasses
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import file_fingerprint, file_hash, read_object, to_plain, write_json
+from .files import file_fingerprint, file_hash, read_sealed, remove, to_plain, write_sealed
 from .object_collectives import check_same, from_main
 from .process import Runtime
+from .run_lock import RunLock
 
-# Of the options' names in config.json and stage.json; 1 had no number.
-VERSION = 2
+# Of config.json and stage.json: 1 had no number, 2 no checksums.
+VERSION = 3
 
 # Metadata of the field of an option that changes how a stage runs but not what it makes.
 INCIDENTAL = {"incidental": True}
 MISSING = "(absent)"
+ADVICE = {
+    "stage.json": "remove the file to run the stage again; a training run goes on from its last checkpoint",
+    "config.json": "restore the file, or choose another --out",
+}
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -34,6 +40,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 48 else text[:45] + "..."
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_sealed(path, ADVICE[path.name], version=("version", VERSION))
+
+
 class Stage:
     """A unit of work, skipped if its inputs, its configuration and its outputs are unchanged.
 
@@ -46,14 +56,22 @@ class Stage:
         config: all options that change the result, seed included; no others (paths, thread counts).
         inputs: name -> file or directory that the stage reads; compared by content, not by path.
         overwrite: replace the results of another configuration in `out`.
+        extendable: dotted names of options that say how long the stage runs: with larger ones it goes on.
     Attributes:
         done: whether the stage is current, set by `open_stage`.
     """
 
     def __init__(
-        self, out: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, Path], overwrite: bool = False
+        self,
+        out: Path,
+        name: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Path],
+        overwrite: bool = False,
+        *,
+        extendable: Sequence[str] = (),
     ):
-        self.out, self.name, self.overwrite = Path(out), name, overwrite
+        self.out, self.name, self.overwrite, self.extendable = Path(out), name, overwrite, tuple(extendable)
         self.config: dict[str, Any] = json.loads(json.dumps(to_plain(config)))
         self.inputs = {key: Path(path) for key, path in inputs.items()}
         self.done = False
@@ -74,8 +92,12 @@ class Stage:
         return self._identity
 
     def is_current(self) -> bool:
-        """Whether this identity has finished and every output is unchanged since."""
-        record = read_object(self.out / "stage.json")
+        """Whether this identity has finished and every output is unchanged since.
+
+        Raises:
+            ValueError: stage.json is damaged.
+        """
+        record = _read(self.out / "stage.json")
         if record is None or not all(path.exists() for path in self.inputs.values()):
             return False
         if {key: record.get(key) for key in ("stage", "version", "config", "inputs")} != self.identity():
@@ -83,19 +105,33 @@ class Stage:
         outputs = {self.out / name: fingerprint for name, fingerprint in record["outputs"].items()}
         return all(path.exists() and file_fingerprint(path) == fingerprint for path, fingerprint in outputs.items())
 
+    def lock(self) -> None:
+        """Keep other processes out of `out`, until `finish`, `unlock`, or the end of this object or process.
+
+        Raises:
+            ValueError: another process is in it; says which.
+        """
+        # An absent input is an error before anything is made.
+        self.identity()
+        lock = RunLock.take(self.out)
+        self.unlock = weakref.finalize(self, lock.release)
+
+    def unlock(self) -> None:
+        """Free `out`, where `lock` took it."""
+
     def result(self) -> dict:
         """The result that `finish` recorded.
 
         Raises:
             ValueError: the stage is not finished.
         """
-        record = read_object(self.out / "stage.json")
+        record = _read(self.out / "stage.json")
         if record is None:
             raise ValueError(f"{self.out}: expected a finished stage {self.name!r}, got no stage.json; run the stage")
         return record["result"]
 
     def start(self) -> None:
-        """Claim `out` for this identity; files of an interrupted run with the same identity stay.
+        """Claim `out` for this identity and lock it; files of an interrupted run with the same identity stay.
 
         A configuration without work beside it is replaced. A run that fails on its rows leaves such a one.
 
@@ -103,29 +139,68 @@ class Stage:
             ValueError: `out` holds work of another configuration and `overwrite` is off; names what differs. So does
                 work of a release whose options had other names.
         """
+        self.lock()
         path = self.out / "config.json"
-        former = read_object(path)
-        if path.exists() and (former is None or "stage" not in former):
-            raise ValueError(
-                f"{path}: expected a stage's configuration, got another kind of file; choose another --out"
-            )
-        version = VERSION if former is None else former.get("version", 1)
-        if version != VERSION and self._work() and not self.overwrite:
-            raise ValueError(
-                f"{self.out}: expected a run directory with options of version {VERSION}, got version {version}, whose "
-                "options had other names; finish it with the release that wrote it, choose another --out, or "
-                "--overwrite to replace it"
-            )
-        differing = [] if former is None else _differences(former, self.identity())
-        if differing and self._work() and not self.overwrite:
+        former = _read(path)
+        differing = self._differing(path, former)
+        if differing and not self.overwrite:
             raise ValueError(
                 f"{self.out}: expected the configuration that is there, got another: {'; '.join(differing)}; "
                 "choose another --out, or --overwrite to replace it"
             )
-        if differing:
+        if former is None and self.overwrite:
+            # Of this directory alone: nothing says that its subfolders are of the same run.
+            remove(self.out / "checkpoints")
+            remove(self.out / "metrics.jsonl")
+        elif differing:
             self._clear()
         (self.out / "stage.json").unlink(missing_ok=True)
-        write_json(path, self.identity())
+        write_sealed(path, self.identity())
+
+    def _differing(self, path: Path, former: Mapping[str, Any] | None) -> list[str]:
+        """In what a former configuration with work beside it differs from this one.
+
+        Raises:
+            ValueError: it is no configuration of a stage, one of another version, or absent where checkpoints are.
+        """
+        if former is not None and "stage" not in former:
+            raise ValueError(
+                f"{path}: expected a stage's configuration, got another kind of file; choose another --out"
+            )
+        if former is None:
+            if (self.out / "checkpoints").exists() and not self.overwrite:
+                raise ValueError(
+                    f"{path}: expected the configuration of the checkpoints beside it, got no file; restore it, choose "
+                    "another --out, or --overwrite to replace them"
+                )
+            return []
+        if not self._work():
+            return []
+        version = former.get("version", 1)
+        if version != VERSION and not self.overwrite:
+            raise ValueError(
+                f"{self.out}: expected a run directory with options of version {VERSION}, got version {version}, of an "
+                "earlier release; finish it with the release that wrote it, choose another --out, or --overwrite to "
+                "replace it"
+            )
+        return [] if self._goes_on(former) else _differences(former, self.identity())
+
+    def _goes_on(self, former: Mapping[str, Any]) -> bool:
+        """Whether a configuration asks for more of a former one: it differs in `extendable` options that are larger."""
+        rest = json.loads(json.dumps(former))
+        for name in self.extendable:
+            section, other = rest.get("config", {}), self.config
+            *path, last = name.split(".")
+            for key in path:
+                section, other = section.get(key, {}), other.get(key, {})
+            old, new = section.get(last, MISSING), other.get(last, MISSING)
+            if old == new:
+                continue
+            # None is no limit.
+            if old in (None, MISSING) or new is MISSING or (new is not None and new < old):
+                return False
+            section[last] = new
+        return rest == self.identity()
 
     def _work(self) -> list[Path]:
         """Records, checkpoints and metrics of a stage in `out` and in its direct subfolders."""
@@ -135,7 +210,7 @@ class Stage:
 
     def _clear(self) -> None:
         """Remove the listed outputs, the checkpoints and the metrics of the former stage, nothing else."""
-        record = read_object(self.out / "stage.json") or {}
+        record = _read(self.out / "stage.json") or {}
         names = [
             name for name in record.get("outputs", {}) if not Path(name).is_absolute() and ".." not in Path(name).parts
         ]
@@ -146,7 +221,7 @@ class Stage:
                 path.unlink()
 
     def finish(self, result: Mapping[str, Any], outputs: Sequence[Path] = ()) -> None:
-        """Record the stage as done.
+        """Record the stage as done, and free its directory.
 
         Args:
             result: JSON object that `result()` gives back later.
@@ -159,7 +234,8 @@ class Stage:
             if not path.exists():
                 raise ValueError(f"{self.name}: output {path}: expected a file or directory, got none")
             fingerprints[os.path.relpath(path, self.out)] = file_fingerprint(path)
-        write_json(self.out / "stage.json", {**self.identity(), "outputs": fingerprints, "result": result})
+        write_sealed(self.out / "stage.json", {**self.identity(), "outputs": fingerprints, "result": result})
+        self.unlock()
 
 
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -206,14 +282,25 @@ def _files(value: Any) -> list[Path]:
     return []
 
 
-def open_stage(cfg: Any, name: str, runtime: Runtime) -> Stage:
-    """The stage that a recipe's configuration describes, claimed unless it is done (`stage.done`)."""
+def open_stage(cfg: Any, name: str, runtime: Runtime, *, extendable: Sequence[str] = ()) -> Stage:
+    """The stage that a recipe's configuration describes, claimed unless it is done (`stage.done`).
+
+    Its directory is locked until `finish_stage`, or until the stage is forgotten.
+
+    Raises:
+        ValueError: another process runs in the directory, or it holds something else; on every rank.
+    """
     options, inputs = identity(cfg)
     check_same(runtime, f"{name}: configuration", options | {key: str(path) for key, path in inputs.items()})
-    stage = Stage(cfg.out, name, options, inputs, overwrite=cfg.overwrite)
+    stage = Stage(cfg.out, name, options, inputs, overwrite=cfg.overwrite, extendable=extendable)
 
     def claim() -> bool:
         if stage.is_current():
+            return True
+        stage.lock()
+        # Another process may have finished it in the meantime.
+        if stage.is_current():
+            stage.unlock()
             return True
         stage.start()
         return False

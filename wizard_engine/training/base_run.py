@@ -40,6 +40,8 @@ class BaseRun(Generic[Work]):
         tokens: trained on so far, all ranks.
     """
 
+    # With more epochs the same command goes on from the last step.
+    saves_last = False
     # Whether the heartbeat limits the time of a step.
     has_limited_steps = False
 
@@ -71,7 +73,7 @@ class BaseRun(Generic[Work]):
         self._resume()
         self.logger = MetricsLogger(
             self.out / "metrics.jsonl",
-            total,
+            self.total,
             self.name,
             quiet=quiet or not self.runtime.is_main,
             resume_step=self.step,
@@ -113,7 +115,8 @@ class BaseRun(Generic[Work]):
                 self.save()
                 self.finish()
                 raise Interrupted(self.step, self.out)
-            if every and self.step % every == 0 and self.step < self.total:
+            is_last = self.step == self.total
+            if every and (self.saves_last if is_last else self.step % every == 0):
                 self.save()
         self.finish()
 

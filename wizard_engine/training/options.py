@@ -3,31 +3,38 @@
 from dataclasses import dataclass, field
 
 from wizard_engine.model.config import ModelConfig
+from wizard_engine.runtime.ranges import Checked, Count, Fraction, LearningRate, NonNegative, Share, ranged
 from wizard_engine.runtime.stage import INCIDENTAL
+
+# Options of a run that goes on from its last checkpoint where they are larger.
+RUN_LENGTH = ("training.epochs", "training.max_steps")
+
+Epochs = ranged(above=0, high=10_000)
 
 
 @dataclass(frozen=True)
-class Optimisation:
+class Optimisation(Checked):
     """Optimisation options that every training run has."""
 
-    lr: float = 2e-5
+    lr: LearningRate[float] = 2e-5
     """Peak learning rate."""
-    pack_tokens: int = 1024
+    pack_tokens: Count[int] = 1024
     """Capacity of one packed row (micro-batch), tokens."""
-    warmup: float = 0.05
+    warmup: Share[float] = 0.05
     """Fraction of the steps with a rising learning rate."""
-    lr_floor: float = 0.05
+    lr_floor: Share[float] = 0.05
     """Fraction of the peak learning rate at the end."""
-    weight_decay: float = 0.0
-    beta2: float = 0.95
+    weight_decay: NonNegative[float] = 0.0
+    beta2: Fraction[float] = 0.95
     """Decay rate of the second moment."""
-    clip: float = 1.0
+    clip: NonNegative[float] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    save_every: int = field(default=200, metadata=INCIDENTAL)
-    """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
-    keep_last: int = field(default=2, metadata=INCIDENTAL)
+    save_every: NonNegative[int] = field(default=200, metadata=INCIDENTAL)
+    """Steps between checkpoints; a run that more epochs continue writes one at its end too. 0 writes one only when the
+    run is asked to stop."""
+    keep_last: Count[int] = field(default=2, metadata=INCIDENTAL)
     """Checkpoints kept."""
-    max_skipped: int = 10
+    max_skipped: NonNegative[int] = 10
     """Updates with a non-finite gradient, or a spike, that may be skipped before the run ends with an error."""
 
 
@@ -35,13 +42,13 @@ class Optimisation:
 class Training(Optimisation):
     """Optimisation options of runs over a fixed set of rows."""
 
-    epochs: float = 1.0
+    epochs: Epochs[float] = 1.0
     """Passes over the rows; a fraction stops inside a pass."""
-    packs_per_step: int = 1
+    packs_per_step: Count[int] = 1
     """Packed rows of one optimizer step over all ranks; a multiple of the number of ranks."""
-    max_steps: int | None = None
+    max_steps: Count[int | None] = None
     """Stop after this many optimizer steps."""
-    spike: float = 0.0
+    spike: NonNegative[float] = 0.0
     """Skip a step whose loss is this many standard deviations above the mean of the last 128 steps; 0 skips none. 6 is
     usual for large batches; the losses of small ones have long tails. With a value above 0 the host waits for the loss
     before the update."""
@@ -51,13 +58,13 @@ class Training(Optimisation):
 class OnlineTraining(Optimisation):
     """Optimisation options of online reinforcement learning; a step is a rollout with its updates."""
 
-    lr: float = 1e-7
+    lr: LearningRate[float] = 1e-7
     """Peak learning rate of the policy."""
-    pack_tokens: int = 8192
+    pack_tokens: Count[int] = 8192
     """Capacity of one packed row (micro-batch), tokens."""
-    lr_floor: float = 0.1
+    lr_floor: Share[float] = 0.1
     """Fraction of the peak learning rate at the end."""
-    save_every: int = field(default=50, metadata=INCIDENTAL)
+    save_every: NonNegative[int] = field(default=50, metadata=INCIDENTAL)
     """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
 
 

@@ -1,10 +1,12 @@
 """Log-probabilities of answers under the reference model of Stage-DPO, in a cache on disk."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from wizard_engine.data.samples import Pair
@@ -13,6 +15,10 @@ from wizard_engine.model import Transformer
 from wizard_engine.parallel import sharded
 from wizard_engine.runtime.files import content_hash, write_bytes
 from wizard_engine.runtime.object_collectives import gather_objects
+
+# Of the files; 1 had no checksum, and its values are computed again.
+VERSION = 2
+AGAIN = "remove it, and its log-probabilities are computed again"
 
 
 class ReferenceCache:
@@ -26,8 +32,6 @@ class ReferenceCache:
 
     def key(self, model: Transformer, pairs: Sequence[Pair]) -> str:
         """Hash of everything that the log-probabilities depend on."""
-        import hashlib
-
         digest = hashlib.sha256()
         engine = sharded(model)
         if engine is not None and engine.is_sharded:
@@ -43,7 +47,12 @@ class ReferenceCache:
         for sample in (side for pair in pairs for side in (pair.chosen, pair.rejected)):
             digest.update(sample.tokens.tobytes())
             digest.update(sample.weights.tobytes())
-        rest = {"tokenizer": self.tokenizer, "normalise": self.normalise, "config": str(model.config)}
+        rest = {
+            "version": VERSION,
+            "tokenizer": self.tokenizer,
+            "normalise": self.normalise,
+            "config": str(model.config),
+        }
         return content_hash({"model": digest.hexdigest(), **rest})[:32]
 
     def logprobs(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
@@ -51,9 +60,9 @@ class ReferenceCache:
         file = self.directory / f"{self.key(model, pairs)}.safetensors"
         is_cached = gather_objects(file.exists())
         if all(is_cached):
-            return load_file(file)["logprobs"]
+            return _read(file, len(pairs))
         logprobs = self._computed(model, pairs)
-        write_bytes(file, save({"logprobs": logprobs}))
+        write_bytes(file, save({"logprobs": logprobs}, metadata={"checksum": _checksum(logprobs)}))
         return logprobs
 
     def _computed(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
@@ -72,3 +81,23 @@ class ReferenceCache:
         for other, values in gather_objects((rank, logprobs.tolist())):
             out[other::size] = torch.tensor(values).view(-1, 2)
         return out
+
+
+def _checksum(logprobs: Tensor) -> str:
+    return hashlib.sha256(logprobs.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _read(file: Path, pairs: int) -> Tensor:
+    """The log-probabilities in a file of the cache.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            logprobs, stated = opened.get_tensor("logprobs"), (opened.metadata() or {}).get("checksum")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, got {error}; {AGAIN}") from None
+    if logprobs.shape != (pairs, 2) or logprobs.dtype != torch.float32 or _checksum(logprobs) != stated:
+        raise ValueError(f"{file}: corrupt: its values do not fit their checksum; {AGAIN}")
+    return logprobs

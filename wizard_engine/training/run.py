@@ -34,6 +34,7 @@ class Run(BaseRun[list[np.ndarray]]):
         model: trained in place, as `parallelize` returned it; a plain one is replicated.
         lengths: tokens of each row, for packing.   seed: order of the data.
         documents: tokens of each document of each row, for MFU; default: a row is one document.
+        saves_last: write a checkpoint of the last step, from which a run with more epochs goes on.
     Raises:
         ValueError: no rows, rows that fit no pack, ranks with other rows, or a checkpoint of other rows or another
             model.
@@ -53,9 +54,11 @@ class Run(BaseRun[list[np.ndarray]]):
         name: str,
         quiet: bool = False,
         documents: Sequence[Sequence[int]] | None = None,
+        saves_last: bool = False,
     ) -> None:
         super().__init__(options, runtime, {"model": model}, out, name=name)
         self.options: Training = options
+        self.saves_last = saves_last
         self.model, self.sharded = model, sharded(model)
         self.router, self.optimizer = self.routers["model"], self.optimizers["model"]
         data = self.mesh.data
@@ -68,7 +71,7 @@ class Run(BaseRun[list[np.ndarray]]):
             rank=data.index,
             world_size=data.size,
         )
-        total = min(self.loader.steps, options.max_steps or self.loader.steps)
+        total = self._steps_in_all()
         if total < 1:
             raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
         check_same(runtime, f"{name}: rows and their order", self.loader.state()["order"])
@@ -80,6 +83,9 @@ class Run(BaseRun[list[np.ndarray]]):
         self._clear()
         self._open(total, quiet=quiet)
         self._packs = iter(self.loader)
+
+    def _steps_in_all(self) -> int:
+        return min(self.loader.steps, self.options.max_steps or self.loader.steps)
 
     def _begin(self) -> list[np.ndarray]:
         """This rank's packs of a step."""
@@ -187,6 +193,8 @@ class Run(BaseRun[list[np.ndarray]]):
 
     def _load_state(self, state: Mapping[str, Any], saved: Checkpoint) -> None:
         self.loader.load_state(state["loader"])
+        # A run that was given more epochs goes on from the end of its last pack, not of its last step.
+        self.total = self._steps_in_all()
         self.spikes.losses.extend(state["losses"])
 
 
