@@ -1,4 +1,4 @@
-"""One client's numbers, ids or logits beside another client's answer: the first may get an error, the second does not."""
+"""Numbers, ids or logits of one client beside the answer of another: the first may get an error, not the second."""
 
 import io
 import json
