@@ -123,7 +123,7 @@ def test_chat_and_accuracy_never_draw_padding(padded, tmp_path):
     cfg = accuracy.Config(
         str(padded), rows, tmp_path / "out", temperature=1.5, max_new_tokens=40, device="cpu", quiet=True
     )
-    assert accuracy.main(cfg)["rows"] == 1
+    assert accuracy.main(cfg)["total"] == 1
 
 
 def test_rollouts_never_draw_padding(padded):
