@@ -59,10 +59,10 @@ class Injected(Exception):
 
 
 def is_marked(value):
-    """Whether an argument is about the marked sequence."""
+    """Whether an argument is the marked sequence, its ids, or a list with either."""
     if isinstance(value, (list, tuple)):
-        return any(map(is_marked, value))
-    return MARK in getattr(getattr(value, "sequence", value), "ids", ())
+        return list(value[:1]) == [MARK] or any(map(is_marked, value))
+    return list(getattr(getattr(value, "sequence", value), "ids", ())[:1]) == [MARK]
 
 
 def failing(original, calls):
@@ -71,7 +71,7 @@ def failing(original, calls):
 
     def function(*arguments, **named):
         nonlocal count
-        if any(map(is_marked, arguments)) or any(isinstance(x, list) and MARK in x for x in arguments):
+        if any(map(is_marked, arguments[:2])):
             count += 1
             if count >= calls:
                 raise Injected("planted")

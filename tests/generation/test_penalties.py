@@ -40,14 +40,15 @@ def changed(logits, sampled, sampling):
 
 
 # Catches: the prompt's tokens counted; a count one step late; a penalty after the temperature; another row's.
+@pytest.mark.every(2)
 @pytest.mark.parametrize("how", HOWS, ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logprobs_are_those_of_the_definition(how, temperature):
     model = tiny()
     for lookahead in (False, True):
         engine = Engine(model, cache_tokens=1600, lookahead=lookahead)
-        sampling = Sampling(25, temperature, seed=3, top_logprobs=4, **how)
-        rows = [engine.add(prompt, replace(sampling, row=i))[0] for i, prompt in enumerate(PROMPTS[:3])]
+        sampling = Sampling(12, temperature, seed=3, top_logprobs=4, **how)
+        rows = [engine.add(prompt, replace(sampling, row=i))[0] for i, prompt in enumerate(PROMPTS[:2])]
         engine.run()
         for row in rows:
             for step, (token, logprob, top) in enumerate(zip(row.tokens, row.logprobs, row.top)):
@@ -94,6 +95,7 @@ def played(model, draw, *, lookahead, pages, most, tokens, plain=True):
 
 
 # Catches: counts lost in preemption, shared by forks, or of a token that is on the device alone.
+@pytest.mark.every(3)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU products of other sizes round otherwise")
 @pytest.mark.parametrize("seed", range(3))
 def test_penalised_sequences_are_bit_equal_whatever_runs_beside_them(seed):
@@ -101,7 +103,7 @@ def test_penalised_sequences_are_bit_equal_whatever_runs_beside_them(seed):
     expected, _ = played(model, random.Random(seed), lookahead=False, pages=300, most=24, tokens=2048)
     assert len(expected) > 5
     for lookahead in (False, True):
-        for pages, most, tokens in ((7, 6, 24), (60, 3, 9), (300, 24, 2048)):
+        for pages, most, tokens in ((7, 6, 24), (60, 3, 9)):
             for plain in (False, True):
                 actual, count = played(
                     model, random.Random(seed), lookahead=lookahead, pages=pages, most=most, tokens=tokens, plain=plain
