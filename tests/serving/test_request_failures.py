@@ -21,6 +21,7 @@ from wizard_engine.agents.local import LocalAgent
 from wizard_engine.agents.protocol import Request
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import load_tokenizer
+from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.model import Transformer, load_model, save_model
 from wizard_engine.rl.options import RolloutOptions
 from wizard_engine.rl.sampler import Sampler
@@ -141,7 +142,7 @@ def test_rollouts_and_agents_say_what_failed(padded):
     with torch.no_grad():
         policy.embedding.weight[tokenizer.encode(" ten")[-1]] = float("nan")
     prompts = [(Message("user", "What is two?"),), (Message("user", "Count to ten"),)]
-    sampler = Sampler(policy, cache_tokens=1600)
+    sampler = Sampler(policy, cache_tokens=1600, allowed_ids=allowed_ids(tokenizer, policy.config.vocab_size))
     sampler.sync_weights()
     with pytest.raises(ValueError, match=r"rollout: answers\[2\]: 2 of 4 answers failed; the first: logits"):
         roll_out(sampler, tokenizer, prompts, samples=2, max_new_tokens=8, temperature=1.0, seed=3)
