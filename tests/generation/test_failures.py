@@ -50,7 +50,7 @@ def played(model, victim=None, *, n=1, lookahead=False, pages=60, after=2, sampl
         seen |= {id(s) for s in engine.step() if s.reason == "error"}
     assert seen == {id(s) for s in victims if s.reason == "error"}, "a failure was not reported"
     assert engine.pool.free == engine.pages and sorted(engine.scheduler._rows) == list(range(8))
-    assert not engine.scheduler.penalised and not engine.scheduler.failed
+    assert not engine.scheduler.penalised and not engine.failures.failed
     return [(s.ids, s.logprobs, s.top, s.reason) for s in rows], victims, engine
 
 
@@ -59,7 +59,9 @@ class Injected(Exception):
 
 
 def is_marked(value):
-    """Whether an argument is the marked sequence, its ids, or a list with either."""
+    """Whether an argument is the marked sequence, its ids or sampling, or a list with one of them."""
+    if isinstance(value, Sampling):
+        return value.seed == 8
     if isinstance(value, (list, tuple)):
         return list(value[:1]) == [MARK] or any(map(is_marked, value))
     return list(getattr(getattr(value, "sequence", value), "ids", ())[:1]) == [MARK]
@@ -91,6 +93,8 @@ PLACES = {
     "sampling options": (engine_module.Draws, "of"),
     "uniform numbers": (token_sampling, "next_uniforms"),
     "penalties": (penalties, "start"),
+    "likeliest tokens": (engine_module, "likeliest"),
+    "reported tokens": (engine_module, "kept"),
     "reading": (Engine, "_grow"),
     "recorded routes": (Engine, "_keep_experts"),
     "last step": (Engine, "_retire"),
@@ -305,7 +309,7 @@ def test_masks_that_do_not_fit_are_refused():
     size = model.config.vocab_size
     for mask, message in (
         (torch.zeros(size, dtype=torch.bool), "expected at least one id"),
-        (torch.zeros(size - 1, dtype=torch.bool), "allowed_ids: expected"),
+        (torch.ones(size - 1, dtype=torch.bool), "allowed_ids: expected"),
         (torch.zeros(size), "bool, got"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -18,7 +18,7 @@ def masked_ids(allowed: Tensor | None, vocab_size: int, device: torch.device) ->
     Raises:
         ValueError: a mask of another shape or dtype, or one that allows nothing.
     """
-    if allowed is None or bool(allowed.all()):
+    if allowed is None:
         return None
     if allowed.shape != (vocab_size,) or allowed.dtype != torch.bool:
         raise ValueError(
@@ -27,4 +27,6 @@ def masked_ids(allowed: Tensor | None, vocab_size: int, device: torch.device) ->
         )
     if not bool(allowed.any()):
         raise ValueError("allowed_ids: expected at least one id, got none")
+    if bool(allowed.all()):
+        return None
     return (~allowed).nonzero()[:, 0].to(device)

@@ -89,6 +89,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool, max_sequences=max_sequences, max_tokens=self.max_tokens, max_length=self.config.max_positions
         )
+        self.failures = self.scheduler.failures
         self._stage()
         positions = torch.arange(self.scheduler.max_length, device=self.device)
         self.tables = rope_tables(positions, self.config.head_width, self.config.rope_base) if on_gpu else None
@@ -206,7 +207,7 @@ class Engine:
     def finish(self, sequence: Sequence, reason: Reason) -> None:
         """End a sequence now: free its pages and drop its unread tokens."""
         sequence.pending = 0
-        self.scheduler.attempt(sequence, self._keep_experts, sequence)
+        self.failures.attempt(sequence, self._keep_experts, sequence)
         self.scheduler.finish(sequence, reason)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -228,7 +229,7 @@ class Engine:
         the reason "error" and no new token.
         """
         grown = self._advance()
-        failed = self.scheduler.take_failed()
+        failed = self.failures.take()
         return [s for s in grown if s.reason != "error"] + failed if failed else grown
 
     def _advance(self) -> list[Sequence]:
@@ -246,7 +247,7 @@ class Engine:
             return self._land()
         if flight is not None:
             ended = [(s,) for s in flight.grown if s.reason is None and s.drawn == s.sampling.max_new_tokens]
-            self.scheduler.each(ended, self._retire)
+            self.failures.each(ended, self._retire)
         return grown
 
     def _retire(self, sequence: Sequence) -> None:
@@ -256,13 +257,13 @@ class Engine:
 
     def _launch(self, chunks: list[Chunk]) -> Flight | None:
         """Launch the chunks and the sampling of their next tokens."""
-        chunks, packed = self.scheduler.together(chunks, self._packed)
+        chunks, packed = self.failures.together(chunks, self._packed)
         if packed is None:
             return None
         packed, is_graph = packed
-        self.scheduler.each(chunks, self.scheduler.done)
+        self.failures.each(chunks, self.scheduler.done)
         grown_rows, copies = self._grown(chunks)
-        grown_rows, draws = self.scheduler.together(grown_rows, Draws.of)
+        grown_rows, draws = self.failures.together(grown_rows, Draws.of)
         grown, rows = [s for s, _ in grown_rows], [row for _, row in grown_rows]
         options = () if draws is None else draws.arrays
         step, (rows_R, copies_2N, *options) = self._staged(packed, self._padded(rows), copies, options)
@@ -294,7 +295,7 @@ class Engine:
 
     def _penalties(self, grown: list[Sequence]) -> penalties.Penalties | None:
         for sequence in grown:
-            self.scheduler.attempt(sequence, penalties.start, sequence, self.config.vocab_size, self.device)
+            self.failures.attempt(sequence, penalties.start, sequence, self.config.vocab_size, self.device)
         return penalties.Penalties.of(grown, self.device)
 
     def _tops(
@@ -306,13 +307,13 @@ class Engine:
             return tuple(copy_to_host(x) for x in likeliest(logits_BV[i], sampling, tokens[i], logprobs[i]))
 
         reporting = [(i, s) for i, s in enumerate(grown) if s.sampling.top_logprobs]
-        return {i: self.scheduler.attempt(s, top, i, s.sampling) for i, s in reporting}
+        return {i: self.failures.attempt(s, top, i, s.sampling) for i, s in reporting}
 
     def _land(self) -> list[Sequence]:
         """Read the sampled tokens of the previous step; returns its sequences. Drops tokens of ended sequences."""
         flight, self.flight = self.flight, None
         landed = [row for row in flight.read() if row[0].reason is None]
-        self.scheduler.each(landed, self._grow)
+        self.failures.each(landed, self._grow)
         self.generated += len(landed)
         return [sequence for sequence, *_ in landed]
 

@@ -4,20 +4,20 @@ Each step computes one token of every decoding sequence and fills its token budg
 served in the order of arrival. Where pages run out, the newest sequence is preempted: it releases its pages, and its
 prompt and generated tokens are computed again later. So the oldest sequence always advances, and none starves.
 
-What is computed for one sequence can fail for one sequence: `each`, `attempt` and `together` end it with reason
-"error", and the others go on.
+What fails for one sequence ends it alone, see `failures`.
 """
 
 import bisect
 from collections import abc, deque
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from kernels.sample import row_seeds, uniforms
 
+from .failures import Failures
 from .paged_cache import PageAllocation, PagePool
 
 # Uniform numbers that are computed ahead for a sequence.
@@ -172,7 +172,7 @@ class Scheduler:
         pool: of pages.   max_sequences: that run at once.   max_tokens: of one step, at least as many.
         max_length: of a sequence, prompt and new tokens.
     Attributes:
-        failed: sequences that ended with an error since the last `take_failed`.
+        failures: ends sequences whose computation fails.
         penalised: number of sequences with penalties that have not ended.
     """
 
@@ -187,7 +187,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = self.penalised = 0
-        self.failed: list[Sequence] = []
+        self.failures = Failures(self.finish)
         self._rows = deque(range(max_sequences))
         self._next_number = 0
 
@@ -233,7 +233,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         preemptions = self.preemptions
         singles = [(s, chunks) for s in self.running if s.length - s.computed == 1]
-        self.each(singles, self._plan_single)
+        self.failures.each(singles, self._plan_single)
         budget = self.max_tokens - len(chunks)
         for sequence in self.running:
             missing = sequence.length - sequence.computed
@@ -242,7 +242,7 @@ class Scheduler:
                 budget -= chunks[-1].count
         while budget and self.preemptions == preemptions and self.waiting and self._rows:
             first = self.waiting[0]
-            if self.attempt(first, self._admit, first):
+            if self.failures.attempt(first, self._admit, first):
                 chunks.append(Chunk(first, first.computed, min(first.length - first.computed, budget)))
                 budget -= chunks[-1].count
             elif first.reason is None:
@@ -318,7 +318,7 @@ class Scheduler:
         """
         forked, followers, leader.followers = [], leader.followers, []
         for follower in followers:
-            pages = self.attempt(follower, self._fork, leader, follower)
+            pages = self.failures.attempt(follower, self._fork, leader, follower)
             if pages is not None:
                 forked.append((follower, *pages))
         return forked
@@ -357,58 +357,6 @@ class Scheduler:
             remaining[0].followers = remaining[1:]
             self._wait(remaining[0])
 
-    # Failures of one sequence
-
-    def fail(self, sequence: Sequence, error: Exception) -> None:
-        """End a sequence with reason "error" and the error's text."""
-        sequence.pending = 0
-        if sequence.reason is None:
-            sequence.error = described(error)
-            self.failed.append(sequence)
-            self.finish(sequence, "error")
-
-    def take_failed(self) -> list[Sequence]:
-        """The sequences that failed since the last call."""
-        failed, self.failed = self.failed, []
-        return failed
-
-    def each(self, items: abc.Sequence[tuple], action: abc.Callable[..., object]) -> None:
-        """action(*item) for every item, a tuple that begins with a sequence. An exception ends that sequence alone."""
-        rest = iter(items)
-        while True:
-            try:
-                for item in rest:
-                    action(*item)
-                return
-            # Whatever one sequence's computation raises is that sequence's error; the loop goes on behind it.
-            except Exception as error:
-                self.fail(item[0], error)
-
-    def attempt(self, sequence: Sequence, action: abc.Callable[..., Any], *arguments: Any) -> Any:
-        """action(*arguments), or None where an exception has ended the sequence."""
-        try:
-            return action(*arguments)
-        # As in `each`.
-        except Exception as error:
-            self.fail(sequence, error)
-            return None
-
-    def together(self, items: list[tuple], action: abc.Callable[[list[tuple]], Any]) -> tuple[list[tuple], Any]:
-        """(items, action(items)), without the items for which action([item]) raises: their sequences have failed.
-
-        An exception that no item raises alone is the caller's.
-        """
-        if not items:
-            return items, None
-        try:
-            return items, action(items)
-        # As in `each`, once it is known whose error it is.
-        except Exception:
-            kept = [item for item in items if self.attempt(item[0], action, [item]) is not None]
-            if len(kept) == len(items):
-                raise
-            return self.together(kept, action)
-
 
 def next_uniforms(sequences: abc.Sequence[Sequence]) -> list[float]:
     """Uniform number in (0, 1) for the next token of each sequence."""
@@ -422,11 +370,6 @@ def next_uniforms(sequences: abc.Sequence[Sequence]) -> list[float]:
         for sequence, values in zip(group, uniforms(seeds).tolist()):
             sequence.uniform += values
     return [s.uniform[s.drawn] if s.sampling.temperature > 0 else 0.5 for s in sequences]
-
-
-def described(error: Exception) -> str:
-    """The text of an error; of unexpected ones with the type's name."""
-    return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
 def numbered(sampling: Sampling, count: int) -> list[Sampling]:

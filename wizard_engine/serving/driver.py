@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.engine import Engine
-from wizard_engine.generation.scheduler import Reason, Sampling, described
+from wizard_engine.generation.failures import described
+from wizard_engine.generation.scheduler import Reason, Sampling
 from wizard_engine.generation.scheduler import Sequence as EngineSequence
 from wizard_engine.generation.streaming import TextStream
 from wizard_engine.parallel.mesh import Axis
