@@ -69,7 +69,9 @@ def sample_reference(
     if isinstance(temperature, Tensor) or temperature not in (0.0, 1.0):
         scaled = logits_BV * torch.where(greedy_B, 1.0, row_temperature).reciprocal().view(-1, 1)
     if top_k is not None or top_p is not None:
-        scaled = torch.where(greedy_B.view(-1, 1) | (scaled >= _threshold(scaled, top_k, top_p)), scaled, -torch.inf)
+        # As it stands, a NaN stays one.
+        is_below = (scaled < _threshold(scaled, top_k, top_p)) & ~greedy_B.view(-1, 1)
+        scaled = torch.where(is_below, -torch.inf, scaled)
     logprobs = scaled.log_softmax(-1)
     tokens = _chosen(logits_BV, logprobs, uniform, greedy_B)
     logprob = logprobs.gather(-1, tokens[:, None])[:, 0]
@@ -132,6 +134,7 @@ def sample(
     top_k: Tensor | int | None = None,
     top_p: Tensor | float | None = None,
     uniform: Tensor | None = None,
+    checks_values: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One token per row, and its log-probability under the distribution that it was drawn from.
 
@@ -148,25 +151,29 @@ def sample(
         top_k: integer >= 0, one or (B,); 0 or None keeps all.
         top_p: in (0, 1], a number or (B,); 1 or None keeps all.
         uniform: (B,) fp32 in (0, 1) instead of seeds, where many are made at once.
+        checks_values: False where one row's trouble must not be the others': no values are looked at.
     Returns:
         tokens (B,) int64 and logprobs (B,) fp32 (fp64 for fp64 logits), nats. The same on every device up to the
         rounding of masses.
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a number is out of its range, or a row has a NaN, or nothing
-            above -inf (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere such a row
-            gives token 0 with a log-probability of NaN).
+            above -inf (values are checked on CPU, and on CUDA inside kernels.check_values(); elsewhere, and without
+            `checks_values`, such a row gives token 0 with a log-probability of NaN). Numbers are checked as fp32.
     Source: top-p: Holtzman et al. 2020, arXiv:1904.09751.
     """
     _check(logits, seeds, uniform)
-    temperature = _checked("temperature", temperature, logits, 0.0, math.inf)
-    top_k = None if top_k is None else _per_row(_checked("top_k", top_k, logits, 0, math.inf), logits)
-    top_p = None if top_p is None else _per_row(_checked("top_p", top_p, logits, 0.0, 1.0, above=True), logits)
+    temperature = _checked("temperature", temperature, logits, 0.0, math.inf, checks_values)
+    if top_k is not None:
+        top_k = _per_row(_checked("top_k", top_k, logits, 0, math.inf, checks_values), logits)
+    if top_p is not None:
+        top_p = _per_row(_checked("top_p", top_p, logits, 0.0, 1.0, checks_values, above=True), logits)
     if runs_triton(logits, "logits"):
         tokens, logprobs = _draw(logits, seeds, uniform, _per_row(temperature, logits), top_k, top_p)
     else:
         drawn = uniforms(seeds) if uniform is None else uniform
         tokens, logprobs = sample_reference(logits, drawn, temperature, top_k, top_p)
-    _check_rows(logits, logprobs)
+    if checks_values:
+        _check_rows(logits, logprobs)
     return tokens, logprobs
 
 
@@ -195,7 +202,13 @@ def _check(logits: Tensor, seeds: Tensor | None, uniform: Tensor | None) -> None
 
 
 def _checked(
-    name: str, value: Tensor | float, logits: Tensor, low: float, high: float, above: bool = False
+    name: str,
+    value: Tensor | float,
+    logits: Tensor,
+    low: float,
+    high: float,
+    checks_values: bool,
+    above: bool = False,
 ) -> Tensor | float:
     """The number or the (B,) tensor as a float, for a float `low`, or as an integer, once it is in range."""
     is_tensor, kind = isinstance(value, Tensor), type(low)
@@ -204,8 +217,10 @@ def _checked(
         raise ValueError(f"{name}: expected {expected}, got {got}")
     if kind is int and (value.is_floating_point() if is_tensor else not isinstance(value, Integral)):
         raise ValueError(f"{name}: expected integers, got {value.dtype if is_tensor else value}")
-    for number in _numbers(value):
-        if not (low < number if above else low <= number) or not number <= high or number == math.inf:
+    for number in _numbers(value) if checks_values else ():
+        # The kernel's number: 1e-46 is 0, 1e39 is infinite.
+        fp32 = torch.tensor(number, dtype=torch.float32).item() if kind is float else number
+        if not (low < fp32 if above else low <= fp32) or not fp32 <= high or fp32 == math.inf:
             range_ = f"in ({low:g}, {high:g}]" if high != math.inf else f">= {low:g} and finite"
             raise ValueError(f"{name}: expected {range_}, got {number}")
     return (value.float() if kind is float else value) if is_tensor else kind(value)

@@ -25,6 +25,7 @@ from wizard_engine.data.chat import encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation import generate
+from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.streaming import Streamer, stream_text
 from wizard_engine.model import Transformer, load_model
 from wizard_engine.model.loading import weights_dtype
@@ -89,7 +90,7 @@ class Chat:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: TextIO) -> None:
         self.tokenizer, self.cfg, self.stderr = tokenizer, cfg, stderr
-        self.streamer = Streamer(model, tokenizer.eos_id)
+        self.streamer = Streamer(model, tokenizer.eos_id, allowed_ids=allowed_ids(tokenizer, model.config.vocab_size))
         self.system, self.seed = cfg.system, cfg.seed
         self.messages: list[Message] = []
         self.stats = ""
@@ -333,6 +334,7 @@ def answer_file(model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: T
                 seed=cfg.seed + start,
                 eos_id=tokenizer.eos_id,
                 batch_size=cfg.batch_size,
+                allowed_ids=allowed_ids(tokenizer, model.config.vocab_size),
                 **sampling(cfg),
             )
             for i, tokens, finished in zip(batch, out.tokens, out.finished):

@@ -22,6 +22,7 @@ from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt
 from wizard_engine.data.records import Conversation, Message, read_located
 from wizard_engine.data.samples import encode_all, fitting_prompt
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
 from wizard_engine.model import Routes, ScoringModel, Transformer
 from wizard_engine.model.loading import language_model, scoring_start, write_model
@@ -198,6 +199,7 @@ def sampler_of(cfg: Config, tokenizer: Tokenizer, policy: Transformer, prompts: 
         tp=cfg.rollout.tp,
         max_sequences=cfg.rollout.batch_size,
         cache_tokens=cfg.rollout.cache_tokens or cfg.rollout.batch_size * pages * PAGE_TOKENS,
+        allowed_ids=allowed_ids(tokenizer, policy.config.vocab_size),
     )
 
 

@@ -23,7 +23,8 @@ from typing import Literal
 import torch
 
 from wizard_engine import runtime
-from wizard_engine.data.tokenizer import load_tokenizer
+from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
+from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.engine import Engine, cache_bytes
 from wizard_engine.model import ModelDirectory, Transformer
 from wizard_engine.model.loading import weights_dtype
@@ -89,7 +90,8 @@ def main(cfg: Config) -> None:
         raise ValueError(f"tp: expected the {rt.world_size} ranks of this run, got {cfg.tp}")
     # Before the model is read, which may take minutes.
     listening = _listening(cfg) if rt.is_main else None
-    engine, mesh, fingerprint = _engine(cfg, rt)
+    tokenizer = load_tokenizer(cfg.model)
+    engine, mesh, fingerprint = _engine(cfg, tokenizer, rt)
     if not rt.is_main:
         # The first rank says when to end, once its answers have.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,7 +99,6 @@ def main(cfg: Config) -> None:
         follow(engine, mesh.tp)
         runtime.stop()
         return
-    tokenizer = load_tokenizer(cfg.model)
     driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
     limits = Limits(
         min(cfg.max_new_tokens, engine.scheduler.max_length),
@@ -168,7 +169,7 @@ def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
             signal.signal(number, before)
 
 
-def _engine(cfg: Config, rt: runtime.Runtime) -> tuple[Engine, object, str]:
+def _engine(cfg: Config, tokenizer: Tokenizer, rt: runtime.Runtime) -> tuple[Engine, object, str]:
     """The engine over this rank's part of the model, the mesh, and a fingerprint of the weights."""
     dtype = weights_dtype(cfg.dtype, rt.device)
     with ModelDirectory(cfg.model) as directory:
@@ -180,7 +181,12 @@ def _engine(cfg: Config, rt: runtime.Runtime) -> tuple[Engine, object, str]:
         for name, parameter in model.named_parameters():
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=rt.device)
             directory.read(name, 0, parameter.data.view(-1), spec=specs[name])
-    engine = Engine(model, cache_tokens=_cache_tokens(cfg, model, rt), max_sequences=cfg.max_sequences)
+    engine = Engine(
+        model,
+        cache_tokens=_cache_tokens(cfg, model, rt),
+        max_sequences=cfg.max_sequences,
+        allowed_ids=allowed_ids(tokenizer, directory.config.vocab_size),
+    )
     digest = checksum((name, specs[name], 0, p.data.view(-1)) for name, p in model.named_parameters())
     return engine, mesh, "fp_" + hashlib.sha256(f"{digest}{dtype}".encode()).hexdigest()[:12]
 

@@ -51,7 +51,7 @@ class Memory:
             read = [self.cells[sequence.allocation.pages[i // self.size], i % self.size] for i in range(start + count)]
             assert read == sequence.ids[: start + count]
         for chunk in chunks:
-            self.scheduler.done(chunk)
+            self.scheduler.done(*chunk)
         grown = [chunk.sequence for chunk in chunks if chunk.is_last]
         for leader in list(grown):
             for follower, source, target in self.scheduler.fork(leader):

@@ -311,3 +311,32 @@ def test_sample_operation_traces():
 def test_sample_refuses_what_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         sample(**{"logits": torch.zeros(3, 4), "seeds": torch.zeros(3, dtype=torch.int64), **changes})
+
+
+# Catches: truncation that drops the NaN of a row, so that it looks like one with a distribution.
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 3, "top_p": 0.4}, {"temperature": 0.0}], ids=str)
+def test_rows_without_a_distribution_are_marked_and_change_no_other(options):
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(8))
+    expected = sample(logits, seeds(5), **options)
+    invalid = logits.clone()
+    invalid[2, 66], invalid[4, 0] = math.nan, math.inf
+    with kernels.use_backend("triton"), use_config("sample", BLOCK=64, num_warps=4, num_stages=1):
+        on_device = sample(invalid.to(DEVICE), seeds(5).to(DEVICE), checks_values=False, **options)
+    others = [0, 1, 3]
+    on_host = sample(invalid, seeds(5), checks_values=False, **options)
+    for tokens, logprobs in (on_host, map(torch.Tensor.cpu, on_device)):
+        assert logprobs.isnan().tolist() == [False, False, True, False, True] and not tokens[[2, 4]].any()
+        assert torch.equal(tokens[others], expected[0][others])
+        torch.testing.assert_close(logprobs[others], expected[1][others], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 1e-46}, r"top_p: expected in \(0, 1\], got 1e-46"),
+        ({"temperature": 1e39}, r"temperature: expected >= 0 and finite, got 1e\+39"),
+    ],
+)
+def test_numbers_are_checked_as_fp32(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(torch.zeros(3, 4), seeds(3), **options)

@@ -10,6 +10,7 @@ import torch
 from wizard_engine.data.chat import NEXT_USER, encode_answer, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.offline import continued, engine_for
 from wizard_engine.generation.scheduler import Sampling
 from wizard_engine.model import Transformer, load_model
@@ -63,11 +64,15 @@ class LocalAgent:
         if asked:
             samplings = [self._sampling(prompts[i], requests[i]) for i in asked]
             asked_prompts = [prompts[i] for i in asked]
+            allowed = allowed_ids(self.tokenizer, self.model.config.vocab_size)
             generation = continued(
-                engine_for(self.model, asked_prompts, samplings, self.batch_size), asked_prompts, samplings
+                engine_for(self.model, asked_prompts, samplings, self.batch_size, allowed_ids=allowed),
+                asked_prompts,
+                samplings,
             )
-            for index, tokens in zip(asked, generation.tokens):
-                replies[index] = Reply(_turn_text(self.tokenizer.decode(tokens).strip(), requests[index].task))
+            for index, tokens, error in zip(asked, generation.tokens, generation.errors):
+                text = _turn_text(self.tokenizer.decode(tokens).strip(), requests[index].task)
+                replies[index] = Reply("", f"answer failed: {error}") if error else Reply(text)
         return replies
 
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:

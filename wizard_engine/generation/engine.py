@@ -13,13 +13,15 @@ from kernels.sample import sample
 from wizard_engine.model import Routes, Transformer
 from wizard_engine.parallel.collectives import all_gather_rows
 
+from . import penalties
+from .allowed_ids import masked_ids
 from .cuda_graphs import DecodeGraphs
 from .device_memory import LentTensors
 from .paged_cache import PagePool
 from .scheduler import Chunk, Reason, Sampling, Scheduler, Sequence, numbered
-from .staging import Staging
+from .staging import Staging, copy_to_host
 from .step_batch import Packed, Packer, Step
-from .token_sampling import Draws, Flight
+from .token_sampling import Draws, Flight, kept, likeliest
 
 # Products with a multiple of this many rows are bit-equal on a CPU, which has other code for fewer.
 CPU_ROWS = 16
@@ -38,7 +40,7 @@ class Engine:
     `add` sequences and call `step` while the engine `has_work`. Each step computes one token of every running sequence
     and prefill chunks of new prompts. The tokens of a sequence depend on its prompt and sampling alone. On a CPU its
     logits are bit-equal for every batch. On a GPU they differ by the rounding of matrix products with another number of
-    rows.
+    rows. What fails for one sequence ends it with reason "error" and a text in `error`; the others are not changed.
 
     Tensor- and expert-parallel ranks make the same calls and get the same tokens.
 
@@ -50,6 +52,7 @@ class Engine:
         keeps_addresses: graphs stay valid over `release` and `restore`, if the GPU's driver supports it.
         lookahead: start a step before the previous one's tokens are read, so that the host plans while the device
             computes; default: on a GPU. `step` returns the same tokens one call later.
+        allowed_ids: (V,) bool, see `allowed_ids.allowed_ids`; other ids are never drawn. None: all are allowed.
     Raises:
         ValueError: an option out of range, or a model with context parallelism.
     """
@@ -66,6 +69,7 @@ class Engine:
         use_graphs: bool = True,
         keeps_addresses: bool = False,
         lookahead: bool | None = None,
+        allowed_ids: Tensor | None = None,
     ) -> None:
         self.model, self.config = model, model.config
         self.device = model.embedding.weight.device
@@ -79,10 +83,13 @@ class Engine:
         self.max_sequences, self.max_tokens = max_sequences, max(max_tokens, max_sequences)
         self.records_routes = record_routes and bool(self.config.experts)
         self.lookahead = on_gpu if lookahead is None else lookahead
+        self.masked_ids = masked_ids(allowed_ids, self.config.vocab_size, self.device)
+        self._unbiased = frozenset() if self.masked_ids is None else frozenset(self.masked_ids.tolist())
         self.pool = PagePool(self.pages, self.page_size)
         self.scheduler = Scheduler(
             self.pool, max_sequences=max_sequences, max_tokens=self.max_tokens, max_length=self.config.max_positions
         )
+        self.failures = self.scheduler.failures
         self._stage()
         positions = torch.arange(self.scheduler.max_length, device=self.device)
         self.tables = rope_tables(positions, self.config.head_width, self.config.rope_base) if on_gpu else None
@@ -189,6 +196,9 @@ class Engine:
     def check(self, prompt: abc.Sequence[int], *samplings: Sampling) -> None:
         """Raise ValueError unless the prompt has room beside its new tokens and all ids are in the vocabulary."""
         self.scheduler.check(prompt, samplings)
+        for token, _ in itertools.chain.from_iterable(sampling.logit_bias for sampling in samplings):
+            if not 0 <= token < self.config.vocab_size or token in self._unbiased:
+                raise ValueError(f"logit_bias: expected ids that text has, below {self.config.vocab_size}, got {token}")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
             raise ValueError(
                 f"prompt: expected ids of 0 to {self.config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
@@ -197,7 +207,7 @@ class Engine:
     def finish(self, sequence: Sequence, reason: Reason) -> None:
         """End a sequence now: free its pages and drop its unread tokens."""
         sequence.pending = 0
-        self._keep_experts(sequence)
+        self.failures.attempt(sequence, self._keep_experts, sequence)
         self.scheduler.finish(sequence, reason)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -213,10 +223,17 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sequence]:
-        """Compute the next tokens; returns the sequences with a new token, ended ones included.
+        """Compute the next tokens; returns the sequences with a new token, ended ones included, and those that failed.
 
-        With `lookahead` these are the tokens of the previous step, read while this one runs.
+        With `lookahead` these are the tokens of the previous step, read while this one runs. A sequence that failed has
+        the reason "error" and no new token.
         """
+        grown = self._advance()
+        failed = self.failures.take()
+        return [s for s in grown if s.reason != "error"] + failed if failed else grown
+
+    def _advance(self) -> list[Sequence]:
+        """Plan and launch a step, and read a flight; returns the sequences of the flight."""
         grown = []
         if self.flight is not None and self.scheduler.is_short:
             # Ended sequences release their pages before a running one is preempted.
@@ -228,77 +245,112 @@ class Engine:
         self.flight = flight
         if flight is not None and not self.lookahead:
             return self._land()
-        for sequence in flight.grown if flight is not None else ():
-            if sequence.reason is None and sequence.drawn == sequence.sampling.max_new_tokens:
-                self._keep_experts(sequence)
-                self.scheduler.retire(sequence)
+        if flight is not None:
+            ended = [(s,) for s in flight.grown if s.reason is None and s.drawn == s.sampling.max_new_tokens]
+            self.failures.each(ended, self._retire)
         return grown
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Free row and pages of a sequence whose last token is sampled."""
+        self._keep_experts(sequence)
+        self.scheduler.retire(sequence)
 
     def _launch(self, chunks: list[Chunk]) -> Flight | None:
         """Launch the chunks and the sampling of their next tokens."""
-        single = all(chunk.count == 1 for chunk in chunks)
-        room = None
-        if self.graphs is not None and single:
-            longest = max(chunk.start + 1 for chunk in chunks)
-            room = self.graphs.room(len(chunks), longest, self.page_size)
-        packed = self.packer.pack(chunks, room)
-        for chunk in chunks:
-            self.scheduler.done(chunk)
-        rows, grown, copies = self._grown(chunks)
-        draws = Draws.of(grown)
-        step, (rows_R, copies_2N, *options) = self._staged(packed, self._padded(rows), copies, draws.arrays)
-        hidden_TD = self._blocks(step) if room is None else self.graphs.run(step)[: len(chunks)]
+        chunks, packed = self.failures.together(chunks, self._packed)
+        if packed is None:
+            return None
+        packed, is_graph = packed
+        self.failures.each(chunks, self.scheduler.done)
+        grown_rows, copies = self._grown(chunks)
+        grown_rows, draws = self.failures.together(grown_rows, Draws.of)
+        grown, rows = [s for s, _ in grown_rows], [row for _, row in grown_rows]
+        options = () if draws is None else draws.arrays
+        step, (rows_R, copies_2N, *options) = self._staged(packed, self._padded(rows), copies, options)
+        hidden_TD = self.graphs.run(step)[: len(chunks)] if is_graph else self._blocks(step)
         if copies:
             self._copy_pages(*copies_2N)
         self.steps += 1
         if not grown:
             return None
         logits_BV = self._logits(hidden_TD, rows, rows_R)
-        tokens, logprobs = sample(logits_BV, **draws.options(options))
+        changes = self._penalties(grown) if self.scheduler.penalised else None
+        if changes is not None:
+            changes.apply(logits_BV)
+        tokens, logprobs = sample(logits_BV, **draws.options(options), checks_values=False)
+        if changes is not None:
+            changes.count(tokens)
         if self.lookahead:
             self.sampled[: len(grown)].copy_(tokens)
         for place, sequence in enumerate(grown):
             sequence.pending, sequence.place = sequence.pending + 1, place
-        return Flight.of(grown, logits_BV, tokens, logprobs)
+        return Flight.of(grown, tokens, logprobs, self._tops(grown, logits_BV, tokens, logprobs))
+
+    def _packed(self, chunks: list[Chunk]) -> tuple[Packed, bool]:
+        """The packed chunks, and whether a graph runs them."""
+        if self.graphs is None or any(chunk.count > 1 for chunk in chunks):
+            return self.packer.pack(chunks), False
+        longest = max(chunk.start + 1 for chunk in chunks)
+        return self.packer.pack(chunks, self.graphs.room(len(chunks), longest, self.page_size)), True
+
+    def _penalties(self, grown: list[Sequence]) -> penalties.Penalties | None:
+        for sequence in grown:
+            self.failures.attempt(sequence, penalties.start, sequence, self.config.vocab_size, self.device)
+        return penalties.Penalties.of(grown, self.device)
+
+    def _tops(
+        self, grown: list[Sequence], logits_BV: Tensor, tokens: Tensor, logprobs: Tensor
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Likeliest tokens of the rows that report them, in a copy to the host."""
+
+        def top(i: int, sampling: Sampling) -> tuple[Tensor, ...]:
+            return tuple(copy_to_host(x) for x in likeliest(logits_BV[i], sampling, tokens[i], logprobs[i]))
+
+        reporting = [(i, s) for i, s in enumerate(grown) if s.sampling.top_logprobs]
+        return {i: self.failures.attempt(s, top, i, s.sampling) for i, s in reporting}
 
     def _land(self) -> list[Sequence]:
         """Read the sampled tokens of the previous step; returns its sequences. Drops tokens of ended sequences."""
         flight, self.flight = self.flight, None
-        grown = []
-        for sequence, (token, logprob, top) in zip(flight.grown, flight.read()):
-            if sequence.reason is not None:
-                continue
-            grown.append(sequence)
-            sequence.pending -= 1
-            sequence.ids.append(token)
-            sequence.logprobs.append(logprob)
-            if top is not None:
-                sequence.top.append(top)
-            if token == sequence.sampling.eos_id:
-                self.finish(sequence, "stop")
-            elif sequence.steps == sequence.sampling.max_new_tokens:
-                self.finish(sequence, "length")
-            elif sequence.row >= 0:
-                self.scheduler.register(sequence)
-        self.generated += len(grown)
-        return grown
+        landed = [row for row in flight.read() if row[0].reason is None]
+        self.failures.each(landed, self._grow)
+        self.generated += len(landed)
+        return [sequence for sequence, *_ in landed]
 
-    def _grown(self, chunks: list[Chunk]) -> tuple[list[int], list[Sequence], list[tuple[int, int]]]:
-        """Rows of the step that yield a sequence's next token; those sequences; pages to copy."""
-        rows, grown, copies, at = [], [], [], -1
+    def _grow(self, sequence: Sequence, token: int, logprob: float, top: tuple[Tensor, Tensor] | None) -> None:
+        """Append a sequence's next token; end the sequence where that is the last one."""
+        sampling = sequence.sampling
+        if logprob != logprob:
+            raise ValueError(
+                f"logits: expected numbers for new token {sequence.steps}, got NaN or infinity; look for them in the "
+                "model's weights, or take a dtype with a larger range"
+            )
+        if top is not None:
+            sequence.top.append(kept(sampling, *top))
+        sequence.pending -= 1
+        sequence.ids.append(token)
+        sequence.logprobs.append(logprob)
+        if token == sampling.eos_id:
+            self.finish(sequence, "stop")
+        elif sequence.steps == sampling.max_new_tokens:
+            self.finish(sequence, "length")
+        elif sequence.row >= 0:
+            self.scheduler.register(sequence)
+
+    def _grown(self, chunks: list[Chunk]) -> tuple[list[tuple[Sequence, int]], list[tuple[int, int]]]:
+        """Sequences that get their next token, and their rows of the step; pages to copy."""
+        grown, copies, at = [], [], -1
         for chunk in chunks:
             at += chunk.count
-            if not chunk.is_last:
+            if chunk.sequence.reason is not None or not chunk.is_last:
                 continue
-            rows.append(at)
-            grown.append(chunk.sequence)
+            grown.append((chunk.sequence, at))
             if chunk.sequence.followers:
                 for follower, source, target in self.scheduler.fork(chunk.sequence):
-                    rows.append(at)
-                    grown.append(follower)
+                    grown.append((follower, at))
                     if source >= 0:
                         copies.append((source, target))
-        return rows, grown, copies
+        return grown, copies
 
     def _padded(self, rows: list[int]) -> list[int]:
         """Rows of the logits' product, padded to a multiple of CPU_ROWS on a CPU."""
@@ -377,6 +429,8 @@ class Engine:
         if parallel.tp.size > 1 and not parallel.is_gathered:
             shards, _ = all_gather_rows(logits_BV[None], parallel.tp)
             logits_BV = shards.transpose(0, 1).reshape(len(rows), -1)
+        if self.masked_ids is not None:
+            logits_BV.index_fill_(1, self.masked_ids, -torch.inf)
         return logits_BV
 
     def _keep_experts(self, sequence: Sequence) -> None:

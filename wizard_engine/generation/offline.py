@@ -11,6 +11,7 @@ from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.model import Transformer
 
+from .allowed_ids import allowed_ids
 from .engine import Engine
 from .scheduler import Sampling
 
@@ -22,12 +23,21 @@ class Generation:
     tokens: ids after the prompt, with the closing EOS if there is one.   logprobs: nats, under the distribution that
     each id was drawn from (temperature, top-k and top-p applied).   finished: whether EOS occurred within the limit.
     experts: for mixtures, the experts of each token but the answer's last, (n, L, A) int16 on the CPU; else None.
+    errors: what failed, "" where nothing did; an answer that failed ends early.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
     experts: list[Tensor] | None = None
+    errors: list[str] = field(default_factory=list)
+
+    def check(self, name: str = "prompts") -> None:
+        """Raise ValueError if an answer failed; names the first one's prompt and reason."""
+        failed = [(place, error) for place, error in enumerate(self.errors) if error]
+        if failed:
+            place, error = failed[0]
+            raise ValueError(f"{name}[{place}]: {len(failed)} of {len(self.errors)} answers failed; the first: {error}")
 
     def rows(self, places: Sequence[int]) -> "Generation":
         """Entries of some prompts."""
@@ -47,6 +57,7 @@ def generate(
     top_p: float | None = None,
     row_ids: Sequence[int] | None = None,
     on_finished: Callable[[int], object] | None = None,
+    allowed_ids: Tensor | None = None,
 ) -> Generation:
     """Continuations of prompts by a model that is whole on this rank, or gathered.
 
@@ -58,11 +69,13 @@ def generate(
         temperature: 0 is greedy; otherwise logits are divided by it.   batch_size: rows decoded together.
         top_k, top_p: truncation of the distribution, as in `kernels.sample`; None: none.
         on_finished: called after each step with the number of rows that finished in it, for a progress bar.
+        allowed_ids: (V,) bool, as `Engine`.
     Returns:
         Generation, in the order of the prompts. Log-probabilities are those of the truncated distribution; greedy ones
         those at temperature 1 over the whole vocabulary.
     Raises:
-        ValueError: an empty prompt, a number out of its range, or a prompt that leaves no room in the context.
+        ValueError: an empty prompt, a number out of its range, a prompt that leaves no room in the context, or an
+            answer that failed, such as by NaN logits.
     """
     rows = range(len(prompts)) if row_ids is None else row_ids
     how = {"temperature": temperature, "seed": seed, "eos_id": eos_id, "top_k": top_k, "top_p": top_p}
@@ -73,8 +86,10 @@ def generate(
             raise ValueError(f"prompts[{index}]: expected 1 to {limit} tokens, got {len(prompt)}")
     if not prompts:
         return Generation(experts=[] if model.config.experts else None)
-    engine = engine_for(model, prompts, samplings, batch_size, record_routes=True)
-    return continued(engine, prompts, samplings, on_finished=on_finished)
+    engine = engine_for(model, prompts, samplings, batch_size, record_routes=True, allowed_ids=allowed_ids)
+    generation = continued(engine, prompts, samplings, on_finished=on_finished)
+    generation.check()
+    return generation
 
 
 def engine_for(
@@ -82,7 +97,7 @@ def engine_for(
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[Sampling],
     batch_size: int,
-    **options: bool,
+    **options: bool | Tensor | None,
 ) -> Engine:
     """An engine whose cache has room for any `batch_size` of the prompts with all their new tokens."""
     page_size = 16 if model.embedding.weight.device.type == "cpu" else 64
@@ -106,7 +121,10 @@ def continued(
     *,
     on_finished: Callable[[int], object] | None = None,
 ) -> Generation:
-    """Continuations of prompts, each by its own sampling; equal prompts are computed once. See `generate`."""
+    """Continuations of prompts, each by its own sampling; equal prompts are computed once. See `generate`.
+
+    An answer that fails does not raise: `Generation.errors` says why.
+    """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for place, prompt in enumerate(prompts):
         by_prompt.setdefault(tuple(prompt), []).append(place)
@@ -123,6 +141,7 @@ def continued(
         [s.logprobs for s in rows],
         [s.reason == "stop" for s in rows],
         [torch.empty(0) if s.experts is None else s.experts for s in rows] if engine.records_routes else None,
+        [s.error for s in rows],
     )
 
 
@@ -152,5 +171,6 @@ def answer_texts(
         top_k=top_k,
         top_p=top_p,
         on_finished=on_finished,
+        allowed_ids=allowed_ids(tokenizer, model.config.vocab_size),
     )
     return [tokenizer.decode(tokens).strip() for tokens in sampled.tokens]

@@ -75,17 +75,16 @@ class PagePool:
         # Reused pages without a user count as free, too.
         if fresh > self.free - sum(self._users[page] == 0 for page in reused):
             return None
-        for page in reused:
-            self._use(page)
-        pages = reused + [self._fresh() for _ in range(fresh)]
-        return PageAllocation(pages, len(reused) * self.size, len(reused), name, self._weights)
+        allocation = PageAllocation([], len(reused) * self.size, len(reused), name, self._weights)
+        return self._filled(allocation, reused, fresh)
 
     def extend(self, allocation: PageAllocation, tokens: int) -> bool:
         """Extend a sequence to `tokens` tokens; False, without any change, where there are too few pages."""
         missing = self.needed(tokens) - len(allocation.pages)
         if missing > self.free:
             return False
-        allocation.pages += [self._fresh() for _ in range(missing)]
+        for _ in range(missing):
+            allocation.pages.append(self._fresh())
         return True
 
     def fork(self, allocation: PageAllocation, tokens: int) -> PageAllocation | None:
@@ -96,10 +95,21 @@ class PagePool:
         full, rest = divmod(tokens, self.size)
         if rest and not self._free:
             return None
-        for page in allocation.pages[:full]:
-            self._use(page)
-        pages = allocation.pages[:full] + ([self._fresh()] if rest else [])
-        return PageAllocation(pages, full * self.size, allocation.registered, allocation.last, allocation.weights)
+        forked = PageAllocation([], full * self.size, allocation.registered, allocation.last, allocation.weights)
+        return self._filled(forked, allocation.pages[:full], 1 if rest else 0)
+
+    def _filled(self, allocation: PageAllocation, shared: Sequence[int], fresh: int) -> PageAllocation:
+        """The allocation with shared pages and then fresh ones; with none, and no page lost, after an exception."""
+        try:
+            for page in shared:
+                self._use(page)
+                allocation.pages.append(page)
+            for _ in range(fresh):
+                allocation.pages.append(self._fresh())
+        except BaseException:
+            self.release(allocation)
+            raise
+        return allocation
 
     def register(self, allocation: PageAllocation, ids: Sequence[int]) -> None:
         """Register the full pages of a sequence's first ids, whose keys are computed; not those of former weights."""

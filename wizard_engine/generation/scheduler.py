@@ -3,23 +3,31 @@
 Each step computes one token of every decoding sequence and fills its token budget with prefill chunks. Sequences are
 served in the order of arrival. Where pages run out, the newest sequence is preempted: it releases its pages, and its
 prompt and generated tokens are computed again later. So the oldest sequence always advances, and none starves.
+
+What fails for one sequence ends it alone, see `failures`.
 """
 
 import bisect
 from collections import abc, deque
 from dataclasses import dataclass, field, replace
-from math import inf
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
 
 from kernels.sample import row_seeds, uniforms
 
+from .failures import Failures
 from .paged_cache import PageAllocation, PagePool
 
 # Uniform numbers that are computed ahead for a sequence.
 READY = 128
-Reason = Literal["stop", "length", "cancelled"]
+# Below this temperature the largest logit is drawn: two fp32 logits from 1 on differ by 100 times as much or more.
+GREEDY_BELOW = 1e-9
+# Numbers of the sampling kernel: the smallest normal and the largest fp32, and the largest int32.
+SMALLEST, LARGEST, LARGEST_INT = 2.0**-126, (2 - 2.0**-23) * 2.0**127, 2**31 - 1
+LARGEST_PENALTY, LARGEST_BIAS = 2.0, 100.0
+Reason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +37,10 @@ class Sampling:
     The uniform number of step i depends on (seed, row, i) alone, see `kernels.sample.row_seeds`.
 
     Attributes:
-        max_new_tokens: limit, EOS counted.   temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_id: ends the sequence; -1: none.
+        max_new_tokens: limit, EOS counted.   temperature: 0, or below 1e-9, is greedy; otherwise logits are divided by
+            it.   top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_id: ends the sequence; -1: none.
         top_logprobs: likeliest tokens to report for every position.
+        frequency_penalty, presence_penalty: -2 to 2, see `penalties.penalised`.   logit_bias: (id, -100 to 100) pairs.
     """
 
     max_new_tokens: int
@@ -42,11 +51,14 @@ class Sampling:
     row: int = 0
     eos_id: int = -1
     top_logprobs: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < inf:
+        if not 0 <= self.temperature <= LARGEST:
             raise ValueError(f"temperature: expected >= 0 and finite, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
+        if self.top_k is not None and not (isinstance(self.top_k, Integral) and self.top_k >= 0):
             raise ValueError(f"top_k: expected >= 0, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected in (0, 1], got {self.top_p}")
@@ -54,6 +66,31 @@ class Sampling:
             raise ValueError(f"max_new_tokens: expected >= 1, got {self.max_new_tokens}")
         if self.top_logprobs < 0:
             raise ValueError(f"top_logprobs: expected >= 0, got {self.top_logprobs}")
+        if not -(2**63) <= self.row < 2**63:
+            raise ValueError(f"row: expected -2^63 to 2^63 - 1, got {self.row}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not abs(getattr(self, name)) <= LARGEST_PENALTY:
+                raise ValueError(f"{name}: expected -2 to 2, got {getattr(self, name)}")
+        self._check_bias()
+        # What fp32 and int32 cannot say becomes what it means.
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
+        if self.top_p is not None:
+            object.__setattr__(self, "top_p", max(self.top_p, SMALLEST))
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", min(self.top_k, LARGEST_INT))
+
+    def _check_bias(self) -> None:
+        for token, bias in self.logit_bias:
+            if not abs(bias) <= LARGEST_BIAS:
+                raise ValueError(f"logit_bias: expected -100 to 100, got {bias} for id {token}")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise ValueError("logit_bias: expected each id once, got one twice")
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether logits are changed before they are sampled from."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
 
 @dataclass(eq=False)
@@ -63,11 +100,13 @@ class Sequence:
     Attributes:
         number: in the order of arrival.   ids: the prompt's and the new ones.   logprobs: nats, of the new ones, under
             the distribution that each was drawn from.   top: (id, nats) of the likeliest tokens of each step.
-        reason: why it ended; None before.   cached: tokens of the prompt that were reused.
+        reason: why it ended; None before.   error: what failed, where the reason is "error".
+        cached: tokens of the prompt that were reused.
         computed: ids whose keys are in the cache.   row: of the table of pages; tabled: pages written there.
         followers: sequences with the same prompt that wait for this one's first hidden state.
         preempted: number of preemptions.   pending: tokens that are sampled and not read yet.
         place: of the last of them among the sampled tokens of its step.
+        counts, bias: (V,) fp32 on the device, for penalties: of the sampled tokens, and what is added to logits.
     """
 
     number: int
@@ -77,6 +116,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     reason: Reason | None = None
+    error: str = ""
     allocation: PageAllocation = field(default_factory=PageAllocation)
     cached: int = 0
     computed: int = 0
@@ -88,6 +128,8 @@ class Sequence:
     experts: torch.Tensor | None = None
     pending: int = 0
     place: int = -1
+    counts: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -129,6 +171,9 @@ class Scheduler:
     Args:
         pool: of pages.   max_sequences: that run at once.   max_tokens: of one step, at least as many.
         max_length: of a sequence, prompt and new tokens.
+    Attributes:
+        failures: ends sequences whose computation fails.
+        penalised: number of sequences with penalties that have not ended.
     """
 
     def __init__(self, pool: PagePool, *, max_sequences: int, max_tokens: int, max_length: int) -> None:
@@ -141,7 +186,8 @@ class Scheduler:
         self.max_length = min(max_length, pool.pages * pool.size)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        self.preemptions = self.penalised = 0
+        self.failures = Failures(self.finish)
         self._rows = deque(range(max_sequences))
         self._next_number = 0
 
@@ -161,12 +207,15 @@ class Scheduler:
         for sampling in samplings:
             sequences.append(Sequence(self._next_number, sampling, len(prompt), list(prompt)))
             self._next_number += 1
+        self.penalised += sum(sampling.is_penalised for sampling in samplings)
         sequences[0].followers = sequences[1:]
         self.waiting.append(sequences[0])
         return sequences
 
     def check(self, prompt: abc.Sequence[int], samplings: abc.Sequence[Sampling]) -> None:
         """Raise ValueError unless the prompt has a token, and room beside its new tokens."""
+        if not samplings:
+            raise ValueError("samplings: expected at least one, got none")
         room = self.max_length - max(sampling.max_new_tokens for sampling in samplings)
         if not 1 <= len(prompt) <= room:
             raise ValueError(
@@ -182,44 +231,48 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """Chunks of the next step, single tokens first; empty without waiting or running sequences."""
         chunks: list[Chunk] = []
-        preempted, budget = False, self.max_tokens
-        for sequence in list(self.running):
-            if sequence.row < 0 or sequence.length - sequence.computed != 1:
-                continue
-            while not self.pool.extend(sequence.allocation, sequence.length):
-                preempted = True
-                if self._preempt(self.running[-1]) is sequence:
-                    break
-            else:
-                chunks.append(Chunk(sequence, sequence.computed, 1))
-                budget -= 1
+        preemptions = self.preemptions
+        singles = [(s, chunks) for s in self.running if s.length - s.computed == 1]
+        self.failures.each(singles, self._plan_single)
+        budget = self.max_tokens - len(chunks)
         for sequence in self.running:
             missing = sequence.length - sequence.computed
             if missing > 1 and budget:
                 chunks.append(Chunk(sequence, sequence.computed, min(missing, budget)))
                 budget -= chunks[-1].count
-        while budget and not preempted and (sequence := self._admit()):
-            chunks.append(Chunk(sequence, sequence.computed, min(sequence.length - sequence.computed, budget)))
-            budget -= chunks[-1].count
+        while budget and self.preemptions == preemptions and self.waiting and self._rows:
+            first = self.waiting[0]
+            if self.failures.attempt(first, self._admit, first):
+                chunks.append(Chunk(first, first.computed, min(first.length - first.computed, budget)))
+                budget -= chunks[-1].count
+            elif first.reason is None:
+                break
         # A prefill chunk may be a single token, too.
         return sorted(chunks, key=lambda chunk: chunk.count > 1)
 
-    def _admit(self) -> Sequence | None:
+    def _plan_single(self, sequence: Sequence, chunks: list[Chunk]) -> None:
+        """Append the next token of a decoding sequence; preempt the newest ones until there is a page for it."""
+        if sequence.row < 0:
+            return
+        while not self.pool.extend(sequence.allocation, sequence.length):
+            if self._preempt(self.running[-1]) is sequence:
+                return
+        chunks.append(Chunk(sequence, sequence.computed, 1))
+
+    def _admit(self, sequence: Sequence) -> bool:
         """Start the first waiting sequence, if its pages and one more page for each running sequence are free."""
-        if not self.waiting or not self._rows:
-            return None
-        sequence, pool = self.waiting[0], self.pool
+        pool = self.pool
         if self.running and pool.free < pool.needed(len(sequence.ids)) + len(self.running):
-            return None
+            return False
         allocation = pool.allocate(sequence.ids)
         if allocation is None:
-            return None
+            return False
         self.waiting.pop(0)
         sequence.allocation, sequence.computed = allocation, allocation.cached
         if not sequence.preempted:
             sequence.cached = allocation.cached
         self._run(sequence)
-        return sequence
+        return True
 
     def _run(self, sequence: Sequence) -> None:
         sequence.row, sequence.tabled = self._rows.popleft(), 0
@@ -243,10 +296,10 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=lambda s: s.number)
 
-    def done(self, chunk: Chunk) -> None:
+    def done(self, sequence: Sequence, start: int, count: int) -> None:
         """Count a chunk as computed."""
-        chunk.sequence.computed += chunk.count
-        self.register(chunk.sequence)
+        sequence.computed = start + count
+        self.register(sequence)
 
     def register(self, sequence: Sequence) -> None:
         """Register the pages of a sequence whose keys are computed and whose ids are known."""
@@ -265,31 +318,38 @@ class Scheduler:
         """
         forked, followers, leader.followers = [], leader.followers, []
         for follower in followers:
-            allocation = self.pool.fork(leader.allocation, leader.computed) if self._rows else None
-            if allocation is None:
-                self._wait(follower)
-                continue
-            follower.allocation, follower.computed, follower.cached = allocation, leader.computed, leader.computed
-            self._run(follower)
-            pair = (
-                (leader.allocation.pages[len(allocation.pages) - 1], allocation.pages[-1])
-                if allocation.cached < leader.computed
-                else (-1, -1)
-            )
-            forked.append((follower, *pair))
+            pages = self.failures.attempt(follower, self._fork, leader, follower)
+            if pages is not None:
+                forked.append((follower, *pages))
         return forked
+
+    def _fork(self, leader: Sequence, follower: Sequence) -> tuple[int, int] | None:
+        """Start a follower: the page to copy and its target; None where it has to wait."""
+        allocation = self.pool.fork(leader.allocation, leader.computed) if self._rows else None
+        if allocation is None:
+            self._wait(follower)
+            return None
+        follower.allocation, follower.computed, follower.cached = allocation, leader.computed, leader.computed
+        self._run(follower)
+        if allocation.cached == leader.computed:
+            return -1, -1
+        return leader.allocation.pages[len(allocation.pages) - 1], allocation.pages[-1]
 
     def finish(self, sequence: Sequence, reason: Reason) -> None:
         """End a sequence in any state; does nothing if it has ended."""
         if sequence.reason is not None:
             return
         sequence.reason = reason
+        sequence.counts = sequence.bias = None
+        self.penalised -= sequence.sampling.is_penalised
         remaining, sequence.followers = [s for s in sequence.followers if s.reason is None], []
         if sequence.row >= 0:
             self._stop(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
+            # One that failed between its allocation and its start has pages.
+            self.pool.release(sequence.allocation)
             for leader in (*self.running, *self.waiting):
                 if sequence in leader.followers:
                     leader.followers.remove(sequence)

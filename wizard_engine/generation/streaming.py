@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.model import Transformer
 
@@ -20,15 +22,22 @@ class Streamer:
     page that differs. The ids are those of `generation.generate` for the same prompt as its only row.
 
     Args:
-        cache_tokens: capacity of the cache; default: the model's context.
+        cache_tokens: capacity of the cache; default: the model's context.   allowed_ids: (V,) bool, as `Engine`.
     Attributes:
         reused: cached tokens of the last prompt.
     """
 
-    def __init__(self, model: Transformer, eos_id: int, *, cache_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        eos_id: int,
+        *,
+        cache_tokens: int | None = None,
+        allowed_ids: Tensor | None = None,
+    ) -> None:
         self.config, self.eos_id, self.reused = model.config, eos_id, 0
         tokens = cache_tokens or model.config.max_positions + 16
-        self.engine = Engine(model, cache_tokens=tokens, page_size=16, max_sequences=1)
+        self.engine = Engine(model, cache_tokens=tokens, page_size=16, max_sequences=1, allowed_ids=allowed_ids)
 
     def stream(
         self,
@@ -45,13 +54,16 @@ class Streamer:
         Args:
             max_new_tokens: limit, EOS counted.   temperature: 0 is greedy.   top_k, top_p: as `kernels.sample`.
         Raises:
-            ValueError: an empty prompt, or no room for it and the new tokens in the context.
+            ValueError: an empty prompt, no room for it and the new tokens in the context, or an answer that fails.
         """
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, eos_id=self.eos_id)
         (sequence,) = self.engine.add(prompt, sampling)
         try:
             while sequence.reason is None:
-                if self.engine.step():
+                grown = self.engine.step()
+                if sequence.error:
+                    raise ValueError(f"answer: expected a further token, got none: {sequence.error}")
+                if grown:
                     self.reused = sequence.cached
                     yield sequence.ids[-1]
         finally:

@@ -24,8 +24,9 @@ class Draws(NamedTuple):
     alike: tuple[float, int | None, float | None] | None
 
     @classmethod
-    def of(cls, grown: list[Sequence]) -> "Draws":
-        """Parameters of the next tokens of these sequences."""
+    def of(cls, grown_rows: list[tuple[Sequence, int]]) -> "Draws":
+        """Parameters of the next tokens of these sequences, which come with their rows."""
+        grown = [sequence for sequence, _ in grown_rows]
         samplings = [s.sampling for s in grown]
         arrays = (
             torch.tensor(next_uniforms(grown), dtype=torch.float32),
@@ -59,13 +60,14 @@ class Flight(NamedTuple):
     arrived: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, grown: list[Sequence], logits: Tensor, tokens: Tensor, logprobs: Tensor) -> "Flight":
-        """Start the copy of what was sampled from (B, V) logits."""
-        tops = {
-            i: tuple(copy_to_host(x) for x in likeliest(logits[i], s.sampling, tokens[i], logprobs[i]))
-            for i, s in enumerate(grown)
-            if s.sampling.top_logprobs
-        }
+    def of(
+        cls,
+        grown: list[Sequence],
+        tokens: Tensor,
+        logprobs: Tensor,
+        tops: dict[int, tuple[Tensor, Tensor] | None],
+    ) -> "Flight":
+        """Start the copy of what was sampled; `tops`: copies of what `likeliest` returned, begun before."""
         sent = copy_to_host(tokens), copy_to_host(logprobs)
         arrived = None
         if tokens.is_cuda:
@@ -73,15 +75,12 @@ class Flight(NamedTuple):
             arrived.record()
         return cls(grown, *sent, tops, arrived)
 
-    def read(self) -> list[tuple[int, float, Top | None]]:
-        """Token, log-probability and likeliest tokens of each row; waits for the copy."""
+    def read(self) -> list[tuple[Sequence, int, float, tuple[Tensor, Tensor] | None]]:
+        """Sequence, token, log-probability and likeliest tokens of each row; waits for the copy."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        rows = enumerate(zip(self.grown, self.tokens.tolist(), self.logprobs.tolist()))
-        return [
-            (token, logprob, kept(s.sampling, *self.tops[i]) if i in self.tops else None)
-            for i, (s, token, logprob) in rows
-        ]
+        tops = [self.tops.get(i) for i in range(len(self.grown))] if self.tops else [None] * len(self.grown)
+        return list(zip(self.grown, self.tokens.tolist(), self.logprobs.tolist(), tops))
 
 
 def likeliest(logits_V: Tensor, sampling: Sampling, token: Tensor, logprob: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +92,8 @@ def likeliest(logits_V: Tensor, sampling: Sampling, token: Tensor, logprob: Tens
 
 
 def kept(sampling: Sampling, tokens: Tensor, values: Tensor) -> Top:
-    """The likeliest tokens that truncation keeps."""
+    """The likeliest tokens that truncation and the mask of allowed ids keep."""
+    values, tokens = (x[values > -torch.inf] for x in (values, tokens))
     if sampling.temperature and (sampling.top_k or sampling.top_p not in (None, 1.0)):
         before = values.exp().cumsum(0) - values.exp()
         values, tokens = (x[before < 1 - 1e-5] for x in (values, tokens))

@@ -3,7 +3,7 @@
 Trainer and sampler use the same memory in turn."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wizard_engine.generation.device_memory import LentTensors
 from wizard_engine.generation.engine import Engine
@@ -30,6 +30,7 @@ class Sampler:
         policy: as `parallelize` returned it.   runtime: needed for a sharded policy.
         tp: ranks that share the sampler's matrices and experts.
         cache_tokens: capacity of the cache of this rank or group.   max_sequences: that run at once.
+        allowed_ids: (V,) bool, as `Engine`.
     Attributes:
         weights_checksum: of the weights that were synced last.
     Raises:
@@ -44,6 +45,7 @@ class Sampler:
         cache_tokens: int,
         max_sequences: int = 128,
         tp: int = 1,
+        allowed_ids: Tensor | None = None,
     ) -> None:
         self.policy, self.trainer = policy, sharded(policy)
         self.weights_checksum: int | None = None
@@ -53,6 +55,7 @@ class Sampler:
             "max_sequences": max_sequences,
             "record_routes": True,
             "keeps_addresses": True,
+            "allowed_ids": allowed_ids,
         }
         is_sharded = self.trainer is not None and self.trainer.is_sharded
         ranks = self.trainer.mesh.copy.size if is_sharded else 1

@@ -90,6 +90,8 @@ def roll_out(
         first, stride: the prompts have the global indices first, first + stride, ... An answer depends on its index,
             not on its rank. Tensor- and context-parallel ranks of the trainer have the same prompts: each samples a
             subset, and all gather all answers. Tensor-parallel ranks of the sampler sample their prompts together.
+    Raises:
+        ValueError: an answer failed, such as by NaN logits.
     """
     rows = [(first + i * stride) * samples + j for i in range(len(prompts)) for j in range(samples)]
     repeated = [tuple(prompt) for prompt in prompts for _ in range(samples)]
@@ -110,6 +112,7 @@ def roll_out(
     begin = sum(len(of_rank) for of_rank in requests_by_rank[: tp.index])
     local = generation.rows(range(begin, begin + len(requests_by_rank[tp.index])))
     generation = _in_order(gather_along(row, local), indices_by_rank)
+    generation.check("rollout: answers")
     packed = []
     for prompt, answer in zip(ids, generation.tokens):
         weights = np.concatenate((np.zeros(len(prompt), np.float32), np.ones(len(answer), np.float32)))

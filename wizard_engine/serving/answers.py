@@ -96,6 +96,8 @@ class Answers:
         choices = parsed.choices()
         try:
             async for number, piece in pieces:
+                if piece.reason == "error":
+                    raise _failed(piece)
                 choices[number].add(piece, self.eos_id)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -118,6 +120,9 @@ class Answers:
             choice = choices[number]
             first = len(choice.tokens)
             choice.add(piece, self.eos_id)
+            if piece.reason == "error":
+                yield f"data: {json.dumps(_failed(piece).body())}\n\n"
+                return
             if piece.reason == "cancelled":
                 yield f"data: {json.dumps(RequestError(503, 'the engine has failed').body())}\n\n"
                 return
@@ -126,6 +131,12 @@ class Answers:
         if parsed.usage:
             yield event([], usage=form.usage(parsed, choices))
         yield "data: [DONE]\n\n"
+
+
+def _failed(piece: Piece) -> RequestError:
+    """The error of one answer that could not be continued; the engine goes on."""
+    message = f"choices[{piece.choice}]: expected an answer, got: {piece.error[:500]}"
+    return RequestError(500, message, code="sequence_failed")
 
 
 class Events(Response):

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.engine import Engine
-from wizard_engine.generation.scheduler import Reason, Sampling, numbered
+from wizard_engine.generation.failures import described
+from wizard_engine.generation.scheduler import Reason, Sampling
 from wizard_engine.generation.scheduler import Sequence as EngineSequence
 from wizard_engine.generation.streaming import TextStream
 from wizard_engine.parallel.mesh import Axis
@@ -33,6 +34,7 @@ class Piece:
     Attributes:
         choice: number of the choice.   text: text that no later token can change.   token, logprob, top: the new token,
             its log-probability (nats) and the most likely tokens.   reason: why the choice ended, in its last piece.
+        error: what failed, where the reason is "error".
     """
 
     choice: int
@@ -41,6 +43,7 @@ class Piece:
     logprob: float = 0.0
     top: list[tuple[int, float]] = field(default_factory=list)
     reason: Reason | None = None
+    error: str = ""
 
 
 @dataclass(eq=False)
@@ -83,6 +86,8 @@ class Driver:
         self._wake = threading.Condition()
         self._inbox: deque[tuple[str, Job]] = deque()
         self._jobs: dict[int, tuple[Job, int]] = {}
+        # Commands to share after the next step: ends of sequences whose job failed on this rank alone.
+        self._late: list[tuple] = []
         self._open, self._ends, self.error = 0, False, ""
         self.step_seconds = self.steps = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -155,7 +160,7 @@ class Driver:
         dropped = {id(job): job for what, job in inbox if what == "cancel"}
         # A job that was cancelled in the same turn is not added at all.
         begun = [job for job in added if id(job) not in dropped]
-        commands: list[tuple] = [("add", job.prompt, numbered(job.sampling, job.n)) for job in begun]
+        commands: list[tuple] = [("add", job.prompt, job.sampling, job.n) for job in begun]
         commands += [
             ("finish", sequence.number, "cancelled")
             for job in dropped.values()
@@ -169,18 +174,34 @@ class Driver:
             if command[0] == "end":
                 return False
             made = apply(self.engine, command)
-            if made is not None:
+            if command[0] == "add":
                 self._begin(next(waiting), made)
         for job in dropped.values():
             self._dropped(job)
         self._step()
         return True
 
-    def _begin(self, job: Job, sequences: list[EngineSequence]) -> None:
-        job.sequences = sequences
-        job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in sequences]
-        for choice, sequence in enumerate(sequences):
+    def _begin(self, job: Job, made: list[EngineSequence] | Exception) -> None:
+        if isinstance(made, Exception):
+            return self._fail(job, made)
+        job.sequences = made
+        for choice, sequence in enumerate(made):
             self._jobs[sequence.number] = job, choice
+        try:
+            job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in made]
+        # Whatever a job's own text or callback raises is that job's error.
+        except Exception as error:
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a job that has no piece yet."""
+        self._abandon(job)
+        _deliver(job, [Piece(i, "", reason="error", error=described(error)) for i in range(job.n)])
+
+    def _abandon(self, job: Job) -> None:
+        """Remove the open choices of a job and end their sequences on all ranks."""
+        self._late += [("finish", s.number, "cancelled") for s in job.sequences if s.number in self._jobs]
+        self._dropped(job)
 
     def _dropped(self, job: Job) -> None:
         """Remove the open choices of a cancelled job."""
@@ -196,14 +217,18 @@ class Driver:
         self.steps += 1
         pieces: dict[int, tuple[Job, list[Piece]]] = {}
         # Stop strings are known on this rank only: the other ranks get the sequences that they end as commands.
-        stopped: list[tuple] = []
+        stopped, self._late = self._late, []
         for sequence in grown:
             if sequence.number not in self._jobs:
                 continue
             job, choice = self._jobs[sequence.number]
-            piece = _piece(job, choice, sequence)
+            try:
+                piece = _piece(job, choice, sequence)
+            # As in `_begin`.
+            except Exception as error:
+                piece = Piece(choice, "", reason="error", error=described(error))
             if piece.reason is not None and sequence.reason is None:
-                stopped.append(("finish", sequence.number, "stop"))
+                stopped.append(("finish", sequence.number, "cancelled" if piece.reason == "error" else "stop"))
             pieces.setdefault(id(job), (job, []))[1].append(piece)
         shared(stopped, self.axis)
         for command in stopped:
@@ -214,7 +239,8 @@ class Driver:
                 del self._jobs[job.sequences[piece.choice].number]
             job.open -= len(ended)
             self._closed(len(ended))
-            _deliver(job, job_pieces)
+            if not _deliver(job, job_pieces):
+                self._abandon(job)
 
     def _closed(self, count: int) -> None:
         if count:
@@ -224,7 +250,9 @@ class Driver:
 
 
 def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
-    """The piece of a sequence's last token."""
+    """The piece of a sequence's last token, or of its failure."""
+    if sequence.reason == "error":
+        return Piece(choice, "", reason="error", error=sequence.error)
     stream, token = job.streams[choice], sequence.ids[-1]
     if sequence.steps == 1 and choice == 0:
         job.cached = sequence.cached
@@ -238,10 +266,13 @@ def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
     return Piece(choice, text, token, sequence.logprobs[-1], top, reason)
 
 
-def _deliver(job: Job, pieces: list[Piece]) -> None:
-    # The event loop of a client that has disconnected may be closed already.
-    with contextlib.suppress(RuntimeError):
+def _deliver(job: Job, pieces: list[Piece]) -> bool:
+    """Whether the pieces were delivered: the event loop of a client that has disconnected may be closed already."""
+    # As in `Driver._begin`.
+    with contextlib.suppress(Exception):
         job.deliver(pieces)
+        return True
+    return False
 
 
 def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
@@ -253,10 +284,14 @@ def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
     return commands
 
 
-def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | None:
-    """Apply a command; returns the sequences of an "add"."""
+def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | Exception | None:
+    """Apply a command; returns the sequences of an "add", or what it raised."""
     if command[0] == "add":
-        return engine.add_all(command[1], command[2])
+        try:
+            return engine.add(command[1], command[2], n=command[3])
+        # As in `Driver._begin`; every rank gets it.
+        except Exception as error:
+            return error
     if command[0] == "finish":
         scheduler = engine.scheduler
         waiting = (*scheduler.running, *scheduler.waiting)
