@@ -87,7 +87,7 @@ class Chat:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: TextIO) -> None:
         self.tokenizer, self.cfg, self.stderr = tokenizer, cfg, stderr
-        self.streamer = Streamer(model, tokenizer.eos_id)
+        self.streamer = Streamer(model, tokenizer.eos_ids)
         self.system, self.seed = cfg.system, cfg.seed
         self.messages: list[Message] = []
         self.stats = ""
@@ -329,7 +329,7 @@ def answer_file(model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: T
                 [prompts[i] for i in batch],
                 max_new_tokens=new,
                 seed=cfg.seed + start,
-                eos_id=tokenizer.eos_id,
+                eos_ids=tokenizer.eos_ids,
                 batch_size=cfg.batch_size,
                 **sampling(cfg),
             )

@@ -27,6 +27,7 @@ from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.generation.engine import Engine, cache_bytes
 from wizard_engine.model import ModelDirectory, Transformer
 from wizard_engine.model.loading import weights_dtype
+from wizard_engine.model.vocabulary import check_vocabulary
 from wizard_engine.parallel import MeshOptions, make_mesh
 from wizard_engine.rl.sampler import empty_sampler
 from wizard_engine.rl.weight_sync import checksum
@@ -102,6 +103,7 @@ def main(cfg: Config) -> None:
         runtime.stop()
         return
     tokenizer = load_tokenizer(cfg.model)
+    check_vocabulary(tokenizer, engine.config, cfg.model)
     driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
     limits = Limits(
         min(cfg.max_new_tokens, engine.scheduler.max_length),

@@ -274,7 +274,7 @@ class Engine:
             sequence.logprobs.append(logprob)
             if top is not None:
                 sequence.top.append(top)
-            if token == sequence.sampling.eos_id:
+            if token in sequence.sampling.eos_ids:
                 self.finish(sequence, "stop")
             elif sequence.steps == sequence.sampling.max_new_tokens:
                 self.finish(sequence, "length")

@@ -32,7 +32,7 @@ class Sampling:
 
     Attributes:
         max_new_tokens: limit, EOS counted.   temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_id: ends the sequence; -1: nothing does.
+        top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_ids: each of them ends the sequence.
         top_logprobs: likeliest words to report for every token.
     """
 
@@ -42,7 +42,7 @@ class Sampling:
     top_p: float | None = None
     seed: int = 0
     row: int = 0
-    eos_id: int = -1
+    eos_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:

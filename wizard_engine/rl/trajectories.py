@@ -100,7 +100,7 @@ def roll_out(
     parts = gather_along(tp, [(numbers[i], ids[i]) for i in shares[row.index]])
     together = [pair for part in parts for pair in part]
     samplings = [
-        Sampling(max_new_tokens, float(temperature), seed=seed, row=number, eos_id=tokenizer.eos_id)
+        Sampling(max_new_tokens, float(temperature), seed=seed, row=number, eos_ids=tokenizer.eos_ids)
         for number, _ in together
     ]
     engine = sampler.engine

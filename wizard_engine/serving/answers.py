@@ -24,7 +24,7 @@ class Answers:
 
     def __init__(self, driver: Driver, format: AnswerFormat, metrics: Metrics) -> None:
         self.driver, self.format, self.metrics = driver, format, metrics
-        self.eos_id = driver.tokenizer.eos_id
+        self.eos_ids = driver.tokenizer.eos_ids
 
     def submit(self, parsed: ParsedRequest) -> None:
         """Submit all jobs of a request, or none.
@@ -96,7 +96,7 @@ class Answers:
         choices = parsed.choices()
         try:
             async for number, piece in pieces:
-                choices[number].add(piece, self.eos_id)
+                choices[number].add(piece, self.eos_ids)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         if any(choice.reason == "cancelled" for choice in choices):
@@ -117,7 +117,7 @@ class Answers:
         async for number, piece in pieces:
             choice = choices[number]
             first = len(choice.tokens)
-            choice.add(piece, self.eos_id)
+            choice.add(piece, self.eos_ids)
             if piece.reason == "cancelled":
                 yield f"data: {json.dumps(RequestError(503, 'the engine has failed').body())}\n\n"
                 return
