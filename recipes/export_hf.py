@@ -3,7 +3,7 @@
     python recipes/export_hf.py --model runs/demo/slice_3/rleif/model --out exported --dtype bfloat16
 
 Writes config.json, safetensors (in shards with an index where they are large), the tokenizer's files with the chat
-template of Vicuna v1.1 (the exact system prompt), and generation_config.json.
+template of Vicuna v1.1 (the exact system prompt), and generation_config.json with every EOS id.
 """
 
 import json

@@ -271,13 +271,15 @@ def memory(key):
 def attempt(kind, folder):
     """loaded, refused, or what went wrong."""
     Path("/proc/self/clear_refs").write_text("5")
-    before, began = memory("VmRSS"), time.perf_counter()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before, began = memory("VmRSS"), time.process_time()
+    # Of processor time, for the machine may be busy; a reader that waits for ever uses none.
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)
     try:
         load(kind, folder)
         return "loaded"
     except ValueError as error:
-        seconds, grown = time.perf_counter() - began, memory("VmHWM") - before
+        seconds, grown = time.process_time() - began, memory("VmHWM") - before
         if not str(error).startswith(str(folder)):
             return f"ValueError without the folder: {str(error)[:200]}"
         if len(str(error)) > 1000 or not str(error).isprintable():
@@ -288,6 +290,7 @@ def attempt(kind, folder):
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -295,7 +298,7 @@ def main(kind, first, count, folder):
     """Try mutants `first` to `first + count`; prints what became of them as JSON."""
     starts = originals(kind, folder / "originals")
     for start in starts:
-        assert attempt(kind, start) == "loaded", attempt(kind, start)
+        load(kind, start)
     resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + MEMORY_BYTES,) * 2)
     counts, wrong = {"loaded": 0, "refused": 0}, []
     for number in range(first, first + count):

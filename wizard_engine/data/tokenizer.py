@@ -30,7 +30,16 @@ from wizard_engine.runtime.input_files import parse_object, read_json_object, re
 
 from .pretokenizer import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
 from .sentencepiece_json import tokenizer_json
-from .tokenizer_files import NOTHING_LISTED, ListedIds, is_library_failure, library_failures, listed_ids, named_token
+from .tokenizer_files import (
+    NOTHING_LISTED,
+    ListedIds,
+    check_ids,
+    is_library_failure,
+    library_failures,
+    listed_ids,
+    most_ids,
+    named_token,
+)
 
 BOS, EOS = "<s>", "</s>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
@@ -38,8 +47,6 @@ EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "<|endoftext|>")
 META_SPACE = "▁"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 MAX_TOKENIZER_BYTES = 64 << 20
-# Ids may have holes: up to so many, or three for every entry.
-MAX_HOLES = 1 << 20
 # A tokenizer that fails on some text fails when it is loaded.
 PROBE = "a A  1é\n中😀\u0301</s>"
 # Field of tokenizer_config.json: the hash of the tokenizer.json that was made from the tokenizer.model beside it.
@@ -102,7 +109,7 @@ class _Bytes:
         self.text_ids = np.asarray([piece is not None for piece in table], dtype=bool)
         self.eos_ids = (self.eos_id, *(index for index in listed.eos if index != self.eos_id))
         # An EOS id without an entry can be drawn, and has no text.
-        highest = max((index for index in self.eos_ids if index < _most_ids(len(table))), default=0)
+        highest = max((index for index in self.eos_ids if index < most_ids(len(table))), default=0)
         self._table = table + [None] * (highest + 1 - len(table))
         for index in self.eos_ids:
             # An added token that ends an answer is a mark, not a part of its text.
@@ -152,11 +159,6 @@ class _Bytes:
             start, length = length, length + len(decoder.decode(piece))
             spans.append((start, length + bool(piece and decoder.getstate()[0])))
         return spans
-
-
-def _most_ids(entries: int) -> int:
-    """Bound of the ids of a vocabulary with so many entries."""
-    return 4 * entries + MAX_HOLES
 
 
 def _checked(encode: Callable[[], list], texts: Sequence[str]) -> list:
@@ -321,11 +323,7 @@ class JsonTokenizer(_Bytes):
             to_bytes = _piece_bytes
         else:
             raise ValueError(f"{where}: expected a byte-level or SentencePiece-like tokenizer, got another kind")
-        highest = max(vocabulary.values(), default=-1)
-        if highest >= _most_ids(len(vocabulary)):
-            most = _most_ids(len(vocabulary))
-            raise ValueError(f"{where}: vocab: expected ids below {most} for {len(vocabulary)} entries, got {highest}")
-        table: list[bytes | None] = [None] * (highest + 1)
+        table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
         added = {entry["id"]: entry for entry in fields.get("added_tokens") or ()}
         for token, index in vocabulary.items():
             if index not in added:
@@ -408,10 +406,11 @@ def _load_json(path: Path, content: bytes) -> JsonTokenizer:
     needed = {"vocab", "merges"} if isinstance(model, dict) and model.get("type") == "BPE" else {"vocab"}
     if not isinstance(model, dict) or not needed <= model.keys():
         raise ValueError(f"{path}: model: expected an object with {', '.join(sorted(needed))}, got another")
-    del fields, model
+    check_ids(model["vocab"], fields.get("added_tokens"), path)
     config = read_json_object(path.with_name("tokenizer_config.json")) or {}
     with library_failures(f"{path}: expected a tokenizer of the tokenizers library"):
-        return JsonTokenizer(Backend.from_buffer(content), config, str(path), listed_ids(path.parent))
+        # Written again, so that the library reads what was looked at, whatever stands there twice.
+        return JsonTokenizer(Backend.from_str(json.dumps(fields)), config, str(path), listed_ids(path.parent))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, atoms: Sequence[str] = ()) -> JsonTokenizer:

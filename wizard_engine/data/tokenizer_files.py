@@ -8,6 +8,8 @@ from typing import Any
 
 from wizard_engine.runtime.input_files import read_json_object, shown
 
+# Ids may have holes: up to so many, or three for every entry.
+MAX_HOLES = 1 << 20
 # Files that name BOS and EOS, the first that names BOS deciding it.
 ID_FILES = ("generation_config.json", "config.json")
 
@@ -43,6 +45,33 @@ def _ids(path: Path, name: str, value: Any) -> list[int]:
     if any(type(item) is not int or not -1 <= item < 2**31 for item in values):
         raise ValueError(f"{path}: {name}: expected an id or a list of ids, got {shown(value)}")
     return [item for item in values if item >= 0]
+
+
+def most_ids(entries: int) -> int:
+    """Bound of the ids of a vocabulary with so many entries, holes included."""
+    return 4 * entries + MAX_HOLES
+
+
+def check_ids(vocabulary: Any, added: Any, path: Path) -> None:
+    """Refuse ids for which a library would make tables larger than the file; it ends the process for want of memory.
+
+    Args:
+        vocabulary: token -> id, or a list of entries.   added: entries with ids, or None.
+    Raises:
+        ValueError: an id is no whole number, or too large for the number of entries; names file and field.
+    """
+    if not isinstance(vocabulary, dict | list) or not isinstance(added, list | None):
+        field, got = ("added_tokens", added) if isinstance(vocabulary, dict | list) else ("model: vocab", vocabulary)
+        raise ValueError(f"{path}: {field}: expected entries, got {shown(got)}")
+    most = most_ids(len(vocabulary))
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    wrong = next((index for index in ids if type(index) is not int or not 0 <= index < most), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: model: vocab: expected ids from 0 to {most - 1}, got {shown(wrong)}")
+    for entry in added or ():
+        index = entry.get("id") if isinstance(entry, dict) else None
+        if type(index) is not int or not 0 <= index < most:
+            raise ValueError(f"{path}: added_tokens: expected ids from 0 to {most - 1}, got {shown(index)}")
 
 
 def named_token(config: dict[str, Any], key: str, path: str) -> str | None:
