@@ -35,7 +35,7 @@ def ours(model: Transformer, prompts: list[list[int]], eos_id: int) -> list[list
     counts = limits(len(prompts))
     pages = sum(-(-(len(prompt) + count) // 16) + 1 for prompt, count in zip(prompts, counts))
     engine = Engine(model, cache_tokens=16 * pages, max_sequences=len(prompts))
-    rows = [engine.add(prompt, Sampling(count, eos_id=eos_id))[0] for prompt, count in zip(prompts, counts)]
+    rows = [engine.add(prompt, Sampling(count, eos_ids=(eos_id,)))[0] for prompt, count in zip(prompts, counts)]
     engine.run()
     return [row.tokens for row in rows]
 

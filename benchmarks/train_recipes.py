@@ -197,7 +197,7 @@ class WordTokenizer:
     """A tokenizer with the vocabulary `w3`, `w4`, ...; it maps any other word to one of these by hash."""
 
     prefixes_space = False
-    bos_id, eos_id = BOS, EOS
+    bos_id, eos_id, eos_ids = BOS, EOS, (EOS,)
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.fingerprint = vocab_size, f"words-{vocab_size}"

@@ -90,7 +90,7 @@ class Chat:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: TextIO) -> None:
         self.tokenizer, self.cfg, self.stderr = tokenizer, cfg, stderr
-        self.streamer = Streamer(model, tokenizer.eos_id, allowed_ids=allowed_ids(tokenizer, model.config.vocab_size))
+        self.streamer = Streamer(model, tokenizer.eos_ids, allowed_ids=allowed_ids(tokenizer, model.config.vocab_size))
         self.system, self.seed = cfg.system, cfg.seed
         self.messages: list[Message] = []
         self.stats = ""
@@ -332,7 +332,7 @@ def answer_file(model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: T
                 [prompts[i] for i in batch],
                 max_new_tokens=new,
                 seed=cfg.seed + start,
-                eos_id=tokenizer.eos_id,
+                eos_ids=tokenizer.eos_ids,
                 batch_size=cfg.batch_size,
                 allowed_ids=allowed_ids(tokenizer, model.config.vocab_size),
                 **sampling(cfg),

@@ -3,7 +3,7 @@
     python recipes/export_hf.py --model runs/demo/slice_3/rleif/model --out exported --dtype bfloat16
 
 Writes config.json, safetensors (in shards with an index where they are large), the tokenizer's files with the chat
-template of Vicuna v1.1 (the exact system prompt), and generation_config.json.
+template of Vicuna v1.1 (the exact system prompt), and generation_config.json with every EOS id.
 """
 
 import json
@@ -18,7 +18,9 @@ from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.model import Transformer, load_model, save_hf
-from wizard_engine.runtime.files import replace_directory, sync_tree, write_json, write_text
+from wizard_engine.model.published import special_ids
+from wizard_engine.model.vocabulary import check_vocabulary
+from wizard_engine.runtime.files import replace_directory, sync_tree, write_json
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.ranges import Checked, Positive
 
@@ -43,16 +45,14 @@ class Config(Checked):
 
 
 def companions(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Add the chat template to tokenizer_config.json, write generation_config.json, and where the tokenizer is a
-    SentencePiece model, tokenizer.json too, which transformers reads without further packages."""
+    """Add the chat template to tokenizer_config.json, and write generation_config.json."""
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, fields | {"chat_template": CHAT_TEMPLATE, "model_max_length": model.config.max_positions})
-    sentencepiece = folder / "tokenizer.model"
-    if sentencepiece.exists():
-        write_text(folder / "tokenizer.json", tokenizer_json(sentencepiece.read_bytes()))
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "do_sample": False}
-    write_json(folder / "generation_config.json", ends)
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        # Says why no tokenizer.json has the same ids.
+        tokenizer_json((folder / "tokenizer.model").read_bytes())
+    write_json(folder / "generation_config.json", special_ids(tokenizer) | {"do_sample": False})
 
 
 def main(cfg: Config) -> Path:
@@ -64,10 +64,7 @@ def main(cfg: Config) -> Path:
         raise ValueError(f"{cfg.model}: expected a language model, got a reward model")
     if cfg.tokenizer is not None:
         tokenizer = load_tokenizer(cfg.tokenizer)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: expected at most {model.config.vocab_size} ids, as the model has, got {tokenizer.vocab_size}"
-        )
+        check_vocabulary(tokenizer, model.config, cfg.tokenizer)
     staged = cfg.out.with_name(f".{cfg.out.name}.export")
     try:
         save_hf(model, staged, tokenizer=tokenizer, max_shard_bytes=int(cfg.max_shard_gb * 10**9))

@@ -28,6 +28,7 @@ from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.engine import Engine, cache_bytes
 from wizard_engine.model import ModelDirectory, Transformer
 from wizard_engine.model.loading import weights_dtype
+from wizard_engine.model.vocabulary import check_vocabulary
 from wizard_engine.parallel import MeshOptions, make_mesh
 from wizard_engine.rl.sampler import empty_sampler
 from wizard_engine.rl.weight_sync import checksum
@@ -99,6 +100,7 @@ def main(cfg: Config) -> None:
         follow(engine, mesh.tp)
         runtime.stop()
         return
+    check_vocabulary(tokenizer, engine.config, cfg.model)
     driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
     limits = Limits(
         min(cfg.max_new_tokens, engine.scheduler.max_length),

@@ -75,13 +75,13 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_in_any_batch(family, 
     expected = [by_transformers(theirs, p, n) for p, n in zip(prompts, counts)]
     for prompt, count, right in zip(prompts, counts, expected):
         single = Engine(ours, cache_tokens=160, max_sequences=1)
-        (sequence,) = single.add(prompt, Sampling(count, eos_id=EOS))
+        (sequence,) = single.add(prompt, Sampling(count, eos_ids=(EOS,)))
         single.run()
         assert sequence.tokens == right and sequence.reason == ("stop" if right[-1] == EOS else "length")
     # Few pages: sequences give them back and are computed again.
     for pages, sequences, tokens in ((7, 14, 24), (12, 5, 9), (60, 14, 2048)):
         engine = Engine(ours, cache_tokens=16 * pages, max_sequences=sequences, max_tokens=tokens)
-        batch = [engine.add(p, Sampling(n, eos_id=EOS))[0] for p, n in zip(prompts, counts)]
+        batch = [engine.add(p, Sampling(n, eos_ids=(EOS,)))[0] for p, n in zip(prompts, counts)]
         engine.run()
         assert [s.tokens for s in batch] == expected
         assert (engine.scheduler.preemptions > 0) == (pages == 7)
@@ -94,7 +94,7 @@ def test_logprobs_equal_the_training_forward(family, temperature, tmp_path):
     _, ours = pair(family, tmp_path, 3, init_std=0.15)
     engine = Engine(ours, cache_tokens=16 * 14, max_sequences=6, max_tokens=31)
     prompts = prompts_of(6, 12)
-    rows = [engine.add(p, Sampling(25, temperature, seed=2, row=i, eos_id=EOS))[0] for i, p in enumerate(prompts)]
+    rows = [engine.add(p, Sampling(25, temperature, seed=2, row=i, eos_ids=(EOS,)))[0] for i, p in enumerate(prompts)]
     engine.run()
     samples = [Sample(torch.tensor(s.ids).int().numpy(), torch.ones(len(s.ids)).numpy()) for s in rows]
     again = token_logprobs(ours, samples, temperature=temperature or 1.0)

@@ -261,7 +261,7 @@ def test_offline_callers_say_what_failed():
     assert [bool(error) for error in generation.errors] == [False, True, False]
     assert [len(tokens) for tokens in generation.tokens] == [4, 0, 4]
     with pytest.raises(ValueError, match=r"prompts\[1\]: 1 of 3 answers failed; the first: logits: expected numbers"):
-        generate(model, prompts, max_new_tokens=4, eos_id=-1)
+        generate(model, prompts, max_new_tokens=4, eos_ids=())
     with pytest.raises(ValueError, match="answer: expected a further token, got none: logits: expected numbers"):
         list(Streamer(model, -1).stream(prompts[1], max_new_tokens=4))
     streamer = Streamer(model, -1)
@@ -288,7 +288,7 @@ def test_ids_without_a_text_are_never_drawn():
     model, tokenizer = padded(61)
     allowed = allowed_ids(tokenizer, model.config.vocab_size)
     assert int(allowed.sum()) == tokenizer.vocab_size and allowed_ids(tokenizer, tokenizer.vocab_size) is None
-    free = generate(model, [[1, 2, 3]], max_new_tokens=40, temperature=1.5, eos_id=-1)
+    free = generate(model, [[1, 2, 3]], max_new_tokens=40, temperature=1.5, eos_ids=())
     assert max(free.tokens[0]) >= tokenizer.vocab_size
     allowed[5:90] = False
     for temperature in (0.0, 1.0, 1.5):

@@ -31,7 +31,7 @@ def load(draw, vocab_size, count):
             draw.choice([None, 0, 5]),
             draw.choice([None, 1.0, 0.8]),
             seed=i,
-            eos_id=EOS,
+            eos_ids=(EOS,),
             top_logprobs=draw.choice([0, 0, 3]),
         )
         yield prompt, how, draw.choice([1, 1, 1, 3])
@@ -135,7 +135,7 @@ def test_a_token_behind_an_end_is_dropped_and_its_pages_come_back():
     probe.run()
     eos = row.tokens[2]
     engine = Engine(model, cache_tokens=160, lookahead=True)
-    (actual,) = engine.add([3, 4], Sampling(60, eos_id=eos))
+    (actual,) = engine.add([3, 4], Sampling(60, eos_ids=(eos,)))
     while actual.reason is None:
         engine.step()
     stop = row.tokens.index(eos) + 1
@@ -144,7 +144,7 @@ def test_a_token_behind_an_end_is_dropped_and_its_pages_come_back():
     assert not engine.has_work and engine.steps == stop + 1 and engine.generated == stop
     engine.release()
     engine.restore()
-    (again,) = engine.add([3, 4], Sampling(60, eos_id=eos))
+    (again,) = engine.add([3, 4], Sampling(60, eos_ids=(eos,)))
     engine.run()
     assert again.tokens == actual.tokens and engine.generated == 2 * stop
 
@@ -177,7 +177,7 @@ def test_memory_that_runs_out_is_taken_from_nobody_whose_token_is_unread():
 
 def test_streams_and_generation_are_as_in_the_synchronous_order(monkeypatch):
     model, prompts = tiny(), [[1, 2, 3], [4] * 20, [1, 2, 3]]
-    options = {"max_new_tokens": 12, "temperature": 0.8, "seed": 5, "eos_id": EOS}
+    options = {"max_new_tokens": 12, "temperature": 0.8, "seed": 5, "eos_ids": (EOS,)}
     right = generate(model, prompts, **options)
     original = Engine.__init__
     monkeypatch.setattr(

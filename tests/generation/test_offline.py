@@ -37,7 +37,7 @@ def naive(net, prompt, count):
 @pytest.mark.parametrize("changes", [{}, {"window": 4}, {"window": 1}, {"tied": False}])
 def test_greedy_generation_equals_whole_forward_passes(changes):
     net = model(**changes)
-    answers = generate(net, PROMPTS, max_new_tokens=12, eos_id=NEVER)
+    answers = generate(net, PROMPTS, max_new_tokens=12, eos_ids=(NEVER,))
     assert answers.tokens == [naive(net, prompt, 12) for prompt in PROMPTS]
     assert answers.finished == [False] * len(PROMPTS) and len({tuple(t) for t in answers.tokens}) > 3
 
@@ -45,7 +45,7 @@ def test_greedy_generation_equals_whole_forward_passes(changes):
 @pytest.mark.parametrize(("temperature", "scored"), [(0.0, 1.0), (1.0, 1.0), (0.6, 0.6)])
 def test_generated_logprobs_equal_those_of_training(temperature, scored):
     net = model(window=6)
-    answers = generate(net, PROMPTS, max_new_tokens=9, temperature=temperature, seed=4, eos_id=5)
+    answers = generate(net, PROMPTS, max_new_tokens=9, temperature=temperature, seed=4, eos_ids=(5,))
     samples = [
         Sample(torch.tensor([*p, *t]).int().numpy(), torch.ones(len(p) + len(t)).numpy())
         for p, t in zip(PROMPTS, answers.tokens)
@@ -56,7 +56,7 @@ def test_generated_logprobs_equal_those_of_training(temperature, scored):
 
 def test_sampled_tokens_follow_seed_and_row_and_not_the_batch():
     net = model()
-    options = {"max_new_tokens": 10, "temperature": 1.0, "eos_id": 3}
+    options = {"max_new_tokens": 10, "temperature": 1.0, "eos_ids": (3,)}
     whole = generate(net, PROMPTS, seed=1, **options)
     for batch_size in (1, 2, 4, 5):
         assert generate(net, PROMPTS, seed=1, batch_size=batch_size, **options).tokens == whole.tokens
@@ -67,7 +67,7 @@ def test_sampled_tokens_follow_seed_and_row_and_not_the_batch():
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_tokens_have_the_distribution_of_the_model(temperature):
     net, count = model(), 6000
-    answers = generate(net, [[1, 5, 9]] * count, max_new_tokens=1, temperature=temperature, seed=0, eos_id=NEVER)
+    answers = generate(net, [[1, 5, 9]] * count, max_new_tokens=1, temperature=temperature, seed=0, eos_ids=(NEVER,))
     frequency = torch.bincount(torch.tensor(answers.tokens)[:, 0], minlength=23) / count
     exact = (forward(net, [1, 5, 9])[-1] / temperature).softmax(-1)
     assert float(((frequency - exact) / (exact * (1 - exact) / count).sqrt()).abs().max()) < 4.5
@@ -76,7 +76,7 @@ def test_sampled_tokens_have_the_distribution_of_the_model(temperature):
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.7}])
 def test_truncated_tokens_have_the_logprobs_of_the_truncated_distribution(options):
     net = model()
-    answers = generate(net, PROMPTS, max_new_tokens=6, temperature=0.8, seed=3, eos_id=NEVER, **options)
+    answers = generate(net, PROMPTS, max_new_tokens=6, temperature=0.8, seed=3, eos_ids=(NEVER,), **options)
     for prompt, tokens, logprobs in zip(PROMPTS, answers.tokens, answers.logprobs):
         probability = (forward(net, [*prompt, *tokens])[len(prompt) - 1 : -1].double() / 0.8).softmax(-1)
         for token, logprob, p in zip(tokens, logprobs, probability):
@@ -89,24 +89,24 @@ def test_truncated_tokens_have_the_logprobs_of_the_truncated_distribution(option
 
 def test_truncation_to_one_token_is_greedy():
     net = model()
-    greedy = generate(net, PROMPTS, max_new_tokens=8, eos_id=NEVER)
+    greedy = generate(net, PROMPTS, max_new_tokens=8, eos_ids=(NEVER,))
     for options in ({"top_k": 1}, {"top_p": 1e-6}):
-        answers = generate(net, PROMPTS, max_new_tokens=8, temperature=1.0, seed=5, eos_id=NEVER, **options)
+        answers = generate(net, PROMPTS, max_new_tokens=8, temperature=1.0, seed=5, eos_ids=(NEVER,), **options)
         assert answers.tokens == greedy.tokens and {p for row in answers.logprobs for p in row} == {0.0}
 
 
 def test_generation_ends_at_eos_and_at_the_limit():
     net = model()
-    free = generate(net, PROMPTS, max_new_tokens=12, eos_id=NEVER).tokens
+    free = generate(net, PROMPTS, max_new_tokens=12, eos_ids=(NEVER,)).tokens
     eos = free[3][4]
-    answers = generate(net, PROMPTS, max_new_tokens=12, eos_id=eos)
+    answers = generate(net, PROMPTS, max_new_tokens=12, eos_ids=(eos,))
     for tokens, logprobs, finished, whole in zip(answers.tokens, answers.logprobs, answers.finished, free):
         expected = whole[: whole.index(eos) + 1] if eos in whole else whole
         assert tokens == expected and finished == (eos in whole) and len(logprobs) == len(tokens)
     assert True in answers.finished and False in answers.finished
-    assert generate(net, PROMPTS, max_new_tokens=1, eos_id=NEVER).tokens == [row[:1] for row in free]
-    assert generate(net, [], max_new_tokens=3, eos_id=0).tokens == []
-    full = generate(net, [[1] * 28], max_new_tokens=12, eos_id=NEVER)
+    assert generate(net, PROMPTS, max_new_tokens=1, eos_ids=(NEVER,)).tokens == [row[:1] for row in free]
+    assert generate(net, [], max_new_tokens=3, eos_ids=(0,)).tokens == []
+    full = generate(net, [[1] * 28], max_new_tokens=12, eos_ids=(NEVER,))
     assert len(full.tokens[0]) == 12
 
 
@@ -125,7 +125,7 @@ def test_generation_ends_at_eos_and_at_the_limit():
 )
 def test_generation_refuses_what_it_cannot_do(prompts, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(model(), prompts, **{"max_new_tokens": 5, "eos_id": 0, **options})
+        generate(model(), prompts, **{"max_new_tokens": 5, "eos_ids": (0,), **options})
 
 
 def test_packed_groups_hold_every_index_once_within_capacity():
@@ -168,7 +168,7 @@ def test_answer_texts_decode_what_is_generated():
     net, tokenizer = chat()
     messages = [(Message("user", "What is two?"),), (Message("user", "It is four."),)]
     ids = [encode_prompt(tokenizer, m) for m in messages]
-    answers = generate(net, ids, max_new_tokens=8, eos_id=tokenizer.eos_id)
+    answers = generate(net, ids, max_new_tokens=8, eos_ids=tokenizer.eos_ids)
     texts = [tokenizer.decode(t).strip() for t in answers.tokens]
     assert answer_texts(net, tokenizer, messages, max_new_tokens=8) == texts
     for options in ({"top_k": 1}, {"top_p": 1e-6}):

@@ -25,15 +25,15 @@ SETTINGS = ({}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.7, "top_k": 9
 # Catches: a window off by one; another uniform number for a step.
 @pytest.mark.parametrize("how", SETTINGS)
 def test_ids_are_those_of_generate(model, how):
-    streamer = Streamer(model, eos_id=-1)
+    streamer = Streamer(model, eos_ids=(-1,))
     for prompt in PROMPTS:
-        expected = generate(model, [prompt], max_new_tokens=30, eos_id=-1, **how).tokens[0]
+        expected = generate(model, [prompt], max_new_tokens=30, eos_ids=(-1,), **how).tokens[0]
         assert list(streamer.stream(prompt, max_new_tokens=30, **how)) == expected
 
 
 # Catches: keys of a former turn that are taken for the new one's; the last token of a prompt not read again.
 def test_the_next_turn_is_read_from_the_page_where_it_differs(model):
-    streamer, long = Streamer(model, eos_id=-1), [i % 250 for i in range(3, 60)]
+    streamer, long = Streamer(model, eos_ids=(-1,)), [i % 250 for i in range(3, 60)]
     first = list(streamer.stream(long, max_new_tokens=6))
     assert streamer.reused == 0
     for turn, reused in (
@@ -44,15 +44,15 @@ def test_the_next_turn_is_read_from_the_page_where_it_differs(model):
         (long[:32], 16),
         ([9, *long], 0),
     ):
-        expected = generate(model, [turn], max_new_tokens=6, eos_id=-1).tokens[0]
+        expected = generate(model, [turn], max_new_tokens=6, eos_ids=(-1,)).tokens[0]
         assert list(streamer.stream(turn, max_new_tokens=6)) == expected
         assert streamer.reused == reused
 
 
 def test_eos_ends_the_answer_and_so_does_leaving(model):
-    streamer = Streamer(model, eos_id=-1)
+    streamer = Streamer(model, eos_ids=(-1,))
     whole = list(streamer.stream(PROMPTS[0], max_new_tokens=8))
-    stopping = Streamer(model, eos_id=whole[2])
+    stopping = Streamer(model, eos_ids=(whole[2],))
     assert list(stopping.stream(PROMPTS[0], max_new_tokens=8)) == whole[: whole.index(whole[2]) + 1]
     half = streamer.stream(PROMPTS[0], max_new_tokens=8)
     assert [next(half), next(half)] == whole[:2]
@@ -62,7 +62,7 @@ def test_eos_ends_the_answer_and_so_does_leaving(model):
 
 @pytest.mark.parametrize(("prompt", "new"), [([], 3), ([1] * 510, 3), ([1], 0), ([1], 512)])
 def test_a_prompt_without_room_is_refused(prompt, new):
-    streamer = Streamer(Transformer(PRESETS["tiny"], seed=0), eos_id=-1)
+    streamer = Streamer(Transformer(PRESETS["tiny"], seed=0), eos_ids=(-1,))
     with pytest.raises(ValueError, match=r"prompt: expected 1 to|max_new_tokens: expected >= 1"):
         next(streamer.stream(prompt, max_new_tokens=new))
 

@@ -57,7 +57,7 @@ def answer(directory, *messages, seed=0, **options):
     if options.get("system"):
         turns = [Message("system", options.pop("system")), *turns]
     options = {"max_new_tokens": 7, **{k: v for k, v in options.items() if k != "system"}}
-    out = generate(model, [encode_prompt(tokenizer, turns)], eos_id=tokenizer.eos_id, seed=seed, **options)
+    out = generate(model, [encode_prompt(tokenizer, turns)], eos_ids=tokenizer.eos_ids, seed=seed, **options)
     return tokenizer.decode(out.tokens[0]).strip()
 
 

@@ -36,8 +36,8 @@ def choices_of(model, tokens):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_token_that_was_read_has_its_experts(model, temperature):
     options = {"max_new_tokens": 9, "temperature": temperature, "seed": 1, "batch_size": 5}
-    eos = generate(model, PROMPTS * 3, eos_id=-1, **options).tokens[1][3]
-    out = generate(model, PROMPTS * 3, eos_id=eos, **options)
+    eos = generate(model, PROMPTS * 3, eos_ids=(-1,), **options).tokens[1][3]
+    out = generate(model, PROMPTS * 3, eos_ids=(eos,), **options)
     assert out.experts is not None and any(out.finished)
     for prompt, tokens, experts in zip(PROMPTS * 3, out.tokens, out.experts):
         assert experts.dtype == torch.int16 and len(experts) == len(prompt) + len(tokens) - 1
@@ -46,7 +46,7 @@ def test_every_token_that_was_read_has_its_experts(model, temperature):
 
 def test_dense_models_record_nothing():
     dense = Transformer(PRESETS["tiny"], seed=0)
-    assert generate(dense, PROMPTS, max_new_tokens=2, eos_id=-1).experts is None
+    assert generate(dense, PROMPTS, max_new_tokens=2, eos_ids=(-1,)).experts is None
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,9 @@ def test_jobs_hear_of_every_token_and_of_their_end(driver):
     assert driver.open == 3
     while driver.open:
         assert driver._turn()
-    right = generate(driver.engine.model, [jobs[0].prompt] * 2, max_new_tokens=10, temperature=1.0, seed=3, eos_id=-1)
+    right = generate(
+        driver.engine.model, [jobs[0].prompt] * 2, max_new_tokens=10, temperature=1.0, seed=3, eos_ids=(-1,)
+    )
     for choice in range(2):
         chunks = [chunk for chunk in jobs[0].heard if chunk.choice == choice]
         assert [chunk.token for chunk in chunks] == right.tokens[choice]

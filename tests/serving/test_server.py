@@ -52,7 +52,7 @@ def expected(serving, count, how, messages=ASK):
         serving.model,
         [prompt] * n,
         max_new_tokens=count,
-        eos_id=serving.tokenizer.eos_id,
+        eos_ids=serving.tokenizer.eos_ids,
         **{"temperature": 1.0, "top_p": 1.0} | how,
     )
     return [serving.tokenizer.decode(tokens).strip() for tokens in generation.tokens], generation
@@ -144,7 +144,7 @@ def test_completions_accept_texts_ids_and_multiple_prompts(serving):
     first, second = texts[:2]
     ids = [tokenizer.bos_id, *tokenizer.encode(first)]
     one, two = create(prompt=first, **how), create(prompt=ids, **how)
-    right = generate(serving.model, [ids], max_new_tokens=9, eos_id=tokenizer.eos_id)
+    right = generate(serving.model, [ids], max_new_tokens=9, eos_ids=tokenizer.eos_ids)
     visible = [t for t in right.tokens[0] if t != tokenizer.eos_id]
     assert one.choices[0].text == two.choices[0].text == tokenizer.decode(visible)
     two_prompts = create(prompt=[first, second], n=2, logprobs=2, **how)
@@ -459,7 +459,7 @@ def test_two_ranks_serve_one_model(tmp_path):
             answer = web.chat.completions.create(model="tiny", messages=ASK, max_tokens=20, n=3, seed=4)
             prompt = encode_prompt(tokenizer, [Message("user", ASK[0]["content"])])
             right = generate(
-                model, [prompt] * 3, max_new_tokens=20, eos_id=tokenizer.eos_id, temperature=1.0, top_p=1.0, seed=4
+                model, [prompt] * 3, max_new_tokens=20, eos_ids=tokenizer.eos_ids, temperature=1.0, top_p=1.0, seed=4
             )
             texts = [tokenizer.decode(tokens).strip() for tokens in right.tokens]
             assert [choice.message.content for choice in answer.choices] == texts

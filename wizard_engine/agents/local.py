@@ -51,6 +51,8 @@ class LocalAgent:
     def fingerprint(self) -> str:
         """Hash of chat format, tokenizer and weights, 16 hex digits; computed at first use."""
         digest = hashlib.sha256(f"{_FORMAT}\0{self.tokenizer.fingerprint}\0{self.model.config}".encode())
+        if len(self.tokenizer.eos_ids) > 1:
+            digest.update(f"{self.tokenizer.eos_ids}\0".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -79,7 +81,7 @@ class LocalAgent:
         """Sampling options of a request; different prompts with the same seed draw different numbers."""
         row = int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:7], "big")
         return Sampling(
-            request.max_tokens, float(request.temperature), seed=request.seed, row=row, eos_id=self.tokenizer.eos_id
+            request.max_tokens, float(request.temperature), seed=request.seed, row=row, eos_ids=self.tokenizer.eos_ids
         )
 
     def _prompt(self, request: Request) -> list[int]:

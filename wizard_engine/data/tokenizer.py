@@ -15,29 +15,50 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from wizard_engine.runtime.files import write_bytes, write_json, write_text
+from wizard_engine.runtime.input_files import parse_object, read_json_object, read_regular, shown
 
 from .pretokenizer import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
+from .sentencepiece_json import tokenizer_json
+from .tokenizer_files import (
+    NOTHING_LISTED,
+    ListedIds,
+    check_ids,
+    is_library_failure,
+    library_failures,
+    listed_ids,
+    most_ids,
+    named_token,
+)
 
 BOS, EOS = "<s>", "</s>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "<|endoftext|>")
 META_SPACE = "▁"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+MAX_TOKENIZER_BYTES = 64 << 20
+# A tokenizer that fails on some text fails when it is loaded.
+PROBE = "a A  1é\n中😀\u0301</s>"
+# Field of tokenizer_config.json: the hash of the tokenizer.json that was made from the tokenizer.model beside it.
+MADE_FROM_MODEL = "wizard_tokenizer_json"
 
 
 class Tokenizer(Protocol):
     """Interface of tokenizers.
 
+    vocab_size: one more than the highest id; there may be holes below it.
+    eos_id: closes the answers of training rows.   eos_ids: all that end an answer, `eos_id` first.
+    text_ids: (vocab_size,) bool, the ids that a text can give.
     prefixes_space: whether `encode` puts a space before the text (SentencePiece's dummy prefix).
     fingerprint: hash of everything that decides the ids.
     """
@@ -45,6 +66,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    eos_ids: tuple[int, ...]
+    text_ids: np.ndarray
     fingerprint: str
     prefixes_space: bool
 
@@ -60,15 +83,53 @@ class Tokenizer(Protocol):
     def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Character span (start, end) of each id in `decode(ids)`; ids that share a character overlap."""
 
+    def drawable(self, vocab_size: int) -> np.ndarray | None:
+        """Which ids of an embedding of so many rows a sampler may draw; None: all."""
+
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files, as transformers reads them, into a directory."""
 
 
 class _Bytes:
-    """Decoding from a table of bytes per id; None marks special ids."""
+    """Decoding from a table of bytes per id; None marks special ids and holes."""
 
+    vocab_size: int
+    eos_id: int
+    eos_ids: tuple[int, ...]
+    text_ids: np.ndarray
     prefixes_space: bool
     _table: list[bytes | None]
+    _known: np.ndarray
+
+    def _end(
+        self, table: list[bytes | None], known: np.ndarray, listed: ListedIds, added: Collection[int] = ()
+    ) -> None:
+        """Set what follows from the table, the ids that have an entry, the listed EOS ids, and the added tokens."""
+        self.vocab_size, self._known = len(table), known
+        self.text_ids = np.asarray([piece is not None for piece in table], dtype=bool)
+        self.eos_ids = (self.eos_id, *(index for index in listed.eos if index != self.eos_id))
+        # An EOS id without an entry can be drawn, and has no text.
+        highest = max((index for index in self.eos_ids if index < most_ids(len(table))), default=0)
+        self._table = table + [None] * (highest + 1 - len(table))
+        for index in self.eos_ids:
+            # An added token that ends an answer is a mark, not a part of its text.
+            if index in added:
+                self._table[index] = None
+
+    def drawable(self, vocab_size: int) -> np.ndarray | None:
+        """Which ids of an embedding of so many rows a sampler may draw; None: all.
+
+        Those that have an entry, special ones included, and EOS; not those of padding and holes.
+
+        Args:
+            vocab_size: rows of the embedding.
+        Returns:
+            (vocab_size,) bool, or None.
+        """
+        mask = np.zeros(vocab_size, dtype=bool)
+        mask[: len(self._known)] = self._known[:vocab_size]
+        mask[[index for index in self.eos_ids if index < vocab_size]] = True
+        return None if mask.all() else mask
 
     def _pieces(self, ids: Sequence[int]) -> list[bytes]:
         """Bytes of each id; the first piece loses the space that `encode` added."""
@@ -101,7 +162,7 @@ class _Bytes:
 
 
 def _checked(encode: Callable[[], list], texts: Sequence[str]) -> list:
-    """Result of a library's encode; a clear ValueError for text that UTF-8 cannot hold."""
+    """Result of a library's encode; a clear ValueError for text that UTF-8 cannot hold or that the library fails on."""
     try:
         return encode()
     except (TypeError, RuntimeError, UnicodeEncodeError):
@@ -114,33 +175,50 @@ def _checked(encode: Callable[[], list], texts: Sequence[str]) -> list:
                     f"text: expected valid Unicode, got the lone surrogate {surrogate}; clean it"
                 ) from None
         raise
+    except BaseException as error:
+        if not is_library_failure(error):
+            raise
+        raise ValueError(f"text: expected one that the tokenizer can encode, got {shown(str(error), 200)}") from None
 
 
 class SentencePieceTokenizer(_Bytes):
     """A SentencePiece model (.model), control symbols never read from text.
 
     Args:
-        model: the file's content.   name: its path, for messages.
+        model: the file's content.   name: its path, for messages.   listed: ids that other files name.
     """
 
-    def __init__(self, model: bytes, name: str = "tokenizer.model") -> None:
+    def __init__(self, model: bytes, name: str = "tokenizer.model", listed: ListedIds = NOTHING_LISTED) -> None:
         try:
             self._backend = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{name}: expected a SentencePiece model, got {error}") from None
-        backend = self._backend
-        self._model = model
-        self.vocab_size = backend.vocab_size()
-        self.bos_id, self.eos_id = backend.bos_id(), backend.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{name}: expected a model with BOS and EOS, got ids {self.bos_id} and {self.eos_id}")
+        backend, size = self._backend, self._backend.vocab_size()
+        self._model, self._json = model, None
+        self.bos_id = self._special_id("BOS", backend.bos_id(), listed.bos, name)
+        self.eos_id = self._special_id("EOS", backend.eos_id(), next(iter(listed.eos), None), name)
         self.fingerprint = "sentencepiece-" + hashlib.sha256(model).hexdigest()[:24]
-        self.prefixes_space = backend.id_to_piece(backend.encode("a")[0]).startswith(META_SPACE)
-        special = [backend.is_control(i) or backend.is_unused(i) for i in range(self.vocab_size)]
-        pieces = backend.id_to_piece(list(range(self.vocab_size)))
-        self._table = [None if skip else _piece_bytes(piece) for skip, piece in zip(special, pieces)]
+        try:
+            pieces = backend.id_to_piece(list(range(size)))
+            probe = backend.encode("a") and backend.encode(PROBE)
+        except (UnicodeDecodeError, RuntimeError) as error:
+            raise ValueError(f"{name}: expected a SentencePiece model, got {shown(str(error), 200)}") from None
+        if not probe:
+            raise ValueError(f"{name}: expected a SentencePiece model, got one that has no ids for {PROBE!r}")
+        self.prefixes_space = pieces[backend.encode("a")[0]].startswith(META_SPACE)
+        special = [backend.is_control(i) or backend.is_unused(i) for i in range(size)]
+        table = [None if skip else _piece_bytes(piece) for skip, piece in zip(special, pieces)]
         if backend.unk_id() >= 0:
-            self._table[backend.unk_id()] = "\N{REPLACEMENT CHARACTER}".encode()
+            table[backend.unk_id()] = "\N{REPLACEMENT CHARACTER}".encode()
+        known = np.asarray([not backend.is_unused(i) for i in range(size)], dtype=bool)
+        self._end(table, known, listed)
+
+    def _special_id(self, name: str, own: int, listed: int | None, where: str) -> int:
+        """The model's own id, else the listed one."""
+        index = own if own >= 0 or listed is None else listed
+        if not 0 <= index < self._backend.vocab_size():
+            raise ValueError(f"{where}: expected a model with BOS and EOS, got the id {index} for {name}")
+        return index
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""
@@ -151,14 +229,31 @@ class SentencePieceTokenizer(_Bytes):
         return _checked(lambda: self._backend.encode(list(texts), num_threads=1), texts)
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.model and tokenizer_config.json."""
+        """Write tokenizer.model, tokenizer_config.json and, where the model has an equal one, tokenizer.json.
+
+        transformers reads tokenizer.json without the packages protobuf and sentencepiece, which tokenizer.model needs.
+        """
         write_bytes(Path(directory) / "tokenizer.model", self._model)
         fields = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+        converted = self._converted()
+        if converted:
+            write_text(Path(directory) / "tokenizer.json", converted)
+            fields[MADE_FROM_MODEL] = hashlib.sha256(converted.encode()).hexdigest()
         names = {
             "bos_token": self._backend.id_to_piece(self.bos_id),
             "eos_token": self._backend.id_to_piece(self.eos_id),
         }
         write_json(Path(directory) / "tokenizer_config.json", {**fields, **names})
+
+    def _converted(self) -> str:
+        """tokenizer.json with the same ids; "" where there is none."""
+        if self._json is None:
+            try:
+                self._json = tokenizer_json(self._model)
+            except ValueError:
+                # A unigram model, or one with a normalisation of its own: docs/data.md says what reads it.
+                self._json = ""
+        return self._json
 
 
 def _piece_bytes(piece: str) -> bytes:
@@ -173,40 +268,55 @@ class JsonTokenizer(_Bytes):
     Args:
         backend: the library's tokenizer; it is set to encode special tokens in text as plain text.
         config: fields of tokenizer_config.json; `bos_token` and `eos_token` are used where present.
-        name: path, for messages.
+        name: path, for messages.   listed: ids that other files name, for what `config` does not.
     Raises:
         ValueError: the tokens cannot be decoded to bytes, or BOS or EOS is missing.
     """
 
-    def __init__(self, backend: Backend, config: dict[str, Any] | None = None, name: str = "tokenizer.json") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        config: dict[str, Any] | None = None,
+        name: str = "tokenizer.json",
+        listed: ListedIds = NOTHING_LISTED,
+    ) -> None:
         self._backend, self._config = backend, dict(config or {})
+        # transformers too takes these from its callers alone.
+        backend.no_truncation()
+        backend.no_padding()
         text = backend.to_str()
         backend.encode_special_tokens = True
-        self.vocab_size = backend.get_vocab_size()
-        self.bos_id = self._special_id("bos_token", BOS_NAMES, name)
-        self.eos_id = self._special_id("eos_token", EOS_NAMES, name)
         self.fingerprint = "tokenizers-" + hashlib.sha256(text.encode()).hexdigest()[:24]
         fields = json.loads(text)
-        self._table = self._byte_table(fields, name)
+        vocabulary = backend.get_vocab()
+        table = self._byte_table(vocabulary, fields, name)
+        known = np.zeros(len(table), dtype=bool)
+        known[list(vocabulary.values())] = True
+        self.bos_id = self._special_id("bos_token", BOS_NAMES, listed.bos, known, name)
+        self.eos_id = self._special_id("eos_token", EOS_NAMES, next(iter(listed.eos), None), known, name)
+        self._end(table, known, listed, {entry["id"] for entry in fields["added_tokens"]})
         self._units = UnitCache(backend, fields) if UnitCache.suits(fields) else None
+        backend.encode(PROBE, add_special_tokens=False)
         first = next(iter(backend.encode("a", add_special_tokens=False).ids), None)
         self.prefixes_space = first is not None and (self._table[first] or b"").startswith(b" ")
         # Unlike SentencePiece, Metaspace adds no space before a text that begins with one.
         spaced, bare = (backend.encode(text, add_special_tokens=False).ids for text in (" a", "a"))
         self._adds_space = self.prefixes_space and spaced == bare
 
-    def _special_id(self, key: str, names: Sequence[str], where: str) -> int:
-        named = self._config.get(key)
-        named = named.get("content") if isinstance(named, dict) else named
+    def _special_id(self, key: str, names: Sequence[str], listed: int | None, known: np.ndarray, where: str) -> int:
+        named = named_token(self._config, key, where)
+        if named is None and listed is not None:
+            if listed < len(known) and known[listed]:
+                return listed
+            raise ValueError(f"{where}: expected the {key}_id {listed} of config.json beside it, got no such id")
         for name in [named] if named else names:
             token_id = self._backend.token_to_id(name)
             if token_id is not None:
                 return token_id
-        tried = named or ", ".join(names)
+        tried = shown(named) if named else ", ".join(names)
         raise ValueError(f"{where}: expected a {key} ({tried}), got none; name it in tokenizer_config.json beside it")
 
-    def _byte_table(self, fields: dict[str, Any], where: str) -> list[bytes | None]:
-        vocabulary = self._backend.get_vocab()
+    def _byte_table(self, vocabulary: dict[str, int], fields: dict[str, Any], where: str) -> list[bytes | None]:
         if '"ByteLevel"' in json.dumps(fields.get("decoder")):
             to_bytes = byte_level_bytes
         elif any(token.startswith(META_SPACE) for token in vocabulary):
@@ -254,44 +364,53 @@ class JsonTokenizer(_Bytes):
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Tokenizer of a *.model file, a tokenizer.json file, or a directory that holds one (tokenizer.json first).
 
+    BOS and EOS are those of tokenizer_config.json, else of generation_config.json and config.json beside it, else
+    of the usual names. All EOS ids that the latter two list end an answer.
+
     Raises:
         ValueError: there is none, or it cannot be read; names the file.
     """
     path = Path(path)
     if path.is_dir():
-        candidates = [path / "tokenizer.json", path / "tokenizer.model", *sorted(path.glob("*.model"))]
-        tokenizer_file = next((file for file in candidates if file.is_file()), None)
-        if tokenizer_file is None:
-            raise ValueError(f"{path}: expected tokenizer.json or a *.model file in this directory, got neither")
-        return load_tokenizer(tokenizer_file)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a tokenizer file or directory, got nothing there; check the path")
+        return load_tokenizer(_file_of(path))
+    try:
+        content = read_regular(path, MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        got = "nothing there" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ValueError(f"{path}: expected a tokenizer file or directory, got {got}; check the path") from None
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path.read_bytes(), str(path))
+        return SentencePieceTokenizer(content, str(path), listed_ids(path.parent))
     if path.suffix == ".json":
-        return _load_json(path)
+        return _load_json(path, content)
     raise ValueError(f"{path}: expected a tokenizer named *.model or tokenizer.json, got another file")
 
 
-def _load_json(path: Path) -> JsonTokenizer:
-    beside = path.with_name("tokenizer_config.json")
-    fields = _read_object(path)
+def _file_of(directory: Path) -> Path:
+    """The tokenizer's file in a directory: tokenizer.json, unless it was made here from tokenizer.model, else that."""
+    json_file, model = directory / "tokenizer.json", directory / "tokenizer.model"
+    if json_file.exists():
+        made = (read_json_object(directory / "tokenizer_config.json") or {}).get(MADE_FROM_MODEL)
+        if made is None or not model.exists():
+            return json_file
+        is_unchanged = hashlib.sha256(read_regular(json_file, MAX_TOKENIZER_BYTES)).hexdigest() == made
+        return model if is_unchanged else json_file
+    for file in (model, *sorted(directory.glob("*.model"))):
+        if file.exists():
+            return file
+    raise ValueError(f"{directory}: expected tokenizer.json or a *.model file in this directory, got neither")
+
+
+def _load_json(path: Path, content: bytes) -> JsonTokenizer:
+    fields = parse_object(content, path)
     model = fields.get("model")
     needed = {"vocab", "merges"} if isinstance(model, dict) and model.get("type") == "BPE" else {"vocab"}
     if not isinstance(model, dict) or not needed <= model.keys():
         raise ValueError(f"{path}: model: expected an object with {', '.join(sorted(needed))}, got another")
-    backend = Backend.from_str(json.dumps(fields))
-    return JsonTokenizer(backend, _read_object(beside) if beside.is_file() else {}, str(path))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(fields).__name__}")
-    return fields
+    check_ids(model["vocab"], fields.get("added_tokens"), path)
+    config = read_json_object(path.with_name("tokenizer_config.json")) or {}
+    with library_failures(f"{path}: expected a tokenizer of the tokenizers library"):
+        # Written again, so that the library reads what was looked at, whatever stands there twice.
+        return JsonTokenizer(Backend.from_str(json.dumps(fields)), config, str(path), listed_ids(path.parent))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, atoms: Sequence[str] = ()) -> JsonTokenizer:

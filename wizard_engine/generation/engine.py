@@ -330,7 +330,7 @@ class Engine:
         sequence.pending -= 1
         sequence.ids.append(token)
         sequence.logprobs.append(logprob)
-        if token == sampling.eos_id:
+        if token in sampling.eos_ids:
             self.finish(sequence, "stop")
         elif sequence.steps == sampling.max_new_tokens:
             self.finish(sequence, "length")

@@ -51,7 +51,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    eos_id: int,
+    eos_ids: Sequence[int],
     batch_size: int = 128,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -67,6 +67,7 @@ def generate(
     Args:
         prompts: token ids, each at least one.   max_new_tokens: limit per row, EOS counted.
         temperature: 0 is greedy; otherwise logits are divided by it.   batch_size: rows decoded together.
+        eos_ids: each of them ends a row.
         top_k, top_p: truncation of the distribution, as in `kernels.sample`; None: none.
         on_finished: called after each step with the number of rows that finished in it, for a progress bar.
         allowed_ids: (V,) bool, as `Engine`.
@@ -78,7 +79,7 @@ def generate(
             answer that failed, such as by NaN logits.
     """
     rows = range(len(prompts)) if row_ids is None else row_ids
-    how = {"temperature": temperature, "seed": seed, "eos_id": eos_id, "top_k": top_k, "top_p": top_p}
+    how = {"temperature": temperature, "seed": seed, "eos_ids": tuple(eos_ids), "top_k": top_k, "top_p": top_p}
     samplings = [Sampling(max_new_tokens, row=row, **how) for row in rows] or [Sampling(max_new_tokens, **how)]
     limit = model.config.max_positions - max_new_tokens
     for index, prompt in enumerate(prompts):
@@ -166,7 +167,7 @@ def answer_texts(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        eos_id=tokenizer.eos_id,
+        eos_ids=tokenizer.eos_ids,
         batch_size=batch_size,
         top_k=top_k,
         top_p=top_p,

@@ -38,7 +38,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: limit, EOS counted.   temperature: 0, or below 1e-9, is greedy; otherwise logits are divided by
-            it.   top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_id: ends the sequence; -1: none.
+            it.   top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_ids: each of them ends
+            the sequence.
         top_logprobs: likeliest tokens to report for every position.
         frequency_penalty, presence_penalty: -2 to 2, see `penalties.penalised`.   logit_bias: (id, -100 to 100) pairs.
     """
@@ -49,7 +50,7 @@ class Sampling:
     top_p: float | None = None
     seed: int = 0
     row: int = 0
-    eos_id: int = -1
+    eos_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0

@@ -30,12 +30,12 @@ class Streamer:
     def __init__(
         self,
         model: Transformer,
-        eos_id: int,
+        eos_ids: Sequence[int],
         *,
         cache_tokens: int | None = None,
         allowed_ids: Tensor | None = None,
     ) -> None:
-        self.config, self.eos_id, self.reused = model.config, eos_id, 0
+        self.config, self.eos_ids, self.reused = model.config, tuple(eos_ids), 0
         tokens = cache_tokens or model.config.max_positions + 16
         self.engine = Engine(model, cache_tokens=tokens, page_size=16, max_sequences=1, allowed_ids=allowed_ids)
 
@@ -56,7 +56,7 @@ class Streamer:
         Raises:
             ValueError: an empty prompt, no room for it and the new tokens in the context, or an answer that fails.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, eos_id=self.eos_id)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, eos_ids=self.eos_ids)
         (sequence,) = self.engine.add(prompt, sampling)
         try:
             while sequence.reason is None:

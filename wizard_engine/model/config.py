@@ -1,6 +1,12 @@
 """Shapes of a transformer of the Llama / Mistral / Mixtral families, and the named ones."""
 
 from dataclasses import dataclass, replace
+from math import isfinite, isqrt
+
+# Most of any width or count: what a 32-bit index can reach.
+MOST = 2**31 - 1
+# Positions are exact in fp32 up to here.
+MAX_POSITIONS = 2**24
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,15 @@ class ModelConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in (*positive, "experts"):
+            if getattr(self, name) > MOST:
+                raise ValueError(f"{name}: expected at most {MOST}, got {getattr(self, name)}")
+        if self.max_positions > MAX_POSITIONS:
+            raise ValueError(f"max_positions: expected at most {MAX_POSITIONS}, got {self.max_positions}")
         if self.heads % self.kv_heads:
-            choices = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise ValueError(
-                f"kv_heads must divide heads: heads={self.heads}, kv_heads={self.kv_heads}; choose from {choices}"
+                f"kv_heads must divide heads: heads={self.heads}, kv_heads={self.kv_heads}; "
+                f"choose from {_divisors(self.heads)[:12]}"
             )
         if self.head_width % 2:
             raise ValueError(f"head_width: expected an even number (rotary pairs), got {self.head_width}")
@@ -52,6 +63,9 @@ class ModelConfig:
         for name in ("balance_loss", "z_loss"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected >= 0 and finite, got {getattr(self, name)}")
+        for name in ("rope_base", "norm_epsilon"):
+            if not isfinite(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected a positive and finite number, got {getattr(self, name)}")
 
     @property
     def num_parameters(self) -> int:
@@ -68,6 +82,11 @@ class ModelConfig:
         feed_forward = 3 * experts * self.width * self.ffn_width + self.width * self.experts
         block = attention + feed_forward + 2 * self.width
         return self.layers * block + self.vocab_size * self.width * (1 if self.tied else 2) + self.width
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 _TINY = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, head_width=8, ffn_width=64)

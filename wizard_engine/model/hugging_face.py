@@ -17,21 +17,25 @@ from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.parallel import Sharded, sharded
 from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.files import naming, replace_directory, restore_replaced, sync_tree, write_json
+from wizard_engine.runtime.input_files import MAX_INDEX_BYTES, read_json_object, shown
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
 from .config import ModelConfig
-from .heads import ScoringModel
+from .heads import ScoringModel, scoring_head
 from .progress import byte_bar
 from .published import Piece, Region, pieces, published_config, published_tensors, read_config
 from .safetensors_file import DTYPES, NAMES, SafetensorsFile, file_header, write_file
 from .transformer import Transformer
+from .vocabulary import check_vocabulary
 
 INTACT = "what was there is intact"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Tensors that older files carry and that follow from the configuration.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 MAX_SHARD_BYTES = 5 * 10**9
+MAX_OUTPUTS = 1024
 
 
 class ModelDirectory:
@@ -51,13 +55,16 @@ class ModelDirectory:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config, self.fields = read_config(self.path)
-        self.outputs: int | None = self.fields.get("wizard_outputs")
+        self.outputs: int | None = _outputs(self.path, self.fields)
         self._files: list[SafetensorsFile] = []
         try:
             self._where = self._open()
-            self.shapes = {name: tuple(p.shape) for name, p in self.empty_model().named_parameters()}
+            # What config.json asks for is compared with the files' headers before anything is built of it.
+            self._check_counts()
             self._pieces = {piece.name: piece for piece in self._expected()}
+            self._take_aliases()
             self._check()
+            self.shapes = {name: tuple(p.shape) for name, p in self.empty_model().named_parameters()}
             self._by_parameter: dict[str, list[Piece]] = {name: [] for name in self.shapes}
             for piece in self._pieces.values():
                 self._by_parameter[piece.parameter].append(piece)
@@ -107,10 +114,47 @@ class ModelDirectory:
                 raise ValueError(f"{self.path / name}: expected the tensor {tensor} that {INDEX} names, found none")
         return where
 
+    @property
+    def _stacked(self) -> bool:
+        """Whether the files have the experts of a layer in one tensor."""
+        return any(name.endswith("mlp.experts.gate_up_proj") for name in self._where)
+
+    def _check_counts(self) -> None:
+        """Layers and experts take tensors each: there are no more of them than of those."""
+        config, tensors = self.config, len(self._where)
+        counts = {"num_hidden_layers": config.layers}
+        if not self._stacked:
+            counts["num_local_experts"] = config.layers * config.experts
+        for name, count in counts.items():
+            if count > tensors:
+                got = self.fields.get(name)
+                raise ValueError(
+                    f"{self.path / 'config.json'}: {name}: expected no more than the {tensors} tensors of the weights "
+                    f"have, got {got}"
+                )
+
     def _expected(self) -> Iterator[Piece]:
         """What the files must hold: the layout of the experts is theirs."""
-        stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in self._where)
-        return _pieces_of(self.config, self.shapes, stacked=stacked)
+        yield from _body_pieces(self.config, "" if self.outputs is None else "body.", stacked=self._stacked)
+        if self.outputs is None:
+            return
+        with torch.device("meta"):
+            head = scoring_head(self.config.width, self.outputs, surprise=self.fields.get("wizard_surprise", False))
+        yield from _score_pieces({f"score.{name}": tuple(p.shape) for name, p in head.named_parameters()})
+
+    def _take_aliases(self) -> None:
+        """Tensors that were saved under another name: the header says so, or the configuration ties the two."""
+        for file in self._files:
+            for name, other in file.aliases.items():
+                if name in self._pieces:
+                    self._take_alias(name, other, file)
+        if self.config.tied and HEAD in self._where:
+            self._take_alias(EMBEDDING, HEAD, self._where[HEAD])
+
+    def _take_alias(self, name: str, other: str, file: SafetensorsFile) -> None:
+        if name not in self._where:
+            file.entries[name] = file.entries[other]
+            self._where[name] = file
 
     def _check(self) -> None:
         missing = sorted(self._pieces.keys() - self._where.keys())
@@ -130,14 +174,15 @@ class ModelDirectory:
         file = self._where[name]
         if HARMLESS.search(name):
             return
-        if name == "lm_head.weight":
-            embedding = "model.embed_tokens.weight"
-            if file.equal(name, self._where[embedding], embedding):
+        if name == HEAD:
+            other = self._where[EMBEDDING]
+            is_alias = other is file and file.entries[name] is file.entries[EMBEDDING]
+            if is_alias or file.equal(name, other, EMBEDDING):
                 return
             raise ValueError(
                 f"{file.path}: {name}: expected the embedding's numbers, for config.json ties the two, got others"
             )
-        raise ValueError(f"{file.path}: {name}: expected a tensor of {self._kind}, got an unknown one")
+        raise ValueError(f"{file.path}: {shown(name)}: expected a tensor of {self._kind}, got an unknown one")
 
     @property
     def _kind(self) -> str:
@@ -222,6 +267,17 @@ def _checked_box(name: str, region: Region, shapes: Mapping[str, tuple[int, ...]
     return tuple(slice(b.start or 0, n if b.stop is None else b.stop) for b, n in zip(region, shape))
 
 
+def _outputs(path: Path, fields: Mapping[str, Any]) -> int | None:
+    """Outputs of a scoring model; None of a language model."""
+    outputs, surprise = fields.get("wizard_outputs"), fields.get("wizard_surprise", False)
+    if outputs is not None and (type(outputs) is not int or not 1 <= outputs <= MAX_OUTPUTS):
+        expected = f"1 to {MAX_OUTPUTS}"
+        raise ValueError(f"{path / 'config.json'}: wizard_outputs: expected {expected}, got {shown(outputs)}")
+    if not isinstance(surprise, bool):
+        raise ValueError(f"{path / 'config.json'}: wizard_surprise: expected true or false, got {shown(surprise)}")
+    return outputs
+
+
 def _read_index(path: Path) -> dict[str, str] | None:
     """Tensor name -> file name of a sharded directory; None where there is one file."""
     index = path / INDEX
@@ -231,15 +287,24 @@ def _read_index(path: Path) -> dict[str, str] | None:
                 f"{path / SINGLE}: expected safetensors weights, found none; pickled weights are never read"
             )
         return None
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: expected a JSON object with weight_map, got {error!r}") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index}: expected a JSON object with weight_map of file names, got {str(weight_map)[:80]}")
+    weight_map = _weight_map(index)
     for tensor, name in weight_map.items():
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: expected file names inside the directory, got {name} for {tensor}")
+        if Path(name).name != name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: expected file names inside the directory, got {shown(name)} for {shown(tensor)}"
+            )
+    return weight_map
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        fields = read_json_object(index, MAX_INDEX_BYTES)
+    except ValueError as error:
+        got = str(error).removeprefix(f"{index}: ")
+        raise ValueError(f"{index}: expected a JSON object with weight_map, got: {got}") from None
+    weight_map = (fields or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: expected a JSON object with weight_map of file names, got {shown(weight_map)}")
     return weight_map
 
 
@@ -271,8 +336,10 @@ def load_model(
         ValueError: as `load_hf`, or the tokenizer is missing or broken.
     """
     with ModelDirectory(path) as directory:
+        tokenizer = load_tokenizer(Path(path))
+        check_vocabulary(tokenizer, directory.config, path)
         model = _materialised(directory, dtype, device)
-    return model, load_tokenizer(Path(path))
+    return model, tokenizer
 
 
 def _materialised(directory: ModelDirectory, dtype: torch.dtype, device: Any) -> Transformer | ScoringModel:
@@ -347,14 +414,22 @@ def _fields(
     return fields
 
 
-def _pieces_of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], *, stacked: bool = False) -> Iterator[Piece]:
+def _pieces_of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
     """Published tensors of a language model or a scoring model with these parameters."""
-    body = "" if "embedding.weight" in shapes else "body."
+    yield from _body_pieces(config, "" if "embedding.weight" in shapes else "body.")
+    yield from _score_pieces({name: shape for name, shape in shapes.items() if name.startswith("score.")})
+
+
+def _body_pieces(config: ModelConfig, prefix: str, *, stacked: bool = False) -> Iterator[Piece]:
+    """Published tensors of a language model whose parameters have a prefix."""
     for piece in pieces(config, stacked=stacked):
-        yield Piece(piece.name, piece.shape, body + piece.parameter, piece.region)
+        yield Piece(piece.name, piece.shape, prefix + piece.parameter, piece.region)
+
+
+def _score_pieces(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
+    """Tensors of a scoring head, published under their own names."""
     for name, shape in shapes.items():
-        if name.startswith("score."):
-            yield Piece(name, shape, name, tuple(slice(0, n) for n in shape))
+        yield Piece(name, shape, name, tuple(slice(0, n) for n in shape))
 
 
 def save_sharded(

@@ -17,6 +17,7 @@ from .heads import ScoringModel, scoring_head
 from .hugging_face import ModelDirectory, load_model, save_model, save_sharded
 from .progress import byte_bar
 from .transformer import Transformer
+from .vocabulary import check_vocabulary
 
 
 def language_model(
@@ -55,14 +56,17 @@ def language_model(
     if mesh is None:
         loaded_model, saved_tokenizer = load_model(model, device=device)
     else:
-        loaded_model, saved_tokenizer = (
-            load_sharded(Path(model), mesh, sharding, frozen=frozen),
-            load_tokenizer(Path(model)),
-        )
+        loaded_model = load_sharded(Path(model), mesh, sharding, frozen=frozen)
+        saved_tokenizer = load_tokenizer(Path(model))
+        check_vocabulary(saved_tokenizer, loaded_model.config, model)
     _check_experts(loaded_model.config, mesh)
     if isinstance(loaded_model, ScoringModel):
         raise ValueError(f"{model}: expected a language model, got a reward model with {loaded_model.outputs} outputs")
-    return loaded_model, saved_tokenizer if tokenizer is None else load_tokenizer(tokenizer)
+    if tokenizer is None:
+        return loaded_model, saved_tokenizer
+    own_tokenizer = load_tokenizer(tokenizer)
+    check_vocabulary(own_tokenizer, loaded_model.config, tokenizer)
+    return loaded_model, own_tokenizer
 
 
 def _check_experts(config: ModelConfig, mesh: Mesh | None) -> None:
@@ -132,9 +136,11 @@ def scoring_start(
         plain, loaded = language_model(source, tokenizer, seed=seed, device="cpu")
         return scoring_of(plain.config, outputs, surprise, mesh, sharding, plain.named_parameters()), loaded
     with ModelDirectory(Path(source)) as directory:
+        loaded = load_tokenizer(tokenizer or Path(source))
+        check_vocabulary(loaded, directory.config, tokenizer or source)
         model = scoring_of(directory.config, outputs, surprise, mesh, sharding)
         fill(model, directory, body_only=True)
-    return model, load_tokenizer(tokenizer or Path(source))
+    return model, loaded
 
 
 def scoring_of(
@@ -178,6 +184,8 @@ def scoring_model(
             raise ValueError(
                 f"{path}: expected {kinds[outputs]}, got {kinds.get(num_outputs, f'{num_outputs} outputs')}"
             )
+        tokenizer = load_tokenizer(path)
+        check_vocabulary(tokenizer, directory.config, path)
         model = shard_model(directory.empty_model(), mesh, sharding, frozen=True)
         fill(model, directory)
-        return model, load_tokenizer(path), directory.fields
+        return model, tokenizer, directory.fields

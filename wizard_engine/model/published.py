@@ -1,17 +1,18 @@
 """Published names and shapes of Mistral, Llama and Mixtral: config.json, and tensors as boxes of this engine's."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.runtime.input_files import read_json_object, shown
 
-from .config import ModelConfig
+from .config import MOST, ModelConfig
 from .transformer import Transformer
 
 Region = tuple[slice, ...]
@@ -28,6 +29,19 @@ IMPLEMENTED = {
     "quantization_config": None,
     "layer_types": None,
 }
+# This engine's names of the sizes, and those of config.json.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+    "ffn_width": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+EXPERTS = {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+MIN_POSITIVE, MAX_FLOAT = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 # What the families take for a field that config.json leaves out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048, "num_key_value_heads": None},
@@ -84,98 +98,123 @@ def published_config(config: ModelConfig, tokenizer: Tokenizer | None = None, *,
         if config.z_loss:
             fields["wizard_z_loss"] = config.z_loss
     if tokenizer is not None:
-        fields |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        fields |= special_ids(tokenizer)
     return fields
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """BOS and EOS as config.json and generation_config.json have them: several EOS ids are a list."""
+    eos_ids = list(tokenizer.eos_ids)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}
 
 
 def read_config(path: Path) -> tuple[ModelConfig, dict]:
     """ModelConfig of a directory's config.json, and the whole JSON object.
 
     Raises:
-        ValueError: the file is missing or broken, or describes what this engine does not implement.
+        ValueError: the file is missing or broken, or describes what this engine does not implement; names the field.
     """
     source = path / "config.json"
+    fields = read_json_object(source)
+    if fields is None:
+        raise ValueError(f"{source}: expected a model directory with config.json, found none")
     try:
-        fields = json.loads(source.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{source}: expected a model directory with config.json, found none") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: expected JSON, got {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(fields).__name__}")
-    kind = _family(fields, source)
-    rope = _rope(fields, source)
-    try:
-        return _model_config(kind, fields, rope), fields
+        kind = _family(fields)
+        return _model_config(kind, fields, _rope_base(kind, fields)), fields
     except KeyError as error:
-        raise ValueError(f"{source}: expected the field {error.args[0]}, found none") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{source}: expected the field {error.args[0]}, found none") from None
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        raise ValueError(f"{source}: {(SIZES | EXPERTS).get(name, name)}{colon}{rest}") from None
 
 
-def _family(fields: dict, source: Path) -> str:
+def _family(fields: dict) -> str:
     """llama, mistral or mixtral, once every field that would change the function has the value that is implemented."""
     named = fields.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "none"
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{source}: architectures: expected one of {sorted(ARCHITECTURES)}, got {architecture}")
+        raise ValueError(f"architectures: expected one of {sorted(ARCHITECTURES)}, got {shown(architecture)}")
+    kind = ARCHITECTURES[architecture]
+    # transformers goes by this field, and this engine by the other.
+    if fields.get("model_type") not in (None, kind):
+        raise ValueError(f"model_type: expected {kind}, as architectures says, got {shown(fields['model_type'])}")
     for name, expected in IMPLEMENTED.items():
         if fields.get(name) is not None and fields[name] != expected:
-            raise ValueError(f"{source}: {name}: expected {expected}, got {str(fields[name])[:80]}")
-    return ARCHITECTURES[architecture]
+            raise ValueError(f"{name}: expected {expected}, got {shown(fields[name])}")
+    return kind
 
 
-def _rope(fields: dict, source: Path) -> dict:
-    """Fields of the rotary embedding, which is the plain one."""
-    rope: dict[str, Any] = {}
+def _rope_base(kind: str, fields: dict) -> float:
+    """Base of the rotary embedding, which is the plain one.
+
+    Where several fields name it, the one that transformers takes: in rope_scaling, else in rope_parameters, else
+    rope_theta at the top.
+    """
     for name in ("rope_scaling", "rope_parameters"):
         scaling = fields.get(name) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
-        others = set(scaling) - {"rope_type", "type", "rope_theta"} if isinstance(scaling, dict) else ()
-        if kind != "default" or (others and scaling.get("partial_rotary_factor", 1.0) != 1.0):
-            raise ValueError(f"{source}: {name}: expected none, got {str(scaling)[:120]}")
-        rope |= scaling
-    return rope
+        is_plain = isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type", "default")) == "default"
+        if not is_plain or scaling.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"{name}: expected none, got {shown(scaling, 120)}")
+    where = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    inner = (fields.get(where) or {}).get("rope_theta")
+    if inner is not None:
+        return _number(f"{where}: rope_theta", inner, positive=True)
+    outer = fields.get("rope_theta")
+    return _number("rope_theta", DEFAULTS[kind]["rope_theta"] if outer is None else outer, positive=True)
 
 
-def _model_config(kind: str, fields: dict, rope: dict) -> ModelConfig:
+def _model_config(kind: str, fields: dict, rope_base: float) -> ModelConfig:
     known = DEFAULTS[kind] | {name: value for name, value in fields.items() if value is not None}
+    heads = _whole("num_attention_heads", known["num_attention_heads"])
+    width = _whole("hidden_size", known["hidden_size"])
+    # An explicit null is "as many as heads"; the field left out is the family's own.
+    kv_heads = fields.get("num_key_value_heads", DEFAULTS[kind]["num_key_value_heads"])
+    known["num_key_value_heads"] = heads if kv_heads is None else kv_heads
+    known.setdefault("head_dim", width // heads)
+    if kind == "mixtral":
+        balance_loss = _number("router_aux_loss_coef", known["router_aux_loss_coef"])
+        experts = {name: _whole(field, known[field]) for name, field in EXPERTS.items()}
+        # transformers takes either name.
+        if known.get("num_experts", known["num_local_experts"]) != known["num_local_experts"]:
+            raise ValueError(f"num_experts: expected num_local_experts, got {shown(known['num_experts'])}")
+        experts |= {"balance_loss": balance_loss, "z_loss": _number("wizard_z_loss", known.get("wizard_z_loss", 0.0))}
+    else:
+        experts = {}
     # An explicit null is "no window"; the field left out is the family's own.
     window = fields.get("sliding_window", DEFAULTS[kind].get("sliding_window")) if kind != "llama" else None
-    heads = known["num_attention_heads"]
-    experts = (
-        {
-            "experts": known["num_local_experts"],
-            "experts_per_token": known["num_experts_per_tok"],
-            "balance_loss": known["router_aux_loss_coef"],
-            "z_loss": known.get("wizard_z_loss", 0.0),
-        }
-        if kind == "mixtral"
-        else {}
-    )
-    numbers = {
-        "vocab_size": known["vocab_size"],
-        "width": known["hidden_size"],
-        "layers": known["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": known["num_key_value_heads"] or heads,
-        "head_width": known.get("head_dim") or known["hidden_size"] // heads,
-        "ffn_width": known["intermediate_size"],
-        "max_positions": known["max_position_embeddings"],
-    }
-    for name, value in numbers.items():
-        if type(value) is not int:
-            raise ValueError(f"{name}: expected a whole number, got {value!r}")
-    base = fields.get("rope_theta") or rope.get("rope_theta") or known["rope_theta"]
+    tied = known.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"tie_word_embeddings: expected true or false, got {shown(tied)}")
+    sizes = {name: _whole(field, known[field]) for name, field in SIZES.items()}
     return ModelConfig(
-        **numbers,
+        **sizes,
         **experts,
-        rope_base=float(base),
-        norm_epsilon=float(known["rms_norm_eps"]),
-        window=window,
-        tied=bool(known.get("tie_word_embeddings", False)),
-        init_std=float(known.get("initializer_range", 0.02)),
+        rope_base=rope_base,
+        norm_epsilon=_number("rms_norm_eps", known["rms_norm_eps"], positive=True),
+        window=None if window is None else _whole("sliding_window", window),
+        tied=tied,
+        init_std=_number("initializer_range", known.get("initializer_range", 0.02)),
     )
+
+
+def _whole(name: str, value: Any) -> int:
+    """A count or a width of config.json."""
+    if type(value) is not int:
+        got = repr(value[:80]) if isinstance(value, str) else shown(value)
+        raise ValueError(f"{name}: expected a whole number, got {got}")
+    if not 1 <= value <= MOST:
+        raise ValueError(f"{name}: expected 1 to {MOST}, got {shown(value)}")
+    return value
+
+
+def _number(name: str, value: Any, *, positive: bool = False) -> float:
+    """A real number of config.json, >= 0 or positive, and finite in fp32 as the kernels take it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    least = MIN_POSITIVE if positive else 0.0
+    if not is_number or not least <= value <= MAX_FLOAT:
+        expected = "a positive number" if positive else "a number >= 0"
+        raise ValueError(f"{name}: expected {expected} that fp32 can hold, got {shown(value)}")
+    return float(value)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wizard_engine.runtime.files import naming
+from wizard_engine.runtime.input_files import open_regular, shown
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,7 +41,9 @@ SIZES = {
     "F8_E5M2": 1,
     "F8_E8M0": 1,
 }
-MAX_HEADER_BYTES = 100_000_000
+# Of 50,000 tensors, and more than any model has here; what the format allows would take gigabytes to parse.
+MAX_HEADER_BYTES = 8 << 20
+MAX_DIMS = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class SafetensorsFile:
 
     Attributes:
         entries: name -> Entry.   bytes_read: of tensors, so far.
+        aliases: name -> the entry that the header's metadata names for it, as writers of shared tensors leave it.
     Raises:
         ValueError: the file is missing, cut, or its header is not what the format asks for; names file and tensor.
     """
@@ -65,10 +69,10 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path, self.bytes_read = path, 0
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 size = file.seek(0, 2)
                 file.seek(0)
-                self.entries, self._data = _read_header(file, size)
+                self.entries, self.aliases, self._data = _read_header(file, size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise ValueError(f"{path}: expected a whole safetensors file, got {error.strerror or error}") from None
@@ -153,8 +157,8 @@ class _HeaderError(Exception):
     pass
 
 
-def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
-    """Entries, and where the data begins."""
+def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """Entries, aliases, and where the data begins."""
     prefix = file.read(8)
     if len(prefix) < 8:
         raise _HeaderError(f"expected a whole safetensors file, got {size} bytes")
@@ -167,38 +171,45 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _HeaderError(f"header: expected JSON, got {error}") from None
+        raise _HeaderError(f"header: expected JSON, got {shown(str(error), 200)}") from None
     if not isinstance(header, dict):
         raise _HeaderError(f"header: expected a JSON object, got {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _HeaderError(f"header: __metadata__: expected texts, got {shown(metadata)}")
     entries = {name: _entry(name, fields) for name, fields in header.items()}
     _check_places(entries, size - 8 - length)
-    return entries, 8 + length
+    aliases = {name: text for name, text in metadata.items() if name not in entries and text in entries}
+    return entries, aliases, 8 + length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} twice")
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise ValueError(f"the name '{shown(name)}' twice")
+        entries[name] = value
     return entries
 
 
 def _entry(name: str, fields: Any) -> Entry:
+    said = shown(name)
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _HeaderError(f"{name}: expected dtype, shape and data_offsets, got {str(fields)[:80]}")
+        raise _HeaderError(f"{said}: expected dtype, shape and data_offsets, got {shown(fields)}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in SIZES:
-        raise _HeaderError(f"{name}: dtype: expected one of the format's, got {str(dtype)[:40]}")
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise _HeaderError(f"{said}: dtype: expected one of the format's, got {shown(dtype, 40)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _HeaderError(
-            f"{name}: expected whole numbers for shape and two data_offsets, got {str(shape)[:40]} and "
-            f"{str(offsets)[:40]}"
+            f"{said}: expected whole numbers for shape and two data_offsets, got {shown(shape, 40)} and "
+            f"{shown(offsets, 40)}"
         )
+    if len(shape) > MAX_DIMS:
+        raise _HeaderError(f"{said}: shape: expected at most {MAX_DIMS} dims, got {len(shape)}")
     needed = math.prod(shape) * SIZES[dtype]
     if offsets[1] - offsets[0] != needed:
         raise _HeaderError(
-            f"{name}: expected {needed} bytes for {dtype} {shape}, got data_offsets of {offsets[1] - offsets[0]}"
+            f"{said}: expected {needed} bytes for {dtype} {shape}, got data_offsets of {offsets[1] - offsets[0]}"
         )
     return Entry(dtype, tuple(shape), *offsets)
 
@@ -212,7 +223,9 @@ def _check_places(entries: Mapping[str, Entry], size: int) -> None:
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != at:
-            raise _HeaderError(f"{name}: expected its bytes to begin at {at}, behind the former, got {entry.start}")
+            raise _HeaderError(
+                f"{shown(name)}: expected its bytes to begin at {at}, behind the former, got {entry.start}"
+            )
         at = entry.end
     if at != size:
         raise _HeaderError(f"expected a whole safetensors file with {at} bytes of tensors, got {size}")

@@ -101,7 +101,7 @@ def roll_out(
     requests_by_rank = gather_along(tp, [(rows[i], ids[i]) for i in indices_by_rank[row.index]])
     requests = [request for of_rank in requests_by_rank for request in of_rank]
     samplings = [
-        Sampling(max_new_tokens, float(temperature), seed=seed, row=number, eos_id=tokenizer.eos_id)
+        Sampling(max_new_tokens, float(temperature), seed=seed, row=number, eos_ids=tokenizer.eos_ids)
         for number, _ in requests
     ]
     engine = sampler.engine

@@ -24,7 +24,7 @@ class Answers:
 
     def __init__(self, driver: Driver, format: AnswerFormat, metrics: Metrics) -> None:
         self.driver, self.format, self.metrics = driver, format, metrics
-        self.eos_id = driver.tokenizer.eos_id
+        self.eos_ids = driver.tokenizer.eos_ids
 
     def submit(self, parsed: ParsedRequest) -> None:
         """Submit all jobs of a request, or none.
@@ -98,7 +98,7 @@ class Answers:
             async for number, piece in pieces:
                 if piece.reason == "error":
                     raise _failed(piece)
-                choices[number].add(piece, self.eos_id)
+                choices[number].add(piece, self.eos_ids)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         if any(choice.reason == "cancelled" for choice in choices):
@@ -119,7 +119,7 @@ class Answers:
         async for number, piece in pieces:
             choice = choices[number]
             first = len(choice.tokens)
-            choice.add(piece, self.eos_id)
+            choice.add(piece, self.eos_ids)
             if piece.reason == "error":
                 yield f"data: {json.dumps(_failed(piece).body())}\n\n"
                 return

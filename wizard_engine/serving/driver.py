@@ -256,7 +256,7 @@ def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
     stream, token = job.streams[choice], sequence.ids[-1]
     if sequence.steps == 1 and choice == 0:
         job.cached = sequence.cached
-    is_end = token == sequence.sampling.eos_id
+    is_end = token in sequence.sampling.eos_ids
     text = "" if is_end else stream.push(token)
     reason = "stop" if stream.stopped else sequence.reason
     if reason is not None and not stream.stopped:

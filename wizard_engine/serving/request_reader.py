@@ -99,7 +99,7 @@ class RequestReader:
                 float(fields.get("top_p", 1.0)),
                 seed=seed,
                 row=place * n,
-                eos_id=self.tokenizer.eos_id,
+                eos_ids=self.tokenizer.eos_ids,
                 top_logprobs=tops,
             )
 

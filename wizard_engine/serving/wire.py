@@ -23,7 +23,7 @@ class Choice:
     ended_by_eos: bool = False
     shown: int = 0
 
-    def add(self, piece: Piece, eos_id: int) -> None:
+    def add(self, piece: Piece, eos_ids: Sequence[int]) -> None:
         """Add the piece of one step."""
         self.text += piece.text
         self.reason = piece.reason
@@ -31,7 +31,7 @@ class Choice:
             self.tokens.append(piece.token)
             self.logprobs.append(piece.logprob)
             self.tops.append(piece.top)
-            self.ended_by_eos = piece.token == eos_id
+            self.ended_by_eos = piece.token in eos_ids
 
 
 @dataclass
