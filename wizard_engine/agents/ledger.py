@@ -35,6 +35,8 @@ CREATE TABLE failures (
     error TEXT NOT NULL
 );
 """
+# Of replies that did not end by themselves; ledgers from before it have none.
+_MARKS = "CREATE TABLE IF NOT EXISTS marks (key BLOB PRIMARY KEY, finish TEXT NOT NULL)"
 
 
 class Call(NamedTuple):
@@ -82,17 +84,25 @@ class Ledger:
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """The stored replies of the keys that have one."""
+        return self._select("SELECT key, text FROM replies", keys)
+
+    def marks(self, keys: Sequence[bytes]) -> dict[bytes, str]:
+        """How the stored replies ended, where not by themselves: "length"."""
+        return self._select("SELECT key, finish FROM marks", keys)
+
+    def _select(self, query: str, keys: Sequence[bytes]) -> dict[bytes, str]:
         stored: dict[bytes, str] = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            stored.update(self._database.execute(f"SELECT key, text FROM replies WHERE key IN ({marks})", part))
+            stored.update(self._database.execute(f"{query} WHERE key IN ({marks})", part))
         return stored
 
     def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> None:
         """Writes the replies of a batch in one transaction; it is on disk on return."""
         who = (agent.name, agent.fingerprint)
         succeeded, failed = [], []
+        marks = [(key, reply.finish) for key, reply in zip(keys, replies) if reply.is_cut]
         for key, request, reply in zip(keys, requests, replies, strict=True):
             if reply.ok:
                 succeeded.append((key, *who, request.task, _pack(request.messages), *_settings(request), reply.text))
@@ -101,6 +111,10 @@ class Ledger:
         database = self._database
         database.execute("BEGIN IMMEDIATE")
         try:
+            # A reply that another process stored first keeps its own mark.
+            known = self.lookup([key for key, _ in marks])
+            marks = [mark for mark in marks if mark[0] not in known]
+            database.executemany("INSERT OR IGNORE INTO marks VALUES (?,?)", marks)
             database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?)", succeeded)
             database.executemany("INSERT INTO failures (key,agent,fingerprint,task,error) VALUES (?,?,?,?,?)", failed)
         except BaseException:
@@ -152,6 +166,7 @@ class Ledger:
         database.execute("BEGIN IMMEDIATE")
         try:
             self._create_or_check()
+            database.execute(_MARKS)
         finally:
             if database.in_transaction:
                 database.execute("COMMIT")
@@ -213,9 +228,8 @@ class LedgeredAgent:
         return [replies[key] for key in keys]
 
     def _batch(self, batch: dict[bytes, Request]) -> dict[bytes, Reply]:
-        stored = self.ledger.lookup(list(batch))
-        missing = [key for key in batch if key not in stored]
-        replies = {key: Reply(text) for key, text in stored.items()}
+        replies = self._stored(list(batch))
+        missing = [key for key in batch if key not in replies]
         if missing:
             replies.update(self._ask(missing, [batch[key] for key in missing]))
         return replies
@@ -234,8 +248,13 @@ class LedgeredAgent:
             )
         self.asked.update(request.task for request in requests)
         self.served.subtract(request.task for request in requests)
-        first = self.ledger.lookup([key for key, reply in zip(keys, replies) if reply.ok])
-        return {key: Reply(first[key]) if key in first else reply for key, reply in zip(keys, replies)}
+        first = self._stored([key for key, reply in zip(keys, replies) if reply.ok])
+        return {key: first.get(key, reply) for key, reply in zip(keys, replies)}
+
+    def _stored(self, keys: list[bytes]) -> dict[bytes, Reply]:
+        """The replies of the ledger, as they ended."""
+        marks = self.ledger.marks(keys)
+        return {key: Reply(text, finish=marks.get(key, "stop")) for key, text in self.ledger.lookup(keys).items()}
 
 
 def _settings(request: Request) -> tuple[int, float, int]:

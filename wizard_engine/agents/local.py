@@ -66,8 +66,10 @@ class LocalAgent:
             generation = continued(
                 engine_for(self.model, asked_prompts, samplings, self.batch_size), asked_prompts, samplings
             )
-            for index, tokens in zip(asked, generation.tokens):
-                replies[index] = Reply(_turn_text(self.tokenizer.decode(tokens).strip(), requests[index].task))
+            for index, tokens, finished in zip(asked, generation.tokens, generation.finished):
+                text = self.tokenizer.decode(tokens).strip()
+                turn = _turn_text(text, requests[index].task)
+                replies[index] = Reply(turn, finish="stop" if finished or turn != text else "length")
         return replies
 
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:
