@@ -269,9 +269,9 @@ def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str
     chosen = []
     for index, line in enumerate(final):
         reference = extract_answer(line["reference"])
-        right = {name: extract_answer(rows[index]["sampled"]) == reference for name, rows in answers.items()}
-        if right[stages[-1][0]] and not right[stages[0][0]] and len(line["prompt"]) > 90:
-            texts = {name: rows[index]["sampled"] for name, rows in answers.items()}
+        texts = {name: rows[index]["sampled"] for name, rows in answers.items()}
+        right = {name: text is not None and extract_answer(text) == reference for name, text in texts.items()}
+        if None not in texts.values() and right[stages[-1][0]] and not right[stages[0][0]] and len(line["prompt"]) > 90:
             chosen.append(
                 {"prompt": line["prompt"], "reference": line["reference"], "answers": texts, "correct": right}
             )

@@ -203,7 +203,8 @@ def _match(case: _Case) -> Match:
 def _select(cases: Sequence[_Case], keep: float, dropped: Counter) -> list[_Case]:
     """The fraction `keep` of all cases with the highest scores, in their order; of equal scores the earlier ones."""
     scored = [index for index, case in enumerate(cases) if case.score is not None]
-    dropped["samples agree"] += sum(len(case.ranked) < 2 for case in cases)
+    dropped["samples agree"] += sum(len(case.ranked) < 2 <= len(case.samples) for case in cases)
+    dropped["samples missing"] += sum(len(case.ranked) < 2 and len(case.samples) < 2 for case in cases)
     dropped["call failed"] += sum(case.score is None and len(case.ranked) > 1 for case in cases)
     best = sorted(scored, key=lambda index: (-cases[index].score, index))[: round(keep * len(cases))]
     dropped["score too low"] += len(scored) - len(best)
