@@ -12,6 +12,7 @@ from typing import Any, Literal
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
 from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
+from wizard_engine.data.latex_answers import library
 from wizard_engine.data.records import read_rows
 from wizard_engine.evaluation.accuracy import Accuracy, accuracy
 from wizard_engine.evaluation.received import on_length_of, received
@@ -71,7 +72,7 @@ def main(cfg: Config) -> dict:
     for name, texts in answers.items():
         what = f"{name} answers of {cfg.model}"
         check_missing(what, count_reasons(texts), len(texts), cfg.max_missing, "raise --max-new-tokens")
-    result = _count(answers, [row.answer for row in rows])
+    result = _count(answers, [row.answer for row in rows]) | {"latex_reader": library()}
     from_main(rt, lambda: _write(cfg.out, rows, answers, result))
     if rt.is_main and not cfg.quiet:
         print(shown(result))

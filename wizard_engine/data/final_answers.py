@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from wizard_engine.runtime.text_lines import LINE_ENDS
 
+from .latex_answers import is_latex, library, same_expression
 from .written_numbers import NUMBER, Quantity, find_numbers, normalised, read_quantity
 
 _MARKER = re.compile(
@@ -78,9 +79,20 @@ def extract_answer(text: str) -> Fraction | None:
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Whether two texts claim the same number; False if either claims none."""
-    claimed, right = read_claim(answer), read_claim(reference)
-    return claimed is not None and right is not None and claimed.equals(right)
+    """Whether two texts claim the same number, or in LaTeX the same expression; False if either claims none."""
+    return is_right(read_claim(answer), answer, read_claim(reference), reference)
+
+
+def is_right(claimed: Claim | None, answer: str, right: Claim | None, reference: str) -> bool:
+    """`same_answer` of two texts whose claims are read already.
+
+    Where one of them is an expression in LaTeX and no number, math-verify compares them, if it is installed.
+    """
+    if claimed is not None and right is not None:
+        return claimed.equals(right)
+    if (claimed is None and not is_latex(answer)) or (right is None and not is_latex(reference)):
+        return False
+    return library() is not None and same_expression(answer, reference)
 
 
 def read_number(text: str) -> Fraction | None:

@@ -5,7 +5,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from wizard_engine.agents.missing import Missing
-from wizard_engine.data.final_answers import read_claim
+from wizard_engine.data.final_answers import is_right, read_claim
+from wizard_engine.data.latex_answers import is_latex, library
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Acc
 
     Args:
         answers: one per problem; a text without a number is wrong, a Missing one is neither right nor wrong.
-        references: texts that claim the right number, such as worked solutions.
+        references: texts that claim the right number, such as worked solutions; with math-verify also expressions in
+            LaTeX.
     Raises:
         ValueError: no answers, another number of references, or a reference without a number.
     """
@@ -44,14 +46,22 @@ def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Acc
             "give both for the same problems"
         )
     right = [read_claim(reference) for reference in references]
-    if None in right:
-        index = right.index(None)
-        raise ValueError(f"references[{index}]: expected a number, got {references[index][:80]!r}; remove such rows")
-    came = [(read_claim(answer), claim) for answer, claim in zip(answers, right) if not isinstance(answer, Missing)]
+    for index, claim in enumerate(right):
+        if claim is None and not (is_latex(references[index]) and library()):
+            more = "; pip install -e '.[math]' to compare expressions" if is_latex(references[index]) else ""
+            raise ValueError(
+                f"references[{index}]: expected a number, got {references[index][-80:]!r}; remove such rows{more}"
+            )
+    came = [
+        (read_claim(answer), answer, claim, reference)
+        for answer, claim, reference in zip(answers, right, references)
+        if not isinstance(answer, Missing)
+    ]
     if not came:
         raise ValueError(f"answers: expected at least one that came, got {len(answers)} missing; ask again")
-    correct = sum(claimed is not None and claimed.equals(claim) for claimed, claim in came)
-    unanswered = sum(claimed is None for claimed, _ in came)
+    marks = [is_right(*pair) for pair in came]
+    correct = sum(marks)
+    unanswered = sum(pair[0] is None and not mark for pair, mark in zip(came, marks))
     return _accuracy(correct, len(came), unanswered, len(answers) - len(came))
 
 
