@@ -113,7 +113,8 @@ def main(cfg: Config) -> dict:
     cast.close()
     if rt.is_main and not cfg.quiet:
         print(
-            f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles"
+            f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles, "
+            f"{taught.statistics['missing']} missing"
         )
         print_table("rival", taught.statistics["rivals"])
         print_table("skill", taught.statistics["skills"])

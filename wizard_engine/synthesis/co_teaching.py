@@ -9,6 +9,7 @@ form here is this project's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from wizard_engine.agents.protocol import Agent
@@ -34,6 +35,7 @@ class CoTaught:
         battles: one object a battle: row, turn, a, b (agent names), score_a, score_b, gap, winner ("a", "b" or "tie"),
             is_flipped, identical.
         statistics: "rivals", "topics", "difficulties" (see battles.battle_tables), "skills" (see lessons), "flip_rate",
+            "missing" (battles without answers or verdict; they are in no table),
             "selected" (scenes, lessons and pairs, with the reasons for dropping), "calls".
     """
 
@@ -124,6 +126,7 @@ def co_teach(
         "pairs_won_by_ours": sum(pair.attributes["winner"] == ours.name for pair in pairs.rows),
     }
     tables = battle_tables(battles, rows, ours.name)
+    tables["missing"] = len(scenes) * len(list(combinations(contestants, 2))) - len(battles)
     statistics = {**tables, "skills": skills, "selected": selected, "calls": calls.statistics()}
     return CoTaught(sft, pairs.rows, battles, statistics)
 
