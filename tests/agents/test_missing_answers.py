@@ -138,7 +138,7 @@ def test_an_endpoint_that_refuses_all_ends_the_run_with_its_reason(tmp_path, row
         models = (f"a={spec}", "b=world:terse")
         with pytest.raises(ValueError, match=reason):
             arena.main(arena.Config(models=models, prompts=rows, out=tmp_path / "arena", quiet=True))
-        who = co_teach.Agents("world:terse", ("world:expert",), spec)
+        who = co_teach.Agents("world:terse", (spec,))
         with pytest.raises(ValueError, match=reason):
             co_teach.main(co_teach.Config(data=(rows,), out=tmp_path / "c", agents=who, quiet=True))
         assert not list(tmp_path.rglob("stage.json"))

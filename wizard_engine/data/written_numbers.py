@@ -18,7 +18,7 @@ _DIGITS = rf"(?:{_GROUPED}|{_SPACED}|{_DECIMAL})"
 NUMBER = r"\d[\d,.]*|\.\d+"
 _WHOLE = re.compile(
     # A minus is a sign of the number unless an operand stands before it; then it is a subtraction.
-    r"(?<![\w.^])(?<!\d,)(?P<sign>(?:(?<![)\]%])[-−–]\s?)?)(?:(?:US|A|C)?[$€£¥₹]\s?)?(?P<inner>[-−–]?)"
+    r"(?<![\w.^])(?<!\d,)(?P<sign>(?:(?<![)\]%])[-−–]\s?)?)(?:(?:US|A|C)?[$€£¥₹]\s?(?P<inner>[-−–]?))?"
     rf"(?P<digits>{_DIGITS})"
     r"(?P<mixed>[ ](?P<over>\d{1,4})/(?P<under>\d{1,4})(?![\d/]))?"
     r"(?P<repeat>\\overline\{\d+\})?"
