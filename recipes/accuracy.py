@@ -7,11 +7,15 @@ python recipes/accuracy.py --model openai:MODEL@http://127.0.0.1:8000/v1 --data 
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
+from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
+from wizard_engine.data.latex_answers import library
 from wizard_engine.data.records import read_rows
-from wizard_engine.evaluation.accuracy import accuracy
+from wizard_engine.evaluation.accuracy import Accuracy, accuracy
+from wizard_engine.evaluation.received import on_length_of, received
 from wizard_engine.generation import answer_texts
 from wizard_engine.model.loading import language_model
 from wizard_engine.rl.trajectories import step_seed
@@ -19,7 +23,7 @@ from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
-from wizard_engine.runtime.ranges import Checked, Count, Seed, Temperature
+from wizard_engine.runtime.ranges import Checked, Count, Seed, Share, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
@@ -37,6 +41,11 @@ class Config(Checked):
     """Of the sampled answers; the others are greedy."""
     max_new_tokens: Count[int] = 128
     """Longest answer, tokens."""
+    on_length: Literal["missing", "keep"] | None = None
+    """An answer that reached its limit: missing, or keep and judge it as it is. Default: missing for an endpoint,
+    whose answers are whole or none, and keep for a checkpoint."""
+    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
+    """Largest share of answers, 0 to 1, that may be missing; above it the stage ends with an error."""
     limit: Count[int | None] = None
     """Rows read at most; default: all."""
     batch_size: Count[int] = field(default=128, metadata=INCIDENTAL)
@@ -49,6 +58,7 @@ class Config(Checked):
 
 def main(cfg: Config) -> dict:
     """Generate answers and count the right ones; returns the content of accuracy.json."""
+    check_share(cfg.max_missing)
     rt = runtime.start(cfg.device)
     if Path(cfg.model).is_dir():
         # A resolved path contains "/", so that the stage hashes the content of the directory and not its name.
@@ -58,13 +68,15 @@ def main(cfg: Config) -> dict:
         return stage.result()
     rows = read_rows(cfg.data, kind="conversation")[: cfg.limit]
     prompts = [row.messages[:-1] for row in rows]
-    failed = 0
-    if Path(cfg.model).is_dir():
-        answers = _by_checkpoint(cfg, rt, prompts)
-    else:
-        answers, failed = _by_agent(cfg, rt, prompts)
-    result = _count(answers, [row.answer for row in rows]) | ({"failed_calls": failed} if failed else {})
+    by_checkpoint = Path(cfg.model).is_dir()
+    answers = _by_checkpoint(cfg, rt, prompts) if by_checkpoint else _by_agent(cfg, rt, prompts)
+    for name, texts in answers.items():
+        what = f"{name} answers of {cfg.model}"
+        check_missing(what, count_reasons(texts), len(texts), cfg.max_missing, "raise --max-new-tokens")
+    result = _count(answers, [row.answer for row in rows]) | {"latex_reader": library()}
     from_main(rt, lambda: _write(cfg.out, rows, answers, result))
+    if rt.is_main and not cfg.quiet:
+        print(shown(result))
     return finish_stage(stage, rt, result, [cfg.out / "answers.jsonl", cfg.out / "accuracy.json"])
 
 
@@ -95,11 +107,11 @@ def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str,
     return answers
 
 
-def _by_agent(cfg: Config, rt: runtime.Runtime, prompts: list) -> tuple[dict[str, list[str]], int]:
-    """Answers of an agent, through the ledger, "" where a call failed; and the number of failed calls."""
+def _by_agent(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str, list[str | Missing]]:
+    """Answers of an agent, through the ledger, Missing where none came."""
     world.register()
     cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
-    answers, failed = {}, 0
+    answers = {}
     try:
         agent = cast.agent(cfg.model)
         for name, temperature in _temperatures(cfg).items():
@@ -109,15 +121,34 @@ def _by_agent(cfg: Config, rt: runtime.Runtime, prompts: list) -> tuple[dict[str
                     for i, prompt in enumerate(prompts)
                 ]
             )
-            failed += sum(not reply.ok for reply in replies)
-            answers[name] = [reply.text if reply.ok else "" for reply in replies]
+            answers[name] = received(replies, on_length_of(cfg.model, cfg.on_length))
     finally:
         cast.close()
-    return answers, failed
+    return answers
 
 
-def _count(answers: dict[str, list[str]], references: list[str]) -> dict:
+def _count(answers: dict[str, list[str | Missing]], references: list[str]) -> dict[str, Any]:
     greedy, sampled = (accuracy(answers[name], references) for name in ("greedy", "sampled"))
+    return _counted(greedy, sampled) | {
+        "missing": greedy.missing,
+        "sampled_missing": sampled.missing,
+        "missing_reasons": {name: reasons for name in answers if (reasons := count_reasons(answers[name]))},
+    }
+
+
+def shown(result: dict[str, Any]) -> str:
+    """Both accuracies on one line, each with the answers that are missing."""
+    parts = []
+    for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
+        reasons = shown_reasons(result["missing_reasons"].get(name, {}))
+        missing = f"{result[f'{prefix}missing']} missing" + (f" ({reasons})" if reasons else "")
+        total = result["total"] + result["missing"] - result[f"{prefix}missing"]
+        share = f"{100 * result[f'{prefix}accuracy']:.1f} ± {100 * result[f'{prefix}se']:.1f} %"
+        parts.append(f"{name} {share} ({result[f'{prefix}correct']} of {total}), {missing}")
+    return "; ".join(parts)
+
+
+def _counted(greedy: Accuracy, sampled: Accuracy) -> dict[str, Any]:
     return {
         "accuracy": greedy.accuracy,
         "correct": greedy.correct,
@@ -129,11 +160,14 @@ def _count(answers: dict[str, list[str]], references: list[str]) -> dict:
     }
 
 
-def _write(out: Path, rows, answers: dict[str, list[str]], result: dict) -> None:
-    lines = [
-        {"prompt": row.instruction, "reference": row.answer, "greedy": greedy, "sampled": sampled}
-        for row, greedy, sampled in zip(rows, answers["greedy"], answers["sampled"])
-    ]
+def _write(out: Path, rows, answers: dict[str, list[str | Missing]], result: dict) -> None:
+    lines = []
+    for row, *pair in zip(rows, answers["greedy"], answers["sampled"]):
+        said = dict(zip(("greedy", "sampled"), pair))
+        missing = {name: answer.reason for name, answer in said.items() if isinstance(answer, Missing)}
+        texts = {name: None if name in missing else answer for name, answer in said.items()}
+        line = {"prompt": row.instruction, "reference": row.answer, **texts}
+        lines.append(line | ({"missing": missing} if missing else {}))
     write_text(out / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_json(out / "accuracy.json", result)
 

@@ -24,6 +24,7 @@ from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.ranges import Checked, Count, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.runtime.text_lines import printable
 from wizard_engine.synthesis.tagging import tag_rows
 
 
@@ -86,10 +87,10 @@ def brief(analysis: Analysis, rejected: int) -> dict[str, Any]:
 def print_tables(analysis: Analysis, shown: int = 8) -> None:
     """Prints the most frequent values of each attribute."""
     for name, table in analysis.tables.items():
-        values = [f"{line['value']} {100 * line['share']:.1f} %" for line in table["values"][:shown]]
+        values = [f"{printable(str(line['value']))} {100 * line['share']:.1f} %" for line in table["values"][:shown]]
         rest = len(table["values"]) - shown
-        print(f"{name:11} " + ("  ".join(values) or "unknown") + (f"  and {rest} more" if rest > 0 else ""))
-    print("\n".join(analysis.notes))
+        print(f"{printable(name):11} " + ("  ".join(values) or "unknown") + (f"  and {rest} more" if rest > 0 else ""))
+    print("\n".join(map(printable, analysis.notes)))
 
 
 def main(cfg: Config) -> dict:

@@ -13,21 +13,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
+from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
 from wizard_engine.data.records import Message, read_rows
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.elo import Rating, elo
-from wizard_engine.evaluation.pairwise import Pairwise, all_pairs
+from wizard_engine.evaluation.pairwise import JUDGE_TOKENS, Pairwise, all_pairs
+from wizard_engine.evaluation.received import on_length_of, received
 from wizard_engine.runtime.files import to_plain, write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, Count, Finite, Seed, Temperature
+from wizard_engine.runtime.ranges import Checked, Count, Finite, Seed, Share, Temperature
 from wizard_engine.runtime.stage import Stage
+from wizard_engine.runtime.text_lines import printable
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Config(Checked):
     """Of the models' answers; 0 is greedy."""
     max_new_tokens: Count[int] = 256
     """Longest answer, tokens."""
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of the judge with its explanation, tokens."""
+    on_length: Literal["missing", "keep"] | None = None
+    """An answer that reached its limit: missing, or keep and judge it as it is. Default: missing for an endpoint,
+    whose answers are whole or none, and keep for a checkpoint."""
+    max_missing: Share[float] = MAX_MISSING
+    """Largest share of a model's answers, and of the verdicts, 0 to 1, that may be missing; above it the stage ends
+    with an error."""
     batch_size: Count[int] = 256
     seed: Seed[int] = 0
     device: str = "auto"
@@ -87,21 +98,21 @@ def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
 
 def answer(
     cfg: Config, spec: str, ids: Sequence[str], prompts: Sequence[tuple[Message, ...]], cast: Cast
-) -> tuple[list[str], int]:
-    """A model's answers, and how many calls failed; a failed call's answer is "", so it can only lose."""
+) -> list[str | Missing]:
+    """A model's answers; a call that failed is Missing, and its prompt is not judged."""
     if ".jsonl" in Path(spec).name:
-        return read_answers(spec, ids, [prompt[-1].content for prompt in prompts]), 0
+        return read_answers(spec, ids, [prompt[-1].content for prompt in prompts])
     settings = {"seed": cfg.seed, "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
     replies = cast.agent(spec).respond([Request("answer", prompt, **settings) for prompt in prompts])
-    return [reply.text if reply.error is None else "" for reply in replies], sum(r.error is not None for r in replies)
+    return received(replies, on_length_of(spec, cfg.on_length))
 
 
 def write(
-    out: Path, ids: Sequence[str], answers: dict[str, list[str]], results: Sequence[Pairwise], report: dict
+    out: Path, ids: Sequence[str], answers: dict[str, list[str | Missing]], results: Sequence[Pairwise], report: dict
 ) -> list[Path]:
     """Writes answers, battles and arena.json; returns the paths."""
     for name, texts in answers.items():
-        lines = ({"id": key, "answer": text} for key, text in zip(ids, texts))
+        lines = (_line(key, text) for key, text in zip(ids, texts))
         write_text(out / "answers" / f"{name}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     battles = (asdict(battle) | {"prompt": ids[battle.prompt]} for result in results for battle in result.battles)
     write_text(out / "battles.jsonl", "".join(json.dumps(battle, ensure_ascii=False) + "\n" for battle in battles))
@@ -109,14 +120,21 @@ def write(
     return [out / "answers", out / "battles.jsonl", out / "arena.json"]
 
 
+def _line(key: str, answer: str | Missing) -> dict[str, Any]:
+    if isinstance(answer, Missing):
+        return {"id": key, "answer": None, "missing": answer.reason}
+    return {"id": key, "answer": answer}
+
+
 def print_report(results: Sequence[Pairwise], ratings: Sequence[Rating]) -> None:
     """Prints a line per comparison and per rating."""
     for r in results:
         rate = "-" if r.win_rate is None else f"{100 * r.win_rate:.1f} % [{100 * r.ci95[0]:.1f}, {100 * r.ci95[1]:.1f}]"
-        counts = f"{r.wins:5} : {r.losses:<5} {r.ties:5} ties {r.errors:4} errors {r.flips:4} flips"
-        print(f"{r.a:>16} : {r.b:<16}{counts}   {rate} without ties")
+        counts = f"{r.wins:5} : {r.losses:<5} {r.ties:5} ties {r.errors:4} missing {r.flips:4} flips"
+        reasons = f"; missing: {shown_reasons(r.missing)}" if r.missing else ""
+        print(f"{printable(r.a):>16} : {printable(r.b):<16}{counts}   {rate} without ties{reasons}")
     for r in ratings:
-        print(f"{r.model:>16}  Elo {r.elo:6.0f}  [{r.low:.0f}, {r.high:.0f}]  {r.battles} battles")
+        print(f"{printable(r.model):>16}  Elo {r.elo:6.0f}  [{r.low:.0f}, {r.high:.0f}]  {r.battles} battles")
 
 
 def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
@@ -130,7 +148,15 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite)
 
 
-INCIDENTAL = ("out", "prompts", "batch_size", "device", "overwrite", "quiet")
+def _check_verdicts(cfg: Config, result: Pairwise, prompts: int) -> None:
+    """Raises ValueError where the judge failed on more prompts than may be missing."""
+    reasons = {kind[7:]: count for kind, count in result.missing.items() if kind.startswith("judge: ")}
+    asked = prompts - sum(result.missing.values()) + sum(reasons.values())
+    what = f"verdicts of {cfg.judge} on {result.a} : {result.b}"
+    check_missing(what, reasons, asked, cfg.max_missing, "raise --judge-max-tokens")
+
+
+INCIDENTAL = ("out", "prompts", "batch_size", "max_missing", "device", "overwrite", "quiet")
 
 
 def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
@@ -138,6 +164,7 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
 
     With a runtime of several ranks, every rank makes this call and the work is sharded; without one, it runs alone.
     """
+    check_share(cfg.max_missing)
     rt = rt or runtime.Runtime()
     world.register()
     models = read_models(cfg.models)
@@ -147,13 +174,20 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
     ids, prompts = read_prompts(cfg)
     from_main(rt, stage.start)
     cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
-    answers, errors = {}, {}
+    answers = {}
     for name, spec in models.items():
-        answers[name], errors[name] = answer(cfg, spec, ids, prompts, cast)
-    results = all_pairs(answers, prompts, judge=cast.agent(cfg.judge), seed=cfg.seed, baseline=cfg.baseline)
+        answers[name] = answer(cfg, spec, ids, prompts, cast)
+        what = f"answers of {name}"
+        check_missing(what, count_reasons(answers[name]), len(prompts), cfg.max_missing, "raise --max-new-tokens")
+    settings = {"seed": cfg.seed, "baseline": cfg.baseline, "max_tokens": cfg.judge_max_tokens}
+    results = all_pairs(answers, prompts, judge=cast.agent(cfg.judge), **settings)
+    for result in results:
+        _check_verdicts(cfg, result, len(prompts))
     battles = [battle for result in results for battle in result.battles]
     ratings = elo(battles, anchor=cfg.anchor or next(iter(models)), anchor_elo=cfg.anchor_elo, seed=cfg.seed)
-    report = {"prompts": len(prompts), "seed": cfg.seed, "answer_errors": errors}
+    missing = {name: count_reasons(texts) for name, texts in answers.items()}
+    errors = {name: sum(reasons.values()) for name, reasons in missing.items()}
+    report = {"prompts": len(prompts), "seed": cfg.seed, "answer_errors": errors, "missing_answers": missing}
     report |= {"pairwise": [item.to_json() for item in results], "elo": [asdict(rating) for rating in ratings]}
 
     def finish() -> dict[str, Any]:

@@ -12,9 +12,9 @@ import contextlib
 import json
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -32,6 +32,7 @@ from wizard_engine.model.loading import weights_dtype
 from wizard_engine.runtime.files import naming, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.ranges import Checked, Count, NonNegative, PositiveShare, Seed, Temperature
+from wizard_engine.runtime.text_lines import printable
 
 HELP = """/new            forget the conversation
 /retry          answer the last message again, with another seed
@@ -179,14 +180,9 @@ def sampling(cfg: Config) -> dict:
     return {"temperature": cfg.temperature, "top_k": cfg.top_k or None, "top_p": None if cfg.top_p == 1 else cfg.top_p}
 
 
-def printable(text: str) -> str:
-    """Text without control characters, so that an answer cannot steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
 def show(deltas: Iterator[str], stdout: TextIO) -> None:
     """Write an answer as it comes; Ctrl-C ends it and keeps what was written."""
-    clean = printable if stdout.isatty() else str
+    clean = partial(printable, keep="\n\t") if stdout.isatty() else str
     try:
         for delta in deltas:
             stdout.write(clean(delta))
@@ -275,7 +271,7 @@ def interact(chat: Chat, stdin: TextIO, stdout: TextIO) -> None:
             if text:
                 chat.show(text.removeprefix("/") if text.startswith("//") else text, stdout)
         except (ValueError, OSError) as error:
-            print(f"chat: {error}", file=chat.stderr)
+            print(f"chat: {printable(str(error))}", file=chat.stderr)
 
 
 def read_prompts(path: Path, system: str | None) -> list[list[Message]]:

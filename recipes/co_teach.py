@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from wizard_engine import runtime, world
+from wizard_engine.agents.missing import MAX_MISSING, check_share
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Temperature
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Share, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import co_teach
+from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
 from wizard_engine.synthesis.inputs import open_inputs
 from wizard_engine.synthesis.outputs import print_table, write_outputs
 
@@ -58,6 +60,12 @@ class Config(Checked):
     """Of the contestants' answers."""
     max_tokens: Count[int] = 256
     """Longest reply, tokens."""
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of a judge with its explanation, tokens."""
+    on_length: Literal["drop", "keep"] = "drop"
+    """An answer that reached its limit: drop counts it as a failed call, keep uses it; its row has finish=length."""
+    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
+    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
     limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -73,6 +81,7 @@ class Config(Checked):
 
 def main(cfg: Config) -> dict:
     """Battle and teach; returns the report."""
+    check_share(cfg.max_missing)
     rt = runtime.start(cfg.device)
     world.register()
     stage = open_stage(cfg, "co_teach", rt)
@@ -95,14 +104,18 @@ def main(cfg: Config) -> dict:
         seed=cfg.seed,
         temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
+        judge_max_tokens=cfg.judge_max_tokens,
+        on_length=cfg.on_length,
     )
+    check_calls(taught.statistics["calls"], cfg.max_missing)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics}
     files = {"sft": taught.sft, "preferences": taught.preferences}
     outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": taught.battles}, report))
     cast.close()
     if rt.is_main and not cfg.quiet:
         print(
-            f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles"
+            f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles, "
+            f"{taught.statistics['missing']} missing"
         )
         print_table("rival", taught.statistics["rivals"])
         print_table("skill", taught.statistics["skills"])

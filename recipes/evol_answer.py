@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from wizard_engine import runtime, world
+from wizard_engine.agents.missing import MAX_MISSING, check_share
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, NonNegative, Seed
+from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, NonNegative, Seed, Share
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import evolve_answers
+from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
 from wizard_engine.synthesis.evol_answer import OPERATORS
 from wizard_engine.synthesis.inputs import open_inputs
 from wizard_engine.synthesis.outputs import print_table, write_outputs
@@ -50,6 +52,10 @@ class Config(Checked):
     """Smallest gap of a preference row, points of score."""
     max_tokens: Count[int] = 256
     """Longest reply, tokens."""
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of a judge with its explanation, tokens."""
+    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
+    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
     limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -65,6 +71,7 @@ class Config(Checked):
 
 def main(cfg: Config) -> dict:
     """Rewrite; returns the report."""
+    check_share(cfg.max_missing)
     rt = runtime.start(cfg.device)
     world.register()
     stage = open_stage(cfg, "evol_answer", rt)
@@ -82,7 +89,9 @@ def main(cfg: Config) -> dict:
         min_gap=cfg.min_gap,
         seed=cfg.seed,
         max_tokens=cfg.max_tokens,
+        judge_max_tokens=cfg.judge_max_tokens,
     )
+    check_calls(rewritten.statistics["calls"], cfg.max_missing)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **rewritten.statistics}
     files = {"rows": rewritten.rows, "preferences": rewritten.preferences}
     outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": rewritten.chains}, report))

@@ -16,14 +16,16 @@ from typing import Any, Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
+from wizard_engine.agents.missing import MAX_MISSING, check_share
 from wizard_engine.curation.selection import Filtered, remove_contaminated
 from wizard_engine.data.records import Conversation, read_prompts
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Temperature
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Share, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
+from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
 from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
 from wizard_engine.synthesis.inputs import open_inputs
 from wizard_engine.synthesis.outputs import print_table, write_outputs
@@ -84,6 +86,12 @@ class Config(Checked):
     """Of the evolver."""
     max_tokens: Count[int] = 256
     """Longest reply, tokens."""
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of a judge with its explanation, tokens."""
+    on_length: Literal["drop", "keep"] = "drop"
+    """An answer that reached its limit: drop counts it as a failed call, keep uses it; its row has finish=length."""
+    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
+    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
     limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -126,7 +134,8 @@ def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, d
         return [], {}
     statistics: dict[str, Any] = {}
     ranker = cast.agent(cfg.agents.ranker)
-    return rank_instructions(instruction_groups(rows), ranker=ranker, seed=cfg.seed, statistics=statistics), statistics
+    settings = {"seed": cfg.seed, "judge_max_tokens": cfg.judge_max_tokens, "statistics": statistics}
+    return rank_instructions(instruction_groups(rows), ranker=ranker, **settings), statistics
 
 
 def decontaminate(cfg: Config, evolved: Evolved, num_inputs: int) -> Filtered:
@@ -138,6 +147,7 @@ def decontaminate(cfg: Config, evolved: Evolved, num_inputs: int) -> Filtered:
 
 def main(cfg: Config) -> dict:
     """Evolve; returns the report."""
+    check_share(cfg.max_missing)
     rt = runtime.start(cfg.device)
     world.register()
     stage = open_stage(cfg, "evol_instruct", rt)
@@ -156,9 +166,13 @@ def main(cfg: Config) -> dict:
         seed=cfg.seed,
         temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
+        judge_max_tokens=cfg.judge_max_tokens,
+        on_length=cfg.on_length,
     )
     clean = decontaminate(cfg, evolved, len(rows))
     rankings, ranking = rank(cfg, cast, [*rows, *clean.rows])
+    for calls in (search.get("calls", {}), evolved.statistics["calls"], ranking.get("calls", {})):
+        check_calls(calls, cfg.max_missing)
     counts = {"given": len(rows), "rejected": rejected, "evolved": len(clean.rows), "contaminated": len(clean.removed)}
     report = {"counts": counts, **evolved.statistics, "method": search, "ranking": ranking}
 

@@ -263,6 +263,7 @@ class Pipeline:
                     limit=cfg.sizes.battles,
                     sft_threshold=1.0,
                     chat_turns=2,
+                    on_length="keep",
                     agents=co_teach.Agents(str(model), cfg.agents.rivals, cfg.agents.judge),
                 )
                 sources.insert(0, taught / "sft.jsonl")
@@ -301,6 +302,7 @@ class Pipeline:
             data=rows[-1:],
             limit=cfg.sizes.preferences,
             max_tokens=cfg.rollout.max_new_tokens,
+            on_length="keep",
             agents=self_teach.Agents(str(supervised), cfg.agents.judge, labeller=cfg.agents.labeller),
             keep=1.0,
         )

@@ -20,6 +20,7 @@ from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, PositiveShare, Seed, Share
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.runtime.text_lines import printable
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,10 @@ def print_report(report: dict[str, Any]) -> None:
     print("  ".join(f"{name} {count}" for name, count in report["counts"].items()))
     print(f"effective sample size {report['effective_sample_size']:.0f} of {report['rows']} rows")
     for name, target in report["target"].items():
-        print(f"{name:24}{'natural':>9}{'target':>9}{'achieved':>9}{'drawn':>9}")
+        print(f"{printable(name):24}{'natural':>9}{'target':>9}{'achieved':>9}{'drawn':>9}")
         for value, target_share in sorted(target.items(), key=lambda item: -item[1])[:20]:
             columns = [report[kind][name].get(value, 0.0) for kind in ("natural", "achieved", "drawn")]
-            print(f"  {value[:21]:22}{columns[0]:9.3f}{target_share:9.3f}{columns[1]:9.3f}{columns[2]:9.3f}")
+            print(f"  {printable(value)[:21]:22}{columns[0]:9.3f}{target_share:9.3f}{columns[1]:9.3f}{columns[2]:9.3f}")
 
 
 def main(cfg: Config) -> dict:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
+from wizard_engine.agents.missing import MAX_MISSING, check_share
 from wizard_engine.data.records import Conversation, Process
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
@@ -25,11 +26,13 @@ from wizard_engine.runtime.ranges import (
     NonNegative,
     PositiveShare,
     Seed,
+    Share,
     Temperature,
     ranged,
 )
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.synthesis import label_processes, self_teach
+from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
 from wizard_engine.synthesis.inputs import open_inputs
 from wizard_engine.synthesis.outputs import write_outputs
 
@@ -74,6 +77,12 @@ class Config(Checked):
     """Of the student's samples."""
     max_tokens: Count[int] = 256
     """Longest reply, tokens."""
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of a judge with its explanation, tokens."""
+    on_length: Literal["drop", "keep"] = "drop"
+    """An answer that reached its limit: drop counts it as a failed call, keep uses it; its row has finish=length."""
+    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
+    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
     limit: Count[int | None] = None
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -100,6 +109,8 @@ def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list[P
         temperature=cfg.temperature,
         seed=cfg.seed,
         max_tokens=cfg.max_tokens,
+        judge_max_tokens=cfg.judge_max_tokens,
+        on_length=cfg.on_length,
         statistics=statistics,
     )
     return processes, statistics
@@ -107,6 +118,7 @@ def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list[P
 
 def main(cfg: Config) -> dict:
     """Sample, judge, select; returns the report."""
+    check_share(cfg.max_missing)
     rt = runtime.start(cfg.device)
     world.register()
     stage = open_stage(cfg, "self_teach", rt)
@@ -126,8 +138,12 @@ def main(cfg: Config) -> dict:
         temperature=cfg.temperature,
         seed=cfg.seed,
         max_tokens=cfg.max_tokens,
+        judge_max_tokens=cfg.judge_max_tokens,
+        on_length=cfg.on_length,
     )
     processes, labels = label(cfg, cast, rows)
+    for calls in (selected.statistics["calls"], labels.get("calls", {})):
+        check_calls(calls, cfg.max_missing)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **selected.statistics, "labels": labels}
     files = {"sft": selected.sft, "preferences": selected.preferences, "processes": processes}
     outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": selected.scores}, report))

@@ -4,18 +4,15 @@ import asyncio
 import json
 import logging
 import os
-import threading
 import time
-from collections import Counter
 
 import pytest
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
+from fake_endpoint import Fake, answer  # noqa: E402
 from served_model import Serving, small_model  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
-from starlette.routing import Route  # noqa: E402
 
 from recipes import accuracy, analyze, mt_bench  # noqa: E402
 from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent, prompts  # noqa: E402
@@ -24,57 +21,6 @@ from wizard_engine.agents.local import LocalAgent  # noqa: E402
 from wizard_engine.data.records import Message, conversation, read_rows, write_rows  # noqa: E402
 
 KEY = "sk-very-secret-0123456789"
-
-
-def answer(text="fine", tokens=10):
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    usage = {"prompt_tokens": tokens // 2, "completion_tokens": tokens - tokens // 2, "total_tokens": tokens}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-
-
-class Fake:
-    """An endpoint whose behaviour is a function of (request body, how often it came); a list of what it was asked."""
-
-    def __init__(self, behave):
-        self.behave, self.asked, self.seen, self.at_once, self.most = behave, [], Counter(), 0, 0
-        self.keys = set()
-
-        async def complete(request):
-            body = await request.json()
-            self.asked.append(body)
-            self.keys.add(request.headers.get("authorization"))
-            key = json.dumps(body, sort_keys=True)
-            self.seen[key] += 1
-            self.at_once += 1
-            self.most = max(self.most, self.at_once)
-            try:
-                behaviour = self.behave(body, self.seen[key])
-                behaviour = await behaviour if asyncio.iscoroutine(behaviour) else behaviour
-            finally:
-                self.at_once -= 1
-            return JSONResponse(behaviour) if isinstance(behaviour, dict) else behaviour
-
-        config = uvicorn.Config(
-            Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])]),
-            port=0,
-            log_level="error",
-            lifespan="off",
-        )
-        self.socket = config.bind_socket()
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.005)
-        return self
-
-    def __exit__(self, *_):
-        self.server.force_exit = self.server.should_exit = True
-        self.thread.join(10)
-        self.socket.close()
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +103,7 @@ def test_an_endpoint_that_hangs_is_left():
         began = time.monotonic()
         replies = agent(fake, timeout=0.2, retries=1).respond(ask(4))
         assert time.monotonic() - began < 5
-        assert {reply.error for reply in replies} == {"no answer within 0.2 seconds"} and len(fake.asked) == 8
+        assert {reply.error for reply in replies} == {"timeout: no answer within 0.2 seconds"} and len(fake.asked) == 8
 
 
 def test_nobody_there_is_a_failed_call():
@@ -253,7 +199,10 @@ def test_an_endpoint_that_has_ended_ends_the_run_and_the_ledger_goes_on(tmp_path
 
 
 def test_a_request_at_fault_ends_no_run(tmp_path):
-    with Fake(lambda *_: JSONResponse({"error": {"message": "too long"}}, 400)) as fake:
+    def behave(body, _):
+        return JSONResponse({"error": {"message": f"too long: {body['messages'][0]['content']}"}}, 400)
+
+    with Fake(behave) as fake:
         replies = LedgeredAgent(agent(fake, give_up=2), Ledger(tmp_path / "l.sqlite")).respond(ask(5))
         assert len(fake.asked) == 5 and all("status 400" in reply.error for reply in replies)
 
@@ -278,6 +227,8 @@ def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
         ("openai:m@https://x/v1?key=secret", "without a key in it"),
         ("openai:m@http://x#speed=3", "expected options of concurrency"),
         ("openai:m#retries=many", "retries: expected int"),
+        ("openai:m#token_limit=most", "token_limit: expected max_tokens or max_completion_tokens, got 'most'"),
+        ("openai:m#extras=hide", "extras: expected count or error"),
         ("openai:m#concurrency=0", "concurrency: expected at least 1"),
         ("openai:m#timeout=0", "timeout: expected above 0"),
         ("openai:m#key_env=sk-abc", "expected the name of an environment variable"),
@@ -348,5 +299,5 @@ def test_recipes_run_on_an_endpoint_by_option_alone(tmp_path, monkeypatch):
         counted = accuracy.main(
             accuracy.Config(model=spec, data=tmp_path / "rows.jsonl", out=tmp_path / "accuracy", quiet=True)
         )
-        assert counted["total"] == 2 and "failed_calls" not in counted
+        assert counted["total"] == 2 and counted["missing"] == counted["sampled_missing"] == 0
         assert prompts.load_template("user").fields == ("history",)

@@ -125,6 +125,7 @@ def test_damage_of_a_ledger_is_named_or_changes_nothing(tmp_path, count):
         "agent = 'x'",
         "text = X'ff'",
         "checksum = 0",
+        "finish = 'length'",
         "messages = X'00'",
         "seed = -1",
     ],
@@ -181,6 +182,7 @@ def test_ledger_of_the_former_version_is_given_checksums_with_a_line(tmp_path, c
     with database:
         for table in ("replies", "failures"):
             database.execute(f"ALTER TABLE {table} DROP COLUMN checksum")
+        database.execute("ALTER TABLE replies DROP COLUMN finish")
         database.execute("PRAGMA user_version = 1")
     database.close()
     capsys.readouterr()

@@ -80,7 +80,7 @@ def test_pairwise_counts_unreadable_verdicts_and_failed_calls_as_errors():
     )
     assert (comparison.wins, comparison.losses, comparison.ties, comparison.errors) == (2, 0, 0, 2)
     assert comparison.battles[0].score is None and "no two scores" in comparison.battles[0].errors[0]
-    assert comparison.battles[1].errors == ("time out",) and comparison.battles[1].games[0] is None
+    assert comparison.battles[1].errors == ("judge: time out",) and comparison.battles[1].games[0] is None
 
 
 def test_pairwise_small_differences_are_ties():

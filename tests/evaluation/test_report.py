@@ -122,7 +122,7 @@ def test_report_shows_every_part(page):
         "Elo",
         "1050",
         "Two-turn questions",
-        "could not be read: 2",
+        "are missing: 2",
         "Before and after",
         "right",
         "wrong",

@@ -85,7 +85,8 @@ def test_mt_bench_counts_failures_and_never_drops_them_in_silence():
         0,
     )
     reasons = [rating.error for rating in result.ratings if rating.error]
-    assert reasons[0].startswith("parse: ") and reasons[1] == "call: time out"
+    assert reasons[0].startswith("judge: unreadable: ") and reasons[1] == "judge: time out"
+    assert result.missing == {"judge: unreadable": 1, "judge: time out": 1}
 
 
 def test_mt_bench_without_any_rating_has_no_mean():

@@ -153,7 +153,7 @@ def test_a_full_context_forgets_the_oldest_exchanges(directory):
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch):
-    assert chat.printable("a\x1b[31m\tb\r\n\x07\x9bc\x00") == "a[31m\tb\nc"
+    assert chat.printable("a\x1b[31m\tb\r\n\x07\x9bc\x00", keep="\n\t") == "a\\x1b[31m\tb\\r\n\\x07\\x9bc\\x00"
     out = Terminal()
     chat.show(iter_of("red \x1b[31m", "text"), out)
     assert out.getvalue() == "red [31mtext\n"

@@ -90,7 +90,7 @@ def test_full_disk_is_named_with_its_file_and_keeps_what_was_there(tmp_path, nam
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     if name == "ledger.sqlite":
         ledger = Ledger(tmp_path / name)
-        assert ledger.lookup([b"k" * 32]) == {b"k" * 32: "text " * 3000}
+        assert ledger.lookup([b"k" * 32]) == {b"k" * 32: Reply("text " * 3000)}
         ledger.close()
     else:
         assert {path: content for path, content in after.items() if path.name != ".lock"} == before

@@ -114,8 +114,8 @@ def test_failed_answers_and_judgements_do_not_affect_the_others():
     agents["rivals"].append(Fake("down", answer=lambda r, m: FAILED))
     judge = honest_judge()
     out = co_teach(rows(2), **agents, judge=judge)
-    assert len(out.battles) == 2 and len(out.sft) == 2
-    assert out.statistics["calls"]["answer"] == {"asked": 6, "failed": 2, "unreadable": 0}
+    assert len(out.battles) == 2 and len(out.sft) == 2 and out.statistics["missing"] == 4
+    assert out.statistics["calls"]["answer"] == {"asked": 6, "failed": 2, "failed: timed out": 2, "unreadable": 0}
     judge.tasks["judge"] = lambda r, f: "no idea"
     out = co_teach(rows(2), **agents, judge=judge)
     assert out.battles == [] and out.sft == [] and out.statistics["calls"]["judge"]["unreadable"] == 4

@@ -5,7 +5,7 @@ from fake_agents import FAILED, Fake, honest_judge
 
 from wizard_engine.data.records import Conversation, Message, conversation
 from wizard_engine.synthesis import evolve_answers
-from wizard_engine.synthesis.evol_answer import SHORTEST_CHARACTERS, final_number, strip_meta
+from wizard_engine.synthesis.evol_answer import SHORTEST_CHARACTERS, strip_meta
 
 
 def rewriter(*texts):
@@ -126,14 +126,6 @@ def test_a_remark_before_the_answer_is_cut_off_and_counted():
 )
 def test_strip_meta_cuts_opening_remarks_only(text, kept):
     assert strip_meta(text) == kept
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("3*4=12\nThe answer is 24.", "24"), ("1,234 and 5,678.50", "5678.50"), ("-3", "-3"), ("none", None)],
-)
-def test_final_number_is_the_last(text, number):
-    assert final_number(text) == number
 
 
 def test_answers_of_conversations_are_judged_in_context():

@@ -6,18 +6,22 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Positive
+from wizard_engine.runtime.text_lines import one_line, printable
 
 from . import prompts
+from .completions import Answer, read_answer, wrong_endpoint
 from .protocol import Reply, Request
 
 PREFIX = "openai:"
-MAX_ERROR = 200
+MAX_ERROR = 300
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 # Upper bound of a message's tokens: its bytes plus this. It holds until the endpoint reports the usage.
 OVERHEAD_TOKENS = 16
 
@@ -33,7 +37,10 @@ class Options(Checked):
         budget: tokens of prompts and replies in one process, 0 for no limit. A call that could exceed it is not made; a
             call that times out counts with its upper bound.
         give_up: consecutive failed calls after which the agent makes no more.
-        key_env: environment variable with the key.   seed: whether the requests' seeds are sent.
+        key_env: environment variable with the key.   seed, temperature: whether those of the requests are sent.
+        token_limit: name under which the longest reply is sent: max_tokens, or max_completion_tokens.
+        extras: "count": what a reply holds beside its text (reasoning, fields that are not known) is counted and named
+            at the end; "error": such a reply is a failed call.
     """
 
     concurrency: Count[int] = 8
@@ -45,6 +52,9 @@ class Options(Checked):
     give_up: Count[int] = 32
     key_env: str = "OPENAI_API_KEY"
     seed: bool = True
+    temperature: bool = True
+    token_limit: str = "max_tokens"
+    extras: str = "count"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +62,9 @@ class Options(Checked):
             raise ValueError(f"backoff: expected at most max_wait={self.max_wait:g} seconds, got {self.backoff:g}")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
             raise ValueError("key_env: expected the name of an environment variable, got something else")
+        for name, values in (("token_limit", TOKEN_LIMITS), ("extras", ("count", "error"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected {' or '.join(values)}, got {getattr(self, name)[:40]!r}")
 
 
 def parse_spec(spec: str) -> tuple[str, str | None, Options]:
@@ -97,7 +110,8 @@ class EndpointAgent:
         model: its name at the endpoint.   base_url: of the API; None: OPENAI_BASE_URL, or that of OpenAI.
     Attributes:
         spent: tokens so far.   calls: tries.   retried: repeated tries.   failed, answered: calls without and with a
-            reply.   ended: why the agent makes no more calls (budget, refused key, endpoint down); "" while it does.
+            reply.   ended: why the agent makes no more calls (budget, refused key, model or option, endpoint down); ""
+            while it does.   extras: what replies held beside their text, by name.
     """
 
     def __init__(self, model: str, base_url: str | None = None, options: Options | None = None) -> None:
@@ -118,6 +132,8 @@ class EndpointAgent:
         self.spent = self.calls = self.retried = self.failed = self.answered = 0
         self._reserved = self._in_a_row = 0
         self._stopped = self.ended = ""
+        self.extras: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
 
     @classmethod
     def from_spec(cls, spec: str, *, ranks: int = 1) -> "EndpointAgent":
@@ -186,18 +202,14 @@ class EndpointAgent:
             wait = _wait_seconds(self.options, request, attempt)
             try:
                 async with asyncio.timeout(self.options.timeout):
-                    answer = await client.chat.completions.create(**self._arguments(request, messages))
+                    completion = await client.chat.completions.create(**self._arguments(request, messages))
             except TimeoutError:
-                error = f"no answer within {self.options.timeout:g} seconds"
+                error = f"timeout: no answer within {self.options.timeout:g} seconds"
                 # The endpoint may have generated, and billed, all of it.
                 self.spent += most
             except self._openai.APIStatusError as failed:
                 error = f"status {failed.status_code}: {failed.message}"
-                if failed.status_code in (401, 403):
-                    self._stopped = self._clean(f"the endpoint refuses the key of {self.options.key_env} ({error})")
-                if failed.status_code != 429 and failed.status_code < 500 and failed.status_code != 408:
-                    # The endpoint refuses this request; a retry gets the same status. It does not count as a failure in
-                    # a row, because the endpoint works.
+                if self._is_final(failed, error):
                     return self._no(error)
                 wait = _wait_seconds(self.options, request, attempt, failed.response.headers.get("retry-after"))
             except self._openai.OpenAIError as failed:
@@ -205,12 +217,12 @@ class EndpointAgent:
                 error = f"{type(failed).__name__}: {failed}"
             except (ValueError, TypeError, AttributeError) as failed:
                 # Proxies return pages of HTML with status 200; the client then fails in its own parsing.
-                error = f"an answer that is none: {type(failed).__name__}"
+                error = f"no answer: the client cannot read what came ({type(failed).__name__})"
             else:
-                reply, error = self._read(answer)
-                if reply is not None:
-                    self._in_a_row, self.answered = 0, self.answered + 1
-                    return reply
+                answer = self._read(completion, request)
+                if not answer.is_temporary:
+                    return self._answered(answer)
+                error = answer.error
             if attempt < self.options.retries:
                 await asyncio.sleep(wait)
         self._in_a_row += 1
@@ -218,30 +230,67 @@ class EndpointAgent:
             self._stopped = self._clean(f"{self._in_a_row} calls in a row failed, the last with: {error}")
         return self._no(error)
 
+    def _is_final(self, failed: Any, error: str) -> bool:
+        """Whether a retry would get the same status; an endpoint that refuses every call is asked no more."""
+        status, body = failed.status_code, getattr(failed, "body", None)
+        why = wrong_endpoint(status, failed.message, body, set(self._options()))
+        if status in (401, 403):
+            why = f"refuses the key of {self.options.key_env}"
+        if why:
+            self._stopped = self._clean(f"the endpoint {why} ({error})")
+            return True
+        if status in (408, 409, 425, 429) or status >= 500:
+            return False
+        # The endpoint refuses this request. It does not count as a failure in a row, because the endpoint works.
+        self._refused[error] += 1
+        if not self.answered and self._refused[error] >= self.options.give_up:
+            self._stopped = self._clean(f"no call was answered, {self._refused[error]} were refused alike: {error}")
+        return True
+
+    def _answered(self, answer: Answer) -> Reply:
+        """The reply to a call that the endpoint answered, if only with a reason."""
+        self._in_a_row, self.answered = 0, self.answered + 1
+        self.extras.update(answer.extras)
+        if answer.error:
+            return self._no(answer.error)
+        if answer.extras and self.options.extras == "error":
+            return self._no(f"extras: the reply also holds {', '.join(answer.extras)}")
+        return Reply(answer.text, finish=answer.finish)
+
+    def _options(self) -> list[str]:
+        """Names of the options that a request may carry."""
+        names = ["model", self.options.token_limit]
+        return names + [name for name in ("temperature", "seed") if getattr(self.options, name)]
+
     def _arguments(self, request: Request, messages: list[dict]) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
-            "temperature": request.temperature,
-            "max_tokens": request.max_tokens,
+            self.options.token_limit: request.max_tokens,
         }
+        if self.options.temperature:
+            arguments["temperature"] = request.temperature
         if self.options.seed and request.temperature > 0:
             # 31 bits: every implementation accepts such seeds.
             arguments["seed"] = request.seed % 2**31
         return arguments
 
-    def _read(self, answer: Any) -> tuple[Reply | None, str]:
-        """The reply in an answer, or None and what is wrong with it; counts its tokens."""
-        choices = getattr(answer, "choices", None)
-        usage = getattr(getattr(answer, "usage", None), "total_tokens", None)
-        text = getattr(getattr(choices[0], "message", None), "content", None) if choices else None
+    def _read(self, completion: Any, request: Request) -> Answer:
+        """The answer in a completion; counts its tokens."""
+        answer = read_answer(completion, request.max_tokens)
+        usage = getattr(getattr(completion, "usage", None), "total_tokens", None)
         if isinstance(usage, int) and usage >= 0:
             self.spent += usage
-        elif isinstance(text, str):
-            self.spent += len(text.encode()) + OVERHEAD_TOKENS
-        if not isinstance(text, str):
-            return None, "an answer without a text"
-        return Reply(text.strip()), ""
+        elif answer.text:
+            self.spent += len(answer.text.encode()) + OVERHEAD_TOKENS
+        return answer
+
+    def notes(self) -> list[str]:
+        """Lines for the end of a run: what the replies held beside their text, and was not used."""
+        if not self.extras:
+            return []
+        named = ", ".join(f"{printable(one_line(name))} ({count})" for name, count in sorted(self.extras.items()))
+        return [f"agent {printable(self.name)}: not used of {self.answered} replies: {named}"]
 
     def _no(self, error: str) -> Reply:
         self.failed += 1
@@ -251,7 +300,7 @@ class EndpointAgent:
         """An error in one short line, without the key."""
         if self._key:
             text = text.replace(self._key, "***")
-        return " ".join(text.split())[:MAX_ERROR] or "unknown"
+        return printable(one_line(text)[:MAX_ERROR]) or "unknown"
 
 
 def _wait_seconds(options: Options, request: Request, attempt: int, retry_after: str | None = None) -> float:

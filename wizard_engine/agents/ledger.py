@@ -24,7 +24,7 @@ from wizard_engine.runtime.metrics import progress
 
 from .protocol import Agent, Reply, Request
 
-# 1 had no checksums.
+# 1 had no checksums, and did not say how a reply ended.
 _VERSION = 2
 _APPLICATION = 0x57495A4C
 _KEYS_PER_QUERY = 500
@@ -32,7 +32,8 @@ _SCHEMA = """
 CREATE TABLE replies (
     number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, agent TEXT NOT NULL, fingerprint TEXT NOT NULL,
     task TEXT NOT NULL, messages BLOB NOT NULL, seed INTEGER NOT NULL, temperature REAL NOT NULL,
-    max_tokens INTEGER NOT NULL, text TEXT NOT NULL, checksum INTEGER NOT NULL DEFAULT -1
+    max_tokens INTEGER NOT NULL, text TEXT NOT NULL, checksum INTEGER NOT NULL DEFAULT -1,
+    finish TEXT NOT NULL DEFAULT 'stop'
 );
 CREATE TABLE failures (
     number INTEGER PRIMARY KEY, key BLOB NOT NULL, agent TEXT NOT NULL, fingerprint TEXT NOT NULL, task TEXT NOT NULL,
@@ -73,9 +74,10 @@ def request_key(fingerprint: str, request: Request) -> bytes:
     return hashlib.sha256(_encode_content(content).encode()).digest()
 
 
-def _checksum(key: bytes, agent: str, task: str, text: str) -> int:
+def _checksum(key: bytes, agent: str, task: str, text: str, finish: str = "stop") -> int:
     """Of a row. The key itself is a checksum of the request and of the agent's fingerprint."""
-    return zlib.crc32(f"{agent}\0{task}\0{text}".encode(), zlib.crc32(key))
+    ending = "" if finish == "stop" else f"\0{finish}"
+    return zlib.crc32(f"{agent}\0{task}\0{text}{ending}".encode(), zlib.crc32(key))
 
 
 class Ledger:
@@ -106,18 +108,18 @@ class Ledger:
             self._database.close()
             raise
 
-    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, str]:
+    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Reply]:
         """The stored replies of the keys that have one."""
-        stored: dict[bytes, str] = {}
+        stored: dict[bytes, Reply] = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             slots = ",".join("?" * len(part))
-            query = f"SELECT key, agent, task, text, checksum FROM replies WHERE key IN ({slots})"
+            query = f"SELECT key, agent, task, text, finish, checksum FROM replies WHERE key IN ({slots})"
             with self._naming_errors():
-                for key, agent, task, text, checksum in self._database.execute(query, part):
-                    if _checksum(key, agent, task, text) != checksum:
+                for key, agent, task, text, finish, checksum in self._database.execute(query, part):
+                    if _checksum(key, agent, task, text, finish) != checksum:
                         raise self._damage("replies", f"of key {key.hex()[:16]}")
-                    stored[key] = text
+                    stored[key] = Reply(text, finish=finish)
         return stored
 
     def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> bool:
@@ -130,15 +132,17 @@ class Ledger:
         succeeded, failed = [], []
         for key, request, reply in zip(keys, requests, replies, strict=True):
             text = reply.text if reply.ok else reply.error
-            checksum = _checksum(key, agent.name, request.task, text)
+            finish = reply.finish if reply.ok else "stop"
+            checksum = _checksum(key, agent.name, request.task, text, finish)
             if reply.ok:
                 settings = _settings(request)
-                succeeded.append((key, *who, request.task, _pack(request.messages), *settings, text, checksum))
+                succeeded.append((key, *who, request.task, _pack(request.messages), *settings, text, checksum, finish))
             else:
                 failed.append((key, *who, request.task, text, checksum))
         with self._naming_errors(), self._transaction():
             database = self._database
-            stored = database.executemany("INSERT OR IGNORE INTO replies VALUES (NULL,?,?,?,?,?,?,?,?,?,?)", succeeded)
+            slots = ",".join("?" * 11)
+            stored = database.executemany(f"INSERT OR IGNORE INTO replies VALUES (NULL,{slots})", succeeded)
             database.executemany("INSERT INTO failures VALUES (NULL,?,?,?,?,?,?)", failed)
         return not succeeded or stored.rowcount == len(succeeded)
 
@@ -157,26 +161,26 @@ class Ledger:
 
     def _rows(self, table: str) -> Iterator[tuple[str, str, str]]:
         """Agent, task and text or error of every row of a table, each of them compared with its checksum."""
-        query = f"SELECT number, key, agent, task, {_TABLES[table]}, checksum FROM {table} ORDER BY number"
+        finish = "finish" if table == "replies" else "'stop'"
+        query = f"SELECT number, key, agent, task, {_TABLES[table]}, {finish}, checksum FROM {table} ORDER BY number"
         with self._naming_errors():
             self._check_structure()
-            for number, key, agent, task, text, checksum in self._database.execute(query):
-                if _checksum(key, agent, task, text) != checksum:
+            for number, key, agent, task, text, finish, checksum in self._database.execute(query):
+                if _checksum(key, agent, task, text, finish) != checksum:
                     raise self._damage(table, number)
                 yield agent, task, text
 
     def calls(self, *, agent: str | None = None, task: str | None = None) -> Iterator[Call]:
         """Yields the stored calls, optionally of one agent or task, in the order they were stored."""
         query = (
-            "SELECT number, key, checksum, agent, fingerprint, task, messages, seed, temperature, max_tokens, text"
-            " FROM replies WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY number"
+            "SELECT number, key, checksum, finish, agent, fingerprint, task, messages, seed, temperature, max_tokens,"
+            " text FROM replies WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY number"
         )
         with self._naming_errors():
             self._check_structure()
-            for number, key, checksum, name, fingerprint, task_, messages, *settings, text in self._database.execute(
-                query, (agent, task)
-            ):
-                if _checksum(key, name, task_, text) != checksum:
+            rows = self._database.execute(query, (agent, task))
+            for number, key, checksum, finish, name, fingerprint, task_, messages, *settings, text in rows:
+                if _checksum(key, name, task_, text, finish) != checksum:
                     raise self._damage("replies", number)
                 request = Request(task_, _unpack(messages), *settings)
                 if request_key(fingerprint, request) != key:
@@ -282,6 +286,7 @@ class Ledger:
         for table, text in _TABLES.items():
             self._database.execute(f"ALTER TABLE {table} ADD COLUMN checksum INTEGER NOT NULL DEFAULT -1")
             self._database.execute(f"UPDATE {table} SET checksum = row_checksum(key, agent, task, {text})")
+        self._database.execute("ALTER TABLE replies ADD COLUMN finish TEXT NOT NULL DEFAULT 'stop'")
         self._database.execute("PRAGMA user_version = 2")
         print(
             f"ledger {self.path}: of version 1, without checksums; its rows are taken as they are and have them now",
@@ -329,9 +334,8 @@ class LedgeredAgent:
         return [replies[key] for key in keys]
 
     def _batch(self, batch: dict[bytes, Request]) -> dict[bytes, Reply]:
-        stored = self.ledger.lookup(list(batch))
-        missing = [key for key in batch if key not in stored]
-        replies = {key: Reply(text) for key, text in stored.items()}
+        replies = self.ledger.lookup(list(batch))
+        missing = [key for key in batch if key not in replies]
         if missing:
             replies.update(self._ask(missing, [batch[key] for key in missing]))
         return replies
@@ -351,7 +355,7 @@ class LedgeredAgent:
         self.asked.update(request.task for request in requests)
         self.served.subtract(request.task for request in requests)
         first = {} if are_first else self.ledger.lookup([key for key, reply in zip(keys, replies) if reply.ok])
-        return {key: Reply(first[key]) if key in first else reply for key, reply in zip(keys, replies)}
+        return {key: first.get(key, reply) for key, reply in zip(keys, replies)}
 
 
 def _settings(request: Request) -> tuple[int, float, int]:

@@ -72,9 +72,11 @@ class LocalAgent:
                 asked_prompts,
                 samplings,
             )
-            for index, tokens, error in zip(asked, generation.tokens, generation.errors):
-                text = _turn_text(self.tokenizer.decode(tokens).strip(), requests[index].task)
-                replies[index] = Reply("", f"answer failed: {error}") if error else Reply(text)
+            for index, tokens, finished, error in zip(asked, generation.tokens, generation.finished, generation.errors):
+                text = self.tokenizer.decode(tokens).strip()
+                turn = _turn_text(text, requests[index].task)
+                whole = Reply(turn, finish="stop" if finished or turn != text else "length")
+                replies[index] = Reply("", f"answer failed: {error}") if error else whole
         return replies
 
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:

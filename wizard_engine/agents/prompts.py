@@ -1,8 +1,9 @@
 """Prompt templates that programs can parse, too: `parse` is the exact inverse of `render`.
 
 A template is a file `prompts/TASK.txt`. A field is a line `{name}` of its own under a heading line `#Heading#:`. Lines
-of a field's content that look like such a heading get a backslash in front, so no content ends its own section. If a
-file `prompts/TASK.FIELD.txt` exists, it lists the names that the field accepts, each with its meaning.
+of a field's content that look like such a heading get a backslash in front, so no content ends its own section. A line
+is what `runtime.text_lines` calls one, and blanks or invisible marks before a heading do not hide it. If a file
+`prompts/TASK.FIELD.txt` exists, it lists the names that the field accepts, each with its meaning.
 """
 
 import re
@@ -12,6 +13,7 @@ from functools import cache
 from importlib import resources
 
 from wizard_engine.data.records import Message
+from wizard_engine.runtime.text_lines import LINE_END, LINE_ENDS, LINE_START, one_line
 
 TASKS = (
     "evolve",
@@ -30,10 +32,14 @@ TASKS = (
 ROLES = ("system", "user", "assistant")
 
 _FIELD_LINE = re.compile(r"^\{(\w+)\}$", re.MULTILINE)
-_HEADING = re.compile(r"^(\\*#[^#\n]+#:)", re.MULTILINE)
-_ESCAPED_HEADING = re.compile(r"^\\(\\*#[^#\n]+#:)", re.MULTILINE)
-_TURN = re.compile(r"^(\\*### (?:System|User|Assistant)$)", re.MULTILINE)
-_ESCAPED_TURN = re.compile(r"^\\(\\*### (?:System|User|Assistant)$)", re.MULTILINE)
+# Blanks, and marks that take no room, as a model would not see them: a heading behind them looks like one.
+_UNSEEN = "[ \\t\\xa0\\xad\\u2000-\\u200f\\u202a-\\u202f\\u2060-\\u2064\\u3000\\ufeff]*"
+_HEADING_TEXT = rf"[#＃][^#＃{LINE_ENDS}]+[#＃]{_UNSEEN}[:：]"
+_TURN_TEXT = rf"###{_UNSEEN}(?i:System|User|Assistant){_UNSEEN}:?{_UNSEEN}{LINE_END}"
+_HEADING = re.compile(rf"{LINE_START}({_UNSEEN})(\\*{_HEADING_TEXT})")
+_ESCAPED_HEADING = re.compile(rf"{LINE_START}({_UNSEEN})\\(\\*{_HEADING_TEXT})")
+_TURN = re.compile(rf"{LINE_START}({_UNSEEN})(\\*{_TURN_TEXT})")
+_ESCAPED_TURN = re.compile(rf"{LINE_START}({_UNSEEN})\\(\\*{_TURN_TEXT})")
 _TURN_HEADING = re.compile(r"^### (System|User|Assistant)\n", re.MULTILINE)
 _STAGE = re.compile(r"(?m)^(Case (\d+)|Stage \d+: (.*)|Response: (.*))$")
 
@@ -133,12 +139,12 @@ def numbered(texts: Sequence[str]) -> str:
 
 def flatten(text: str) -> str:
     """The text on one line: every run of white space becomes one blank."""
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def dialogue(messages: Sequence[Message]) -> str:
     """A conversation as text, a heading line `### User` or `### Assistant` before each turn; "" for none."""
-    turns = [f"### {role.capitalize()}\n" + _TURN.sub(r"\\\1", content) for role, content in messages]
+    turns = [f"### {role.capitalize()}\n" + _TURN.sub(r"\1\\\2", content) for role, content in messages]
     return "\n\n".join(turns)
 
 
@@ -155,7 +161,7 @@ def parse_dialogue(text: str) -> tuple[Message, ...]:
         raise ValueError(f"dialogue: expected a heading line '### User' first, got {text[:40]!r}; use prompts.dialogue")
     contents = [piece.removesuffix("\n\n") for piece in pieces[2:-1:2]] + [pieces[-1]]
     return tuple(
-        Message(role.lower(), _ESCAPED_TURN.sub(r"\1", content)) for role, content in zip(pieces[1::2], contents)
+        Message(role.lower(), _ESCAPED_TURN.sub(r"\1\2", content)) for role, content in zip(pieces[1::2], contents)
     )
 
 
@@ -206,14 +212,14 @@ def _choice(template: Template, name: str, value: str) -> str:
 
 def _read_value(template: Template, name: str, value: str) -> str:
     if name not in template.choices:
-        return _ESCAPED_HEADING.sub(r"\1", value) if "\\" in value else value
+        return _ESCAPED_HEADING.sub(r"\1\2", value) if "\\" in value else value
     choice = value.partition(":")[0]
     _choice(template, name, choice)
     return choice
 
 
 def _escape(value: str) -> str:
-    return _HEADING.sub(r"\\\1", value) if "#" in value else value
+    return _HEADING.sub(r"\1\\\2", value) if "#" in value or "＃" in value else value
 
 
 def _expect(template: Template, text: str, position: int, index: int) -> int:

@@ -30,15 +30,34 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """Reply to a request. If `error` is not None, the call failed; the text has no meaning and is not stored."""
+    """Reply to a request. If `error` is not None, the call failed; the text has no meaning and is not stored.
+
+    Attributes:
+        error: the reason in a word or two, a colon, and the details: "content_filter: ...", "status 400: ...".
+        finish: "stop", or "length" where the reply reached its limit and was cut.
+    """
 
     text: str
     error: str | None = None
+    finish: str = "stop"
 
     @property
     def ok(self) -> bool:
         """True where the call succeeded."""
         return self.error is None
+
+    @property
+    def is_cut(self) -> bool:
+        """True where the reply ends at its limit and not where its author ended it."""
+        return self.error is None and self.finish == "length"
+
+    @property
+    def reason(self) -> str:
+        """Why there is no whole reply, in a word or two that can be counted: "length", "status 400"; else ""."""
+        if self.error is None:
+            return "length" if self.is_cut else ""
+        reason = self.error.partition(": ")[0].strip()
+        return reason if 0 < len(reason) <= 40 else "call failed"
 
 
 @runtime_checkable

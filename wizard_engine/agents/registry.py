@@ -1,6 +1,7 @@
 """Agents by name: registered programs, checkpoint directories, endpoints."""
 
 import difflib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +86,16 @@ class Cast:
         return self._made[spec]
 
     def close(self) -> None:
-        """Closes the ledger; the agents of this cast accept no further requests."""
+        """Closes the ledger, and says on stderr what the agents' replies held and nobody used.
+
+        The agents of this cast accept no further requests.
+        """
+        for agent in self._made.values():
+            while hasattr(agent, "agent"):
+                agent = agent.agent
+            for line in getattr(agent, "notes", list)():
+                print(line, file=sys.stderr, flush=True)
+        self._made.clear()
         self.ledger.close()
 
     def optional(self, spec: str | None) -> Agent | None:

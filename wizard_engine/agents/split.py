@@ -26,6 +26,6 @@ class SplitAgent:
         unique = list(dict.fromkeys(requests))
         mine = self.agent.respond(unique[self.rank :: self.world_size])
         replies: dict[Request, Reply] = {}
-        for rank, part in enumerate(gather_objects([(reply.text, reply.error) for reply in mine])):
+        for rank, part in enumerate(gather_objects([(reply.text, reply.error, reply.finish) for reply in mine])):
             replies.update(zip(unique[rank :: self.world_size], (Reply(*reply) for reply in part), strict=True))
         return [replies[request] for request in requests]

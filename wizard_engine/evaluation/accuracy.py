@@ -4,7 +4,9 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from wizard_engine.data.final_answers import extract_answer
+from wizard_engine.agents.missing import Missing
+from wizard_engine.data.final_answers import is_right, read_claim
+from wizard_engine.data.latex_answers import is_latex, library
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,9 @@ class Accuracy:
     """Number and fraction of right answers.
 
     Attributes:
+        total: answers that came.
         unanswered: answers without a number; they count as wrong.
+        missing: problems whose answer is Missing; they are in no other number.
         se: standard error sqrt(p (1 - p) / total).
         ci95: Wilson's 95 % interval.
     """
@@ -23,14 +27,16 @@ class Accuracy:
     se: float
     ci95: tuple[float, float]
     unanswered: int = 0
+    missing: int = 0
 
 
-def accuracy(answers: Sequence[str], references: Sequence[str]) -> Accuracy:
+def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Accuracy:
     """Fraction of answers that claim the number of the reference.
 
     Args:
-        answers: one per problem; a text without a number is wrong.
-        references: texts that claim the right number, such as worked solutions.
+        answers: one per problem; a text without a number is wrong, a Missing one is neither right nor wrong.
+        references: texts that claim the right number, such as worked solutions; with math-verify also expressions in
+            LaTeX.
     Raises:
         ValueError: no answers, another number of references, or a reference without a number.
     """
@@ -39,19 +45,30 @@ def accuracy(answers: Sequence[str], references: Sequence[str]) -> Accuracy:
             f"references: expected one per answer and at least one, got {len(references)} for {len(answers)} answers; "
             "give both for the same problems"
         )
-    right = [extract_answer(reference) for reference in references]
-    if None in right:
-        index = right.index(None)
-        raise ValueError(f"references[{index}]: expected a number, got {references[index][:80]!r}; remove such rows")
-    claimed = [extract_answer(answer) for answer in answers]
-    correct = sum(a is not None and a == b for a, b in zip(claimed, right))
-    return _accuracy(correct, len(answers), claimed.count(None))
+    right = [read_claim(reference) for reference in references]
+    for index, claim in enumerate(right):
+        if claim is None and not (is_latex(references[index]) and library()):
+            more = "; pip install -e '.[math]' to compare expressions" if is_latex(references[index]) else ""
+            raise ValueError(
+                f"references[{index}]: expected a number, got {references[index][-80:]!r}; remove such rows{more}"
+            )
+    came = [
+        (read_claim(answer), answer, claim, reference)
+        for answer, claim, reference in zip(answers, right, references)
+        if not isinstance(answer, Missing)
+    ]
+    if not came:
+        raise ValueError(f"answers: expected at least one that came, got {len(answers)} missing; ask again")
+    marks = [is_right(*pair) for pair in came]
+    correct = sum(marks)
+    unanswered = sum(pair[0] is None and not mark for pair, mark in zip(came, marks))
+    return _accuracy(correct, len(came), unanswered, len(answers) - len(came))
 
 
 def accuracy_by(
-    answers: Sequence[str], references: Sequence[str], groups: Sequence[Hashable]
+    answers: Sequence[str | Missing], references: Sequence[str], groups: Sequence[Hashable]
 ) -> dict[Hashable, Accuracy]:
-    """`accuracy` within each group of problems, in the order in which the groups first appear.
+    """`accuracy` within each group of problems with an answer, in the order in which the groups first appear.
 
     Raises:
         ValueError: as `accuracy`, or another number of groups than answers.
@@ -63,14 +80,16 @@ def accuracy_by(
     accuracies = {}
     for group in dict.fromkeys(groups):
         chosen = [index for index, other in enumerate(groups) if other == group]
+        if all(isinstance(answers[index], Missing) for index in chosen):
+            continue
         accuracies[group] = accuracy([answers[index] for index in chosen], [references[index] for index in chosen])
     return accuracies
 
 
-def _accuracy(correct: int, total: int, unanswered: int) -> Accuracy:
+def _accuracy(correct: int, total: int, unanswered: int, missing: int) -> Accuracy:
     share = correct / total
     se = math.sqrt(share * (1 - share) / total)
-    return Accuracy(correct, total, share, se, wilson_interval(correct, total), unanswered)
+    return Accuracy(correct, total, share, se, wilson_interval(correct, total), unanswered, missing)
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,10 +1,12 @@
 """Blind pairwise preference: two models' answers to the same prompts, judged unlabelled and in both orders.
 
 The answer shown first is drawn per prompt, and the second game swaps the two. A model wins a prompt only if both games
-agree. Failed calls and unreadable verdicts are counted as errors, never as ties.
+agree. Failed calls, cut and unreadable verdicts, and prompts that one of the two did not answer are counted as errors
+with their reasons, never as ties and never as a loss.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -12,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from wizard_engine.agents.missing import Missing
 from wizard_engine.agents.prompts import dialogue, request_messages
-from wizard_engine.agents.protocol import Agent, Request
+from wizard_engine.agents.protocol import Agent, Reply, Request
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
 
 from .accuracy import wilson_interval
 
 TIE_MARGIN = 0.1
+JUDGE_TOKENS = 1024
 BOOTSTRAP = 2000
 Prompt = str | Sequence[Message]
 
@@ -50,6 +54,7 @@ class Pairwise:
 
     Attributes:
         wins, losses, ties: prompts that a won, lost, or neither; errors: prompts without two readable verdicts.
+        missing: reason -> prompts, for the errors: "answer: length", "judge: status 400", "judge: unreadable".
         win_rate: wins / (wins + losses), ties removed; None if all are ties. ci95: its bootstrap interval
             (Wilson's if all decided prompts have the same winner).
         win_rate_with_ties: (wins + ties/2) / (wins + losses + ties). ci95_with_ties: its bootstrap interval.
@@ -75,6 +80,7 @@ class Pairwise:
     judge: str
     fingerprint: str
     seed: int
+    missing: dict[str, int] = field(default_factory=dict)
     battles: tuple[Battle, ...] = field(repr=False, default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +89,8 @@ class Pairwise:
 
 
 def pairwise(
-    answers_a: Sequence[str],
-    answers_b: Sequence[str],
+    answers_a: Sequence[str | Missing],
+    answers_b: Sequence[str | Missing],
     prompts: Sequence[Prompt],
     *,
     judge: Agent,
@@ -92,15 +98,17 @@ def pairwise(
     name_b: str = "b",
     seed: int = 0,
     tie_margin: float = TIE_MARGIN,
+    max_tokens: int = JUDGE_TOKENS,
 ) -> Pairwise:
     """Comparison of two models' answers by a judge that sees neither names nor sources.
 
     Args:
-        answers_a, answers_b: an answer per prompt.
+        answers_a, answers_b: an answer per prompt; one that is Missing is not judged.
         prompts: instructions, or conversations that end with a user turn.
         judge: answers the task "judge"; asked twice per prompt in one batch, at temperature 0.
         seed: of the order of the sources, of the judge's requests, and of the bootstrap over prompts.
         tie_margin: scores that differ by at most this are a tie.
+        max_tokens: longest verdict with its explanation.
     Raises:
         ValueError: no prompts, or another number of answers than of prompts.
     """
@@ -112,22 +120,26 @@ def pairwise(
     order = random.Random(f"order:{seed}")
     a_first = [order.random() < 0.5 for _ in prompts]
     requests = []
-    for prompt, a, b, first in zip(prompts, answers_a, answers_b, a_first):
+    unanswered = [next((x.reason for x in pair if isinstance(x, Missing)), None) for pair in zip(answers_a, answers_b)]
+    for prompt, a, b, first, missing in zip(prompts, answers_a, answers_b, a_first, unanswered):
         shown = (a, b) if first else (b, a)
-        requests += [_request(prompt, *shown, seed), _request(prompt, *reversed(shown), seed)]
-    replies = judge.respond(requests)
+        if missing is None:
+            requests += [_request(prompt, *order, seed, max_tokens) for order in (shown, shown[::-1])]
+    replies = iter(judge.respond(requests) if requests else [])
     battles = []
-    for index, first in enumerate(a_first):
-        pair = replies[2 * index : 2 * index + 2]
-        games, errors = _read_games(pair, first)
+    for index, (first, missing) in enumerate(zip(a_first, unanswered)):
+        if missing is not None:
+            battles.append(Battle(name_a, name_b, index, None, (None, None), first, (f"answer: {missing}",)))
+            continue
+        games, errors = _read_games([next(replies), next(replies)], first)
         battles.append(Battle(name_a, name_b, index, _score(games, tie_margin), games, first, errors))
     return _summarise(battles, answers_a, answers_b, judge, seed, tie_margin)
 
 
-def _request(prompt: Prompt, first: str, second: str, seed: int) -> Request:
+def _request(prompt: Prompt, first: str, second: str, seed: int, max_tokens: int) -> Request:
     history, instruction = split_prompt(prompt)
     fields = {"history": history, "instruction": instruction, "answer_a": first, "answer_b": second}
-    return Request("judge", request_messages("judge", **fields), seed=seed)
+    return Request("judge", request_messages("judge", **fields), seed=seed, max_tokens=max_tokens)
 
 
 def split_prompt(prompt: Prompt) -> tuple[str, str]:
@@ -145,11 +157,26 @@ def _read_games(replies: Sequence, a_first: bool) -> tuple[tuple[tuple[float, fl
     """(score of a, score of b) of both games; the second showed the answers in the other order."""
     games, errors = [], []
     for reply, first in zip(replies, (a_first, not a_first)):
-        scores = None if reply.error is not None else read_scores(reply.text, 2)
+        scores = None if reply.reason else read_scores(reply.text, 2)
         if scores is None:
-            errors.append(reply.error or f"no two scores [[x]] [[y]] from 1 to 10 in {reply.text[-60:]!r}")
+            errors.append(judge_error(reply, "no two scores [[x]] [[y]] from 1 to 10"))
         games.append(scores if scores is None or first else scores[::-1])
     return tuple(games), tuple(errors)
+
+
+def judge_error(reply: Reply, expected: str) -> str:
+    """Why a judge's reply is no verdict, its kind first: "judge: length: ...", "judge: unreadable: ..."."""
+    if reply.is_cut:
+        return f"judge: length: the verdict was cut at its limit, after {reply.text[-60:]!r}; raise the limit"
+    return (
+        f"judge: {reply.error}" if reply.error is not None else f"judge: unreadable: {expected} in {reply.text[-60:]!r}"
+    )
+
+
+def error_kind(error: str) -> str:
+    """The first two parts of an error, which can be counted: "judge: length", "answer: status 400"."""
+    who, _, rest = error.partition(": ")
+    return f"{who}: {rest.partition(': ')[0][:40]}"
 
 
 def game_winner(scores: tuple[float, float], tie_margin: float) -> int:
@@ -167,8 +194,8 @@ def _score(games: Sequence[tuple[float, float] | None], tie_margin: float) -> fl
 
 def _summarise(
     battles: Sequence[Battle],
-    answers_a: Sequence[str],
-    answers_b: Sequence[str],
+    answers_a: Sequence[str | Missing],
+    answers_b: Sequence[str | Missing],
     judge: Agent,
     seed: int,
     margin: float,
@@ -203,6 +230,7 @@ def _summarise(
         judge=judge.name,
         fingerprint=judge.fingerprint,
         seed=seed,
+        missing=dict(Counter(error_kind(battle.errors[0]) for battle in battles if battle.errors).most_common()),
         battles=tuple(battles),
     )
 
@@ -237,18 +265,19 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def all_pairs(
-    answers: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[str | Missing]],
     prompts: Sequence[Prompt],
     *,
     judge: Agent,
     seed: int = 0,
     baseline: str | None = None,
+    max_tokens: int = JUDGE_TOKENS,
     progress: Callable[[str], None] | None = None,
 ) -> list[Pairwise]:
     """Comparisons of every two models, or of each model with `baseline`; the later model of a pair is a.
 
     Args:
-        answers: model -> an answer per prompt; at least two models.
+        answers: model -> an answer per prompt; at least two models.   max_tokens: longest verdict.
         progress: called with a line of text after each comparison.
     Raises:
         ValueError: fewer than two models, or a baseline that is not among them.
@@ -260,7 +289,8 @@ def all_pairs(
     pairs = [(name, baseline) for name in answers if name != baseline] if baseline else []
     results = []
     for a, b in pairs or [(later, earlier) for earlier, later in combinations(answers, 2)]:
-        result = pairwise(answers[a], answers[b], prompts, judge=judge, name_a=a, name_b=b, seed=seed)
+        settings = {"name_a": a, "name_b": b, "seed": seed, "max_tokens": max_tokens}
+        result = pairwise(answers[a], answers[b], prompts, judge=judge, **settings)
         results.append(result)
         if progress is not None:
             progress(f"{a} : {b}  {result.wins} : {result.losses}, {result.ties} ties, {result.errors} errors")

@@ -235,7 +235,7 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
             (
                 "" if same else parts.slice_name(stage["slice"]),
                 parts.stage_name(stage["name"]),
-                f"{stage['correct']:,} / {stage['total']:,}",
+                f"{stage['correct']:,} / {stage['total']:,}" + _missing(stage),
                 f"{100 * stage['accuracy']:.1f} ± {error:.1f}",
                 parts.change(stage["accuracy"], before["accuracy"] if same else None),
                 "–" if sampled is None else f"{100 * sampled:.1f}",
@@ -246,6 +246,12 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
         before = stage
     header = ("slice", "stage", "right", "greedy %", "change", "sampled %", "change", "time")
     return table(header, lines, numeric=range(2, 8))
+
+
+def _missing(stage: Mapping[str, Any]) -> str:
+    """How many answers are in no accuracy of a stage, greedy and sampled; "" for none."""
+    counts = [stage.get(name, 0) for name in ("missing", "sampled_missing")]
+    return f", {counts[0]} and {counts[1]} missing" if any(counts) else ""
 
 
 # ---- preference -----------------------------------------------------------------------------------------------------
@@ -355,7 +361,7 @@ def _mt_bench(results: Sequence[Mapping[str, Any]]) -> str:
     ]
     missing = sum(result.get("missing", 0) for result in results)
     lead = "Two-turn questions of the world in the manner of MT-Bench: the second turn changes one number. The world's "
-    lead += f"judge rates each turn from 1 to 10; ratings that could not be read: {missing}."
+    lead += f"judge rates each turn from 1 to 10; ratings that are missing: {missing}."
     return section("Two-turn questions", grid(cards, wide=True), lead=lead)
 
 

@@ -55,7 +55,19 @@ def write_summary(
     """
     stages = [_stage(index, name, path, timing) for index, name, path in measured]
     battles = json.loads((arena / "arena.json").read_text(encoding="utf-8"))
-    keys = ("a", "b", "wins", "losses", "ties", "win_rate", "ci95", "win_rate_with_ties", "ci95_with_ties", "errors")
+    keys = (
+        "a",
+        "b",
+        "wins",
+        "losses",
+        "ties",
+        "win_rate",
+        "ci95",
+        "win_rate_with_ties",
+        "ci95_with_ties",
+        "errors",
+        "missing",
+    )
     pairs = [{key: pair[key] for key in keys} for pair in battles["pairwise"]]
     tests = {
         path.name.removeprefix("mt_bench_"): _read(path / "mt_bench.json") for path in sorted(out.glob("mt_bench_*"))
@@ -84,7 +96,8 @@ def _stage(index: int, name: str, path: Path, timing: dict[str, float]) -> dict[
         value for key, value in timing.items() if key == ("base" if name == "base" else f"slice_{index}/{name}")
     )
     chosen = {key: counted[key] for key in ("accuracy", "correct", "total", "sampled_accuracy", "sampled_correct")}
-    return {"slice": index, "name": name, **chosen, "seconds": spent}
+    missing = {key: counted[key] for key in ("missing", "sampled_missing") if counted.get(key)}
+    return {"slice": index, "name": name, **chosen, **missing, "seconds": spent}
 
 
 def _mt_scores(report: dict[str, Any]) -> dict[str, Any]:
@@ -269,9 +282,9 @@ def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str
     chosen = []
     for index, line in enumerate(final):
         reference = extract_answer(line["reference"])
-        right = {name: extract_answer(rows[index]["sampled"]) == reference for name, rows in answers.items()}
-        if right[stages[-1][0]] and not right[stages[0][0]] and len(line["prompt"]) > 90:
-            texts = {name: rows[index]["sampled"] for name, rows in answers.items()}
+        texts = {name: rows[index]["sampled"] for name, rows in answers.items()}
+        right = {name: text is not None and extract_answer(text) == reference for name, text in texts.items()}
+        if None not in texts.values() and right[stages[-1][0]] and not right[stages[0][0]] and len(line["prompt"]) > 90:
             chosen.append(
                 {"prompt": line["prompt"], "reference": line["reference"], "answers": texts, "correct": right}
             )

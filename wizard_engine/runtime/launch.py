@@ -11,6 +11,7 @@ import torch
 
 from .cli import cli
 from .process import Interrupted, current_heartbeat, stop
+from .text_lines import printable
 
 
 def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] | None = None) -> None:
@@ -44,7 +45,8 @@ def _fail(name: str, error: Exception, text: str, *, tell: bool = True) -> None:
     """Print an error and post it to the other ranks; exit at once if a collective could block this rank."""
     heartbeat = current_heartbeat()
     where = "" if heartbeat is None or text.startswith("[rank") else f"[rank {heartbeat.rank}/{heartbeat.world_size}] "
-    print(f"{name}: error: {where}{text}", file=sys.stderr, flush=True)
+    # An error may quote a row, a file's name or an endpoint: none of them may move the cursor or begin a line.
+    print(f"{name}: error: {where}{printable(text)}", file=sys.stderr, flush=True)
     if heartbeat is not None:
         if tell:
             heartbeat.fail(text)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .files import naming, write_bytes
+from .text_lines import printable
 
 BAR_METRICS = ("loss", "tokens_per_second", "mfu")
 
@@ -23,7 +24,7 @@ def progress(
     is_other_rank = dist.is_initialized() and dist.get_rank() != 0
     # With disable=None tqdm itself asks whether stderr is a terminal.
     disable = True if quiet or is_other_rank else None
-    return tqdm(items, desc=desc, unit=unit, total=total, disable=disable, leave=False, dynamic_ncols=True)
+    return tqdm(items, desc=printable(desc), unit=unit, total=total, disable=disable, leave=False, dynamic_ncols=True)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -89,8 +90,8 @@ class MetricsLogger:
 
     @staticmethod
     def warn(text: str) -> None:
-        """Print a line on stderr, above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        """Print a line on stderr, above the bar; controls in it are escaped."""
+        tqdm.write(printable(text, keep="\n"), file=sys.stderr)
 
     def close(self) -> None:
         """Close the file and the bar; a second call does nothing."""

@@ -9,13 +9,14 @@ form here is this project's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.data.records import Conversation, Message, Preference
 
 from .battles import Scene, battle_records, battle_tables, hold_battles
-from .calls import Calls, as_read, derive_seed
+from .calls import JUDGE_TOKENS, Calls, OnLength, as_read, derive_seed
 from .elimination import detect_failure
 from .evol_answer import strip_meta
 from .judging import Match, judge_matches
@@ -34,6 +35,7 @@ class CoTaught:
         battles: one object a battle: row, turn, a, b (agent names), score_a, score_b, gap, winner ("a", "b" or "tie"),
             is_flipped, identical.
         statistics: "rivals", "topics", "difficulties" (see battles.battle_tables), "skills" (see lessons), "flip_rate",
+            "missing" (battles without answers or verdict; they are in no table),
             "selected" (scenes, lessons and pairs, with the reasons for dropping), "calls".
     """
 
@@ -67,6 +69,8 @@ def co_teach(
     seed: int = 0,
     temperature: float = 0.0,
     max_tokens: int = 256,
+    judge_max_tokens: int = JUDGE_TOKENS,
+    on_length: OnLength = "drop",
 ) -> CoTaught:
     """Lessons and preference rows for `ours` from battles with its rivals.
 
@@ -88,12 +92,16 @@ def co_teach(
         lessons: most lessons; None for all.
         temperature: of the contestants' answers.
         max_tokens: longest reply.
+        judge_max_tokens: longest verdict.   on_length: "drop" or "keep" answers that were cut (see Calls).
     Raises:
         ValueError: no rivals, equal names, a threshold below 0, chat_turns below 1, or no `user` for a longer chat.
     """
     contestants = [ours, *rivals]
     _validate(contestants, sft_threshold, dpo_threshold, chat_turns, user)
-    calls, pairs = Calls(max_tokens=max_tokens), Pairs(dpo_threshold)
+    calls, pairs = (
+        Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length),
+        Pairs(dpo_threshold),
+    )
     scenes: list[Scene] = []
     current = [Scene(row, 0, tuple(row.messages[:-1])) for row in rows]
     for turn in range(chat_turns):
@@ -103,11 +111,11 @@ def co_teach(
         hold_battles(calls, contestants, judge, current, temperature=temperature, seed=battle_seed)
         scenes += current
     for scene in scenes:
-        _add_pair(pairs, scene, contestants, judge)
+        _add_pair(calls, pairs, scene, contestants, judge)
     chosen, skills = choose_lessons([(scene.row, scene.loss()[0]) for scene in scenes], sft_threshold, lessons)
     taught = [scenes[index] for index in chosen]
     targets = _targets(calls, contestants, judge, suggester, rewriter, taught, seed)
-    sft = [_lesson(scene, target, contestants) for scene, target in zip(taught, targets)]
+    sft = [_lesson(calls, scene, target, contestants) for scene, target in zip(taught, targets)]
     battles = battle_records(scenes, [contestant.name for contestant in contestants])
     selected = {
         "scenes": len(scenes),
@@ -118,6 +126,7 @@ def co_teach(
         "pairs_won_by_ours": sum(pair.attributes["winner"] == ours.name for pair in pairs.rows),
     }
     tables = battle_tables(battles, rows, ours.name)
+    tables["missing"] = len(scenes) * len(list(combinations(contestants, 2))) - len(battles)
     statistics = {**tables, "skills": skills, "selected": selected, "calls": calls.statistics()}
     return CoTaught(sft, pairs.rows, battles, statistics)
 
@@ -134,7 +143,7 @@ def _continue(calls: Calls, user: Agent | None, scenes: Sequence[Scene], seed: i
     ]
 
 
-def _add_pair(pairs: Pairs, scene: Scene, contestants: Sequence[Agent], judge: Agent) -> None:
+def _add_pair(calls: Calls, pairs: Pairs, scene: Scene, contestants: Sequence[Agent], judge: Agent) -> None:
     """Offers the best and the worst answer of a scene as a preference row."""
     ranking = scene.ranking() or [0, 0]
     best, worst = ranking[0], ranking[-1]
@@ -144,7 +153,8 @@ def _add_pair(pairs: Pairs, scene: Scene, contestants: Sequence[Agent], judge: A
     names = {"winner": contestants[best].name, "loser": contestants[worst].name, "turn": scene.turn}
     lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": judge.name}
     match = Match(scene.prompt, scene.answers[best] or "", scene.answers[worst] or "")
-    pairs.add(match, verdict, instruction_attributes(scene.row) | names, lineage)
+    marks = calls.marks(match.first, match.second)
+    pairs.add(match, verdict, instruction_attributes(scene.row) | names | marks, lineage)
 
 
 def _targets(
@@ -195,7 +205,7 @@ def _rewrite_fields(scene: Scene, suggestion: str) -> dict[str, str]:
     return {"operator": "correctness", "suggestion": suggestion, "instruction": instruction, "answer": answer}
 
 
-def _lesson(scene: Scene, target: _Target, contestants: Sequence[Agent]) -> Conversation:
+def _lesson(calls: Calls, scene: Scene, target: _Target, contestants: Sequence[Agent]) -> Conversation:
     gap, rival = scene.loss()
     attributes = {
         **instruction_attributes(scene.row),
@@ -203,6 +213,7 @@ def _lesson(scene: Scene, target: _Target, contestants: Sequence[Agent]) -> Conv
         "rival": contestants[rival].name,
         "answer_score": scene.score(rival),
         "turn": scene.turn,
+        **calls.marks(target.answer),
     }
     lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": target.agent}
     if target.suggestion:

@@ -13,9 +13,10 @@ from typing import Any
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
+from wizard_engine.data.final_answers import read_claim
 from wizard_engine.data.records import Conversation, Message, Preference
 
-from .calls import Calls, as_read, derive_seed
+from .calls import JUDGE_TOKENS, Calls, as_read, derive_seed
 from .judging import Match, Verdict, judge_matches
 from .pairs import Pairs, instruction_attributes
 
@@ -27,7 +28,6 @@ _META = re.compile(
     r"\b(?:improved|rewritten|revised|better|enhanced|updated|new)\b[^\n]*?(?:[:.]\s*|\n|$)",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ def evolve_answers(
     min_gap: float = 0.5,
     seed: int = 0,
     max_tokens: int = 256,
+    judge_max_tokens: int = JUDGE_TOKENS,
 ) -> EvolvedAnswers:
     """The rows with their last answers rewritten.
 
     In each round every answer is rewritten once, by an operator that its row has not used yet (all are available again
     once used). The parent is kept unless the judge prefers the rewrite in both orders. A rewrite is not judged if it is
     blank, equal to its parent, or longer than `length_cap` times the row's first answer. A remark such as "Here is the
-    improved answer:" is cut off. A rewrite with another result (last number) than its parent must win by
+    improved answer:" is cut off. A rewrite with another result (the number that it claims) than its parent must win by
     `result_margin` in both orders: only then is the old result taken for wrong.
 
     Args:
@@ -89,12 +90,12 @@ def evolve_answers(
         length_cap: ratio of characters; first answers count as at least SHORTEST_CHARACTERS.
         result_margin: points of score.
         min_gap: smallest averaged gap of a preference row, points.
-        max_tokens: longest reply.
+        max_tokens: longest reply.   judge_max_tokens: longest verdict.
     Raises:
         ValueError: an unknown operator, a cap below 1 or a negative number of rounds.
     """
     _validate(operators, rounds, length_cap)
-    calls, pairs = Calls(max_tokens=max_tokens), Pairs(min_gap)
+    calls, pairs = Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens), Pairs(min_gap)
     counts = {name: Counter(tried=0, accepted=0) for name in operators}
     chains = [_Chain(row, row.answer, _order(row, operators, rounds, seed)) for row in rows]
     for number in range(1, rounds + 1):
@@ -111,12 +112,6 @@ def evolve_answers(
     }
     described = [{"row": chain.row.id, "links": chain.links} for chain in chains]
     return EvolvedAnswers(changed, pairs.rows, described, statistics)
-
-
-def final_number(text: str) -> str | None:
-    """The last number of a text as written, without group separators; None without a number."""
-    numbers = _NUMBER.findall(text)
-    return re.sub(r",(?=\d{3}\b)", "", numbers[-1]) if numbers else None
 
 
 def strip_meta(text: str) -> str:
@@ -186,8 +181,9 @@ def _decision(match: Match, verdict: Verdict | None, result_margin: float) -> st
         return "call failed"
     if verdict.winner < 1:
         return "flipped" if verdict.is_flipped else "not preferred"
-    new, old = final_number(match.first), final_number(match.second)
-    if old is not None and new != old and min(verdict.gaps) < result_margin:
+    new, old = read_claim(match.first), read_claim(match.second)
+    is_same = old is None or (new is not None and new.equals(old))
+    if not is_same and min(verdict.gaps) < result_margin:
         return "result changed"
     return "accepted"
 

@@ -15,7 +15,7 @@ from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_equal, read_evolved
 from wizard_engine.data.records import Conversation, Message
 
-from .calls import Calls, derive_seed
+from .calls import JUDGE_TOKENS, Calls, OnLength, derive_seed
 from .elimination import instruction_fault, response_fault
 
 OPERATORS = ("constraint", "deepen", "concretise", "steps", "complicate", "breadth")
@@ -76,6 +76,8 @@ def evolve_instructions(
     seed: int = 0,
     temperature: float = 0.0,
     max_tokens: int = 256,
+    judge_max_tokens: int = JUDGE_TOKENS,
+    on_length: OnLength = "drop",
 ) -> Evolved:
     """The rows and their evolutions.
 
@@ -92,11 +94,12 @@ def evolve_instructions(
         method: text of an evolving method (see optimise_method); "" for that of the prompt.
         temperature: of the evolver.
         max_tokens: longest reply.
+        judge_max_tokens: longest verdict.   on_length: "drop" or "keep" answers that were cut (see Calls).
     Raises:
         ValueError: an unknown operator, or a negative number of rounds.
     """
     _validate(operators, rounds)
-    calls = Calls(max_tokens=max_tokens)
+    calls = Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length)
     run = _Run(calls, evolver, answerer, judge, tuple(operators), method, seed, temperature)
     pool, made, per_round = list(rows), [], []
     run.known = {_signature(m.content) for row in rows for m in row.messages if m.role == "user"}
@@ -235,6 +238,7 @@ class _Run:
             "round": number,
         }
         attributes["evolutions"] = line.row.attributes.get("evolutions", 0) + 1
+        attributes |= self.calls.marks(*(m.content for m in line.messages if m.role == "assistant"))
         return Conversation(tuple(line.messages), attributes, lineage)
 
 

@@ -15,7 +15,7 @@ from wizard_engine.agents.replies import read_labels, read_ranking
 from wizard_engine.data.records import Conversation, Preference, Process
 from wizard_engine.data.solution_steps import step_texts
 
-from .calls import Calls, derive_seed
+from .calls import JUDGE_TOKENS, Calls, OnLength, derive_seed
 from .pairs import instruction_attributes
 
 
@@ -28,6 +28,8 @@ def label_processes(
     temperature: float = 1.0,
     seed: int = 0,
     max_tokens: int = 256,
+    judge_max_tokens: int = JUDGE_TOKENS,
+    on_length: OnLength = "drop",
     statistics: dict[str, Any] | None = None,
 ) -> list[Process]:
     """The student's answers with a label for each step, in the order of the rows.
@@ -38,6 +40,7 @@ def label_processes(
         rows: their user turns are answered.
         student: task "answer", `samples` times at `temperature`; equal answers to a row count once.
         labeller: task "label".
+        judge_max_tokens: longest list of labels.   on_length: "drop" or "keep" answers that were cut (see Calls).
         statistics: filled with "answers", "kept", "dropped" (reasons), "labels" (label -> steps), "calls".
     Returns:
         one row an answer; answers with unreadable labels are skipped and counted.
@@ -46,7 +49,7 @@ def label_processes(
     """
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}; give the answers wanted a row")
-    calls, dropped = Calls(max_tokens=max_tokens), Counter()
+    calls, dropped = Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length), Counter()
     single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
     dropped["several turns"] += len(rows) - len(single)
     answers = _distinct_answers(calls, student, single, samples, temperature, dropped, seed)
@@ -64,7 +67,9 @@ def label_processes(
             dropped["labels unreadable"] += 1
             continue
         lineage = {"parents": [row.id], "operator": "label_processes", "agent": labeller.name}
-        attributes = instruction_attributes(row) | {"policy": student.fingerprint, "answer": answer}
+        attributes = (
+            instruction_attributes(row) | {"policy": student.fingerprint, "answer": answer} | calls.marks(answer)
+        )
         processes.append(Process(tuple(row.messages[:-1]), steps, marks, attributes, lineage))
     if statistics is not None:
         label_counts = Counter(str(mark) for process in processes for mark in process.labels)
@@ -100,7 +105,7 @@ def rank_instructions(
     min_gap: float = 0.5,
     margin_scale: float = 0.1,
     seed: int = 0,
-    max_tokens: int = 256,
+    judge_max_tokens: int = JUDGE_TOKENS,
     statistics: dict[str, Any] | None = None,
 ) -> list[Preference]:
     """Pairs of instructions for the instruction reward model: an empty prompt, the better text chosen.
@@ -111,14 +116,14 @@ def rank_instructions(
     Args:
         groups: texts to compare with each other, best 4 to 8 in a group (see instruction_groups); groups with fewer
             than two distinct texts give nothing.
-        ranker: task "rank".
+        ranker: task "rank".   judge_max_tokens: longest ranking.
         statistics: filled with "groups", "kept", "dropped" (reasons), "calls".
     Raises:
         ValueError: a negative min_gap or margin_scale.
     """
     if min_gap < 0 or margin_scale < 0:
         raise ValueError(f"min_gap, margin_scale: expected 0 or more, got {min_gap}, {margin_scale}; raise them")
-    calls, dropped = Calls(max_tokens=max_tokens), Counter()
+    calls, dropped = Calls(judge_max_tokens=judge_max_tokens), Counter()
     distinct = [list({prompts.flatten(text): text for text in group}.values()) for group in groups]
     usable = [group for group in distinct if len(group) > 1]
     dropped["groups too small"] += len(distinct) - len(usable)

@@ -18,6 +18,7 @@ from wizard_engine.data.records import Conversation, Message
 from .calls import Calls, as_read, derive_seed
 from .elimination import detect_failure, instruction_fault
 
+CALL_FAILED = "call failed"
 IN_DEPTH = ("constraint", "deepen", "concretise", "steps", "complicate")
 
 
@@ -62,7 +63,7 @@ def optimise_method(
     `candidates` times and turns each analysis into a new method. The candidate with the lowest failure rate on the dev
     set replaces the method if it fails less often; otherwise the search ends. The failure rate is the fraction of dev
     rows whose response `detect_failure` reports, or that have no evolved instruction (blank, equal to its parent,
-    template words, failed call).
+    template words). Rows whose calls failed are not in it; they are counted as missing.
 
     Args:
         rows: their last instructions are used; dev set and mini-batches are drawn from them and never overlap.
@@ -141,11 +142,11 @@ class _Search:
         """Failure rate and reasons of each method on the dev set, all methods in one batch with the same draws."""
         evolved = self._evolve([(method, text) for method in methods for text in dev])
         parents = [text for _ in methods for text in dev]
-        reasons = ["not evolved" if new is None else instruction_fault(p, new) for p, new in zip(parents, evolved)]
+        reasons = [CALL_FAILED if new is None else instruction_fault(p, new) for p, new in zip(parents, evolved)]
         asked = [index for index, reason in enumerate(reasons) if reason is None]
         contexts = [(Message("user", evolved[index]),) for index in asked]
         for index, response in zip(asked, self.calls.converse(self.answerer, contexts, self.seed)):
-            reasons[index] = "no response" if response is None else detect_failure(response)
+            reasons[index] = CALL_FAILED if response is None else detect_failure(response)
         return [
             _candidate(method, reasons[number * len(dev) : (number + 1) * len(dev)])
             for number, method in enumerate(methods)
@@ -172,8 +173,12 @@ class _Search:
 
 
 def _candidate(method: str, reasons: Sequence[str | None]) -> dict[str, Any]:
-    failed = Counter(reason for reason in reasons if reason is not None)
-    return {"method": method, "failure_rate": failed.total() / len(reasons), "reasons": dict(sorted(failed.items()))}
+    """A method with its failure rate over the rows that were measured: a failed call says nothing about a method."""
+    failed = Counter(reason for reason in reasons if reason not in (None, CALL_FAILED))
+    missing = reasons.count(CALL_FAILED)
+    rate = failed.total() / (len(reasons) - missing) if missing < len(reasons) else 1.0
+    measured = {"method": method, "failure_rate": rate, "reasons": dict(sorted(failed.items()))}
+    return measured | ({"missing": missing} if missing else {})
 
 
 def _rate(candidate: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from wizard_engine.data.records import Conversation, Row, read_files, write_rows
 from wizard_engine.runtime.files import write_json, write_text
+from wizard_engine.runtime.text_lines import printable
 
 
 def read_conversations(
@@ -39,12 +40,15 @@ def write_outputs(
 
 
 def print_table(title: str, table: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints a table with a line a key; columns in the order of their first appearance."""
+    """Prints a table with a line a key; columns in the order of their first appearance.
+
+    Keys may come from rows: line ends and controls in them are shown escaped, and end no line.
+    """
     columns = list(dict.fromkeys(name for line in table.values() for name in line))
-    print(f"{title:<18}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in columns))
+    print(f"{title:<18}" + "".join(f"{printable(name):>{max(9, len(name) + 2)}}" for name in columns))
     for key, line in table.items():
         cells = (f"{_cell(line.get(name, 0)):>{max(9, len(name) + 2)}}" for name in columns)
-        print(f"  {key[:15]:<16}" + "".join(cells))
+        print(f"  {printable(key)[:15]:<16}" + "".join(cells))
 
 
 def _cell(value: Any) -> str:

@@ -17,7 +17,7 @@ from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_evolved
 from wizard_engine.data.records import Conversation, Message, Preference
 
-from .calls import Calls, derive_seed
+from .calls import JUDGE_TOKENS, Calls, OnLength, derive_seed
 from .elimination import detect_failure, instruction_fault
 from .evol_instruct import KEPT_IN_BREADTH, KEPT_IN_DEPTH, OPERATORS
 from .judging import Match, Verdict, judge_matches, rate_answers
@@ -85,6 +85,8 @@ def self_teach(
     temperature: float = 1.0,
     seed: int = 0,
     max_tokens: int = 256,
+    judge_max_tokens: int = JUDGE_TOKENS,
+    on_length: OnLength = "drop",
 ) -> SelfTaught:
     """Supervised and preference rows from the student's own samples.
 
@@ -104,11 +106,16 @@ def self_teach(
         min_gap: smallest averaged gap of a preference row, points.
         min_score: lowest rating of a supervised row, 1 to 10.
         max_tokens: longest reply.
+        judge_max_tokens: longest verdict.   on_length: "drop" or "keep" answers that were cut (see Calls).
     Raises:
         ValueError: fewer than 2 samples, keep outside (0, 1], an unknown score.
     """
     _validate(samples, keep, score)
-    calls, pairs, dropped = Calls(max_tokens=max_tokens), Pairs(min_gap), Counter()
+    calls, pairs, dropped = (
+        Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length),
+        Pairs(min_gap),
+        Counter(),
+    )
     cases = [_Case(row.id, tuple(row.messages[:-1]), instruction_attributes(row)) for row in rows]
     cases += _evolved_cases(calls, evolver, cases, dropped, seed) if evolver is not None else []
     cases = _sample(calls, student, cases, samples, temperature, dropped, seed)
@@ -117,7 +124,7 @@ def self_teach(
     selected = _select(cases, keep, dropped)
     sft: list[Conversation] = []
     for case in selected:
-        _teach(case, student, pairs, sft, min_score, dropped)
+        _teach(calls, case, student, pairs, sft, min_score, dropped)
     chosen = {id(case) for case in selected}
     statistics = {
         "prompts": len(cases),
@@ -196,7 +203,8 @@ def _match(case: _Case) -> Match:
 def _select(cases: Sequence[_Case], keep: float, dropped: Counter) -> list[_Case]:
     """The fraction `keep` of all cases with the highest scores, in their order; of equal scores the earlier ones."""
     scored = [index for index, case in enumerate(cases) if case.score is not None]
-    dropped["samples agree"] += sum(len(case.ranked) < 2 for case in cases)
+    dropped["samples agree"] += sum(len(case.ranked) < 2 <= len(case.samples) for case in cases)
+    dropped["samples missing"] += sum(len(case.ranked) < 2 and len(case.samples) < 2 for case in cases)
     dropped["call failed"] += sum(case.score is None and len(case.ranked) > 1 for case in cases)
     best = sorted(scored, key=lambda index: (-cases[index].score, index))[: round(keep * len(cases))]
     dropped["score too low"] += len(scored) - len(best)
@@ -204,7 +212,13 @@ def _select(cases: Sequence[_Case], keep: float, dropped: Counter) -> list[_Case
 
 
 def _teach(
-    case: _Case, student: Agent, pairs: Pairs, sft: list[Conversation], min_score: float, dropped: Counter
+    calls: Calls,
+    case: _Case,
+    student: Agent,
+    pairs: Pairs,
+    sft: list[Conversation],
+    min_score: float,
+    dropped: Counter,
 ) -> None:
     """Adds the rows of one selected case."""
     best = case.ranked[0]
@@ -214,11 +228,13 @@ def _teach(
         lineage["evolved_by"] = case.operator
     if case.ratings[best] >= min_score:
         messages = (*case.prompt, Message("assistant", best))
-        sft.append(Conversation(messages, attributes | {"answer_score": case.ratings[best]}, lineage))
+        scored = attributes | {"answer_score": case.ratings[best]} | calls.marks(best)
+        sft.append(Conversation(messages, scored, lineage))
     else:
         dropped["best sample too weak for a supervised row"] += 1
     if case.verdict.gap > 0:
-        pairs.add(_match(case), case.verdict, attributes, lineage)
+        match = _match(case)
+        pairs.add(match, case.verdict, attributes | calls.marks(match.first, match.second), lineage)
     else:
         pairs.dropped["ratings and battle disagree"] += 1
 

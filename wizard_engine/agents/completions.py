@@ -1,0 +1,151 @@
+"""What an OpenAI-compatible endpoint answers: every field of a reply is understood or named."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+# How endpoints name an answer that ended by itself, one that was cut, and one that has no text to use.
+ENDED = frozenset({"stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "done"})
+CUT = frozenset({"length", "max_tokens", "model_length", "max_output_tokens"})
+FILTERED = frozenset({"content_filter", "content-filter", "safety", "recitation", "sensitive"})
+TOOLS = frozenset({"tool_calls", "tool_call", "function_call", "tool_use"})
+REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
+# Fields of a message and of a choice that are read; others with a value are named.
+MESSAGE_FIELDS = frozenset({"role", "content", "refusal", "tool_calls", "function_call", *REASONING})
+CHOICE_FIELDS = frozenset({"index", "message", "finish_reason", "logprobs", "stop_reason", "token_ids", "matched_stop"})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply of an endpoint as it was read.
+
+    Attributes:
+        text: of the answer, without the model's reasoning.
+        finish: "stop" or "length".
+        error: why there is no text, as of Reply; "" where there is one.
+        is_temporary: whether the same call may be answered the next time.
+        extras: names of what the reply holds beside its text.
+    """
+
+    text: str = ""
+    finish: str = "stop"
+    error: str = ""
+    is_temporary: bool = False
+    extras: tuple[str, ...] = ()
+
+
+def read_answer(answer: Any, limit: int) -> Answer:
+    """The text of a chat completion, or the reason why it has none.
+
+    Args:
+        answer: an object with `choices`, as the openai client returns it, or anything that an endpoint sent instead.
+        limit: of the reply's tokens, for the message of one that was cut.
+    """
+    choices = getattr(answer, "choices", None)
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    if message is None:
+        return Answer(error="no text: an answer without a message", is_temporary=True)
+    text, parts = _content(getattr(message, "content", None))
+    extras = (*_extras(choices, message), *parts)
+    finish = str(getattr(choices[0], "finish_reason", None) or "stop")
+    error, is_temporary = _fault(message, finish.lower(), text, extras, limit)
+    if error:
+        return Answer(error=error, is_temporary=is_temporary, extras=extras)
+    return Answer(text.strip(), "length" if finish.lower() in CUT else "stop", extras=extras)
+
+
+def _fault(message: Any, finish: str, text: str | None, extras: tuple[str, ...], limit: int) -> tuple[str, bool]:
+    """Why a message is no answer, "" where it is one, and whether another try may give one."""
+    refusal = getattr(message, "refusal", None)
+    if refusal:
+        return f"refusal: {refusal}", False
+    if finish in FILTERED:
+        return f"content_filter: the endpoint withheld the answer (finish_reason {finish!r})", False
+    if finish in TOOLS or "tool_calls" in extras:
+        return "tool_calls: the reply calls a tool and none was offered", False
+    if finish in CUT and not (text and text.strip()):
+        spent = " on reasoning" if set(REASONING) & set(extras) else ""
+        return f"length: all of max_tokens={limit} was spent{spent} before the answer began", False
+    if finish not in ENDED | CUT:
+        return f"finish_reason {finish}: expected stop or length", True
+    if text is None:
+        return f"no text: an answer with {', '.join(extras) or 'nothing in it'}", True
+    return "", False
+
+
+def _content(content: Any) -> tuple[str | None, list[str]]:
+    """The text of a message's content, also of a list of parts; and the kinds of parts that are no text."""
+    if isinstance(content, str) or content is None:
+        return content, []
+    if not isinstance(content, list):
+        return None, [f"content of type {type(content).__name__}"]
+    texts, others = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+        text = part.get("text") if isinstance(part, dict) else getattr(part, "text", None)
+        if kind in ("text", "output_text") and isinstance(text, str):
+            texts.append(text)
+        else:
+            others.append(f"content part {kind}")
+    return "".join(texts) if texts else None, sorted(set(others))
+
+
+def _extras(choices: list, message: Any) -> tuple[str, ...]:
+    """Names of the fields with a value that are not the answer's text, reasoning among them."""
+    said = {name for name, value in _fields(message).items() if value}
+    names = [name for name in REASONING if name in said]
+    names += ["tool_calls"] if {"tool_calls", "function_call"} & said else []
+    names += sorted(name for name in said - MESSAGE_FIELDS)
+    names += sorted(name for name, value in _fields(choices[0]).items() if value and name not in CHOICE_FIELDS)
+    return (*names, *(["more than one choice"] if len(choices) > 1 else []))
+
+
+def _fields(item: Any) -> dict[str, Any]:
+    """The fields of an object of the client, those that it does not know included."""
+    known = vars(item) if hasattr(item, "__dict__") else {}
+    return {**known, **(getattr(item, "model_extra", None) or {})}
+
+
+# Statuses that say nothing of the single request: key, address, payment, method.
+ENDPOINT_STATUSES = {
+    401: "refuses the key",
+    402: "wants a payment",
+    403: "refuses the key",
+    404: "does not know the model or the address",
+    405: "does not take such calls at this address",
+    410: "is gone",
+    501: "cannot do this",
+}
+_REFUSED = re.compile(
+    r"unsupported|not support(?:ed)?|unknown|unrecogni[sz]ed|not permitted|not allowed|extra.?(?:inputs|forbidden)"
+    r"|unexpected|does not exist|not found|invalid.model|deprecated",
+    re.IGNORECASE,
+)
+
+
+def wrong_endpoint(status: int, message: str, body: Any, sent: frozenset[str] | set[str]) -> str:
+    """Why every call would be refused as this one was: key, address, model, an option; "" where it is this request.
+
+    Args:
+        status, message, body: of the refusal.   sent: names of the options that every request carries.
+    """
+    details = body.get("error", body) if isinstance(body, dict) else {}
+    details = details if isinstance(details, dict) else {}
+    if status in ENDPOINT_STATUSES:
+        return ENDPOINT_STATUSES[status]
+    if status == 429:
+        spent = "insufficient_quota" in (details.get("code"), details.get("type"))
+        return "says that the quota is spent" if spent else ""
+    if status not in (400, 422) or not _REFUSED.search(f"{details.get('code')} {message}"):
+        return ""
+    param = details.get("param")
+    options = [param] if param in sent else [name for name in sorted(sent) if re.search(rf"\b{name}\b", message)]
+    if not options:
+        return ""
+    advice = {
+        "max_tokens": "; give #token_limit=max_completion_tokens",
+        "max_completion_tokens": "; give #token_limit=max_tokens",
+        "temperature": "; give #temperature=no",
+        "seed": "; give #seed=no",
+    }
+    return f"refuses the option {options[0]}{advice.get(options[0], '')}"

@@ -1,0 +1,51 @@
+"""Calls that gave nothing: missing, counted with their reasons, and too many of them end a stage."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from wizard_engine.runtime.text_lines import one_line, printable
+
+MAX_MISSING = 0.05
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An answer that did not come, and why in a word or two: "length", "content_filter", "status 400"."""
+
+    reason: str
+
+
+def count_reasons(answers: Iterable[object]) -> dict[str, int]:
+    """Reason -> number of the answers that are Missing, the most frequent first."""
+    return dict(Counter(answer.reason for answer in answers if isinstance(answer, Missing)).most_common())
+
+
+def shown_reasons(reasons: Mapping[str, int]) -> str:
+    """Reasons with their numbers as text: `length 12, status 400 1`."""
+    ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{printable(one_line(reason))} {count}" for reason, count in ranked)
+
+
+def check_share(value: float) -> None:
+    """Raises ValueError for a largest share of missing replies outside 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"max_missing: expected a share from 0 to 1, got {value}; give 0.05 for five in a hundred")
+
+
+def check_missing(what: str, reasons: Mapping[str, int], asked: int, most: float, advice: str = "") -> None:
+    """Raises ValueError where more than the share `most` of what was asked is missing.
+
+    Args:
+        what: was asked for, such as "answers of m".   reasons: reason -> how many are missing.
+        advice: what helps against "length".
+    """
+    missing = sum(reasons.values())
+    if not asked or missing <= most * asked:
+        return
+    longer = f"{advice}, or " if advice and "length" in reasons else ""
+    raise ValueError(
+        f"{what}: expected at most {100 * most:g} % missing, got {missing} of {asked} ({shown_reasons(reasons)}); "
+        f"{longer}mend the cause and give the same command again, or accept the share by --max-missing; "
+        "what came is in the ledger"
+    )
