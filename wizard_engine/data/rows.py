@@ -24,7 +24,7 @@ def content_id(content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def messages_json(messages: Sequence[Message]) -> list[dict[str, str]]:
+def messages_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as a list of {"role", "content"} objects."""
     return [{"role": message.role, "content": message.content} for message in messages]
 
@@ -60,14 +60,21 @@ class _Row:
 
 @dataclass(frozen=True)
 class Conversation(_Row):
-    """A supervised row: an optional system message, then user and assistant turns that alternate."""
+    """A supervised row: an optional system message, then user and assistant turns that alternate.
+
+    weights: loss weight of each assistant turn, 0 or 1, in order; () trains all of them.
+    """
 
     messages: tuple[Message, ...]
     attributes: dict[str, Any] = field(default_factory=dict, hash=False)
     lineage: dict[str, Any] = field(default_factory=dict, hash=False)
+    weights: tuple[int, ...] = ()
 
     def content(self) -> dict[str, Any]:
-        return {"messages": messages_json(self.messages)}
+        messages = messages_json(self.messages)
+        for message, weight in zip((m for m in messages if m["role"] == "assistant"), self.weights):
+            message["weight"] = weight
+        return {"messages": messages}
 
     @property
     def instruction(self) -> str:
@@ -191,6 +198,8 @@ def check_row(row: Row) -> None:
     """
     if isinstance(row, Conversation):
         check_messages(row.messages, "messages", last="assistant")
+        if row.weights:
+            check_weights(row)
     elif isinstance(row, Preference):
         check_preference(row)
     else:
@@ -198,6 +207,13 @@ def check_row(row: Row) -> None:
     for name in ("attributes", "lineage"):
         if not isinstance(getattr(row, name), dict):
             raise ValueError(f"{name}: expected an object, got {brief(getattr(row, name))}")
+
+
+def check_weights(row: Conversation) -> None:
+    """Raises ValueError unless every assistant turn has a weight of 0 or 1."""
+    answers = sum(message.role == "assistant" for message in row.messages)
+    if len(row.weights) != answers or not all(weight in (0, 1) for weight in row.weights):
+        raise ValueError(f"weights: expected {answers} of 0 or 1, one for each answer, got {brief(row.weights)}")
 
 
 def check_preference(row: Preference) -> None:
