@@ -7,10 +7,10 @@ python recipes/accuracy.py --model openai:MODEL@http://127.0.0.1:8000/v1 --data 
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
-from wizard_engine.data.records import read_rows
 from wizard_engine.evaluation.accuracy import accuracy
 from wizard_engine.generation import answer_texts
 from wizard_engine.model.loading import language_model
@@ -20,6 +20,7 @@ from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.synthesis.outputs import read_conversations
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Config:
     """Longest answer, tokens."""
     limit: int | None = None
     """Rows read at most; default: all."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be read: stop, or leave it out and count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     batch_size: int = field(default=128, metadata=INCIDENTAL)
     """Answers generated together; calls of one transaction."""
     seed: int = 0
@@ -55,7 +60,13 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "accuracy", rt)
     if stage.done:
         return stage.result()
-    rows = read_rows(cfg.data, kind="conversation")[: cfg.limit]
+    rows, rejected = read_conversations(
+        [cfg.data],
+        on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
+        rejects=cfg.out / "rejects.jsonl",
+        limit=cfg.limit,
+    )
     prompts = [row.messages[:-1] for row in rows]
     failed = 0
     if Path(cfg.model).is_dir():
@@ -63,6 +74,8 @@ def main(cfg: Config) -> dict:
     else:
         answers, failed = _by_agent(cfg, rt, prompts)
     result = _count(answers, [row.answer for row in rows]) | ({"failed_calls": failed} if failed else {})
+    if rejected:
+        result |= {"rejected": rejected}
     from_main(rt, lambda: _write(cfg.out, rows, answers, result))
     return finish_stage(stage, rt, result, [cfg.out / "answers.jsonl", cfg.out / "accuracy.json"])
 

@@ -26,6 +26,7 @@ from .rows import (
     check_text,
     content_id,
     conversation,
+    kept_weights,
     texts_of,
     user_text,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "check_row",
     "content_id",
     "conversation",
+    "kept_weights",
     "read_files",
     "read_located",
     "read_prompts",

@@ -144,6 +144,16 @@ def conversation(instruction: str, answer: str, **attributes: Any) -> Conversati
     return Conversation((Message("user", instruction), Message("assistant", answer)), attributes)
 
 
+def kept_weights(row: Conversation, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Loss weights for the answers of `messages`, made from a row: the row's for an answer that it has too, else 1."""
+    if not row.weights:
+        return ()
+    former = [message.content for message in row.messages if message.role == "assistant"]
+    answers = [message.content for message in messages if message.role == "assistant"]
+    same = [index < len(former) and answer == former[index] for index, answer in enumerate(answers)]
+    return tuple(row.weights[index] if same[index] else 1 for index in range(len(answers)))
+
+
 def texts_of(row: Row) -> list[str]:
     """Every text of a row in order: each turn, and the answers of a pair or the steps."""
     if isinstance(row, Conversation):

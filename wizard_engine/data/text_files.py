@@ -37,6 +37,10 @@ BLANKS = r"[\s\ufeff]*"
 _BLANKS = re.compile(BLANKS)
 # The same in UTF-8, before the first record: blanks of ASCII, NEL, no-break space, U+2028, U+2029, the mark.
 _BLANK_BYTES = re.compile(rb"(?:[\s\x1c-\x1f]|\xc2[\x85\xa0]|\xe2\x80[\xa8\xa9]|\xef\xbb\xbf)*")
+# Blanks that JSON does not know; they are plain ones outside of strings, which the first half of the pattern skips.
+_FOREIGN = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_FOREIGN_BLANK = re.compile(f"[{_FOREIGN}]")
+_STRING_OR_FOREIGN = re.compile(rf'"[^"\\]*(?:\\.[^"\\]*)*"?|[{_FOREIGN}]', re.DOTALL)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -128,7 +132,7 @@ def read_json(path: Path | str) -> Any:
     Raises:
         ValueError: `path:line: json: ...`, or as `read_text`.
     """
-    text = read_text(path)
+    text = with_plain_blanks(read_text(path))
     start = skip_blanks(text, 0)
     try:
         value, end = decode(text, start)
@@ -222,12 +226,12 @@ def _line_pieces(data: bytes) -> Iterator[Piece]:
 def _whole(data: bytes, first: str) -> Any:
     """The object that the whole file is; None where the first line is a value, or the file is no single one."""
     try:
-        decode(first, 0)
+        decode(with_plain_blanks(first), 0)
         return None
     except ValueError:
         pass
     try:
-        text = strip(data.decode("utf-8"))
+        text = with_plain_blanks(strip(data.decode("utf-8")))
         value, end = decode(text, 0)
     except ValueError:
         return None
@@ -236,11 +240,11 @@ def _whole(data: bytes, first: str) -> Any:
 
 def _values_of_line(number: int, text: str) -> Iterator[Piece]:
     """The values of a line: one, or several with a separator such as U+2028 between them."""
-    position = 0
+    position, plain_text = 0, with_plain_blanks(text)
     while position < len(text):
         start = position
         try:
-            value, position = decode(text, start)
+            value, position = decode(plain_text, start)
             end, position = position, skip_blanks(text, position)
             if position < len(text) and not _has_separator(text[end:position]):
                 raise ValueError(f"expected the end of the line, got {brief(text[position:])}")
@@ -258,7 +262,7 @@ def _has_separator(blanks: str) -> bool:
 def _array_pieces(data: bytes) -> Iterator[Piece]:
     """Elements of a JSON array with their first lines; the text from the first broken one on is one bad piece."""
     try:
-        text = data.decode("utf-8")
+        text = with_plain_blanks(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         yield Piece(len((data[: error.start] + b"x").splitlines()), None, f"json: {reason_of(error)}", "")
         return
@@ -320,6 +324,13 @@ def decode(text: str, position: int) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, position)
     except RecursionError:
         raise ValueError("expected a record, got brackets nested too deeply") from None
+
+
+def with_plain_blanks(text: str) -> str:
+    """JSON text of the same length in which every blank outside of strings is one that JSON knows."""
+    if text.isascii() or not _FOREIGN_BLANK.search(text):
+        return text
+    return _STRING_OR_FOREIGN.sub(lambda match: match[0] if match[0][0] == '"' else " ", text)
 
 
 def skip_blanks(text: str, position: int) -> int:
