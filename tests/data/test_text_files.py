@@ -5,13 +5,15 @@ import gzip
 import json
 import lzma
 import os
+import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wizard_engine.data.records import read_prompts, read_rows, scan_rows
-from wizard_engine.data.text_files import read_json, read_lines, read_objects, read_text, read_values
+from wizard_engine.data.text_files import read_json, read_lines, read_objects, read_text
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.questions import read_questions
 
@@ -219,7 +221,6 @@ def check_readers(path, data):
             assert place != str(error), error
             if ": expected an answer to every prompt" not in str(error) and ": expected 1 answers" not in str(error):
                 assert place.split(":")[0].isdigit(), error
-    list(read_values(path)) if data[:2] != b"\x1f\x8b" and data[:4] != b"PAR1" and data[:1] not in b"\xff\xfe" else None
 
 
 BYTES = st.lists(FRAGMENTS | st.binary(max_size=6), max_size=8).map(b"".join)
@@ -237,3 +238,30 @@ def test_every_reader_of_any_bytes_names_file_and_line(tmp_path_factory, data):
 def test_every_reader_of_many_bytes_names_file_and_line(tmp_path_factory, data):
     check_readers(tmp_path_factory.getbasetemp() / "rows.jsonl", data)
     check_readers(tmp_path_factory.getbasetemp() / "rows.jsonl", gzip.compress(data))
+
+
+@pytest.mark.soak
+def test_every_reader_of_bytes_for_twenty_minutes(tmp_path):
+    """WIZARD_FUZZ_SECONDS sets another time; Parquet files are mutated where pyarrow is installed."""
+    generator = random.Random(time.time_ns())
+    seeds = [json.dumps(record(1)).encode(), *RECORDS, b"\n".join(RECORDS), b"[" + b",".join(RECORDS) + b"]"]
+    seeds += [gzip.compress(seed) for seed in seeds] + [seed.decode().encode("utf-16") for seed in seeds]
+    try:
+        from pyarrow import Table, parquet
+
+        parquet.write_table(
+            Table.from_pylist([json.loads(seed) for seed in RECORDS if seed[:1] == b"{"]), tmp_path / "p"
+        )
+        seeds.append((tmp_path / "p").read_bytes())
+    except ImportError:
+        pass
+    end, count = time.monotonic() + float(os.environ.get("WIZARD_FUZZ_SECONDS", "1200")), 0
+    while time.monotonic() < end:
+        data = bytearray(generator.choice(seeds))
+        for _ in range(generator.randint(1, 6)):
+            start = generator.randrange(len(data) + 1)
+            piece = generator.choice([*MARKS, *SIGNS, generator.randbytes(3), bytes(data[: generator.randrange(40)])])
+            data[start : start + generator.choice((0, 0, 1, 5, 200))] = piece
+        check_readers(tmp_path / "rows.jsonl", bytes(data))
+        count += 1
+    print(f"{count} files")

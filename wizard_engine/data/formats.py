@@ -26,10 +26,9 @@ Reader = Callable[[dict, FieldReader], list[Row]]
 
 
 class Format(NamedTuple):
-    """A form of records: the kind of its rows, whether it is this project's own, how it is recognised and read."""
+    """A form of records: the kind of its rows, how it is recognised and read."""
 
     kind: str
-    is_native: bool
     recognises: Callable[[dict], bool]
     read: Reader
 
@@ -152,8 +151,10 @@ def read_solutions(record: dict, reader: FieldReader) -> list[Row]:
 
 
 def has_solutions(record: dict) -> bool:
-    """Whether some value of the record is an object with a solution in it."""
-    return "question" in record and any(isinstance(value, dict) and "solution" in value for value in record.values())
+    """Whether the record is a question, and some value an object with a solution in it."""
+    if "question" not in record:
+        return False
+    return any([isinstance(value, dict) and "solution" in value for value in record.values()])
 
 
 def has_pair(record: dict) -> bool:
@@ -173,50 +174,42 @@ def is_alpaca_pair(record: dict) -> bool:
     return "instruction" in record and (has_pair(record) or isinstance(record.get("output"), list))
 
 
-# The first format that recognises the record reads it; of the wanted kind, where several kinds do.
+MESSAGES = Format("conversation", lambda record: "messages" in record, read_conversation)
+# The first format that recognises the record reads it.
 FORMATS = (
-    Format(
-        "process", True, lambda record: "prompt" in record and ("steps" in record or "labels" in record), read_process
-    ),
-    Format(
-        "preference", False, lambda record: "conversations" in record and has_pair(record), read_sharegpt_preference
-    ),
-    Format("preference", True, has_text_pair, read_preference),
-    Format("preference", False, is_alpaca_pair, read_alpaca_preference),
-    Format("preference", False, has_pair, read_pair),
-    Format("conversation", True, lambda record: "messages" in record, read_conversation),
-    Format("conversation", False, lambda record: "conversations" in record, read_sharegpt),
-    Format("conversation", False, lambda record: "instruction" in record and "instances" in record, read_instances),
-    Format("conversation", False, lambda record: "instruction" in record and not is_alpaca_pair(record), read_alpaca),
-    Format("conversation", False, lambda record: "prompt" in record and "completion" in record, read_completion),
-    Format("process", False, has_solutions, read_solutions),
-    Format(
-        "conversation", False, lambda record: "question" in record and not has_solutions(record), read_question_answer
-    ),
+    Format("process", lambda record: "prompt" in record and ("steps" in record or "labels" in record), read_process),
+    Format("preference", lambda record: "conversations" in record and has_pair(record), read_sharegpt_preference),
+    Format("preference", has_text_pair, read_preference),
+    Format("preference", is_alpaca_pair, read_alpaca_preference),
+    Format("preference", has_pair, read_pair),
+    MESSAGES,
+    Format("conversation", lambda record: "conversations" in record, read_sharegpt),
+    Format("conversation", lambda record: "instruction" in record and "instances" in record, read_instances),
+    Format("conversation", lambda record: "instruction" in record, read_alpaca),
+    Format("conversation", lambda record: "prompt" in record and "completion" in record, read_completion),
+    Format("process", has_solutions, read_solutions),
+    Format("conversation", lambda record: "question" in record, read_question_answer),
 )
 
 
-def convert(record: Any, reader: FieldReader, kind: str | None = None) -> tuple[Format, list[Row]]:
-    """The format and the rows of one JSON object, not yet validated.
+def convert(record: Any, reader: FieldReader, kind: str | None = None) -> tuple[str, list[Row]]:
+    """The kind and the rows of one JSON object, not yet validated.
 
     Args:
-        reader: takes the fields that the rows do not say.   kind: of the rows that are wanted, where several fit.
+        reader: takes the fields that the rows do not say.
+        kind: of the rows that are wanted; a pair of answers with a column "messages" (UltraFeedback) is two kinds.
     Raises:
         ValueError: the object has the keys of no known format, or a field of another type or without a place.
     """
     record = without_nulls(expect(record, dict, "record"))
-    known = None
-    for form in FORMATS:
-        if form.recognises(record):
-            known = known or form
-            if kind in (None, form.kind):
-                known = form
-                break
-    if known is None:
+    form = next((form for form in FORMATS if form.recognises(record)), None)
+    if form is None:
         raise ValueError(
             "record: expected messages, conversations, instruction + output, question + answer, prompt + completion, "
             "chosen + rejected, or prompt + steps + labels, got the fields "
             f"{', '.join(map(brief, record)) or 'none'}"
         )
+    if kind == MESSAGES.kind and MESSAGES.recognises(record):
+        form = MESSAGES
     reader.start()
-    return known, known.read(record, reader)
+    return form.kind, form.read(record, reader)

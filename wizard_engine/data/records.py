@@ -128,7 +128,7 @@ def read_located(
     bad: list[Reject] = []
     for path in paths:
         before = len(rows), len(bad)
-        reader = FieldReader(unknown_fields)
+        reader = FieldReader(unknown_fields, source_name(Path(path)))
         for line, item in _scan(Path(path), kind, allow_empty, reader):
             if not isinstance(item, Reject):
                 rows.append((f"{path}:{line}", item))
@@ -164,7 +164,7 @@ def read_prompts(path: Path | str, *, on_error: OnError = "raise") -> list[str]:
             if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
                 prompts += turns
             else:
-                prompts += map(user_text, _rows_of(piece, Path(path), None, reader))
+                prompts += map(user_text, _rows_of(piece, None, reader))
         except ValueError as error:
             bad.append(f"{path}:{piece.line}: {error}")
             if on_error == "raise":
@@ -184,7 +184,9 @@ def scan_rows(
     Raises:
         ValueError: the file is empty (unless allow_empty), or `kind` is unknown.
     """
-    return (item for _, item in _scan(Path(path), kind, allow_empty, FieldReader(unknown_fields)))
+    return (
+        item for _, item in _scan(Path(path), kind, allow_empty, FieldReader(unknown_fields, source_name(Path(path))))
+    )
 
 
 def _scan(path: Path, kind: Kind | None, allow_empty: bool, reader: FieldReader) -> Iterator[tuple[int, Row | Reject]]:
@@ -195,7 +197,7 @@ def _scan(path: Path, kind: Kind | None, allow_empty: bool, reader: FieldReader)
     for piece in read_values(path):
         empty = False
         try:
-            rows = _rows_of(piece, path, kind, reader)
+            rows = _rows_of(piece, kind, reader)
         except ValueError as error:
             yield piece.line, Reject(str(path), piece.line, f"{path}:{piece.line}: {error}", piece.text)
         else:
@@ -236,27 +238,22 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
         file.writelines(lines)
 
 
-def _rows_of(piece: Piece, path: Path, kind: Kind | None, reader: FieldReader) -> list[Row]:
-    """The valid rows of one JSON value, all or none; a row in another format gets the file's name as "source"."""
+def _rows_of(piece: Piece, kind: Kind | None, reader: FieldReader) -> list[Row]:
+    """The valid rows of one JSON value, all or none."""
     if piece.error is not None:
         raise ValueError(piece.error)
     _check_unicode(piece.value, "record")
-    form, rows = convert(piece.value, reader, kind)
-    if kind not in (None, form.kind):
-        raise ValueError(f"record: expected a {kind} row, got a {form.kind} row")
+    row_kind, rows = convert(piece.value, reader, kind)
+    if kind not in (None, row_kind):
+        raise ValueError(f"record: expected a {kind} row, got a {row_kind} row")
     for row in rows:
         check_row(row)
     unread = reader.finish()
-    if form.is_native and not unread:
-        return rows
-    added = {} if form.is_native else {"source": source_name(path)}
-    return [row.replace(attributes=_with_unread(added | row.attributes, unread)) for row in rows]
+    return [row.replace(attributes=_with_unread(row.attributes, unread)) for row in rows] if unread else rows
 
 
 def _with_unread(attributes: dict[str, Any], unread: dict[str, Any]) -> dict[str, Any]:
     """Attributes with the fields that the row has no place for, by their place in the record."""
-    if not unread:
-        return attributes
     earlier = attributes.get("unread_fields")
     return attributes | {"unread_fields": (earlier if isinstance(earlier, dict) else {}) | unread}
 

@@ -60,14 +60,16 @@ class FieldReader:
 
     Args:
         policy: "refuse" makes a field without a place an error; "count" keeps it apart and counts it.
+        source: name of the file, an attribute of rows in other formats than this project's own.
     Raises:
         ValueError: another policy.
     """
 
-    def __init__(self, policy: UnknownFields = "refuse") -> None:
+    def __init__(self, policy: UnknownFields = "refuse", source: str = "") -> None:
         if policy not in POLICIES:
             raise ValueError(f"unknown_fields: expected refuse or count, got {policy!r}; choose one of them")
         self.policy = policy
+        self.source = {"source": source} if source else {}
         self.unread: Counter[str] = Counter()
         self.columns: Counter[str] = Counter()
         self._found: dict[str, Any] = {}
@@ -75,13 +77,15 @@ class FieldReader:
 
     def start(self) -> None:
         """Forget what the last record had: a new one begins."""
-        self._found, self._kept = {}, []
+        if self._found or self._kept:
+            self._found, self._kept = {}, []
 
     def finish(self) -> dict[str, Any]:
         """Count the record's fields, which has become rows; returns the fields without a place, by their place."""
         if self._kept:
             self.columns.update(self._kept)
-        self.unread.update({_INDEX.sub("[]", place) for place in self._found})
+        if self._found:
+            self.unread.update({_INDEX.sub("[]", place) for place in self._found})
         return self._found
 
     def refuse(self, place: str, value: Any, why: str) -> None:
@@ -103,7 +107,7 @@ class FieldReader:
         Raises:
             ValueError: a column that rows have no place for, or one that "attributes" has with another value.
         """
-        attributes = dict(expect(record.get("attributes", {}), dict, "attributes"))
+        attributes = dict(expect(record["attributes"], dict, "attributes")) if "attributes" in record else {}
         for key, value in record.items():
             if key in known or key in ("attributes", "id"):
                 continue
@@ -120,8 +124,8 @@ class FieldReader:
         return attributes
 
     def rest(self, record: dict, *known: str) -> dict[str, Any]:
-        """`columns_of` a record in another format, with its id as "source_id"."""
-        attributes = self.columns_of(record, known)
+        """`columns_of` a record in another format, with the file's name as "source" and its id as "source_id"."""
+        attributes = self.source | self.columns_of(record, known)
         if "id" in record:
             attributes.setdefault("source_id", record["id"])
         return attributes

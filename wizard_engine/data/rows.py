@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 ROLES = ("system", "user", "assistant")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Message(NamedTuple):
@@ -181,7 +183,7 @@ def check_text(text: Any, name: str, *, blank: bool = False) -> None:
         raise ValueError(f"{name}: expected text, got {type(text).__name__} {brief(text)}")
     if not blank and not text.strip():
         raise ValueError(f"{name}: expected text, got {brief(text)}")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and _SURROGATE.search(text):
         raise ValueError(f"{name}: expected valid Unicode, got a lone surrogate in {brief(text)}")
 
 

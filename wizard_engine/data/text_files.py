@@ -231,8 +231,8 @@ def _whole(data: bytes, first: str) -> Any:
     except ValueError:
         pass
     try:
-        text = with_plain_blanks(strip(data.decode("utf-8")))
-        value, end = decode(text, 0)
+        text = strip(data.decode("utf-8"))
+        value, end = decode(with_plain_blanks(text), 0)
     except ValueError:
         return None
     return value if end == len(text) else None
@@ -240,18 +240,21 @@ def _whole(data: bytes, first: str) -> Any:
 
 def _values_of_line(number: int, text: str) -> Iterator[Piece]:
     """The values of a line: one, or several with a separator such as U+2028 between them."""
-    position, plain_text = 0, with_plain_blanks(text)
-    while position < len(text):
-        start = position
+    start, json_text = 0, text
+    while start < len(text):
         try:
-            value, position = decode(plain_text, start)
-            end, position = position, skip_blanks(text, position)
+            value, end = decode(json_text, start)
+            position = skip_blanks(text, end)
             if position < len(text) and not _has_separator(text[end:position]):
                 raise ValueError(f"expected the end of the line, got {brief(text[position:])}")
         except ValueError as error:
+            if (plain_text := with_plain_blanks(json_text)) != json_text:
+                json_text = plain_text
+                continue
             yield Piece(number, None, f"json: {reason_of(error)}", text[start : start + 200])
             return
         yield Piece(number, value, None, text[start : start + 200])
+        start = position
 
 
 def _has_separator(blanks: str) -> bool:
@@ -262,7 +265,7 @@ def _has_separator(blanks: str) -> bool:
 def _array_pieces(data: bytes) -> Iterator[Piece]:
     """Elements of a JSON array with their first lines; the text from the first broken one on is one bad piece."""
     try:
-        text = with_plain_blanks(data.decode("utf-8"))
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         yield Piece(len((data[: error.start] + b"x").splitlines()), None, f"json: {reason_of(error)}", "")
         return
@@ -274,6 +277,9 @@ def _array_pieces(data: bytes) -> Iterator[Piece]:
         try:
             value, position, more = _element(text, start)
         except ValueError as error:
+            if (plain_text := with_plain_blanks(text)) != text:
+                text = plain_text
+                continue
             yield Piece(line, None, f"json: {reason_of(error)}", text[start : start + 200])
             return
         yield Piece(line, value, None, text[start : start + 200])
