@@ -13,7 +13,6 @@ from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
 from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
 from wizard_engine.data.latex_answers import library
-from wizard_engine.data.records import read_rows
 from wizard_engine.evaluation.accuracy import Accuracy, accuracy
 from wizard_engine.evaluation.received import on_length_of, received
 from wizard_engine.generation import answer_texts
@@ -25,6 +24,7 @@ from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.ranges import Checked, Count, Seed, Share, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.synthesis.outputs import read_conversations
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Config(Checked):
     """Largest share of answers, 0 to 1, that may be missing; above it the stage ends with an error."""
     limit: Count[int | None] = None
     """Rows read at most; default: all."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be read: stop, or leave it out and count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     batch_size: Count[int] = field(default=128, metadata=INCIDENTAL)
     """Answers generated together; calls of one transaction."""
     seed: Seed[int] = 0
@@ -66,7 +70,13 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "accuracy", rt)
     if stage.done:
         return stage.result()
-    rows = read_rows(cfg.data, kind="conversation")[: cfg.limit]
+    rows, rejected = read_conversations(
+        [cfg.data],
+        on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
+        rejects=cfg.out / "rejects.jsonl",
+        limit=cfg.limit,
+    )
     prompts = [row.messages[:-1] for row in rows]
     by_checkpoint = Path(cfg.model).is_dir()
     answers = _by_checkpoint(cfg, rt, prompts) if by_checkpoint else _by_agent(cfg, rt, prompts)
@@ -74,6 +84,8 @@ def main(cfg: Config) -> dict:
         what = f"{name} answers of {cfg.model}"
         check_missing(what, count_reasons(texts), len(texts), cfg.max_missing, "raise --max-new-tokens")
     result = _count(answers, [row.answer for row in rows]) | {"latex_reader": library()}
+    if rejected:
+        result |= {"rejected": rejected}
     from_main(rt, lambda: _write(cfg.out, rows, answers, result))
     if rt.is_main and not cfg.quiet:
         print(shown(result))

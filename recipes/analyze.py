@@ -45,6 +45,8 @@ class Config(Checked):
     """Rows read at most; default: all."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
     """Of the clusters that name topics beyond the lexicon."""
     device: str = field(default="auto", metadata=INCIDENTAL)
@@ -99,7 +101,9 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "analyze", rt)
     if stage.done:
         return stage.result()
-    rows, bad = read_files(cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
+    rows, bad = read_files(
+        cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=cfg.out / "rejects.jsonl"
+    )
     rows = rows[: cfg.limit]
     rows, tags = tagged(cfg, rows, rt)
     values = checkpoint_perplexities(cfg, rows, rt)

@@ -47,6 +47,10 @@ class Config(Checked):
     """Rows whose last user turn is answered; default: held-out problems of the embedded world."""
     n: Annotated[Count[int], tyro.conf.arg(name="limit")] = 200
     """Prompts at most."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be read: stop, or leave it out and count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     judge: str = "world:judge"
     """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
     baseline: str | None = None
@@ -89,7 +93,13 @@ def read_models(specs: Sequence[str]) -> dict[str, str]:
 
 def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
     """Ids and conversations that end with a user turn."""
-    rows = world.held_out(cfg.n, cfg.seed) if cfg.prompts is None else read_rows(cfg.prompts)[: cfg.n]
+    if cfg.prompts is None:
+        rows = world.held_out(cfg.n, cfg.seed)
+    else:
+        rejects = cfg.out / "rejects.jsonl"
+        rows = read_rows(cfg.prompts, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects)[
+            : cfg.n
+        ]
     prompts = [tuple(row.messages[:-1] if hasattr(row, "messages") else row.prompt) for row in rows]
     if not all(prompts):
         raise ValueError(f"{cfg.prompts}: expected rows with a user turn, got a row without; remove such rows")

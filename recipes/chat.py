@@ -16,14 +16,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
 from wizard_engine import runtime
 from wizard_engine.data.chat import encode_prompt
 from wizard_engine.data.records import Message
+from wizard_engine.data.row_fields import SYSTEM_COLUMNS, FieldReader, expect, without_nulls
+from wizard_engine.data.text_files import keeping, read_lines, read_values
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.data.turns import read_turns, with_system
 from wizard_engine.generation import generate
 from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.streaming import Streamer, stream_text
@@ -52,7 +55,12 @@ class Config(Checked):
     prompt: str | None = None
     """Answer this one message, on stdout, and leave."""
     prompts: Path | None = None
-    """File to answer: .jsonl rows with `prompt` (text) or `messages`, or another file with a message a line."""
+    """File to answer: rows (.jsonl, .json, .parquet, also .gz) with `prompt` or `messages`, or a text with a message a
+    line."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row of --prompts that cannot be read or does not fit: stop, or leave it out and say so."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields of --prompts that messages have no place for: an error of the row, or left out and counted."""
     answers: Path | None = None
     """Where the answers to --prompts go: JSONL with messages, finished and tokens, in the order of the file."""
     system: str | None = None
@@ -253,8 +261,10 @@ def save(chat: Chat, name: str) -> None:
     if not name or not chat.messages:
         raise ValueError("/save: expected a file name after a conversation, got none")
     row = {"messages": [{"role": m.role, "content": m.content} for m in chat.conversation()]}
-    with naming(name, "the conversation is not saved"), open(name, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with naming(name, "the conversation is not saved"), open(name, "a+b") as file:
+        file.seek(max(0, file.seek(0, 2) - 1))
+        is_open_line = file.read() not in (b"", b"\n", b"\r")
+        file.write((("\n" if is_open_line else "") + json.dumps(row, ensure_ascii=False) + "\n").encode())
     print(f"[saved: {name}]", file=chat.stderr)
 
 
@@ -274,49 +284,77 @@ def interact(chat: Chat, stdin: TextIO, stdout: TextIO) -> None:
             print(f"chat: {printable(str(error))}", file=chat.stderr)
 
 
-def read_prompts(path: Path, system: str | None) -> list[list[Message]]:
-    """Conversations of a file, each ending with the user's message.
+def read_prompts(cfg: Config, bad: list[str]) -> list[tuple[str, tuple[Message, ...]]]:
+    """Conversations of --prompts, each ending with the user's message, with their places `path:line`.
+
+    With --on-error skip the errors of the others are added to `bad`.
 
     Raises:
         ValueError: a row is no conversation that can be answered; names path:line.
     """
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                prompts.append(_conversation(line, path.suffix == ".jsonl", system))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: expected prompt or messages, got {error}") from None
+    path, prompts = cfg.prompts, []
+    reader = FieldReader(cfg.unknown_fields)
+    for line, value, error in _values(path):
+        where = f"{path}:{line}"
+        read = lambda value=value, error=error: _conversation(value, error, cfg.system, reader)  # noqa: E731
+        prompts += [(where, turns) for turns in keeping(cfg.on_error, bad, read, f"{where}: ")]
+    reader.report(path)
     if not prompts:
-        raise ValueError(f"{path}: expected a message a line, got none")
+        raise ValueError(f"{path}:1: expected a message a line, got none")
     return prompts
 
 
-def _conversation(line: str, is_json: bool, system: str | None) -> list[Message]:
-    row = json.loads(line) if is_json else {"prompt": line.strip()}
-    if not isinstance(row, dict) or not ("prompt" in row) ^ ("messages" in row):
-        raise ValueError("a row without exactly one of them")
-    turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    messages = [Message(turn["role"], turn["content"]) for turn in turns]
-    if any(not isinstance(text, str) for m in messages for text in (m.role, m.content)):
-        raise ValueError("a role or content that is no text")
-    if system is not None and messages[0].role != "system":
-        messages = [Message("system", system), *messages]
+def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """Line, value and error of each record, or of each line of a text."""
+    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
+    if suffixes[-1:] in ([".jsonl"], [".json"], [".parquet"]):
+        return ((piece.line, piece.value, piece.error) for piece in read_values(path))
+    return ((line, {"prompt": text}, None) for line, text in read_lines(path))
+
+
+def _conversation(row: Any, error: str | None, system: str | None, reader: FieldReader) -> tuple[Message, ...]:
+    if error is not None:
+        raise ValueError(error)
+    row = without_nulls(expect(row, dict, "record"))
+    if not ("prompt" in row) ^ ("messages" in row):
+        raise ValueError("expected prompt or messages, got a row without exactly one of them")
+    name = "prompt" if "prompt" in row else "messages"
+    reader.start()
+    messages = with_system(read_turns(row[name], name, reader), row).messages
+    reader.columns_of(row, (name, *SYSTEM_COLUMNS))
+    reader.finish()
+    if system is not None and messages[:1] and messages[0].role != "system":
+        messages = (Message("system", system), *messages)
     return messages
+
+
+def _fitting_prompts(cfg: Config, tokenizer: Tokenizer, limit: int, stderr: TextIO) -> tuple[list, list[list[int]]]:
+    """Conversations of --prompts and their ids, fewer than `limit` each."""
+    bad: list[str] = []
+
+    def encode(turns: tuple[Message, ...]) -> list[int]:
+        ids = encode_prompt(tokenizer, turns)
+        if len(ids) >= limit:
+            raise ValueError(f"expected below {limit} tokens, got {len(ids)}")
+        return ids
+
+    rows, prompts = [], []
+    for where, turns in read_prompts(cfg, bad):
+        for ids in keeping(cfg.on_error, bad, lambda turns=turns: encode(turns), f"{where}: "):
+            rows.append(turns)
+            prompts.append(ids)
+    if bad:
+        print(f"{cfg.prompts}: {len(bad)} rows left out; first: {bad[0]}", file=stderr)
+    if not rows:
+        raise ValueError(f"{cfg.prompts}:1: expected a prompt that fits, got none")
+    return rows, prompts
 
 
 def answer_file(model: Transformer, tokenizer: Tokenizer, cfg: Config, stderr: TextIO) -> None:
     """Answer every row of --prompts into --answers."""
     assert cfg.prompts is not None and cfg.answers is not None
-    rows = read_prompts(cfg.prompts, cfg.system)
-    prompts, limit = [], model.config.max_positions
-    for number, row in enumerate(rows, 1):
-        try:
-            prompts.append(encode_prompt(tokenizer, row))
-        except ValueError as error:
-            raise ValueError(f"{cfg.prompts}: row {number}: {error}") from None
-        if len(prompts[-1]) >= limit:
-            raise ValueError(f"{cfg.prompts}: row {number}: expected below {limit} tokens, got {len(prompts[-1])}")
+    limit = model.config.max_positions
+    rows, prompts = _fitting_prompts(cfg, tokenizer, limit, stderr)
     lines = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     with tqdm(total=len(rows), file=stderr, unit="row", disable=not stderr.isatty()) as bar:

@@ -19,6 +19,7 @@ from wizard_engine.agents import Cast
 from wizard_engine.agents.missing import MAX_MISSING, check_share
 from wizard_engine.curation.selection import Filtered, remove_contaminated
 from wizard_engine.data.records import Conversation, read_prompts
+from wizard_engine.data.text_files import read_text
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
@@ -96,6 +97,8 @@ class Config(Checked):
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
     batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
@@ -107,7 +110,7 @@ class Config(Checked):
 
 def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[str, dict[str, Any]]:
     """The evolving method, improved if requested, and the record of the search."""
-    method = cfg.method.read_text(encoding="utf-8").strip() if cfg.method else ""
+    method = read_text(cfg.method).strip() if cfg.method else ""
     if not cfg.optimise.steps:
         return method, {}
     optimised = optimise_method(
@@ -140,7 +143,7 @@ def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, d
 
 def decontaminate(cfg: Config, evolved: Evolved, num_inputs: int) -> Filtered:
     """The evolved rows that repeat no evaluation text."""
-    evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path)]
+    evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path, on_error=cfg.on_error)]
     made = evolved.rows[num_inputs:]
     return remove_contaminated(made, evaluation, n=cfg.ngram) if evaluation else Filtered(made, [])
 

@@ -47,6 +47,8 @@ class Config(Checked):
     """FastChat's reference answers, shown to the judge where a question has them."""
     n: Annotated[Count[int], tyro.conf.arg(name="limit")] = 80
     """Questions at most."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a question or reference that cannot be read: stop, or leave it out and say so."""
     judge: str = "world:judge"
     """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
     repeats: Count[int] = 1
@@ -84,7 +86,7 @@ def answers_of(agent: Agent, cfg: Config):
 def read(cfg: Config) -> list[Question]:
     """The questions: the file's, or the embedded world's."""
     if cfg.questions is not None:
-        return read_questions(cfg.questions, cfg.references)[: cfg.n]
+        return read_questions(cfg.questions, cfg.references, on_error=cfg.on_error)[: cfg.n]
     questions = world.mt_questions(cfg.n, cfg.seed)
     return [Question(item.id, item.category, item.turns, item.references) for item in questions]
 

@@ -52,6 +52,9 @@ class Config(Checked):
     """Share of the rows kept for measuring."""
     max_length: AtLeastTwo[int | None] = None
     on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     training: Training = field(default_factory=lambda: Training(lr=1e-6))
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
@@ -145,7 +148,14 @@ class Instruction:
             pair = Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
             return fitting_pair(pair, cfg.training.pack_tokens)
 
-        return read_pairs(cfg.data, encode, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl", quiet=cfg.quiet)
+        return read_pairs(
+            cfg.data,
+            encode,
+            on_error=cfg.on_error,
+            unknown_fields=cfg.unknown_fields,
+            rejects=cfg.out / "rejects.jsonl",
+            quiet=cfg.quiet,
+        )
 
     def samples(self, pair: Pair) -> tuple[Sample, ...]:
         """What the model reads of a pair."""
@@ -203,7 +213,9 @@ class Process:
             return with_end(sample), ends, row.labels
 
         rejects = cfg.out / "rejects.jsonl"
-        rows, unread = read_processes(cfg.data, on_error=cfg.on_error, rejects=rejects)
+        rows, unread = read_processes(
+            cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects
+        )
         items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
         return items, rejected + unread
 

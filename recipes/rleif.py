@@ -10,7 +10,7 @@ group's own mean and deviation, has to be the baseline: scaling within a group o
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from kernels.linear_logprob import linear_logprob
 from wizard_engine import runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt
-from wizard_engine.data.records import Conversation, Message, read_located
-from wizard_engine.data.samples import encode_all, fitting_prompt
+from wizard_engine.data.records import Conversation, Message
+from wizard_engine.data.samples import encode_all, fitting_prompt, read_conversations
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
@@ -55,6 +55,10 @@ class Config(Checked):
     model: str
     """Policy and reference to start from."""
     reward: RewardOptions
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be read or does not fit: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     training: OnlineTraining = field(default_factory=OnlineTraining)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     ppo: PPOOptions = field(default_factory=PPOOptions)
@@ -109,9 +113,13 @@ def main(cfg: Config) -> dict:
     if cfg.ppo.advantages == "critic":
         critic, _ = scoring_start(str(cfg.critic.model or cfg.reward.process_model), None, 1, seed=0, **divided)
     room = policy.config.max_positions - cfg.rollout.max_new_tokens
-    rows, _ = read_located(cfg.data, kind="conversation")
     rejects = cfg.out / "rejects.jsonl"
-    prompts, _ = encode_all(rows, lambda row: fitting_prompt(tokenizer, row, room), "raise", rejects, quiet=cfg.quiet)
+    rows, unread = read_conversations(
+        cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects
+    )
+    prompts, refused = encode_all(
+        rows, lambda row: fitting_prompt(tokenizer, row, room), cfg.on_error, rejects, quiet=cfg.quiet
+    )
     supervised = _supervised(cfg, tokenizer, policy, rows) if cfg.ptx.coefficient else []
     run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
     sampler = sampler_of(cfg, tokenizer, policy, prompts, rt)
@@ -123,7 +131,8 @@ def main(cfg: Config) -> dict:
             audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main, is_wide=is_wide)
     run.use_average()
     write_model(rt, policy, tokenizer, cfg.out / "model")
-    return finish_stage(stage, rt, run.result(), [cfg.out / "model"])
+    result = run.result() | ({"rejected": unread + refused} if unread + refused else {})
+    return finish_stage(stage, rt, result, [cfg.out / "model"])
 
 
 @dataclass
@@ -240,9 +249,9 @@ def _supervised(cfg: Config, tokenizer: Tokenizer, policy: Transformer, rows: li
     limit = min(policy.config.max_positions, cfg.training.pack_tokens)
 
     def encode(row: Conversation) -> Sample:
-        return encode_conversation(tokenizer, row.messages, max_length=limit)
+        return encode_conversation(tokenizer, row.messages, weights=row.weights, max_length=limit)
 
-    return encode_all(rows, encode, "raise", cfg.out / "rejects.jsonl", quiet=cfg.quiet)[0]
+    return encode_all(rows, encode, cfg.on_error, cfg.out / "rejects_supervised.jsonl", quiet=cfg.quiet)[0]
 
 
 def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: list[Sample]) -> None:

@@ -15,6 +15,7 @@ from wizard_engine import runtime
 from wizard_engine.curation.sampling import uniform_target
 from wizard_engine.curation.selection import Selection, select
 from wizard_engine.data.records import Row, read_files, read_prompts, write_rows
+from wizard_engine.data.text_files import read_json
 from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
@@ -69,6 +70,8 @@ class Config(Checked):
     decontaminate: Decontaminate = field(default_factory=Decontaminate)
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
@@ -84,11 +87,7 @@ def read_targets(path: Path | None) -> dict[str, dict[str, float]]:
     """Targets of a JSON file, {} without one; ValueError where it is no object of objects."""
     if path is None:
         return {}
-    try:
-        targets = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", 1)
-        raise ValueError(f"{path}:{line}: expected JSON {{attribute: {{value: share}}}}, got {error}") from None
+    targets = read_json(path)
     if not isinstance(targets, dict) or not all(isinstance(shares, dict) for shares in targets.values()):
         raise ValueError(f"{path}:1: expected {{attribute: {{value: share}}}}, got something else; correct the file")
     return targets
@@ -117,8 +116,10 @@ def write(out: Path, selection: Selection, report: dict[str, Any]) -> list[Path]
 
 def sample(cfg: Config) -> tuple[dict[str, Any], list[Path]]:
     """Reads, selects and writes; returns the report and the files written."""
-    rows, bad = read_files(cfg.data, on_error=cfg.on_error, rejects=cfg.out / "rejects.jsonl")
-    evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path)]
+    rows, bad = read_files(
+        cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=cfg.out / "rejects.jsonl"
+    )
+    evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path, on_error=cfg.on_error)]
     selection = select(
         rows,
         evaluation,

@@ -87,6 +87,8 @@ class Config(Checked):
     """Rows read at most."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
     batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""

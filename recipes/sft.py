@@ -30,7 +30,7 @@ class Config(Checked):
     """Supervised learning."""
 
     data: tuple[Path, ...]
-    """Row files: JSONL, Alpaca, ShareGPT or GSM8K; with --kind text, JSONL with a `text` field."""
+    """Row files in any format of docs/data.md; with --kind text, records with a `text` field."""
     out: Path = field(metadata=INCIDENTAL)
     """Run directory: config.json, metrics.jsonl, checkpoints/, model/."""
     model: str = "demo"
@@ -40,8 +40,12 @@ class Config(Checked):
     kind: Literal["conversation", "text"] = "conversation"
     max_length: AtLeastTwo[int | None] = None
     """Longest sample, tokens; default: the model's context, or what a packed row holds where that is less."""
+    truncate: bool = False
+    """Cut longer samples at --max-length. An answer that is cut is trained up to there, and not to end there."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     training: Training = field(default_factory=Training)
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
@@ -70,7 +74,9 @@ def main(cfg: Config) -> dict:
         kind=cfg.kind,
         max_length=sample_limit(cfg.max_length, model.config, cfg.training),
         on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
         rejects=cfg.out / "rejects.jsonl",
+        truncate=cfg.truncate,
         quiet=cfg.quiet,
     )
     check_rows(rt, "sft", samples)
@@ -81,6 +87,9 @@ def main(cfg: Config) -> dict:
     for packs in run.steps():
         train_step(run, model, [collate([samples[i] for i in pack]) for pack in packs])
     result = run.result() | {"samples": len(samples), "rejected": rejected}
+    if cfg.truncate:
+        cut = [sample.cut for sample in samples if sample.cut]
+        result |= {"truncated": len(cut), "truncated_tokens": sum(cut)}
     write_model(rt, model, tokenizer, cfg.out / "model")
     return finish_stage(stage, rt, result, [cfg.out / "model"])
 

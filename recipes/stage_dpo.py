@@ -67,6 +67,9 @@ class Config(Checked):
     max_length: AtLeastTwo[int | None] = None
     """Longest sample, tokens; default: the model's context. Both sides of a pair have to fit one packed row."""
     on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     training: Training = field(default_factory=lambda: Training(lr=5e-7))
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
@@ -97,6 +100,7 @@ def main(cfg: Config) -> dict:
         cfg.data,
         lambda row: answer_pair(tokenizer, row, limit, cfg.training.pack_tokens),
         on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
         rejects=cfg.out / "rejects.jsonl",
         quiet=cfg.quiet,
     )

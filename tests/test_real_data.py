@@ -20,7 +20,9 @@ GSM8K = "gsm8k/train.jsonl"
 
 def some(shared_data: Path, name: str, count: int, out: Path, kind: str | None = None) -> Path:
     """A JSONL file of the shortest `count` rows of a real one."""
-    rows = sorted(read_rows(shared_data / name, kind=kind), key=lambda row: len(json.dumps(row.to_json())))
+    rows = sorted(
+        read_rows(shared_data / name, kind=kind, unknown_fields="count"), key=lambda row: len(json.dumps(row.to_json()))
+    )
     write_rows(out, rows[:count])
     return out
 
@@ -36,7 +38,7 @@ def options(shared_data: Path, steps: int) -> dict:
 
 
 def test_four_sources_are_read_whole(shared_data):
-    rows, bad = read_files([shared_data / name for name in (*INSTRUCTIONS, GSM8K)])
+    rows, bad = read_files([shared_data / name for name in (*INSTRUCTIONS, GSM8K)], unknown_fields="count")
     counts = {}
     for row in rows:
         counts[row.attributes["source"]] = counts.get(row.attributes["source"], 0) + 1
@@ -45,7 +47,7 @@ def test_four_sources_are_read_whole(shared_data):
 
 
 def test_analysis_and_sampling_over_four_sources_together(shared_data):
-    sources = [read_rows(shared_data / name)[:60] for name in INSTRUCTIONS]
+    sources = [read_rows(shared_data / name, unknown_fields="count")[:60] for name in INSTRUCTIONS]
     rows = [row for source in (*sources, read_rows(shared_data / GSM8K)[:240]) for row in source]
     analysis = analyze(rows)
     languages = dict(zip((row.id for row in analysis.rows), analysis.columns["language"]))

@@ -114,7 +114,9 @@ def test_analyze_recipe_writes_counts_rejects_and_is_skipped_when_current(tmp_pa
 
 def test_analysis_of_real_rows(shared_data):
     names = ("instructions/alpaca_en.json", "instructions/alpaca_zh.json", "instructions/sharegpt_tools_en.json")
-    sources = [read_rows(shared_data / name) for name in names] + [read_rows(shared_data / "gsm8k/train.jsonl")[:700]]
+    sources = [read_rows(shared_data / name, unknown_fields="count") for name in names] + [
+        read_rows(shared_data / "gsm8k/train.jsonl")[:700]
+    ]
     began = time.process_time()
     analysis = analyze([row for source in sources for row in source])
     seconds = time.process_time() - began

@@ -123,6 +123,7 @@ def test_sample_recipe_on_real_files(tmp_path, shared_data, recipe):
     cfg = recipe.Config(
         data=tuple(shared_data / name for name in [*names, "gsm8k/train.jsonl"]),
         out=tmp_path / "out",
+        unknown_fields="count",
         evaluation=(shared_data / "gsm8k/test.jsonl", shared_data / "mt_bench/question.jsonl"),
         uniform=("source",),
         cap=20,

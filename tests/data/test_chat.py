@@ -141,18 +141,24 @@ def test_prompt_refuses_an_answered_conversation():
         encode_prompt(TRAINED, turns([("u", "a")]))
 
 
-def test_too_long_is_refused_and_truncation_drops_whole_exchanges():
-    pairs = [("u1", "a1"), ("u2", "a2"), ("u3", "a3")]
-    lengths = [len(encode_conversation(TRAINED, turns(pairs[:n])).tokens) for n in (1, 2, 3)]
-    whole = turns(pairs)
-    assert len(encode_conversation(TRAINED, whole, max_length=lengths[2]).tokens) == lengths[2]
-    with pytest.raises(ValueError, match=f"at most {lengths[2] - 1} tokens, got {lengths[2]}"):
-        encode_conversation(TRAINED, whole, max_length=lengths[2] - 1)
-    for limit, answers in ((lengths[2] - 1, 2), (lengths[1], 2), (lengths[1] - 1, 1)):
-        truncated = encode_conversation(TRAINED, whole, max_length=limit, truncate=True)
-        assert np.array_equal(truncated.tokens, encode_conversation(TRAINED, turns(pairs[:answers])).tokens)
-    with pytest.raises(ValueError, match=f"got {lengths[0]}"):
-        encode_conversation(TRAINED, whole, max_length=lengths[0] - 1, truncate=True)
+def test_too_long_is_refused_or_cut_and_a_cut_answer_is_not_trained_to_end():
+    messages = turns([("u1", "a1"), ("u2", "a2 and 12 apples")])
+    whole = encode_conversation(TRAINED, messages)
+    size = len(whole.tokens)
+    assert encode_conversation(TRAINED, messages, max_length=size, truncate=True).cut == 0
+    with pytest.raises(ValueError, match=f"at most {size - 1} tokens, got {size}"):
+        encode_conversation(TRAINED, messages, max_length=size - 1)
+    first = len(encode_conversation(TRAINED, messages[:2]).tokens)
+    asked = len(encode_prompt(TRAINED, messages[:3]))
+    for limit in range(first, size):
+        sample = encode_conversation(TRAINED, messages, max_length=limit, truncate=True)
+        length = limit if limit > asked else first
+        assert (len(sample.tokens), sample.cut) == (length, size - length)
+        assert np.array_equal(sample.tokens, whole.tokens[:length])
+        assert np.array_equal(sample.weights, whole.weights[:length])
+        assert bool(sample.tokens[-1] == TRAINED.eos_id) is (limit <= asked)
+    with pytest.raises(ValueError, match="expected a trained token among the first"):
+        encode_conversation(TRAINED, messages, max_length=len(encode_prompt(TRAINED, messages[:1])), truncate=True)
 
 
 @settings(max_examples=30, deadline=None)

@@ -49,3 +49,41 @@ def test_read_pairs_counts_unreadable_records_too(tmp_path):
         rejects=tmp_path / "rejects.jsonl",
     )
     assert (len(pairs), rejected) == (1, 2)
+
+
+def read_text(tmp_path, text, **options):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(text.encode())
+    options = {"kind": "text", "max_length": 20, "on_error": "skip", "rejects": tmp_path / "rejects.jsonl"} | options
+    return read_samples([path], TOKENIZER, **options)
+
+
+def test_read_samples_of_texts_counts_bad_lines_and_keeps_separators_of_unicode_in_the_text(tmp_path):
+    lines = [{"text": "two\u2028 apples\x85"}, "nonsense", {"other": 1}, {"text": "apples " * 40}, {"text": "two"}]
+    text = "\r\n\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    samples, rejected = read_text(tmp_path, "\ufeff" + text)
+    assert (len(samples), rejected) == (2, 3)
+    assert TOKENIZER.decode(samples[0].tokens[1:-1].tolist()) == "two\u2028 apples\x85"
+    with pytest.raises(ValueError, match=r"text\.jsonl:3: record: expected an object, got str 'nonsense'"):
+        read_text(tmp_path, text, on_error="raise")
+    samples, rejected = read_text(tmp_path, text, truncate=True)
+    assert (len(samples), rejected) == (3, 2)
+    assert [bool(sample.cut) for sample in samples] == [False, True, False] and len(samples[1].tokens) == 20
+    assert samples[1].tokens[-1] != TOKENIZER.eos_id
+
+
+def test_read_samples_truncates_conversations_and_says_how_much(tmp_path):
+    (tmp_path / "0.jsonl").write_text(f"{SHORT}\n{LONG}\n")
+    options = {"kind": "conversation", "on_error": "raise", "rejects": tmp_path / "r.jsonl", "truncate": True}
+    samples, rejected = read_samples([tmp_path / "0.jsonl"], TOKENIZER, max_length=260, **options)
+    assert rejected == 0 and samples[0].cut == 0 and samples[1].cut > 0 and len(samples[1].tokens) == 260
+
+
+def test_read_samples_does_not_train_answers_of_weight_0(tmp_path):
+    turns = [("user", "how many?"), ("assistant", "two"), ("user", "how many?"), ("assistant", "apples")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[1]["weight"] = 0
+    (tmp_path / "0.jsonl").write_text(json.dumps({"messages": messages}))
+    options = {"kind": "conversation", "on_error": "raise", "rejects": tmp_path / "r.jsonl"}
+    (sample,), _ = read_samples([tmp_path / "0.jsonl"], TOKENIZER, max_length=260, **options)
+    assert TOKENIZER.decode(sample.tokens[sample.weights > 0].tolist()).strip() == "apples"

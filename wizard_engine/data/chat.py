@@ -49,10 +49,12 @@ class Sample:
 
     tokens: (n,) int32, BOS first.
     weights: (n,) float32; weights[i] is the loss weight of tokens[i] as a target, so weights[0] is 0.
+    cut: tokens that were cut off its end.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
+    cut: int = 0
 
 
 class Rejection(NamedTuple):
@@ -112,39 +114,62 @@ def _sample(tokenizer: Tokenizer, parts: Iterable[tuple[str, bool]], encode: Enc
     return Sample(np.asarray(tokens, dtype=np.int32), np.asarray(weights, dtype=np.float32))
 
 
-def _fitting(sample: Sample, max_length: int | None) -> Sample:
-    if max_length is not None and len(sample.tokens) > max_length:
+def _fitting(sample: Sample, max_length: int | None, truncate: bool = False) -> Sample:
+    if max_length is None or len(sample.tokens) <= max_length:
+        return sample
+    if not truncate:
         raise ValueError(
             f"sample: expected at most {max_length} tokens, got {len(sample.tokens)}; raise max_length or omit it"
         )
-    return sample
+    return _cut(sample, max_length)
+
+
+def _cut(sample: Sample, max_length: int) -> Sample:
+    """The sample's first tokens up to the last trained one within `max_length`; an answer that is cut has no EOS."""
+    trained = np.flatnonzero(sample.weights[:max_length])
+    if not len(trained):
+        raise ValueError(
+            f"sample: expected a trained token among the first {max_length}, got a longer prompt "
+            f"({len(sample.tokens)} tokens in all); there is nothing to learn"
+        )
+    length = int(trained[-1]) + 1
+    return Sample(sample.tokens[:length], sample.weights[:length], len(sample.tokens) - length)
 
 
 def _conversation(
-    tokenizer: Tokenizer, messages: Sequence[Message], encode: Encode, max_length: int | None, truncate: bool
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    weights: Sequence[int],
+    encode: Encode,
+    max_length: int | None,
+    truncate: bool,
 ) -> Sample:
     _check(messages, "assistant")
-    turns = [True] * sum(message.role == "assistant" for message in messages)
-    sample = _sample(tokenizer, _parts(messages), encode, turns)
-    while truncate and max_length is not None and len(sample.tokens) > max_length and len(turns) > 1:
-        messages, turns = messages[:-2], turns[:-1]
-        sample = _sample(tokenizer, _parts(messages), encode, turns)
-    return _fitting(sample, max_length)
+    learned = [bool(weight) for weight in weights] or [True] * sum(m.role == "assistant" for m in messages)
+    if not any(learned):
+        raise ValueError("messages: expected an answer with weight 1, got 0 for all; there is nothing to learn")
+    return _fitting(_sample(tokenizer, _parts(messages), encode, learned), max_length, truncate)
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, max_length: int | None = None, truncate: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    weights: Sequence[int] = (),
+    max_length: int | None = None,
+    truncate: bool = False,
 ) -> Sample:
     """Sample of a conversation: every answer and its closing EOS trained, everything else not.
 
     Args:
         messages: an optional system message (it replaces SYSTEM), then user and assistant in turns, assistant last.
+        weights: 0 or 1 for each answer, 0 trains neither it nor its EOS; () trains all.
         max_length: most tokens, BOS and EOS included; None for any number.
-        truncate: drop whole exchanges from the end until the rest fits; turns are never cut.
+        truncate: cut the end off a longer sample. An answer that is cut is trained up to there, without an EOS.
     Raises:
-        ValueError: roles do not alternate, an answer is blank, or the sample does not fit.
+        ValueError: roles do not alternate, an answer is blank, the sample does not fit, or nothing is left to train.
     """
-    return _conversation(tokenizer, messages, tokenizer.encode, max_length, truncate)
+    return _conversation(tokenizer, messages, weights, tokenizer.encode, max_length, truncate)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -193,8 +218,8 @@ def _continued(tokenizer: Tokenizer, prompt: Sequence[Message], text: str) -> Sa
     return Sample(np.asarray([*before, *after], dtype=np.int32), weights)
 
 
-def encode_text(tokenizer: Tokenizer, text: str, *, max_length: int | None = None) -> Sample:
-    """Sample of plain text for pre-training: BOS, text, EOS; everything but BOS is trained.
+def encode_text(tokenizer: Tokenizer, text: str, *, max_length: int | None = None, truncate: bool = False) -> Sample:
+    """Sample of plain text for pre-training: BOS, text, EOS; everything but BOS is trained. `truncate`: as above.
 
     Raises:
         ValueError: the text is empty or does not fit.
@@ -204,7 +229,7 @@ def encode_text(tokenizer: Tokenizer, text: str, *, max_length: int | None = Non
     tokens = np.asarray([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
     weights = np.ones(len(tokens), dtype=np.float32)
     weights[0] = 0
-    return _fitting(Sample(tokens, weights), max_length)
+    return _fitting(Sample(tokens, weights), max_length, truncate)
 
 
 def encode_conversations(
@@ -229,7 +254,7 @@ def encode_conversations(
     samples, rejected = [], []
     for index, row in enumerate(rows):
         try:
-            samples.append(_conversation(tokenizer, row.messages, cached, max_length, truncate))
+            samples.append(_conversation(tokenizer, row.messages, row.weights, cached, max_length, truncate))
         except ValueError as error:
             if on_error == "raise":
                 raise ValueError(f"row {index} (id {row.id}): {error}") from error

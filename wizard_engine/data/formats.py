@@ -1,97 +1,42 @@
 """Turns one JSON object of a known data format into rows.
 
-Every converter takes the object and gives rows; keys that it does not know are kept as attributes. Recognition is by
-the keys that are present, see FORMATS at the end.
+Every converter takes the object, without its null columns, and gives rows. Recognition is by the keys that are
+present, see FORMATS at the end. What a format does not know goes through `row_fields`.
 """
 
-import ast
-import operator
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from .equations import ANNOTATION, step_label
+from .preference_formats import (
+    SIDES,
+    alpaca_prompt,
+    alpaca_turns,
+    pair_content,
+    read_alpaca_preference,
+    read_pair,
+    read_sharegpt_preference,
+)
+from .row_fields import SYSTEM_COLUMNS, FieldReader, expect, field, says_nothing, without_nulls
 from .rows import Conversation, Message, Preference, Process, Row, brief, check_text
+from .text_files import split_lines
+from .turns import Turns, drop_leading, read_turns, refuse_weights, with_system
 
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "observation": "user",
-    "tool": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-}
-ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
-ARITHMETIC: dict[type, Callable[[float, float], float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+Reader = Callable[[dict, FieldReader], list[Row]]
 
 
-def expect(value: Any, kind: type, name: str) -> Any:
-    """`value`, or ValueError when it is not of `kind` (bool is no int here)."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        words = {list: "a list", dict: "an object", str: "text"}.get(kind, kind.__name__)
-        raise ValueError(f"{name}: expected {words}, got {type(value).__name__} {brief(value)}")
-    return value
+class Format(NamedTuple):
+    """A form of records: the kind of its rows, how it is recognised and read."""
+
+    kind: str
+    recognises: Callable[[dict], bool]
+    read: Reader
 
 
-def field(record: dict, key: str, kind: type, name: str = "") -> Any:
-    """record[key] of the type `kind`; ValueError names a key that is missing or of another type."""
-    if key not in record:
-        raise ValueError(f"{name}{key}: expected {kind.__name__}, got no such field")
-    return expect(record[key], kind, name + key)
-
-
-def rest(record: dict, *known: str) -> dict[str, Any]:
-    """Attributes of a record in another format: `attributes`, then every key outside `known`; "id" as "source_id"."""
-    attributes = dict(record["attributes"]) if isinstance(record.get("attributes"), dict) else {}
-    for key, value in record.items():
-        if key not in (*known, "attributes"):
-            attributes.setdefault("source_id" if key == "id" else key, value)
-    return attributes
-
-
-def role_messages(value: Any, name: str) -> tuple[Message, ...]:
-    """Messages of a list of {"role", "content"} objects; a plain text is one user turn."""
-    if isinstance(value, str):
-        return (Message("user", value),)
-    turns = [expect(turn, dict, f"{name}[{index}]") for index, turn in enumerate(expect(value, list, name))]
-    return tuple(
-        Message(field(turn, "role", str, f"{name}[{index}]."), field(turn, "content", str, f"{name}[{index}]."))
-        for index, turn in enumerate(turns)
-    )
-
-
-def sharegpt_messages(value: Any, name: str) -> tuple[tuple[Message, ...], int]:
-    """Messages of a list of {"from", "value"} objects, and how many leading turns were dropped.
-
-    A system turn at the start stays; turns of others before the first human turn are dropped.
-    """
-    messages = []
-    for index, turn in enumerate(expect(value, list, name)):
-        where = f"{name}[{index}]"
-        speaker = field(expect(turn, dict, where), "from", str, where + ".")
-        if speaker not in SHAREGPT_ROLES:
-            raise ValueError(f"{where}.from: expected one of {', '.join(SHAREGPT_ROLES)}, got {brief(speaker)}")
-        messages.append(Message(SHAREGPT_ROLES[speaker], field(turn, "value", str, where + ".")))
-    system = messages[:1] if messages and messages[0].role == "system" else []
-    body = messages[len(system) :]
-    dropped = next((index for index, message in enumerate(body) if message.role == "user"), len(body))
-    return tuple(system + body[dropped:]), dropped
-
-
-def native_fields(record: dict, content: tuple[str, ...]) -> tuple[dict, dict]:
+def native_fields(record: dict, reader: FieldReader, *content: str) -> tuple[dict, dict]:
     """Attributes and lineage of a record in this project's format."""
-    attributes = dict(expect(record.get("attributes", {}), dict, "attributes"))
-    lineage = expect(record.get("lineage", {}), dict, "lineage")
-    for key, value in record.items():
-        if key not in (*content, "id", "attributes", "lineage"):
-            attributes.setdefault(key, value)
-    return attributes, lineage
+    attributes = reader.columns_of(record, (*content, "lineage", *SYSTEM_COLUMNS))
+    return attributes, expect(record.get("lineage", {}), dict, "lineage")
 
 
 def keep_foreign_id(row: Row, record: dict) -> Row:
@@ -101,200 +46,170 @@ def keep_foreign_id(row: Row, record: dict) -> Row:
     return row.replace(attributes={"source_id": record["id"], **row.attributes})
 
 
-def read_conversation(record: dict) -> list[Row]:
-    """{"messages": [{"role", "content"}]}"""
-    messages = role_messages(expect(record["messages"], list, "messages"), "messages")
-    return [keep_foreign_id(Conversation(messages, *native_fields(record, ("messages",))), record)]
+def read_conversation(record: dict, reader: FieldReader) -> list[Row]:
+    """{"messages": [{"role", "content"}]}, optionally with "weight" 0 or 1 in a message, and "system" """
+    turns = with_system(read_turns(expect(record["messages"], list, "messages"), "messages", reader), record)
+    fields = native_fields(record, reader, "messages")
+    return [keep_foreign_id(Conversation(turns.messages, *fields, turns.answer_weights), record)]
 
 
-def read_preference(record: dict) -> list[Row]:
-    """{"prompt": text or messages, "chosen": text, "rejected": text}"""
-    prompt = role_messages(record["prompt"], "prompt")
-    answers = field(record, "chosen", str), field(record, "rejected", str)
-    row = Preference(prompt, *answers, *native_fields(record, ("prompt", "chosen", "rejected")))
-    return [keep_foreign_id(row, record)]
+def read_preference(record: dict, reader: FieldReader) -> list[Row]:
+    """{"prompt": text or messages, "chosen": text, "rejected": text}, optionally with "system" """
+    content = pair_content(record, read_turns(record["prompt"], "prompt", reader), reader)
+    return [keep_foreign_id(Preference(*content, *native_fields(record, reader, "prompt", *SIDES)), record)]
 
 
-def read_process(record: dict) -> list[Row]:
-    """{"prompt": text or messages, "steps": [text], "labels": [1 | 0 | -1]}"""
-    prompt = role_messages(record["prompt"], "prompt")
+def read_process(record: dict, reader: FieldReader) -> list[Row]:
+    """{"prompt": text or messages, "steps": [text], "labels": [1 | 0 | -1]}, optionally with "system" """
+    prompt = with_system(read_turns(record["prompt"], "prompt", reader), record)
+    refuse_weights(prompt, reader)
     steps, labels = tuple(field(record, "steps", list)), tuple(field(record, "labels", list))
-    return [
-        keep_foreign_id(Process(prompt, steps, labels, *native_fields(record, ("prompt", "steps", "labels"))), record)
-    ]
+    fields = native_fields(record, reader, "prompt", "steps", "labels")
+    return [keep_foreign_id(Process(prompt.messages, steps, labels, *fields), record)]
 
 
-def read_sharegpt(record: dict) -> list[Row]:
+def read_sharegpt(record: dict, reader: FieldReader) -> list[Row]:
     """{"conversations": [{"from", "value"}]}, optionally with "system" """
-    messages, dropped = sharegpt_messages(record["conversations"], "conversations")
-    if isinstance(record.get("system"), str) and record["system"] and messages[:1] and messages[0].role != "system":
-        messages = (Message("system", record["system"]), *messages)
-    attributes = rest(record, "conversations", "system", "lineage")
+    turns, dropped = drop_leading(read_turns(record["conversations"], "conversations", reader))
+    attributes = reader.rest(record, "conversations", *SYSTEM_COLUMNS)
     if dropped:
         attributes["dropped_leading_turns"] = dropped
-    return [Conversation(messages, attributes)]
+    turns = with_system(turns, record)
+    return [Conversation(turns.messages, attributes, weights=turns.answer_weights)]
 
 
-def read_sharegpt_preference(record: dict) -> list[Row]:
-    """{"conversations": [{"from", "value"}], "chosen": {"from", "value"} or text, "rejected": likewise}"""
-    prompt, dropped = sharegpt_messages(record["conversations"], "conversations")
-    answers = []
-    for key in ("chosen", "rejected"):
-        value = record.get(key)
-        answers.append(field(value, "value", str, key + ".") if isinstance(value, dict) else field(record, key, str))
-    attributes = rest(record, "conversations", "chosen", "rejected")
-    if dropped:
-        attributes["dropped_leading_turns"] = dropped
-    return [Preference(prompt, *answers, attributes)]
-
-
-def alpaca_prompt(instruction: str, context: str) -> str:
-    """Instruction and input as one user turn."""
-    return f"{instruction}\n{context}".strip() if context.strip() else instruction
-
-
-def read_alpaca(record: dict) -> list[Row]:
+def read_alpaca(record: dict, reader: FieldReader) -> list[Row]:
     """{"instruction", "output"}, optionally "input", "system" and "history" ([[question, answer], ...])"""
-    turns = []
-    if record.get("system"):
-        turns.append(Message("system", field(record, "system", str)))
-    for index, pair in enumerate(expect(record.get("history") or [], list, "history")):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"history[{index}]: expected [question, answer], got {brief(pair)}")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-    context = expect(record.get("input") or "", str, "input")
-    turns.append(Message("user", alpaca_prompt(field(record, "instruction", str), context)))
-    turns.append(Message("assistant", field(record, "output", str)))
-    return [Conversation(tuple(turns), rest(record, "instruction", "input", "output", "system", "history"))]
+    messages = (*alpaca_turns(record).messages, Message("assistant", field(record, "output", str)))
+    return [Conversation(messages, reader.rest(record, "instruction", "input", "output", "history", *SYSTEM_COLUMNS))]
 
 
-def read_instances(record: dict) -> list[Row]:
-    """{"instruction", "instances": [{"input", "output"}]}: one row per instance"""
+def read_completion(record: dict, reader: FieldReader) -> list[Row]:
+    """{"prompt", "completion"}, texts or messages, optionally with "system"; answers in the prompt are not trained"""
+    prompt = with_system(read_turns(record["prompt"], "prompt", reader), record)
+    prompt = Turns(prompt.messages, tuple(weight or 0 for weight in prompt.weights))
+    completion = record["completion"]
+    if isinstance(completion, str):
+        answer = Turns((Message("assistant", completion),), (None,))
+    else:
+        answer = read_turns(completion, "completion", reader)
+    turns = prompt.joined(answer)
+    attributes = reader.rest(record, "prompt", "completion", *SYSTEM_COLUMNS)
+    return [Conversation(turns.messages, attributes, weights=turns.answer_weights)]
+
+
+def read_instances(record: dict, reader: FieldReader) -> list[Row]:
+    """{"instruction", "instances": [{"input", "output"}]}, optionally with "system": one row per instance"""
+    attributes = reader.rest(record, "instruction", "instances", *SYSTEM_COLUMNS)
     rows = []
     for index, instance in enumerate(expect(record["instances"], list, "instances")):
         where = f"instances[{index}]"
-        context = expect(expect(instance, dict, where).get("input") or "", str, where + ".input")
+        for key, value in expect(instance, dict, where).items():
+            if key not in ("input", "output") and not says_nothing(value):
+                reader.refuse(f"{where}.{key}", value, "an instance has input and output")
+        context = expect(instance.get("input") or "", str, where + ".input")
         question = Message("user", alpaca_prompt(field(record, "instruction", str), context))
+        turns = with_system(Turns((question,), (None,)), record)
         answer = Message("assistant", field(instance, "output", str, where + "."))
-        rows.append(Conversation((question, answer), rest(record, "instruction", "instances")))
+        rows.append(Conversation((*turns.messages, answer), dict(attributes)))
     if not rows:
         raise ValueError("instances: expected at least one, got none")
     return rows
 
 
-def read_question_answer(record: dict) -> list[Row]:
+def question_turns(record: dict) -> Turns:
+    """The question behind the record's system column."""
+    return with_system(Turns((Message("user", field(record, "question", str)),), (None,)), record)
+
+
+def read_question_answer(record: dict, reader: FieldReader) -> list[Row]:
     """{"question", "answer"} with <<a+b=c>> annotations, which leave the text and stay in attributes["annotated"]"""
-    question, annotated = field(record, "question", str), field(record, "answer", str)
-    attributes = rest(record, "question", "answer")
+    prompt, annotated = question_turns(record).messages, field(record, "answer", str)
+    attributes = reader.rest(record, "question", "answer", *SYSTEM_COLUMNS)
     answer = ANNOTATION.sub("", annotated)
     if answer != annotated:
         attributes["annotated"] = annotated
-    return [Conversation((Message("user", question), Message("assistant", answer)), attributes)]
+    return [Conversation((*prompt, Message("assistant", answer)), attributes)]
 
 
-def read_solutions(record: dict) -> list[Row]:
+def read_solutions(record: dict, reader: FieldReader) -> list[Row]:
     """{"question", "ground_truth", NAME: {"solution", "is_correct"}, ...}: one process row per named solution"""
-    prompt = (Message("user", field(record, "question", str)),)
+    prompt = question_turns(record).messages
     names = [key for key, value in record.items() if isinstance(value, dict) and "solution" in value]
+    others = reader.rest(record, "question", *names, *SYSTEM_COLUMNS)
     rows = []
     for name in names:
         solution = field(record[name], "solution", str, name + ".")
         check_text(solution, name + ".solution")
-        lines = [line.strip() for line in solution.splitlines() if line.strip()]
+        lines = [line.strip() for line in split_lines(solution) if line.strip()]
         steps = tuple(ANNOTATION.sub("", line).strip() for line in lines)
         labels = tuple(step_label(line) for line in lines)
-        attributes = {**rest(record, "question", *names), "solver": name, "annotated": solution}
+        attributes = {**others, "solver": name, "annotated": solution}
         attributes |= {key: value for key, value in record[name].items() if key != "solution"}
         rows.append(Process(prompt, steps, labels, attributes))
     return rows
 
 
-def step_label(line: str) -> int:
-    """1 when every <<a+b=c>> equation of a line holds, -1 when one does not, 0 when it has none that can be read.
-
-    The right side may be rounded or cut to the decimals it shows (10/3=3.33), an integer must be exact.
-    """
-    verdicts = [verdict for text in ANNOTATION.findall(line) if (verdict := equation_holds(text)) is not None]
-    return 0 if not verdicts else (1 if all(verdicts) else -1)
-
-
-def equation_holds(text: str) -> bool | None:
-    """Whether an equation such as "3*4=12" is true; None when it is no equation of numbers."""
-    left, *others = text.split("=")
-    if not others:
-        return None
-    values = [arithmetic(side) for side in (left, *others)]
-    if any(value is None for value in values):
-        return None
-    decimals = len(others[-1].strip().rpartition(".")[2]) if "." in others[-1] else 0
-    stated = values[-1]
-    slack = (10.0**-decimals if decimals else 0.0) + 1e-9 * max(1.0, abs(stated))
-    return all(abs(value - stated) <= slack for value in values)
-
-
-def arithmetic(text: str) -> float | None:
-    """Value of an expression of numbers, + - * / and brackets ("$", "," and "%" as people write them), else None."""
-    plain = re.sub(r"[$,_\s]", "", text)
-    plain = re.sub(r"(\d+\.?\d*|\.\d+)%", r"(\1/100)", plain)
-    plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain)
-    if not re.fullmatch(r"[\d.+\-*/()]{1,200}", plain) or "**" in plain or "//" in plain:
-        return None
-    try:
-        return evaluate(ast.parse(plain, mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
-        return None
-
-
-def evaluate(node: ast.expr) -> float | None:
-    """Value of a parsed arithmetic expression, None when it holds anything else."""
-    if isinstance(node, ast.Constant):
-        return float(node.value)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = evaluate(node.operand)
-        return value if value is None or isinstance(node.op, ast.UAdd) else -value
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        left, right = evaluate(node.left), evaluate(node.right)
-        return None if left is None or right is None else ARITHMETIC[type(node.op)](left, right)
-    return None
-
-
 def has_solutions(record: dict) -> bool:
-    """Whether some value of the record is an object with a solution in it."""
-    return "question" in record and any(isinstance(value, dict) and "solution" in value for value in record.values())
+    """Whether the record is a question, and some value an object with a solution in it."""
+    if "question" not in record:
+        return False
+    return any([isinstance(value, dict) and "solution" in value for value in record.values()])
 
 
-# The first format whose keys are all present reads the record.
-FORMATS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict], list[Row]]], ...] = (
-    ("process", lambda record: "prompt" in record and ("steps" in record or "labels" in record), read_process),
-    (
-        "preference",
-        lambda record: "conversations" in record and ("chosen" in record or "rejected" in record),
-        read_sharegpt_preference,
-    ),
-    (
-        "preference",
-        lambda record: "prompt" in record and ("chosen" in record or "rejected" in record),
-        read_preference,
-    ),
-    ("conversation", lambda record: "messages" in record, read_conversation),
-    ("conversation", lambda record: "conversations" in record, read_sharegpt),
-    ("conversation", lambda record: "instruction" in record and "instances" in record, read_instances),
-    ("conversation", lambda record: "instruction" in record, read_alpaca),
-    ("process", has_solutions, read_solutions),
-    ("conversation", lambda record: "question" in record, read_question_answer),
+def has_pair(record: dict) -> bool:
+    """Whether the record has one of two answers."""
+    return "chosen" in record or "rejected" in record
+
+
+def has_text_pair(record: dict) -> bool:
+    """Whether the record is this project's own preference row: a prompt, and answers that are texts."""
+    return (
+        "prompt" in record and has_pair(record) and not any(isinstance(record.get(key), list | dict) for key in SIDES)
+    )
+
+
+def is_alpaca_pair(record: dict) -> bool:
+    """Whether the record is an instruction with two answers."""
+    return "instruction" in record and (has_pair(record) or isinstance(record.get("output"), list))
+
+
+MESSAGES = Format("conversation", lambda record: "messages" in record, read_conversation)
+# The first format that recognises the record reads it.
+FORMATS = (
+    Format("process", lambda record: "prompt" in record and ("steps" in record or "labels" in record), read_process),
+    Format("preference", lambda record: "conversations" in record and has_pair(record), read_sharegpt_preference),
+    Format("preference", has_text_pair, read_preference),
+    Format("preference", is_alpaca_pair, read_alpaca_preference),
+    Format("preference", has_pair, read_pair),
+    MESSAGES,
+    Format("conversation", lambda record: "conversations" in record, read_sharegpt),
+    Format("conversation", lambda record: "instruction" in record and "instances" in record, read_instances),
+    Format("conversation", lambda record: "instruction" in record, read_alpaca),
+    Format("conversation", lambda record: "prompt" in record and "completion" in record, read_completion),
+    Format("process", has_solutions, read_solutions),
+    Format("conversation", lambda record: "question" in record, read_question_answer),
 )
 
 
-def convert(record: Any) -> tuple[str, list[Row]]:
+def convert(record: Any, reader: FieldReader, kind: str | None = None) -> tuple[str, list[Row]]:
     """The kind and the rows of one JSON object, not yet validated.
 
+    Args:
+        reader: takes the fields that the rows do not say.
+        kind: of the rows that are wanted; a pair of answers with a column "messages" (UltraFeedback) is two kinds.
     Raises:
-        ValueError: the object has the keys of no known format, or a field of another type.
+        ValueError: the object has the keys of no known format, or a field of another type or without a place.
     """
-    for kind, recognises, read in FORMATS:
-        if recognises(expect(record, dict, "record")):
-            return kind, read(record)
-    raise ValueError(
-        "record: expected messages, prompt + chosen + rejected, prompt + steps + labels, instruction + output, "
-        f"conversations, or question + answer, got the fields {', '.join(map(brief, record)) or 'none'}"
-    )
+    record = without_nulls(expect(record, dict, "record"))
+    form = next((form for form in FORMATS if form.recognises(record)), None)
+    if form is None:
+        raise ValueError(
+            "record: expected messages, conversations, instruction + output, question + answer, prompt + completion, "
+            "chosen + rejected, or prompt + steps + labels, got the fields "
+            f"{', '.join(map(brief, record)) or 'none'}"
+        )
+    if kind == MESSAGES.kind and MESSAGES.recognises(record):
+        form = MESSAGES
+    reader.start()
+    return form.kind, form.read(record, reader)

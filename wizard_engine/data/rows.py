@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 ROLES = ("system", "user", "assistant")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Message(NamedTuple):
@@ -24,7 +26,7 @@ def content_id(content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def messages_json(messages: Sequence[Message]) -> list[dict[str, str]]:
+def messages_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as a list of {"role", "content"} objects."""
     return [{"role": message.role, "content": message.content} for message in messages]
 
@@ -60,14 +62,21 @@ class _Row:
 
 @dataclass(frozen=True)
 class Conversation(_Row):
-    """A supervised row: an optional system message, then user and assistant turns that alternate."""
+    """A supervised row: an optional system message, then user and assistant turns that alternate.
+
+    weights: loss weight of each assistant turn, 0 or 1, in order; () trains all of them.
+    """
 
     messages: tuple[Message, ...]
     attributes: dict[str, Any] = field(default_factory=dict, hash=False)
     lineage: dict[str, Any] = field(default_factory=dict, hash=False)
+    weights: tuple[int, ...] = ()
 
     def content(self) -> dict[str, Any]:
-        return {"messages": messages_json(self.messages)}
+        messages = messages_json(self.messages)
+        for message, weight in zip((m for m in messages if m["role"] == "assistant"), self.weights):
+            message["weight"] = weight
+        return {"messages": messages}
 
     @property
     def instruction(self) -> str:
@@ -137,6 +146,16 @@ def conversation(instruction: str, answer: str, **attributes: Any) -> Conversati
     return Conversation((Message("user", instruction), Message("assistant", answer)), attributes)
 
 
+def kept_weights(row: Conversation, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Loss weights for the answers of `messages`, made from a row: the row's for an answer that it has too, else 1."""
+    if not row.weights:
+        return ()
+    former = [message.content for message in row.messages if message.role == "assistant"]
+    answers = [message.content for message in messages if message.role == "assistant"]
+    same = [index < len(former) and answer == former[index] for index, answer in enumerate(answers)]
+    return tuple(row.weights[index] if same[index] else 1 for index in range(len(answers)))
+
+
 def texts_of(row: Row) -> list[str]:
     """Every text of a row in order: each turn, and the answers of a pair or the steps."""
     if isinstance(row, Conversation):
@@ -164,7 +183,7 @@ def check_text(text: Any, name: str, *, blank: bool = False) -> None:
         raise ValueError(f"{name}: expected text, got {type(text).__name__} {brief(text)}")
     if not blank and not text.strip():
         raise ValueError(f"{name}: expected text, got {brief(text)}")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and _SURROGATE.search(text):
         raise ValueError(f"{name}: expected valid Unicode, got a lone surrogate in {brief(text)}")
 
 
@@ -191,6 +210,8 @@ def check_row(row: Row) -> None:
     """
     if isinstance(row, Conversation):
         check_messages(row.messages, "messages", last="assistant")
+        if row.weights:
+            check_weights(row)
     elif isinstance(row, Preference):
         check_preference(row)
     else:
@@ -198,6 +219,13 @@ def check_row(row: Row) -> None:
     for name in ("attributes", "lineage"):
         if not isinstance(getattr(row, name), dict):
             raise ValueError(f"{name}: expected an object, got {brief(getattr(row, name))}")
+
+
+def check_weights(row: Conversation) -> None:
+    """Raises ValueError unless every assistant turn has a weight of 0 or 1."""
+    answers = sum(message.role == "assistant" for message in row.messages)
+    if len(row.weights) != answers or not all(weight in (0, 1) for weight in row.weights):
+        raise ValueError(f"weights: expected {answers} of 0 or 1, one for each answer, got {brief(row.weights)}")
 
 
 def check_preference(row: Preference) -> None:

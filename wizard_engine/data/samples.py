@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.metrics import progress
@@ -14,9 +14,11 @@ from wizard_engine.runtime.process import Runtime
 
 from .chat import Sample, encode_conversation, encode_preference, encode_prompt, encode_text
 from .records import Conversation, Message, Preference, Process, read_located
+from .row_fields import FieldReader, UnknownFields, expect, field
+from .rows import check_text
+from .text_files import OnError, Piece, read_values
 from .tokenizer import Tokenizer
 
-OnError = Literal["raise", "skip"]
 Item = TypeVar("Item")
 
 
@@ -47,31 +49,32 @@ def read_samples(
     max_length: int,
     on_error: OnError,
     rejects: Path,
+    unknown_fields: UnknownFields = "refuse",
+    truncate: bool = False,
     quiet: bool = False,
 ) -> tuple[list[Sample], int]:
     """Samples of conversation rows, or of the `text` fields of JSON lines for kind "text".
 
     Args:
         max_length: longest sample, tokens.   on_error: "raise", or "skip" to count into the `rejects` file.
+        unknown_fields: see `records.read_rows`.   truncate: cut longer samples, see `encode_conversation`.
         quiet: no progress bar.
     Returns:
         samples, number of rejected rows.
     Raises:
         ValueError: `path:line: ...` for a bad row under "raise", or no usable row.
     """
-    if kind == "text":
-        texts = [(f"{path}:{n}", text) for path in paths for n, text in enumerate(_texts(path), 1)]
-        return encode_all(
-            texts, lambda text: _fitting(encode_text(tokenizer, text), max_length), on_error, rejects, quiet=quiet
+
+    def encode(row: Conversation | str) -> Sample:
+        if isinstance(row, str):
+            return encode_text(tokenizer, row, max_length=max_length, truncate=truncate)
+        return encode_conversation(
+            tokenizer, row.messages, weights=row.weights, max_length=max_length, truncate=truncate
         )
-    rows, unread = _located(paths, "conversation", on_error, rejects)
-    samples, refused = encode_all(
-        rows,
-        lambda row: encode_conversation(tokenizer, row.messages, max_length=max_length),
-        on_error,
-        rejects,
-        quiet=quiet,
-    )
+
+    read = _texts if kind == "text" else read_conversations
+    rows, unread = read(paths, on_error=on_error, unknown_fields=unknown_fields, rejects=rejects)
+    samples, refused = encode_all(rows, encode, on_error, rejects, quiet=quiet)
     return samples, unread + refused
 
 
@@ -81,10 +84,11 @@ def read_pairs(
     *,
     on_error: OnError,
     rejects: Path,
+    unknown_fields: UnknownFields = "refuse",
     quiet: bool = False,
 ) -> tuple[list[Pair], int]:
     """Pairs of preference rows; see `read_samples`."""
-    rows, unread = _located(paths, "preference", on_error, rejects)
+    rows, unread = _located(paths, "preference", on_error, unknown_fields, rejects)
     pairs, refused = encode_all(rows, encode, on_error, rejects, quiet=quiet)
     return pairs, unread + refused
 
@@ -119,9 +123,11 @@ def fitting_prompt(tokenizer: Tokenizer, row: Conversation, limit: int) -> tuple
     return prompt
 
 
-def read_processes(paths: Sequence[Path], *, on_error: OnError, rejects: Path) -> tuple[list[tuple[str, Process]], int]:
+def read_processes(
+    paths: Sequence[Path], *, on_error: OnError, rejects: Path, unknown_fields: UnknownFields = "refuse"
+) -> tuple[list[tuple[str, Process]], int]:
     """(`path:line`, row) of every process row, and how many records could not be read."""
-    return _located(paths, "process", on_error, rejects)
+    return _located(paths, "process", on_error, unknown_fields, rejects)
 
 
 def encode_all(
@@ -152,37 +158,58 @@ def encode_all(
     return items, len(refused)
 
 
-def _located(paths: Sequence[Path], kind: str, on_error: OnError, rejects: Path) -> tuple[list[tuple[str, Any]], int]:
+def read_conversations(
+    paths: Sequence[Path], *, on_error: OnError, rejects: Path, unknown_fields: UnknownFields = "refuse"
+) -> tuple[list[tuple[str, Conversation]], int]:
+    """(`path:line`, row) of every conversation, and how many records could not be read."""
+    return _located(paths, "conversation", on_error, unknown_fields, rejects)
+
+
+def _located(
+    paths: Sequence[Path], kind: str, on_error: OnError, unknown_fields: UnknownFields, rejects: Path
+) -> tuple[list[tuple[str, Any]], int]:
     """(`path:line`, row) of every row, and how many records could not be read (listed beside `rejects`)."""
     unread = rejects.with_name(f"unread_{rejects.name}")
-    rows, bad = read_located(paths, kind=kind, on_error=on_error, rejects=unread)
+    rows, bad = read_located(paths, kind=kind, on_error=on_error, unknown_fields=unknown_fields, rejects=unread)
     return rows, len(bad)
 
 
-def _fitting(sample: Sample, max_length: int) -> Sample:
-    if len(sample.tokens) > max_length:
-        raise ValueError(f"text: expected at most {max_length} tokens, got {len(sample.tokens)}")
-    return sample
+def _texts(
+    paths: Sequence[Path], *, on_error: OnError, unknown_fields: UnknownFields, rejects: Path
+) -> tuple[list[tuple[str, str]], int]:
+    """(`path:line`, `text` field) of every record, and how many have none (listed beside `rejects`)."""
+    texts, bad = [], []
+    for path in paths:
+        reader = FieldReader(unknown_fields)
+        before = len(texts) + len(bad)
+        for piece in read_values(path):
+            where = f"{path}:{piece.line}"
+            try:
+                texts.append((where, _text(piece, reader)))
+            except ValueError as error:
+                if on_error == "raise":
+                    raise ValueError(f"{where}: {error}") from None
+                bad.append({"where": where, "error": f"{where}: {error}", "text": piece.text})
+        if len(texts) + len(bad) == before:
+            raise ValueError(f"{path}:1: file: expected at least one record, got none; give a file with rows")
+        reader.report(path)
+    if bad:
+        unread = rejects.with_name(f"unread_{rejects.name}")
+        write_text(unread, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
+    return texts, len(bad)
 
 
-def _texts(path: Path) -> list[str]:
-    """The `text` field of every JSON line."""
-    texts = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8, got {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {error}") from error
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
-            raise ValueError(f"{path}:{number}: text: expected text, got {str(value)[:60]!r}")
-        texts.append(value["text"])
-    if not texts:
-        raise ValueError(f"{path}: expected JSON lines, got an empty file")
-    return texts
+def _text(piece: Piece, reader: FieldReader) -> str:
+    """The `text` field of a record; its other columns are counted."""
+    if piece.error is not None:
+        raise ValueError(piece.error)
+    record = expect(piece.value, dict, "record")
+    text = field(record, "text", str)
+    check_text(text, "text")
+    reader.start()
+    reader.columns_of(record, ("text",))
+    reader.finish()
+    return text
 
 
 def check_rows(runtime: Runtime, name: str, samples: Iterable[Sample]) -> None:

@@ -1,10 +1,10 @@
 """Answers from JSONL files, matched to prompts."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from wizard_engine.agents.missing import Missing
+from wizard_engine.data.text_files import read_objects
 
 
 def read_answers(spec: Path | str, ids: Sequence[str], instructions: Sequence[str]) -> list[str | Missing]:
@@ -16,12 +16,11 @@ def read_answers(spec: Path | str, ids: Sequence[str], instructions: Sequence[st
 
     Raises:
         ValueError: `path:line: ...` for a line without such a text; a prompt without an answer; in order, another
-        number
-            of lines than prompts.
+            number of lines than prompts.
     """
     path, _, name = str(spec).partition("#")
     name = name or "answer"
-    lines = [_read(path, number, line, name) for number, line in _numbered(path)]
+    lines = [_read(place, item, name) for place, item in read_objects(path)]
     for key, values in (("id", ids), ("prompt", instructions)):
         if lines and all(isinstance(item.get(key), str) for item in lines):
             known = {item[key]: item[name] for item in lines}
@@ -34,21 +33,12 @@ def read_answers(spec: Path | str, ids: Sequence[str], instructions: Sequence[st
     return [item[name] for item in lines]
 
 
-def _numbered(path: str) -> list[tuple[int, bytes]]:
-    lines = enumerate(Path(path).read_bytes().split(b"\n"), start=1)
-    return [(number, line) for number, line in lines if line.strip()]
-
-
-def _read(path: str, number: int, line: bytes, name: str) -> dict:
-    try:
-        item = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: json: expected an object in UTF-8, got {error}; correct it") from None
-    if isinstance(item, dict) and name in item and item[name] is None:
+def _read(place: str, item: dict, name: str) -> dict:
+    if name in item and item[name] is None:
         reason = item.get("missing")
         reason = reason.get(name) if isinstance(reason, dict) else reason
         if isinstance(reason, str):
             return item | {name: Missing(reason)}
-    if not isinstance(item, dict) or not isinstance(item.get(name), str):
-        raise ValueError(f"{path}:{number}: {name}: expected an object with this text, got {line[:60]!r}; correct it")
+    if not isinstance(item.get(name), str):
+        raise ValueError(f"{place}: {name}: expected an object with this text, got {str(item)[:60]!r}; correct it")
     return item

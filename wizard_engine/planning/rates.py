@@ -1,12 +1,13 @@
 """Rates of hardware: what data sheets promise, what work of each kind gets of it, and what a machine is measured at."""
 
 import functools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from wizard_engine.data.text_files import read_json
 
 # Dense peak of tensor cores in bf16, operations per second, from the makers' data sheets; the first name that fits.
 PEAK_FLOPS = {
@@ -81,7 +82,7 @@ def rates_of(path: Path | None) -> Rates:
     if path is None:
         return Rates()
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         known = {name: float(value) for name, value in fields.items() if name in Rates.__dataclass_fields__}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected a JSON object of rates, got {error}") from error

@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from wizard_engine.agents.protocol import Agent
-from wizard_engine.data.records import Conversation, Message, Preference
+from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
 
 from .battles import Scene, battle_records, battle_tables, hold_battles
 from .calls import JUDGE_TOKENS, Calls, OnLength, as_read, derive_seed
@@ -218,7 +218,8 @@ def _lesson(calls: Calls, scene: Scene, target: _Target, contestants: Sequence[A
     lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": target.agent}
     if target.suggestion:
         lineage["suggestion"] = target.suggestion
-    return Conversation((*scene.prompt, Message("assistant", target.answer)), attributes, lineage)
+    messages = (*scene.prompt, Message("assistant", target.answer))
+    return Conversation(messages, attributes, lineage, kept_weights(scene.row, messages))
 
 
 def _validate(

@@ -14,7 +14,7 @@ from typing import Any
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.data.final_answers import read_claim
-from wizard_engine.data.records import Conversation, Message, Preference
+from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
 
 from .calls import JUDGE_TOKENS, Calls, as_read, derive_seed
 from .judging import Match, Verdict, judge_matches
@@ -204,7 +204,7 @@ def _evolved_row(chain: _Chain, agent: str) -> Conversation:
     lineage = {"parents": [chain.row.id], "operator": f"evol_answer:{operators}", "agent": agent}
     messages = (*chain.prompt, Message("assistant", chain.answer))
     attributes = {**instruction_attributes(chain.row), "answer_score": accepted[-1]["scores"][0]}
-    return Conversation(messages, attributes, lineage)
+    return Conversation(messages, attributes, lineage, kept_weights(chain.row, messages))
 
 
 def _validate(operators: Sequence[str], rounds: int, length_cap: float) -> None:

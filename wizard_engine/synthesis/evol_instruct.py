@@ -13,7 +13,7 @@ from typing import Any
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_equal, read_evolved
-from wizard_engine.data.records import Conversation, Message
+from wizard_engine.data.records import Conversation, Message, kept_weights
 
 from .calls import JUDGE_TOKENS, Calls, OnLength, derive_seed
 from .elimination import instruction_fault, response_fault
@@ -239,7 +239,8 @@ class _Run:
         }
         attributes["evolutions"] = line.row.attributes.get("evolutions", 0) + 1
         attributes |= self.calls.marks(*(m.content for m in line.messages if m.role == "assistant"))
-        return Conversation(tuple(line.messages), attributes, lineage)
+        messages = tuple(line.messages)
+        return Conversation(messages, attributes, lineage, kept_weights(line.row, messages))
 
 
 def _signature(text: str) -> str:

@@ -17,6 +17,7 @@ class SynthesisOptions(Protocol):
     out: Path
     limit: int | None
     on_error: str
+    unknown_fields: str
     batch_size: int
     quiet: bool
 
@@ -29,5 +30,6 @@ def open_inputs(cfg: SynthesisOptions, runtime: Runtime) -> tuple[Cast, list[Con
     """
     cast = Cast(cfg.out / "ledger.sqlite", runtime, batch_size=cfg.batch_size, quiet=cfg.quiet)
     rejects = cfg.out / "rejects.jsonl"
-    rows, rejected = read_conversations(cfg.data, on_error=cfg.on_error, rejects=rejects, limit=cfg.limit)
+    options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "rejects": rejects}
+    rows, rejected = read_conversations(cfg.data, limit=cfg.limit, **options)
     return cast, rows, rejected

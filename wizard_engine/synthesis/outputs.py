@@ -11,14 +11,21 @@ from wizard_engine.runtime.text_lines import printable
 
 
 def read_conversations(
-    paths: Sequence[Path], *, on_error: str = "raise", rejects: Path | None = None, limit: int | None = None
+    paths: Sequence[Path],
+    *,
+    on_error: str = "raise",
+    unknown_fields: str = "refuse",
+    rejects: Path | None = None,
+    limit: int | None = None,
 ) -> tuple[list[Conversation], int]:
     """The supervised rows of several files, at most `limit`, and the number of rejected records.
 
     Raises:
         ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
     """
-    rows, bad = read_files(paths, kind="conversation", on_error=on_error, rejects=rejects)
+    rows, bad = read_files(
+        paths, kind="conversation", on_error=on_error, unknown_fields=unknown_fields, rejects=rejects
+    )
     if not rows:
         raise ValueError(f"{paths[0] if paths else 'data'}: expected conversations, got none; see {rejects}")
     return rows[:limit], len(bad)

@@ -47,11 +47,16 @@ class SelfTaught:
 
 @dataclass
 class _Case:
-    """One prompt with the student's samples; `parent`: id of its row, `operator`: how it was evolved."""
+    """One prompt with the student's samples.
+
+    parent: id of its row.   weights: loss weights of the row's answers, () where all are trained.
+    operator: how it was evolved.
+    """
 
     parent: str
     prompt: tuple[Message, ...]
     attributes: dict[str, Any]
+    weights: tuple[int, ...] = ()
     operator: str | None = None
     samples: list[str] = field(default_factory=list)
     ratings: dict[str, float] = field(default_factory=dict)
@@ -116,7 +121,7 @@ def self_teach(
         Pairs(min_gap),
         Counter(),
     )
-    cases = [_Case(row.id, tuple(row.messages[:-1]), instruction_attributes(row)) for row in rows]
+    cases = [_Case(row.id, tuple(row.messages[:-1]), instruction_attributes(row), row.weights) for row in rows]
     cases += _evolved_cases(calls, evolver, cases, dropped, seed) if evolver is not None else []
     cases = _sample(calls, student, cases, samples, temperature, dropped, seed)
     _rate(calls, judge, cases, seed)
@@ -159,7 +164,7 @@ def _evolved_cases(calls: Calls, evolver: Agent, cases: Sequence[_Case], dropped
         inherited = KEPT_IN_BREADTH if operator == "breadth" else KEPT_IN_DEPTH
         attributes = {name: case.attributes[name] for name in inherited if name in case.attributes}
         attributes["evolutions"] = case.attributes.get("evolutions", 0) + 1
-        made.append(_Case(case.parent, (*case.prompt[:-1], Message("user", text)), attributes, operator))
+        made.append(_Case(case.parent, (*case.prompt[:-1], Message("user", text)), attributes, case.weights, operator))
     return made
 
 
@@ -228,8 +233,9 @@ def _teach(
         lineage["evolved_by"] = case.operator
     if case.ratings[best] >= min_score:
         messages = (*case.prompt, Message("assistant", best))
+        weights = (*case.weights[:-1], 1) if case.weights else ()
         scored = attributes | {"answer_score": case.ratings[best]} | calls.marks(best)
-        sft.append(Conversation(messages, scored, lineage))
+        sft.append(Conversation(messages, scored, lineage, weights))
     else:
         dropped["best sample too weak for a supervised row"] += 1
     if case.verdict.gap > 0:
