@@ -181,11 +181,11 @@ def test_read_questions_takes_own_references_but_not_the_published_field(tmp_pat
     [
         (b"", r"q\.jsonl:1: file: expected at least one question"),
         (b'{"question_id": 1', r"q\.jsonl:1: json: "),
-        (b'\n["x"]', r"q\.jsonl:2: json: expected an object, got list"),
+        (b'\n["x"]', r"q\.jsonl:2: json: expected an object, got str"),
         (b'{"category": "m", "turns": ["a", "b"]}', r"q\.jsonl:1: question_id: "),
         (b'{"question_id": 1, "category": "m", "turns": ["a"]}', r"q\.jsonl:1: turns: expected two texts"),
         (b'{"question_id": 1, "category": "m", "turns": ["a", 2]}', r"q\.jsonl:1: turns: expected two texts"),
-        (b'{"question_id": 1, "category": "\xff"}', r"q\.jsonl:1: json: expected an object in UTF-8"),
+        (b'{"question_id": 1, "category": "\xff"}', r"q\.jsonl:1: json: expected UTF-8"),
     ],
 )
 def test_read_questions_names_file_line_and_field(tmp_path, content, message):

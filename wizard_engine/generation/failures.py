@@ -5,10 +5,15 @@ What is computed for one sequence runs in `each`, `attempt` or `together`. What 
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .scheduler import Sequence
+
+class Fallible(Protocol):
+    """What a failure needs of a sequence: why it ended, what failed, and its tokens on their way."""
+
+    reason: str | None
+    error: str
+    pending: int
 
 
 class Failures:
@@ -20,11 +25,11 @@ class Failures:
         failed: sequences that ended with an error since the last `take`.
     """
 
-    def __init__(self, finish: Callable[["Sequence", str], None]) -> None:
+    def __init__(self, finish: Callable[[Fallible, str], None]) -> None:
         self._finish = finish
-        self.failed: list[Sequence] = []
+        self.failed: list[Fallible] = []
 
-    def fail(self, sequence: "Sequence", error: Exception) -> None:
+    def fail(self, sequence: Fallible, error: Exception) -> None:
         """End a sequence with reason "error" and the error's text."""
         sequence.pending = 0
         if sequence.reason is None:
@@ -32,7 +37,7 @@ class Failures:
             self.failed.append(sequence)
             self._finish(sequence, "error")
 
-    def take(self) -> list["Sequence"]:
+    def take(self) -> list[Fallible]:
         """The sequences that failed since the last call."""
         failed, self.failed = self.failed, []
         return failed
@@ -49,7 +54,7 @@ class Failures:
             except Exception as error:
                 self.fail(item[0], error)
 
-    def attempt(self, sequence: "Sequence", action: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(self, sequence: Fallible, action: Callable[..., Any], *arguments: Any) -> Any:
         """action(*arguments), or None where an exception has ended the sequence."""
         try:
             return action(*arguments)
