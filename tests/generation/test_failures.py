@@ -263,8 +263,8 @@ def test_offline_callers_say_what_failed():
     with pytest.raises(ValueError, match=r"prompts\[1\]: 1 of 3 answers failed; the first: logits: expected numbers"):
         generate(model, prompts, max_new_tokens=4, eos_ids=())
     with pytest.raises(ValueError, match="answer: expected a further token, got none: logits: expected numbers"):
-        list(Streamer(model, -1).stream(prompts[1], max_new_tokens=4))
-    streamer = Streamer(model, -1)
+        list(Streamer(model, ()).stream(prompts[1], max_new_tokens=4))
+    streamer = Streamer(model, ())
     for _ in range(2):
         with pytest.raises(ValueError, match="logits"):
             list(streamer.stream(prompts[1], max_new_tokens=4))
