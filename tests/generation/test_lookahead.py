@@ -185,7 +185,7 @@ def test_streams_and_generation_are_as_in_the_synchronous_order(monkeypatch):
     )
     actual = generate(model, prompts, **options)
     assert (actual.tokens, actual.logprobs, actual.finished) == (right.tokens, right.logprobs, right.finished)
-    stream = Streamer(model, EOS)
+    stream = Streamer(model, (EOS,))
     for _ in range(2):
         ids = list(stream.stream([1, 2, 3], max_new_tokens=12, temperature=0.8, seed=5))
         assert ids == right.tokens[0]
