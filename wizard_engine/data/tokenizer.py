@@ -191,8 +191,8 @@ class SentencePieceTokenizer(_Bytes):
     def __init__(self, model: bytes, name: str = "tokenizer.model", listed: ListedIds = NOTHING_LISTED) -> None:
         try:
             self._backend = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{name}: expected a SentencePiece model, got {error}") from None
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ValueError(f"{name}: expected a SentencePiece model, got {shown(str(error), 200)}") from None
         backend, size = self._backend, self._backend.vocab_size()
         self._model, self._json = model, None
         self.bos_id = self._special_id("BOS", backend.bos_id(), listed.bos, name)
