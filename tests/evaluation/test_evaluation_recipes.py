@@ -50,7 +50,11 @@ def test_arena_takes_answer_files_in_any_order_and_prompts_from_a_file(tmp_path)
     right.write_text("\n".join(reversed(lines)))
     wrong.write_text("\n".join(json.dumps({"prompt": row.instruction, "greedy": "The answer is 0."}) for row in rows))
     models = (f"wrong={wrong}#greedy", f"right={right}")
-    report = arena.main(_arena(tmp_path, models=models, prompts=tmp_path / "prompts.jsonl"))
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write('{"broken\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:13: json: "):
+        arena.main(_arena(tmp_path, models=models, prompts=tmp_path / "prompts.jsonl"))
+    report = arena.main(_arena(tmp_path, models=models, prompts=tmp_path / "prompts.jsonl", on_error="skip"))
     assert report["prompts"] == 12 and report["pairwise"][0]["wins"] >= 11
 
 

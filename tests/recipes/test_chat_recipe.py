@@ -1,5 +1,6 @@
 """Chat with an exported tiny model: interactive, once, over a file; and what is refused."""
 
+import gzip
 import io
 import json
 import os
@@ -127,13 +128,17 @@ def test_a_file_is_answered_in_its_order(directory, tmp_path):
     ("text", "message"),
     [
         ("", "expected a message a line, got none"),
-        ('{"prompt": "a"}\nnot json', r"x\.jsonl:2: expected prompt or"),
+        ('{"prompt": "a"}\nnot json', r"x\.jsonl:2: json: expected a complete JSON value"),
         ("[1]", r"x\.jsonl:1: "),
         ('{"prompt": "a", "messages": []}', "exactly one"),
-        ('{"messages": [{}]}', "'role'"),
-        ('{"prompt": 3}', "no text"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "row 1: messages"),
-        (json.dumps({"prompt": "x " * 600}), "row 1: expected below 512 tokens"),
+        ('{"messages": [{}]}', r"x\.jsonl:1: messages\[0\].role: expected"),
+        ('{"prompt": 3}', r"x\.jsonl:1: prompt: expected a list, got int 3"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}',
+            r"messages\[0\].tool_calls: expected no",
+        ),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', r"x\.jsonl:1: messages"),
+        (json.dumps({"prompt": "x " * 600}), r"x\.jsonl:1: expected below 512 tokens"),
     ],
 )
 def test_a_broken_file_is_refused_by_its_line(directory, tmp_path, text, message):
@@ -141,6 +146,33 @@ def test_a_broken_file_is_refused_by_its_line(directory, tmp_path, text, message
     with pytest.raises(ValueError, match=message):
         talk(directory, prompts=tmp_path / "x.jsonl", answers=tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_of_prompts_is_read_whatever_editor_wrote_it_and_bad_rows_are_left_out(directory, tmp_path):
+    (tmp_path / "x.txt").write_bytes("hello\u2028there\r\n\r\nagain\r".encode("utf-16"))
+    rows = [
+        {"prompt": "hello\u2028there", "id": 7, "messages": None},
+        {"prompt": [{"role": "user", "content": "again"}]},
+    ]
+    lines = [*(json.dumps(row) for row in rows), "{", json.dumps({"prompt": "x " * 600})]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("\r".join(lines).encode("utf-8-sig")))
+    for name, options in (("x.txt", {}), ("x.jsonl.gz", {"on_error": "skip"})):
+        _, notes = talk(directory, prompts=tmp_path / name, answers=tmp_path / "out.jsonl", **options)
+        answered = [
+            json.loads(line)["messages"][0]["content"] for line in (tmp_path / "out.jsonl").read_text().split("\n")[:-1]
+        ]
+        assert answered == ["hello\u2028there", "again"]
+    assert "2 rows left out; first: " in notes and "x.jsonl.gz:3: json: " in notes
+    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "hello", "system": "Be brief."}))
+    talk(directory, prompts=tmp_path / "s.jsonl", answers=tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_save_ends_an_open_last_line_first(directory, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}')
+    talk(directory, f"hello\n/save {file}\n")
+    assert [row.instruction for row in read_rows(file)] == ["a", "hello"]
 
 
 def test_a_full_context_forgets_the_oldest_exchanges(directory):

@@ -98,6 +98,8 @@ def test_sft_refuses_bad_rows_by_line_or_counts_them(world, tmp_path):
         sft.main(supervised(world, tmp_path / "long", data=only_long))
     result = sft.main(supervised(world, tmp_path / "skip", data=path, on_error="skip", steps=1))
     assert result["samples"] == 4 and result["rejected"] == 3
+    cut = sft.main(supervised(world, tmp_path / "cut", data=path, on_error="skip", truncate=True, steps=1))
+    assert (cut["samples"], cut["rejected"], cut["truncated"]) == (5, 2, 1) and cut["truncated_tokens"] > 100
     listed = "".join(file.read_text() for file in (tmp_path / "skip").glob("*rejects.jsonl"))
     assert all(f"bad.jsonl:{line}" in listed for line in (2, 3, 5))
 
@@ -358,15 +360,22 @@ def test_rleif_logs_every_factor_and_resumes_bit_equal(world, reward_models, tmp
 
 
 def test_rleif_with_ptx_also_learns_from_the_answers_of_the_rows(world, reward_models, tmp_path):
+    world.write("some.jsonl", world.single[:7])
+    lines = (world.root / "some.jsonl").read_text().splitlines()
+    calls = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [1]}]}
+    data = tmp_path / "bad.jsonl"
+    data.write_text("\r\n".join(["{", *lines, json.dumps(calls)]))
     cfg = online(
         world,
         reward_models,
         tmp_path,
+        data=(data,),
+        on_error="skip",
         rollout={"steps": 8},
         ptx={"coefficient": 1.0, "rows": 16},
         training={"lr": 3e-3},
     )
-    rleif.main(cfg)
+    assert rleif.main(cfg)["rejected"] == 2
     losses = [line["ptx_loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
@@ -424,10 +433,13 @@ def test_rleif_refuses_long_prompts_by_line_and_models_of_another_kind(world, re
 
 
 def test_accuracy_counts_what_it_writes(world, tmp_path):
-    cfg = accuracy.Config(
-        model=world.base, data=world.root / "held_out.jsonl", out=tmp_path, max_new_tokens=8, limit=7, quiet=True
-    )
-    result = accuracy.main(cfg)
+    data = tmp_path / "held_out.jsonl"
+    data.write_bytes(b"{\r\n" + (world.root / "held_out.jsonl").read_bytes())
+    options = {"model": world.base, "data": data, "max_new_tokens": 8, "limit": 7, "quiet": True}
+    with pytest.raises(ValueError, match=r"held_out\.jsonl:1: json: "):
+        accuracy.main(accuracy.Config(out=tmp_path, **options))
+    result = accuracy.main(accuracy.Config(out=tmp_path, on_error="skip", overwrite=True, **options))
+    assert result["rejected"] == 1
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert result["total"] == len(lines) == 7 and result["accuracy"] == result["correct"] / 7
     assert [line["prompt"] for line in lines] == [
