@@ -188,7 +188,7 @@ def test_a_terminal_gets_no_control_characters(monkeypatch):
     assert chat.printable("a\x1b[31m\tb\r\n\x07\x9bc\x00", keep="\n\t") == "a\\x1b[31m\tb\\r\n\\x07\\x9bc\\x00"
     out = Terminal()
     chat.show(iter_of("red \x1b[31m", "text"), out)
-    assert out.getvalue() == "red [31mtext\n"
+    assert out.getvalue() == "red \\x1b[31mtext\n"
     plain = io.StringIO()
     chat.show(iter_of("\x1b[31m"), plain)
     assert plain.getvalue() == "\x1b[31m\n"
