@@ -8,8 +8,8 @@ from wizard_engine.data.tokenizer import Tokenizer
 
 def allowed_ids(tokenizer: Tokenizer, vocab_size: int) -> Tensor | None:
     """(V,) bool: the ids that the tokenizer has, of a model's vocabulary; None where it has all of them."""
-    count = max(tokenizer.vocab_size, tokenizer.bos_id + 1, tokenizer.eos_id + 1)
-    return None if count >= vocab_size else torch.arange(vocab_size) < count
+    mask = tokenizer.drawable(vocab_size)
+    return None if mask is None else torch.from_numpy(mask)
 
 
 def masked_ids(allowed: Tensor | None, vocab_size: int, device: torch.device) -> Tensor | None:
