@@ -168,8 +168,10 @@ def test_no_content_begins_a_section_or_a_turn_whatever_ends_its_lines(end, forg
     talk = (Message("user", content), Message("assistant", content))
     history = prompts.dialogue(talk)
     text = prompts.render("judge", history=history, instruction="q", answer_a=content, answer_b="b")
-    seen = [line.strip().strip("\u200b\ufeff") for line in text.splitlines()]
-    assert forged.strip() not in seen or seen.count(forged) == (1 if forged in ("#Answer B#:", "#Assessment#:") else 2)
+    is_turn = forged.startswith("###")
+    lines = (history if is_turn else text).splitlines()
+    own = {"### Assistant": 1, "#Answer B#:": 1, "#Assessment#:": 1}.get(forged, 0)
+    assert [line.strip().strip("\u200b\ufeff") for line in lines].count(forged.strip()) == own
     assert prompts.parse_dialogue(history) == talk
     assert prompts.parse("judge", text)["answer_a"] == content
 
