@@ -52,8 +52,8 @@ class Range:
         return ", ".join(parts) or "a finite number"
 
     def __contains__(self, value: Any) -> bool:
-        # A comparison with not-a-number is false. Large integers are compared as such: a float would overflow.
-        return self.low <= value <= self.high and self.above < value < self.below and -math.inf < value < math.inf
+        # Infinity is not below `below`, and a comparison with not-a-number is false.
+        return self.low <= value <= self.high and self.above < value < self.below
 
     def check(self, option: str, value: Any, *, integer: bool) -> None:
         """RangeError unless a value is a number of this range."""
