@@ -88,11 +88,11 @@ def test_padding_and_holes_are_not_drawable(tmp_path):
     mask = tokenizer.drawable(SIZE + 30)
     assert mask.shape == (SIZE + 30,) and mask[: SIZE + 1].all() and not mask[SIZE + 1 :].any()
     fields = json.loads((path / "tokenizer.json").read_text())
-    fields["model"]["vocab"] = {**fields["model"]["vocab"], "zz": SIZE + 9}
+    fields["model"]["vocab"] = {**fields["model"]["vocab"], "zzqzz": SIZE + 9}
     fields["added_tokens"] = [entry for entry in fields["added_tokens"] if entry["content"] != "[A]"]
     (path / "tokenizer.json").write_text(json.dumps(fields))
     sparse = load_model(path)[1]
-    assert sparse.vocab_size == SIZE + 10 and sparse.decode([SIZE + 3]) == "" and sparse.decode([SIZE + 9]) == "zz"
+    assert sparse.vocab_size == SIZE + 10 and sparse.decode([SIZE + 3]) == "" and sparse.decode([SIZE + 9]) == "zzqzz"
     mask = sparse.drawable(SIZE + 30)
     assert mask.nonzero()[0].tolist() == [*range(SIZE), SIZE + 9]
     # An end without an entry may be drawn, and has no text.
