@@ -133,7 +133,7 @@ def test_ledger_keeps_an_uncommitted_batch_out(tmp_path):
         def respond(self, requests):
             return [Reply("fine"), Reply(object())]
 
-    with pytest.raises(AttributeError):
+    with pytest.raises(sqlite3.Error):
         LedgeredAgent(Broken(), ledger).respond([ask("a"), ask("b")])
     assert ledger.counts() == {}
     assert texts(LedgeredAgent(echo, ledger).respond([ask("a")])) == ["a/0/1"]
