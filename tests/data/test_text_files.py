@@ -139,6 +139,8 @@ def test_read_json_names_the_line(tmp_path):
     path = tmp_path / "targets.json"
     path.write_bytes('\ufeff{\r\n\u2028"a": 1}\r\n'.encode())
     assert read_json(path) == {"a": 1}
+    path.write_text('{\u2028"a": "b\u2028c\\"\xa0d"}')
+    assert read_json(path) == {"a": 'b\u2028c"\xa0d'}
     for text, line in (('{"a":\r\n1,\r\n}', 3), ('{"a": 1}\n\nx', 1), ("", 1), ('{"a": 1, "a": 2}', 1)):
         path.write_text(text, newline="")
         with pytest.raises(ValueError, match=rf"targets\.json:{line}: json: "):
@@ -156,6 +158,9 @@ def test_parquet_rows_equal_those_of_json_lines(tmp_path):
     assert second.attributes == {"source": f"{tmp_path.name}/train"}
     with pytest.raises(ValueError, match=r"train\.parquet:1: record: expected a preference row"):
         read_rows(tmp_path / "train.parquet", kind="preference")
+    bad = [{"question": "a", "answer": b"\xff"}, {"question": "a", "answer": b"b"}]
+    parquet.write_table(pyarrow.Table.from_pylist(bad), tmp_path / "bad.parquet")
+    assert [row.answer for row in read_rows(tmp_path / "bad.parquet", on_error="skip")] == ["b"]
     data = (tmp_path / "train.parquet").read_bytes()
     (tmp_path / "train.parquet").write_bytes(data[:-9])
     with pytest.raises(ValueError, match=r"train\.parquet:1: file: expected a readable Parquet file"):
