@@ -319,3 +319,8 @@ def test_masks_that_do_not_fit_are_refused():
     for token in (size - 1, size, -1):
         with pytest.raises(ValueError, match="logit_bias: expected ids that text has"):
             engine.add([1], Sampling(4, logit_bias=((token, 1.0),)))
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 1e-40, 0.5])
+def test_a_share_is_above_0_as_fp32_too(top_p):
+    assert torch.tensor(Sampling(4, top_p=top_p).top_p, dtype=torch.float32) >= torch.finfo(torch.float32).tiny
