@@ -216,6 +216,9 @@ class WordTokenizer:
         """The words, a blank between two; special ids are skipped."""
         return " ".join(f"w{index}" for index in ids if index >= FIRST_WORD)
 
+    def drawable(self, vocab_size: int) -> np.ndarray | None:
+        """None: every id may be drawn."""
+
     def offsets(self, ids: Sequence[int]) -> list[Span]:
         """Character span of each id in `decode(ids)`."""
         widths = [len(f"w{index} ") if index >= FIRST_WORD else 0 for index in ids]

@@ -226,6 +226,7 @@ Path({out!r}).write_text(" ".join(reply.text for reply in replies))
 """
 
 
+@pytest.mark.slow
 def test_killed_run_repeats_no_returned_call(tmp_path):
     paths = {name: str(tmp_path / name) for name in ("log", "ledger", "out")}
     script = KILLED.format(root=str(Path(__file__).parents[2]), **paths)

@@ -89,6 +89,7 @@ def test_inputs_on_a_gpu_are_of_the_7b_models_widths():
 
 
 # About 20 s of the interpreter: a layer, forward and backward, twice for each step.
+@pytest.mark.every(3)
 @interpreted
 @pytest.mark.parametrize("step", tiny_steps.STEPS, ids=lambda step: step.name)
 def test_training_steps_of_the_recipes_agree_with_the_plain_path(monkeypatch, step):

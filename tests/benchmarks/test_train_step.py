@@ -36,7 +36,9 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def results(request, tmp_path_factory):
     """Ranks and their rows by layout: one start of the ranks for all recipes and layouts."""
     out = tmp_path_factory.mktemp("rows") / "rows.json"

@@ -101,6 +101,7 @@ PLACES = {
 }
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("lookahead", [False, True], ids=["synchronous", "lookahead"])
 @pytest.mark.parametrize("calls", [1, 3])
 @pytest.mark.parametrize("place", PLACES)
@@ -204,6 +205,7 @@ def test_a_mixture_sends_a_row_without_numbers_nowhere():
 
 
 # Temperatures and shares that fp32 has no number for.
+@pytest.mark.every(5)
 @pytest.mark.parametrize("lookahead", [False, True], ids=["synchronous", "lookahead"])
 @pytest.mark.parametrize(
     "how",

@@ -201,6 +201,7 @@ def test_toy(read):
 """
 
 
+@pytest.mark.slow
 def test_faults_far_outside_cost_one_test(tmp_path):
     """The process ends, and its other tests run again."""
     (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())

@@ -147,7 +147,7 @@ RUNS = ["sft", "mixture", "replicated", "dpo/stage_1", "dpo/stage_2", "single_pa
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("layout", ["two", "tp", pytest.param("cp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["two", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp", "cp"))])
 def test_two_ranks_log_the_metrics_of_one(ranks, layout, run):
     one, two = (untimed(ranks / name / run) for name in ("one", layout))
     assert len(one) == len(two) > (0 if run.startswith("single_pair") else 1)
@@ -180,7 +180,7 @@ def test_reinforcement_learning_of_two_ranks_goes_on_with_one(ranks):
         assert first[name] == pytest.approx(second[name], rel=5e-3, abs=1e-3), name
 
 
-@pytest.mark.parametrize("layout", ["two", "tp", pytest.param("cp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["two", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp", "cp"))])
 def test_two_ranks_train_the_weights_of_one(ranks, layout):
     for run, start in (("sft", "base"), ("replicated", "base"), ("dpo", "base"), ("mixture", "mixture_base")):
         base = load_file(ranks / start / "model.safetensors")

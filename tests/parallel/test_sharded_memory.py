@@ -42,7 +42,7 @@ def measured_peak(model, tokens, micro_batches):
     return peak_bytes(model, AdamW(model), tokens, micro_batches)
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(7)
 @pytest.mark.parametrize(
     ("preset", "ranks", "recompute", "micro_batches"),
     [

@@ -112,7 +112,7 @@ def test_what_cannot_fit_is_refused_with_the_reason():
         report.run(Options("70b", 16, layout="tp=2,recompute=full"))
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [

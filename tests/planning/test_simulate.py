@@ -59,7 +59,7 @@ def test_bytes_on_every_axis_are_those_of_the_closed_form(name, options):
             assert by_ranks(by_axis(calls.collectives, mesh), mesh) == by_ranks(expected.traffic, mesh)
 
 
-@pytest.mark.every(7)
+@pytest.mark.every(10)
 @pytest.mark.parametrize(
     ("preset", "ranks", "options", "recompute", "tokens"),
     [

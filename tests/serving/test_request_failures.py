@@ -55,6 +55,7 @@ def beside(serving, **fields):
     return texts[0], response
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "fields",
     [

@@ -402,6 +402,7 @@ def test_a_thousand_requests_with_cancellations_lose_none(serving):
     serving.until(serving.is_idle)
 
 
+@pytest.mark.slow
 def test_a_fuzzed_client_finds_no_5xx(serving, tmp_path):
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,content_type_conformance,response_schema_conformance,status_code_conformance"

@@ -285,6 +285,7 @@ Path({out!r}).write_text(json.dumps([[r.to_json() for r in out.sft + out.prefere
 """
 
 
+@pytest.mark.slow
 def test_killed_co_teaching_resumes_without_repeating_a_returned_call(tmp_path):
     paths = {name: str(tmp_path / name) for name in ("log", "ledger", "out")}
     command = [

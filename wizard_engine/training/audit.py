@@ -141,8 +141,10 @@ def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
 
 def check_supervised(model: Transformer, samples: Sequence[Sample], tokenizer: Tokenizer, *, quiet: bool) -> None:
     """Audit of supervised training; prints one sample with its mask."""
-    closing = sum(int(s.tokens[-1] != tokenizer.eos_id or s.weights[-1] == 0) for s in samples)
-    checks = [Check("every sample trains its closing </s>", closing / len(samples), 0.0)]
+    # An answer that was cut has no end, and a turn of weight 0 is not trained.
+    whole = [s for s in samples if not s.cut]
+    open_ends = sum(int(s.tokens[s.weights.nonzero()[0].max(initial=0)] != tokenizer.eos_id) for s in whole)
+    checks = [Check("every sample trains its closing </s>", open_ends / max(1, len(whole)), 0.0)]
     checks.append(Check("nothing trains the first token", float(sum(s.weights[0] for s in samples)), 0.0))
     if not quiet:
         print(f"audit  mask  {shown_mask(samples[0], tokenizer)[:300]}", file=sys.stderr)
