@@ -27,7 +27,7 @@ def tried(kind, first, count, folder):
 # Catches: a size that is believed; an error of a library without the file's name; a hang on a FIFO; a long message.
 @pytest.mark.parametrize("kind", FULL)
 def test_a_few_mutants_load_or_are_refused_by_name(kind, tmp_path):
-    tried(kind, 0, 20, tmp_path)
+    tried(kind, 0, 30, tmp_path)
 
 
 @pytest.mark.slow
