@@ -482,7 +482,7 @@ def test_two_ranks_serve_one_model(tmp_path):
         (["--tp", "0"], "tp: expected at least 1"),
         (["--tp", "2"], "tp: expected the 1 ranks of this run"),
         (["--port", "70000"], "port: expected 0 to 65535"),
-        (["--cache-gib", "0"], "cache_gib: expected room"),
+        (["--cache-gib", "0"], "--cache-gib: expected above 0"),
         (["--modle", "x"], "modle"),
     ],
 )
