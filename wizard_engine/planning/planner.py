@@ -172,7 +172,7 @@ class Planner:
             name, sign, value = option.partition("=")
             name = name.strip().replace("-", "_")
             if name not in known or not sign:
-                raise ValueError(f"layout: expected words like tp=2 of {', '.join(known)}, got {option!r}")
+                raise ValueError(f"layout: expected options like tp=2 of {', '.join(known)}, got {option!r}")
             if name == "recompute" and value not in RECOMPUTE:
                 raise ValueError(f"layout: recompute: expected one of {', '.join(RECOMPUTE)}, got {value!r}")
             if name != "recompute" and not value.isdecimal():
