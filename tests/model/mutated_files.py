@@ -1,6 +1,6 @@
 """Model directories that somebody damaged or made up, drawn from a seed, and a process that tries to load them.
 
-    python -m tests.model.mutated_files safetensors 0 400 /tmp/folder
+    python -m tests.model.mutated_files safetensors 0 400 FOLDER
 
 Every mutant is loaded under a limit of memory and time. It loads, or is refused with a ValueError that begins with its
 folder; a crash, a hang or another error ends the process or is listed.
