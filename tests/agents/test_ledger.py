@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import run_together
 
 from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request, request_key
 from wizard_engine.data.records import Message
@@ -184,7 +185,6 @@ class Named:
     def respond(self, requests):
         return [Reply(sys.argv[1]) for _ in requests]
 
-sys.stdin.read(1)
 ledger = LedgeredAgent(Named(), Ledger({ledger!r}), batch_size=5)
 replies = ledger.respond([Request("answer", (Message("user", str(n)),)) for n in range(200)])
 print("".join(reply.text for reply in replies))
@@ -193,12 +193,7 @@ print("".join(reply.text for reply in replies))
 
 def test_processes_that_open_one_ledger_at_once_serve_the_same(tmp_path):
     script = OPENED.format(root=str(Path(__file__).parents[2]), ledger=str(tmp_path / "l.sqlite"))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", script, name], **pipes) for name in "abcd"]
-    for process in processes:
-        process.stdin.write("x")
-        process.stdin.flush()
-    printed = {process.communicate()[0].strip() for process in processes}
+    printed = set(run_together([("-c", script, name) for name in "abcd"]).stdout.split())
     assert len(printed) == 1 and len(printed.pop()) == 200
 
 

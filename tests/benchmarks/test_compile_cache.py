@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked import COMPILING, ROOT, run_python
 from triton import knobs
 from triton.backends.nvidia import compiler as nvidia
 
@@ -19,7 +20,6 @@ from benchmarks import compile_cache, launch_sources, tune_processes
 from benchmarks.compile_cache import Manifest
 from kernels import configuration
 
-ROOT = Path(__file__).resolve().parents[2]
 # Losses and samples at once: pointers, None, divisible and odd numbers, texts among the constants.
 SOURCE = """
 import os, sys, torch
@@ -55,12 +55,10 @@ print(f"compiled {events.count(False)}, loaded {events.count(True)}, built {len(
 MAKE = "sys.exit(compile_cache.main(sys.argv[1:]))"
 
 
-def run(code, *arguments, source=SOURCE, **variables):
+def run(code, *arguments, source=SOURCE):
     """A fresh process with the compiler, not the interpreter."""
-    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
-    command = [sys.executable, "-c", source + code, *map(str, arguments)]
-    env |= {"TOY": source, "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])} | variables
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    environment = {name: value for name, value in COMPILING.items() if name != "TRITON_CACHE_DIR"}
+    return run_python("-c", source + code, *arguments, environment=environment | {"TOY": source}, timeout=300)
 
 
 @pytest.fixture(scope="module")
