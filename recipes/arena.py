@@ -155,7 +155,7 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     options = {name: value for name, value in asdict(cfg).items() if name not in INCIDENTAL}
     options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
     options["judge"] = None if "judge" in inputs else cfg.judge
-    return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite)
+    return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite, quiet=cfg.quiet)
 
 
 def _check_verdicts(cfg: Config, result: Pairwise, prompts: int) -> None:
@@ -202,9 +202,10 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
 
     def finish() -> dict[str, Any]:
         done = to_plain(report | {"calls": cast.ledger.counts()})
-        stage.finish(done, write(cfg.out, ids, answers, results, done))
+        outputs = write(cfg.out, ids, answers, results, done)
         if not cfg.quiet:
             print_report(results, ratings)
+        stage.finish(done, outputs)
         return done
 
     report = from_main(rt, finish)

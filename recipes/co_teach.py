@@ -121,7 +121,8 @@ def main(cfg: Config) -> dict:
         )
         print_table("rival", taught.statistics["rivals"])
         print_table("skill", taught.statistics["skills"])
-    return finish_stage(stage, rt, report, outputs)
+    battles, missing = len(taught.battles), taught.statistics["missing"]
+    return finish_stage(stage, rt, report, outputs, f"{missing} of {battles} battles without a verdict")
 
 
 if __name__ == "__main__":

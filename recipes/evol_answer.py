@@ -21,7 +21,7 @@ from wizard_engine.synthesis import evolve_answers
 from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
 from wizard_engine.synthesis.evol_answer import OPERATORS
 from wizard_engine.synthesis.inputs import open_inputs
-from wizard_engine.synthesis.outputs import print_table, write_outputs
+from wizard_engine.synthesis.outputs import print_table, rejections, write_outputs
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def main(cfg: Config) -> dict:
         changed, pairs = rewritten.statistics["rows_changed"], len(rewritten.preferences)
         print(f"{changed} of {len(rows)} answers changed, {pairs} preference rows")
         print_table("operator", rewritten.statistics["operators"])
-    return finish_stage(stage, rt, report, outputs)
+    note = rejections("rewritten answers", rewritten.statistics["operators"], "accepted")
+    return finish_stage(stage, rt, report, outputs, note)
 
 
 if __name__ == "__main__":

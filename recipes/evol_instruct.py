@@ -29,7 +29,7 @@ from wizard_engine.synthesis import evolve_instructions, instruction_groups, opt
 from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
 from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
 from wizard_engine.synthesis.inputs import open_inputs
-from wizard_engine.synthesis.outputs import print_table, write_outputs
+from wizard_engine.synthesis.outputs import print_table, rejections, write_outputs
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ def main(cfg: Config) -> dict:
     if rt.is_main and not cfg.quiet:
         print("  ".join(f"{name} {count}" for name, count in counts.items()))
         print_table("operator", evolved.statistics["operators"])
-    return finish_stage(stage, rt, report, outputs)
+    note = rejections("evolved instructions", evolved.statistics["operators"], "kept")
+    return finish_stage(stage, rt, report, outputs, note)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def open_bench(cfg: Config) -> Stage:
     inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
     incidental = ("out", "batch_size", "max_missing", "device", "overwrite", "quiet", *inputs)
     options = {name: value for name, value in asdict(cfg).items() if name not in incidental}
-    return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite)
+    return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite, quiet=cfg.quiet)
 
 
 def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
@@ -186,9 +186,10 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
     def finish() -> dict[str, Any]:
         counts = {"questions": len(questions), "answer_errors": failures, "calls": cast.ledger.counts()}
         report = to_plain(result.to_json() | counts)
-        stage.finish(report, write(cfg.out, questions, result, report))
+        outputs = write(cfg.out, questions, result, report)
         if not cfg.quiet:
             print_report(result)
+        stage.finish(report, outputs)
         return report
 
     report = from_main(rt, finish)

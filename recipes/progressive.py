@@ -419,7 +419,10 @@ def main(cfg: Config) -> dict:
             max_new_tokens=cfg.rollout.max_new_tokens,
         )
     seconds = time.perf_counter() - began
-    return from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
+    summary = from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
+    if rt.is_main and not cfg.quiet:
+        print(f"done: {cfg.out / 'report.html'}, {cfg.out / 'summary.json'}")
+    return summary
 
 
 if __name__ == "__main__":

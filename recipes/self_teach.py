@@ -153,7 +153,8 @@ def main(cfg: Config) -> dict:
     if rt.is_main and not cfg.quiet:
         print(f"{selected.statistics['selected']} of {selected.statistics['prompts']} prompts selected by {cfg.score}:")
         print(f"{len(selected.sft)} supervised, {len(selected.preferences)} preference, {len(processes)} process rows")
-    return finish_stage(stage, rt, report, outputs)
+    prompts, used = selected.statistics["prompts"], selected.statistics["selected"]
+    return finish_stage(stage, rt, report, outputs, f"{prompts - used} of {prompts} prompts rejected")
 
 
 if __name__ == "__main__":

@@ -77,9 +77,10 @@ def copied(cache, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
+def former_cache(monkeypatch, tmp_path):
     """`use` sets a variable: take it back."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", "untouched")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "former"))
+    return str(tmp_path / "former")
 
 
 def test_every_table_is_among_the_launches():
@@ -193,11 +194,11 @@ def test_kernel_that_does_not_compile_is_named(tmp_path):
         ("python", "3.8.1", "made by python 3.8.1, not "),
     ],
 )
-def test_cache_that_does_not_fit_is_not_used(copied, name, value, text):
+def test_cache_that_does_not_fit_is_not_used(copied, former_cache, name, value, text):
     replace(Manifest.read(copied), **{name: value}).write(copied)
     said = compile_cache.use(copied)
     assert f"{copied} not used, it was {text}" in said and said.endswith("kernels are compiled anew")
-    assert os.environ["TRITON_CACHE_DIR"] == "untouched"
+    assert os.environ["TRITON_CACHE_DIR"] == former_cache
     with pytest.raises(ValueError, match=f"expected a new folder or this machine's cache, {copied} was {text}"):
         compile_cache.make(copied, 90)
 
@@ -208,11 +209,11 @@ def test_cache_that_fits_is_used(cache):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"triton": "3.6.0"}'])
-def test_manifest_that_is_none_is_named(tmp_path, text):
+def test_manifest_that_is_none_is_named(tmp_path, former_cache, text):
     assert "expected the manifest of a compile cache" in compile_cache.use(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text(text)
     assert "expected the manifest of a compile cache" in compile_cache.use(tmp_path)
-    assert os.environ["TRITON_CACHE_DIR"] == "untouched"
+    assert os.environ["TRITON_CACHE_DIR"] == former_cache
 
 
 @pytest.mark.parametrize(

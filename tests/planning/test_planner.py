@@ -103,6 +103,11 @@ def test_what_cannot_fit_is_refused_with_the_reason():
         report.run(Options("70b", 16, layout="tp=2,recompute=full"))
 
 
+def test_run_of_the_recipes_is_no_model_to_plan():
+    with pytest.raises(ValueError, match=r"got '7b-8'; the run 7b-8 of the recipes has the model 7b$"):
+        Options("7b-8", 8)
+
+
 @pytest.mark.every(7)
 @pytest.mark.parametrize(
     ("options", "code", "text"),

@@ -58,5 +58,15 @@ def print_table(title: str, table: Mapping[str, Mapping[str, Any]]) -> None:
         print(f"  {printable(key)[:15]:<16}" + "".join(cells))
 
 
+def rejections(what: str, counts: Mapping[str, Mapping[str, int]], kept: str) -> str:
+    """`212 of 300 WHAT rejected`, over all keys of a table whose columns are `tried` and `kept`.
+
+    >>> rejections("rewrites", {"short": {"tried": 3, "accepted": 1}, "long": {"tried": 2}}, "accepted")
+    '4 of 5 rewrites rejected'
+    """
+    tried, passed = (sum(count.get(name, 0) for count in counts.values()) for name in ("tried", kept))
+    return f"{tried - passed} of {tried} {what} rejected"
+
+
 def _cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
