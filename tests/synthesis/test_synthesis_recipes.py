@@ -102,9 +102,13 @@ def test_self_teach_prefers_right_samples(data, tmp_path):
     assert report["labels"]["kept"] == len(processes) > 100
 
 
-def test_recipes_are_skipped_when_nothing_changed_and_repeat_no_call(data, tmp_path):
-    cfg = evol_answer.Config(data=(data,), out=tmp_path, rounds=1, quiet=True)
+def test_recipes_are_skipped_when_nothing_changed_and_repeat_no_call(data, tmp_path, capsys):
+    cfg = evol_answer.Config(data=(data,), out=tmp_path, rounds=1)
     first = evol_answer.main(cfg)
+    tried, accepted = (sum(row.get(name, 0) for row in first["operators"].values()) for name in ("tried", "accepted"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"done: {tmp_path / 'rows.jsonl'}, ") and 0 < accepted < tried
+    assert last.endswith(f"report.json; {tried - accepted} of {tried} rewritten answers rejected")
     written = (tmp_path / "rows.jsonl").stat().st_mtime_ns
     assert evol_answer.main(cfg) == first and (tmp_path / "rows.jsonl").stat().st_mtime_ns == written
     calls = Ledger(tmp_path / "ledger.sqlite").counts()
