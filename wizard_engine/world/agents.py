@@ -36,6 +36,7 @@ class Program:
     name: str = "world"
     parameters: Mapping[str, object] = {}
     unseeded_fields: tuple[str, ...] = ()  # fields of a prompt that do not enter the generator's seed
+    is_instant, converses = True, False  # replies take no time, and a program cannot be asked what it meant
 
     @property
     def fingerprint(self) -> str:
