@@ -1,15 +1,18 @@
 """What the recipes of synthesis share: their options, and a stage from rows and agents to its report."""
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import EVOLVE_TOKENS, REWRITE_TOKENS, Limits
-from wizard_engine.agents.options import AgentOptions, open_cast
+from wizard_engine.agents.estimate import count_tokens
+from wizard_engine.agents.options import AgentOptions, estimated, open_cast
 from wizard_engine.data.records import Conversation, Reject, stream_located
+from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import Count, Seed
 from wizard_engine.runtime.spill import Spill
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
@@ -56,6 +59,8 @@ def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], 
     """
     rt = runtime.start(cfg.device)
     world.register()
+    if cfg.estimate:
+        return from_main(rt, lambda: _estimated(cfg, work))
     stage = open_stage(cfg, name, rt)
     if stage.done:
         return stage.result()
@@ -70,6 +75,15 @@ def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], 
     finally:
         cast.close()
     return finish_stage(stage, rt, report, outputs)
+
+
+def _estimated(cfg: C, work: Callable[[C, Cast, Spill[Conversation], int], Made]) -> dict[str, Any]:
+    """What the stage will ask. Answers are taken to be as long as those of the rows."""
+    with tempfile.TemporaryDirectory(prefix="wizard-estimate-") as folder:
+        rows, rejected = read_conversations(replace(cfg, out=Path(folder)))
+        lengths = [count_tokens(rows[place].answer) for place in range(0, len(rows), max(1, len(rows) // 1000))]
+        usual = min(cfg.max_tokens, max(1, round(sum(lengths) / len(lengths))))
+        return estimated(cfg, lambda options, cast: work(options, cast, rows, rejected), answer_tokens=usual)
 
 
 def read_conversations(cfg: SynthesisOptions) -> tuple[Spill[Conversation], int]:
