@@ -121,7 +121,7 @@ def decontaminate(cfg: Config, made: Sequence[Conversation]) -> tuple[Sequence[C
     if not evaluation:
         return made, []
     clean = remove_contaminated(list(made), evaluation, n=cfg.ngram)
-    return clean.kept, clean.removed
+    return clean.rows, clean.removed
 
 
 def evolve(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) -> Made:
