@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wizard_engine import runtime
-from wizard_engine.agents import Cast
+from wizard_engine.agents import Calls, Limits
+from wizard_engine.agents.missing import check_missing
+from wizard_engine.agents.options import AgentOptions, open_cast
 from wizard_engine.curation.analysis import Analysis, analyze, answered
 from wizard_engine.curation.analysis_page import write_analysis
 from wizard_engine.data.records import Row, read_files
@@ -22,14 +24,14 @@ from wizard_engine.generation import perplexities
 from wizard_engine.model.loading import language_model
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
-from wizard_engine.runtime.ranges import Checked, Count, Seed
+from wizard_engine.runtime.ranges import Count, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.runtime.text_lines import printable
-from wizard_engine.synthesis.tagging import tag_rows
+from wizard_engine.synthesis.tagging import tags_of, with_tags
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(AgentOptions):
     """Data analysis."""
 
     data: tuple[Path, ...]
@@ -49,10 +51,6 @@ class Config(Checked):
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
     """Of the clusters that name topics beyond the lexicon."""
-    device: str = field(default="auto", metadata=INCIDENTAL)
-    overwrite: bool = field(default=False, metadata=INCIDENTAL)
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> list[float] | None:
@@ -72,9 +70,20 @@ def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row]
     """Rows with the tagger's attributes, and the counts; unchanged rows without a tagger."""
     if cfg.tagger is None:
         return rows, {}
-    cast = Cast(cfg.out / "ledger.sqlite", rt, quiet=cfg.quiet)
+    cast = open_cast(cfg.out, cfg, rt)
+
+    def work() -> tuple[dict[int, dict[str, str]], dict[str, int]]:
+        calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
+        tags, counts = tags_of(rows, cast.agent(cfg.tagger), calls, seed=cfg.seed)
+        missing = {name[8:]: count for name, count in counts.items() if name.startswith("failed: ")}
+        missing |= {"unreadable": counts["unreadable"]} if counts["unreadable"] else {}
+        asked = len(rows) - counts["kept"]
+        check_missing(f"tags of {cfg.tagger}", missing, asked, cfg.max_missing, "raise --judge-max-tokens")
+        return tags, counts
+
     try:
-        return tag_rows(rows, cast.agent(cfg.tagger), seed=cfg.seed)
+        tags, counts = cast.conduct(work)
+        return with_tags(rows, tags), counts
     finally:
         cast.close()
 

@@ -14,11 +14,9 @@ from .registry import Cast
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentOptions(Checked):
+class CallOptions(Checked):
     """What every recipe lets its user say about calls to agents."""
 
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest verdict of a judge with its explanation, tokens."""
     top_p: PositiveShare[float] = 1.0
     """Share of the probability that tokens of all replies are drawn from."""
     max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
@@ -33,7 +31,15 @@ class AgentOptions(Checked):
     quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
-def open_cast(out: Path, cfg: AgentOptions, runtime: Runtime) -> Cast:
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions(CallOptions):
+    """The options of a recipe that has a judge."""
+
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of a judge with its explanation, tokens."""
+
+
+def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
     """Agents with the ledger OUT/ledger.sqlite.
 
     Raises:

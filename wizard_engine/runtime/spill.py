@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from .files import naming
 
@@ -18,24 +20,40 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+def _remove(file: IO[bytes], path: Path) -> None:
+    file.close()
+    path.unlink(missing_ok=True)
+
+
+def _temporary() -> str:
+    descriptor, name = tempfile.mkstemp(prefix="wizard-", suffix=".spill")
+    os.close(descriptor)
+    return name
+
+
 class Spill(Generic[T]):
-    """A file of JSON lines that is written in any order and read by place; it goes with `close`.
+    """A file of JSON lines that is written in any order and read by place; it goes with `close`, or with this object.
 
     Args:
-        path: made anew, with its folder.
+        path: made anew, with its folder; None for a temporary file.
         dump: an item as JSON value.   load: an item of its JSON value.
     Raises:
         OSError: the file cannot be written; names it. So does `put`.
     """
 
     def __init__(
-        self, path: Path | str, *, dump: Callable[[T], Any] = _as_it_is, load: Callable[[Any], T] = _as_it_is
+        self,
+        path: Path | str | None = None,
+        *,
+        dump: Callable[[T], Any] = _as_it_is,
+        load: Callable[[Any], T] = _as_it_is,
     ) -> None:
-        self.path, self.dump, self.load = Path(path), dump, load
+        self.path, self.dump, self.load = Path(path or _temporary()), dump, load
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with naming(self.path, _CONSEQUENCE):
             self._file = open(self.path, "w+b")  # noqa: SIM115 - closed by close()
         self._starts, self._end, self._is_flushed = array("q"), 0, True
+        self._close = weakref.finalize(self, _remove, self._file, self.path)
 
     def put(self, place: int, item: T) -> None:
         """Keep an item; a place may be filled once."""
@@ -82,8 +100,7 @@ class Spill(Generic[T]):
 
     def close(self) -> None:
         """Close and remove the file."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        self._close()
 
     def __enter__(self) -> "Spill[T]":
         return self
