@@ -56,6 +56,8 @@ class Config(CallOptions):
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
+    batch_size: Count[int] = field(default=128, kw_only=True, metadata=INCIDENTAL)
+    """Answers that a model of this machine generates together, on each rank."""
 
 
 def main(cfg: Config) -> dict:
