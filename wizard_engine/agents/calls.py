@@ -176,7 +176,9 @@ class Calls:
 
     async def _reply(self, agent: AnyAgent, request: Request, *, longer: bool) -> tuple[Reply, bool]:
         """A reply, and whether it is whole or kept as it is; counts it."""
-        counts = self.counts.setdefault(request.task, Counter(asked=0, failed=0, unreadable=0))
+        if request.task not in self.counts:
+            self.counts[request.task] = Counter(asked=0, failed=0, unreadable=0)
+        counts = self.counts[request.task]
         counts["asked"] += 1
         reply = await self.scheduler.ask(agent, request)
         is_kept = self.on_length == "keep" and request.task == "answer" and reply.is_cut

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from wizard_engine.agents.calls import AnyAgent, Calls
@@ -42,10 +42,7 @@ class Battle:
 
     def to_json(self) -> dict[str, Any]:
         """The battle as a JSON object; without `judges` where there is one."""
-        line = asdict(self)
-        if not self.judges:
-            del line["judges"]
-        return line
+        return {name: value for name, value in vars(self).items() if name != "judges" or value}
 
 
 def battle_of(line: dict[str, Any]) -> Battle:

@@ -1,0 +1,122 @@
+"""Evaluation recipes on two ranks give what one gives; an arena that is killed goes on where it was."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from many_ranks import ENVIRONMENT, ROOT, save_base, torchrun, word_texts
+
+from wizard_engine.agents import Ledger
+from wizard_engine.data.records import conversation, write_rows
+
+pytestmark = pytest.mark.slow
+
+RECIPES = {
+    "arena": (
+        "--models",
+        "good=world:expert",
+        "bad=world:terse",
+        "small={base}",
+        "--limit",
+        "30",
+        "--max-new-tokens",
+        8,
+    ),
+    "mt_bench": ("--model", "{base}", "--limit", "12", "--max-new-tokens", "8", "--repeats", "2"),
+    "accuracy": ("--model", "world:expert", "--data", "{rows}"),
+    "analyze": ("--data", "{rows}", "--tagger", "{base}"),
+}
+
+
+def read_all(folder):
+    """Results by their names, without records of the stage and the ledger."""
+    names = ("*.jsonl", "answers/*.jsonl", "arena.json", "mt_bench.json", "accuracy.json", "analysis.json")
+    return {path.relative_to(folder): path.read_bytes() for name in names for path in sorted(folder.glob(name))}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_ranks_give_what_one_gives(tmp_path, name):
+    save_base(tmp_path / "base", word_texts(40), num_layers=1, hidden_size=32, num_heads=2, intermediate_size=32)
+    write_rows(tmp_path / "rows.jsonl", [conversation(f"What is {i} and 1?", f"It is {i + 1}.") for i in range(20)])
+    places = {"base": tmp_path / "base", "rows": tmp_path / "rows.jsonl"}
+    options = [str(option).format(**places) for option in RECIPES[name]]
+    options += ["--max-missing", "1", "--device", "cpu", "--seed", "3"]
+    script = ROOT / "recipes" / f"{name}.py"
+    for ranks in (1, 2):
+        done = torchrun(ranks, script, *options, "--out", tmp_path / str(ranks))
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = read_all(tmp_path / "1"), read_all(tmp_path / "2")
+    assert one and one == two
+
+
+def test_an_error_of_rank_0_ends_both_ranks(tmp_path):
+    options = ("--models", "a=world:expert", "b=world:exprt", "--out", tmp_path / "o", "--device", "cpu")
+    done = torchrun(2, ROOT / "recipes" / "arena.py", *options, timeout=100)
+    assert done.returncode != 0 and "did you mean 'world:expert'" in done.stderr
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from scripted import Late, judge, rival, verdict
+from recipes import arena
+from wizard_engine.agents import register
+out = Path(sys.argv[2])
+log = open(out / "asked.log", "a")
+class Logged(Late):
+    async def reply(self, request):
+        print(self.name, request.task, repr(request.messages[0].content), file=log, flush=True)
+        return await super().reply(request)
+for name in "abc":
+    register(f"late:{name}", lambda name=name: Logged(name, rival(name).say, turns=30))
+for name in "jk":
+    register(f"late:{name}", lambda name=name: Logged(name, verdict, turns=30))
+models = tuple(f"{name}=late:{name}" for name in "abc")
+print("ready", flush=True)
+arena.main(arena.Config(models=models, judge=("late:j", "late:k"), n=int(sys.argv[3]), prompts=out / "rows.jsonl",
+                        out=out / "o", quiet=True))
+"""
+
+
+def stored(path):
+    """The calls in a ledger, as the script logs them."""
+    if not path.exists():
+        return set()
+    ledger = Ledger(path)
+    calls = {f"{call.agent} {call.request.task} {call.request.messages[0].content!r}" for call in ledger.calls()}
+    ledger.close()
+    return calls
+
+
+def run_and_kill(command, seconds):
+    """Run the script, and kill it so long after it has begun; None: let it end."""
+    run = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
+    run.stdout.readline()
+    if seconds is not None:
+        time.sleep(seconds)
+        run.kill()
+    return run.wait()
+
+
+def test_an_arena_killed_at_any_moment_writes_the_same_bytes_and_repeats_no_stored_call(tmp_path):
+    outputs, known = {}, []
+    for kind, moments in (("whole", []), ("killed", [0.1 * moment for moment in range(10)])):
+        folder = tmp_path / kind
+        write_rows(folder / "rows.jsonl", [conversation(f"What is {i} and 1?", "2") for i in range(200)])
+        command = [sys.executable, "-c", KILLED, str(ROOT / "tests" / "evaluation"), str(folder), "200"]
+        for seconds in [*moments, None]:
+            before = stored(folder / "o" / "ledger.sqlite")
+            known.append(len(before))
+            (folder / "asked.log").unlink(missing_ok=True)
+            assert run_and_kill(command, seconds) == (0 if seconds is None else -signal.SIGKILL)
+            assert not before & set((folder / "asked.log").read_text().splitlines())
+        outputs[kind] = read_all(folder / "o")
+        calls = json.loads((folder / "o" / "arena.json").read_text())["calls"]
+        assert {name: calls[name]["answer"]["replies"] for name in "abc"} == dict.fromkeys("abc", 200)
+        assert {name: calls[name]["judge"]["replies"] for name in "jk"} == dict.fromkeys("jk", 1200)
+    assert outputs["whole"] == outputs["killed"]
+    assert 0 < known[-2] < 3000, "some of the kills came between two calls"
