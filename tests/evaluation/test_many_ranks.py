@@ -7,10 +7,14 @@ import sys
 import time
 
 import pytest
-from many_ranks import ENVIRONMENT, ROOT, save_base, torchrun, word_texts
+from many_ranks import ENVIRONMENT, ROOT, torchrun
 
+from wizard_engine import world
 from wizard_engine.agents import Ledger
+from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.records import conversation, write_rows
+from wizard_engine.data.tokenizer import train_tokenizer
+from wizard_engine.model import ModelConfig, Transformer, save_model
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +31,17 @@ RECIPES = {
     ),
     "mt_bench": ("--model", "{base}", "--limit", "12", "--max-new-tokens", "8", "--repeats", "2"),
     "accuracy": ("--model", "world:expert", "--data", "{rows}"),
-    "analyze": ("--data", "{rows}", "--tagger", "{base}"),
+    "analyze": ("--data", "{rows}", "--tagger", "{base}", "--judge-max-tokens", "16"),
 }
+
+
+def save_small(path):
+    """Save a small random model with room for the prompts of judges."""
+    texts = [message.content for row in world.held_out(60, 1) for message in row.messages]
+    tokenizer = train_tokenizer([*texts, "Topic: Skill: Difficulty: [[7]]"], vocab_size=500, atoms=CHAT_ATOMS)
+    shape = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "head_width": 16, "ffn_width": 32}
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, max_positions=4096, init_std=0.2, **shape)
+    save_model(Transformer(config, seed=0), tokenizer, path)
 
 
 def read_all(folder):
@@ -39,7 +52,7 @@ def read_all(folder):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_ranks_give_what_one_gives(tmp_path, name):
-    save_base(tmp_path / "base", word_texts(40), num_layers=1, hidden_size=32, num_heads=2, intermediate_size=32)
+    save_small(tmp_path / "base")
     write_rows(tmp_path / "rows.jsonl", [conversation(f"What is {i} and 1?", f"It is {i + 1}.") for i in range(20)])
     places = {"base": tmp_path / "base", "rows": tmp_path / "rows.jsonl"}
     options = [str(option).format(**places) for option in RECIPES[name]]
