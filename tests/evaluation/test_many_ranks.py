@@ -65,10 +65,14 @@ def test_two_ranks_give_what_one_gives(tmp_path, name):
     assert one and one == two
 
 
-def test_an_error_of_rank_0_ends_both_ranks(tmp_path):
-    options = ("--models", "a=world:expert", "b=world:exprt", "--out", tmp_path / "o", "--device", "cpu")
+@pytest.mark.parametrize("kind", ["spec", "ledger"])
+def test_an_error_of_rank_0_ends_both_ranks(tmp_path, kind):
+    message = {"spec": "did you mean 'world:expert'", "ledger": "expected a file, got another kind of entry"}[kind]
+    (tmp_path / "o" / "ledger.sqlite" if kind == "ledger" else tmp_path / "o").mkdir(parents=True)
+    second = "b=world:exprt" if kind == "spec" else "b=world:terse"
+    options = ("--models", "a=world:expert", second, "--out", tmp_path / "o", "--device", "cpu")
     done = torchrun(2, ROOT / "recipes" / "arena.py", *options, timeout=100)
-    assert done.returncode != 0 and "did you mean 'world:expert'" in done.stderr
+    assert done.returncode != 0 and message in done.stderr
 
 
 KILLED = """
