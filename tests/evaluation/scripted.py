@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 
 from wizard_engine.agents import Reply, Request, prompts
@@ -34,11 +33,11 @@ class Late:
         converses: bool = True,
     ) -> None:
         self.name, self.fingerprint, self.say, self.turns, self.salt = name, f"{name}/1", say, turns, salt
-        self.converses, self.asked = converses, Counter()
+        self.converses, self.calls = converses, 0
 
     async def reply(self, request: Request) -> Reply:
         """The reply, late."""
-        self.asked[request] += 1
+        self.calls += 1
         for _ in range(int((self.turns + 1) * draw(self.salt, self.name, request.messages[-1].content))):
             await asyncio.sleep(0)
         said = self.say(request)

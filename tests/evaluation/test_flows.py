@@ -158,7 +158,7 @@ def test_a_missing_answer_is_judged_by_nobody_and_beats_nobody():
     asked = judge()
     result = pairwise(["quality 9", Missing("length")], ["quality 2", "quality 2"], ["p", "q"], judge=asked)
     assert (result.wins, result.losses, result.errors) == (1, 0, 1) and result.missing == {"answer: length": 1}
-    assert asked.asked.total() == 2 and result.battles[1].errors == ("answer: length",)
+    assert asked.calls == 2 and result.battles[1].errors == ("answer: length",)
 
 
 def test_reasons_of_the_same_number_are_ordered_by_their_prompts():
@@ -340,7 +340,7 @@ def test_mt_bench_of_a_function_is_served_by_no_ledger(tmp_path):
         watching = judge()
         mt_bench(answers, QUESTIONS[:3], judge=watching, scheduler=Scheduler(ledger, quiet=True))
         ledger.close()
-    assert len(asked) == 12 and watching.asked.total() == 0
+    assert len(asked) == 12 and watching.calls == 0
 
 
 # ---- accuracy and tags ----------------------------------------------------------------------------------------------

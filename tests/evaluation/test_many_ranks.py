@@ -93,7 +93,6 @@ for name in "abc":
 for name in "jk":
     register(f"late:{name}", lambda name=name: Logged(name, verdict, turns=30))
 models = tuple(f"{name}=late:{name}" for name in "abc")
-print("ready", flush=True)
 arena.main(arena.Config(models=models, judge=("late:j", "late:k"), n=int(sys.argv[3]), prompts=out / "rows.jsonl",
                         out=out / "o", quiet=True))
 """
@@ -109,31 +108,33 @@ def stored(path):
     return calls
 
 
-def run_and_kill(command, seconds):
-    """Run the script, and kill it so long after it has begun; None: let it end."""
-    run = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
-    run.stdout.readline()
-    if seconds is not None:
-        time.sleep(seconds)
-        run.kill()
+def run_and_kill(command, log, asked):
+    """Run the script, and kill it when it has asked so many calls; None: let it end."""
+    log.unlink(missing_ok=True)
+    run = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT)
+    while asked is not None and run.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= asked:
+            run.kill()
+            break
+        time.sleep(0.005)
     return run.wait()
 
 
 def test_an_arena_killed_at_any_moment_writes_the_same_bytes_and_repeats_no_stored_call(tmp_path):
     outputs, known = {}, []
-    for kind, moments in (("whole", []), ("killed", [0.1 * moment for moment in range(10)])):
+    for kind, moments in (("whole", []), ("killed", [0, 1, 30, 100, 200, 300, 200, 250, 300, 400])):
         folder = tmp_path / kind
         write_rows(folder / "rows.jsonl", [conversation(f"What is {i} and 1?", "2") for i in range(200)])
         command = [sys.executable, "-c", KILLED, str(ROOT / "tests" / "evaluation"), str(folder), "200"]
-        for seconds in [*moments, None]:
+        for asked in [*moments, None]:
             before = stored(folder / "o" / "ledger.sqlite")
             known.append(len(before))
-            (folder / "asked.log").unlink(missing_ok=True)
-            assert run_and_kill(command, seconds) == (0 if seconds is None else -signal.SIGKILL)
+            ended = run_and_kill(command, folder / "asked.log", asked)
+            assert ended == (0 if asked is None else -signal.SIGKILL)
             assert not before & set((folder / "asked.log").read_text().splitlines())
         outputs[kind] = read_all(folder / "o")
         calls = json.loads((folder / "o" / "arena.json").read_text())["calls"]
         assert {name: calls[name]["answer"]["replies"] for name in "abc"} == dict.fromkeys("abc", 200)
         assert {name: calls[name]["judge"]["replies"] for name in "jk"} == dict.fromkeys("jk", 1200)
     assert outputs["whole"] == outputs["killed"]
-    assert 0 < known[-2] < 3000, "some of the kills came between two calls"
+    assert known == sorted(known) and 0 < known[5] < 3000, "calls were stored between the kills"
