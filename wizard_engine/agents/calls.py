@@ -74,7 +74,6 @@ class Calls:
         limits: longest replies.
         on_length: what happens to an answer that reached its limit: "drop" counts it as a failed call, "keep" uses it.
             Other replies that reached it are always failed calls.
-        temperature_of: task -> temperature of its requests, where the stage gives none.
         top_p: of all requests.
     Attributes:
         counts: task -> "asked", "failed" (no reply, or one that was cut), "failed: REASON" for each reason,
@@ -115,21 +114,36 @@ class Calls:
             read: parser, text -> meaning, or None if it cannot be read.
             row: id of the row that it is asked for.
         """
+        options = {"read": read, "temperature": temperature, "row": row}
+        return (await self.explained(agent, task, fields, seed, **options))[0]
+
+    async def explained(
+        self,
+        agent: AnyAgent,
+        task: str,
+        fields: Mapping[str, str],
+        seed: int,
+        *,
+        read: Callable[[str], T | None],
+        temperature: float = 0.0,
+        row: str = "",
+    ) -> tuple[T | None, Reply]:
+        """As `ask`: the meaning or None, and the reply that has it, or that says why there is none."""
         messages = prompts.request_messages(task, **fields)
         limit = self.limits.of(task, fields)
         request = Request(task, messages, seed, temperature, limit, self.top_p, schema_of(task, fields), row)
-        reply = await self._reply(agent, request, longer=True)
-        if reply is None:
-            return None
+        reply, is_usable = await self._reply(agent, request, longer=True)
+        if not is_usable:
+            return None, reply
         meaning, repeats = read(reply.text), 0
         while meaning is None and repeats < REPEATS and getattr(agent, "converses", True):
             repeats += 1
-            reply = await self._again(agent, request, reply, fields)
-            if reply is None:
+            again = await self._again(agent, request, reply, fields)
+            if again is None:
                 break
-            meaning = read(reply.text)
+            reply, meaning = again, read(again.text)
         self.counts[task]["unreadable"] += meaning is None
-        return meaning
+        return meaning, reply
 
     async def _again(self, agent: AnyAgent, request: Request, reply: Reply, fields: Mapping[str, str]) -> Reply | None:
         """The reply to a request whose former reply cannot be read, with a line that says what was missing."""
@@ -155,14 +169,16 @@ class Calls:
             longer: ask once more, with twice the limit, for a turn that was cut.
         """
         request = Request(task, tuple(messages), seed, temperature, self.limits.answer, self.top_p, "", row)
-        reply = await self._reply(agent, request, longer=longer)
-        text = None if reply is None else reply.text.strip()
+        reply, is_usable = await self._reply(agent, request, longer=longer)
+        text = reply.text.strip() if is_usable else None
         self.counts[task]["unreadable"] += text == ""
         return text or None
 
-    async def _reply(self, agent: AnyAgent, request: Request, *, longer: bool) -> Reply | None:
-        """A whole reply, or None; counts it."""
-        counts = self.counts.setdefault(request.task, Counter(asked=0, failed=0, unreadable=0))
+    async def _reply(self, agent: AnyAgent, request: Request, *, longer: bool) -> tuple[Reply, bool]:
+        """A reply, and whether it is whole or kept as it is; counts it."""
+        if request.task not in self.counts:
+            self.counts[request.task] = Counter(asked=0, failed=0, unreadable=0)
+        counts = self.counts[request.task]
         counts["asked"] += 1
         reply = await self.scheduler.ask(agent, request)
         is_kept = self.on_length == "keep" and request.task == "answer" and reply.is_cut
@@ -175,12 +191,20 @@ class Calls:
         elif reply.reason:
             counts["failed"] += 1
             counts[f"failed: {reply.reason}"] += 1
-            return None
-        return reply
+            return reply, False
+        return reply, True
 
     def marks(self, *answers: str | None) -> dict[str, str]:
         """Attributes of a row with these answers: finish="length" where one was cut."""
         return {"finish": "length"} if any(answer and answer.strip() in self.cut for answer in answers) else {}
+
+    def repeats(self) -> dict[str, dict[str, int]]:
+        """task -> "asked again" and "asked longer", for the tasks that have any."""
+        names = ("asked again", "asked longer")
+        repeated = {
+            task: {name: counts[name] for name in names if counts[name]} for task, counts in sorted(self.counts.items())
+        }
+        return {task: counts for task, counts in repeated.items() if counts}
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """task -> counts, as plain JSON."""

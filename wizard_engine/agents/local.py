@@ -82,9 +82,9 @@ class LocalAgent:
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:
         """Sampling options of a request; different prompts with the same seed draw different numbers."""
         row = int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:7], "big")
-        return Sampling(
-            request.max_tokens, float(request.temperature), seed=request.seed, row=row, eos_ids=self.tokenizer.eos_ids
-        )
+        top_p = None if request.top_p == 1 else request.top_p
+        options = {"seed": request.seed, "row": row, "top_p": top_p, "eos_ids": self.tokenizer.eos_ids}
+        return Sampling(request.max_tokens, float(request.temperature), **options)
 
     def _prompt(self, request: Request) -> list[int]:
         if request.task == "user":

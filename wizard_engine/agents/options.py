@@ -16,15 +16,13 @@ from .missing import MAX_MISSING
 from .prices import read_prices
 from .registry import Cast
 
-A = TypeVar("A", bound="AgentOptions")
+A = TypeVar("A", bound="CallOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentOptions(Checked):
+class CallOptions(Checked):
     """What every recipe lets its user say about calls to agents."""
 
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest verdict of a judge with its explanation, tokens."""
     top_p: PositiveShare[float] = 1.0
     """Share of the probability that tokens of all replies are drawn from."""
     max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
@@ -39,6 +37,14 @@ class AgentOptions(Checked):
     overwrite: bool = field(default=False, metadata=INCIDENTAL)
     """Replace the results of another configuration in OUT."""
     quiet: bool = field(default=False, metadata=INCIDENTAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions(CallOptions):
+    """The options of a recipe that has a judge."""
+
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of a judge with its explanation, tokens."""
 
 
 def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens: int = 0) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens
     return estimate
 
 
-def open_cast(out: Path, cfg: AgentOptions, runtime: Runtime) -> Cast:
+def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
     """Agents with the ledger OUT/ledger.sqlite.
 
     Raises:

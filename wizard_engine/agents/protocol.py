@@ -113,4 +113,4 @@ class ConcurrentAgent(Protocol):
 
 def is_concurrent(agent: Agent | ConcurrentAgent) -> bool:
     """Whether an agent answers single requests, many at once."""
-    return hasattr(agent, "reply")
+    return hasattr(agent, "aclose")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
 
 from .endpoint import PREFIX, EndpointAgent
@@ -77,12 +78,17 @@ class Cast:
         prices: Mapping[str, Price] | None = None,
     ) -> None:
         self.runtime, self.batch_size, self.prices = runtime, batch_size, prices or {}
-        self.ledger = Ledger(ledger) if runtime.is_main else None
+        self.ledger: Ledger | None = None
+        # Where rank 0 cannot open it, no rank waits for it.
+        from_main(runtime, lambda: self._open(ledger))
         # A batch of several ranks has as many requests for each as a batch of one.
         self.scheduler = Scheduler(self.ledger, batch_size=batch_size * runtime.world_size, quiet=quiet)
         self.ranks = Ranks(runtime, self._local)
         self._made: dict[str, Agent | ConcurrentAgent] = {}
         self._locals: dict[str, Agent] = {}
+
+    def _open(self, path: Path) -> None:
+        self.ledger = Ledger(path)
 
     def agent(self, spec: str | Path) -> Agent | ConcurrentAgent:
         """The agent of a spec, on rank 0.

@@ -1,12 +1,11 @@
 """Inputs and outputs of the synthesis recipes: files of rows, files of objects, one report."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from wizard_engine.data.records import Row, write_rows
-from wizard_engine.runtime.files import replacing, write_json
+from wizard_engine.runtime.files import write_json, write_json_lines
 from wizard_engine.runtime.text_lines import printable
 
 
@@ -20,15 +19,9 @@ def write_outputs(
         write_rows(paths[-1], file_rows)
     for name, items in objects.items():
         paths.append(out / f"{name}.jsonl")
-        write_objects(paths[-1], items)
+        write_json_lines(paths[-1], items)
     write_json(out / "report.json", report)
     return [*paths, out / "report.json"]
-
-
-def write_objects(path: Path, items: Iterable[dict]) -> None:
-    """Writes JSON objects, one a line, atomically."""
-    with replacing(path) as file:
-        file.writelines((json.dumps(item, ensure_ascii=False) + "\n").encode() for item in items)
 
 
 def print_table(title: str, table: Mapping[str, Mapping[str, Any]]) -> None:
