@@ -123,7 +123,7 @@ class LedgerFile:
             self.database.execute("COMMIT")
         except BaseException:
             # A full disk ends the transaction by itself.
-            if self.database.intransaction:
+            if self.database.in_transaction:
                 self.database.execute("ROLLBACK")
             raise
 

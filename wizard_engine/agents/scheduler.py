@@ -9,12 +9,16 @@ ledger before the row that asked for it goes on, so a run that is killed repeats
 """
 
 import asyncio
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from wizard_engine.runtime.metrics import progress
+from wizard_engine.runtime.process import Interrupted
 
 from .ledger import Ledger, Stored, request_key
 from .missing import shown_reasons
@@ -27,6 +31,14 @@ BATCH_SIZE = 256
 SYNC_SECONDS = 1.0
 # Rows worked on at once, for each call that an agent can run at once.
 ROWS_AHEAD = 4
+
+
+class Stopped(Interrupted):
+    """Raised after a signal to end; the same command goes on."""
+
+    def __init__(self, number: int, ledger: Ledger | None) -> None:
+        kept = f"; what was answered is in {ledger.path}, and the same command goes on" if ledger is not None else ""
+        SystemExit.__init__(self, f"stopped by {signal.Signals(number).name}{kept}")
 
 
 class Scheduler:
@@ -59,7 +71,7 @@ class Scheduler:
         self.tokens_in = self.tokens_out = 0
         self.cost = 0.0
         self._lines: dict[int, _Batches] = {}
-        self._running: dict[bytes, asyncio.Task[Reply]] = {}
+        self._running: dict[bytes, asyncio.Future[Reply]] = {}
         self._unsaved: list[tuple[Stored, asyncio.Future[Reply]]] = []
         self._agents: dict[int, Agent | ConcurrentAgent] = {}
         self._bar = _Bar(self)
@@ -69,36 +81,61 @@ class Scheduler:
 
         Raises:
             ValueError: an agent makes no more calls (its budget is spent, its endpoint is down or refuses the key).
+            Stopped: SIGINT or SIGTERM came.
         """
         with asyncio.Runner() as runner:
-            return runner.run(self._whole(work))
+            return runner.run(self._until_signal(work))
+
+    async def _until_signal(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of the work. The first signal to end gives it up; a second one ends the process as usual."""
+        whole, received = asyncio.ensure_future(self._whole(work)), []
+
+        def give_up(number: int) -> None:
+            received.append(number)
+            whole.cancel()
+
+        with _signals(give_up):
+            try:
+                return await whole
+            except asyncio.CancelledError:
+                if not received:
+                    raise
+                raise Stopped(received[0], self.ledger) from None
 
     async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
         self._turn = asyncio.Lock()
-        saving = asyncio.create_task(self._sync())
+        working, saving = asyncio.ensure_future(work), asyncio.ensure_future(self._sync())
         try:
-            return await work
+            await asyncio.wait({working, saving}, return_when=asyncio.FIRST_COMPLETED)
+            return await (working if working.done() else saving)
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         finally:
-            saving.cancel()
-            left = list(self._running.values())
-            for call in left:
-                call.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-            self._lines.clear()
-            for agent in self._agents.values():
-                if is_concurrent(agent):
-                    await agent.aclose()
-            self._agents.clear()
-            if self.ledger is not None:
-                self.ledger.sync()
+            await self._end(working, saving)
+
+    async def _end(self, *tasks: asyncio.Future) -> None:
+        """Give up what still runs, close the connections, and bring what was stored to the disk."""
+        for agent in self._agents.values():
+            # A batch under way would keep the process.
+            getattr(agent, "stop", list)()
+        left = [*tasks, *self._running.values(), *(task for line in self._lines.values() for task in line.tasks)]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        self._lines.clear()
+        agents, self._agents = self._agents, {}
+        for agent in agents.values():
+            if is_concurrent(agent):
+                await agent.aclose()
+        if self.ledger is not None:
+            self.ledger.sync()
 
     async def _sync(self) -> None:
-        """Bring what was stored to the disk, every second."""
-        while self.ledger is not None:
+        """Bring what was stored to the disk, every second; ends only by an error."""
+        while True:
             await asyncio.sleep(SYNC_SECONDS)
-            await asyncio.to_thread(self.ledger.sync)
+            if self.ledger is not None:
+                await asyncio.to_thread(self.ledger.sync)
 
     async def rows(
         self,
@@ -132,11 +169,14 @@ class Scheduler:
             finally:
                 room.release()
 
-        with self._bar.stage(desc, total):
-            async with asyncio.TaskGroup() as group:
-                for place, item in enumerate(items):
-                    await room.acquire()
-                    group.create_task(one(place, item))
+        try:
+            with self._bar.stage(desc, total):
+                async with asyncio.TaskGroup() as group:
+                    for place, item in enumerate(items):
+                        await room.acquire()
+                        group.create_task(one(place, item))
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
 
     def window(self, agents: Sequence[Agent | ConcurrentAgent], width: int = 1) -> int:
         """Items to work on at once, so that none of the agents waits for a call."""
@@ -164,16 +204,32 @@ class Scheduler:
                 self.served[request.task] += 1
                 return stored
         self._agents.setdefault(id(agent), agent)
-        call = asyncio.create_task(self._call(agent, key, request))
-        self._running[key] = call
-        call.add_done_callback(lambda call: self._forget(key, call))
+        if getattr(agent, "is_instant", False):
+            return await self._at_once(agent, key, request)
+        call = asyncio.ensure_future(self._call(agent, key, request))
+        self._keep(key, call)
         return await asyncio.shield(call)
 
-    def _forget(self, key: bytes, call: asyncio.Task[Reply]) -> None:
+    def _keep(self, key: bytes, call: asyncio.Future[Reply]) -> None:
+        """Equal calls wait for this one."""
+        self._running[key] = call
+        call.add_done_callback(lambda call: self._drop(key, call))
+
+    def _drop(self, key: bytes, call: asyncio.Future[Reply]) -> None:
         self._running.pop(key, None)
         # An error is raised by those who wait for the call. Where all of them were given up, nobody misses it.
         if not call.cancelled():
             call.exception()
+
+    async def _at_once(self, agent: Agent, key: bytes, request: Request) -> Reply:
+        """The reply of an agent that takes no time."""
+        (reply,) = _replies(agent, [request])
+        self._count(agent, request, reply)
+        if self.ledger is None:
+            return reply
+        saved = self._save(Stored(agent.name, agent.fingerprint, key, request, reply))
+        self._keep(key, saved)
+        return await asyncio.shield(saved)
 
     async def _call(self, agent: Agent | ConcurrentAgent, key: bytes, request: Request) -> Reply:
         reply = await (agent if is_concurrent(agent) else self._line(agent)).reply(request)
@@ -197,7 +253,7 @@ class Scheduler:
             self.failed[reply.reason] += 1
         self._bar.refresh()
 
-    async def _save(self, call: Stored) -> Reply:
+    def _save(self, call: Stored) -> asyncio.Future[Reply]:
         """The reply once it is stored, or the one that another process stored first.
 
         All replies that come in one turn of the loop are one transaction.
@@ -207,14 +263,15 @@ class Scheduler:
         if not self._unsaved:
             loop.call_soon(self._flush)
         self._unsaved.append((call, future))
-        return await future
+        return future
 
     def _flush(self) -> None:
         calls, self._unsaved = self._unsaved, []
         try:
             are_first = self.ledger.store([call for call, _ in calls])
             first = {} if are_first else self.ledger.lookup([call.key for call, _ in calls if call.reply.ok])
-        except (ValueError, OSError) as error:
+        # Whatever it is, those who wait for these replies raise it.
+        except BaseException as error:
             for _, future in calls:
                 if not future.done():
                     future.set_exception(error)
@@ -243,12 +300,15 @@ class _Batches:
         self.agent, self.size, self.turn = agent, size, turn
         self._open: list[Request] = []
         self._answers: asyncio.Task[list[Reply]] | None = None
+        self.tasks: set[asyncio.Task[list[Reply]]] = set()
 
     async def reply(self, request: Request) -> Reply:
         """The reply to one request, as part of a batch."""
         if self._answers is None:
             self._open = []
             self._answers = asyncio.create_task(self._answer(self._open))
+            self.tasks.add(self._answers)
+            self._answers.add_done_callback(self._drop)
         answers, place = self._answers, len(self._open)
         self._open.append(request)
         if len(self._open) == self.size:
@@ -260,15 +320,12 @@ class _Batches:
             await self._until_quiet(batch)
             if self._open is batch:
                 self._answers = None
-            if getattr(self.agent, "is_instant", False):
-                replies = self.agent.respond(batch)
-            else:
-                replies = await asyncio.to_thread(self.agent.respond, batch)
-        if len(replies) != len(batch):
-            raise ValueError(
-                f"agent {self.agent.name}: expected {len(batch)} replies, got {len(replies)}; return one a request"
-            )
-        return replies
+            return await asyncio.to_thread(_replies, self.agent, batch)
+
+    def _drop(self, answers: asyncio.Task[list[Reply]]) -> None:
+        self.tasks.discard(answers)
+        if not answers.cancelled():
+            answers.exception()
 
     async def _until_quiet(self, batch: list[Request]) -> None:
         """Wait while requests still come in, turn by turn of the loop, up to a full batch."""
@@ -317,6 +374,43 @@ class _Bar:
         if run.cost:
             parts.append(f"cost {run.cost:.2f}")
         return ", ".join(parts)
+
+
+def _replies(agent: Agent, requests: Sequence[Request]) -> list[Reply]:
+    """Replies of an agent that answers many requests at once."""
+    replies = agent.respond(requests)
+    if len(replies) != len(requests):
+        raise ValueError(
+            f"agent {agent.name}: expected {len(requests)} replies, got {len(replies)}; return one a request"
+        )
+    return replies
+
+
+@contextmanager
+def _signals(receive: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM are received within the running loop, the first of them; only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, former = asyncio.get_running_loop(), {}
+
+    def restore() -> None:
+        for number, handler in former.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+        former.clear()
+
+    def once(number: int) -> None:
+        restore()
+        receive(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        former[number] = signal.getsignal(number)
+        loop.add_signal_handler(number, once, number)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _distinct(agents: Sequence[Agent | ConcurrentAgent]) -> list[Agent | ConcurrentAgent]:

@@ -34,19 +34,23 @@ class Spill(Generic[T]):
         self.path, self.dump, self.load = Path(path), dump, load
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with naming(self.path, _CONSEQUENCE):
-            self._file = open(self.path, "w+b")  # noqa: SIM115 - closed by close()
-        self._starts, self._end, self._is_flushed = array("q"), 0, True
+            self._file = open(self.path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self._starts, self._end = array("q"), 0
 
     def put(self, place: int, item: T) -> None:
         """Keep an item; a place may be filled once."""
+        if place < 0 or (place < len(self._starts) and self._starts[place] != _ABSENT):
+            raise ValueError(f"{self.path}: expected an empty place, got {place}; fill each once")
         line = (json.dumps(self.dump(item), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        # Behind the last whole line, so that one which a full disk has cut is written over.
         with naming(self.path, _CONSEQUENCE):
-            self._file.write(line)
+            rest, at = memoryview(line), self._end
+            while rest:
+                written = os.pwrite(self._file.fileno(), rest, at)
+                rest, at = rest[written:], at + written
         while len(self._starts) <= place:
             self._starts.append(_ABSENT)
-        if self._starts[place] != _ABSENT:
-            raise ValueError(f"{self.path}: expected an empty place {place}, got one with an item")
-        self._starts[place], self._end, self._is_flushed = self._end, self._end + len(line), False
+        self._starts[place], self._end = self._end, at
 
     def append(self, item: T) -> None:
         """Keep an item behind the last one."""
@@ -58,10 +62,6 @@ class Spill(Generic[T]):
     def __getitem__(self, place: int) -> T:
         if not 0 <= place < len(self._starts) or self._starts[place] == _ABSENT:
             raise IndexError(f"{self.path}: expected a place with an item, got {place}")
-        if not self._is_flushed:
-            with naming(self.path, _CONSEQUENCE):
-                self._file.flush()
-            self._is_flushed = True
         return self.load(json.loads(self._line(self._starts[place]).decode("utf-8", "surrogatepass")))
 
     def __iter__(self) -> Iterator[T]:
