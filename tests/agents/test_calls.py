@@ -1,4 +1,4 @@
-"""Calls of a stage: cut replies asked longer, unreadable ones asked again, all of them counted, none taken for whole."""
+"""Calls of a stage: cut replies are asked longer, unreadable ones again; all are counted, none is taken for whole."""
 
 import asyncio
 import random

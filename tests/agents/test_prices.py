@@ -47,7 +47,7 @@ def test_a_budget_in_money_takes_its_price_from_spec_or_file(tmp_path):
     cast = Cast(tmp_path / "l.sqlite", Runtime(), prices=prices)
     assert cast.agent(spec).price == Price(1, 2)
     assert cast.agent(f"{spec},price_in=5").price == Price(5, 0)
-    with pytest.raises(ValueError, match="agent n@127.0.0.1:1: max_cost: expected what tokens cost beside it"):
+    with pytest.raises(ValueError, match=r"agent n@127\.0\.0\.1:1: max_cost: expected what tokens cost beside it"):
         cast.agent(spec.replace("openai:m", "openai:n"))
     cast.close()
     assert json.dumps(sorted(prices)) == '["m"]'

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from itertools import pairwise
 
 import pytest
 from clock import run
@@ -54,7 +55,7 @@ def test_tokens_a_minute_are_held_by_what_calls_took():
 def test_a_call_of_more_than_a_minute_passes_alone():
     began = passing(3, tokens=1000, most=5000, used=5000)
     times = [when for when, *_ in began]
-    assert len(times) == 3 and min(b - a for a, b in zip(times, times[1:])) >= 60
+    assert len(times) == 3 and min(b - a for a, b in pairwise(times)) >= 60
 
 
 @settings(max_examples=25, deadline=None)

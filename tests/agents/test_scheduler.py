@@ -233,12 +233,10 @@ def test_a_signal_ends_the_run_at_once_and_the_same_run_goes_on(tmp_path, no_noi
     before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     agent, ledger = Timed(seconds=lambda r: 30 if r.seed == 5 else 0.001), Ledger(tmp_path / "l.sqlite")
     requests = [ask(f"q{seed}", seed=seed) for seed in range(10)]
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
+    name, timer = signal.Signals(number).name, threading.Timer(0.3, os.kill, (os.getpid(), number))
     timer.start()
     began = time.monotonic()
-    with pytest.raises(
-        SystemExit, match=f"stopped by {signal.Signals(number).name}; what was answered is in .*goes on"
-    ):
+    with pytest.raises(SystemExit, match=f"stopped by {name}; what was answered is in .*goes on"):
         responses(agent, requests, ledger)
     assert time.monotonic() - began < 5 and agent.closed == 1
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == before

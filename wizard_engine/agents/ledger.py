@@ -79,13 +79,14 @@ class Ledger:
     Args:
         path: SQLite file; created with its folder if it does not exist.
         timeout_seconds: longest wait for the write of another process.
+        read_only: the file must exist, and is not written, unless it is of an earlier version.
     Raises:
         ValueError: the file is no ledger, one of another version, or damaged; so do all methods that read.
         OSError: the file cannot be written; so do all methods.
     """
 
-    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0) -> None:
-        self._file = LedgerFile(path, timeout_seconds=timeout_seconds)
+    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0, read_only: bool = False) -> None:
+        self._file = LedgerFile(path, timeout_seconds=timeout_seconds, read_only=read_only)
         self.path = self._file.path
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Reply]:
