@@ -185,7 +185,7 @@ def test_a_stopped_run_goes_on_from_its_ledger(tmp_path):
     ("options", "message"),
     [
         ({"budget": 120, "concurrency": 1}, "budget: .* what came is in the ledger"),
-        ({"retries": 0}, "no call was answered, the last one: status 500"),
+        ({"retries": 0, "give_up": 5}, "5 calls in a row failed, the last with: status 500"),
     ],
 )
 def test_an_endpoint_that_has_ended_ends_the_run_and_the_ledger_goes_on(tmp_path, options, message):

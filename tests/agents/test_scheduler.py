@@ -158,7 +158,7 @@ def test_the_error_of_one_row_ends_the_run_with_it(tmp_path, no_noise, where):
         check("done", place)
         done.append(place)
 
-    with pytest.raises(ValueError, match="^row 7: broken$"):
+    with pytest.raises(ValueError, match=r"^row 7: broken$"):
         run.run(run.rows(items(), work, keep, desc="rows", agents=(agent,)))
     assert len(done) < 100 and getattr(agent, "closed", 1) == 1 and getattr(agent, "running", 0) == 0
 
