@@ -73,9 +73,9 @@ def test_results_stand_at_the_places_of_their_items_whatever_comes_first(monkeyp
         finished.append(number)
         return two.text
 
-    with Spill(tmp_path / "rows.jsonl") as spill:
-        run.run(run.rows(iter(range(300)), work, spill.put, desc="rows", agents=(first, second)))
-        assert list(spill) == [f"b: a: row {number}" for number in range(300)]
+    spill = Spill(tmp_path)
+    run.run(run.rows(iter(range(300)), work, spill.put, desc="rows", agents=(first, second)))
+    assert list(spill) == [f"b: a: row {number}" for number in range(300)]
     assert finished != sorted(finished) and (first.most, second.most) == (4, 16)
     assert (first.closed, second.closed) == (1, 1)
 
@@ -303,3 +303,19 @@ def test_a_batch_is_filled_by_all_rows_and_others_go_on_meanwhile():
     rows(run, range(20), work, agents=(echo, slow))
     assert [len(batch) for batch in echo.batches] == [8, 8, 4] == [len(batch) for batch in slow.batches]
     assert at_once[0] >= 8
+
+
+def test_rows_pass_a_place_in_order(monkeypatch):
+    clock.use(monkeypatch)
+    agent, run, order, passed = Timed("a", 32, shuffled), Scheduler(quiet=True), scheduler.InOrder(), []
+
+    async def work(number):
+        await run.ask(agent, ask(f"{number}"))
+        if number % 3:
+            await order.reach(number)
+            passed.append(number)
+        order.leave(number)
+        return number
+
+    assert len(rows(run, range(200), work, agents=(agent,))) == 200
+    assert passed == [number for number in range(200) if number % 3]

@@ -22,44 +22,45 @@ JSON = st.recursive(
 def test_items_come_back_by_place(tmp_path_factory, items, rng):
     places = list(range(len(items)))
     rng.shuffle(places)
-    with Spill(tmp_path_factory.mktemp("s") / "deep" / "x.jsonl") as spill:
-        for place in places:
-            spill.put(place, items[place])
-            assert spill[place] == items[place]
-        assert list(spill) == items and len(spill) == len(items)
+    spill = Spill(tmp_path_factory.mktemp("s") / "deep")
+    for place in places:
+        assert place not in spill
+        spill.put(place, items[place])
+        assert spill[place] == items[place] and place in spill
+    assert list(spill) == items and len(spill) == len(items)
 
 
 def test_texts_of_all_kinds_and_lengths(tmp_path):
     texts = ["", "\n", "a\u2028b\x85c\r\n", "\ud800", "é" * 5000, "x" * 100_000, "\0", "中" * 8191]
-    with Spill(tmp_path / "x.jsonl", dump=lambda text: [text], load=lambda value: value[0]) as spill:
-        for text in texts:
-            spill.append(text)
-        assert list(spill) == texts and [spill[place] for place in range(len(texts))] == texts
+    spill = Spill(tmp_path, dump=lambda text: [text], load=lambda value: value[0])
+    for text in texts:
+        spill.append(text)
+    assert list(spill) == texts and [spill[place] for place in range(len(texts))] == texts
 
 
 def test_a_place_is_filled_once_and_empty_ones_are_left_out(tmp_path):
-    with Spill(tmp_path / "x.jsonl") as spill:
-        spill.put(4, "four")
-        spill.put(1, "one")
-        with pytest.raises(ValueError, match=r"x\.jsonl: expected an empty place, got 4"):
-            spill.put(4, "again")
-        with pytest.raises(ValueError, match="expected an empty place, got -1"):
-            spill.put(-1, "no")
-        spill.append("five")
-        assert list(spill) == ["one", "four", "five"] and len(spill) == 6
-        for place in (0, 6, -1):
-            with pytest.raises(IndexError, match="expected a place with an item"):
-                spill[place]
+    spill = Spill(tmp_path)
+    spill.put(4, "four")
+    spill.put(1, "one")
+    with pytest.raises(ValueError, match="expected an empty place, got 4"):
+        spill.put(4, "again")
+    with pytest.raises(ValueError, match="expected an empty place, got -1"):
+        spill.put(-1, "no")
+    spill.append("five")
+    assert list(spill) == ["one", "four", "five"] and len(spill) == 6
+    for place in (0, 6, -1):
+        assert place not in spill
+        with pytest.raises(IndexError, match="expected a place with an item"):
+            spill[place]
 
 
-def test_the_file_is_made_anew_and_goes(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text("left behind by a kill")
-    with Spill(path) as spill:
-        assert list(spill) == []
-        spill.append(1)
-        assert path.read_text() == "1\n"
-    assert not path.exists()
+def test_nothing_stays_in_the_folder(tmp_path):
+    spill = Spill(tmp_path / "deep")
+    spill.append(1)
+    assert list((tmp_path / "deep").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Spill(tmp_path / "file")
 
 
 @contextmanager
@@ -73,20 +74,20 @@ def full_disk(size):
 
 
 # Catches: a line that was cut, and moves all that come after it.
-def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path):
-    with Spill(tmp_path / "x.jsonl") as spill:
-        spill.append("first")
-        with full_disk(2000), pytest.raises(OSError, match=r"x\.jsonl: not written .*the same command goes on"):
-            spill.append("x" * 5000)
-        spill.append("y" * 5000)
-        spill.append("last")
-        assert list(spill) == ["first", "y" * 5000, "last"]
+def test_a_full_disk_names_the_folder_and_loses_nothing(tmp_path):
+    spill = Spill(tmp_path / "run")
+    spill.append("first")
+    with full_disk(2000), pytest.raises(OSError, match=r"run: not written .*the same command goes on"):
+        spill.append("x" * 5000)
+    spill.append("y" * 5000)
+    spill.append("last")
+    assert list(spill) == ["first", "y" * 5000, "last"]
 
 
 def test_many_items_in_any_order(tmp_path):
     places = list(range(5000))
     random.Random(0).shuffle(places)
-    with Spill(tmp_path / "x.jsonl") as spill:
-        for place in places:
-            spill.put(place, {"n": place})
-        assert [item["n"] for item in spill] == list(range(5000))
+    spill = Spill(tmp_path)
+    for place in places:
+        spill.put(place, {"n": place})
+    assert [item["n"] for item in spill] == list(range(5000))

@@ -146,6 +146,7 @@ class Scheduler:
         desc: str,
         total: int | None = None,
         width: int = 1,
+        ahead: int = ROWS_AHEAD,
         agents: Sequence[Agent | ConcurrentAgent] = (),
     ) -> None:
         """Works on every item, many of them at once.
@@ -155,12 +156,12 @@ class Scheduler:
             work: what is done with an item.
             done: called with the item's place and its result as soon as there is one, in any order.
             desc, total: of the progress bar.
-            width: calls that one item may have open at once.
+            width: calls that one item may have open at once.   ahead: items for each call that can run at once.
             agents: that are asked; how many items are worked on at once depends on what they can run at once.
         Raises:
             the first error of any item; the others are given up.
         """
-        room = asyncio.Semaphore(self.window(agents, width))
+        room = asyncio.Semaphore(self.window(agents, width, ahead))
 
         async def one(place: int, item: T) -> None:
             try:
@@ -178,10 +179,10 @@ class Scheduler:
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
 
-    def window(self, agents: Sequence[Agent | ConcurrentAgent], width: int = 1) -> int:
+    def window(self, agents: Sequence[Agent | ConcurrentAgent], width: int = 1, ahead: int = ROWS_AHEAD) -> int:
         """Items to work on at once, so that none of the agents waits for a call."""
         calls = sum(getattr(agent, "concurrency", self.batch_size) for agent in _distinct(agents)) or self.batch_size
-        return max(4, -(-ROWS_AHEAD * calls // width))
+        return max(4, -(-ahead * calls // width))
 
     async def each(self, agent: Agent | ConcurrentAgent, requests: Sequence[Request]) -> list[Reply]:
         """Replies to requests in their order, asked at once."""
@@ -284,6 +285,33 @@ class Scheduler:
         if id(agent) not in self._lines:
             self._lines[id(agent)] = _Batches(agent, self.batch_size, self._turn)
         return self._lines[id(agent)]
+
+
+class InOrder:
+    """Lets the rows of a stage pass a place one after another, whatever order they come in.
+
+    Every row, from 0 on, calls `reach` and then `leave`, or `leave` alone where it has nothing to do there.
+    """
+
+    def __init__(self) -> None:
+        self._next, self._passed = 0, set()
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+
+    async def reach(self, row: int) -> None:
+        """Wait until all rows before this one have left."""
+        if row != self._next:
+            self._waiting[row] = asyncio.get_running_loop().create_future()
+            await self._waiting[row]
+
+    def leave(self, row: int) -> None:
+        """Let the next row pass."""
+        self._passed.add(row)
+        while self._next in self._passed:
+            self._passed.remove(self._next)
+            self._next += 1
+        waiting = self._waiting.pop(self._next, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
 
 class _Batches:
