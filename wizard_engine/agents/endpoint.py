@@ -328,7 +328,7 @@ class EndpointAgent:
             lines.append(f"not used of {self.answered} replies: {_numbered(self.extras)}")
         if self.models:
             lines.append(
-                f"of {self.answered} replies, some say another model than {self.model}: {_numbered(self.models)}"
+                f"of {self.answered} replies, some name another model than {self.model}: {_numbered(self.models)}"
             )
         return [f"agent {printable(self.name)}: {printable(line)}" for line in lines]
 

@@ -42,7 +42,8 @@ class Options:
     forget: bool = False
     """Remove the replies, so that they are asked for again."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for options that do not fit together."""
         if self.failures and (self.forget or self.unreadable):
             other = "--forget" if self.forget else "--unreadable"
             raise ValueError(f"{other}: expected replies, got --failures beside it; give one of them")
@@ -141,8 +142,9 @@ def run(options: Options) -> None:
     """Show, write or remove the calls.
 
     Raises:
-        ValueError: no ledger at this path, or a damaged one.   OSError: a file that cannot be written.
+        ValueError: options that do not fit together, no ledger at this path, or a damaged one.   OSError: a file that cannot be written.
     """
+    options.check()
     if not options.path.is_file():
         raise ValueError(f"ledger {options.path}: expected a file, got none; give the ledger.sqlite of a run")
     totals, keys = Totals(), []

@@ -131,7 +131,7 @@ class Gate:
     def slow_down(self, call: Pass, seconds: float) -> None:
         """The endpoint refused a call for its rate, and asks to wait; refusals of one round count once."""
         now = self._now()
-        if call.began > self._slowed:
+        if call.began >= self._slowed:
             self.allowed, self._slowed = max(1.0, self.allowed / 2), now
         self.not_before = max(self.not_before, now + seconds)
 
