@@ -1,6 +1,7 @@
 """The ledger: nothing that returned is asked again, whatever happened in between; failures are counted, not kept."""
 
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -141,6 +142,52 @@ def test_scheduler_refuses_wrong_numbers(tmp_path):
         responses(Short(), [ask("a")], ledger)
     with pytest.raises(ValueError, match="batch_size: expected at least 1"):
         Scheduler(ledger, batch_size=0)
+
+
+def test_a_ledger_that_another_process_keeps_is_named(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite", timeout_seconds=0.1)
+    other = sqlite3.connect(tmp_path / "l.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    message = r"ledger .*l\.sqlite: expected a turn to write, got database is locked: another process keeps it"
+    with pytest.raises(OSError, match=message):
+        Ledger(tmp_path / "l.sqlite", timeout_seconds=0.1)
+    with pytest.raises(OSError, match=message):
+        responses(Echo(), [ask("a")], ledger)
+    other.execute("ROLLBACK")
+    other.close()
+    assert texts(responses(Echo(), [ask("a")], ledger)) == ["a/0/1"]
+
+
+def test_a_full_disk_ends_the_run_and_the_same_run_goes_on(tmp_path):
+    ledger, echo = Ledger(tmp_path / "l.sqlite"), Echo()
+    assert len(responses(echo, [ask(f"q{number}") for number in range(20)], ledger)) == 20
+    size = (tmp_path / "l.sqlite-wal").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"ledger .*l\.sqlite: not written .*what was stored before is intact"):
+            responses(echo, [ask(f"q{number} " + "x" * 9000) for number in range(30)], ledger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    asked = len(echo.batches)
+    assert (
+        len(responses(echo, [ask(f"q{number}") for number in range(20)], ledger)) == 20 and len(echo.batches) == asked
+    )
+    assert responses(echo, [ask("q")], ledger)[0].ok
+
+
+def test_a_sync_that_fails_names_the_ledger(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "l.sqlite")
+    responses(Echo(), [ask("a")], ledger)
+
+    def fails(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"ledger .*l\.sqlite: not written \(.*Input/output error\); see that the disk"):
+        ledger.sync()
+    with pytest.raises(OSError, match="not written"):
+        responses(Echo(), [ask("b")], ledger)
 
 
 def test_ledger_adds_little_time(tmp_path):

@@ -142,7 +142,8 @@ def run(options: Options) -> None:
     """Show, write or remove the calls.
 
     Raises:
-        ValueError: options that do not fit together, no ledger at this path, or a damaged one.   OSError: a file that cannot be written.
+        ValueError: options that do not fit together, no ledger at this path, or a damaged one.
+        OSError: a file that cannot be written.
     """
     options.check()
     if not options.path.is_file():
