@@ -15,7 +15,6 @@ from fake_endpoint import Fake, answer  # noqa: E402
 from served_model import Serving, small_model  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 
-from recipes import accuracy, analyze, mt_bench  # noqa: E402
 from wizard_engine.agents import Ledger, Request, make_agent, prompts  # noqa: E402
 from wizard_engine.agents.endpoint import EndpointAgent, Options, _wait_seconds, parse_spec  # noqa: E402
 from wizard_engine.agents.local import LocalAgent  # noqa: E402
@@ -270,6 +269,8 @@ def test_our_server_answers_as_the_local_agent_does(tmp_path):
 
 
 def test_recipes_run_on_an_endpoint_by_option_alone(tmp_path, monkeypatch):
+    from recipes import accuracy, analyze, mt_bench
+
     def behave(body, _):
         text = body["messages"][-1]["content"]
         if "#Tags#:" in text:
