@@ -194,7 +194,7 @@ def test_a_sync_that_fails_ends_the_run(tmp_path, no_noise, monkeypatch):
 
 def test_replies_are_in_the_file_before_their_row_goes_on(tmp_path):
     other = Ledger(tmp_path / "l.sqlite")
-    for kind in (Echo, Instant, Timed):
+    for kind in (Echo, Timed):
         agent = kind(kind.__name__)
         agent.fingerprint, run = kind.__name__, Scheduler(Ledger(tmp_path / "l.sqlite"), quiet=True)
 
@@ -205,6 +205,23 @@ def test_replies_are_in_the_file_before_their_row_goes_on(tmp_path):
             assert other.lookup([key])[key].text == reply.text
 
         rows(run, range(20), work, agents=(agent,))
+
+
+def test_replies_of_programs_are_in_the_file_after_their_turn(tmp_path):
+    agent, run, other = Instant(), Scheduler(Ledger(tmp_path / "l.sqlite"), quiet=True), Ledger(tmp_path / "l.sqlite")
+
+    async def work(number):
+        requests = [ask(f"row {number}"), ask(f"row {number} again")]
+        replies = [await run.ask(agent, request) for request in requests]
+        assert await run.ask(agent, requests[0]) == replies[0]
+        await asyncio.sleep(0)
+        keys = [scheduler.request_key(agent.fingerprint, request) for request in requests]
+        assert list(other.lookup(keys).values()) == replies == [other.lookup_one(key) for key in keys]
+
+    rows(run, range(20), work, agents=(agent,))
+    assert run.served["answer"] == 20 and len(agent.batches) == 40
+    run.run(run.ask(agent, ask("the last one")))
+    assert len(list(other.calls())) == 41
 
 
 def test_an_agent_that_has_ended_ends_the_run(tmp_path):

@@ -5,7 +5,8 @@ row's: an endpoint always has as many calls as it takes, and a model in this pro
 is kept on disk in the order of the rows (`Spill`), so memory holds only the rows that are being worked on.
 
 A call is looked up in the ledger first. Equal calls that run at the same time are one call. A reply is written to the
-ledger before the row that asked for it goes on, so a run that is killed repeats no call that was answered.
+ledger before the row that asked for it goes on, so a run that is killed repeats no call that was answered. What programs
+say, which takes no time, is written in the same turn of the loop.
 """
 
 import asyncio
@@ -72,7 +73,8 @@ class Scheduler:
         self.cost = 0.0
         self._lines: dict[int, _Batches] = {}
         self._running: dict[bytes, asyncio.Future[Reply]] = {}
-        self._unsaved: list[tuple[Stored, asyncio.Future[Reply]]] = []
+        self._unsaved: list[tuple[Stored, asyncio.Future[Reply] | None]] = []
+        self._fresh: dict[bytes, Reply] = {}
         self._agents: dict[int, Agent | ConcurrentAgent] = {}
         self._bar = _Bar(self)
 
@@ -103,18 +105,21 @@ class Scheduler:
                 raise Stopped(received[0], self.ledger) from None
 
     async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
-        self._turn = asyncio.Lock()
+        self._turn, self._broken = asyncio.Lock(), asyncio.get_running_loop().create_future()
         working, saving = asyncio.ensure_future(work), asyncio.ensure_future(self._sync())
         try:
-            await asyncio.wait({working, saving}, return_when=asyncio.FIRST_COMPLETED)
-            return await (working if working.done() else saving)
+            await asyncio.wait({working, saving, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            self._flush()
+            ended = (self._broken, working, saving)
+            return await next(task for task in ended if task.done())
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         finally:
-            await self._end(working, saving)
+            await self._end(working, saving, self._broken)
 
     async def _end(self, *tasks: asyncio.Future) -> None:
         """Give up what still runs, close the connections, and bring what was stored to the disk."""
+        self._flush()
         for agent in self._agents.values():
             # A batch under way would keep the process.
             getattr(agent, "stop", list)()
@@ -200,13 +205,13 @@ class Scheduler:
             self.served[request.task] += 1
             return await asyncio.shield(running)
         if self.ledger is not None:
-            stored = self.ledger.lookup([key]).get(key)
+            stored = self._fresh.get(key) or self.ledger.lookup_one(key)
             if stored is not None:
                 self.served[request.task] += 1
                 return stored
-        self._agents.setdefault(id(agent), agent)
         if getattr(agent, "is_instant", False):
-            return await self._at_once(agent, key, request)
+            return self._at_once(agent, key, request)
+        self._agents.setdefault(id(agent), agent)
         call = asyncio.ensure_future(self._call(agent, key, request))
         self._keep(key, call)
         return await asyncio.shield(call)
@@ -222,21 +227,21 @@ class Scheduler:
         if not call.cancelled():
             call.exception()
 
-    async def _at_once(self, agent: Agent, key: bytes, request: Request) -> Reply:
-        """The reply of an agent that takes no time."""
+    def _at_once(self, agent: Agent, key: bytes, request: Request) -> Reply:
+        """The reply of an agent that takes no time; stored with all those of this turn of the loop."""
         (reply,) = _replies(agent, [request])
         self._count(agent, request, reply)
-        if self.ledger is None:
-            return reply
-        saved = self._save(Stored(agent.name, agent.fingerprint, key, request, reply))
-        self._keep(key, saved)
-        return await asyncio.shield(saved)
+        if self.ledger is not None:
+            if reply.ok:
+                self._fresh[key] = reply
+            self._save(Stored(agent.name, agent.fingerprint, key, request, reply), None)
+        return reply
 
     async def _call(self, agent: Agent | ConcurrentAgent, key: bytes, request: Request) -> Reply:
         reply = await (agent if is_concurrent(agent) else self._line(agent)).reply(request)
         self._count(agent, request, reply)
         if self.ledger is not None:
-            reply = await self._save(Stored(agent.name, agent.fingerprint, key, request, reply))
+            reply = await self._saved(Stored(agent.name, agent.fingerprint, key, request, reply))
         ended = getattr(agent, "ended", "")
         if ended and not reply.ok:
             raise ValueError(
@@ -254,32 +259,36 @@ class Scheduler:
             self.failed[reply.reason] += 1
         self._bar.refresh()
 
-    def _save(self, call: Stored) -> asyncio.Future[Reply]:
-        """The reply once it is stored, or the one that another process stored first.
+    async def _saved(self, call: Stored) -> Reply:
+        """The reply once it is stored, or the one that another process stored first."""
+        future = asyncio.get_running_loop().create_future()
+        self._save(call, future)
+        return await future
 
-        All replies that come in one turn of the loop are one transaction.
-        """
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
+    def _save(self, call: Stored, future: asyncio.Future[Reply] | None) -> None:
+        """Store a reply: all those that come in one turn of the loop are one transaction."""
         if not self._unsaved:
-            loop.call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self._flush)
         self._unsaved.append((call, future))
-        return future
 
     def _flush(self) -> None:
         calls, self._unsaved = self._unsaved, []
+        if not calls:
+            return
+        waiting = [(call, future) for call, future in calls if future is not None and not future.done()]
         try:
             are_first = self.ledger.store([call for call, _ in calls])
-            first = {} if are_first else self.ledger.lookup([call.key for call, _ in calls if call.reply.ok])
-        # Whatever it is, those who wait for these replies raise it.
+            first = {} if are_first else self.ledger.lookup([call.key for call, _ in waiting if call.reply.ok])
+        # Whatever it is, it ends the run, and those who wait for these replies.
         except BaseException as error:
-            for _, future in calls:
-                if not future.done():
-                    future.set_exception(error)
+            for _, future in waiting:
+                future.set_exception(error)
+            if not self._broken.done():
+                self._broken.set_exception(error)
             return
-        for call, future in calls:
-            if not future.done():
-                future.set_result(first.get(call.key, call.reply))
+        self._fresh.clear()
+        for call, future in waiting:
+            future.set_result(first.get(call.key, call.reply))
 
     def _line(self, agent: Agent) -> "_Batches":
         if id(agent) not in self._lines:
@@ -384,8 +393,10 @@ class _Bar:
 
     def refresh(self) -> None:
         """Say how far the calls are, at most twice a second."""
+        if self._bar is None or self._bar.disable:
+            return
         now = time.monotonic()
-        if self._bar is None or self._bar.disable or now < self._next:
+        if now < self._next:
             return
         self._next = now + self.EVERY
         self._bar.set_postfix_str(self.text(now), refresh=False)
