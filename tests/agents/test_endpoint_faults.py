@@ -56,7 +56,7 @@ def test_what_is_no_answer_is_named_and_ends_the_run_where_nothing_else_comes(tm
     with Fake(lambda *_: said) as fake:
         ledger = Ledger(tmp_path / "l.sqlite")
         endpoint = agent(fake, retries=1, concurrency=2, give_up=4)
-        with pytest.raises(ValueError, match=r"agent m@.*: 2 calls in a row failed, the last with: ") as ended:
+        with pytest.raises(ValueError, match=r"agent m@.*: 4 calls in a row failed, the last with: ") as ended:
             responses(endpoint, ask(12), ledger)
         assert error in str(ended.value) and len(fake.asked) <= 16
         assert all(error in message for message in ledger.errors())

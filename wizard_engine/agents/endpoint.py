@@ -25,6 +25,8 @@ from .rate_limits import Gate, Pass, read_duration
 __all__ = ["PREFIX", "EndpointAgent", "Options", "parse_spec"]
 
 MAX_ERROR = 300
+# Failed calls in a row, at least, that end an endpoint which has never answered.
+FIRST_CALLS = 8
 # Upper bound of a message's tokens: its bytes plus this. It holds until the endpoint reports the usage.
 OVERHEAD_TOKENS = 16
 
@@ -142,7 +144,7 @@ class EndpointAgent:
             if call.outcome is None and call.wait:
                 await asyncio.sleep(call.wait)
         tokens = {"tokens_in": call.tokens_in, "tokens_out": call.tokens_out}
-        return replace(call.outcome, **tokens, seconds=time.monotonic() - began)
+        return replace(call.outcome, **tokens, seconds=round(time.monotonic() - began, 3))
 
     async def _try(self, call: "_Try") -> None:
         """One try of a call; sets its outcome, or how long to wait before the next try."""
@@ -172,7 +174,7 @@ class EndpointAgent:
         """No try of a call was answered; too many such calls in a row end the agent."""
         self._in_a_row += 1
         # An endpoint that has never answered is given up sooner.
-        most = self.options.give_up if self.answered else min(self.options.give_up, self.concurrency)
+        most = self.options.give_up if self.answered else min(self.options.give_up, max(FIRST_CALLS, self.concurrency))
         if self._in_a_row >= most and not self._stopped:
             self._stop(f"{self._in_a_row} calls in a row failed, the last with: {call.error}")
         call.outcome = self._no(call.error)

@@ -5,8 +5,8 @@ row's: an endpoint always has as many calls as it takes, and a model in this pro
 is kept on disk in the order of the rows (`Spill`), so memory holds only the rows that are being worked on.
 
 A call is looked up in the ledger first. Equal calls that run at the same time are one call. A reply is written to the
-ledger before the row that asked for it goes on, so a run that is killed repeats no call that was answered. What programs
-say, which takes no time, is written in the same turn of the loop.
+ledger before the row that asked for it goes on, so a run that is killed repeats no call that was answered. The replies
+of programs, which take no time, are written together at the end of a turn of the loop.
 """
 
 import asyncio
