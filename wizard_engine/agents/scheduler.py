@@ -128,6 +128,7 @@ class Scheduler:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         self._lines.clear()
+        self._fresh.clear()
         agents, self._agents = self._agents, {}
         for agent in agents.values():
             if is_concurrent(agent):
