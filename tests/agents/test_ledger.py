@@ -104,12 +104,15 @@ def test_two_open_ledgers_serve_the_reply_that_was_stored_first(tmp_path):
     one, two = Ledger(tmp_path / "l.sqlite"), Ledger(tmp_path / "l.sqlite")
 
     class Late(Echo):
-        is_instant = True
+        concurrency, ended = 1, ""
 
-        def respond(self, requests):
-            key = request_key(self.fingerprint, requests[0])
-            one.store([Stored("echo", self.fingerprint, key, requests[0], Reply("first"))])
-            return [Reply("late") for _ in requests]
+        async def reply(self, request):
+            key = request_key(self.fingerprint, request)
+            one.store([Stored("echo", self.fingerprint, key, request, Reply("first"))])
+            return Reply("late")
+
+        async def aclose(self):
+            pass
 
     assert texts(responses(Late(), [ask("a")], two)) == ["first"]
     assert texts(responses(Echo(), [ask("a")], one)) == ["first"]

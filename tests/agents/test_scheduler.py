@@ -216,7 +216,7 @@ def test_replies_of_programs_are_in_the_file_after_their_turn(tmp_path):
         assert await run.ask(agent, requests[0]) == replies[0]
         await asyncio.sleep(0)
         keys = [scheduler.request_key(agent.fingerprint, request) for request in requests]
-        assert list(other.lookup(keys).values()) == replies == [other.lookup_one(key) for key in keys]
+        assert [other.lookup(keys)[key] for key in keys] == replies == [other.lookup_one(key) for key in keys]
 
     rows(run, range(20), work, agents=(agent,))
     assert run.served["answer"] == 20 and len(agent.batches) == 40

@@ -28,6 +28,7 @@ from .protocol import Agent, ConcurrentAgent, Reply, Request, is_concurrent
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Waiting = tuple[Request, asyncio.Future[Reply]]
 BATCH_SIZE = 256
 SYNC_SECONDS = 1.0
 # Rows worked on at once, for each call that an agent can run at once.
@@ -336,36 +337,41 @@ class _Batches:
 
     def __init__(self, agent: Agent, size: int, turn: asyncio.Lock) -> None:
         self.agent, self.size, self.turn = agent, size, turn
-        self._open: list[Request] = []
-        self._answers: asyncio.Task[list[Reply]] | None = None
-        self.tasks: set[asyncio.Task[list[Reply]]] = set()
+        self._open: list[_Waiting] | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
 
     async def reply(self, request: Request) -> Reply:
         """The reply to one request, as part of a batch."""
-        if self._answers is None:
+        if self._open is None:
             self._open = []
-            self._answers = asyncio.create_task(self._answer(self._open))
-            self.tasks.add(self._answers)
-            self._answers.add_done_callback(self._drop)
-        answers, place = self._answers, len(self._open)
-        self._open.append(request)
+            task = asyncio.create_task(self._answer(self._open))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        reply = asyncio.get_running_loop().create_future()
+        self._open.append((request, reply))
         if len(self._open) == self.size:
-            self._answers = None
-        return (await asyncio.shield(answers))[place]
+            self._open = None
+        return await reply
 
-    async def _answer(self, batch: list[Request]) -> list[Reply]:
-        async with self.turn:
-            await self._until_quiet(batch)
-            if self._open is batch:
-                self._answers = None
-            return await asyncio.to_thread(_replies, self.agent, batch)
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        try:
+            async with self.turn:
+                await self._until_quiet(batch)
+                if self._open is batch:
+                    self._open = None
+                replies = await asyncio.to_thread(_replies, self.agent, [request for request, _ in batch])
+        except BaseException as error:
+            for _, reply in batch:
+                if not reply.done():
+                    reply.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            for (_, reply), said in zip(batch, replies):
+                if not reply.done():
+                    reply.set_result(said)
 
-    def _drop(self, answers: asyncio.Task[list[Reply]]) -> None:
-        self.tasks.discard(answers)
-        if not answers.cancelled():
-            answers.exception()
-
-    async def _until_quiet(self, batch: list[Request]) -> None:
+    async def _until_quiet(self, batch: list[_Waiting]) -> None:
         """Wait while requests still come in, turn by turn of the loop, up to a full batch."""
         still = 0
         while still < 3 and len(batch) < self.size:
