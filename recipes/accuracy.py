@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
-from wizard_engine.agents.missing import Missing, check_missing, count_reasons, shown_reasons
 from wizard_engine.agents.estimate import StandInCast, count_tokens
+from wizard_engine.agents.missing import Missing, check_missing, count_reasons, shown_reasons
 from wizard_engine.agents.options import CallOptions, estimated, open_cast
 from wizard_engine.data.latex_answers import library
 from wizard_engine.data.records import Conversation, read_files

@@ -6,11 +6,12 @@ import pytest
 
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
+from asking import responses
 from fake_endpoint import Fake, answer
 from starlette.responses import JSONResponse
 
 from recipes import accuracy, arena, co_teach, evol_answer, evol_instruct, mt_bench, self_teach
-from wizard_engine.agents import Ledger, Request, Scheduler
+from wizard_engine.agents import Ledger, Request
 from wizard_engine.agents.endpoint import EndpointAgent, Options
 from wizard_engine.data.records import Message, conversation, read_rows, write_rows
 
@@ -269,8 +270,7 @@ def test_the_ledger_serves_a_cut_reply_as_one(tmp_path):
     with Fake(lambda *_: answer("half", finish="length")) as fake:
         for _ in range(2):
             ledger = Ledger(tmp_path / "l.sqlite")
-            scheduler = Scheduler(ledger, quiet=True)
-            reply = scheduler.run(scheduler.ask(EndpointAgent("m", fake.url), request))
+            (reply,) = responses(EndpointAgent("m", fake.url), request, ledger)
             assert (reply.text, reply.finish, reply.is_cut) == ("half", "length", True)
             ledger.close()
         assert len(fake.asked) == 1

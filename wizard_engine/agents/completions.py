@@ -38,12 +38,13 @@ class Answer:
 
 def read_body(content_type: str, text: str) -> Any:
     """The JSON value of an answer's body, or an Answer that says why it is none."""
+    text = text.lstrip("\ufeff \r\n\t")
     if "event-stream" in content_type or text.startswith("data:"):
-        return Answer(error="stream: a stream of events came, and none was asked for", is_temporary=False)
+        return Answer(error="stream: a stream of events came, and none was asked for")
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        kind = "HTML" if text.lstrip()[:1] == "<" else "text that is no JSON" if text.strip() else "an empty body"
+        kind = "HTML" if text[:1] == "<" else "text that is no JSON" if text else "an empty body"
         return Answer(error=f"no answer: {kind} came with status 200", is_temporary=True)
 
 
@@ -69,12 +70,17 @@ def read_answer(answer: Any, limit: int) -> Answer:
     if error:
         return Answer(error=error, is_temporary=is_temporary, extras=extras)
     ending = "length" if finish.lower() in CUT else "stop"
-    return Answer(text.strip(), ending, extras=extras, reasoning=thought or _reasoning(message))
+    return Answer(_whole(text.strip()), ending, extras=extras, reasoning=_whole(thought or _reasoning(message)))
 
 
 def _get(item: Any, name: str) -> Any:
     """A field of a JSON object; None for any other value."""
     return item.get(name) if isinstance(item, dict) else None
+
+
+def _whole(text: str) -> str:
+    """The text with every half of a surrogate pair replaced: no file can hold it."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _split_reasoning(text: str | None) -> tuple[str | None, str]:
@@ -86,7 +92,9 @@ def _split_reasoning(text: str | None) -> tuple[str | None, str]:
         return None, ""
     before, end, after = text.partition("</think>")
     is_opened = before.lstrip().startswith("<think>")
-    if end and (is_opened or "<think>" not in before):
+    # An answer may speak of the mark; one that ends reasoning has a line of its own.
+    is_mark = before[-1:] in ("", "\n") and after[:1] in ("", "\n")
+    if end and (is_opened or (is_mark and "<think>" not in before)):
         return after, before.lstrip().removeprefix("<think>").strip()
     return ("", before) if is_opened else (text, "")
 
@@ -114,7 +122,7 @@ def _fault(message: Any, finish: str, text: str | None, extras: tuple[str, ...],
     if finish in TOOLS or "tool_calls" in extras:
         return "tool_calls: the reply calls a tool and none was offered", False
     if finish in CUT and not (text and text.strip()):
-        spent = " on reasoning" if set(REASONING) & set(extras) else ""
+        spent = " on reasoning" if {*REASONING, "<think>"} & set(extras) else ""
         return f"length: all of max_tokens={limit} was spent{spent} before the answer began", False
     if finish not in ENDED | CUT:
         return f"finish_reason {finish}: expected stop or length", True

@@ -9,166 +9,26 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Positive
 from wizard_engine.runtime.text_lines import one_line, printable
 
 from . import prompts
 from .completions import Answer, read_answer, read_body, wrong_endpoint
+from .endpoint_options import JSON_MODES, PREFIX, Options, parse_spec
 from .prices import Price
 from .protocol import Reply, Request
-from .rate_limits import Gate, read_duration
+from .rate_limits import Gate, Pass, read_duration
 
-PREFIX = "openai:"
+__all__ = ["PREFIX", "EndpointAgent", "Options", "parse_spec"]
+
 MAX_ERROR = 300
-TOKEN_LIMITS = ("auto", "max_tokens", "max_completion_tokens")
-JSON_MODES = ("auto", "schema", "object", "no")
-OWN_FIELDS = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stream", "n"}
+# Failed calls in a row, at least, that end an endpoint which has never answered.
+FIRST_CALLS = 8
 # Upper bound of a message's tokens: its bytes plus this. It holds until the endpoint reports the usage.
 OVERHEAD_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Options(Checked):
-    """How an endpoint is called; set by `openai:MODEL@URL#name=value,...`.
-
-    Attributes:
-        concurrency: simultaneous calls.   requests_per_minute, tokens_per_minute: 0: learned from the endpoint.
-        retries: of a call, after statuses 408, 429, 5xx, timeouts, lost connections.
-        timeout: seconds for one try.   backoff: seconds before the first retry; doubled for each further one.
-        max_wait: longest wait in seconds, also if the endpoint asks for more.
-        budget: tokens of prompts and replies, over all runs with one ledger; 0 for no limit. A call that could exceed
-            it is not made; a call that times out counts with its upper bound.
-        price_in, price_out: of a million tokens of prompts and of replies.   max_cost: budget in the same currency.
-        give_up: consecutive failed calls after which the agent makes no more.
-        key_env: environment variable with the key.   seed, temperature: whether those of the requests are sent.
-        token_limit: name under which the longest reply is sent: max_tokens, or max_completion_tokens; auto: the first,
-            and the second for an endpoint that refuses it.
-        json: how a verdict is asked for: "schema" or "object" for a response_format of that kind, "no" for text; auto:
-            schema, or what is left where the endpoint refuses it.
-        reasoning_effort: sent where it is not "".   extra_body: JSON object of further fields of every call.
-        extras: "count": what a reply holds beside its text (reasoning, fields that are not known) is counted and named
-            at the end; "error": such a reply is a failed call.
-    """
-
-    concurrency: Count[int] = 8
-    requests_per_minute: NonNegative[float] = 0.0
-    tokens_per_minute: NonNegative[float] = 0.0
-    retries: NonNegative[int] = 6
-    timeout: Positive[float] = 120.0
-    backoff: NonNegative[float] = 1.0
-    max_wait: NonNegative[float] = 60.0
-    budget: NonNegative[int] = 0
-    price_in: NonNegative[float] = 0.0
-    price_out: NonNegative[float] = 0.0
-    max_cost: NonNegative[float] = 0.0
-    give_up: Count[int] = 32
-    key_env: str = "OPENAI_API_KEY"
-    seed: bool = True
-    temperature: bool = True
-    token_limit: str = "auto"
-    json: str = "auto"
-    reasoning_effort: str = ""
-    extra_body: str = ""
-    extras: str = "count"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.backoff > self.max_wait:
-            raise ValueError(f"backoff: expected at most max_wait={self.max_wait:g} seconds, got {self.backoff:g}")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
-            raise ValueError("key_env: expected the name of an environment variable, got something else")
-        choices = {"token_limit": TOKEN_LIMITS, "json": JSON_MODES, "extras": ("count", "error")}
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected {' or '.join(values)}, got {getattr(self, name)[:40]!r}")
-        if self.max_cost and not (self.price_in or self.price_out):
-            raise ValueError("max_cost: expected price_in or price_out beside it, per million tokens, got none")
-        _ = self.body
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """Further fields of every call.
-
-        Raises:
-            ValueError: extra_body is no JSON object, or has a field that the agent sets itself.
-        """
-        if not self.extra_body:
-            return {}
-        try:
-            fields = json.loads(self.extra_body)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"extra_body: expected a JSON object, got {self.extra_body[:40]!r} ({error})") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"extra_body: expected a JSON object, got {self.extra_body[:40]!r}")
-        own = sorted(OWN_FIELDS & set(fields))
-        if own:
-            raise ValueError(f"extra_body: expected fields that the agent does not set itself, got {', '.join(own)}")
-        return fields
-
-    @property
-    def price(self) -> Price:
-        """Of the endpoint's tokens."""
-        return Price(self.price_in, self.price_out)
-
-    @property
-    def replying(self) -> dict[str, Any]:
-        """The options that a reply depends on, where they are not the default."""
-        names = ("reasoning_effort", "extra_body") + (("json",) if self.json != "auto" else ())
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
-
-
-def parse_spec(spec: str) -> tuple[str, str | None, Options]:
-    """Model, address and options of `openai:MODEL`, `openai:MODEL@URL` or `openai:MODEL@URL#name=value,...`.
-
-    Raises:
-        ValueError: no model, an invalid address or one with a key in it, an unknown option or value.
-    """
-    rest, _, settings = spec.removeprefix(PREFIX).partition("#")
-    match = re.fullmatch(r"(.*?)@([a-z]+:.*)", rest)
-    model, url = match.groups() if match else (rest, "")
-    if not model:
-        raise ValueError(f"agent: expected {PREFIX}MODEL or {PREFIX}MODEL@URL, got no model")
-    if url:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"agent: expected an address such as http://127.0.0.1:8000/v1 behind {model}@")
-        if parts.username or parts.password or parts.query:
-            raise ValueError("agent: expected an address without a key in it; keys come from the environment alone")
-    return model, url.rstrip("/") or None, Options(**_settings(settings))
-
-
-def _settings(text: str) -> dict[str, Any]:
-    kinds = {field.name: type(field.default) for field in fields(Options)}
-    values: dict[str, Any] = {}
-    for item in filter(None, _items(text)):
-        name, _, value = item.partition("=")
-        if name not in kinds:
-            raise ValueError(f"agent: expected options of {', '.join(kinds)}, got {name[:40]!r}")
-        try:
-            values[name] = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
-        except ValueError:
-            raise ValueError(f"agent: {name}: expected {kinds[name].__name__}, got {value[:40]!r}") from None
-    return values
-
-
-def _items(text: str) -> list[str]:
-    """The text cut at its commas, those in braces, brackets and quotes apart."""
-    items, depth, start, quoted = [], 0, 0, False
-    for place, sign in enumerate(text):
-        if sign == '"' and text[place - 1 : place] != "\\":
-            quoted = not quoted
-        elif not quoted and sign in "{[":
-            depth += 1
-        elif not quoted and sign in "}]":
-            depth -= 1
-        elif sign == "," and not quoted and depth <= 0:
-            items.append(text[start:place])
-            start = place + 1
-    return [*items, text[start:]]
 
 
 class EndpointAgent:
@@ -182,7 +42,7 @@ class EndpointAgent:
         spent: tokens so far, those before this process included (see `resume`).   cost: likewise, in money.
         calls: tries.   retried: repeated tries.   failed, answered: calls without and with a reply.
         ended: why the agent makes no more calls (budget, refused key, model or option, endpoint down); "" while it
-            does.   extras: what replies held beside their text, by name.
+            does.   extras: what replies held beside their text, by name.   models: other models that replies name.
     """
 
     def __init__(self, model: str, base_url: str | None = None, options: Options | None = None) -> None:
@@ -210,6 +70,7 @@ class EndpointAgent:
         self._json = "schema" if self.options.json == "auto" else self.options.json
         self._stopped = self.ended = ""
         self.extras: Counter[str] = Counter()
+        self.models: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._client: Any = None
         self._gate: Gate | None = None
@@ -218,6 +79,20 @@ class EndpointAgent:
     def from_spec(cls, spec: str) -> "EndpointAgent":
         """The agent of `openai:MODEL@URL#name=value,...`."""
         return cls(*parse_spec(spec))
+
+    def set_price(self, price: Price | None = None) -> None:
+        """Take the price of the model, unless its spec gave one.
+
+        Raises:
+            ValueError: the spec has a budget in money, and nothing says what tokens cost.
+        """
+        if price is not None and not (self.price.tokens_in or self.price.tokens_out):
+            self.price = price
+        if self.options.max_cost and not (self.price.tokens_in or self.price.tokens_out):
+            raise ValueError(
+                f"agent {self.name}: max_cost: expected what tokens cost beside it, got nothing; give price_in and "
+                "price_out per million tokens, or --prices FILE"
+            )
 
     def resume(self, tokens_in: int, tokens_out: int) -> None:
         """Count what earlier processes spent towards the budget."""
@@ -241,39 +116,43 @@ class EndpointAgent:
         if client is not None:
             await client.close()
 
-    def _open(self) -> Any:
+    def _open(self) -> Gate:
         if self._client is None:
+            self._freed = asyncio.Event()
             options = self.options
             self._client = self._openai.AsyncOpenAI(
                 api_key=self._key or "none", base_url=self._base_url, max_retries=0, timeout=options.timeout
             )
             self._gate = Gate(options.concurrency, options.requests_per_minute, options.tokens_per_minute)
-        return self._client
+        return self._gate
 
     async def reply(self, request: Request) -> Reply:
         """The reply to one request."""
-        self._open()
+        gate = self._open()
         try:
             messages = _messages(request)
         except ValueError as error:
             return self._no(str(error))
-        bound = sum(len(m["content"].encode()) + OVERHEAD_TOKENS for m in messages), request.max_tokens
-        began, call = time.monotonic(), _Try(request, messages, *bound)
+        bound = sum(len(m["content"].encode("utf-8", "replace")) + OVERHEAD_TOKENS for m in messages)
+        began, call = time.monotonic(), _Try(request, messages, bound, request.max_tokens)
         while call.outcome is None:
-            await self._gate.enter(call.most)
+            call.gate_pass, before = await gate.enter(call.most), call.tokens
             try:
                 await self._try(call)
             finally:
-                self._gate.leave()
+                gate.leave(call.gate_pass, call.tokens - before)
             if call.outcome is None and call.wait:
                 await asyncio.sleep(call.wait)
         tokens = {"tokens_in": call.tokens_in, "tokens_out": call.tokens_out}
-        return replace(call.outcome, **tokens, seconds=time.monotonic() - began)
+        return replace(call.outcome, **tokens, seconds=round(time.monotonic() - began, 3))
 
     async def _try(self, call: "_Try") -> None:
         """One try of a call; sets its outcome, or how long to wait before the next try."""
-        refused = self._stopped or self._beyond_budget(call)
+        while (refused := self._stopped or self._beyond_budget(call)) and self._reserved and not self._stopped:
+            # The calls in flight may use less than they reserved.
+            await self._freed.wait()
         if refused:
+            self.ended = self._clean(refused)
             call.outcome = self._no(refused)
             return
         cost = self.price.of(call.bound_in, call.bound_out)
@@ -283,34 +162,31 @@ class EndpointAgent:
             await self._send(call)
         finally:
             self._reserved, self._reserved_cost = self._reserved - call.most, self._reserved_cost - cost
+            freed, self._freed = self._freed, asyncio.Event()
+            freed.set()
         if call.outcome is not None:
             return
         call.attempt += 1
         if call.attempt > self.options.retries:
-            self._in_a_row += 1
-            # An endpoint that has never answered is given up sooner.
-            most = self.options.give_up if self.answered else min(self.options.give_up, self.concurrency)
-            if self._in_a_row >= most and not self._stopped:
-                self._stop(f"{self._in_a_row} calls in a row failed, the last with: {call.error}")
-            call.outcome = self._no(call.error)
+            self._fail(call)
+
+    def _fail(self, call: "_Try") -> None:
+        """No try of a call was answered; too many such calls in a row end the agent."""
+        self._in_a_row += 1
+        # An endpoint that has never answered is given up sooner.
+        most = self.options.give_up if self.answered else min(self.options.give_up, max(FIRST_CALLS, self.concurrency))
+        if self._in_a_row >= most and not self._stopped:
+            self._stop(f"{self._in_a_row} calls in a row failed, the last with: {call.error}")
+        call.outcome = self._no(call.error)
 
     def _beyond_budget(self, call: "_Try") -> str:
-        """Why a try could exceed a budget, beside the calls in flight; "" where it could not.
-
-        Calls in flight may use less than they reserved; the call is refused without waiting for them.
-        """
+        """Why a try could exceed a budget, beside the calls in flight; "" where it could not."""
         options, before = self.options, f"; before that {call.error}" if call.error else ""
         if options.budget and self.spent + self._reserved + call.most > options.budget:
-            self.ended = self._clean(
-                f"budget: {self.spent} of {options.budget} tokens are spent, this may take {call.most}{before}"
-            )
-            return self.ended
+            return f"budget: {self.spent} of {options.budget} tokens are spent, this may take {call.most}{before}"
         cost = self.price.of(call.bound_in, call.bound_out)
         if options.max_cost and self.cost + self._reserved_cost + cost > options.max_cost:
-            self.ended = self._clean(
-                f"budget: {self.cost:.4g} of {options.max_cost:g} is spent, this may take {cost:.4g}{before}"
-            )
-            return self.ended
+            return f"budget: {self.cost:.4g} of {options.max_cost:g} is spent, this may take {cost:.4g}{before}"
         return ""
 
     async def _send(self, call: "_Try") -> None:
@@ -319,7 +195,7 @@ class EndpointAgent:
         try:
             async with asyncio.timeout(self.options.timeout):
                 answer = await self._client.chat.completions.with_raw_response.create(**arguments)
-        except TimeoutError:
+        except (TimeoutError, self._openai.APITimeoutError):
             call.error = f"timeout: no answer within {self.options.timeout:g} seconds"
             # The endpoint may have generated, and billed, all of it.
             self._spend(call, call.bound_in, call.bound_out)
@@ -343,14 +219,13 @@ class EndpointAgent:
             call.outcome = self._no(call.error)
         elif failed.status_code in (429, 503):
             call.wait = _wait_seconds(self.options, call.request, call.attempt, headers.get("retry-after"))
-            self._gate.slow_down(call.wait if headers.get("retry-after") else 0.0)
+            self._gate.slow_down(call.gate_pass, call.wait if headers.get("retry-after") else 0.0)
 
     def _adapt(self, failed: Any, arguments: dict[str, Any]) -> bool:
         """Whether the endpoint takes another name or form of an option, which is remembered."""
         said = f"{failed.message} {getattr(failed, 'body', None)}"
-        if self.options.token_limit == "auto" and self._token_limit in arguments and "max_completion_tokens" in said:
-            if self._token_limit == "max_tokens":
-                self._token_limit = "max_completion_tokens"
+        if self.options.token_limit == "auto" and "max_tokens" in arguments and "max_completion_tokens" in said:
+            self._token_limit = "max_completion_tokens"
             return True
         form = arguments.get("response_format", {}).get("type")
         if self.options.json == "auto" and form and re.search(r"response_format|json_schema|json_object|schema", said):
@@ -368,15 +243,19 @@ class EndpointAgent:
         tokens = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion")]
         if all(isinstance(number, int) and number >= 0 for number in tokens):
             self._spend(call, *tokens)
-            if tokens[1] >= call.request.max_tokens and answer.text and answer.finish == "stop":
+            if tokens[1] >= call.request.max_tokens and not answer.error and answer.finish == "stop":
                 answer = replace(answer, finish="length")
         elif answer.text:
             self._spend(call, call.bound_in, len(answer.text.encode()) + OVERHEAD_TOKENS)
         model = content.get("model") if isinstance(content, dict) else None
         if isinstance(model, str) and model and not _is_same_model(model, self.model):
-            self.extras[f"model {model[:60]}"] += 1
+            self.models[model[:60]] += 1
         if answer.is_temporary:
             call.error = answer.error
+            return
+        if isinstance(content, Answer):
+            call.error = answer.error
+            self._fail(call)
             return
         self._gate.succeed()
         call.outcome = self._answered(answer)
@@ -401,9 +280,10 @@ class EndpointAgent:
         if status in (408, 409, 425, 429) or status >= 500:
             return False
         # The endpoint refuses this request. It does not count as a failure in a row, because the endpoint works.
-        self._refused[error] += 1
-        if not self.answered and self._refused[error] >= self.options.give_up:
-            self._stop(f"no call was answered, {self._refused[error]} were refused alike: {error}")
+        if not self.answered:
+            self._refused[error] += 1
+            if self._refused[error] >= self.options.give_up:
+                self._stop(f"no call was answered, {self._refused[error]} were refused alike: {error}")
         return True
 
     def _answered(self, answer: Answer) -> Reply:
@@ -445,10 +325,14 @@ class EndpointAgent:
 
     def notes(self) -> list[str]:
         """Lines for the end of a run: what the replies held beside their text, and was not used."""
-        if not self.extras:
-            return []
-        named = ", ".join(f"{printable(one_line(name))} ({count})" for name, count in sorted(self.extras.items()))
-        return [f"agent {printable(self.name)}: not used of {self.answered} replies: {named}"]
+        lines = []
+        if self.extras:
+            lines.append(f"not used of {self.answered} replies: {_numbered(self.extras)}")
+        if self.models:
+            lines.append(
+                f"of {self.answered} replies, some name another model than {self.model}: {_numbered(self.models)}"
+            )
+        return [f"agent {printable(self.name)}: {printable(line)}" for line in lines]
 
     def _no(self, error: str) -> Reply:
         self.failed += 1
@@ -476,10 +360,17 @@ class _Try:
     tokens_in: int = 0
     tokens_out: int = 0
 
+    gate_pass: Pass | None = None
+
     @property
     def most(self) -> int:
         """Tokens that one try can take."""
         return self.bound_in + self.bound_out
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all tries took so far."""
+        return self.tokens_in + self.tokens_out
 
 
 def _response_format(mode: str, request: Request) -> dict[str, Any]:
@@ -489,10 +380,15 @@ def _response_format(mode: str, request: Request) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": schema}
 
 
+def _numbered(names: Counter[str]) -> str:
+    return ", ".join(f"{one_line(name)} ({count})" for name, count in sorted(names.items()))
+
+
 def _is_same_model(given: str, asked: str) -> bool:
     """Whether a name in a reply is that of the model asked for; endpoints add dates and leave out owners."""
-    first, second = given.lower(), asked.lower()
-    return first in second or second in first or first.split("/")[-1] in second or second.split("/")[-1] in first
+    first, second = (name.lower().rstrip("/").split("/")[-1] for name in (given, asked))
+    short, long = sorted((first, second), key=len)
+    return long.startswith(short) and re.fullmatch(r"([-:@_.](latest|\d[\d.-]*))*", long[len(short) :]) is not None
 
 
 def _wait_seconds(options: Options, request: Request, attempt: int, retry_after: str | None = None) -> float:

@@ -79,14 +79,27 @@ class Ledger:
     Args:
         path: SQLite file; created with its folder if it does not exist.
         timeout_seconds: longest wait for the write of another process.
+        read_only: the file must exist, and is not written, unless it is of an earlier version.
     Raises:
         ValueError: the file is no ledger, one of another version, or damaged; so do all methods that read.
         OSError: the file cannot be written; so do all methods.
     """
 
-    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0) -> None:
-        self._file = LedgerFile(path, timeout_seconds=timeout_seconds)
+    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0, read_only: bool = False) -> None:
+        self._file = LedgerFile(path, timeout_seconds=timeout_seconds, read_only=read_only)
         self.path = self._file.path
+
+    def lookup_one(self, key: bytes) -> Reply | None:
+        """The stored reply of a key, None without one."""
+        with self._file.naming_errors():
+            row = self._file.database.execute(_SELECT_REPLY, (key,)).fetchone()
+            return None if row is None else self._checked(row)[1]
+
+    def _checked(self, row: tuple) -> tuple[bytes, Reply]:
+        key, agent, task, text, given, *rest = row
+        if checksum(key, agent, task, text, *rest) != given:
+            raise self._file.damage("replies", f"of key {key.hex()[:16]}")
+        return key, _reply(text, rest)
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Reply]:
         """The stored replies of the keys that have one."""
@@ -94,12 +107,9 @@ class Ledger:
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             slots = ",".join("?" * len(part))
-            query = f"SELECT key, agent, task, text, checksum, {_REPLY_COLUMNS} FROM replies WHERE key IN ({slots})"
+            query = f"SELECT {_LOOKED_UP} FROM replies WHERE key IN ({slots})"
             with self._file.naming_errors():
-                for key, agent, task, text, given, *rest in self._file.database.execute(query, part):
-                    if checksum(key, agent, task, text, *rest) != given:
-                        raise self._file.damage("replies", f"of key {key.hex()[:16]}")
-                    stored[key] = _reply(text, rest)
+                stored.update(self._checked(row) for row in self._file.database.execute(query, part))
         return stored
 
     def store(self, calls: Sequence[Stored]) -> bool:
@@ -223,6 +233,8 @@ class Ledger:
 
 
 _REPLY_COLUMNS = ", ".join(REPLY_FIELDS)
+_LOOKED_UP = f"key, agent, task, text, checksum, {_REPLY_COLUMNS}"
+_SELECT_REPLY = f"SELECT {_LOOKED_UP} FROM replies WHERE key = ?"
 _INSERT_REPLY = f"INSERT OR IGNORE INTO replies VALUES (NULL,{','.join('?' * (10 + len(REPLY_FIELDS)))})"
 _INSERT_FAILURE = f"INSERT INTO failures VALUES (NULL,{','.join('?' * (6 + len(FAILURE_FIELDS)))})"
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 # 1 had no checksums, and did not say how a reply ended; 2 had no tokens, seconds, reasoning, row and options.
 VERSION = 3
@@ -57,16 +58,19 @@ class LedgerFile:
     Args:
         path: SQLite file; created with its folder if it does not exist.
         timeout_seconds: longest wait for the write of another process.
+        read_only: the file must exist, and is not written, unless it is of an earlier version.
     Raises:
         ValueError: the file is no ledger, one of another version, or damaged; so do all methods that read.
         OSError: the file cannot be written; so do all methods.
     """
 
-    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0) -> None:
+    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0, read_only: bool = False) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(self.path) and not self.path.is_file():
             raise ValueError(f"ledger {self.path}: expected a file, got another kind of entry; give another path")
+        if read_only and self._open_to_read(timeout_seconds):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.naming_errors():
             self.database = sqlite3.connect(self.path, timeout=timeout_seconds, isolation_level=None)
         try:
@@ -76,6 +80,24 @@ class LedgerFile:
         except BaseException:
             self.database.close()
             raise
+
+    def _open_to_read(self, timeout_seconds: float) -> bool:
+        """Whether the file is of this version and is open now; one of an earlier version has to be written first."""
+        address = f"file:{quote(str(self.path.absolute()))}?mode=ro"
+        with self.naming_errors():
+            self.database = sqlite3.connect(address, timeout=timeout_seconds, isolation_level=None, uri=True)
+            try:
+                is_present = self._marks() == [APPLICATION, VERSION]
+            except BaseException:
+                self.database.close()
+                raise
+        if not is_present:
+            self.database.close()
+        return is_present
+
+    def _marks(self) -> list[int]:
+        """Application and version that the file is marked with."""
+        return [self.database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
 
     def sync(self) -> None:
         """What was stored before is on disk, so that it survives a power failure."""
@@ -123,7 +145,7 @@ class LedgerFile:
             self.database.execute("COMMIT")
         except BaseException:
             # A full disk ends the transaction by itself.
-            if self.database.intransaction:
+            if self.database.in_transaction:
                 self.database.execute("ROLLBACK")
             raise
 
@@ -169,7 +191,7 @@ class LedgerFile:
     def _create_or_check(self) -> None:
         database = self.database
         has_tables = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        marks = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        marks = self._marks()
         if not has_tables and marks == [0, 0]:
             for statement in filter(str.strip, SCHEMA.split(";")):
                 database.execute(statement)

@@ -34,6 +34,15 @@ class LocalAgent:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, *, batch_size: int = 256) -> None:
         self.model, self.tokenizer, self.name, self.batch_size = model, tokenizer, name, batch_size
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """End a generation that runs in another thread; it raises ValueError there."""
+        self._is_stopped = True
+
+    def _check_stopped(self, finished: int) -> None:
+        if self._is_stopped:
+            raise ValueError(f"agent {self.name}: the generation was ended")
 
     @classmethod
     def from_directory(cls, path: Path | str, *, device: torch.device | str = "cpu", batch_size: int = 256):
@@ -60,6 +69,7 @@ class LocalAgent:
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in the order of the requests, all of them in one generation."""
+        self._is_stopped = False
         prompts = [self._prompt(request) for request in requests]
         replies: list[Reply | None] = [self._refusal(prompt, r) for prompt, r in zip(prompts, requests)]
         asked = [i for i, reply in enumerate(replies) if reply is None]
@@ -71,6 +81,7 @@ class LocalAgent:
                 engine_for(self.model, asked_prompts, samplings, self.batch_size, allowed_ids=allowed),
                 asked_prompts,
                 samplings,
+                on_finished=self._check_stopped,
             )
             for index, tokens, finished, error in zip(asked, generation.tokens, generation.finished, generation.errors):
                 text = self.tokenizer.decode(tokens).strip()

@@ -24,7 +24,7 @@ def read_prices(path: Path | str) -> dict[str, Price]:
     """Prices by model's name from a JSON file `{"MODEL": {"in": 2.5, "out": 10}}`, per million tokens.
 
     Raises:
-        ValueError: another form, or a price that is no number or below 0; names file, model and field.
+        ValueError: another form, or a price that is no number or out of range; names file, model and field.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -37,6 +37,6 @@ def _price(where: str, entry: object) -> Price:
         raise ValueError(f'{where}: expected {{"in": price, "out": price}} per million tokens, got {str(entry)[:60]}')
     for name, value in entry.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < float("inf"):
-            raise ValueError(f"{where}: {name}: expected a price of 0 or more, got {str(value)[:40]!r}")
+        if not is_number or not 0 <= value <= MILLION:
+            raise ValueError(f"{where}: {name}: expected a price from 0 to {MILLION}, got {str(value)[:40]!r}")
     return Price(float(entry["in"]), float(entry["out"]))

@@ -51,7 +51,13 @@ class Ranks:
         """Replies in the order of the requests, which are sharded over the ranks. On rank 0, from any thread."""
         with self._lock:
             self._tell(("ask", spec, list(requests)))
-            return self._share(spec, requests)
+            parts = self._parts(spec, requests)
+        replies: list[Any] = [None] * len(requests)
+        for other, given in enumerate(parts):
+            if isinstance(given, str):
+                raise ValueError(given)
+            replies[other :: self.runtime.world_size] = given
+        return replies
 
     def _lead(self, work: Callable[[], T]) -> T:
         self._ended.clear()
@@ -66,7 +72,7 @@ class Ranks:
                 self._tell(("end",))
 
     def _keep_alive(self) -> None:
-        while not self._ended.wait(1.0):
+        while not self._ended.wait(min(1.0, KEEPALIVE_SECONDS)):
             if time.monotonic() - self._told > KEEPALIVE_SECONDS and self._lock.acquire(blocking=False):
                 try:
                     self._tell(("wait",))
@@ -86,22 +92,19 @@ class Ranks:
             if kind == "end":
                 return
             if kind == "ask":
-                self._share(*details)
+                self._parts(*details)
 
-    def _share(self, spec: str, requests: Sequence[Request]) -> list[Reply]:
-        """This rank's replies, then those of all ranks."""
+    def _parts(self, spec: str, requests: Sequence[Request]) -> list[Any]:
+        """The replies of every rank to its share of the requests, or the text of its error. Rank 0 raises that."""
         rank, size = self.runtime.rank, self.runtime.world_size
         own = requests[rank::size]
         try:
             part: Any = self.make(spec).respond(own) if own else []
+            if len(part) != len(own):
+                part = f"agent {spec}: expected {len(own)} replies, got {len(part)}; return one a request"
         except (ValueError, OSError) as error:
-            part = f"[rank {rank}/{size}] {error}"
-        replies: list[Any] = [None] * len(requests)
-        for other, given in enumerate(gather_objects(part)):
-            if isinstance(given, str):
-                raise ValueError(given)
-            replies[other::size] = given
-        return replies
+            part = f"{error}"
+        return gather_objects(f"[rank {rank}/{size}] {part}" if isinstance(part, str) else part)
 
 
 class RankedAgent:
@@ -111,6 +114,10 @@ class RankedAgent:
         self.ranks, self.spec, self.agent = ranks, spec, agent
         self.name, self.fingerprint = agent.name, agent.fingerprint
         self.converses = getattr(agent, "converses", True)
+
+    def stop(self) -> None:
+        """End what rank 0 answers."""
+        getattr(self.agent, "stop", list)()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in the order of the requests."""

@@ -47,7 +47,9 @@ def make_agent(spec: str | Path, *, device: str = "cpu", batch_size: int = 256) 
     if spec in _FACTORIES:
         return _FACTORIES[spec]()
     if spec.startswith(PREFIX):
-        return EndpointAgent.from_spec(spec)
+        agent = EndpointAgent.from_spec(spec)
+        agent.set_price()
+        return agent
     if (Path(spec) / "config.json").is_file():
         return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
     near = difflib.get_close_matches(spec, registered(), n=1)
@@ -114,8 +116,7 @@ class Cast:
             agent = self._local(spec)
             return agent if self.runtime.world_size == 1 else RankedAgent(self.ranks, spec, agent)
         agent = EndpointAgent.from_spec(spec)
-        if not (agent.price.tokens_in or agent.price.tokens_out):
-            agent.price = self.prices.get(agent.model, agent.price)
+        agent.set_price(self.prices.get(agent.model))
         if self.ledger is not None:
             agent.resume(*self.ledger.spent(agent.fingerprint))
         return agent

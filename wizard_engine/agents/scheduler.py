@@ -5,16 +5,21 @@ row's: an endpoint always has as many calls as it takes, and a model in this pro
 is kept on disk in the order of the rows (`Spill`), so memory holds only the rows that are being worked on.
 
 A call is looked up in the ledger first. Equal calls that run at the same time are one call. A reply is written to the
-ledger before the row that asked for it goes on, so a run that is killed repeats no call that was answered.
+ledger before the row that asked for it goes on, so a run that is killed repeats no call that was answered. The replies
+of programs, which take no time, are written together at the end of a turn of the loop.
 """
 
 import asyncio
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from wizard_engine.runtime.metrics import progress
+from wizard_engine.runtime.process import Interrupted
 
 from .ledger import Ledger, Stored, request_key
 from .missing import shown_reasons
@@ -23,10 +28,19 @@ from .protocol import Agent, ConcurrentAgent, Reply, Request, is_concurrent
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Waiting = tuple[Request, asyncio.Future[Reply]]
 BATCH_SIZE = 256
 SYNC_SECONDS = 1.0
 # Rows worked on at once, for each call that an agent can run at once.
 ROWS_AHEAD = 4
+
+
+class Stopped(Interrupted):
+    """Raised after a signal to end; the same command goes on."""
+
+    def __init__(self, number: int, ledger: Ledger | None) -> None:
+        kept = f"; what was answered is in {ledger.path}, and the same command goes on" if ledger is not None else ""
+        SystemExit.__init__(self, f"stopped by {signal.Signals(number).name}{kept}")
 
 
 class Scheduler:
@@ -59,8 +73,9 @@ class Scheduler:
         self.tokens_in = self.tokens_out = 0
         self.cost = 0.0
         self._lines: dict[int, _Batches] = {}
-        self._running: dict[bytes, asyncio.Task[Reply]] = {}
-        self._unsaved: list[tuple[Stored, asyncio.Future[Reply]]] = []
+        self._running: dict[bytes, asyncio.Future[Reply]] = {}
+        self._unsaved: list[tuple[Stored, asyncio.Future[Reply] | None]] = []
+        self._fresh: dict[bytes, Reply] = {}
         self._agents: dict[int, Agent | ConcurrentAgent] = {}
         self._bar = _Bar(self)
 
@@ -69,36 +84,65 @@ class Scheduler:
 
         Raises:
             ValueError: an agent makes no more calls (its budget is spent, its endpoint is down or refuses the key).
+            Stopped: SIGINT or SIGTERM came.
         """
         with asyncio.Runner() as runner:
-            return runner.run(self._whole(work))
+            return runner.run(self._until_signal(work))
+
+    async def _until_signal(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of the work. The first signal to end gives it up; a second one ends the process as usual."""
+        whole, received = asyncio.ensure_future(self._whole(work)), []
+
+        def give_up(number: int) -> None:
+            received.append(number)
+            whole.cancel()
+
+        with _signals(give_up):
+            try:
+                return await whole
+            except asyncio.CancelledError:
+                if not received:
+                    raise
+                raise Stopped(received[0], self.ledger) from None
 
     async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
-        self._turn = asyncio.Lock()
-        saving = asyncio.create_task(self._sync())
+        self._turn, self._broken = asyncio.Lock(), asyncio.get_running_loop().create_future()
+        working, saving = asyncio.ensure_future(work), asyncio.ensure_future(self._sync())
         try:
-            return await work
+            await asyncio.wait({working, saving, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            self._flush()
+            ended = (self._broken, working, saving)
+            return await next(task for task in ended if task.done())
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         finally:
-            saving.cancel()
-            left = list(self._running.values())
-            for call in left:
-                call.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-            self._lines.clear()
-            for agent in self._agents.values():
-                if is_concurrent(agent):
-                    await agent.aclose()
-            self._agents.clear()
-            if self.ledger is not None:
-                self.ledger.sync()
+            await self._end(working, saving, self._broken)
+
+    async def _end(self, *tasks: asyncio.Future) -> None:
+        """Give up what still runs, close the connections, and bring what was stored to the disk."""
+        self._flush()
+        for agent in self._agents.values():
+            # A batch under way would keep the process.
+            getattr(agent, "stop", list)()
+        left = [*tasks, *self._running.values(), *(task for line in self._lines.values() for task in line.tasks)]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        self._lines.clear()
+        self._fresh.clear()
+        agents, self._agents = self._agents, {}
+        for agent in agents.values():
+            if is_concurrent(agent):
+                await agent.aclose()
+        if self.ledger is not None:
+            self.ledger.sync()
 
     async def _sync(self) -> None:
-        """Bring what was stored to the disk, every second."""
-        while self.ledger is not None:
+        """Bring what was stored to the disk, every second; ends only by an error."""
+        while True:
             await asyncio.sleep(SYNC_SECONDS)
-            await asyncio.to_thread(self.ledger.sync)
+            if self.ledger is not None:
+                await asyncio.to_thread(self.ledger.sync)
 
     async def rows(
         self,
@@ -133,11 +177,14 @@ class Scheduler:
             finally:
                 room.release()
 
-        with self._bar.stage(desc, total):
-            async with asyncio.TaskGroup() as group:
-                for place, item in enumerate(items):
-                    await room.acquire()
-                    group.create_task(one(place, item))
+        try:
+            with self._bar.stage(desc, total):
+                async with asyncio.TaskGroup() as group:
+                    for place, item in enumerate(items):
+                        await room.acquire()
+                        group.create_task(one(place, item))
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
 
     def window(self, agents: Sequence[Agent | ConcurrentAgent], width: int = 1, ahead: int = ROWS_AHEAD) -> int:
         """Items to work on at once, so that none of the agents waits for a call."""
@@ -160,27 +207,43 @@ class Scheduler:
             self.served[request.task] += 1
             return await asyncio.shield(running)
         if self.ledger is not None:
-            stored = self.ledger.lookup([key]).get(key)
+            stored = self._fresh.get(key) or self.ledger.lookup_one(key)
             if stored is not None:
                 self.served[request.task] += 1
                 return stored
+        if getattr(agent, "is_instant", False):
+            return self._at_once(agent, key, request)
         self._agents.setdefault(id(agent), agent)
-        call = asyncio.create_task(self._call(agent, key, request))
-        self._running[key] = call
-        call.add_done_callback(lambda call: self._forget(key, call))
+        call = asyncio.ensure_future(self._call(agent, key, request))
+        self._keep(key, call)
         return await asyncio.shield(call)
 
-    def _forget(self, key: bytes, call: asyncio.Task[Reply]) -> None:
+    def _keep(self, key: bytes, call: asyncio.Future[Reply]) -> None:
+        """Equal calls wait for this one."""
+        self._running[key] = call
+        call.add_done_callback(lambda call: self._drop(key, call))
+
+    def _drop(self, key: bytes, call: asyncio.Future[Reply]) -> None:
         self._running.pop(key, None)
         # An error is raised by those who wait for the call. Where all of them were given up, nobody misses it.
         if not call.cancelled():
             call.exception()
 
+    def _at_once(self, agent: Agent, key: bytes, request: Request) -> Reply:
+        """The reply of an agent that takes no time; stored with all those of this turn of the loop."""
+        (reply,) = _replies(agent, [request])
+        self._count(agent, request, reply)
+        if self.ledger is not None:
+            if reply.ok:
+                self._fresh[key] = reply
+            self._save(Stored(agent.name, agent.fingerprint, key, request, reply), None)
+        return reply
+
     async def _call(self, agent: Agent | ConcurrentAgent, key: bytes, request: Request) -> Reply:
         reply = await (agent if is_concurrent(agent) else self._line(agent)).reply(request)
         self._count(agent, request, reply)
         if self.ledger is not None:
-            reply = await self._save(Stored(agent.name, agent.fingerprint, key, request, reply))
+            reply = await self._saved(Stored(agent.name, agent.fingerprint, key, request, reply))
         ended = getattr(agent, "ended", "")
         if ended and not reply.ok:
             raise ValueError(
@@ -198,31 +261,36 @@ class Scheduler:
             self.failed[reply.reason] += 1
         self._bar.refresh()
 
-    async def _save(self, call: Stored) -> Reply:
-        """The reply once it is stored, or the one that another process stored first.
-
-        All replies that come in one turn of the loop are one transaction.
-        """
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        if not self._unsaved:
-            loop.call_soon(self._flush)
-        self._unsaved.append((call, future))
+    async def _saved(self, call: Stored) -> Reply:
+        """The reply once it is stored, or the one that another process stored first."""
+        future = asyncio.get_running_loop().create_future()
+        self._save(call, future)
         return await future
+
+    def _save(self, call: Stored, future: asyncio.Future[Reply] | None) -> None:
+        """Store a reply: all those that come in one turn of the loop are one transaction."""
+        if not self._unsaved:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsaved.append((call, future))
 
     def _flush(self) -> None:
         calls, self._unsaved = self._unsaved, []
+        if not calls:
+            return
+        waiting = [(call, future) for call, future in calls if future is not None and not future.done()]
         try:
             are_first = self.ledger.store([call for call, _ in calls])
-            first = {} if are_first else self.ledger.lookup([call.key for call, _ in calls if call.reply.ok])
-        except (ValueError, OSError) as error:
-            for _, future in calls:
-                if not future.done():
-                    future.set_exception(error)
+            first = {} if are_first else self.ledger.lookup([call.key for call, _ in waiting if call.reply.ok])
+        # Whatever it is, it ends the run, and those who wait for these replies.
+        except BaseException as error:
+            for _, future in waiting:
+                future.set_exception(error)
+            if not self._broken.done():
+                self._broken.set_exception(error)
             return
-        for call, future in calls:
-            if not future.done():
-                future.set_result(first.get(call.key, call.reply))
+        self._fresh.clear()
+        for call, future in waiting:
+            future.set_result(first.get(call.key, call.reply))
 
     def _line(self, agent: Agent) -> "_Batches":
         if id(agent) not in self._lines:
@@ -269,36 +337,41 @@ class _Batches:
 
     def __init__(self, agent: Agent, size: int, turn: asyncio.Lock) -> None:
         self.agent, self.size, self.turn = agent, size, turn
-        self._open: list[Request] = []
-        self._answers: asyncio.Task[list[Reply]] | None = None
+        self._open: list[_Waiting] | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
 
     async def reply(self, request: Request) -> Reply:
         """The reply to one request, as part of a batch."""
-        if self._answers is None:
+        if self._open is None:
             self._open = []
-            self._answers = asyncio.create_task(self._answer(self._open))
-        answers, place = self._answers, len(self._open)
-        self._open.append(request)
+            task = asyncio.create_task(self._answer(self._open))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        reply = asyncio.get_running_loop().create_future()
+        self._open.append((request, reply))
         if len(self._open) == self.size:
-            self._answers = None
-        return (await asyncio.shield(answers))[place]
+            self._open = None
+        return await reply
 
-    async def _answer(self, batch: list[Request]) -> list[Reply]:
-        async with self.turn:
-            await self._until_quiet(batch)
-            if self._open is batch:
-                self._answers = None
-            if getattr(self.agent, "is_instant", False):
-                replies = self.agent.respond(batch)
-            else:
-                replies = await asyncio.to_thread(self.agent.respond, batch)
-        if len(replies) != len(batch):
-            raise ValueError(
-                f"agent {self.agent.name}: expected {len(batch)} replies, got {len(replies)}; return one a request"
-            )
-        return replies
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        try:
+            async with self.turn:
+                await self._until_quiet(batch)
+                if self._open is batch:
+                    self._open = None
+                replies = await asyncio.to_thread(_replies, self.agent, [request for request, _ in batch])
+        except BaseException as error:
+            for _, reply in batch:
+                if not reply.done():
+                    reply.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            for (_, reply), said in zip(batch, replies):
+                if not reply.done():
+                    reply.set_result(said)
 
-    async def _until_quiet(self, batch: list[Request]) -> None:
+    async def _until_quiet(self, batch: list[_Waiting]) -> None:
         """Wait while requests still come in, turn by turn of the loop, up to a full batch."""
         still = 0
         while still < 3 and len(batch) < self.size:
@@ -327,8 +400,10 @@ class _Bar:
 
     def refresh(self) -> None:
         """Say how far the calls are, at most twice a second."""
+        if self._bar is None or self._bar.disable:
+            return
         now = time.monotonic()
-        if self._bar is None or self._bar.disable or now < self._next:
+        if now < self._next:
             return
         self._next = now + self.EVERY
         self._bar.set_postfix_str(self.text(now), refresh=False)
@@ -345,6 +420,43 @@ class _Bar:
         if run.cost:
             parts.append(f"cost {run.cost:.2f}")
         return ", ".join(parts)
+
+
+def _replies(agent: Agent, requests: Sequence[Request]) -> list[Reply]:
+    """Replies of an agent that answers many requests at once."""
+    replies = agent.respond(requests)
+    if len(replies) != len(requests):
+        raise ValueError(
+            f"agent {agent.name}: expected {len(requests)} replies, got {len(replies)}; return one a request"
+        )
+    return replies
+
+
+@contextmanager
+def _signals(receive: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM are received within the running loop, the first of them; only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, former = asyncio.get_running_loop(), {}
+
+    def restore() -> None:
+        for number, handler in former.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+        former.clear()
+
+    def once(number: int) -> None:
+        restore()
+        receive(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        former[number] = signal.getsignal(number)
+        loop.add_signal_handler(number, once, number)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _distinct(agents: Sequence[Agent | ConcurrentAgent]) -> list[Agent | ConcurrentAgent]:

@@ -41,19 +41,23 @@ class Spill(Generic[T]):
         self.folder.mkdir(parents=True, exist_ok=True)
         with naming(self.folder, _CONSEQUENCE):
             # It has no name, so a killed process leaves nothing behind.
-            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - ends with this object
-        self._starts, self._end, self._is_flushed = array("q"), 0, True
+            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 - ends with this object
+        self._starts, self._end = array("q"), 0
 
     def put(self, place: int, item: T) -> None:
         """Keep an item; a place may be filled once."""
+        if place < 0 or place in self:
+            raise ValueError(f"{self.folder}: expected an empty place, got {place}; fill each once")
         line = (json.dumps(self.dump(item), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        # Behind the last whole line, so that one which a full disk has cut is written over.
+        with naming(self.folder, _CONSEQUENCE):
+            rest, at = memoryview(line), self._end
+            while rest:
+                written = os.pwrite(self._file.fileno(), rest, at)
+                rest, at = rest[written:], at + written
         if place >= len(self._starts):
             self._starts.extend([_ABSENT] * (place + 1 - len(self._starts)))
-        if self._starts[place] != _ABSENT:
-            raise ValueError(f"{self.folder}: expected an empty place {place}, got one with an item")
-        with naming(self.folder, _CONSEQUENCE):
-            self._file.write(line)
-        self._starts[place], self._end, self._is_flushed = self._end, self._end + len(line), False
+        self._starts[place], self._end = self._end, at
 
     def append(self, item: T) -> None:
         """Keep an item behind the last one."""
@@ -69,10 +73,6 @@ class Spill(Generic[T]):
     def __getitem__(self, place: int) -> T:
         if place not in self:
             raise IndexError(f"{self.folder}: expected a place with an item, got {place}")
-        if not self._is_flushed:
-            with naming(self.folder, _CONSEQUENCE):
-                self._file.flush()
-            self._is_flushed = True
         return self.load(json.loads(self._line(self._starts[place]).decode("utf-8", "surrogatepass")))
 
     def __iter__(self) -> Iterator[T]:
