@@ -152,8 +152,7 @@ def test_a_limit_under_its_other_name_and_no_temperature(tmp_path):
             "m", fake.url, Options(token_limit="max_completion_tokens", temperature=False, seed=False)
         )
         request = Request("answer", (Message("user", "q"),), temperature=1.0, max_tokens=7)
-        scheduler = Scheduler(quiet=True)
-        assert scheduler.run(scheduler.ask(agent, request)).ok
+        assert responses(agent, [request])[0].ok
         assert set(fake.asked[0]) == {"model", "messages", "max_completion_tokens"}
 
 
@@ -270,7 +269,7 @@ def test_the_ledger_serves_a_cut_reply_as_one(tmp_path):
     with Fake(lambda *_: answer("half", finish="length")) as fake:
         for _ in range(2):
             ledger = Ledger(tmp_path / "l.sqlite")
-            (reply,) = responses(EndpointAgent("m", fake.url), request, ledger)
+            (reply,) = responses(EndpointAgent("m", fake.url), [request], ledger)
             assert (reply.text, reply.finish, reply.is_cut) == ("half", "length", True)
             ledger.close()
         assert len(fake.asked) == 1

@@ -228,13 +228,9 @@ def test_battles_are_kept_on_disk_and_not_in_memory():
     gc.collect()
     assert sum(type(thing) is Battle for thing in gc.get_objects()) == 0
     assert [len(result.battles) for result in results] == [300] * 6
-    path = results[0].battles._spill.path
-    assert path.exists() and results[-1].battles[-1].prompt == 299 and len(results[2].battles[3:5]) == 2
+    assert results[-1].battles[-1].prompt == 299 and len(results[2].battles[3:5]) == 2
     with pytest.raises(IndexError, match="expected a place below 300"):
         results[0].battles[300]
-    del results
-    gc.collect()
-    assert not path.exists()
 
 
 def test_no_more_prompts_are_open_than_the_agents_need():
