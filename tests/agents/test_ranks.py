@@ -32,7 +32,7 @@ def test_two_ranks_reply_as_one_and_are_kept_alive(tmp_path):
         ("error 0", "[rank 0/2] row 5: the model is broken"),
         ("error 1", "[rank 1/2] row 5: the model is broken"),
         ("main error", "row 40: of rank 0"),
-        ("short", "[rank 0/2] agent test:model: expected 4 replies, got 0; return one a request"),
+        ("short", "[rank 0/2] agent test:model: expected 8 replies, got 0; return one a request"),
     ],
 )
 def test_an_error_of_any_rank_ends_all_with_its_text(tmp_path, kind, message):
