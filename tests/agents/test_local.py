@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from asking import responses
 
-from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent
+from wizard_engine.agents import Ledger, Request, make_agent
 from wizard_engine.agents.local import LocalAgent, _encode_for_user
 from wizard_engine.data.chat import CHAT_ATOMS, encode_conversation
 from wizard_engine.data.records import Message
@@ -68,7 +69,7 @@ def test_each_request_keeps_its_settings(agent, tokenizer):
 
 def test_prompts_too_long_are_failed_calls_and_do_not_affect_the_others(agent, tmp_path):
     ledger = Ledger(tmp_path / "l.sqlite")
-    replies = LedgeredAgent(agent, ledger).respond([ask("Tom"), ask("apples " * 200)])
+    replies = responses(agent, [ask("Tom"), ask("apples " * 200)], ledger)
     assert [reply.ok for reply in replies] == [True, False]
     assert replies[1].error.startswith("prompt: expected at most 84 tokens, to leave 12 free, got 2")
     assert ledger.counts() == {"tiny": {"answer": {"replies": 1, "failures": 1}}}
@@ -109,3 +110,23 @@ def test_make_agent_refuses_a_reward_model(tokenizer, tmp_path):
     save_model(ScoringModel(model(tokenizer).config, outputs=1), tokenizer, tmp_path / "reward")
     with pytest.raises(ValueError, match="reward: expected a language model, got a reward model"):
         make_agent(tmp_path / "reward")
+
+
+def test_a_generation_that_nobody_waits_for_ends(agent, monkeypatch):
+    from wizard_engine.agents import local
+
+    steps = []
+
+    def continued(engine, prompts, samplings, on_finished):
+        for step in range(1000):
+            steps.append(step)
+            if step == 3:
+                agent.stop()
+            on_finished(0)
+
+    monkeypatch.setattr(local, "continued", continued)
+    with pytest.raises(ValueError, match="agent tiny: the generation was ended"):
+        agent.respond([ask("Tom")])
+    assert len(steps) == 4
+    monkeypatch.undo()
+    assert agent.respond([ask("Tom")])[0].ok
