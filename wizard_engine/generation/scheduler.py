@@ -20,7 +20,7 @@ from .paged_cache import Held, PagePool
 
 # Uniform numbers that a sequence gets ready at once.
 READY = 128
-Reason = Literal["stop", "length", "cancelled"]
+Reason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Sampling:
         max_new_tokens: limit, EOS counted.   temperature: 0 is greedy; otherwise logits are divided by it.
         top_k, top_p: truncation, as in `kernels.sample`; None: none.   eos_id: ends the sequence; -1: nothing does.
         top_logprobs: likeliest words to report for every token.
+        frequency_penalty, presence_penalty: taken from the logits of tokens generated before, for each occurrence and
+            once.   logit_bias: (id, what is added to its logit).
     """
 
     max_new_tokens: int
@@ -44,6 +46,9 @@ class Sampling:
     row: int = 0
     eos_id: int = -1
     top_logprobs: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < inf:
@@ -65,7 +70,7 @@ class Sequence:
     Attributes:
         number: in the order of arrival.   ids: the prompt's and the new ones.   logprobs: nats, of the new ones, under
             the distribution that each was drawn from.   top: (id, nats) of the likeliest words of each step.
-        reason: why it ended; None while it goes on.   cached: tokens of the prompt that were not computed again.
+        reason: why it ended; None while it goes on.   error: what failed, where the reason is "error".   cached: tokens of the prompt that were not computed again.
         computed: ids whose keys are in the cache.   row: of the table of pages; tabled: pages written there.
         followers: sequences with the same prompt that wait for this one's first hidden state.
         preempted: times that it gave its pages back.   pending: tokens that are drawn and not read yet.
@@ -79,6 +84,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     reason: Reason | None = None
+    error: str = ""
     held: Held = field(default_factory=Held)
     cached: int = 0
     computed: int = 0
