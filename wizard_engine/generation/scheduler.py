@@ -70,7 +70,8 @@ class Sequence:
     Attributes:
         number: in the order of arrival.   ids: the prompt's and the new ones.   logprobs: nats, of the new ones, under
             the distribution that each was drawn from.   top: (id, nats) of the likeliest words of each step.
-        reason: why it ended; None while it goes on.   error: what failed, where the reason is "error".   cached: tokens of the prompt that were not computed again.
+        reason: why it ended; None while it goes on.   error: what failed, where the reason is "error".
+        cached: tokens of the prompt that were not computed again.
         computed: ids whose keys are in the cache.   row: of the table of pages; tabled: pages written there.
         followers: sequences with the same prompt that wait for this one's first hidden state.
         preempted: times that it gave its pages back.   pending: tokens that are drawn and not read yet.

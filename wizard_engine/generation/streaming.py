@@ -11,6 +11,7 @@ from wizard_engine.model import Transformer
 from .engine import Engine
 from .scheduler import Sampling
 
+
 class Streamer:
     """Continues prompts one token at a time, keeping keys and values of what it has read.
 

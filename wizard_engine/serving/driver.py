@@ -5,6 +5,7 @@ engine needs no locks.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -18,7 +19,8 @@ from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.engine import Engine
 from wizard_engine.generation.scheduler import Reason, Sampling, numbered
 from wizard_engine.generation.scheduler import Sequence as EngineSequence
-from wizard_engine.generation.streaming import TextStream
+from wizard_engine.generation.scoring import prompt_logprobs
+from wizard_engine.generation.streaming import ShownToken, TextStream
 from wizard_engine.parallel.mesh import Axis
 
 # Without work, rank 0 still broadcasts an empty command list this often (seconds), so that the collective in which the
@@ -33,6 +35,7 @@ class Piece:
     Attributes:
         choice: number of the choice.   text: text that no later token can change.   token, logprob, top: the new token,
             its log-probability (nats) and the most likely tokens.   reason: why the choice ended, in its last piece.
+        shown: tokens whose text has been given out, where the job keeps them.   error: why it failed.
     """
 
     choice: int
@@ -41,6 +44,11 @@ class Piece:
     logprob: float = 0.0
     top: list[tuple[int, float]] = field(default_factory=list)
     reason: Reason | None = None
+    shown: list[ShownToken] = field(default_factory=list)
+    error: str = ""
+
+
+Scores = tuple[list[float], list[list[tuple[int, float]]]]
 
 
 @dataclass(eq=False)
@@ -49,6 +57,10 @@ class Job:
 
     Attributes:
         deliver: called by the driver's thread with the pieces of each step.   stop: strings that end a choice.
+        strip, continues: of the text, as `TextStream`.   keeps_tokens: report which tokens have been given out.
+        score: likeliest tokens to report in the place of each of the prompt's; None: do not score it.
+        generates: continue the prompt; otherwise it is only scored.   scores: log-probabilities of the prompt, as
+            `prompt_logprobs`, before the first piece.
         open: choices that have not ended.   cached: prompt tokens whose keys and values were in the cache.
     """
 
@@ -58,6 +70,11 @@ class Job:
     deliver: Callable[[list[Piece]], None]
     stop: tuple[str, ...] = ()
     strip: bool = True
+    continues: bool = False
+    keeps_tokens: bool = False
+    score: int | None = None
+    generates: bool = True
+    scores: Scores | None = None
     sequences: list[EngineSequence] = field(default_factory=list)
     streams: list[TextStream] = field(default_factory=list)
     open: int = 0
@@ -83,6 +100,8 @@ class Driver:
         self._wake = threading.Condition()
         self._inbox: deque[tuple[str, Job]] = deque()
         self._jobs: dict[int, tuple[Job, int]] = {}
+        self._unscored: deque[Job] = deque()
+        self._beginning: list[Job] = []
         self._open, self._ends, self.error = 0, False, ""
         self.step_seconds = self.steps = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -139,6 +158,7 @@ class Driver:
             with self._wake:
                 waiting = {id(job): job for job, _ in self._jobs.values()}
                 waiting |= {id(job): job for what, job in self._inbox if what == "add"}
+                waiting |= {id(job): job for job in (*self._unscored, *self._beginning)}
                 self._open = 0
                 self._wake.notify_all()
             for job in waiting.values():
@@ -149,36 +169,70 @@ class Driver:
         """Apply the inbox and make one step; False at the end."""
         with self._wake:
             timeout = HEARTBEAT if self.axis.size > 1 else None
-            self._wake.wait_for(lambda: self._inbox or self.engine.has_work, timeout)
+            self._wake.wait_for(lambda: self._inbox or self._unscored or self.engine.has_work, timeout)
             inbox, self._inbox = list(self._inbox), deque()
         added = [job for what, job in inbox if what == "add"]
         dropped = {id(job): job for what, job in inbox if what == "cancel"}
         # A job that was cancelled in the same turn is not added at all.
-        begun = [job for job in added if id(job) not in dropped]
-        commands: list[tuple] = [("add", job.prompt, numbered(job.sampling, job.n)) for job in begun]
-        commands += [
-            ("finish", sequence.number, "cancelled")
-            for job in dropped.values()
-            for sequence in job.sequences
-            if sequence.reason is None
-        ]
-        commands += [("end",) for what, _ in inbox if what == "end"]
-        shared(commands, self.axis)
-        waiting = iter(begun)
-        for command in commands:
+        self._beginning = beginning = self._admitted([job for job in added if id(job) not in dropped], dropped)
+        commands: list[tuple[tuple, Job | None]] = []
+        for job in beginning:
+            if job.score is not None:
+                commands.append((("score", job.prompt, job.score), job))
+            if job.generates and job.score is None:
+                commands.append((("add", job.prompt, numbered(job.sampling, job.n)), job))
+        for job in dropped.values():
+            running = [sequence for sequence in job.sequences if sequence.reason is None]
+            commands += [(("finish", sequence.number, "cancelled"), None) for sequence in running]
+        commands += [(("end",), None) for what, _ in inbox if what == "end"]
+        shared([command for command, _ in commands], self.axis)
+        for command, job in commands:
             if command[0] == "end":
                 return False
             made = apply(self.engine, command)
-            if made is not None:
-                self._begin(next(waiting), made)
+            if command[0] == "add":
+                self._begin(job, made)
+            elif command[0] == "score":
+                self._scored(job, made)
+        for job in beginning:
+            if not job.open:
+                continue
+            if not job.generates:
+                self._end(job, [Piece(i, "", reason="length") for i in range(job.n)])
+            elif job.score is not None:
+                # It goes on in the next turn: its prompt is scored, and is an ordinary one from now on.
+                job.score = None
+                with self._wake:
+                    self._inbox.appendleft(("add", job))
+        self._beginning = []
         for job in dropped.values():
             self._dropped(job)
         self._step()
         return True
 
+    def _admitted(self, jobs: list[Job], dropped: dict[int, Job]) -> list[Job]:
+        """Jobs to begin in this turn: of those whose prompt is to be scored, one."""
+        unscored = (*self._unscored, *(job for job in jobs if job.score is not None))
+        self._unscored = deque(job for job in unscored if id(job) not in dropped)
+        admitted = [job for job in jobs if job.score is None]
+        return [*admitted, self._unscored.popleft()] if self._unscored else admitted
+
+    def _scored(self, job: Job, scores: Scores | str) -> None:
+        """Keep the scores of a job's prompt, or end the job with the reason why there are none."""
+        if isinstance(scores, str):
+            self._end(job, [Piece(i, "", reason="error", error=scores) for i in range(job.n)])
+        else:
+            job.scores = scores
+
+    def _end(self, job: Job, pieces: list[Piece]) -> None:
+        """End all choices of a job at once."""
+        self._dropped(job)
+        _deliver(job, pieces)
+
     def _begin(self, job: Job, sequences: list[EngineSequence]) -> None:
         job.sequences = sequences
-        job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in sequences]
+        how = {"strip": job.strip, "continues": job.continues, "keeps_tokens": job.keeps_tokens}
+        job.streams = [TextStream(self.tokenizer, job.stop, **how) for _ in sequences]
         for choice, sequence in enumerate(sequences):
             self._jobs[sequence.number] = job, choice
 
@@ -197,13 +251,13 @@ class Driver:
         pieces: dict[int, tuple[Job, list[Piece]]] = {}
         # Stop strings are known on this rank only: the other ranks get the sequences that they end as commands.
         stopped: list[tuple] = []
-        for sequence in grown:
+        for sequence in self._with_failed(grown):
             if sequence.number not in self._jobs:
                 continue
             job, choice = self._jobs[sequence.number]
-            piece = _piece(job, choice, sequence)
+            piece = _piece_or_error(job, choice, sequence)
             if piece.reason is not None and sequence.reason is None:
-                stopped.append(("finish", sequence.number, "stop"))
+                stopped.append(("finish", sequence.number, piece.reason))
             pieces.setdefault(id(job), (job, []))[1].append(piece)
         shared(stopped, self.axis)
         for command in stopped:
@@ -216,11 +270,28 @@ class Driver:
             self._closed(len(ended))
             _deliver(job, job_pieces)
 
+    def _with_failed(self, grown: list[EngineSequence]) -> list[EngineSequence]:
+        """Sequences that have grown, and those that failed without a token."""
+        failed = [job.sequences[choice] for job, choice in self._jobs.values()]
+        failed = [sequence for sequence in failed if sequence.reason == "error" and sequence not in grown]
+        return [*grown, *failed] if failed else grown
+
     def _closed(self, count: int) -> None:
         if count:
             with self._wake:
                 self._open -= count
                 self._wake.notify_all()
+
+
+def _piece_or_error(job: Job, choice: int, sequence: EngineSequence) -> Piece:
+    """The piece of a sequence's last token, or what went wrong with it."""
+    if sequence.reason == "error":
+        return Piece(choice, job.streams[choice].end(), reason="error", error=sequence.error or "it failed")
+    try:
+        return _piece(job, choice, sequence)
+    except Exception as error:
+        # Whatever it is, it is this request's alone: the others go on.
+        return Piece(choice, "", reason="error", error=f"{type(error).__name__}: {error}")
 
 
 def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
@@ -234,8 +305,10 @@ def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
     if reason is not None and not stream.stopped:
         # The stream holds text back while it may be part of a stop string or of a character.
         text += stream.end()
+    shown = stream.shown_tokens(is_last=reason is not None) if job.keeps_tokens else []
+    reason = "stop" if stream.stopped else reason
     top = sequence.top[-1] if sequence.sampling.top_logprobs and sequence.top else []
-    return Piece(choice, text, token, sequence.logprobs[-1], top, reason)
+    return Piece(choice, text, token, sequence.logprobs[-1], top, reason, shown)
 
 
 def _deliver(job: Job, pieces: list[Piece]) -> None:
@@ -253,10 +326,12 @@ def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
     return commands
 
 
-def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | None:
-    """Apply a command; returns the sequences of an "add"."""
+def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | Scores | str | None:
+    """Apply a command; returns the sequences of an "add", and of a "score" the scores or why there are none."""
     if command[0] == "add":
         return engine.add_all(command[1], command[2])
+    if command[0] == "score":
+        return _scores(engine, command[1], command[2])
     if command[0] == "finish":
         scheduler = engine.scheduler
         waiting = (*scheduler.running, *scheduler.waiting)
@@ -265,6 +340,16 @@ def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | None
                 engine.finish(sequence, command[2])
                 break
     return None
+
+
+def _scores(engine: Engine, prompt: list[int], top: int) -> Scores | str:
+    try:
+        logprobs, tops = prompt_logprobs(engine.model, prompt, top=top)
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        return f"the prompt could not be scored: {type(error).__name__}: {error}"
+    if any(map(math.isnan, logprobs)):
+        return "the prompt could not be scored: the model's logits are not numbers (NaN)"
+    return logprobs, tops
 
 
 def follow(engine: Engine, axis: Axis) -> None:

@@ -361,10 +361,10 @@ def _fit_array(value: list, schema: Mapping[str, Any], path: str) -> None:
     if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
         raise wrong(path, f"{schema.get('minItems', 0)} to {schema.get('maxItems', 'any number of')} items", value)
     items = schema.get("items", {})
-    if items.get("type") == "integer" and set(map(type, value)) == {int}:
-        # Ids of a prompt, which may be many.
-        if items["minimum"] <= min(value) and max(value) <= items["maximum"]:
-            return
+    are_ids = items.get("type") == "integer" and set(map(type, value)) == {int}
+    # Ids of a prompt may be many.
+    if are_ids and items["minimum"] <= min(value) and max(value) <= items["maximum"]:
+        return
     for index, item in enumerate(value):
         fit(item, items, f"{path}[{index}]")
 
