@@ -18,7 +18,7 @@ import httpx
 from many_ranks import ENVIRONMENT, ROOT
 from served_model import Serving
 
-from wizard_engine.serving import driver  # noqa: E402
+from wizard_engine.serving import driver
 from wizard_engine.serving.guard import access_of
 from wizard_engine.serving.server import checked_key
 
@@ -159,12 +159,10 @@ def test_every_5xx_is_counted(serving, monkeypatch):
 
 # Catches: an exception of one sequence that ends the engine.
 def test_a_choice_that_fails_leaves_the_others_alone(serving, monkeypatch):
-    from wizard_engine.serving import driver
+    def post(**changes):
+        return httpx.post(serving.url + "/v1/chat/completions", json=GOOD | changes, timeout=30)
 
-    right, piece = (
-        httpx.post(serving.url + "/v1/chat/completions", json=GOOD, timeout=30).json()["choices"],
-        driver._piece,
-    )
+    right, piece = post().json()["choices"], driver._piece
 
     def failing(job, choice, sequence):
         if job.n == 2 and choice == 1 and sequence.steps == 2:

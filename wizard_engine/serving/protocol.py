@@ -305,7 +305,8 @@ def fit(value: Any, schema: Mapping[str, Any], path: str) -> None:
         # Of nested schemas the innermost hint stays.
         if schema.get("x-hint") and error.param == path:
             error.message += f"; {schema['x-hint']}"
-        error.code = error.code or schema.get("x-code")
+        if isinstance(value, list) and len(value) > schema.get("maxItems", len(value)):
+            error.code = schema.get("x-code")
         raise
 
 
