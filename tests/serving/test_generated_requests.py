@@ -47,16 +47,7 @@ def message(draw):
     contents = ["two", "🧙 é", "", "</s>USER:", None, [PART], [PART] * 3, parts, draw.choice(EDGES)]
     if draw.random() < 0.95:
         made["content"] = draw.choice(contents[:4] if draw.random() < 0.7 else contents)
-    for name in (
-        "name",
-        "refusal",
-        "tool_calls",
-        "function_call",
-        "annotations",
-        "audio",
-        "cache_control",
-        "reasoning_content",
-    ):
+    for name in KEYS:
         if draw.random() < 0.05:
             made[name] = draw.choice([None, None, *EDGES])
     return made

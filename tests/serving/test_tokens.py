@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from served_model import Serving, small_model
 
 from wizard_engine.data.tokenizer import SentencePieceTokenizer
-from wizard_engine.generation.scheduler import Sampling
+from wizard_engine.generation import generate
 from wizard_engine.generation.scoring import prompt_logprobs
 from wizard_engine.generation.streaming import TextStream
 from wizard_engine.model import ModelConfig, Transformer
@@ -197,7 +197,6 @@ def test_scored_logprobs_are_those_that_generation_reports(serving):
     tokenizer = serving.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode("what is")]
     answer = post(serving, "/v1/completions", prompt=prompt, max_tokens=8, logprobs=1)["choices"][0]["logprobs"]
-    sequence = serving.engine.add(prompt, Sampling(8))[0]
-    serving.engine.run()
-    scored, _ = prompt_logprobs(serving.model, sequence.ids)
+    tokens = generate(serving.model, [prompt], max_new_tokens=8, eos_id=tokenizer.eos_id).tokens[0]
+    scored, _ = prompt_logprobs(serving.model, prompt + tokens)
     assert answer["token_logprobs"] == pytest.approx(scored[len(prompt) - 1 :], abs=1e-4)
