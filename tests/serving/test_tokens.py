@@ -161,6 +161,7 @@ def test_chunks_and_tokens_add_up_to_the_text(data, kind, strip, continues):
         assert all(expected[token.start :].startswith(token.text) for token in shown)
     elif not strip and not stops:
         assert b"".join(token.data for token in shown) == data_bytes
+        assert "".join(token.text for token in shown) == expected
 
 
 # Catches: log-probabilities of a prompt one place off, of another temperature; a BOS that the client did not send.

@@ -132,7 +132,11 @@ class TextStream:
         """The last piece, when no more ids come."""
         if self.stopped:
             return ""
-        self._whole += self._decoder.decode(b"", True)
+        broken = self._decoder.decode(b"", True)
+        self._whole += broken
+        if broken and self._spans:
+            last = self._spans.pop()
+            self._spans.append(last._replace(end=len(self._whole), text=last.text + broken, pending=0))
         found = [place for s in self.stop if (place := self._whole.find(s)) >= 0]
         return self._stopped_at(min(found)) if found else self._give(self._whole)
 
@@ -144,7 +148,8 @@ class TextStream:
         shown, done = self._lead + len(self.text), []
         while self._spans and (self._spans[0].end <= shown or (is_last and self._spans[0].start < shown)):
             span = self._spans.popleft()
-            if span.end > self._lead or span.start == span.end:
+            # In text that is not stripped every token counts, special ones too.
+            if span.end > max(self._lead, span.start) or not self.strip:
                 done.append(self._shown(span, shown))
         return done
 
