@@ -10,7 +10,9 @@ from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.generation.engine import Engine
 from wizard_engine.model import ModelConfig, Transformer
+from wizard_engine.serving.connections import ConnectionPool
 from wizard_engine.serving.driver import Driver
+from wizard_engine.serving.guard import access_of
 from wizard_engine.serving.server import Limits, Server
 
 TEXTS = ["What is two and three? It is five. Count to ten: one two three four five six seven eight nine ten."]
@@ -26,8 +28,20 @@ def small_model(**changes):
 class Serving:
     """A running server: `url`, the `driver` and `engine` behind it, and a `slow` knob for steps, seconds."""
 
-    def __init__(self, *, api_key=None, cache_tokens=4096, max_sequences=16, max_jobs=64, **limits):
-        self.model, self.tokenizer = small_model()
+    def __init__(
+        self,
+        *,
+        api_key=None,
+        cache_tokens=4096,
+        max_sequences=16,
+        max_jobs=64,
+        made=None,
+        most_waiting=64,
+        head_seconds=10.0,
+        access=None,
+        **limits,
+    ):
+        self.model, self.tokenizer = made or small_model()
         self.engine = Engine(self.model, cache_tokens=cache_tokens, max_sequences=max_sequences)
         self.driver = Driver(self.engine, self.tokenizer, max_jobs=max_jobs)
         self.slow, step = 0.0, self.engine.step
@@ -47,8 +61,17 @@ class Serving:
             context=context,
             fingerprint="fp_test",
             api_key=api_key,
+            access=access_of("127.0.0.1", has_key=api_key is not None, **access or {}),
         )
-        config = uvicorn.Config(self.server.app(), port=0, log_level="warning", lifespan="off")
+        write_seconds = limits.get("write_seconds", 30.0)
+        self.pool = ConnectionPool(
+            most_waiting,
+            head_seconds=head_seconds,
+            write_seconds=write_seconds,
+            count=lambda status: self.server.metrics.count("requests", route="(none)", status=status),
+        )
+        http = self.pool.protocol()
+        config = uvicorn.Config(self.server.app(), port=0, log_level="warning", lifespan="off", http=http, ws="none")
         self.socket = config.bind_socket()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
