@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 
+import httpx
 import uvicorn
 
 from wizard_engine.data.chat import CHAT_ATOMS
@@ -26,7 +27,7 @@ def small_model(**changes):
 
 
 class Serving:
-    """A running server: `url`, the `driver` and `engine` behind it, and a `slow` knob for steps, seconds."""
+    """A running server: `url`, a client `web`, `driver`, `engine`, and a `slow` knob for steps, seconds."""
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class Serving:
         self.socket = config.bind_socket()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        # One client for many requests: each makes its own TLS context, which takes longer than an answer.
+        self.web = httpx.Client(base_url=self.url, timeout=60)
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
@@ -85,6 +88,7 @@ class Serving:
         return self
 
     def __exit__(self, *_):
+        self.web.close()
         self.uvicorn.should_exit = True
         self.thread.join(10)
         with contextlib.suppress(RuntimeError):

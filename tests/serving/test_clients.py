@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
-import httpx  # noqa: E402
 from served_model import Serving  # noqa: E402
 
 from wizard_engine.data.chat import encode_answer, encode_prompt  # noqa: E402
@@ -33,7 +32,7 @@ def client(serving):
 
 
 def post(serving, body, path="/v1/chat/completions"):
-    return httpx.post(serving.url + path, json=body, timeout=30)
+    return serving.web.post(path, json=body)
 
 
 # Catches: fields of the server's own message that it does not take back.
@@ -155,7 +154,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 )
 def test_what_is_not_served_is_refused_with_the_reason(serving, changes, param, reason):
     body = json.dumps(CHAT | changes).encode()
-    answer = httpx.post(serving.url + "/v1/chat/completions", content=body, timeout=30)
+    answer = serving.web.post("/v1/chat/completions", content=body)
     error = answer.json()["error"]
     assert answer.status_code == 400 and reason in error["message"], answer.text
     assert param is None or error["param"] == param

@@ -7,7 +7,6 @@ import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-import httpx
 import sentencepiece
 import torch
 from hypothesis import given, settings
@@ -67,7 +66,7 @@ class Scripted:
 
 
 def post(serving, path, **fields):
-    answer = httpx.post(serving.url + path, json={"model": "small", "temperature": 0} | fields, timeout=30)
+    answer = serving.web.post(path, json={"model": "small", "temperature": 0} | fields)
     assert answer.status_code == 200, answer.text
     if not fields.get("stream"):
         return answer.json()
