@@ -1,6 +1,7 @@
 """The server with the unmodified `openai` client, with clients that behave badly, and under load."""
 
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -15,12 +16,14 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
+import torch  # noqa: E402
 from many_ranks import ENVIRONMENT, ROOT, torchrun_command  # noqa: E402
 from served_model import Serving, small_model  # noqa: E402
 
 from wizard_engine.data.chat import encode_prompt  # noqa: E402
 from wizard_engine.data.records import Message  # noqa: E402
 from wizard_engine.generation import generate  # noqa: E402
+from wizard_engine.generation.scoring import prompt_logprobs  # noqa: E402
 from wizard_engine.model import save_model  # noqa: E402
 
 ASK = [{"role": "user", "content": "What is two and three?"}]
@@ -449,7 +452,16 @@ def test_the_recipe_serves_drains_and_ends(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_serve_one_model(tmp_path):
-    model, tokenizer = small_model()
+    model, tokenizer = small_model(tied=False)
+    prompt = encode_prompt(tokenizer, [Message("user", ASK[0]["content"])])
+    right = generate(
+        model, [prompt] * 3, max_new_tokens=20, eos_ids=tokenizer.eos_ids, temperature=1.0, top_p=1.0, seed=4
+    )
+    scored, _ = prompt_logprobs(model, prompt)
+    # An id whose row has no numbers fails the requests that have it, on both ranks.
+    broken = next(i for i in range(model.config.vocab_size) if i not in {*prompt, *itertools.chain(*right.tokens)})
+    with torch.no_grad():
+        model.embedding.weight[broken] = float("nan")
     save_model(model, tokenizer, tmp_path / "tiny")
     arguments = torchrun_command(2, ROOT / "recipes" / "serve.py", "--model", tmp_path / "tiny", "--port", 0, "--tp", 2)
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
@@ -458,12 +470,13 @@ def test_two_ranks_serve_one_model(tmp_path):
             while " on http" not in line:
                 line = process.stderr.readline()
                 assert line, "the server never said where it listens"
-            web = openai.OpenAI(base_url=line.split(" on ")[1].split(",")[0], api_key="none")
+            web = openai.OpenAI(base_url=line.split(" on ")[1].split(",")[0], api_key="none", max_retries=0)
+            for more in ({}, {"echo": True, "logprobs": 1}):
+                with pytest.raises(openai.InternalServerError, match="logits: expected numbers"):
+                    web.completions.create(model="tiny", prompt=[*prompt, broken], max_tokens=4, n=2, **more)
+            echo = web.completions.create(model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+            assert echo.choices[0].logprobs.token_logprobs[1:] == pytest.approx(scored, abs=1e-4)
             answer = web.chat.completions.create(model="tiny", messages=ASK, max_tokens=20, n=3, seed=4)
-            prompt = encode_prompt(tokenizer, [Message("user", ASK[0]["content"])])
-            right = generate(
-                model, [prompt] * 3, max_new_tokens=20, eos_ids=tokenizer.eos_ids, temperature=1.0, top_p=1.0, seed=4
-            )
             texts = [tokenizer.decode(tokens).strip() for tokens in right.tokens]
             assert [choice.message.content for choice in answer.choices] == texts
             # torchrun tells both ranks to end; the answer on its way still comes.
