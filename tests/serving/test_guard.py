@@ -64,6 +64,9 @@ JSON = {"Content-Type": "application/json"}
 )
 def test_a_browser_page_of_another_site_is_refused(serving, headers, status):
     assert ask(serving, headers) == status
+    if status == 415:
+        answer = serving.web.post("/v1/chat/completions", content=json.dumps(GOOD), headers=headers)
+        assert "--allow-content-type" in answer.json()["error"]["message"]
     if status == 403:
         assert all(ask(serving, headers, "GET", path) == 403 for path in ("/metrics", "/v1/models", "/health", "/no"))
 

@@ -105,7 +105,11 @@ class Guard:
         self._check_origin(headers.get("origin"))
         kinds, kind = self.access.content_types, headers.get("content-type", "").partition(";")[0].strip().lower()
         if kinds is not None and kind and kind not in kinds and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            raise RequestError(415, f"content-type: expected {' or '.join(kinds)}, got {kind[:80]!r}")
+            raise RequestError(
+                415,
+                f"content-type: expected {' or '.join(kinds)}, got {kind[:80]!r}; send it so, or start the server with "
+                "--allow-content-type",
+            )
         if self.running > self.access.most:
             raise RequestError(503, f"too many requests: {self.access.most} run already", code="server_busy")
 
