@@ -74,7 +74,7 @@ def post(serving, path, **fields):
 
 
 ASK = {"messages": [{"role": "user", "content": "Say it"}], "logprobs": True, "top_logprobs": 4}
-TEXTS = ["🧙 it is é", "two three", "  中文 five", "é", "🧙\u200d♂️ a", "one\n\n", "\ttab 🧙"]
+TEXTS = ["🧙 it is é", "two three", "  中文 five", "é", "🧙\u200d♂️ a", "one\n\n", "\ttab 🧙", "a\u2028b\x85c"]
 
 
 # Catches: bytes made of the token's text, empty or U+FFFD for a byte of a character; the space before the answer.

@@ -119,7 +119,8 @@ class Answers:
         unopened = set(range(len(choices))) if parsed.echoes else set()
 
         def event(deltas: list[dict], **more: Any) -> str:
-            return f"data: {json.dumps(form.envelope(parsed, deltas) | extra | more, ensure_ascii=False)}\n\n"
+            # In ASCII: clients that split Unicode's lines would end an event at U+2028 or U+0085.
+            return f"data: {json.dumps(form.envelope(parsed, deltas) | extra | more)}\n\n"
 
         if parsed.kind == "chat":
             for number in range(len(choices)):
