@@ -1,6 +1,7 @@
 """An OpenAI-compatible HTTP server over the driver: routes, keys, and the order of the steps of an answer."""
 
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,9 @@ from .protocol import RequestError, chat_fields, completion_fields
 from .request_reader import Limits, RequestReader
 from .status import StatusPages
 from .wire import AnswerFormat
+
+# Bytes of a body that takes milliseconds to parse.
+LARGE_BODY = 2**16
 
 
 class Server:
@@ -53,6 +57,8 @@ class Server:
         self.metrics = Metrics()
         # Two threads: with more, the event loop would wait for the interpreter behind all of them.
         self.workers = ThreadPoolExecutor(2, "requests")
+        # Large bodies take turns, so that the other thread is free for small ones.
+        self.large_body = asyncio.Semaphore(1)
         self.chat_fields = chat_fields(limits.new_tokens, limits.choices)
         vocab_size = driver.engine.config.vocab_size
         self.completion_fields = completion_fields(limits.new_tokens, limits.choices, vocab_size, context)
@@ -144,7 +150,8 @@ class Server:
 
     async def _answer(self, request: Request, kind: str) -> Response:
         body, loop = await self.reader.body(request), asyncio.get_running_loop()
-        parsed = await loop.run_in_executor(self.workers, self.reader.parse, body, kind, loop)
+        async with self.large_body if len(body) > LARGE_BODY else contextlib.nullcontext():
+            parsed = await loop.run_in_executor(self.workers, self.reader.parse, body, kind, loop)
         self.answers.submit(parsed)
         self.metrics.add("prompt_tokens", sum(len(job.prompt) for job in parsed.jobs))
         began = time.perf_counter()
