@@ -39,8 +39,6 @@ from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Positive, 
 from wizard_engine.serving.driver import Driver, follow
 
 KEY = "WIZARD_API_KEY"
-# Connections that are accepted at once.
-BACKLOG = 512
 
 Port = ranged(0, 65535)
 
@@ -97,7 +95,7 @@ def main(cfg: Config) -> None:
     try:
         import uvicorn
 
-        from wizard_engine.serving.connections import ConnectionPool
+        from wizard_engine.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, ConnectionPool, HttpServer
         from wizard_engine.serving.guard import access_of
         from wizard_engine.serving.server import Limits, Server, checked_key
     except ImportError as error:
@@ -161,7 +159,7 @@ def main(cfg: Config) -> None:
         timeout_keep_alive=30,
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(cfg.drain_seconds)),
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,
     )
     _allow_files(2 * cfg.max_connections + BACKLOG + 256)
     # What is there by now stays: the garbage collector need not look at it while requests are parsed.
@@ -170,7 +168,7 @@ def main(cfg: Config) -> None:
     keyed = "with the key of " + KEY if api_key else "without a key"
     print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)
     driver.start()
-    web = uvicorn.Server(options)
+    web = HttpServer(options)
     # Its own way raises the signal again at its end, which would leave the engine and the other ranks as they are.
     web.capture_signals = lambda: _signals_to(web.handle_exit)
     try:

@@ -11,7 +11,7 @@ from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.generation.engine import Engine
 from wizard_engine.model import ModelConfig, Transformer
-from wizard_engine.serving.connections import ConnectionPool
+from wizard_engine.serving.connections import ACCEPTED_AT_ONCE, ConnectionPool, HttpServer
 from wizard_engine.serving.driver import Driver
 from wizard_engine.serving.guard import access_of
 from wizard_engine.serving.server import Limits, Server
@@ -72,13 +72,14 @@ class Serving:
             count=lambda status: self.server.metrics.count("requests", route="(none)", status=status),
         )
         http = self.pool.protocol()
-        config = uvicorn.Config(self.server.app(), port=0, log_level="warning", lifespan="off", http=http, ws="none")
+        options = {"log_level": "warning", "lifespan": "off", "ws": "none", "backlog": ACCEPTED_AT_ONCE}
+        config = uvicorn.Config(self.server.app(), port=0, http=http, **options)
         self.socket = config.bind_socket()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         # One client for many requests: each makes its own TLS context, which takes longer than an answer.
         self.web = httpx.Client(base_url=self.url, timeout=60)
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = HttpServer(config)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def __enter__(self):

@@ -12,7 +12,7 @@ from served_model import Serving  # noqa: E402
 from wizard_engine.data.chat import encode_answer, encode_prompt  # noqa: E402
 from wizard_engine.data.records import Message  # noqa: E402
 from wizard_engine.serving.conversation import encode_request, turns  # noqa: E402
-from wizard_engine.serving.protocol import RequestError, chat_fields, checked  # noqa: E402
+from wizard_engine.serving.protocol import RequestError, chat_fields, checked, wrong  # noqa: E402
 
 ASK = [{"role": "user", "content": "What is two?"}]
 CHAT = {"model": "small", "messages": ASK, "max_tokens": 4, "seed": 1}
@@ -161,6 +161,19 @@ def test_what_is_not_served_is_refused_with_the_reason(serving, changes, param, 
     error = answer.json()["error"]
     assert answer.status_code == 400 and reason in error["message"], answer.text
     assert param is None or error["param"] == param
+
+
+# Catches: all entries of a large object sorted, to name a few of them.
+def test_the_cost_of_a_refusal_does_not_grow_with_the_value():
+    compared = []
+
+    class Key(str):
+        def __lt__(self, other):
+            compared.append(other)
+            return str.__lt__(self, other)
+
+    error = wrong("logit_bias", "few entries", [{Key(i): i for i in range(1000)}])
+    assert error.message.startswith("logit_bias: expected few entries, got [{'0': 0, '1': 1") and len(compared) < 20
 
 
 def test_penalties_and_biases_reach_the_engine(serving, monkeypatch):

@@ -10,8 +10,11 @@ import socket
 from collections.abc import Callable
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+# Connections that the system keeps until they are accepted, and those that are accepted before others are served again.
+BACKLOG, ACCEPTED_AT_ONCE = 512, 16
 # Seconds for a client to read the answer to a request that it has not ended.
 LINGER = 2.0
 
@@ -52,6 +55,19 @@ class ConnectionPool:
     def remove(self, connection: "GuardedProtocol") -> None:
         """A connection does not wait any more."""
         self._waiting.pop(connection, None)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, which accepts few connections at once: a burst of them does not hold up the others.
+
+    Its configuration has `backlog=ACCEPTED_AT_ONCE`, which asyncio takes for both numbers.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on the sockets."""
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(BACKLOG)
 
 
 class GuardedProtocol(H11Protocol):

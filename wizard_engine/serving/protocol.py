@@ -1,6 +1,7 @@
 """Fields of requests to the OpenAI-compatible server: one table for validation and for the schema."""
 
 import difflib
+import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,16 @@ from typing import Any
 MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS, MAX_BIASES = 16, 256, 20, 1024
 MAX_SEED = 2**63 - 1
 
-_REPR = reprlib.Repr()
+
+class _FirstEntries(reprlib.Repr):
+    """Short texts of values, in a time that does not depend on their size."""
+
+    def repr_dict(self, value: dict, level: int) -> str:
+        """Of a mapping the first entries: the library sorts all of them."""
+        return super().repr_dict(dict(itertools.islice(value.items(), self.maxdict + 1)), level)
+
+
+_REPR = _FirstEntries()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
