@@ -156,7 +156,8 @@ def test_every_5xx_is_counted(serving, monkeypatch):
 
     before = statuses()
     monkeypatch.setattr(serving.server.reader, "parse", lambda *_: 1 / 0)
-    assert ask(serving) == 500 and statuses() == before + 1
+    failed = serving.web.post("/v1/chat/completions", json=GOOD)
+    assert failed.status_code == 500 and failed.headers["connection"] == "close" and statuses() == before + 1
     monkeypatch.undo()
     monkeypatch.setattr("wizard_engine.serving.driver._piece", lambda *_: 1 / 0)
     assert ask(serving) == 500 and statuses() == before + 2

@@ -136,7 +136,9 @@ class Server:
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         self.metrics.count("requests", route=request.url.path[:80], status="500")
-        return json_response(RequestError(500, "the server failed; its log says why").body(), 500)
+        # uvicorn closes the connection after an exception; a client that is not told would use it again.
+        headers = {"Connection": "close"}
+        return json_response(RequestError(500, "the server failed; its log says why").body(), 500, headers)
 
     # Completions
 
