@@ -238,21 +238,28 @@ SLOW = ("silent", "half a line", "half headers", "half a body", "half a chunk", 
 SLOW += ("reads no stream", "reads no answer")
 
 
+@pytest.fixture(scope="module")
+def crowded():
+    with Serving(most_waiting=16) as server:
+        yield server
+
+
 # Catches: connections that wait without an end, and keep others out.
 @pytest.mark.parametrize("kind", SLOW)
-def test_an_ordinary_client_is_answered_beside_slow_ones(kind):
-    with Serving(most_waiting=16) as serving:
-        opened = slow_clients(serving, [kind], 60)
-        try:
-            for _ in range(3):
-                began = time.perf_counter()
-                assert httpx.get(serving.url + "/health").status_code == 200
-                assert ask(serving) == 200
-                assert time.perf_counter() - began < 5
-            assert len(serving.uvicorn.server_state.connections) <= 16 + 4
-        finally:
-            for connection in opened:
-                connection.close()
+def test_an_ordinary_client_is_answered_beside_slow_ones(crowded, kind):
+    opened = slow_clients(crowded, [kind], 60)
+    try:
+        for _ in range(3):
+            began = time.perf_counter()
+            with httpx.Client(base_url=crowded.url, verify=False) as newcomer:
+                assert newcomer.get("/health").status_code == 200
+                assert newcomer.post("/v1/chat/completions", json=GOOD, timeout=30).status_code == 200
+            assert time.perf_counter() - began < 5
+        assert len(crowded.uvicorn.server_state.connections) <= 16 + 4
+    finally:
+        for connection in opened:
+            connection.close()
+    crowded.until(crowded.is_idle)
 
 
 @pytest.mark.slow
