@@ -21,7 +21,7 @@ from .status import unknown_model
 from .wire import Echo, ParsedRequest
 
 CLIENT_CLOSED_REQUEST = 499
-# Commas and brackets of a body: parsing more of them keeps all other threads waiting.
+# Commas, brackets and quotes of a body: parsing more of them keeps all other threads waiting.
 MOST_VALUES = 2**17
 # Characters of a long text that are encoded at once, and tokens by which a cut may exceed the whole.
 ENCODED_AT_ONCE, CUT_TOKENS = 2**14, 16
@@ -227,10 +227,12 @@ def read_json(body: bytearray) -> Any:
     Raises:
         RequestError: 400, or 413 for more values than any request needs, which are not parsed.
     """
-    values = sum(map(body.count, (b",", b"[", b"{")))
+    values = sum(map(body.count, (b",", b"[", b"{", b'"')))
     if values > MOST_VALUES:
         raise RequestError(
-            413, f"body: expected at most {MOST_VALUES} commas and brackets, got {values}", code="body_too_large"
+            413,
+            f"body: expected at most {MOST_VALUES} commas, brackets and quotes, got {values}",
+            code="body_too_large",
         )
     try:
         return json.loads(body, parse_constant=_no_constant)
