@@ -108,7 +108,7 @@ def test_the_recipe_refuses_a_blank_key(tmp_path, monkeypatch):
 # Catches: a key that is compared as text, in another encoding than it was sent in.
 def test_keys_are_compared_as_bytes():
     with Serving(api_key="schlüssel🔑") as serving:
-        for sent, status in (("schlüssel🔑", 200), ("schlüssel", 401), ("", 401), ("SCHLÜSSEL🔑", 401)):
+        for sent, status in (("schlüssel🔑", 200), ("schlüssel", 401), ("", 401), ("Schlüssel🔑", 401)):
             assert ask(serving, {"Authorization": f"Bearer {sent}".strip().encode()}) == status
             assert ask(serving, {"Authorization": f"bearer  {sent}".strip().encode(), "Host": "any.example"}) == status
 
