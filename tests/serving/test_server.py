@@ -454,12 +454,16 @@ def test_the_recipe_serves_drains_and_ends(tmp_path):
 def test_two_ranks_serve_one_model(tmp_path):
     model, tokenizer = small_model(tied=False)
     prompt = encode_prompt(tokenizer, [Message("user", ASK[0]["content"])])
-    right = generate(
-        model, [prompt] * 3, max_new_tokens=20, eos_ids=tokenizer.eos_ids, temperature=1.0, top_p=1.0, seed=4
-    )
+    how = {"eos_ids": tokenizer.eos_ids, "temperature": 1.0, "top_p": 1.0}
+    right = generate(model, [prompt] * 3, max_new_tokens=20, seed=4, **how)
+    streamed = generate(model, [prompt], max_new_tokens=128, seed=1, **how)
     scored, _ = prompt_logprobs(model, prompt)
     # An id whose row has no numbers fails the requests that have it, on both ranks.
-    broken = next(i for i in range(model.config.vocab_size) if i not in {*prompt, *itertools.chain(*right.tokens)})
+    broken = next(
+        i
+        for i in range(model.config.vocab_size)
+        if i not in {*prompt, *itertools.chain(*right.tokens, *streamed.tokens)}
+    )
     with torch.no_grad():
         model.embedding.weight[broken] = float("nan")
     save_model(model, tokenizer, tmp_path / "tiny")
