@@ -459,11 +459,8 @@ def test_two_ranks_serve_one_model(tmp_path):
     streamed = generate(model, [prompt], max_new_tokens=128, seed=1, **how)
     scored, _ = prompt_logprobs(model, prompt)
     # An id whose row has no numbers fails the requests that have it, on both ranks.
-    broken = next(
-        i
-        for i in range(model.config.vocab_size)
-        if i not in {*prompt, *itertools.chain(*right.tokens, *streamed.tokens)}
-    )
+    used = {*prompt, *itertools.chain(*right.tokens, *streamed.tokens)}
+    broken = next(i for i in range(model.config.vocab_size) if i not in used)
     with torch.no_grad():
         model.embedding.weight[broken] = float("nan")
     save_model(model, tokenizer, tmp_path / "tiny")
