@@ -27,6 +27,8 @@ class CallOptions(Checked):
     """Share of the probability that tokens of all replies are drawn from."""
     max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
     """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
+    ledger: Path | None = field(default=None, metadata=INCIDENTAL)
+    """File of all calls, which stages may share; default: OUT/ledger.sqlite."""
     prices: Path | None = field(default=None, metadata=INCIDENTAL)
     """JSON file {"MODEL": {"in": 2.5, "out": 10}}: prices of a million tokens, for cost and budgets of endpoints."""
     estimate: bool = field(default=False, metadata=INCIDENTAL)
@@ -48,7 +50,7 @@ class AgentOptions(CallOptions):
 
 
 def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens: int = 0) -> dict[str, Any]:
-    """The estimate of a stage with options `cfg`, whose ledger is OUT/ledger.sqlite; also printed.
+    """The estimate of a stage with options `cfg`; also printed.
 
     Args:
         work: the stage, given its options with another `out`, which is removed afterwards, and its agents.
@@ -56,7 +58,7 @@ def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens
     """
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
     usual = {"answer_tokens": answer_tokens} if answer_tokens else {}
-    cast = StandInCast(cfg.out / "ledger.sqlite", prices, **usual)
+    cast = StandInCast(_ledger(cfg.out, cfg), prices, **usual)
     try:
         with tempfile.TemporaryDirectory(prefix="wizard-estimate-") as folder:
             work(replace(cfg, out=Path(folder), quiet=True, estimate=False), cast)
@@ -68,10 +70,14 @@ def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens
 
 
 def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
-    """Agents with the ledger OUT/ledger.sqlite.
+    """Agents with the ledger of the options, by default OUT/ledger.sqlite.
 
     Raises:
         ValueError: prices that cannot be read.
     """
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
-    return Cast(out / "ledger.sqlite", runtime, batch_size=cfg.batch_size, quiet=cfg.quiet, prices=prices)
+    return Cast(_ledger(out, cfg), runtime, batch_size=cfg.batch_size, quiet=cfg.quiet, prices=prices)
+
+
+def _ledger(out: Path, cfg: CallOptions) -> Path:
+    return cfg.ledger or out / "ledger.sqlite"
