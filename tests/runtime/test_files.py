@@ -88,3 +88,6 @@ def test_file_hash_of_a_directory_sees_names_and_contents(tmp_path):
     assert len(seen) == 3
     with pytest.raises(ValueError, match="nothing there"):
         files.file_hash(tmp_path / "absent")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="got a pipe or a device"):
+        files.file_hash(tmp_path / "pipe")
