@@ -24,6 +24,7 @@ MAX_ERROR = 300
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 # Upper bound of a message's tokens: its bytes plus this. It holds until the endpoint reports the usage.
 OVERHEAD_TOKENS = 16
+_SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,18 @@ def _settings(text: str) -> dict[str, Any]:
         if name not in kinds:
             raise ValueError(f"agent: expected options of {', '.join(kinds)}, got {name[:40]!r}")
         try:
-            values[name] = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
+            values[name] = _switch(value) if kinds[name] is bool else kinds[name](value)
         except ValueError:
-            raise ValueError(f"agent: {name}: expected {kinds[name].__name__}, got {value[:40]!r}") from None
+            kind = "yes or no" if kinds[name] is bool else kinds[name].__name__
+            raise ValueError(f"agent: {name}: expected {kind}, got {value[:40]!r}") from None
     return values
+
+
+def _switch(text: str) -> bool:
+    """True or False of a word for it; ValueError for another."""
+    if text.lower() not in _SWITCHES:
+        raise ValueError
+    return _SWITCHES[text.lower()]
 
 
 class EndpointAgent:
