@@ -5,7 +5,9 @@ python recipes/accuracy.py --model openai:MODEL@http://127.0.0.1:8000/v1 --data 
 """
 
 import json
+import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,9 @@ from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
 from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
 from wizard_engine.data.latex_answers import library
-from wizard_engine.evaluation.accuracy import Accuracy, accuracy
+from wizard_engine.data.records import Conversation, read_located
+from wizard_engine.data.text_files import keeping
+from wizard_engine.evaluation.accuracy import Accuracy, accuracy, check_reference
 from wizard_engine.evaluation.received import on_length_of, received
 from wizard_engine.generation import answer_texts
 from wizard_engine.model.loading import language_model
@@ -24,7 +28,8 @@ from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.ranges import Checked, Count, Seed, Share, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
-from wizard_engine.synthesis.outputs import read_conversations
+
+LOG = logging.getLogger("wizard_engine.data")
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,7 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "accuracy", rt)
     if stage.done:
         return stage.result()
-    rows, rejected = read_conversations(
-        [cfg.data],
-        on_error=cfg.on_error,
-        unknown_fields=cfg.unknown_fields,
-        rejects=cfg.out / "rejects.jsonl",
-        limit=cfg.limit,
-    )
+    rows, rejected = _read(cfg)
     prompts = [row.messages[:-1] for row in rows]
     by_checkpoint = Path(cfg.model).is_dir()
     answers = _by_checkpoint(cfg, rt, prompts) if by_checkpoint else _by_agent(cfg, rt, prompts)
@@ -90,6 +89,27 @@ def main(cfg: Config) -> dict:
     if rt.is_main and not cfg.quiet:
         print(shown(result))
     return finish_stage(stage, rt, result, [cfg.out / "answers.jsonl", cfg.out / "accuracy.json"])
+
+
+def _read(cfg: Config) -> tuple[list[Conversation], int]:
+    """The rows, and how many were rejected; a row without a reference to compare with is found before any answer."""
+    located, bad = read_located(
+        [cfg.data],
+        kind="conversation",
+        on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
+        rejects=cfg.out / "rejects.jsonl",
+    )
+    rows: list[Conversation] = []
+    refused: list[str] = []
+    for where, row in located[: cfg.limit]:
+        checked = keeping(cfg.on_error, refused, partial(check_reference, row.answer), f"{where}: ")
+        rows += [row for _ in checked]
+    if refused:
+        LOG.warning("%s: %d rows without a reference left out; first: %s", cfg.data, len(refused), refused[0])
+    if not rows:
+        raise ValueError(f"{cfg.data}:1: file: expected rows with a reference answer, got none; see the log")
+    return rows, len(bad) + len(refused)
 
 
 def _temperatures(cfg: Config) -> dict[str, float]:
