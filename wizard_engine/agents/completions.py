@@ -14,6 +14,7 @@ REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 # Fields of a message and of a choice that are read; others with a value are named.
 MESSAGE_FIELDS = frozenset({"role", "content", "refusal", "tool_calls", "function_call", *REASONING})
 CHOICE_FIELDS = frozenset({"index", "message", "finish_reason", "logprobs", "stop_reason", "token_ids", "matched_stop"})
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,11 @@ def _fault(message: Any, finish: str, text: str | None, extras: tuple[str, ...],
         return f"length: all of max_tokens={limit} was spent{spent} before the answer began", False
     if finish not in ENDED | CUT:
         return f"finish_reason {finish}: expected stop or length", True
-    if text is None:
-        return f"no text: an answer with {', '.join(extras) or 'nothing in it'}", True
+    if text is None or not text.strip():
+        # A blank text is what this request gets each time; without the field something went wrong on the way.
+        return f"no text: an answer with {', '.join(extras) or 'nothing in it'}", text is None
+    if not text.isascii() and _SURROGATE.search(text):
+        return "invalid text: an answer with half of a surrogate pair, which UTF-8 cannot write", False
     return "", False
 
 
