@@ -12,6 +12,7 @@ from fake_endpoint import Fake
 from passing_endpoint import counted, passing_text
 
 from recipes import co_teach, evol_answer, evol_instruct, self_teach
+from wizard_engine.agents.calls import check_calls
 from wizard_engine.data.records import conversation, write_rows
 
 MARK = "snipped{}"
@@ -72,6 +73,22 @@ def test_no_output_of_any_recipe_holds_a_cut_reply(seed, tmp_path):
     counts = [counts for report in reports for counts in report["calls"].values()]
     assert sum(task.get("asked longer", 0) for task in counts) > 20
     assert sum(task.get("failed: length", 0) for task in counts) > 20
+
+
+@pytest.mark.parametrize(
+    ("task", "option"),
+    [
+        ("answer", "max"),
+        ("evolve", "evolve-max"),
+        ("rewrite", "rewrite-max"),
+        ("suggest", "rewrite-max"),
+        ("rank", "judge-max"),
+    ],
+)
+def test_too_many_cut_replies_name_the_option_that_helps(task, option):
+    counts = {task: {"asked": 4, "failed": 2, "failed: length": 2, "unreadable": 0}}
+    with pytest.raises(ValueError, match=rf"{task!r}: expected .* 2 of 4 \(length 2\); raise --{option}-tokens, or"):
+        check_calls(counts, 0.1)
 
 
 def _lines(path):

@@ -207,9 +207,15 @@ def check_calls(statistics: Mapping[str, Mapping[str, int]], most: float, advice
         reasons = {name[8:]: count for name, count in counts.items() if name.startswith("failed: ")}
         if task in VERDICTS:
             reasons |= {"unreadable": counts["unreadable"]} if counts["unreadable"] else {}
-            check_missing(f"replies to {task!r}", reasons, counts["asked"], most, "raise --judge-max-tokens")
-        else:
-            check_missing(f"replies to {task!r}", reasons, counts["asked"], most, advice)
+        help_ = advice if task in ANSWERS else f"raise {_limit_option(task)}"
+        check_missing(f"replies to {task!r}", reasons, counts["asked"], most, help_)
+
+
+def _limit_option(task: str) -> str:
+    """The option with the limit of a task's replies (see Limits)."""
+    if task in VERDICTS:
+        return "--judge-max-tokens"
+    return "--evolve-max-tokens" if task == "evolve" else "--rewrite-max-tokens"
 
 
 def _signature(answer: str) -> int:
