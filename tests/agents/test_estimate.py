@@ -11,17 +11,19 @@ from passing_endpoint import passing
 
 from recipes import co_teach, evol_answer, evol_instruct, self_teach
 from wizard_engine.agents import Reply, Request, prompts
-from wizard_engine.agents.estimate import StandInCast, shown_estimate, stand_in_text
+from wizard_engine.agents.estimate import DEFAULT_LENGTHS, StandInCast, shown_estimate, stand_in_text
 from wizard_engine.agents.prices import Price
 from wizard_engine.agents.replies import read_evolved, read_labels, read_method, read_ranking, read_scores, read_tags
 from wizard_engine.data.records import Message, conversation, write_rows
+
+ROWS = 14
 
 
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "rows.jsonl"
-    answers = [" ".join(["It is so because of the wind"] * (3 + i % 2)) for i in range(18)]
-    write_rows(path, [conversation(f"Why is thing {i} what it is?", answers[i]) for i in range(18)])
+    answers = [" ".join(["It is so because of the wind"] * (3 + i % 2)) for i in range(ROWS)]
+    write_rows(path, [conversation(f"Why is thing {i} what it is?", answers[i]) for i in range(ROWS)])
     return path
 
 
@@ -35,8 +37,7 @@ def settings(recipe, url, options=""):
         return {"agents": recipe.Agents(one, two), "rounds": 2}
     if recipe is self_teach:
         return {"agents": recipe.Agents(one, two, evolver=three, labeller=two), "samples": 3}
-    agents = recipe.Agents(one, (two,), (two, three), suggester=three, user=two)
-    return {"agents": agents, "lessons": 3, "sft_threshold": 0.0, "chat_turns": 2}
+    return {"agents": recipe.Agents(one, (two,), (two, three), suggester=None, user=two), "chat_turns": 2}
 
 
 def usage(fake):
@@ -52,7 +53,7 @@ def test_an_estimate_is_what_the_run_asks(recipe, data, tmp_path, capsys):
         common = {"data": (data,), "out": out, "quiet": True, "max_tokens": 128, **settings(recipe, fake.url)}
         before = recipe.main(recipe.Config(**common, estimate=True))
         assert not fake.asked and not out.exists() and before["stored"] == 0
-        recipe.main(recipe.Config(**common, limit=6))
+        recipe.main(recipe.Config(**common, limit=5))
         first, files = len(fake.asked), {path: path.read_bytes() for path in out.iterdir()}
         assert first > 10
         estimate = recipe.main(recipe.Config(**common, estimate=True))
@@ -69,19 +70,31 @@ def test_an_estimate_is_what_the_run_asks(recipe, data, tmp_path, capsys):
     assert f"{estimate['calls']:,}" in shown and "cost " not in shown.split("calls to")[0].splitlines()[0]
 
 
+def test_the_calls_of_limited_lessons_are_counted(data, tmp_path):
+    with Fake(passing) as fake:
+        one, two = (f"openai:{name}@{fake.url}" for name in ("one", "two"))
+        agents = co_teach.Agents(one, (two,), (two,), suggester=one)
+        common = {"data": (data,), "out": tmp_path / "o", "quiet": True, "agents": agents}
+        common |= {"lessons": 1, "sft_threshold": 0.0, "max_tokens": 128}
+        estimate = co_teach.main(co_teach.Config(**common, estimate=True))
+        co_teach.main(co_teach.Config(**common))
+    # A suggestion, a rewrite, and the verdict on it.
+    assert estimate["calls"] == len(fake.asked) == 4 * ROWS + 4
+
+
 def test_cost_and_hours_follow_from_prices_and_limits(data, tmp_path, capsys):
     with Fake(passing) as fake:
         options = "#requests_per_minute=30,price_in=2,price_out=8"
         common = {"data": (data,), "out": tmp_path / "o", "estimate": True}
         priced = evol_answer.main(evol_answer.Config(**common, **settings(evol_answer, fake.url, options)))
         one = priced["agents"][f"one@{fake.url[7:-3]}"]
-        assert one["calls"] == 36 and one["hours"] == pytest.approx(36 / 30 / 60)
+        assert one["calls"] == 2 * ROWS and one["hours"] == pytest.approx(2 * ROWS / 30 / 60)
         assert one["cost"] == pytest.approx((2 * one["tokens_in"] + 8 * one["tokens_out"]) / 1e6)
-        assert priced["hours"] == pytest.approx(72 / 30 / 60), "the judge has twice as many calls"
+        assert priced["hours"] == pytest.approx(4 * ROWS / 30 / 60), "the judge has twice as many calls"
         assert priced["cost"] == pytest.approx(sum(agent["cost"] for agent in priced["agents"].values()))
         first, *_, last, note = capsys.readouterr().out.splitlines()
         assert first.split() == ["agent", "task", "calls", "stored", "tokens", "in", "tokens", "out", "cost", "hours"]
-        assert last.split()[:4] == ["in", "all", "108", "0"] and last.split()[-1] == "0.04" and "stored" in note
+        assert last.split()[:4] == ["in", "all", str(6 * ROWS), "0"] and last.split()[-1] == "0.03" and "stored" in note
         prices = tmp_path / "prices.json"
         prices.write_text(json.dumps({"two": {"in": 1, "out": 4}, "other": {"in": 9, "out": 9}}))
         filed = evol_answer.main(evol_answer.Config(**common, prices=prices, **settings(evol_answer, fake.url)))
@@ -96,7 +109,7 @@ def test_programs_and_models_are_found_in_the_ledger(data, tmp_path):
     evol_answer.main(evol_answer.Config(**common, limit=5))
     estimate = evol_answer.main(evol_answer.Config(**common, estimate=True))
     assert estimate["agents"]["world:expert"]["tasks"]["rewrite"]["stored"] == 5
-    assert estimate["agents"]["world:expert"]["calls"] == 13
+    assert estimate["agents"]["world:expert"]["calls"] == ROWS - 5
 
 
 REQUESTS = {
@@ -113,8 +126,8 @@ REQUESTS = {
 def test_stand_ins_give_replies_that_can_be_read(task):
     fields, read = REQUESTS[task]
     request = Request(task, prompts.request_messages(task, **fields), 3)
-    said = stand_in_text(request, "a", 20)
-    assert read(said) and stand_in_text(request, "a", 20) == said
+    said = stand_in_text(request, "a", DEFAULT_LENGTHS)
+    assert read(said) and stand_in_text(request, "a", DEFAULT_LENGTHS) == said
 
 
 def test_agents_of_one_name_are_kept_apart_and_a_request_counts_once(tmp_path):

@@ -12,8 +12,9 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,12 @@ USUAL_TOKENS = {
     "tag": 25,
     "user": 40,
 }
-_ANSWER_TOKENS, _ADDED_TOKENS = 150, 25
+_ANSWER_TOKENS = 150
+# Replies that extend a field of their prompt, and what they add to it.
+EXTENDED = {"evolve": "instruction", "rewrite": "answer"}
+DEFAULT_LENGTHS = USUAL_TOKENS | {"answer": _ANSWER_TOKENS, "evolve": 25, "rewrite": 25, "optimise": 60}
+# Stored replies of a task whose length is measured.
+SAMPLED_REPLIES = 300
 _WORDS = ("amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "ledge")
 
 
@@ -89,6 +95,8 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._usual = self.ledger.averages(self.fingerprint) if self.ledger is not None else {}
+        self._lengths = DEFAULT_LENGTHS | {"answer": self.answer_tokens}
+        self._lengths |= {task: length for task in self._usual if (length := self._stored_length(task)) is not None}
         self._asked: set[bytes] = set()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
@@ -107,7 +115,7 @@ class StandIn:
                 line.known_in += stored.tokens_in
                 line.counted_in += _prompt_tokens(request)
             return stored
-        text = stand_in_text(request, self.name, self.answer_tokens)
+        text = stand_in_text(request, self.name, self._lengths)
         # The ledger answers a request that was made before.
         tokens_in, tokens_out, seconds = self._measure(request, text) if is_new else (0, 0, 0.0)
         line.calls += is_new
@@ -115,6 +123,16 @@ class StandIn:
         line.tokens_out += tokens_out
         line.seconds += seconds
         return Reply(text)
+
+    def _stored_length(self, task: str) -> int | None:
+        """Mean length of stored replies to a task, tokens by their bytes; of those that extend a text what they add."""
+        lengths = []
+        for call in islice(self.ledger.calls(agent=self.name, task=task), SAMPLED_REPLIES):
+            if call.fingerprint == self.fingerprint and len(call.request.messages) >= 1:
+                extended = EXTENDED.get(task)
+                base = prompts.parse(task, call.request.messages[0].content)[extended] if extended else ""
+                lengths.append(count_tokens(call.text) - count_tokens(base))
+        return max(1, round(sum(lengths) / len(lengths))) if lengths else None
 
     def _measure(self, request: Request, text: str) -> tuple[int, int, float]:
         _, _, usual_out, seconds = self._usual.get(request.task, (0, 0, 0, 0.0))
@@ -132,17 +150,21 @@ def _prompt_tokens(request: Request) -> int:
     return sum(count_tokens(message.content) + 4 for message in request.messages)
 
 
-def stand_in_text(request: Request, name: str, answer_tokens: int) -> str:
-    """A whole and readable reply to a request; different requests and agents get different texts."""
+def stand_in_text(request: Request, name: str, lengths: Mapping[str, int]) -> str:
+    """A whole and readable reply to a request; different requests and agents get different texts.
+
+    Args:
+        lengths: of replies by task, and for those that extend a text of what they add, tokens.
+    """
     content = "\0".join(message.content for message in request.messages)
     rng = random.Random(hashlib.sha256(f"{name}\0{request.seed}\0{content}".encode("utf-8", "surrogatepass")).digest())
     if request.task in ("answer", "user"):
-        return _words(rng, answer_tokens)
+        return _words(rng, lengths[request.task])
     fields = prompts.parse(request.task, request.messages[0].content)
     if request.task == "evolve":
-        return f"{REWRITTEN_HEADING}\n{fields['instruction']} {_words(rng, _ADDED_TOKENS)}"
+        return f"{REWRITTEN_HEADING}\n{fields['instruction']} {_words(rng, lengths['evolve'])}"
     if request.task == "rewrite":
-        return f"{fields['answer']} {_words(rng, 4)}"
+        return f"{fields['answer']} {_words(rng, lengths['rewrite'])}"
     if request.task == "label":
         return "\n".join("1" for line in fields["answer_steps"].splitlines() if line.strip())
     if request.task == "rank":
@@ -154,10 +176,10 @@ def stand_in_text(request: Request, name: str, answer_tokens: int) -> str:
     fixed = {
         "compare": "Not Equal",
         "rate": f"[[{rng.randint(1, 10)}]]",
-        "optimise": f"```\n1. {_words(rng, 60)}\n```",
+        "optimise": f"```\n1. {_words(rng, lengths['optimise'])}\n```",
         "tag": "Topic: cooking\nSkill: addition\nDifficulty: easy",
     }
-    return fixed.get(request.task) or _words(rng, USUAL_TOKENS.get(request.task, 60))
+    return fixed.get(request.task) or _words(rng, lengths.get(request.task, 60))
 
 
 def _score(answer: str) -> int:
@@ -296,4 +318,4 @@ def shown_estimate(estimate: dict[str, Any]) -> str:
 
 def _cells(line: dict[str, Any], shown: Sequence[str]) -> str:
     numbers = "".join(f"{line[name]:>14,}" for name in _COUNTS)
-    return numbers + "".join(f"{'' if line[name] is None else f'{line[name]:.2f}':>14}" for name in shown)
+    return numbers + "".join(f"{'' if line[name] is None else f'{line[name]:.3g}':>14}" for name in shown)
