@@ -94,7 +94,11 @@ def test_cost_and_hours_follow_from_prices_and_limits(data, tmp_path, capsys):
         assert priced["cost"] == pytest.approx(sum(agent["cost"] for agent in priced["agents"].values()))
         first, *_, last, note = capsys.readouterr().out.splitlines()
         assert first.split() == ["agent", "task", "calls", "stored", "tokens", "in", "tokens", "out", "cost", "hours"]
-        assert last.split()[:4] == ["in", "all", str(6 * ROWS), "0"] and last.split()[-1] == "0.03" and "stored" in note
+        assert (
+            last.split()[:4] == ["in", "all", str(6 * ROWS), "0"]
+            and float(last.split()[-1]) == pytest.approx(4 * ROWS / 1800, rel=0.01)
+            and "stored" in note
+        )
         prices = tmp_path / "prices.json"
         prices.write_text(json.dumps({"two": {"in": 1, "out": 4}, "other": {"in": 9, "out": 9}}))
         filed = evol_answer.main(evol_answer.Config(**common, prices=prices, **settings(evol_answer, fake.url)))
