@@ -55,6 +55,7 @@ def run_all(url, rows, out):
     )
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("seed", range(2))
 def test_no_output_of_any_recipe_holds_a_cut_reply(seed, tmp_path):
     rows = tmp_path / "rows.jsonl"

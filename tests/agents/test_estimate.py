@@ -16,7 +16,7 @@ from wizard_engine.agents.prices import Price
 from wizard_engine.agents.replies import read_evolved, read_labels, read_method, read_ranking, read_scores, read_tags
 from wizard_engine.data.records import Message, conversation, write_rows
 
-ROWS = 14
+ROWS = 12
 
 
 @pytest.fixture
@@ -46,6 +46,7 @@ def usage(fake):
     return [sum(tokens[f"{name}_tokens"] for tokens in said) for name in ("prompt", "completion")]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", [evol_instruct, evol_answer, co_teach, self_teach], ids=lambda r: r.__name__)
 def test_an_estimate_is_what_the_run_asks(recipe, data, tmp_path, capsys):
     out = tmp_path / "o"
