@@ -59,11 +59,11 @@ def run_all(url, rows, out):
 @pytest.mark.parametrize("seed", range(2))
 def test_no_output_of_any_recipe_holds_a_cut_reply(seed, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    write_rows(rows, [conversation(f"What is thing {i}?", f"It is thing {i}.") for i in range(20)])
+    write_rows(rows, [conversation(f"What is thing {i}?", f"It is thing {i}.") for i in range(10)])
     cutter = Cutter(seed)
     with Fake(cutter) as fake:
         reports = list(run_all(fake.url, rows, tmp_path))
-    assert len(cutter.cuts) > 100
+    assert len(cutter.cuts) > 60
     written = [path for path in tmp_path.rglob("*") if path.suffix in (".jsonl", ".json", ".txt")]
     for path in written:
         assert not re.search(MARK.format(r"\d"), path.read_text()), path
@@ -72,8 +72,8 @@ def test_no_output_of_any_recipe_holds_a_cut_reply(seed, tmp_path):
     links = [link for line in _lines(tmp_path / "b" / "chains.jsonl") for link in line["links"]]
     assert any(link["accepted"] for link in links) and any(link["reason"] == "call failed" for link in links)
     counts = [counts for report in reports for counts in report["calls"].values()]
-    assert sum(task.get("asked longer", 0) for task in counts) > 20
-    assert sum(task.get("failed: length", 0) for task in counts) > 20
+    assert sum(task.get("asked longer", 0) for task in counts) > 10
+    assert sum(task.get("failed: length", 0) for task in counts) > 10
 
 
 @pytest.mark.parametrize(
