@@ -88,7 +88,7 @@ def command_of(rows, url, out):
 @pytest.mark.slow
 def test_co_teaching_killed_at_ten_moments_gives_the_same_and_repeats_no_stored_call(tmp_path):
     rows, log, out = tmp_path / "rows.jsonl", tmp_path / "log", tmp_path / "killed"
-    write_rows(rows, [conversation(f"Why is thing {i} so?", "It is.") for i in range(60)])
+    write_rows(rows, [conversation(f"Why is thing {i} so?", "It is.") for i in range(100)])
     endpoint = subprocess.Popen(
         [sys.executable, "-c", ENDPOINT, str(log)],
         stdin=subprocess.PIPE,
