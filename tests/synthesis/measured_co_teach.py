@@ -54,7 +54,8 @@ def resident_kib():
 
 def measure(folder, number):
     """The measurements of one run."""
-    rows, scheduler = Rows(number), Scheduler(Ledger(Path(folder) / "ledger.sqlite"), quiet=True)
+    # Small batches: few rows are worked on at once, so that what grows is what every row leaves.
+    rows, scheduler = Rows(number), Scheduler(Ledger(Path(folder) / "ledger.sqlite"), batch_size=16, quiet=True)
     who = {"ours": Instant("ours"), "rivals": [Instant("rival")], "judge": Instant("judge")}
     began = time.monotonic()
     settings = {"sft_threshold": 2.0, "dpo_threshold": 2.0, "suggester": Instant("suggester")}
