@@ -1,0 +1,101 @@
+"""The programs' replies: the same as ever for the same fields, and read as ever by the readers."""
+
+import hashlib
+import random
+from functools import cache
+
+import pytest
+
+from wizard_engine.agents import prompts
+from wizard_engine.agents.protocol import Request
+from wizard_engine.data.records import Message
+from wizard_engine.data.solution_steps import step_texts
+from wizard_engine.world.evolve import OPERATORS
+from wizard_engine.world.problems import random_problem
+from wizard_engine.world.programs import program
+from wizard_engine.world.render import render
+from wizard_engine.world.solve import STYLES, solve
+
+PROGRAM_OF = {
+    "evolve": "world:evolver",
+    "compare": "world:judge",
+    "rewrite": "world:expert",
+    "judge": "world:judge",
+    "rate": "world:judge",
+    "label": "world:judge",
+    "rank": "world:ranker",
+    "suggest": "world:judge",
+    "analyse": "world:optimizer",
+    "optimise": "world:optimizer",
+}
+# Of the replies to 120 requests a task, from before the prompts had optional fields and their numbered steps.
+DIGESTS = {
+    "evolve": "3d8853c51e80e660",
+    "compare": "2c1d03ae86d1722b",
+    "rewrite": "4fc8287e900658c7",
+    "judge": "b3d940a15ea298f3",
+    "rate": "15df7d70b000f3ba",
+    "label": "f7474c000580da79",
+    "rank": "60f1f8327656c0d7",
+    "suggest": "79581cba45b2a541",
+    "analyse": "1e620dca8cbc712a",
+    "optimise": "ecb15f838a50455e",
+}
+
+
+def _texts(index: int) -> tuple[list[str], list[str]]:
+    """Three instructions and three answers to the first of them."""
+    rng = random.Random(f"replies unchanged {index}")
+    problems = [
+        random_problem(rng, operations=1 + (index + i) % 4, language="es" if index % 7 == 6 else "en") for i in range(3)
+    ]
+    answers = [solve(problems[0], STYLES[(index + i) % len(STYLES)], rng) for i in range(3)]
+    return [render(problem, rng) for problem in problems], answers
+
+
+def _fields(task: str, index: int) -> dict[str, str]:
+    """Fields of a prompt, those that every version of it had."""
+    asked, answers = _texts(index)
+    history = prompts.dialogue([Message("user", asked[1]), Message("assistant", "It is 3.")]) if index % 3 == 2 else ""
+    trajectory = prompts.trajectory(
+        [([asked[0], asked[1]], answers[0]), ([asked[1], asked[1]], "Please provide more.")]
+    )
+    return {
+        "evolve": {"operator": OPERATORS[index % 6], "method": "Be brief." * (index % 2), "instruction": asked[0]},
+        "compare": {"first": asked[0], "second": asked[index % 2]},
+        "rewrite": {
+            "operator": ("correctness", "relevance")[index % 2],
+            "suggestion": "Look at step 1." * (index % 3 == 0),
+            "instruction": asked[0],
+            "answer": answers[0],
+        },
+        "judge": {"history": history, "instruction": asked[0], "answer_a": answers[0], "answer_b": answers[1]},
+        "rate": {
+            "history": history,
+            "instruction": asked[0],
+            "reference": answers[1] * (index % 2),
+            "answer": answers[0],
+        },
+        "label": {"instruction": asked[0], "answer_steps": "\n".join(step_texts(answers[0]))},
+        "rank": {"instructions": prompts.numbered(asked)},
+        "suggest": {"instruction": asked[0], "answer": answers[0], "better": answers[1]},
+        "analyse": {"method": "1. Think.", "trajectory": trajectory},
+        "optimise": {"method": "1. Think.", "feedback": "Case 1: jump in complexity, too many changes at once"},
+    }[task]
+
+
+def _reply(task: str, fields: dict[str, str], seed: int) -> str:
+    (reply,) = program(PROGRAM_OF[task]).respond([Request(task, prompts.request_messages(task, **fields), seed=seed)])
+    assert reply.ok, reply.error
+    return reply.text
+
+
+@cache
+def _replies(task: str, count: int) -> tuple[str, ...]:
+    return tuple(_reply(task, _fields(task, index), index) for index in range(count))
+
+
+@pytest.mark.parametrize("task", PROGRAM_OF)
+def test_replies_are_those_of_before(task):
+    digest = hashlib.sha256("\0".join(_replies(task, 120)).encode()).hexdigest()[:16]
+    assert digest == DIGESTS[task]
