@@ -1,0 +1,2 @@
+READERS={}
+missing_line=read_reply=schema=None
