@@ -22,7 +22,7 @@ from wizard_engine.runtime.text_lines import split_lines
 T = TypeVar("T")
 
 
-class Ambiguous(Exception):  # noqa: N818 - it is no error, but a reply with more than one reading
+class Ambiguous(Exception):
     """A reply that can be read in two ways, or states something outside its form."""
 
 

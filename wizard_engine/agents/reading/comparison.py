@@ -6,11 +6,49 @@ from .cleaning import Ambiguous, agreed, content_lines, json_objects, plain, tab
 
 _NOT = r"not[ -]?equal|non[ -]equal|unequal|not (?:exactly |entirely |fully |completely |quite |truly |really )equal"
 _PHRASES = {
-    True: """equal igual iguales iguais égal egal égaux égales gleich uguale uguali равны равно равные равен gelijk
-        相等 相同 等同 等しい 同等 同じ 같음 같다 동일 동일함""".split(),
+    True: [
+        "equal",
+        "igual",
+        "iguales",
+        "iguais",
+        "égal",
+        "egal",
+        "égaux",
+        "égales",
+        "gleich",
+        "uguale",
+        "uguali",
+        "равны",
+        "равно",
+        "равные",
+        "равен",
+        "gelijk",
+        "相等",
+        "相同",
+        "等同",
+        "等しい",
+        "同等",
+        "同じ",
+        "같음",
+        "같다",
+        "동일",
+        "동일함",
+    ],
     False: [
-        *"unequal desigual desiguales desiguais inégal inégaux ungleich disuguale disuguali неравны неравно".split(),
-        *"不相等 不相同 不等 不等同 不同 等しくない 異なる 다름 다르다 ongelijk".split(),
+        *[
+            "unequal",
+            "desigual",
+            "desiguales",
+            "desiguais",
+            "inégal",
+            "inégaux",
+            "ungleich",
+            "disuguale",
+            "disuguali",
+            "неравны",
+            "неравно",
+        ],
+        *["不相等", "不相同", "不等", "不等同", "不同", "等しくない", "異なる", "다름", "다르다", "ongelijk"],
         *("no igual", "no iguales", "no son iguales", "não igual", "não iguais", "não são iguais", "non égal"),
         *("non égaux", "pas égal", "pas égaux", "nicht gleich", "non uguale", "non uguali", "не равны", "не равно"),
         *("niet gelijk", "同等ではない", "同じではない", "같지 않음", "같지 않다", "동일하지 않음"),
@@ -29,10 +67,12 @@ _LABELLED = re.compile(
     rf"(?:they are\s+|the (?:two )?instructions are\s+)?[\"'“(\[]*(?P<phrase>{_NOT}|equal)\b(?P<tail>.*)$"
 )
 _SENTENCE = re.compile(
-    r"(?:(?:so|therefore|thus|hence|overall|however|but|still|in conclusion|in summary|to conclude|as a result|consequently|accordingly)\b[, ]*)?"
+    r"(?:(?:so|therefore|thus|hence|overall|however|but|still|in conclusion|in summary|to conclude|as a result"
+    r"|consequently|accordingly)\b[, ]*)?"
     r"(?:(?:i|we) (?:conclude|judge|find|say|would say|think|believe) (?:that )?)?"
     r"(?:they|these|both|the two|both of them|these two|the instructions|both instructions|the two instructions"
-    r"|these instructions|these two instructions|the first and (?:the )?second instructions?|the prompts|the two prompts"
+    r"|these instructions|these two instructions|the first and (?:the )?second instructions?|the prompts"
+    r"|the two prompts"
     r"|the (?:second|two) (?:one|ones|instruction))"
     rf" (?:are|is) (?:therefore |thus |hence )?[\"']?(?P<phrase>{_NOT}|equal)[\"']?(?P<tail>.*)"
 )

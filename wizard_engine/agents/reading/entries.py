@@ -20,7 +20,8 @@ T = TypeVar("T")
 Read = Callable[[str], T | None]  # the value that a text is; Ambiguous for a number outside the form
 
 _WORD = (
-    r"steps?|instructions?|versions?|options?|prompts?|items?|lines?|labels?|scores?|no\.?|nr\.?|number|variants?|schritt"
+    r"steps?|instructions?|versions?|options?|prompts?|items?|lines?|labels?|scores?|no\.?|nr\.?|number|variants?"
+    r"|schritt"
     r"|anweisung|paso|instrucción|étape|etape|passo|instrução|istruzione|stap|шаг|инструкция|步骤|步驟|指令|第|ステップ|手順"
     r"|단계|지시|지시문"
 )
@@ -30,8 +31,10 @@ _HEADER = re.compile(
     r"(?P<separator>[ \t]*(?:[:.)\]]|->|→|=>|=|—|–|\|)+|[ \t]+-(?=[ \t])|[ \t]*$|[ \t]*(?=\())[*_`]*",
     re.IGNORECASE | re.MULTILINE,
 )
+_NUMBERING = re.compile(r"\W*(?:[^\W\d]+\s*)?\d{1,3}\s*(?:[:)]|\.(?!\d))")
 _INLINE = re.compile(
-    rf"(?:(?:{_WORD})[ \t]*(?P<number>\d{{1,3}})|(?<![\w.,])(?P<bare>\d{{1,3}}))[ \t]*(?P<separator>[:=]|->|→)", re.IGNORECASE
+    rf"(?:(?:{_WORD})[ \t]*(?P<number>\d{{1,3}})|(?<![\w.,])(?P<bare>\d{{1,3}}))[ \t]*(?P<separator>[:=]|->|→)",
+    re.IGNORECASE,
 )
 
 
@@ -51,7 +54,11 @@ def read_entries(text: str, count: int, value: Read, inside: Read, *, any_order:
     from_tables = agreed(v for rows in tables(text) if (v := _in_table(rows, count, value, names)) is not None)
     if from_tables is not None:
         return from_tables
-    readings = [*_sections(text, count, inside, any_order), _bare_lines(text, count, value), _one_line(text, count, value)]
+    readings = [
+        *_sections(text, count, inside, any_order),
+        _bare_lines(text, count, value),
+        _one_line(text, count, value),
+    ]
     return agreed(reading for reading in readings if reading is not None)
 
 
@@ -74,7 +81,9 @@ def _in_json(item: Any, count: int, value: Read, names: str) -> tuple | None:
 
 
 def _numbered_objects(entries: list[dict], value: Read, names: str) -> tuple | None:
-    keys = [key for key in ("step", "number", "instruction", "index", "id", "version") if all(key in e for e in entries)]
+    keys = [
+        key for key in ("step", "number", "instruction", "index", "id", "version") if all(key in e for e in entries)
+    ]
     for key in keys:
         numbers = [re.search(r"\d+", str(entry[key])) for entry in entries]
         if all(numbers):
@@ -131,9 +140,17 @@ def _sections(text: str, count: int, inside: Read, any_order: bool) -> Iterator[
     """The values of each sequence of sections 1 to count; None for one in which a section has no value."""
     if not count:
         return
-    headers = [h for h in _HEADER.finditer(text) if h["word"] or h["hash"] or h["separator"].strip() or "(" in text[h.end() : h.end() + 1]]
+    headers = [
+        h
+        for h in _HEADER.finditer(text)
+        if h["word"] or h["hash"] or h["separator"].strip() or "(" in text[h.end() : h.end() + 1]
+    ]
     for is_named in (True, False):
-        chosen = [h for h in headers if bool(h["word"] or h["hash"] or h["unit"]) == is_named and 1 <= int(h["number"]) <= count]
+        chosen = [
+            h
+            for h in headers
+            if bool(h["word"] or h["hash"] or h["unit"]) == is_named and 1 <= int(h["number"]) <= count
+        ]
         yield from _sequences(text, [(int(h["number"]), h.start(), h.end()) for h in chosen], count, inside, any_order)
     for line in text.split("\n"):
         pairs = [(int(m["number"] or m["bare"]), m.start(), m.end()) for m in _INLINE.finditer(without_emphasis(line))]
@@ -212,7 +229,7 @@ def _one_line(text: str, count: int, value: Read) -> tuple | None:
         line = re.sub(r"^[^\d:+-]{1,40}:\s*(?=[\[(+\d-])", "", without_emphasis(line).strip(" >#"))
         line = line.strip(" .").removeprefix("[").removeprefix("(").removesuffix("]").removesuffix(")")
         pieces = [piece for piece in re.split(r"\s*[,;|/]\s*|\s+", line) if piece]
-        if count > 1 and len(pieces) == count:
+        if count > 1 and len(pieces) == count and not _NUMBERING.match(line):
             values = [_value_or_none(piece, value) for piece in pieces]
             found += [tuple(values)] if None not in values else []
     return agreed(found)

@@ -8,7 +8,8 @@ from .numbers import FINAL, NOT_BEFORE, NOT_BEHIND, SCALE, SCORE, SCORE_WORD, re
 
 _LABEL = r"[-+]?1|[-+]?0"
 _LABEL_WORD = (
-    r"(?:labels?|scores?|verdict|ratings?|judge?ment|value|answer|marks?|grade|assessment|etiqueta|etikett|étiquette|etichetta"
+    r"(?:labels?|scores?|verdict|ratings?|judge?ment|value|answer|marks?|grade|assessment|etiqueta|etikett"
+    r"|étiquette|etichetta"
     r"|rótulo|bewertung|urteil|标签|標籤|标注|评分|判断|ラベル|判定|레이블|라벨|метка|оценка)"
 )
 _LABEL_NAMES = rf"(?:final |step )?{_LABEL_WORD}|1/0/-1"
@@ -20,13 +21,17 @@ _START = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(
-    rf"(?:{_LABEL_WORD})\s*(?:(?:[:=→]|->|is|es|ist|est|为|は|是)\s*)+[\[(\"']*(?P<label>{_LABEL}){_BEHIND}", re.IGNORECASE
+    rf"(?:{_LABEL_WORD})\s*(?:(?:[:=→]|->|is|es|ist|est|为|は|是)\s*)+[\[(\"']*(?P<label>{_LABEL}){_BEHIND}",
+    re.IGNORECASE,
 )
 _MARKED = re.compile(r"\[\[\s*(?:label\s*[:=]\s*)?([^\[\]\n]{1,20}?)\s*\]\]", re.IGNORECASE)
 _END = re.compile(
-    rf"(?:(?:->|→|=>|⇒)\s*|[.!?;:。！？]\s+|[:：]|—\s*|\s[-–]\s+(?=[-+0])|\s\(|\s\[|\|\s*)(?P<label>{_LABEL})[\])]?[.|]?\s*$"
+    rf"(?:(?:->|→|=>|⇒)\s*|[.!?;:。！？]\s+|[:：]|—\s*|\s[-–]\s+(?=[-+0])|\s\(|\s\[|\|\s*)(?P<label>{_LABEL})[\])]?[."
+    rf"|]?\s*$"
 )
-_EMPHASISED = re.compile(rf"(?:\*\*|`|__)(?:label\s*:\s*)?({_LABEL})(?:\*\*|`|__)\.?(?=\s*$|\s*[-–—:(])", re.MULTILINE | re.IGNORECASE)
+_EMPHASISED = re.compile(
+    rf"(?:\*\*|`|__)(?:label\s*:\s*)?({_LABEL})(?:\*\*|`|__)\.?(?=\s*$|\s*[-–—:(])", re.MULTILINE | re.IGNORECASE
+)
 
 
 def read_labels(text: str, count: int) -> tuple[int, ...] | None:
@@ -42,6 +47,9 @@ def read_labels(text: str, count: int) -> tuple[int, ...] | None:
     if not count:
         return () if not text.strip() else None
     text = plain(text)
+    dashed = re.findall(r"(?m)^\W*(?:\w+ )?\d+ - ([-+]?[01])\b", without_emphasis(text))
+    if "1" in dashed and not {"-1", "+1"} & set(dashed):
+        return None  # "3 - 1": one, or minus one
     try:
         labels = read_entries(text, count, _label, _label_inside, any_order=False, names=_LABEL_NAMES)
         return _unnumbered(text, count) if labels is None else labels
@@ -73,7 +81,9 @@ def _label_inside(content: str) -> int | None:
     start = _START.match(plain_content.lstrip(" ([\"'-" if plain_content[:2] == "- " else " ([\"'"))
     lines = content_lines(plain_content)
     found = [int(start["label"])] if start else []
-    found += [label for line in lines[1:] if re.fullmatch(rf"[(\[]?(?:{_LABEL})[)\]]?\.?", line) for label in [_label(line)]]
+    found += [
+        label for line in lines[1:] if re.fullmatch(rf"[(\[]?(?:{_LABEL})[)\]]?\.?", line) for label in [_label(line)]
+    ]
     found += [int(label) for label in _EMPHASISED.findall(content)]
     for line in {lines[0], lines[-1]} if lines else ():
         end = _END.search(line)
@@ -95,7 +105,8 @@ def _unnumbered(text: str, count: int) -> tuple[int, ...] | None:
 
 _SCORE_NAMES = rf"(?:final |overall |total |quality |average )?(?:{SCORE_WORD}|quality|overall|total|average)(?: \(0-10\)| ?/ ?10)?"
 _SCORE_START = re.compile(
-    rf"[(\[]*(?P<score>{SCORE})[)\]]*(?=\s*$|[.,;:)\]](?=\s|$)(?!\s*\d)|\s*[-–—(\n]|\s*(?:->|→)|\s+(?:because|since|as|for)\b)",
+    rf"[(\[]*(?P<score>{SCORE})[)\]]*(?=\s*$|[.,;:)\]](?=\s|$)(?!\s*\d)|\s*[-–—(\n]|\s*(?:->|→)|\s+(?:because|since"
+    rf"|as|for)\b)",
     re.IGNORECASE,
 )
 _SCORE_NAMED = re.compile(
@@ -104,7 +115,9 @@ _SCORE_NAMED = re.compile(
     re.IGNORECASE,
 )
 _SCALED = re.compile(rf"{NOT_BEFORE}\d{{1,2}}(?:[.,]\d{{1,2}})?{SCALE}{NOT_BEHIND}", re.IGNORECASE)
-_SCORE_END = re.compile(rf"(?:(?:->|→|=>|⇒)\s*|:\s*|\s[-–—]\s+|\s\(|\s\[)(?P<score>{SCORE})[\])]?[.|]?\s*$", re.IGNORECASE)
+_SCORE_END = re.compile(
+    rf"(?:(?:->|→|=>|⇒)\s*|:\s*|\s[-–—]\s+|\s\(|\s\[)(?P<score>{SCORE})[\])]?[.|]?\s*$", re.IGNORECASE
+)
 _ARROW_END = re.compile(rf"(?:->|→|=>|⇒)\s*(?P<score>{SCORE})[\])]?[.|]?\s*$", re.IGNORECASE)
 _CRITERIA = re.compile(r"\b(?:definition|precision|integrity|difficulty|clarity)\b", re.IGNORECASE)
 
@@ -157,7 +170,11 @@ def _score_inside(content: str) -> float | None:
             return agreed(chosen)
     lines = content_lines(content)
     has_criteria = any(re.search(rf"{_CRITERIA.pattern}\W+(?:is\W+)?\d", line, re.IGNORECASE) for line in lines)
-    found = [] if has_criteria else [_score(match["score"]) for match in _SCORE_START.finditer(content) if not match.start()]
+    found = (
+        []
+        if has_criteria
+        else [_score(match["score"]) for match in _SCORE_START.finditer(content) if not match.start()]
+    )
     if not found and not has_criteria:
         found = [_score(match[0]) for match in _SCALED.finditer(content)]
     pattern = _ARROW_END if has_criteria else _SCORE_END

@@ -16,11 +16,14 @@ SCALE = (
 )
 _SCORE = re.compile(rf"\+?({DIGITS})(?P<scale>{SCALE})*", re.IGNORECASE)
 # What must not follow or precede a score: another digit, a range, another scale, a unit.
-NOT_BEHIND = r"(?![\d%°])(?![.,]\d)(?!\s*(?:[-–—~/:]|to\b|bis\b|a\b(?=\s*\d))\s*\d)(?!\s*(?:/|out of|per ?cent|×|\*\s*\d))"
+NOT_BEHIND = (
+    r"(?![\d%°])(?![.,]\d)(?!\s*(?:[-–—~/:]|to\b|bis\b|a\b(?=\s*\d))\s*\d)(?!\s*(?:/|out of|per ?cent|×|\*\s*\d))"
+)
 NOT_BEFORE = r"(?<![\w.,/])(?<!\d[-–~/:])(?<!\d\s[-–~/:])(?<!\d\s[-–~/:]\s)(?<!-)(?<![$€£#])"
 SCORE = rf"{NOT_BEFORE}(?:\+?{DIGITS}){SCALE}*{NOT_BEHIND}"
 FINAL = re.compile(
-    r"\b(?:final|overall|total|totals|verdict|conclusion|average|mean|in sum|summary|sum|therefore|thus|altogether|gesamt\w*"
+    r"\b(?:final|overall|total|totals|verdict|conclusion|average|mean|in sum|summary|sum|therefore|thus|altogether"
+    r"|gesamt\w*"
     r"|insgesamt|endg\w+|globale?|general|totale?|moyenne|итог\w*|общ\w+|finale?s?)\b|总分|总体|综合|最终|总评|総合|最終|합계|총점|최종|종합",
     re.IGNORECASE,
 )

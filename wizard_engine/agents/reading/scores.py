@@ -3,9 +3,18 @@
 import re
 from typing import NamedTuple
 
-from .cleaning import Ambiguous, agreed, content_lines, json_objects, json_values, lower_keys, plain, tables
-from .cleaning import without_emphasis
-from .numbers import FINAL, NOT_BEHIND, SCALE, SCORE, SCORE_WORD, read_score
+from .cleaning import (
+    Ambiguous,
+    agreed,
+    content_lines,
+    json_objects,
+    json_values,
+    lower_keys,
+    plain,
+    tables,
+    without_emphasis,
+)
+from .numbers import FINAL, SCALE, SCORE, SCORE_WORD, read_score
 
 _MARK = re.compile(r"\[\[\s*([^\[\]\n]{1,60}?)\s*\]\](?:\s*/\s*10(?![\d.]))?")
 _NESTED = re.compile(r"\[\[([^\[\],]{1,20})\]\s*,?\s*\[([^\[\],]{1,20})\]\]")
@@ -16,7 +25,8 @@ _NAME = (
 _LETTER = r"(?<![A-Za-z0-9])(?P<side>[AB])(?![A-Za-z0-9'’])"
 _BEHIND_NAME = r"(?:['’]s)?(?:\s*(?:的|の|의))?"
 _FILLER = (
-    rf"(?:\s*(?:final|overall|total|{SCORE_WORD}|is|gets?|receives?|scores?|earns?|deserves?|at|a|an|of|to|with|ist|es|est"
+    rf"(?:\s*(?:final|overall|total|{SCORE_WORD}|is|gets?|receives?|scores?|earns?|deserves?|at|a|an|of|to|with|ist"
+    rf"|es|est"
     r"|erhält|obtiene|是|为|は|得到?)\b|\s*[:=|>→~(\[\"'-]|\s)*"
 )
 _SIDE_BEFORE = re.compile(rf"{_LETTER}{_BEHIND_NAME}{_FILLER}\s*$", re.IGNORECASE)
@@ -241,7 +251,8 @@ _ADJACENT = re.compile(
     re.IGNORECASE,
 )
 _BARE_PAIR = re.compile(
-    rf"[(\[]*(?P<first>{SCORE})[)\]]*\s*(?:[,;|&]\s|[;|&]|\s|(?:and|vs\.?|y|und|et|и)\s)\s*[(\[]*(?P<second>{SCORE})[)\]]*\.?",
+    rf"[(\[]*(?P<first>{SCORE})[)\]]*\s*(?:[,;|&]\s|[;|&]|\s|(?:and|vs\.?|y|und|et"
+    rf"|и)\s)\s*[(\[]*(?P<second>{SCORE})[)\]]*\.?",
     re.IGNORECASE,
 )
 
@@ -293,12 +304,14 @@ def _named(lines: list[str]) -> tuple[float, ...] | None:
 
 _IS = r"\s*(?:[:=|>→-]|is|of|at|ist|es|est|è|é|是|为|は|:)+\s*(?:a\s+|an\s+)?"
 _FINAL_SCORE = re.compile(
-    rf"(?:{FINAL.pattern})(?:\s*(?:{SCORE_WORD}|assessment|answer|mark))?(?:\s*\((?:out of|/)\s*10\)|\s*\(1-10\))?{_IS}(?P<score>{SCORE})"
+    rf"(?:{FINAL.pattern})(?:\s*(?:{SCORE_WORD}|assessment|answer|mark))?(?:\s*\((?:out of|/)\s*10\)"
+    rf"|\s*\(1-10\))?{_IS}(?P<score>{SCORE})"
     rf"{_BEHIND_PLAIN}",
     re.IGNORECASE,
 )
 _WORDED_SCORE = re.compile(
-    rf"(?:^|(?<=[\s(#\"]))(?:{SCORE_WORD})(?:\s*\((?:out of 10|/10|1-10)\))?(?:{_IS}|\s+(?:it|this|the answer|this answer)"
+    rf"(?:^|(?<=[\s(#\"]))(?:{SCORE_WORD})(?:\s*\((?:out of 10|/10|1-10)\))?(?:{_IS}|\s+(?:it|this|the answer"
+    rf"|this answer)"
     rf"(?:\s+(?:a|an|as|at))?\s+|\s+)(?P<score>{SCORE}){_BEHIND_PLAIN}",
     re.IGNORECASE,
 )
