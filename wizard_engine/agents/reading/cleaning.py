@@ -1,9 +1,9 @@
-"""What every reader does first: reasoning and special tokens taken off; one form of digits, brackets, lines; JSON found.
+"""What every reader does first: takes off reasoning and special tokens, unifies digits and brackets, finds JSON.
 
     reply   = { reasoning } , content , { special token }
     reasoning = "<think>" ... "</think>" (also thinking, thought, reasoning, reflection, scratchpad, analysis, [THINK])
               | ... "</think>"                       a chat template opened it
-    content of `plain`: NFKC, ASCII digits, lines ended by \\n, no invisible marks, `\\boxed{x}` and `【【x】】` as `[[x]]`,
+    content of `plain`: NFKC, ASCII digits, lines ended by \\n, no invisible marks, `\\boxed{x}` as `[[x]]`,
     `<tag>x</tag>` as a line `tag: x`, no other tags, no backslash before punctuation
 
 An opened reasoning without an end has no content behind it.

@@ -59,7 +59,8 @@ _ANY = re.compile(rf"(?P<no>\b(?:{_NOT})\b)|(?P<yes>\bequal\b)")
 _LABEL = (
     r"(?:verdict|answer|result|conclusion|decision|judge?ment|overall|final|assessment|determination"
     r"|veredicto|veredito|conclusión|respuesta|resultado|urteil|ergebnis|antwort|fazit|verdetto|risultato|conclusione"
-    r"|verdict final|réponse|conclusão|resposta|结论|判断|结果|判定|答案|結論|回答|вердикт|вывод|ответ|결론|판정|결과|판단)"
+    r"|verdict final|réponse|conclusão|resposta|结论|判断|结果|判定|答案|結論|回答|вердикт|вывод|ответ"
+    r"|결론|판정|결과|판단)"
 )
 _SEPARATOR = r"(?:\s*(?:is|are|[:=|>→#-]|es|ist|est|è|é|是|为|は)\s*)+"
 _LABELLED = re.compile(
@@ -92,7 +93,8 @@ def read_equal(text: str) -> bool | None:
 
         reply    = JSON object with verdict | units
         unit     = line or sentence, stripped of Markdown; one with a condition, a question or both phrases says nothing
-        verdict  = phrase alone in a unit | label (":" | "is" | ...) phrase [reason] | [[phrase]] | **phrase** | `phrase`
+        verdict  = phrase alone in a unit | label (":" | "is" | ...) phrase [reason]
+                 | [[phrase]] | **phrase** | `phrase`
                  | "they are" phrase [reason] | phrase (":" | "," | "-" | "because") reason, first or last of the units
         phrase   = "Equal" | "Not Equal" | "Unequal" | the same in another language, alone in its unit
         label    = "Verdict" | "Answer" | "Conclusion" | ...; one with "final" or "overall" goes before all others

@@ -54,11 +54,8 @@ def read_entries(text: str, count: int, value: Read, inside: Read, *, any_order:
     from_tables = agreed(v for rows in tables(text) if (v := _in_table(rows, count, value, names)) is not None)
     if from_tables is not None:
         return from_tables
-    readings = [
-        *_sections(text, count, inside, any_order),
-        _bare_lines(text, count, value),
-        _one_line(text, count, value),
-    ]
+    readings = list(_sections(text, count, inside, any_order))
+    readings += [_bare_lines(text, count, value), _one_line(text, count, value)]
     return agreed(reading for reading in readings if reading is not None)
 
 
@@ -81,10 +78,8 @@ def _in_json(item: Any, count: int, value: Read, names: str) -> tuple | None:
 
 
 def _numbered_objects(entries: list[dict], value: Read, names: str) -> tuple | None:
-    keys = [
-        key for key in ("step", "number", "instruction", "index", "id", "version") if all(key in e for e in entries)
-    ]
-    for key in keys:
+    keys = ("step", "number", "instruction", "index", "id", "version")
+    for key in (key for key in keys if all(key in entry for entry in entries)):
         numbers = [re.search(r"\d+", str(entry[key])) for entry in entries]
         if all(numbers):
             placed = {int(match[0]): entry for match, entry in zip(numbers, entries)}
@@ -140,22 +135,21 @@ def _sections(text: str, count: int, inside: Read, any_order: bool) -> Iterator[
     """The values of each sequence of sections 1 to count; None for one in which a section has no value."""
     if not count:
         return
-    headers = [
-        h
-        for h in _HEADER.finditer(text)
-        if h["word"] or h["hash"] or h["separator"].strip() or "(" in text[h.end() : h.end() + 1]
-    ]
+    headers = [h for h in _HEADER.finditer(text) if 1 <= int(h["number"]) <= count and _is_header(text, h)]
     for is_named in (True, False):
-        chosen = [
-            h
-            for h in headers
-            if bool(h["word"] or h["hash"] or h["unit"]) == is_named and 1 <= int(h["number"]) <= count
-        ]
-        yield from _sequences(text, [(int(h["number"]), h.start(), h.end()) for h in chosen], count, inside, any_order)
+        chosen = [h for h in headers if bool(h["word"] or h["hash"] or h["unit"]) == is_named]
+        places = [(int(h["number"]), h.start(), h.end()) for h in chosen]
+        yield from _sequences(text, places, count, inside, any_order)
     for line in text.split("\n"):
         pairs = [(int(m["number"] or m["bare"]), m.start(), m.end()) for m in _INLINE.finditer(without_emphasis(line))]
         if len(pairs) == count > 1:
             yield from _sequences(without_emphasis(line), pairs, count, inside, any_order)
+
+
+def _is_header(text: str, header: re.Match[str]) -> bool:
+    """Whether something behind the number tells it from a value alone."""
+    is_named = header["word"] or header["hash"] or header["separator"].strip()
+    return bool(is_named) or text.startswith("(", header.end())
 
 
 def _sequences(text: str, headers, count: int, inside: Read, any_order: bool) -> Iterator[tuple | None]:

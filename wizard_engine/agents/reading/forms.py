@@ -46,7 +46,8 @@ def _label_lines(fields: Fields) -> str:
 
 def _rank_lines(fields: Fields) -> str:
     count = count_instructions(fields)
-    return f"exactly {count} line{'s' * (count != 1)}, one for each instruction: its number, a colon and its one score from 0 to 10, as in `1: 7.5`"
+    lines = f"exactly {count} line{'s' * (count != 1)}, one for each instruction"
+    return f"{lines}: its number, a colon and its one score from 0 to 10, as in `1: 7.5`"
 
 
 READERS: dict[str, Form] = {
@@ -122,8 +123,8 @@ _TEXT = {"type": "string"}
 def schema(task: str, fields: Fields) -> dict[str, Any] | None:
     """The JSON schema of a verdict, for `response_format`; None for a task whose reply is a text.
 
-    Reasons come before verdicts: a model writes them in this order. Each step and each instruction has a property of its
-    own, so that none can be left out. The readers read what fits.
+    Reasons come before verdicts: a model writes them in this order. Each step and each instruction has a property of
+    its own, so that none can be left out. The readers read what fits.
     """
     if task == "compare":
         return _object({"reasons": _TEXT, "verdict": {"type": "string", "enum": ["Equal", "Not Equal"]}})

@@ -16,8 +16,9 @@ _NAME = (
     r"|instrucción (?:reescrita|final|nueva|revisada)|umgeschriebene (?:anweisung|instruktion)|neue anweisung"
     r"|überarbeitete anweisung"
     r"|(?:instruction|consigne) (?:réécrite|finale|révisée)|nouvelle instruction|instrução (?:reescrita|revisada|final)"
-    r"|istruzione (?:riscritta|rivista|finale)|(?:改写|重写|修改|改編|最终|新)(?:后)?的?(?:指令|提示|问题|版本)|书き直した指示"
-    r"|(?:書き直|書き換え|改訂)(?:した|し|後の|られた)?(?:指示|命令)|переписанная инструкция|новая инструкция|(?:재작성|다시 작성|수정)된 (?:지시"
+    r"|istruzione (?:riscritta|rivista|finale)|(?:改写|重写|修改|改編|最终|新)(?:后)?的?(?:指令|提示|问题|版本)"
+    r"|(?:書き直|書き換え|改訂)(?:した|し|後の|られた)?(?:指示|命令)|переписанная инструкция|новая инструкция"
+    r"|(?:재작성|다시 작성|수정)된 (?:지시"
     r"|지시문|명령)"
 )
 _HEADING = re.compile(
@@ -29,7 +30,8 @@ _HEADING = re.compile(
 _FINAL_HEADING = re.compile(r"\bfinal|最终|finale?\b", re.IGNORECASE)
 _PREFACE = re.compile(
     r"(?:(?:sure|certainly|of course|absolutely|okay|ok|great|got it|claro|por supuesto|natürlich|gerne|bien sûr|certo"
-    r"|好的|当然|もちろん|네|конечно)\b[^\n:：]{0,80}|(?:here|below|this)(?:['’]s| is| are)\b[^\n:：]{0,120}|aquí (?:está"
+    r"|好的|当然|もちろん|네|конечно)\b[^\n:：]{0,80}|(?:here|below|this)(?:['’]s| is| are)\b[^\n:：]{0,120}"
+    r"|aquí (?:está"
     r"|tienes)[^\n:：]{0,100}"
     r"|hier ist[^\n:：]{0,100}|voici[^\n:：]{0,100}|ecco[^\n:：]{0,100}|aqui está[^\n:：]{0,100}|以下是[^\n:：]{0,60}"
     r"|вот[^\n:：]{0,80}"
@@ -65,12 +67,13 @@ _SECTIONS = ("operator", "method", "given instruction", "example")
 def read_evolved(text: str) -> str | None:
     """The new instruction, or None where a reply has none, or it cannot be told from what is said about it.
 
-        reply    = [preface] heading instruction [remark] | JSON object with it | preface ":" instruction [remark] | instruction
+        reply    = [preface] heading instruction [remark] | JSON object with it | preface ":" instruction [remark]
+                 | instruction
         heading  = "#Rewritten Instruction#:", the last one in the reply; without one, a line "Rewritten Instruction:",
                    "**New Prompt**", "### Final instruction" or the like, also in another language
-        instruction = text, perhaps in a fence, in quotes, in bold or quoted by ">"; it ends before a section of the prompt
-                   ("#Method#:") or a remark
-        remark   = paragraph that begins "Explanation:", "Changes:", "Note: I ...", "This version ..."; also after a rule
+        instruction = text, perhaps in a fence, in quotes, in bold or quoted by ">"; it ends before a section of the
+                   prompt ("#Method#:") or a remark
+        remark   = paragraph that begins "Explanation:", "Changes:", "Note: I ...", "This version ..."; a rule before it
 
     A reply without a heading that goes on about rewriting, or refuses, has no instruction.
     """

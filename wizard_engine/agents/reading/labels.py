@@ -40,9 +40,11 @@ def read_labels(text: str, count: int) -> tuple[int, ...] | None:
     The forms are those of `entries`. A section says its label as
 
         [[label]] | ("Label" | "Score" | ...) (":" | "is") label | label alone, or alone on a line
-        | label (":" | "." | " - " | "(" | "because") reason | reason (". " | ": " | "->" | " (") label | **label** at an end
+        | label (":" | "." | " - " | "(" | "because") reason | reason (". " | ": " | "->" | " (") label
+        | **label** at an end
 
-    A digit that goes on as a sum or a number of things ("1 + 2", "1 apple") is no label. Labels at both ends must agree.
+    A digit that goes on as a sum or a number of things ("1 + 2", "1 apple") is no label. Labels at both ends of a
+    section must agree.
     """
     if not count:
         return () if not text.strip() else None
@@ -92,7 +94,7 @@ def _label_inside(content: str) -> int | None:
 
 
 def _unnumbered(text: str, count: int) -> tuple[int, ...] | None:
-    """Labels of lines that begin with one and go on with its reason, where there are `count` such lines and no others."""
+    """Labels of lines that begin with one and go on with its reason, where there are `count` such lines alone."""
     lines = [without_emphasis(line) for line in content_lines(text)]
     starts = [re.match(rf"({_LABEL})(?:\s*[:—–(,]|\s+-\s)\s*(?!\d)\S", line) for line in lines]
     if count < 2 or not all(starts) or len(starts) != count:
@@ -103,7 +105,10 @@ def _unnumbered(text: str, count: int) -> tuple[int, ...] | None:
 
 # ---- scores of instructions -----------------------------------------------------------------------------------------
 
-_SCORE_NAMES = rf"(?:final |overall |total |quality |average )?(?:{SCORE_WORD}|quality|overall|total|average)(?: \(0-10\)| ?/ ?10)?"
+_SCORE_NAMES = (
+    rf"(?:final |overall |total |quality |average )?(?:{SCORE_WORD}|quality|overall|total|average)"
+    r"(?: \(0-10\)| ?/ ?10)?"
+)
 _SCORE_START = re.compile(
     rf"[(\[]*(?P<score>{SCORE})[)\]]*(?=\s*$|[.,;:)\]](?=\s|$)(?!\s*\d)|\s*[-–—(\n]|\s*(?:->|→)|\s+(?:because|since"
     rf"|as|for)\b)",
@@ -111,7 +116,8 @@ _SCORE_START = re.compile(
 )
 _SCORE_NAMED = re.compile(
     rf"(?P<name>(?:final|overall|total|average|quality)?\s*(?:{SCORE_WORD}|\bquality|\boverall|\btotal|\baverage))"
-    rf"\s*(?:\(?(?:0-10|/\s*10|out of 10)\)?)?\s*(?:(?:[:=→|-]|->|is|of|es|ist|est|为|は|是)\s*)+[\[(]*(?P<score>{SCORE})",
+    rf"\s*(?:\(?(?:0-10|/\s*10|out of 10)\)?)?\s*(?:(?:[:=→|-]|->|is|of|es|ist|est|为|は|是)\s*)+"
+    rf"[\[(]*(?P<score>{SCORE})",
     re.IGNORECASE,
 )
 _SCALED = re.compile(rf"{NOT_BEFORE}\d{{1,2}}(?:[.,]\d{{1,2}})?{SCALE}{NOT_BEHIND}", re.IGNORECASE)

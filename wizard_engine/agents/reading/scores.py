@@ -1,6 +1,7 @@
 """Reader of scores: `[[7]] [[4.5]]` of a judge of two answers, `[[7.5]]` of a judge of one."""
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from .cleaning import (
@@ -55,8 +56,8 @@ def read_scores(text: str, count: int) -> tuple[float, ...] | None:
                 | score "/10" | score alone, as last line or first
         name    = ["Answer" | "Response" | "Score" | ...] ("A" | "B")
 
-    Scores that name their answers may stand in any order. Where a kind of statement gives two readings, such as a list of
-    criteria without an overall score, the reply has none. Marks go before everything else.
+    Scores that name their answers may stand in any order. Where a kind of statement gives two readings, such as a list
+    of criteria without an overall score, the reply has none. Marks go before everything else.
     """
     text = plain(text)
     try:
@@ -117,7 +118,7 @@ def _side_before(text: str, position: int) -> str | None:
 def _groups(text: str, marks: list[_Mark]) -> list[list[_Mark]]:
     """Marks with nothing between them but separators and the names of answers."""
     groups = [[marks[0]]]
-    for before, mark in zip(marks, marks[1:]):
+    for before, mark in pairwise(marks):
         between = without_emphasis(text[before.end : mark.start])
         name = rf"[\s,;|/&.-]*(?:and|y|und|et|и|vs\.?)?\s*(?:(?:{_NAME}\s*)?{_LETTER}{_BEHIND_NAME}{_FILLER})?\s*"
         if re.fullmatch(name, between, re.IGNORECASE):

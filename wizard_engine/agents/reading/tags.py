@@ -13,14 +13,15 @@ _NAMES = {
         "|スキル|기술|навык|умение"
     ),
     "difficulty": (
-        "difficulty|difficulty level|level|schwierigkeit|schwierigkeitsgrad|dificultad|difficulté|difficoltà|dificuldade"
+        "difficulty|difficulty level|level|schwierigkeit|schwierigkeitsgrad|dificultad|difficulté|difficoltà"
+        "|dificuldade"
         "|难度|難易度|難度|난이도|сложность"
     ),
 }
 _DIFFICULTIES = {
     "easy": "easy|einfach|leicht|fácil|facile|简单|容易|简易|易|易しい|簡単|쉬움|лёгкий|легкий|лёгкая|легкая|простой",
-    "medium": "medium|moderate|mittel|medio|media|moyen|moyenne|médio|média|中等|中|普通|中级|중간|보통|средний|средняя",
-    "hard": "hard|difficult|schwer|schwierig|difícil|difficile|alta|困难|难|难度高|難しい|難|어려움|сложный|трудный|высокая",
+    "medium": "medium|moderate|mittel|medio|media|moyen|moyenne|médio|média|中等|中|普通|중간|보통|средний|средняя",
+    "hard": "hard|difficult|schwer|schwierig|difícil|difficile|alta|困难|难|難しい|難|어려움|сложный|трудный|высокая",
 }
 _LINE = re.compile(
     r"(?:^|[,;|/]\s*|\n)[^\w\n]*(?:\d+[.)]\s*)?[^\w\n]*(?P<name>"
@@ -37,7 +38,7 @@ LONGEST = 40
 def read_tags(text: str) -> dict[str, str] | None:
     """Topic, skill and difficulty; None where one is missing, stands twice with different values, is long, or no level.
 
-    reply = JSON object | table of two columns or two rows | name (":" | "=") value ... one a line, or separated by , ; |
+    reply = JSON object | table of two columns or two rows | { name (":" | "=") value }, a line each, or split by , ; |
     name  = "Topic" | "Skill" | "Difficulty", or the same in another language
     value = words, up to 40 characters, in lower case; a reason behind it, in parentheses or after a dash, is left out
     difficulty = "easy" | "medium" | "hard", or the same in another language

@@ -97,7 +97,8 @@ def _headed(content: str) -> str | None:
 
 _SUGGESTION = re.compile(
     r"\s*(?:(?:sure|certainly|of course)\b[^\n:]{0,40}[!.,:]\s*)?(?:here(?:['’]s| is)[^\n:]{0,60}:\s*)?"
-    r"[#*_＃\s]*(?:(?:one |my )?suggestions?|advice|sugerencia|vorschlag|建议|提案|제안|совет)[ \t]*[#*_＃]*[ \t]*[:：][ \t*_]*",
+    r"[#*_＃\s]*(?:(?:one |my )?suggestions?|advice|sugerencia|vorschlag|建议|提案|제안|совет)[ \t]*"
+    r"[#*_＃]*[ \t]*[:：][ \t*_]*",
     re.IGNORECASE,
 )
 _SUGGESTION_PREFACE = re.compile(
@@ -138,7 +139,8 @@ _NONE_FAILED = re.compile(
     r"|has )?failed|no failures?"
     r"|there (?:are|were) no failed|zero failed|all (?:the )?(?:\w+ )?cases (?:\w+ )?(?:evolved|succeeded|passed"
     r"|are (?:fine|correct|valid|ok)))"
-    r"|没有失败|無失敗|失敗した(?:ケース|事例)は(?:ありません|ない)|ning[uú]n caso fall|kein(?:e|er)? .{0,30}fehlgeschlagen|aucun cas",
+    r"|没有失败|無失敗|失敗した(?:ケース|事例)は(?:ありません|ない)"
+    r"|ning[uú]n caso fall|kein(?:e|er)? .{0,30}fehlgeschlagen|aucun cas",
     re.IGNORECASE,
 )
 _PASSED = re.compile(
@@ -152,7 +154,8 @@ _PASSED = re.compile(
 def read_review(text: str) -> str | None:
     """The review of evolving cases as lines `Case N: reason`, or `No failed case.`; None where it is neither.
 
-        reply = [preface] { case } [closing] | "No failed case." in some wording | JSON array of {"case": n, "reason": text}
+        reply = [preface] { case } [closing] | "No failed case." in some wording
+              | JSON array of {"case": n, "reason": text}
         case  = ["-" | "1."] "Case" n (":" | "." | "-" | "(") reason, which goes on over the lines up to the next case
 
     Cases of which the reason says that they did not fail are left out. A reply that names failed cases and says that
