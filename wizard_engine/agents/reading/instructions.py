@@ -111,11 +111,13 @@ def _after_exact(lines: list[str]) -> str | None:
         head, heading, rest = lines[index].partition(REWRITTEN_HEADING)
         if heading and not head.strip():
             later = [
-                i for i in range(index + 2, len(lines)) if _is_heading(lines[i]) and _FINAL_HEADING.search(lines[i])
+                i for i in range(index + 1, len(lines)) if _is_heading(lines[i]) and _FINAL_HEADING.search(lines[i])
             ]
             if later:
                 return _after_heading(lines[later[-1] :])
             return "\n".join([rest, *lines[index + 1 :]]).strip()
+        if heading and lines[index].count(heading) == 1 and re.search(r"[.!?:*]\s*[*_]*$", head):
+            return "\n".join([rest.lstrip("*_"), *lines[index + 1 :]]).strip()
     return None
 
 

@@ -131,7 +131,7 @@ NO_FAILED_CASE = "No failed case."
 _CASE = re.compile(
     r"^[\s>*#•_+-]*(?:\d+[.)]\s+)?[*_`]*(?:failed )?(?:cases?|fall|casos?|cas|案例|用例|ケース|사례|случай)\s*#?"
     r"(?P<numbers>\d{1,4}(?:\s*(?:,|and|&|y|und|et)\s*(?:case\s*)?#?\d{1,4})*)[*_`]*\s*"
-    r"(?:[:：.)|—–-]+|->|→|\()\s*[*_`]*\s*(?P<reason>.*)$",
+    r"(?:[:：.)|—–-]+|->|→|\(|$)\s*[*_`]*\s*(?P<reason>.*)$",
     re.IGNORECASE,
 )
 _NONE_FAILED = re.compile(
@@ -162,11 +162,11 @@ def read_review(text: str) -> str | None:
     there are none is not read.
     """
     content = without_reasoning(text)
-    cases = _cases_of_json(content)
+    cases, rest = _cases_of_json(content), ""
     if cases is None:
-        cases = _cases_of_lines(content)
+        cases, rest = _cases_of_lines(content)
     failed = {number: reason for number, reason in cases.items() if not _PASSED.search(reason)}
-    says_none = bool(_NONE_FAILED.search(content))
+    says_none = bool(_NONE_FAILED.search(rest))
     if failed:
         return None if says_none else "\n".join(f"Case {number}: {reason}" for number, reason in failed.items())
     return NO_FAILED_CASE if says_none or cases else None
@@ -188,8 +188,10 @@ def _cases_of_json(content: str) -> dict[int, str] | None:
     return cases
 
 
-def _cases_of_lines(content: str) -> dict[int, str]:
+def _cases_of_lines(content: str) -> tuple[dict[int, str], str]:
+    """The reason of each case, and the text that is about none."""
     cases: dict[int, str] = {}
+    rest: list[str] = []
     numbers: list[int] = []
     for line in split_lines(content):
         match = _CASE.match(line)
@@ -199,11 +201,12 @@ def _cases_of_lines(content: str) -> dict[int, str]:
             reason = one_line(without_emphasis(reason)) if re.search(r"[*`_]", reason) else reason
         else:
             reason = one_line(without_emphasis(line).lstrip(" -•"))
+        rest += [] if numbers else [line]
         for number in numbers:
             cases[number] = f"{cases.get(number, '')} {reason}".strip()
         if not line.strip() and numbers and cases[numbers[0]]:
             numbers = []
-    return {number: reason for number, reason in cases.items() if reason}
+    return {number: reason for number, reason in cases.items() if reason}, "\n".join(rest)
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------
