@@ -110,6 +110,10 @@ def agreed(values: Iterable[T]) -> T | None:
     return distinct[0] if distinct else None
 
 
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+_MOST_ATTEMPTS = 40  # brackets of other kinds before it
+
+
 # ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
@@ -119,14 +123,14 @@ def json_values(text: str) -> list[Any]:
     Comma before a closing bracket, a plus sign and Python's quotes, True, False and None are forgiven; an object with
     the same key twice is none.
     """
-    if "{" not in text and "[" not in text:
-        return []
-    values, position = [], 0
-    while (start := _next_bracket(text, position)) >= 0:
-        end = _matching(text, start)
-        value = _load(text[start:end]) if end > 0 else None
+    values, position, attempts = [], 0, 0
+    brackets = re.compile(r"[{\[]")
+    while attempts < _MOST_ATTEMPTS and (found := brackets.search(text, position)):
+        attempts += 1
+        end = _matching(text, found.start())
+        value = _load(text[found.start() : end]) if end > 0 else None
         if value is None:
-            position = start + 1
+            position = found.start() + 1
         else:
             values.append(value)
             position = end
@@ -143,28 +147,13 @@ def lower_keys(value: dict[str, Any]) -> dict[str, Any]:
     return {re.sub(r"[\s-]+", "_", key.strip().lower()): item for key, item in value.items()}
 
 
-def _next_bracket(text: str, position: int) -> int:
-    found = re.compile(r"[{\[]").search(text, position)
-    return found.start() if found else -1
-
-
 def _matching(text: str, start: int) -> int:
     """Position behind the bracket that closes the one at `start`, or -1; brackets in double quotes do not count."""
-    depth, is_quoted, skip = 0, False, False
-    for place in range(start, min(len(text), start + 20000)):
-        character = text[place]
-        if skip:
-            skip = False
-        elif is_quoted:
-            skip, is_quoted = character == "\\", character != '"'
-        elif character == '"':
-            is_quoted = True
-        elif character in "{[":
-            depth += 1
-        elif character in "}]":
-            depth -= 1
-            if not depth:
-                return place + 1
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(text, start):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match[0], 0)
+        if not depth:
+            return match.end()
     return -1
 
 

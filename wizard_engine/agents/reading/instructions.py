@@ -109,15 +109,13 @@ def _after_exact(lines: list[str]) -> str | None:
     """What follows the last line `#Rewritten Instruction#:`, or a later one that is called final."""
     for index in range(len(lines) - 1, -1, -1):
         head, heading, rest = lines[index].partition(REWRITTEN_HEADING)
-        if heading and not head.strip():
+        if heading and (not head.strip() or re.search(r"[.!?:*]\s*[*_]*$", head)):
             later = [
                 i for i in range(index + 1, len(lines)) if _is_heading(lines[i]) and _FINAL_HEADING.search(lines[i])
             ]
             if later:
                 return _after_heading(lines[later[-1] :])
-            return "\n".join([rest, *lines[index + 1 :]]).strip()
-        if heading and lines[index].count(heading) == 1 and re.search(r"[.!?:*]\s*[*_]*$", head):
-            return "\n".join([rest.lstrip("*_"), *lines[index + 1 :]]).strip()
+            return "\n".join([rest.lstrip("*_") if head.strip() else rest, *lines[index + 1 :]]).strip()
     return None
 
 

@@ -57,11 +57,13 @@ def read_scores(text: str, count: int) -> tuple[float, ...] | None:
         name    = ["Answer" | "Response" | "Score" | ...] ("A" | "B")
 
     Scores that name their answers may stand in any order. Where a kind of statement gives two readings, such as a list
-    of criteria without an overall score, the reply has none. Marks go before everything else.
+    of criteria without an overall score, the reply has none. JSON objects go before marks, and
+    marks before everything else.
     """
     text = plain(text)
     try:
-        values = _marked(text, count) or _from_json(text, count) or _from_tables(text, count)
+        values = _from_objects(text, count) or _marked(text, count)
+        values = values or _from_lists(text, count) or _from_tables(text, count)
         if values is None:
             values = _stated_pair(text) if count == 2 else _stated(text) if count == 1 else None
     except Ambiguous:
@@ -150,12 +152,15 @@ def _ordered(marks: list[_Mark]) -> tuple[float, ...]:
 # ---- JSON and tables ------------------------------------------------------------------------------------------------
 
 
-def _from_json(text: str, count: int) -> tuple[float, ...] | None:
-    found = [v for item in json_objects(text) if (v := _in_object(item, count)) is not None]
-    if not found and count == 2:
-        lists = [v for v in json_values(text) if isinstance(v, list) and len(v) == 2 and not isinstance(v[0], list)]
-        found = [tuple(map(_number, pair)) for pair in lists if all(_number(item) is not None for item in pair)][-1:]
-    return agreed(found)
+def _from_objects(text: str, count: int) -> tuple[float, ...] | None:
+    return agreed(v for item in json_objects(text) if (v := _in_object(item, count)) is not None)
+
+
+def _from_lists(text: str, count: int) -> tuple[float, ...] | None:
+    """The last list of two scores."""
+    lists = [v for v in json_values(text) if isinstance(v, list) and len(v) == 2] if count == 2 else []
+    pairs = [tuple(map(_number, pair)) for pair in lists if not isinstance(pair[0], list)]
+    return next((pair for pair in reversed(pairs) if None not in pair), None)
 
 
 def _number(value) -> float | None:

@@ -24,11 +24,11 @@ _DIFFICULTIES = {
     "hard": "hard|difficult|schwer|schwierig|difícil|difficile|alta|困难|难|難しい|難|어려움|сложный|трудный|высокая",
 }
 _LINE = re.compile(
-    r"(?:^|[,;|/]\s*|\n)[^\w\n]*(?:\d+[.)]\s*)?[^\w\n]*(?P<name>"
+    r"(?:^|[,;|/]\s?|\n)[^\w\n]{0,12}(?:\d{1,2}[.)]\s?)?[^\w\n]{0,8}(?P<name>"
     + "|".join(f"(?P<{name}>{words})" for name, words in _NAMES.items())
-    + r")[^\w\n:=]*[:=][^\w\n]*(?P<value>[^\n]*?)(?=\s*(?:[,;|]\s*[^\w\n]*(?:"
+    + r")[^\w\n:=]{0,8}[:=][^\w\n]{0,12}(?P<value>[^\n]{0,200}?)(?=\s?(?:[,;|]\s?[^\w\n]{0,8}(?:"
     + "|".join(_NAMES.values())
-    + r")[^\w\n:=]*[:=]|\n|$))",
+    + r")[^\w\n:=]{0,8}[:=]|\n|$))",
     re.IGNORECASE,
 )
 _REASON = re.compile(r"\s+[-–—(]+\s*|\s*[(;]|\s*(?:->|→)|\s+because\b|\.\s+|,\s+(?:as|since|because)\b")

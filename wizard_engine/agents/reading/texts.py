@@ -129,7 +129,7 @@ def read_suggestion(text: str) -> str | None:
 
 NO_FAILED_CASE = "No failed case."
 _CASE = re.compile(
-    r"^[\s>*#•_+-]*(?:\d+[.)]\s+)?[*_`]*(?:failed )?(?:cases?|fall|casos?|cas|案例|用例|ケース|사례|случай)\s*#?"
+    r"^[\s>*#•_+-]{0,12}(?:\d{1,3}[.)]\s{1,4})?[*_`]{0,4}(?:failed )?(?:cases?|fall|casos?|cas|案例|用例|ケース|사례|случай)\s*#?"
     r"(?P<numbers>\d{1,4}(?:\s*(?:,|and|&|y|und|et)\s*(?:case\s*)?#?\d{1,4})*)[*_`]*\s*"
     r"(?:[:：.)|—–-]+|->|→|\(|$)\s*[*_`]*\s*(?P<reason>.*)$",
     re.IGNORECASE,
