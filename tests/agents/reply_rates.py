@@ -57,7 +57,9 @@ def _same(family: str, meaning: Any, expected: Any) -> bool:
         return tuple(meaning) == (expected,)
     if family == "analyse":
         cases = dict(re.findall(r"^Case (\d+): (.*)$", meaning, re.MULTILINE))
-        return {n: " ".join(r.split()) for n, r in cases.items()} == {n: " ".join(r.split()) for n, r in expected.items()}
+        return {n: " ".join(r.split()) for n, r in cases.items()} == {
+            n: " ".join(r.split()) for n, r in expected.items()
+        }
     if family in TEXTS:
         return meaning.strip() == expected.strip()
     return meaning == expected if family == "tag" else tuple(meaning) == tuple(expected)
@@ -83,7 +85,9 @@ def main() -> None:
     for family in prompts.TASKS:
         counts, others = rates(family, lambda text, fields, family=family: replies.read_reply(family, text, fields))
         total = counts.total()
-        print(f"{family:9} {total:4} replies  right {counts['right'] / total:6.1%}  none {counts['none']:3}  wrong {counts['wrong']:3}")
+        print(
+            f"{family:9} {total:4} replies  right {counts['right'] / total:6.1%}  none {counts['none']:3}  wrong {counts['wrong']:3}"
+        )
         for result, row, meaning in others if show else ():
             print(f"  {result}: {row['reply']!r}\n    {row['why']}\n    expected {row['reading']!r}, got {meaning!r}")
 

@@ -7,9 +7,11 @@ from .reading.comparison import read_equal
 from .reading.forms import READERS, missing_line, read_reply, schema
 from .reading.instructions import REWRITTEN_HEADING, read_evolved
 from .reading.labels import read_labels, read_ranking
+from .reading.methods import read_method
+from .reading.reviews import read_review
 from .reading.scores import read_scores
 from .reading.tags import read_tags
-from .reading.texts import read_method, read_review, read_rewritten, read_suggestion
+from .reading.texts import read_rewritten, read_suggestion, read_user
 
 __all__ = [
     "READERS",
@@ -26,5 +28,6 @@ __all__ = [
     "read_scores",
     "read_suggestion",
     "read_tags",
+    "read_user",
     "schema",
 ]

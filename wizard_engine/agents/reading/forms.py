@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 from wizard_engine.runtime.text_lines import split_lines
 
+from ..prompts import parse_trajectory
 from .comparison import read_equal
 from .instructions import REWRITTEN_HEADING, read_evolved
 from .labels import read_labels, read_ranking
+from .methods import read_method
+from .reviews import read_review
 from .scores import read_scores
 from .tags import read_tags
-from .texts import read_method, read_plain, read_review, read_rewritten, read_suggestion, read_user
+from .texts import read_plain, read_rewritten, read_suggestion, read_user
 
 Fields = Mapping[str, str]
 
@@ -36,6 +39,11 @@ def count_steps(fields: Fields) -> int:
 def count_instructions(fields: Fields) -> int:
     """The number of instructions in the fields of a prompt of task "rank": its numbered lines."""
     return sum(bool(re.match(r"\s*\d+\.(?:\s|$)", line)) for line in split_lines(fields["instructions"]))
+
+
+def count_cases(fields: Fields) -> int:
+    """The number of cases in the trajectory of a prompt of task "analyse"."""
+    return len(parse_trajectory(fields["trajectory"]))
 
 
 def _label_lines(fields: Fields) -> str:
@@ -75,7 +83,7 @@ READERS: dict[str, Form] = {
     "rank": Form(lambda text, fields: read_ranking(text, count_instructions(fields)), _rank_lines),
     "suggest": Form(lambda text, _: read_suggestion(text), lambda _: "one sentence that says what to change"),
     "analyse": Form(
-        lambda text, _: read_review(text),
+        lambda text, fields: read_review(text, count_cases(fields)),
         lambda _: "one line `Case N: ` and the reason for each failed case, or `No failed case.` alone",
     ),
     "optimise": Form(

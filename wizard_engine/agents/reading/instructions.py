@@ -5,7 +5,8 @@ import re
 from wizard_engine.runtime.text_lines import split_lines
 
 from .cleaning import without_reasoning
-from .wrapping import REMARK_RULE, named_value, unwrapped, without_closing, without_sections
+from .text_replies import TextForm, find_text, is_heading, is_no_text, trimmed
+from .wrapping import unfenced
 
 REWRITTEN_HEADING = "#Rewritten Instruction#:"
 _NOUN = r"(?:instruction|prompt|question|task|problem|request|version)"
@@ -21,23 +22,6 @@ _NAME = (
     r"|(?:재작성|다시 작성|수정)된 (?:지시"
     r"|지시문|명령)"
 )
-_HEADING = re.compile(
-    rf"^[ \t]*(?:>[ \t]*)?(?:(?:\*\*|#+[ \t]*)?step[ \t]*\d+[ \t]*[:.)-]*[ \t]*"
-    rf"|\d+[.)][ \t]+)?(?P<open>[#*_`＃\[ \t]*)(?:{_NAME})"
-    r"(?P<close>[ \t]*[#*_`＃\]]*[ \t]*[:：]?[ \t]*[*_`#]*)(?P<rest>.*)$",
-    re.IGNORECASE,
-)
-_FINAL_HEADING = re.compile(r"\bfinal|最终|finale?\b", re.IGNORECASE)
-_PREFACE = re.compile(
-    r"(?:(?:sure|certainly|of course|absolutely|okay|ok|great|got it|claro|por supuesto|natürlich|gerne|bien sûr|certo"
-    r"|好的|当然|もちろん|네|конечно)\b[^\n:：]{0,80}|(?:here|below|this)(?:['’]s| is| are)\b[^\n:：]{0,120}"
-    r"|aquí (?:está"
-    r"|tienes)[^\n:：]{0,100}"
-    r"|hier ist[^\n:：]{0,100}|voici[^\n:：]{0,100}|ecco[^\n:：]{0,100}|aqui está[^\n:：]{0,100}|以下是[^\n:：]{0,60}"
-    r"|вот[^\n:：]{0,80}"
-    r"|i(?:['’]ve| have)\b[^\n:：]{0,100}\b(?:rewritten|rewrote|evolved|revised)\b[^\n:：]{0,60})[:：][ \t*]*(?:\n|$)",
-    re.IGNORECASE,
-)
 _COMMENTARY = re.compile(
     r"\s*(?:sure\b|certainly\b|of course\b|okay\b|alright\b|absolutely\b|here(?:['’]s| is| are)\b"
     r"|let['’]?s (?:start|begin|work|follow)|let me\b"
@@ -48,107 +32,64 @@ _COMMENTARY = re.compile(
     r"|1[.)] (?:list|ways|read|possible)|ways to\b|possible ways\b|thank you\b|understood\b)",
     re.IGNORECASE,
 )
-REFUSAL = re.compile(
-    r"\s*(?:i['’]?m (?:really |very )?sorry,? but|i(?:['’]m| am) (?:unable|not able) to"
-    r"|(?:sorry,? )?(?:but )?i (?:can['’]?t|cannot|can not|won['’]t)"
-    r" (?:assist|help|rewrite|fulfil|comply|provide|do that|complete|evolve|create)|as an ai\b"
-    r"|unfortunately,? i (?:can|am)|i must decline"
-    r"|lo siento,? pero|es tut mir leid|je suis désolé|抱歉|对不起|很抱歉|申し訳|죄송|извините|mi dispiace|desculpe)",
-    re.IGNORECASE,
-)
 _PLACEHOLDER = re.compile(
     r"[\[<({][^\n]*\b(?:rewritten|instruction|insert|your|here|text)\b[^\n]*[\]>)}]|\.{3}|…|none|n/?a", re.IGNORECASE
 )
-_KEYS = ("rewritten_instruction", "final_instruction", "evolved_instruction", "new_instruction", "rewritten_prompt",
-         "rewritten", "instruction", "prompt", "result", "output")  # fmt: skip
-_SECTIONS = ("operator", "method", "given instruction", "example")
+_FORM = TextForm(
+    _NAME,
+    r"\b(?:instruction|prompt|rewrites?|rewritten|evolved|version|options?)\b|instrucción|anweisung|consigne"
+    r"|instrução|istruzione|指令|指示|инструкци|지시",
+    ("rewritten_instruction", "final_instruction", "evolved_instruction", "new_instruction", "rewritten_prompt")
+    + ("rewritten", "instruction", "prompt", "result", "output"),
+)
 
 
 def read_evolved(text: str) -> str | None:
     """The new instruction, or None where a reply has none, or it cannot be told from what is said about it.
 
-        reply    = [preface] heading instruction [remark] | JSON object with it | preface ":" instruction [remark]
-                 | instruction
-        heading  = "#Rewritten Instruction#:", the last one in the reply; without one, a line "Rewritten Instruction:",
-                   "**New Prompt**", "### Final instruction" or the like, also in another language
-        instruction = text, perhaps in a fence, in quotes, in bold or quoted by ">"; it ends before a section of the
-                   prompt ("#Method#:") or a remark
-        remark   = paragraph that begins "Explanation:", "Changes:", "Note: I ...", "This version ..."; a rule before it
-
-    A reply without a heading that goes on about rewriting, or refuses, has no instruction.
+    The reply has the form of `text_replies`, with the name "Rewritten Instruction", "New Prompt" or the like. The line
+    `#Rewritten Instruction#:` goes before all other headings: the instruction is what follows it. A reply without a
+    heading that goes on about rewriting has no instruction.
     """
-    content = without_reasoning(text)
-    body, is_marked = _body(content)
-    if body is None:
+    content = unfenced(without_reasoning(text))
+    bodies = _exact_bodies(content)
+    if bodies:
+        body = bodies[0] if len(set(bodies)) == 1 else None
+        return body if body and not _PLACEHOLDER.fullmatch(body) else None
+    found = find_text(content, _FORM)
+    if found is None or _PLACEHOLDER.fullmatch(found):
         return None
-    instruction = _instruction(body, is_marked)
-    return None if not instruction or _PLACEHOLDER.fullmatch(instruction) else instruction
+    return None if found == content.strip() and _is_commentary(content, found) else found
 
 
-def _body(content: str) -> tuple[str | None, bool]:
-    """The text with the instruction, and whether something says that it is one."""
-    lines = split_lines(content)
-    exact = _after_exact(lines)
-    if exact is not None:
-        return exact, True
-    value = named_value(content, _KEYS)
-    if value is not None:
-        return value, True
-    headed = _after_heading(lines)
-    if headed is not None:
-        return headed, True
-    if REFUSAL.match(content):
-        return None, False
-    preface = _PREFACE.match(content)
-    if preface:
-        return content[preface.end() :], True
-    return (None if _is_commentary(content) else content), False
+def _exact_bodies(content: str) -> list[str]:
+    """The texts behind the lines `#Rewritten Instruction#:`; behind a later heading that is called final."""
+    bodies, lines = [], split_lines(content)
+    places = [index for index, line in enumerate(lines) if _is_exact(line)]
+    for place, end in zip(places, [*places[1:], len(lines)]):
+        later = [
+            i
+            for i in range(place + 1, end)
+            if is_heading(lines[i], _FORM) and re.search(r"\bfinal", lines[i], re.IGNORECASE)
+        ]
+        if later:
+            found = find_text("\n".join(lines[later[-1] : end]), _FORM)
+        else:
+            rest = lines[place].partition(REWRITTEN_HEADING)[2].lstrip("*_")
+            found = trimmed("\n".join([rest, *lines[place + 1 : end]]), _FORM)
+        bodies += [found] if found else []
+    return bodies
 
 
-def _after_exact(lines: list[str]) -> str | None:
-    """What follows the last line `#Rewritten Instruction#:`, or a later one that is called final."""
-    for index in range(len(lines) - 1, -1, -1):
-        head, heading, rest = lines[index].partition(REWRITTEN_HEADING)
-        if heading and (not head.strip() or re.search(r"[.!?:*]\s*[*_]*$", head)):
-            later = [
-                i for i in range(index + 1, len(lines)) if _is_heading(lines[i]) and _FINAL_HEADING.search(lines[i])
-            ]
-            if later:
-                return _after_heading(lines[later[-1] :])
-            return "\n".join([rest.lstrip("*_") if head.strip() else rest, *lines[index + 1 :]]).strip()
-    return None
+def _is_exact(line: str) -> bool:
+    """Whether a line is the heading that was asked for, or ends a sentence and goes on with it."""
+    head, heading, _ = line.partition(REWRITTEN_HEADING)
+    return bool(heading) and (not head.strip(" \t*_>`") or bool(re.search(r"[.!?:*]\s*[*_]*$", head)))
 
 
-def _is_heading(line: str) -> bool:
-    """Whether a line is a heading: marked as one (#, bold), ended by a colon, or nothing else on it and a mark."""
-    match = _HEADING.match(line)
-    if not match:
-        return False
-    has_colon = ":" in match["close"] or "：" in match["close"]
-    is_marked = bool(re.search(r"[#*＃]", match["open"])) and (has_colon or not match["rest"].strip())
-    return has_colon or is_marked
-
-
-def _after_heading(lines: list[str]) -> str | None:
-    """What follows the last heading that has something behind it."""
-    for index in range(len(lines) - 1, -1, -1):
-        if _is_heading(lines[index]):
-            body = "\n".join([_HEADING.match(lines[index])["rest"], *lines[index + 1 :]]).strip()
-            if body:
-                return body
-    return None
-
-
-def _is_commentary(content: str) -> bool:
+def _is_commentary(content: str, found: str) -> bool:
     """Whether a text without a heading speaks about rewriting, and not as an instruction may."""
+    if is_no_text(found):
+        return True
     about = re.search(r"rewritten instruction|#\s?(?:method|operator|given instruction)", content, re.IGNORECASE)
-    return bool(_COMMENTARY.match(content) or about)
-
-
-def _instruction(body: str, is_marked: bool) -> str:
-    """The instruction of a body without its wrapping, remarks and further sections of the prompt."""
-    body = without_sections(body, _SECTIONS)
-    body = unwrapped(without_closing(body))
-    if not is_marked and REMARK_RULE.search(body):
-        return ""
-    return body
+    return bool(_COMMENTARY.match(found) or (about and not found.startswith("#")))

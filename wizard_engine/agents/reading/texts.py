@@ -1,12 +1,12 @@
-"""Readers of texts: improved answers, suggestions, reviews of failed cases, methods, and plain replies."""
+"""Readers of improved answers, suggestions, users' messages and plain replies; their form is that of `text_replies`."""
 
 import re
 
-from wizard_engine.runtime.text_lines import one_line, split_lines
+from wizard_engine.runtime.text_lines import one_line
 
-from .cleaning import json_values, lower_keys, without_emphasis, without_reasoning
-from .instructions import REFUSAL
-from .wrapping import named_value, unwrapped, without_closing, without_sections
+from .cleaning import without_reasoning
+from .text_replies import TextForm, find_text, is_no_text
+from .wrapping import unfenced
 
 _ANSWER_NOUN = r"(?:answers?|versions?|responses?|reply|solutions?|rewrite|explanation|text)"
 _CHANGED = (
@@ -27,12 +27,6 @@ _OPENING = re.compile(
 _LONE_OPENER = re.compile(
     r"(?:sure(?: thing)?|certainly|of course|absolutely|got it|understood)\b[^\n]{0,12}\n\s*(?=\S)", re.IGNORECASE
 )
-_ANSWER_HEADING = re.compile(
-    rf"[ \t]*[#*_＃]*[ \t]*(?:the )?(?:final )?(?:improved|rewritten|revised|new|better|enhanced"
-    rf"|updated) {_ANSWER_NOUN}[ \t]*(?:"
-    r"[#*_＃]*[ \t]*[:：][ \t]*[*_]*|[#*_＃]+[ \t]*(?=\n|$))\s*",
-    re.IGNORECASE,
-)
 _NOTHING_TO_DO = re.compile(
     r"(?:no (?:further |other )?(?:changes?|improvements?|revisions?)\b[^\n.]{0,40}\b(?:needed|necessary|required"
     r"|possible)"
@@ -40,255 +34,114 @@ _NOTHING_TO_DO = re.compile(
     r"|to|needs)\b[^\n.]{0,20}\bimprove)",
     re.IGNORECASE,
 )
-_ANSWER_KEYS = ("improved_answer", "rewritten_answer", "new_answer", "revised_answer", "answer", "response", "output")
-_ANSWER_SECTIONS = ("quality", "suggestion", "instruction", "answer", "conversation so far", "reference answer")
+_ANSWER = TextForm(
+    rf"(?:the )?(?:final )?(?:improved|rewritten|revised|new|better|enhanced|updated) {_ANSWER_NOUN}"
+    r"|(?:改进|改善|修改|优化)(?:后|了)?的?(?:回答|答案)|改善(?:された|した|後の)?(?:回答|答え)|개선된 답변|улучшенный ответ"
+    r"|(?:respuesta|resposta) (?:mejorada|melhorada)|verbesserte antwort|réponse améliorée|risposta migliorata",
+    rf"\b(?:{_CHANGED}\b[^\n]{{0,40}}\b{_ANSWER_NOUN}|{_ANSWER_NOUN}\b[^\n]{{0,40}}\b{_CHANGED}|rewrite)\b|unchanged"
+    r"|respuesta mejorada|verbesserte|améliorée|migliorata|melhorada|改进|改善|улучшенн|개선",
+    ("improved_answer", "rewritten_answer", "new_answer", "revised_answer", "answer", "response", "output"),
+)
 
 
 def read_rewritten(text: str, before: str = "") -> str | None:
     """The rewritten answer without remarks about it; None for a reply that holds none.
 
+    The reply has the form of `text_replies`, with the name "Improved Answer" or the like. Before the answer may stand an
+    opener alone on its line ("Sure!"), and a remark ("Here is the improved answer:", "I have revised the answer ...").
+    "No changes are needed." alone is no answer.
+
     Args:
         before: the answer that was to be rewritten; repeated as it is, it is an answer, whatever it says.
-
-        reply   = [opener] [remark] [heading] answer [closing] | JSON object with the answer, alone
-        opener  = "Sure!" | "Certainly!" | ...     alone on the first line
-        remark  = "Here is the improved answer:" | "I have revised the answer ..." | the like, also in another language
-        heading = "#Improved Answer#:" | "**Revised answer:**" | ...
-        answer  = text, perhaps in a fence without a language; it ends before a section of the prompt ("#Suggestion#:")
-        closing = paragraph "Changes made: ..." | "This version ..." | "I have added ... " | the like
-
-    "No changes are needed." alone and a refusal are no answers.
     """
     answer = without_remarks(text)
-    is_short = len(answer) < 200 and one_line(answer) != one_line(before)
-    if is_short and (_NOTHING_TO_DO.search(answer) or REFUSAL.match(answer)):
+    if one_line(answer) != one_line(before) and (
+        is_no_text(answer) or (len(answer) < 200 and _NOTHING_TO_DO.search(answer))
+    ):
         return None
     return answer or None
 
 
 def without_remarks(text: str) -> str:
     """The answer of a reply, see `read_rewritten`; "" where it has nothing but remarks."""
-    content = without_reasoning(text)
-    value = named_value(content, _ANSWER_KEYS) if content[:1] in "{`" else None
-    if value is not None:
-        return value
-    answer = _headed(content)
-    if answer is None:
-        answer = content
-        if opening := _OPENING.match(answer):
-            answer = answer[opening.end() :].strip()
-        elif opener := _LONE_OPENER.match(answer):
-            answer = answer[opener.end() :].strip()
-        if heading := _ANSWER_HEADING.match(answer):
-            answer = answer[heading.end() :]
-    answer = without_closing(without_sections(answer, _ANSWER_SECTIONS))
-    return unwrapped(answer) if answer[:3] in ("```", "~~~") else answer
+    content = unfenced(without_reasoning(text))
+    if opening := _OPENING.match(content):
+        content = content[opening.end() :]
+    elif opener := _LONE_OPENER.match(content):
+        content = content[opener.end() :]
+    if is_no_text(content.strip()):
+        return content.strip()
+    return find_text(content, _ANSWER) or ""
 
 
-def _headed(content: str) -> str | None:
-    """What follows the last line that is a heading of the answer."""
-    lines = split_lines(content)
-    for index in range(len(lines) - 1, -1, -1):
-        match = _ANSWER_HEADING.match(lines[index])
-        if match and re.search(r"[#*＃]", match[0]):
-            return "\n".join([lines[index][match.end() :], *lines[index + 1 :]]).strip()
-    return None
-
-
-_SUGGESTION = re.compile(
-    r"\s*(?:(?:sure|certainly|of course)\b[^\n:]{0,40}[!.,:]\s*)?(?:here(?:['’]s| is)[^\n:]{0,60}:\s*)?"
-    r"[#*_＃\s]*(?:(?:one |my )?suggestions?|advice|sugerencia|vorschlag|建议|提案|제안|совет)[ \t]*"
-    r"[#*_＃]*[ \t]*[:：][ \t*_]*",
-    re.IGNORECASE,
+_SUGGESTION = TextForm(
+    r"(?:one |my |the )?suggestions?|advice|sugerencia|vorschlag|建议|提案|제안|совет|предложение|suggerimento|sugestão"
+    r"|conseil",
+    r"\b(?:suggest(?:ions?|ed)?|advice|following|sugerencia|vorschlag|suggestion|suggerimento|sugestão|conseil)\b"
+    r"|建议|提案|제안|совет|предложени",
+    ("suggestion", "advice", "feedback"),
 )
-_SUGGESTION_PREFACE = re.compile(
-    r"\s*(?:(?:sure|certainly|of course)\b[^\n:]{0,40}[!.,]\s*)?here(?:['’]s| is)[^\n:]{0,80}:\s*", re.IGNORECASE
+_NO_SUGGESTION = re.compile(
+    r"(?:none|n/?a|no suggestions?(?: (?:needed|necessary))?)\W*|[^\n]*\b(?:same|equal) quality\b[^\n]*"
+    r"|[^\n]*\b(?:nothing (?:to change|needs)|no changes? (?:is|are)? ?(?:needed|necessary))\b[^\n]*",
+    re.IGNORECASE,
 )
 
 
 def read_suggestion(text: str) -> str | None:
     """The suggestion; None where there is none.
 
-    reply = [preface] ["#Suggestion#:" | "Suggestion:" | ...] text | JSON object with the key "suggestion"
+    The reply has the form of `text_replies`, with the name "Suggestion" or the like; two headings in a row are one.
     """
-    content = without_reasoning(text)
-    value = named_value(content, ("suggestion", "advice", "feedback"))
-    if value is None:
-        begin = _SUGGESTION.match(content) or _SUGGESTION_PREFACE.match(content)
-        value = unwrapped(
-            without_sections(content[begin.end() if begin else 0 :], ("instruction", "answer", "better answer"))
-        )
-    return (
-        None
-        if REFUSAL.match(value) or re.fullmatch(r"\W*|(?:none|n/?a|no suggestions?)\W*", value, re.IGNORECASE)
-        else value
-    )
+    found = find_text(text, _SUGGESTION)
+    if found and is_heading_again(found):
+        found = find_text(found, _SUGGESTION)
+    return None if found is None or _NO_SUGGESTION.fullmatch(found) else found
 
 
-# ---- reviews --------------------------------------------------------------------------------------------------------
+def is_heading_again(text: str) -> bool:
+    """Whether a suggestion begins with its name."""
+    return bool(_SUGGESTION.heading.match(text.split("\n")[0]) and re.match(r"[^\n]{0,30}[:：]", text))
 
-NO_FAILED_CASE = "No failed case."
-_CASE = re.compile(
-    r"^[\s>*#•_+-]{0,12}(?:\d{1,3}[.)]\s{1,4})?[*_`]{0,4}(?:failed )?(?:cases?|fall|casos?|cas|案例|用例|ケース|사례|случай)\s*#?"
-    r"(?P<numbers>\d{1,4}(?:\s*(?:,|and|&|y|und|et)\s*(?:case\s*)?#?\d{1,4})*)[*_`]*\s*"
-    r"(?:[:：.)|—–-]+|->|→|\(|$)\s*[*_`]*\s*(?P<reason>.*)$",
+
+_USER_TURN = re.compile(
+    r"^[ \t]*(?:#{1,4}[ \t]*)?[*_\[]*(?:user|assistant|human|bot|ai|utilisateur|usuario|usuário|nutzer|benutzer"
+    r"|assistent|asistente"
+    r"|пользователь|ассистент|用户|助手|ユーザー|アシスタント|사용자|어시스턴트)[*_\]]*(?:[ \t]?[:：]|[ \t]*$)|<\|im_start\|>",
+    re.IGNORECASE | re.MULTILINE,
+)
+_USER_NAME = re.compile(
+    r"\s*(?:#{1,4}[ \t]*)?[*_\[]*(?:user|human|utilisateur|usuario|usuário|nutzer|benutzer|пользователь|用户|ユーザー"
+    r"|사용자)[*_\]]*"
+    r"(?:[ \t]?[:：][*_]*|[ \t]*(?=\n))\s*|<\|im_start\|>user\s",
     re.IGNORECASE,
 )
-_NONE_FAILED = re.compile(
-    r"\b(?:no (?:failed|failing|failure) cases?|no cases? (?:have |has )?failed|none (?:of the cases )?(?:have "
-    r"|has )?failed|no failures?"
-    r"|there (?:are|were) no failed|zero failed|all (?:the )?(?:\w+ )?cases (?:\w+ )?(?:evolved|succeeded|passed"
-    r"|are (?:fine|correct|valid|ok)))"
-    r"|没有失败|無失敗|失敗した(?:ケース|事例)は(?:ありません|ない)"
-    r"|ning[uú]n caso fall|kein(?:e|er)? .{0,30}fehlgeschlagen|aucun cas",
-    re.IGNORECASE,
-)
-_PASSED = re.compile(
-    r"(?:no (?:failure|failures|problems?|issues?|errors?)|ok(?:ay)?|passed|fine|successful(?:ly evolved)?|valid"
-    r"|not failed|did not fail|good"
-    r"|well evolved)\b\W*$|^(?:no (?:failure|issue|problem)|passed|ok\b|not (?:a )?failed)",
-    re.IGNORECASE,
+_MESSAGE = TextForm(
+    r"(?:the )?(?:user['’]s )?next (?:user )?(?:message|turn)|下一条(?:用户)?消息|次のメッセージ|다음 메시지|следующее сообщение"
+    r"|nächste nachricht|prochain message|(?:siguiente|próximo) mensaje|próxima mensagem|prossimo messaggio",
+    r"\b(?:message|follow-up|question|nachricht|mensaje|mensagem|messaggio|turn)\b|消息|メッセージ|메시지|сообщение",
+    ("message", "next_message", "user_message", "content", "user", "question"),
+    _USER_TURN,
+    is_single=True,
 )
 
 
-def read_review(text: str) -> str | None:
-    """The review of evolving cases as lines `Case N: reason`, or `No failed case.`; None where it is neither.
+def read_user(text: str) -> str | None:
+    """The next message of a user; None where there is none.
 
-        reply = [preface] { case } [closing] | "No failed case." in some wording
-              | JSON array of {"case": n, "reason": text}
-        case  = ["-" | "1."] "Case" n (":" | "." | "-" | "(") reason, which goes on over the lines up to the next case
-
-    Cases of which the reason says that they did not fail are left out. A reply that names failed cases and says that
-    there are none is not read.
+    The reply has the form of `text_replies`, with the name "Next Message"; the user's name may stand before it. What the
+    assistant says next is left out; a reply that is the assistant's turn alone has no message.
     """
+    text = re.sub(r"^\s*<\|im_start\|>user\s", "", text)
     content = without_reasoning(text)
-    cases, rest = _cases_of_json(content), ""
-    if cases is None:
-        cases, rest = _cases_of_lines(content)
-    failed = {number: reason for number, reason in cases.items() if not _PASSED.search(reason)}
-    says_none = bool(_NONE_FAILED.search(rest))
-    if failed:
-        return None if says_none else "\n".join(f"Case {number}: {reason}" for number, reason in failed.items())
-    return NO_FAILED_CASE if says_none or cases else None
-
-
-def _cases_of_json(content: str) -> dict[int, str] | None:
-    values = [v for v in json_values(content) if isinstance(v, list | dict)] if content[:1] in "[{`" else []
-    if len(values) != 1:
+    if re.match(r"\s*(?:#+\s*)?[*_\[]*(?:assistant|助手|アシスタント)[*_\]]*\s*(?:[:：]|\n)", content, re.IGNORECASE):
         return None
-    items = values[0]
-    if isinstance(items, dict):
-        items = next((v for key, v in lower_keys(items).items() if isinstance(v, list)), [items])
-    cases = {}
-    for item in map(lower_keys, filter(lambda entry: isinstance(entry, dict), items)):
-        number, reason = re.search(r"\d+", str(item.get("case", ""))), item.get("reason")
-        if number is None or not isinstance(reason, str):
-            return None
-        cases[int(number[0])] = one_line(reason)
-    return cases
-
-
-def _cases_of_lines(content: str) -> tuple[dict[int, str], str]:
-    """The reason of each case, and the text that is about none."""
-    cases: dict[int, str] = {}
-    rest: list[str] = []
-    numbers: list[int] = []
-    for line in split_lines(content):
-        match = _CASE.match(line)
-        if match:
-            numbers = list(map(int, re.findall(r"\d+", match["numbers"])))
-            reason = match["reason"].strip()
-            reason = one_line(without_emphasis(reason)) if re.search(r"[*`_]", reason) else reason
-        else:
-            reason = one_line(without_emphasis(line).lstrip(" -•"))
-        rest += [] if numbers else [line]
-        for number in numbers:
-            cases[number] = f"{cases.get(number, '')} {reason}".strip()
-        if not line.strip() and numbers and cases[numbers[0]]:
-            numbers = []
-    return {number: reason for number, reason in cases.items() if reason}, "\n".join(rest)
-
-
-# ---- methods --------------------------------------------------------------------------------------------------------
-
-_FENCE_LINE = re.compile(r"\s*(?:>\s*)?(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)$")
-_NEW_METHOD = re.compile(
-    r"\b(?:new|improved|updated|revised|optimi[sz]ed|final|modified|nuevo|neue|nouvelle"
-    r"|nuovo)\b[^\n]{0,40}\b(?:method|método|methode|méthode|version|metodo)\b"
-    r"|新(?:的)?方法|改进后的方法|新しい方法|새로운 방법|новый метод",
-    re.IGNORECASE,
-)
-_OTHER_BLOCK = re.compile(
-    r"\b(?:old|original|previous|current|example|for instance|usage|given)\b[^\n]*$", re.IGNORECASE
-)
-_METHOD_HEADING = re.compile(
-    r"[ \t]*[#*_＃]+[ \t]*(?:new|improved|revised|updated) method[ \t]*[#*_＃]*[ \t]*[:：]?[*_]*\s*", re.IGNORECASE
-)
-_LIST = re.compile(r"\s*1[.)]\s+\S.*(?:\n\s*(?:\d+[.)]|[-*•])\s+\S.*)+\s*")
-
-
-def read_method(text: str) -> str | None:
-    """The new method, or None where there is none or it is blank.
-
-        reply = { text, block } [text] | ["#New Method#:"] numbered list, alone | JSON object with the key "method"
-        block = line of three or more backticks or tildes [name] , lines , line of as many
-
-    Of several blocks the last counts: the last behind "new method", "revised method" or the like, else the last that is
-    not called an example or the old one. A block that is not closed is none.
-    """
-    content = without_reasoning(text)
-    blocks = _blocks(content)
-    value = named_value(content, ("method", "new_method", "improved_method", "revised_method"))
-    if value is not None:
-        return value or None
-    if blocks:
-        new = [
-            block
-            for before, block in blocks
-            if _NEW_METHOD.search(before) and not re.search(r"\bexample\b", before, re.IGNORECASE)
-        ]
-        rest = [block for before, block in blocks if not _OTHER_BLOCK.search(before)] or [block for _, block in blocks]
-        return (new or rest)[-1] or None
-    if "```" in content or "~~~" in content:
-        inline = re.fullmatch(r"[^`]{0,80}```([^`\n]+)```\s*", content)
-        return inline[1].strip() if inline else None
-    heading = _METHOD_HEADING.match(content)
-    listed = content[heading.end() :] if heading else content
-    return listed.strip() if _LIST.fullmatch(listed) else None
-
-
-def _blocks(content: str) -> list[tuple[str, str]]:
-    """(the last line before it, content) of each closed block."""
-    blocks, fence, lines, before, previous = [], "", [], "", ""
-    for line in split_lines(content):
-        match = _FENCE_LINE.match(line)
-        closes = fence and re.search(rf"{fence[0]}{{{len(fence)},}}\s*$", line)
-        if not fence:
-            if match:
-                fence, lines, before = match["fence"], [], previous
-            previous = line if line.strip() else previous
-        elif closes:
-            lines.append(re.sub(rf"{fence[0]}{{{len(fence)},}}\s*$", "", line))
-            blocks.append((before, "\n".join(lines).strip()))
-            fence, previous = "", ""
-        else:
-            lines.append(line)
-    return blocks
+    if name := _USER_NAME.match(content):
+        content = content[name.end() :]
+    found = find_text(content, _MESSAGE)
+    return None if found is None or re.match(r"(?:as an ai|i don['’]t have a next)", found, re.IGNORECASE) else found
 
 
 def read_plain(text: str) -> str | None:
     """The reply without reasoning and special tokens; None where nothing remains."""
     return without_reasoning(text) or None
-
-
-_SPEAKER = re.compile(
-    r"\s*(?:#+\s*)?[*_]*(?:user|human|next message|nutzer|usuario|用户)[*_]*\s*[:：][*_]*\s*", re.IGNORECASE
-)
-
-
-def read_user(text: str) -> str | None:
-    """The next message of a user, without the name in front of it and quotes around it; None where nothing remains."""
-    content = without_reasoning(text)
-    speaker = _SPEAKER.match(content)
-    content = content[speaker.end() :] if speaker else content
-    return unwrapped(re.sub(r"^[#＃]Next Message[#＃]:\s*", "", content)) or None
