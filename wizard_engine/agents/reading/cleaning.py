@@ -61,7 +61,9 @@ def without_reasoning(text: str) -> str:
     return (text[: end.start()] if end else text).strip()
 
 
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufe0f]")
+_INVISIBLE = re.compile(
+    "[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufe0f\U0001f300-\U0001faff\u2600-\u2793\u2795-\u27bf]"
+)
 _HALVES = re.compile(r"(?<=\d)\s?½")
 _SIGN = re.compile(r"(?<![\w.\]])[−–—‐﹣](?=\d)")
 _ELEMENT = re.compile(r"<([A-Za-z][\w-]{0,30})>\s*([^<>\n]{1,80}?)\s*</\1>")

@@ -60,7 +60,8 @@ _LABEL = (
     r"(?:verdict|answer|result|conclusion|decision|judge?ment|overall|final|assessment|determination"
     r"|veredicto|veredito|conclusión|respuesta|resultado|urteil|ergebnis|antwort|fazit|verdetto|risultato|conclusione"
     r"|verdict final|réponse|conclusão|resposta|结论|判断|结果|判定|答案|結論|回答|вердикт|вывод|ответ"
-    r"|결론|판정|결과|판단)"
+    r"|결론|판정|결과|판단"
+    r"|therefore|thus|hence|so|daher|also|deshalb|por (?:lo )?tanto|donc|quindi|portanto|因此|所以|したがって|따라서|поэтому|итак)"
 )
 _SEPARATOR = r"(?:\s*(?:is|are|[:=|>→#-]|es|ist|est|è|é|是|为|は)\s*)+"
 _LABELLED = re.compile(
@@ -101,7 +102,7 @@ def read_equal(text: str) -> bool | None:
 
     All verdicts of a reply must agree. `Equal` with a limit behind it ("equal in length", "equal, but") says nothing.
     """
-    text = plain(text)
+    text = re.sub(r"\b(?:are|is)n['’]t\b", "are not", re.sub(r"(?i)\b(not)\s*\n\s*(equal)\b", r"\1 \2", plain(text)))
     try:
         from_json = agreed(v for item in json_objects(text) if (v := _in_object(item)) is not None)
         return _in_text(text) if from_json is None else from_json
@@ -145,7 +146,7 @@ def _units(text: str) -> list[tuple[str, bool]]:
 
 def _alone(text: str) -> bool | None:
     """The verdict that a text is, and nothing else; a translation may follow in parentheses."""
-    bare = re.sub(r"[\s_]+", " ", without_emphasis(text).lower()).strip(" .!\"'“”‘’«»()[]{}<>#|~,;-–—=✅❌✓✗≠→")
+    bare = re.sub(r"[\s_]+", " ", without_emphasis(text).lower()).strip(" .!\"'“”‘’«»()[]{}<>#|~,;-–—=✓✗≠→。!,")
     parts = [part.strip(" \"'") for part in re.split(r"[()/]", bare) if part.strip(" \"'")]
     verdicts = [False if re.fullmatch(_NOT, part) else _EXACT.get(part) for part in parts]
     return verdicts[0] if verdicts and verdicts.count(verdicts[0]) == len(verdicts) else None
@@ -162,15 +163,32 @@ def _in_unit(unit: str, is_edge: bool) -> tuple[bool, bool] | None:
         return bool(_alone(rest)), bool(_FINAL.search(label))
     said = {match.lastgroup for match in _ANY.finditer(line)}
     line = line.replace("would say", "say").replace("would conclude", "conclude")
-    if len(said) != 1 or _IDLE.search(line):
+    if len(said) > 1 or _IDLE.search(line):
         return None
     for pattern in (_LABELLED, _SENTENCE, *([_REASONED] if is_edge else [])):
-        match = pattern.search(line) if pattern is _LABELLED else pattern.match(line)
-        if match and (said == {"no"} or not _LIMITED.search(_up_to_reason(match["tail"]))):
+        match = pattern.search(line) if pattern is _LABELLED else _last_match(pattern, line)
+        if match and said and (said == {"no"} or not _LIMITED.search(_up_to_reason(match["tail"]))):
             return "yes" in said, bool(_FINAL.search(match.groupdict().get("label") or ""))
+    reasoned = re.match(r"([^:,;.(]{2,30})[:,;(]\s*\S(.*)", line) if is_edge and not said else None
+    if reasoned and _alone(reasoned[1]) is not None:
+        return bool(_alone(reasoned[1])), False
     marked = [_alone(next(filter(None, match.groups()))) for match in _MARKED.finditer(unit)]
     verdict = agreed(v for v in marked if v is not None)
     return None if verdict is None else (verdict, False)
+
+
+def _last_match(pattern: re.Pattern[str], line: str) -> re.Match[str] | None:
+    """The match at the beginning of a sentence, or of a clause that draws its conclusion."""
+    starts = [
+        0,
+        *(
+            m.end()
+            for m in re.finditer(
+                r"[,;—–-] ?(?:and |which means (?:that )?)?(?=(?:so|therefore|thus|hence|they) )", line
+            )
+        ),
+    ]
+    return next((match for start in starts if (match := pattern.match(line, start))), None)
 
 
 def _up_to_reason(tail: str) -> str:

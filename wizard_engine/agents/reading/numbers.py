@@ -19,7 +19,7 @@ _SCORE = re.compile(rf"\+?({DIGITS})(?P<scale>{SCALE})*", re.IGNORECASE)
 NOT_BEHIND = (
     r"(?![\d%°])(?![.,]\d)(?!\s*(?:[-–—~/:]|to\b|bis\b|a\b(?=\s*\d))\s*\d)(?!\s*(?:/|out of|per ?cent|×|\*\s*\d))"
 )
-NOT_BEFORE = r"(?<![\w.,/])(?<!\d[-–~/:])(?<!\d\s[-–~/:])(?<!\d\s[-–~/:]\s)(?<!-)(?<![$€£#])"
+NOT_BEFORE = r"(?<![A-Za-z0-9_.,/])(?<!\d[-–~/:])(?<!\d\s[-–~/:])(?<!\d\s[-–~/:]\s)(?<!-)(?<![$€£#])"
 SCORE = rf"{NOT_BEFORE}(?:\+?{DIGITS}){SCALE}*{NOT_BEHIND}"
 FINAL = re.compile(
     r"\b(?:final|overall|total|totals|verdict|conclusion|average|mean|in sum|summary|sum|therefore|thus|altogether"
@@ -32,6 +32,17 @@ SCORE_WORD = (
     r"|nota|pontuação|avaliação|valutazione|punteggio|voto|évaluation|评分|得分|分数|打分|評価|評点|スコア|点数|점수|평점|평가"
     r"|оценка|балл|баллы|rating)"
 )
+
+
+_WRITTEN = dict(zip(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], range(2, 11)))
+_WRITTEN_NUMBER = re.compile(rf"\b(?:{'|'.join(_WRITTEN)})\b(?!-)", re.IGNORECASE)
+# A best score that is not ten.
+OTHER_SCALE = re.compile(r"满分\s*(?:为|是)?\s*(?!10(?!\d))\d+|(?<!\d)(?!10(?!\d))\d+\s*(?:点満点|점 만점)")
+
+
+def with_digits(text: str) -> str:
+    """The text with the numbers from two to ten in digits."""
+    return _WRITTEN_NUMBER.sub(lambda match: str(_WRITTEN[match[0].lower()]), text)
 
 
 def read_score(text: str, low: int = 1, high: int = 10) -> float | None:

@@ -16,7 +16,7 @@ _CASE = re.compile(
 )
 _INNER_CASE = re.compile(rf"[;；]\s*(?={_NAME} ?\d{{1,4}}\s?[:：])", re.IGNORECASE)
 _NONE_FAILED = re.compile(
-    r"(?<!reply `)(?<!reply )\b(?:no (?:failed|failing|failure) cases?|no cases? (?:have |has )?failed"
+    r"(?<!reply `)(?<!reply )(?<!if )\b(?:no (?:failed|failing|failure) cases?|no cases? (?:have |has )?failed"
     r"|none (?:of (?:the|these) (?:\w+ )?cases )?(?:have |has )?"
     r"failed|no failures?|there (?:are|were) no failed|zero failed"
     r"|all (?:of )?(?:the )?(?:\w+ )?cases (?:\w+ )?(?:evolved|succeeded|passed|are (?:fine|correct|valid|ok|sound)))"
@@ -108,16 +108,16 @@ def _distinct(pairs) -> dict[int, str]:
 def _of_lines(content: str) -> tuple[dict[int, str], str]:
     pairs: list[tuple[list[int], str]] = []
     rest: list[str] = []
-    is_open = False
+    is_open = is_headed = False
     for line in split_lines(content):
         match = _CASE.match(line)
         if match:
             pairs.append((list(map(int, re.findall(r"\d+", match["numbers"]))), _plain(match["reason"])))
-            is_open = True
+            is_open, is_headed = True, line.lstrip().startswith("#")
         elif is_open and line.strip():
             pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]} {_plain(line)}".strip())
         else:
-            is_open = is_open and not pairs[-1][1]
+            is_open = is_open and not pairs[-1][1] and is_headed
             rest.append(line)
     if pairs and re.search(r"\bCase\s*$", pairs[-1][1]):
         raise Ambiguous

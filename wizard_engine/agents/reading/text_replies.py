@@ -34,6 +34,7 @@ _NEXT_TURN = re.compile(
 )
 _SPEAKER = re.compile(r"\s*(?:\*\*)?\[?(?:assistant|ai|bot|model)\]?(?:\*\*)?[ \t]?[:：](?:\*\*)?\s*", re.IGNORECASE)
 _PROMPT_HEADING = re.compile(r"^[ \t]*[#＃][ \t]?[A-Z][A-Za-z ]{2,28}[#＃][ \t]*[:：]", re.MULTILINE)
+_ONLY_HEADINGS = re.compile(r"(?:\s*[#＃][^#＃\n]{1,30}(?:[#＃][ \t]*[:：]?)?[ \t]*(?:\n|$))+")
 _VERSIONS = re.compile(
     r"^[ \t>*_#-]*(?:option|version|variant|variante|alternative|opción|choice|方案|选项|版本)[ \t]*(?:\d|[A-C]\b|one|two)",
     re.IGNORECASE | re.MULTILINE,
@@ -49,7 +50,7 @@ _REFUSAL = re.compile(
     r" (?:assist|help|rewrite|fulfil|comply|provide|do that|complete|evolve|create|continue|expand|give|answer"
     r"|improve|write)"
     r"|i['’]d (?:rather|prefer) not|i would (?:rather|prefer) not|as an ai\b|unfortunately,? i (?:can|am)"
-    r"|i must decline|i['’]m not able to"
+    r"|i must decline|i(?:['’]m| am) not able to"
     r"|lo siento|es tut mir leid|(?:je suis )?désolé|je ne peux pas|tut mir leid|(?:das|dabei|hierbei"
     r"|dazu) kann ich (?:leider )?nicht"
     r"|抱歉|对不起|很抱歉|我无法|申し訳|죄송|извините|к сожалению|mi dispiace|desculpe|não posso|no puedo (?:ayudar|continuar))",
@@ -57,7 +58,7 @@ _REFUSAL = re.compile(
 )
 _ASKS_BACK = re.compile(
     r"\s*(?:could|can|would) you (?:please )?(?:share|tell me which|paste|provide|specify|clarify which|send)\b[^\n]*\?"
-    r"|\s*(?:please (?:share|provide|paste)|i don['’]t see (?:a|an|any|the)\b|which of the two\b|there (?:is"
+    r"|\s*(?:please (?:share|provide|paste)|i don['’]t see (?:a|an|any|the)\b|which of the two (?:answers|suggestions|instructions|versions)\b|there (?:is"
     r"|seems to be) no (?:instruction|answer|conversation))",
     re.IGNORECASE,
 )
@@ -69,6 +70,10 @@ _PROMISE = re.compile(
 )
 
 
+# Keys of JSON objects that speak about a text instead of holding it.
+_ABOUT = {"quality", "operator", "status", "suggestion", "reason", "reasons", "explanation", "role", "error"}
+
+
 @dataclass(frozen=True)
 class TextForm:
     """What a task's text is called.
@@ -78,6 +83,7 @@ class TextForm:
         keys: keys of JSON objects and names of tags that hold it.
         turns: pattern of the next turn behind it.
         is_single: whether a list is several texts to choose from.
+        is_any_json: whether the text may be JSON with other keys.
     """
 
     names: str
@@ -85,6 +91,7 @@ class TextForm:
     keys: tuple[str, ...]
     turns: re.Pattern[str] = _NEXT_TURN
     is_single: bool = False
+    is_any_json: bool = False
 
     @cached_property
     def heading(self) -> re.Pattern[str]:
@@ -100,7 +107,7 @@ class TextForm:
         """The first words of a reply that announce the text."""
         return re.compile(
             rf"\s*(?:[^\n.!?:：]{{0,40}}[!.]\s+)?(?:{_CUE})[^\n:：]{{0,120}}(?:{self.nouns})[^\n:：]{{0,90}}"
-            rf"(?:[:：]|!(?=\s*{_EMOJI}))\s*(?:{_EMOJI}\s*)*[*_]{{0,2}}[ \t]*(?=\S)",
+            rf"(?:[:：][*_]{{0,2}}|!(?=\s*{_EMOJI}))\s*(?:{_EMOJI}\s*)*(?=\S)",
             re.IGNORECASE,
         )
 
@@ -117,7 +124,7 @@ def find_text(reply: str, form: TextForm) -> str | None:
     if body is None:
         return None
     text = trimmed(body, form)
-    if not text or is_cut_json(text, form):
+    if not text or _ONLY_HEADINGS.fullmatch(text) or _is_cut_json(text):
         return None
     if not is_marked and is_no_text(text):
         return None
@@ -141,9 +148,9 @@ def is_no_text(text: str) -> bool:
     return bool(_REFUSAL.match(text) or _ASKS_BACK.match(text) or _PROMISE.fullmatch(text))
 
 
-def is_cut_json(text: str, form: TextForm) -> bool:
-    """Whether a text is JSON that was cut, or JSON without what was asked for."""
-    return bool(re.match(r"\{\s*[\"'][\w ]+[\"']\s*:", text))
+def _is_cut_json(text: str) -> bool:
+    """Whether a text is the beginning of a JSON object."""
+    return bool(re.match(r"\{\s*[\"'][\w ]+[\"']\s*:", text)) and not json_objects(text)
 
 
 def _body(content: str, form: TextForm) -> tuple[str | None, bool]:
@@ -153,14 +160,16 @@ def _body(content: str, form: TextForm) -> tuple[str | None, bool]:
         if found:
             return (found[0] if len(found) == 1 else None), True
         if content[:1] == "{":
-            return (None if json_objects(content) else content), True
+            objects = json_objects(content)
+            is_itself = form.is_any_json and objects and not _ABOUT & set(objects[0])
+            return (content if is_itself or not objects else None), True
     tagged = form.tag.findall(content)
     if tagged:
         return (tagged[-1][1] if len({text for _, text in tagged}) == 1 else None), True
     headed = _headed(split_lines(content), form)
     if headed is not None:
         return headed[0], True
-    preface = form.preface.match(content)
+    preface = None if is_no_text(content) else form.preface.match(content)
     if preface:
         return (None if _SEVERAL.search(preface[0]) else content[preface.end() :]), True
     return content, False
@@ -189,7 +198,7 @@ def _headed(lines: list[str], form: TextForm) -> tuple[str | None] | None:
     filled = [(place, body) for place, body in bodies if body]
     if not filled:
         before = "\n".join(lines[: places[0]]).strip() if places else ""
-        return (before,) if before else None
+        return (before or None,) if places else None
     last_place, last = filled[-1]
     is_final = re.search(r"\bfinal|最终|最終", lines[last_place], re.IGNORECASE)
     if is_final or len({body for _, body in filled}) == 1:

@@ -41,6 +41,7 @@ _ANSWER = TextForm(
     rf"\b(?:{_CHANGED}\b[^\n]{{0,40}}\b{_ANSWER_NOUN}|{_ANSWER_NOUN}\b[^\n]{{0,40}}\b{_CHANGED}|rewrite)\b|unchanged"
     r"|respuesta mejorada|verbesserte|améliorée|migliorata|melhorada|改进|改善|улучшенн|개선",
     ("improved_answer", "rewritten_answer", "new_answer", "revised_answer", "answer", "response", "output"),
+    is_any_json=True,
 )
 
 
