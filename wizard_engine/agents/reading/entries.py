@@ -20,7 +20,8 @@ T = TypeVar("T")
 Read = Callable[[str], T | None]  # the value that a text is; Ambiguous for a number outside the form
 
 _WORD = (
-    r"steps?|instructions?|versions?|options?|prompts?|items?|lines?|labels?|scores?|no\.?|nr\.?|number|variants?"
+    r"consignes?|aufgaben?|preguntas?|версия|вариант|バージョン|버전|版本|steps?|instructions?|versions?|options?|prompts?"
+    r"|items?|lines?|labels?|scores?|no\.?|nr\.?|number|variants?"
     r"|schritt"
     r"|anweisung|paso|instrucción|étape|etape|passo|instrução|istruzione|stap|шаг|инструкция|步骤|步驟|指令|第|ステップ|手順"
     r"|단계|지시|지시문"
@@ -30,6 +31,13 @@ _HEADER = re.compile(
     rf"(?P<word>(?:{_WORD})[ \t]*)?(?P<hash>#[ \t]*)?(?P<number>\d{{1,3}})(?P<unit>[ \t]*(?:步|番目?|단계|步骤))?[*_`]*"
     r"(?P<separator>[ \t]*(?:[:.)\]]|->|→|=>|=|—|–|\|)+|[ \t]+-(?=[ \t])|[ \t]*$|[ \t]*(?=\())[*_`]*",
     re.IGNORECASE | re.MULTILINE,
+)
+_PLACES = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"]
+_ORDINAL = re.compile(rf"\b({'|'.join(_PLACES)})[ \t]+(instruction|version|step)\b", re.IGNORECASE)
+_CORRECTS = re.compile(
+    r"\b(?:correct(?:ed|ion|ing)?|revis(?:ed|ion)|mixed up|mistake|wait|updated|final|reconsider\w*"
+    r"|on reflection)\b|更正|修正|訂正|수정",
+    re.IGNORECASE,
 )
 _NUMBERING = re.compile(r"\W*(?:[^\W\d]+\s*)?\d{1,3}\s*(?:[:)]|\.(?!\d))")
 _INLINE = re.compile(
@@ -54,8 +62,10 @@ def read_entries(text: str, count: int, value: Read, inside: Read, *, any_order:
     from_tables = agreed(v for rows in tables(text) if (v := _in_table(rows, count, value, names)) is not None)
     if from_tables is not None:
         return from_tables
+    text = _ORDINAL.sub(lambda match: f"{match[2]} {_PLACES.index(match[1].lower()) + 1}", text)
+    pairs = _pairs(text, count, value)
     readings = list(_sections(text, count, inside, any_order))
-    readings += [_bare_lines(text, count, value), _one_line(text, count, value)]
+    readings += [pairs, _bare_lines(text, count, value), None if pairs else _one_line(text, count, value)]
     return agreed(reading for reading in readings if reading is not None)
 
 
@@ -135,7 +145,7 @@ def _sections(text: str, count: int, inside: Read, any_order: bool) -> Iterator[
     """The values of each sequence of sections 1 to count; None for one in which a section has no value."""
     if not count:
         return
-    headers = [h for h in _HEADER.finditer(text) if 1 <= int(h["number"]) <= count and _is_header(text, h)]
+    headers = [h for h in _HEADER.finditer(text) if _is_header(text, h)]
     for is_named in (True, False):
         chosen = [h for h in headers if bool(h["word"] or h["hash"] or h["unit"]) == is_named]
         places = [(int(h["number"]), h.start(), h.end()) for h in chosen]
@@ -153,40 +163,53 @@ def _is_header(text: str, header: re.Match[str]) -> bool:
 
 
 def _sequences(text: str, headers, count: int, inside: Read, any_order: bool) -> Iterator[tuple | None]:
-    numbers = [number for number, _, _ in headers]
-    expected = list(range(1, count + 1))
-    if not numbers or len(numbers) % count:
-        return
     ends = [start for _, start, _ in headers[1:]] + [len(text)]
-    for first in range(0, len(numbers), count):
-        block = numbers[first : first + count]
-        if block != expected and not (any_order and sorted(block) == expected):
+    contents = [text[start:end] for (_, _, start), end in zip(headers, ends)]
+    numbers = [number for number, _, _ in headers]
+    for number, content in zip(numbers, contents):
+        if number == count + 1 and count in numbers and _inside(content, inside, is_last=True) is not None:
+            raise Ambiguous  # it goes on behind the last one
+    kept = [place for place, number in enumerate(numbers) if 1 <= number <= count]
+    expected = list(range(1, count + 1))
+    blocks = [kept[first : first + count] for first in range(0, len(kept), count)]
+    corrected = [n for n, block in enumerate(blocks) if n and _CORRECTS.search(contents[block[0] - 1])]
+    for block in blocks[corrected[-1] if corrected else 0 :]:
+        shown = [numbers[place] for place in block]
+        if shown != expected and not (any_order and sorted(shown) == expected):
+            if any_order:
+                yield _by_number([(numbers[place], contents[place]) for place in kept], expected, inside)
             return
-        values = {}
-        for place in range(first, first + count):
-            number, _, start = headers[place]
-            values[number] = _inside(text[start : ends[place]], inside, is_last=place == len(numbers) - 1)
+        values = {numbers[p]: _inside(contents[p], inside, is_last=p == len(numbers) - 1) for p in block}
         yield _whole([values[number] for number in expected])
+
+
+def _by_number(entries: list[tuple[int, str]], expected: list[int], inside: Read) -> tuple | None:
+    """The values of sections of which some stand twice, with the same value."""
+    values: dict[int, list] = {number: [] for number in expected}
+    for place, (number, content) in enumerate(entries):
+        values[number].append(_inside(content, inside, is_last=place == len(entries) - 1))
+    return _whole([agreed(v for v in found if v is not None) for found in values.values()])
 
 
 def _inside(content: str, inside: Read, *, is_last: bool) -> Any:
     """The value of a section; the last one may be followed by a closing paragraph, which says nothing about it."""
-    try:
-        found = inside(content.strip())
-    except Ambiguous:
-        if not is_last:
-            return None
-        found = None
-    if found is None and is_last:
-        first = re.split(r"\n\s*\n|\n(?=\S.*\n)", content.strip())[0]
-        try:
-            found = inside(first.strip())
-        except Ambiguous:
-            return None
-    return found
+    pieces = re.split(r"\n\s*\n", content.strip())[:1] if is_last else []
+    for piece in [*pieces, content.strip()]:
+        found = _value_or_none(piece, inside)
+        if found is not None:
+            return found
+    return None
 
 
 # ---- lines and lists ------------------------------------------------------------------------------------------------
+
+
+def _pairs(text: str, count: int, value: Read) -> tuple | None:
+    """The values of lines `1 7`, `2 8`, numbered in order."""
+    lines = [match for line in content_lines(text) if (match := re.fullmatch(r"(\d{1,3})[ \t]+(\S+)", line))]
+    if count < 2 or [int(match[1]) for match in lines] != list(range(1, count + 1)):
+        return None
+    return _whole([_value_or_none(match[2], value) for match in lines])
 
 
 def _bare_lines(text: str, count: int, value: Read) -> tuple | None:
@@ -220,7 +243,8 @@ def _one_line(text: str, count: int, value: Read) -> tuple | None:
     """The values of the only line that is a list of `count` values, perhaps behind a word and a colon."""
     found = []
     for line in content_lines(text):
-        line = re.sub(r"^[^\d:+-]{1,40}:\s*(?=[\[(+\d-])", "", without_emphasis(line).strip(" >#"))
+        line = re.sub(r"^[^\d:+\[-]{1,40}(?::|\bare|\bis)\s*(?=[\[(+\d-])", "", without_emphasis(line).strip(" >#"))
+        line = re.sub(r"^\[\[(?!\[)|\]\]$", "", line.strip(" ."))
         line = line.strip(" .").removeprefix("[").removeprefix("(").removesuffix("]").removesuffix(")")
         pieces = [piece for piece in re.split(r"\s*[,;|/]\s*|\s+", line) if piece]
         if count > 1 and len(pieces) == count and not _NUMBERING.match(line):

@@ -4,7 +4,7 @@ import re
 
 from .cleaning import Ambiguous, agreed, content_lines, plain, without_emphasis
 from .entries import read_entries
-from .numbers import FINAL, NOT_BEFORE, NOT_BEHIND, SCALE, SCORE, SCORE_WORD, read_score
+from .numbers import FINAL, NOT_BEFORE, NOT_BEHIND, SCALE, SCORE, SCORE_WORD, read_score, with_digits
 
 _LABEL = r"[-+]?1|[-+]?0"
 _LABEL_WORD = (
@@ -16,7 +16,8 @@ _LABEL_NAMES = rf"(?:final |step )?{_LABEL_WORD}|1/0/-1"
 _BEHIND = r"(?![\w%/^*×÷+=]|[.,]\d|\s*[*+/×÷=^]|\s-\s?\d|\s*[–—-]>?\s*\d)"
 _JUDGEMENT = r"(?:correct|right|incorrect|wrong|neutral|ok|okay|true|false|good|bad|invalid|valid|irrelevant|helpful)\b"
 _START = re.compile(
-    rf"(?P<label>{_LABEL}){_BEHIND}(?=\s*$|[.,;:)\]](?=\s|$)(?!\s*[\d+*/=-])|\s+[-–—]\s+(?!\d)|\s*[(\n\[]|\s*(?:->|→|—)"
+    rf"(?:(?P<signed>-1)(?=\s[-–—]\s)|(?P<label>{_LABEL}){_BEHIND})(?=\s[-–—]\s(?=.*[^\W\d]{{2}})|\s*$"
+    rf"|[.,;:)\]](?=\s|$)(?!\s*[\d+*/=-])|\s+[-–—]\s+(?!\d)|\s*[(\n\[]|\s*(?:->|→|—)"
     rf"|\s+(?:because|since|as|for)\b|\s+{_JUDGEMENT})",
     re.IGNORECASE,
 )
@@ -82,7 +83,7 @@ def _label_inside(content: str) -> int | None:
         return agreed([*named, *([] if whole is None else [whole])])
     start = _START.match(plain_content.lstrip(" ([\"'-" if plain_content[:2] == "- " else " ([\"'"))
     lines = content_lines(plain_content)
-    found = [int(start["label"])] if start else []
+    found = [int(start["label"] or start["signed"])] if start else []
     found += [
         label for line in lines[1:] if re.fullmatch(rf"[(\[]?(?:{_LABEL})[)\]]?\.?", line) for label in [_label(line)]
     ]
@@ -97,6 +98,9 @@ def _unnumbered(text: str, count: int) -> tuple[int, ...] | None:
     """Labels of lines that begin with one and go on with its reason, where there are `count` such lines alone."""
     lines = [without_emphasis(line) for line in content_lines(text)]
     starts = [re.match(rf"({_LABEL})(?:\s*[:—–(,]|\s+-\s)\s*(?!\d)\S", line) for line in lines]
+    if lines and not all(starts):
+        starts = [re.match(rf"({_LABEL})\s+(?=[^\W\d])", line) for line in lines]
+        starts = starts if all(starts) and "-1" in [match[1] for match in starts] else [None]
     if count < 2 or not all(starts) or len(starts) != count:
         return None
     labels = tuple(int(match[1]) for match in starts)
@@ -116,7 +120,7 @@ _SCORE_START = re.compile(
 )
 _SCORE_NAMED = re.compile(
     rf"(?P<name>(?:final|overall|total|average|quality)?\s*(?:{SCORE_WORD}|\bquality|\boverall|\btotal|\baverage))"
-    rf"\s*(?:\(?(?:0-10|/\s*10|out of 10)\)?)?\s*(?:(?:[:=→|-]|->|is|of|es|ist|est|为|は|是)\s*)+"
+    rf"\s*(?:\(?(?:0-10|/\s*10|out of 10)\)?)?(?:\s*(?:(?:[:=→|-]|->|is|of|es|ist|est|为|は|是)\s*)+|\s+)"
     rf"[\[(]*(?P<score>{SCORE})",
     re.IGNORECASE,
 )
@@ -154,7 +158,7 @@ def _is_bare(text: str, count: int) -> bool:
 
 
 def _score(text: str) -> float | None:
-    bare = without_emphasis(text).strip(" \t\"'|")
+    bare = with_digits(without_emphasis(text)).strip(" \t\"'|")
     bare = re.sub(rf"^\[\[\s*|\s*\]\]$|^[(\[]\s*|\s*[)\]]$|^{SCORE_WORD}\s*[:=]\s*", "", bare, flags=re.IGNORECASE)
     score = read_score(bare, low=0)
     if score is None and re.fullmatch(r"[-+]?\d+(?:[.,]\d+)?(?:\s*/\s*\d+|\s*%)?", bare):

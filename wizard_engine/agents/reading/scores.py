@@ -15,7 +15,7 @@ from .cleaning import (
     tables,
     without_emphasis,
 )
-from .numbers import FINAL, SCALE, SCORE, SCORE_WORD, read_score
+from .numbers import FINAL, OTHER_SCALE, SCALE, SCORE, SCORE_WORD, read_score, with_digits
 
 _MARK = re.compile(r"\[\[\s*([^\[\]\n]{1,60}?)\s*\]\](?:\s*/\s*10(?![\d.]))?")
 _NESTED = re.compile(r"\[\[([^\[\],]{1,20})\]\s*,?\s*\[([^\[\],]{1,20})\]\]")
@@ -26,12 +26,25 @@ _NAME = (
 _LETTER = r"(?<![A-Za-z0-9])(?P<side>[AB])(?![A-Za-z0-9'’])"
 _BEHIND_NAME = r"(?:['’]s)?(?:\s*(?:的|の|의))?"
 _FILLER = (
-    rf"(?:\s*(?:final|overall|total|{SCORE_WORD}|is|gets?|receives?|scores?|earns?|deserves?|at|a|an|of|to|with|ist"
+    rf"(?:\s*(?:final|overall|total|{SCORE_WORD}|is|i (?:would )?(?:give|award)|gets?|receives?|scores?|earns?"
+    rf"|deserves?|at|a|an|of|to|with|ist"
     rf"|es|est"
     r"|erhält|obtiene|是|为|は|得到?)\b|\s*[:=|>→~(\[\"'-]|\s)*"
 )
 _SIDE_BEFORE = re.compile(rf"{_LETTER}{_BEHIND_NAME}{_FILLER}\s*$", re.IGNORECASE)
 _EXAMPLE = re.compile(r"\b(?:form|format|example|e\.g\.|such as|template|as in)\b[^\n]*$", re.IGNORECASE)
+_CORRECTS = re.compile(
+    r"\b(?:wait|correct(?:ed|ion)|on reflection|reconsider\w*|revis\w+|mistake|actually|changed my mind|instead"
+    r"|final|overall)\b|更正|修正|訂正",
+    re.IGNORECASE,
+)
+_WINNER = re.compile(
+    r"\b(?:answer|assistant|response)\s+(?P<winner>[AB])\s+(?:is|was|gives|wins|remains)\b\s*(?:clearly |therefore "
+    r"|overall |thus )?"
+    r"(?:the )?(?:better|best|winner|superior|stronger|preferable)(?: (?:answer|one|response|choice"
+    r"|overall))*\s*(?=[.!;\n]|$)",
+    re.IGNORECASE,
+)
 _ORDINALS = {"a": "A", "b": "B", "1": "A", "2": "B", "first": "A", "second": "B"}
 
 
@@ -77,9 +90,13 @@ def read_scores(text: str, count: int) -> tuple[float, ...] | None:
 def _marked(text: str, count: int) -> tuple[float, ...] | None:
     text = _NESTED.sub(r"[[\1]] [[\2]]", text)
     marks = [mark for match in _MARK.finditer(text) for mark in _marks_of(text, match, count)]
-    marks = [mark for mark in marks if not _EXAMPLE.search(text[max(0, mark.start - 60) : mark.start])] or marks
     if not marks:
         return None
+    marks = [mark for mark in marks if not _is_example(text, mark)]
+    if len(marks) == 1 == len(list(_MARK.finditer(text))) and count == 2 and marks[0].value is not None:
+        return _pair_in_mark(text)
+    if not marks:
+        raise Ambiguous
     groups = _groups(text, marks)
     fitting = [group for group in groups if len(group) == count]
     if len(marks) == count:
@@ -88,9 +105,42 @@ def _marked(text: str, count: int) -> tuple[float, ...] | None:
         chosen = fitting[0]
     elif fitting and fitting[-1] is groups[-1] and _is_final(text, fitting[-1]):
         chosen = fitting[-1]
+        others = [group for group in fitting[:-1] if _is_alone(text, group)]
+        if others and not _CORRECTS.search(text[others[-1][-1].end : chosen[0].start]):
+            raise Ambiguous
     else:
         raise Ambiguous
-    return _ordered(chosen)
+    values = _ordered(chosen)
+    _check_prose(_MARK.sub("", text), values)
+    return values
+
+
+def _check_prose(text: str, values: tuple[float, ...]) -> None:
+    """Ambiguous where the prose plainly states other scores, or another winner."""
+    lines = [without_emphasis(line).replace("#", "") for line in content_lines(text)]
+    if len(values) == 1:
+        stated = [read_score(match["score"]) for line in lines for match in _GIVEN.finditer(line)]
+        if any(score not in (None, *values) for score in stated):
+            raise Ambiguous
+        return
+    named = _named(lines)
+    winners = {match["winner"].upper() for line in lines for match in _WINNER.finditer(line)}
+    leader = "A" if values[0] > values[1] else "B" if values[1] > values[0] else None
+    if (named is not None and named != values) or (leader and winners and leader not in winners):
+        raise Ambiguous
+
+
+def _is_example(text: str, mark: _Mark) -> bool:
+    """Whether a mark is the prompt's own example, announced as the form."""
+    return mark.value in (7, 4.5, 7.5) and bool(_EXAMPLE.search(text[max(0, mark.start - 60) : mark.start]))
+
+
+def _pair_in_mark(text: str) -> tuple[float, ...] | None:
+    """The two scores of a single mark `[[7,4]]`: one number would leave one answer without a score."""
+    match = re.fullmatch(r"(\d{1,2}),(\d{1,2})", next(_MARK.finditer(text))[1])
+    if match is None:
+        raise Ambiguous
+    return _all([read_score(match[1]), read_score(match[2])])
 
 
 def _marks_of(text: str, match: re.Match[str], count: int) -> list[_Mark]:
@@ -132,10 +182,14 @@ def _groups(text: str, marks: list[_Mark]) -> list[list[_Mark]]:
 
 def _is_final(text: str, group: list[_Mark]) -> bool:
     """Whether a group says so, or stands alone in the last lines."""
-    start, end = group[0].start, group[-1].end
-    line = text[text.rfind("\n", 0, start) + 1 : start]
-    is_alone = not re.search(r"\w", re.sub(rf"{_NAME}|{SCORE_WORD}|\b[AB]\b", "", line, flags=re.IGNORECASE))
-    return (is_alone and not re.search(r"\w", text[end:])) or bool(FINAL.search(line))
+    line = text[text.rfind("\n", 0, group[0].start) + 1 : group[0].start]
+    return (_is_alone(text, group) and not re.search(r"\w", text[group[-1].end :])) or bool(FINAL.search(line))
+
+
+def _is_alone(text: str, group: list[_Mark]) -> bool:
+    """Whether nothing but names of answers stands before a group on its line."""
+    line = text[text.rfind("\n", 0, group[0].start) + 1 : group[0].start]
+    return not re.search(r"\w", re.sub(rf"{_NAME}|{SCORE_WORD}|\b[AB]\b", "", line, flags=re.IGNORECASE))
 
 
 def _ordered(marks: list[_Mark]) -> tuple[float, ...]:
@@ -257,19 +311,20 @@ _ADJACENT = re.compile(
     re.IGNORECASE,
 )
 _BARE_PAIR = re.compile(
-    rf"[(\[]*(?P<first>{SCORE})[)\]]*\s*(?:[,;|&]\s|[;|&]|\s|(?:and|vs\.?|y|und|et"
+    rf"[(\[]*(?P<first>{SCORE})[)\]]*\s*(?:[,;|&]\s|[;|&]|\s|(?<=\])(?=\[)|(?:and|vs\.?|y|und|et"
     rf"|и)\s)\s*[(\[]*(?P<second>{SCORE})[)\]]*\.?",
     re.IGNORECASE,
 )
 
 
 def _stated_pair(text: str) -> tuple[float, ...] | None:
-    lines = [without_emphasis(line) for line in content_lines(text)]
+    lines = [with_digits(without_emphasis(line).replace("#", "")) for line in content_lines(text)]
     for chosen in ([line for line in lines if FINAL.search(line)], lines):
         pairs = [pair for line in chosen for match in _ADJACENT.finditer(line) if (pair := _adjacent(match))]
         if pairs:
             return agreed(pairs)
     named = _named(lines)
+    named = named or _in_sections(lines) or _for_both(lines)
     if named is not None:
         return named
     for line in lines[-1:]:
@@ -278,6 +333,32 @@ def _stated_pair(text: str) -> tuple[float, ...] | None:
         if match:
             return _all([read_score(match["first"]), read_score(match["second"])])
     return None
+
+
+def _in_sections(lines: list[str]) -> tuple[float, ...] | None:
+    """Scores in the paragraphs that begin with the names of the answers."""
+    sections: dict[str, list[str]] = {}
+    side = None
+    for line in lines:
+        match = re.match(rf"\W*{_NAME}\s*(?P<side>[AB12])\b(?=\s*(?:[:.-]|$))[\s:.-]*", line, re.IGNORECASE)
+        if match:
+            side = _ORDINALS[match["side"].lower()]
+            if side in sections:
+                return None
+            sections[side] = []
+        if side:
+            sections[side].append(line[match.end() :] if match else line)
+    if set(sections) != {"A", "B"}:
+        return None
+    values = [_of_kind(sections[side], (_FINAL_SCORE, _WORDED_SCORE)) for side in "AB"]
+    return None if None in values else tuple(values)
+
+
+def _for_both(lines: list[str]) -> tuple[float, ...] | None:
+    """The score that both answers get, where no other one is stated."""
+    found = [read_score(match["score"]) for line in lines for match in _BOTH.finditer(line)]
+    scaled = [match for line in lines for match in _SCALED_SCORE.finditer(line)]
+    return (found[0],) * 2 if len(found) == 1 == len(scaled) and found[0] is not None else None
 
 
 def _adjacent(match: re.Match[str]) -> tuple[float, ...]:
@@ -308,7 +389,7 @@ def _named(lines: list[str]) -> tuple[float, ...] | None:
     return _all(agreed(values) for values in chosen)
 
 
-_IS = r"\s*(?:[:=|>→-]|is|of|at|ist|es|est|è|é|是|为|は|:)+\s*(?:a\s+|an\s+)?"
+_IS = r"(?:\s+(?=\d)|\s*(?:[:=|>→-]|is|of|at|ist|es|est|è|é|是|为|は|:)+\s*(?:a\s+|an\s+)?)"
 _FINAL_SCORE = re.compile(
     rf"(?:{FINAL.pattern})(?:\s*(?:{SCORE_WORD}|assessment|answer|mark))?(?:\s*\((?:out of|/)\s*10\)"
     rf"|\s*\(1-10\))?{_IS}(?P<score>{SCORE})"
@@ -316,7 +397,8 @@ _FINAL_SCORE = re.compile(
     re.IGNORECASE,
 )
 _WORDED_SCORE = re.compile(
-    rf"(?:^|(?<=[\s(#\"]))(?:{SCORE_WORD})(?:\s*\((?:out of 10|/10|1-10)\))?(?:{_IS}|\s+(?:it|this|the answer"
+    rf"(?:^|(?<=[\s(#\"]))(?:{SCORE_WORD})(?:\s+(?:for|of)\s+(?:this|the"
+    rf"|answer)[^\n.:\d]{{0,20}}?)?(?:\s*\((?:out of 10|/10|1-10)\))?(?:{_IS}|\s+(?:it|this|the answer"
     rf"|this answer)"
     rf"(?:\s+(?:a|an|as|at))?\s+|\s+)(?P<score>{SCORE}){_BEHIND_PLAIN}",
     re.IGNORECASE,
@@ -325,13 +407,33 @@ _SCALED_SCORE = re.compile(rf"(?P<score>{SCORE.replace(f'{SCALE}*', f'{SCALE}+')
 _CRITERION = re.compile(r"[^\W\d]{3,}[^:\n]{0,30}[:=]\s*$")
 
 
-def _stated(text: str) -> tuple[float, ...] | None:
-    lines = [without_emphasis(line).strip(" #>") for line in content_lines(text)]
-    whole = "\n".join(lines)
-    for pattern in (_FINAL_SCORE, _WORDED_SCORE):
+_GIVEN = re.compile(
+    rf"\b(?:give|award|rate)\s+(?:it|this|the answer|this answer|this response)\s+(?:a\s+|an\s+|at\s+"
+    rf"|with\s+)?(?P<score>{SCORE})",
+    re.IGNORECASE,
+)
+_BOTH = re.compile(
+    rf"\b(?:both|each)\b[^\n.\d]{{0,40}}(?P<score>{SCORE.replace(f'{SCALE}*', f'{SCALE}+')})", re.IGNORECASE
+)
+
+
+def _of_kind(lines: list[str], patterns: tuple[re.Pattern[str], ...]) -> float | None:
+    """The score of the first kind of statement that the lines have."""
+    for pattern in patterns:
         found = [match for line in lines for match in pattern.finditer(line)]
         if found:
-            return _all([agreed(read_score(match["score"]) for match in found)])
+            return _all([agreed(read_score(match["score"]) for match in found)])[0]
+    return None
+
+
+def _stated(text: str) -> tuple[float, ...] | None:
+    if OTHER_SCALE.search(text):
+        return None
+    lines = [with_digits(without_emphasis(line).strip(" #>")) for line in content_lines(text)]
+    whole = "\n".join(lines)
+    stated = _of_kind(lines, (_FINAL_SCORE, _WORDED_SCORE, _GIVEN))
+    if stated is not None:
+        return (stated,)
     scaled = [match["score"] for match in _SCALED_SCORE.finditer(whole)]
     if scaled:
         return _all([agreed(map(read_score, scaled))])

@@ -26,7 +26,7 @@ _DIFFICULTIES = {
 _LINE = re.compile(
     r"(?:^|[,;|/]\s?|\n)[^\w\n]{0,12}(?:\d{1,2}[.)]\s?)?[^\w\n]{0,8}(?P<name>"
     + "|".join(f"(?P<{name}>{words})" for name, words in _NAMES.items())
-    + r")[^\w\n:=]{0,8}[:=][^\w\n]{0,12}(?P<value>[^\n]{0,200}?)(?=\s?(?:[,;|]\s?[^\w\n]{0,8}(?:"
+    + r")[^\w\n:=]{0,8}(?:[:=]|\s[-–—]\s)[^\w\n]{0,12}(?P<value>[^\n]{0,200}?)(?=\s?(?:[,;|]\s?[^\w\n]{0,8}(?:"
     + "|".join(_NAMES.values())
     + r")[^\w\n:=]{0,8}[:=]|\n|$))",
     re.IGNORECASE,
@@ -47,9 +47,17 @@ def read_tags(text: str) -> dict[str, str] | None:
     try:
         tags = agreed(tags for item in json_objects(text) if (tags := _in_object(item)) is not None)
         tags = tags or agreed(tags for rows in tables(text) if (tags := _in_table(rows)) is not None)
-        return tags or _in_lines("\n".join(without_emphasis(line) for line in content_lines(text)))
+        return tags or _in_lines(_joined([without_emphasis(line) for line in content_lines(text)]))
     except Ambiguous:
         return None
+
+
+def _joined(lines: list[str]) -> str:
+    """The lines as a text, a heading that is a name and the line below it as one."""
+    names = re.compile(rf"\W*(?:{'|'.join(_NAMES.values())})\W*", re.IGNORECASE)
+    return re.sub(
+        r"\0\n", ": ", "\n".join(f"{line.strip(' #:')}\0" if names.fullmatch(line) else line for line in lines)
+    )
 
 
 def _in_lines(text: str) -> dict[str, str] | None:
@@ -65,7 +73,11 @@ def _in_lines(text: str) -> dict[str, str] | None:
 def _value(name: str, text: str) -> str | None:
     """A tag's value, None for one that does not fit."""
     value = one_line(text).lower()
-    value = value if name != "difficulty" and not re.search(r"\(|\s[-–—]\s|→", value) else _REASON.split(value)[0]
+    levels = re.findall(r"\b(?:easy|medium|hard)\b", value) if name == "difficulty" else []
+    if name == "difficulty" or re.search(r"\(|\s[-–—]\s|→", value):
+        value = _REASON.split(value)[0]
+    if name == "difficulty" and len(set(levels)) <= 1:
+        value = value.split(",")[0]
     value = re.sub(r"^\W+|[^\w+#)]+$", "", value)
     if name == "difficulty":
         return next((level for level, words in _DIFFICULTIES.items() if re.fullmatch(words, value)), None)
@@ -78,8 +90,10 @@ def _in_object(item: dict) -> dict[str, str] | None:
     tags = {}
     for name, words in _NAMES.items():
         present = [item[key] for key in item if re.fullmatch(words, key.replace("_", " "), re.IGNORECASE)]
-        if len(present) != 1 or not isinstance(present[0], str):
+        if len(present) != 1:
             return None
+        if not isinstance(present[0], str):
+            raise Ambiguous
         tags[name] = _value(name, present[0])
     if None in tags.values():
         raise Ambiguous

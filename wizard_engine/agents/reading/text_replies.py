@@ -58,7 +58,8 @@ _REFUSAL = re.compile(
 )
 _ASKS_BACK = re.compile(
     r"\s*(?:could|can|would) you (?:please )?(?:share|tell me which|paste|provide|specify|clarify which|send)\b[^\n]*\?"
-    r"|\s*(?:please (?:share|provide|paste)|i don['’]t see (?:a|an|any|the)\b|which of the two (?:answers|suggestions|instructions|versions)\b|there (?:is"
+    r"|\s*(?:please (?:share|provide|paste)|i don['’]t see (?:a|an|any|the)\b|which of the two (?:answers"
+    r"|suggestions|instructions|versions)\b|there (?:is"
     r"|seems to be) no (?:instruction|answer|conversation))",
     re.IGNORECASE,
 )
