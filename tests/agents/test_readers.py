@@ -48,7 +48,7 @@ EQUAL = [
 SCORES = [
     ("[[7]] [[4.5]]", 2, (7, 4.5)),
     ("A good.\n[[7, 4.5]]", 2, (7, 4.5)),
-    ("[[7,5]]", 2, None),
+    ("[[7,5]]", 2, (7, 5)),
     ("[[7/10]] [[4.5/10]]", 2, (7, 4.5)),
     ("Answer A: [[7]]\nAnswer B: [[4.5]]", 2, (7, 4.5)),
     ("Answer B: [[7]]\nAnswer A: [[4.5]]", 2, (4.5, 7)),
@@ -295,7 +295,7 @@ TAGS = [
 EVOLVED = [
     ("a b", "a b"),
     ("plan\n#Rewritten Instruction#:\nnew\nlines\n", "new\nlines"),
-    ("#Rewritten Instruction#: one\n#Rewritten Instruction#: two", "two"),
+    ("#Rewritten Instruction#: one\n#Rewritten Instruction#: two", None),
     ("#Rewritten Instruction#:", None),
     (
         "#Rewritten Instruction#:\nHow many apples has Tom if he buys 3 more?",
@@ -443,7 +443,7 @@ REVIEWS = [
     ("Case 1: a\nmore\n\nOverall the method is weak.", "Case 1: a more"),
 ]
 METHODS = [
-    ("x\n```\nold\n```\n```text\nnew\nrule\n```", "new\nrule"),
+    ("x\n```\nold\n```\n```text\nnew\nrule\n```", None),
     ("no fence", None),
     ("```\n```", None),
     ("~~~\n1. a\n~~~", "1. a"),

@@ -144,9 +144,12 @@ def _units(text: str) -> list[tuple[str, bool]]:
     return units
 
 
+_EDGES = " .!\"'“”‘’«»()[]{}<>#|~,;-–—=✓✗≠→。"
+
+
 def _alone(text: str) -> bool | None:
     """The verdict that a text is, and nothing else; a translation may follow in parentheses."""
-    bare = re.sub(r"[\s_]+", " ", without_emphasis(text).lower()).strip(" .!\"'“”‘’«»()[]{}<>#|~,;-–—=✓✗≠→。!,")
+    bare = re.sub(r"[\s_]+", " ", without_emphasis(text).lower()).strip(_EDGES)
     parts = [part.strip(" \"'") for part in re.split(r"[()/]", bare) if part.strip(" \"'")]
     verdicts = [False if re.fullmatch(_NOT, part) else _EXACT.get(part) for part in parts]
     return verdicts[0] if verdicts and verdicts.count(verdicts[0]) == len(verdicts) else None

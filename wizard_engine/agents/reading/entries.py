@@ -41,7 +41,8 @@ _CORRECTS = re.compile(
 )
 _NUMBERING = re.compile(r"\W*(?:[^\W\d]+\s*)?\d{1,3}\s*(?:[:)]|\.(?!\d))")
 _INLINE = re.compile(
-    rf"(?:(?:{_WORD})[ \t]*(?P<number>\d{{1,3}})|(?<![\w.,])(?P<bare>\d{{1,3}}))[ \t]*(?P<separator>[:=]|->|→)",
+    rf"(?:(?:{_WORD})[ \t]*(?P<number>\d{{1,3}})(?:[ \t](?:at|is|gets|scores)[ \t])?|(?<![\w.,])(?P<bare>\d{{1,3}}))"
+    r"(?:(?<=[a-z][ \t])|[ \t]*(?:[:=]|->|→))",
     re.IGNORECASE,
 )
 

@@ -115,7 +115,7 @@ _SCORE_NAMES = (
 )
 _SCORE_START = re.compile(
     rf"[(\[]*(?P<score>{SCORE})[)\]]*(?=\s*$|[.,;:)\]](?=\s|$)(?!\s*\d)|\s*[-–—(\n]|\s*(?:->|→)|\s+(?:because|since"
-    rf"|as|for)\b)",
+    rf"|and|as|for)\b)",
     re.IGNORECASE,
 )
 _SCORE_NAMED = re.compile(
