@@ -6,7 +6,8 @@ invisible marks before a heading do not hide it. The section of an optional fiel
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from wizard_engine.data.records import Message
 from wizard_engine.runtime.text_lines import LINE_END, LINE_ENDS, LINE_START, one_line
@@ -15,6 +16,19 @@ from .prompt_files import TASKS, Section, Template, load_template, read_text, us
 
 __all__ = ["TASKS", "Section", "Template", "load_template", "read_text", "use_folder"]
 
+# Words of categories and skills that have criteria of their own.
+_KINDS = {
+    kind: re.compile(rf"\b(?:{words})", re.IGNORECASE)
+    for kind, words in {
+        "coding": "cod(?:e|ing)\\b|program|debug|sql\\b|software",
+        "math": "math|additive|multiplicative|division|arithmetic|algebra|geometry|addition|subtraction"
+        "|multiplication|calculus|probability|statistics",
+        "agent": "agent|tool|function.call|planning\\b|web.?(?:brows|search)",
+        "multilingual": "translat|multilingual",
+        "reasoning": "reason|logic|stem\\b|inference|riddle|puzzle",
+        "writing": "writ|roleplay|humanities|editing|summari|story|poem|email|essay|brainstorm",
+    }.items()
+}
 ROLES = ("system", "user", "assistant")
 
 # Blanks, and marks that take no room, as a model would not see them: a heading behind them looks like one.
@@ -99,6 +113,25 @@ def initial_method() -> str:
 def operators(task: str) -> tuple[str, ...]:
     """The operators a task knows, in the order of its prompt file."""
     return tuple(load_template(task).choices["operator"])
+
+
+def criteria_of(attributes: Mapping[str, Any] | None) -> str:
+    """The kind of criteria for a row with these attributes, by category, then skill, then language; "" for general ones."""
+    attributes = attributes or {}
+    for name in ("category", "skill"):
+        value = attributes.get(name)
+        words = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
+        for kind, pattern in _KINDS.items():
+            if pattern.search(words):
+                return kind
+    language = attributes.get("language")
+    return "multilingual" if isinstance(language, str) and language not in ("", "en", "und") else ""
+
+
+def reference_of(attributes: Mapping[str, Any] | None) -> str:
+    """The answer known to be right of a row with these attributes, "" for none."""
+    reference = (attributes or {}).get("reference")
+    return reference if isinstance(reference, str) else ""
 
 
 def numbered(texts: Sequence[str]) -> str:
