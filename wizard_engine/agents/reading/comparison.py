@@ -63,7 +63,7 @@ _LABEL = (
     r"|결론|판정|결과|판단"
     r"|therefore|thus|hence|so|daher|also|deshalb|por (?:lo )?tanto|donc|quindi|portanto|因此|所以|したがって|따라서|поэтому|итак)"
 )
-_SEPARATOR = r"(?:\s*(?:is|are|[:=|>→#-]|es|ist|est|è|é|是|为|は)\s*)+"
+_SEPARATOR = r"\s?(?:(?:is|are|[:=|>→#-]|es|ist|est|è|é|是|为|は)\s?){1,8}"
 _LABELLED = re.compile(
     rf"(?P<label>(?:\b(?:final|overall|my)\s+)?{_LABEL}(?:\s+final)?)(?:{_SEPARATOR}|\s+)(?:that\s+)?"
     rf"(?:they are\s+|the (?:two )?instructions are\s+)?[\"'“(\[]*(?P<phrase>{_NOT}|equal)\b(?P<tail>.*)$"

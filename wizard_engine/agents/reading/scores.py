@@ -26,12 +26,10 @@ _NAME = (
 _LETTER = r"(?<![A-Za-z0-9])(?P<side>[AB])(?![A-Za-z0-9'’])"
 _BEHIND_NAME = r"(?:['’]s)?(?:\s*(?:的|の|의))?"
 _FILLER = (
-    rf"(?:\s*(?:final|overall|total|{SCORE_WORD}|is|i (?:would )?(?:give|award)|gets?|receives?|scores?|earns?"
-    rf"|deserves?|at|a|an|of|to|with|ist"
-    rf"|es|est"
-    r"|erhält|obtiene|是|为|は|得到?)\b|\s*[:=|>→~(\[\"'-]|\s)*"
+    rf"(?:(?:final|overall|total|{SCORE_WORD}|is|i (?:would )?(?:give|award)|gets?|receives?|earns?|deserves?|at|an?|of"
+    r"|to|with|ist|es|est|erhält|obtiene|是|为|は|得到?)\b|[:=|>→~(\[\"'-]|\s){0,24}"
 )
-_SIDE_BEFORE = re.compile(rf"{_LETTER}{_BEHIND_NAME}{_FILLER}\s*$", re.IGNORECASE)
+_SIDE_BEFORE = re.compile(rf"{_LETTER}{_BEHIND_NAME}{_FILLER}$", re.IGNORECASE)
 _EXAMPLE = re.compile(r"\b(?:form|format|example|e\.g\.|such as|template|as in)\b[^\n]*$", re.IGNORECASE)
 _CORRECTS = re.compile(
     r"\b(?:wait|correct(?:ed|ion)|on reflection|reconsider\w*|revis\w+|mistake|actually|changed my mind|instead"
