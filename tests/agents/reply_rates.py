@@ -1,7 +1,7 @@
 """Shares of the corpus of replies that readers read right: `python -m tests.agents.reply_rates [--all]`.
 
 A reading is right where a careful person takes the reply so (see replies/README.md), or finds none and the reader has
-none. It is wrong where the reader has another one. Else the reader has none where there is one: the model is asked again.
+none. It is wrong where the reader has another one. Where the reader alone has none, the model is asked again.
 """
 
 import argparse
@@ -85,9 +85,8 @@ def main() -> None:
     for family in prompts.TASKS:
         counts, others = rates(family, lambda text, fields, family=family: replies.read_reply(family, text, fields))
         total = counts.total()
-        print(
-            f"{family:9} {total:4} replies  right {counts['right'] / total:6.1%}  none {counts['none']:3}  wrong {counts['wrong']:3}"
-        )
+        shares = f"right {counts['right'] / total:6.1%}  none {counts['none']:3}  wrong {counts['wrong']:3}"
+        print(f"{family:9} {total:4} replies  {shares}")
         for result, row, meaning in others if show else ():
             print(f"  {result}: {row['reply']!r}\n    {row['why']}\n    expected {row['reading']!r}, got {meaning!r}")
 

@@ -119,7 +119,7 @@ def test_complicate_has_an_example_and_every_kind_of_criteria_its_text():
     assert criteria == prompts.load_template("rate").choices["criteria"]
     text = prompts.render("judge", instruction="a", criteria="math", reference="7", answer_a="b", answer_b="c")
     assert criteria["math"] in text and "#Reference Answer#:\n7\n" in text
-    with pytest.raises(ValueError, match="criteria of prompt 'judge': expected one of writing, .*got 'sports'"):
+    with pytest.raises(ValueError, match=r"criteria of prompt 'judge': expected one of writing, .*got 'sports'"):
         prompts.render("judge", instruction="a", criteria="sports", answer_a="b", answer_b="c")
 
 
@@ -150,7 +150,7 @@ def test_reference_is_the_text_of_its_attribute():
     assert prompts.reference_of({"reference": 7}) == prompts.reference_of({}) == prompts.reference_of(None) == ""
 
 
-# ---- a folder of the user ---------------------------------------------------------------------------------------------
+# ---- a folder of the user --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -159,8 +159,8 @@ def folder(tmp_path):
     prompts.use_folder(None)
 
 
-OWN = "Which is better?\n\n#Task#:\n{instruction}\n\n#Before#:\n{history}\n\n#Hints#:\n{criteria}\n\n#Right#:\n{reference}"
-OWN += "\n\n#One#:\n{answer_a}\n\n#Two#:\n{answer_b}\n\nEnd with [[7]] [[4.5]].\n"
+OWN = "Which is better?\n\n#Task#:\n{instruction}\n\n#Before#:\n{history}\n\n#Hints#:\n{criteria}"
+OWN += "\n\n#Right#:\n{reference}\n\n#One#:\n{answer_a}\n\n#Two#:\n{answer_b}\n\nEnd with [[7]] [[4.5]].\n"
 
 
 def test_files_of_a_folder_replace_the_built_in_ones(folder):
@@ -224,7 +224,7 @@ def test_file_of_a_folder_that_does_not_fit_is_refused_by_its_name(folder, name,
 
 
 def test_folder_that_is_none_is_refused(folder):
-    with pytest.raises(ValueError, match="prompts: expected a folder, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"prompts: expected a folder, got .*nowhere"):
         prompts.use_folder(folder / "nowhere")
     with pytest.raises(ValueError, match="expected a prompt file such as"):
         prompts.use_folder(folder)

@@ -1,14 +1,17 @@
 """Readers of replies: many forms, one meaning; two meanings, none."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.agents.reply_rates import rates
 from wizard_engine.agents import prompts, replies
 from wizard_engine.agents.reading.forms import count_instructions, count_steps
 
+# ruff: noqa: E501 - replies on one line
 EQUAL = [
     ("Equal", True),
     ("**Not Equal**", False),
@@ -46,6 +49,8 @@ EQUAL = [
     ("The reason is X. Therefore: **Not Equal**.", False),
 ]
 SCORES = [
+    ("[[7]] [[4.5]]\nWait, I misread B. [[7]] [[6]]", 2, None),
+    ("[[7]] [[4.5]]\nOn reflection:\n[[7]] [[6]]", 2, (7, 6)),
     ("[[7]] [[4.5]]", 2, (7, 4.5)),
     ("A good.\n[[7, 4.5]]", 2, (7, 4.5)),
     ("[[7,5]]", 2, (7, 5)),
@@ -521,7 +526,7 @@ def test_an_answer_repeated_unchanged_is_one_whatever_it_says():
     assert replies.read_reply("rewrite", refusal, {"answer": refusal}) == refusal
 
 
-# ---- generated: wrappings that change nothing -------------------------------------------------------------------------
+# ---- generated: wrappings that change nothing ----------------------------------------------------------------------
 
 WRAPPINGS = st.sampled_from(
     [
@@ -602,14 +607,65 @@ def test_any_text_is_read_or_not_and_never_an_error(text, count):
     for task in replies.READERS:
         steps = "\n".join(["a"] * count)
         fields = {"answer_steps": steps, "instructions": prompts.numbered(["a"] * count), "answer": ""}
+        fields["trajectory"] = prompts.trajectory([(["a"], "b")] * count)
         replies.read_reply(task, text, fields)
 
 
-@pytest.mark.parametrize("opening", ["[", "{", "([", "**", "`", "| ", "1: ", "<", "\\boxed{", "A "], ids=ids(range(10)))
-def test_long_replies_are_read_in_linear_time(opening):
-    text = opening * 2000 + "\n" + "1: a " * 1000
+RUNS = [
+    "[",
+    "{",
+    "([",
+    "**",
+    "`",
+    "| ",
+    "1: ",
+    "<",
+    "\\boxed{",
+    "A ",
+    "A : is ",
+    "verdict : is ",
+    "Step 1: 1 ",
+    "- ",
+    " ",
+]
+
+
+# Catches: a pattern that tries the same characters in many ways; 2,000 characters would then take minutes.
+@pytest.mark.parametrize("run", RUNS, ids=map(str, range(len(RUNS))))
+def test_runs_of_one_sign_are_read_at_once(run):
+    started = time.process_time()
     for task in replies.READERS:
-        replies.read_reply(task, text, {"answer_steps": "a\nb", "instructions": "1. a\n2. b", "answer": ""})
+        replies.read_reply(task, run * (2000 // len(run)) + "\nx", FIELDS)
+    assert time.process_time() - started < 5
+
+
+# ---- the corpus ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", prompts.TASKS)
+def test_corpus_of_replies_is_read_without_a_wrong_reading(family):
+    counts, others = rates(family, lambda text, fields: replies.read_reply(family, text, fields))
+    assert [(row["reply"], meaning) for result, row, meaning in others if result == "wrong"] == []
+    assert counts["right"] / counts.total() >= 0.99
+
+
+# Catches: a reader that looks at the corpus row and not at its form: blanks, a fence, bold and a closing token change
+# no reading of a verdict.
+@pytest.mark.parametrize("family", ["judge", "rate", "rank", "label", "compare", "tag"])
+@pytest.mark.parametrize(
+    "wrapping",
+    ["\n\n{}\n\n", "{}<|im_end|>", "<think>[[1]] Equal, or 1: 1?</think>\n{}", "{}</s>"],
+    ids=map(str, range(4)),
+)
+def test_corpus_is_read_as_well_in_wrappings(family, wrapping):
+    _, others = rates(
+        family,
+        lambda text, fields: replies.read_reply(
+            family, wrapping.format(text) if "<think" not in text and "think>" not in text else text, fields
+        ),
+    )
+    assert [(row["reply"], meaning) for result, row, meaning in others if result == "wrong"] == []
+    assert len(others) <= 3
 
 
 # ---- the table of forms ----------------------------------------------------------------------------------------------
@@ -618,6 +674,7 @@ FIELDS = {
     "answer_steps": "3*4=12\n\nThe answer is 12.",
     "instructions": "1. Add 2 and 3.\n2. Add 2 and 4.\n3. Add.",
     "answer": "",
+    "trajectory": "Case 1\nStage 0: a",
 }
 BY_SCHEMA = {
     "compare": ({"reasons": "x", "verdict": "Not Equal"}, False),
@@ -663,7 +720,7 @@ def test_missing_line_says_the_form_and_the_number():
 
 def test_unknown_task_is_refused():
     for call in (replies.missing_line, replies.schema):
-        with pytest.raises(ValueError, match="task: expected one of evolve, .*got 'sing'"):
+        with pytest.raises(ValueError, match=r"task: expected one of evolve, .*got 'sing'"):
             call("sing", {})
     with pytest.raises(ValueError, match="task: expected one of"):
         replies.read_reply("sing", "la", {})

@@ -2,14 +2,18 @@
 
 import hashlib
 import random
+import re
 from functools import cache
 
 import pytest
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Request
+from wizard_engine.agents.reading.texts import without_remarks
+from wizard_engine.agents.replies import read_reply
 from wizard_engine.data.records import Message
 from wizard_engine.data.solution_steps import step_texts
+from wizard_engine.world import vocabulary as words
 from wizard_engine.world.evolve import OPERATORS
 from wizard_engine.world.problems import random_problem
 from wizard_engine.world.programs import program
@@ -84,6 +88,14 @@ def _fields(task: str, index: int) -> dict[str, str]:
     }[task]
 
 
+MORE = {
+    "rewrite": {"history": "### User\nHi", "reference": "The answer is 3."},
+    "judge": {"criteria": "math", "reference": "The answer is 3."},
+    "rate": {"criteria": "coding"},
+    "suggest": {"history": "### User\nHi"},
+}
+
+
 def _reply(task: str, fields: dict[str, str], seed: int) -> str:
     (reply,) = program(PROGRAM_OF[task]).respond([Request(task, prompts.request_messages(task, **fields), seed=seed)])
     assert reply.ok, reply.error
@@ -99,3 +111,45 @@ def _replies(task: str, count: int) -> tuple[str, ...]:
 def test_replies_are_those_of_before(task):
     digest = hashlib.sha256("\0".join(_replies(task, 120)).encode()).hexdigest()[:16]
     assert digest == DIGESTS[task]
+
+
+@pytest.mark.parametrize("task", MORE)
+def test_new_fields_do_not_enter_the_seeds(task):
+    for index in range(20):
+        assert _reply(task, _fields(task, index) | MORE[task], index) == _replies(task, 120)[index]
+
+
+def _as_written(task: str, text: str):
+    """The meaning of a program's reply by the form in which the programs write it."""
+    if task == "evolve":
+        return text.removeprefix("#Rewritten Instruction#:\n")
+    if task == "compare":
+        return {"Equal": True, "Not Equal": False}[text]
+    if task in ("judge", "rate"):
+        return tuple(float(score) for score in re.findall(r"\[\[([\d.]+)\]\]", text.rpartition("\n")[2]))
+    if task == "label":
+        return tuple(map(int, text.split("\n")))
+    if task == "rank":
+        return tuple(float(line.partition(": ")[2]) for line in text.split("\n"))
+    if task == "optimise":
+        return text.removeprefix("```\n").removesuffix("\n```")
+    return text
+
+
+@pytest.mark.parametrize("task", PROGRAM_OF)
+def test_replies_are_read_as_they_are_written(task):
+    for index in range(300):
+        fields = _fields(task, index)
+        text = _reply(task, fields, index)
+        expected = _as_written(task, text)
+        if task == "rewrite":
+            expected = expected.removeprefix(f"{words.META_REMARK}\n")
+        assert read_reply(task, text, fields) == expected
+
+
+@pytest.mark.parametrize("name", ["world:careless", "world:terse", "world:rambler"])
+def test_rewrites_lose_the_remark_alone(name):
+    for index in range(100):
+        messages = prompts.request_messages("rewrite", **_fields("rewrite", index))
+        (reply,) = program(name).respond([Request("rewrite", messages, seed=index)])
+        assert without_remarks(reply.text) == reply.text.removeprefix(f"{words.META_REMARK}\n")

@@ -116,7 +116,7 @@ def operators(task: str) -> tuple[str, ...]:
 
 
 def criteria_of(attributes: Mapping[str, Any] | None) -> str:
-    """The kind of criteria for a row with these attributes, by category, then skill, then language; "" for general ones."""
+    """The kind of criteria for a row: by its category, else its skill, else its language; "" for general ones."""
     attributes = attributes or {}
     for name in ("category", "skill"):
         value = attributes.get(name)

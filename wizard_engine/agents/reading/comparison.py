@@ -61,7 +61,8 @@ _LABEL = (
     r"|veredicto|veredito|conclusión|respuesta|resultado|urteil|ergebnis|antwort|fazit|verdetto|risultato|conclusione"
     r"|verdict final|réponse|conclusão|resposta|结论|判断|结果|判定|答案|結論|回答|вердикт|вывод|ответ"
     r"|결론|판정|결과|판단"
-    r"|therefore|thus|hence|so|daher|also|deshalb|por (?:lo )?tanto|donc|quindi|portanto|因此|所以|したがって|따라서|поэтому|итак)"
+    r"|therefore|thus|hence|so|daher|also|deshalb|por (?:lo )?tanto|donc|quindi|portanto|因此|所以|したがって"
+    r"|따라서|поэтому|итак)"
 )
 _SEPARATOR = r"\s?(?:(?:is|are|[:=|>→#-]|es|ist|est|è|é|是|为|は)\s?){1,8}"
 _LABELLED = re.compile(

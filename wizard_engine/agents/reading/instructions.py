@@ -23,7 +23,8 @@ _NAME = (
     r"|지시문|명령)"
 )
 _COMMENTARY = re.compile(
-    r"\s*(?:sure\b|certainly\b|of course\b|okay\b|alright\b|absolutely\b|here(?:['’]s| is) (?:my|an?) (?:attempt|try|rewrite|idea|suggestion)\b"
+    r"\s*(?:sure\b|certainly\b|of course\b|okay\b|alright\b|absolutely\b|here(?:['’]s| is) (?:my|an?) (?:attempt"
+    r"|try|rewrite|idea|suggestion)\b"
     r"|let['’]?s (?:start|begin|work|follow)|let me\b"
     r"|i(?:['’]ll| will| would|['’]ve| have| need to| can make| chose| think)\b|to (?:rewrite|make) (?:this|the)\b"
     r"|we (?:need|can|should)\b"

@@ -20,7 +20,8 @@ _NONE_FAILED = re.compile(
     r"|none (?:of (?:the|these) (?:\w+ )?cases )?(?:have |has )?"
     r"failed|no failures?|there (?:are|were) no failed|zero failed"
     r"|all (?:of )?(?:the )?(?:\w+ )?cases (?:\w+ )?(?:evolved|succeeded|passed|are (?:fine|correct|valid|ok|sound)))"
-    r"|没有失败|沒有失敗|無失敗|失敗した(?:ケース|事例)は(?:ありません|ない)|ning[uú]n caso|kein(?:e|er)? .{0,30}(?:fehlgeschlagen|fall)"
+    r"|没有失败|沒有失敗|無失敗|失敗した(?:ケース|事例)は(?:ありません|ない)|ning[uú]n caso"
+    r"|kein(?:e|er)? .{0,30}(?:fehlgeschlagen|fall)"
     r"|aucun cas|nessun caso|nenhum caso|실패한 (?:사례|경우)(?:가|는)? 없|нет неудачных|ни один",
     re.IGNORECASE,
 )

@@ -1,15 +1,15 @@
 """Replies that are a text: found behind a heading or a preface, in JSON or a tag, and freed of what stands around it.
 
-    reply    = JSON object with the text | "<name>" text "</name>" | [sections] heading body [empty heading] | preface body
-             | body
+    reply    = JSON object with the text | "<name>" text "</name>" | [sections] heading body [empty heading]
+             | preface body | body
     heading  = line "#Name#:" | "**Name:**" | "## Name" | "Name:"    the name of what was asked for, in some language
     preface  = "Here is the" name ":" | "Sure! ..." name ":" | ...
     body     = [speaker] text { closing } [next turn] [section of the prompt]
     text     = in a fence, quotes, bold, inline code or quoted by ">" as a whole, or plain
     closing  = last paragraphs that are remarks on the text, offers of help, scores or counts of words
 
-Two headings with different texts, versions to choose from, refusals, promises, questions back, JSON without the text and
-JSON that is cut have no reading.
+Two headings with different texts, versions to choose from, refusals, promises, questions back, JSON without the text
+and JSON that is cut have no reading.
 """
 
 import re
@@ -36,7 +36,8 @@ _SPEAKER = re.compile(r"\s*(?:\*\*)?\[?(?:assistant|ai|bot|model)\]?(?:\*\*)?[ \
 _PROMPT_HEADING = re.compile(r"^[ \t]*[#＃][ \t]?[A-Z][A-Za-z ]{2,28}[#＃][ \t]*[:：]", re.MULTILINE)
 _ONLY_HEADINGS = re.compile(r"(?:\s*[#＃][^#＃\n]{1,30}(?:[#＃][ \t]*[:：]?)?[ \t]*(?:\n|$))+")
 _VERSIONS = re.compile(
-    r"^[ \t>*_#-]*(?:option|version|variant|variante|alternative|opción|choice|方案|选项|版本)[ \t]*(?:\d|[A-C]\b|one|two)",
+    r"^[ \t>*_#-]*(?:option|version|variant|variante|alternative|opción|choice|方案|选项"
+    r"|版本)[ \t]*(?:\d|[A-C]\b|one|two)",
     re.IGNORECASE | re.MULTILINE,
 )
 _SEVERAL = re.compile(
@@ -53,7 +54,8 @@ _REFUSAL = re.compile(
     r"|i must decline|i(?:['’]m| am) not able to"
     r"|lo siento|es tut mir leid|(?:je suis )?désolé|je ne peux pas|tut mir leid|(?:das|dabei|hierbei"
     r"|dazu) kann ich (?:leider )?nicht"
-    r"|抱歉|对不起|很抱歉|我无法|申し訳|죄송|извините|к сожалению|mi dispiace|desculpe|não posso|no puedo (?:ayudar|continuar))",
+    r"|抱歉|对不起|很抱歉|我无法|申し訳|죄송|извините|к сожалению|mi dispiace"
+    r"|desculpe|não posso|no puedo (?:ayudar|continuar))",
     re.IGNORECASE,
 )
 _ASKS_BACK = re.compile(

@@ -36,7 +36,8 @@ _NOTHING_TO_DO = re.compile(
 )
 _ANSWER = TextForm(
     rf"(?:the )?(?:final )?(?:improved|rewritten|revised|new|better|enhanced|updated) {_ANSWER_NOUN}"
-    r"|(?:改进|改善|修改|优化)(?:后|了)?的?(?:回答|答案)|改善(?:された|した|後の)?(?:回答|答え)|개선된 답변|улучшенный ответ"
+    r"|(?:改进|改善|修改|优化)(?:后|了)?的?(?:回答|答案)|改善(?:された|した|後の)?(?:回答|答え)|개선된 답변"
+    r"|улучшенный ответ"
     r"|(?:respuesta|resposta) (?:mejorada|melhorada)|verbesserte antwort|réponse améliorée|risposta migliorata",
     rf"\b(?:{_CHANGED}\b[^\n]{{0,40}}\b{_ANSWER_NOUN}|{_ANSWER_NOUN}\b[^\n]{{0,40}}\b{_CHANGED}|rewrite)\b|unchanged"
     r"|respuesta mejorada|verbesserte|améliorée|migliorata|melhorada|改进|改善|улучшенн|개선",
@@ -48,8 +49,8 @@ _ANSWER = TextForm(
 def read_rewritten(text: str, before: str = "") -> str | None:
     """The rewritten answer without remarks about it; None for a reply that holds none.
 
-    The reply has the form of `text_replies`, with the name "Improved Answer" or the like. Before the answer may stand an
-    opener alone on its line ("Sure!"), and a remark ("Here is the improved answer:", "I have revised the answer ...").
+    The reply has the form of `text_replies`, with the name "Improved Answer" or the like. Before the answer may stand
+    an opener alone on its line ("Sure!") and a remark ("Here is the improved answer:", "I have revised the answer ...").
     "No changes are needed." alone is no answer.
 
     Args:
@@ -108,7 +109,8 @@ def is_heading_again(text: str) -> bool:
 _USER_TURN = re.compile(
     r"^[ \t]*(?:#{1,4}[ \t]*)?[*_\[]*(?:user|assistant|human|bot|ai|utilisateur|usuario|usuário|nutzer|benutzer"
     r"|assistent|asistente"
-    r"|пользователь|ассистент|用户|助手|ユーザー|アシスタント|사용자|어시스턴트)[*_\]]*(?:[ \t]?[:：]|[ \t]*$)|<\|im_start\|>",
+    r"|пользователь|ассистент|用户|助手|ユーザー|アシスタント|사용자"
+    r"|어시스턴트)[*_\]]*(?:[ \t]?[:：]|[ \t]*$)|<\|im_start\|>",
     re.IGNORECASE | re.MULTILINE,
 )
 _USER_NAME = re.compile(
@@ -118,7 +120,8 @@ _USER_NAME = re.compile(
     re.IGNORECASE,
 )
 _MESSAGE = TextForm(
-    r"(?:the )?(?:user['’]s )?next (?:user )?(?:message|turn)|下一条(?:用户)?消息|次のメッセージ|다음 메시지|следующее сообщение"
+    r"(?:the )?(?:user['’]s )?next (?:user )?(?:message|turn)|下一条(?:用户)?消息|次のメッセージ|다음 메시지"
+    r"|следующее сообщение"
     r"|nächste nachricht|prochain message|(?:siguiente|próximo) mensaje|próxima mensagem|prossimo messaggio",
     r"\b(?:message|follow-up|question|nachricht|mensaje|mensagem|messaggio|turn)\b|消息|メッセージ|메시지|сообщение",
     ("message", "next_message", "user_message", "content", "user", "question"),
@@ -130,8 +133,8 @@ _MESSAGE = TextForm(
 def read_user(text: str) -> str | None:
     """The next message of a user; None where there is none.
 
-    The reply has the form of `text_replies`, with the name "Next Message"; the user's name may stand before it. What the
-    assistant says next is left out; a reply that is the assistant's turn alone has no message.
+    The reply has the form of `text_replies`, with the name "Next Message"; the user's name may stand before it. What
+    the assistant says next is left out; a reply that is the assistant's turn alone has no message.
     """
     text = re.sub(r"^\s*<\|im_start\|>user\s", "", text)
     content = without_reasoning(text)
