@@ -264,7 +264,7 @@ class Pipeline:
                     sft_threshold=1.0,
                     chat_turns=2,
                     on_length="keep",
-                    agents=co_teach.Agents(str(model), cfg.agents.rivals, cfg.agents.judge),
+                    agents=co_teach.Agents(str(model), cfg.agents.rivals, (cfg.agents.judge,)),
                 )
                 sources.insert(0, taught / "sft.jsonl")
         clean = self.run(f"{at}/rows", sample, data=tuple(sources), evaluation=(self.held_out,), slices=1)

@@ -141,3 +141,25 @@ def test_version_is_that_of_the_package():
 
     root = Path(wizard_engine.__file__).parents[1]
     assert wizard_engine.__version__ == tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What recipes share."""
+
+    seed: int = 0
+    out: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Shared):
+    """A recipe."""
+
+    steps: int = 1
+    data: str
+
+
+def test_help_shows_what_must_be_given_then_a_recipes_own_options(capsys):
+    assert cli.option_names(Own) == ["--seed", "--out", "--steps", "--data"]
+    assert cli.cli(Own, args=["--data", "d", "--out", "o", "--seed", "3"]) == Own(data="d", out="o", seed=3)
+    assert cli.option_names(Own) == ["--data", "--out", "--steps", "--seed"]

@@ -4,7 +4,7 @@ The grammar of each stands in its docstring, see `agents.reading`.
 """
 
 from .reading.comparison import read_equal
-from .reading.forms import READERS, missing_line, read_reply, schema
+from .reading.forms import READERS, missing_line, read_reply, schema, schema_of
 from .reading.instructions import REWRITTEN_HEADING, read_evolved
 from .reading.labels import read_labels, read_ranking
 from .reading.methods import read_method
@@ -30,4 +30,5 @@ __all__ = [
     "read_tags",
     "read_user",
     "schema",
+    "schema_of",
 ]

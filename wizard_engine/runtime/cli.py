@@ -34,6 +34,7 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
             absent value; or a ValueError of the dataclass itself. Code 0 after --help.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    _own_options_first(config)
     default = _take_preset(arguments, dict(presets or {}))
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
@@ -67,6 +68,15 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
         typed = dict(zip(_field_paths(config), option_names(config)))
         _fail(f"{typed[error.option]}: {error.reason}")
     return value
+
+
+def _own_options_first(config: type) -> None:
+    """Order the fields as --help shall show them: those that must be given, the class's own, those of its bases."""
+    fields = config.__dataclass_fields__
+    by_class = [name for base in config.__mro__ for name in vars(base).get("__annotations__", {}) if name in fields]
+    absent = dataclasses.MISSING
+    required = [name for name in by_class if fields[name].default is fields[name].default_factory is absent]
+    config.__dataclass_fields__ = {name: fields[name] for name in dict.fromkeys([*required, *by_class])}
 
 
 def _take_preset(arguments: list[str], presets: dict[str, Config]) -> Config | None:

@@ -1,38 +1,17 @@
 """Inputs and outputs of the synthesis recipes: files of rows, files of objects, one report."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wizard_engine.data.records import Conversation, Row, read_files, write_rows
-from wizard_engine.runtime.files import write_json, write_text
+from wizard_engine.data.records import Row, write_rows
+from wizard_engine.runtime.files import replacing, write_json
 from wizard_engine.runtime.text_lines import printable
 
 
-def read_conversations(
-    paths: Sequence[Path],
-    *,
-    on_error: str = "raise",
-    unknown_fields: str = "refuse",
-    rejects: Path | None = None,
-    limit: int | None = None,
-) -> tuple[list[Conversation], int]:
-    """The supervised rows of several files, at most `limit`, and the number of rejected records.
-
-    Raises:
-        ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
-    """
-    rows, bad = read_files(
-        paths, kind="conversation", on_error=on_error, unknown_fields=unknown_fields, rejects=rejects
-    )
-    if not rows:
-        raise ValueError(f"{paths[0] if paths else 'data'}: expected conversations, got none; see {rejects}")
-    return rows[:limit], len(bad)
-
-
 def write_outputs(
-    out: Path, rows: Mapping[str, Sequence[Row]], objects: Mapping[str, Sequence[dict]], report: dict[str, Any]
+    out: Path, rows: Mapping[str, Iterable[Row]], objects: Mapping[str, Iterable[dict]], report: dict[str, Any]
 ) -> list[Path]:
     """Writes OUT/NAME.jsonl for each name, and OUT/report.json; returns the paths."""
     paths = []
@@ -41,9 +20,15 @@ def write_outputs(
         write_rows(paths[-1], file_rows)
     for name, items in objects.items():
         paths.append(out / f"{name}.jsonl")
-        write_text(paths[-1], "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+        write_objects(paths[-1], items)
     write_json(out / "report.json", report)
     return [*paths, out / "report.json"]
+
+
+def write_objects(path: Path, items: Iterable[dict]) -> None:
+    """Writes JSON objects, one a line, atomically."""
+    with replacing(path) as file:
+        file.writelines((json.dumps(item, ensure_ascii=False) + "\n").encode() for item in items)
 
 
 def print_table(title: str, table: Mapping[str, Mapping[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from wizard_engine.agents import prompts
@@ -37,8 +38,9 @@ class Program:
     name: str = "world"
     parameters: Mapping[str, object] = {}
     unseeded_fields: Mapping[str, tuple[str, ...]] = {}  # task -> prompt fields that do not enter the generator's seed
+    is_instant, converses = True, False  # replies take no time, and a program cannot be asked what it meant
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Name, version and parameters; a change of any of them is another agent."""
         settings = ",".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))

@@ -1,5 +1,6 @@
 """The form of each task's reply: its reader, what to say where it is missing, and its JSON schema."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -152,6 +153,12 @@ def schema(task: str, fields: Fields) -> dict[str, Any] | None:
         return _object({"reasons": _TEXT, "topic": _TEXT, "skill": _TEXT, "difficulty": level})
     _form(task)
     return None
+
+
+def schema_of(task: str, fields: Fields) -> str:
+    """The schema as JSON text, "" for a task whose reply is a text."""
+    found = schema(task, fields) if task in READERS else None
+    return "" if found is None else json.dumps(found)
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

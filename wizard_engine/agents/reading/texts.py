@@ -50,7 +50,7 @@ def read_rewritten(text: str, before: str = "") -> str | None:
     """The rewritten answer without remarks about it; None for a reply that holds none.
 
     The reply has the form of `text_replies`, with the name "Improved Answer" or the like. Before the answer may stand
-    an opener alone on its line ("Sure!") and a remark ("Here is the improved answer:", "I have revised the answer ...").
+    an opener alone on its line ("Sure!") and a remark ("Here is the improved answer:", "I have revised it ...").
     "No changes are needed." alone is no answer.
 
     Args:
