@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wizard_engine.agents.missing import Missing
-from wizard_engine.agents.prompts import dialogue, request_messages
+from wizard_engine.agents.prompts import criteria_of, dialogue, request_messages
 from wizard_engine.agents.protocol import Agent, Reply, Request
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
@@ -180,6 +180,7 @@ def _request(question: Question, answers: tuple[str, str], turn: int, seed: int,
     numbered = (f"Turn {place}: {text}" for place, text in enumerate(references, start=1))
     reference = "\n\n".join(numbered) if turn == 2 else "".join(references)
     fields = {"history": dialogue(history), "instruction": question.turns[turn - 1], "reference": reference}
+    fields["criteria"] = criteria_of({"category": question.category})
     messages = request_messages("rate", **fields, answer=answers[turn - 1])
     return Request("rate", messages, seed=seed, max_tokens=max_tokens)
 

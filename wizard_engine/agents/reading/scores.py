@@ -181,7 +181,8 @@ def _groups(text: str, marks: list[_Mark]) -> list[list[_Mark]]:
 def _is_final(text: str, group: list[_Mark]) -> bool:
     """Whether a group says so, or stands alone in the last lines."""
     line = text[text.rfind("\n", 0, group[0].start) + 1 : group[0].start]
-    return (_is_alone(text, group) and not re.search(r"\w", text[group[-1].end :])) or bool(FINAL.search(line))
+    ends = not re.search(r"\w", text[group[-1].end :])
+    return (ends and (_is_alone(text, group) or bool(re.search(r"\bno,\W*$", line)))) or bool(FINAL.search(line))
 
 
 def _is_alone(text: str, group: list[_Mark]) -> bool:

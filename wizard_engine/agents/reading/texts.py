@@ -13,15 +13,18 @@ _CHANGED = (
     r"(?:improved|rewritten|revised|better|enhanced|updated|new|refined|polished|expanded|corrected|unchanged|reworked"
     r"|more \w+(?: and \w+)?|clearer|shorter)"
 )
+_ABOUT_ANSWER = rf"(?:{_CHANGED}\b[^\n.:]{{0,40}}\b{_ANSWER_NOUN}|{_ANSWER_NOUN}\b[^\n.:]{{0,60}}\b{_CHANGED})"
 _OPENING = re.compile(
     r"(?:(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|got it|understood|great)\b[ \t]*[,.!:]*\s*)?"
-    rf"(?:(?:here|below)(?:['’]s| is| are)\b[^\n.:]{{0,60}}\b(?:{_CHANGED}|{_ANSWER_NOUN})\b[^\n]*?(?:[:.](?=\s"
-    rf"|$)\s*|\n|$)"
-    rf"|(?:this is|i have|i['’]ve)\b[^\n.:]{{0,60}}\b(?:{_CHANGED}\b[^\n.:]{{0,40}}\b{_ANSWER_NOUN}"
-    rf"|{_ANSWER_NOUN}\b[^\n.:]{{0,60}}\b{_CHANGED}"
+    rf"(?:(?:here|below)(?:['’]s| is| are)\b[^\n.:]{{0,60}}\b{_ABOUT_ANSWER}\b[^\n]*?(?:[:.](?=\s|$)\s*|\n|$)"
+    rf"|(?:here|below)(?:['’]s| is)\b[^\n.:]{{0,40}}\b{_ANSWER_NOUN}\b[^\n.:]{{0,40}}:[ \t]*\n\s*"
+    rf"|(?:this is|i have|i['’]ve)\b[^\n.:]{{0,60}}\b(?:{_ABOUT_ANSWER}"
     rf"|(?:improved|rewritten|revised|updated)\b)\b[^\n]*?(?:[:.](?=\s|$)\s*|\n|$)"
-    r"|(?:aquí (?:está|tienes)|hier ist|voici|ecco|aqui está|вот)\b[^\n:]{0,80}(?::\s*|\n)|以下是[^\n:：]{0,40}[:：]\s*"
-    r"|(?:以下|こちら)が[^\n:：。]{0,40}[:：。]\s*)",
+    r"|(?:aquí (?:está|tienes)|hier ist|voici|ecco|aqui está|вот)\b[^\n:]{0,60}(?:respuesta|antwort|réponse"
+    r"|risposta|resposta"
+    r"|versi[oó]n|fassung|versione|versão|ответ|вариант)[^\n:]{0,40}(?::\s*|\n)"
+    r"|以下是[^\n:：]{0,30}(?:回答|答案|版本)[^\n:：]{0,10}[:：]\s*"
+    r"|(?:以下|こちら)が[^\n:：。]{0,30}(?:回答|答え)[^\n:：。]{0,10}[:：。]\s*)",
     re.IGNORECASE,
 )
 _LONE_OPENER = re.compile(
