@@ -10,7 +10,7 @@ import pytest
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Request
 from wizard_engine.agents.reading.texts import without_remarks
-from wizard_engine.agents.replies import read_reply
+from wizard_engine.agents.replies import read_reply, read_rewritten, read_user
 from wizard_engine.data.records import Message
 from wizard_engine.data.solution_steps import step_texts
 from wizard_engine.world import vocabulary as words
@@ -153,3 +153,20 @@ def test_rewrites_lose_the_remark_alone(name):
         messages = prompts.request_messages("rewrite", **_fields("rewrite", index))
         (reply,) = program(name).respond([Request("rewrite", messages, seed=index)])
         assert without_remarks(reply.text) == reply.text.removeprefix(f"{words.META_REMARK}\n")
+
+
+@pytest.mark.parametrize("name", ["world:careless", "world:terse", "world:rambler", "world:expert"])
+def test_rewrites_of_all_programs_are_answers(name):
+    for index in range(150):
+        fields = _fields("rewrite", index)
+        messages = prompts.request_messages("rewrite", **fields)
+        (reply,) = program(name).respond([Request("rewrite", messages, seed=index)])
+        assert read_rewritten(reply.text, fields["answer"]) == reply.text.removeprefix(f"{words.META_REMARK}\n")
+
+
+def test_messages_of_the_programs_user_are_read_as_they_are_written():
+    for index in range(150):
+        asked, answers = _texts(index)
+        chat = (Message("user", asked[0]), Message("assistant", answers[0]))
+        (reply,) = program("world:evolver").respond([Request("user", chat, seed=index)])
+        assert read_user(reply.text) == reply.text
