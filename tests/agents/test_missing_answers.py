@@ -10,7 +10,7 @@ from fake_endpoint import Fake, answer
 from starlette.responses import JSONResponse
 
 from recipes import accuracy, arena, co_teach, evol_answer, evol_instruct, mt_bench, self_teach
-from wizard_engine.agents import Ledger, LedgeredAgent, Request
+from wizard_engine.agents import Ledger, Request, Scheduler
 from wizard_engine.agents.endpoint import EndpointAgent, Options
 from wizard_engine.data.records import Message, conversation, read_rows, write_rows
 
@@ -71,7 +71,10 @@ def test_cut_answers_become_no_rows_or_rows_that_say_so(tmp_path, rows, choice):
             asked = len(fake.asked)
             report = evol_instruct.main(evol_instruct.Config(**options, max_missing=1.0))
             assert len(fake.asked) == asked, "the ledger knows what was cut"
-            assert report["calls"]["answer"] == {"asked": 4, "failed": 4, "failed: length": 4, "unreadable": 0}
+            counts = {"asked": 4, "asked longer": 4, "failed": 4, "failed: length": 4, "unreadable": 0}
+            assert report["calls"]["answer"] == counts
+            limits = sorted(body["max_tokens"] for body in fake.asked if last(body).startswith("Explain"))
+            assert limits == [256] * 4 + [512] * 4, "each was asked for once more, with twice the limit"
             assert len(read_rows(tmp_path / "o" / "rows.jsonl")) == 4
         else:
             report = evol_instruct.main(evol_instruct.Config(**options))
@@ -102,7 +105,7 @@ def test_no_recipe_of_synthesis_makes_a_row_of_a_cut_answer(tmp_path, rows):
             co_teach.Config(
                 **common,
                 out=tmp_path / "c",
-                agents=co_teach.Agents("world:terse", (spec,), spec, suggester=None),
+                agents=co_teach.Agents("world:terse", (spec,), (spec,), suggester=None),
                 sft_threshold=0.0,
             )
         )
@@ -260,11 +263,12 @@ def test_what_replies_hold_beside_their_text_is_named_at_the_end_or_refused(tmp_
 
 
 def test_the_ledger_serves_a_cut_reply_as_one(tmp_path):
-    request = [Request("answer", (Message("user", "q"),))]
+    request = Request("answer", (Message("user", "q"),))
     with Fake(lambda *_: answer("half", finish="length")) as fake:
         for _ in range(2):
             ledger = Ledger(tmp_path / "l.sqlite")
-            (reply,) = LedgeredAgent(EndpointAgent("m", fake.url), ledger).respond(request)
+            scheduler = Scheduler(ledger, quiet=True)
+            reply = scheduler.run(scheduler.ask(EndpointAgent("m", fake.url), request))
             assert (reply.text, reply.finish, reply.is_cut) == ("half", "length", True)
             ledger.close()
         assert len(fake.asked) == 1

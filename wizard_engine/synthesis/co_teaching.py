@@ -23,8 +23,8 @@ from wizard_engine.runtime.spill import Spill
 
 from .battles import BattleTables, Scene, battle_records, hold_battles, label
 from .elimination import detect_failure
-from .judging import Judges, Match, judge_match, names_of, panel
-from .lessons import choose_lessons
+from .judging import Judges, Match, check_judges, judge_match, names_of, panel
+from .lessons import Losses, choose_lessons
 from .pairs import Pairs, instruction_attributes, row_spill
 
 
@@ -38,7 +38,7 @@ class CoTaught:
         preferences: best and worst answer of a scene, with their score gap.
         battles: one object a battle: row, turn, a, b (agent names), score_a, score_b, gap, winner ("a", "b" or "tie"),
             is_flipped, identical.
-        statistics: "rivals", "topics", "difficulties" (see battles.battle_tables), "skills" (see lessons), "flip_rate",
+        statistics: "rivals", "topics", "difficulties" (see battles.BattleTables), "skills" (see lessons), "flip_rate",
             "missing" (battles without answers or verdict; they are in no table),
             "selected" (scenes, lessons and pairs, with the reasons for dropping), "calls".
     """
@@ -103,10 +103,11 @@ def co_teach(
         limits: longest replies.   on_length: "drop" or "keep" answers that were cut.   top_p: of all calls (see Calls).
         scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
-        ValueError: no rivals, equal names, a threshold below 0, chat_turns below 1, or no `user` for a longer chat.
+        ValueError: no rivals, no judges, equal names, a threshold below 0, chat_turns below 1, or no `user` for a
+            longer chat.
     """
     contestants = [ours, *rivals]
-    _validate(contestants, sft_threshold, dpo_threshold, chat_turns, user)
+    _validate(contestants, judge, sft_threshold, dpo_threshold, chat_turns, user)
     calls = Calls(scheduler, limits=limits, on_length=on_length, top_p=top_p)
     coach = _Coach(calls, contestants, judge, suggester, rewriter, user, chat_turns, temperature, seed)
     return calls.scheduler.run(_taught(coach, rows, Pairs(dpo_threshold, folder), sft_threshold, lessons, folder))
@@ -132,13 +133,13 @@ async def _taught(
         agents=coach.agents,
     )
     battles: Spill[dict[str, Any]] = Spill(folder)
-    tables, losses, index = BattleTables(names[0]), [], _Index()
+    tables, losses, index = BattleTables(names[0]), Losses(), _Index()
     for place, scene in _scenes(rows, chats, coach.chat_turns):
         for record in battle_records(scene, names):
             battles.append(record)
             tables.add(record, scene.row)
         coach.offer(pairs, scene)
-        losses.append((label(scene.row.attributes.get("skill")), scene.loss()[0]))
+        losses.add(label(scene.row.attributes.get("skill")), scene.loss()[0])
         index.add(place, scene.turn)
     chosen, skills = choose_lessons(losses, threshold, lessons)
     sft, from_suggestions = await coach.lessons(_chosen(rows, chats, index, chosen), len(chosen), folder)
@@ -313,11 +314,13 @@ def _rewrite_fields(scene: Scene, suggestion: str) -> dict[str, str]:
 
 def _validate(
     contestants: Sequence[AnyAgent],
+    judges: Judges,
     sft_threshold: float,
     dpo_threshold: float,
     chat_turns: int,
     user: AnyAgent | None,
 ) -> None:
+    check_judges(judges)
     names = [contestant.name for contestant in contestants]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"rivals: expected at least one, and names that differ, got {', '.join(names)}; rename or add")

@@ -19,7 +19,7 @@ from wizard_engine.data.final_answers import read_claim
 from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
 from wizard_engine.runtime.spill import Spill
 
-from .judging import Judges, Match, Verdict, aids, judge_match, names_of, panel
+from .judging import Judges, Match, Verdict, aids, check_judges, judge_match, names_of, panel
 from .pairs import Pairs, instruction_attributes, row_spill
 
 OPERATORS = ("helpfulness", "relevance", "depth", "correctness", "details")
@@ -92,9 +92,10 @@ def evolve_answers(
         limits: longest replies.   top_p: of all calls (see Calls).
         scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
-        ValueError: an unknown operator, a cap below 1 or a negative number of rounds.
+        ValueError: an unknown operator, a cap below 1, a negative number of rounds, or no judge.
     """
     _validate(operators, rounds, length_cap)
+    check_judges(judge)
     writer = _Writer(
         Calls(scheduler, limits=limits, top_p=top_p),
         rewriter,

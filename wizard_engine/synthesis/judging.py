@@ -69,15 +69,16 @@ Judges = AnyAgent | Sequence[AnyAgent]
 
 
 def panel(judges: Judges) -> tuple[AnyAgent, ...]:
-    """One judge or several as a tuple.
+    """One judge or several as a tuple."""
+    return tuple(judges) if isinstance(judges, Sequence) else (judges,)
 
-    Raises:
-        ValueError: none.
-    """
-    several = tuple(judges) if isinstance(judges, Sequence) else (judges,)
-    if not several:
-        raise ValueError("judge: expected at least one, got none; name one")
-    return several
+
+def check_judges(judges: Judges) -> None:
+    """Raises ValueError where there is no judge, or one that is named twice: it would count twice in the mean."""
+    names = [judge.name for judge in panel(judges)]
+    if not names or len(set(names)) < len(names):
+        got = ", ".join(names) or "none"
+        raise ValueError(f"judge: expected at least one, and names that differ, got {got}; name each judge once")
 
 
 def names_of(judges: Judges) -> str:

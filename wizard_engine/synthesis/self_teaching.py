@@ -300,7 +300,8 @@ def _select(cases: Iterator[_Case], keep: float, dropped: Counter) -> tuple[set[
         if case.score is not None:
             scores.append(case.score)
             indices.append(index)
-    best = sorted(range(len(scores)), key=lambda place: (-scores[place], place))[: round(keep * prompts)]
+    # The sort is stable: of equal scores the earlier stays first.
+    best = sorted(range(len(scores)), key=lambda place: -scores[place])[: round(keep * prompts)]
     dropped["score too low"] += len(scores) - len(best)
     counts = {"prompts": prompts, "evolved_prompts": evolved, "selected": len(best)}
     return {indices[place] for place in best}, counts
