@@ -73,7 +73,7 @@ _SENTENCE = re.compile(
     r"(?:(?:so|therefore|thus|hence|overall|however|but|still|in conclusion|in summary|to conclude|as a result"
     r"|consequently|accordingly)\b[, ]*)?"
     r"(?:(?:i|we) (?:conclude|judge|find|say|would say|think|believe) (?:that )?)?"
-    r"(?:they|these|both|the two|both of them|these two|the instructions|both instructions|the two instructions"
+    r"(?:they|it|these|both|the two|both of them|these two|the instructions|both instructions|the two instructions"
     r"|these instructions|these two instructions|the first and (?:the )?second instructions?|the prompts"
     r"|the two prompts"
     r"|the (?:second|two) (?:one|ones|instruction))"
@@ -103,6 +103,7 @@ def read_equal(text: str) -> bool | None:
 
     All verdicts of a reply must agree. `Equal` with a limit behind it ("equal in length", "equal, but") says nothing.
     """
+    text = re.sub(r"\b([Tt]hey|[Ii]t)['’](?:re|s)\b", r"\1 is", text)
     text = re.sub(r"\b(?:are|is)n['’]t\b", "are not", re.sub(r"(?i)\b(not)\s*\n\s*(equal)\b", r"\1 \2", plain(text)))
     try:
         from_json = agreed(v for item in json_objects(text) if (v := _in_object(item)) is not None)
@@ -158,7 +159,11 @@ def _alone(text: str) -> bool | None:
 
 def _in_unit(unit: str, is_edge: bool) -> tuple[bool, bool] | None:
     """(verdict, whether it is called final) of one unit."""
-    alone = None if unit.rstrip(" *").endswith(":") else _alone(re.sub(r"^(?:[-*•>]|\d+[.)])\s+", "", unit))
+    alone = (
+        None
+        if unit.rstrip(" *").endswith(":")
+        else _alone(re.sub(r"^(?:[-*•>]|\d+[.)]|(?:so|thus|therefore|hence),)\s+", "", unit, flags=re.IGNORECASE))
+    )
     if alone is not None:
         return alone, False
     line = re.sub(r"\s+", " ", without_emphasis(unit).lower()).strip(" #>|\"'")

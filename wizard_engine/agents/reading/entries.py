@@ -248,6 +248,7 @@ def _one_line(text: str, count: int, value: Read) -> tuple | None:
         line = re.sub(r"^\[\[(?!\[)|\]\]$", "", line.strip(" ."))
         line = line.strip(" .").removeprefix("[").removeprefix("(").removesuffix("]").removesuffix(")")
         pieces = [piece for piece in re.split(r"\s*[,;|/]\s*|\s+", line) if piece]
+        pieces = [] if re.search(r"[\[\]()]", line) else pieces
         if count > 1 and len(pieces) == count and not _NUMBERING.match(line):
             values = [_value_or_none(piece, value) for piece in pieces]
             found += [tuple(values)] if None not in values else []

@@ -22,7 +22,7 @@ _START = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(
-    rf"(?:{_LABEL_WORD})\s*(?:(?:[:=→]|->|is|es|ist|est|为|は|是)\s*)+[\[(\"']*(?P<label>{_LABEL}){_BEHIND}",
+    rf"(?:{_LABEL_WORD})\s*(?:(?<=label)\s(?=[-+\d])|(?:[:=→]|->|is|es|ist|est|为|は|是)\s*)+[\[(\"']*(?P<label>{_LABEL}){_BEHIND}",
     re.IGNORECASE,
 )
 _MARKED = re.compile(r"\[\[\s*(?:label\s*[:=]\s*)?([^\[\]\n]{1,20}?)\s*\]\]", re.IGNORECASE)

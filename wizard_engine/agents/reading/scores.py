@@ -43,6 +43,7 @@ _WINNER = re.compile(
     r"|overall))*\s*(?=[.!;\n]|$)",
     re.IGNORECASE,
 )
+_OTHER_SIDE = re.compile(r"(?<![A-Za-z])[C-F]\W{1,6}$")
 _ORDINALS = {"a": "A", "b": "B", "1": "A", "2": "B", "first": "A", "second": "B"}
 
 
@@ -90,6 +91,8 @@ def _marked(text: str, count: int) -> tuple[float, ...] | None:
     marks = [mark for match in _MARK.finditer(text) for mark in _marks_of(text, match, count)]
     if not marks:
         return None
+    if any(_OTHER_SIDE.search(text[max(0, mark.start - 30) : mark.start]) for mark in marks):
+        raise Ambiguous
     marks = [mark for mark in marks if not _is_example(text, mark)]
     if len(marks) == 1 == len(list(_MARK.finditer(text))) and count == 2 and marks[0].value is not None:
         return _pair_in_mark(text)
@@ -378,7 +381,7 @@ def _named(lines: list[str]) -> tuple[float, ...] | None:
             is_worded = bool(re.search(SCORE_WORD, match["filler"] + (match["name"] or ""), re.IGNORECASE))
             is_bare = not match["name"] and not match["ordinal"] and not re.search(r"[:=(|>→]|\w", match["filler"])
             ends = re.compile(_BEHIND_PLAIN).match(line, match.end())
-            if not is_bare and (is_scaled or is_worded or ends):
+            if not is_bare and (is_scaled or is_worded or (ends and not re.search(r"\bis\b", match["filler"]))):
                 sides[side].append((bool(FINAL.search(line[: match.end()])), read_score(match["score"])))
     if not sides["A"] or not sides["B"]:
         return None
@@ -389,17 +392,19 @@ def _named(lines: list[str]) -> tuple[float, ...] | None:
 
 
 _IS = r"(?:\s+(?=\d)|\s*(?:[:=|>→-]|is|of|at|ist|es|est|è|é|是|为|は|:)+\s*(?:a\s+|an\s+)?)"
+_FINAL_WORD = (
+    r"(?:\b(?:final|overall|verdict|gesamt\w*|globale?|итог\w*)\b|总分|总体|综合|最终"
+    r"|总评|総合|最終|합계|총점|최종|종합)"
+)
 _FINAL_SCORE = re.compile(
-    rf"(?:{FINAL.pattern})(?:\s*(?:{SCORE_WORD}|assessment|answer|mark))?(?:\s*\((?:out of|/)\s*10\)"
-    rf"|\s*\(1-10\))?{_IS}(?P<score>{SCORE})"
-    rf"{_BEHIND_PLAIN}",
+    rf"(?:{_FINAL_WORD}(?:\s*(?:{SCORE_WORD}|assessment|answer|mark|verdict))?|(?:{FINAL.pattern})\s*{SCORE_WORD})"
+    rf"(?:\s*\((?:out of|/)\s*10\)|\s*\(1-10\))?{_IS}(?P<score>{SCORE}){_BEHIND_PLAIN}",
     re.IGNORECASE,
 )
 _WORDED_SCORE = re.compile(
-    rf"(?:^|(?<=[\s(#\"]))(?:{SCORE_WORD})(?:\s+(?:for|of)\s+(?:this|the"
-    rf"|answer)[^\n.:\d]{{0,20}}?)?(?:\s*\((?:out of 10|/10|1-10)\))?(?:{_IS}|\s+(?:it|this|the answer"
-    rf"|this answer)"
-    rf"(?:\s+(?:a|an|as|at))?\s+|\s+)(?P<score>{SCORE}){_BEHIND_PLAIN}",
+    rf"(?:^|(?<=[\s(#\"]))(?:{SCORE_WORD})(?:\s+(?:for|of)\s+(?:this|the)\s+(?:answer|response|reply)\b)?"
+    rf"(?:\s*\((?:out of 10|/10|1-10)\))?(?:{_IS}|\s+(?:it|this|the answer|this answer)(?:\s+(?:an?|as|at))?\s+|\s+)"
+    rf"(?P<score>{SCORE}){_BEHIND_PLAIN}",
     re.IGNORECASE,
 )
 _SCALED_SCORE = re.compile(rf"(?P<score>{SCORE.replace(f'{SCALE}*', f'{SCALE}+')})", re.IGNORECASE)
