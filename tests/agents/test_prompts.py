@@ -5,7 +5,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wizard_engine.agents import prompts, replies
+from wizard_engine.agents.options import AgentOptions, open_cast
 from wizard_engine.data.records import Message
+from wizard_engine.runtime.process import Runtime
 
 HEADINGS = ["#Given Instruction#:", "#Method#:", "#Answer#:", "#Answer B#:", "#Operator#: x", "\\#Method#:", "\\\\#a#:"]
 HEADINGS += [
@@ -302,3 +304,11 @@ def test_replies_are_read_by_the_lines_that_everybody_sees():
         "skill": "b",
         "difficulty": "hard",
     }
+
+
+def test_option_of_recipes_chooses_the_folder(folder):
+    (folder / "initial_method.txt").write_text("1. Be kind.\n", encoding="utf-8")
+    open_cast(folder, AgentOptions(prompt_folder=folder), Runtime()).close()
+    assert prompts.initial_method() == "1. Be kind."
+    open_cast(folder, AgentOptions(), Runtime()).close()
+    assert prompts.initial_method().startswith("1. List ways")
