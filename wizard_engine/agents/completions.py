@@ -64,14 +64,14 @@ def read_answer(answer: Any, limit: int) -> Answer:
             return Answer(error=f"error object: {str(_get(fault, 'message') or fault)[:200]}", is_temporary=True)
         return Answer(error="no text: an answer without a message", is_temporary=True)
     text, parts = _content(_get(message, "content"))
-    text, thought = _split_reasoning(text)
+    text, thought = _split_reasoning(None if text is None else _joined(text))
     extras = (*_extras(choices, message), *parts, *(("<think>",) if thought else ()))
     finish = str(_get(choices[0], "finish_reason") or "stop")
     error, is_temporary = _fault(message, finish.lower(), text, extras, limit)
     if error:
         return Answer(error=error, is_temporary=is_temporary, extras=extras)
     ending = "length" if finish.lower() in CUT else "stop"
-    return Answer(_whole(text.strip()), ending, extras=extras, reasoning=_whole(thought or _reasoning(message)))
+    return Answer(text.strip(), ending, extras=extras, reasoning=_writable(thought or _reasoning(message)))
 
 
 def _get(item: Any, name: str) -> Any:
@@ -79,7 +79,12 @@ def _get(item: Any, name: str) -> Any:
     return item.get(name) if isinstance(item, dict) else None
 
 
-def _whole(text: str) -> str:
+def _joined(text: str) -> str:
+    """The text with surrogate pairs as the characters that they are; a half of one stays."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def _writable(text: str) -> str:
     """The text with every half of a surrogate pair replaced: no file can hold it."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -14,6 +14,7 @@ from .calls import JUDGE_TOKENS
 from .estimate import StandInCast, shown_estimate
 from .missing import MAX_MISSING
 from .prices import read_prices
+from .prompts import use_folder
 from .registry import Cast
 
 A = TypeVar("A", bound="CallOptions")
@@ -29,6 +30,8 @@ class CallOptions(Checked):
     """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
     ledger: Path | None = field(default=None, metadata=INCIDENTAL)
     """File of all calls, which stages may share; default: OUT/ledger.sqlite."""
+    prompt_folder: Path | None = None
+    """Folder with your own prompt files: one such as judge.txt replaces the built-in one of the same name."""
     prices: Path | None = field(default=None, metadata=INCIDENTAL)
     """JSON file {"MODEL": {"in": 2.5, "out": 10}}: prices of a million tokens, for cost and budgets of endpoints."""
     estimate: bool = field(default=False, metadata=INCIDENTAL)
@@ -56,6 +59,7 @@ def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens
         work: the stage, given its options with another `out`, which is removed afterwards, and its agents.
         answer_tokens: usual length of an answer; 0 for a common one.
     """
+    use_folder(cfg.prompt_folder)
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
     usual = {"answer_tokens": answer_tokens} if answer_tokens else {}
     cast = StandInCast(_ledger(cfg.out, cfg), prices, **usual)
@@ -73,8 +77,9 @@ def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
     """Agents with the ledger of the options, by default OUT/ledger.sqlite.
 
     Raises:
-        ValueError: prices that cannot be read.
+        ValueError: prices that cannot be read, or a folder of prompts that does not fit.
     """
+    use_folder(cfg.prompt_folder)
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
     return Cast(_ledger(out, cfg), runtime, batch_size=cfg.batch_size, quiet=cfg.quiet, prices=prices)
 

@@ -14,14 +14,15 @@ from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, as_read, derive_seed
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, derive_seed
+from wizard_engine.agents.prompts import dialogue
+from wizard_engine.agents.replies import read_rewritten, read_suggestion, read_user
 from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
 from wizard_engine.runtime.spill import Spill
 
 from .battles import BattleTables, Scene, battle_records, hold_battles, label
 from .elimination import detect_failure
-from .evol_answer import strip_meta
 from .judging import Judges, Match, check_judges, judge_match, names_of, panel
 from .lessons import Losses, choose_lessons
 from .pairs import Pairs, instruction_attributes, row_spill
@@ -228,6 +229,7 @@ class _Coach:
         chat = (*scene.prompt, Message("assistant", answer))
         seed = derive_seed(self.seed, "user", scene.turn)
         turn = await self.calls.converse(self.user, chat, seed, task="user", row=scene.row.id)
+        turn = None if turn is None else read_user(turn)
         if turn is None or detect_failure(turn) is not None:
             return None
         return Scene(scene.row, scene.turn + 1, (*chat, Message("user", turn)))
@@ -267,18 +269,21 @@ class _Coach:
         target = _Target(scene.answers[winner], self.contestants[winner].name, "")
         if self.suggester is None:
             return target
-        fields = {"instruction": scene.prompt[-1].content, "answer": scene.answers[0], "better": target.answer}
+        fields = {"history": dialogue(scene.prompt[:-1]), "instruction": scene.prompt[-1].content}
+        fields |= {"answer": scene.answers[0], "better": target.answer}
         asking, row = derive_seed(self.seed, "suggest"), scene.row.id
-        suggestion = await self.calls.ask(self.suggester, "suggest", fields, asking, read=as_read, row=row)
+        suggestion = await self.calls.ask(self.suggester, "suggest", fields, asking, read=read_suggestion, row=row)
         if suggestion is None:
             return target
         agent = self.rewriter or self.contestants[winner]
         fields = _rewrite_fields(scene, suggestion)
-        text = await self.calls.ask(agent, "rewrite", fields, derive_seed(self.seed, "rewrite"), read=as_read, row=row)
-        text = None if text is None else strip_meta(text)
+        asking = derive_seed(self.seed, "rewrite")
+        text = await self.calls.ask(
+            agent, "rewrite", fields, asking, read=lambda text: read_rewritten(text, scene.answers[0]), row=row
+        )
         if not text or text == target.answer:
             return target
-        match = Match(scene.prompt, text, target.answer)
+        match = Match(scene.prompt, text, target.answer, **scene.aids())
         seed = derive_seed(self.seed, "judge rewrite")
         verdict = await judge_match(self.calls, self.judges, match, seed, row=row)
         return _Target(text, agent.name, suggestion) if verdict is not None and verdict.winner == 1 else target
@@ -303,7 +308,8 @@ class _Coach:
 def _rewrite_fields(scene: Scene, suggestion: str) -> dict[str, str]:
     instruction = scene.prompt[-1].content
     answer = scene.answers[0]
-    return {"operator": "correctness", "suggestion": suggestion, "instruction": instruction, "answer": answer}
+    told = {"history": dialogue(scene.prompt[:-1]), "reference": scene.aids()["reference"]}
+    return {"operator": "correctness", "suggestion": suggestion, "instruction": instruction, "answer": answer, **told}
 
 
 def _validate(

@@ -1,8 +1,8 @@
 """Judging two answers in both orders, and rating single answers."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.calls import AnyAgent, Calls
@@ -11,11 +11,13 @@ from wizard_engine.data.records import Message
 
 
 class Match(NamedTuple):
-    """Two answers to the last user turn of a conversation."""
+    """Two answers to the last user turn of a conversation, and what the judge is told of it besides (see `aids`)."""
 
     prompt: tuple[Message, ...]
     first: str
     second: str
+    criteria: str = ""
+    reference: str = ""
 
 
 class Verdict(NamedTuple):
@@ -111,10 +113,17 @@ def _mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 async def rate_answer(
-    calls: Calls, judge: AnyAgent, prompt: tuple[Message, ...], answer: str, seed: int, *, row: str = ""
+    calls: Calls,
+    judge: AnyAgent,
+    prompt: tuple[Message, ...],
+    answer: str,
+    seed: int,
+    *,
+    attributes: Mapping[str, Any] | None = None,
+    row: str = "",
 ) -> float | None:
-    """A score 1 to 10 of an answer; None if it failed or could not be read."""
-    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "reference": "", "answer": answer}
+    """A score 1 to 10 of an answer to an instruction with these attributes; None if it failed or could not be read."""
+    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "answer": answer, **aids(attributes)}
     score = await calls.ask(judge, "rate", fields, seed, read=lambda text: read_scores(text, 1), row=row)
     return None if score is None else score[0]
 
@@ -122,7 +131,13 @@ async def rate_answer(
 def _fields(match: Match, swap: bool) -> dict[str, str]:
     a, b = (match.second, match.first) if swap else (match.first, match.second)
     prompt = match.prompt
-    return {"history": _history(prompt), "instruction": prompt[-1].content, "answer_a": a, "answer_b": b}
+    told = {"criteria": match.criteria, "reference": match.reference}
+    return {"history": _history(prompt), "instruction": prompt[-1].content, "answer_a": a, "answer_b": b, **told}
+
+
+def aids(attributes: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a judge is told besides the answers: criteria by kind of instruction, and an answer known to be right."""
+    return {"criteria": prompts.criteria_of(attributes), "reference": prompts.reference_of(attributes)}
 
 
 def _history(prompt: Sequence[Message]) -> str:

@@ -14,8 +14,8 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.calls import AnyAgent, Calls, Limits, as_read, derive_seed
-from wizard_engine.agents.replies import read_evolved, read_method
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, derive_seed
+from wizard_engine.agents.replies import read_evolved, read_method, read_reply
 from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Conversation, Message
 
@@ -175,7 +175,9 @@ class _Search:
         """A review of the trajectory and the method that follows from it, None where there is none."""
         settings = {"temperature": self.temperature}
         fields = {"method": method, "trajectory": trajectory}
-        feedback = await self.calls.ask(self.optimizer, "analyse", fields, seed, read=as_read, **settings)
+        feedback = await self.calls.ask(
+            self.optimizer, "analyse", fields, seed, read=lambda text: read_reply("analyse", text, fields), **settings
+        )
         if feedback is None:
             return None, None
         fields = {"method": method, "feedback": feedback}
