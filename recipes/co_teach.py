@@ -10,6 +10,7 @@ OUT/ledger.sqlite: a resumed run repeats none.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from wizard_engine import world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import check_calls
 from wizard_engine.data.records import Conversation
@@ -90,6 +91,7 @@ def teach(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) 
 
 def main(cfg: Config) -> dict:
     """Battle and teach; returns the report."""
+    world.register()
     return synthesize(cfg, "co_teach", teach)
 
 

@@ -10,6 +10,7 @@ Every call goes through OUT/ledger.sqlite: a resumed run repeats none.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from wizard_engine import world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import check_calls
 from wizard_engine.data.records import Conversation
@@ -71,6 +72,7 @@ def rewrite(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int
 
 def main(cfg: Config) -> dict:
     """Rewrite; returns the report."""
+    world.register()
     return synthesize(cfg, "evol_answer", rewrite)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from wizard_engine import world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import check_calls
 from wizard_engine.curation.selection import remove_contaminated
@@ -167,6 +168,7 @@ def evolve(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int)
 
 def main(cfg: Config) -> dict:
     """Evolve; returns the report."""
+    world.register()
     return synthesize(cfg, "evol_instruct", evolve)
 
 

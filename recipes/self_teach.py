@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from wizard_engine import world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import check_calls
 from wizard_engine.data.records import Conversation, Process
@@ -108,6 +109,7 @@ def teach(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) 
 
 def main(cfg: Config) -> dict:
     """Sample, judge, select; returns the report."""
+    world.register()
     return synthesize(cfg, "self_teach", teach)
 
 

@@ -12,7 +12,7 @@ from wizard_engine import __main__ as command
 from wizard_engine.agents import Ledger, Reply, ledger_report, prompts, replies, request_key
 from wizard_engine.agents.ledger import Stored
 
-FIELDS = {"instruction": "What is 2 + 3?", "answer": "5\x1b[2J", "question": "What is 2 + 3?"}
+FIELDS = {"criteria": "math", "instruction": "What is 2 + 3?", "answer": "5\x1b[2J", "question": "What is 2 + 3?"}
 
 
 def stored(ledger, text, task="judge", row="", agent="m@h", **reply):

@@ -242,7 +242,7 @@ def test_scores_and_labels_that_say_something_else_are_unreadable():
     assert read_scores("[[7]] or so, [[8 or 9]]", 1) is None and read_scores("[[8 apples]]", 1) is None
     assert read_labels("1\r\n−1\x0b+1\u20280", 4) == (1, -1, 1, 0)
     assert read_labels("Step 1: 1\nStep 2: -1", 2) == (1, -1) and read_labels("1. 1\n3. 0", 2) is None
-    assert read_labels("1.0\n2", 2) is None and read_labels("1 0", 2) is None
+    assert read_labels("1.0\n2", 2) is None and read_labels("1 0 2", 2) is None
     assert read_number(" **7,5** ") == Fraction(15, 2) and read_number("7 8") is None and read_number("") is None
 
 

@@ -37,7 +37,7 @@ def run_arena(tmp_path, rows, turns, salt="", out=None, judges=1, **options):
     for name in NAMES:
         register(f"late:{name}", lambda name=name: rival(name, turns=turns, salt=salt))
     # The second judge thinks alike, but less.
-    said = (verdict, lambda request: "".join(f"[[{1 + (quality - 1) / 3}]]" for quality in qualities(request)))
+    said = (verdict, lambda request: "".join(f"[[{1 + (quality - 1) / 3:.2f}]]" for quality in qualities(request)))
     for number in range(judges):
         register(f"late:judge{number}", lambda number=number: judge(f"j{number}", said[number], turns=turns, salt=salt))
     config = {"models": tuple(f"{name}=late:{name}" for name in NAMES), "prompts": rows, "quiet": True}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from wizard_engine import runtime, world
+from wizard_engine import runtime
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import EVOLVE_TOKENS, REWRITE_TOKENS, Limits
 from wizard_engine.agents.estimate import count_tokens
@@ -61,7 +61,6 @@ def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], 
         ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all; what `work` raises.
     """
     rt = runtime.start(cfg.device)
-    world.register()
     if cfg.estimate:
         return from_main(rt, lambda: _estimated(cfg, work))
     stage = open_stage(cfg, name, rt)
