@@ -12,6 +12,8 @@ from typing import Any, Literal
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
 from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
+from wizard_engine.data.chat import use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.latex_answers import library
 from wizard_engine.evaluation.accuracy import Accuracy, accuracy
 from wizard_engine.evaluation.received import on_length_of, received
@@ -52,6 +54,9 @@ class Config(Checked):
     """What to do with a row that cannot be read: stop, or leave it out and count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
+    chat_format: ChatFormatChoice = "auto"
+    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
+    .jinja file."""
     batch_size: Count[int] = field(default=128, metadata=INCIDENTAL)
     """Answers generated together; calls of one transaction."""
     seed: Seed[int] = 0
@@ -99,6 +104,7 @@ def _temperatures(cfg: Config) -> dict[str, float]:
 def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str, list[str]]:
     """Answers of a checkpoint, the problems sharded over the ranks."""
     model, tokenizer = language_model(cfg.model, None, seed=0, device=rt.device)
+    use_chat_format(tokenizer, cfg.chat_format, vocab_size=model.config.vocab_size)
     answers: dict[str, list[str]] = {}
     for name, temperature in _temperatures(cfg).items():
         local_prompts = prompts[rt.rank :: rt.world_size]
@@ -122,7 +128,7 @@ def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str,
 def _by_agent(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str, list[str | Missing]]:
     """Answers of an agent, through the ledger, Missing where none came."""
     world.register()
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet, chat_format=cfg.chat_format)
     answers = {}
     try:
         agent = cast.agent(cfg.model)

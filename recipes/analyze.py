@@ -17,6 +17,8 @@ from wizard_engine import runtime
 from wizard_engine.agents import Cast
 from wizard_engine.curation.analysis import Analysis, analyze, answered
 from wizard_engine.curation.analysis_page import write_analysis
+from wizard_engine.data.chat import use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Row, read_files
 from wizard_engine.generation import perplexities
 from wizard_engine.model.loading import language_model
@@ -41,6 +43,9 @@ class Config(Checked):
     tagger: str | None = None
     """Agent that names topic, skill and difficulty of rows that do not bring them along: a model directory or an
     endpoint, openai:MODEL@URL. Default: heuristics name them."""
+    chat_format: ChatFormatChoice = "auto"
+    """Of a tagger that is a local model: auto is the directory's own chat template, Vicuna v1.1 where it has none; or
+    vicuna, chatml, or a .jinja file."""
     limit: Count[int | None] = None
     """Rows read at most; default: all."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -60,6 +65,8 @@ def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -
     if cfg.checkpoint is None:
         return None
     model, tokenizer = language_model(str(cfg.checkpoint), None, seed=0, device=rt.device)
+    # Perplexities are of answers, which a template need not mark: the format that the model was trained in here.
+    use_chat_format(tokenizer, training=True)
     conversations = answered(rows)
     values = [math.nan] * len(conversations)
     local_values = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])
@@ -72,7 +79,7 @@ def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row]
     """Rows with the tagger's attributes, and the counts; unchanged rows without a tagger."""
     if cfg.tagger is None:
         return rows, {}
-    cast = Cast(cfg.out / "ledger.sqlite", rt, quiet=cfg.quiet)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, quiet=cfg.quiet, chat_format=cfg.chat_format)
     try:
         return tag_rows(rows, cast.agent(cfg.tagger), seed=cfg.seed)
     finally:

@@ -20,6 +20,7 @@ import tyro
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast, Request
 from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Message, read_rows
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.elo import Rating, elo
@@ -70,6 +71,9 @@ class Config(Checked):
     max_missing: Share[float] = MAX_MISSING
     """Largest share of a model's answers, and of the verdicts, 0 to 1, that may be missing; above it the stage ends
     with an error."""
+    chat_format: ChatFormatChoice = "auto"
+    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
+    .jinja file."""
     batch_size: Count[int] = 256
     seed: Seed[int] = 0
     device: str = "auto"
@@ -152,7 +156,8 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()} | {"judge": cfg.judge}
     inputs = {key: Path(spec) for key, spec in named.items() if Path(spec).exists()}
     inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
-    options = {name: value for name, value in asdict(cfg).items() if name not in INCIDENTAL}
+    inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
+    options = {name: value for name, value in asdict(cfg).items() if name not in (*INCIDENTAL, *inputs)}
     options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
     options["judge"] = None if "judge" in inputs else cfg.judge
     return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite)
@@ -183,7 +188,7 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
         return from_main(rt, stage.result)
     ids, prompts = read_prompts(cfg)
     from_main(rt, stage.start)
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet, chat_format=cfg.chat_format)
     answers = {}
     for name, spec in models.items():
         answers[name] = answer(cfg, spec, ids, prompts, cast)

@@ -20,6 +20,7 @@ import tyro
 from wizard_engine import runtime, world
 from wizard_engine.agents import Agent, Cast, Request
 from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Message
 from wizard_engine.evaluation.mt_bench import Mean, MTBench, mt_bench
 from wizard_engine.evaluation.pairwise import JUDGE_TOKENS
@@ -64,6 +65,9 @@ class Config(Checked):
     whose answers are whole or none, and keep for a checkpoint."""
     max_missing: Share[float] = MAX_MISSING
     """Largest share of answers, and of ratings, 0 to 1, that may be missing; above it the stage ends with an error."""
+    chat_format: ChatFormatChoice = "auto"
+    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
+    .jinja file."""
     batch_size: Count[int] = 256
     seed: Seed[int] = 0
     device: str = "auto"
@@ -151,6 +155,7 @@ def open_bench(cfg: Config) -> Stage:
     """The stage: model and judge directories and the question files are inputs by content."""
     named = {"model": cfg.model, "judge": cfg.judge, "questions": cfg.questions, "references": cfg.references}
     inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
+    inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
     incidental = ("out", "batch_size", "max_missing", "device", "overwrite", "quiet", *inputs)
     options = {name: value for name, value in asdict(cfg).items() if name not in incidental}
     return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite)
@@ -169,7 +174,7 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
         return from_main(rt, stage.result)
     questions = read(cfg)
     from_main(rt, stage.start)
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet)
+    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet, chat_format=cfg.chat_format)
     agent = cast.agent(cfg.model)
     result = mt_bench(
         answers_of(agent, cfg),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.missing import MAX_MISSING, check_share
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Conversation, Process
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
@@ -90,6 +91,9 @@ class Config(Checked):
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
+    chat_format: ChatFormatChoice = "auto"
+    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
+    .jinja file."""
     batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
     """Calls of one transaction, and conversations generated together."""
     device: str = field(default="auto", metadata=INCIDENTAL)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent
-from wizard_engine.agents.local import LocalAgent, _encode_for_user
-from wizard_engine.data.chat import CHAT_ATOMS, encode_conversation
+from wizard_engine.agents.local import LocalAgent
+from wizard_engine.data.chat import CHAT_ATOMS, encode_conversation, encode_opening
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer, save_model
@@ -87,7 +87,7 @@ def test_fingerprint_follows_weights_and_tokenizer(agent, tokenizer):
 
 def test_user_turn_continues_where_the_conversation_format_places_it(agent, tokenizer):
     turns = (Message("user", "Tom has 12."), Message("assistant", "7"))
-    prompt = _encode_for_user(tokenizer, turns)
+    prompt = encode_opening(tokenizer, turns)
     full = encode_conversation(tokenizer, [*turns, Message("user", "How?"), Message("assistant", "12-5=7")])
     assert full.tokens.tolist()[: len(prompt)] == prompt
     assert tokenizer.decode(prompt).endswith("USER:")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.runtime.process import Runtime
 
 from .endpoint import PREFIX, EndpointAgent
@@ -34,6 +35,7 @@ def make_agent(
     batch_size: int = 256,
     runtime: Runtime | None = None,
     quiet: bool = False,
+    chat_format: ChatFormatChoice = "auto",
 ) -> Agent:
     """The agent of a specification, as recipes accept it.
 
@@ -45,12 +47,12 @@ def make_agent(
         batch_size: calls of one transaction; for a checkpoint also conversations generated together.
         runtime: with several ranks, the requests are sharded over the ranks and every rank gets all replies.
         quiet: no progress bar (see LedgeredAgent).
+        chat_format: of a directory's model, see `chat_format.chosen_format`.
     Raises:
         ValueError: neither a registered name nor a directory with a model, or an endpoint that cannot be asked.
     """
-    agent = _make(
-        str(spec), str(runtime.device) if runtime else device, batch_size, runtime.world_size if runtime else 1
-    )
+    device = str(runtime.device) if runtime else device
+    agent = _make(str(spec), device, batch_size, runtime.world_size if runtime else 1, chat_format)
     # Calls that cost money are stored in smaller batches, so that a stop loses few of them.
     batch_size = min(batch_size, getattr(agent, "batch_size", batch_size)) if _is_endpoint(spec) else batch_size
     if ledger is not None:
@@ -66,11 +68,20 @@ class Cast:
     Args:
         ledger: SQLite file of every call; created if it does not exist.
         runtime: with several ranks, requests are sharded over the ranks.
-        batch_size, quiet: as for make_agent.
+        batch_size, quiet, chat_format: as for make_agent.
     """
 
-    def __init__(self, ledger: Path, runtime: Runtime, *, batch_size: int = 256, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        ledger: Path,
+        runtime: Runtime,
+        *,
+        batch_size: int = 256,
+        quiet: bool = False,
+        chat_format: ChatFormatChoice = "auto",
+    ) -> None:
         self.ledger, self.runtime, self.batch_size, self.quiet = Ledger(ledger), runtime, batch_size, quiet
+        self.chat_format = chat_format
         self._made: dict[str, Agent] = {}
 
     def agent(self, spec: str) -> Agent:
@@ -81,7 +92,12 @@ class Cast:
         """
         if spec not in self._made:
             self._made[spec] = make_agent(
-                spec, self.ledger, batch_size=self.batch_size, runtime=self.runtime, quiet=self.quiet
+                spec,
+                self.ledger,
+                batch_size=self.batch_size,
+                runtime=self.runtime,
+                quiet=self.quiet,
+                chat_format=self.chat_format,
             )
         return self._made[spec]
 
@@ -107,13 +123,13 @@ def _is_endpoint(spec: str | Path) -> bool:
     return str(spec).startswith(PREFIX)
 
 
-def _make(spec: str, device: str, batch_size: int, ranks: int) -> Agent:
+def _make(spec: str, device: str, batch_size: int, ranks: int, chat_format: ChatFormatChoice) -> Agent:
     if spec in _FACTORIES:
         return _FACTORIES[spec]()
     if _is_endpoint(spec):
         return EndpointAgent.from_spec(spec, ranks=ranks)
     if (Path(spec) / "config.json").is_file():
-        return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
+        return LocalAgent.from_directory(spec, device=device, batch_size=batch_size, chat_format=chat_format)
     near = difflib.get_close_matches(spec, registered(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"
     kinds = "a registered name, openai:MODEL@URL, or a directory holding a saved model"

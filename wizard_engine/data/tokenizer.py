@@ -28,6 +28,7 @@ from tokenizers import Tokenizer as Backend
 from wizard_engine.runtime.files import write_bytes, write_json, write_text
 from wizard_engine.runtime.input_files import parse_object, read_json_object, read_regular, shown
 
+from .chat_format import VICUNA, ChatFormat, directory_format
 from .pretokenizer import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
 from .sentencepiece_json import tokenizer_json
 from .tokenizer_files import (
@@ -44,6 +45,8 @@ from .tokenizer_files import (
 BOS, EOS = "<s>", "</s>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "<|endoftext|>")
+# Names of special tokens that chat templates know.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 META_SPACE = "▁"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -61,6 +64,7 @@ class Tokenizer(Protocol):
     text_ids: (vocab_size,) bool, the ids that a text can give.
     prefixes_space: whether `encode` puts a space before the text (SentencePiece's dummy prefix).
     fingerprint: hash of everything that decides the ids.
+    chat_format: how conversations are written; see `chat.use_chat_format`.
     """
 
     vocab_size: int
@@ -70,6 +74,7 @@ class Tokenizer(Protocol):
     text_ids: np.ndarray
     fingerprint: str
     prefixes_space: bool
+    chat_format: ChatFormat
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""
@@ -86,6 +91,15 @@ class Tokenizer(Protocol):
     def drawable(self, vocab_size: int) -> np.ndarray | None:
         """Which ids of an embedding of so many rows a sampler may draw; None: all."""
 
+    def end_answers_with(self, ids: Sequence[int]) -> None:
+        """Add ids to those that end an answer; they have no text."""
+
+    def backend_json(self) -> str:
+        """tokenizer.json that gives the ids of the tokenizer, for texts whose special tokens are read."""
+
+    def template_variables(self) -> dict[str, str]:
+        """Texts of the special tokens by the names that chat templates know: `bos_token`, `eos_token` and others."""
+
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files, as transformers reads them, into a directory."""
 
@@ -98,6 +112,7 @@ class _Bytes:
     eos_ids: tuple[int, ...]
     text_ids: np.ndarray
     prefixes_space: bool
+    chat_format: ChatFormat = VICUNA
     _table: list[bytes | None]
     _known: np.ndarray
 
@@ -115,6 +130,12 @@ class _Bytes:
             # An added token that ends an answer is a mark, not a part of its text.
             if index in added:
                 self._table[index] = None
+
+    def end_answers_with(self, ids: Sequence[int]) -> None:
+        """Add ids to those that end an answer; they have no text."""
+        self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, *ids)))
+        for index in ids:
+            self._table[index] = None
 
     def drawable(self, vocab_size: int) -> np.ndarray | None:
         """Which ids of an embedding of so many rows a sampler may draw; None: all.
@@ -245,6 +266,19 @@ class SentencePieceTokenizer(_Bytes):
         }
         write_json(Path(directory) / "tokenizer_config.json", {**fields, **names})
 
+    def backend_json(self) -> str:
+        """tokenizer.json that gives the ids of the tokenizer.
+
+        Raises:
+            ValueError: there is none for a model of this kind.
+        """
+        return self._converted() or tokenizer_json(self._model)
+
+    def template_variables(self) -> dict[str, str]:
+        """Texts of the special tokens by the names that chat templates know."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._backend.unk_id()}
+        return {name: self._backend.id_to_piece(index) for name, index in ids.items() if index >= 0}
+
     def _converted(self) -> str:
         """tokenizer.json with the same ids; "" where there is none."""
         if self._json is None:
@@ -350,6 +384,17 @@ class JsonTokenizer(_Bytes):
         encoded = _checked(lambda: self._backend.encode_batch_fast(spaced, add_special_tokens=False), texts)
         return [item.ids for item in encoded]
 
+    def backend_json(self) -> str:
+        """tokenizer.json."""
+        return self._backend.to_str()
+
+    def template_variables(self) -> dict[str, str]:
+        """Texts of the special tokens by the names that chat templates know."""
+        own = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        names = {name: self._backend.id_to_token(index) for name, index in own.items() if name not in self._config}
+        listed = {name: named_token(self._config, name, "tokenizer") for name in NAMED_TOKENS}
+        return names | {name: text for name, text in listed.items() if text is not None}
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""
         write_text(Path(directory) / "tokenizer.json", self._backend.to_str(pretty=True))
@@ -365,7 +410,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """Tokenizer of a *.model file, a tokenizer.json file, or a directory that holds one (tokenizer.json first).
 
     BOS and EOS are those of tokenizer_config.json, else of generation_config.json and config.json beside it, else
-    of the usual names. All EOS ids that the latter two list end an answer.
+    of the usual names. All EOS ids that the latter two list end an answer. The chat format is that of the directory.
 
     Raises:
         ValueError: there is none, or it cannot be read; names the file.
@@ -378,11 +423,15 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except OSError as error:
         got = "nothing there" if isinstance(error, FileNotFoundError) else error.strerror
         raise ValueError(f"{path}: expected a tokenizer file or directory, got {got}; check the path") from None
+    config = read_json_object(path.with_name("tokenizer_config.json")) or {}
     if path.suffix == ".model":
-        return SentencePieceTokenizer(content, str(path), listed_ids(path.parent))
-    if path.suffix == ".json":
-        return _load_json(path, content)
-    raise ValueError(f"{path}: expected a tokenizer named *.model or tokenizer.json, got another file")
+        tokenizer: Tokenizer = SentencePieceTokenizer(content, str(path), listed_ids(path.parent))
+    elif path.suffix == ".json":
+        tokenizer = _load_json(path, content, config)
+    else:
+        raise ValueError(f"{path}: expected a tokenizer named *.model or tokenizer.json, got another file")
+    tokenizer.chat_format = directory_format(path.parent, config)
+    return tokenizer
 
 
 def _file_of(directory: Path) -> Path:
@@ -400,14 +449,13 @@ def _file_of(directory: Path) -> Path:
     raise ValueError(f"{directory}: expected tokenizer.json or a *.model file in this directory, got neither")
 
 
-def _load_json(path: Path, content: bytes) -> JsonTokenizer:
+def _load_json(path: Path, content: bytes, config: dict[str, Any]) -> JsonTokenizer:
     fields = parse_object(content, path)
     model = fields.get("model")
     needed = {"vocab", "merges"} if isinstance(model, dict) and model.get("type") == "BPE" else {"vocab"}
     if not isinstance(model, dict) or not needed <= model.keys():
         raise ValueError(f"{path}: model: expected an object with {', '.join(sorted(needed))}, got another")
     check_ids(model["vocab"], fields.get("added_tokens"), path)
-    config = read_json_object(path.with_name("tokenizer_config.json")) or {}
     with library_failures(f"{path}: expected a tokenizer of the tokenizers library"):
         # Written again, so that the library reads what was looked at, whatever stands there twice.
         return JsonTokenizer(Backend.from_str(json.dumps(fields)), config, str(path), listed_ids(path.parent))

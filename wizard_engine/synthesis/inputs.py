@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from wizard_engine.agents import Cast
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Conversation
 from wizard_engine.runtime.process import Runtime
 
@@ -19,6 +20,7 @@ class SynthesisOptions(Protocol):
     on_error: str
     unknown_fields: str
     batch_size: int
+    chat_format: ChatFormatChoice
     quiet: bool
 
 
@@ -28,7 +30,9 @@ def open_inputs(cfg: SynthesisOptions, runtime: Runtime) -> tuple[Cast, list[Con
     Raises:
         ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
     """
-    cast = Cast(cfg.out / "ledger.sqlite", runtime, batch_size=cfg.batch_size, quiet=cfg.quiet)
+    cast = Cast(
+        cfg.out / "ledger.sqlite", runtime, batch_size=cfg.batch_size, quiet=cfg.quiet, chat_format=cfg.chat_format
+    )
     rejects = cfg.out / "rejects.jsonl"
     options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "rejects": rejects}
     rows, rejected = read_conversations(cfg.data, limit=cfg.limit, **options)
