@@ -3,6 +3,7 @@
 None is a published model's: the texts, names and orders are this file's own.
 """
 
+import json
 import random
 from functools import cache
 
@@ -169,32 +170,37 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
 {% if add_generation_prompt %}{{'<start_of_turn>model
 '}}{% endif %}"""
 
-CHATML = """{% for message in messages %}
-    {% if loop.first and messages[0]['role'] != 'system' %}
-        {{ '<|im_start|>system\nYou answer questions.<|im_end|>\n' }}
-    {% endif %}
-    {% if message['role'] == 'assistant' %}
-        {{ '<|im_start|>assistant\n' }}
-        {% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}
-    {% else %}
-        {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
-    {% endif %}
-{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou answer questions.<|im_end|>\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
-VICUNA = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}
-{% set system_message = messages[0]['content'].strip() + '\n\n' %}{% else %}{% set loop_messages = messages %}
-{% set system_message = 'A curious user talks with an assistant.' %}{% endif %}{{ bos_token + system_message }}
-{% for message in loop_messages %}{% if message['role'] not in ['user', 'assistant'] %}{% continue %}{% endif %}
-{% if message['role'] == 'user' %}
-{{ ' USER: ' + message['content'].strip() }}
-{% else %}
-{{ ' ASSISTANT: ' }}{% generation %}{{ message['content'].strip() + eos_token }}{% endgeneration %}
-{% endif %}
-{% if loop.last and message['role'] == 'user' and add_generation_prompt %}
-{{ ' ASSISTANT:' }}
-{% endif %}
-{% endfor %}"""
+VICUNA = """
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set loop_messages = messages[1:] -%}
+    {%- set system_message = messages[0]['content'].strip() + '\n\n' -%}
+{%- else -%}
+    {%- set loop_messages = messages -%}
+    {%- set system_message = 'A curious user talks with an assistant.' -%}
+{%- endif -%}
+{{- bos_token + system_message -}}
+{%- for message in loop_messages -%}
+    {%- if message['role'] not in ['user', 'assistant'] -%}{%- continue -%}{%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{- ' USER: ' + message['content'].strip() -}}
+    {%- else -%}
+        {{- ' ASSISTANT: ' }}{% generation %}{{ message['content'].strip() + eos_token }}{% endgeneration -%}
+    {%- endif -%}
+    {%- if loop.last and message['role'] == 'user' and add_generation_prompt -%}
+        {{- ' ASSISTANT:' -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
 
 TEXT = (
     "The answer is 12 apples. What is 3 < 4? def f(x):\n    return [x, 'naïve', {1: 2}]\n\n中文 😀 <b>bold</b> | pipes "
@@ -311,6 +317,16 @@ FAMILIES = {
 }
 # Those whose templates mark what the model writes.
 MARKED = ("llama-2", "llama-3", "chatml", "vicuna")
+
+
+def directory(path, family, **changes):
+    """A model directory's tokenizer files of a family."""
+    template, backend, fields = FAMILIES[family]
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(backend.to_str())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **fields, **changes}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
 
 
 def text_of(rng: random.Random) -> str:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_templates import FAMILIES, MARKED, conversation
+from chat_templates import FAMILIES, MARKED, conversation, directory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,16 +27,6 @@ from wizard_engine.data.records import Conversation, Message, Preference
 from wizard_engine.data.tokenizer import load_tokenizer
 
 EVERY = 12
-
-
-def directory(path, family, **changes):
-    """A model directory's tokenizer files of a family."""
-    template, backend, fields = FAMILIES[family]
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "tokenizer.json").write_text(backend.to_str())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **fields, **changes}
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -269,18 +259,18 @@ def test_the_next_turn_of_the_user_opens_as_the_template_has_it(families):
     openings = {
         "llama-2": "</s><s> [INST]",
         "llama-3": "b<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
-        "mistral": "b</s>[INST] ",
+        "mistral": "b</s>[INST]",
         "qwen": "b<|im_end|>\n<|im_start|>user\n",
         "gemma": "b<end_of_turn>\n<start_of_turn>user\n",
         "chatml": "b<|im_end|>\n<|im_start|>user\n",
-        "vicuna": " USER: ",
+        "vicuna": " USER:",
     }
     for family, opening in openings.items():
         ids = encode_opening(families[family], messages)
-        assert FAMILIES[family][1].decode(ids, skip_special_tokens=False).endswith(opening.strip(" ")), family
+        assert FAMILIES[family][1].decode(ids, skip_special_tokens=False).endswith(opening), family
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama-2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_exchange_is_the_prompt_and_the_answer_with_its_end(families, family):
     tokenizer = families[family]
     prompt = [Message("user", "What is 12?"), Message("assistant", "the answer"), Message("user", "Why?")]
@@ -294,7 +284,7 @@ def test_an_exchange_is_the_prompt_and_the_answer_with_its_end(families, family)
         piece = tokenizer.decode([token]).strip()
         if 0 <= start < end <= len(answer) and "\N{REPLACEMENT CHARACTER}" not in piece:
             assert piece == answer[start:end].strip()
-    assert sum(end - start for _, (start, end) in said if 0 <= start < end <= len(answer)) >= len(answer) - 2
+    assert set(range(len(answer))) <= {place for _, (start, end) in said for place in range(start, end)}
 
 
 def test_training_needs_the_template_to_mark_answers(families, tmp_path):

@@ -64,6 +64,8 @@ class TemplateCoder:
             )
         self._variables = tokenizer.template_variables()
         self._everyone = self._asked = Guard(())
+        # Between the opening of an answer and its text, and from there to the end of its turn.
+        self._gap = self._end = ""
         self.written: dict[str, int] = {}
         self.turn_end: int | None = None
         self._try()
@@ -85,7 +87,8 @@ class TemplateCoder:
         """Ids of a conversation and of the opening of the user's next turn."""
         rendered = self._render([*messages, Message("user", NEXT)])
         text, _ = self._around(rendered.rendering.text, NEXT)
-        return self._encoder.encode(text, rendered.broken)[0]
+        # A space before the text belongs to its first token, which is the model's to choose.
+        return self._encoder.encode(text.rstrip(" "), rendered.broken)[0]
 
     def conversation(self, messages: Sequence[Message], learned: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
         """(n,) int32 ids of a conversation, and (n,) fp32 weights: 1 where a generation block is learned.
@@ -108,23 +111,17 @@ class TemplateCoder:
         return np.asarray(ids, dtype=np.int32), weights
 
     def exchange(self, prompt: Sequence[Message], answer: str) -> Exchange:
-        """Ids of a prompt with its answer, and where the answer's characters are.
-
-        Raises:
-            ValueError: the template does not go on from its own prompt, or changes the answer.
-        """
-        whole = self._render([*prompt, Message("assistant", answer)])
-        before = self._rendering(whole.messages[:-1], opens_answer=True).text
-        text, said = whole.rendering.text, whole.messages[-1]["content"].strip()
-        place = text.find(said, len(before))
-        if not text.startswith(before) or place < 0:
-            raise self._fault("expected an answer behind its own prompt, unchanged, got another text")
-        shift = place - (len(answer) - len(answer.lstrip()))
-        ids, spans = self._encoder.encode(text, whole.broken)
-        start = next(index for index, (_, end) in enumerate(spans) if end > len(before))
-        last = next((i for i in range(start, len(ids)) if ids[i] in self.tokenizer.eos_ids), len(ids) - 1)
-        inside = [(low - shift, high - shift) for low, high in spans[start : last + 1]]
-        return Exchange(ids[: last + 1], start, inside)
+        """Ids of a prompt with its answer as a model writes it behind the prompt, and where its characters are."""
+        rendered = self._render([*prompt, Message("assistant", answer)])
+        *asked, said = rendered.messages
+        before = self._rendering(asked, opens_answer=True).text
+        shift = len(before) + len(self._gap)
+        ids, spans = self._encoder.encode(before + self._gap + said["content"] + self._end, rendered.broken)
+        start = next((index for index, (_, end) in enumerate(spans) if end > len(before)), len(ids))
+        inside = [(low - shift, high - shift) for low, high in spans[start:]]
+        if ids[-1] not in self.tokenizer.eos_ids:
+            ids, inside = [*ids, self.tokenizer.eos_id], [*inside, (len(answer), len(answer))]
+        return Exchange(ids, start, inside)
 
     def check_marks(self) -> None:
         """Raise ValueError unless the template marks what an answer is, with the end of its turn."""
@@ -158,10 +155,13 @@ class TemplateCoder:
             # It may take one exchange alone.
             talk = self._render([question, answer]).rendering.text
         header, behind = self._around(self._around(talk, QUESTION)[1], ANSWER)
-        self._check_opening(self._around(asked, QUESTION)[1], header, has_effect=asked != unopened)
+        opening = self._around(asked, QUESTION)[1]
+        self._check_opening(opening, header, has_effect=asked != unopened)
         self._find_marks(asked + talk, unopened)
         end = next((mark for mark in sorted(self.written, key=len)[::-1] if behind.lstrip().startswith(mark)), None)
+        self._gap = header.removeprefix(opening) if header.startswith(opening) else ""
         if end is not None:
+            self._end = behind[: behind.index(end) + len(end)]
             self.turn_end = self.written[end]
             self.tokenizer.end_answers_with([self.turn_end])
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from .tokenizer_files import library_failures
 
 PLACEHOLDERS = (0x100000, 0x10FFFD)
-# A piece is encoded behind it, so that a tokenizer adds no space in front of a piece inside a text.
+# A piece inside a text is encoded behind it, so that a tokenizer adds no space in front of the piece.
 ANCHOR = "\n"
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
@@ -60,39 +60,40 @@ class MarkedEncoder:
             return ids, spans
         out_ids: list[int] = []
         out_spans: list[tuple[int, int]] = []
-        for first, last, start, end in self._between_marks(ids, spans, len(text)):
-            between = text[start:end]
-            if not any(placeholder in between for placeholder in broken):
+        for first, last in self._between_marks(ids):
+            start = spans[first - 1][1] if first else 0
+            end = spans[last][0] if last < len(ids) else len(text)
+            mark = text[spans[first - 1][0] : start] if first else ""
+            if not any(placeholder in text[start:end] for placeholder in broken):
                 out_ids += ids[first:last]
                 out_spans += spans[first:last]
             else:
-                for at, piece in _pieces(between, start, broken):
-                    piece_ids, piece_spans = self._piece(piece, is_first=at == 0)
+                for at, piece in _pieces(text[start:end], broken):
+                    piece_ids, piece_spans = self._behind(ANCHOR if at else mark, piece)
                     out_ids += piece_ids
-                    out_spans += [(at + low, at + high) for low, high in piece_spans]
+                    out_spans += [(start + at + low, start + at + high) for low, high in piece_spans]
             # The mark behind it.
             out_ids += ids[last : last + 1]
             out_spans += spans[last : last + 1]
         return out_ids, out_spans
 
-    def _between_marks(self, ids: Sequence[int], spans: Sequence[tuple[int, int]], size: int) -> Iterator[tuple]:
-        """(first, last, start, end) of the ids and of the characters before each mark, and behind the last one."""
-        first = start = 0
+    def _between_marks(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(first, last) of the ids before each mark, and behind the last one."""
+        first = 0
         for index, token in enumerate(ids):
             if token in self._ids:
-                yield first, index, start, spans[index][0]
-                first, start = index + 1, spans[index][1]
-        yield first, len(ids), start, size
+                yield first, index
+                first = index + 1
+        yield first, len(ids)
 
-    def _piece(self, text: str, *, is_first: bool) -> Encoded:
-        """Ids and spans of a text that holds no mark."""
-        if is_first:
+    def _behind(self, before: str, text: str) -> Encoded:
+        """Ids and spans of a text that holds no mark, behind a mark or the anchor."""
+        known, _ = self._encode(before, reads_marks=True)
+        ids, spans = self._encode(before + text, reads_marks=True)
+        if ids[: len(known)] != known:
             return self._encode(text, reads_marks=False)
-        anchor, _ = self._encode(ANCHOR, reads_marks=False)
-        ids, spans = self._encode(ANCHOR + text, reads_marks=False)
-        if ids[: len(anchor)] != anchor:
-            return self._encode(text, reads_marks=False)
-        return ids[len(anchor) :], [(max(0, low - 1), high - 1) for low, high in spans[len(anchor) :]]
+        size = len(before)
+        return ids[len(known) :], [(max(0, low - size), high - size) for low, high in spans[len(known) :]]
 
     def _encode(self, text: str, *, reads_marks: bool) -> Encoded:
         try:
@@ -106,12 +107,12 @@ class MarkedEncoder:
         return encoding.ids, encoding.offsets
 
 
-def _pieces(text: str, start: int, broken: dict[str, str]) -> Iterator[tuple[int, str]]:
+def _pieces(text: str, broken: dict[str, str]) -> Iterator[tuple[int, str]]:
     """(place, text) of the pieces of a text that is divided before each placeholder."""
     cuts = [0, *(index for index, char in enumerate(text) if char in broken and index), len(text)]
     for low, high in pairwise(cuts):
         if low < high:
-            yield start + low, "".join(broken.get(char, char) for char in text[low:high])
+            yield low, "".join(broken.get(char, char) for char in text[low:high])
 
 
 class Guard:
