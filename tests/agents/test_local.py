@@ -129,12 +129,8 @@ def test_a_model_is_asked_in_its_own_template(others):
     turns = (Message("user", "Tom has 12."), Message("assistant", "7"), Message("user", "How?"))
     prompts = []
     agent._refusal = lambda prompt, request: prompts.append(prompt) or LocalAgent._refusal(agent, prompt, request)
-    assert all(
-        reply.ok
-        for reply in agent.respond(
-            [Request(task, m, max_tokens=4) for task, m in (("answer", turns), ("user", turns[:2]))]
-        )
-    )
+    requests = [Request("answer", turns, max_tokens=4), Request("user", turns[:2], max_tokens=4)]
+    assert all(reply.ok for reply in agent.respond(requests))
     backend = FAMILIES["chatml"][1]
     texts = [backend.decode(prompt, skip_special_tokens=False) for prompt in prompts]
     talk = (

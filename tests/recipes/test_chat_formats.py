@@ -109,8 +109,8 @@ def test_reward_models_read_templates(world, foreign, tmp_path, kind):
 
 
 def test_chat_speaks_the_template(foreign):
-    model, tokenizer = load_model(foreign["chatml"])
     for choice in ("auto", "vicuna"):
+        model, tokenizer = load_model(foreign["chatml"])
         use_chat_format(tokenizer, choice)
         prompt = encode_prompt(tokenizer, TURNS[:1])
         out = generate(model, [prompt], max_new_tokens=7, eos_ids=tokenizer.eos_ids)
@@ -118,4 +118,3 @@ def test_chat_speaks_the_template(foreign):
         cfg = chat.Config(foreign["chatml"], prompt="What is 12?", max_new_tokens=7, device="cpu", chat_format=choice)
         chat.main(cfg, stdin=streams[0], stdout=streams[1], stderr=streams[2])
         assert streams[1].getvalue() == tokenizer.decode(out.tokens[0]).strip() + "\n"
-        use_chat_format(tokenizer, "auto")
