@@ -105,6 +105,7 @@ def main(cfg: Config) -> None:
         runtime.stop()
         return
     check_vocabulary(tokenizer, engine.config, cfg.model)
+    use_chat_format(tokenizer, vocab_size=engine.config.vocab_size)
     driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
     limits = Limits(
         min(cfg.max_new_tokens, engine.scheduler.max_length),

@@ -105,7 +105,11 @@ def test_ids_of_an_answer_that_goes_on_are_those_of_transformers(pairs, family, 
         lambda: theirs.apply_chat_template(turns(messages), continue_final_message=True, return_dict=False)
     )
     got = outcome(lambda: encode_begun(ours, messages))
-    assert got == expected or (isinstance(expected, str) and isinstance(got, str))
+    if isinstance(expected, str) and "does not appear in the chat" in expected:
+        # They refuse a template that divides the answer; it goes on all the same.
+        assert isinstance(got, list)
+    else:
+        assert got == expected or (isinstance(expected, str) and isinstance(got, str))
 
 
 # Texts of marks, whole and in parts, as a user might write them to close a turn.
@@ -131,7 +135,7 @@ def without_marks(text):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.sampled_from((*FORGED, "a ", " b", "\n")), min_size=1, max_size=5), min_size=3, max_size=3))
 def test_marks_in_messages_are_text(families, family, contents):
     tokenizer = families[family]
@@ -185,13 +189,13 @@ def test_words_of_the_model_are_marks_in_its_answers_alone(families):
 
 FAULTS = {
     "syntax": ("{% for m in messages %}", "line 1: unexpected end of template|got line 1"),
-    "loop": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s of work"),
+    "loop": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", r"0\.5 s of work"),
     "memory": ("{{ 'a' * 10 ** 10 }}", "more than 768 MiB of memory"),
     "width": ("{{ '%99999999999d' % 1 }}", "more than 768 MiB of memory|OverflowError|ValueError"),
     "length": ("{% for a in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "more than 768 MiB of memory or 8388608"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
     "attribute": ("{{ messages.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
-    "globals": ("{{ raise_exception.__globals__ }}", "SecurityError|UndefinedError"),
+    "globals": ("{{ raise_exception.__globals__['json'] }}", "SecurityError: access to attribute '__globals__'"),
     "missing": ("{{ messages[0].content.nothing.more }}", "UndefinedError"),
     "number": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "file": ("{% include '/etc/passwd' %}", "TypeError: no loader"),
@@ -215,7 +219,8 @@ def test_templates_that_cannot_be_used_are_named(tmp_path, kind):
     began = time.monotonic()
     with pytest.raises(ValueError, match=message) as raised:
         use_chat_format(load_tokenizer(path))
-    assert time.monotonic() - began < 5
+    # Of two cores that are shared by many.
+    assert time.monotonic() - began < 10
     assert str(raised.value).startswith(f"{path}/tokenizer_config.json: chat template: ")
     assert str(raised.value).endswith("or choose another with --chat-format")
 
@@ -223,7 +228,9 @@ def test_templates_that_cannot_be_used_are_named(tmp_path, kind):
 @pytest.mark.slow
 def test_one_operation_that_does_not_end_costs_the_process_that_renders(tmp_path):
     began = time.monotonic()
-    with pytest.raises(ValueError, match="expected a template that renders, got more than a second of work"):
+    with pytest.raises(
+        ValueError, match="expected a template that renders, got one operation of more than half a second"
+    ):
         use_chat_format(load_tokenizer(directory(tmp_path, "chatml", chat_template="{{ 3 ** 99999999 > 1 }}")))
     assert time.monotonic() - began < 20
     assert use_chat_format(load_tokenizer(directory(tmp_path, "chatml"))).eos_ids

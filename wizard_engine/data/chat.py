@@ -265,7 +265,10 @@ def encode_begun(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]
     """
     coder = _coder(tokenizer)
     if coder is not None:
-        _check_last([m for m in messages if m.content.strip()], "assistant")
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError(
+                f"messages: expected the last role assistant, got {messages[-1].role if messages else 'none'}"
+            )
         return coder.begun(messages)
     return [*encode_prompt(tokenizer, messages[:-1]), *encode_answer(tokenizer, messages[-1].content)[:-1]]
 

@@ -91,7 +91,7 @@ def directory_format(directory: Path, config: dict[str, Any]) -> ChatFormat:
         ValueError: a file cannot be read; names it.
     """
     template, source, fault = _found(directory, config)
-    if template is None and not fault:
+    if not template and not fault:
         return VICUNA
     found = ChatFormat("template", template or "", str(source), fault=fault)
     if template == CHAT_TEMPLATE:

@@ -54,7 +54,7 @@ class _Worker:
             status = process.wait()
             self._process = None
         if status == -signal.SIGVTALRM:
-            raise TemplateFault("more than a second of work")
+            raise TemplateFault("one operation of more than half a second")
         raise TemplateFault(f"the end of the process that renders it (status {status})")
 
     def close(self) -> None:
