@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from chat_templates import FAMILIES, directory
 
-from recipes import chat, export_hf, reward, sft, stage_dpo
+from recipes import chat, export_hf, reward, rleif, sft, stage_dpo
 from wizard_engine.data.chat import encode_conversation, encode_prompt, use_chat_format
 from wizard_engine.data.chat_format import CHAT_TEMPLATE, CHATML_TEMPLATE
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.generation import generate
 from wizard_engine.model import PRESETS, Transformer, load_model, save_hf
+from wizard_engine.rl.options import RewardOptions, RolloutOptions
 from wizard_engine.training.options import Training
 
 QUICK = Training(pack_tokens=512, packs_per_step=2, lr=2e-3, max_steps=2)
@@ -106,6 +107,32 @@ def test_reward_models_read_templates(world, foreign, tmp_path, kind):
     )
     assert 0 <= reward.main(cfg)["held_out_accuracy"] <= 1
     assert load_tokenizer(tmp_path / "model").chat_format.template == FAMILIES["qwen"][0]
+
+
+# The policy answers in its template, which marks no answers; the reward models keep the formats of their own.
+@pytest.mark.slow
+def test_rleif_samples_in_the_template(world, foreign, tmp_path):
+    training = replace(QUICK, max_steps=1, pack_tokens=2048)
+    models = {}
+    for kind, choice in (("instruction", "auto"), ("process", "template")):
+        rows = world.rankings(16) if kind == "instruction" else world.processes(24)
+        data = (world.write(f"r_{kind}.jsonl", rows),)
+        out = tmp_path / kind
+        options = {"model": str(foreign["qwen"]), "chat_format": choice, "training": training, "quiet": True}
+        reward.main(reward.Config(kind, data, out, **options))
+        models[f"{kind}_model"] = out / "model"
+    cfg = rleif.Config(
+        data=(world.write("asked.jsonl", world.single[:4]),),
+        out=tmp_path / "rleif",
+        model=str(foreign["qwen"]),
+        chat_format="template",
+        reward=RewardOptions(**models),
+        rollout=RolloutOptions(steps=1, batch_size=4, samples_per_prompt=2, max_new_tokens=8),
+        quiet=True,
+    )
+    assert rleif.main(cfg)["steps"] == 1
+    written = load_tokenizer(tmp_path / "rleif" / "model").chat_format
+    assert written.template == FAMILIES["qwen"][0] and written.is_trained
 
 
 def test_chat_speaks_the_template(foreign):

@@ -14,7 +14,6 @@ Source: FastChat's template vicuna_v1.1.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -28,7 +27,6 @@ USER, NEXT_USER, ASSISTANT = " USER:", "USER:", " ASSISTANT:"
 CHAT_ATOMS = (SYSTEM, USER, NEXT_USER, ASSISTANT)
 
 Encode = Callable[[str], list[int]]
-_CODERS: WeakKeyDictionary[Tokenizer, TemplateCoder] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +85,9 @@ def _coder(tokenizer: Tokenizer) -> TemplateCoder | None:
     """What encodes in the template of the tokenizer's format; None for Vicuna."""
     if tokenizer.chat_format.is_vicuna:
         return None
-    coder = _CODERS.get(tokenizer)
-    if coder is None or coder.format is not tokenizer.chat_format:
-        coder = _CODERS[tokenizer] = TemplateCoder(tokenizer)
-    return coder
+    if tokenizer.template_coder is None or tokenizer.template_coder.format is not tokenizer.chat_format:
+        tokenizer.template_coder = TemplateCoder(tokenizer)
+    return tokenizer.template_coder
 
 
 def _segment(tokenizer: Tokenizer, text: str) -> str:

@@ -65,6 +65,7 @@ class Tokenizer(Protocol):
     prefixes_space: whether `encode` puts a space before the text (SentencePiece's dummy prefix).
     fingerprint: hash of everything that decides the ids.
     chat_format: how conversations are written; see `chat.use_chat_format`.
+    template_coder: what encodes in the template of that format, made at its first use.
     """
 
     vocab_size: int
@@ -75,6 +76,7 @@ class Tokenizer(Protocol):
     fingerprint: str
     prefixes_space: bool
     chat_format: ChatFormat
+    template_coder: Any
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""
@@ -113,6 +115,7 @@ class _Bytes:
     text_ids: np.ndarray
     prefixes_space: bool
     chat_format: ChatFormat = VICUNA
+    template_coder: Any = None
     _table: list[bytes | None]
     _known: np.ndarray
 
