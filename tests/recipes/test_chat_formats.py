@@ -127,7 +127,7 @@ def test_rleif_samples_in_the_template(world, foreign, tmp_path):
         model=str(foreign["qwen"]),
         chat_format="template",
         reward=RewardOptions(**models),
-        rollout=RolloutOptions(steps=1, batch_size=4, samples_per_prompt=2, max_new_tokens=8),
+        rollout=RolloutOptions(steps=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=8),
         quiet=True,
     )
     assert rleif.main(cfg)["steps"] == 1
