@@ -4,13 +4,15 @@
     torchrun --nproc-per-node 2 recipes/serve.py --model DIR --tp 2
 
 The server listens on 127.0.0.1 unless --host names another address. If WIZARD_API_KEY is set, clients must send that
-key. On SIGTERM or SIGINT the server stops accepting requests and finishes those in flight. /openapi.json describes the
-API.
+key. Without a key, pages of a browser are refused unless --allow-origin names them. On SIGTERM or SIGINT the server
+stops accepting requests and finishes those in flight. /openapi.json describes the API.
 """
 
 import contextlib
+import gc
 import hashlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -71,12 +73,22 @@ class Config(Checked):
     """Choices (n, times prompts) of one request."""
     max_body_mib: Positive[float] = 4.0
     """Largest request body, MiB."""
+    head_seconds: Positive[float] = 10.0
+    """Longest wait for the headers of a request."""
     read_seconds: Positive[float] = 30.0
-    """Longest wait for a whole request."""
+    """Longest wait for the body of a request."""
     write_seconds: Positive[float] = 30.0
     """Longest wait for a client to read a chunk of its answer."""
     drain_seconds: NonNegative[float] = 30.0
     """Time for running answers to finish after SIGTERM."""
+    max_connections: Count[int] = 1024
+    """Most requests at once; as many connections may wait without a complete request, then the oldest is closed."""
+    allow_host: tuple[str, ...] = ()
+    """Names in the Host header that are accepted beside this machine's own, without a key."""
+    allow_origin: tuple[str, ...] = ()
+    """Origins of browser pages that may call (CORS), such as https://example.org; * for all."""
+    allow_content_type: tuple[str, ...] = ()
+    """Content types of bodies that are accepted beside application/json, without a key."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -87,9 +99,14 @@ def main(cfg: Config) -> None:
     try:
         import uvicorn
 
-        from wizard_engine.serving.server import Limits, Server
+        from wizard_engine.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, ConnectionPool, HttpServer
+        from wizard_engine.serving.guard import access_of
+        from wizard_engine.serving.server import Limits, Server, checked_key
     except ImportError as error:
         raise ValueError(f"serve: expected starlette and uvicorn, got {error}; pip install -e '.[serve]'") from None
+    api_key = os.environ.get(KEY)
+    if api_key is not None:
+        checked_key(api_key)
     rt = runtime.start(cfg.device)
     if rt.world_size != cfg.tp:
         raise ValueError(f"tp: expected the {rt.world_size} ranks of this run, got {cfg.tp}")
@@ -115,6 +132,14 @@ def main(cfg: Config) -> None:
         cfg.write_seconds,
     )
     name = cfg.name or cfg.model.resolve().name
+    access = access_of(
+        cfg.host,
+        has_key=api_key is not None,
+        hosts=cfg.allow_host,
+        origins=cfg.allow_origin,
+        content_types=cfg.allow_content_type,
+        most=cfg.max_connections,
+    )
     server = Server(
         driver,
         tokenizer,
@@ -122,21 +147,33 @@ def main(cfg: Config) -> None:
         name=name,
         context=engine.scheduler.max_length,
         fingerprint=fingerprint,
-        api_key=os.environ.get(KEY) or None,
+        api_key=api_key,
+        access=access,
+    )
+    pool = ConnectionPool(
+        cfg.max_connections,
+        head_seconds=cfg.head_seconds,
+        write_seconds=cfg.write_seconds,
+        count=lambda status: server.metrics.count("requests", route="(none)", status=status),
     )
     options = uvicorn.Config(
         server.app(),
+        http=pool.protocol(),
+        ws="none",
         log_level="warning",
         timeout_keep_alive=30,
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(cfg.drain_seconds)),
-        limit_concurrency=8 * driver.max_jobs,
+        backlog=ACCEPTED_AT_ONCE,
     )
+    _allow_files(2 * cfg.max_connections + BACKLOG + 256)
+    # What is there by now stays: the garbage collector need not look at it while requests are parsed.
+    gc.freeze()
     where = f"http://{cfg.host}:{listening.getsockname()[1]}/v1"
-    keyed = "with the key of " + KEY if server.api_key else "without a key"
+    keyed = "with the key of " + KEY if api_key else "without a key"
     print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)
     driver.start()
-    web = uvicorn.Server(options)
+    web = HttpServer(options)
     # Its own way raises the signal again at its end, which would leave the engine and the other ranks as they are.
     web.capture_signals = lambda: _signals_to(web.handle_exit)
     try:
@@ -163,6 +200,21 @@ def _listening(cfg: Config) -> socket.socket:
         server_socket.close()
         raise ValueError(f"host, port: expected a free address, got {cfg.host}:{cfg.port}: {error.strerror}") from None
     return server_socket
+
+
+def _allow_files(count: int) -> None:
+    """Raise this process's limit of open files, which connections are.
+
+    Raises:
+        ValueError: the system allows fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            raise ValueError(
+                f"max_connections: expected room for {count} open files, got a limit of {hard}; lower --max-connections"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 @contextlib.contextmanager

@@ -4,13 +4,16 @@ import contextlib
 import threading
 import time
 
+import httpx
 import uvicorn
 
 from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.generation.engine import Engine
 from wizard_engine.model import ModelConfig, Transformer
+from wizard_engine.serving.connections import ACCEPTED_AT_ONCE, ConnectionPool, HttpServer
 from wizard_engine.serving.driver import Driver
+from wizard_engine.serving.guard import access_of
 from wizard_engine.serving.server import Limits, Server
 
 TEXTS = ["What is two and three? It is five. Count to ten: one two three four five six seven eight nine ten."]
@@ -24,10 +27,22 @@ def small_model(**changes):
 
 
 class Serving:
-    """A running server: `url`, the `driver` and `engine` behind it, and a `slow` knob for steps, seconds."""
+    """A running server: `url`, a client `web`, `driver`, `engine`, and a `slow` knob for steps, seconds."""
 
-    def __init__(self, *, api_key=None, cache_tokens=4096, max_sequences=16, max_jobs=64, **limits):
-        self.model, self.tokenizer = small_model()
+    def __init__(
+        self,
+        *,
+        api_key=None,
+        cache_tokens=4096,
+        max_sequences=16,
+        max_jobs=64,
+        made=None,
+        most_waiting=64,
+        head_seconds=10.0,
+        access=None,
+        **limits,
+    ):
+        self.model, self.tokenizer = made or small_model()
         self.engine = Engine(self.model, cache_tokens=cache_tokens, max_sequences=max_sequences)
         self.driver = Driver(self.engine, self.tokenizer, max_jobs=max_jobs)
         self.slow, step = 0.0, self.engine.step
@@ -47,12 +62,24 @@ class Serving:
             context=context,
             fingerprint="fp_test",
             api_key=api_key,
+            access=access_of("127.0.0.1", has_key=api_key is not None, **access or {}),
         )
-        config = uvicorn.Config(self.server.app(), port=0, log_level="warning", lifespan="off")
+        write_seconds = limits.get("write_seconds", 30.0)
+        self.pool = ConnectionPool(
+            most_waiting,
+            head_seconds=head_seconds,
+            write_seconds=write_seconds,
+            count=lambda status: self.server.metrics.count("requests", route="(none)", status=status),
+        )
+        http = self.pool.protocol()
+        options = {"log_level": "warning", "lifespan": "off", "ws": "none", "backlog": ACCEPTED_AT_ONCE}
+        config = uvicorn.Config(self.server.app(), port=0, http=http, **options)
         self.socket = config.bind_socket()
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.uvicorn = uvicorn.Server(config)
+        # One client for many requests: each makes its own TLS context, which takes longer than an answer.
+        self.web = httpx.Client(base_url=self.url, timeout=60)
+        self.uvicorn = HttpServer(config)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def __enter__(self):
@@ -62,6 +89,7 @@ class Serving:
         return self
 
     def __exit__(self, *_):
+        self.web.close()
         self.uvicorn.should_exit = True
         self.thread.join(10)
         with contextlib.suppress(RuntimeError):

@@ -86,6 +86,9 @@ def test_a_row_without_numbers_is_the_error_of_its_request(stream, monkeypatch):
         text, response = beside(serving, messages=bad, stream=stream, n=2)
         assert text == expected and "logits: expected numbers" in response.text
         assert response.status_code == (200 if stream else 500)
+        echo = {"model": "small", "prompt": "Count to ten", "echo": True, "logprobs": 1, "stream": stream}
+        response = serving.web.post("/v1/completions", json=echo)
+        assert "logits: expected numbers for the prompt" in response.text and "sequence_failed" in response.text
         assert asked(serving).status_code == 200 and httpx.get(serving.url + "/health").status_code == 200
         serving.until(serving.is_idle)
 

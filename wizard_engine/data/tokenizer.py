@@ -87,6 +87,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special ids are skipped, broken UTF-8 becomes U+FFFD."""
 
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of an id behind other ids, a space in front of a word included; b"" for a special id."""
+
+    def token_name(self, token: int) -> str:
+        """The vocabulary's entry of an id, such as `</s>`."""
+
     def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Character span (start, end) of each id in `decode(ids)`; ids that share a character overlap."""
 
@@ -168,6 +174,10 @@ class _Bytes:
                 pieces[first] = pieces[first].removeprefix(b" ")
         return [piece or b"" for piece in pieces]
 
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of an id behind other ids, a space in front of a word included; b"" for a special id."""
+        return (self._table[token] or b"") if 0 <= token < len(self._table) else b""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special ids are skipped, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._pieces(ids)).decode("utf-8", "replace")
@@ -243,6 +253,10 @@ class SentencePieceTokenizer(_Bytes):
         if not 0 <= index < self._backend.vocab_size():
             raise ValueError(f"{where}: expected a model with BOS and EOS, got the id {index} for {name}")
         return index
+
+    def token_name(self, token: int) -> str:
+        """The vocabulary's entry of an id, such as `</s>`."""
+        return self._backend.id_to_piece(token) if 0 <= token < self.vocab_size else f"token_id:{token}"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""
@@ -368,6 +382,10 @@ class JsonTokenizer(_Bytes):
             elif not added[index]["special"]:
                 table[index] = token.encode("utf-8")
         return table
+
+    def token_name(self, token: int) -> str:
+        """The vocabulary's entry of an id, such as `</s>`."""
+        return self._backend.id_to_token(token) or f"token_id:{token}"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""

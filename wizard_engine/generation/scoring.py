@@ -13,6 +13,11 @@ from wizard_engine.data.records import Conversation
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.model import Transformer
 from wizard_engine.parallel import lockstep
+from wizard_engine.parallel.collectives import all_gather_rows
+
+# Rows of logits at once; rows of a padded prompt.
+SCORED_ROWS, ROW_MULTIPLE = 256, 64
+Top = list[tuple[int, float]]
 
 
 def packed_groups(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
@@ -50,6 +55,38 @@ def token_logprobs(
         for index, sample_logprob in zip(group, by_sample):
             out[index] = sample_logprob
     return out
+
+
+@torch.no_grad()
+def prompt_logprobs(model: Transformer, ids: Sequence[int], *, top: int = 0) -> tuple[list[float], list[Top]]:
+    """Log-probability of each id after the first, nats, and the `top` likeliest ids (id, nats) in its place.
+
+    Of a divided model every rank makes the call with the same ids.
+    """
+    device, count = model.embedding.weight.device, len(ids)
+    # Ranks that divide a row take equal shares of it; what stands behind the ids changes nothing before it.
+    padded = count + -count % ROW_MULTIPLE
+    tokens = torch.tensor([*ids, *[0] * (padded - count)], device=device)
+    cu_seqlens = torch.tensor([0, padded], dtype=torch.int32, device=device)
+    hidden_TD = model(tokens, torch.arange(padded, device=device), cu_seqlens, padded)
+    logprobs, tops = [], []
+    for start in range(0, count - 1, SCORED_ROWS):
+        end = min(start + SCORED_ROWS, count - 1)
+        every_TV = whole_logits(model, hidden_TD[start:end]).log_softmax(-1)
+        logprobs += every_TV.gather(1, tokens[start + 1 : end + 1, None])[:, 0].tolist()
+        if top:
+            values, likeliest = every_TV.topk(min(top, every_TV.shape[1]))
+            tops += [list(zip(*row)) for row in zip(likeliest.tolist(), values.tolist())]
+    return logprobs, tops
+
+
+def whole_logits(model: Transformer, hidden_TD: torch.Tensor) -> torch.Tensor:
+    """(T, V) fp32 logits of hidden states, over all ranks that the vocabulary is sharded over."""
+    parallel, logits_Tv = model.parallel, model.logits(hidden_TD)
+    if parallel.tp.size == 1 or parallel.is_gathered:
+        return logits_Tv
+    shards, _ = all_gather_rows(logits_Tv[None], parallel.tp)
+    return shards.transpose(0, 1).reshape(hidden_TD.shape[0], -1)
 
 
 def sequence_logprobs(

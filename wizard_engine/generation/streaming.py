@@ -1,6 +1,9 @@
 """Streaming of answers: one conversation at a time, text that is never retracted."""
 
+import codecs
+from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,10 +12,6 @@ from wizard_engine.model import Transformer
 
 from .engine import Engine
 from .scheduler import Sampling
-
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-# Ids that are decoded again with each new one: at most WINDOW, of which CONTEXT stay when the window moves.
-WINDOW, CONTEXT = 64, 16
 
 
 class Streamer:
@@ -70,24 +69,62 @@ class Streamer:
             self.engine.cancel(sequence)
 
 
+class ShownToken(NamedTuple):
+    """What a token adds to a text.
+
+    Attributes:
+        index: among the pushed tokens.   start: characters of the text before it.   text: characters that it completes.
+        data: its bytes, those of half characters too.
+    """
+
+    index: int
+    start: int
+    text: str
+    data: bytes
+
+
+class _Span(NamedTuple):
+    """A token's characters [start, end) in the text of all tokens; `pending`: bytes of a character that goes on."""
+
+    index: int
+    start: int
+    end: int
+    text: str
+    data: bytes
+    pending: int
+
+
 class TextStream:
     """The text of an answer while its ids arrive, up to the first stop string.
 
     Text is held back while a later id could change it: an incomplete character, white space that may be the last, the
-    beginning of a stop string. All deltas together are `tokenizer.decode(ids)`, cut before the stop string, and without
-    white space around it where it is stripped.
+    beginning of a stop string. All deltas together are the text of the ids' bytes, cut before the stop string, and
+    without white space around it where it is stripped.
 
     Args:
         stop: strings that end the text.   strip: remove white space at both ends.
+        continues: the ids follow a text, so that white space at the beginning stays; otherwise the text is
+            `tokenizer.decode(ids)`.   keeps_tokens: have `shown_tokens`.
     Attributes:
         stopped: whether a stop string occurred.   text: what has been returned so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, strip: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        strip: bool = True,
+        continues: bool = False,
+        keeps_tokens: bool = False,
+    ) -> None:
         self.tokenizer, self.stop, self.strip = tokenizer, [s for s in stop if s], strip
+        self.continues, self.keeps_tokens = continues, keeps_tokens
         self.stopped, self.text = False, ""
-        self._ids: list[int] = []
-        self._whole, self._start, self._skip, self._base, self._searched = "", 0, 0, "", 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._whole, self._searched, self._lead, self._count = "", 0, 0, 0
+        self._is_start = tokenizer.prefixes_space and not continues
+        self._spans: deque[_Span] = deque()
 
     def push(self, token: int) -> str:
         """The new text that is final after one more id; "" if none is."""
@@ -97,33 +134,73 @@ class TextStream:
         stops = [self._whole.find(s, max(0, self._searched - len(s) + 1)) for s in self.stop]
         stops = [place for place in stops if place >= 0]
         if stops:
-            self.stopped = True
-            return self._give(self._whole[: min(stops)].rstrip() if self.strip else self._whole[: min(stops)])
-        ready = self._whole.rstrip(UNKNOWN)
+            return self._stopped_at(min(stops))
+        ready = self._whole
         self._searched = len(ready)
         held = max((_overlap(ready, s) for s in self.stop), default=0)
-        ready = ready[: len(ready) - held]
-        return self._give(ready.rstrip() if self.strip else ready)
+        return self._give(ready[: len(ready) - held])
 
     def end(self) -> str:
         """The rest of the text, after the last id."""
         if self.stopped:
             return ""
-        return self._give(self._whole.rstrip() if self.strip else self._whole)
+        broken = self._decoder.decode(b"", True)
+        self._whole += broken
+        if broken and self._spans:
+            last = self._spans.pop()
+            self._spans.append(last._replace(end=len(self._whole), text=last.text + broken, pending=0))
+        found = [place for s in self.stop if (place := self._whole.find(s)) >= 0]
+        return self._stopped_at(min(found)) if found else self._give(self._whole)
+
+    def shown_tokens(self, *, is_last: bool = False) -> list[ShownToken]:
+        """Tokens whose characters have all been given out since the last call; at the end, what the text has of each.
+
+        Their bytes, joined, are those of the text. Tokens that it has nothing of are left out.
+        """
+        shown, done = self._lead + len(self.text), []
+        while self._spans and (self._spans[0].end <= shown or (is_last and self._spans[0].start < shown)):
+            span = self._spans.popleft()
+            # In text that is not stripped every token counts, special ones too.
+            if span.end > max(self._lead, span.start) or not self.strip:
+                done.append(self._shown(span, shown))
+        return done
+
+    def _shown(self, span: _Span, shown: int) -> ShownToken:
+        """A token without the characters that are not part of the text."""
+        text, data = span.text, span.data
+        if span.start < self._lead:
+            text = text[self._lead - span.start :]
+            data = data[max(0, len(data) - len(text.encode()) - span.pending) :]
+        if (over := span.end - shown) > 0 and len(text) >= over:
+            data = data[: max(0, len(data) - len(text[len(text) - over :].encode()))]
+            text = text[: len(text) - over]
+        return ShownToken(span.index, max(0, span.start - self._lead), text, data)
+
+    def _stopped_at(self, place: int) -> str:
+        self.stopped = True
+        return self._give(self._whole[:place])
 
     def _give(self, whole: str) -> str:
-        ready = whole.lstrip() if self.strip else whole
-        delta = ready[len(self.text) :]
+        if self.strip:
+            whole = whole.rstrip()
+            if not self.continues and not self.text:
+                self._lead = len(self._whole) - len(self._whole.lstrip())
+        delta = whole[self._lead + len(self.text) :]
         self.text += delta
         return delta
 
     def _decode(self, token: int) -> None:
-        """Text of all ids, of which only the last ones are decoded again."""
-        self._ids.append(token)
-        self._whole = self._base + self.tokenizer.decode(self._ids[self._start :])[self._skip :]
-        if len(self._ids) - self._start >= WINDOW and not self._whole.endswith(UNKNOWN):
-            self._base, self._start = self._whole, len(self._ids) - CONTEXT
-            self._skip = len(self.tokenizer.decode(self._ids[self._start :]))
+        """The text of all ids, with one more."""
+        data = self.tokenizer.token_bytes(token)
+        if self._is_start and data:
+            data, self._is_start = data.removeprefix(b" "), False
+        text, start = self._decoder.decode(data), len(self._whole)
+        self._whole += text
+        if self.keeps_tokens:
+            pending = len(self._decoder.getstate()[0])
+            end = len(self._whole) + bool(pending and data)
+            self._spans.append(_Span(self._count, start, end, text, data, pending))
+        self._count += 1
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -5,10 +5,11 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from typing import Any
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from .driver import Driver, Piece, QueueFull
 from .metrics import Metrics
@@ -20,10 +21,14 @@ GONE = "gone"
 
 
 class Answers:
-    """Submits the jobs of requests to a driver and formats their pieces."""
+    """Submits the jobs of requests to a driver and formats their pieces.
 
-    def __init__(self, driver: Driver, format: AnswerFormat, metrics: Metrics) -> None:
-        self.driver, self.format, self.metrics = driver, format, metrics
+    Args:
+        workers: threads that format long answers.
+    """
+
+    def __init__(self, driver: Driver, format: AnswerFormat, metrics: Metrics, workers: Executor) -> None:
+        self.driver, self.format, self.metrics, self.workers = driver, format, metrics, workers
         self.eos_ids = driver.tokenizer.eos_ids
 
     def submit(self, parsed: ParsedRequest) -> None:
@@ -96,47 +101,56 @@ class Answers:
         choices = parsed.choices()
         try:
             async for number, piece in pieces:
-                if piece.reason == "error":
-                    raise _failed(piece)
-                choices[number].add(piece, self.eos_ids)
+                choices[number].add(piece, self.eos_ids, shows_eos=parsed.shows_eos)
+                if failure := _failure(number, piece):
+                    raise failure
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        if any(choice.reason == "cancelled" for choice in choices):
-            raise RequestError(503, "the engine has failed", code="engine_failed")
-        return JSONResponse(self.format.whole(parsed, choices))
+        if parsed.logprobs:
+            body = await asyncio.get_running_loop().run_in_executor(self.workers, self.format.whole, parsed, choices)
+        else:
+            body = self.format.whole(parsed, choices)
+        return Response(body, media_type="application/json")
 
     async def events(self, parsed: ParsedRequest, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
         """Yields the server-sent events of a request."""
         choices, form = parsed.choices(), self.format
         extra = {"usage": None} if parsed.usage else {}
+        unopened = set(range(len(choices))) if parsed.echoes else set()
 
         def event(deltas: list[dict], **more: Any) -> str:
-            return f"data: {json.dumps(form.envelope(parsed, deltas) | extra | more, ensure_ascii=False)}\n\n"
+            # In ASCII: clients that split Unicode's lines would end an event at U+2028 or U+0085.
+            return f"data: {json.dumps(form.envelope(parsed, deltas) | extra | more)}\n\n"
 
         if parsed.kind == "chat":
             for number in range(len(choices)):
                 yield event([form.opening(number)])
         async for number, piece in pieces:
             choice = choices[number]
-            first = len(choice.tokens)
-            choice.add(piece, self.eos_ids)
-            if piece.reason == "error":
-                yield f"data: {json.dumps(_failed(piece).body())}\n\n"
+            shown = choice.add(piece, self.eos_ids, shows_eos=parsed.shows_eos)
+            if failure := _failure(number, piece):
+                self.metrics.count("failed_streams")
+                yield f"data: {json.dumps(failure.body())}\n\n"
                 return
-            if piece.reason == "cancelled":
-                yield f"data: {json.dumps(RequestError(503, 'the engine has failed').body())}\n\n"
-                return
-            if piece.text or parsed.logprobs or piece.reason:
-                yield event([form.piece(parsed, number, choice, piece, first)])
+            if number in unopened:
+                # The prompt is scored by now.
+                unopened.remove(number)
+                yield event([form.echo(parsed, number)])
+            if piece.text or shown or piece.reason:
+                yield event([form.piece(parsed, number, choice, piece, shown)])
         if parsed.usage:
             yield event([], usage=form.usage(parsed, choices))
         yield "data: [DONE]\n\n"
 
 
-def _failed(piece: Piece) -> RequestError:
-    """The error of one answer that could not be continued; the engine goes on."""
-    message = f"choices[{piece.choice}]: expected an answer, got: {piece.error[:500]}"
-    return RequestError(500, message, code="sequence_failed")
+def _failure(number: int, piece: Piece) -> RequestError | None:
+    """Why a choice has no answer; where the reason is "error", the engine goes on."""
+    if piece.reason == "cancelled":
+        return RequestError(503, "the engine has failed", code="engine_failed")
+    if piece.reason == "error":
+        message = f"choices[{number}]: expected an answer, got: {piece.error[:500]}"
+        return RequestError(500, message, code="sequence_failed")
+    return None
 
 
 class Events(Response):

@@ -5,6 +5,7 @@ engine needs no locks.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -19,7 +20,8 @@ from wizard_engine.generation.engine import Engine
 from wizard_engine.generation.failures import described
 from wizard_engine.generation.scheduler import Reason, Sampling
 from wizard_engine.generation.scheduler import Sequence as EngineSequence
-from wizard_engine.generation.streaming import TextStream
+from wizard_engine.generation.scoring import prompt_logprobs
+from wizard_engine.generation.streaming import ShownToken, TextStream
 from wizard_engine.parallel.mesh import Axis
 
 # Without work, rank 0 still broadcasts an empty command list this often (seconds), so that the collective in which the
@@ -35,6 +37,7 @@ class Piece:
         choice: number of the choice.   text: text that no later token can change.   token, logprob, top: the new token,
             its log-probability (nats) and the most likely tokens.   reason: why the choice ended, in its last piece.
         error: what failed, where the reason is "error".
+        shown: tokens whose text has been given out, where the job keeps them.
     """
 
     choice: int
@@ -44,6 +47,10 @@ class Piece:
     top: list[tuple[int, float]] = field(default_factory=list)
     reason: Reason | None = None
     error: str = ""
+    shown: list[ShownToken] = field(default_factory=list)
+
+
+Scores = tuple[list[float], list[list[tuple[int, float]]]]
 
 
 @dataclass(eq=False)
@@ -52,6 +59,10 @@ class Job:
 
     Attributes:
         deliver: called by the driver's thread with the pieces of each step.   stop: strings that end a choice.
+        strip, continues: of the text, as `TextStream`.   keeps_tokens: report which tokens have been given out.
+        score: likeliest tokens to report in the place of each of the prompt's; None: do not score it.
+        generates: continue the prompt; otherwise it is only scored.   scores: log-probabilities of the prompt, as
+            `prompt_logprobs`, before the first piece.
         open: choices that have not ended.   cached: prompt tokens whose keys and values were in the cache.
     """
 
@@ -61,6 +72,11 @@ class Job:
     deliver: Callable[[list[Piece]], None]
     stop: tuple[str, ...] = ()
     strip: bool = True
+    continues: bool = False
+    keeps_tokens: bool = False
+    score: int | None = None
+    generates: bool = True
+    scores: Scores | None = None
     sequences: list[EngineSequence] = field(default_factory=list)
     streams: list[TextStream] = field(default_factory=list)
     open: int = 0
@@ -88,6 +104,8 @@ class Driver:
         self._jobs: dict[int, tuple[Job, int]] = {}
         # Commands to share after the next step: ends of sequences whose job failed on this rank alone.
         self._late: list[tuple] = []
+        self._unscored: deque[Job] = deque()
+        self._beginning: list[Job] = []
         self._open, self._ends, self.error = 0, False, ""
         self.step_seconds = self.steps = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -144,6 +162,7 @@ class Driver:
             with self._wake:
                 waiting = {id(job): job for job, _ in self._jobs.values()}
                 waiting |= {id(job): job for what, job in self._inbox if what == "add"}
+                waiting |= {id(job): job for job in (*self._unscored, *self._beginning)}
                 self._open = 0
                 self._wake.notify_all()
             for job in waiting.values():
@@ -154,32 +173,62 @@ class Driver:
         """Apply the inbox and make one step; False at the end."""
         with self._wake:
             timeout = HEARTBEAT if self.axis.size > 1 else None
-            self._wake.wait_for(lambda: self._inbox or self.engine.has_work, timeout)
+            self._wake.wait_for(lambda: self._inbox or self._unscored or self.engine.has_work, timeout)
             inbox, self._inbox = list(self._inbox), deque()
         added = [job for what, job in inbox if what == "add"]
         dropped = {id(job): job for what, job in inbox if what == "cancel"}
         # A job that was cancelled in the same turn is not added at all.
-        begun = [job for job in added if id(job) not in dropped]
-        commands: list[tuple] = [("add", job.prompt, job.sampling, job.n) for job in begun]
-        commands += [
-            ("finish", sequence.number, "cancelled")
-            for job in dropped.values()
-            for sequence in job.sequences
-            if sequence.reason is None
-        ]
-        commands += [("end",) for what, _ in inbox if what == "end"]
-        shared(commands, self.axis)
-        waiting = iter(begun)
-        for command in commands:
+        self._beginning = beginning = self._admitted([job for job in added if id(job) not in dropped], dropped)
+        commands: list[tuple[tuple, Job | None]] = []
+        for job in beginning:
+            if job.score is not None:
+                commands.append((("score", job.prompt, job.score), job))
+            elif job.generates:
+                commands.append((("add", job.prompt, job.sampling, job.n), job))
+        for job in dropped.values():
+            running = [sequence for sequence in job.sequences if sequence.reason is None]
+            commands += [(("finish", sequence.number, "cancelled"), None) for sequence in running]
+        commands += [(("end",), None) for what, _ in inbox if what == "end"]
+        shared([command for command, _ in commands], self.axis)
+        for command, job in commands:
             if command[0] == "end":
                 return False
             made = apply(self.engine, command)
             if command[0] == "add":
-                self._begin(next(waiting), made)
+                self._begin(job, made)
+            elif command[0] == "score":
+                self._scored(job, made)
+        self._go_on(beginning)
+        self._beginning = []
         for job in dropped.values():
             self._dropped(job)
         self._step()
         return True
+
+    def _admitted(self, jobs: list[Job], dropped: dict[int, Job]) -> list[Job]:
+        """Jobs to begin in this turn: of those whose prompt is to be scored, one."""
+        unscored = (*self._unscored, *(job for job in jobs if job.score is not None))
+        self._unscored = deque(job for job in unscored if id(job) not in dropped)
+        admitted = [job for job in jobs if job.score is None]
+        return [*admitted, self._unscored.popleft()] if self._unscored else admitted
+
+    def _scored(self, job: Job, scores: Scores | Exception) -> None:
+        """Keep the scores of a job's prompt, or end the job with the reason why there are none."""
+        if isinstance(scores, Exception):
+            self._fail(job, scores)
+        else:
+            job.scores = scores
+
+    def _go_on(self, jobs: list[Job]) -> None:
+        """End the jobs that are done with their scores; others begin in the next turn."""
+        for job in jobs:
+            if job.open and not job.generates:
+                self._dropped(job)
+                _deliver(job, [Piece(i, "", reason="length") for i in range(job.n)])
+            elif job.open and job.score is not None:
+                job.score = None
+                with self._wake:
+                    self._inbox.appendleft(("add", job))
 
     def _begin(self, job: Job, made: list[EngineSequence] | Exception) -> None:
         if isinstance(made, Exception):
@@ -187,8 +236,9 @@ class Driver:
         job.sequences = made
         for choice, sequence in enumerate(made):
             self._jobs[sequence.number] = job, choice
+        how = {"strip": job.strip, "continues": job.continues, "keeps_tokens": job.keeps_tokens}
         try:
-            job.streams = [TextStream(self.tokenizer, job.stop, strip=job.strip) for _ in made]
+            job.streams = [TextStream(self.tokenizer, job.stop, **how) for _ in made]
         # Whatever a job's own text or callback raises is that job's error.
         except Exception as error:
             self._fail(job, error)
@@ -262,8 +312,10 @@ def _piece(job: Job, choice: int, sequence: EngineSequence) -> Piece:
     if reason is not None and not stream.stopped:
         # The stream holds text back while it may be part of a stop string or of a character.
         text += stream.end()
+    shown = stream.shown_tokens(is_last=reason is not None) if job.keeps_tokens else []
+    reason = "stop" if stream.stopped else reason
     top = sequence.top[-1] if sequence.sampling.top_logprobs and sequence.top else []
-    return Piece(choice, text, token, sequence.logprobs[-1], top, reason)
+    return Piece(choice, text, token, sequence.logprobs[-1], top, reason, shown=shown)
 
 
 def _deliver(job: Job, pieces: list[Piece]) -> bool:
@@ -284,14 +336,16 @@ def shared(commands: list[tuple], axis: Axis) -> list[tuple]:
     return commands
 
 
-def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | Exception | None:
-    """Apply a command; returns the sequences of an "add", or what it raised."""
-    if command[0] == "add":
-        try:
+def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | Scores | Exception | None:
+    """Apply a command; returns the sequences of an "add", the scores of a "score", or what it raised."""
+    try:
+        if command[0] == "add":
             return engine.add(command[1], command[2], n=command[3])
-        # As in `Driver._begin`; every rank gets it.
-        except Exception as error:
-            return error
+        if command[0] == "score":
+            return _scores(engine, command[1], command[2])
+    # As in `Driver._begin`; every rank gets it.
+    except Exception as error:
+        return error
     if command[0] == "finish":
         scheduler = engine.scheduler
         waiting = (*scheduler.running, *scheduler.waiting)
@@ -300,6 +354,18 @@ def apply(engine: Engine, command: Sequence[Any]) -> list[EngineSequence] | Exce
                 engine.finish(sequence, command[2])
                 break
     return None
+
+
+def _scores(engine: Engine, prompt: list[int], top: int) -> Scores:
+    """`prompt_logprobs` of a prompt.
+
+    Raises:
+        ValueError: they are no numbers.
+    """
+    logprobs, tops = prompt_logprobs(engine.model, prompt, top=top)
+    if any(map(math.isnan, logprobs)):
+        raise ValueError("logits: expected numbers for the prompt, got NaN; look for them in the model's weights")
+    return logprobs, tops
 
 
 def follow(engine: Engine, axis: Axis) -> None:

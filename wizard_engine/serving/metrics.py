@@ -9,6 +9,7 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 HELP = {
     "requests_total": "Requests by route and status.",
     "disconnects_total": "Clients that disconnected before the end of their answer.",
+    "failed_streams_total": "Streams that ended with an error.",
     "prompt_tokens_total": "Prompt tokens of accepted requests.",
     "generated_tokens_total": "Tokens sent to clients.",
     "tokens_drawn_total": "Tokens that the engine sampled.",

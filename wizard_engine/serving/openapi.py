@@ -86,6 +86,9 @@ _HEALTH = {
 _MEANINGS = {
     400: "The request is invalid.",
     401: "The key is missing or wrong.",
+    403: "Another Host or Origin than the server accepts.",
+    415: "The body is no JSON by its Content-Type.",
+    500: "The answer to this request failed.",
     404: "No such model.",
     408: "The body took too long.",
     413: "The body is too long.",
@@ -118,7 +121,7 @@ def description(
         schema = schema_of(fields)
         schema["properties"]["model"] = {"const": model}
         body = {"required": True, "content": {"application/json": {"schema": schema, "example": examples[name]}}}
-        responses = {"200": good, **_errors(400, 404, 408, 413, 429, 503, *keyed)}
+        responses = {"200": good, **_errors(400, 403, 404, 408, 413, 415, 429, 500, 503, *keyed)}
         return {"post": {"operationId": name, "requestBody": body, "responses": responses}}
 
     def get(name: str, responses: Mapping[str, Any], **more: Any) -> dict[str, Any]:

@@ -1,37 +1,56 @@
 """Answers of the OpenAI-compatible server: state of a request's choices, and their JSON objects."""
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.generation.streaming import ShownToken
 
 from .driver import Job, Piece
+
+# The API's number for a log-probability of minus infinity, which JSON does not have.
+IMPOSSIBLE = -9999.0
 
 
 @dataclass
 class Choice:
-    """State of one choice; `shown`: characters of the tokens whose log-probabilities have been sent."""
+    """State of one choice; `shown`: tokens of its text, where log-probabilities are requested."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     reason: str | None = None
+    error: str = ""
     ended_by_eos: bool = False
-    shown: int = 0
+    shown: list[ShownToken] = field(default_factory=list)
 
-    def add(self, piece: Piece, eos_ids: Sequence[int]) -> None:
-        """Add the piece of one step."""
+    def add(self, piece: Piece, eos_ids: Sequence[int], *, shows_eos: bool = False) -> list[ShownToken]:
+        """Add the piece of one step; the tokens that it shows, with `shows_eos` EOS among them."""
         self.text += piece.text
-        self.reason = piece.reason
+        self.reason, self.error = piece.reason, piece.error
+        shown = piece.shown
         if piece.token is not None:
             self.tokens.append(piece.token)
             self.logprobs.append(piece.logprob)
             self.tops.append(piece.top)
             self.ended_by_eos = piece.token in eos_ids
+            if self.ended_by_eos and shows_eos:
+                shown = [*shown, ShownToken(len(self.tokens) - 1, len(self.text), "", b"")]
+        self.shown += shown
+        return shown
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as it comes before its completions; `tokens`: those that its text has."""
+
+    text: str
+    tokens: list[ShownToken]
 
 
 @dataclass
@@ -40,7 +59,7 @@ class ParsedRequest:
 
     Attributes:
         jobs: one for each prompt.   queue: of (prompt, pieces).   logprobs, stream, usage: whether they are requested.
-        number: id of the answer.
+        number: id of the answer.   echoes: of the prompts, or none.
     """
 
     kind: Literal["chat", "completion"]
@@ -50,11 +69,22 @@ class ParsedRequest:
     stream: bool
     usage: bool
     number: str
+    echoes: list[Echo] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def choices(self) -> list[Choice]:
         """New choices for all jobs."""
         return [Choice() for job in self.jobs for _ in range(job.n)]
+
+    def job(self, number: int) -> tuple[Job, Echo | None]:
+        """The job of a choice, and the echo of its prompt."""
+        place = number // self.jobs[0].n
+        return self.jobs[place], self.echoes[place] if self.echoes else None
+
+    @property
+    def shows_eos(self) -> bool:
+        """Whether EOS is among the tokens with log-probabilities: in completions each token of a text is."""
+        return self.logprobs and self.kind == "completion"
 
 
 class AnswerFormat:
@@ -67,10 +97,12 @@ class AnswerFormat:
     def __init__(self, tokenizer: Tokenizer, name: str, fingerprint: str) -> None:
         self.tokenizer, self.name, self.fingerprint = tokenizer, name, fingerprint
 
-    def whole(self, parsed: ParsedRequest, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The complete answer, without streaming."""
-        bodies = [self._choice(parsed, number, choice) for number, choice in enumerate(choices)]
-        return self.envelope(parsed, bodies) | {"usage": self.usage(parsed, choices)}
+    def whole(self, parsed: ParsedRequest, choices: Sequence[Choice]) -> bytes:
+        """The complete answer as JSON, without streaming."""
+        # Each choice by itself: encoding all at once would hold the interpreter for as long as it takes.
+        bodies = b",".join(_json(self._choice(parsed, number, choice)) for number, choice in enumerate(choices))
+        rest = _json(self.envelope(parsed, []) | {"usage": self.usage(parsed, choices)})
+        return rest.replace(b'"choices":[]', b'"choices":[' + bodies + b"]", 1)
 
     def envelope(self, parsed: ParsedRequest, choices: list[dict]) -> dict[str, Any]:
         """The object around choices or chunks."""
@@ -89,9 +121,17 @@ class AnswerFormat:
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, parsed: ParsedRequest, number: int, choice: Choice, piece: Piece, first: int) -> dict[str, Any]:
-        """A further chunk with the tokens of the choice from `first` on."""
-        logprobs = self.logprobs(parsed, choice, first) if parsed.logprobs else None
+    def echo(self, parsed: ParsedRequest, number: int) -> dict[str, Any]:
+        """The first chunk of a completion behind its prompt."""
+        _, echo = parsed.job(number)
+        logprobs = self.logprobs(parsed, number, Choice(), [], echoes=True) if parsed.logprobs else None
+        return {"index": number, "logprobs": logprobs, "finish_reason": None, "text": echo.text}
+
+    def piece(
+        self, parsed: ParsedRequest, number: int, choice: Choice, piece: Piece, shown: Sequence[ShownToken]
+    ) -> dict[str, Any]:
+        """A further chunk, with the tokens that it shows."""
+        logprobs = self.logprobs(parsed, number, choice, shown) if parsed.logprobs else None
         body = {"index": number, "logprobs": logprobs, "finish_reason": piece.reason}
         if parsed.kind == "chat":
             return body | {"delta": {"content": piece.text} if piece.text else {}}
@@ -110,45 +150,80 @@ class AnswerFormat:
     def _choice(self, parsed: ParsedRequest, number: int, choice: Choice) -> dict[str, Any]:
         body: dict[str, Any] = {"index": number, "finish_reason": choice.reason, "logprobs": None}
         if parsed.logprobs:
-            body["logprobs"] = self.logprobs(parsed, choice, 0)
+            body["logprobs"] = self.logprobs(parsed, number, choice, choice.shown, echoes=True)
         if parsed.kind == "chat":
             return body | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return body | {"text": choice.text}
+        _, echo = parsed.job(number)
+        return body | {"text": echo.text + choice.text if echo else choice.text}
 
-    def logprobs(self, parsed: ParsedRequest, choice: Choice, first: int) -> dict[str, Any]:
-        """Log-probabilities of the tokens of a choice from `first` on, without EOS."""
-        last = len(choice.tokens) - (1 if choice.ended_by_eos else 0)
-        entries = [
-            (
-                self._token(choice.tokens, i, choice.tokens[i]),
-                choice.logprobs[i],
-                [(self._token(choice.tokens, i, word), value) for word, value in choice.tops[i]],
-            )
-            for i in range(first, last)
-        ]
+    def logprobs(
+        self, parsed: ParsedRequest, number: int, choice: Choice, shown: Sequence[ShownToken], *, echoes: bool = False
+    ) -> dict[str, Any]:
+        """Log-probabilities of tokens of a choice; with `echoes`, those of its prompt before them."""
         if parsed.kind == "chat":
-            return {
-                "content": [
-                    _chat_logprob(text, value) | {"top_logprobs": [_chat_logprob(*top) for top in tops]}
-                    for text, value, tops in entries
-                ],
-                "refusal": None,
-            }
-        texts = [text for text, _, _ in entries]
-        offsets = [choice.shown + sum(map(len, texts[:i])) for i in range(len(texts))]
-        choice.shown += sum(map(len, texts))
+            content = [
+                _chat_logprob(token.text, token.data, choice.logprobs[token.index])
+                | {"top_logprobs": [self._likely(*top) for top in choice.tops[token.index]]}
+                for token in shown
+            ]
+            return {"content": content, "refusal": None}
+        job, echo = parsed.job(number)
+        entries: list[tuple[str, float | None, dict[str, float] | None, int]] = []
+        if echo and echoes:
+            entries += self._echoed(job, echo)
+        before = len(echo.text) if echo else 0
+        for token in shown:
+            tops = self._by_text(choice.tops[token.index])
+            entries.append((token.text, _finite(choice.logprobs[token.index]), tops, before + token.start))
+        texts, values, tops, offsets = zip(*entries) if entries else ((), (), (), ())
         return {
-            "tokens": texts,
-            "token_logprobs": [value for _, value, _ in entries],
-            "top_logprobs": [dict(tops) for _, _, tops in entries] if any(tops for _, _, tops in entries) else None,
-            "text_offset": offsets,
+            "tokens": list(texts),
+            "token_logprobs": list(values),
+            "top_logprobs": list(tops) if any(tops) else None,
+            "text_offset": list(offsets),
         }
 
-    def _token(self, tokens: Sequence[int], place: int, word: int) -> str:
-        """The text of one token after its predecessor."""
-        before = list(tokens[max(0, place - 1) : place])
-        return self.tokenizer.decode([*before, word])[len(self.tokenizer.decode(before)) :]
+    def _echoed(self, job: Job, echo: Echo) -> list[tuple[str, float | None, dict[str, float] | None, int]]:
+        """Entries of a prompt's tokens. The first has no log-probability: nothing comes before it in the text."""
+        logprobs, tops = job.scores or ([], [])
+        entries: list[tuple[str, float | None, dict[str, float] | None, int]] = []
+        for place, token in enumerate(echo.tokens):
+            if place == 0:
+                entries.append((token.text, None, None, token.start))
+                continue
+            top = self._by_text(tops[token.index - 1]) if tops else {}
+            entries.append((token.text, _finite(logprobs[token.index - 1]), top, token.start))
+        return entries
+
+    def _by_text(self, tops: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Log-probabilities by text. Tokens without a text of their own have one that tells them apart."""
+        by_text: dict[str, float] = {}
+        for token, value in tops:
+            data = self.tokenizer.token_bytes(token)
+            text = _text(data) if data else self.tokenizer.token_name(token)
+            by_text[text if text not in by_text else f"token_id:{token}"] = _finite(value)
+        return by_text
+
+    def _likely(self, token: int, value: float) -> dict[str, Any]:
+        data = self.tokenizer.token_bytes(token)
+        return _chat_logprob(_text(data) if data else self.tokenizer.token_name(token), data, value)
 
 
-def _chat_logprob(text: str, value: float) -> dict[str, Any]:
-    return {"token": text, "logprob": value, "bytes": list(text.encode(errors="replace"))}
+def _text(data: bytes) -> str:
+    """The text of a token; of half characters their bytes, as the API writes them."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(value: float) -> float:
+    return max(value, IMPOSSIBLE)
+
+
+def _chat_logprob(text: str, data: bytes, value: float) -> dict[str, Any]:
+    return {"token": text, "logprob": _finite(value), "bytes": list(data)}
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
