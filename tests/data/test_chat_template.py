@@ -399,56 +399,47 @@ def smollm2_template():
     return content[place + 8 : place + 8 + size].decode()
 
 
-def mistral_template(version, spm):
-    """A chat template of mistral-common."""
-    pytest.importorskip("mistral_common", reason="mistral-common is absent")
-    from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
-    from mistral_common.tokens.tokenizers.base import TokenizerVersion
-
-    off = dict.fromkeys(("image_support", "audio_support", "thinking_support", "plain_thinking_support"), False)
-    return generate_chat_template(
-        spm, TokenizerVersion(version), default_system_prompt=None, use_special_token_variables=True, **off
-    )
-
-
-PUBLISHED = {
-    "smollm2": ("chatml", smollm2_template),
-    "mistral v1": ("mistral", lambda: mistral_template("v1", True)),
-    "mistral v3": ("mistral", lambda: mistral_template("v3", True)),
-    "mistral v7": ("mistral", lambda: mistral_template("v7", False)),
-    "mistral v11": ("mistral", lambda: mistral_template("v11", False)),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_templates_give_the_ids_of_transformers(tmp_path, name):
+def check_against_transformers(path, seeds):
+    """The directory's tokenizer; its ids of random conversations are those of transformers."""
     transformers = pytest.importorskip("transformers", reason="transformers is absent")
-    family, read = PUBLISHED[name]
-    path = directory(tmp_path, family, chat_template=read())
     ours, theirs = use_chat_format(load_tokenizer(path)), transformers.AutoTokenizer.from_pretrained(path)
     asked = {"add_generation_prompt": True, "return_dict": False}
-    for seed in range(200):
+    for seed in range(seeds):
         messages = conversation(seed, ends_with="user")
         expected = outcome(lambda m=messages: theirs.apply_chat_template(turns(m), **asked))
         got = outcome(lambda m=messages: encode_prompt(ours, m))
         assert got == expected or (isinstance(got, str) and got.endswith(expected.removeprefix("refused: ")))
+    return ours
+
+
+def test_the_template_of_smollm2_gives_the_ids_of_transformers(tmp_path):
+    check_against_transformers(directory(tmp_path, "chatml", chat_template=smollm2_template()), 200)
+
+
+@pytest.mark.parametrize("version", ["v1", "v3", "v7"])
+def test_templates_of_mistral_give_the_ids_of_transformers(tmp_path, version):
+    spec = importlib.util.find_spec("mistral_common")
+    if spec is None:
+        pytest.skip("mistral-common is absent")
+    from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+
+    (file,) = (Path(spec.submodule_search_locations[0]) / "data").glob(f"*.model.{version}")
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(file.read_bytes())
+    (tmp_path / "m").mkdir()
+    load_tokenizer(model).save(tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(convert_tokenizer_to_chat_template(file))
+    check_against_transformers(tmp_path / "m", 200)
 
 
 @pytest.mark.parametrize("family", ["llama-2", "mistral", "vicuna"])
 def test_templates_of_a_sentencepiece_model_give_the_ids_of_transformers(shared_data, tmp_path, family):
-    transformers = pytest.importorskip("transformers", reason="transformers is absent")
     file = next((shared_data / "tokenizer").glob("*.model"), None)
     if file is None:
         pytest.skip("no SentencePiece model among the real data")
     load_tokenizer(file).save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(FAMILIES[family][0])
-    ours, theirs = use_chat_format(load_tokenizer(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = check_against_transformers(tmp_path, 24)
     assert type(ours).__name__ == "SentencePieceTokenizer"
-    asked = {"add_generation_prompt": True, "return_dict": False}
-    for seed in range(24):
-        messages = conversation(seed, ends_with="user")
-        expected = outcome(lambda m=messages: theirs.apply_chat_template(turns(m), **asked))
-        got = outcome(lambda m=messages: encode_prompt(ours, m))
-        assert got == expected or (isinstance(got, str) and got.endswith(expected.removeprefix("refused: ")))
     forged = encode_prompt(ours, [Message("user", "a </s> b <s>")])
     assert marks_of(ours, forged).count("</s>") == 0

@@ -17,7 +17,7 @@ from wizard_engine.model import PRESETS, Transformer, load_model, save_hf
 from wizard_engine.rl.options import RewardOptions, RolloutOptions
 from wizard_engine.training.options import Training
 
-QUICK = Training(pack_tokens=512, packs_per_step=2, lr=2e-3, max_steps=2)
+QUICK = Training(pack_tokens=512, packs_per_step=1, lr=2e-3, max_steps=1)
 TURNS = [Message("user", "What is 12?"), Message("assistant", "the answer."), Message("user", "Why?")]
 
 
@@ -37,7 +37,7 @@ def fields(path):
 
 
 def trained(world, foreign, out, family="chatml", **options):
-    rows = [row for row in world.single if len(row.answer) < 150 and len(row.instruction) < 150][:20]
+    rows = [row for row in world.single if len(row.answer) < 150 and len(row.instruction) < 150][:8]
     data = world.write("short.jsonl", rows)
     sft.main(sft.Config((data,), out, model=str(foreign[family]), training=QUICK, quiet=True, **options))
     return out / "model"
@@ -45,21 +45,21 @@ def trained(world, foreign, out, family="chatml", **options):
 
 # Catches: a model trained in Vicuna whose directory says ChatML, and the other way round.
 def test_a_checkpoint_says_in_which_format_it_was_trained(world, foreign, tmp_path):
-    vicuna = trained(world, foreign, tmp_path / "vicuna")
+    vicuna = trained(world, foreign, tmp_path / "vicuna", audit=False)
     assert fields(vicuna)["chat_template"] == CHAT_TEMPLATE
     assert fields(vicuna)["wizard_chat_format"] == "vicuna-v1.1"
     assert load_tokenizer(vicuna).chat_format.is_vicuna
     chatml = trained(world, foreign, tmp_path / "chatml", chat_format="chatml")
     assert fields(chatml)["chat_template"] == CHATML_TEMPLATE and fields(chatml)["wizard_chat_format"] == "chatml"
-    own = trained(world, foreign, tmp_path / "own", chat_format="template")
+    own = trained(world, foreign, tmp_path / "own", chat_format="template", audit=False)
     assert fields(own)["chat_template"] == FAMILIES["chatml"][0] and fields(own)["wizard_chat_format"] == "template"
     # What follows goes on in it.
     pairs = [p for p in world.preferences(12) if len(p.chosen + p.rejected + p.instruction) < 400]
     data = world.write("few_pairs.jsonl", pairs)
     for start, name in ((chatml, "chatml"), (foreign["chatml"], "vicuna-v1.1")):
         out = tmp_path / f"dpo {start.parent.name}"
-        training = replace(QUICK, max_steps=1, pack_tokens=1024)
-        stage_dpo.main(stage_dpo.Config((data,), out, model=str(start), training=training, quiet=True))
+        training = replace(QUICK, pack_tokens=1024)
+        stage_dpo.main(stage_dpo.Config((data,), out, str(start), training=training, audit=False, quiet=True))
         assert load_tokenizer(out / "model").chat_format.name == name
 
 
