@@ -135,6 +135,8 @@ def main(cfg: Config) -> dict:
     ablations.rewards()
     result = {"seed": cfg.seed, "demo": str(cfg.demo), "tables": ablations.tables}
     from_main(rt, lambda: write_json(cfg.out / "ablations.json", result))
+    if rt.is_main and not cfg.quiet:
+        print(f"done: {cfg.out / 'ablations.json'}")
     return json.loads(json.dumps(result))
 
 

@@ -14,24 +14,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wizard_engine import runtime
-from wizard_engine.agents import Cast
+from wizard_engine.agents import Calls, Cast, Limits
+from wizard_engine.agents.missing import check_missing
+from wizard_engine.agents.options import AgentOptions, estimated, open_cast
 from wizard_engine.curation.analysis import Analysis, analyze, answered
 from wizard_engine.curation.analysis_page import write_analysis
 from wizard_engine.data.chat import use_chat_format
-from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Row, read_files
 from wizard_engine.generation import perplexities
 from wizard_engine.model.loading import language_model
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
-from wizard_engine.runtime.ranges import Checked, Count, Seed
+from wizard_engine.runtime.ranges import Count, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.runtime.text_lines import printable
-from wizard_engine.synthesis.tagging import tag_rows
+from wizard_engine.synthesis.tagging import tags_of, with_tags
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(AgentOptions):
     """Data analysis."""
 
     data: tuple[Path, ...]
@@ -43,9 +44,6 @@ class Config(Checked):
     tagger: str | None = None
     """Agent that names topic, skill and difficulty of rows that do not bring them along: a model directory or an
     endpoint, openai:MODEL@URL. Default: heuristics name them."""
-    chat_format: ChatFormatChoice = "auto"
-    """Of a tagger that is a local model: auto is the directory's own chat template, Vicuna v1.1 where it has none; or
-    vicuna, chatml, or a .jinja file."""
     limit: Count[int | None] = None
     """Rows read at most; default: all."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -54,10 +52,6 @@ class Config(Checked):
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
     seed: Seed[int] = 0
     """Of the clusters that name topics beyond the lexicon."""
-    device: str = field(default="auto", metadata=INCIDENTAL)
-    overwrite: bool = field(default=False, metadata=INCIDENTAL)
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> list[float] | None:
@@ -79,11 +73,35 @@ def tagged(cfg: Config, rows: list[Row], rt: runtime.Runtime) -> tuple[list[Row]
     """Rows with the tagger's attributes, and the counts; unchanged rows without a tagger."""
     if cfg.tagger is None:
         return rows, {}
-    cast = Cast(cfg.out / "ledger.sqlite", rt, quiet=cfg.quiet, chat_format=cfg.chat_format)
+    cast = open_cast(cfg.out, cfg, rt)
+
+    def work() -> tuple[dict[int, dict[str, str]], dict[str, int]]:
+        tags, counts = ask_tags(cfg, cast, rows)
+        missing = {name[8:]: count for name, count in counts.items() if name.startswith("failed: ")}
+        missing |= {"unreadable": counts["unreadable"]} if counts["unreadable"] else {}
+        asked = len(rows) - counts["kept"]
+        check_missing(f"tags of {cfg.tagger}", missing, asked, cfg.max_missing, "raise --judge-max-tokens")
+        return tags, counts
+
     try:
-        return tag_rows(rows, cast.agent(cfg.tagger), seed=cfg.seed)
+        tags, counts = cast.conduct(work)
+        return with_tags(rows, tags), counts
     finally:
         cast.close()
+
+
+def ask_tags(cfg: Config, cast: Cast, rows: list[Row]) -> tuple[dict[int, dict[str, str]], dict[str, int]]:
+    """The tagger's attributes by row, and the counts."""
+    calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
+    return tags_of(rows, cast.agent(cfg.tagger), calls, seed=cfg.seed)
+
+
+def estimate(cfg: Config) -> dict[str, Any]:
+    """What the tags take, without a call."""
+    if cfg.tagger is None:
+        raise ValueError("--estimate: expected --tagger, the agent that costs something, got none; leave it out")
+    rows, _ = read_files(cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields)
+    return estimated(cfg, lambda options, cast: ask_tags(options, cast, rows[: cfg.limit]))
 
 
 def brief(analysis: Analysis, rejected: int) -> dict[str, Any]:
@@ -105,6 +123,8 @@ def print_tables(analysis: Analysis, shown: int = 8) -> None:
 def main(cfg: Config) -> dict:
     """Analyses and writes; returns the result that stage.json records."""
     rt = runtime.start(cfg.device)
+    if cfg.estimate:
+        return from_main(rt, lambda: estimate(cfg))
     stage = open_stage(cfg, "analyze", rt)
     if stage.done:
         return stage.result()

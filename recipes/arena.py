@@ -1,50 +1,52 @@
-"""Arena: several models answer the same prompts, a judge compares every two of them blind, and Elo ratings follow.
+"""Arena: several models answer the same prompts, judges compare every two of them blind, and Elo ratings follow.
 
     python recipes/arena.py --models base=runs/base/model sft=runs/sft/model --out runs/arena
     python recipes/arena.py --models ours=answers.jsonl rival=world:terse --prompts rows.jsonl --out runs/arena
 
 A model is NAME=SPEC. SPEC is a model directory, a registered program (world:NAME), an endpoint (openai:MODEL@URL), or a
 JSONL file of answers. Writes OUT/answers/NAME.jsonl, OUT/battles.jsonl and OUT/arena.json. Every call goes through
-OUT/ledger.sqlite: a resumed run repeats none. The judge sees no names; the two answers to a prompt are shuffled and
-judged in both orders.
+OUT/ledger.sqlite: a resumed run repeats none. The judges see no names; the two answers to a prompt are shuffled and
+judged in both orders. All models and judges are asked at once, and no prompt waits for another one.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from wizard_engine import runtime, world
-from wizard_engine.agents import Cast, Request
-from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
-from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.agents import Calls, Cast, Limits, Request
+from wizard_engine.agents.missing import Missing, Reasons, check_missing, shown_reasons
+from wizard_engine.agents.options import AgentOptions, estimated, open_cast
 from wizard_engine.data.records import Message, read_rows
 from wizard_engine.evaluation.answers import read_answers
+from wizard_engine.evaluation.battles import Judging, Outcome
 from wizard_engine.evaluation.elo import Rating, elo
-from wizard_engine.evaluation.pairwise import JUDGE_TOKENS, Pairwise, all_pairs
+from wizard_engine.evaluation.pairwise import Pairwise, Tournament, model_pairs, scored
 from wizard_engine.evaluation.received import on_length_of, received
-from wizard_engine.runtime.files import to_plain, write_json, write_text
+from wizard_engine.runtime.files import to_plain, write_json, write_json_lines
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, Count, Finite, Seed, Share, Temperature
-from wizard_engine.runtime.stage import Stage
+from wizard_engine.runtime.ranges import Count, Finite, Seed, Temperature
+from wizard_engine.runtime.spill import Spill
+from wizard_engine.runtime.stage import INCIDENTAL, Stage
 from wizard_engine.runtime.text_lines import printable
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(AgentOptions):
     """Blind pairwise preference and Elo."""
 
     models: tuple[str, ...]
     """NAME=SPEC each, at least two; SPEC is a model directory, a registered program (world:NAME), an endpoint
     (openai:MODEL@URL), or FILE.jsonl of answers: lines {"answer": text}, with "id" or "prompt" where the order differs;
     FILE.jsonl#FIELD reads another field."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Directory for arena.json, battles.jsonl, answers/ and ledger.sqlite."""
-    prompts: Path | None = None
+    prompts: Path | None = field(default=None, metadata=INCIDENTAL)
     """Rows whose last user turn is answered; default: held-out problems of the embedded world."""
     n: Annotated[Count[int], tyro.conf.arg(name="limit")] = 200
     """Prompts at most."""
@@ -52,8 +54,9 @@ class Config(Checked):
     """What to do with a row that cannot be read: stop, or leave it out and count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
-    judge: str = "world:judge"
-    """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
+    judge: tuple[str, ...] = ("world:judge",)
+    """Registered programs (world:NAME), model directories or endpoints (openai:MODEL@URL). A game is scored by the mean
+    of those that gave both scores."""
     baseline: str | None = None
     """Compare every model with this one only; default: all pairs."""
     anchor: str | None = None
@@ -63,23 +66,15 @@ class Config(Checked):
     """Of the models' answers; 0 is greedy."""
     max_new_tokens: Count[int] = 256
     """Longest answer, tokens."""
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest verdict of the judge with its explanation, tokens."""
     on_length: Literal["missing", "keep"] | None = None
     """An answer that reached its limit: missing, or keep and judge it as it is. Default: missing for an endpoint,
     whose answers are whole or none, and keep for a checkpoint."""
-    max_missing: Share[float] = MAX_MISSING
-    """Largest share of a model's answers, and of the verdicts, 0 to 1, that may be missing; above it the stage ends
-    with an error."""
-    chat_format: ChatFormatChoice = "auto"
-    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
-    .jinja file."""
-    batch_size: Count[int] = 256
     seed: Seed[int] = 0
-    device: str = "auto"
-    overwrite: bool = False
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.judge, str):
+            object.__setattr__(self, "judge", (self.judge,))
 
 
 def read_models(specs: Sequence[str]) -> dict[str, str]:
@@ -110,34 +105,114 @@ def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
     return [row.id for row in rows], prompts
 
 
-def answer(
+def player(
     cfg: Config, spec: str, ids: Sequence[str], prompts: Sequence[tuple[Message, ...]], cast: Cast
-) -> list[str | Missing]:
-    """A model's answers; a call that failed is Missing, and its prompt is not judged."""
+) -> Callable[[int], Awaitable[str | Missing]]:
+    """What gives a model's answer to the prompt of a number; a call that failed is Missing, and is not judged."""
     if ".jsonl" in Path(spec).name:
-        return read_answers(spec, ids, [prompt[-1].content for prompt in prompts])
-    settings = {"seed": cfg.seed, "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
-    replies = cast.agent(spec).respond([Request("answer", prompt, **settings) for prompt in prompts])
-    return received(replies, on_length_of(spec, cfg.on_length))
+        answers = read_answers(spec, ids, [prompt[-1].content for prompt in prompts])
 
+        async def written(place: int) -> str | Missing:
+            return answers[place]
 
-def write(
-    out: Path, ids: Sequence[str], answers: dict[str, list[str | Missing]], results: Sequence[Pairwise], report: dict
-) -> list[Path]:
-    """Writes answers, battles and arena.json; returns the paths."""
-    for name, texts in answers.items():
-        lines = (_line(key, text) for key, text in zip(ids, texts))
-        write_text(out / "answers" / f"{name}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-    battles = (asdict(battle) | {"prompt": ids[battle.prompt]} for result in results for battle in result.battles)
-    write_text(out / "battles.jsonl", "".join(json.dumps(battle, ensure_ascii=False) + "\n" for battle in battles))
-    write_json(out / "arena.json", report)
-    return [out / "answers", out / "battles.jsonl", out / "arena.json"]
+        return written
+    agent, on_length = cast.agent(spec), on_length_of(spec, cfg.on_length)
+    settings = {"seed": cfg.seed, "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens, "top_p": cfg.top_p}
+
+    async def asked(place: int) -> str | Missing:
+        request = Request("answer", prompts[place], row=ids[place], **settings)
+        return received(await cast.scheduler.ask(agent, request), on_length)
+
+    return asked
 
 
 def _line(key: str, answer: str | Missing) -> dict[str, Any]:
     if isinstance(answer, Missing):
         return {"id": key, "answer": None, "missing": answer.reason}
     return {"id": key, "answer": answer}
+
+
+class Arena:
+    """Answers and battles of all prompts, kept on disk until they are written in order.
+
+    Args:
+        models: NAME -> SPEC.   ids, prompts: of the prompts.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        cast: Cast,
+        models: Mapping[str, str],
+        ids: Sequence[str],
+        prompts: Sequence[tuple[Message, ...]],
+    ) -> None:
+        self.cfg, self.cast, self.ids, self.prompts = cfg, cast, ids, prompts
+        self.players = {name: player(cfg, spec, ids, prompts, cast) for name, spec in models.items()}
+        self.agents = [cast.agent(spec) for spec in models.values() if ".jsonl" not in Path(spec).name]
+        self.calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
+        judging = Judging([cast.agent(spec) for spec in cfg.judge], self.calls, seed=cfg.seed)
+        pairs = model_pairs(list(models), cfg.baseline)
+        self.tournament = Tournament(pairs, len(prompts), judging, folder=cfg.out)
+        self.answers: dict[str, Spill[dict[str, Any]]] = {name: Spill(cfg.out) for name in models}
+        self.missing = {name: Reasons() for name in models}
+
+    async def run(self) -> None:
+        """Answer and judge all prompts."""
+        agents = [*self.agents, *self.tournament.judging.judges]
+        stage = {"desc": "arena", "total": len(self.prompts), "width": self.tournament.width, "agents": agents}
+        await self.cast.scheduler.rows(range(len(self.prompts)), self.play, self.add, **stage)
+
+    async def play(self, place: int) -> tuple[list[str | Missing], list[Outcome]]:
+        """All models answer one prompt at once; two are judged as soon as both have answered."""
+        async with asyncio.TaskGroup() as group:
+            said = {name: group.create_task(answer(place)) for name, answer in self.players.items()}
+            outcomes = await self.tournament.play(place, self.prompts[place], said, self.ids[place])
+        return [answer.result() for answer in said.values()], outcomes
+
+    def add(self, place: int, played: tuple[list[str | Missing], list[Outcome]]) -> None:
+        """Count and keep what one prompt gave."""
+        answers, outcomes = played
+        for (name, spill), answer in zip(self.answers.items(), answers):
+            spill.put(place, _line(self.ids[place], answer))
+            if isinstance(answer, Missing):
+                self.missing[name].add(answer.reason, place)
+        self.tournament.add(place, outcomes)
+
+    def check(self, results: Sequence[Pairwise]) -> None:
+        """Raises ValueError where more answers of a model, or verdicts of a judge, are missing than may be."""
+        most = self.cfg.max_missing
+        for name, reasons in self.missing.items():
+            advice = "raise --max-new-tokens"
+            check_missing(f"answers of {name}", reasons.ranked(), len(self.prompts), most, advice)
+        for result in results:
+            answered = len(self.prompts) - sum(
+                count for kind, count in result.missing.items() if not kind.startswith("judge: ")
+            )
+            for judge, reasons in zip(self.cfg.judge, result.judges.values() or [result.missing]):
+                kinds = {kind[7:]: count for kind, count in reasons.items() if kind.startswith("judge: ")}
+                what = f"verdicts of {judge} on {result.a} : {result.b}"
+                check_missing(what, kinds, answered, most, "raise --judge-max-tokens")
+
+    def report(self, results: Sequence[Pairwise], ratings: Sequence[Rating]) -> dict[str, Any]:
+        """The content of arena.json."""
+        missing = {name: reasons.ranked() for name, reasons in self.missing.items()}
+        errors = {name: reasons.total() for name, reasons in self.missing.items()}
+        report = {"prompts": len(self.prompts), "seed": self.cfg.seed, "answer_errors": errors}
+        report |= {"missing_answers": missing, "pairwise": [result.to_json() for result in results]}
+        report |= {"elo": [asdict(rating) for rating in ratings], "calls": self.cast.ledger.counts()}
+        repeats = self.calls.repeats()
+        return to_plain(report | ({"repeats": repeats} if repeats else {}))
+
+    def write(self, results: Sequence[Pairwise], report: dict[str, Any]) -> list[Path]:
+        """Writes answers, battles and arena.json; returns the paths."""
+        out = self.cfg.out
+        for name, lines in self.answers.items():
+            write_json_lines(out / "answers" / f"{name}.jsonl", lines)
+        battles = (battle.to_json() | {"prompt": self.ids[battle.prompt]} for r in results for battle in r.battles)
+        write_json_lines(out / "battles.jsonl", battles)
+        write_json(out / "arena.json", report)
+        return [out / "answers", out / "battles.jsonl", out / "arena.json"]
 
 
 def print_report(results: Sequence[Pairwise], ratings: Sequence[Rating]) -> None:
@@ -147,31 +222,27 @@ def print_report(results: Sequence[Pairwise], ratings: Sequence[Rating]) -> None
         counts = f"{r.wins:5} : {r.losses:<5} {r.ties:5} ties {r.errors:4} missing {r.flips:4} flips"
         reasons = f"; missing: {shown_reasons(r.missing)}" if r.missing else ""
         print(f"{printable(r.a):>16} : {printable(r.b):<16}{counts}   {rate} without ties{reasons}")
+        for judge, missing in r.judges.items():
+            if missing:
+                print(f"{'':19}missing of {printable(judge)}: {shown_reasons(missing)}")
     for r in ratings:
         print(f"{printable(r.model):>16}  Elo {r.elo:6.0f}  [{r.low:.0f}, {r.high:.0f}]  {r.battles} battles")
 
 
 def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     """The stage: model directories, answer files, prompts and a judge's directory are inputs by content."""
-    named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()} | {"judge": cfg.judge}
-    inputs = {key: Path(spec) for key, spec in named.items() if Path(spec).exists()}
+    named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()}
+    is_one = len(cfg.judge) == 1
+    judges = {"judge" if is_one else f"judge {number}": spec for number, spec in enumerate(cfg.judge, 1)}
+    inputs = {key: Path(spec) for key, spec in (named | judges).items() if Path(spec).exists()}
     inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
     inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
-    options = {name: value for name, value in asdict(cfg).items() if name not in (*INCIDENTAL, *inputs)}
+    read = [x.name for x in fields(cfg) if not x.metadata.get("incidental") and x.name != "chat_format"]
+    options = {name: getattr(cfg, name) for name in [*read, *({"chat_format"} - inputs.keys())]}
     options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
-    options["judge"] = None if "judge" in inputs else cfg.judge
-    return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite)
-
-
-def _check_verdicts(cfg: Config, result: Pairwise, prompts: int) -> None:
-    """Raises ValueError where the judge failed on more prompts than may be missing."""
-    reasons = {kind[7:]: count for kind, count in result.missing.items() if kind.startswith("judge: ")}
-    asked = prompts - sum(result.missing.values()) + sum(reasons.values())
-    what = f"verdicts of {cfg.judge} on {result.a} : {result.b}"
-    check_missing(what, reasons, asked, cfg.max_missing, "raise --judge-max-tokens")
-
-
-INCIDENTAL = ("out", "prompts", "batch_size", "max_missing", "device", "overwrite", "quiet")
+    named_judges = [None if name in inputs else spec for name, spec in judges.items()]
+    options["judge"] = named_judges[0] if is_one else named_judges
+    return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite, quiet=cfg.quiet)
 
 
 def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
@@ -179,41 +250,52 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
 
     With a runtime of several ranks, every rank makes this call and the work is sharded; without one, it runs alone.
     """
-    check_share(cfg.max_missing)
     rt = rt or runtime.Runtime()
     world.register()
     models = read_models(cfg.models)
+    model_pairs(list(models), cfg.baseline)
+    if cfg.anchor is not None and cfg.anchor not in models:
+        raise ValueError(f"anchor: expected one of {', '.join(models)}, got {cfg.anchor!r}; choose one of them")
+    if cfg.estimate:
+        return from_main(rt, lambda: estimate(cfg, models))
     stage = open_arena(cfg, models)
     if from_main(rt, stage.is_current):
         return from_main(rt, stage.result)
     ids, prompts = read_prompts(cfg)
     from_main(rt, stage.start)
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet, chat_format=cfg.chat_format)
-    answers = {}
-    for name, spec in models.items():
-        answers[name] = answer(cfg, spec, ids, prompts, cast)
-        what = f"answers of {name}"
-        check_missing(what, count_reasons(answers[name]), len(prompts), cfg.max_missing, "raise --max-new-tokens")
-    settings = {"seed": cfg.seed, "baseline": cfg.baseline, "max_tokens": cfg.judge_max_tokens}
-    results = all_pairs(answers, prompts, judge=cast.agent(cfg.judge), **settings)
-    for result in results:
-        _check_verdicts(cfg, result, len(prompts))
-    battles = [battle for result in results for battle in result.battles]
-    ratings = elo(battles, anchor=cfg.anchor or next(iter(models)), anchor_elo=cfg.anchor_elo, seed=cfg.seed)
-    missing = {name: count_reasons(texts) for name, texts in answers.items()}
-    errors = {name: sum(reasons.values()) for name, reasons in missing.items()}
-    report = {"prompts": len(prompts), "seed": cfg.seed, "answer_errors": errors, "missing_answers": missing}
-    report |= {"pairwise": [item.to_json() for item in results], "elo": [asdict(rating) for rating in ratings]}
+    cast = open_cast(cfg.out, cfg, rt)
+    try:
+        return cast.conduct(lambda: conduct(cfg, cast, stage, models, ids, prompts))
+    finally:
+        cast.close()
 
-    def finish() -> dict[str, Any]:
-        done = to_plain(report | {"calls": cast.ledger.counts()})
-        stage.finish(done, write(cfg.out, ids, answers, results, done))
-        if not cfg.quiet:
-            print_report(results, ratings)
-        return done
 
-    report = from_main(rt, finish)
-    cast.close()
+def estimate(cfg: Config, models: Mapping[str, str]) -> dict[str, Any]:
+    """What the arena will ask, without a call."""
+    ids, prompts = read_prompts(cfg)
+    return estimated(cfg, lambda options, cast: cast.scheduler.run(Arena(options, cast, models, ids, prompts).run()))
+
+
+def conduct(
+    cfg: Config,
+    cast: Cast,
+    stage: Stage,
+    models: Mapping[str, str],
+    ids: Sequence[str],
+    prompts: Sequence[tuple[Message, ...]],
+) -> dict[str, Any]:
+    """The whole arena, on rank 0; returns the content of arena.json."""
+    arena = Arena(cfg, cast, models, ids, prompts)
+    cast.scheduler.run(arena.run())
+    results = arena.tournament.results()
+    arena.check(results)
+    anchor = cfg.anchor or next(iter(models))
+    ratings = elo(scored(results), anchor=anchor, anchor_elo=cfg.anchor_elo, seed=cfg.seed)
+    report = arena.report(results, ratings)
+    outputs = arena.write(results, report)
+    stage.finish(report, outputs)
+    if not cfg.quiet:
+        print_report(results, ratings)
     return report
 
 

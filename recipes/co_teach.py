@@ -7,20 +7,16 @@ Writes OUT/sft.jsonl (lessons), OUT/preferences.jsonl, OUT/battles.jsonl and OUT
 OUT/ledger.sqlite: a resumed run repeats none.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from wizard_engine import runtime, world
-from wizard_engine.agents.missing import MAX_MISSING, check_share
-from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.agents import Cast
+from wizard_engine.agents.calls import check_calls
+from wizard_engine.data.records import Conversation
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Share, Temperature
-from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.runtime.ranges import Count, NonNegative, Temperature
 from wizard_engine.synthesis import co_teach
-from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
-from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.inputs import Made, SynthesisOptions, call_settings, synthesize
 from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 
@@ -31,7 +27,8 @@ class Agents:
     ours: str
     """The student."""
     rivals: tuple[str, ...] = ("world:expert", "world:careless", "world:terse")
-    judge: str = "world:judge"
+    judge: tuple[str, ...] = ("world:judge",)
+    """Compares answers; of several judges the mean of their scores counts."""
     suggester: str | None = "world:judge"
     """Says what ours should change; None for no suggestions."""
     rewriter: str | None = None
@@ -40,14 +37,10 @@ class Agents:
     """Writes the next user turns where --chat-turns is above 1."""
 
 
-@dataclass(frozen=True)
-class Config(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Config(SynthesisOptions):
     """Co-teaching: battles, lessons and preference rows."""
 
-    data: tuple[Path, ...]
-    """Row files: JSONL, Alpaca, ShareGPT, GSM8K; their last answers are not used."""
-    out: Path = field(metadata=INCIDENTAL)
-    """Run directory."""
     agents: Agents
     sft_threshold: NonNegative[float] = 3.0
     """K for lessons: points of score by which ours must lose. Arena Learning: 3 in its first round, then 1."""
@@ -59,47 +52,16 @@ class Config(Checked):
     """Most lessons, the weakest skills first; default: all."""
     temperature: Temperature[float] = 0.0
     """Of the contestants' answers."""
-    max_tokens: Count[int] = 256
-    """Longest reply, tokens."""
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest verdict of a judge with its explanation, tokens."""
-    on_length: Literal["drop", "keep"] = "drop"
-    """An answer that reached its limit: drop counts it as a failed call, keep uses it; its row has finish=length."""
-    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
-    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
-    limit: Count[int | None] = None
-    """Rows read at most."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    unknown_fields: Literal["refuse", "count"] = "refuse"
-    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
-    seed: Seed[int] = 0
-    chat_format: ChatFormatChoice = "auto"
-    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
-    .jinja file."""
-    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
-    """Calls of one transaction, and conversations generated together."""
-    device: str = field(default="auto", metadata=INCIDENTAL)
-    overwrite: bool = field(default=False, metadata=INCIDENTAL)
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
-def main(cfg: Config) -> dict:
-    """Battle and teach; returns the report."""
-    check_share(cfg.max_missing)
-    rt = runtime.start(cfg.device)
-    world.register()
-    stage = open_stage(cfg, "co_teach", rt)
-    if stage.done:
-        return stage.result()
-    cast, rows, rejected = open_inputs(cfg, rt)
+def teach(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) -> Made:
+    """The round of battles and its outputs."""
     who = cfg.agents
     taught = co_teach(
         rows,
         ours=cast.agent(who.ours),
         rivals=[cast.agent(spec) for spec in who.rivals],
-        judge=cast.agent(who.judge),
+        judge=[cast.agent(spec) for spec in who.judge],
         suggester=cast.optional(who.suggester),
         rewriter=cast.optional(who.rewriter),
         user=cast.optional(who.user),
@@ -107,25 +69,28 @@ def main(cfg: Config) -> dict:
         dpo_threshold=cfg.dpo_threshold,
         chat_turns=cfg.chat_turns,
         lessons=cfg.lessons,
-        seed=cfg.seed,
         temperature=cfg.temperature,
-        max_tokens=cfg.max_tokens,
-        judge_max_tokens=cfg.judge_max_tokens,
         on_length=cfg.on_length,
+        **call_settings(cfg, cast),
     )
     check_calls(taught.statistics["calls"], cfg.max_missing)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **taught.statistics}
     files = {"sft": taught.sft, "preferences": taught.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"battles": taught.battles}, report))
-    cast.close()
-    if rt.is_main and not cfg.quiet:
+    outputs = write_outputs(cfg.out, files, {"battles": taught.battles}, report)
+    if not cfg.quiet:
         print(
             f"{len(taught.sft)} lessons, {len(taught.preferences)} preference rows from {len(taught.battles)} battles, "
             f"{taught.statistics['missing']} missing"
         )
         print_table("rival", taught.statistics["rivals"])
         print_table("skill", taught.statistics["skills"])
-    return finish_stage(stage, rt, report, outputs)
+    battles, missing = len(taught.battles), taught.statistics["missing"]
+    return report, outputs, f"{missing} of {battles + missing} battles without a verdict"
+
+
+def main(cfg: Config) -> dict:
+    """Battle and teach; returns the report."""
+    return synthesize(cfg, "co_teach", teach)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,18 @@ Writes OUT/rows.jsonl, OUT/preferences.jsonl, OUT/chains.jsonl (every rewrite wi
 Every call goes through OUT/ledger.sqlite: a resumed run repeats none.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
-from wizard_engine import runtime, world
-from wizard_engine.agents.missing import MAX_MISSING, check_share
-from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.agents import Cast
+from wizard_engine.agents.calls import check_calls
+from wizard_engine.data.records import Conversation
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, NonNegative, Seed, Share
-from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.runtime.ranges import AtLeastOne, NonNegative
 from wizard_engine.synthesis import evolve_answers
-from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
 from wizard_engine.synthesis.evol_answer import OPERATORS
-from wizard_engine.synthesis.inputs import open_inputs
-from wizard_engine.synthesis.outputs import print_table, write_outputs
+from wizard_engine.synthesis.inputs import Made, SynthesisOptions, call_settings, synthesize
+from wizard_engine.synthesis.outputs import print_table, rejections, write_outputs
 
 
 @dataclass(frozen=True)
@@ -33,14 +29,10 @@ class Agents:
     judge: str = "world:judge"
 
 
-@dataclass(frozen=True)
-class Config(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Config(SynthesisOptions):
     """Evol-Answer: rewrites that a judge prefers."""
 
-    data: tuple[Path, ...]
-    """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""
-    out: Path = field(metadata=INCIDENTAL)
-    """Run directory."""
     agents: Agents = field(default_factory=Agents)
     rounds: NonNegative[int] = 2
     """Rewrites of each answer."""
@@ -51,39 +43,10 @@ class Config(Checked):
     """Points of score, in both orders, by which a rewrite with another result must win."""
     min_gap: NonNegative[float] = 0.5
     """Smallest gap of a preference row, points of score."""
-    max_tokens: Count[int] = 256
-    """Longest reply, tokens."""
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest verdict of a judge with its explanation, tokens."""
-    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
-    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
-    limit: Count[int | None] = None
-    """Rows read at most."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    unknown_fields: Literal["refuse", "count"] = "refuse"
-    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
-    seed: Seed[int] = 0
-    chat_format: ChatFormatChoice = "auto"
-    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
-    .jinja file."""
-    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
-    """Calls of one transaction, and conversations generated together."""
-    device: str = field(default="auto", metadata=INCIDENTAL)
-    overwrite: bool = field(default=False, metadata=INCIDENTAL)
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
-def main(cfg: Config) -> dict:
-    """Rewrite; returns the report."""
-    check_share(cfg.max_missing)
-    rt = runtime.start(cfg.device)
-    world.register()
-    stage = open_stage(cfg, "evol_answer", rt)
-    if stage.done:
-        return stage.result()
-    cast, rows, rejected = open_inputs(cfg, rt)
+def rewrite(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) -> Made:
+    """The rewritten answers and their outputs."""
     rewritten = evolve_answers(
         rows,
         rewriter=cast.agent(cfg.agents.rewriter),
@@ -93,20 +56,22 @@ def main(cfg: Config) -> dict:
         length_cap=cfg.length_cap,
         result_margin=cfg.result_margin,
         min_gap=cfg.min_gap,
-        seed=cfg.seed,
-        max_tokens=cfg.max_tokens,
-        judge_max_tokens=cfg.judge_max_tokens,
+        **call_settings(cfg, cast),
     )
     check_calls(rewritten.statistics["calls"], cfg.max_missing)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **rewritten.statistics}
     files = {"rows": rewritten.rows, "preferences": rewritten.preferences}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"chains": rewritten.chains}, report))
-    cast.close()
-    if rt.is_main and not cfg.quiet:
+    outputs = write_outputs(cfg.out, files, {"chains": rewritten.chains}, report)
+    if not cfg.quiet:
         changed, pairs = rewritten.statistics["rows_changed"], len(rewritten.preferences)
         print(f"{changed} of {len(rows)} answers changed, {pairs} preference rows")
         print_table("operator", rewritten.statistics["operators"])
-    return finish_stage(stage, rt, report, outputs)
+    return report, outputs, rejections("rewritten answers", rewritten.statistics["operators"], "accepted")
+
+
+def main(cfg: Config) -> dict:
+    """Rewrite; returns the report."""
+    return synthesize(cfg, "evol_answer", rewrite)
 
 
 if __name__ == "__main__":

@@ -9,28 +9,24 @@ that repeat an evaluation text), OUT/rankings.jsonl (pairs of instructions for t
 repeats none.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
-from wizard_engine.agents.missing import MAX_MISSING, check_share
-from wizard_engine.curation.selection import Filtered, remove_contaminated
-from wizard_engine.data.chat_format import ChatFormatChoice
-from wizard_engine.data.records import Conversation, read_prompts
+from wizard_engine.agents.calls import check_calls
+from wizard_engine.curation.selection import remove_contaminated
+from wizard_engine.data.records import Conversation, Preference, read_prompts
 from wizard_engine.data.text_files import read_text
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Share, Temperature
-from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Temperature
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
-from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
-from wizard_engine.synthesis.evol_instruct import OPERATORS, Evolved
-from wizard_engine.synthesis.inputs import open_inputs
-from wizard_engine.synthesis.outputs import print_table, write_outputs
+from wizard_engine.synthesis.evol_instruct import OPERATORS
+from wizard_engine.synthesis.inputs import Made, SynthesisOptions, call_settings, synthesize
+from wizard_engine.synthesis.outputs import print_table, rejections, write_outputs
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,10 @@ class Optimise(Checked):
     """Of the optimizer."""
 
 
-@dataclass(frozen=True)
-class Config(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Config(SynthesisOptions):
     """Evol-Instruct, with elimination and optional method optimisation."""
 
-    data: tuple[Path, ...]
-    """Row files: JSONL, Alpaca, ShareGPT, GSM8K."""
-    out: Path = field(metadata=INCIDENTAL)
-    """Run directory."""
     agents: Agents = field(default_factory=Agents)
     rounds: NonNegative[int] = 1
     """Times the pool is evolved."""
@@ -86,30 +78,6 @@ class Config(Checked):
     """Words of an n-gram that counts as repeated."""
     temperature: Temperature[float] = 0.0
     """Of the evolver."""
-    max_tokens: Count[int] = 256
-    """Longest reply, tokens."""
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest verdict of a judge with its explanation, tokens."""
-    on_length: Literal["drop", "keep"] = "drop"
-    """An answer that reached its limit: drop counts it as a failed call, keep uses it; its row has finish=length."""
-    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
-    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
-    limit: Count[int | None] = None
-    """Rows read at most."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    unknown_fields: Literal["refuse", "count"] = "refuse"
-    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
-    seed: Seed[int] = 0
-    chat_format: ChatFormatChoice = "auto"
-    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
-    .jinja file."""
-    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
-    """Calls of one transaction, and conversations generated together."""
-    device: str = field(default="auto", metadata=INCIDENTAL)
-    overwrite: bool = field(default=False, metadata=INCIDENTAL)
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
 def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[str, dict[str, Any]]:
@@ -117,6 +85,10 @@ def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tupl
     method = read_text(cfg.method).strip() if cfg.method else ""
     if not cfg.optimise.steps:
         return method, {}
+    settings = call_settings(cfg, cast)
+    settings.pop("folder")
+    # A method is judged by whole answers.
+    settings["limits"] = replace(settings["limits"], answer=max(cfg.max_tokens, 512))
     optimised = optimise_method(
         rows,
         evolver=cast.agent(cfg.agents.evolver),
@@ -129,38 +101,31 @@ def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tupl
         dev_size=cfg.optimise.dev_size,
         rounds=cfg.optimise.rounds,
         optimizer_temperature=cfg.optimise.temperature,
-        seed=cfg.seed,
-        max_tokens=max(cfg.max_tokens, 512),
+        **settings,
     )
     return optimised.method, {"stopped": optimised.stopped, "history": optimised.history, **optimised.statistics}
 
 
-def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list, dict[str, Any]]:
+def rank(cfg: Config, cast: Cast, rows: Iterable[Conversation]) -> tuple[Iterable[Preference], dict[str, Any]]:
     """Ranking rows over the families of evolved instructions, and their statistics; none without a ranker."""
     if cfg.agents.ranker is None:
         return [], {}
     statistics: dict[str, Any] = {}
-    ranker = cast.agent(cfg.agents.ranker)
-    settings = {"seed": cfg.seed, "judge_max_tokens": cfg.judge_max_tokens, "statistics": statistics}
-    return rank_instructions(instruction_groups(rows), ranker=ranker, **settings), statistics
+    ranker, groups = cast.agent(cfg.agents.ranker), instruction_groups(list(rows))
+    return rank_instructions(groups, ranker=ranker, statistics=statistics, **call_settings(cfg, cast)), statistics
 
 
-def decontaminate(cfg: Config, evolved: Evolved, num_inputs: int) -> Filtered:
-    """The evolved rows that repeat no evaluation text."""
+def decontaminate(cfg: Config, made: Sequence[Conversation]) -> tuple[Sequence[Conversation], list[dict[str, Any]]]:
+    """The evolved rows that repeat no evaluation text, and the removed ones."""
     evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path, on_error=cfg.on_error)]
-    made = evolved.rows[num_inputs:]
-    return remove_contaminated(made, evaluation, n=cfg.ngram) if evaluation else Filtered(made, [])
+    if not evaluation:
+        return made, []
+    clean = remove_contaminated(list(made), evaluation, n=cfg.ngram)
+    return clean.rows, clean.removed
 
 
-def main(cfg: Config) -> dict:
-    """Evolve; returns the report."""
-    check_share(cfg.max_missing)
-    rt = runtime.start(cfg.device)
-    world.register()
-    stage = open_stage(cfg, "evol_instruct", rt)
-    if stage.done:
-        return stage.result()
-    cast, rows, rejected = open_inputs(cfg, rt)
+def evolve(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) -> Made:
+    """The evolved rows and their outputs."""
     method, search = choose_method(cfg, cast, rows)
     evolved = evolve_instructions(
         rows,
@@ -170,31 +135,29 @@ def main(cfg: Config) -> dict:
         rounds=cfg.rounds,
         operators=cfg.operators,
         method=method,
-        seed=cfg.seed,
         temperature=cfg.temperature,
-        max_tokens=cfg.max_tokens,
-        judge_max_tokens=cfg.judge_max_tokens,
         on_length=cfg.on_length,
+        **call_settings(cfg, cast),
     )
-    clean = decontaminate(cfg, evolved, len(rows))
-    rankings, ranking = rank(cfg, cast, [*rows, *clean.rows])
+    clean, removed = decontaminate(cfg, evolved.made)
+    rankings, ranking = rank(cfg, cast, chain(rows, clean))
     for calls in (search.get("calls", {}), evolved.statistics["calls"], ranking.get("calls", {})):
         check_calls(calls, cfg.max_missing)
-    counts = {"given": len(rows), "rejected": rejected, "evolved": len(clean.rows), "contaminated": len(clean.removed)}
+    counts = {"given": len(rows), "rejected": rejected, "evolved": len(clean), "contaminated": len(removed)}
     report = {"counts": counts, **evolved.statistics, "method": search, "ranking": ranking}
-
-    def write() -> list[Path]:
-        write_text(cfg.out / "method.txt", method + "\n")
-        files = {"rows": [*rows, *clean.rows], "rankings": rankings}
-        objects = {"eliminated": evolved.eliminated, "removed": clean.removed}
-        return [cfg.out / "method.txt", *write_outputs(cfg.out, files, objects, report)]
-
-    outputs = from_main(rt, write)
-    cast.close()
-    if rt.is_main and not cfg.quiet:
+    write_text(cfg.out / "method.txt", method + "\n")
+    files = {"rows": chain(rows, clean), "rankings": rankings}
+    outputs = write_outputs(cfg.out, files, {"eliminated": evolved.eliminated, "removed": removed}, report)
+    if not cfg.quiet:
         print("  ".join(f"{name} {count}" for name, count in counts.items()))
         print_table("operator", evolved.statistics["operators"])
-    return finish_stage(stage, rt, report, outputs)
+    note = rejections("evolved instructions", evolved.statistics["operators"], "kept")
+    return report, [cfg.out / "method.txt", *outputs], note
+
+
+def main(cfg: Config) -> dict:
+    """Evolve; returns the report."""
+    return synthesize(cfg, "evol_instruct", evolve)
 
 
 if __name__ == "__main__":

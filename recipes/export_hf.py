@@ -76,6 +76,7 @@ def main(cfg: Config) -> Path:
     if not cfg.quiet:
         for file in sorted(cfg.out.iterdir()):
             print(f"{file.stat().st_size:>14,} bytes  {file}")
+        print(f"done: {cfg.out}")
     return cfg.out
 
 

@@ -9,38 +9,35 @@ OUT/answers.jsonl and OUT/ratings.jsonl; every call goes through OUT/ledger.sqli
 counted as missing, with its reason.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from wizard_engine import runtime, world
-from wizard_engine.agents import Agent, Cast, Request
-from wizard_engine.agents.missing import MAX_MISSING, Missing, check_missing, check_share, count_reasons, shown_reasons
-from wizard_engine.data.chat_format import ChatFormatChoice
-from wizard_engine.data.records import Message
-from wizard_engine.evaluation.mt_bench import Mean, MTBench, mt_bench
-from wizard_engine.evaluation.pairwise import JUDGE_TOKENS
+from wizard_engine.agents import Calls, Cast, Limits, Request
+from wizard_engine.agents.missing import Missing, check_missing, count_reasons, shown_reasons
+from wizard_engine.agents.options import AgentOptions, estimated, open_cast
+from wizard_engine.evaluation.mt_bench import Bench, Conversation, Mean, MTBench
 from wizard_engine.evaluation.questions import Question, read_questions
 from wizard_engine.evaluation.received import on_length_of, received
-from wizard_engine.runtime.files import to_plain, write_json, write_text
+from wizard_engine.runtime.files import to_plain, write_json, write_json_lines
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, Count, Seed, Share, Temperature
-from wizard_engine.runtime.stage import Stage
+from wizard_engine.runtime.ranges import Count, Seed, Temperature
+from wizard_engine.runtime.stage import INCIDENTAL, Stage
 from wizard_engine.runtime.text_lines import one_line, printable
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(AgentOptions):
     """Two-turn questions, rated."""
 
     model: str
     """Model directory, registered program (world:NAME) or endpoint (openai:MODEL@URL)."""
-    out: Path
+    out: Path = field(metadata=INCIDENTAL)
     """Directory for mt_bench.json, answers.jsonl, ratings.jsonl and ledger.sqlite."""
     questions: Path | None = None
     """FastChat's question.jsonl, or a file like it; default: questions of the embedded world."""
@@ -58,33 +55,23 @@ class Config(Checked):
     """Temperature of answers, except in writing and roleplay (0.7), stem and humanities (0.1)."""
     max_new_tokens: Count[int] = 1024
     """Longest answer, tokens; a checkpoint's context may allow less."""
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest rating of the judge with its explanation, tokens."""
     on_length: Literal["missing", "keep"] | None = None
     """An answer that reached its limit: missing, or keep and judge it as it is. Default: missing for an endpoint,
     whose answers are whole or none, and keep for a checkpoint."""
-    max_missing: Share[float] = MAX_MISSING
-    """Largest share of answers, and of ratings, 0 to 1, that may be missing; above it the stage ends with an error."""
-    chat_format: ChatFormatChoice = "auto"
-    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
-    .jinja file."""
-    batch_size: Count[int] = 256
     seed: Seed[int] = 0
-    device: str = "auto"
-    overwrite: bool = False
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = False
 
 
-def answers_of(agent: Agent, cfg: Config):
-    """The agent as an answer function; a failed call is Missing."""
+def bench_of(cfg: Config, cast: Cast, questions: list[Question]) -> Bench:
+    """The questions with the model that answers and the judge; a call that fails is Missing."""
+    agent, on_length = cast.agent(cfg.model), on_length_of(cfg.model, cfg.on_length)
 
-    def respond(conversations: list[tuple[Message, ...]], temperature: float) -> list[str | Missing]:
-        settings = {"seed": cfg.seed, "temperature": temperature, "max_tokens": cfg.max_new_tokens}
-        replies = agent.respond([Request("answer", conversation, **settings) for conversation in conversations])
-        return received(replies, on_length_of(cfg.model, cfg.on_length))
+    async def answering(conversation: Conversation, temperature: float, row: str) -> str | Missing:
+        request = Request("answer", conversation, cfg.seed, temperature, cfg.max_new_tokens, cfg.top_p, row=row)
+        return received(await cast.scheduler.ask(agent, request), on_length)
 
-    return respond
+    calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
+    settings = {"seed": cfg.seed, "repeats": cfg.repeats, "default_temperature": cfg.default_temperature}
+    return Bench(questions, cast.agent(cfg.judge), calls, answering=answering, **settings)
 
 
 def read(cfg: Config) -> list[Question]:
@@ -97,8 +84,8 @@ def read(cfg: Config) -> list[Question]:
 
 def write(out: Path, questions: list[Question], result: MTBench, report: dict[str, Any]) -> list[Path]:
     """Writes the report, the answers and the single ratings; returns the paths."""
-    write_lines(out / "answers.jsonl", map(_line, questions, result.answers))
-    write_lines(out / "ratings.jsonl", map(asdict, result.ratings))
+    write_json_lines(out / "answers.jsonl", map(_line, questions, result.answers))
+    write_json_lines(out / "ratings.jsonl", map(asdict, result.ratings))
     write_json(out / "mt_bench.json", report)
     return [out / "answers.jsonl", out / "ratings.jsonl", out / "mt_bench.json"]
 
@@ -108,11 +95,6 @@ def _line(question: Question, answers: tuple[str | Missing, str | Missing]) -> d
     line = {"question_id": question.id, "category": question.category, "answers": texts}
     missing = [answer.reason if isinstance(answer, Missing) else None for answer in answers]
     return line | ({"missing": missing} if any(missing) else {})
-
-
-def write_lines(path: Path, objects: Iterable[dict]) -> None:
-    """Writes one JSON object a line."""
-    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects))
 
 
 def print_report(result: MTBench) -> None:
@@ -156,9 +138,9 @@ def open_bench(cfg: Config) -> Stage:
     named = {"model": cfg.model, "judge": cfg.judge, "questions": cfg.questions, "references": cfg.references}
     inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
     inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
-    incidental = ("out", "batch_size", "max_missing", "device", "overwrite", "quiet", *inputs)
-    options = {name: value for name, value in asdict(cfg).items() if name not in incidental}
-    return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite)
+    read = [option for option in fields(cfg) if not option.metadata.get("incidental") and option.name not in inputs]
+    options = {option.name: getattr(cfg, option.name) for option in read}
+    return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite, quiet=cfg.quiet)
 
 
 def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
@@ -166,38 +148,41 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
 
     With a runtime of several ranks, every rank makes this call and the work is sharded; without one, it runs alone.
     """
-    check_share(cfg.max_missing)
     rt = rt or runtime.Runtime()
     world.register()
+    if cfg.estimate:
+        return from_main(rt, lambda: estimated(cfg, partial(ask, questions=read(cfg))))
     stage = open_bench(cfg)
     if from_main(rt, stage.is_current):
         return from_main(rt, stage.result)
     questions = read(cfg)
     from_main(rt, stage.start)
-    cast = Cast(cfg.out / "ledger.sqlite", rt, batch_size=cfg.batch_size, quiet=cfg.quiet, chat_format=cfg.chat_format)
-    agent = cast.agent(cfg.model)
-    result = mt_bench(
-        answers_of(agent, cfg),
-        questions,
-        judge=cast.agent(cfg.judge),
-        name=agent.name,
-        seed=cfg.seed,
-        repeats=cfg.repeats,
-        default_temperature=cfg.default_temperature,
-        max_tokens=cfg.judge_max_tokens,
-    )
+    cast = open_cast(cfg.out, cfg, rt)
+    try:
+        return cast.conduct(lambda: conduct(cfg, cast, stage, questions))
+    finally:
+        cast.close()
+
+
+def ask(cfg: Config, cast: Cast, questions: list[Question]) -> Bench:
+    """The questions with all answers and ratings."""
+    bench = bench_of(cfg, cast, questions)
+    cast.scheduler.run(bench.run("questions", [cast.agent(cfg.model), bench.judge]))
+    return bench
+
+
+def conduct(cfg: Config, cast: Cast, stage: Stage, questions: list[Question]) -> dict[str, Any]:
+    """All answers and ratings, on rank 0; returns the content of mt_bench.json."""
+    bench = ask(cfg, cast, questions)
+    result = bench.result(cast.agent(cfg.model).name)
     failures = check_result(cfg, result)
-
-    def finish() -> dict[str, Any]:
-        counts = {"questions": len(questions), "answer_errors": failures, "calls": cast.ledger.counts()}
-        report = to_plain(result.to_json() | counts)
-        stage.finish(report, write(cfg.out, questions, result, report))
-        if not cfg.quiet:
-            print_report(result)
-        return report
-
-    report = from_main(rt, finish)
-    cast.close()
+    counts = {"questions": len(questions), "answer_errors": failures, "calls": cast.ledger.counts()}
+    repeats = bench.calls.repeats()
+    report = to_plain(result.to_json() | counts | ({"repeats": repeats} if repeats else {}))
+    outputs = write(cfg.out, questions, result, report)
+    stage.finish(report, outputs)
+    if not cfg.quiet:
+        print_report(result)
     return report
 
 

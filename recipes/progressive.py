@@ -264,7 +264,7 @@ class Pipeline:
                     sft_threshold=1.0,
                     chat_turns=2,
                     on_length="keep",
-                    agents=co_teach.Agents(str(model), cfg.agents.rivals, cfg.agents.judge),
+                    agents=co_teach.Agents(str(model), cfg.agents.rivals, (cfg.agents.judge,)),
                 )
                 sources.insert(0, taught / "sft.jsonl")
         clean = self.run(f"{at}/rows", sample, data=tuple(sources), evaluation=(self.held_out,), slices=1)
@@ -419,7 +419,10 @@ def main(cfg: Config) -> dict:
             max_new_tokens=cfg.rollout.max_new_tokens,
         )
     seconds = time.perf_counter() - began
-    return from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
+    summary = from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
+    if rt.is_main and not cfg.quiet:
+        print(f"done: {cfg.out / 'report.html'}, {cfg.out / 'summary.json'}")
+    return summary
 
 
 if __name__ == "__main__":

@@ -9,32 +9,16 @@ OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run repeat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
-from wizard_engine.agents.missing import MAX_MISSING, check_share
-from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.agents.calls import check_calls
 from wizard_engine.data.records import Conversation, Process
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import (
-    AtLeastTwo,
-    Checked,
-    Count,
-    NonNegative,
-    PositiveShare,
-    Seed,
-    Share,
-    Temperature,
-    ranged,
-)
-from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.runtime.ranges import AtLeastTwo, Count, NonNegative, PositiveShare, Temperature, ranged
 from wizard_engine.synthesis import label_processes, self_teach
-from wizard_engine.synthesis.calls import JUDGE_TOKENS, check_calls
-from wizard_engine.synthesis.inputs import open_inputs
+from wizard_engine.synthesis.inputs import Made, SynthesisOptions, call_settings, synthesize
 from wizard_engine.synthesis.outputs import write_outputs
 
 Rating = ranged(0, 10)
@@ -53,14 +37,10 @@ class Agents:
     """Labels the steps of the student's answers; default: no process rows."""
 
 
-@dataclass(frozen=True)
-class Config(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Config(SynthesisOptions):
     """Self-teaching: on-policy rows chosen by an active-learning score."""
 
-    data: tuple[Path, ...]
-    """Row files: JSONL, Alpaca, ShareGPT, GSM8K; their last answers are not used."""
-    out: Path = field(metadata=INCIDENTAL)
-    """Run directory."""
     agents: Agents
     samples: AtLeastTwo[int] = 4
     """Samples a prompt."""
@@ -76,33 +56,9 @@ class Config(Checked):
     """Answers a prompt whose steps are labelled."""
     temperature: Temperature[float] = 1.0
     """Of the student's samples."""
-    max_tokens: Count[int] = 256
-    """Longest reply, tokens."""
-    judge_max_tokens: Count[int] = JUDGE_TOKENS
-    """Longest verdict of a judge with its explanation, tokens."""
-    on_length: Literal["drop", "keep"] = "drop"
-    """An answer that reached its limit: drop counts it as a failed call, keep uses it; its row has finish=length."""
-    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
-    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
-    limit: Count[int | None] = None
-    """Rows read at most."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
-    unknown_fields: Literal["refuse", "count"] = "refuse"
-    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
-    seed: Seed[int] = 0
-    chat_format: ChatFormatChoice = "auto"
-    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
-    .jinja file."""
-    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
-    """Calls of one transaction, and conversations generated together."""
-    device: str = field(default="auto", metadata=INCIDENTAL)
-    overwrite: bool = field(default=False, metadata=INCIDENTAL)
-    """Replace the results of another configuration in OUT."""
-    quiet: bool = field(default=False, metadata=INCIDENTAL)
 
 
-def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list[Process], dict[str, Any]]:
+def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[Sequence[Process], dict[str, Any]]:
     """Process rows from the student's answers, and their statistics; none without a labeller."""
     if cfg.agents.labeller is None:
         return [], {}
@@ -113,24 +69,15 @@ def label(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[list[P
         labeller=cast.agent(cfg.agents.labeller),
         samples=cfg.label_samples,
         temperature=cfg.temperature,
-        seed=cfg.seed,
-        max_tokens=cfg.max_tokens,
-        judge_max_tokens=cfg.judge_max_tokens,
         on_length=cfg.on_length,
         statistics=statistics,
+        **call_settings(cfg, cast),
     )
     return processes, statistics
 
 
-def main(cfg: Config) -> dict:
-    """Sample, judge, select; returns the report."""
-    check_share(cfg.max_missing)
-    rt = runtime.start(cfg.device)
-    world.register()
-    stage = open_stage(cfg, "self_teach", rt)
-    if stage.done:
-        return stage.result()
-    cast, rows, rejected = open_inputs(cfg, rt)
+def teach(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) -> Made:
+    """Samples, verdicts, choice, and their outputs."""
     selected = self_teach(
         rows,
         student=cast.agent(cfg.agents.student),
@@ -142,22 +89,26 @@ def main(cfg: Config) -> dict:
         min_gap=cfg.min_gap,
         min_score=cfg.min_score,
         temperature=cfg.temperature,
-        seed=cfg.seed,
-        max_tokens=cfg.max_tokens,
-        judge_max_tokens=cfg.judge_max_tokens,
         on_length=cfg.on_length,
+        **call_settings(cfg, cast),
     )
     processes, labels = label(cfg, cast, rows)
     for calls in (selected.statistics["calls"], labels.get("calls", {})):
         check_calls(calls, cfg.max_missing)
     report = {"counts": {"given": len(rows), "rejected": rejected}, **selected.statistics, "labels": labels}
     files = {"sft": selected.sft, "preferences": selected.preferences, "processes": processes}
-    outputs = from_main(rt, lambda: write_outputs(cfg.out, files, {"scores": selected.scores}, report))
-    cast.close()
-    if rt.is_main and not cfg.quiet:
+    outputs = write_outputs(cfg.out, files, {"scores": selected.scores}, report)
+    if not cfg.quiet:
+        made = f"{len(selected.sft)} supervised, {len(selected.preferences)} preference, {len(processes)} process rows"
         print(f"{selected.statistics['selected']} of {selected.statistics['prompts']} prompts selected by {cfg.score}:")
-        print(f"{len(selected.sft)} supervised, {len(selected.preferences)} preference, {len(processes)} process rows")
-    return finish_stage(stage, rt, report, outputs)
+        print(made)
+    prompts, used = selected.statistics["prompts"], selected.statistics["selected"]
+    return report, outputs, f"{prompts - used} of {prompts} prompts rejected"
+
+
+def main(cfg: Config) -> dict:
+    """Sample, judge, select; returns the report."""
+    return synthesize(cfg, "self_teach", teach)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""Helpers of tests that run on multiple ranks: torchrun, short texts, and the metrics that depend on the clock."""
+"""Helpers of tests that run on multiple ranks: torchrun, short texts, and the metrics that depend on the clock.
+
+`forked.run_ranks` starts ranks in less time; torchrun is for tests of what it does, and of ranks that share nothing.
+"""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from forked import ENVIRONMENT, run_ranks
 
 from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.model import ModelConfig, Transformer, save_model
 from wizard_engine.runtime.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
 TIMED = {
     "wait_seconds",
     "seconds",
@@ -26,7 +28,6 @@ TIMED = {
     "mfu",
     "peak_memory_gib",
 }
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def torchrun_command(ranks, *arguments, launcher=()):
@@ -79,7 +80,7 @@ def results_by_rank(script, worlds, out, names=(), timeout=500):
     """
     Path(out, "cases.json").write_text(json.dumps(list(names)))
     for world in worlds:
-        done = torchrun(world, script, out, timeout=timeout)
+        done = run_ranks(world, script, out, timeout=timeout)
         assert done.returncode == 0, done.stderr[-3000:]
     return {
         world: [json.loads((Path(out) / f"result_{world}_{rank}.json").read_text()) for rank in range(world)]

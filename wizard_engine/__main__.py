@@ -1,9 +1,14 @@
-"""python -m wizard_engine plan --preset 8x22b --gpus 128"""
+"""python -m wizard_engine plan --preset 8x22b --gpus 128, python -m wizard_engine ledger runs/evol/ledger.sqlite"""
 
 import difflib
+import importlib
 import sys
 
-COMMANDS = ("plan",)
+# Command -> modules of its options and of its main function, and its use.
+COMMANDS = {
+    "plan": ("wizard_engine.planning.planner", "wizard_engine.planning.report", "--preset NAME --gpus N [...]"),
+    "ledger": ("wizard_engine.agents.ledger_report", "wizard_engine.agents.ledger_report", "FILE [...]"),
+}
 
 
 def main() -> int:
@@ -12,18 +17,18 @@ def main() -> int:
     if word not in COMMANDS:
         asked = word in ("", "-h", "--help")
         close = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.0)
-        text = "usage: python -m wizard_engine plan --preset NAME --gpus N [...]; plan --help lists the options"
+        uses = [f"python -m wizard_engine {name} {options}" for name, (_, _, options) in COMMANDS.items()]
+        text = f"usage: {' | '.join(uses)}; plan --help and ledger --help list the options"
         print(
             text if asked else f"wizard_engine: error: expected a command, got {word!r}; the nearest is {close[0]}",
             file=sys.stdout if asked else sys.stderr,
         )
         return 0 if asked else 2
-    from wizard_engine.planning.planner import Options
-    from wizard_engine.planning.report import main as plan
     from wizard_engine.runtime.cli import cli
 
-    sys.argv[0] = "wizard_engine plan"
-    return plan(cli(Options, args=sys.argv[2:]))
+    options, report, _ = COMMANDS[word]
+    sys.argv[0] = f"wizard_engine {word}"
+    return importlib.import_module(report).main(cli(importlib.import_module(options).Options, args=sys.argv[2:]))
 
 
 if __name__ == "__main__":

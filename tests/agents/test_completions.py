@@ -1,7 +1,6 @@
 """What endpoints answer beside a text: every field of a reply is understood or named, no failure becomes a text."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +12,8 @@ from wizard_engine.agents.protocol import Reply
 
 
 def completion(content="fine", finish="stop", choices=1, **message):
-    said = SimpleNamespace(role="assistant", content=content, **message)
-    return SimpleNamespace(choices=[SimpleNamespace(index=0, message=said, finish_reason=finish)] * choices)
+    said = {"role": "assistant", "content": content, **message}
+    return {"choices": [{"index": 0, "message": said, "finish_reason": finish}] * choices}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def completion(content="fine", finish="stop", choices=1, **message):
             ("content part image_url",),
         ),
         (completion(choices=2), "fine", "stop", "", ("more than one choice",)),
-        (SimpleNamespace(choices=[]), "", "stop", "no text: ", ()),
+        ({"choices": []}, "", "stop", "no text: ", ()),
         ("<html>", "", "stop", "no text: ", ()),
     ],
 )

@@ -10,12 +10,12 @@ import pytest
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
+from asking import responses  # noqa: E402
 from fake_endpoint import Fake, answer  # noqa: E402
 from served_model import Serving, small_model  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 
-from recipes import accuracy, analyze, mt_bench  # noqa: E402
-from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent, prompts  # noqa: E402
+from wizard_engine.agents import Ledger, Request, make_agent, prompts  # noqa: E402
 from wizard_engine.agents.endpoint import EndpointAgent, Options, _wait_seconds, parse_spec  # noqa: E402
 from wizard_engine.agents.local import LocalAgent  # noqa: E402
 from wizard_engine.data.records import Message, conversation, read_rows, write_rows  # noqa: E402
@@ -169,7 +169,7 @@ def test_a_stopped_run_goes_on_from_its_ledger(tmp_path):
     with Fake(behave) as fake:
         for attempt in range(2):
             ledger = Ledger(tmp_path / "ledger.sqlite")
-            replies = LedgeredAgent(agent(fake, retries=0), ledger).respond(ask(10))
+            replies = responses(agent(fake, retries=0), ask(10), ledger)
             assert [reply.ok for reply in replies] == [bool(attempt) or not i % 2 for i in range(10)]
             assert ledger.counts()["m@" + fake.url[7:-3]]["answer"]["failures"] == 5
             ledger.close()
@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_from_its_ledger(tmp_path):
     ("options", "message"),
     [
         ({"budget": 120, "concurrency": 1}, "budget: .* what came is in the ledger"),
-        ({"retries": 0}, "no call was answered, the last one: status 500"),
+        ({"retries": 0, "give_up": 5}, "5 calls in a row failed, the last with: status 500"),
     ],
 )
 def test_an_endpoint_that_has_ended_ends_the_run_and_the_ledger_goes_on(tmp_path, options, message):
@@ -192,9 +192,9 @@ def test_an_endpoint_that_has_ended_ends_the_run_and_the_ledger_goes_on(tmp_path
     with Fake(lambda *_: answer(tokens=40) if works else BROKEN["500"]()) as fake:
         ledger = Ledger(tmp_path / "ledger.sqlite")
         with pytest.raises(ValueError, match=f"agent m@.*{message}"):
-            LedgeredAgent(agent(fake, **options), ledger).respond(ask(6))
+            responses(agent(fake, **options), ask(6), ledger)
         asked, works = len(fake.asked), True
-        assert all(reply.ok for reply in LedgeredAgent(agent(fake), ledger).respond(ask(6)))
+        assert all(reply.ok for reply in responses(agent(fake), ask(6), ledger))
         assert len(fake.asked) - asked == (6 - asked if "budget" in options else 6)
 
 
@@ -203,7 +203,7 @@ def test_a_request_at_fault_ends_no_run(tmp_path):
         return JSONResponse({"error": {"message": f"too long: {body['messages'][0]['content']}"}}, 400)
 
     with Fake(behave) as fake:
-        replies = LedgeredAgent(agent(fake, give_up=2), Ledger(tmp_path / "l.sqlite")).respond(ask(5))
+        replies = responses(agent(fake, give_up=2), ask(5), Ledger(tmp_path / "l.sqlite"))
         assert len(fake.asked) == 5 and all("status 400" in reply.error for reply in replies)
 
 
@@ -227,7 +227,7 @@ def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
         ("openai:m@https://x/v1?key=secret", "without a key in it"),
         ("openai:m@http://x#speed=3", "expected options of concurrency"),
         ("openai:m#retries=many", "retries: expected int"),
-        ("openai:m#token_limit=most", "token_limit: expected max_tokens or max_completion_tokens, got 'most'"),
+        ("openai:m#token_limit=most", "token_limit: expected auto or max_tokens or max_completion_tokens, got 'most'"),
         ("openai:m#extras=hide", "extras: expected count or error"),
         ("openai:m#concurrency=0", "concurrency: expected at least 1"),
         ("openai:m#timeout=0", "timeout: expected above 0"),
@@ -246,8 +246,6 @@ def test_specs_say_model_address_and_options():
     model, url, options = parse_spec("openai:a@b@http://127.0.0.1:1/v1/#concurrency=3,budget=9,timeout=0.5,seed=no")
     assert (model, url) == ("a@b", "http://127.0.0.1:1/v1")
     assert options == Options(concurrency=3, budget=9, timeout=0.5, seed=False)
-    shared = EndpointAgent.from_spec("openai:m@http://127.0.0.1:1/v1#concurrency=3,budget=9", ranks=2).options
-    assert (shared.concurrency, shared.budget) == (1, 4)
     first, second = (EndpointAgent("m", f"http://127.0.0.1:{port}/v1") for port in (1, 2))
     assert first.fingerprint != second.fingerprint != EndpointAgent("n", "http://127.0.0.1:2/v1").fingerprint
 
@@ -258,7 +256,7 @@ def test_specs_say_model_address_and_options():
 def test_our_server_answers_as_the_local_agent_does(tmp_path):
     with Serving() as serving:
         local = LocalAgent(*small_model(), "local")
-        remote = make_agent(f"openai:small@{serving.url}/v1", Ledger(tmp_path / "l.sqlite"))
+        remote = make_agent(f"openai:small@{serving.url}/v1")
         requests = [
             Request("answer", (Message("user", text),), max_tokens=16) for text in ("two and three?", "Count", "ten")
         ]
@@ -271,6 +269,8 @@ def test_our_server_answers_as_the_local_agent_does(tmp_path):
 
 
 def test_recipes_run_on_an_endpoint_by_option_alone(tmp_path, monkeypatch):
+    from recipes import accuracy, analyze, mt_bench
+
     def behave(body, _):
         text = body["messages"][-1]["content"]
         if "#Tags#:" in text:

@@ -1,6 +1,7 @@
 """The ledger: nothing that returned is asked again, whatever happened in between; failures are counted, not kept."""
 
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -9,58 +10,37 @@ import time
 from pathlib import Path
 
 import pytest
+from asking import Echo, ask, responses, texts
+from forked import run_together
 
-from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request, request_key
+from wizard_engine.agents import Ledger, Reply, Request, Scheduler, request_key
+from wizard_engine.agents.ledger import Stored
 from wizard_engine.data.records import Message
-
-
-class Echo:
-    """Repeats the last message; fails where it holds the word fail; remembers what it was asked."""
-
-    def __init__(self, name="echo", fingerprint="1", fail="fail"):
-        self.name, self.fingerprint, self.fail, self.batches = name, fingerprint, fail, []
-
-    def respond(self, requests):
-        self.batches.append([request.messages[-1].content for request in requests])
-        return [self._reply(request) for request in requests]
-
-    def _reply(self, request):
-        text = request.messages[-1].content
-        if self.fail and self.fail in text:
-            return Reply("half a rep", error="timed out")
-        return Reply(f"{text}/{request.seed}/{len(self.batches)}")
-
-
-def ask(text, seed=0, task="answer", **settings):
-    return Request(task, (Message("user", text),), seed=seed, **settings)
-
-
-def texts(replies):
-    return [reply.text for reply in replies]
 
 
 def test_ledger_serves_what_returned_and_asks_the_rest_in_order(tmp_path):
     echo, ledger = Echo(), Ledger(tmp_path / "deep" / "ledger.sqlite")
-    agent = LedgeredAgent(echo, ledger, batch_size=2)
-    assert texts(agent.respond([ask("a"), ask("b"), ask("c")])) == ["a/0/1", "b/0/1", "c/0/2"]
-    assert texts(agent.respond([ask("d"), ask("b"), ask("a"), ask("e")])) == ["d/0/3", "b/0/1", "a/0/1", "e/0/4"]
-    assert echo.batches == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert (agent.asked["answer"], agent.served["answer"]) == (5, 2)
+    run = Scheduler(ledger, batch_size=2, quiet=True)
+    assert texts(run.run(run.each(echo, [ask("a"), ask("b"), ask("c")]))) == ["a/0/1", "b/0/1", "c/0/2"]
+    again = run.run(run.each(echo, [ask("d"), ask("b"), ask("a"), ask("e")]))
+    assert texts(again) == ["d/0/3", "b/0/1", "a/0/1", "e/0/3"]
+    assert echo.batches == [["a", "b"], ["c"], ["d", "e"]]
+    assert (run.asked["answer"], run.served["answer"]) == (5, 2)
 
 
 def test_ledger_asks_equal_requests_once(tmp_path):
     echo = Echo()
-    agent = LedgeredAgent(echo, Ledger(tmp_path / "l.sqlite"))
-    assert texts(agent.respond([ask("a"), ask("b"), ask("a")])) == ["a/0/1", "b/0/1", "a/0/1"]
+    replies = responses(echo, [ask("a"), ask("b"), ask("a")], Ledger(tmp_path / "l.sqlite"))
+    assert texts(replies) == ["a/0/1", "b/0/1", "a/0/1"]
     assert echo.batches == [["a", "b"]]
 
 
 def test_ledger_survives_closing(tmp_path):
     path, echo = tmp_path / "l.sqlite", Echo()
     first = Ledger(path)
-    LedgeredAgent(echo, first).respond([ask("é中\n\u2028")])
+    responses(echo, [ask("é中\n\u2028")], first)
     first.close()
-    assert texts(LedgeredAgent(echo, Ledger(path)).respond([ask("é中\n\u2028")])) == ["é中\n\u2028/0/1"]
+    assert texts(responses(echo, [ask("é中\n\u2028")], Ledger(path))) == ["é中\n\u2028/0/1"]
     assert len(echo.batches) == 1
 
 
@@ -72,6 +52,8 @@ def test_ledger_survives_closing(tmp_path):
         ask("a", task="user"),
         ask("a", temperature=0.5),
         ask("a", max_tokens=5),
+        ask("a", top_p=0.5),
+        ask("a", schema="{}"),
         Request("answer", (Message("system", "s"), Message("user", "a"))),
         Request("answer", (Message("assistant", "a"),)),
     ],
@@ -80,33 +62,39 @@ def test_key_covers_all_of_the_request(changed):
     assert request_key("1", ask("a")) != request_key("1", changed)
 
 
+def test_key_is_that_of_earlier_releases_and_leaves_the_row_out():
+    assert request_key("1", ask("a", row="r7")) == request_key("1", ask("a"))
+    # Stored by a ledger of version 1.
+    known = "e6103b07f2f79f91"
+    assert request_key("1", ask("a")).hex().startswith(known)
+
+
 def test_key_covers_the_agent_and_not_its_name(tmp_path):
     ledger, other = Ledger(tmp_path / "l.sqlite"), Echo(fingerprint="2")
-    LedgeredAgent(Echo(), ledger).respond([ask("a")])
-    assert texts(LedgeredAgent(other, ledger).respond([ask("a")])) == ["a/0/1"]
+    responses(Echo(), [ask("a")], ledger)
+    assert texts(responses(other, [ask("a")], ledger)) == ["a/0/1"]
     assert other.batches == [["a"]]
     renamed = Echo(name="another")
-    LedgeredAgent(renamed, ledger).respond([ask("a")])
+    responses(renamed, [ask("a")], ledger)
     assert renamed.batches == []
 
 
 def test_failures_are_counted_but_never_served(tmp_path):
     ledger, echo = Ledger(tmp_path / "l.sqlite"), Echo()
-    agent = LedgeredAgent(echo, ledger)
-    replies = agent.respond([ask("a"), ask("fail"), ask("b", task="user")])
+    replies = responses(echo, [ask("a"), ask("fail"), ask("b", task="user")], ledger)
     assert [reply.ok for reply in replies] == [True, False, True]
-    assert not agent.respond([ask("fail")])[0].ok
+    assert not responses(echo, [ask("fail")], ledger)[0].ok
     assert ledger.counts() == {"echo": {"answer": {"replies": 1, "failures": 2}, "user": {"replies": 1, "failures": 0}}}
     assert ledger.errors() == {"timed out": 2}
     echo.fail = ""
-    assert texts(agent.respond([ask("fail")])) == ["fail/0/3"]
-    assert texts(agent.respond([ask("fail")])) == ["fail/0/3"]
+    assert texts(responses(echo, [ask("fail")], ledger)) == ["fail/0/3"]
+    assert texts(responses(echo, [ask("fail")], ledger)) == ["fail/0/3"]
 
 
 def test_ledger_shows_its_calls(tmp_path):
     ledger = Ledger(tmp_path / "l.sqlite")
     request = ask("a", seed=7, temperature=1.0, max_tokens=9)
-    LedgeredAgent(Echo(), ledger).respond([request, ask("b", task="user")])
+    responses(Echo(), [request, ask("b", task="user")], ledger)
     (call,) = ledger.calls(task="answer")
     assert (call.agent, call.fingerprint, call.request, call.text) == ("echo", "1", request, "a/7/1")
     assert len(list(ledger.calls(agent="echo"))) == 2
@@ -117,12 +105,18 @@ def test_two_open_ledgers_serve_the_reply_that_was_stored_first(tmp_path):
     one, two = Ledger(tmp_path / "l.sqlite"), Ledger(tmp_path / "l.sqlite")
 
     class Late(Echo):
-        def respond(self, requests):
-            LedgeredAgent(Echo(), one).respond(requests)
-            return [Reply("late") for _ in requests]
+        concurrency, ended = 1, ""
 
-    assert texts(LedgeredAgent(Late(), two).respond([ask("a")])) == ["a/0/1"]
-    assert texts(LedgeredAgent(Echo(), one).respond([ask("a")])) == ["a/0/1"]
+        async def reply(self, request):
+            key = request_key(self.fingerprint, request)
+            one.store([Stored("echo", self.fingerprint, key, request, Reply("first"))])
+            return Reply("late")
+
+        async def aclose(self):
+            pass
+
+    assert texts(responses(Late(), [ask("a")], two)) == ["first"]
+    assert texts(responses(Echo(), [ask("a")], one)) == ["first"]
 
 
 def test_ledger_keeps_an_uncommitted_batch_out(tmp_path):
@@ -134,9 +128,9 @@ def test_ledger_keeps_an_uncommitted_batch_out(tmp_path):
             return [Reply("fine"), Reply(object())]
 
     with pytest.raises(sqlite3.Error):
-        LedgeredAgent(Broken(), ledger).respond([ask("a"), ask("b")])
+        responses(Broken(), [ask("a"), ask("b")], ledger)
     assert ledger.counts() == {}
-    assert texts(LedgeredAgent(echo, ledger).respond([ask("a")])) == ["a/0/1"]
+    assert texts(responses(echo, [ask("a")], ledger)) == ["a/0/1"]
 
 
 def test_ledger_refuses_other_files(tmp_path):
@@ -147,36 +141,82 @@ def test_ledger_refuses_other_files(tmp_path):
     database = sqlite3.connect(foreign)
     database.execute("CREATE TABLE mine (x)")
     database.close()
-    with pytest.raises(ValueError, match="expected a ledger of version 2, got another SQLite file"):
+    with pytest.raises(ValueError, match="expected a ledger of version 3 or earlier, got another SQLite file"):
         Ledger(foreign)
 
 
-def test_ledgered_agent_refuses_wrong_numbers(tmp_path):
+def test_scheduler_refuses_wrong_numbers(tmp_path):
     class Short(Echo):
         def respond(self, requests):
             return []
 
     ledger = Ledger(tmp_path / "l.sqlite")
     with pytest.raises(ValueError, match="agent echo: expected 1 replies, got 0"):
-        LedgeredAgent(Short(), ledger).respond([ask("a")])
+        responses(Short(), [ask("a")], ledger)
     with pytest.raises(ValueError, match="batch_size: expected at least 1"):
-        LedgeredAgent(Echo(), ledger, batch_size=0)
+        Scheduler(ledger, batch_size=0)
+
+
+def test_a_ledger_that_another_process_keeps_is_named(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite", timeout_seconds=0.1)
+    other = sqlite3.connect(tmp_path / "l.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    message = r"ledger .*l\.sqlite: expected a turn to write, got database is locked: another process keeps it"
+    with pytest.raises(OSError, match=message):
+        Ledger(tmp_path / "l.sqlite", timeout_seconds=0.1)
+    with pytest.raises(OSError, match=message):
+        responses(Echo(), [ask("a")], ledger)
+    other.execute("ROLLBACK")
+    other.close()
+    assert texts(responses(Echo(), [ask("a")], ledger)) == ["a/0/1"]
+
+
+def test_a_full_disk_ends_the_run_and_the_same_run_goes_on(tmp_path):
+    ledger, echo = Ledger(tmp_path / "l.sqlite"), Echo()
+    assert len(responses(echo, [ask(f"q{number}") for number in range(20)], ledger)) == 20
+    size = (tmp_path / "l.sqlite-wal").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"ledger .*l\.sqlite: not written .*what was stored before is intact"):
+            responses(echo, [ask(f"q{number} " + "x" * 9000) for number in range(30)], ledger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    asked = len(echo.batches)
+    assert (
+        len(responses(echo, [ask(f"q{number}") for number in range(20)], ledger)) == 20 and len(echo.batches) == asked
+    )
+    assert responses(echo, [ask("q")], ledger)[0].ok
+
+
+def test_a_sync_that_fails_names_the_ledger(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "l.sqlite")
+    responses(Echo(), [ask("a")], ledger)
+
+    def fails(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"ledger .*l\.sqlite: not written \(.*Input/output error\); see that the disk"):
+        ledger.sync()
+    with pytest.raises(OSError, match="not written"):
+        responses(Echo(), [ask("b")], ledger)
 
 
 def test_ledger_adds_little_time(tmp_path):
     ledger = Ledger(tmp_path / "l.sqlite")
     requests = [ask(f"{number} " + "word " * 200) for number in range(10_000)]
     start = time.process_time()
-    LedgeredAgent(Echo(), ledger).respond(requests)
+    responses(Echo(), requests, ledger)
     asked = time.process_time() - start
-    LedgeredAgent(Echo(), ledger).respond(requests)
+    responses(Echo(), requests, ledger)
     assert asked < 2.0 and time.process_time() - start < 3.0
 
 
 OPENED = """
 import sys
 sys.path.insert(0, {root!r})
-from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request
+from wizard_engine.agents import Ledger, Reply, Request, Scheduler
 from wizard_engine.data.records import Message
 
 class Named:
@@ -184,21 +224,15 @@ class Named:
     def respond(self, requests):
         return [Reply(sys.argv[1]) for _ in requests]
 
-sys.stdin.read(1)
-ledger = LedgeredAgent(Named(), Ledger({ledger!r}), batch_size=5)
-replies = ledger.respond([Request("answer", (Message("user", str(n)),)) for n in range(200)])
+run = Scheduler(Ledger({ledger!r}), batch_size=5, quiet=True)
+replies = run.run(run.each(Named(), [Request("answer", (Message("user", str(n)),)) for n in range(200)]))
 print("".join(reply.text for reply in replies))
 """
 
 
 def test_processes_that_open_one_ledger_at_once_serve_the_same(tmp_path):
     script = OPENED.format(root=str(Path(__file__).parents[2]), ledger=str(tmp_path / "l.sqlite"))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", script, name], **pipes) for name in "abcd"]
-    for process in processes:
-        process.stdin.write("x")
-        process.stdin.flush()
-    printed = {process.communicate()[0].strip() for process in processes}
+    printed = set(run_together([("-c", script, name) for name in "abcd"]).stdout.split())
     assert len(printed) == 1 and len(printed.pop()) == 200
 
 
@@ -206,7 +240,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from wizard_engine.agents import Ledger, LedgeredAgent, Reply, Request
+from wizard_engine.agents import Ledger, Reply, Request, Scheduler
 from wizard_engine.data.records import Message
 
 class Slow:
@@ -218,10 +252,9 @@ class Slow:
             log.write("".join(text + chr(10) for text in texts))
         return [Reply(text.upper()) for text in texts]
 
-ledger = Ledger({ledger!r})
-agent = LedgeredAgent(Slow(), ledger, batch_size=7)
+run = Scheduler(Ledger({ledger!r}), batch_size=7, quiet=True)
 requests = [Request("answer", (Message("user", f"q{{n % 200}}"),)) for n in range(300)]
-replies = agent.respond(requests)
+replies = run.run(run.each(Slow(), requests))
 Path({out!r}).write_text(" ".join(reply.text for reply in replies))
 """
 

@@ -4,9 +4,10 @@ import hashlib
 
 import pytest
 import torch
+from asking import responses
 from chat_templates import FAMILIES, directory
 
-from wizard_engine.agents import Ledger, LedgeredAgent, Request, make_agent
+from wizard_engine.agents import Ledger, Request, make_agent
 from wizard_engine.agents.local import LocalAgent
 from wizard_engine.data.chat import CHAT_ATOMS, encode_conversation, encode_opening, encode_prompt
 from wizard_engine.data.records import Message
@@ -71,7 +72,7 @@ def test_each_request_keeps_its_settings(agent, tokenizer):
 
 def test_prompts_too_long_are_failed_calls_and_do_not_affect_the_others(agent, tmp_path):
     ledger = Ledger(tmp_path / "l.sqlite")
-    replies = LedgeredAgent(agent, ledger).respond([ask("Tom"), ask("apples " * 200)])
+    replies = responses(agent, [ask("Tom"), ask("apples " * 200)], ledger)
     assert [reply.ok for reply in replies] == [True, False]
     assert replies[1].error.startswith("prompt: expected at most 84 tokens, to leave 12 free, got 2")
     assert ledger.counts() == {"tiny": {"answer": {"replies": 1, "failures": 1}}}
@@ -172,3 +173,23 @@ def test_vicuna_is_asked_of_another_model_by_choice(others):
     text = FAMILIES["chatml"][1].decode(agent._prompt(ask("Tom")), skip_special_tokens=False)
     assert text.endswith("USER: Tom ASSISTANT:") and "im_start|>user" not in text
     assert encode_prompt(agent.tokenizer, ask("Tom").messages) == agent._prompt(ask("Tom"))
+
+
+def test_a_generation_that_nobody_waits_for_ends(agent, monkeypatch):
+    from wizard_engine.agents import local
+
+    steps = []
+
+    def continued(engine, prompts, samplings, on_finished):
+        for step in range(1000):
+            steps.append(step)
+            if step == 3:
+                agent.stop()
+            on_finished(0)
+
+    monkeypatch.setattr(local, "continued", continued)
+    with pytest.raises(ValueError, match="agent tiny: the generation was ended"):
+        agent.respond([ask("Tom")])
+    assert len(steps) == 4
+    monkeypatch.undo()
+    assert agent.respond([ask("Tom")])[0].ok

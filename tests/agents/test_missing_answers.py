@@ -6,11 +6,12 @@ import pytest
 
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
+from asking import responses
 from fake_endpoint import Fake, answer
 from starlette.responses import JSONResponse
 
 from recipes import accuracy, arena, co_teach, evol_answer, evol_instruct, mt_bench, self_teach
-from wizard_engine.agents import Ledger, LedgeredAgent, Request
+from wizard_engine.agents import Ledger, Request
 from wizard_engine.agents.endpoint import EndpointAgent, Options
 from wizard_engine.data.records import Message, conversation, read_rows, write_rows
 
@@ -150,7 +151,8 @@ def test_a_limit_under_its_other_name_and_no_temperature(tmp_path):
         agent = EndpointAgent(
             "m", fake.url, Options(token_limit="max_completion_tokens", temperature=False, seed=False)
         )
-        assert agent.respond([Request("answer", (Message("user", "q"),), temperature=1.0, max_tokens=7)])[0].ok
+        request = Request("answer", (Message("user", "q"),), temperature=1.0, max_tokens=7)
+        assert responses(agent, [request])[0].ok
         assert set(fake.asked[0]) == {"model", "messages", "max_completion_tokens"}
 
 
@@ -209,16 +211,19 @@ def judge_in(words):
 
 # Case: a judge was cut at 256 tokens, without an option, and its ratings were missing without a reason.
 def test_judges_have_room_to_explain_and_a_cut_verdict_says_so(tmp_path):
-    with Fake(judge_in(300)) as fake:
+    with Fake(judge_in(600)) as fake:
         options = {"model": "world:expert", "judge": f"openai:j@{fake.url}", "n": 3, "quiet": True}
         report = mt_bench.main(mt_bench.Config(**options, out=tmp_path / "a"))
         assert report["overall"]["score"] == 8 and report["overall"]["missing"] == 0
-        assert fake.asked[0]["max_tokens"] == 1024
+        assert fake.asked[0]["max_tokens"] == 2048
         with pytest.raises(ValueError, match=r"ratings of openai:j.*6 of 6 \(length 6\); raise --judge-max-tokens"):
             mt_bench.main(mt_bench.Config(**options, out=tmp_path / "b", judge_max_tokens=256))
         assert not (tmp_path / "b" / "stage.json").exists()
         report = mt_bench.main(mt_bench.Config(**options, out=tmp_path / "b", judge_max_tokens=256, max_missing=1.0))
         assert report["overall"]["score"] is None and report["missing"] == {"judge: length": 6}
+        assert report["repeats"] == {"rate": {"asked longer": 6}} and fake.asked[-1]["max_tokens"] == 512
+        report = mt_bench.main(mt_bench.Config(**options, out=tmp_path / "d", judge_max_tokens=400))
+        assert report["overall"]["rated"] == 6 and report["repeats"] == {"rate": {"asked longer": 6}}
         lines = [json.loads(line) for line in (tmp_path / "b" / "ratings.jsonl").read_text().splitlines()]
         assert all(line["error"].startswith("judge: length: the verdict was cut") for line in lines)
         battle = {"models": ("a=world:expert", "b=world:terse"), "judge": options["judge"], "n": 3, "quiet": True}
@@ -260,11 +265,11 @@ def test_what_replies_hold_beside_their_text_is_named_at_the_end_or_refused(tmp_
 
 
 def test_the_ledger_serves_a_cut_reply_as_one(tmp_path):
-    request = [Request("answer", (Message("user", "q"),))]
+    request = Request("answer", (Message("user", "q"),))
     with Fake(lambda *_: answer("half", finish="length")) as fake:
         for _ in range(2):
             ledger = Ledger(tmp_path / "l.sqlite")
-            (reply,) = LedgeredAgent(EndpointAgent("m", fake.url), ledger).respond(request)
+            (reply,) = responses(EndpointAgent("m", fake.url), [request], ledger)
             assert (reply.text, reply.finish, reply.is_cut) == ("half", "length", True)
             ledger.close()
         assert len(fake.asked) == 1

@@ -1,9 +1,9 @@
 """Agents by name."""
 
 import pytest
+from asking import ask, responses
 
-from wizard_engine.agents import Cast, Ledger, LedgeredAgent, Reply, Request, make_agent, register, registered
-from wizard_engine.data.records import Message
+from wizard_engine.agents import Cast, Ledger, Reply, make_agent, register, registered
 from wizard_engine.runtime.process import Runtime
 
 
@@ -24,18 +24,17 @@ def test_make_agent_finds_registered_names(agent_name, tmp_path):
     assert agent_name in registered()
     assert isinstance(make_agent(agent_name), RegisteredAgent)
     ledger = Ledger(tmp_path / "l.sqlite")
-    agent = make_agent(agent_name, ledger, batch_size=3)
-    assert isinstance(agent, LedgeredAgent) and agent.batch_size == 3
-    assert agent.respond([Request("answer", (Message("user", "?"),))]) == [Reply("yes")]
+    assert responses(make_agent(agent_name), [ask("?")], ledger) == [Reply("yes")]
     assert ledger.counts() == {"fixed": {"answer": {"replies": 1, "failures": 0}}}
 
 
 def test_cast_makes_each_agent_once_with_one_ledger(agent_name, tmp_path):
     cast = Cast(tmp_path / "l.sqlite", Runtime())
     agent = cast.agent(agent_name)
-    assert cast.agent(agent_name) is agent and agent.ledger is cast.ledger
+    assert cast.agent(agent_name) is agent and cast.scheduler.ledger is cast.ledger
     assert cast.optional(None) is None and cast.optional(agent_name) is agent
-    agent.respond([Request("answer", (Message("user", "?"),))])
+    replies = cast.conduct(lambda: cast.scheduler.run(cast.scheduler.each(agent, [ask("?")])))
+    assert replies == [Reply("yes")] and cast.ledger.counts()["fixed"]["answer"]["replies"] == 1
     cast.close()
     assert not (tmp_path / "l.sqlite-wal").exists()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked import COMPILING, ROOT, run_python
 from triton import knobs
 from triton.backends.nvidia import compiler as nvidia
 
@@ -19,7 +20,6 @@ from benchmarks import compile_cache, launch_sources, tune_processes
 from benchmarks.compile_cache import Manifest
 from kernels import configuration
 
-ROOT = Path(__file__).resolve().parents[2]
 # Losses and samples at once: pointers, None, divisible and odd numbers, texts among the constants.
 SOURCE = """
 import os, sys, torch
@@ -55,12 +55,10 @@ print(f"compiled {events.count(False)}, loaded {events.count(True)}, built {len(
 MAKE = "sys.exit(compile_cache.main(sys.argv[1:]))"
 
 
-def run(code, *arguments, source=SOURCE, **variables):
+def run(code, *arguments, source=SOURCE):
     """A fresh process with the compiler, not the interpreter."""
-    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
-    command = [sys.executable, "-c", source + code, *map(str, arguments)]
-    env |= {"TOY": source, "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])} | variables
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    environment = {name: value for name, value in COMPILING.items() if name != "TRITON_CACHE_DIR"}
+    return run_python("-c", source + code, *arguments, environment=environment | {"TOY": source}, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +77,10 @@ def copied(cache, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
+def former_cache(monkeypatch, tmp_path):
     """`use` sets a variable: take it back."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", "untouched")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "former"))
+    return str(tmp_path / "former")
 
 
 def test_every_table_is_among_the_launches():
@@ -195,11 +194,11 @@ def test_kernel_that_does_not_compile_is_named(tmp_path):
         ("python", "3.8.1", "made by python 3.8.1, not "),
     ],
 )
-def test_cache_that_does_not_fit_is_not_used(copied, name, value, text):
+def test_cache_that_does_not_fit_is_not_used(copied, former_cache, name, value, text):
     replace(Manifest.read(copied), **{name: value}).write(copied)
     said = compile_cache.use(copied)
     assert f"{copied} not used, it was {text}" in said and said.endswith("kernels are compiled anew")
-    assert os.environ["TRITON_CACHE_DIR"] == "untouched"
+    assert os.environ["TRITON_CACHE_DIR"] == former_cache
     with pytest.raises(ValueError, match=f"expected a new folder or this machine's cache, {copied} was {text}"):
         compile_cache.make(copied, 90)
 
@@ -210,11 +209,11 @@ def test_cache_that_fits_is_used(cache):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"triton": "3.6.0"}'])
-def test_manifest_that_is_none_is_named(tmp_path, text):
+def test_manifest_that_is_none_is_named(tmp_path, former_cache, text):
     assert "expected the manifest of a compile cache" in compile_cache.use(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text(text)
     assert "expected the manifest of a compile cache" in compile_cache.use(tmp_path)
-    assert os.environ["TRITON_CACHE_DIR"] == "untouched"
+    assert os.environ["TRITON_CACHE_DIR"] == former_cache
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import COMPILING, run_python
 
 from benchmarks import compile_report, compile_rows, compile_search, launch_forms
 from benchmarks.compile_report import diff, differences, line_of, markdown
@@ -18,7 +18,6 @@ from benchmarks.compile_rows import compile_all, problems
 from benchmarks.launch_forms import Case, cases, cases_of, launch_of
 from kernels import configuration
 
-ROOT = Path(__file__).resolve().parents[2]
 TMA = {"VARIANT": "plain", "BLOCK_M": 128, "BLOCK_N": 64, "TMA": True, "num_warps": 8, "num_stages": 2}
 
 
@@ -56,9 +55,8 @@ def row(**changes) -> dict:
 
 def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     """The report, or other code, in a process that compiles."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["-c", code] if code else ["-m", "benchmarks.compile_report", *arguments]
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ("-c", code) if code else ("-m", "benchmarks.compile_report", *arguments)
+    return run_python(*command, environment=COMPILING)
 
 
 def test_entries_of_a_table_compile_and_are_reported(tmp_path):

@@ -2,13 +2,11 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import COMPILING, ROOT, run_python
 
 from benchmarks import one_rank, operation_check, tiny_steps
 from benchmarks.every_operation import NOT_OPERATIONS, OPERATIONS, WHOLE
@@ -16,7 +14,6 @@ from benchmarks.operation_check import rows, verdict
 from kernels import use_backend
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is used where there is no GPU")
 
 
@@ -136,9 +133,7 @@ def test_recipes_that_train_are_all_there(capsys):
 
 
 def test_every_collective_runs_in_a_group_of_one_rank():
-    command = [sys.executable, "-m", "benchmarks.one_rank", "--device", "cpu"]
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_python("-m", "benchmarks.one_rank", "--device", "cpu", environment=COMPILING)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and all(row.get("status", "right") == "right" for row in lines), (
         done.stdout + done.stderr

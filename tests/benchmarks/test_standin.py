@@ -1,14 +1,11 @@
 """A stand-in GPU sees what a real one would refuse, waits of the host, and the launches of the engine's steps."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import COMPILING, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 # Launches of a training step of two blocks, and of each block more (recomputed in full), at most.
 STEP_LAUNCHES, BLOCK_LAUNCHES = 172, 42
 DECODE_BLOCK_LAUNCHES = 10
@@ -19,11 +16,7 @@ WITHOUT_KERNELS = ("preference_loss", "offloaded_adamw")
 @pytest.fixture(scope="module")
 def seen() -> dict:
     """What the child process saw; Triton must not run in its interpreter there."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("standin_child.py"))]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
+    done = run_python(Path(__file__).with_name("standin_child.py"), environment=COMPILING, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from many_ranks import ENVIRONMENT, ROOT, torchrun
+from forked import ROOT, run_python, run_ranks
 
 from benchmarks import train_single, train_step, train_sweep
 from benchmarks.communication import Communication, CommunicationMeter
@@ -43,7 +41,7 @@ def results(request, tmp_path_factory):
     """Ranks and their rows by layout: one start of the ranks for all recipes and layouts."""
     out = tmp_path_factory.mktemp("rows") / "rows.json"
     script = ROOT / "tests" / "benchmarks" / "train_cases.py"
-    done = torchrun(request.param, script, out, json.dumps(LAYOUTS[request.param]), timeout=400)
+    done = run_ranks(request.param, script, out, json.dumps(LAYOUTS[request.param]), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, json.loads(out.read_text())
 
@@ -314,8 +312,7 @@ name = "one rank"
 def test_sweep_goes_on_behind_a_layout_that_fails(tmp_path):
     file, rows, plot = tmp_path / "layouts.toml", tmp_path / "rows.jsonl", tmp_path / "plot.svg"
     file.write_text(SWEEP)
-    command = [sys.executable, "-m", "benchmarks.train_step", "--sweep", file, "--json", rows, "--plot", plot]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = run_python("-m", "benchmarks.train_step", "--sweep", file, "--json", rows, "--plot", plot)
     assert done.returncode == 1, done.stderr
     rows_read = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["name"] for row in rows_read] == ["does not divide", "one rank"]

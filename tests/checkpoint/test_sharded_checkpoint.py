@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_ranks import ROOT, save_base, torchrun, untimed, word_texts
+from forked import ROOT, run_ranks
+from many_ranks import save_base, untimed, word_texts
 
 from wizard_engine import checkpoint
 from wizard_engine.data.records import conversation, write_rows
@@ -17,7 +18,7 @@ STEPS, SAVED = 20, 10
 
 
 def train(root, out, ranks, *arguments):
-    done = torchrun(
+    done = run_ranks(
         ranks,
         ROOT / "recipes" / "sft.py",
         "--model",
@@ -77,7 +78,7 @@ def test_every_rank_writes_its_shard(root):
 
 def reshard(root, ranks, source, name, **options):
     script = Path(__file__).parent / "resharded.py"
-    done = torchrun(ranks, script, root, source, name, json.dumps(options))
+    done = run_ranks(ranks, script, root, source, name, json.dumps(options))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -191,17 +192,17 @@ def test_lost_file_and_another_model_are_named_on_every_rank(root, tmp_path):
     shutil.copytree(root / "run", tmp_path / "run")
     path = checkpoint.latest(tmp_path / "run")
     (path / "part_00002.safetensors").unlink()
-    done = torchrun(2, script, tmp_path, "run", "out", "{}")
+    done = run_ranks(2, script, tmp_path, "run", "out", "{}")
     assert done.returncode and done.stderr.count("[rank 0/2]") >= 2
     assert "part_00002.safetensors: missing; expected tensors model/" in done.stderr
     shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
     content = bytearray((path / "part_00003.safetensors").read_bytes())
     content[-1] ^= 1
     (path / "part_00003.safetensors").write_bytes(content)
-    done = torchrun(2, script, tmp_path, "run", "out", "{}")
+    done = run_ranks(2, script, tmp_path, "run", "out", "{}")
     assert done.returncode and "[rank 1/2]" in done.stderr and "part_00003.safetensors: tensor" in done.stderr
     shutil.copytree(root / "run", tmp_path / "run", dirs_exist_ok=True)
     shapes = {"width": 24, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_width": 28, "tied": False}
     save_base(tmp_path / "base", word_texts(40), experts=3, **shapes)
-    done = torchrun(2, script, tmp_path, "run", "out", '{"tp": 2}')
+    done = run_ranks(2, script, tmp_path, "run", "out", '{"tp": 2}')
     assert done.returncode and "this checkpoint is another model's" in done.stderr

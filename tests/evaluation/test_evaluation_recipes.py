@@ -9,6 +9,7 @@ from recipes import mt_bench as bench
 from wizard_engine import world
 from wizard_engine.data.records import write_rows
 from wizard_engine.evaluation.answers import read_answers
+from wizard_engine.runtime.files import file_hash
 
 
 def _arena(tmp_path, name="arena", **options):
@@ -28,6 +29,22 @@ def test_arena_ranks_programs_and_is_skipped_when_current(tmp_path):
     written = (tmp_path / "arena" / "arena.json").stat().st_mtime_ns
     assert arena.main(config) == report == json.loads((tmp_path / "arena" / "arena.json").read_text())
     assert (tmp_path / "arena" / "arena.json").stat().st_mtime_ns == written
+
+
+# Of the files that the recipes wrote when calls went in blocks.
+WRITTEN = {
+    "a/battles.jsonl": "77d0f58775866312",
+    "a/answers/mid.jsonl": "63d6fbb5aa9b2841",
+    "m/ratings.jsonl": "5dffc51f5e8d32fe",
+    "m/answers.jsonl": "50f7c69074545679",
+}
+
+
+def test_files_of_the_worlds_programs_are_those_of_calls_in_blocks(tmp_path):
+    models = ("good=world:expert", "bad=world:terse", "mid=world:careless")
+    arena.main(arena.Config(models=models, out=tmp_path / "a", n=24, quiet=True))
+    bench.main(bench.Config(model="world:careless", out=tmp_path / "m", n=16, quiet=True))
+    assert {name: file_hash(tmp_path / name)[:16] for name in WRITTEN} == WRITTEN
 
 
 def test_arena_repeats_no_call_of_an_interrupted_run(tmp_path, monkeypatch):

@@ -22,8 +22,10 @@ class ScriptedJudge:
         self.verdict, self.seen = verdict, []
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        self.seen += [prompts.parse(request.task, request.messages[-1].content) for request in requests]
-        return [Reply(self.verdict(prompts.parse(r.task, r.messages[-1].content))) for r in requests]
+        # A request that asks again for an unreadable verdict begins with the same message.
+        asked = [prompts.parse(request.task, request.messages[0].content) for request in requests]
+        self.seen += asked
+        return [Reply(self.verdict(fields)) for fields in asked]
 
 
 def _by_quality(fields: dict[str, str]) -> str:

@@ -27,7 +27,7 @@ class Judge:
         self.reply, self.seen, self.seeds = reply, [], []
 
     def respond(self, requests):
-        fields = [prompts.parse("rate", request.messages[-1].content) for request in requests]
+        fields = [prompts.parse("rate", request.messages[0].content) for request in requests]
         self.seen += fields
         self.seeds += [request.seed for request in requests]
         return [self.reply(item) for item in fields]
@@ -51,8 +51,8 @@ def test_mt_bench_second_turn_holds_the_models_own_first_answer():
     assert asked[3][1] == [first]
     assert result.answers[1] == ("answer to 1+1?", "answer to And 2+2?")
     assert result.overall.score == 7 and result.overall.rated == 6
-    by_turn = [judge.seen[i] for i in (0, 1)]
-    assert by_turn[0]["history"] == "" and by_turn[0]["instruction"] == "Write."
+    by_turn = [next(x for x in judge.seen if x["instruction"] == turn) for turn in ("Write.", "Shorter.")]
+    assert by_turn[0]["history"] == "" and by_turn[0]["answer"] == "answer to Write."
     assert prompts.parse_dialogue(by_turn[1]["history"]) == first[:2] and by_turn[1]["answer"] == "answer to Shorter."
 
 

@@ -1,16 +1,11 @@
 """One compiled variant of a kernel, whatever the number of tokens, sequences, pages or programs."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from forked import COMPILING, ROOT, run_python
 
 from kernels.launch import record
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "kernels" / "specialisation.py"
 PLANTED = """
 import sys
@@ -23,15 +18,8 @@ sys.exit(specialisation.main())
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    """A process whose kernels are Triton's own, not the interpreter's."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_run_time_numbers_make_no_variants():
-    done = run(str(SCRIPT))
+    done = run_python(SCRIPT, environment=COMPILING)
     # catches: slots of the attention kernels specialised (every form of three kernels named).
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     count, _, kernels = done.stdout.split()[0], *done.stdout.split()[2:4]
@@ -47,7 +35,8 @@ def test_run_time_numbers_make_no_variants():
 )
 def test_specialised_count_is_named(module, kernel, table, number, name):
     folder = str(SCRIPT.parent)
-    done = run("-c", PLANTED.format(module=module, kernel=kernel, table=table, number=number, folder=folder))
+    code = PLANTED.format(module=module, kernel=kernel, table=table, number=number, folder=folder)
+    done = run_python("-c", code, environment=COMPILING)
     assert done.returncode == 1, done.stderr[-2000:]
     assert all(line.endswith(f": {name}") for line in done.stdout.splitlines()[:-1] if "tokens" not in line)
     assert f": {name}" in done.stdout

@@ -1,11 +1,10 @@
 """Thousands of damaged and made-up model directories: each loads or is refused by name, in bounded time and memory."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from forked import run_python
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 FULL = {"safetensors": 20_000, "configuration": 5_000, "tokenizer": 5_000}
@@ -13,8 +12,7 @@ FULL = {"safetensors": 20_000, "configuration": 5_000, "tokenizer": 5_000}
 
 def tried(kind, first, count, folder):
     """Numbers of mutants that loaded and that were refused."""
-    command = [sys.executable, "-m", "tests.model.mutated_files", kind, str(first), str(count), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = run_python("-m", "tests.model.mutated_files", kind, first, count, folder, timeout=3600)
     progress = folder / "progress"
     where = progress.read_text() if progress.exists() else "the beginning"
     assert done.returncode == 0, f"exit status {done.returncode} at {where}: {done.stderr[-2000:]}"

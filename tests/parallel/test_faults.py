@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from many_ranks import ENVIRONMENT, save_base, torchrun_command, untimed, word_texts
+from forked import ENVIRONMENT, run_ranks
+from many_ranks import save_base, torchrun, torchrun_command, untimed, word_texts
 
 from wizard_engine import checkpoint
 from wizard_engine.data.records import conversation, write_rows
@@ -31,8 +32,9 @@ def root(tmp_path_factory):
     return root
 
 
-def command(root, out, how="fine", rank=0, step=0, ranks=2, steps=12, options=(), launcher=()):
-    argv = [
+def arguments(root, out, how="fine", rank=0, step=0, *, steps=12, options=()):
+    """Of the worker that trains and lets one rank go wrong."""
+    return [
         WORKER,
         how,
         rank,
@@ -61,12 +63,11 @@ def command(root, out, how="fine", rank=0, step=0, ranks=2, steps=12, options=()
         "8",
         *options,
     ]
-    return torchrun_command(ranks, *argv, launcher=launcher)
 
 
-def run(*args, **options):
+def run(*args, start=torchrun, **options):
     began = time.monotonic()
-    done = subprocess.run(command(*args, **options), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = start(2, *arguments(*args, **options), timeout=120)
     return done, time.monotonic() - began
 
 
@@ -109,7 +110,10 @@ def test_error_on_one_rank_ends_all_and_is_named_by_all(root, tmp_path, how, tex
 )
 def test_rank_that_a_collective_waits_for_is_named(root, tmp_path, how, text):
     process = subprocess.Popen(
-        command(root, tmp_path, how, rank=1, step=6), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        torchrun_command(2, *arguments(root, tmp_path, how, rank=1, step=6)),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         lines, began = [], time.monotonic()
@@ -137,7 +141,7 @@ def test_rank_that_a_collective_waits_for_is_named(root, tmp_path, how, text):
     ],
 )
 def test_rank_with_other_options_or_files_is_named_before_the_first_step(root, tmp_path, how, text):
-    done, _ = run(root, tmp_path, how, rank=1)
+    done, _ = run(root, tmp_path, how, rank=1, start=run_ranks)
     assert done.returncode and text in done.stderr and not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -153,7 +157,7 @@ def test_rank_with_other_options_or_files_is_named_before_the_first_step(root, t
     ],
 )
 def test_number_of_ranks_that_the_mesh_does_not_have_is_refused(root, tmp_path, options, text):
-    done, _ = run(root, tmp_path, options=options)
+    done, _ = run(root, tmp_path, start=run_ranks, options=options)
     assert done.returncode and text in done.stderr
 
 
@@ -187,7 +191,8 @@ def test_killed_ranks_are_started_again_and_the_losses_are_those_of_no_kill(root
     assert whole.returncode == 0, whole.stderr[-2000:]
     out, generator, kills, seen = tmp_path / "cut", random.Random(0), 0, 0
     with open(tmp_path / "log", "w") as log:
-        argv = command(root, out, steps=steps, launcher=("--max-restarts", "40", "--monitor-interval", "0.1"))
+        launcher = ("--max-restarts", "40", "--monitor-interval", "0.1")
+        argv = torchrun_command(2, *arguments(root, out, steps=steps), launcher=launcher)
         process = subprocess.Popen(argv, env=ENVIRONMENT, stderr=log, stdout=log)
         partial = lambda: list((out / "checkpoints").glob(".partial_*"))  # noqa: E731
         while process.poll() is None and kills < KILLS:

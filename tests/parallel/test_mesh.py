@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from many_ranks import torchrun
+from forked import run_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wizard_engine.model import PRESETS, Transformer
@@ -164,7 +164,7 @@ runtime.stop()
 
 def test_ranks_with_other_options_are_refused_on_every_rank(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = torchrun(2, tmp_path / "script.py", timeout=60)
+    done = run_ranks(2, tmp_path / "script.py", timeout=60)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         text = f"rank {rank} heard: [rank 1/2] mesh: tp: expected the same on every rank, got 1, and 2 on rank 0"

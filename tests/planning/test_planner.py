@@ -2,14 +2,11 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from many_ranks import ENVIRONMENT, ROOT, torchrun
+from forked import COMPILING, ROOT, run_python, run_ranks
 
 from recipes import reward, sft, stage_dpo
 from wizard_engine.model import PRESETS, Transformer
@@ -42,16 +39,12 @@ def measured(tmp_path_factory):
     """(ranks, name) -> traffic and peak of each real rank; kernels in the interpreter, so that a GPU's run."""
     out, results = tmp_path_factory.mktemp("measured"), {}
     script = ROOT / "tests" / "parallel" / "measured_rank.py"
-    before = os.environ.get("TRITON_INTERPRET")
-    ENVIRONMENT["TRITON_INTERPRET"] = "1"
     for world, problems in PROBLEMS.items():
         cases = [(name, dataclasses.asdict(config), *rest) for name, config, *rest in problems]
-        done = torchrun(world, script, out, json.dumps(cases), timeout=500)
+        done = run_ranks(world, script, out, json.dumps(cases), timeout=500, TRITON_INTERPRET="1")
         assert done.returncode == 0, done.stderr[-3000:]
         ranks = [json.loads((out / f"measured_{world}_{rank}.json").read_text()) for rank in range(world)]
         results |= {(world, problem[0]): [on_rank[problem[0]] for on_rank in ranks] for problem in problems}
-    if before is None:
-        ENVIRONMENT.pop("TRITON_INTERPRET")
     return results
 
 
@@ -81,9 +74,7 @@ def planned(preset, gpus, **options):
 
 
 def command(*arguments):
-    environment = {key: value for key, value in ENVIRONMENT.items() if key != "TRITON_INTERPRET"}
-    line = [sys.executable, "-m", "wizard_engine", *map(str, arguments)]
-    return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return run_python("-m", "wizard_engine", *arguments, environment=COMPILING, timeout=120)
 
 
 @pytest.mark.slow
@@ -110,6 +101,11 @@ def test_what_cannot_fit_is_refused_with_the_reason():
     assert pytest.approx(PRESETS["8x22b"].num_parameters * 18 / 2**30, abs=0.1) == 2357.3
     with pytest.raises(ValueError, match=r"70b does not fit on 16 H100: the smallest layout, .*tp=2,recompute=full"):
         report.run(Options("70b", 16, layout="tp=2,recompute=full"))
+
+
+def test_run_of_the_recipes_is_no_model_to_plan():
+    with pytest.raises(ValueError, match=r"got '7b-8'; the run 7b-8 of the recipes has the model 7b$"):
+        Options("7b-8", 8)
 
 
 @pytest.mark.every(7)
@@ -207,7 +203,5 @@ def test_presets_are_configurations_of_the_recipes(recipe):
         scale = SCALES[name]
         assert cfg.model == scale.model and cfg.mesh == scale.mesh and cfg.training.pack_tokens == scale.pack_tokens
         assert cfg.training.packs_per_step % (scale.gpus // scale.mesh.tp) == 0
-    done = subprocess.run(
-        [sys.executable, recipe.__file__, "--preset", "7b-8"], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = run_python(recipe.__file__, "--preset", "7b-8")
     assert done.returncode == 2 and "--out" in done.stderr and "required" in done.stderr

@@ -3,14 +3,11 @@
 import gzip
 import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, run_python
 
 from recipes import chat, export_hf
 from wizard_engine import world
@@ -19,8 +16,6 @@ from wizard_engine.data.records import Message, read_rows
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.generation import generate
 from wizard_engine.model import PRESETS, ScoringModel, Transformer, load_model, save_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -231,13 +226,7 @@ def test_options_that_contradict_are_refused(directory, tmp_path):
 
 
 def run(*arguments, text=""):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "chat.py"), *map(str, arguments)],
-        input=text,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    return run_python(ROOT / "recipes" / "chat.py", *arguments, text=text)
 
 
 def test_the_command_line(directory):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from many_ranks import ROOT, torchrun
+from forked import ROOT, run_ranks
 
 from wizard_engine.generation.engine import Engine, Sampling
 from wizard_engine.model import PRESETS, Transformer
@@ -17,7 +17,7 @@ from wizard_engine.rl.weight_sync import WeightShard, checksum, plan_transfers
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def rank_results(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("sampler") / "results"
-    done = torchrun(request.param, ROOT / "tests" / "rl" / "sampler_cases.py", out, timeout=400)
+    done = run_ranks(request.param, ROOT / "tests" / "rl" / "sampler_cases.py", out, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(out.with_name(f"results.{rank}").read_text()) for rank in range(request.param)]
 

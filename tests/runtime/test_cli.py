@@ -1,14 +1,19 @@
 """Command lines: presets, overrides, nested options, errors."""
 
+import contextlib
 import enum
+import io
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 import tyro
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from wizard_engine.runtime import cli
 
@@ -23,6 +28,10 @@ class Data:
     on_error: str = "raise"
     """What to do with a bad row."""
     files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.on_error:
+            raise ValueError("on_error: expected a word, got none; choose raise or skip")
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,8 @@ class Required:
     [
         (["--modle", "x"], "--modle: expected a known option, got an unknown one; the nearest is --model"),
         (["--limt", "3", "--no-stats"], "--limt: expected a known option, got an unknown one; the nearest is --limit"),
-        (["--limit", "3"], "--model"),
-        (["--model"], "--model"),
+        (["--limit", "3"], "--model: required, and not given; see --help"),
+        (["--model"], "--model: expected a path, got nothing; put it behind the option"),
     ],
 )
 def test_cli_misspelt_option_is_named_where_another_is_missing(arguments, text, capsys):
@@ -98,16 +107,57 @@ def test_cli_misspelt_option_is_named_where_another_is_missing(arguments, text, 
         (["--preset"], "expected one of small, large"),
         (["--preset", "small", "--preset", "large"], "expected once"),
         (["stray"], "stray"),
-        (["--lr", "fast"], "--lr"),
-        (["--order", "hard"], "easy"),
-        (["--lr=-1"], "lr: expected a positive number, got -1.0"),
+        (["--lr", "fast"], "--lr: expected a number, got 'fast'"),
+        (["--lr"], "--lr: expected a number, got nothing; put it behind the option"),
+        (["--order", "hard"], "--order: expected one of random, easy, got 'hard'"),
+        (["--max-steps", "2.5"], "--max-steps: expected a whole number or None, got '2.5'"),
+        (
+            ["--lr", "3", "--max_steps=no", "--data.files", "a"],
+            "--max-steps: expected a whole number or None, got 'no'",
+        ),
+        (["--lr=-1"], "error: lr: expected a positive number, got -1.0; choose one"),
+        (["--data.on-error="], "error: data: on_error: expected a word, got none; choose raise or skip"),
     ],
 )
 def test_cli_bad_arguments_exit_2_and_say_why(arguments, text, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.cli(Options, PRESETS, arguments)
     assert stopped.value.code == 2
-    assert text in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Options of every kind."""
+
+    n: int = 1
+    x: float | None = None
+    mode: Literal["a", "b"] = "a"
+    shape: tuple[int, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.95)
+    names: dict[str, float] = field(default_factory=dict)
+    nested: Data = field(default_factory=Data)
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return text == "None"
+    return True
+
+
+# Catches: tyro's boxes of several lines, and a control in the value that begins a line.
+@settings(max_examples=50, deadline=None)
+@given(option=st.sampled_from(["--n", "--x", "--mode", "--shape", "--betas", "--names"]), text=st.text(min_size=1))
+def test_cli_value_of_a_wrong_kind_is_one_line_with_option_expected_and_got(option, text):
+    assume(not text.startswith("-") and not is_number(text) and text not in ("a", "b"))
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as stopped:
+        cli.cli(Kinds, args=[option, text])
+    assert stopped.value.code == 2
+    assert re.fullmatch(rf".*: error: {option}: expected .*, got {re.escape(repr(text))}\n", printed.getvalue())
 
 
 def test_cli_help_shows_defaults_help_texts_and_presets(capsys):
@@ -141,3 +191,25 @@ def test_version_is_that_of_the_package():
 
     root = Path(wizard_engine.__file__).parents[1]
     assert wizard_engine.__version__ == tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What recipes share."""
+
+    seed: int = 0
+    out: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Shared):
+    """A recipe."""
+
+    steps: int = 1
+    data: str
+
+
+def test_help_shows_what_must_be_given_then_a_recipes_own_options(capsys):
+    assert cli.option_names(Own) == ["--seed", "--out", "--steps", "--data"]
+    assert cli.cli(Own, args=["--data", "d", "--out", "o", "--seed", "3"]) == Own(data="d", out="o", seed=3)
+    assert cli.option_names(Own) == ["--data", "--out", "--steps", "--seed"]

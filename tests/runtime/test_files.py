@@ -88,3 +88,18 @@ def test_file_hash_of_a_directory_sees_names_and_contents(tmp_path):
     assert len(seen) == 3
     with pytest.raises(ValueError, match="nothing there"):
         files.file_hash(tmp_path / "absent")
+
+
+def test_write_json_lines_takes_values_one_after_another_and_replaces_the_file_at_the_end(tmp_path):
+    path = tmp_path / "x" / "lines.jsonl"
+
+    def values(last):
+        yield {"text": "ein Ä"}
+        assert not path.exists() or path.read_text(encoding="utf-8") == '{"text": "ein Ä"}\n[1, null]\n'
+        yield last
+
+    files.write_json_lines(path, values([1, None]))
+    with pytest.raises(TypeError):
+        files.write_json_lines(path, values(object()))
+    assert path.read_text(encoding="utf-8") == '{"text": "ein Ä"}\n[1, null]\n'
+    assert [entry.name for entry in path.parent.iterdir()] == ["lines.jsonl"]

@@ -13,6 +13,7 @@ import torch
 
 from wizard_engine import checkpoint
 from wizard_engine.agents import Ledger, Reply, Request
+from wizard_engine.agents.ledger import Stored
 from wizard_engine.data.records import Message
 from wizard_engine.model import ModelConfig, Transformer, save_hf
 from wizard_engine.runtime import files
@@ -22,10 +23,6 @@ from wizard_engine.runtime.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(vocab_size=31, width=8, layers=1, heads=2, kv_heads=1, head_width=4, ffn_width=12)
-
-
-class Teller:
-    name = fingerprint = "teller"
 
 
 @contextmanager
@@ -59,7 +56,7 @@ def write_ledger(out: Path) -> None:
     ledger = Ledger(out / "ledger.sqlite")
     try:
         request = Request("answer", (Message("user", "q"),))
-        ledger.store(Teller(), [b"k" * 32], [request], [Reply("text " * 3000)])
+        ledger.store([Stored("teller", "teller", b"k" * 32, request, Reply("text " * 3000))])
     finally:
         ledger.close()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from wizard_engine.runtime import files
-from wizard_engine.runtime.stage import INCIDENTAL, VERSION, Stage, identity
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.stage import INCIDENTAL, VERSION, Stage, finish_stage, identity, open_stage
 
 
 def stage(out, lr: float, *, overwrite: bool = False) -> Stage:
@@ -58,6 +59,36 @@ def test_stage_refuses_a_run_directory_of_another_version(tmp_path, is_finished:
     assert (tmp_path / "metrics.jsonl").exists()
     stage(tmp_path, 1.0, overwrite=True).start()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_finished_stage_prints_one_line_with_what_it_wrote(tmp_path, capsys) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    first = stage(tmp_path, 1.0)
+    first.start()
+    first.finish({"counts": {"rejected": 3}}, [model], "2 of 5 answers rejected")
+    rejects = tmp_path / "rejects.jsonl"
+    assert capsys.readouterr().out == f"done: {model}; 2 of 5 answers rejected; 3 rows rejected, see {rejects}\n"
+    stage(tmp_path, 1.0).finish({"rejected": 0}, [])
+    assert capsys.readouterr().out == f"done: {tmp_path}\n"
+    Stage(tmp_path, "sft", {}, {}, quiet=True).finish({}, [model])
+    assert capsys.readouterr().out == ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    out: Path = field(metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_stage_that_is_done_before_says_so(tmp_path, capsys, quiet: bool) -> None:
+    cfg = Recipe(tmp_path / "out", quiet=quiet)
+    finish_stage(open_stage(cfg, "sft", Runtime()), Runtime(), {"n": 1}, [])
+    capsys.readouterr()
+    assert open_stage(cfg, "sft", Runtime()).done
+    assert capsys.readouterr().out == ("" if quiet else f"done before, nothing to do: {tmp_path / 'out'}\n")
 
 
 @dataclass(frozen=True)

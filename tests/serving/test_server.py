@@ -17,7 +17,8 @@ pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
 import torch  # noqa: E402
-from many_ranks import ENVIRONMENT, ROOT, torchrun_command  # noqa: E402
+from forked import ENVIRONMENT, ROOT, run_python  # noqa: E402
+from many_ranks import torchrun_command  # noqa: E402
 from served_model import Serving, small_model  # noqa: E402
 
 from wizard_engine.data.chat import encode_prompt  # noqa: E402
@@ -505,8 +506,7 @@ def test_two_ranks_serve_one_model(tmp_path):
 def test_options_of_the_recipe_that_do_not_fit(tmp_path, options, message):
     model, tokenizer = small_model()
     save_model(model, tokenizer, tmp_path / "tiny")
-    command = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--model", str(tmp_path / "tiny"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    done = run_python(ROOT / "recipes" / "serve.py", "--model", tmp_path / "tiny", *options, timeout=60)
     assert done.returncode != 0 and message in done.stderr + done.stdout
 
 
@@ -515,8 +515,6 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     save_model(model, tokenizer, tmp_path / "tiny")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        arguments = ["--model", str(tmp_path / "tiny"), "--port", str(port)]
-        command = [sys.executable, str(ROOT / "recipes" / "serve.py"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+        done = run_python(ROOT / "recipes" / "serve.py", "--model", tmp_path / "tiny", "--port", port, timeout=60)
     assert done.returncode == 1
     assert f"host, port: expected a free address, got 127.0.0.1:{port}: Address already in use" in done.stderr

@@ -1,16 +1,29 @@
 """Agents whose replies a test writes down as functions."""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 from wizard_engine.agents import Reply, prompts
+from wizard_engine.runtime.spill import Spill
+
+
+def listed(result):
+    """A result of a stage with lists for what it keeps on disk."""
+    if isinstance(result, Spill):
+        return list(result)
+    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return SimpleNamespace(**{k: list(v) if isinstance(v, Spill) else v for k, v in values.items()})
 
 
 class Fake:
     """Replies by one function a task; keeps every batch as (task, number of requests) and every request.
 
     The function gets the request and the fields of its prompt (for "answer" and "user" the conversation); it returns
-    the reply's text, or a Reply.
+    the reply's text, or a Reply. It is not asked again for what cannot be read, unless `converses` is set.
     """
+
+    converses = False
 
     def __init__(self, name="fake", **tasks):
         self.name, self.fingerprint, self.tasks = name, f"{name}/1", tasks
@@ -25,7 +38,7 @@ class Fake:
         if request.task in ("answer", "user"):
             said = self.tasks[request.task](request, request.messages)
         else:
-            fields = prompts.parse(request.task, request.messages[-1].content)
+            fields = prompts.parse(request.task, request.messages[0].content)
             said = self.tasks[request.task](request, fields)
         return said if isinstance(said, Reply) else Reply(said)
 

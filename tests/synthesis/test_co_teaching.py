@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_agents import FAILED, Fake, answerer, honest_judge
+from fake_agents import FAILED, Fake, answerer, honest_judge, listed
 
+from wizard_engine import synthesis
 from wizard_engine.agents import Ledger
 from wizard_engine.data.records import Conversation, Message, conversation
-from wizard_engine.synthesis import co_teach
 from wizard_engine.synthesis.judging import Verdict
 from wizard_engine.synthesis.lessons import choose_lessons
+
+
+def co_teach(*args, **options):
+    return listed(synthesis.co_teach(*args, **options))
 
 
 def team(*scores):
@@ -33,7 +37,7 @@ def rows(number=1, **attributes):
 def test_every_pair_battles_in_both_orders():
     judge = honest_judge()
     out = co_teach(rows(2), **team(5, 7, 6), judge=judge)
-    assert judge.batches == [("judge", 2 * 3 * 2)]
+    assert len(judge.requests) == 2 * 3 * 2
     assert len({request.messages for request in judge.requests}) == 12
     pairs = [(battle["a"], battle["b"], battle["gap"], battle["winner"]) for battle in out.battles[:3]]
     assert pairs == [("ours", "left", -2.0, "b"), ("ours", "right", -1.0, "b"), ("left", "right", 1.0, "a")]
@@ -138,9 +142,7 @@ def test_tables_group_by_topic_difficulty_and_skill():
 
 
 def losses(**skills):
-    return [
-        (conversation("q", "a", skill=name), loss) for name, skill_losses in skills.items() for loss in skill_losses
-    ]
+    return [(skill, loss) for skill, values in skills.items() for loss in values]
 
 
 def test_all_losses_above_the_threshold_are_lessons_without_a_limit():
@@ -214,7 +216,7 @@ def test_chat_goes_on_after_the_best_answer():
         "left q9",
     ]
     assert [battle["turn"] for battle in out.battles] == [0] * 6 + [1] * 6 + [2] * 6
-    assert user.batches == [("user", 2)] * 2 and len(judge.batches) == 3
+    assert len(user.requests) == 4 and len(judge.requests) == 2 * 3 * 3 * 2
     assert out.statistics["selected"]["scenes"] == 6
 
 
@@ -262,7 +264,7 @@ import json, sys, time
 sys.path[:0] = [{root!r}, {here!r}]
 from pathlib import Path
 from fake_agents import answerer, honest_judge
-from wizard_engine.agents import Ledger, LedgeredAgent
+from wizard_engine.agents import Ledger, Scheduler
 from wizard_engine.data.records import conversation
 from wizard_engine.synthesis import co_teach
 
@@ -276,12 +278,14 @@ def slow(agent):
             log.write("x" * len(requests))
         return replies
     agent.respond = respond
-    return LedgeredAgent(agent, ledger, batch_size=20)
+    return agent
 
 agents = [slow(answerer(name, lambda t, r, s=s: f"{{t}} q{{s}}")) for name, s in [("ours", 2), ("a", 9), ("b", 5)]]
 rows = [conversation(f"Question {{n}}", "x") for n in range(60)]
-out = co_teach(rows, ours=agents[0], rivals=agents[1:], judge=slow(honest_judge()))
-Path({out!r}).write_text(json.dumps([[r.to_json() for r in out.sft + out.preferences], out.battles, out.statistics]))
+scheduler = Scheduler(ledger, batch_size=20, quiet=True)
+out = co_teach(rows, ours=agents[0], rivals=agents[1:], judge=slow(honest_judge()), scheduler=scheduler)
+rows = [row.to_json() for row in [*out.sft, *out.preferences]]
+Path({out!r}).write_text(json.dumps([rows, list(out.battles), out.statistics]))
 """
 
 

@@ -1,11 +1,15 @@
 """Evol-Answer: the parent stays unless the rewrite wins in both orders, and every guard holds."""
 
 import pytest
-from fake_agents import FAILED, Fake, honest_judge
+from fake_agents import FAILED, Fake, honest_judge, listed
 
+from wizard_engine import synthesis
 from wizard_engine.data.records import Conversation, Message, conversation
-from wizard_engine.synthesis import evolve_answers
 from wizard_engine.synthesis.evol_answer import SHORTEST_CHARACTERS, strip_meta
+
+
+def evolve_answers(*args, **options):
+    return listed(synthesis.evolve_answers(*args, **options))
 
 
 def rewriter(*texts):
@@ -44,7 +48,7 @@ def test_answer_climbs_a_chain_of_accepted_rewrites():
 
 def test_rows_without_a_better_answer_stay_the_same_object():
     out, row = evolve("worse q1", "old q4")
-    assert out.rows[0] is row
+    assert out.rows[0] == row
     assert reasons(out) == ["not preferred", "unchanged"]
     assert out.statistics["rows_changed"] == 0
 
@@ -58,7 +62,7 @@ def test_winners_and_losers_become_preference_rows():
 
 def test_judge_that_prefers_a_place_changes_nothing():
     out, row = evolve("other q4.5", judge=honest_judge(bias=3))
-    assert out.rows[0] is row and reasons(out) == ["flipped"]
+    assert out.rows[0] == row and reasons(out) == ["flipped"]
     assert out.preferences == [] and out.statistics["pairs"] == {"kept": 0, "flipped": 1}
 
 
@@ -82,7 +86,7 @@ def test_each_operator_is_used_once_before_any_is_used_again():
 def test_guards_keep_the_parent_without_asking_the_judge(text, reason):
     judge = honest_judge()
     out, row = evolve(text, judge=judge)
-    assert out.rows[0] is row and reasons(out) == [reason]
+    assert out.rows[0] == row and reasons(out) == [reason]
     assert judge.requests == [] and out.preferences == []
 
 
@@ -101,7 +105,7 @@ def test_another_result_must_win_by_the_margin_in_both_orders():
     assert reasons(same) == ["accepted"]
     # The averaged gap is 2.2, but only 1.7 in the order that the bias works against.
     other, row = evolve(new.format(5), judge=judge, answer="q4.5 The answer is 4.")
-    assert reasons(other) == ["result changed"] and other.rows[0] is row
+    assert reasons(other) == ["result changed"] and other.rows[0] == row
     clear, _ = evolve(new.format(5), judge=judge, answer="q3 The answer is 4.")
     assert reasons(clear) == ["accepted"]
 

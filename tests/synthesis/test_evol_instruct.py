@@ -3,11 +3,19 @@
 import copy
 
 import pytest
-from fake_agents import FAILED, Fake
+from fake_agents import FAILED, Fake, listed
 
+from wizard_engine import synthesis
+from wizard_engine.agents import Limits
 from wizard_engine.data.records import Conversation, Message, conversation
-from wizard_engine.synthesis import evolve_instructions
 from wizard_engine.synthesis.elimination import detect_failure, instruction_fault, response_fault
+
+
+def evolve_instructions(source_rows, **options):
+    """The result with all rows: the given ones, then those that were made."""
+    out = listed(synthesis.evolve_instructions(source_rows, **options))
+    out.rows = [*source_rows, *out.made]
+    return out
 
 
 def agents(evolve=None, answer=None, compare=None):
@@ -118,7 +126,7 @@ def test_an_eliminated_text_may_come_again_later():
 
 def test_method_reaches_the_evolver_and_temperature_too():
     team = agents()
-    evolve_instructions(rows(1), **team, method="1. Do it.", temperature=0.7, max_tokens=99)
+    evolve_instructions(rows(1), **team, method="1. Do it.", temperature=0.7, limits=Limits(evolve=99))
     (request,) = team["evolver"].requests
     assert "1. Do it." in request.messages[0].content
     assert (request.temperature, request.max_tokens) == (0.7, 99)

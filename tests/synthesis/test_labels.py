@@ -1,10 +1,19 @@
 """Rows for the reward models: labels of steps, rankings of instructions."""
 
 import pytest
-from fake_agents import FAILED, Fake
+from fake_agents import FAILED, Fake, listed
 
+from wizard_engine import synthesis
 from wizard_engine.data.records import Conversation, Message, conversation
-from wizard_engine.synthesis import instruction_groups, label_processes, rank_instructions
+from wizard_engine.synthesis import instruction_groups
+
+
+def label_processes(*args, **options):
+    return listed(synthesis.label_processes(*args, **options))
+
+
+def rank_instructions(*args, **options):
+    return listed(synthesis.rank_instructions(*args, **options))
 
 
 def solver(*texts):

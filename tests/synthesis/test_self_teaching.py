@@ -1,10 +1,14 @@
 """Self-teaching: on-policy samples, the active-learning score, what is selected and what is dropped."""
 
 import pytest
-from fake_agents import FAILED, Fake, honest_judge
+from fake_agents import FAILED, Fake, honest_judge, listed
 
+from wizard_engine import synthesis
 from wizard_engine.data.records import conversation
-from wizard_engine.synthesis import self_teach
+
+
+def self_teach(*args, **options):
+    return listed(synthesis.self_teach(*args, **options))
 
 
 def student(**qualities):

@@ -1,19 +1,15 @@
 """The recipes on the embedded world: what they write, that they are skipped when done, the same on two ranks."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forked import ROOT, run_ranks
 
 from recipes import co_teach, evol_answer, evol_instruct, self_teach
 from wizard_engine.agents import Ledger
 from wizard_engine.data.records import read_rows, write_rows
 from wizard_engine.world import check_answer, natural_corpus, parse
 
-ROOT = Path(__file__).parents[2]
 STUDENT = "world:careless"
 
 
@@ -106,9 +102,13 @@ def test_self_teach_prefers_right_samples(data, tmp_path):
     assert report["labels"]["kept"] == len(processes) > 100
 
 
-def test_recipes_are_skipped_when_nothing_changed_and_repeat_no_call(data, tmp_path):
-    cfg = evol_answer.Config(data=(data,), out=tmp_path, rounds=1, quiet=True)
+def test_recipes_are_skipped_when_nothing_changed_and_repeat_no_call(data, tmp_path, capsys):
+    cfg = evol_answer.Config(data=(data,), out=tmp_path, rounds=1)
     first = evol_answer.main(cfg)
+    tried, accepted = (sum(row.get(name, 0) for row in first["operators"].values()) for name in ("tried", "accepted"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"done: {tmp_path / 'rows.jsonl'}, ") and 0 < accepted < tried
+    assert last.endswith(f"report.json; {tried - accepted} of {tried} rewritten answers rejected")
     written = (tmp_path / "rows.jsonl").stat().st_mtime_ns
     assert evol_answer.main(cfg) == first and (tmp_path / "rows.jsonl").stat().st_mtime_ns == written
     calls = Ledger(tmp_path / "ledger.sqlite").counts()
@@ -130,18 +130,8 @@ def test_recipes_refuse_unknown_agents_and_other_rows(data, tmp_path):
 def test_two_ranks_write_what_one_writes(data, tmp_path):
     options = ["--data", str(data), "--agents.ours", STUDENT, "--chat-turns", "2", "--limit", "40", "--quiet"]
     options += ["--agents.rivals", "world:expert", "world:rambler"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [
-        *launcher,
-        str(ROOT / "recipes/co_teach.py"),
-        *options,
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "two"),
-    ]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    done = run_ranks(2, ROOT / "recipes" / "co_teach.py", *options, "--device", "cpu", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-2000:]
     agents = co_teach.Agents(ours=STUDENT, rivals=("world:expert", "world:rambler"))
     co_teach.main(
         co_teach.Config(data=(data,), out=tmp_path / "one", agents=agents, chat_turns=2, limit=40, quiet=True)

@@ -65,6 +65,15 @@ def test_audit_shows_the_mask():
     assert audit.shown_mask(sample, Letters()) == "de[f</s>]g[h</s>]"
 
 
+# Catches: a mask cut in the middle of a long question, without the answer that is trained.
+def test_mask_of_a_long_sample_has_the_ends_of_every_span():
+    tokens = np.array([3] * 400 + [4] * 500 + [2] + [5, 6, 2] * 9, np.int32)
+    weights = np.array([0] * 400 + [1] * 501 + [0, 1, 1] * 9, np.float32)
+    shown = audit.shown_mask(Sample(tokens, weights), Letters())
+    assert shown.startswith("d" * 60 + " ... " + "d" * 60 + "[" + "e" * 60 + " ... ") and "e</s>]f[g</s>]" in shown
+    assert shown.endswith(" ... (12 more spans)") and len(shown) < 400
+
+
 def test_audit_sees_attention_across_sequences(monkeypatch):
     right = context.attention
 

@@ -1,17 +1,23 @@
-"""Agents that answer, evolve and judge: programs, checkpoints, endpoints; one protocol, and a ledger of every call."""
+"""Agents that answer, evolve and judge: programs, checkpoints, endpoints; one protocol, one scheduler, and a ledger of
+every call."""
 
-from .ledger import Call, Ledger, LedgeredAgent, request_key
-from .protocol import Agent, Reply, Request
+from .calls import Calls, Limits
+from .ledger import Call, Ledger, request_key
+from .protocol import Agent, ConcurrentAgent, Reply, Request
 from .registry import Cast, make_agent, register, registered
+from .scheduler import Scheduler
 
 __all__ = [
     "Agent",
     "Call",
+    "Calls",
     "Cast",
+    "ConcurrentAgent",
     "Ledger",
-    "LedgeredAgent",
+    "Limits",
     "Reply",
     "Request",
+    "Scheduler",
     "make_agent",
     "register",
     "registered",

@@ -1,5 +1,6 @@
 """What an OpenAI-compatible endpoint answers: every field of a reply is understood or named."""
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class Answer:
     """A reply of an endpoint as it was read.
 
     Attributes:
-        text: of the answer, without the model's reasoning.
+        text: of the answer, without the model's reasoning.   reasoning: that, where the endpoint gives it.
         finish: "stop" or "length".
         error: why there is no text, as of Reply; "" where there is one.
         is_temporary: whether the same call may be answered the next time.
@@ -32,31 +33,88 @@ class Answer:
     error: str = ""
     is_temporary: bool = False
     extras: tuple[str, ...] = ()
+    reasoning: str = ""
+
+
+def read_body(content_type: str, text: str) -> Any:
+    """The JSON value of an answer's body, or an Answer that says why it is none."""
+    text = text.lstrip("\ufeff \r\n\t")
+    if "event-stream" in content_type or text.startswith("data:"):
+        return Answer(error="stream: a stream of events came, and none was asked for")
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        kind = "HTML" if text[:1] == "<" else "text that is no JSON" if text else "an empty body"
+        return Answer(error=f"no answer: {kind} came with status 200", is_temporary=True)
 
 
 def read_answer(answer: Any, limit: int) -> Answer:
     """The text of a chat completion, or the reason why it has none.
 
     Args:
-        answer: an object with `choices`, as the openai client returns it, or anything that an endpoint sent instead.
+        answer: JSON object with `choices`, or anything that an endpoint sent instead.
         limit: of the reply's tokens, for the message of one that was cut.
     """
-    choices = getattr(answer, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    choices = _get(answer, "choices")
+    message = _get(choices[0], "message") if isinstance(choices, list) and choices else None
     if message is None:
+        fault = _get(answer, "error")
+        if fault:
+            return Answer(error=f"error object: {str(_get(fault, 'message') or fault)[:200]}", is_temporary=True)
         return Answer(error="no text: an answer without a message", is_temporary=True)
-    text, parts = _content(getattr(message, "content", None))
-    extras = (*_extras(choices, message), *parts)
-    finish = str(getattr(choices[0], "finish_reason", None) or "stop")
+    text, parts = _content(_get(message, "content"))
+    text, thought = _split_reasoning(text)
+    extras = (*_extras(choices, message), *parts, *(("<think>",) if thought else ()))
+    finish = str(_get(choices[0], "finish_reason") or "stop")
     error, is_temporary = _fault(message, finish.lower(), text, extras, limit)
     if error:
         return Answer(error=error, is_temporary=is_temporary, extras=extras)
-    return Answer(text.strip(), "length" if finish.lower() in CUT else "stop", extras=extras)
+    ending = "length" if finish.lower() in CUT else "stop"
+    return Answer(_whole(text.strip()), ending, extras=extras, reasoning=_whole(thought or _reasoning(message)))
+
+
+def _get(item: Any, name: str) -> Any:
+    """A field of a JSON object; None for any other value."""
+    return item.get(name) if isinstance(item, dict) else None
+
+
+def _whole(text: str) -> str:
+    """The text with every half of a surrogate pair replaced: no file can hold it."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _split_reasoning(text: str | None) -> tuple[str | None, str]:
+    """The answer, and the reasoning that a model wrote in front of it between `<think>` and `</think>`.
+
+    Some servers send the end of it alone. Reasoning without an end leaves no answer.
+    """
+    if text is None:
+        return None, ""
+    before, end, after = text.partition("</think>")
+    is_opened = before.lstrip().startswith("<think>")
+    # An answer may speak of the mark; one that ends reasoning has a line of its own.
+    is_mark = before[-1:] in ("", "\n") and after[:1] in ("", "\n")
+    if end and (is_opened or (is_mark and "<think>" not in before)):
+        return after, before.lstrip().removeprefix("<think>").strip()
+    return ("", before) if is_opened else (text, "")
+
+
+def _reasoning(message: Any) -> str:
+    """The reasoning that a message gives apart from its content, as text."""
+    for name in REASONING:
+        value = _get(message, name)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        if isinstance(value, list):
+            texts = [_get(part, "text") or _get(part, "thinking") or "" for part in value]
+            if any(isinstance(text, str) and text for text in texts):
+                return "".join(text for text in texts if isinstance(text, str)).strip()
+    return ""
 
 
 def _fault(message: Any, finish: str, text: str | None, extras: tuple[str, ...], limit: int) -> tuple[str, bool]:
     """Why a message is no answer, "" where it is one, and whether another try may give one."""
-    refusal = getattr(message, "refusal", None)
+    refusal = _get(message, "refusal")
     if refusal:
         return f"refusal: {refusal}", False
     if finish in FILTERED:
@@ -64,7 +122,7 @@ def _fault(message: Any, finish: str, text: str | None, extras: tuple[str, ...],
     if finish in TOOLS or "tool_calls" in extras:
         return "tool_calls: the reply calls a tool and none was offered", False
     if finish in CUT and not (text and text.strip()):
-        spent = " on reasoning" if set(REASONING) & set(extras) else ""
+        spent = " on reasoning" if {*REASONING, "<think>"} & set(extras) else ""
         return f"length: all of max_tokens={limit} was spent{spent} before the answer began", False
     if finish not in ENDED | CUT:
         return f"finish_reason {finish}: expected stop or length", True
@@ -81,8 +139,7 @@ def _content(content: Any) -> tuple[str | None, list[str]]:
         return None, [f"content of type {type(content).__name__}"]
     texts, others = [], []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-        text = part.get("text") if isinstance(part, dict) else getattr(part, "text", None)
+        kind, text = _get(part, "type"), _get(part, "text")
         if kind in ("text", "output_text") and isinstance(text, str):
             texts.append(text)
         else:
@@ -101,9 +158,7 @@ def _extras(choices: list, message: Any) -> tuple[str, ...]:
 
 
 def _fields(item: Any) -> dict[str, Any]:
-    """The fields of an object of the client, those that it does not know included."""
-    known = vars(item) if hasattr(item, "__dict__") else {}
-    return {**known, **(getattr(item, "model_extra", None) or {})}
+    return item if isinstance(item, dict) else {}
 
 
 # Statuses that say nothing of the single request: key, address, payment, method.

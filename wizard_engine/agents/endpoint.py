@@ -6,99 +6,29 @@ import json
 import os
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Positive
 from wizard_engine.runtime.text_lines import one_line, printable
 
 from . import prompts
-from .completions import Answer, read_answer, wrong_endpoint
+from .completions import Answer, read_answer, read_body, wrong_endpoint
+from .endpoint_options import JSON_MODES, PREFIX, Options, parse_spec
+from .prices import Price
 from .protocol import Reply, Request
+from .rate_limits import Gate, Pass, read_duration
 
-PREFIX = "openai:"
+__all__ = ["PREFIX", "EndpointAgent", "Options", "parse_spec"]
+
 MAX_ERROR = 300
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+# Failed calls in a row, at least, that end an endpoint which has never answered.
+FIRST_CALLS = 8
 # Upper bound of a message's tokens: its bytes plus this. It holds until the endpoint reports the usage.
 OVERHEAD_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Options(Checked):
-    """How an endpoint is called; set by `openai:MODEL@URL#name=value,...`.
-
-    Attributes:
-        concurrency: simultaneous calls.   retries: of a call, after statuses 408, 429, 5xx, timeouts, lost connections.
-        timeout: seconds for one try.   backoff: seconds before the first retry; doubled for each further one.
-        max_wait: longest wait in seconds, also if the endpoint asks for more.
-        budget: tokens of prompts and replies in one process, 0 for no limit. A call that could exceed it is not made; a
-            call that times out counts with its upper bound.
-        give_up: consecutive failed calls after which the agent makes no more.
-        key_env: environment variable with the key.   seed, temperature: whether those of the requests are sent.
-        token_limit: name under which the longest reply is sent: max_tokens, or max_completion_tokens.
-        extras: "count": what a reply holds beside its text (reasoning, fields that are not known) is counted and named
-            at the end; "error": such a reply is a failed call.
-    """
-
-    concurrency: Count[int] = 8
-    retries: NonNegative[int] = 6
-    timeout: Positive[float] = 120.0
-    backoff: NonNegative[float] = 1.0
-    max_wait: NonNegative[float] = 60.0
-    budget: NonNegative[int] = 0
-    give_up: Count[int] = 32
-    key_env: str = "OPENAI_API_KEY"
-    seed: bool = True
-    temperature: bool = True
-    token_limit: str = "max_tokens"
-    extras: str = "count"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.backoff > self.max_wait:
-            raise ValueError(f"backoff: expected at most max_wait={self.max_wait:g} seconds, got {self.backoff:g}")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
-            raise ValueError("key_env: expected the name of an environment variable, got something else")
-        for name, values in (("token_limit", TOKEN_LIMITS), ("extras", ("count", "error"))):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected {' or '.join(values)}, got {getattr(self, name)[:40]!r}")
-
-
-def parse_spec(spec: str) -> tuple[str, str | None, Options]:
-    """Model, address and options of `openai:MODEL`, `openai:MODEL@URL` or `openai:MODEL@URL#name=value,...`.
-
-    Raises:
-        ValueError: no model, an invalid address or one with a key in it, an unknown option or value.
-    """
-    rest, _, settings = spec.removeprefix(PREFIX).partition("#")
-    match = re.fullmatch(r"(.*?)@([a-z]+:.*)", rest)
-    model, url = match.groups() if match else (rest, "")
-    if not model:
-        raise ValueError(f"agent: expected {PREFIX}MODEL or {PREFIX}MODEL@URL, got no model")
-    if url:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"agent: expected an address such as http://127.0.0.1:8000/v1 behind {model}@")
-        if parts.username or parts.password or parts.query:
-            raise ValueError("agent: expected an address without a key in it; keys come from the environment alone")
-    return model, url.rstrip("/") or None, Options(**_settings(settings))
-
-
-def _settings(text: str) -> dict[str, Any]:
-    kinds = {field.name: type(field.default) for field in fields(Options)}
-    values: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
-        if name not in kinds:
-            raise ValueError(f"agent: expected options of {', '.join(kinds)}, got {name[:40]!r}")
-        try:
-            values[name] = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
-        except ValueError:
-            raise ValueError(f"agent: {name}: expected {kinds[name].__name__}, got {value[:40]!r}") from None
-    return values
 
 
 class EndpointAgent:
@@ -109,9 +39,10 @@ class EndpointAgent:
     Args:
         model: its name at the endpoint.   base_url: of the API; None: OPENAI_BASE_URL, or that of OpenAI.
     Attributes:
-        spent: tokens so far.   calls: tries.   retried: repeated tries.   failed, answered: calls without and with a
-            reply.   ended: why the agent makes no more calls (budget, refused key, model or option, endpoint down); ""
-            while it does.   extras: what replies held beside their text, by name.
+        spent: tokens so far, those before this process included (see `resume`).   cost: likewise, in money.
+        calls: tries.   retried: repeated tries.   failed, answered: calls without and with a reply.
+        ended: why the agent makes no more calls (budget, refused key, model or option, endpoint down); "" while it
+            does.   extras: what replies held beside their text, by name.   models: other models that replies name.
     """
 
     def __init__(self, model: str, base_url: str | None = None, options: Options | None = None) -> None:
@@ -124,111 +55,218 @@ class EndpointAgent:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         parts = urlsplit(base_url)
         self.name = f"{model}@{parts.hostname}" + (f":{parts.port}" if parts.port else "")
-        self.fingerprint = hashlib.sha256(json.dumps(["openai/1", base_url, model]).encode()).hexdigest()[:16]
+        identity = ["openai/1", base_url, model, *([self.options.replying] if self.options.replying else [])]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self._openai, self._base_url = openai, base_url
         self._key = os.environ.get(self.options.key_env, "")
         if not self._key and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"agent {self.name}: expected a key in {self.options.key_env}, got none; export it")
+        self.concurrency, self.price = self.options.concurrency, self.options.price
         self.spent = self.calls = self.retried = self.failed = self.answered = 0
+        self.cost = 0.0
         self._reserved = self._in_a_row = 0
+        self._reserved_cost = 0.0
+        self._token_limit = "max_tokens" if self.options.token_limit == "auto" else self.options.token_limit
+        self._json = "schema" if self.options.json == "auto" else self.options.json
         self._stopped = self.ended = ""
         self.extras: Counter[str] = Counter()
+        self.models: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
+        self._client: Any = None
+        self._gate: Gate | None = None
 
     @classmethod
-    def from_spec(cls, spec: str, *, ranks: int = 1) -> "EndpointAgent":
-        """The agent of `openai:MODEL@URL#name=value,...`; concurrency and budget are divided over the ranks."""
-        model, url, options = parse_spec(spec)
-        if ranks > 1:
-            budget = max(1, options.budget // ranks) if options.budget else 0
-            options = replace(options, concurrency=max(1, options.concurrency // ranks), budget=budget)
-        return cls(model, url, options)
+    def from_spec(cls, spec: str) -> "EndpointAgent":
+        """The agent of `openai:MODEL@URL#name=value,...`."""
+        return cls(*parse_spec(spec))
 
-    @property
-    def batch_size(self) -> int:
-        """Calls of one ledger transaction: few, so that an interrupted run loses little."""
-        return 4 * self.options.concurrency
+    def set_price(self, price: Price | None = None) -> None:
+        """Take the price of the model, unless its spec gave one.
+
+        Raises:
+            ValueError: the spec has a budget in money, and nothing says what tokens cost.
+        """
+        if price is not None and not (self.price.tokens_in or self.price.tokens_out):
+            self.price = price
+        if self.options.max_cost and not (self.price.tokens_in or self.price.tokens_out):
+            raise ValueError(
+                f"agent {self.name}: max_cost: expected what tokens cost beside it, got nothing; give price_in and "
+                "price_out per million tokens, or --prices FILE"
+            )
+
+    def resume(self, tokens_in: int, tokens_out: int) -> None:
+        """Count what earlier processes spent towards the budget."""
+        self.spent += tokens_in + tokens_out
+        self.cost += self.price.of(tokens_in, tokens_out)
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in the order of the requests, asked concurrently."""
-        replies = asyncio.run(self._respond(requests))
-        if self._in_a_row and not self.answered:
-            self._stopped = self._stopped or f"no call was answered, the last one: {replies[-1].error}"
-        self.ended = self.ended or self._stopped
-        return replies
+        """Replies in the order of the requests, asked concurrently, in an event loop of its own."""
 
-    async def _respond(self, requests: Sequence[Request]) -> list[Reply]:
-        gate = asyncio.Semaphore(self.options.concurrency)
-        async with self._openai.AsyncOpenAI(
-            api_key=self._key or "none", base_url=self._base_url, max_retries=0, timeout=self.options.timeout
-        ) as client:
-            return list(await asyncio.gather(*(self._one(client, gate, request) for request in requests)))
-
-    async def _one(self, client: Any, gate: asyncio.Semaphore, request: Request) -> Reply:
-        async with gate:
+        async def ask() -> list[Reply]:
             try:
-                messages = _messages(request)
-            except ValueError as error:
-                return self._no(str(error))
-            most = sum(len(m["content"].encode()) + OVERHEAD_TOKENS for m in messages) + request.max_tokens
-            if self._stopped:
-                return self._no(self._stopped)
-            if self._is_spent(most):
-                # Calls in flight may use less than they reserved; this call is refused without waiting for them.
-                self.ended = f"budget: {self.spent} of {self.options.budget} tokens are spent, this may take {most}"
-                return self._no(self.ended)
-            self._reserved += most
-            try:
-                return await self._tries(client, request, messages, most)
+                return list(await asyncio.gather(*(self.reply(request) for request in requests)))
             finally:
-                self._reserved -= most
+                await self.aclose()
 
-    def _is_spent(self, more: int) -> bool:
-        """Whether fewer than `more` tokens remain of the budget after those reserved by calls in flight."""
-        return bool(self.options.budget) and self.spent + self._reserved + more > self.options.budget
+        return asyncio.run(ask())
 
-    async def _tries(self, client: Any, request: Request, messages: list[dict], most: int) -> Reply:
-        """The reply to a request; `most` is the upper bound of its tokens per try."""
-        error = ""
-        for attempt in range(self.options.retries + 1):
-            if attempt:
-                if self._is_spent(0):
-                    error = f"budget: {self.spent} of {self.options.budget} tokens are spent; before that {error}"
-                    self.ended = self._clean(error)
-                    break
-                self.retried += 1
-            self.calls += 1
-            # Without a Retry-After header the wait depends on the attempt alone.
-            wait = _wait_seconds(self.options, request, attempt)
+    async def aclose(self) -> None:
+        """Close the connections of this event loop; a later call opens others."""
+        client, self._client, self._gate = self._client, None, None
+        if client is not None:
+            await client.close()
+
+    def _open(self) -> Gate:
+        if self._client is None:
+            self._freed = asyncio.Event()
+            options = self.options
+            self._client = self._openai.AsyncOpenAI(
+                api_key=self._key or "none", base_url=self._base_url, max_retries=0, timeout=options.timeout
+            )
+            self._gate = Gate(options.concurrency, options.requests_per_minute, options.tokens_per_minute)
+        return self._gate
+
+    async def reply(self, request: Request) -> Reply:
+        """The reply to one request."""
+        gate = self._open()
+        try:
+            messages = _messages(request)
+        except ValueError as error:
+            return self._no(str(error))
+        bound = sum(len(m["content"].encode("utf-8", "replace")) + OVERHEAD_TOKENS for m in messages)
+        began, call = time.monotonic(), _Try(request, messages, bound, request.max_tokens)
+        while call.outcome is None:
+            call.gate_pass, before = await gate.enter(call.most), call.tokens
             try:
-                async with asyncio.timeout(self.options.timeout):
-                    completion = await client.chat.completions.create(**self._arguments(request, messages))
-            except TimeoutError:
-                error = f"timeout: no answer within {self.options.timeout:g} seconds"
-                # The endpoint may have generated, and billed, all of it.
-                self.spent += most
-            except self._openai.APIStatusError as failed:
-                error = f"status {failed.status_code}: {failed.message}"
-                if self._is_final(failed, error):
-                    return self._no(error)
-                wait = _wait_seconds(self.options, request, attempt, failed.response.headers.get("retry-after"))
-            except self._openai.OpenAIError as failed:
-                # No connection, or a body that the client cannot parse.
-                error = f"{type(failed).__name__}: {failed}"
-            except (ValueError, TypeError, AttributeError) as failed:
-                # Proxies return pages of HTML with status 200; the client then fails in its own parsing.
-                error = f"no answer: the client cannot read what came ({type(failed).__name__})"
-            else:
-                answer = self._read(completion, request)
-                if not answer.is_temporary:
-                    return self._answered(answer)
-                error = answer.error
-            if attempt < self.options.retries:
-                await asyncio.sleep(wait)
+                await self._try(call)
+            finally:
+                gate.leave(call.gate_pass, call.tokens - before)
+            if call.outcome is None and call.wait:
+                await asyncio.sleep(call.wait)
+        tokens = {"tokens_in": call.tokens_in, "tokens_out": call.tokens_out}
+        return replace(call.outcome, **tokens, seconds=round(time.monotonic() - began, 3))
+
+    async def _try(self, call: "_Try") -> None:
+        """One try of a call; sets its outcome, or how long to wait before the next try."""
+        while (refused := self._stopped or self._beyond_budget(call)) and self._reserved and not self._stopped:
+            # The calls in flight may use less than they reserved.
+            await self._freed.wait()
+        if refused:
+            self.ended = self._clean(refused)
+            call.outcome = self._no(refused)
+            return
+        cost = self.price.of(call.bound_in, call.bound_out)
+        self._reserved, self._reserved_cost = self._reserved + call.most, self._reserved_cost + cost
+        self.calls, self.retried = self.calls + 1, self.retried + bool(call.attempt)
+        try:
+            await self._send(call)
+        finally:
+            self._reserved, self._reserved_cost = self._reserved - call.most, self._reserved_cost - cost
+            freed, self._freed = self._freed, asyncio.Event()
+            freed.set()
+        if call.outcome is not None:
+            return
+        call.attempt += 1
+        if call.attempt > self.options.retries:
+            self._fail(call)
+
+    def _fail(self, call: "_Try") -> None:
+        """No try of a call was answered; too many such calls in a row end the agent."""
         self._in_a_row += 1
-        if self._in_a_row >= self.options.give_up and not self._stopped:
-            self._stopped = self._clean(f"{self._in_a_row} calls in a row failed, the last with: {error}")
-        return self._no(error)
+        # An endpoint that has never answered is given up sooner.
+        most = self.options.give_up if self.answered else min(self.options.give_up, max(FIRST_CALLS, self.concurrency))
+        if self._in_a_row >= most and not self._stopped:
+            self._stop(f"{self._in_a_row} calls in a row failed, the last with: {call.error}")
+        call.outcome = self._no(call.error)
+
+    def _beyond_budget(self, call: "_Try") -> str:
+        """Why a try could exceed a budget, beside the calls in flight; "" where it could not."""
+        options, before = self.options, f"; before that {call.error}" if call.error else ""
+        if options.budget and self.spent + self._reserved + call.most > options.budget:
+            return f"budget: {self.spent} of {options.budget} tokens are spent, this may take {call.most}{before}"
+        cost = self.price.of(call.bound_in, call.bound_out)
+        if options.max_cost and self.cost + self._reserved_cost + cost > options.max_cost:
+            return f"budget: {self.cost:.4g} of {options.max_cost:g} is spent, this may take {cost:.4g}{before}"
+        return ""
+
+    async def _send(self, call: "_Try") -> None:
+        call.wait = _wait_seconds(self.options, call.request, call.attempt)
+        arguments = self._arguments(call.request, call.messages)
+        try:
+            async with asyncio.timeout(self.options.timeout):
+                answer = await self._client.chat.completions.with_raw_response.create(**arguments)
+        except (TimeoutError, self._openai.APITimeoutError):
+            call.error = f"timeout: no answer within {self.options.timeout:g} seconds"
+            # The endpoint may have generated, and billed, all of it.
+            self._spend(call, call.bound_in, call.bound_out)
+        except self._openai.APIStatusError as failed:
+            call.error = f"status {failed.status_code}: {failed.message}"
+            self._refusal(call, failed, arguments)
+        except self._openai.OpenAIError as failed:
+            # No connection.
+            call.error = f"{type(failed).__name__}: {failed}"
+        else:
+            self._gate.learn(answer.headers)
+            self._take(call, answer)
+
+    def _refusal(self, call: "_Try", failed: Any, arguments: dict[str, Any]) -> None:
+        """What follows from an answer with a status of its own."""
+        headers = failed.response.headers
+        self._gate.learn(headers)
+        if failed.status_code in (400, 422) and self._adapt(failed, arguments):
+            call.wait, call.attempt = 0.0, call.attempt - 1
+        elif self._is_final(failed, call.error):
+            call.outcome = self._no(call.error)
+        elif failed.status_code in (429, 503):
+            call.wait = _wait_seconds(self.options, call.request, call.attempt, headers.get("retry-after"))
+            self._gate.slow_down(call.gate_pass, call.wait if headers.get("retry-after") else 0.0)
+
+    def _adapt(self, failed: Any, arguments: dict[str, Any]) -> bool:
+        """Whether the endpoint takes another name or form of an option, which is remembered."""
+        said = f"{failed.message} {getattr(failed, 'body', None)}"
+        if self.options.token_limit == "auto" and "max_tokens" in arguments and "max_completion_tokens" in said:
+            self._token_limit = "max_completion_tokens"
+            return True
+        form = arguments.get("response_format", {}).get("type")
+        if self.options.json == "auto" and form and re.search(r"response_format|json_schema|json_object|schema", said):
+            lesser = "object" if form == "json_schema" else "no"
+            if JSON_MODES.index(lesser) > JSON_MODES.index(self._json):
+                self._json = lesser
+            return True
+        return False
+
+    def _take(self, call: "_Try", response: Any) -> None:
+        """The answer in a response of status 200; counts its tokens."""
+        content = read_body(response.headers.get("content-type", ""), response.text)
+        answer = content if isinstance(content, Answer) else read_answer(content, call.request.max_tokens)
+        usage = content.get("usage") if isinstance(content, dict) else None
+        tokens = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion")]
+        if all(isinstance(number, int) and number >= 0 for number in tokens):
+            self._spend(call, *tokens)
+            if tokens[1] >= call.request.max_tokens and not answer.error and answer.finish == "stop":
+                answer = replace(answer, finish="length")
+        elif answer.text:
+            self._spend(call, call.bound_in, len(answer.text.encode()) + OVERHEAD_TOKENS)
+        model = content.get("model") if isinstance(content, dict) else None
+        if isinstance(model, str) and model and not _is_same_model(model, self.model):
+            self.models[model[:60]] += 1
+        if answer.is_temporary:
+            call.error = answer.error
+            return
+        if isinstance(content, Answer):
+            call.error = answer.error
+            self._fail(call)
+            return
+        self._gate.succeed()
+        call.outcome = self._answered(answer)
+
+    def _spend(self, call: "_Try", tokens_in: int, tokens_out: int) -> None:
+        call.tokens_in, call.tokens_out = call.tokens_in + tokens_in, call.tokens_out + tokens_out
+        self.spent += tokens_in + tokens_out
+        self.cost += self.price.of(tokens_in, tokens_out)
+
+    def _stop(self, why: str) -> None:
+        self._stopped = self.ended = self._clean(why)
 
     def _is_final(self, failed: Any, error: str) -> bool:
         """Whether a retry would get the same status; an endpoint that refuses every call is asked no more."""
@@ -237,14 +275,15 @@ class EndpointAgent:
         if status in (401, 403):
             why = f"refuses the key of {self.options.key_env}"
         if why:
-            self._stopped = self._clean(f"the endpoint {why} ({error})")
+            self._stop(f"the endpoint {why} ({error})")
             return True
         if status in (408, 409, 425, 429) or status >= 500:
             return False
         # The endpoint refuses this request. It does not count as a failure in a row, because the endpoint works.
-        self._refused[error] += 1
-        if not self.answered and self._refused[error] >= self.options.give_up:
-            self._stopped = self._clean(f"no call was answered, {self._refused[error]} were refused alike: {error}")
+        if not self.answered:
+            self._refused[error] += 1
+            if self._refused[error] >= self.options.give_up:
+                self._stop(f"no call was answered, {self._refused[error]} were refused alike: {error}")
         return True
 
     def _answered(self, answer: Answer) -> Reply:
@@ -255,42 +294,45 @@ class EndpointAgent:
             return self._no(answer.error)
         if answer.extras and self.options.extras == "error":
             return self._no(f"extras: the reply also holds {', '.join(answer.extras)}")
-        return Reply(answer.text, finish=answer.finish)
+        return Reply(answer.text, finish=answer.finish, reasoning=answer.reasoning)
 
     def _options(self) -> list[str]:
         """Names of the options that a request may carry."""
-        names = ["model", self.options.token_limit]
+        names = ["model", self._token_limit, *self.options.body]
+        names += ["reasoning_effort"] if self.options.reasoning_effort else []
         return names + [name for name in ("temperature", "seed") if getattr(self.options, name)]
 
     def _arguments(self, request: Request, messages: list[dict]) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
-            self.options.token_limit: request.max_tokens,
+            self._token_limit: request.max_tokens,
         }
         if self.options.temperature:
             arguments["temperature"] = request.temperature
+        if request.top_p != 1:
+            arguments["top_p"] = request.top_p
+        if self.options.reasoning_effort:
+            arguments["reasoning_effort"] = self.options.reasoning_effort
+        if request.schema and self._json != "no":
+            arguments["response_format"] = _response_format(self._json, request)
+        if self.options.extra_body:
+            arguments["extra_body"] = self.options.body
         if self.options.seed and request.temperature > 0:
             # 31 bits: every implementation accepts such seeds.
             arguments["seed"] = request.seed % 2**31
         return arguments
 
-    def _read(self, completion: Any, request: Request) -> Answer:
-        """The answer in a completion; counts its tokens."""
-        answer = read_answer(completion, request.max_tokens)
-        usage = getattr(getattr(completion, "usage", None), "total_tokens", None)
-        if isinstance(usage, int) and usage >= 0:
-            self.spent += usage
-        elif answer.text:
-            self.spent += len(answer.text.encode()) + OVERHEAD_TOKENS
-        return answer
-
     def notes(self) -> list[str]:
         """Lines for the end of a run: what the replies held beside their text, and was not used."""
-        if not self.extras:
-            return []
-        named = ", ".join(f"{printable(one_line(name))} ({count})" for name, count in sorted(self.extras.items()))
-        return [f"agent {printable(self.name)}: not used of {self.answered} replies: {named}"]
+        lines = []
+        if self.extras:
+            lines.append(f"not used of {self.answered} replies: {_numbered(self.extras)}")
+        if self.models:
+            lines.append(
+                f"of {self.answered} replies, some name another model than {self.model}: {_numbered(self.models)}"
+            )
+        return [f"agent {printable(self.name)}: {printable(line)}" for line in lines]
 
     def _no(self, error: str) -> Reply:
         self.failed += 1
@@ -303,12 +345,59 @@ class EndpointAgent:
         return printable(one_line(text)[:MAX_ERROR]) or "unknown"
 
 
+@dataclass
+class _Try:
+    """A call under way: what it may take, what went wrong so far, and its outcome."""
+
+    request: Request
+    messages: list[dict]
+    bound_in: int
+    bound_out: int
+    attempt: int = 0
+    wait: float = 0.0
+    error: str = ""
+    outcome: Reply | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    gate_pass: Pass | None = None
+
+    @property
+    def most(self) -> int:
+        """Tokens that one try can take."""
+        return self.bound_in + self.bound_out
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all tries took so far."""
+        return self.tokens_in + self.tokens_out
+
+
+def _response_format(mode: str, request: Request) -> dict[str, Any]:
+    if mode == "object":
+        return {"type": "json_object"}
+    schema = {"name": request.task, "strict": True, "schema": json.loads(request.schema)}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def _numbered(names: Counter[str]) -> str:
+    return ", ".join(f"{one_line(name)} ({count})" for name, count in sorted(names.items()))
+
+
+def _is_same_model(given: str, asked: str) -> bool:
+    """Whether a name in a reply is that of the model asked for; endpoints add dates and leave out owners."""
+    first, second = (name.lower().rstrip("/").split("/")[-1] for name in (given, asked))
+    short, long = sorted((first, second), key=len)
+    return long.startswith(short) and re.fullmatch(r"([-:@_.](latest|\d[\d.-]*))*", long[len(short) :]) is not None
+
+
 def _wait_seconds(options: Options, request: Request, attempt: int, retry_after: str | None = None) -> float:
     """Seconds before the next try: doubled for each attempt, with jitter; at least what the endpoint asks for."""
     # Jitter separates calls that failed together. It comes from the request's seed, so that a run is reproducible.
     wait = options.backoff * 2**attempt * random.Random(f"{request.seed}/{attempt}").uniform(0.5, 1.0)
-    if retry_after is not None and re.fullmatch(r"\d+(\.\d+)?", retry_after.strip()):
-        wait = max(wait, float(retry_after))
+    asked = read_duration(retry_after)
+    if asked is not None:
+        wait = max(wait, asked)
     return min(wait, options.max_wait)
 
 

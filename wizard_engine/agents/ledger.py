@@ -1,64 +1,53 @@
 """A ledger of every call to an agent, so that no successful call is made twice.
 
-SQLite in write-ahead mode. The key of a reply is the content of its request and the fingerprint of its agent. Each
-batch is one transaction, on disk before the batch is returned. Failed calls are stored in a separate table, counted and
-never served. Several processes may share a ledger: if two of them ask the same, both serve the reply that was stored
-first. A row has a checksum, which every reader of it compares.
+SQLite in write-ahead mode. The key of a reply is the content of its request and the fingerprint of its agent. A stored
+reply survives the end of its process at once, and a power failure after `sync`, which the scheduler calls every second.
+Failed calls are stored in a separate table, counted and never served. Several processes may share a ledger: if two of
+them ask the same, both serve the reply that was stored first. A row has a checksum, which every reader of it compares.
 """
 
 import hashlib
 import json
-import os
-import sqlite3
-import sys
-import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from wizard_engine.data.records import Message
-from wizard_engine.runtime.metrics import progress
 
-from .protocol import Agent, Reply, Request
+from .ledger_file import FAILURE_FIELDS, REPLY_FIELDS, TABLES, LedgerFile, checksum
+from .protocol import Reply, Request
 
-# 1 had no checksums, and did not say how a reply ended.
-_VERSION = 2
-_APPLICATION = 0x57495A4C
 _KEYS_PER_QUERY = 500
-_SCHEMA = """
-CREATE TABLE replies (
-    number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, agent TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    task TEXT NOT NULL, messages BLOB NOT NULL, seed INTEGER NOT NULL, temperature REAL NOT NULL,
-    max_tokens INTEGER NOT NULL, text TEXT NOT NULL, checksum INTEGER NOT NULL DEFAULT -1,
-    finish TEXT NOT NULL DEFAULT 'stop'
-);
-CREATE TABLE failures (
-    number INTEGER PRIMARY KEY, key BLOB NOT NULL, agent TEXT NOT NULL, fingerprint TEXT NOT NULL, task TEXT NOT NULL,
-    error TEXT NOT NULL, checksum INTEGER NOT NULL DEFAULT -1
-);
-"""
-_TABLES = {"replies": "text", "failures": "error"}
-_ADVICE = (
-    "move it away, and the same command asks for its replies again; or restore a copy; or let the program sqlite3 "
-    "recover what it can: sqlite3 OLD .recover | sqlite3 NEW"
-)
-_NOT_WRITTEN = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 # json.dumps makes an encoder for every call that is not of its defaults.
 _encode_content = json.JSONEncoder(separators=(",", ":")).encode
 _encode_messages = json.JSONEncoder(ensure_ascii=False).encode
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 class Call(NamedTuple):
-    """One stored call: agent, request and reply."""
+    """One stored call: agent, request and reply. For a failed one the request has no messages, and no settings."""
 
     agent: str
     fingerprint: str
     request: Request
-    text: str
+    reply: Reply
+    key: bytes = b""
+
+    @property
+    def text(self) -> str:
+        """Of the reply."""
+        return self.reply.text
+
+
+class Stored(NamedTuple):
+    """A reply to store: who gave it, its key, request and reply."""
+
+    agent: str
+    fingerprint: str
+    key: bytes
+    request: Request
+    reply: Reply
 
 
 def request_key(fingerprint: str, request: Request) -> bytes:
@@ -71,42 +60,46 @@ def request_key(fingerprint: str, request: Request) -> bytes:
         float(request.temperature),
         request.max_tokens,
     ]
-    return hashlib.sha256(_encode_content(content).encode()).digest()
+    options = _options(request)
+    return hashlib.sha256(_encode_content([*content, options] if options else content).encode()).digest()
 
 
-def _checksum(key: bytes, agent: str, task: str, text: str, finish: str = "stop") -> int:
-    """Of a row. The key itself is a checksum of the request and of the agent's fingerprint."""
-    ending = "" if finish == "stop" else f"\0{finish}"
-    return zlib.crc32(f"{agent}\0{task}\0{text}{ending}".encode(), zlib.crc32(key))
+def _options(request: Request) -> str:
+    """Settings that most requests leave at their defaults, as JSON; "" without any."""
+    options = {"top_p": request.top_p} if request.top_p != 1 else {}
+    options |= {"schema": request.schema} if request.schema else {}
+    return _encode_content(options) if options else ""
 
 
 class Ledger:
     """The calls of all agents that share one file.
 
-    A file of version 1, without checksums, is given them when it is opened, with a line on stderr.
+    A file of an earlier version is brought to this one when it is opened.
 
     Args:
         path: SQLite file; created with its folder if it does not exist.
         timeout_seconds: longest wait for the write of another process.
+        read_only: the file must exist, and is not written, unless it is of an earlier version.
     Raises:
         ValueError: the file is no ledger, one of another version, or damaged; so do all methods that read.
         OSError: the file cannot be written; so do all methods.
     """
 
-    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(self.path) and not self.path.is_file():
-            raise ValueError(f"ledger {self.path}: expected a file, got another kind of entry; give another path")
-        with self._naming_errors():
-            self._database = sqlite3.connect(self.path, timeout=timeout_seconds, isolation_level=None)
-        try:
-            with self._naming_errors():
-                self._enter_wal(timeout_seconds)
-                self._prepare()
-        except BaseException:
-            self._database.close()
-            raise
+    def __init__(self, path: Path | str, *, timeout_seconds: float = 60.0, read_only: bool = False) -> None:
+        self._file = LedgerFile(path, timeout_seconds=timeout_seconds, read_only=read_only)
+        self.path = self._file.path
+
+    def lookup_one(self, key: bytes) -> Reply | None:
+        """The stored reply of a key, None without one."""
+        with self._file.naming_errors():
+            row = self._file.database.execute(_SELECT_REPLY, (key,)).fetchone()
+            return None if row is None else self._checked(row)[1]
+
+    def _checked(self, row: tuple) -> tuple[bytes, Reply]:
+        key, agent, task, text, given, *rest = row
+        if checksum(key, agent, task, text, *rest) != given:
+            raise self._file.damage("replies", f"of key {key.hex()[:16]}")
+        return key, _reply(text, rest)
 
     def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Reply]:
         """The stored replies of the keys that have one."""
@@ -114,44 +107,45 @@ class Ledger:
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             slots = ",".join("?" * len(part))
-            query = f"SELECT key, agent, task, text, finish, checksum FROM replies WHERE key IN ({slots})"
-            with self._naming_errors():
-                for key, agent, task, text, finish, checksum in self._database.execute(query, part):
-                    if _checksum(key, agent, task, text, finish) != checksum:
-                        raise self._damage("replies", f"of key {key.hex()[:16]}")
-                    stored[key] = Reply(text, finish=finish)
+            query = f"SELECT {_LOOKED_UP} FROM replies WHERE key IN ({slots})"
+            with self._file.naming_errors():
+                stored.update(self._checked(row) for row in self._file.database.execute(query, part))
         return stored
 
-    def store(self, agent: Agent, keys: Sequence[bytes], requests: Sequence[Request], replies: Sequence[Reply]) -> bool:
-        """Writes the replies of a batch in one transaction; it is on disk on return.
+    def store(self, calls: Sequence[Stored]) -> bool:
+        """Writes replies in one transaction; they survive the process on return, and a power failure after `sync`.
 
         Returns:
             Whether none of them was stored before, by another process.
         """
-        who = (agent.name, agent.fingerprint)
         succeeded, failed = [], []
-        for key, request, reply in zip(keys, requests, replies, strict=True):
-            text = reply.text if reply.ok else reply.error
-            finish = reply.finish if reply.ok else "stop"
-            checksum = _checksum(key, agent.name, request.task, text, finish)
+        for agent, fingerprint, key, request, reply in calls:
             if reply.ok:
-                settings = _settings(request)
-                succeeded.append((key, *who, request.task, _pack(request.messages), *settings, text, checksum, finish))
+                rest = _reply_fields(request, reply)
+                settings = (request.seed, request.temperature, request.max_tokens)
+                proof = checksum(key, agent, request.task, reply.text, *rest)
+                row = (key, agent, fingerprint, request.task, _pack(request.messages), *settings, reply.text, proof)
+                succeeded.append((*row, *rest))
             else:
-                failed.append((key, *who, request.task, text, checksum))
-        with self._naming_errors(), self._transaction():
-            database = self._database
-            slots = ",".join("?" * 11)
-            stored = database.executemany(f"INSERT OR IGNORE INTO replies VALUES (NULL,{slots})", succeeded)
-            database.executemany("INSERT INTO failures VALUES (NULL,?,?,?,?,?,?)", failed)
+                rest = (reply.tokens_in, reply.tokens_out, request.row)
+                proof = checksum(key, agent, request.task, reply.error, "stop", *rest)
+                failed.append((key, agent, fingerprint, request.task, reply.error, proof, *rest))
+        with self._file.naming_errors(), self._file.transaction():
+            database = self._file.database
+            stored = database.executemany(_INSERT_REPLY, succeeded)
+            database.executemany(_INSERT_FAILURE, failed)
         return not succeeded or stored.rowcount == len(succeeded)
+
+    def sync(self) -> None:
+        """What was stored before survives a power failure."""
+        self._file.sync()
 
     def counts(self) -> dict[str, dict[str, dict[str, int]]]:
         """agent -> task -> {"replies": stored calls, "failures": failed calls}, over the life of the file."""
         counts: dict[str, dict[str, dict[str, int]]] = {}
-        for table in _TABLES:
-            found = Counter((agent, task) for agent, task, _ in self._rows(table))
-            for (agent, task), number in sorted(found.items()):
+        for table in TABLES:
+            rows = Counter((agent, task) for agent, task, _ in self._rows(table))
+            for (agent, task), number in sorted(rows.items()):
                 counts.setdefault(agent, {}).setdefault(task, {"replies": 0, "failures": 0})[table] = number
         return counts
 
@@ -159,207 +153,106 @@ class Ledger:
         """Error text -> number of failed calls with it."""
         return dict(sorted(Counter(error for _, _, error in self._rows("failures")).items()))
 
+    def spent(self, fingerprint: str) -> tuple[int, int]:
+        """Tokens of prompts and of replies that an agent was given and gave, failed calls included, since ever."""
+        totals = [0, 0]
+        for table in TABLES:
+            sums = "COALESCE(SUM(tokens_in), 0), COALESCE(SUM(tokens_out), 0)"
+            query = f"SELECT {sums} FROM {table} WHERE fingerprint = ?"
+            with self._file.naming_errors():
+                for place, total in enumerate(self._file.database.execute(query, (fingerprint,)).fetchone()):
+                    totals[place] += int(total)
+        return totals[0], totals[1]
+
+    def averages(self, fingerprint: str) -> dict[str, tuple[int, float, float, float]]:
+        """task -> calls, mean tokens of prompt and of reply, mean seconds, of the stored calls that say them."""
+        query = (
+            "SELECT task, COUNT(*), AVG(tokens_in), AVG(tokens_out), AVG(seconds) FROM replies "
+            "WHERE fingerprint = ? AND tokens_out > 0 GROUP BY task ORDER BY task"
+        )
+        with self._file.naming_errors():
+            return {task: tuple(values) for task, *values in self._file.database.execute(query, (fingerprint,))}
+
     def _rows(self, table: str) -> Iterator[tuple[str, str, str]]:
         """Agent, task and text or error of every row of a table, each of them compared with its checksum."""
-        finish = "finish" if table == "replies" else "'stop'"
-        query = f"SELECT number, key, agent, task, {_TABLES[table]}, {finish}, checksum FROM {table} ORDER BY number"
-        with self._naming_errors():
-            self._check_structure()
-            for number, key, agent, task, text, finish, checksum in self._database.execute(query):
-                if _checksum(key, agent, task, text, finish) != checksum:
-                    raise self._damage(table, number)
+        columns = _REPLY_COLUMNS if table == "replies" else ", ".join(FAILURE_FIELDS)
+        query = f"SELECT number, key, agent, task, {TABLES[table]}, checksum, {columns} FROM {table} ORDER BY number"
+        with self._file.naming_errors():
+            self._file.check_structure()
+            for number, key, agent, task, text, given, *rest in self._file.database.execute(query):
+                fields = rest if table == "replies" else ("stop", *rest)
+                if checksum(key, agent, task, text, *fields) != given:
+                    raise self._file.damage(table, number)
                 yield agent, task, text
 
-    def calls(self, *, agent: str | None = None, task: str | None = None) -> Iterator[Call]:
-        """Yields the stored calls, optionally of one agent or task, in the order they were stored."""
+    def calls(self, *, agent: str | None = None, task: str | None = None, row: str | None = None) -> Iterator[Call]:
+        """Yields the stored calls, optionally of one agent, task or row, in the order they were stored."""
         query = (
-            "SELECT number, key, checksum, finish, agent, fingerprint, task, messages, seed, temperature, max_tokens,"
-            " text FROM replies WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) ORDER BY number"
+            f"SELECT number, key, checksum, agent, fingerprint, task, messages, seed, temperature, max_tokens, text, "
+            f"{_REPLY_COLUMNS} FROM replies WHERE agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) "
+            "AND row = COALESCE(?3, row) ORDER BY number"
         )
-        with self._naming_errors():
-            self._check_structure()
-            rows = self._database.execute(query, (agent, task))
-            for number, key, checksum, finish, name, fingerprint, task_, messages, *settings, text in rows:
-                if _checksum(key, name, task_, text, finish) != checksum:
-                    raise self._damage("replies", number)
-                request = Request(task_, _unpack(messages), *settings)
+        with self._file.naming_errors():
+            self._file.check_structure()
+            rows = self._file.database.execute(query, (agent, task, row))
+            for number, key, given, name, fingerprint, task_, messages, *fields in rows:
+                settings, text, rest = fields[:3], fields[3], fields[4:]
+                if checksum(key, name, task_, text, *rest) != given:
+                    raise self._file.damage("replies", number)
+                request = _request(task_, _unpack(messages), settings, rest)
                 if request_key(fingerprint, request) != key:
-                    raise self._damage("replies", number)
-                yield Call(name, fingerprint, request, text)
+                    raise self._file.damage("replies", number)
+                yield Call(name, fingerprint, request, _reply(text, rest), key)
+
+    def failures(self, *, agent: str | None = None, task: str | None = None, row: str | None = None) -> Iterator[Call]:
+        """Yields the failed calls, each without its messages, in the order they were stored."""
+        columns = ", ".join(FAILURE_FIELDS)
+        query = (
+            f"SELECT number, key, checksum, agent, fingerprint, task, error, {columns} FROM failures WHERE "
+            "agent = COALESCE(?1, agent) AND task = COALESCE(?2, task) AND row = COALESCE(?3, row) ORDER BY number"
+        )
+        with self._file.naming_errors():
+            rows = self._file.database.execute(query, (agent, task, row))
+            for number, key, given, name, fingerprint, task_, error, *rest in rows:
+                if checksum(key, name, task_, error, "stop", *rest) != given:
+                    raise self._file.damage("failures", number)
+                tokens_in, tokens_out, asked_for = rest
+                reply = Reply("", error, tokens_in=tokens_in, tokens_out=tokens_out)
+                yield Call(name, fingerprint, Request(task_, (), row=asked_for), reply, key)
+
+    def forget(self, keys: Sequence[bytes]) -> int:
+        """Removes the replies of these keys, so that they are asked for again; returns how many were there."""
+        with self._file.naming_errors(), self._file.transaction():
+            return sum(
+                self._file.database.execute("DELETE FROM replies WHERE key = ?", (key,)).rowcount for key in keys
+            )
 
     def close(self) -> None:
         """Closes the file; no further calls are possible."""
-        self._database.close()
-
-    def _enter_wal(self, timeout_seconds: float) -> None:
-        """Switch to write-ahead mode. SQLite's own timeout does not cover this switch, so it is retried here."""
-        deadline = time.monotonic() + timeout_seconds
-        while True:
-            try:
-                self._database.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-
-    def _prepare(self) -> None:
-        database = self._database
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA cell_size_check = ON")
-        database.create_function("row_checksum", 4, _checksum, deterministic=True)
-        with self._transaction():
-            self._create_or_check()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All statements of the block, on disk at its end, or none."""
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._database.execute("COMMIT")
-        except BaseException:
-            # A full disk ends the transaction by itself.
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            raise
-
-    @contextmanager
-    def _naming_errors(self) -> Iterator[None]:
-        """SQLite's errors, and those of reading damaged values, with the file and what to do."""
-        try:
-            yield
-        except (sqlite3.ProgrammingError, sqlite3.InterfaceError):
-            raise
-        except sqlite3.DatabaseError as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in _NOT_WRITTEN:
-                raise OSError(
-                    f"ledger {self.path}: not written ({error}); what was stored before is intact: see that the disk "
-                    "has room and the file may be written, and the same command goes on"
-                ) from None
-            if code in _BUSY:
-                raise OSError(
-                    f"ledger {self.path}: expected a turn to write, got {error}: another process keeps it; the same "
-                    "command goes on"
-                ) from None
-            if code == sqlite3.SQLITE_NOTADB:
-                raise ValueError(
-                    f"ledger {self.path}: expected a SQLite ledger, got {error}; give another path, or {_ADVICE}"
-                ) from None
-            raise ValueError(f"ledger {self.path}: damaged ({error}): {_ADVICE}") from None
-        except (TypeError, AttributeError, UnicodeError, zlib.error, RecursionError, json.JSONDecodeError) as error:
-            # A damaged row has values of other types.
-            raise ValueError(f"ledger {self.path}: damaged ({error}): {_ADVICE}") from None
-
-    def _damage(self, table: str, number: int | str) -> ValueError:
-        return ValueError(
-            f"ledger {self.path}: row {number} of table {table}: damaged: it does not fit its checksum: {_ADVICE}"
-        )
-
-    def _check_structure(self) -> None:
-        """Compare tables and index: a damaged page hides rows without an error."""
-        complaint = " ".join(self._database.execute("PRAGMA integrity_check(1)").fetchone()[0].split())
-        if complaint != "ok":
-            raise ValueError(f"ledger {self.path}: damaged ({complaint}): {_ADVICE}")
-
-    def _create_or_check(self) -> None:
-        database = self._database
-        has_tables = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        marks = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-        if not has_tables and marks == [0, 0]:
-            for statement in filter(str.strip, _SCHEMA.split(";")):
-                database.execute(statement)
-            database.execute(f"PRAGMA application_id = {_APPLICATION}")
-            database.execute(f"PRAGMA user_version = {_VERSION}")
-            return
-        if marks == [_APPLICATION, 1]:
-            self._add_checksums()
-        elif marks != [_APPLICATION, _VERSION]:
-            raise ValueError(
-                f"ledger {self.path}: expected a ledger of version {_VERSION}, got another SQLite file {marks};"
-                " give another path"
-            )
-
-    def _add_checksums(self) -> None:
-        """Make a ledger of version 1 one of version 2."""
-        for table, text in _TABLES.items():
-            self._database.execute(f"ALTER TABLE {table} ADD COLUMN checksum INTEGER NOT NULL DEFAULT -1")
-            self._database.execute(f"UPDATE {table} SET checksum = row_checksum(key, agent, task, {text})")
-        self._database.execute("ALTER TABLE replies ADD COLUMN finish TEXT NOT NULL DEFAULT 'stop'")
-        self._database.execute("PRAGMA user_version = 2")
-        print(
-            f"ledger {self.path}: of version 1, without checksums; its rows are taken as they are and have them now",
-            file=sys.stderr,
-        )
+        self._file.close()
 
 
-class LedgeredAgent:
-    """An agent that asks only for what its ledger lacks, with a progress bar on stderr.
-
-    Equal requests are asked once, in batches of `batch_size`. Batches are cut before stored requests are skipped, so
-    that a resumed run asks for the same batches as an uninterrupted one.
-
-    An agent with a reason in `ended` (its budget is spent, or its endpoint is down) ends the run with that reason.
-
-    Args:
-        batch_size: calls of one transaction.
-        quiet: no progress bar.
-
-    Attributes:
-        served: task -> replies returned without a call, in this process.
-        asked: task -> calls made, in this process.
-    """
-
-    def __init__(self, agent: Agent, ledger: Ledger, *, batch_size: int = 256, quiet: bool = False) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}; give the calls of one transaction")
-        self.agent, self.ledger, self.batch_size, self.quiet = agent, ledger, batch_size, quiet
-        self.name, self.fingerprint = agent.name, agent.fingerprint
-        self.served: Counter[str] = Counter()
-        self.asked: Counter[str] = Counter()
-
-    def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in the order of the requests, from the ledger if stored, else from the agent."""
-        keys = [request_key(self.fingerprint, request) for request in requests]
-        unique = dict(zip(keys, requests))
-        order, replies = list(unique), {}
-        tasks = "+".join(dict.fromkeys(request.task for request in requests))
-        with progress(desc=f"{tasks} {self.name}", unit="call", total=len(order), quiet=self.quiet) as bar:
-            for start in range(0, len(order), self.batch_size):
-                batch = {key: unique[key] for key in order[start : start + self.batch_size]}
-                replies.update(self._batch(batch))
-                bar.update(len(batch))
-        self.served.update(request.task for request in requests)
-        return [replies[key] for key in keys]
-
-    def _batch(self, batch: dict[bytes, Request]) -> dict[bytes, Reply]:
-        replies = self.ledger.lookup(list(batch))
-        missing = [key for key in batch if key not in replies]
-        if missing:
-            replies.update(self._ask(missing, [batch[key] for key in missing]))
-        return replies
-
-    def _ask(self, keys: list[bytes], requests: list[Request]) -> dict[bytes, Reply]:
-        replies = self.agent.respond(requests)
-        if len(replies) != len(requests):
-            raise ValueError(
-                f"agent {self.name}: expected {len(requests)} replies, got {len(replies)}; return one a request"
-            )
-        are_first = self.ledger.store(self.agent, keys, requests, replies)
-        ended = getattr(self.agent, "ended", "")
-        if ended:
-            raise ValueError(
-                f"agent {self.name}: {ended}; what came is in the ledger, and the same command goes on from there"
-            )
-        self.asked.update(request.task for request in requests)
-        self.served.subtract(request.task for request in requests)
-        first = {} if are_first else self.ledger.lookup([key for key, reply in zip(keys, replies) if reply.ok])
-        return {key: first.get(key, reply) for key, reply in zip(keys, replies)}
+_REPLY_COLUMNS = ", ".join(REPLY_FIELDS)
+_LOOKED_UP = f"key, agent, task, text, checksum, {_REPLY_COLUMNS}"
+_SELECT_REPLY = f"SELECT {_LOOKED_UP} FROM replies WHERE key = ?"
+_INSERT_REPLY = f"INSERT OR IGNORE INTO replies VALUES (NULL,{','.join('?' * (10 + len(REPLY_FIELDS)))})"
+_INSERT_FAILURE = f"INSERT INTO failures VALUES (NULL,{','.join('?' * (6 + len(FAILURE_FIELDS)))})"
 
 
-def _settings(request: Request) -> tuple[int, float, int]:
-    return request.seed, request.temperature, request.max_tokens
+def _reply_fields(request: Request, reply: Reply) -> tuple:
+    """Values of REPLY_FIELDS."""
+    measured = (reply.tokens_in, reply.tokens_out, round(float(reply.seconds), 3))
+    return (reply.finish, reply.reasoning, *measured, request.row, _options(request))
+
+
+def _reply(text: str, rest: Sequence) -> Reply:
+    finish, reasoning, tokens_in, tokens_out, seconds, _, _ = rest
+    return Reply(text, None, finish, reasoning, tokens_in, tokens_out, seconds)
+
+
+def _request(task: str, messages: tuple[Message, ...], settings: Sequence, rest: Sequence) -> Request:
+    *_, row, options = rest
+    return Request(task, messages, *settings, row=row, **(json.loads(options) if options else {}))
 
 
 def _pack(messages: Sequence[Message]) -> bytes:

@@ -36,6 +36,15 @@ class LocalAgent:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, *, batch_size: int = 256) -> None:
         self.model, self.tokenizer, self.name, self.batch_size = model, tokenizer, name, batch_size
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """End a generation that runs in another thread; it raises ValueError there."""
+        self._is_stopped = True
+
+    def _check_stopped(self, finished: int) -> None:
+        if self._is_stopped:
+            raise ValueError(f"agent {self.name}: the generation was ended")
 
     @classmethod
     def from_directory(
@@ -74,6 +83,7 @@ class LocalAgent:
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in the order of the requests, all of them in one generation."""
+        self._is_stopped = False
         prompts = [self._prompt(request) for request in requests]
         replies = [
             prompt if isinstance(prompt, Reply) else self._refusal(prompt, request)
@@ -88,6 +98,7 @@ class LocalAgent:
                 engine_for(self.model, asked_prompts, samplings, self.batch_size, allowed_ids=allowed),
                 asked_prompts,
                 samplings,
+                on_finished=self._check_stopped,
             )
             for index, tokens, finished, error in zip(asked, generation.tokens, generation.finished, generation.errors):
                 text = self.tokenizer.decode(tokens).strip()
@@ -99,9 +110,9 @@ class LocalAgent:
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:
         """Sampling options of a request; different prompts with the same seed draw different numbers."""
         row = int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:7], "big")
-        return Sampling(
-            request.max_tokens, float(request.temperature), seed=request.seed, row=row, eos_ids=self.tokenizer.eos_ids
-        )
+        top_p = None if request.top_p == 1 else request.top_p
+        options = {"seed": request.seed, "row": row, "top_p": top_p, "eos_ids": self.tokenizer.eos_ids}
+        return Sampling(request.max_tokens, float(request.temperature), **options)
 
     def _prompt(self, request: Request) -> list[int] | Reply:
         """Ids of a request; a failed call where the model's template refuses its messages."""

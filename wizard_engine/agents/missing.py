@@ -16,6 +16,28 @@ class Missing:
     reason: str
 
 
+class Reasons:
+    """Counts of reasons that come in any order of their places; their order is that of the places."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, int] = {}
+
+    def add(self, reason: str, place: int) -> None:
+        """One more, at a place."""
+        self._counts[reason] += 1
+        self._first[reason] = min(place, self._first.get(reason, place))
+
+    def total(self) -> int:
+        """Of all reasons."""
+        return self._counts.total()
+
+    def ranked(self) -> dict[str, int]:
+        """Reason -> number, the most frequent first, and of equals the one that stands first."""
+        order = sorted(self._counts, key=lambda reason: (-self._counts[reason], self._first[reason]))
+        return {reason: self._counts[reason] for reason in order}
+
+
 def count_reasons(answers: Iterable[object]) -> dict[str, int]:
     """Reason -> number of the answers that are Missing, the most frequent first."""
     return dict(Counter(answer.reason for answer in answers if isinstance(answer, Missing)).most_common())

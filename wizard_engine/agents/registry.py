@@ -2,17 +2,23 @@
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
 
 from .endpoint import PREFIX, EndpointAgent
-from .ledger import Ledger, LedgeredAgent
+from .ledger import Ledger
 from .local import LocalAgent
-from .protocol import Agent
-from .split import SplitAgent
+from .prices import Price
+from .protocol import Agent, ConcurrentAgent
+from .ranks import RankedAgent, Ranks
+from .scheduler import Scheduler
+
+T = TypeVar("T")
 
 _FACTORIES: dict[str, Callable[[], Agent]] = {}
 
@@ -28,47 +34,45 @@ def registered() -> tuple[str, ...]:
 
 
 def make_agent(
-    spec: str | Path,
-    ledger: Ledger | None = None,
-    *,
-    device: str = "cpu",
-    batch_size: int = 256,
-    runtime: Runtime | None = None,
-    quiet: bool = False,
-    chat_format: ChatFormatChoice = "auto",
-) -> Agent:
+    spec: str | Path, *, device: str = "cpu", batch_size: int = 256, chat_format: ChatFormatChoice = "auto"
+) -> Agent | ConcurrentAgent:
     """The agent of a specification, as recipes accept it.
 
     Args:
         spec: a registered name, a directory with a saved model (see model.save_model), or an endpoint:
             `openai:MODEL`, `openai:MODEL@URL`, `openai:MODEL@URL#concurrency=16,budget=1000000` (see endpoint.Options).
-        ledger: if given, every call goes through it.
-        device: of a checkpoint; with a runtime, that of the runtime.
-        batch_size: calls of one transaction; for a checkpoint also conversations generated together.
-        runtime: with several ranks, the requests are sharded over the ranks and every rank gets all replies.
-        quiet: no progress bar (see LedgeredAgent).
-        chat_format: of a directory's model, see `chat_format.chosen_format`.
+        device: of a checkpoint.
+        batch_size: conversations that a checkpoint generates together.
+        chat_format: of a checkpoint, see `chat_format.chosen_format`.
     Raises:
         ValueError: neither a registered name nor a directory with a model, or an endpoint that cannot be asked.
     """
-    device = str(runtime.device) if runtime else device
-    agent = _make(str(spec), device, batch_size, runtime.world_size if runtime else 1, chat_format)
-    # Calls that cost money are stored in smaller batches, so that a stop loses few of them.
-    batch_size = min(batch_size, getattr(agent, "batch_size", batch_size)) if _is_endpoint(spec) else batch_size
-    if ledger is not None:
-        agent = LedgeredAgent(agent, ledger, batch_size=batch_size, quiet=quiet)
-    if runtime is not None and runtime.world_size > 1:
-        agent = SplitAgent(agent, runtime.rank, runtime.world_size)
-    return agent
+    spec = str(spec)
+    if spec in _FACTORIES:
+        return _FACTORIES[spec]()
+    if spec.startswith(PREFIX):
+        agent = EndpointAgent.from_spec(spec)
+        agent.set_price()
+        return agent
+    if (Path(spec) / "config.json").is_file():
+        return LocalAgent.from_directory(spec, device=device, batch_size=batch_size, chat_format=chat_format)
+    near = difflib.get_close_matches(spec, registered(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"
+    kinds = "a registered name, openai:MODEL@URL, or a directory holding a saved model"
+    raise ValueError(f"agent: expected {kinds}, got {spec!r}; {hint}")
 
 
 class Cast:
-    """The agents of one recipe by their specs, each made once, all with one ledger.
+    """The agents of one recipe by their specs, each made once, and the scheduler that asks them through one ledger.
+
+    With several ranks, rank 0 runs the recipe's calls (`conduct`), and the others answer for it with their own copies
+    of the models and programs.
 
     Args:
         ledger: SQLite file of every call; created if it does not exist.
-        runtime: with several ranks, requests are sharded over the ranks.
-        batch_size, quiet, chat_format: as for make_agent.
+        batch_size: conversations generated together.   quiet: no progress bar.
+        prices: by model, for endpoints whose specs give none (see prices.read_prices).
+        chat_format: of models of this machine, see `chat_format.chosen_format`.
     """
 
     def __init__(
@@ -78,28 +82,57 @@ class Cast:
         *,
         batch_size: int = 256,
         quiet: bool = False,
+        prices: Mapping[str, Price] | None = None,
         chat_format: ChatFormatChoice = "auto",
     ) -> None:
-        self.ledger, self.runtime, self.batch_size, self.quiet = Ledger(ledger), runtime, batch_size, quiet
+        self.runtime, self.batch_size, self.prices = runtime, batch_size, prices or {}
         self.chat_format = chat_format
-        self._made: dict[str, Agent] = {}
+        self.ledger: Ledger | None = None
+        # Where rank 0 cannot open it, no rank waits for it.
+        from_main(runtime, lambda: self._open(ledger))
+        # A batch of several ranks has as many requests for each as a batch of one.
+        self.scheduler = Scheduler(self.ledger, batch_size=batch_size * runtime.world_size, quiet=quiet)
+        self.ranks = Ranks(runtime, self._local)
+        self._made: dict[str, Agent | ConcurrentAgent] = {}
+        self._locals: dict[str, Agent] = {}
 
-    def agent(self, spec: str) -> Agent:
-        """The agent of a spec.
+    def _open(self, path: Path) -> None:
+        self.ledger = Ledger(path)
+
+    def agent(self, spec: str | Path) -> Agent | ConcurrentAgent:
+        """The agent of a spec, on rank 0.
 
         Raises:
             ValueError: as for make_agent.
         """
+        spec = str(spec)
         if spec not in self._made:
-            self._made[spec] = make_agent(
-                spec,
-                self.ledger,
-                batch_size=self.batch_size,
-                runtime=self.runtime,
-                quiet=self.quiet,
-                chat_format=self.chat_format,
-            )
+            self._made[spec] = self._make(spec)
         return self._made[spec]
+
+    def optional(self, spec: str | None) -> Agent | ConcurrentAgent | None:
+        """The agent of a spec, None for none."""
+        return None if spec is None else self.agent(spec)
+
+    def conduct(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done by rank 0, on every rank. Rank 0's ValueError is raised on all of them."""
+        return self.ranks.conduct(work)
+
+    def _make(self, spec: str) -> Agent | ConcurrentAgent:
+        if not spec.startswith(PREFIX):
+            agent = self._local(spec)
+            return agent if self.runtime.world_size == 1 else RankedAgent(self.ranks, spec, agent)
+        agent = EndpointAgent.from_spec(spec)
+        agent.set_price(self.prices.get(agent.model))
+        if self.ledger is not None:
+            agent.resume(*self.ledger.spent(agent.fingerprint))
+        return agent
+
+    def _local(self, spec: str) -> Agent:
+        if spec not in self._locals:
+            how = {"device": str(self.runtime.device), "batch_size": self.batch_size, "chat_format": self.chat_format}
+            self._locals[spec] = make_agent(spec, **how)
+        return self._locals[spec]
 
     def close(self) -> None:
         """Closes the ledger, and says on stderr what the agents' replies held and nobody used.
@@ -107,30 +140,9 @@ class Cast:
         The agents of this cast accept no further requests.
         """
         for agent in self._made.values():
-            while hasattr(agent, "agent"):
-                agent = agent.agent
             for line in getattr(agent, "notes", list)():
                 print(line, file=sys.stderr, flush=True)
         self._made.clear()
-        self.ledger.close()
-
-    def optional(self, spec: str | None) -> Agent | None:
-        """The agent of a spec, None for none."""
-        return None if spec is None else self.agent(spec)
-
-
-def _is_endpoint(spec: str | Path) -> bool:
-    return str(spec).startswith(PREFIX)
-
-
-def _make(spec: str, device: str, batch_size: int, ranks: int, chat_format: ChatFormatChoice) -> Agent:
-    if spec in _FACTORIES:
-        return _FACTORIES[spec]()
-    if _is_endpoint(spec):
-        return EndpointAgent.from_spec(spec, ranks=ranks)
-    if (Path(spec) / "config.json").is_file():
-        return LocalAgent.from_directory(spec, device=device, batch_size=batch_size, chat_format=chat_format)
-    near = difflib.get_close_matches(spec, registered(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"
-    kinds = "a registered name, openai:MODEL@URL, or a directory holding a saved model"
-    raise ValueError(f"agent: expected {kinds}, got {spec!r}; {hint}")
+        self._locals.clear()
+        if self.ledger is not None:
+            self.ledger.close()

@@ -1,6 +1,7 @@
 """Parsers of the replies to each task; None for a reply that does not have the form."""
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 
 from wizard_engine.data.final_answers import read_number
@@ -86,3 +87,13 @@ def read_tags(text: str) -> dict[str, str] | None:
     tags = {name.lower(): flatten(value).lower() for name, value in _TAG_LINE.findall(text)}
     fits = all(0 < len(tags.get(name, "")) <= 40 for name in ("topic", "skill", "difficulty"))
     return tags if fits and tags["difficulty"] in _DIFFICULTIES else None
+
+
+def missing_line(task: str, fields: Mapping[str, str]) -> str:
+    """What is said to a model whose reply to a task could not be read."""
+    return f"Your reply could not be read. Reply once more, in exactly the form that was asked for ({task})."
+
+
+def schema_of(task: str, fields: Mapping[str, str]) -> str:
+    """JSON schema of a verdict, as JSON text; "" for replies that are free text."""
+    return ""

@@ -122,27 +122,44 @@ def read_located(
     allow_empty: bool = False,
 ) -> tuple[list[tuple[str, Row]], list[Reject]]:
     """As `read_files`, each row with its place `path:line`."""
+    bad: list[Reject] = []
+    options = {"on_error": on_error, "unknown_fields": unknown_fields, "rejects": rejects, "allow_empty": allow_empty}
+    return list(stream_located(paths, bad, kind=kind, **options)), bad
+
+
+def stream_located(
+    paths: Iterable[Path | str],
+    bad: list[Reject],
+    *,
+    kind: Kind | None = None,
+    on_error: OnError = "raise",
+    unknown_fields: UnknownFields = "refuse",
+    rejects: Path | None = None,
+    allow_empty: bool = False,
+) -> Iterator[tuple[str, Row]]:
+    """Yields what `read_located` returns, row by row; the skipped records are added to `bad`.
+
+    Reports and rejects are written when the last row has been taken.
+    """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}; choose one of them")
-    rows: list[tuple[str, Row]] = []
-    bad: list[Reject] = []
     for path in paths:
-        before = len(rows), len(bad)
+        kept, before = 0, len(bad)
         reader = FieldReader(unknown_fields, source_name(Path(path)))
         for line, item in _scan(Path(path), kind, allow_empty, reader):
             if not isinstance(item, Reject):
-                rows.append((f"{path}:{line}", item))
+                kept += 1
+                yield f"{path}:{line}", item
             elif on_error == "raise":
                 raise ValueError(item.error)
             else:
                 bad.append(item)
-        kept, lost = len(rows) - before[0], len(bad) - before[1]
+        lost = len(bad) - before
         if lost:
-            LOG.warning("%s: %d records rejected, %d rows kept; first: %s", path, lost, kept, bad[before[1]].error)
+            LOG.warning("%s: %d records rejected, %d rows kept; first: %s", path, lost, kept, bad[before].error)
         reader.report(path)
     if bad and rejects is not None:
         _write_lines(Path(rejects), [_line(reject._asdict()) for reject in bad])
-    return rows, bad
 
 
 def read_prompts(path: Path | str, *, on_error: OnError = "raise") -> list[str]:

@@ -3,9 +3,10 @@
 from wizard_engine.data.final_answers import extract_answer, same_answer
 
 from .accuracy import Accuracy, accuracy, accuracy_by
+from .battles import Battle
 from .elo import Rating, elo
 from .mt_bench import MTBench, mt_bench
-from .pairwise import Battle, Pairwise, all_pairs, pairwise
+from .pairwise import Pairwise, all_pairs, pairwise
 from .questions import Question, read_questions
 
 __all__ = [

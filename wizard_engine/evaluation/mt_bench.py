@@ -3,27 +3,35 @@
 Each model answers turn 1, then turn 2 with its own first answer in the conversation. Each turn is rated in a separate
 call; that of turn 2 shows turn 1 as history. The judge sees the reference answers of a question, if there are any.
 Failed calls, answers that did not come, cut and unreadable ratings are counted as errors and do not enter the means;
-every mean states its number of ratings and of missing ones. Source: FastChat's llm_judge; its files of questions and
-references are read unchanged. The field `reference` inside its question file is not shown to the judge, as in FastChat.
+every mean states its number of ratings and of missing ones. No question waits for another one. Source: FastChat's
+llm_judge; its files of questions and references are read unchanged. The field `reference` inside its question file is
+not shown to the judge, as in FastChat.
 """
 
+import asyncio
+import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from wizard_engine.agents.calls import JUDGE_TOKENS, AnyAgent, Calls, Limits
 from wizard_engine.agents.missing import Missing
-from wizard_engine.agents.prompts import dialogue, request_messages
-from wizard_engine.agents.protocol import Agent, Reply, Request
+from wizard_engine.agents.prompts import dialogue
+from wizard_engine.agents.protocol import Reply, Request
 from wizard_engine.agents.replies import read_scores
+from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Message
 
-from .pairwise import JUDGE_TOKENS, error_kind, judge_error
+from .battles import error_kind, judge_error
 from .questions import WRONG_REFERENCES, Question
 
-AnswerFn = Callable[[list[tuple[Message, ...]], float], list[str | Missing]]
+Conversation = tuple[Message, ...]
+AnswerFn = Callable[[list[Conversation], float], list[str | Missing]]
+# (conversation that ends with a user turn, temperature, id of the question) -> answer
+Answering = Callable[[Conversation, float, str], Awaitable[str | Missing]]
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 
 
@@ -79,17 +87,100 @@ class MTBench:
         return {name: value for name, value in vars(self).items() if name not in ("ratings", "answers")}
 
 
+class Bench:
+    """Answers and ratings of questions, each question by itself: see `mt_bench`.
+
+    Args:
+        judge: answers the task "rate", at temperature 0.   calls: with the limit of a rating.
+        answering: gives a turn; None where all answers are given.
+    Raises:
+        ValueError: no questions, or fewer than one repeat.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        judge: AnyAgent,
+        calls: Calls,
+        *,
+        answering: Answering | None = None,
+        seed: int = 0,
+        repeats: int = 1,
+        temperatures: Mapping[str, float] = TEMPERATURES,
+        default_temperature: float = 0.0,
+    ) -> None:
+        if not questions:
+            raise ValueError("questions: expected at least one, got none; give a file with questions")
+        if repeats < 1:
+            raise ValueError(f"repeats: expected at least 1, got {repeats}; leave it out for one rating per turn")
+        self.questions, self.judge, self.calls, self.answering = questions, judge, calls, answering
+        self.seed, self.repeats = seed, repeats
+        self.heat = [temperatures.get(question.category, default_temperature) for question in questions]
+        self.answers: list[tuple[str | Missing, str | Missing]] = [("", "")] * len(questions)
+        self.ratings: list[list[TurnRating]] = [[] for _ in questions]
+
+    async def run(self, desc: str, agents: Sequence[AnyAgent]) -> None:
+        """Answer and rate all questions.
+
+        Args:
+            agents: that are asked.
+        """
+        stage = {"desc": desc, "total": len(self.questions), "width": 2 * self.repeats, "agents": agents}
+        await self.calls.scheduler.rows(range(len(self.questions)), self.play, lambda place, done: None, **stage)
+
+    async def play(self, place: int) -> None:
+        """Answer one question; each turn is rated as soon as it is there."""
+        question = self.questions[place]
+        opened = (Message("user", question.turns[0]),)
+        async with asyncio.TaskGroup() as group:
+            first = await self._answer(opened, place)
+            ratings = [group.create_task(self._rate(place, 1, repeat, (first,))) for repeat in range(self.repeats)]
+            pair = (first, await self._second(opened, first, place))
+            ratings += [group.create_task(self._rate(place, 2, repeat, pair)) for repeat in range(self.repeats)]
+        self.answers[place], self.ratings[place] = pair, [rating.result() for rating in ratings]
+
+    async def _answer(self, conversation: Conversation, place: int) -> str | Missing:
+        if self.answering is None:
+            return self.answers[place][0]
+        return await self.answering(conversation, self.heat[place], self.questions[place].id)
+
+    async def _second(self, opened: Conversation, first: str | Missing, place: int) -> str | Missing:
+        if self.answering is None:
+            return self.answers[place][1]
+        if isinstance(first, Missing):
+            return first
+        followed = (*opened, Message("assistant", first), Message("user", self.questions[place].turns[1]))
+        return await self._answer(followed, place)
+
+    async def _rate(self, place: int, turn: int, repeat: int, answers: tuple[str | Missing, ...]) -> TurnRating:
+        question = self.questions[place]
+        missing = next((answer.reason for answer in answers if isinstance(answer, Missing)), None)
+        if missing is not None:
+            return TurnRating(question.id, question.category, turn, repeat, None, f"answer: {missing}")
+        fields = _fields(question, answers, turn)
+        options = {"read": _read_one, "row": question.id}
+        scores, reply = await self.calls.explained(self.judge, "rate", fields, self.seed + repeat, **options)
+        score, error = _rated(scores, reply)
+        return TurnRating(question.id, question.category, turn, repeat, score, error)
+
+    def result(self, name: str) -> MTBench:
+        """The means of all ratings."""
+        ratings = [rating for of_question in self.ratings for rating in of_question]
+        return _summarise(ratings, self.answers, self.judge, name, self.seed, _notes(self.questions))
+
+
 def mt_bench(
     answer_fn: AnswerFn,
     questions: Sequence[Question],
     *,
-    judge: Agent,
+    judge: AnyAgent,
     name: str = "model",
     seed: int = 0,
     repeats: int = 1,
     temperatures: Mapping[str, float] = TEMPERATURES,
     default_temperature: float = 0.0,
     max_tokens: int = JUDGE_TOKENS,
+    scheduler: Scheduler | None = None,
 ) -> MTBench:
     """Rates a model on two-turn questions.
 
@@ -101,53 +192,53 @@ def mt_bench(
         repeats: ratings of each turn, with different seeds; the means are over all of them.
         temperatures: by category; other categories use `default_temperature`.
         max_tokens: longest rating with its explanation.
+        scheduler: of the calls; default: one without a ledger.
     Raises:
         ValueError: no questions, fewer than one repeat, or answers of another number than the conversations.
     """
-    if not questions:
-        raise ValueError("questions: expected at least one, got none; give a file with questions")
-    heat = [temperatures.get(question.category, default_temperature) for question in questions]
-    opened = [(Message("user", question.turns[0]),) for question in questions]
-    first = _answers(answer_fn, opened, heat)
-    followed = [
-        None
-        if isinstance(answer, Missing)
-        else (*turn, Message("assistant", answer), Message("user", question.turns[1]))
-        for turn, answer, question in zip(opened, first, questions)
-    ]
-    second = [
-        before if isinstance(before, Missing) else answer
-        for before, answer in zip(first, _answers(answer_fn, followed, heat))
-    ]
-    answers = list(zip(first, second))
-    return rate(questions, answers, judge=judge, name=name, seed=seed, repeats=repeats, max_tokens=max_tokens)
+    scheduler = scheduler or Scheduler(quiet=True)
+    calls = Calls(scheduler, limits=Limits(judge=max_tokens))
+    model = _FunctionAgent(answer_fn, name)
+
+    async def answering(conversation: Conversation, temperature: float, row: str) -> str | Missing:
+        reply = await scheduler.ask(model, Request("answer", conversation, seed, temperature, row=row))
+        return reply.text if reply.ok else Missing(reply.error)
+
+    settings = {"temperatures": temperatures, "default_temperature": default_temperature}
+    bench = Bench(questions, judge, calls, answering=answering, seed=seed, repeats=repeats, **settings)
+    scheduler.run(bench.run("questions", [model, judge]))
+    return bench.result(name)
 
 
-def _answers(
-    answer_fn: AnswerFn, conversations: Sequence[tuple[Message, ...] | None], heat: Sequence[float]
-) -> list[str | Missing]:
-    """Answers in order, "" for no conversation; one call of answer_fn per temperature."""
-    answers: list[str | Missing] = [""] * len(conversations)
-    asked = [index for index, conversation in enumerate(conversations) if conversation is not None]
-    for temperature in sorted({heat[index] for index in asked}):
-        chosen = [index for index in asked if heat[index] == temperature]
-        texts = answer_fn([conversations[index] for index in chosen], temperature)
-        if len(texts) != len(chosen):
-            raise ValueError(f"answer_fn: expected {len(chosen)} answers, got {len(texts)}; return one each")
-        for index, answer in zip(chosen, texts):
-            answers[index] = answer
-    return answers
+class _FunctionAgent:
+    """An answer function as an agent. Nobody knows when such a function changes, so no ledger serves its answers."""
+
+    def __init__(self, answer_fn: AnswerFn, name: str) -> None:
+        self.answer_fn, self.name, self.fingerprint = answer_fn, name, f"function/{secrets.token_hex(16)}"
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies in order; one call of the function per temperature."""
+        replies: list[Reply | None] = [None] * len(requests)
+        for temperature in sorted({request.temperature for request in requests}):
+            chosen = [index for index, request in enumerate(requests) if request.temperature == temperature]
+            texts = self.answer_fn([requests[index].messages for index in chosen], temperature)
+            if len(texts) != len(chosen):
+                raise ValueError(f"answer_fn: expected {len(chosen)} answers, got {len(texts)}; return one each")
+            for index, text in zip(chosen, texts):
+                replies[index] = Reply("", text.reason) if isinstance(text, Missing) else Reply(text)
+        return replies
 
 
 def rate(
     questions: Sequence[Question],
     answers: Sequence[tuple[str | Missing, str | Missing]],
     *,
-    judge: Agent,
+    judge: AnyAgent,
     name: str = "model",
     seed: int = 0,
     repeats: int = 1,
     max_tokens: int = JUDGE_TOKENS,
+    scheduler: Scheduler | None = None,
 ) -> MTBench:
     """Rates given answers, a pair (turn 1, turn 2) per question; see `mt_bench`.
 
@@ -158,36 +249,34 @@ def rate(
         raise ValueError(
             f"answers: expected a pair for each of {len(questions)} questions, got {len(answers)}; give both"
         )
-    if repeats < 1:
-        raise ValueError(f"repeats: expected at least 1, got {repeats}; leave it out for one rating per turn")
-    plan = [(index, turn, repeat) for index in range(len(questions)) for turn in (1, 2) for repeat in range(repeats)]
-    asked = [item for item in plan if not any(isinstance(x, Missing) for x in answers[item[0]][: item[1]])]
-    requests = [_request(questions[i], answers[i], turn, seed + repeat, max_tokens) for i, turn, repeat in asked]
-    replies = dict(zip(asked, judge.respond(requests) if requests else []))
-    ratings = []
-    for index, turn, repeat in plan:
-        reply = replies.get((index, turn, repeat))
-        missing = next((x.reason for x in answers[index][:turn] if isinstance(x, Missing)), "")
-        score, error = (None, f"answer: {missing}") if reply is None else read_rating(reply)
-        ratings.append(TurnRating(questions[index].id, questions[index].category, turn, repeat, score, error))
-    return _summarise(ratings, answers, judge, name, seed, _notes(questions))
+    scheduler = scheduler or Scheduler(quiet=True)
+    bench = Bench(questions, judge, Calls(scheduler, limits=Limits(judge=max_tokens)), seed=seed, repeats=repeats)
+    bench.answers = list(answers)
+    scheduler.run(bench.run("ratings", [judge]))
+    return bench.result(name)
 
 
-def _request(question: Question, answers: tuple[str, str], turn: int, seed: int, max_tokens: int) -> Request:
-    """The rating of one turn; turn 2 shows turn 1 as history, and the references of both turns."""
+def _fields(question: Question, answers: Sequence[str], turn: int) -> dict[str, str]:
+    """Of the rating of one turn; turn 2 shows turn 1 as history, and the references of both turns."""
     history = () if turn == 1 else (Message("user", question.turns[0]), Message("assistant", answers[0]))
     references = question.references[:turn]
     numbered = (f"Turn {place}: {text}" for place, text in enumerate(references, start=1))
     reference = "\n\n".join(numbered) if turn == 2 else "".join(references)
     fields = {"history": dialogue(history), "instruction": question.turns[turn - 1], "reference": reference}
-    messages = request_messages("rate", **fields, answer=answers[turn - 1])
-    return Request("rate", messages, seed=seed, max_tokens=max_tokens)
+    return fields | {"answer": answers[turn - 1]}
+
+
+def _read_one(text: str) -> tuple[float, ...] | None:
+    return read_scores(text, 1)
+
+
+def _rated(scores: tuple[float, ...] | None, reply: Reply) -> tuple[float | None, str | None]:
+    return (scores[0], None) if scores else (None, judge_error(reply, "no [[x]] from 1 to 10"))
 
 
 def read_rating(reply: Reply) -> tuple[float | None, str | None]:
     """(score, None), or (None, reason): the last `[[x]]` of the reply, x from 1 to 10."""
-    scores = None if reply.reason else read_scores(reply.text, 1)
-    return (scores[0], None) if scores else (None, judge_error(reply, "no [[x]] from 1 to 10"))
+    return _rated(None if reply.reason else _read_one(reply.text), reply)
 
 
 def _notes(questions: Sequence[Question]) -> tuple[str, ...]:
@@ -200,7 +289,7 @@ def _notes(questions: Sequence[Question]) -> tuple[str, ...]:
 def _summarise(
     ratings: Sequence[TurnRating],
     answers: Sequence[tuple[str | Missing, str | Missing]],
-    judge: Agent,
+    judge: AnyAgent,
     name: str,
     seed: int,
     notes: tuple[str, ...],

@@ -1,6 +1,5 @@
 """Answers to evaluate: what agents replied, with what did not come as Missing."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from wizard_engine.agents.endpoint import PREFIX
@@ -18,9 +17,8 @@ def on_length_of(spec: str, choice: OnLength | None) -> OnLength:
     return choice or ("missing" if spec.startswith(PREFIX) else "keep")
 
 
-def received(replies: Sequence[Reply], on_length: OnLength) -> list[str | Missing]:
-    """The texts of replies, Missing with its reason for a failed call, and for a cut answer unless it is kept."""
-    return [
-        Missing(reply.reason) if reply.error is not None or (reply.is_cut and on_length == "missing") else reply.text
-        for reply in replies
-    ]
+def received(reply: Reply, on_length: OnLength) -> str | Missing:
+    """The text of a reply, Missing with its reason for a failed call, and for a cut answer unless it is kept."""
+    if reply.error is not None or (reply.is_cut and on_length == "missing"):
+        return Missing(reply.reason)
+    return reply.text

@@ -103,7 +103,8 @@ class Sequence:
             the distribution that each was drawn from.   top: (id, nats) of the likeliest tokens of each step.
         reason: why it ended; None before.   error: what failed, where the reason is "error".
         cached: tokens of the prompt that were reused.
-        computed: ids whose keys are in the cache.   row: of the table of pages; tabled: pages written there.
+        computed: ids whose keys are in the cache, while it runs.   row: of the table of pages; tabled: pages written
+            there.
         followers: sequences with the same prompt that wait for this one's first hidden state.
         preempted: number of preemptions.   pending: tokens that are sampled and not read yet.
         place: of the last of them among the sampled tokens of its step.
@@ -288,7 +289,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> Sequence:
         assert not sequence.pending, "a sequence was preempted before its tokens were read"
         self._stop(sequence)
-        sequence.computed = 0
         sequence.preempted += 1
         self.preemptions += 1
         self._wait(sequence)

@@ -26,6 +26,7 @@ from wizard_engine.runtime.ranges import Checked, Count
 
 from .estimate import Estimate, estimate, mesh_of, sizes_of_units
 from .flops import TRAINING_FACTOR, flops_per_token, mean_keys
+from .presets import SCALES
 from .rates import GPUS, Gpu, Rates
 
 GIB = 2**30
@@ -41,7 +42,7 @@ class Options(Checked):
     """What to plan: memory, traffic and time of a training step, and the best layouts."""
 
     preset: str
-    """Preset of the model."""
+    """Shape of the model: tiny, 7b, 70b, 8x22b or another; the --preset of recipes, such as 7b-8, is a whole run."""
     gpus: Count[int]
     """GPUs in all, at least 1."""
     gpu: str = "H100"
@@ -65,7 +66,8 @@ class Options(Checked):
         super().__post_init__()
         for name, value, known in (("preset", self.preset, PRESETS), ("gpu", self.gpu, GPUS)):
             if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+                run = f"; the run {value} of the recipes has the model {SCALES[value].model}" if value in SCALES else ""
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{run}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import difflib
+import enum
 import io
+import re
 import sys
 import types
 import typing
@@ -16,6 +18,15 @@ import tyro
 from .ranges import RangeError, check_options, checked_later
 
 Config = TypeVar("Config")
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    Path: "a path",
+    types.NoneType: "None",
+}
 
 
 def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args: Sequence[str] | None = None) -> Config:
@@ -34,6 +45,7 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
             absent value; or a ValueError of the dataclass itself. Code 0 after --help.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    _own_options_first(config)
     default = _take_preset(arguments, dict(presets or {}))
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
@@ -57,6 +69,8 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
             unknown = [argument for argument in typed if not _is_option(argument, option_names(config))]
             if unknown:
                 _fail(_unknown_message(config, unknown))
+        if message := _refusal(config, arguments, printed.getvalue()):
+            _fail(message)
         sys.stderr.write(printed.getvalue())
         raise
     if unknown:
@@ -67,6 +81,15 @@ def cli(config: type[Config], presets: Mapping[str, Config] | None = None, args:
         typed = dict(zip(_field_paths(config), option_names(config)))
         _fail(f"{typed[error.option]}: {error.reason}")
     return value
+
+
+def _own_options_first(config: type) -> None:
+    """Order the fields as --help shall show them: those that must be given, the class's own, those of its bases."""
+    fields = config.__dataclass_fields__
+    by_class = [name for base in config.__mro__ for name in vars(base).get("__annotations__", {}) if name in fields]
+    absent = dataclasses.MISSING
+    required = [name for name in by_class if fields[name].default is fields[name].default_factory is absent]
+    config.__dataclass_fields__ = {name: fields[name] for name in dict.fromkeys([*required, *by_class])}
 
 
 def _take_preset(arguments: list[str], presets: dict[str, Config]) -> Config | None:
@@ -115,6 +138,15 @@ def _field_paths(config: type, prefix: str = "") -> list[str]:
     return paths
 
 
+def _field_hints(config: type) -> list[Any]:
+    """The types of the options, in the order of `option_names`."""
+    hints, types_in_order = typing.get_type_hints(config), []
+    for field in dataclasses.fields(config):
+        nested = _nested_dataclass(hints[field.name])
+        types_in_order += _field_hints(nested) if nested else [hints[field.name]]
+    return types_in_order
+
+
 def _is_option(argument: str, names: Sequence[str]) -> bool:
     """Whether an argument is one of the options, also with =VALUE, with underscores, or with the `no-` of a switch."""
     name = argument.partition("=")[0].replace("_", "-")
@@ -125,6 +157,62 @@ def _nested_dataclass(hint: Any) -> type | None:
     """The dataclass of a type hint, also of an optional one; None for other hints."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _refusal(config: type, arguments: Sequence[str], printed: str) -> str:
+    """What tyro printed in a box of several lines, as one line; "" where it is none of the known boxes."""
+    if "Missing from" in printed:
+        required = re.findall(r"^[│ ] {5}(--[\w.-]*\w)", printed, re.MULTILINE)
+        return f"{', '.join(required)}: required, and not given; see --help" if required else ""
+    text, kinds = _first_section(printed), dict(zip(option_names(config), _field_hints(config)))
+    named = re.search(r"^Error parsing (--[\w.-]+):|argument '(--[\w.-]+)'", text)
+    option = named and (named[1] or named[2])
+    if option in kinds:
+        values = _values_of(option, arguments)
+        got = ", ".join(map(repr, values)) if values else "nothing; put it behind the option"
+        return f"{option}: expected {_kind(kinds[option])}, got {got}"
+    # A ValueError of the dataclass, or of one in it.
+    own = re.search(r"^Error parsing ([\w.-]+): (.+)", text)
+    return "" if own is None else own[2] if own[1] == config.__name__ else f"{own[1]}: {own[2]}"
+
+
+def _first_section(printed: str) -> str:
+    """The text of a box between its title and its first rule, on one line."""
+    words: list[str] = []
+    for line in printed.splitlines()[1:]:
+        line = line.strip("│ ")
+        if line.strip("─-"):
+            words.append(line)
+        elif words:
+            break
+    return " ".join(words)
+
+
+def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """What stands behind the last use of an option."""
+    values: list[str] = []
+    is_behind = False
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        if name.replace("_", "-") == option:
+            values, is_behind = [value] if sign else [], not sign
+        elif argument.startswith("--"):
+            is_behind = False
+        elif is_behind:
+            values.append(argument)
+    return values
+
+
+def _kind(hint: Any) -> str:
+    """A type hint in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
+        return f"one of {', '.join(map(str, args or [item.value for item in hint]))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_kind, args))
+    if origin in (tuple, list, dict):
+        return f"values, each of them {' and '.join(_kind(arg) for arg in dict.fromkeys(args) if arg is not ...)}"
+    return KINDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _unknown_message(config: type, unknown: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,12 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """`write_text` of the value as indented JSON; dataclasses, paths and enums are allowed (see `to_plain`)."""
     write_text(path, json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path | str, values: Iterable[Any]) -> None:
+    """Write a file atomically with one JSON value a line; values are taken one after another."""
+    with replacing(Path(path)) as file:
+        file.writelines((json.dumps(value, ensure_ascii=False) + "\n").encode() for value in values)
 
 
 def write_sealed(path: Path | str, value: Mapping[str, Any], *, indent: int | None = 2) -> None:

@@ -54,7 +54,8 @@ def from_main(runtime: Runtime, work: Callable[[], T]) -> T:
             outcome[1] = f"{error}"
     dist.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
-        raise ValueError(f"[rank 0/{runtime.world_size}] {outcome[1]}")
+        where = "" if outcome[1].startswith("[rank ") else f"[rank 0/{runtime.world_size}] "
+        raise ValueError(f"{where}{outcome[1]}")
     return outcome[0]
 
 

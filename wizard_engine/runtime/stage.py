@@ -13,6 +13,7 @@ from .files import file_fingerprint, file_hash, read_sealed, remove, to_plain, w
 from .object_collectives import check_same, from_main
 from .process import Runtime
 from .run_lock import RunLock
+from .text_lines import printable
 
 # Of config.json and stage.json: 1 had no number, 2 no checksums.
 VERSION = 3
@@ -57,6 +58,7 @@ class Stage:
         inputs: name -> file or directory that the stage reads; compared by content, not by path.
         overwrite: replace the results of another configuration in `out`.
         extendable: dotted names of options that say how long the stage runs: with larger ones it goes on.
+        quiet: do not print what a finished stage wrote.
     Attributes:
         done: whether the stage is current, set by `open_stage`.
     """
@@ -70,8 +72,10 @@ class Stage:
         overwrite: bool = False,
         *,
         extendable: Sequence[str] = (),
+        quiet: bool = False,
     ):
         self.out, self.name, self.overwrite, self.extendable = Path(out), name, overwrite, tuple(extendable)
+        self.quiet = quiet
         self.config: dict[str, Any] = json.loads(json.dumps(to_plain(config)))
         self.inputs = {key: Path(path) for key, path in inputs.items()}
         self.done = False
@@ -220,12 +224,13 @@ class Stage:
             elif path.is_file():
                 path.unlink()
 
-    def finish(self, result: Mapping[str, Any], outputs: Sequence[Path] = ()) -> None:
-        """Record the stage as done, and free its directory.
+    def finish(self, result: Mapping[str, Any], outputs: Sequence[Path] = (), note: str = "") -> None:
+        """Record the stage as done, free its directory, and print one line with what it wrote.
 
         Args:
             result: JSON object that `result()` gives back later.
             outputs: files and directories that must exist unchanged for the stage to count as done.
+            note: what else the line says, such as how many answers were rejected; rejected rows it takes from `result`.
         Raises:
             ValueError: an output is absent.
         """
@@ -236,6 +241,10 @@ class Stage:
             fingerprints[os.path.relpath(path, self.out)] = file_fingerprint(path)
         write_sealed(self.out / "stage.json", {**self.identity(), "outputs": fingerprints, "result": result})
         self.unlock()
+        if not self.quiet:
+            rejected = result.get("rejected") or result.get("counts", {}).get("rejected")
+            rows = f"{rejected} rows rejected, see {self.out / 'rejects.jsonl'}" if rejected else ""
+            print(printable("; ".join(filter(None, [f"done: {', '.join(map(str, outputs)) or self.out}", note, rows]))))
 
 
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -292,7 +301,15 @@ def open_stage(cfg: Any, name: str, runtime: Runtime, *, extendable: Sequence[st
     """
     options, inputs = identity(cfg)
     check_same(runtime, f"{name}: configuration", options | {key: str(path) for key, path in inputs.items()})
-    stage = Stage(cfg.out, name, options, inputs, overwrite=cfg.overwrite, extendable=extendable)
+    stage = Stage(
+        cfg.out,
+        name,
+        options,
+        inputs,
+        overwrite=cfg.overwrite,
+        extendable=extendable,
+        quiet=getattr(cfg, "quiet", False),
+    )
 
     def claim() -> bool:
         if stage.is_current():
@@ -306,10 +323,12 @@ def open_stage(cfg: Any, name: str, runtime: Runtime, *, extendable: Sequence[st
         return False
 
     stage.done = from_main(runtime, claim)
+    if stage.done and runtime.is_main and not stage.quiet:
+        print(printable(f"done before, nothing to do: {stage.out}"))
     return stage
 
 
-def finish_stage(stage: Stage, runtime: Runtime, result: dict, outputs: list[Path]) -> dict:
-    """Record the stage as done (rank 0); returns its result on every rank."""
-    from_main(runtime, lambda: stage.finish(result, outputs))
+def finish_stage(stage: Stage, runtime: Runtime, result: dict, outputs: list[Path], note: str = "") -> dict:
+    """Record the stage as done and print what it wrote (rank 0); returns its result on every rank."""
+    from_main(runtime, lambda: stage.finish(result, outputs, note))
     return result

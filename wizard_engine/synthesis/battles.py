@@ -1,16 +1,17 @@
 """Battles: several agents answer the same turn, and a judge compares every pair of answers."""
 
-from collections.abc import Sequence
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+from wizard_engine.agents.calls import AnyAgent, Calls
 from wizard_engine.agents.prompts import flatten
-from wizard_engine.agents.protocol import Agent
 from wizard_engine.data.records import Conversation, Message
 
-from .calls import Calls
-from .judging import Match, Verdict, judge_matches
+from .judging import Judges, Match, Verdict, judge_match
 
 
 @dataclass
@@ -63,35 +64,40 @@ class Scene:
                 return verdict.gap, rival
         return 0.0, 0
 
+    def to_line(self) -> list[Any]:
+        """The scene without its row, as a JSON value."""
+        return [self.turn, self.prompt, self.answers, [[*pair, *verdict] for pair, verdict in self.verdicts.items()]]
 
-def hold_battles(
-    calls: Calls, contestants: Sequence[Agent], judge: Agent, scenes: Sequence[Scene], *, temperature: float, seed: int
+    @classmethod
+    def from_line(cls, row: Conversation, line: list[Any]) -> "Scene":
+        """The scene of a row from a value of `to_line`."""
+        turn, prompt, answers, verdicts = line
+        fought = {(a, b): Verdict(tuple(forward), tuple(backward)) for a, b, forward, backward in verdicts}
+        return cls(row, turn, tuple(Message(*message) for message in prompt), answers, fought)
+
+
+async def hold_battles(
+    calls: Calls, contestants: Sequence[AnyAgent], judges: Judges, scene: Scene, *, temperature: float, seed: int
 ) -> None:
-    """Fills in the answers (one batch a contestant) and the verdicts of all pairs (one batch)."""
-    for contestant in contestants:
-        texts = calls.converse(contestant, [scene.prompt for scene in scenes], seed, temperature=temperature)
-        for scene, text in zip(scenes, texts):
-            scene.answers.append(text)
-    fights = [
-        (scene, pair)
-        for scene in scenes
-        for pair in combinations(range(len(contestants)), 2)
-        if None not in (scene.answers[pair[0]], scene.answers[pair[1]]) and not scene.is_identical(*pair)
+    """Fills in the answers, all asked at once, then the verdicts of all pairs."""
+    row = scene.row.id
+    scene.answers[:] = await asyncio.gather(
+        *(calls.converse(c, scene.prompt, seed, temperature=temperature, row=row) for c in contestants)
+    )
+    pairs = [
+        (a, b)
+        for a, b in combinations(range(len(contestants)), 2)
+        if None not in (scene.answers[a], scene.answers[b]) and not scene.is_identical(a, b)
     ]
-    matches = [Match(scene.prompt, scene.answers[a], scene.answers[b]) for scene, (a, b) in fights]
-    for (scene, pair), verdict in zip(fights, judge_matches(calls, judge, matches, seed)):
-        if verdict is not None:
-            scene.verdicts[pair] = verdict
+    matches = [Match(scene.prompt, scene.answers[a], scene.answers[b]) for a, b in pairs]
+    verdicts = await asyncio.gather(*(judge_match(calls, judges, match, seed, row=row) for match in matches))
+    scene.verdicts.update((pair, verdict) for pair, verdict in zip(pairs, verdicts) if verdict is not None)
 
 
-def battle_records(scenes: Sequence[Scene], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One object a battle, equal answers included; none for failed calls."""
-    return [
-        record
-        for scene in scenes
-        for a, b in combinations(range(len(names)), 2)
-        if (record := _record(scene, a, b, names)) is not None
-    ]
+def battle_records(scene: Scene, names: Sequence[str]) -> list[dict[str, Any]]:
+    """One object a battle of a scene, equal answers included; none for failed calls."""
+    records = (_record(scene, a, b, names) for a, b in combinations(range(len(names)), 2))
+    return [record for record in records if record is not None]
 
 
 def _record(scene: Scene, a: int, b: int, names: Sequence[str]) -> dict[str, Any] | None:
@@ -110,22 +116,35 @@ def _record(scene: Scene, a: int, b: int, names: Sequence[str]) -> dict[str, Any
     }
 
 
-def battle_tables(battles: Sequence[dict[str, Any]], rows: Sequence[Conversation], ours: str) -> dict[str, Any]:
+class BattleTables:
     """Results of ours (a in its battles) by rival, topic and difficulty, and the judge's rate of flips over all.
 
     Each table has a line a value: battles, wins, losses, ties, flips, identical, mean_gap (points, positive where ours
     is ahead). Rows without the attribute are under "unknown"; a numeric difficulty is rounded.
     """
-    attributes = {row.id: row.attributes for row in rows}
-    our_battles = [battle for battle in battles if battle["a"] == ours]
-    judged = [battle for battle in battles if not battle["identical"]]
-    return {
-        "rivals": _table(our_battles, lambda battle: battle["b"]),
-        "topics": _table(our_battles, lambda battle: label(attributes[battle["row"]].get("topic"))),
-        "difficulties": _table(our_battles, lambda battle: label(attributes[battle["row"]].get("difficulty"))),
-        "battles": len(battles),
-        "flip_rate": sum(battle["is_flipped"] for battle in judged) / len(judged) if judged else 0.0,
-    }
+
+    def __init__(self, ours: str) -> None:
+        self.ours, self.battles, self._judged, self._flipped = ours, 0, 0, 0
+        self._tables: dict[str, dict[str, _Line]] = {"rivals": {}, "topics": {}, "difficulties": {}}
+
+    def add(self, battle: Mapping[str, Any], row: Conversation) -> None:
+        """Count a battle of a row."""
+        self.battles += 1
+        self._judged += not battle["identical"]
+        self._flipped += battle["is_flipped"]
+        if battle["a"] != self.ours:
+            return
+        topic, difficulty = (label(row.attributes.get(name)) for name in ("topic", "difficulty"))
+        for table, key in zip(self._tables.values(), (battle["b"], topic, difficulty)):
+            table.setdefault(key, _Line()).add(battle)
+
+    def statistics(self) -> dict[str, Any]:
+        """The tables, "battles" and "flip_rate", as JSON."""
+        tables = {
+            name: {key: line.statistics() for key, line in sorted(table.items())}
+            for name, table in self._tables.items()
+        }
+        return tables | {"battles": self.battles, "flip_rate": self._flipped / self._judged if self._judged else 0.0}
 
 
 def label(value: Any) -> str:
@@ -137,21 +156,29 @@ def label(value: Any) -> str:
     return "+".join(sorted(map(str, value))) if isinstance(value, list | tuple | set) else str(value)
 
 
-def _table(battles: Sequence[dict[str, Any]], key) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for battle in battles:
-        groups.setdefault(key(battle), []).append(battle)
-    return {name: _line(group) for name, group in sorted(groups.items())}
+@dataclass
+class _Line:
+    """One line of a table."""
 
+    winners: Counter[str] = field(default_factory=Counter)
+    flips: int = 0
+    identical: int = 0
+    gap: float = 0.0
 
-def _line(group: Sequence[dict[str, Any]]) -> dict[str, float]:
-    count = {winner: sum(battle["winner"] == winner for battle in group) for winner in ("a", "b", "tie")}
-    return {
-        "battles": len(group),
-        "wins": count["a"],
-        "losses": count["b"],
-        "ties": count["tie"],
-        "flips": sum(battle["is_flipped"] for battle in group),
-        "identical": sum(battle["identical"] for battle in group),
-        "mean_gap": sum(battle["gap"] for battle in group) / len(group),
-    }
+    def add(self, battle: Mapping[str, Any]) -> None:
+        self.winners[battle["winner"]] += 1
+        self.flips += battle["is_flipped"]
+        self.identical += battle["identical"]
+        self.gap += battle["gap"]
+
+    def statistics(self) -> dict[str, float]:
+        battles = self.winners.total()
+        return {
+            "battles": battles,
+            "wins": self.winners["a"],
+            "losses": self.winners["b"],
+            "ties": self.winners["tie"],
+            "flips": self.flips,
+            "identical": self.identical,
+            "mean_gap": self.gap / battles,
+        }

@@ -7,26 +7,29 @@ ones later. Simulated chat, improvement suggestions and closing the skill gap ar
 form here is this project's.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import comb
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from wizard_engine.agents.protocol import Agent
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, as_read, derive_seed
+from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
+from wizard_engine.runtime.spill import Spill
 
-from .battles import Scene, battle_records, battle_tables, hold_battles
-from .calls import JUDGE_TOKENS, Calls, OnLength, as_read, derive_seed
+from .battles import BattleTables, Scene, battle_records, hold_battles, label
 from .elimination import detect_failure
 from .evol_answer import strip_meta
-from .judging import Match, judge_matches
+from .judging import Judges, Match, judge_match, names_of, panel
 from .lessons import choose_lessons
-from .pairs import Pairs, instruction_attributes
+from .pairs import Pairs, instruction_attributes, row_spill
 
 
 @dataclass(frozen=True)
 class CoTaught:
-    """Result of a round of co-teaching.
+    """Result of a round of co-teaching; its rows and battles are kept on disk.
 
     Attributes:
         sft: the lessons, in the order of their scenes, with gap, rival, skill quota and suggestion in attributes and
@@ -39,9 +42,9 @@ class CoTaught:
             "selected" (scenes, lessons and pairs, with the reasons for dropping), "calls".
     """
 
-    sft: list[Conversation]
-    preferences: list[Preference]
-    battles: list[dict[str, Any]]
+    sft: Spill[Conversation]
+    preferences: Spill[Preference]
+    battles: Spill[dict[str, Any]]
     statistics: dict[str, Any]
 
 
@@ -56,21 +59,23 @@ class _Target(NamedTuple):
 def co_teach(
     rows: Sequence[Conversation],
     *,
-    ours: Agent,
-    rivals: Sequence[Agent],
-    judge: Agent,
-    suggester: Agent | None = None,
-    rewriter: Agent | None = None,
-    user: Agent | None = None,
+    ours: AnyAgent,
+    rivals: Sequence[AnyAgent],
+    judge: Judges,
+    suggester: AnyAgent | None = None,
+    rewriter: AnyAgent | None = None,
+    user: AnyAgent | None = None,
     sft_threshold: float = 3.0,
     dpo_threshold: float = 2.0,
     chat_turns: int = 1,
     lessons: int | None = None,
     seed: int = 0,
     temperature: float = 0.0,
-    max_tokens: int = 256,
-    judge_max_tokens: int = JUDGE_TOKENS,
+    limits: Limits | None = None,
     on_length: OnLength = "drop",
+    top_p: float = 1.0,
+    scheduler: Scheduler | None = None,
+    folder: Path | None = None,
 ) -> CoTaught:
     """Lessons and preference rows for `ours` from battles with its rivals.
 
@@ -83,120 +88,215 @@ def co_teach(
     4. `lessons` limits the lessons; quotas go to the weakest skills by the rule of lessons.choose_lessons.
     5. The best and the worst answer of a scene become a preference row if their gap exceeds `dpo_threshold`.
 
+    Rows are worked on at the same time, each from its answers to its verdicts without waiting for the others. Memory
+    does not grow with their number.
+
     Args:
         rows: only their turns up to the last user turn are used.
         ours: the student; rivals must have other names.
-        judge: task "judge".   suggester: "suggest".   rewriter: "rewrite".   user: "user".
+        judge: task "judge"; of several the mean counts.   suggester: "suggest".   rewriter: "rewrite".   user: "user".
         sft_threshold, dpo_threshold: K, points of score.
         chat_turns: user turns of each chat that are judged.
         lessons: most lessons; None for all.
         temperature: of the contestants' answers.
-        max_tokens: longest reply.
-        judge_max_tokens: longest verdict.   on_length: "drop" or "keep" answers that were cut (see Calls).
+        limits: longest replies.   on_length: "drop" or "keep" answers that were cut.   top_p: of all calls (see Calls).
+        scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
         ValueError: no rivals, equal names, a threshold below 0, chat_turns below 1, or no `user` for a longer chat.
     """
     contestants = [ours, *rivals]
     _validate(contestants, sft_threshold, dpo_threshold, chat_turns, user)
-    calls, pairs = (
-        Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length),
-        Pairs(dpo_threshold),
+    calls = Calls(scheduler, limits=limits, on_length=on_length, top_p=top_p)
+    coach = _Coach(calls, contestants, judge, suggester, rewriter, user, chat_turns, temperature, seed)
+    return calls.scheduler.run(_taught(coach, rows, Pairs(dpo_threshold, folder), sft_threshold, lessons, folder))
+
+
+async def _taught(
+    coach: "_Coach",
+    rows: Sequence[Conversation],
+    pairs: Pairs,
+    threshold: float,
+    lessons: int | None,
+    folder: Path | None,
+) -> CoTaught:
+    calls, names = coach.calls, [contestant.name for contestant in coach.contestants]
+    chats: Spill[list] = Spill(folder)
+    await calls.scheduler.rows(
+        rows,
+        coach.chat,
+        lambda place, scenes: chats.put(place, [scene.to_line() for scene in scenes]),
+        desc="battles",
+        total=len(rows),
+        width=coach.width,
+        agents=coach.agents,
     )
-    scenes: list[Scene] = []
-    current = [Scene(row, 0, tuple(row.messages[:-1])) for row in rows]
-    for turn in range(chat_turns):
-        if turn:
-            current = _continue(calls, user, current, derive_seed(seed, "user", turn - 1))
-        battle_seed = derive_seed(seed, "battle", turn)
-        hold_battles(calls, contestants, judge, current, temperature=temperature, seed=battle_seed)
-        scenes += current
-    for scene in scenes:
-        _add_pair(calls, pairs, scene, contestants, judge)
-    chosen, skills = choose_lessons([(scene.row, scene.loss()[0]) for scene in scenes], sft_threshold, lessons)
-    taught = [scenes[index] for index in chosen]
-    targets = _targets(calls, contestants, judge, suggester, rewriter, taught, seed)
-    sft = [_lesson(calls, scene, target, contestants) for scene, target in zip(taught, targets)]
-    battles = battle_records(scenes, [contestant.name for contestant in contestants])
+    battles: Spill[dict[str, Any]] = Spill(folder)
+    tables, losses, index = BattleTables(names[0]), [], _Index()
+    for place, scene in _scenes(rows, chats, coach.chat_turns):
+        for record in battle_records(scene, names):
+            battles.append(record)
+            tables.add(record, scene.row)
+        coach.offer(pairs, scene)
+        losses.append((label(scene.row.attributes.get("skill")), scene.loss()[0]))
+        index.add(place, scene.turn)
+    chosen, skills = choose_lessons(losses, threshold, lessons)
+    sft, from_suggestions = await coach.lessons(_chosen(rows, chats, index, chosen), len(chosen), folder)
+    won_by_ours = sum(pair.attributes["winner"] == names[0] for pair in pairs.rows)
     selected = {
-        "scenes": len(scenes),
+        "scenes": len(losses),
         "candidates": sum(line["candidates"] for line in skills.values()),
         "lessons": len(sft),
-        "lessons_from_suggestions": sum(bool(target.suggestion) for target in targets),
+        "lessons_from_suggestions": from_suggestions,
         "pairs": pairs.statistics(),
-        "pairs_won_by_ours": sum(pair.attributes["winner"] == ours.name for pair in pairs.rows),
+        "pairs_won_by_ours": won_by_ours,
     }
-    tables = battle_tables(battles, rows, ours.name)
-    tables["missing"] = len(scenes) * len(list(combinations(contestants, 2))) - len(battles)
-    statistics = {**tables, "skills": skills, "selected": selected, "calls": calls.statistics()}
-    return CoTaught(sft, pairs.rows, battles, statistics)
+    missing = len(losses) * comb(len(names), 2) - len(battles)
+    statistics = {**tables.statistics(), "missing": missing, "skills": skills, "selected": selected}
+    return CoTaught(sft, pairs.rows, battles, statistics | {"calls": calls.statistics()})
 
 
-def _continue(calls: Calls, user: Agent | None, scenes: Sequence[Scene], seed: int) -> list[Scene]:
-    """The next scenes: each chat continues after its best answer, unless the new user turn shows a failure."""
-    going = [(scene, scene.answers[scene.ranking()[0]]) for scene in scenes if scene.verdicts]
-    chats = [(*scene.prompt, Message("assistant", answer)) for scene, answer in going]
-    turns = calls.converse(user, chats, seed, task="user")
-    return [
-        Scene(scene.row, scene.turn + 1, (*chat, Message("user", turn)))
-        for (scene, _), chat, turn in zip(going, chats, turns)
-        if turn is not None and detect_failure(turn) is None
-    ]
+class _Index:
+    """Row and turn of every scene, in their order; sixteen bytes a scene."""
+
+    def __init__(self) -> None:
+        self.places, self.turns = array("q"), array("q")
+
+    def add(self, place: int, turn: int) -> None:
+        self.places.append(place)
+        self.turns.append(turn)
 
 
-def _add_pair(calls: Calls, pairs: Pairs, scene: Scene, contestants: Sequence[Agent], judge: Agent) -> None:
-    """Offers the best and the worst answer of a scene as a preference row."""
-    ranking = scene.ranking() or [0, 0]
-    best, worst = ranking[0], ranking[-1]
-    verdict = scene.verdict(best, worst)
-    if verdict is not None and verdict.gap < 0:
-        best, worst, verdict = worst, best, verdict.swapped()
-    names = {"winner": contestants[best].name, "loser": contestants[worst].name, "turn": scene.turn}
-    lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": judge.name}
-    match = Match(scene.prompt, scene.answers[best] or "", scene.answers[worst] or "")
-    marks = calls.marks(match.first, match.second)
-    pairs.add(match, verdict, instruction_attributes(scene.row) | names | marks, lineage)
+def _scenes(rows: Sequence[Conversation], chats: Spill[list], turns: int) -> Iterator[tuple[int, Scene]]:
+    """Every scene with the place of its row: the first turns of all rows, then the second ones, ..."""
+    for turn in range(turns):
+        for place in range(len(chats)):
+            lines = chats[place]
+            if turn < len(lines):
+                yield place, Scene.from_line(rows[place], lines[turn])
 
 
-def _targets(
-    calls: Calls,
-    contestants: Sequence[Agent],
-    judge: Agent,
-    suggester: Agent | None,
-    rewriter: Agent | None,
-    scenes: Sequence[Scene],
-    seed: int,
-) -> list[_Target]:
-    """Target of each lesson: the winner's answer, or the rewrite of ours if the judge prefers it."""
-    winners = [scene.loss()[1] for scene in scenes]
-    targets = [_Target(scene.answers[w], contestants[w].name, "") for scene, w in zip(scenes, winners)]
-    if suggester is None:
-        return targets
-    fields = [
-        {"instruction": scene.prompt[-1].content, "answer": scene.answers[0], "better": target.answer}
-        for scene, target in zip(scenes, targets)
-    ]
-    suggestions = calls.ask(suggester, "suggest", fields, derive_seed(seed, "suggest"), read=as_read)
-    agents = [rewriter or contestants[w] for w in winners]
-    rewrites = _rewrite(calls, agents, scenes, suggestions, derive_seed(seed, "rewrite"))
-    usable = [i for i, text in enumerate(rewrites) if text and text != targets[i].answer]
-    matches = [Match(scenes[i].prompt, rewrites[i], targets[i].answer) for i in usable]
-    for i, verdict in zip(usable, judge_matches(calls, judge, matches, derive_seed(seed, "judge rewrite"))):
-        if verdict is not None and verdict.winner == 1:
-            targets[i] = _Target(rewrites[i], agents[i].name, suggestions[i])
-    return targets
+def _chosen(rows: Sequence[Conversation], chats: Spill[list], index: _Index, chosen: Sequence[int]) -> Iterator[Scene]:
+    for number in chosen:
+        place = index.places[number]
+        yield Scene.from_line(rows[place], chats[place][index.turns[number]])
 
 
-def _rewrite(
-    calls: Calls, agents: Sequence[Agent], scenes: Sequence[Scene], suggestions: Sequence[str | None], seed: int
-) -> list[str | None]:
-    """The answers of ours, rewritten by the agents according to the suggestions; one batch an agent."""
-    texts: list[str | None] = [None] * len(scenes)
-    for agent in {agent.name: agent for agent in agents}.values():
-        indices = [i for i, other in enumerate(agents) if other.name == agent.name and suggestions[i] is not None]
-        fields = [_rewrite_fields(scenes[i], suggestions[i]) for i in indices]
-        for i, text in zip(indices, calls.ask(agent, "rewrite", fields, seed, read=as_read)):
-            texts[i] = None if text is None else strip_meta(text)
-    return texts
+@dataclass(frozen=True)
+class _Coach:
+    """The agents and settings of one round."""
+
+    calls: Calls
+    contestants: Sequence[AnyAgent]
+    judges: Judges
+    suggester: AnyAgent | None
+    rewriter: AnyAgent | None
+    user: AnyAgent | None
+    chat_turns: int
+    temperature: float
+    seed: int
+    agents: list[AnyAgent] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "agents", [*self.contestants, *panel(self.judges)])
+
+    @property
+    def width(self) -> int:
+        """Calls that one row can have open at once."""
+        contestants = len(self.contestants)
+        return max(contestants, 2 * comb(contestants, 2) * len(panel(self.judges)))
+
+    async def chat(self, row: Conversation) -> list[Scene]:
+        """The scenes of a row, one a turn."""
+        scenes = [Scene(row, 0, tuple(row.messages[:-1]))]
+        while True:
+            scene = scenes[-1]
+            seed = derive_seed(self.seed, "battle", scene.turn)
+            await hold_battles(
+                self.calls, self.contestants, self.judges, scene, temperature=self.temperature, seed=seed
+            )
+            if scene.turn + 1 == self.chat_turns or not scene.verdicts:
+                return scenes
+            following = await self._following(scene)
+            if following is None:
+                return scenes
+            scenes.append(following)
+
+    async def _following(self, scene: Scene) -> Scene | None:
+        """The chat continued after its best answer, unless the new user turn shows a failure."""
+        answer = scene.answers[scene.ranking()[0]]
+        chat = (*scene.prompt, Message("assistant", answer))
+        seed = derive_seed(self.seed, "user", scene.turn)
+        turn = await self.calls.converse(self.user, chat, seed, task="user", row=scene.row.id)
+        if turn is None or detect_failure(turn) is not None:
+            return None
+        return Scene(scene.row, scene.turn + 1, (*chat, Message("user", turn)))
+
+    def offer(self, pairs: Pairs, scene: Scene) -> None:
+        """Offers the best and the worst answer of a scene as a preference row."""
+        ranking = scene.ranking() or [0, 0]
+        best, worst = ranking[0], ranking[-1]
+        verdict = scene.verdict(best, worst)
+        if verdict is not None and verdict.gap < 0:
+            best, worst, verdict = worst, best, verdict.swapped()
+        names = {"winner": self.contestants[best].name, "loser": self.contestants[worst].name, "turn": scene.turn}
+        lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": names_of(self.judges)}
+        match = Match(scene.prompt, scene.answers[best] or "", scene.answers[worst] or "")
+        marks = self.calls.marks(match.first, match.second)
+        pairs.add(match, verdict, instruction_attributes(scene.row) | names | marks, lineage)
+
+    async def lessons(
+        self, scenes: Iterator[Scene], total: int, folder: Path | None
+    ) -> tuple[Spill[Conversation], int]:
+        """The rows of lost scenes, and how many of them follow a suggestion."""
+        rows, suggested = row_spill(folder), []
+
+        async def lesson(scene: Scene) -> Conversation:
+            target = await self._target(scene)
+            suggested.extend([1] if target.suggestion else ())
+            return self._lesson(scene, target)
+
+        extra = [agent for agent in (self.suggester, self.rewriter) if agent is not None]
+        asked = [*self.agents, *extra]
+        await self.calls.scheduler.rows(scenes, lesson, rows.put, desc="lessons", total=total, width=2, agents=asked)
+        return rows, len(suggested)
+
+    async def _target(self, scene: Scene) -> _Target:
+        """The winner's answer, or the rewrite of ours if the judge prefers it."""
+        winner = scene.loss()[1]
+        target = _Target(scene.answers[winner], self.contestants[winner].name, "")
+        if self.suggester is None:
+            return target
+        fields = {"instruction": scene.prompt[-1].content, "answer": scene.answers[0], "better": target.answer}
+        asking, row = derive_seed(self.seed, "suggest"), scene.row.id
+        suggestion = await self.calls.ask(self.suggester, "suggest", fields, asking, read=as_read, row=row)
+        if suggestion is None:
+            return target
+        agent = self.rewriter or self.contestants[winner]
+        fields = _rewrite_fields(scene, suggestion)
+        text = await self.calls.ask(agent, "rewrite", fields, derive_seed(self.seed, "rewrite"), read=as_read, row=row)
+        text = None if text is None else strip_meta(text)
+        if not text or text == target.answer:
+            return target
+        match = Match(scene.prompt, text, target.answer)
+        seed = derive_seed(self.seed, "judge rewrite")
+        verdict = await judge_match(self.calls, self.judges, match, seed, row=row)
+        return _Target(text, agent.name, suggestion) if verdict is not None and verdict.winner == 1 else target
+
+    def _lesson(self, scene: Scene, target: _Target) -> Conversation:
+        gap, rival = scene.loss()
+        attributes = {
+            **instruction_attributes(scene.row),
+            "gap": gap,
+            "rival": self.contestants[rival].name,
+            "answer_score": scene.score(rival),
+            "turn": scene.turn,
+            **self.calls.marks(target.answer),
+        }
+        lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": target.agent}
+        if target.suggestion:
+            lineage["suggestion"] = target.suggestion
+        messages = (*scene.prompt, Message("assistant", target.answer))
+        return Conversation(messages, attributes, lineage, kept_weights(scene.row, messages))
 
 
 def _rewrite_fields(scene: Scene, suggestion: str) -> dict[str, str]:
@@ -205,25 +305,12 @@ def _rewrite_fields(scene: Scene, suggestion: str) -> dict[str, str]:
     return {"operator": "correctness", "suggestion": suggestion, "instruction": instruction, "answer": answer}
 
 
-def _lesson(calls: Calls, scene: Scene, target: _Target, contestants: Sequence[Agent]) -> Conversation:
-    gap, rival = scene.loss()
-    attributes = {
-        **instruction_attributes(scene.row),
-        "gap": gap,
-        "rival": contestants[rival].name,
-        "answer_score": scene.score(rival),
-        "turn": scene.turn,
-        **calls.marks(target.answer),
-    }
-    lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": target.agent}
-    if target.suggestion:
-        lineage["suggestion"] = target.suggestion
-    messages = (*scene.prompt, Message("assistant", target.answer))
-    return Conversation(messages, attributes, lineage, kept_weights(scene.row, messages))
-
-
 def _validate(
-    contestants: Sequence[Agent], sft_threshold: float, dpo_threshold: float, chat_turns: int, user: Agent | None
+    contestants: Sequence[AnyAgent],
+    sft_threshold: float,
+    dpo_threshold: float,
+    chat_turns: int,
+    user: AnyAgent | None,
 ) -> None:
     names = [contestant.name for contestant in contestants]
     if len(names) < 2 or len(set(names)) < len(names):

@@ -9,16 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.protocol import Agent
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, as_read, derive_seed
+from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.final_answers import read_claim
 from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
+from wizard_engine.runtime.spill import Spill
 
-from .calls import JUDGE_TOKENS, Calls, as_read, derive_seed
-from .judging import Match, Verdict, judge_matches
-from .pairs import Pairs, instruction_attributes
+from .judging import Judges, Match, Verdict, judge_match, names_of, panel
+from .pairs import Pairs, instruction_attributes, row_spill
 
 OPERATORS = ("helpfulness", "relevance", "depth", "correctness", "details")
 # Answers shorter than this may grow to length_cap times it, so that a bare number can become a worked solution.
@@ -32,31 +34,31 @@ _META = re.compile(
 
 @dataclass(frozen=True)
 class EvolvedAnswers:
-    """Result of a run of Evol-Answer.
+    """Result of a run of Evol-Answer, kept on disk.
 
     Attributes:
         rows: the input rows in order, each with its last answer or the best rewrite of it.
         preferences: winner and loser of every comparison with a margin in which the judge's two orders do not disagree.
         chains: one object a row: row (id) and links: every rewrite with round, operator, answer, accepted, reason and,
-        if
-            judged, the scores of rewrite and parent, averaged over the orders.
+            if judged, the scores of rewrite and parent, averaged over the orders.
         statistics: "operators" (operator -> tried, accepted, and every reason), "rows_changed", "pairs", "calls".
     """
 
-    rows: list[Conversation]
-    preferences: list[Preference]
-    chains: list[dict[str, Any]]
+    rows: Spill[Conversation]
+    preferences: Spill[Preference]
+    chains: Spill[dict[str, Any]]
     statistics: dict[str, Any]
 
 
 @dataclass
 class _Chain:
-    """The rewrites of one row's answer."""
+    """The rewrites of one row's answer, and the verdict of each round that was judged."""
 
     row: Conversation
     answer: str
     order: list[str]
     links: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: dict[int, Verdict | None] = field(default_factory=dict)
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -66,16 +68,18 @@ class _Chain:
 def evolve_answers(
     rows: Sequence[Conversation],
     *,
-    rewriter: Agent,
-    judge: Agent,
+    rewriter: AnyAgent,
+    judge: Judges,
     rounds: int = 2,
     operators: Sequence[str] = OPERATORS,
     length_cap: float = 4.0,
     result_margin: float = 2.0,
     min_gap: float = 0.5,
     seed: int = 0,
-    max_tokens: int = 256,
-    judge_max_tokens: int = JUDGE_TOKENS,
+    limits: Limits | None = None,
+    top_p: float = 1.0,
+    scheduler: Scheduler | None = None,
+    folder: Path | None = None,
 ) -> EvolvedAnswers:
     """The rows with their last answers rewritten.
 
@@ -86,32 +90,79 @@ def evolve_answers(
     `result_margin` in both orders: only then is the old result taken for wrong.
 
     Args:
-        rewriter: does task "rewrite".   judge: task "judge".
+        rewriter: does task "rewrite".   judge: task "judge"; of several the mean counts.
         length_cap: ratio of characters; first answers count as at least SHORTEST_CHARACTERS.
         result_margin: points of score.
         min_gap: smallest averaged gap of a preference row, points.
-        max_tokens: longest reply.   judge_max_tokens: longest verdict.
+        limits: longest replies.   top_p: of all calls (see Calls).
+        scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
         ValueError: an unknown operator, a cap below 1 or a negative number of rounds.
     """
     _validate(operators, rounds, length_cap)
-    calls, pairs = Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens), Pairs(min_gap)
-    counts = {name: Counter(tried=0, accepted=0) for name in operators}
-    chains = [_Chain(row, row.answer, _order(row, operators, rounds, seed)) for row in rows]
-    for number in range(1, rounds + 1):
-        _rewrite(calls, rewriter, chains, number, seed)
-        _check_texts(chains, length_cap)
-        _judge(calls, judge, chains, result_margin, pairs, seed)
-        _settle(chains, counts)
-    changed = [_evolved_row(chain, rewriter.name) for chain in chains]
+    writer = _Writer(
+        Calls(scheduler, limits=limits, top_p=top_p),
+        rewriter,
+        judge,
+        tuple(operators),
+        rounds,
+        length_cap,
+        result_margin,
+        seed,
+    )
+    return writer.calls.scheduler.run(_evolved(writer, rows, Pairs(min_gap, folder), folder))
+
+
+async def _evolved(
+    writer: "_Writer", rows: Sequence[Conversation], pairs: Pairs, folder: Path | None
+) -> EvolvedAnswers:
+    calls, chains = writer.calls, Spill(folder, dump=_to_line)
+    await calls.scheduler.rows(
+        rows,
+        writer.chain,
+        chains.put,
+        desc="answers",
+        total=len(rows),
+        width=2 * len(panel(writer.judges)),
+        agents=[writer.rewriter, *panel(writer.judges)],
+    )
+    counts = {name: Counter(tried=0, accepted=0) for name in writer.operators}
+    changed, described, num_changed = row_spill(folder), Spill(folder), 0
+    for number in range(writer.rounds):
+        for place, row in enumerate(rows):
+            _, links, verdicts = chains[place]
+            _count(counts, links[number])
+            if str(number) in verdicts:
+                _offer(pairs, row, links[number], verdicts[str(number)], names_of(writer.judges))
+    for place, row in enumerate(rows):
+        answer, links, _ = chains[place]
+        new = _evolved_row(row, answer, links, writer.rewriter.name)
+        num_changed += new is not row
+        changed.append(new)
+        described.append({"row": row.id, "links": links})
     statistics = {
         "operators": {name: dict(count) for name, count in counts.items()},
-        "rows_changed": sum(new is not old for new, old in zip(changed, rows)),
+        "rows_changed": num_changed,
         "pairs": pairs.statistics(),
         "calls": calls.statistics(),
     }
-    described = [{"row": chain.row.id, "links": chain.links} for chain in chains]
     return EvolvedAnswers(changed, pairs.rows, described, statistics)
+
+
+def _to_line(chain: _Chain) -> list[Any]:
+    return [chain.answer, chain.links, chain.verdicts]
+
+
+def _count(counts: dict[str, Counter[str]], link: dict[str, Any]) -> None:
+    counts[link["operator"]].update(["tried", link["reason"], *["meta removed"] * link["meta_removed"]])
+
+
+def _offer(pairs: Pairs, row: Conversation, link: dict[str, Any], verdict: list | None, judges: str) -> None:
+    """Offers a rewrite and its parent as a preference row."""
+    lineage = {"parents": [row.id], "operator": f"evol_answer:{link['operator']}", "agent": judges}
+    match = Match(row.messages[:-1], link["answer"], link["parent"])
+    given = None if verdict is None else Verdict(*(tuple(scores) for scores in verdict))
+    pairs.add(match, given, instruction_attributes(row), lineage)
 
 
 def strip_meta(text: str) -> str:
@@ -127,52 +178,61 @@ def _order(row: Conversation, operators: Sequence[str], rounds: int, seed: int) 
     return order[:rounds]
 
 
-def _rewrite(calls: Calls, rewriter: Agent, chains: Sequence[_Chain], number: int, seed: int) -> None:
-    """Adds a link with the new answer to every chain."""
-    fields = [
-        {
-            "operator": chain.order[number - 1],
-            "suggestion": "",
-            "instruction": chain.row.instruction,
-            "answer": chain.answer,
-        }
-        for chain in chains
-    ]
-    texts = calls.ask(rewriter, "rewrite", fields, derive_seed(seed, "rewrite", number), read=as_read)
-    for chain, text in zip(chains, texts):
-        link = {"round": number, "operator": chain.order[number - 1], "accepted": False, "reason": None}
-        chain.links.append(link | {"answer": text, "parent": chain.answer, "meta_removed": False})
+@dataclass(frozen=True)
+class _Writer:
+    """The agents and settings of one run."""
 
+    calls: Calls
+    rewriter: AnyAgent
+    judges: Judges
+    operators: tuple[str, ...]
+    rounds: int
+    length_cap: float
+    result_margin: float
+    seed: int
 
-def _check_texts(chains: Sequence[_Chain], length_cap: float) -> None:
-    """Cuts remarks off, and sets the reason of rewrites that are rejected without the judge."""
-    for chain in chains:
-        link = chain.links[-1]
-        if link["answer"] is None:
-            link["reason"] = "call failed"
-            continue
-        text = strip_meta(link["answer"])
-        link["meta_removed"], link["answer"] = text != link["answer"].strip(), text
+    async def chain(self, row: Conversation) -> _Chain:
+        """The rewrites of a row's answer, round after round."""
+        chain = _Chain(row, row.answer, _order(row, self.operators, self.rounds, self.seed))
+        for number in range(self.rounds):
+            link = await self._rewritten(chain, number)
+            chain.links.append(link)
+            if link["reason"] is None:
+                await self._judge(chain, link, number)
+            if link["accepted"]:
+                chain.answer = link["answer"]
+        return chain
+
+    async def _rewritten(self, chain: _Chain, number: int) -> dict[str, Any]:
+        """A link with the new answer, and the reason why the judge need not see it, or None."""
+        operator, row = chain.order[number], chain.row
+        fields = {"operator": operator, "suggestion": "", "instruction": row.instruction, "answer": chain.answer}
+        seed = derive_seed(self.seed, "rewrite", number + 1)
+        text = await self.calls.ask(self.rewriter, "rewrite", fields, seed, read=as_read, row=row.id)
+        link = {"round": number + 1, "operator": operator, "accepted": False, "reason": None}
+        link |= {"answer": text, "parent": chain.answer, "meta_removed": False}
+        if text is None:
+            return link | {"reason": "call failed"}
+        bare = strip_meta(text)
+        return link | {"answer": bare, "meta_removed": bare != text.strip(), "reason": self._fault(chain, bare)}
+
+    def _fault(self, chain: _Chain, text: str) -> str | None:
         if not text:
-            link["reason"] = "only a remark"
-        elif prompts.flatten(text) == prompts.flatten(chain.answer):
-            link["reason"] = "unchanged"
-        elif len(text) > length_cap * max(len(chain.row.answer), SHORTEST_CHARACTERS):
-            link["reason"] = "too long"
+            return "only a remark"
+        if prompts.flatten(text) == prompts.flatten(chain.answer):
+            return "unchanged"
+        longest = self.length_cap * max(len(chain.row.answer), SHORTEST_CHARACTERS)
+        return "too long" if len(text) > longest else None
 
-
-def _judge(calls: Calls, judge: Agent, chains, result_margin: float, pairs: Pairs, seed: int) -> None:
-    """Judges the remaining rewrites, decides, and collects preference pairs."""
-    open_chains = [chain for chain in chains if chain.links[-1]["reason"] is None]
-    matches = [Match(chain.prompt, chain.links[-1]["answer"], chain.answer) for chain in open_chains]
-    for chain, match, verdict in zip(open_chains, matches, judge_matches(calls, judge, matches, seed)):
-        link = chain.links[-1]
-        link["reason"] = _decision(match, verdict, result_margin)
+    async def _judge(self, chain: _Chain, link: dict[str, Any], number: int) -> None:
+        """Judges a rewrite and decides."""
+        match = Match(chain.prompt, link["answer"], chain.answer)
+        verdict = await judge_match(self.calls, self.judges, match, self.seed, row=chain.row.id)
+        link["reason"] = _decision(match, verdict, self.result_margin)
         link["accepted"] = link["reason"] == "accepted"
         if verdict is not None:
             link["scores"] = list(verdict.scores)
-        lineage = {"parents": [chain.row.id], "operator": f"evol_answer:{link['operator']}", "agent": judge.name}
-        pairs.add(match, verdict, instruction_attributes(chain.row), lineage)
+        chain.verdicts[number] = verdict
 
 
 def _decision(match: Match, verdict: Verdict | None, result_margin: float) -> str:
@@ -188,23 +248,15 @@ def _decision(match: Match, verdict: Verdict | None, result_margin: float) -> st
     return "accepted"
 
 
-def _settle(chains: Sequence[_Chain], counts: dict[str, Counter[str]]) -> None:
-    for chain in chains:
-        link = chain.links[-1]
-        counts[link["operator"]].update(["tried", link["reason"], *["meta removed"] * link["meta_removed"]])
-        if link["accepted"]:
-            chain.answer = link["answer"]
-
-
-def _evolved_row(chain: _Chain, agent: str) -> Conversation:
-    accepted = [link for link in chain.links if link["accepted"]]
+def _evolved_row(row: Conversation, answer: str, links: Sequence[dict[str, Any]], agent: str) -> Conversation:
+    accepted = [link for link in links if link["accepted"]]
     if not accepted:
-        return chain.row
+        return row
     operators = "+".join(link["operator"] for link in accepted)
-    lineage = {"parents": [chain.row.id], "operator": f"evol_answer:{operators}", "agent": agent}
-    messages = (*chain.prompt, Message("assistant", chain.answer))
-    attributes = {**instruction_attributes(chain.row), "answer_score": accepted[-1]["scores"][0]}
-    return Conversation(messages, attributes, lineage, kept_weights(chain.row, messages))
+    lineage = {"parents": [row.id], "operator": f"evol_answer:{operators}", "agent": agent}
+    messages = (*row.messages[:-1], Message("assistant", answer))
+    attributes = {**instruction_attributes(row), "answer_score": accepted[-1]["scores"][0]}
+    return Conversation(messages, attributes, lineage, kept_weights(row, messages))
 
 
 def _validate(operators: Sequence[str], rounds: int, length_cap: float) -> None:

@@ -6,36 +6,45 @@ Source: Xu et al. 2023, arXiv:2304.12244 (operators, elimination, pool); multi-t
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.protocol import Agent
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, derive_seed
 from wizard_engine.agents.replies import read_equal, read_evolved
+from wizard_engine.agents.scheduler import InOrder, Scheduler
 from wizard_engine.data.records import Conversation, Message, kept_weights
+from wizard_engine.data.rows import row_from_line, row_to_line
+from wizard_engine.runtime.spill import Spill
 
-from .calls import JUDGE_TOKENS, Calls, OnLength, derive_seed
 from .elimination import instruction_fault, response_fault
+from .pairs import row_spill
 
 OPERATORS = ("constraint", "deepen", "concretise", "steps", "complicate", "breadth")
 # Attributes that an evolved row inherits. A breadth evolution has a new topic; the others describe the parent alone.
 KEPT_IN_DEPTH = ("source", "topic", "language")
 KEPT_IN_BREADTH = ("source", "language")
+# Rows worked on for each call that can run at once: more than elsewhere, because a row waits for the evolutions of the
+# rows before it to see whether its own is new.
+_AHEAD = 16
 
 
 @dataclass(frozen=True)
 class Evolved:
-    """Result of a run of Evol-Instruct.
+    """Result of a run of Evol-Instruct, kept on disk.
 
     Attributes:
-        rows: the input rows, then the evolved ones by round, in the order of their parents.
+        made: the evolved rows by round, in the order of their parents.
         eliminated: one object a failed evolution: parent, round, turn, operator, reason, instruction, response.
         statistics: "operators" (operator -> tried, kept, and every reason), "rounds" (per round: pool, kept), "calls".
     """
 
-    rows: list[Conversation]
-    eliminated: list[dict[str, Any]]
+    made: Spill[Conversation]
+    eliminated: Spill[dict[str, Any]]
     statistics: dict[str, Any]
 
 
@@ -47,6 +56,7 @@ class _Line:
     turns: list[Message]
     messages: list[Message] = field(default_factory=list)
     operators: list[str] = field(default_factory=list)
+    attempts: list["_Attempt"] = field(default_factory=list)
     is_changed: bool = False
     is_open: bool = True
 
@@ -55,7 +65,6 @@ class _Line:
 class _Attempt:
     """One user turn being evolved."""
 
-    line: _Line
     turn: int
     operator: str
     parent: str
@@ -67,19 +76,21 @@ class _Attempt:
 def evolve_instructions(
     rows: Sequence[Conversation],
     *,
-    evolver: Agent,
-    answerer: Agent,
-    judge: Agent,
+    evolver: AnyAgent,
+    answerer: AnyAgent,
+    judge: AnyAgent,
     rounds: int = 1,
     operators: Sequence[str] = OPERATORS,
     method: str = "",
     seed: int = 0,
     temperature: float = 0.0,
-    max_tokens: int = 256,
-    judge_max_tokens: int = JUDGE_TOKENS,
+    limits: Limits | None = None,
     on_length: OnLength = "drop",
+    top_p: float = 1.0,
+    scheduler: Scheduler | None = None,
+    folder: Path | None = None,
 ) -> Evolved:
-    """The rows and their evolutions.
+    """The evolutions of rows.
 
     In every round each row of the pool is evolved once, by an operator drawn for the row and the round. A success
     replaces its parent in the pool; after a failure the parent stays for the next round. An evolution fails if its
@@ -88,32 +99,73 @@ def evolve_instructions(
     multi-turn row, failed turns keep their text, and are answered again if an earlier turn changed. The conversation
     ends before a turn without a good answer.
 
+    An instruction is known if it is in the pool, was made in an earlier round, or was made from an earlier row for the
+    same turn of this round. Rows go through a round at the same time; a round begins when the one before has ended.
+
     Args:
         rows: rows with any number of turns.
         evolver: does task "evolve".   answerer: task "answer".   judge: task "compare".
         method: text of an evolving method (see optimise_method); "" for that of the prompt.
         temperature: of the evolver.
-        max_tokens: longest reply.
-        judge_max_tokens: longest verdict.   on_length: "drop" or "keep" answers that were cut (see Calls).
+        limits: longest replies.   on_length: "drop" or "keep" answers that were cut.   top_p: of all calls (see Calls).
+        scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
         ValueError: an unknown operator, or a negative number of rounds.
     """
     _validate(operators, rounds)
-    calls = Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length)
+    calls = Calls(scheduler, limits=limits, on_length=on_length, top_p=top_p)
     run = _Run(calls, evolver, answerer, judge, tuple(operators), method, seed, temperature)
-    pool, made, per_round = list(rows), [], []
+    return calls.scheduler.run(_evolved(run, rows, rounds, folder))
+
+
+async def _evolved(run: "_Run", rows: Sequence[Conversation], rounds: int, folder: Path | None) -> Evolved:
+    pool: Sequence[Conversation] = rows
+    made, eliminated, per_round = row_spill(folder), Spill(folder), []
+    turns = max((_num_turns(row) for row in rows), default=0)
     run.known = {_signature(m.content) for row in rows for m in row.messages if m.role == "user"}
     for number in range(1, rounds + 1):
-        children = run.round(pool, number)
-        made += [child for child in children if child is not None]
-        per_round.append({"pool": len(pool), "kept": sum(child is not None for child in children)})
-        pool = [row if child is None else child for row, child in zip(pool, children)]
+        children: Spill[tuple] = Spill(folder, dump=_to_line, load=_from_line)
+        await run.round(pool, number, turns, children)
+        for line in _turn_by_turn(children, turns):
+            run.count(line, eliminated)
+        before = len(made)
+        pool = _renewed(pool, children, made, folder)
+        per_round.append({"pool": len(pool), "kept": len(made) - before})
     statistics = {
-        "operators": {name: dict(run.counts[name]) for name in operators},
+        "operators": {name: dict(run.counts[name]) for name in run.operators},
         "rounds": per_round,
-        "calls": calls.statistics(),
+        "calls": run.calls.statistics(),
     }
-    return Evolved([*rows, *made], run.eliminated, statistics)
+    return Evolved(made, eliminated, statistics)
+
+
+def _turn_by_turn(children: Spill[tuple], turns: int) -> Iterator[dict[str, Any]]:
+    """The attempts of a round: those on first turns in the order of their rows, then those on second ones, ..."""
+    for turn in range(turns):
+        for _, attempts in children:
+            yield from (attempt for attempt in attempts if attempt["turn"] == turn)
+
+
+def _renewed(
+    pool: Sequence[Conversation], children: Spill[tuple], made: Spill[Conversation], folder: Path | None
+) -> Spill[Conversation]:
+    """The pool of the next round; the children are added to `made`."""
+    renewed = row_spill(folder)
+    for row, (child, _) in zip(pool, children):
+        if child is not None:
+            made.append(child)
+        renewed.append(row if child is None else child)
+    return renewed
+
+
+def _to_line(item: tuple[Conversation | None, list[dict[str, Any]]]) -> list[Any]:
+    child, attempts = item
+    return [None if child is None else row_to_line(child), attempts]
+
+
+def _from_line(value: list[Any]) -> tuple[Conversation | None, list[dict[str, Any]]]:
+    child, attempts = value
+    return None if child is None else row_from_line(child), attempts
 
 
 @dataclass
@@ -121,109 +173,133 @@ class _Run:
     """The agents, settings and records of one call of evolve_instructions."""
 
     calls: Calls
-    evolver: Agent
-    answerer: Agent
-    judge: Agent
+    evolver: AnyAgent
+    answerer: AnyAgent
+    judge: AnyAgent
     operators: tuple[str, ...]
     method: str
     seed: int
     temperature: float
-    known: set[str] = field(default_factory=set)
-    eliminated: list[dict[str, Any]] = field(default_factory=list)
+    known: set[int] = field(default_factory=set)
     counts: dict[str, Counter[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = {name: Counter(tried=0, kept=0) for name in self.operators}
 
-    def round(self, pool: Sequence[Conversation], number: int) -> list[Conversation | None]:
-        """The child of each row of the pool, None if no turn was evolved."""
-        lines = [_Line(row, [m for m in row.messages if m.role != "system"]) for row in pool]
-        for line in lines:
-            line.messages += [m for m in line.row.messages if m.role == "system"]
-        for turn in range(max((len(line.turns) // 2 for line in lines), default=0)):
-            active = [line for line in lines if line.is_open and len(line.turns) > 2 * turn]
-            attempts = [self._attempt(line, turn, number) for line in active]
-            self._evolve(attempts, number)
-            self._answer(attempts, number)
-            self._settle(attempts, number)
-        return [self._child(line, number) for line in lines]
+    async def round(self, pool: Sequence[Conversation], number: int, turns: int, children: Spill[tuple]) -> None:
+        """Puts the child of each row of the pool, None if no turn was evolved, and its attempts."""
+        news = [_News(set()) for _ in range(turns)]
+
+        async def evolved(item: tuple[int, Conversation]) -> tuple[Conversation | None, list[dict[str, Any]]]:
+            place, row = item
+            line = await self._line(place, row, number, news)
+            return self._child(line, number), [self._described(line, attempt, number) for attempt in line.attempts]
+
+        await self.calls.scheduler.rows(
+            enumerate(pool),
+            evolved,
+            children.put,
+            desc=f"round {number}",
+            total=len(pool),
+            ahead=_AHEAD,
+            agents=[self.evolver, self.answerer, self.judge],
+        )
+        self.known.update(chain.from_iterable(new.kept for new in news))
+
+    async def _line(self, place: int, row: Conversation, number: int, news: Sequence["_News"]) -> _Line:
+        """A row with its turns evolved one after another."""
+        line = _Line(row, [m for m in row.messages if m.role != "system"])
+        line.messages += [m for m in row.messages if m.role == "system"]
+        for turn, new in enumerate(news):
+            if line.is_open and len(line.turns) > 2 * turn:
+                await self._turn(line, turn, number, place, new)
+            else:
+                new.order.leave(place)
+        return line
+
+    async def _turn(self, line: _Line, turn: int, number: int, place: int, new: "_News") -> None:
+        attempt = self._attempt(line, turn, number)
+        line.attempts.append(attempt)
+        await self._evolve(line, attempt, number)
+        await new.order.reach(place)
+        if attempt.reason is None and self._is_known(attempt.evolved, new):
+            attempt.reason = "already known"
+        new.seen.add(_signature(attempt.evolved or ""))
+        new.order.leave(place)
+        if attempt.reason is None:
+            await self._compare(line, attempt)
+        if attempt.reason is None:
+            await self._answer(line, attempt, number)
+        await self._settle(line, attempt, number)
+        if attempt.reason is None:
+            new.kept.append(_signature(attempt.evolved))
 
     def _attempt(self, line: _Line, turn: int, number: int) -> _Attempt:
         rng = random.Random(derive_seed(self.seed, "operator", line.row.id, turn, number))
-        return _Attempt(line, turn, rng.choice(self.operators), line.turns[2 * turn].content)
+        return _Attempt(turn, rng.choice(self.operators), line.turns[2 * turn].content)
 
-    def _evolve(self, attempts: list[_Attempt], number: int) -> None:
-        """Sets the new instructions and their faults."""
-        fields = [{"operator": a.operator, "method": self.method, "instruction": a.parent} for a in attempts]
+    async def _evolve(self, line: _Line, attempt: _Attempt, number: int) -> None:
+        """Sets the new instruction and its fault."""
+        fields = {"operator": attempt.operator, "method": self.method, "instruction": attempt.parent}
         seed = derive_seed(self.seed, "evolve", number)
-        texts = self.calls.ask(
-            self.evolver, "evolve", fields, seed, read=lambda text, _: read_evolved(text), temperature=self.temperature
+        attempt.evolved = await self.calls.ask(
+            self.evolver, "evolve", fields, seed, read=read_evolved, temperature=self.temperature, row=line.row.id
         )
-        seen = set(self.known)
-        for attempt, text in zip(attempts, texts):
-            attempt.evolved = text
-            attempt.reason = "call failed" if text is None else instruction_fault(attempt.parent, text)
-            if attempt.reason is None and _signature(text) in seen:
-                attempt.reason = "already known"
-            seen.add(_signature(text or ""))
-        self._compare([a for a in attempts if a.reason is None])
+        is_made = attempt.evolved is not None
+        attempt.reason = instruction_fault(attempt.parent, attempt.evolved) if is_made else "call failed"
 
-    def _compare(self, attempts: list[_Attempt]) -> None:
-        fields = [{"first": a.parent, "second": a.evolved} for a in attempts]
-        verdicts = self.calls.ask(self.judge, "compare", fields, self.seed, read=lambda text, _: read_equal(text))
-        for attempt, equal in zip(attempts, verdicts):
-            if equal is not False:
-                attempt.reason = "call failed" if equal is None else "no information gain"
+    def _is_known(self, text: str, new: "_News") -> bool:
+        signature = _signature(text)
+        return signature in self.known or signature in new.seen
 
-    def _answer(self, attempts: list[_Attempt], number: int) -> None:
-        """Sets the responses to the new instructions and their faults."""
-        asked = [a for a in attempts if a.reason is None]
-        contexts = [[*a.line.messages, Message("user", a.evolved)] for a in asked]
-        responses = self.calls.converse(self.answerer, contexts, derive_seed(self.seed, "answer", number))
-        for attempt, response in zip(asked, responses):
-            attempt.response = response
-            attempt.reason = "call failed" if response is None else response_fault(response)
+    async def _compare(self, line: _Line, attempt: _Attempt) -> None:
+        fields = {"first": attempt.parent, "second": attempt.evolved}
+        is_equal = await self.calls.ask(self.judge, "compare", fields, self.seed, read=read_equal, row=line.row.id)
+        if is_equal is not False:
+            attempt.reason = "call failed" if is_equal is None else "no information gain"
 
-    def _settle(self, attempts: list[_Attempt], number: int) -> None:
-        """Counts every attempt and appends the turn, evolved or unchanged, to its line."""
-        renewed = self._answer_anew([a for a in attempts if a.reason is not None and a.line.is_changed], number)
-        for attempt in attempts:
-            self._count(attempt, number)
-            line, instruction = attempt.line, attempt.parent
-            answer = renewed.get(id(attempt), line.turns[2 * attempt.turn + 1].content)
-            if attempt.reason is None:
-                instruction, answer = attempt.evolved, attempt.response
-                line.operators.append(attempt.operator)
-                line.is_changed = True
-                self.known.add(_signature(instruction))
-            if answer is None:
+    async def _answer(self, line: _Line, attempt: _Attempt, number: int) -> None:
+        """Sets the response to the new instruction and its fault."""
+        attempt.response = await self._response(line, attempt.evolved, number)
+        attempt.reason = "call failed" if attempt.response is None else response_fault(attempt.response)
+
+    async def _response(self, line: _Line, instruction: str, number: int) -> str | None:
+        context = [*line.messages, Message("user", instruction)]
+        seed = derive_seed(self.seed, "answer", number)
+        return await self.calls.converse(self.answerer, context, seed, longer=True, row=line.row.id)
+
+    async def _settle(self, line: _Line, attempt: _Attempt, number: int) -> None:
+        """Appends the turn, evolved or unchanged, to the line; in a changed context an old turn is answered anew."""
+        instruction, answer = attempt.parent, line.turns[2 * attempt.turn + 1].content
+        if attempt.reason is None:
+            instruction, answer = attempt.evolved, attempt.response
+            line.operators.append(attempt.operator)
+            line.is_changed = True
+        elif line.is_changed:
+            answer = await self._response(line, attempt.parent, number)
+            if answer is None or response_fault(answer):
                 line.is_open = False
-            else:
-                line.messages += [Message("user", instruction), Message("assistant", answer)]
+                return
+        line.messages += [Message("user", instruction), Message("assistant", answer)]
 
-    def _answer_anew(self, attempts: list[_Attempt], number: int) -> dict[int, str | None]:
-        """Answers to unchanged turns in a changed context; None if the answer shows a fault."""
-        contexts = [[*a.line.messages, Message("user", a.parent)] for a in attempts]
-        answers = self.calls.converse(self.answerer, contexts, derive_seed(self.seed, "answer", number))
-        good = [None if answer is None or response_fault(answer) else answer for answer in answers]
-        return {id(attempt): answer for attempt, answer in zip(attempts, good)}
+    def _described(self, line: _Line, attempt: _Attempt, number: int) -> dict[str, Any]:
+        return {
+            "parent": line.row.id,
+            "round": number,
+            "turn": attempt.turn,
+            "operator": attempt.operator,
+            "reason": attempt.reason,
+            "instruction": attempt.evolved,
+            "response": attempt.response,
+        }
 
-    def _count(self, attempt: _Attempt, number: int) -> None:
-        counts = self.counts[attempt.operator]
+    def count(self, attempt: dict[str, Any], eliminated: Spill[dict[str, Any]]) -> None:
+        """Counts an attempt; a failed one is kept."""
+        counts = self.counts[attempt["operator"]]
         counts["tried"] += 1
-        counts[attempt.reason or "kept"] += 1
-        if attempt.reason is not None:
-            self.eliminated.append(
-                {
-                    "parent": attempt.line.row.id,
-                    "round": number,
-                    "turn": attempt.turn,
-                    "operator": attempt.operator,
-                    "reason": attempt.reason,
-                    "instruction": attempt.evolved,
-                    "response": attempt.response,
-                }
-            )
+        counts[attempt["reason"] or "kept"] += 1
+        if attempt["reason"] is not None:
+            eliminated.append(attempt)
 
     def _child(self, line: _Line, number: int) -> Conversation | None:
         if not line.is_changed:
@@ -243,8 +319,24 @@ class _Run:
         return Conversation(messages, attributes, lineage, kept_weights(line.row, messages))
 
 
-def _signature(text: str) -> str:
-    return prompts.flatten(text).casefold()
+@dataclass
+class _News:
+    """The instructions made for one turn in one round: those of the rows that passed so far, and those kept."""
+
+    seen: set[int]
+    kept: list[int] = field(default_factory=list)
+    order: InOrder = field(default_factory=InOrder)
+
+
+def _num_turns(row: Conversation) -> int:
+    return sum(message.role != "system" for message in row.messages) // 2
+
+
+def _signature(text: str) -> int:
+    """A number of 64 bits that texts share if they differ in blanks and letter case alone."""
+    return int.from_bytes(
+        blake2b(prompts.flatten(text).casefold().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    )
 
 
 def _validate(operators: Sequence[str], rounds: int) -> None:

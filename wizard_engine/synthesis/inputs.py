@@ -1,39 +1,118 @@
-"""What a stage of synthesis starts from: agents behind a ledger, and conversations."""
+"""What the recipes of synthesis share: their options, and a stage from rows and agents to its report."""
 
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, TypeVar
 
+from wizard_engine import runtime, world
 from wizard_engine.agents import Cast
-from wizard_engine.data.chat_format import ChatFormatChoice
-from wizard_engine.data.records import Conversation
-from wizard_engine.runtime.process import Runtime
+from wizard_engine.agents.calls import EVOLVE_TOKENS, REWRITE_TOKENS, Limits
+from wizard_engine.agents.estimate import count_tokens
+from wizard_engine.agents.options import AgentOptions, estimated, open_cast
+from wizard_engine.data.records import Conversation, Reject, stream_located
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.ranges import Count, Seed
+from wizard_engine.runtime.spill import Spill
+from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
-from .outputs import read_conversations
+from .pairs import row_spill
+
+C = TypeVar("C", bound="SynthesisOptions")
+# Report, written files, and what the last line says beside them.
+Made = tuple[dict[str, Any], list[Path], str]
 
 
-class SynthesisOptions(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class SynthesisOptions(AgentOptions):
     """Options that the recipes of synthesis share."""
 
     data: tuple[Path, ...]
-    out: Path
-    limit: int | None
-    on_error: str
-    unknown_fields: str
-    batch_size: int
-    chat_format: ChatFormatChoice
-    quiet: bool
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K, ..."""
+    out: Path = field(metadata=INCIDENTAL)
+    """Run directory."""
+    max_tokens: Count[int] = 256
+    """Longest answer, tokens."""
+    evolve_max_tokens: Count[int] = EVOLVE_TOKENS
+    """Longest evolved instruction, tokens."""
+    rewrite_max_tokens: Count[int] = REWRITE_TOKENS
+    """Longest rewritten answer, suggestion, review or method, tokens."""
+    on_length: Literal["drop", "keep"] = "drop"
+    """An answer that reached its limit: drop counts it as a failed call, keep uses it; its row has finish=length."""
+    limit: Count[int | None] = None
+    """Rows read at most."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
+    unknown_fields: Literal["refuse", "count"] = "refuse"
+    """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
+    seed: Seed[int] = 0
 
 
-def open_inputs(cfg: SynthesisOptions, runtime: Runtime) -> tuple[Cast, list[Conversation], int]:
-    """Agents with the ledger OUT/ledger.sqlite, the rows, and how many records were rejected.
+def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], int], Made]) -> dict:
+    """A stage of synthesis; returns its report.
+
+    Args:
+        name: of the stage.
+        work: done on rank 0: (options, agents, rows, number of rejected records) -> report, written files,
+            and what the last line says beside them.
+    Raises:
+        ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all; what `work` raises.
+    """
+    rt = runtime.start(cfg.device)
+    world.register()
+    if cfg.estimate:
+        return from_main(rt, lambda: _estimated(cfg, work))
+    stage = open_stage(cfg, name, rt)
+    if stage.done:
+        return stage.result()
+    cast = open_cast(cfg.out, cfg, rt)
+
+    def lead() -> Made:
+        rows, rejected = read_conversations(cfg)
+        return work(cfg, cast, rows, rejected)
+
+    try:
+        report, outputs, note = cast.conduct(lead)
+    finally:
+        cast.close()
+    return finish_stage(stage, rt, report, outputs, note)
+
+
+def _estimated(cfg: C, work: Callable[[C, Cast, Spill[Conversation], int], Made]) -> dict[str, Any]:
+    """What the stage will ask. Answers are taken to be as long as those of the rows."""
+    with tempfile.TemporaryDirectory(prefix="wizard-estimate-") as folder:
+        rows, rejected = read_conversations(replace(cfg, out=Path(folder)))
+        lengths = [count_tokens(rows[place].answer) for place in range(0, len(rows), max(1, len(rows) // 1000))]
+        usual = min(cfg.max_tokens, max(1, round(sum(lengths) / len(lengths))))
+        return estimated(cfg, lambda options, cast: work(options, cast, rows, rejected), answer_tokens=usual)
+
+
+def read_conversations(cfg: SynthesisOptions) -> tuple[Spill[Conversation], int]:
+    """The supervised rows of all files, at most `limit`, on disk, and the number of rejected records.
 
     Raises:
         ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
     """
-    cast = Cast(
-        cfg.out / "ledger.sqlite", runtime, batch_size=cfg.batch_size, quiet=cfg.quiet, chat_format=cfg.chat_format
-    )
-    rejects = cfg.out / "rejects.jsonl"
+    rows, bad = row_spill(cfg.out), []
+    rejects: Path = cfg.out / "rejects.jsonl"
     options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "rejects": rejects}
-    rows, rejected = read_conversations(cfg.data, limit=cfg.limit, **options)
-    return cast, rows, rejected
+    given: list[Reject] = bad
+    for number, (_, row) in enumerate(stream_located(cfg.data, given, kind="conversation", **options)):
+        if cfg.limit is None or number < cfg.limit:
+            rows.append(row)
+    if not len(rows):
+        raise ValueError(f"{cfg.data[0] if cfg.data else 'data'}: expected conversations, got none; see {rejects}")
+    return rows, len(bad)
+
+
+def call_settings(cfg: SynthesisOptions, cast: Cast) -> dict[str, Any]:
+    """Arguments that every function of synthesis takes."""
+    limits = Limits(cfg.max_tokens, cfg.evolve_max_tokens, cfg.rewrite_max_tokens, cfg.judge_max_tokens)
+    return {
+        "seed": cfg.seed,
+        "limits": limits,
+        "top_p": cfg.top_p,
+        "scheduler": cast.scheduler,
+        "folder": cfg.out,
+    }

@@ -1,14 +1,13 @@
 """Judging two answers in both orders, and rating single answers."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.protocol import Agent
+from wizard_engine.agents.calls import AnyAgent, Calls
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
-
-from .calls import Calls
 
 
 class Match(NamedTuple):
@@ -64,27 +63,59 @@ class Verdict(NamedTuple):
         return abs(one - two)
 
 
-def judge_matches(calls: Calls, judge: Agent, matches: Sequence[Match], seed: int) -> list[Verdict | None]:
-    """A verdict for each match, in one batch; None if one of the two orders failed or could not be read."""
-    fields = [_fields(match, swap) for match in matches for swap in (False, True)]
-    scores = calls.ask(judge, "judge", fields, seed, read=lambda text, _: read_scores(text, 2))
-    verdicts: list[Verdict | None] = []
-    for forward, swapped in zip(scores[0::2], scores[1::2]):
-        readable = forward is not None and swapped is not None
-        verdicts.append(Verdict(forward, (swapped[1], swapped[0])) if readable else None)
-    return verdicts
+Judges = AnyAgent | Sequence[AnyAgent]
 
 
-def rate_answers(
-    calls: Calls, judge: Agent, items: Sequence[tuple[tuple[Message, ...], str]], seed: int
-) -> list[float | None]:
-    """A score 1 to 10 for each (prompt, answer), all in one batch; None if it failed or could not be read."""
-    fields = [
-        {"history": _history(prompt), "instruction": prompt[-1].content, "reference": "", "answer": answer}
-        for prompt, answer in items
-    ]
-    scores = calls.ask(judge, "rate", fields, seed, read=lambda text, _: read_scores(text, 1))
-    return [None if score is None else score[0] for score in scores]
+def panel(judges: Judges) -> tuple[AnyAgent, ...]:
+    """One judge or several as a tuple.
+
+    Raises:
+        ValueError: none.
+    """
+    several = tuple(judges) if isinstance(judges, Sequence) else (judges,)
+    if not several:
+        raise ValueError("judge: expected at least one, got none; name one")
+    return several
+
+
+def names_of(judges: Judges) -> str:
+    """Names of the judges, for a row's lineage."""
+    return "+".join(judge.name for judge in panel(judges))
+
+
+async def judge_match(calls: Calls, judges: Judges, match: Match, seed: int, *, row: str = "") -> Verdict | None:
+    """The verdict on a match: the mean over the judges that could be read in both orders; None without any."""
+    verdicts = await asyncio.gather(*(_verdict(calls, judge, match, seed, row) for judge in panel(judges)))
+    given = [verdict for verdict in verdicts if verdict is not None]
+    if len(given) <= 1:
+        return given[0] if given else None
+    return Verdict(_mean([v.forward for v in given]), _mean([v.backward for v in given]))
+
+
+async def _verdict(calls: Calls, judge: AnyAgent, match: Match, seed: int, row: str) -> Verdict | None:
+    """One judge's verdict; None if one of the two orders failed or could not be read."""
+    forward, swapped = await asyncio.gather(
+        *(
+            calls.ask(judge, "judge", _fields(match, swap), seed, read=lambda text: read_scores(text, 2), row=row)
+            for swap in (False, True)
+        )
+    )
+    if forward is None or swapped is None:
+        return None
+    return Verdict(forward, (swapped[1], swapped[0]))
+
+
+def _mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return sum(first for first, _ in scores) / len(scores), sum(second for _, second in scores) / len(scores)
+
+
+async def rate_answer(
+    calls: Calls, judge: AnyAgent, prompt: tuple[Message, ...], answer: str, seed: int, *, row: str = ""
+) -> float | None:
+    """A score 1 to 10 of an answer; None if it failed or could not be read."""
+    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "reference": "", "answer": answer}
+    score = await calls.ask(judge, "rate", fields, seed, read=lambda text: read_scores(text, 1), row=row)
+    return None if score is None else score[0]
 
 
 def _fields(match: Match, swap: bool) -> dict[str, str]:

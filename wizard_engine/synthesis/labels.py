@@ -4,34 +4,40 @@ Source: WizardMath (Luo et al. 2023, arXiv:2308.09583): a model labels each step
 -1, and ranks evolutions of one instruction.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.protocol import Agent
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, derive_seed
 from wizard_engine.agents.replies import read_labels, read_ranking
+from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Conversation, Preference, Process
 from wizard_engine.data.solution_steps import step_texts
+from wizard_engine.runtime.spill import Spill
 
-from .calls import JUDGE_TOKENS, Calls, OnLength, derive_seed
-from .pairs import instruction_attributes
+from .pairs import instruction_attributes, row_spill
 
 
 def label_processes(
     rows: Sequence[Conversation],
     *,
-    student: Agent,
-    labeller: Agent,
+    student: AnyAgent,
+    labeller: AnyAgent,
     samples: int = 4,
     temperature: float = 1.0,
     seed: int = 0,
-    max_tokens: int = 256,
-    judge_max_tokens: int = JUDGE_TOKENS,
+    limits: Limits | None = None,
     on_length: OnLength = "drop",
+    top_p: float = 1.0,
     statistics: dict[str, Any] | None = None,
-) -> list[Process]:
+    scheduler: Scheduler | None = None,
+    folder: Path | None = None,
+) -> Spill[Process]:
     """The student's answers with a label for each step, in the order of the rows.
 
     A labeller sees one instruction and no history, so multi-turn rows are skipped and counted.
@@ -40,8 +46,9 @@ def label_processes(
         rows: their user turns are answered.
         student: task "answer", `samples` times at `temperature`; equal answers to a row count once.
         labeller: task "label".
-        judge_max_tokens: longest list of labels.   on_length: "drop" or "keep" answers that were cut (see Calls).
+        limits: longest replies.   on_length: "drop" or "keep" answers that were cut.   top_p: of all calls (see Calls).
         statistics: filled with "answers", "kept", "dropped" (reasons), "labels" (label -> steps), "calls".
+        scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Returns:
         one row an answer; answers with unreadable labels are skipped and counted.
     Raises:
@@ -49,49 +56,79 @@ def label_processes(
     """
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}; give the answers wanted a row")
-    calls, dropped = Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length), Counter()
-    single = [row for row in rows if sum(message.role == "user" for message in row.messages) == 1]
-    dropped["several turns"] += len(rows) - len(single)
-    answers = _distinct_answers(calls, student, single, samples, temperature, dropped, seed)
-    fields = [{"instruction": row.instruction, "answer_steps": _lines(steps)} for row, _, steps in answers]
-    labels = calls.ask(
-        labeller,
-        "label",
-        fields,
-        derive_seed(seed, "label"),
-        read=lambda text, index: read_labels(text, len(answers[index][2])),
+    calls = Calls(scheduler, limits=limits, on_length=on_length, top_p=top_p)
+    desk = _Desk(calls, student, labeller, samples, temperature, seed)
+    return calls.scheduler.run(_labelled(desk, rows, statistics, folder))
+
+
+async def _labelled(
+    desk: "_Desk", rows: Sequence[Conversation], statistics: dict[str, Any] | None, folder: Path | None
+) -> Spill[Process]:
+    labelled: Spill[list] = Spill(folder)
+    agents = [desk.student, desk.labeller]
+    await desk.calls.scheduler.rows(
+        rows, desk.labelled, labelled.put, desc="labels", total=len(rows), width=desk.samples, agents=agents
     )
-    processes = []
-    for (row, answer, steps), marks in zip(answers, labels):
-        if marks is None:
-            dropped["labels unreadable"] += 1
-            continue
-        lineage = {"parents": [row.id], "operator": "label_processes", "agent": labeller.name}
-        attributes = (
-            instruction_attributes(row) | {"policy": student.fingerprint, "answer": answer} | calls.marks(answer)
-        )
-        processes.append(Process(tuple(row.messages[:-1]), steps, marks, attributes, lineage))
+    processes, labels = row_spill(folder), Counter()
+    for place, row in enumerate(rows):
+        for answer, marks in labelled[place]:
+            lineage = {"parents": [row.id], "operator": "label_processes", "agent": desk.labeller.name}
+            policy = {"policy": desk.student.fingerprint, "answer": answer}
+            attributes = instruction_attributes(row) | policy | desk.calls.marks(answer)
+            steps = tuple(step_texts(answer))
+            processes.append(Process(tuple(row.messages[:-1]), steps, tuple(marks), attributes, lineage))
+            labels.update(map(str, marks))
     if statistics is not None:
-        label_counts = Counter(str(mark) for process in processes for mark in process.labels)
-        statistics |= {"answers": len(answers), "kept": len(processes), "dropped": dict(sorted(dropped.items()))}
-        statistics |= {"labels": dict(sorted(label_counts.items())), "calls": calls.statistics()}
+        dropped = dict(sorted(desk.dropped.items()))
+        statistics |= {"answers": desk.num_answers, "kept": len(processes), "dropped": dropped}
+        statistics |= {"labels": dict(sorted(labels.items())), "calls": desk.calls.statistics()}
     return processes
 
 
-def _distinct_answers(
-    calls: Calls, student: Agent, rows, samples: int, temperature: float, dropped: Counter, seed: int
-) -> list[tuple[Conversation, str, tuple[str, ...]]]:
-    """(row, answer, its steps) for every distinct answer, grouped by row."""
-    seeds = [derive_seed(seed, "sample", number) for number in range(samples) for _ in rows]
-    texts = calls.converse(student, [row.messages[:-1] for row in rows] * samples, seeds, temperature=temperature)
-    dropped["no answer"] += texts.count(None)
-    answers = []
-    for index, row in enumerate(rows):
-        row_answers = [text for text in texts[index :: len(rows)] if text is not None]
-        distinct = list(dict.fromkeys(row_answers))
-        dropped["repeated"] += len(row_answers) - len(distinct)
-        answers += [(row, text, tuple(step_texts(text))) for text in distinct]
-    return answers
+@dataclass
+class _Desk:
+    """The agents, settings and counts of one call of label_processes."""
+
+    calls: Calls
+    student: AnyAgent
+    labeller: AnyAgent
+    samples: int
+    temperature: float
+    seed: int
+    num_answers: int = 0
+    dropped: Counter[str] = field(default_factory=lambda: Counter({"several turns": 0, "no answer": 0, "repeated": 0}))
+
+    async def labelled(self, row: Conversation) -> list[tuple[str, tuple[int, ...]]]:
+        """The distinct answers to a row with readable labels."""
+        if sum(message.role == "user" for message in row.messages) != 1:
+            self.dropped["several turns"] += 1
+            return []
+        answers = await self._answers(row)
+        self.num_answers += len(answers)
+        labels = await asyncio.gather(*(self._labels(row, answer) for answer in answers))
+        unreadable = labels.count(None)
+        if unreadable:
+            self.dropped["labels unreadable"] += unreadable
+        return [(answer, marks) for answer, marks in zip(answers, labels) if marks is not None]
+
+    async def _answers(self, row: Conversation) -> list[str]:
+        """The distinct answers."""
+        seeds = [derive_seed(self.seed, "sample", number) for number in range(self.samples)]
+        prompt, settings = row.messages[:-1], {"temperature": self.temperature, "row": row.id}
+        texts = await asyncio.gather(*(self.calls.converse(self.student, prompt, seed, **settings) for seed in seeds))
+        given = [text for text in texts if text is not None]
+        distinct = list(dict.fromkeys(given))
+        self.dropped["no answer"] += len(texts) - len(given)
+        self.dropped["repeated"] += len(given) - len(distinct)
+        return distinct
+
+    async def _labels(self, row: Conversation, answer: str) -> tuple[int, ...] | None:
+        steps = step_texts(answer)
+        fields = {"instruction": row.instruction, "answer_steps": _lines(steps)}
+        seed = derive_seed(self.seed, "label")
+        return await self.calls.ask(
+            self.labeller, "label", fields, seed, read=lambda text: read_labels(text, len(steps)), row=row.id
+        )
 
 
 def _lines(steps: Sequence[str]) -> str:
@@ -101,13 +138,16 @@ def _lines(steps: Sequence[str]) -> str:
 def rank_instructions(
     groups: Sequence[Sequence[str]],
     *,
-    ranker: Agent,
+    ranker: AnyAgent,
     min_gap: float = 0.5,
     margin_scale: float = 0.1,
     seed: int = 0,
-    judge_max_tokens: int = JUDGE_TOKENS,
+    limits: Limits | None = None,
+    top_p: float = 1.0,
     statistics: dict[str, Any] | None = None,
-) -> list[Preference]:
+    scheduler: Scheduler | None = None,
+    folder: Path | None = None,
+) -> Spill[Preference]:
     """Pairs of instructions for the instruction reward model: an empty prompt, the better text chosen.
 
     Every pair of a group whose quality scores (0 to 10) differ by more than `min_gap` is a row;
@@ -116,34 +156,40 @@ def rank_instructions(
     Args:
         groups: texts to compare with each other, best 4 to 8 in a group (see instruction_groups); groups with fewer
             than two distinct texts give nothing.
-        ranker: task "rank".   judge_max_tokens: longest ranking.
+        ranker: task "rank".   limits: longest replies.   top_p: of all calls (see Calls).
         statistics: filled with "groups", "kept", "dropped" (reasons), "calls".
+        scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
         ValueError: a negative min_gap or margin_scale.
     """
     if min_gap < 0 or margin_scale < 0:
         raise ValueError(f"min_gap, margin_scale: expected 0 or more, got {min_gap}, {margin_scale}; raise them")
-    calls, dropped = Calls(judge_max_tokens=judge_max_tokens), Counter()
+    calls, dropped = Calls(scheduler, limits=limits, top_p=top_p), Counter()
     distinct = [list({prompts.flatten(text): text for text in group}.values()) for group in groups]
     usable = [group for group in distinct if len(group) > 1]
     dropped["groups too small"] += len(distinct) - len(usable)
-    scores = calls.ask(
-        ranker,
-        "rank",
-        [{"instructions": prompts.numbered(group)} for group in usable],
-        derive_seed(seed, "rank"),
-        read=lambda text, index: read_ranking(text, len(usable[index])),
+
+    async def ranked(group: list[str]) -> tuple[float, ...] | None:
+        fields = {"instructions": prompts.numbered(group)}
+        seed_ = derive_seed(seed, "rank")
+        return await calls.ask(ranker, "rank", fields, seed_, read=lambda text: read_ranking(text, len(group)))
+
+    scores: list[tuple[float, ...] | None] = [None] * len(usable)
+    calls.scheduler.run(
+        calls.scheduler.rows(usable, ranked, scores.__setitem__, desc="rankings", total=len(usable), agents=[ranker])
     )
     dropped["groups unreadable"] += scores.count(None)
-    rows: dict[str, Preference] = {}
+    rows, seen = row_spill(folder), set()
     for group, group_scores in zip(usable, scores):
         for pair in _ranked_pairs(group, group_scores or (), min_gap, margin_scale, ranker.name, dropped):
-            dropped["repeated"] += pair.id in rows
-            rows.setdefault(pair.id, pair)
+            dropped["repeated"] += pair.id in seen
+            if pair.id not in seen:
+                seen.add(pair.id)
+                rows.append(pair)
     if statistics is not None:
         statistics |= {"groups": len(usable), "kept": len(rows), "dropped": dict(sorted(dropped.items()))}
         statistics |= {"calls": calls.statistics()}
-    return list(rows.values())
+    return rows
 
 
 def _ranked_pairs(group, scores, min_gap: float, margin_scale: float, ranker: str, dropped: Counter):

@@ -3,13 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from wizard_engine.data.records import Conversation
-
-from .battles import label
-
 
 def choose_lessons(
-    losses: Sequence[tuple[Conversation, float]], threshold: float, limit: int | None
+    losses: Sequence[tuple[str, float]], threshold: float, limit: int | None
 ) -> tuple[list[int], dict[str, dict[str, float]]]:
     """Indices of the lessons, ascending, and a table of the skills.
 
@@ -19,16 +15,15 @@ def choose_lessons(
     is. A skill without further candidates is skipped. Within a skill the largest losses come first.
 
     Args:
-        losses: for every scene its row and the points by which ours lost, 0 if it did not; attributes["skill"] names
-            the skill.
+        losses: for every scene the skill of its row and the points by which ours lost, 0 if it did not.
         threshold: points.
         limit: most lessons; None for all candidates.
     Returns:
         indices into losses; skill -> scenes, mean_loss, candidates, lessons.
     """
     skills: dict[str, list[int]] = {}
-    for index, (row, _) in enumerate(losses):
-        skills.setdefault(label(row.attributes.get("skill")), []).append(index)
+    for index, (skill, _) in enumerate(losses):
+        skills.setdefault(skill, []).append(index)
     weakness = {name: sum(losses[i][1] for i in indices) / len(indices) for name, indices in skills.items()}
     candidates = {
         name: sorted((i for i in indices if losses[i][1] > threshold), key=lambda i: (-losses[i][1], i))

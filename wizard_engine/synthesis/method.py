@@ -4,18 +4,19 @@ Source: Zeng et al. 2024, arXiv:2406.00770, with pool 2,000 rows, mini-batch 10,
 optimizer temperature 0.6, evolver temperature 0; more than about 12 steps make the method worse.
 """
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.protocol import Agent
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, as_read, derive_seed
 from wizard_engine.agents.replies import read_evolved, read_method
+from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Conversation, Message
 
-from .calls import Calls, as_read, derive_seed
 from .elimination import detect_failure, instruction_fault
 
 CALL_FAILED = "call failed"
@@ -43,9 +44,9 @@ class Optimised:
 def optimise_method(
     rows: Sequence[Conversation],
     *,
-    evolver: Agent,
-    optimizer: Agent,
-    answerer: Agent,
+    evolver: AnyAgent,
+    optimizer: AnyAgent,
+    answerer: AnyAgent,
     method: str = "",
     steps: int = 10,
     candidates: int = 5,
@@ -55,7 +56,9 @@ def optimise_method(
     operators: Sequence[str] = IN_DEPTH,
     optimizer_temperature: float = 0.6,
     seed: int = 0,
-    max_tokens: int = 512,
+    limits: Limits | None = None,
+    top_p: float = 1.0,
+    scheduler: Scheduler | None = None,
 ) -> Optimised:
     """An evolving method with a lower failure rate than the initial one.
 
@@ -70,35 +73,26 @@ def optimise_method(
         method: the method to start from; "" for prompts.initial_method().
         operators: one is drawn for each row.
         optimizer_temperature: of its analyses and methods, so that candidates differ.
+        limits: longest replies.   top_p: of all calls (see Calls).
+        scheduler: of the calls; None for one without a ledger.
     Raises:
         ValueError: fewer distinct instructions than dev_size + minibatch, or a size below 1.
     """
     texts = list(dict.fromkeys(row.instruction for row in rows))
     _validate(len(texts), steps, candidates, minibatch, dev_size, rounds)
     order = random.Random(derive_seed(seed, "dev set")).sample(texts, len(texts))
-    calls = Calls(max_tokens=max_tokens)
+    calls = Calls(scheduler, limits=limits, top_p=top_p)
     search = _Search(calls, evolver, optimizer, answerer, tuple(operators), seed, optimizer_temperature, rounds)
-    dev, pool = order[:dev_size], order[dev_size:]
-    method = method or prompts.initial_method()
-    (best,) = search.measure([method], dev)
-    history = [{"step": 0, **_rate(best), "accepted": True, "candidates": []}]
-    stopped = "step limit"
-    for step in range(1, steps + 1):
-        if not best["failure_rate"]:
-            stopped = "no failures"
-            break
-        batch = random.Random(derive_seed(seed, "mini-batch", step)).sample(pool, minibatch)
-        proposals = search.propose(best["method"], batch, candidates, step)
-        tried = search.measure([proposal["method"] for proposal in proposals], dev)
-        leader = min(tried, key=lambda candidate: candidate["failure_rate"], default=best)
-        accepted = leader["failure_rate"] < best["failure_rate"]
-        best = leader if accepted else best
-        described = [{"feedback": proposal["feedback"], **candidate} for proposal, candidate in zip(proposals, tried)]
-        history.append({"step": step, **_rate(best), "accepted": accepted, "candidates": described})
-        if not accepted:
-            stopped = "no improvement"
-            break
-    return Optimised(best["method"], history, stopped, {"calls": search.calls.statistics()})
+    sizes = _Sizes(steps, candidates, minibatch)
+    return calls.scheduler.run(
+        search.run(method or prompts.initial_method(), order[:dev_size], order[dev_size:], sizes)
+    )
+
+
+class _Sizes(NamedTuple):
+    steps: int
+    candidates: int
+    minibatch: int
 
 
 @dataclass(frozen=True)
@@ -106,67 +100,85 @@ class _Search:
     """The agents and settings of one call of optimise_method."""
 
     calls: Calls
-    evolver: Agent
-    optimizer: Agent
-    answerer: Agent
+    evolver: AnyAgent
+    optimizer: AnyAgent
+    answerer: AnyAgent
     operators: tuple[str, ...]
     seed: int
     temperature: float
     rounds: int
 
-    def propose(self, method: str, batch: list[str], candidates: int, step: int) -> list[dict[str, str]]:
+    async def run(self, method: str, dev: Sequence[str], pool: Sequence[str], sizes: _Sizes) -> Optimised:
+        """The search, step by step."""
+        (best,) = await self.measure([method], dev)
+        history = [{"step": 0, **_rate(best), "accepted": True, "candidates": []}]
+        stopped = "step limit"
+        for step in range(1, sizes.steps + 1):
+            if not best["failure_rate"]:
+                stopped = "no failures"
+                break
+            batch = random.Random(derive_seed(self.seed, "mini-batch", step)).sample(pool, sizes.minibatch)
+            proposals = await self.propose(best["method"], batch, sizes.candidates, step)
+            tried = await self.measure([proposal["method"] for proposal in proposals], dev)
+            leader = min(tried, key=lambda candidate: candidate["failure_rate"], default=best)
+            accepted = leader["failure_rate"] < best["failure_rate"]
+            best = leader if accepted else best
+            described = [{"feedback": proposal["feedback"], **tries} for proposal, tries in zip(proposals, tried)]
+            history.append({"step": step, **_rate(best), "accepted": accepted, "candidates": described})
+            if not accepted:
+                stopped = "no improvement"
+                break
+        return Optimised(best["method"], history, stopped, {"calls": self.calls.statistics()})
+
+    async def propose(self, method: str, batch: list[str], candidates: int, step: int) -> list[dict[str, str]]:
         """Distinct new methods, each with the feedback that led to it."""
-        text = prompts.trajectory(self._trajectory(method, batch))
+        text = prompts.trajectory(await asyncio.gather(*(self._case(method, instruction) for instruction in batch)))
         seeds = [derive_seed(self.seed, "optimise", step, number) for number in range(candidates)]
-        feedbacks = self.calls.ask(
-            self.optimizer,
-            "analyse",
-            [{"method": method, "trajectory": text}] * candidates,
-            seeds,
-            read=as_read,
-            temperature=self.temperature,
-        )
-        analyses = [(feedback, seed) for feedback, seed in zip(feedbacks, seeds) if feedback is not None]
-        methods = self.calls.ask(
-            self.optimizer,
-            "optimise",
-            [{"method": method, "feedback": feedback} for feedback, _ in analyses],
-            [seed for _, seed in analyses],
-            read=lambda reply, _: read_method(reply),
-            temperature=self.temperature,
-        )
-        proposals = {new: feedback for (feedback, _), new in zip(analyses, methods) if new not in (None, method)}
+        given = await asyncio.gather(*(self._proposal(method, text, seed) for seed in seeds))
+        proposals = {new: feedback for feedback, new in given if new not in (None, method)}
         return [{"method": new, "feedback": feedback} for new, feedback in proposals.items()]
 
-    def measure(self, methods: Sequence[str], dev: Sequence[str]) -> list[dict[str, Any]]:
-        """Failure rate and reasons of each method on the dev set, all methods in one batch with the same draws."""
-        evolved = self._evolve([(method, text) for method in methods for text in dev])
-        parents = [text for _ in methods for text in dev]
-        reasons = [CALL_FAILED if new is None else instruction_fault(p, new) for p, new in zip(parents, evolved)]
-        asked = [index for index, reason in enumerate(reasons) if reason is None]
-        contexts = [(Message("user", evolved[index]),) for index in asked]
-        for index, response in zip(asked, self.calls.converse(self.answerer, contexts, self.seed)):
-            reasons[index] = CALL_FAILED if response is None else detect_failure(response)
+    async def _proposal(self, method: str, trajectory: str, seed: int) -> tuple[str | None, str | None]:
+        """A review of the trajectory and the method that follows from it, None where there is none."""
+        settings = {"temperature": self.temperature}
+        fields = {"method": method, "trajectory": trajectory}
+        feedback = await self.calls.ask(self.optimizer, "analyse", fields, seed, read=as_read, **settings)
+        if feedback is None:
+            return None, None
+        fields = {"method": method, "feedback": feedback}
+        return feedback, await self.calls.ask(self.optimizer, "optimise", fields, seed, read=read_method, **settings)
+
+    async def measure(self, methods: Sequence[str], dev: Sequence[str]) -> list[dict[str, Any]]:
+        """Failure rate and reasons of each method on the dev set, all at once, with the same draws."""
+        reasons = await asyncio.gather(*(self._failure(method, text) for method in methods for text in dev))
         return [
             _candidate(method, reasons[number * len(dev) : (number + 1) * len(dev)])
             for number, method in enumerate(methods)
         ]
 
-    def _trajectory(self, method: str, batch: list[str]) -> list[tuple[list[str], str]]:
-        """The instructions by stage and the response to the last one, for each row of the mini-batch."""
-        stages = [[text] for text in batch]
-        for _ in range(self.rounds):
-            evolved = self._evolve([(method, history[-1]) for history in stages])
-            for history, new in zip(stages, evolved):
-                history.append(new or "")
-        contexts = [(Message("user", history[-1] or history[0]),) for history in stages]
-        responses = self.calls.converse(self.answerer, contexts, self.seed)
-        return [(history, response or "") for history, response in zip(stages, responses)]
+    async def _failure(self, method: str, instruction: str) -> str | None:
+        """Why a method fails on an instruction; None where it does not."""
+        evolved = await self._evolve(method, instruction)
+        if evolved is None:
+            return CALL_FAILED
+        fault = instruction_fault(instruction, evolved)
+        if fault is not None:
+            return fault
+        response = await self.calls.converse(self.answerer, (Message("user", evolved),), self.seed, longer=True)
+        return CALL_FAILED if response is None else detect_failure(response)
 
-    def _evolve(self, pairs: Sequence[tuple[str, str]]) -> list[str | None]:
-        """The evolution of each instruction by its method; the operator depends on the instruction alone."""
-        fields = [{"operator": self._operator(text), "method": method, "instruction": text} for method, text in pairs]
-        return self.calls.ask(self.evolver, "evolve", fields, self.seed, read=lambda reply, _: read_evolved(reply))
+    async def _case(self, method: str, instruction: str) -> tuple[list[str], str]:
+        """The instruction by stage and the response to the last one."""
+        stages = [instruction]
+        for _ in range(self.rounds):
+            stages.append(await self._evolve(method, stages[-1]) or "")
+        prompt = (Message("user", stages[-1] or stages[0]),)
+        return stages, await self.calls.converse(self.answerer, prompt, self.seed, longer=True) or ""
+
+    async def _evolve(self, method: str, instruction: str) -> str | None:
+        """The evolution of an instruction; the operator depends on the instruction alone."""
+        fields = {"operator": self._operator(instruction), "method": method, "instruction": instruction}
+        return await self.calls.ask(self.evolver, "evolve", fields, self.seed, read=read_evolved)
 
     def _operator(self, text: str) -> str:
         return random.Random(derive_seed(self.seed, "operator", text)).choice(self.operators)

@@ -1,38 +1,16 @@
 """Inputs and outputs of the synthesis recipes: files of rows, files of objects, one report."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wizard_engine.data.records import Conversation, Row, read_files, write_rows
-from wizard_engine.runtime.files import write_json, write_text
+from wizard_engine.data.records import Row, write_rows
+from wizard_engine.runtime.files import write_json, write_json_lines
 from wizard_engine.runtime.text_lines import printable
 
 
-def read_conversations(
-    paths: Sequence[Path],
-    *,
-    on_error: str = "raise",
-    unknown_fields: str = "refuse",
-    rejects: Path | None = None,
-    limit: int | None = None,
-) -> tuple[list[Conversation], int]:
-    """The supervised rows of several files, at most `limit`, and the number of rejected records.
-
-    Raises:
-        ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
-    """
-    rows, bad = read_files(
-        paths, kind="conversation", on_error=on_error, unknown_fields=unknown_fields, rejects=rejects
-    )
-    if not rows:
-        raise ValueError(f"{paths[0] if paths else 'data'}: expected conversations, got none; see {rejects}")
-    return rows[:limit], len(bad)
-
-
 def write_outputs(
-    out: Path, rows: Mapping[str, Sequence[Row]], objects: Mapping[str, Sequence[dict]], report: dict[str, Any]
+    out: Path, rows: Mapping[str, Iterable[Row]], objects: Mapping[str, Iterable[dict]], report: dict[str, Any]
 ) -> list[Path]:
     """Writes OUT/NAME.jsonl for each name, and OUT/report.json; returns the paths."""
     paths = []
@@ -41,7 +19,7 @@ def write_outputs(
         write_rows(paths[-1], file_rows)
     for name, items in objects.items():
         paths.append(out / f"{name}.jsonl")
-        write_text(paths[-1], "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+        write_json_lines(paths[-1], items)
     write_json(out / "report.json", report)
     return [*paths, out / "report.json"]
 
@@ -56,6 +34,16 @@ def print_table(title: str, table: Mapping[str, Mapping[str, Any]]) -> None:
     for key, line in table.items():
         cells = (f"{_cell(line.get(name, 0)):>{max(9, len(name) + 2)}}" for name in columns)
         print(f"  {printable(key)[:15]:<16}" + "".join(cells))
+
+
+def rejections(what: str, counts: Mapping[str, Mapping[str, int]], kept: str) -> str:
+    """`212 of 300 WHAT rejected`, over all keys of a table whose columns are `tried` and `kept`.
+
+    >>> rejections("rewrites", {"short": {"tried": 3, "accepted": 1}, "long": {"tried": 2}}, "accepted")
+    '4 of 5 rewrites rejected'
+    """
+    tried, passed = (sum(count.get(name, 0) for count in counts.values()) for name in ("tried", kept))
+    return f"{tried - passed} of {tried} {what} rejected"
 
 
 def _cell(value: Any) -> str:

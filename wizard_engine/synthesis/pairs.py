@@ -1,14 +1,22 @@
 """Preference rows from judged matches, with counts of the dropped ones."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from wizard_engine.data.records import Conversation, Preference
+from wizard_engine.data.records import Conversation, Preference, Row
+from wizard_engine.data.rows import row_from_line, row_to_line
+from wizard_engine.runtime.spill import Spill
 
 from .judging import Match, Verdict
 
 # Attributes that hold for any answer to the same instruction; the others describe the text of the row.
 INSTRUCTION_ATTRIBUTES = ("source", "topic", "language", "skill", "difficulty", "evolutions")
+
+
+def row_spill(folder: Path | None) -> Spill[Row]:
+    """A temporary file of rows."""
+    return Spill(folder, dump=row_to_line, load=row_from_line)
 
 
 def instruction_attributes(row: Conversation) -> dict[str, Any]:
@@ -21,6 +29,7 @@ class Pairs:
 
     Args:
         min_gap: the averaged scores of the two answers of a pair must differ by more, points.
+        folder: of the temporary file that keeps the rows (see runtime.spill).
 
     Attributes:
         rows: the pairs kept, each with "gap", "chosen_score" and "rejected_score" among its attributes.
@@ -28,13 +37,13 @@ class Pairs:
             (the judge's two orders name different winners), "repeated" (the same pair again), "not judged".
     """
 
-    def __init__(self, min_gap: float) -> None:
+    def __init__(self, min_gap: float, folder: Path | None = None) -> None:
         if min_gap < 0:
             raise ValueError(f"min_gap: expected 0 or more, got {min_gap}; give points of score")
         self.min_gap = min_gap
-        self.rows: list[Preference] = []
+        self.rows: Spill[Preference] = row_spill(folder)
         self.dropped: Counter[str] = Counter()
-        self._seen: set[str] = set()
+        self._seen: set[int] = set()
 
     def add(
         self, match: Match, verdict: Verdict | None, attributes: dict[str, Any], lineage: dict[str, Any]
@@ -43,8 +52,8 @@ class Pairs:
         reason = self._fault(match, verdict)
         if reason is None:
             pair = self._pair(match, verdict, attributes, lineage)
-            if pair.id not in self._seen:
-                self._seen.add(pair.id)
+            if int(pair.id, 16) not in self._seen:
+                self._seen.add(int(pair.id, 16))
                 self.rows.append(pair)
                 return pair
             reason = "repeated"

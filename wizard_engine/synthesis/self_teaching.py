@@ -5,30 +5,35 @@ active-learning score selects prompts. The best sample becomes a supervised row;
 preference row. Both are on-policy: written by the model that is trained on them.
 """
 
+import asyncio
 import random
 import statistics as numbers
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, derive_seed
 from wizard_engine.agents.prompts import flatten
-from wizard_engine.agents.protocol import Agent
 from wizard_engine.agents.replies import read_evolved
+from wizard_engine.agents.scheduler import InOrder, Scheduler
 from wizard_engine.data.records import Conversation, Message, Preference
+from wizard_engine.runtime.spill import Spill
 
-from .calls import JUDGE_TOKENS, Calls, OnLength, derive_seed
 from .elimination import detect_failure, instruction_fault
 from .evol_instruct import KEPT_IN_BREADTH, KEPT_IN_DEPTH, OPERATORS
-from .judging import Match, Verdict, judge_matches, rate_answers
-from .pairs import Pairs, instruction_attributes
+from .judging import Match, Verdict, judge_match, rate_answer
+from .pairs import Pairs, instruction_attributes, row_spill
 
 Score = Literal["spread", "flip", "margin"]
 
 
 @dataclass(frozen=True)
 class SelfTaught:
-    """Result of a round of self-teaching.
+    """Result of a round of self-teaching, kept on disk.
 
     Attributes:
         sft: the best sample of each selected prompt that is good enough.
@@ -39,9 +44,9 @@ class SelfTaught:
             "pairs", "calls".
     """
 
-    sft: list[Conversation]
-    preferences: list[Preference]
-    scores: list[dict[str, Any]]
+    sft: Spill[Conversation]
+    preferences: Spill[Preference]
+    scores: Spill[dict[str, Any]]
     statistics: dict[str, Any]
 
 
@@ -75,13 +80,27 @@ class _Case:
         rated = [self.ratings[text] for text in self.samples if text in self.ratings]
         return numbers.pstdev(rated) if len(rated) > 1 else 0.0
 
+    def to_line(self) -> list[Any]:
+        """The case as a JSON value."""
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+    @classmethod
+    def from_line(cls, line: list[Any]) -> "_Case":
+        """The case of a value of `to_line`."""
+        case = cls(*line)
+        case.prompt = tuple(Message(*message) for message in case.prompt)
+        case.weights = tuple(case.weights)
+        if case.verdict is not None:
+            case.verdict = Verdict(*(tuple(scores) for scores in case.verdict))
+        return case
+
 
 def self_teach(
     rows: Sequence[Conversation],
     *,
-    student: Agent,
-    judge: Agent,
-    evolver: Agent | None = None,
+    student: AnyAgent,
+    judge: AnyAgent,
+    evolver: AnyAgent | None = None,
     samples: int = 4,
     score: Score = "spread",
     keep: float = 0.5,
@@ -89,9 +108,11 @@ def self_teach(
     min_score: float = 6.0,
     temperature: float = 1.0,
     seed: int = 0,
-    max_tokens: int = 256,
-    judge_max_tokens: int = JUDGE_TOKENS,
+    limits: Limits | None = None,
     on_length: OnLength = "drop",
+    top_p: float = 1.0,
+    scheduler: Scheduler | None = None,
+    folder: Path | None = None,
 ) -> SelfTaught:
     """Supervised and preference rows from the student's own samples.
 
@@ -110,139 +131,205 @@ def self_teach(
         keep: fraction of the prompts, above 0 and at most 1.
         min_gap: smallest averaged gap of a preference row, points.
         min_score: lowest rating of a supervised row, 1 to 10.
-        max_tokens: longest reply.
-        judge_max_tokens: longest verdict.   on_length: "drop" or "keep" answers that were cut (see Calls).
+        limits: longest replies.   on_length: "drop" or "keep" answers that were cut.   top_p: of all calls (see Calls).
+        scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
         ValueError: fewer than 2 samples, keep outside (0, 1], an unknown score.
     """
     _validate(samples, keep, score)
-    calls, pairs, dropped = (
-        Calls(max_tokens=max_tokens, judge_max_tokens=judge_max_tokens, on_length=on_length),
-        Pairs(min_gap),
-        Counter(),
+    calls = Calls(scheduler, limits=limits, on_length=on_length, top_p=top_p)
+    lesson = _Lesson(calls, student, judge, evolver, samples, score, temperature, seed)
+    output = _Output(row_spill(folder), Pairs(min_gap, folder), min_score, student, calls)
+    return calls.scheduler.run(_taught(lesson, rows, keep, output, folder))
+
+
+async def _taught(
+    lesson: "_Lesson", rows: Sequence[Conversation], keep: float, output: "_Output", folder: Path | None
+) -> SelfTaught:
+    calls, dropped = lesson.calls, lesson.dropped
+    spill: Spill[list[_Case | None]] = Spill(folder, dump=_to_lines, load=_from_lines)
+    known = {_signature(row.instruction) for row in rows} if lesson.evolver is not None else set()
+    evolved = lesson.evolved(known)
+    agents = [agent for agent in (lesson.student, lesson.judge, lesson.evolver) if agent is not None]
+    await calls.scheduler.rows(
+        enumerate(rows), evolved, spill.put, desc="samples", total=len(rows), width=2 * lesson.samples, agents=agents
     )
-    cases = [_Case(row.id, tuple(row.messages[:-1]), instruction_attributes(row), row.weights) for row in rows]
-    cases += _evolved_cases(calls, evolver, cases, dropped, seed) if evolver is not None else []
-    cases = _sample(calls, student, cases, samples, temperature, dropped, seed)
-    _rate(calls, judge, cases, seed)
-    _battle(calls, judge, cases, score, seed)
-    selected = _select(cases, keep, dropped)
-    sft: list[Conversation] = []
-    for case in selected:
-        _teach(calls, case, student, pairs, sft, min_score, dropped)
-    chosen = {id(case) for case in selected}
+    chosen, summary = _select(_cases(spill), keep, dropped)
+    scores: Spill[dict[str, Any]] = Spill(folder)
+    for index, case in enumerate(_cases(spill)):
+        scores.append(_described(case, index in chosen))
+        if index in chosen:
+            output.add(case, dropped)
     statistics = {
-        "prompts": len(cases),
-        "evolved_prompts": sum(case.operator is not None for case in cases),
-        "selected": len(selected),
+        **summary,
         "dropped": dict(sorted(dropped.items())),
-        "mean_score": _mean([case.score for case in cases if case.score is not None]),
-        "mean_score_selected": _mean([case.score for case in selected]),
-        "pairs": pairs.statistics(),
+        "mean_score": _mean([line["score"] for line in scores if line["score"] is not None]),
+        "mean_score_selected": _mean([line["score"] for line in scores if line["selected"]]),
+        "pairs": output.pairs.statistics(),
         "calls": calls.statistics(),
     }
-    return SelfTaught(sft, pairs.rows, [_described(case, id(case) in chosen) for case in cases], statistics)
+    return SelfTaught(output.sft, output.pairs.rows, scores, statistics)
 
 
-def _evolved_cases(calls: Calls, evolver: Agent, cases: Sequence[_Case], dropped: Counter, seed: int) -> list[_Case]:
-    """New prompts: the last turns evolved once, without those that show a fault."""
-    operators = [random.Random(derive_seed(seed, "operator", case.parent)).choice(OPERATORS) for case in cases]
-    fields = [
-        {"operator": operator, "method": "", "instruction": case.prompt[-1].content}
-        for case, operator in zip(cases, operators)
-    ]
-    texts = calls.ask(evolver, "evolve", fields, derive_seed(seed, "evolve"), read=lambda text, _: read_evolved(text))
-    made, known = [], {flatten(case.prompt[-1].content) for case in cases}
-    for case, text, operator in zip(cases, texts, operators):
-        fault = "call failed" if text is None else instruction_fault(case.prompt[-1].content, text)
-        if fault is None and flatten(text) in known:
+def _cases(spill: Spill[list[_Case | None]]) -> Iterator[_Case]:
+    """The rows' own cases, then the evolved ones."""
+    for which in (0, 1):
+        for pair in spill:
+            if pair[which] is not None:
+                yield pair[which]
+
+
+def _to_lines(cases: Sequence[_Case | None]) -> list[Any]:
+    return [None if case is None else case.to_line() for case in cases]
+
+
+def _from_lines(lines: Sequence[Any]) -> list[_Case | None]:
+    return [None if line is None else _Case.from_line(line) for line in lines]
+
+
+@dataclass
+class _Lesson:
+    """The agents, settings and counts of one round."""
+
+    calls: Calls
+    student: AnyAgent
+    judge: AnyAgent
+    evolver: AnyAgent | None
+    samples: int
+    score: Score
+    temperature: float
+    seed: int
+    dropped: Counter[str] = field(default_factory=lambda: Counter({"evolved: failure shown": 0}))
+
+    def evolved(self, known: set[int]):
+        """The work on one (place, row): its case, and that of its evolution or None."""
+        order = InOrder()
+
+        async def work(item: tuple[int, Conversation]) -> list[_Case | None]:
+            place, row = item
+            case = _Case(row.id, tuple(row.messages[:-1]), instruction_attributes(row), row.weights)
+            return await asyncio.gather(self._sampled(case), self._evolved(case, place, known, order))
+
+        return work
+
+    async def _evolved(self, case: _Case, place: int, known: set[int], order: InOrder) -> _Case | None:
+        """The last turn evolved once and sampled, unless that shows a fault."""
+        if self.evolver is None:
+            return None
+        operator = random.Random(derive_seed(self.seed, "operator", case.parent)).choice(OPERATORS)
+        instruction = case.prompt[-1].content
+        fields = {"operator": operator, "method": "", "instruction": instruction}
+        seed = derive_seed(self.seed, "evolve")
+        text = await self.calls.ask(self.evolver, "evolve", fields, seed, read=read_evolved, row=case.parent)
+        fault = "call failed" if text is None else instruction_fault(instruction, text)
+        await order.reach(place)
+        signature = _signature(text or "")
+        if fault is None and signature in known:
             fault = "already known"
-        known.add(flatten(text or ""))
+        known.add(signature)
+        order.leave(place)
         if fault is not None:
-            dropped[f"evolved: {fault}"] += 1
-            continue
+            self.dropped[f"evolved: {fault}"] += 1
+            return None
         inherited = KEPT_IN_BREADTH if operator == "breadth" else KEPT_IN_DEPTH
         attributes = {name: case.attributes[name] for name in inherited if name in case.attributes}
         attributes["evolutions"] = case.attributes.get("evolutions", 0) + 1
-        made.append(_Case(case.parent, (*case.prompt[:-1], Message("user", text)), attributes, case.weights, operator))
-    return made
+        prompt = (*case.prompt[:-1], Message("user", text))
+        return await self._sampled(_Case(case.parent, prompt, attributes, case.weights, operator))
+
+    async def _sampled(self, case: _Case) -> _Case | None:
+        """The case with samples, ratings, verdict and score; None if the first sample shows a bad evolution."""
+        seeds = [derive_seed(self.seed, "sample", number) for number in range(self.samples)]
+        settings = {"temperature": self.temperature, "row": case.parent}
+        texts = await asyncio.gather(
+            *(self.calls.converse(self.student, case.prompt, seed, **settings) for seed in seeds)
+        )
+        case.samples = [text for text in texts if text is not None]
+        if case.operator is not None and case.samples and detect_failure(case.samples[0]):
+            self.dropped["evolved: failure shown"] += 1
+            return None
+        await self._rate(case)
+        await self._battle(case)
+        return case
+
+    async def _rate(self, case: _Case) -> None:
+        """Sets a rating for each distinct sample."""
+        distinct, seed = list(dict.fromkeys(case.samples)), derive_seed(self.seed, "rate")
+        ratings = await asyncio.gather(
+            *(rate_answer(self.calls, self.judge, case.prompt, text, seed, row=case.parent) for text in distinct)
+        )
+        case.ratings = {text: rating for text, rating in zip(distinct, ratings) if rating is not None}
+
+    async def _battle(self, case: _Case) -> None:
+        """Sets the verdict on best and worst sample, and the score, of a case with different samples."""
+        if len(case.ranked) < 2:
+            return
+        seed = derive_seed(self.seed, "judge")
+        case.verdict = await judge_match(self.calls, self.judge, _match(case), seed, row=case.parent)
+        if case.verdict is not None:
+            case.score = {"spread": case.spread, "flip": case.verdict.swing, "margin": case.verdict.gap}[self.score]
 
 
-def _sample(
-    calls: Calls, student: Agent, cases: Sequence[_Case], samples: int, temperature: float, dropped: Counter, seed: int
-) -> list[_Case]:
-    """Sets the samples; returns the cases without evolved prompts whose first sample shows a failure."""
-    seeds = [derive_seed(seed, "sample", number) for number in range(samples) for _ in cases]
-    prompts = [case.prompt for case in cases] * samples
-    texts = calls.converse(student, prompts, seeds, temperature=temperature)
-    for index, case in enumerate(cases):
-        case.samples = [text for text in texts[index :: len(cases)] if text is not None]
-    kept = [case for case in cases if case.operator is None or not (case.samples and detect_failure(case.samples[0]))]
-    dropped["evolved: failure shown"] += len(cases) - len(kept)
-    return kept
-
-
-def _rate(calls: Calls, judge: Agent, cases: Sequence[_Case], seed: int) -> None:
-    """Sets a rating for each distinct sample, in one batch."""
-    items = [(case, text) for case in cases for text in dict.fromkeys(case.samples)]
-    ratings = rate_answers(calls, judge, [(case.prompt, text) for case, text in items], derive_seed(seed, "rate"))
-    for (case, text), rating in zip(items, ratings):
-        if rating is not None:
-            case.ratings[text] = rating
-
-
-def _battle(calls: Calls, judge: Agent, cases: Sequence[_Case], score: Score, seed: int) -> None:
-    """Sets the verdict on best and worst sample, and the score, of every case with different samples."""
-    differing = [case for case in cases if len(case.ranked) > 1]
-    matches = [_match(case) for case in differing]
-    for case, verdict in zip(differing, judge_matches(calls, judge, matches, derive_seed(seed, "judge"))):
-        case.verdict = verdict
-        if verdict is not None:
-            case.score = {"spread": case.spread, "flip": verdict.swing, "margin": verdict.gap}[score]
+def _signature(text: str) -> int:
+    """A number of 64 bits that texts share if they differ in blanks alone."""
+    return int.from_bytes(blake2b(flatten(text).encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _match(case: _Case) -> Match:
     return Match(case.prompt, case.ranked[0], case.ranked[-1])
 
 
-def _select(cases: Sequence[_Case], keep: float, dropped: Counter) -> list[_Case]:
-    """The fraction `keep` of all cases with the highest scores, in their order; of equal scores the earlier ones."""
-    scored = [index for index, case in enumerate(cases) if case.score is not None]
-    dropped["samples agree"] += sum(len(case.ranked) < 2 <= len(case.samples) for case in cases)
-    dropped["samples missing"] += sum(len(case.ranked) < 2 and len(case.samples) < 2 for case in cases)
-    dropped["call failed"] += sum(case.score is None and len(case.ranked) > 1 for case in cases)
-    best = sorted(scored, key=lambda index: (-cases[index].score, index))[: round(keep * len(cases))]
-    dropped["score too low"] += len(scored) - len(best)
-    return [cases[index] for index in sorted(best)]
+def _select(cases: Iterator[_Case], keep: float, dropped: Counter) -> tuple[set[int], dict[str, int]]:
+    """Numbers of the chosen cases, and counts.
+
+    Chosen is the fraction `keep` of all cases with the highest scores; of equal scores the earlier ones.
+    """
+    scores, indices, prompts, evolved = array("d"), array("q"), 0, 0
+    dropped.update({"samples agree": 0, "samples missing": 0, "call failed": 0, "score too low": 0})
+    for index, case in enumerate(cases):
+        prompts, evolved = prompts + 1, evolved + (case.operator is not None)
+        ranked = len(case.ranked)
+        dropped["samples agree"] += ranked < 2 <= len(case.samples)
+        dropped["samples missing"] += ranked < 2 and len(case.samples) < 2
+        dropped["call failed"] += case.score is None and ranked > 1
+        if case.score is not None:
+            scores.append(case.score)
+            indices.append(index)
+    best = sorted(range(len(scores)), key=lambda place: (-scores[place], place))[: round(keep * prompts)]
+    dropped["score too low"] += len(scores) - len(best)
+    counts = {"prompts": prompts, "evolved_prompts": evolved, "selected": len(best)}
+    return {indices[place] for place in best}, counts
 
 
-def _teach(
-    calls: Calls,
-    case: _Case,
-    student: Agent,
-    pairs: Pairs,
-    sft: list[Conversation],
-    min_score: float,
-    dropped: Counter,
-) -> None:
-    """Adds the rows of one selected case."""
-    best = case.ranked[0]
-    lineage = {"parents": [case.parent], "operator": "self_teach", "agent": student.name}
-    attributes = case.attributes | {"policy": student.fingerprint, "active_score": case.score}
-    if case.operator is not None:
-        lineage["evolved_by"] = case.operator
-    if case.ratings[best] >= min_score:
-        messages = (*case.prompt, Message("assistant", best))
-        weights = (*case.weights[:-1], 1) if case.weights else ()
-        scored = attributes | {"answer_score": case.ratings[best]} | calls.marks(best)
-        sft.append(Conversation(messages, scored, lineage, weights))
-    else:
-        dropped["best sample too weak for a supervised row"] += 1
-    if case.verdict.gap > 0:
-        match = _match(case)
-        pairs.add(match, case.verdict, attributes | calls.marks(match.first, match.second), lineage)
-    else:
-        pairs.dropped["ratings and battle disagree"] += 1
+class _Output(NamedTuple):
+    """Where the rows of chosen cases go."""
+
+    sft: Spill[Conversation]
+    pairs: Pairs
+    min_score: float
+    student: AnyAgent
+    calls: Calls
+
+    def add(self, case: _Case, dropped: Counter) -> None:
+        """Adds the rows of one case."""
+        best = case.ranked[0]
+        lineage = {"parents": [case.parent], "operator": "self_teach", "agent": self.student.name}
+        attributes = case.attributes | {"policy": self.student.fingerprint, "active_score": case.score}
+        if case.operator is not None:
+            lineage["evolved_by"] = case.operator
+        if case.ratings[best] >= self.min_score:
+            messages = (*case.prompt, Message("assistant", best))
+            weights = (*case.weights[:-1], 1) if case.weights else ()
+            scored = attributes | {"answer_score": case.ratings[best]} | self.calls.marks(best)
+            self.sft.append(Conversation(messages, scored, lineage, weights))
+        else:
+            dropped["best sample too weak for a supervised row"] += 1
+        if case.verdict.gap > 0:
+            match = _match(case)
+            marks = self.calls.marks(match.first, match.second)
+            self.pairs.add(match, case.verdict, attributes | marks, lineage)
+        else:
+            self.pairs.dropped["ratings and battle disagree"] += 1
 
 
 def _described(case: _Case, is_selected: bool) -> dict[str, Any]:

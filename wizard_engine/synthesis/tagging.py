@@ -4,37 +4,62 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from wizard_engine.agents import Agent, Request, prompts
+from wizard_engine.agents.calls import JUDGE_TOKENS, AnyAgent, Calls, Limits
 from wizard_engine.agents.replies import read_tags
+from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.curation.attributes import view
 from wizard_engine.data.records import Row
 
-from .calls import JUDGE_TOKENS
-
 TAGS = ("topic", "skill", "difficulty")
+Tags = dict[str, str]
 
 
 def tag_rows(
-    rows: Sequence[Row], tagger: Agent, *, seed: int = 0, max_tokens: int = JUDGE_TOKENS
+    rows: Sequence[Row],
+    tagger: AnyAgent,
+    *,
+    seed: int = 0,
+    max_tokens: int = JUDGE_TOKENS,
+    scheduler: Scheduler | None = None,
 ) -> tuple[list[Row], dict[str, int]]:
     """Rows with the tagger's attributes of their first instruction; attributes that a row already has are kept.
 
+    Args:
+        scheduler: of the calls; default: one without a ledger.
     Returns:
         rows in order, and counts: tagged, kept (nothing was missing), failed (no reply, or one that was cut) with its
-        reasons, unreadable.
+        reasons, unreadable; "asked again" and "asked longer" where that was needed.
     """
+    tags, counts = tags_of(rows, tagger, Calls(scheduler, limits=Limits(judge=max_tokens)), seed=seed)
+    return with_tags(rows, tags), counts
+
+
+def tags_of(
+    rows: Sequence[Row], tagger: AnyAgent, calls: Calls, *, seed: int = 0
+) -> tuple[dict[int, Tags], dict[str, int]]:
+    """The tags of those rows, by number, that lack some and got them; and the counts of `tag_rows`."""
     asked = [i for i, row in enumerate(rows) if not set(TAGS) <= set(row.attributes or {})]
-    requests = [
-        Request("tag", prompts.request_messages("tag", instruction=view(rows[i]).first), seed, 0.0, max_tokens)
-        for i in asked
+    tags: dict[int, Tags] = {}
+
+    async def work(i: int) -> Tags | None:
+        fields = {"instruction": view(rows[i]).first}
+        return await calls.ask(tagger, "tag", fields, seed, read=read_tags, row=rows[i].id)
+
+    def done(place: int, found: Tags | None) -> None:
+        if found is not None:
+            tags[asked[place]] = found
+
+    calls.scheduler.run(calls.scheduler.rows(asked, work, done, desc="tags", total=len(asked), agents=[tagger]))
+    said = Counter(calls.counts.get("tag", {}))
+    counts = {"tagged": len(tags), "kept": len(rows) - len(asked), "failed": said["failed"]}
+    counts["unreadable"] = said["unreadable"]
+    more = {name: said[name] for name in sorted(said) if name.startswith(("failed: ", "asked ")) and said[name]}
+    return tags, counts | more
+
+
+def with_tags(rows: Sequence[Row], tags: dict[int, Tags]) -> list[Row]:
+    """The rows with these attributes, where they have none of the name."""
+    return [
+        replace(row, attributes={**tags[i], **(row.attributes or {})}) if i in tags else row
+        for i, row in enumerate(rows)
     ]
-    tagged, counts = list(rows), Counter(tagged=0, kept=len(rows) - len(asked), failed=0, unreadable=0)
-    for i, reply in zip(asked, tagger.respond(requests)):
-        tags = None if reply.reason else read_tags(reply.text)
-        if tags is None:
-            counts["failed" if reply.reason else "unreadable"] += 1
-            counts.update([f"failed: {reply.reason}"] if reply.reason else [])
-            continue
-        counts["tagged"] += 1
-        tagged[i] = replace(rows[i], attributes={**tags, **(rows[i].attributes or {})})
-    return tagged, dict(counts)

@@ -19,8 +19,11 @@ from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import dpo_loss, sequence_logprobs, sft_loss
 from wizard_engine.model import Transformer
 from wizard_engine.parallel import Sharded, lockstep, sharded
+from wizard_engine.runtime.text_lines import printable
 
 TOLERANCE = 2e-5
+# Of the sample that shows its mask: spans, and characters of either end of a span.
+MASK_SPANS, MASK_END = 8, 60
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,10 @@ def tolerance(model: Transformer) -> float:
 
 
 def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
-    """The sample's text with its trained spans in square brackets."""
+    """The sample's text with its trained spans in square brackets, on one line.
+
+    Of a long span its first and last characters are shown, so that the line has the beginning and the end of each.
+    """
     is_run_trained, trained = [], False
     runs: list[list[int]] = []
     for token, weight in zip(sample.tokens.tolist(), sample.weights.tolist()):
@@ -138,7 +144,15 @@ def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
         runs[-1].append(token)
     ends = set(tokenizer.eos_ids)
     closed = [tokenizer.decode(run) + ("</s>" if ends & set(run) else "") for run in runs]
-    return "".join(f"[{text}]" if on else text for text, on in zip(closed, is_run_trained)).replace("\n", "\\n")
+    shown = [_ends(text) for text in closed]
+    parts = [f"[{text}]" if on else text for text, on in zip(shown, is_run_trained)]
+    more = f" ... ({len(parts) - MASK_SPANS} more spans)" if len(parts) > MASK_SPANS else ""
+    return printable("".join(parts[:MASK_SPANS])) + more
+
+
+def _ends(text: str) -> str:
+    """A text without its middle where it is longer than both ends."""
+    return text if len(text) <= 2 * MASK_END else f"{text[:MASK_END]} ... {text[-MASK_END:]}"
 
 
 def _closes(sample: Sample, tokenizer: Tokenizer) -> bool:
@@ -159,7 +173,7 @@ def check_supervised(model: Transformer, samples: Sequence[Sample], tokenizer: T
     checks = [Check("every sample trains its closing </s>", open_ends / max(1, len(whole)), 0.0)]
     checks.append(Check("nothing trains the first token", float(sum(s.weights[0] for s in samples)), 0.0))
     if not quiet:
-        print(f"audit  mask  {shown_mask(samples[0], tokenizer)[:300]}", file=sys.stderr)
+        print(f"audit  mask  {shown_mask(samples[0], tokenizer)}", file=sys.stderr)
     report(checks + supervised_checks(model, samples), quiet=quiet)
 
 

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Reply, Request
@@ -36,8 +37,9 @@ class Program:
     name: str = "world"
     parameters: Mapping[str, object] = {}
     unseeded_fields: tuple[str, ...] = ()  # fields of a prompt that do not enter the generator's seed
+    is_instant, converses = True, False  # replies take no time, and a program cannot be asked what it meant
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Name, version and parameters; a change of any of them is another agent."""
         settings = ",".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))

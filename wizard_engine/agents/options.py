@@ -1,0 +1,82 @@
+"""Options of the recipes that ask agents."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.ranges import Checked, Count, PositiveShare, Share
+from wizard_engine.runtime.stage import INCIDENTAL
+
+from .calls import JUDGE_TOKENS
+from .estimate import StandInCast, shown_estimate
+from .missing import MAX_MISSING
+from .prices import read_prices
+from .registry import Cast
+
+A = TypeVar("A", bound="CallOptions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions(Checked):
+    """What every recipe lets its user say about calls to agents."""
+
+    chat_format: ChatFormatChoice = "auto"
+    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
+    .jinja file."""
+    top_p: PositiveShare[float] = 1.0
+    """Share of the probability that tokens of all replies are drawn from."""
+    max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
+    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
+    prices: Path | None = field(default=None, metadata=INCIDENTAL)
+    """JSON file {"MODEL": {"in": 2.5, "out": 10}}: prices of a million tokens, for cost and budgets of endpoints."""
+    estimate: bool = field(default=False, metadata=INCIDENTAL)
+    """Make no call: say how many the stage needs, with tokens, cost and hours, and end."""
+    batch_size: Count[int] = field(default=256, metadata=INCIDENTAL)
+    """Conversations that a model of this machine generates together, on each rank."""
+    device: str = field(default="auto", metadata=INCIDENTAL)
+    overwrite: bool = field(default=False, metadata=INCIDENTAL)
+    """Replace the results of another configuration in OUT."""
+    quiet: bool = field(default=False, metadata=INCIDENTAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions(CallOptions):
+    """The options of a recipe that has a judge."""
+
+    judge_max_tokens: Count[int] = JUDGE_TOKENS
+    """Longest verdict of a judge with its explanation, tokens."""
+
+
+def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens: int = 0) -> dict[str, Any]:
+    """The estimate of a stage with options `cfg`, whose ledger is OUT/ledger.sqlite; also printed.
+
+    Args:
+        work: the stage, given its options with another `out`, which is removed afterwards, and its agents.
+        answer_tokens: usual length of an answer; 0 for a common one.
+    """
+    prices = {} if cfg.prices is None else read_prices(cfg.prices)
+    usual = {"answer_tokens": answer_tokens} if answer_tokens else {}
+    cast = StandInCast(cfg.out / "ledger.sqlite", prices, **usual)
+    try:
+        with tempfile.TemporaryDirectory(prefix="wizard-estimate-") as folder:
+            work(replace(cfg, out=Path(folder), quiet=True, estimate=False), cast)
+        estimate = cast.estimate()
+    finally:
+        cast.close()
+    print(shown_estimate(estimate))
+    return estimate
+
+
+def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
+    """Agents with the ledger OUT/ledger.sqlite.
+
+    Raises:
+        ValueError: prices that cannot be read.
+    """
+    prices = {} if cfg.prices is None else read_prices(cfg.prices)
+    options = {"batch_size": cfg.batch_size, "quiet": cfg.quiet, "prices": prices, "chat_format": cfg.chat_format}
+    return Cast(out / "ledger.sqlite", runtime, **options)
