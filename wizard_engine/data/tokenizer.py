@@ -30,7 +30,7 @@ from wizard_engine.runtime.input_files import parse_object, read_json_object, re
 
 from .chat_format import VICUNA, ChatFormat, directory_format
 from .pretokenizer import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
-from .sentencepiece_json import tokenizer_json
+from .sentencepiece_json import as_llama, tokenizer_json
 from .tokenizer_files import (
     NOTHING_LISTED,
     ListedIds,
@@ -48,6 +48,8 @@ EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "<|endoftext|>")
 # Names of special tokens that chat templates know.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 META_SPACE = "▁"
+# The class of transformers that a SentencePiece model is saved for.
+LLAMA_CLASS = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 MAX_TOKENIZER_BYTES = 64 << 20
 # A tokenizer that fails on some text fails when it is loaded.
@@ -220,15 +222,22 @@ class SentencePieceTokenizer(_Bytes):
 
     Args:
         model: the file's content.   name: its path, for messages.   listed: ids that other files name.
+        config: fields of tokenizer_config.json, which say how transformers reads it.
     """
 
-    def __init__(self, model: bytes, name: str = "tokenizer.model", listed: ListedIds = NOTHING_LISTED) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        name: str = "tokenizer.model",
+        listed: ListedIds = NOTHING_LISTED,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         try:
             self._backend = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{name}: expected a SentencePiece model, got {shown(str(error), 200)}") from None
         backend, size = self._backend, self._backend.vocab_size()
-        self._model, self._json = model, None
+        self._model, self._json, self._config = model, None, config or {}
         self.bos_id = self._special_id("BOS", backend.bos_id(), listed.bos, name)
         self.eos_id = self._special_id("EOS", backend.eos_id(), next(iter(listed.eos), None), name)
         self.fingerprint = "sentencepiece-" + hashlib.sha256(model).hexdigest()[:24]
@@ -272,7 +281,7 @@ class SentencePieceTokenizer(_Bytes):
         transformers reads tokenizer.json without the packages protobuf and sentencepiece, which tokenizer.model needs.
         """
         write_bytes(Path(directory) / "tokenizer.model", self._model)
-        fields = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+        fields = {**LLAMA_CLASS, "add_bos_token": True, "add_eos_token": False}
         converted = self._converted()
         if converted:
             write_text(Path(directory) / "tokenizer.json", converted)
@@ -289,7 +298,7 @@ class SentencePieceTokenizer(_Bytes):
         Raises:
             ValueError: there is none for a model of this kind.
         """
-        return self._converted() or tokenizer_json(self._model)
+        return as_llama(self._converted() or tokenizer_json(self._model), LLAMA_CLASS | self._config)
 
     def template_variables(self) -> dict[str, str]:
         """Texts of the special tokens by the names that chat templates know."""
@@ -406,8 +415,8 @@ class JsonTokenizer(_Bytes):
         return [item.ids for item in encoded]
 
     def backend_json(self) -> str:
-        """tokenizer.json."""
-        return self._backend.to_str()
+        """tokenizer.json, as transformers reads it."""
+        return as_llama(self._backend.to_str(), self._config)
 
     def template_variables(self) -> dict[str, str]:
         """Texts of the special tokens by the names that chat templates know."""
@@ -446,7 +455,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise ValueError(f"{path}: expected a tokenizer file or directory, got {got}; check the path") from None
     config = read_json_object(path.with_name("tokenizer_config.json")) or {}
     if path.suffix == ".model":
-        tokenizer: Tokenizer = SentencePieceTokenizer(content, str(path), listed_ids(path.parent))
+        tokenizer: Tokenizer = SentencePieceTokenizer(content, str(path), listed_ids(path.parent), config)
     elif path.suffix == ".json":
         tokenizer = _load_json(path, content, config)
     else:
