@@ -163,7 +163,8 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
     {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('Roles must alternate user/assistant/user/assistant/...') }}
     {% endif %}
-    {% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
+    {% if (message['role'] == 'assistant') %}{% set role = 'model' %}
+    {% else %}{% set role = message['role'] %}{% endif %}
 {{ '<start_of_turn>' + role + '
 ' + message['content'] | trim + '<end_of_turn>
 ' }}{% endfor %}

@@ -225,14 +225,11 @@ def test_templates_that_cannot_be_used_are_named(tmp_path, kind):
     assert str(raised.value).endswith("or choose another with --chat-format")
 
 
-@pytest.mark.slow
 def test_one_operation_that_does_not_end_costs_the_process_that_renders(tmp_path):
-    began = time.monotonic()
-    with pytest.raises(
-        ValueError, match="expected a template that renders, got one operation of more than half a second"
-    ):
-        use_chat_format(load_tokenizer(directory(tmp_path, "chatml", chat_template="{{ 3 ** 99999999 > 1 }}")))
-    assert time.monotonic() - began < 20
+    # Lists are compared in one operation, which no signal interrupts.
+    template = "{{ [[1] * 40000] * 40000 == [[1] * 40000] * 40000 }}"
+    with pytest.raises(ValueError, match="a template that renders, got one operation of more than half a second"):
+        use_chat_format(load_tokenizer(directory(tmp_path, "chatml", chat_template=template)))
     assert use_chat_format(load_tokenizer(directory(tmp_path, "chatml"))).eos_ids
 
 
