@@ -233,6 +233,26 @@ def test_one_operation_that_does_not_end_costs_the_process_that_renders(tmp_path
     assert use_chat_format(load_tokenizer(directory(tmp_path, "chatml"))).eos_ids
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_templates_are_used_or_refused_by_name(tmp_path, data):
+    template = FAMILIES[data.draw(st.sampled_from(["qwen", "llama-3", "chatml"]))][0]
+    start = data.draw(st.integers(0, len(template) - 1))
+    end = data.draw(st.integers(start, min(len(template), start + 40)))
+    other = data.draw(st.integers(0, len(template) - 1))
+    damaged = (
+        template[:start] + data.draw(st.sampled_from(["", template[other : other + 30], "%}", "{{"])) + template[end:]
+    )
+    path = directory(tmp_path, "chatml", chat_template=damaged)
+    try:
+        tokenizer = use_chat_format(load_tokenizer(path))
+        assert encode_prompt(tokenizer, [Message("user", "a </s> <|im_end|>")])
+    except ValueError as error:
+        assert str(error).startswith(
+            (f"{path}/tokenizer_config.json: chat template: ", "messages: refused by the chat")
+        )
+
+
 def test_what_a_template_says_is_the_error(families):
     with pytest.raises(ValueError, match=r"^messages: refused by the chat template of the model: No system role here$"):
         encode_prompt(families["gemma"], [Message("system", "a"), Message("user", "b")])
