@@ -5,9 +5,11 @@ python recipes/accuracy.py --model openai:MODEL@http://127.0.0.1:8000/v1 --data 
 """
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +20,9 @@ from wizard_engine.agents.missing import Missing, check_missing, count_reasons, 
 from wizard_engine.agents.options import CallOptions, estimated, open_cast
 from wizard_engine.data.chat import use_chat_format
 from wizard_engine.data.latex_answers import library
-from wizard_engine.data.records import Conversation, read_files
-from wizard_engine.evaluation.accuracy import Accuracy, accuracy
+from wizard_engine.data.records import Conversation, read_located
+from wizard_engine.data.text_files import keeping
+from wizard_engine.evaluation.accuracy import Accuracy, accuracy, check_reference
 from wizard_engine.evaluation.received import on_length_of, received
 from wizard_engine.generation import answer_texts
 from wizard_engine.model.loading import language_model
@@ -31,6 +34,7 @@ from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.ranges import Count, Seed, Temperature
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
+LOG = logging.getLogger("wizard_engine.data")
 Answers = dict[str, list[str | Missing]]
 
 
@@ -85,12 +89,24 @@ def main(cfg: Config) -> dict:
 
 
 def read(cfg: Config) -> tuple[list[Conversation], int]:
-    """The rows with an answer, and the number of rejected records."""
-    options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "rejects": cfg.out / "rejects.jsonl"}
-    rows, bad = read_files([cfg.data], kind="conversation", **options)
+    """The rows, and how many were rejected; a row without a reference to compare with is found before any answer."""
+    located, bad = read_located(
+        [cfg.data],
+        kind="conversation",
+        on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
+        rejects=cfg.out / "rejects.jsonl",
+    )
+    rows: list[Conversation] = []
+    refused: list[str] = []
+    for where, row in located[: cfg.limit]:
+        checked = keeping(cfg.on_error, refused, partial(check_reference, row.answer), f"{where}: ")
+        rows += [row for _ in checked]
+    if refused:
+        LOG.warning("%s: %d rows without a reference left out; first: %s", cfg.data, len(refused), refused[0])
     if not rows:
-        raise ValueError(f"{cfg.data}: expected conversations, got none; see {cfg.out / 'rejects.jsonl'}")
-    return rows[: cfg.limit], len(bad)
+        raise ValueError(f"{cfg.data}:1: file: expected rows with a reference answer, got none; see the log")
+    return rows, len(bad) + len(refused)
 
 
 def estimate(cfg: Config) -> dict[str, Any]:

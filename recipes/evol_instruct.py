@@ -9,9 +9,8 @@ that repeat an evaluation text), OUT/rankings.jsonl (pairs of instructions for t
 repeats none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,15 @@ from wizard_engine.data.text_files import read_text
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Temperature
+from wizard_engine.runtime.spill import Spill
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
 from wizard_engine.synthesis.evol_instruct import OPERATORS
 from wizard_engine.synthesis.inputs import Made, SynthesisOptions, call_settings, synthesize
 from wizard_engine.synthesis.outputs import print_table, rejections, write_outputs
+from wizard_engine.synthesis.pairs import Joined, row_spill
+
+# Evolved rows compared with the evaluation texts at once.
+CHUNK_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -106,22 +110,28 @@ def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tupl
     return optimised.method, {"stopped": optimised.stopped, "history": optimised.history, **optimised.statistics}
 
 
-def rank(cfg: Config, cast: Cast, rows: Iterable[Conversation]) -> tuple[Iterable[Preference], dict[str, Any]]:
+def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[Sequence[Preference], dict[str, Any]]:
     """Ranking rows over the families of evolved instructions, and their statistics; none without a ranker."""
     if cfg.agents.ranker is None:
         return [], {}
     statistics: dict[str, Any] = {}
-    ranker, groups = cast.agent(cfg.agents.ranker), instruction_groups(list(rows))
+    ranker, groups = cast.agent(cfg.agents.ranker), instruction_groups(rows)
     return rank_instructions(groups, ranker=ranker, statistics=statistics, **call_settings(cfg, cast)), statistics
 
 
-def decontaminate(cfg: Config, made: Sequence[Conversation]) -> tuple[Sequence[Conversation], list[dict[str, Any]]]:
+def decontaminate(cfg: Config, made: Spill[Conversation]) -> tuple[Spill[Conversation], list[dict[str, Any]]]:
     """The evolved rows that repeat no evaluation text, and the removed ones."""
     evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path, on_error=cfg.on_error)]
     if not evaluation:
         return made, []
-    clean = remove_contaminated(list(made), evaluation, n=cfg.ngram)
-    return clean.rows, clean.removed
+    clean, removed = row_spill(cfg.out), []
+    for start in range(0, len(made), CHUNK_ROWS):
+        part = [made[place] for place in range(start, min(start + CHUNK_ROWS, len(made)))]
+        filtered = remove_contaminated(part, evaluation, n=cfg.ngram)
+        removed += filtered.removed
+        for row in filtered.rows:
+            clean.append(row)
+    return clean, removed
 
 
 def evolve(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) -> Made:
@@ -140,13 +150,13 @@ def evolve(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int)
         **call_settings(cfg, cast),
     )
     clean, removed = decontaminate(cfg, evolved.made)
-    rankings, ranking = rank(cfg, cast, chain(rows, clean))
+    rankings, ranking = rank(cfg, cast, Joined(rows, clean))
     for calls in (search.get("calls", {}), evolved.statistics["calls"], ranking.get("calls", {})):
         check_calls(calls, cfg.max_missing)
     counts = {"given": len(rows), "rejected": rejected, "evolved": len(clean), "contaminated": len(removed)}
     report = {"counts": counts, **evolved.statistics, "method": search, "ranking": ranking}
     write_text(cfg.out / "method.txt", method + "\n")
-    files = {"rows": chain(rows, clean), "rankings": rankings}
+    files = {"rows": Joined(rows, clean), "rankings": rankings}
     outputs = write_outputs(cfg.out, files, {"eliminated": evolved.eliminated, "removed": removed}, report)
     if not cfg.quiet:
         print("  ".join(f"{name} {count}" for name, count in counts.items()))

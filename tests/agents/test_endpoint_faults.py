@@ -132,7 +132,7 @@ def test_a_stop_at_the_limit_is_a_cut():
     with Fake(behave) as fake:
         replies = agent(fake).respond(ask(3))
     assert [reply.reason for reply in replies] == ["length", "", "length"]
-    assert [reply.is_cut for reply in replies] == [True, False, True]
+    assert [reply.is_cut for reply in replies] == [True, False, False] and replies[2].error.startswith("length: all")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,6 @@ def test_a_stop_at_the_limit_is_a_cut():
         ("In XML, `</think>` ends it.", "In XML, `</think>` ends it.", ""),
         ("Write <think>a</think> here.", "Write <think>a</think> here.", ""),
         ("fine", "fine", ""),
-        ("a \ud83d b", "a \ufffd b", ""),
         ("\ud83d\ude00", "😀", ""),
     ],
 )

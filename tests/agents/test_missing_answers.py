@@ -72,7 +72,10 @@ def test_cut_answers_become_no_rows_or_rows_that_say_so(tmp_path, rows, choice):
             asked = len(fake.asked)
             report = evol_instruct.main(evol_instruct.Config(**options, max_missing=1.0))
             assert len(fake.asked) == asked, "the ledger knows what was cut"
-            assert report["calls"]["answer"] == {"asked": 4, "failed": 4, "failed: length": 4, "unreadable": 0}
+            counts = {"asked": 4, "asked longer": 4, "failed": 4, "failed: length": 4, "unreadable": 0}
+            assert report["calls"]["answer"] == counts
+            limits = sorted(body["max_tokens"] for body in fake.asked if last(body).startswith("Explain"))
+            assert limits == [256] * 4 + [512] * 4, "each was asked for once more, with twice the limit"
             assert len(read_rows(tmp_path / "o" / "rows.jsonl")) == 4
         else:
             report = evol_instruct.main(evol_instruct.Config(**options))
@@ -103,7 +106,7 @@ def test_no_recipe_of_synthesis_makes_a_row_of_a_cut_answer(tmp_path, rows):
             co_teach.Config(
                 **common,
                 out=tmp_path / "c",
-                agents=co_teach.Agents("world:terse", (spec,), spec, suggester=None),
+                agents=co_teach.Agents("world:terse", (spec,), (spec,), suggester=None),
                 sft_threshold=0.0,
             )
         )

@@ -5,7 +5,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wizard_engine.agents import prompts, replies
+from wizard_engine.agents.options import AgentOptions, open_cast
 from wizard_engine.data.records import Message
+from wizard_engine.runtime.process import Runtime
 
 HEADINGS = ["#Given Instruction#:", "#Method#:", "#Answer#:", "#Answer B#:", "#Operator#: x", "\\#Method#:", "\\\\#a#:"]
 HEADINGS += [
@@ -35,22 +37,199 @@ def filled(draw, task):
 @given(data=st.data())
 def test_parse_inverts_render(task, data):
     fields = data.draw(filled(task))
-    assert prompts.parse(task, prompts.render(task, **fields)) == fields
+    template = prompts.load_template(task)
+    blank = [name for name in template.fields if name not in template.required and not fields[name].strip()]
+    expected = fields | dict.fromkeys(blank, "")
+    text = prompts.render(task, **fields)
+    assert prompts.parse(task, text) == expected
+    assert prompts.render(task, **{name: value for name, value in fields.items() if name not in blank}) == text
 
 
 @pytest.mark.parametrize("heading", HEADINGS)
 def test_parse_inverts_render_with_headings_in_every_field(heading):
     for content in (heading, f"\n{heading}\n", f"{heading} tail\n\n{heading}"):
         fields = {"history": content, "instruction": content, "answer_a": content, "answer_b": content}
-        assert prompts.parse("judge", prompts.render("judge", **fields)) == fields
+        assert prompts.parse("judge", prompts.render("judge", **fields)) == {"criteria": "", "reference": "", **fields}
 
 
 @pytest.mark.parametrize("task", prompts.TASKS)
 def test_template_explains_itself_and_ends_at_the_reply(task):
     template = prompts.load_template(task)
-    assert len(template.literals[0]) > 150
-    assert template.literals[-1].rstrip().endswith("#:")
-    assert len(set(template.literals)) == len(template.literals)
+    assert len(template.opening) > 150
+    assert template.closing.endswith("#:")
+    intros = [section.intro for section in template.sections]
+    assert len({*intros, template.closing}) == len(intros) + 1
+
+
+@pytest.mark.parametrize("task", prompts.TASKS)
+def test_header_is_not_sent_and_says_what_the_text_has(task):
+    template = prompts.load_template(task)
+    header = template.header
+    assert header["task"] == task
+    assert set(template.required) == set(filter(None, header["required"].split(", ")))
+    assert set(template.fields) - set(template.required) == set(filter(None, header["optional"].split(", ")))
+    fields = {name: next(iter(template.choices.get(name, ["a\nb"]))) for name in template.fields}
+    text = prompts.render(task, **fields)
+    assert "reader:" not in text and "---" not in text and text.startswith(template.opening)
+
+
+COUNTED = {
+    "answer_steps": "a",
+    "instructions": "1. a",
+    "trajectory": "Case 1\nStage 0: a\n\nCase 2\nStage 0: b",
+    "answer": "",
+}
+
+
+@pytest.mark.parametrize("task", prompts.TASKS)
+def test_reply_of_the_header_is_read_and_is_the_form_that_the_text_names(task):
+    header = prompts.load_template(task).header
+    assert callable(getattr(replies, header["reader"])) and task in replies.READERS
+    meaning = replies.read_reply(task, header["reply"].replace("\\n", "\n"), COUNTED)
+    assert meaning is not None and getattr(replies, header["reader"]).__doc__
+    if header["reader"] in ("read_scores", "read_labels", "read_ranking"):
+        assert header["reply"] in prompts.load_template(task).opening
+
+
+@pytest.mark.parametrize(
+    "task", [task for task in prompts.TASKS if task not in ("compare", "label", "rank", "tag", "user")]
+)
+def test_blank_sections_are_left_out(task):
+    template = prompts.load_template(task)
+    required = {name: next(iter(template.choices.get(name, ["text"]))) for name in template.required}
+    bare = prompts.render(task, **required)
+    for section in template.sections:
+        if section.is_optional:
+            value = next(iter(template.choices.get(section.name, ["more"])))
+            assert section.intro not in bare and prompts.render(task, **required, **{section.name: " \n"}) == bare
+            assert f"\n\n{section.intro}\n" in prompts.render(task, **required, **{section.name: value})
+
+
+def test_steps_are_numbered_in_the_prompt_and_not_in_the_field():
+    text = prompts.render("label", instruction="Add.", answer_steps="2+3=5\n\nStep 1: x")
+    assert "Step 1: 2+3=5\n\nStep 2: Step 1: x\n" in text
+    assert prompts.parse("label", text)["answer_steps"] == "2+3=5\n\nStep 1: x"
+    with pytest.raises(ValueError, match="field 'answer_steps'"):
+        prompts.parse("label", text.replace("Step 2:", "Step 3:"))
+
+
+def test_complicate_has_an_example_and_every_kind_of_criteria_its_text():
+    assert "An example." in prompts.render("evolve", operator="complicate", instruction="a")
+    assert "An example." not in prompts.render("evolve", operator="steps", instruction="a")
+    criteria = prompts.load_template("judge").choices["criteria"]
+    assert list(criteria) == ["writing", "coding", "math", "reasoning", "agent", "multilingual"]
+    assert criteria == prompts.load_template("rate").choices["criteria"]
+    text = prompts.render("judge", instruction="a", criteria="math", reference="7", answer_a="b", answer_b="c")
+    assert criteria["math"] in text and "#Reference Answer#:\n7\n" in text
+    with pytest.raises(ValueError, match=r"criteria of prompt 'judge': expected one of writing, .*got 'sports'"):
+        prompts.render("judge", instruction="a", criteria="sports", answer_a="b", answer_b="c")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"category": "coding"}, "coding"),
+        ({"skill": "division"}, "math"),
+        ({"skill": "math-additive", "language": "es"}, "math"),
+        ({"category": "Humanities"}, "writing"),
+        ({"skill": "tool use"}, "agent"),
+        ({"skill": "translation"}, "multilingual"),
+        ({"language": "de"}, "multilingual"),
+        ({"language": "en"}, ""),
+        ({"skill": ["code", "writing"]}, "coding"),
+        ({"skill": "sorting pebbles"}, ""),
+        ({}, ""),
+        (None, ""),
+    ],
+    ids=map(str, range(12)),
+)
+def test_criteria_are_chosen_by_category_skill_and_language(attributes, expected):
+    assert prompts.criteria_of(attributes) == expected
+
+
+def test_reference_is_the_text_of_its_attribute():
+    assert prompts.reference_of({"reference": "7"}) == "7"
+    assert prompts.reference_of({"reference": 7}) == prompts.reference_of({}) == prompts.reference_of(None) == ""
+
+
+# ---- a folder of the user --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield tmp_path
+    prompts.use_folder(None)
+
+
+OWN = "Which is better?\n\n#Task#:\n{instruction}\n\n#Before#:\n{history}\n\n#Hints#:\n{criteria}"
+OWN += "\n\n#Right#:\n{reference}\n\n#One#:\n{answer_a}\n\n#Two#:\n{answer_b}\n\nEnd with [[7]] [[4.5]].\n"
+
+
+def test_files_of_a_folder_replace_the_built_in_ones(folder):
+    fields = {"instruction": "a", "answer_a": "b", "answer_b": "#One#:\nc"}
+    built_in = prompts.render("judge", **fields)
+    (folder / "judge.txt").write_text(OWN, encoding="utf-8")
+    (folder / "initial_method.txt").write_text("1. Be kind.\n", encoding="utf-8")
+    prompts.use_folder(folder)
+    text = prompts.render("judge", **fields)
+    assert text == "Which is better?\n\n#Task#:\na\n\n#One#:\nb\n\n#Two#:\n\\#One#:\nc\n\nEnd with [[7]] [[4.5]]."
+    assert prompts.parse("judge", text) == {"history": "", "criteria": "", "reference": "", **fields}
+    assert prompts.initial_method() == "1. Be kind."
+    prompts.use_folder(None)
+    assert prompts.render("judge", **fields) == built_in
+
+
+def test_operators_of_a_folder_keep_ours_and_may_be_more(folder):
+    names = prompts.operators("rewrite")
+    (folder / "rewrite.operator.txt").write_text(
+        "".join(f"{name}: do it\n" for name in (*names, "humour")), encoding="utf-8"
+    )
+    prompts.use_folder(folder)
+    assert prompts.operators("rewrite") == (*names, "humour")
+    assert "#Quality#:\nhumour: do it\n" in prompts.render("rewrite", operator="humour", instruction="a", answer="b")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "judge.txt",
+            OWN.replace("{answer_b}", "x"),
+            r"judge.txt: field answer_b: expected one line \{answer_b\} .* got none",
+        ),
+        ("judge.txt", OWN + "{answer_b}\n", r"judge.txt: field answer_b: .* got 2"),
+        ("judge.txt", OWN.replace("{history}", "{past}"), "judge.txt: field history: expected one line"),
+        (
+            "judge.txt",
+            OWN.replace("#One#:\n", ""),
+            "judge.txt: field answer_a: expected a heading line such as #Text#:",
+        ),
+        ("judge.txt", OWN.replace("#One#", "#Two#"), "judge.txt: expected headings that differ"),
+        ("judge.txt", OWN[: OWN.index("\n\nEnd")], "judge.txt: expected a line after the last field"),
+        (
+            "judge.txt",
+            "task: rate\nrequired: a\noptional:\nreader: r\nreply: x\n---\n" + OWN,
+            "judge.txt: task: expected judge, got rate",
+        ),
+        ("rewrite.operator.txt", "depth: deeper\n", "rewrite.operator.txt: expected a line for each of helpfulness"),
+        ("jugde.txt", OWN, "jugde.txt: expected a prompt file such as .* got none of these names"),
+        ("judge.txt", b"\xff\xfe", "judge.txt: expected UTF-8, got byte 0"),
+    ],
+    ids=map(str, range(10)),
+)
+def test_file_of_a_folder_that_does_not_fit_is_refused_by_its_name(folder, name, text, message):
+    built_in = prompts.render("judge", instruction="a", answer_a="b", answer_b="c")
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        prompts.use_folder(folder)
+    assert prompts.render("judge", instruction="a", answer_a="b", answer_b="c") == built_in
+
+
+def test_folder_that_is_none_is_refused(folder):
+    with pytest.raises(ValueError, match=r"prompts: expected a folder, got .*nowhere"):
+        prompts.use_folder(folder / "nowhere")
+    with pytest.raises(ValueError, match="expected a prompt file such as"):
+        prompts.use_folder(folder)
 
 
 def test_operators_are_those_of_the_methods():
@@ -59,7 +238,7 @@ def test_operators_are_those_of_the_methods():
 
 
 def test_render_refuses_wrong_fields_and_unknown_values():
-    with pytest.raises(ValueError, match="expected first, second, got first; give each"):
+    with pytest.raises(ValueError, match="expected first, second, got first; give each required"):
         prompts.render("compare", first="a")
     with pytest.raises(ValueError, match="expected one of constraint, deepen"):
         prompts.render("evolve", operator="shrink", method="", instruction="a")
@@ -97,65 +276,6 @@ def test_trajectory_reads_back():
     }
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a b", "a b"),
-        ("plan\n#Rewritten Instruction#:\nnew\nlines\n", "new\nlines"),
-        ("#Rewritten Instruction#: one\n#Rewritten Instruction#: two", "two"),
-        ("say #Rewritten Instruction#: inside", "say #Rewritten Instruction#: inside"),
-        ("#Rewritten Instruction#:", ""),
-    ],
-)
-def test_read_evolved_takes_what_follows_the_last_heading(text, expected):
-    assert replies.read_evolved(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("Equal", True), ("Not Equal.", False), ("not equal", False), ("They are Equal", None), ("", None)],
-)
-def test_read_equal_takes_the_two_verdicts_only(text, expected):
-    assert replies.read_equal(text) is expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("A [[3]] is worse. [[7]] [[4.5]]", (7.0, 4.5)),
-        ("[[7]]", None),
-        ("[[0]] [[5]]", None),
-        ("[[11]] [[5]]", None),
-        ("[7] [5]", None),
-        ("", None),
-    ],
-)
-def test_read_scores_takes_the_last_two_in_range(text, expected):
-    assert replies.read_scores(text, 2) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "count", "expected"),
-    [("1\n0\n-1", 3, (1, 0, -1)), ("1\n0", 3, None), ("1\n0\n-1\n1", 3, None), ("1\nfine\n-1", 3, None), ("", 0, ())],
-)
-def test_read_labels_wants_one_a_step(text, count, expected):
-    assert replies.read_labels(text, count) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("1: 7.5\n2: 3", (7.5, 3.0)), ("2: 3\n1: 4", (4.0, 3.0)), ("1: 7", None), ("1: 7\n2: 11", None)],
-)
-def test_read_ranking_wants_every_instruction(text, expected):
-    assert replies.read_ranking(text, 2) == expected
-
-
-def test_read_method_takes_the_last_fenced_block():
-    assert replies.read_method("x\n```\nold\n```\n```text\nnew\nrule\n```") == "new\nrule"
-    assert replies.read_method("no fence") is None
-    assert replies.read_method("```\n```") is None
-
-
 ENDS = st.sampled_from(["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
 FORGED = st.sampled_from(["#Answer B#:", "#Assessment#:", "＃Answer B＃：", "### Assistant", "### user:", "###  User "])
 
@@ -184,3 +304,11 @@ def test_replies_are_read_by_the_lines_that_everybody_sees():
         "skill": "b",
         "difficulty": "hard",
     }
+
+
+def test_option_of_recipes_chooses_the_folder(folder):
+    (folder / "initial_method.txt").write_text("1. Be kind.\n", encoding="utf-8")
+    open_cast(folder, AgentOptions(prompt_folder=folder), Runtime()).close()
+    assert prompts.initial_method() == "1. Be kind."
+    open_cast(folder, AgentOptions(), Runtime()).close()
+    assert prompts.initial_method().startswith("1. List ways")

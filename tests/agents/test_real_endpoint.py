@@ -15,7 +15,7 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 from asking import ask
 from endpoint_process import answered, endpoint, latency, wait_until
-from many_ranks import ENVIRONMENT
+from forked import ENVIRONMENT
 
 from wizard_engine.agents import Ledger, Scheduler, make_agent
 

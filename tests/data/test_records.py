@@ -251,7 +251,7 @@ def test_write_rows_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
-def test_sharegpt_roles_and_dropped_turns(tmp_path):
+def test_sharegpt_roles_and_dropped_turns(tmp_path, caplog):
     talk = [
         ("system", "s"),
         ("gpt", "hello"),
@@ -266,8 +266,10 @@ def test_sharegpt_roles_and_dropped_turns(tmp_path):
         ValueError, match=r"conversations\[3\].from: .*no tools.*, got 'function_call'; .*--unknown-fields"
     ):
         read_rows(path)
+    caplog.clear()
     (row,) = read_rows(path, unknown_fields="count")
     assert [message.role for message in row.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert "talk.jsonl: 1 turns before the first of the user left out of the rows" in caplog.text
     roles = {"conversations[3].from": "function_call", "conversations[4].from": "observation"}
     assert row.attributes == {"source": "talk", "dropped_leading_turns": 1, "unread_fields": roles}
 

@@ -81,7 +81,7 @@ def test_huge_lines_and_objects_over_several_lines_are_read(tmp_path, length):
             "expected each key of an object once, got 'question' twice",
         ),
         ('{"question": "a", "answer": "b", "n": 1e999}', "expected a number that a double can hold, got '1e999'"),
-        ('{"question": "a", "answer": "b", "n": ' + "1" * 5000 + "}", "json: "),
+        ('{"question": "a", "answer": "b", "n": ' + "1" * 5000 + "}", "json: expected a number of at most 4300 digits"),
         ('{"question": "a", "answer": "b", "n": ' + "[" * 150 + "]" * 150 + "}", "at most 100 levels of brackets"),
         ('{"question": "a", "answer": "b"}{"question": "c", "answer": "d"}', "expected the end of the line"),
         ('{"question": "a\nb", "answer": "b"}', "expected a complete JSON value"),

@@ -289,6 +289,10 @@ def test_load_names_what_is_absent(tmp_path):
     config.write_text('{"eos_token": {"content": "<end>"}}')
     with pytest.raises(ValueError, match="expected a eos_token"):
         load_tokenizer(tmp_path)
+    # Half of a surrogate pair, which JSON can name and UTF-8 cannot write.
+    config.write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(ValueError, match="eos_token: expected a text"):
+        load_tokenizer(tmp_path)
 
 
 def test_training_is_quick():

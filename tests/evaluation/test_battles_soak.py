@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from many_ranks import ENVIRONMENT, ROOT
+from forked import ENVIRONMENT, ROOT
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from recipes import arena
+from recipes import accuracy, arena
 from recipes import mt_bench as bench
 from wizard_engine import world
-from wizard_engine.data.records import write_rows
+from wizard_engine.data.records import conversation, write_rows
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.runtime.files import file_hash
 
@@ -132,3 +132,17 @@ def test_mt_bench_recipe_refuses_another_configuration_in_the_same_place(tmp_pat
     bench.main(bench.Config(model="world:expert", out=tmp_path / "bench", n=8, quiet=True))
     with pytest.raises(ValueError, match="another"):
         bench.main(bench.Config(model="world:terse", out=tmp_path / "bench", n=8, quiet=True))
+
+
+# Catches: a row without a number that is found after every problem was answered, and not by its line.
+def test_accuracy_refuses_a_reference_without_a_number_before_it_asks(tmp_path, caplog):
+    texts = ["The answer is 2.", "Because.", "The answer is 3."]
+    rows = [conversation(f"{number}+1?", text).to_json() for number, text in enumerate(texts, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": "world:expert", "data": tmp_path / "rows.jsonl", "out": tmp_path / "out", "quiet": True}
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: reference: expected a number, got 'Because\.'"):
+        accuracy.main(accuracy.Config(**options))
+    assert not (tmp_path / "out" / "ledger.sqlite").exists()
+    result = accuracy.main(accuracy.Config(**options, on_error="skip", overwrite=True))
+    assert result["total"] == 2 and result["rejected"] == 1
+    assert "1 rows without a reference left out" in caplog.text

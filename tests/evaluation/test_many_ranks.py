@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from many_ranks import ENVIRONMENT, ROOT, torchrun
+from forked import ENVIRONMENT, ROOT
+from many_ranks import torchrun
 
 from wizard_engine import world
 from wizard_engine.agents import Ledger

@@ -112,7 +112,8 @@ def test_mt_bench_names_wrong_published_references():
         ("first [[2]], no, [[9]]", 9),
         ("[[0]]", None),
         ("[[11]]", None),
-        ("[7]", None),
+        ("[7]", 7),
+        ("as in [7]", None),
         ("", None),
     ],
 )

@@ -88,6 +88,29 @@ def test_file_hash_of_a_directory_sees_names_and_contents(tmp_path):
     assert len(seen) == 3
     with pytest.raises(ValueError, match="nothing there"):
         files.file_hash(tmp_path / "absent")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="got a pipe or a device"):
+        files.file_hash(tmp_path / "pipe")
+
+
+# Catches: a rename that is on disk before what it names, so that a power cut leaves an empty file.
+def test_file_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    steps, fsync, replace = [], os.fsync, os.replace
+
+    def watched_fsync(descriptor):
+        steps.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def watched_replace(first, second):
+        steps.append("rename")
+        replace(first, second)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    files.write_text(tmp_path / "x", "new")
+    (temporary, size), rename, (folder, _) = steps
+    assert temporary.startswith(f"{tmp_path}/.x.") and size == 3
+    assert rename == "rename" and folder == str(tmp_path)
 
 
 def test_write_json_lines_takes_values_one_after_another_and_replaces_the_file_at_the_end(tmp_path):

@@ -67,7 +67,7 @@ def test_every_round_makes_one_batch_a_task():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"evolve": lambda r, f: "  "}, "blank"),
+        ({"evolve": lambda r, f: "  "}, "call failed"),
         ({"evolve": lambda r, f: f" {f['instruction']}\n"}, "unchanged"),
         ({"evolve": lambda r, f: f"#Rewritten Prompt# {f['instruction']} and more"}, "template words"),
         ({"evolve": lambda r, f: f"Take the given prompt {f['instruction']}"}, "template words"),

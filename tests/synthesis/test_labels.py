@@ -135,12 +135,12 @@ def test_groups_are_families():
     orphan = conversation("orphan", "x").replace(lineage={"parents": ["gone"]})
     sibling = conversation("sibling", "x").replace(lineage={"parents": ["gone"]})
     source_rows = [first, second, child, orphan, grandchild, sibling]
-    assert instruction_groups(source_rows) == [
+    assert list(instruction_groups(source_rows)) == [
         ["Question 0", "child", "grandchild"],
         ["Question 1"],
         ["orphan", "sibling"],
     ]
-    assert instruction_groups(source_rows, size=2) == [
+    assert list(instruction_groups(source_rows, size=2)) == [
         ["Question 0", "child"],
         ["grandchild"],
         ["Question 1"],

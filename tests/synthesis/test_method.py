@@ -40,10 +40,10 @@ class Lab:
         self.seeds.append(request.seed)
         cases = prompts.parse_trajectory(fields["trajectory"])
         failed = [number for number, (_, response) in cases.items() if "provide" in response]
-        return f"jump {self.jumps[(len(self.seeds) - 1) % len(self.jumps)]} failed {failed}"
+        return f"Case 1: jump {self.jumps[(len(self.seeds) - 1) % len(self.jumps)]} failed {failed}"
 
     def optimise(self, request, fields):
-        level = number_of(fields["method"]) + number_of(fields["feedback"])
+        level = number_of(fields["method"]) + number_of(fields["feedback"].partition("jump")[2])
         return f"Here it is:\n```\nlevel {level}\n```"
 
 

@@ -78,7 +78,7 @@ class Calls:
     Attributes:
         counts: task -> "asked", "failed" (no reply, or one that was cut), "failed: REASON" for each reason,
             "unreadable" (the reply says nothing usable), "cut" (answers that were kept), "asked longer", "asked again".
-        cut: the answers that were kept although they were cut.
+        cut: hashes of the answers that were kept although they were cut.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Calls:
         self.scheduler = scheduler or Scheduler(quiet=True)
         self.limits, self.on_length, self.top_p = limits or Limits(), on_length, top_p
         self.counts: dict[str, Counter[str]] = {}
-        self.cut: set[str] = set()
+        self.cut: set[int] = set()
 
     async def ask(
         self,
@@ -187,7 +187,7 @@ class Calls:
             reply = await self.scheduler.ask(agent, replace(request, max_tokens=2 * request.max_tokens))
         if is_kept:
             counts["cut"] += 1
-            self.cut.add(reply.text.strip())
+            self.cut.add(_signature(reply.text))
         elif reply.reason:
             counts["failed"] += 1
             counts[f"failed: {reply.reason}"] += 1
@@ -196,7 +196,7 @@ class Calls:
 
     def marks(self, *answers: str | None) -> dict[str, str]:
         """Attributes of a row with these answers: finish="length" where one was cut."""
-        return {"finish": "length"} if any(answer and answer.strip() in self.cut for answer in answers) else {}
+        return {"finish": "length"} if any(answer and _signature(answer) in self.cut for answer in answers) else {}
 
     def repeats(self) -> dict[str, dict[str, int]]:
         """task -> "asked again" and "asked longer", for the tasks that have any."""
@@ -207,8 +207,16 @@ class Calls:
         return {task: counts for task, counts in repeated.items() if counts}
 
     def statistics(self) -> dict[str, dict[str, int]]:
-        """task -> counts, as plain JSON."""
-        return {task: dict(counts) for task, counts in sorted(self.counts.items())}
+        """task -> counts, as plain JSON: "asked", "failed" and "unreadable", then the others by name.
+
+        Their order does not depend on that of the replies.
+        """
+        return {task: _ordered(counts) for task, counts in sorted(self.counts.items())}
+
+
+def _ordered(counts: Counter[str]) -> dict[str, int]:
+    first = ("asked", "failed", "unreadable")
+    return {name: counts[name] for name in (*first, *sorted(set(counts) - set(first)))}
 
 
 def check_calls(statistics: Mapping[str, Mapping[str, int]], most: float, advice: str = "raise --max-tokens") -> None:
@@ -223,9 +231,20 @@ def check_calls(statistics: Mapping[str, Mapping[str, int]], most: float, advice
         reasons = {name[8:]: count for name, count in counts.items() if name.startswith("failed: ")}
         if task in VERDICTS:
             reasons |= {"unreadable": counts["unreadable"]} if counts["unreadable"] else {}
-            check_missing(f"replies to {task!r}", reasons, counts["asked"], most, "raise --judge-max-tokens")
-        else:
-            check_missing(f"replies to {task!r}", reasons, counts["asked"], most, advice)
+        help_ = advice if task in ANSWERS else f"raise {_limit_option(task)}"
+        check_missing(f"replies to {task!r}", reasons, counts["asked"], most, help_)
+
+
+def _limit_option(task: str) -> str:
+    """The option with the limit of a task's replies (see Limits)."""
+    if task in VERDICTS:
+        return "--judge-max-tokens"
+    return "--evolve-max-tokens" if task == "evolve" else "--rewrite-max-tokens"
+
+
+def _signature(answer: str) -> int:
+    """A number of 64 bits for an answer, blanks around it aside."""
+    return int.from_bytes(hashlib.blake2b(answer.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def as_read(text: str) -> str | None:

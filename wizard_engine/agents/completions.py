@@ -14,6 +14,7 @@ REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 # Fields of a message and of a choice that are read; others with a value are named.
 MESSAGE_FIELDS = frozenset({"role", "content", "refusal", "tool_calls", "function_call", *REASONING})
 CHOICE_FIELDS = frozenset({"index", "message", "finish_reason", "logprobs", "stop_reason", "token_ids", "matched_stop"})
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ def read_answer(answer: Any, limit: int) -> Answer:
             return Answer(error=f"error object: {str(_get(fault, 'message') or fault)[:200]}", is_temporary=True)
         return Answer(error="no text: an answer without a message", is_temporary=True)
     text, parts = _content(_get(message, "content"))
-    text, thought = _split_reasoning(text)
+    text, thought = _split_reasoning(None if text is None else _joined(text))
     extras = (*_extras(choices, message), *parts, *(("<think>",) if thought else ()))
     finish = str(_get(choices[0], "finish_reason") or "stop")
     error, is_temporary = _fault(message, finish.lower(), text, extras, limit)
     if error:
         return Answer(error=error, is_temporary=is_temporary, extras=extras)
     ending = "length" if finish.lower() in CUT else "stop"
-    return Answer(_whole(text.strip()), ending, extras=extras, reasoning=_whole(thought or _reasoning(message)))
+    return Answer(text.strip(), ending, extras=extras, reasoning=_writable(thought or _reasoning(message)))
 
 
 def _get(item: Any, name: str) -> Any:
@@ -78,7 +79,12 @@ def _get(item: Any, name: str) -> Any:
     return item.get(name) if isinstance(item, dict) else None
 
 
-def _whole(text: str) -> str:
+def _joined(text: str) -> str:
+    """The text with surrogate pairs as the characters that they are; a half of one stays."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def _writable(text: str) -> str:
     """The text with every half of a surrogate pair replaced: no file can hold it."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -126,8 +132,11 @@ def _fault(message: Any, finish: str, text: str | None, extras: tuple[str, ...],
         return f"length: all of max_tokens={limit} was spent{spent} before the answer began", False
     if finish not in ENDED | CUT:
         return f"finish_reason {finish}: expected stop or length", True
-    if text is None:
-        return f"no text: an answer with {', '.join(extras) or 'nothing in it'}", True
+    if text is None or not text.strip():
+        # A blank text is what this request gets each time; without the field something went wrong on the way.
+        return f"no text: an answer with {', '.join(extras) or 'nothing in it'}", text is None
+    if not text.isascii() and _SURROGATE.search(text):
+        return "invalid text: an answer with half of a surrogate pair, which UTF-8 cannot write", False
     return "", False
 
 

@@ -243,8 +243,8 @@ class EndpointAgent:
         tokens = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion")]
         if all(isinstance(number, int) and number >= 0 for number in tokens):
             self._spend(call, *tokens)
-            if tokens[1] >= call.request.max_tokens and not answer.error and answer.finish == "stop":
-                answer = replace(answer, finish="length")
+            if tokens[1] >= call.request.max_tokens:
+                answer = _cut(answer, call.request.max_tokens)
         elif answer.text:
             self._spend(call, call.bound_in, len(answer.text.encode()) + OVERHEAD_TOKENS)
         model = content.get("model") if isinstance(content, dict) else None
@@ -382,6 +382,13 @@ def _response_format(mode: str, request: Request) -> dict[str, Any]:
 
 def _numbered(names: Counter[str]) -> str:
     return ", ".join(f"{one_line(name)} ({count})" for name, count in sorted(names.items()))
+
+
+def _cut(answer: Answer, limit: int) -> Answer:
+    """An answer that took all of its tokens, whatever the endpoint says of its end."""
+    if answer.error.startswith("no text"):
+        return replace(answer, error=f"length: all of max_tokens={limit} was spent before the answer began")
+    return replace(answer, finish="length")
 
 
 def _is_same_model(given: str, asked: str) -> bool:

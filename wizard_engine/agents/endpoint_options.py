@@ -14,6 +14,7 @@ PREFIX = "openai:"
 TOKEN_LIMITS = ("auto", "max_tokens", "max_completion_tokens")
 JSON_MODES = ("auto", "schema", "object", "no")
 OWN_FIELDS = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stream", "n"}
+_SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,17 @@ def _settings(text: str) -> dict[str, Any]:
         if name not in kinds:
             raise ValueError(f"agent: expected options of {', '.join(kinds)}, got {name[:40]!r}")
         try:
-            values[name] = value.lower() in ("1", "true", "yes") if kinds[name] is bool else kinds[name](value)
+            values[name] = _switch(value) if kinds[name] is bool else kinds[name](value)
         except ValueError:
-            raise ValueError(f"agent: {name}: expected {kinds[name].__name__}, got {value[:40]!r}") from None
+            kind = "yes or no" if kinds[name] is bool else kinds[name].__name__
+            raise ValueError(f"agent: {name}: expected {kind}, got {value[:40]!r}") from None
     return values
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in _SWITCHES:
+        raise ValueError(text)
+    return _SWITCHES[text.lower()]
 
 
 def _items(text: str) -> list[str]:

@@ -4,14 +4,17 @@ The stage runs on its rows with stand-ins for its agents. A stand-in takes what 
 it gives a whole and readable reply of the length that is usual for the task: the mean of the agent's stored replies, or
 a length that follows from the prompt. So the calls that do not depend on what replies say are exact. Those that do
 (lessons from lost battles, evolutions that are eliminated) are of a run in which evolutions pass, answers differ, and
-judges prefer one or the other at random.
+judges prefer one or the other at random. Tokens of prompts are counted by their bytes; where the ledger has replies to
+the same task, what the agent counted for their prompts sets the scale.
 """
 
 import hashlib
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +23,7 @@ from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger, request_key
 from .prices import Price
 from .protocol import Reply, Request
+from .registry import make_agent, registered
 from .replies import REWRITTEN_HEADING
 from .scheduler import Scheduler
 
@@ -37,7 +41,12 @@ USUAL_TOKENS = {
     "tag": 25,
     "user": 40,
 }
-_ANSWER_TOKENS, _ADDED_TOKENS = 150, 25
+_ANSWER_TOKENS = 150
+# Replies that extend a field of their prompt, and what they add to it.
+EXTENDED = {"evolve": "instruction", "rewrite": "answer"}
+DEFAULT_LENGTHS = USUAL_TOKENS | {"answer": _ANSWER_TOKENS, "evolve": 25, "rewrite": 25, "optimise": 60}
+# Stored replies of a task whose length is measured.
+SAMPLED_REPLIES = 300
 _WORDS = ("amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "ledge")
 
 
@@ -49,13 +58,18 @@ def count_tokens(text: str) -> int:
 
 @dataclass
 class Line:
-    """Calls of one agent and task: those to make with their tokens, and those that the ledger has."""
+    """Calls of one agent and task: those to make with their tokens, and those that the ledger has.
+
+    known_in, counted_in: tokens of stored prompts, as the agent counted them and by their bytes.
+    """
 
     calls: int = 0
     stored: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     seconds: float = 0.0
+    known_in: int = 0
+    counted_in: int = 0
 
 
 @dataclass
@@ -64,6 +78,7 @@ class StandIn:
 
     Attributes:
         answer_tokens: length of answers that the ledger has no example of.
+        converses: whether the agent is asked again where a stored reply cannot be read.
     """
 
     name: str
@@ -80,6 +95,8 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._usual = self.ledger.averages(self.fingerprint) if self.ledger is not None else {}
+        self._lengths = DEFAULT_LENGTHS | {"answer": self.answer_tokens}
+        self._lengths |= {task: length for task in self._usual if (length := self._stored_length(task)) is not None}
         self._asked: set[bytes] = set()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
@@ -94,8 +111,11 @@ class StandIn:
         stored = self.ledger.lookup([key]).get(key) if self.ledger is not None else None
         if stored is not None:
             line.stored += is_new
+            if is_new and stored.tokens_in:
+                line.known_in += stored.tokens_in
+                line.counted_in += _prompt_tokens(request)
             return stored
-        text = stand_in_text(request, self.name, self.answer_tokens)
+        text = stand_in_text(request, self.name, self._lengths)
         # The ledger answers a request that was made before.
         tokens_in, tokens_out, seconds = self._measure(request, text) if is_new else (0, 0, 0.0)
         line.calls += is_new
@@ -104,24 +124,47 @@ class StandIn:
         line.seconds += seconds
         return Reply(text)
 
+    def _stored_length(self, task: str) -> int | None:
+        """Mean length of stored replies to a task, tokens by their bytes; of those that extend a text what they add."""
+        lengths = []
+        for call in islice(self.ledger.calls(agent=self.name, task=task), SAMPLED_REPLIES):
+            if call.fingerprint == self.fingerprint and len(call.request.messages) >= 1:
+                extended = EXTENDED.get(task)
+                base = prompts.parse(task, call.request.messages[0].content)[extended] if extended else ""
+                lengths.append(count_tokens(call.text) - count_tokens(base))
+        return max(1, round(sum(lengths) / len(lengths))) if lengths else None
+
     def _measure(self, request: Request, text: str) -> tuple[int, int, float]:
-        tokens_in = sum(count_tokens(message.content) + 4 for message in request.messages)
         _, _, usual_out, seconds = self._usual.get(request.task, (0, 0, 0, 0.0))
         tokens_out = usual_out or USUAL_TOKENS.get(request.task) or count_tokens(text)
-        return tokens_in, min(round(tokens_out), request.max_tokens), seconds
+        return _prompt_tokens(request), min(round(tokens_out), request.max_tokens), seconds
+
+    def scale_in(self, line: Line) -> float:
+        """Tokens of prompts as the agent counts them, for each one counted by bytes."""
+        known = [line] if line.counted_in else list(self.lines.values())
+        counted = sum(other.counted_in for other in known)
+        return sum(other.known_in for other in known) / counted if counted else 1.0
 
 
-def stand_in_text(request: Request, name: str, answer_tokens: int) -> str:
-    """A whole and readable reply to a request; different requests and agents get different texts."""
+def _prompt_tokens(request: Request) -> int:
+    return sum(count_tokens(message.content) + 4 for message in request.messages)
+
+
+def stand_in_text(request: Request, name: str, lengths: Mapping[str, int]) -> str:
+    """A whole and readable reply to a request; different requests and agents get different texts.
+
+    Args:
+        lengths: of replies by task, and for those that extend a text of what they add, tokens.
+    """
     content = "\0".join(message.content for message in request.messages)
     rng = random.Random(hashlib.sha256(f"{name}\0{request.seed}\0{content}".encode("utf-8", "surrogatepass")).digest())
     if request.task in ("answer", "user"):
-        return _words(rng, answer_tokens)
+        return _words(rng, lengths[request.task])
     fields = prompts.parse(request.task, request.messages[0].content)
     if request.task == "evolve":
-        return f"{REWRITTEN_HEADING}\n{fields['instruction']} {_words(rng, _ADDED_TOKENS)}"
+        return f"{REWRITTEN_HEADING}\n{fields['instruction']} {_words(rng, lengths['evolve'])}"
     if request.task == "rewrite":
-        return f"{fields['answer']} {_words(rng, 4)}"
+        return f"{fields['answer']} {_words(rng, lengths['rewrite'])}"
     if request.task == "label":
         return "\n".join("1" for line in fields["answer_steps"].splitlines() if line.strip())
     if request.task == "rank":
@@ -133,10 +176,10 @@ def stand_in_text(request: Request, name: str, answer_tokens: int) -> str:
     fixed = {
         "compare": "Not Equal",
         "rate": f"[[{rng.randint(1, 10)}]]",
-        "optimise": f"```\n1. {_words(rng, 60)}\n```",
+        "optimise": f"```\n1. {_words(rng, lengths['optimise'])}\n```",
         "tag": "Topic: cooking\nSkill: addition\nDifficulty: easy",
     }
-    return fixed.get(request.task) or _words(rng, USUAL_TOKENS.get(request.task, 60))
+    return fixed.get(request.task) or _words(rng, lengths.get(request.task, 60))
 
 
 def _score(answer: str) -> int:
@@ -182,20 +225,31 @@ class StandInCast:
         return work()
 
     def _make(self, spec: str) -> StandIn:
-        if not spec.startswith(PREFIX):
-            return StandIn(spec, spec, None, answer_tokens=self.answer_tokens)
-        agent = EndpointAgent.from_spec(spec)
-        is_priced = agent.price.tokens_in or agent.price.tokens_out
-        return StandIn(
+        if spec.startswith(PREFIX):
+            return self._endpoint(EndpointAgent.from_spec(spec))
+        if spec in registered():
+            program = make_agent(spec)
+            converses = getattr(program, "converses", True)
+            return self._stand_in(program.name, program.fingerprint, converses=converses)
+        # The weights of a model are not read: its calls are found by its name.
+        name = "/".join(Path(spec).parts[-3:])
+        call = next(self.ledger.calls(agent=name), None) if self.ledger is not None else None
+        return self._stand_in(name, call.fingerprint if call else spec)
+
+    def _endpoint(self, agent: EndpointAgent) -> StandIn:
+        options = agent.options
+        is_priced = options.price_in or options.price_out
+        return self._stand_in(
             agent.name,
             agent.fingerprint,
-            self.ledger,
-            agent.price if is_priced else self.prices.get(agent.model, agent.price),
-            agent.concurrency,
-            agent.options.requests_per_minute,
-            agent.options.tokens_per_minute,
-            self.answer_tokens,
+            price=options.price if is_priced else self.prices.get(agent.model, Price()),
+            concurrency_=options.concurrency,
+            requests_per_minute=options.requests_per_minute,
+            tokens_per_minute=options.tokens_per_minute,
         )
+
+    def _stand_in(self, name: str, fingerprint: str, **settings: Any) -> StandIn:
+        return StandIn(name, fingerprint, self.ledger, answer_tokens=self.answer_tokens, **settings)
 
     def close(self) -> None:
         """Closes the ledger."""
@@ -203,24 +257,30 @@ class StandInCast:
             self.ledger.close()
 
     def estimate(self, scale: float = 1.0) -> dict[str, Any]:
-        """Calls, tokens, cost and hours by agent and task, and in all, as JSON; each multiplied by `scale`."""
-        agents = {agent.name: _agent(agent, scale) for agent in self._made.values() if agent.lines}
-        totals = {name: sum(entry[name] for entry in agents.values()) for name in ("calls", "stored", *_TOKENS, "cost")}
-        hours = [entry["hours"] for entry in agents.values() if entry["hours"] is not None]
+        """Calls, tokens, cost and hours by agent and task, and in all, as JSON; each multiplied by `scale`.
+
+        Cost is None where no price is known, hours where neither a limit of the endpoint nor a timed call is.
+        """
+        asked = {spec: agent for spec, agent in self._made.items() if agent.lines}
+        names = Counter(agent.name for agent in asked.values())
+        agents = {agent.name if names[agent.name] == 1 else spec: _agent(agent, scale) for spec, agent in asked.items()}
+        totals = {name: sum(entry[name] for entry in agents.values()) for name in _COUNTS}
+        known = {
+            name: [entry[name] for entry in agents.values() if entry[name] is not None] for name in ("cost", "hours")
+        }
         # Agents work at the same time: the slowest one sets the pace.
-        return {"agents": agents, **totals, "hours": max(hours, default=None)}
+        hours = max(known["hours"], default=None)
+        return {"agents": agents, **totals, "cost": sum(known["cost"]) if known["cost"] else None, "hours": hours}
 
 
-_TOKENS = ("tokens_in", "tokens_out")
+_COUNTS = ("calls", "stored", "tokens_in", "tokens_out")
 
 
 def _agent(agent: StandIn, scale: float) -> dict[str, Any]:
-    tasks = {
-        task: {name: round(scale * getattr(line, name)) for name in ("calls", "stored", *_TOKENS)}
-        for task, line in sorted(agent.lines.items())
-    }
-    totals = {name: sum(task[name] for task in tasks.values()) for name in ("calls", "stored", *_TOKENS)}
-    cost = agent.price.of(totals["tokens_in"], totals["tokens_out"])
+    tasks = {task: _task(agent, line, scale) for task, line in sorted(agent.lines.items())}
+    totals = {name: sum(task[name] for task in tasks.values()) for name in _COUNTS}
+    is_priced = agent.price.tokens_in or agent.price.tokens_out
+    cost = agent.price.of(totals["tokens_in"], totals["tokens_out"]) if is_priced else None
     seconds = scale * sum(line.seconds for line in agent.lines.values())
     paces = [seconds / agent.concurrency_ / 3600] if seconds and agent.concurrency_ else []
     paces += [totals["calls"] / agent.requests_per_minute / 60] if agent.requests_per_minute else []
@@ -229,18 +289,33 @@ def _agent(agent: StandIn, scale: float) -> dict[str, Any]:
     return {"tasks": tasks, **totals, "cost": cost, "hours": max(paces, default=None)}
 
 
+def _task(agent: StandIn, line: Line, scale: float) -> dict[str, int]:
+    tokens_in = scale * line.tokens_in * agent.scale_in(line)
+    counts = {name: round(scale * getattr(line, name)) for name in ("calls", "stored", "tokens_out")}
+    return {name: round(tokens_in) if name == "tokens_in" else counts[name] for name in _COUNTS}
+
+
 def shown_estimate(estimate: dict[str, Any]) -> str:
-    """An estimate as a table."""
-    lines = [f"{'agent':<28}{'task':<10}{'calls':>10}{'stored':>10}{'tokens in':>14}{'tokens out':>14}"]
+    """An estimate as a table: a line for each agent and task, one for each agent, one for all.
+
+    Columns of cost and hours stand where an agent has them.
+    """
+    shown = [name for name in ("cost", "hours") if estimate[name] is not None]
+    width = max([len("in all"), *map(len, estimate["agents"])])
+    titles = ("calls", "stored", "tokens in", "tokens out", *shown)
+    lines = [f"{'agent':<{width}}  {'task':<10}" + "".join(f"{title:>14}" for title in titles)]
     for name, agent in estimate["agents"].items():
-        for task, line in agent["tasks"].items():
-            counts = f"{line['calls']:>10}{line['stored']:>10}{line['tokens_in']:>14}{line['tokens_out']:>14}"
-            lines.append(f"{name[:27]:<28}{task:<10}{counts}")
-        hours = "unknown: no call was timed yet" if agent["hours"] is None else f"{agent['hours']:.2f}"
-        lines.append(f"{name[:27]:<28}cost {agent['cost']:.2f}, hours {hours}")
-    hours = "unknown" if estimate["hours"] is None else f"{estimate['hours']:.2f}"
-    lines.append(
-        f"in all {estimate['calls']} calls ({estimate['stored']} more are in the ledger), "
-        f"{estimate['tokens_in']} tokens in, {estimate['tokens_out']} out, cost {estimate['cost']:.2f}, hours {hours}"
-    )
+        for task, counts in agent["tasks"].items():
+            lines.append(f"{name:<{width}}  {task:<10}" + _cells(counts, []))
+        if len(agent["tasks"]) > 1 or shown:
+            lines.append(f"{name:<{width}}  {'in all':<10}" + _cells(agent, shown))
+    lines.append(f"{'in all':<{width}}  {'':<10}" + _cells(estimate, shown))
+    lines.append('"calls" are to be made; "stored" ones are in the ledger and cost nothing.')
+    if estimate["hours"] is None:
+        lines.append("hours are known once some calls were timed (give --limit 20 first), or with requests_per_minute")
     return "\n".join(lines)
+
+
+def _cells(line: dict[str, Any], shown: Sequence[str]) -> str:
+    numbers = "".join(f"{line[name]:>14,}" for name in _COUNTS)
+    return numbers + "".join(f"{'' if line[name] is None else f'{line[name]:.3g}':>14}" for name in shown)

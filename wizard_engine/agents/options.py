@@ -15,6 +15,7 @@ from .calls import JUDGE_TOKENS
 from .estimate import StandInCast, shown_estimate
 from .missing import MAX_MISSING
 from .prices import read_prices
+from .prompts import use_folder
 from .registry import Cast
 
 A = TypeVar("A", bound="CallOptions")
@@ -31,6 +32,10 @@ class CallOptions(Checked):
     """Share of the probability that tokens of all replies are drawn from."""
     max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
     """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
+    ledger: Path | None = field(default=None, metadata=INCIDENTAL)
+    """File of all calls, which stages may share; default: OUT/ledger.sqlite."""
+    prompt_folder: Path | None = None
+    """Folder with your own prompt files: one such as judge.txt replaces the built-in one of the same name."""
     prices: Path | None = field(default=None, metadata=INCIDENTAL)
     """JSON file {"MODEL": {"in": 2.5, "out": 10}}: prices of a million tokens, for cost and budgets of endpoints."""
     estimate: bool = field(default=False, metadata=INCIDENTAL)
@@ -52,15 +57,16 @@ class AgentOptions(CallOptions):
 
 
 def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens: int = 0) -> dict[str, Any]:
-    """The estimate of a stage with options `cfg`, whose ledger is OUT/ledger.sqlite; also printed.
+    """The estimate of a stage with options `cfg`; also printed.
 
     Args:
         work: the stage, given its options with another `out`, which is removed afterwards, and its agents.
         answer_tokens: usual length of an answer; 0 for a common one.
     """
+    use_folder(cfg.prompt_folder)
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
     usual = {"answer_tokens": answer_tokens} if answer_tokens else {}
-    cast = StandInCast(cfg.out / "ledger.sqlite", prices, **usual)
+    cast = StandInCast(_ledger(cfg.out, cfg), prices, **usual)
     try:
         with tempfile.TemporaryDirectory(prefix="wizard-estimate-") as folder:
             work(replace(cfg, out=Path(folder), quiet=True, estimate=False), cast)
@@ -72,11 +78,16 @@ def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens
 
 
 def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
-    """Agents with the ledger OUT/ledger.sqlite.
+    """Agents with the ledger of the options, by default OUT/ledger.sqlite.
 
     Raises:
-        ValueError: prices that cannot be read.
+        ValueError: prices that cannot be read, or a folder of prompts that does not fit.
     """
+    use_folder(cfg.prompt_folder)
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
     options = {"batch_size": cfg.batch_size, "quiet": cfg.quiet, "prices": prices, "chat_format": cfg.chat_format}
-    return Cast(out / "ledger.sqlite", runtime, **options)
+    return Cast(_ledger(out, cfg), runtime, **options)
+
+
+def _ledger(out: Path, cfg: CallOptions) -> Path:
+    return cfg.ledger or out / "ledger.sqlite"

@@ -1,37 +1,36 @@
 """Prompt templates that programs can parse, too: `parse` is the exact inverse of `render`.
 
-A template is a file `prompts/TASK.txt`. A field is a line `{name}` of its own under a heading line `#Heading#:`. Lines
-of a field's content that look like such a heading get a backslash in front, so no content ends its own section. A line
-is what `runtime.text_lines` calls one, and blanks or invisible marks before a heading do not hide it. If a file
-`prompts/TASK.FIELD.txt` exists, it lists the names that the field accepts, each with its meaning.
+The templates are files, see `prompt_files`. Lines of a field's content that look like a heading of a prompt get a
+backslash in front, so no content ends its own section. A line is what `runtime.text_lines` calls one, and blanks or
+invisible marks before a heading do not hide it. The section of an optional field is left out where the field is blank.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from wizard_engine.data.records import Message
 from wizard_engine.runtime.text_lines import LINE_END, LINE_ENDS, LINE_START, one_line
 
-TASKS = (
-    "evolve",
-    "compare",
-    "rewrite",
-    "judge",
-    "rate",
-    "label",
-    "rank",
-    "suggest",
-    "analyse",
-    "optimise",
-    "tag",
-    "user",
-)
+from .prompt_files import TASKS, Section, Template, load_template, read_text, use_folder
+
+__all__ = ["TASKS", "Section", "Template", "load_template", "read_text", "use_folder"]
+
+# Words of categories and skills that have criteria of their own.
+_KINDS = {
+    kind: re.compile(rf"\b(?:{words})", re.IGNORECASE)
+    for kind, words in {
+        "coding": "cod(?:e|ing)\\b|program|debug|sql\\b|software",
+        "math": "math|additive|multiplicative|division|arithmetic|algebra|geometry|addition|subtraction"
+        "|multiplication|calculus|probability|statistics",
+        "agent": "agent|tool|function.call|planning\\b|web.?(?:brows|search)",
+        "multilingual": "translat|multilingual",
+        "reasoning": "reason|logic|stem\\b|inference|riddle|puzzle",
+        "writing": "writ|roleplay|humanities|editing|summari|story|poem|email|essay|brainstorm",
+    }.items()
+}
 ROLES = ("system", "user", "assistant")
 
-_FIELD_LINE = re.compile(r"^\{(\w+)\}$", re.MULTILINE)
 # Blanks, and marks that take no room, as a model would not see them: a heading behind them looks like one.
 _UNSEEN = "[ \\t\\xa0\\xad\\u2000-\\u200f\\u202a-\\u202f\\u2060-\\u2064\\u3000\\ufeff]*"
 _HEADING_TEXT = rf"[#＃][^#＃{LINE_ENDS}]+[#＃]{_UNSEEN}[:：]"
@@ -44,82 +43,66 @@ _TURN_HEADING = re.compile(r"^### (System|User|Assistant)\n", re.MULTILINE)
 _STAGE = re.compile(r"(?m)^(Case (\d+)|Stage \d+: (.*)|Response: (.*))$")
 
 
-@dataclass(frozen=True)
-class Template:
-    """A prompt split at its fields: literals[0] field[0] literals[1] ... field[n-1] literals[n].
-
-    Attributes:
-        choices: for a field with a fixed set of values, the line written for each value.
-    """
-
-    task: str
-    literals: tuple[str, ...]
-    fields: tuple[str, ...]
-    choices: dict[str, dict[str, str]]
-
-
 def render(task: str, **fields: str) -> str:
-    """The prompt of a task: its template with the fields filled in.
+    """The prompt of a task: its template with the fields filled in, without the sections of optional ones left blank.
 
     Raises:
-        ValueError: unknown task, a field missing or too many, or a value that is not among the field's choices.
+        ValueError: unknown task, a required field missing, a field too many, or a value that is not among its choices.
     """
     template = load_template(task)
-    if set(fields) != set(template.fields):
+    if not set(template.required) <= set(fields) <= set(template.fields):
         raise ValueError(
-            f"fields of prompt {task!r}: expected {', '.join(template.fields)}, got {', '.join(sorted(fields))};"
-            " give each of them once, blank where there is nothing to say"
+            f"fields of prompt {task!r}: expected {_described(template)}, got {', '.join(sorted(fields))};"
+            " give each required one once, blank where there is nothing to say"
         )
-    pieces = [template.literals[0]]
-    for name, literal in zip(template.fields, template.literals[1:]):
-        value = fields[name]
-        pieces += (_choice(template, name, value) if name in template.choices else _escape(value), literal)
-    return "".join(pieces)
+    pieces = [template.opening]
+    for section in template.sections:
+        value = fields.get(section.name, "")
+        if value.strip() or not section.is_optional:
+            pieces += ("\n\n", section.intro, "\n", _written(template, section, value))
+    return "".join([*pieces, "\n\n", template.closing])
+
+
+def _described(template: Template) -> str:
+    optional = [name for name in template.fields if name not in template.required]
+    return ", ".join(template.required) + (f" and perhaps {', '.join(optional)}" if optional else "")
 
 
 def parse(task: str, text: str) -> dict[str, str]:
-    """The fields from which `render(task, ...)` made this text.
+    """The fields from which `render(task, ...)` made this text; "" for those whose sections were left out.
 
     Raises:
         ValueError: unknown task, or a text that the task's template did not make.
     """
     template = load_template(task)
-    position = _expect(template, text, 0, 0)
+    marks = [f"\n\n{section.intro}\n" for section in template.sections]
+    closing = f"\n\n{template.closing}"
+    last = len(text) - len(closing)
+    if not text.startswith(template.opening):
+        raise _mismatch(template, "start", template.opening)
+    position = len(template.opening)
+    if not text.endswith(closing) or last < position:
+        raise _mismatch(template, "end", template.closing)
     values = {}
-    for index, name in enumerate(template.fields, start=1):
-        literal = template.literals[index]
-        end = text.find(literal, position) if index < len(template.fields) else len(text) - len(literal)
-        if end < position:
-            raise _mismatch(template, index)
-        values[name] = text[position:end]
-        position = _expect(template, text, end, index)
-    return {name: _read_value(template, name, value) for name, value in values.items()}
+    for index, section in enumerate(template.sections):
+        values[section.name] = ""
+        if text.startswith(marks[index], position):
+            begin = position + len(marks[index])
+            ends = [end for mark in marks[index + 1 :] if (end := text.find(mark, begin)) >= 0]
+            position = min(ends, default=last)
+            if position < begin:
+                raise _mismatch(template, f"text of field {section.name!r}", section.intro)
+            values[section.name] = _read_value(template, section, text[begin:position])
+        elif not section.is_optional:
+            raise _mismatch(template, f"text before field {section.name!r}", section.intro)
+    if position != last:
+        raise _mismatch(template, "end", template.closing)
+    return values
 
 
 def request_messages(task: str, **fields: str) -> tuple[Message, ...]:
     """The messages of a request: one user turn holding the rendered prompt."""
     return (Message("user", render(task, **fields)),)
-
-
-@cache
-def load_template(task: str) -> Template:
-    """The template of a task, read once.
-
-    Raises:
-        ValueError: no such task.
-    """
-    if task not in TASKS:
-        raise ValueError(f"prompt task: expected one of {', '.join(TASKS)}, got {task!r}; choose one of them")
-    pieces = _FIELD_LINE.split(read_text(task))
-    fields = tuple(pieces[1::2])
-    choices = {name: _read_choices(task, name) for name in fields if _file(f"{task}.{name}").is_file()}
-    return Template(task, tuple(pieces[0::2]), fields, choices)
-
-
-@cache
-def read_text(name: str) -> str:
-    """The text of `prompts/NAME.txt` without its closing line break."""
-    return _file(name).read_text(encoding="utf-8").rstrip("\n")
 
 
 def initial_method() -> str:
@@ -130,6 +113,25 @@ def initial_method() -> str:
 def operators(task: str) -> tuple[str, ...]:
     """The operators a task knows, in the order of its prompt file."""
     return tuple(load_template(task).choices["operator"])
+
+
+def criteria_of(attributes: Mapping[str, Any] | None) -> str:
+    """The kind of criteria for a row: by its category, else its skill, else its language; "" for general ones."""
+    attributes = attributes or {}
+    for name in ("category", "skill"):
+        value = attributes.get(name)
+        words = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
+        for kind, pattern in _KINDS.items():
+            if pattern.search(words):
+                return kind
+    language = attributes.get("language")
+    return "multilingual" if isinstance(language, str) and language not in ("", "en", "und") else ""
+
+
+def reference_of(attributes: Mapping[str, Any] | None) -> str:
+    """The answer known to be right of a row with these attributes, "" for none."""
+    reference = (attributes or {}).get("reference")
+    return reference if isinstance(reference, str) else ""
 
 
 def numbered(texts: Sequence[str]) -> str:
@@ -194,13 +196,12 @@ def parse_trajectory(text: str) -> dict[int, tuple[list[str], str]]:
     return cases
 
 
-def _file(name: str):
-    return resources.files("wizard_engine.agents").joinpath("prompts", f"{name}.txt")
-
-
-def _read_choices(task: str, field: str) -> dict[str, str]:
-    lines = read_text(f"{task}.{field}").splitlines()
-    return {line.partition(":")[0]: line for line in lines}
+def _written(template: Template, section: Section, value: str) -> str:
+    """A field's content as it stands in a prompt."""
+    if section.name in template.choices:
+        return _choice(template, section.name, value)
+    value = _HEADING.sub(r"\1\\\2", value) if "#" in value or "＃" in value else value
+    return _numbered_steps(value) if section.is_numbered else value
 
 
 def _choice(template: Template, name: str, value: str) -> str:
@@ -210,30 +211,38 @@ def _choice(template: Template, name: str, value: str) -> str:
     return choices[value]
 
 
-def _read_value(template: Template, name: str, value: str) -> str:
-    if name not in template.choices:
-        return _ESCAPED_HEADING.sub(r"\1\2", value) if "\\" in value else value
-    choice = value.partition(":")[0]
-    _choice(template, name, choice)
-    return choice
+def _read_value(template: Template, section: Section, value: str) -> str:
+    if section.name in template.choices:
+        choice = value.partition(":")[0]
+        if _choice(template, section.name, choice) != value:
+            raise _mismatch(template, f"field {section.name!r}", template.choices[section.name][choice])
+        return choice
+    value = _without_numbers(template, section, value) if section.is_numbered else value
+    return _ESCAPED_HEADING.sub(r"\1\2", value) if "\\" in value else value
 
 
-def _escape(value: str) -> str:
-    return _HEADING.sub(r"\1\\\2", value) if "#" in value or "＃" in value else value
+def _numbered_steps(text: str) -> str:
+    """The text with `Step N: ` before each line that is not blank."""
+    number, lines = 0, []
+    for line in text.split("\n"):
+        number += bool(line.strip())
+        lines.append(f"Step {number}: {line}" if line.strip() else line)
+    return "\n".join(lines)
 
 
-def _expect(template: Template, text: str, position: int, index: int) -> int:
-    """Position after literal `index`, which must stand at `position`."""
-    literal = template.literals[index]
-    if not text.startswith(literal, position):
-        raise _mismatch(template, index)
-    return position + len(literal)
+def _without_numbers(template: Template, section: Section, text: str) -> str:
+    number, lines = 0, []
+    for line in text.split("\n"):
+        number += bool(line.strip())
+        prefix = f"Step {number}: " if line.strip() else ""
+        if not line.startswith(prefix):
+            raise _mismatch(template, f"field {section.name!r}", prefix)
+        lines.append(line[len(prefix) :])
+    return "\n".join(lines)
 
 
-def _mismatch(template: Template, index: int) -> ValueError:
-    where = "start" if index == 0 else f"text after field {template.fields[index - 1]!r}"
-    expected = template.literals[index].strip()[:40]
+def _mismatch(template: Template, where: str, expected: str) -> ValueError:
     return ValueError(
-        f"prompt {template.task!r}: expected its {where} to be {expected!r}, got another text;"
+        f"prompt {template.task!r}: expected its {where} to be {expected.strip()[:40]!r}, got another text;"
         " make it with prompts.render"
     )

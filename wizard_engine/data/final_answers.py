@@ -10,11 +10,14 @@ from wizard_engine.runtime.text_lines import LINE_ENDS
 from .latex_answers import is_latex, library, same_expression
 from .written_numbers import NUMBER, Quantity, find_numbers, normalised, read_quantity
 
+# A digit may stand right before a mark: small models write "= 32The answer is 32."
+_START = r"(?<![^\W\d_])"
 _MARKER = re.compile(
-    r"(?:#{4}[ \t]*(?=[^\w\n]*\d)"
-    r"|\bthe (?:[a-z]+ )?answer (?:to [^.!?\n]{1,80}? )?(?:is|=|equals|(?:would|should|must) be)"
-    r"|\bla (?:respuesta|solución)(?: final| correcta)? es"
-    r"|\b(?:answer|respuesta)\s*[:=](?=[\s*_$€£¥(+]*[-−]?[\s$€£¥]?\.?\d)|\bfinal answer\b[\s*_:=]*(?=[-−$€£¥]{0,2}\d)"
+    r"(?:#{4}[ \t]*(?=[^\w\n]{0,40}\d)"
+    rf"|{_START}the (?:[a-z]+ )?answer (?:to [^.!?\n]{{1,80}}? )?(?:is|=|equals|(?:would|should|must) be)"
+    rf"|{_START}la (?:respuesta|solución)(?: final| correcta)? es"
+    rf"|{_START}(?:answer|respuesta)\s*[:=](?=[\s*_$€£¥(+]*[-−]?[\s$€£¥]?\.?\d)"
+    r"|\bfinal answer\b[\s*_:=]*(?=[-−$€£¥]{0,2}\d)"
     r"|答案(?:是|为|：|:)|\\boxed\s*\{)",
     re.IGNORECASE,
 )
@@ -29,6 +32,9 @@ _NO_CLAIM_BEHIND = re.compile(
     rf"\s*(?:[-−–:]|\bor\b|\bto\b|\bo\b)\s*[$€£¥]?\s?(?:{NUMBER})|\s*[xyzn](?![\w'])|[ \t]*(?!\*\*)[+*/×÷^]",
     re.IGNORECASE,
 )
+# Several numbers: two variables, or a list in a box, where a factorial may stand too.
+_SEVERAL = re.compile(r"\b[a-z]\s*=[^=,;]+(?:[,;]|\band\b)\s*(?:and\s+)?[a-z]\s*=", re.IGNORECASE)
+_NO_BOXED_NUMBER = re.compile(rf"(?<![\d.,])(?:{NUMBER})(?:[,;]\s{{1,9}}[-−–+$]?(?:{NUMBER})|\s?!)")
 _BEYOND = re.compile(r"\\sqrt|√|\\pi\b|π|\\infty|∞|\\log|\\ln|\\sin|\\cos|\\tan|\\pm|±")
 _REFUSES = re.compile(
     r"\b(?:cannot|can't|can not|could not|couldn't|unable to|don't know|do not know|not enough information"
@@ -104,10 +110,14 @@ def read_number(text: str) -> Fraction | None:
 def _marked(text: str, mark: re.Match[str]) -> Quantity | None:
     if mark[0].startswith("\\boxed"):
         claim = _braced(text, mark.end())
+        if _NO_BOXED_NUMBER.search(claim):
+            return None
     else:
         claim = text[mark.end() :].lstrip(" \t:=*_$" + LINE_ENDS)
         end = _CLAUSE_END.search(claim)
         claim = claim[: end.start()] if end else claim
+    if "=" in claim and _SEVERAL.search(claim):
+        return None
     claim = claim.rpartition("=")[2]
     if _BEYOND.search(claim):
         return None

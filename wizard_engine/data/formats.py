@@ -70,7 +70,7 @@ def read_process(record: dict, reader: FieldReader) -> list[Row]:
 
 def read_sharegpt(record: dict, reader: FieldReader) -> list[Row]:
     """{"conversations": [{"from", "value"}]}, optionally with "system" """
-    turns, dropped = drop_leading(read_turns(record["conversations"], "conversations", reader))
+    turns, dropped = drop_leading(read_turns(record["conversations"], "conversations", reader), reader)
     attributes = reader.rest(record, "conversations", *SYSTEM_COLUMNS)
     if dropped:
         attributes["dropped_leading_turns"] = dropped

@@ -43,7 +43,7 @@ def read_pair(record: dict, reader: FieldReader) -> list[Row]:
 
 def read_sharegpt_preference(record: dict, reader: FieldReader) -> list[Row]:
     """{"conversations": [{"from", "value"}], "chosen": {"from", "value"} or text, "rejected": likewise}"""
-    prompt, dropped = drop_leading(read_turns(record["conversations"], "conversations", reader))
+    prompt, dropped = drop_leading(read_turns(record["conversations"], "conversations", reader), reader)
     row = _row(record, prompt, ("conversations",), reader)
     return [row.replace(attributes=row.attributes | {"dropped_leading_turns": dropped}) if dropped else row]
 

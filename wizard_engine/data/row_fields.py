@@ -72,13 +72,15 @@ class FieldReader:
         self.source = {"source": source} if source else {}
         self.unread: Counter[str] = Counter()
         self.columns: Counter[str] = Counter()
+        self.dropped_turns = 0
         self._found: dict[str, Any] = {}
         self._kept: list[str] = []
+        self._dropped = 0
 
     def start(self) -> None:
         """Forget what the last record had: a new one begins."""
-        if self._found or self._kept:
-            self._found, self._kept = {}, []
+        if self._found or self._kept or self._dropped:
+            self._found, self._kept, self._dropped = {}, [], 0
 
     def finish(self) -> dict[str, Any]:
         """Count the record's fields, which has become rows; returns the fields without a place, by their place."""
@@ -86,7 +88,12 @@ class FieldReader:
             self.columns.update(self._kept)
         if self._found:
             self.unread.update({_INDEX.sub("[]", place) for place in self._found})
+        self.dropped_turns += self._dropped
         return self._found
+
+    def drop_turns(self, count: int) -> None:
+        """Note turns of the record that its row does not have."""
+        self._dropped += count
 
     def refuse(self, place: str, value: Any, why: str) -> None:
         """Note a field that rows have no place for.
@@ -131,7 +138,9 @@ class FieldReader:
         return attributes
 
     def report(self, path: Any) -> None:
-        """Name, in one log line each, the fields left out of the rows of a file and the columns kept as attributes."""
+        """Name, in one log line each, what the rows of a file leave out and the columns kept as attributes."""
+        if self.dropped_turns:
+            LOG.warning("%s: %d turns before the first of the user left out of the rows", path, self.dropped_turns)
         if self.unread:
             LOG.warning(
                 "%s: fields that rows have no place for, left out of the text and kept in attributes['unread_fields'] "

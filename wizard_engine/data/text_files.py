@@ -330,6 +330,10 @@ def decode(text: str, position: int) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, position)
     except RecursionError:
         raise ValueError("expected a record, got brackets nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        raise ValueError("expected a number of at most 4300 digits, got a longer one") from None
 
 
 def with_plain_blanks(text: str) -> str:

@@ -78,13 +78,18 @@ def named_token(config: dict[str, Any], key: str, path: str) -> str | None:
     """Text of `bos_token` or `eos_token` of tokenizer_config.json; None where it names none.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: it is no text, or one that UTF-8 cannot write.
     """
     named = config.get(key)
     named = named.get("content") if isinstance(named, dict) else named
-    if named is not None and not isinstance(named, str):
+    if named is not None and not (isinstance(named, str) and _is_unicode(named)):
         raise ValueError(f"{path}: tokenizer_config.json: {key}: expected a text, got {shown(named)}")
     return named or None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can name half of a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_library_failure(error: BaseException) -> bool:

@@ -126,14 +126,15 @@ def with_system(turns: Turns, record: dict) -> Turns:
     return turns
 
 
-def drop_leading(turns: Turns) -> tuple[Turns, int]:
-    """The turns from the first of the user on, behind a system message, and how many were dropped between."""
+def drop_leading(turns: Turns, reader: FieldReader) -> tuple[Turns, int]:
+    """The turns from the first of the user on, behind a system message, and how many were dropped and noted between."""
     messages = turns.messages
     start = 1 if messages and messages[0].role == "system" else 0
     users = (index for index, message in enumerate(messages) if message.role == "user")
     first = next(users, len(messages))
     if first <= start:
         return turns, 0
+    reader.drop_turns(first - start)
     return Turns(messages[:start] + messages[first:], turns.weights[:start] + turns.weights[first:]), first - start
 
 

@@ -22,21 +22,26 @@ _WHOLE = re.compile(
     rf"(?P<digits>{_DIGITS})"
     r"(?P<mixed>[ ](?P<over>\d{1,4})/(?P<under>\d{1,4})(?![\d/]))?"
     r"(?P<repeat>\\overline\{\d+\})?"
-    r"(?:[eE](?P<power>[+-−]?\d+)(?![\w.])|\s?[×*x·]\s?10\s?(?:\^|\*\*)\s?[{(]?(?P<times>[-+−]?\d+)[)}]?"
+    r"(?:[eE](?P<power>[-+−]?\d+)(?![\w.])|\s?[×*x·]\s?10\s?(?:\^|\*\*)\s?[{(]?(?P<times>[-+−]?\d+)[)}]?"
     r"|\s?(?:\^|\*\*)\s?[{(]?(?P<raised>[-+−]?\d+)[)}]?)?"
     r"(?:\s?/\s?(?P<below>\d+(?:\.\d+)?)(?!\d))?"
-    r"(?P<tail>\s?%|\s?per ?cent\b|\s(?:thousand|million|billion|trillion)\b)?",
+    r"(?P<tail>\s?%|\s?‰|\s?per ?cent\b|\s(?:thousand|million|billion|trillion)\b|k\b)?",
     re.IGNORECASE,
 )
-_POWERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# Digits that are no number: versions, clock times, ratios, dates, lists without blanks, pairs in brackets.
+_POWERS = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_POWERS |= {"‰": Fraction(1, 1000)}
+# Digits that are no number: versions, clock times, ratios, dates, lists without blanks, pairs in brackets, other bases.
 _NO_NUMBER = re.compile(
     r"(?<![\w.,])(?:\d+(?:\.\d+){2,}(?![\d,])(?<!\.\d\d\d)|\d+(?::\d+)+|\d+(?:/\d+){2,}|(?<=[(\[])\d+,\d{1,2}(?=[)\]])"
-    r"|\d+(?:,\d{1,2}){2,}(?![\d,])|\d+(?:-\d+){2,})"
+    r"|\d+(?:,\d{1,2}){2,}(?![\d,])|\d+(?:-\d+){2,}|0[xX][\da-fA-F]+|0[bB][01]+|\d+_(?:\d(?!\d\d)|\{\d+\}))"
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _EMPHASIS = re.compile(r"(?<!\w)_{1,3}(?=[-−$€£.\d])")
+# One star on each side, where it cannot be a product.
+_STARRED = re.compile(r"(?<![\w*)\]}])(?<![\d)\]}] )\*([-−–+$€£¥]{0,2}[.\d][^*\n]{0,40}?)\*(?![\w*(\\])(?! [\d(\\])")
+_SEPARATORS = str.maketrans("٫٬", ".,")
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _VULGAR = re.compile(r"(\d?)([¼½¾⅐-⅞↉])")
 
 _BLANKS = "\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
@@ -49,7 +54,8 @@ _LATEX_TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|operatorname|bf|rm|bm"
     r"|boldsymbol|underline|emph|fbox|hphantom|color\{\w+\})\*?\s*\{([^{}]*)\}"
 )
-_LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([^{}]*?)\s*\}|(\d))\s*(?:\{\s*([^{}]*?)\s*\}|(\d))")
+_LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_LATEX_OVER = re.compile(r"\{([^{}\\]{0,60})\\over(?![A-Za-z])([^{}\\]{0,60})\}")
 _LATEX_REPEAT = re.compile(r"\\(?:bar|dot)\s*\{?\s*(\d+)\s*\}?|\\overline\s*\{\s*(\d+)\s*\}")
 _LATEX_SIGNS = {"\\times": "×", "\\cdot": "·", "\\div": "÷", "\\%": "%", "\\$": "$", "\\approx": "≈", "\\le": "≤"}
 _LATEX_SIGN = re.compile(r"\\(?:times|cdot|div|approx)(?![A-Za-z])|\\[%$]")
@@ -88,7 +94,9 @@ def normalised(text: str) -> str:
         text = _VULGAR.sub(_plain_fraction, text)
         text = _RAISED.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
         text = unicodedata.normalize("NFKC", re.sub(f"[{_BLANKS}]", " ", text)).replace("⁄", "/")
+        text = _FOREIGN_DIGIT.sub(lambda match: str(unicodedata.digit(match[0])), text.translate(_SEPARATORS))
     text = _without_latex(text) if "\\" in text or "{,}" in text else text
+    text = _STARRED.sub(r"\1", text) if "*" in text else text
     return _EMPHASIS.sub("", text) if "_" in text else text
 
 
@@ -100,6 +108,7 @@ def _without_latex(text: str) -> str:
         if shorter == text:
             break
         text = shorter
+    text = _LATEX_OVER.sub(r"\\frac{\1}{\2}", text)
     text = _LATEX_REPEAT.sub(lambda match: f"\\overline{{{match[1] or match[2]}}}", text)
     return _LATEX_FRACTION.sub(_latex_fraction, text)
 

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from wizard_engine.agents.missing import Missing
-from wizard_engine.data.final_answers import is_right, read_claim
+from wizard_engine.data.final_answers import Claim, is_right, read_claim
 from wizard_engine.data.latex_answers import is_latex, library
 
 
@@ -45,13 +45,7 @@ def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Acc
             f"references: expected one per answer and at least one, got {len(references)} for {len(answers)} answers; "
             "give both for the same problems"
         )
-    right = [read_claim(reference) for reference in references]
-    for index, claim in enumerate(right):
-        if claim is None and not (is_latex(references[index]) and library()):
-            more = "; pip install -e '.[math]' to compare expressions" if is_latex(references[index]) else ""
-            raise ValueError(
-                f"references[{index}]: expected a number, got {references[index][-80:]!r}; remove such rows{more}"
-            )
+    right = [_claimed(reference, f"references[{index}]") for index, reference in enumerate(references)]
     came = [
         (read_claim(answer), answer, claim, reference)
         for answer, claim, reference in zip(answers, right, references)
@@ -63,6 +57,19 @@ def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Acc
     correct = sum(marks)
     unanswered = sum(pair[0] is None and not mark for pair, mark in zip(came, marks))
     return _accuracy(correct, len(came), unanswered, len(answers) - len(came))
+
+
+def check_reference(reference: str, name: str = "reference") -> None:
+    """Raises ValueError unless a reference claims a number, or an expression that can be compared."""
+    _claimed(reference, name)
+
+
+def _claimed(reference: str, name: str) -> Claim | None:
+    claim = read_claim(reference)
+    if claim is None and not (is_latex(reference) and library()):
+        more = "; pip install -e '.[math]' to compare expressions" if is_latex(reference) else ""
+        raise ValueError(f"{name}: expected a number, got {reference[-80:]!r}; remove such rows{more}")
+    return claim
 
 
 def accuracy_by(

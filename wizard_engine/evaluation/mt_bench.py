@@ -19,7 +19,7 @@ import numpy as np
 
 from wizard_engine.agents.calls import JUDGE_TOKENS, AnyAgent, Calls, Limits
 from wizard_engine.agents.missing import Missing
-from wizard_engine.agents.prompts import dialogue
+from wizard_engine.agents.prompts import criteria_of, dialogue
 from wizard_engine.agents.protocol import Reply, Request
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.agents.scheduler import Scheduler
@@ -263,7 +263,8 @@ def _fields(question: Question, answers: Sequence[str], turn: int) -> dict[str, 
     numbered = (f"Turn {place}: {text}" for place, text in enumerate(references, start=1))
     reference = "\n\n".join(numbered) if turn == 2 else "".join(references)
     fields = {"history": dialogue(history), "instruction": question.turns[turn - 1], "reference": reference}
-    return fields | {"answer": answers[turn - 1]}
+    criteria = criteria_of({"category": question.category})
+    return fields | {"answer": answers[turn - 1], "criteria": criteria}
 
 
 def _read_one(text: str) -> tuple[float, ...] | None:

@@ -244,14 +244,15 @@ def file_hash(path: Path | str) -> str:
     """SHA-256, in hex, of a file, or for a directory of its sorted relative names and their files' hashes.
 
     Raises:
-        ValueError: the path does not exist.
+        ValueError: the path does not exist, or is a pipe or a device.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if item.is_file())
         return content_hash([[item.relative_to(path).as_posix(), file_hash(item)] for item in files])
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file or directory, got nothing there; check the path")
+        got = "a pipe or a device" if path.exists() else "nothing there"
+        raise ValueError(f"{path}: expected a file or directory, got {got}; check the path")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):

@@ -11,7 +11,7 @@ from wizard_engine.agents.calls import AnyAgent, Calls
 from wizard_engine.agents.prompts import flatten
 from wizard_engine.data.records import Conversation, Message
 
-from .judging import Judges, Match, Verdict, judge_match
+from .judging import Judges, Match, Verdict, aids, judge_match
 
 
 @dataclass
@@ -30,6 +30,10 @@ class Scene:
     prompt: tuple[Message, ...]
     answers: list[str | None] = field(default_factory=list)
     verdicts: dict[tuple[int, int], Verdict] = field(default_factory=dict)
+
+    def aids(self) -> dict[str, str]:
+        """What a judge is told besides the answers; the row's reference answers the row's own turn alone."""
+        return aids(self.row.attributes) | ({"reference": ""} if self.turn else {})
 
     def verdict(self, first: int, second: int) -> Verdict | None:
         """The verdict on two contestants, seen from `first`; None without a battle."""
@@ -89,7 +93,7 @@ async def hold_battles(
         for a, b in combinations(range(len(contestants)), 2)
         if None not in (scene.answers[a], scene.answers[b]) and not scene.is_identical(a, b)
     ]
-    matches = [Match(scene.prompt, scene.answers[a], scene.answers[b]) for a, b in pairs]
+    matches = [Match(scene.prompt, scene.answers[a], scene.answers[b], **scene.aids()) for a, b in pairs]
     verdicts = await asyncio.gather(*(judge_match(calls, judges, match, seed, row=row) for match in matches))
     scene.verdicts.update((pair, verdict) for pair, verdict in zip(pairs, verdicts) if verdict is not None)
 

@@ -14,16 +14,17 @@ from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, as_read, derive_seed
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, derive_seed
+from wizard_engine.agents.prompts import dialogue
+from wizard_engine.agents.replies import read_rewritten, read_suggestion, read_user
 from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
 from wizard_engine.runtime.spill import Spill
 
 from .battles import BattleTables, Scene, battle_records, hold_battles, label
 from .elimination import detect_failure
-from .evol_answer import strip_meta
-from .judging import Judges, Match, judge_match, names_of, panel
-from .lessons import choose_lessons
+from .judging import Judges, Match, check_judges, judge_match, names_of, panel
+from .lessons import Losses, choose_lessons
 from .pairs import Pairs, instruction_attributes, row_spill
 
 
@@ -37,7 +38,7 @@ class CoTaught:
         preferences: best and worst answer of a scene, with their score gap.
         battles: one object a battle: row, turn, a, b (agent names), score_a, score_b, gap, winner ("a", "b" or "tie"),
             is_flipped, identical.
-        statistics: "rivals", "topics", "difficulties" (see battles.battle_tables), "skills" (see lessons), "flip_rate",
+        statistics: "rivals", "topics", "difficulties" (see battles.BattleTables), "skills" (see lessons), "flip_rate",
             "missing" (battles without answers or verdict; they are in no table),
             "selected" (scenes, lessons and pairs, with the reasons for dropping), "calls".
     """
@@ -102,10 +103,11 @@ def co_teach(
         limits: longest replies.   on_length: "drop" or "keep" answers that were cut.   top_p: of all calls (see Calls).
         scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
-        ValueError: no rivals, equal names, a threshold below 0, chat_turns below 1, or no `user` for a longer chat.
+        ValueError: no rivals, no judges, equal names, a threshold below 0, chat_turns below 1, or no `user` for a
+            longer chat.
     """
     contestants = [ours, *rivals]
-    _validate(contestants, sft_threshold, dpo_threshold, chat_turns, user)
+    _validate(contestants, judge, sft_threshold, dpo_threshold, chat_turns, user)
     calls = Calls(scheduler, limits=limits, on_length=on_length, top_p=top_p)
     coach = _Coach(calls, contestants, judge, suggester, rewriter, user, chat_turns, temperature, seed)
     return calls.scheduler.run(_taught(coach, rows, Pairs(dpo_threshold, folder), sft_threshold, lessons, folder))
@@ -131,13 +133,13 @@ async def _taught(
         agents=coach.agents,
     )
     battles: Spill[dict[str, Any]] = Spill(folder)
-    tables, losses, index = BattleTables(names[0]), [], _Index()
+    tables, losses, index = BattleTables(names[0]), Losses(), _Index()
     for place, scene in _scenes(rows, chats, coach.chat_turns):
         for record in battle_records(scene, names):
             battles.append(record)
             tables.add(record, scene.row)
         coach.offer(pairs, scene)
-        losses.append((label(scene.row.attributes.get("skill")), scene.loss()[0]))
+        losses.add(label(scene.row.attributes.get("skill")), scene.loss()[0])
         index.add(place, scene.turn)
     chosen, skills = choose_lessons(losses, threshold, lessons)
     sft, from_suggestions = await coach.lessons(_chosen(rows, chats, index, chosen), len(chosen), folder)
@@ -227,6 +229,7 @@ class _Coach:
         chat = (*scene.prompt, Message("assistant", answer))
         seed = derive_seed(self.seed, "user", scene.turn)
         turn = await self.calls.converse(self.user, chat, seed, task="user", row=scene.row.id)
+        turn = None if turn is None else read_user(turn)
         if turn is None or detect_failure(turn) is not None:
             return None
         return Scene(scene.row, scene.turn + 1, (*chat, Message("user", turn)))
@@ -266,18 +269,21 @@ class _Coach:
         target = _Target(scene.answers[winner], self.contestants[winner].name, "")
         if self.suggester is None:
             return target
-        fields = {"instruction": scene.prompt[-1].content, "answer": scene.answers[0], "better": target.answer}
+        fields = {"history": dialogue(scene.prompt[:-1]), "instruction": scene.prompt[-1].content}
+        fields |= {"answer": scene.answers[0], "better": target.answer}
         asking, row = derive_seed(self.seed, "suggest"), scene.row.id
-        suggestion = await self.calls.ask(self.suggester, "suggest", fields, asking, read=as_read, row=row)
+        suggestion = await self.calls.ask(self.suggester, "suggest", fields, asking, read=read_suggestion, row=row)
         if suggestion is None:
             return target
         agent = self.rewriter or self.contestants[winner]
         fields = _rewrite_fields(scene, suggestion)
-        text = await self.calls.ask(agent, "rewrite", fields, derive_seed(self.seed, "rewrite"), read=as_read, row=row)
-        text = None if text is None else strip_meta(text)
+        asking = derive_seed(self.seed, "rewrite")
+        text = await self.calls.ask(
+            agent, "rewrite", fields, asking, read=lambda text: read_rewritten(text, scene.answers[0]), row=row
+        )
         if not text or text == target.answer:
             return target
-        match = Match(scene.prompt, text, target.answer)
+        match = Match(scene.prompt, text, target.answer, **scene.aids())
         seed = derive_seed(self.seed, "judge rewrite")
         verdict = await judge_match(self.calls, self.judges, match, seed, row=row)
         return _Target(text, agent.name, suggestion) if verdict is not None and verdict.winner == 1 else target
@@ -302,16 +308,19 @@ class _Coach:
 def _rewrite_fields(scene: Scene, suggestion: str) -> dict[str, str]:
     instruction = scene.prompt[-1].content
     answer = scene.answers[0]
-    return {"operator": "correctness", "suggestion": suggestion, "instruction": instruction, "answer": answer}
+    told = {"history": dialogue(scene.prompt[:-1]), "reference": scene.aids()["reference"]}
+    return {"operator": "correctness", "suggestion": suggestion, "instruction": instruction, "answer": answer, **told}
 
 
 def _validate(
     contestants: Sequence[AnyAgent],
+    judges: Judges,
     sft_threshold: float,
     dpo_threshold: float,
     chat_turns: int,
     user: AnyAgent | None,
 ) -> None:
+    check_judges(judges)
     names = [contestant.name for contestant in contestants]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"rivals: expected at least one, and names that differ, got {', '.join(names)}; rename or add")

@@ -5,7 +5,6 @@ those of this project: see `evolve_answers`.
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,23 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.calls import AnyAgent, Calls, Limits, as_read, derive_seed
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, derive_seed
+from wizard_engine.agents.reading.texts import read_rewritten, without_remarks
 from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.final_answers import read_claim
 from wizard_engine.data.records import Conversation, Message, Preference, kept_weights
 from wizard_engine.runtime.spill import Spill
 
-from .judging import Judges, Match, Verdict, judge_match, names_of, panel
+from .judging import Judges, Match, Verdict, aids, check_judges, judge_match, names_of, panel
 from .pairs import Pairs, instruction_attributes, row_spill
 
 OPERATORS = ("helpfulness", "relevance", "depth", "correctness", "details")
 # Answers shorter than this may grow to length_cap times it, so that a bare number can become a worked solution.
 SHORTEST_CHARACTERS = 120
-_META = re.compile(
-    r"(?:sure|certainly|of course)?[\s,.!:]*(?:here(?:'s| is| are)|this is|below is|i have|i've)\b[^\n.:]*"
-    r"\b(?:improved|rewritten|revised|better|enhanced|updated|new)\b[^\n]*?(?:[:.]\s*|\n|$)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -97,9 +92,10 @@ def evolve_answers(
         limits: longest replies.   top_p: of all calls (see Calls).
         scheduler: of the calls; None for one without a ledger.   folder: of temporary files (see runtime.spill).
     Raises:
-        ValueError: an unknown operator, a cap below 1 or a negative number of rounds.
+        ValueError: an unknown operator, a cap below 1, a negative number of rounds, or no judge.
     """
     _validate(operators, rounds, length_cap)
+    check_judges(judge)
     writer = _Writer(
         Calls(scheduler, limits=limits, top_p=top_p),
         rewriter,
@@ -166,8 +162,13 @@ def _offer(pairs: Pairs, row: Conversation, link: dict[str, Any], verdict: list 
 
 
 def strip_meta(text: str) -> str:
-    """An answer without an opening remark about having been improved."""
-    return _META.sub("", text, count=1).strip() if _META.match(text) else text.strip()
+    """An answer without remarks about having been improved, and without what else stands around it in a reply."""
+    return without_remarks(text)
+
+
+def _answered(text: str, before: str) -> str | None:
+    """The reply as it is; None for a refusal, or the word that nothing has to change."""
+    return text.strip() if read_rewritten(text, before) is not None or not strip_meta(text) else None
 
 
 def _order(row: Conversation, operators: Sequence[str], rounds: int, seed: int) -> list[str]:
@@ -206,9 +207,12 @@ class _Writer:
     async def _rewritten(self, chain: _Chain, number: int) -> dict[str, Any]:
         """A link with the new answer, and the reason why the judge need not see it, or None."""
         operator, row = chain.order[number], chain.row
-        fields = {"operator": operator, "suggestion": "", "instruction": row.instruction, "answer": chain.answer}
+        fields = {"operator": operator, "instruction": row.instruction, "answer": chain.answer}
+        fields |= {"history": prompts.dialogue(chain.prompt[:-1]), "reference": prompts.reference_of(row.attributes)}
         seed = derive_seed(self.seed, "rewrite", number + 1)
-        text = await self.calls.ask(self.rewriter, "rewrite", fields, seed, read=as_read, row=row.id)
+        text = await self.calls.ask(
+            self.rewriter, "rewrite", fields, seed, read=lambda text: _answered(text, chain.answer) or None, row=row.id
+        )
         link = {"round": number + 1, "operator": operator, "accepted": False, "reason": None}
         link |= {"answer": text, "parent": chain.answer, "meta_removed": False}
         if text is None:
@@ -226,7 +230,7 @@ class _Writer:
 
     async def _judge(self, chain: _Chain, link: dict[str, Any], number: int) -> None:
         """Judges a rewrite and decides."""
-        match = Match(chain.prompt, link["answer"], chain.answer)
+        match = Match(chain.prompt, link["answer"], chain.answer, **aids(chain.row.attributes))
         verdict = await judge_match(self.calls, self.judges, match, self.seed, row=chain.row.id)
         link["reason"] = _decision(match, verdict, self.result_margin)
         link["accepted"] = link["reason"] == "accepted"

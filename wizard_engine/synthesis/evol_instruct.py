@@ -5,6 +5,7 @@ Source: Xu et al. 2023, arXiv:2304.12244 (operators, elimination, pool); multi-t
 """
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ async def _evolved(run: "_Run", rows: Sequence[Conversation], rounds: int, folde
         for line in _turn_by_turn(children, turns):
             run.count(line, eliminated)
         before = len(made)
-        pool = _renewed(pool, children, made, folder)
+        pool = _renewed(run.calls, pool, children, made, folder)
         per_round.append({"pool": len(pool), "kept": len(made) - before})
     statistics = {
         "operators": {name: dict(run.counts[name]) for name in run.operators},
@@ -147,12 +148,21 @@ def _turn_by_turn(children: Spill[tuple], turns: int) -> Iterator[dict[str, Any]
 
 
 def _renewed(
-    pool: Sequence[Conversation], children: Spill[tuple], made: Spill[Conversation], folder: Path | None
+    calls: Calls,
+    pool: Sequence[Conversation],
+    children: Spill[tuple],
+    made: Spill[Conversation],
+    folder: Path | None,
 ) -> Spill[Conversation]:
-    """The pool of the next round; the children are added to `made`."""
+    """The pool of the next round; the children are added to `made`.
+
+    Answers that were cut are marked here, when all replies of the round are known, whatever order they came in.
+    """
     renewed = row_spill(folder)
     for row, (child, _) in zip(pool, children):
         if child is not None:
+            marks = calls.marks(*(message.content for message in child.messages if message.role == "assistant"))
+            child = child.replace(attributes=child.attributes | marks)
             made.append(child)
         renewed.append(row if child is None else child)
     return renewed
@@ -314,7 +324,6 @@ class _Run:
             "round": number,
         }
         attributes["evolutions"] = line.row.attributes.get("evolutions", 0) + 1
-        attributes |= self.calls.marks(*(m.content for m in line.messages if m.role == "assistant"))
         messages = tuple(line.messages)
         return Conversation(messages, attributes, lineage, kept_weights(line.row, messages))
 
@@ -324,7 +333,7 @@ class _News:
     """The instructions made for one turn in one round: those of the rows that passed so far, and those kept."""
 
     seen: set[int]
-    kept: list[int] = field(default_factory=list)
+    kept: array = field(default_factory=lambda: array("Q"))
     order: InOrder = field(default_factory=InOrder)
 
 

@@ -11,12 +11,13 @@ from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import EVOLVE_TOKENS, REWRITE_TOKENS, Limits
 from wizard_engine.agents.estimate import count_tokens
 from wizard_engine.agents.options import AgentOptions, estimated, open_cast
-from wizard_engine.data.records import Conversation, Reject, stream_located
+from wizard_engine.data.records import Conversation
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import Count, Seed
 from wizard_engine.runtime.spill import Spill
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
+from .outputs import read_conversations
 from .pairs import row_spill
 
 C = TypeVar("C", bound="SynthesisOptions")
@@ -69,7 +70,7 @@ def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], 
     cast = open_cast(cfg.out, cfg, rt)
 
     def lead() -> Made:
-        rows, rejected = read_conversations(cfg)
+        rows, rejected = _rows(cfg)
         return work(cfg, cast, rows, rejected)
 
     try:
@@ -82,28 +83,16 @@ def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], 
 def _estimated(cfg: C, work: Callable[[C, Cast, Spill[Conversation], int], Made]) -> dict[str, Any]:
     """What the stage will ask. Answers are taken to be as long as those of the rows."""
     with tempfile.TemporaryDirectory(prefix="wizard-estimate-") as folder:
-        rows, rejected = read_conversations(replace(cfg, out=Path(folder)))
+        rows, rejected = _rows(replace(cfg, out=Path(folder)))
         lengths = [count_tokens(rows[place].answer) for place in range(0, len(rows), max(1, len(rows) // 1000))]
         usual = min(cfg.max_tokens, max(1, round(sum(lengths) / len(lengths))))
         return estimated(cfg, lambda options, cast: work(options, cast, rows, rejected), answer_tokens=usual)
 
 
-def read_conversations(cfg: SynthesisOptions) -> tuple[Spill[Conversation], int]:
-    """The supervised rows of all files, at most `limit`, on disk, and the number of rejected records.
-
-    Raises:
-        ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
-    """
-    rows, bad = row_spill(cfg.out), []
-    rejects: Path = cfg.out / "rejects.jsonl"
-    options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "rejects": rejects}
-    given: list[Reject] = bad
-    for number, (_, row) in enumerate(stream_located(cfg.data, given, kind="conversation", **options)):
-        if cfg.limit is None or number < cfg.limit:
-            rows.append(row)
-    if not len(rows):
-        raise ValueError(f"{cfg.data[0] if cfg.data else 'data'}: expected conversations, got none; see {rejects}")
-    return rows, len(bad)
+def _rows(cfg: SynthesisOptions) -> tuple[Spill[Conversation], int]:
+    """The rows of the stage, on disk, and the number of rejected records."""
+    options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "limit": cfg.limit}
+    return read_conversations(cfg.data, rejects=cfg.out / "rejects.jsonl", rows=row_spill(cfg.out), **options)
 
 
 def call_settings(cfg: SynthesisOptions, cast: Cast) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Judging two answers in both orders, and rating single answers."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.calls import AnyAgent, Calls
@@ -11,11 +11,13 @@ from wizard_engine.data.records import Message
 
 
 class Match(NamedTuple):
-    """Two answers to the last user turn of a conversation."""
+    """Two answers to the last user turn of a conversation, and what the judge is told of it besides (see `aids`)."""
 
     prompt: tuple[Message, ...]
     first: str
     second: str
+    criteria: str = ""
+    reference: str = ""
 
 
 class Verdict(NamedTuple):
@@ -67,15 +69,16 @@ Judges = AnyAgent | Sequence[AnyAgent]
 
 
 def panel(judges: Judges) -> tuple[AnyAgent, ...]:
-    """One judge or several as a tuple.
+    """One judge or several as a tuple."""
+    return tuple(judges) if isinstance(judges, Sequence) else (judges,)
 
-    Raises:
-        ValueError: none.
-    """
-    several = tuple(judges) if isinstance(judges, Sequence) else (judges,)
-    if not several:
-        raise ValueError("judge: expected at least one, got none; name one")
-    return several
+
+def check_judges(judges: Judges) -> None:
+    """Raises ValueError where there is no judge, or one that is named twice: it would count twice in the mean."""
+    names = [judge.name for judge in panel(judges)]
+    if not names or len(set(names)) < len(names):
+        got = ", ".join(names) or "none"
+        raise ValueError(f"judge: expected at least one, and names that differ, got {got}; name each judge once")
 
 
 def names_of(judges: Judges) -> str:
@@ -110,10 +113,17 @@ def _mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 async def rate_answer(
-    calls: Calls, judge: AnyAgent, prompt: tuple[Message, ...], answer: str, seed: int, *, row: str = ""
+    calls: Calls,
+    judge: AnyAgent,
+    prompt: tuple[Message, ...],
+    answer: str,
+    seed: int,
+    *,
+    attributes: Mapping[str, Any] | None = None,
+    row: str = "",
 ) -> float | None:
-    """A score 1 to 10 of an answer; None if it failed or could not be read."""
-    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "reference": "", "answer": answer}
+    """A score 1 to 10 of an answer to an instruction with these attributes; None if it failed or could not be read."""
+    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "answer": answer, **aids(attributes)}
     score = await calls.ask(judge, "rate", fields, seed, read=lambda text: read_scores(text, 1), row=row)
     return None if score is None else score[0]
 
@@ -121,7 +131,13 @@ async def rate_answer(
 def _fields(match: Match, swap: bool) -> dict[str, str]:
     a, b = (match.second, match.first) if swap else (match.first, match.second)
     prompt = match.prompt
-    return {"history": _history(prompt), "instruction": prompt[-1].content, "answer_a": a, "answer_b": b}
+    told = {"criteria": match.criteria, "reference": match.reference}
+    return {"history": _history(prompt), "instruction": prompt[-1].content, "answer_a": a, "answer_b": b, **told}
+
+
+def aids(attributes: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a judge is told besides the answers: criteria by kind of instruction, and an answer known to be right."""
+    return {"criteria": prompts.criteria_of(attributes), "reference": prompts.reference_of(attributes)}
 
 
 def _history(prompt: Sequence[Message]) -> str:

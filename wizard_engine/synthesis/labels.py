@@ -5,12 +5,16 @@ Source: WizardMath (Luo et al. 2023, arXiv:2308.09583): a model labels each step
 """
 
 import asyncio
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.calls import AnyAgent, Calls, Limits, OnLength, derive_seed
@@ -164,32 +168,40 @@ def rank_instructions(
     """
     if min_gap < 0 or margin_scale < 0:
         raise ValueError(f"min_gap, margin_scale: expected 0 or more, got {min_gap}, {margin_scale}; raise them")
-    calls, dropped = Calls(scheduler, limits=limits, top_p=top_p), Counter()
-    distinct = [list({prompts.flatten(text): text for text in group}.values()) for group in groups]
-    usable = [group for group in distinct if len(group) > 1]
-    dropped["groups too small"] += len(distinct) - len(usable)
+    calls, dropped = Calls(scheduler, limits=limits, top_p=top_p), Counter({"groups too small": 0})
+    seed_ = derive_seed(seed, "rank")
 
-    async def ranked(group: list[str]) -> tuple[float, ...] | None:
-        fields = {"instructions": prompts.numbered(group)}
-        seed_ = derive_seed(seed, "rank")
-        return await calls.ask(ranker, "rank", fields, seed_, read=lambda text: read_ranking(text, len(group)))
+    async def ranked(group: Sequence[str]) -> tuple[float, ...] | None:
+        texts = _distinct(group)
+        if len(texts) < 2:
+            dropped["groups too small"] += 1
+            return ()
+        fields = {"instructions": prompts.numbered(texts)}
+        return await calls.ask(ranker, "rank", fields, seed_, read=lambda text: read_ranking(text, len(texts)))
 
-    scores: list[tuple[float, ...] | None] = [None] * len(usable)
+    scores: Spill[list[float] | None] = Spill(folder)
     calls.scheduler.run(
-        calls.scheduler.rows(usable, ranked, scores.__setitem__, desc="rankings", total=len(usable), agents=[ranker])
+        calls.scheduler.rows(groups, ranked, scores.put, desc="rankings", total=len(groups), agents=[ranker])
     )
-    dropped["groups unreadable"] += scores.count(None)
+    dropped["groups unreadable"] = sum(given is None for given in scores)
     rows, seen = row_spill(folder), set()
-    for group, group_scores in zip(usable, scores):
-        for pair in _ranked_pairs(group, group_scores or (), min_gap, margin_scale, ranker.name, dropped):
-            dropped["repeated"] += pair.id in seen
-            if pair.id not in seen:
-                seen.add(pair.id)
+    for group, given in zip(groups, scores):
+        for pair in _ranked_pairs(_distinct(group), given or (), min_gap, margin_scale, ranker.name, dropped):
+            signature = int(pair.id, 16)
+            dropped["repeated"] += signature in seen
+            if signature not in seen:
+                seen.add(signature)
                 rows.append(pair)
     if statistics is not None:
-        statistics |= {"groups": len(usable), "kept": len(rows), "dropped": dict(sorted(dropped.items()))}
+        usable = len(groups) - dropped["groups too small"]
+        statistics |= {"groups": usable, "kept": len(rows), "dropped": dict(sorted(dropped.items()))}
         statistics |= {"calls": calls.statistics()}
     return rows
+
+
+def _distinct(group: Sequence[str]) -> list[str]:
+    """The texts of a group without those that differ from another in blanks alone."""
+    return list({prompts.flatten(text): text for text in group}.values())
 
 
 def _ranked_pairs(group, scores, min_gap: float, margin_scale: float, ranker: str, dropped: Counter):
@@ -202,24 +214,60 @@ def _ranked_pairs(group, scores, min_gap: float, margin_scale: float, ranker: st
         yield Preference((), chosen, rejected, attributes, {"operator": "rank_instructions", "agent": ranker})
 
 
-def instruction_groups(rows: Sequence[Conversation], *, size: int = 6) -> list[list[str]]:
+def instruction_groups(rows: Sequence[Conversation], *, size: int = 6) -> Sequence[list[str]]:
     """Groups of instructions that descend from one row, in the order of their first members, at most `size` in each.
 
-    Rows are joined through lineage["parents"]; families larger than `size` are cut into several groups.
+    Rows are joined through lineage["parents"], the first parent of each; families larger than `size` are cut into
+    several groups. The instructions are read from the rows when a group is taken; until the groups are formed a row
+    takes about two hundred bytes, and twelve afterwards.
     """
-    by_id = {row.id: row for row in rows}
-    families: dict[str, list[str]] = {}
+    own, parents = array("Q"), {}
     for row in rows:
-        families.setdefault(_root(row, by_id), []).append(row.instruction)
-    return [group[i : i + size] for group in families.values() for i in range(0, len(group), size)]
+        own.append(_number(row.id))
+        given = [number for name in row.lineage.get("parents", ()) if (number := _number(name)) != own[-1]]
+        if given:
+            parents[own[-1]] = given[0]
+    families: dict[int, int] = {}
+    of_row = array("Q", (families.setdefault(_root(number, parents), len(families)) for number in own))
+    return _Groups(rows, of_row, size)
 
 
-def _root(row: Conversation, by_id: dict[str, Conversation]) -> str:
-    """The id of the oldest ancestor among the rows, or of the first parent that is not among them."""
-    seen = {row.id}
-    while parents := [parent for parent in row.lineage.get("parents", ()) if parent not in seen]:
-        seen.add(parents[0])
-        if parents[0] not in by_id:
-            return parents[0]
-        row = by_id[parents[0]]
-    return row.id
+class _Groups(Sequence):
+    """Groups of instructions, read from their rows.
+
+    Args:
+        of_row: number of the family of each row.   size: most rows of a group.
+    """
+
+    def __init__(self, rows: Sequence[Conversation], of_row: array, size: int) -> None:
+        self.rows = rows
+        families = np.frombuffer(of_row, np.uint64) if len(of_row) else np.zeros(0, np.uint64)
+        self._places = np.argsort(families, kind="stable")
+        _, starts, counts = np.unique(families[self._places], return_index=True, return_counts=True)
+        self._starts = array("q")
+        for start, count in zip(starts.tolist(), counts.tolist()):
+            self._starts.extend(range(start, start + count, size))
+        self._starts.append(len(families))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, group: int) -> list[str]:
+        if not 0 <= group < len(self):
+            raise IndexError(f"group: expected 0 to {len(self) - 1}, got {group}")
+        places = self._places[self._starts[group] : self._starts[group + 1]]
+        return [self.rows[place].instruction for place in places.tolist()]
+
+
+def _number(row_id: Any) -> int:
+    """A number of 64 bits for a row's id."""
+    return int.from_bytes(blake2b(str(row_id).encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _root(number: int, parents: dict[int, int]) -> int:
+    """The oldest ancestor of a row, whether it is among the rows or not."""
+    seen = {number}
+    while (parent := parents.get(number)) is not None and parent not in seen:
+        seen.add(parent)
+        number = parent
+    return number

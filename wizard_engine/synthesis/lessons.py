@@ -1,7 +1,32 @@
 """Choice of lessons among lost battles: the weakest skills first."""
 
+import heapq
+from array import array
 from collections.abc import Sequence
 from typing import Any
+
+
+class Losses(Sequence):
+    """For every scene the skill of its row and the points by which ours lost; sixteen bytes a scene."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._names: list[str] = []
+        self._skills, self._points = array("q"), array("d")
+
+    def add(self, skill: str, points: float) -> None:
+        """One more scene."""
+        number = self._numbers.setdefault(skill, len(self._names))
+        if number == len(self._names):
+            self._names.append(skill)
+        self._skills.append(number)
+        self._points.append(points)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __getitem__(self, scene: int) -> tuple[str, float]:
+        return self._names[self._skills[scene]], self._points[scene]
 
 
 def choose_lessons(
@@ -21,32 +46,47 @@ def choose_lessons(
     Returns:
         indices into losses; skill -> scenes, mean_loss, candidates, lessons.
     """
-    skills: dict[str, list[int]] = {}
-    for index, (skill, _) in enumerate(losses):
-        skills.setdefault(skill, []).append(index)
-    weakness = {name: sum(losses[i][1] for i in indices) / len(indices) for name, indices in skills.items()}
-    candidates = {
-        name: sorted((i for i in indices if losses[i][1] > threshold), key=lambda i: (-losses[i][1], i))
-        for name, indices in skills.items()
-    }
-    available = sum(map(len, candidates.values()))
-    quotas = _quotas(weakness, candidates, available if limit is None else min(limit, available))
-    chosen = sorted(i for name, ranked in candidates.items() for i in ranked[: quotas[name]])
-    return chosen, {name: _line(skills, weakness, candidates, quotas, name) for name in sorted(skills)}
+    skills: dict[str, _Skill] = {}
+    for index, (name, points) in enumerate(losses):
+        skill = skills.setdefault(name, _Skill())
+        skill.scenes, skill.loss = skill.scenes + 1, skill.loss + points
+        if points > threshold:
+            skill.candidates.append(index)
+    available = sum(len(skill.candidates) for skill in skills.values())
+    _share(skills, available if limit is None else min(limit, available))
+    chosen = []
+    for skill in skills.values():
+        # Candidates ascend: of equal losses the earlier stays first.
+        ranked = sorted(skill.candidates, key=lambda index: -losses[index][1])
+        chosen += ranked[: skill.lessons]
+    return sorted(chosen), {name: skills[name].described() for name in sorted(skills)}
 
 
-def _quotas(weakness: dict[str, float], candidates: dict[str, list[int]], seats: int) -> dict[str, int]:
-    quotas = dict.fromkeys(sorted(weakness), 0)
+class _Skill:
+    """Scenes of one skill: their number and summed loss, the indices of candidates, the lessons given to it."""
+
+    def __init__(self) -> None:
+        self.scenes, self.loss, self.lessons = 0, 0.0, 0
+        self.candidates = array("q")
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "scenes": self.scenes,
+            "mean_loss": self.loss / self.scenes,
+            "candidates": len(self.candidates),
+            "lessons": self.lessons,
+        }
+
+
+def _share(skills: dict[str, _Skill], seats: int) -> None:
+    """Gives every skill its lessons; of equally weak ones the first by name goes first."""
+    open_skills = [(-skill.loss / skill.scenes, name) for name, skill in skills.items() if skill.candidates]
+    heapq.heapify(open_skills)
     for _ in range(seats):
-        open_skills = [name for name in quotas if quotas[name] < len(candidates[name])]
-        quotas[max(open_skills, key=lambda name: weakness[name] / (2 * quotas[name] + 1))] += 1
-    return quotas
-
-
-def _line(skills, weakness, candidates, quotas, name: str) -> dict[str, Any]:
-    return {
-        "scenes": len(skills[name]),
-        "mean_loss": weakness[name],
-        "candidates": len(candidates[name]),
-        "lessons": quotas[name],
-    }
+        _, name = open_skills[0]
+        skill = skills[name]
+        skill.lessons += 1
+        if skill.lessons == len(skill.candidates):
+            heapq.heappop(open_skills)
+        else:
+            heapq.heapreplace(open_skills, (-skill.loss / skill.scenes / (2 * skill.lessons + 1), name))

@@ -6,14 +6,16 @@ optimizer temperature 0.6, evolver temperature 0; more than about 12 steps make 
 
 import asyncio
 import random
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.calls import AnyAgent, Calls, Limits, as_read, derive_seed
-from wizard_engine.agents.replies import read_evolved, read_method
+from wizard_engine.agents.calls import AnyAgent, Calls, Limits, derive_seed
+from wizard_engine.agents.replies import read_evolved, read_method, read_reply
 from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Conversation, Message
 
@@ -78,15 +80,46 @@ def optimise_method(
     Raises:
         ValueError: fewer distinct instructions than dev_size + minibatch, or a size below 1.
     """
-    texts = list(dict.fromkeys(row.instruction for row in rows))
+    texts = _Instructions.distinct(rows)
     _validate(len(texts), steps, candidates, minibatch, dev_size, rounds)
-    order = random.Random(derive_seed(seed, "dev set")).sample(texts, len(texts))
+    order = random.Random(derive_seed(seed, "dev set")).sample(range(len(texts)), len(texts))
+    dev, pool = list(texts.chosen(order[:dev_size])), texts.chosen(order[dev_size:])
     calls = Calls(scheduler, limits=limits, top_p=top_p)
     search = _Search(calls, evolver, optimizer, answerer, tuple(operators), seed, optimizer_temperature, rounds)
     sizes = _Sizes(steps, candidates, minibatch)
-    return calls.scheduler.run(
-        search.run(method or prompts.initial_method(), order[:dev_size], order[dev_size:], sizes)
-    )
+    return calls.scheduler.run(search.run(method or prompts.initial_method(), dev, pool, sizes))
+
+
+class _Instructions(Sequence):
+    """Instructions of rows, read when they are taken; eight bytes each.
+
+    Args:
+        places: of their rows.
+    """
+
+    def __init__(self, rows: Sequence[Conversation], places: array) -> None:
+        self.rows, self.places = rows, places
+
+    @classmethod
+    def distinct(cls, rows: Sequence[Conversation]) -> "_Instructions":
+        """Every instruction once, in the order of the rows."""
+        places, seen = array("q"), set()
+        for place, row in enumerate(rows):
+            signature = blake2b(row.instruction.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            if signature not in seen:
+                seen.add(signature)
+                places.append(place)
+        return cls(rows, places)
+
+    def chosen(self, order: Sequence[int]) -> "_Instructions":
+        """Some of them, in another order."""
+        return _Instructions(self.rows, array("q", (self.places[number] for number in order)))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> str:
+        return self.rows[self.places[number]].instruction
 
 
 class _Sizes(NamedTuple):
@@ -142,7 +175,9 @@ class _Search:
         """A review of the trajectory and the method that follows from it, None where there is none."""
         settings = {"temperature": self.temperature}
         fields = {"method": method, "trajectory": trajectory}
-        feedback = await self.calls.ask(self.optimizer, "analyse", fields, seed, read=as_read, **settings)
+        feedback = await self.calls.ask(
+            self.optimizer, "analyse", fields, seed, read=lambda text: read_reply("analyse", text, fields), **settings
+        )
         if feedback is None:
             return None, None
         fields = {"method": method, "feedback": feedback}

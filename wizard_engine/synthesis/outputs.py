@@ -1,12 +1,40 @@
 """Inputs and outputs of the synthesis recipes: files of rows, files of objects, one report."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from pathlib import Path
 from typing import Any
 
-from wizard_engine.data.records import Row, write_rows
+from wizard_engine.data.records import Conversation, Reject, Row, stream_located, write_rows
 from wizard_engine.runtime.files import write_json, write_json_lines
+from wizard_engine.runtime.spill import Spill
 from wizard_engine.runtime.text_lines import printable
+
+
+def read_conversations(
+    paths: Sequence[Path],
+    *,
+    on_error: str = "raise",
+    unknown_fields: str = "refuse",
+    rejects: Path | None = None,
+    limit: int | None = None,
+    rows: MutableSequence[Conversation] | Spill[Conversation] | None = None,
+) -> tuple[Sequence[Conversation], int]:
+    """The supervised rows of several files, at most `limit`, and the number of rejected records.
+
+    Args:
+        rows: where the rows are put; None for a list.
+    Raises:
+        ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
+    """
+    rows = [] if rows is None else rows
+    bad: list[Reject] = []
+    options = {"on_error": on_error, "unknown_fields": unknown_fields, "rejects": rejects}
+    for number, (_, row) in enumerate(stream_located(paths, bad, kind="conversation", **options)):
+        if limit is None or number < limit:
+            rows.append(row)
+    if not len(rows):
+        raise ValueError(f"{paths[0] if paths else 'data'}: expected conversations, got none; see {rejects}")
+    return rows, len(bad)
 
 
 def write_outputs(

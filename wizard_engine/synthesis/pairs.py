@@ -1,6 +1,7 @@
 """Preference rows from judged matches, with counts of the dropped ones."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ INSTRUCTION_ATTRIBUTES = ("source", "topic", "language", "skill", "difficulty", 
 def row_spill(folder: Path | None) -> Spill[Row]:
     """A temporary file of rows."""
     return Spill(folder, dump=row_to_line, load=row_from_line)
+
+
+class Joined(Sequence):
+    """The items of two sequences, one behind the other, read when they are taken."""
+
+    def __init__(self, first: Sequence, second: Sequence) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.first[place] if place < len(self.first) else self.second[place - len(self.first)]
 
 
 def instruction_attributes(row: Conversation) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from wizard_engine.runtime.spill import Spill
 
 from .elimination import detect_failure, instruction_fault
 from .evol_instruct import KEPT_IN_BREADTH, KEPT_IN_DEPTH, OPERATORS
-from .judging import Match, Verdict, judge_match, rate_answer
+from .judging import Match, Verdict, aids, judge_match, rate_answer
 from .pairs import Pairs, instruction_attributes, row_spill
 
 Score = Literal["spread", "flip", "margin"]
@@ -256,7 +256,12 @@ class _Lesson:
         """Sets a rating for each distinct sample."""
         distinct, seed = list(dict.fromkeys(case.samples)), derive_seed(self.seed, "rate")
         ratings = await asyncio.gather(
-            *(rate_answer(self.calls, self.judge, case.prompt, text, seed, row=case.parent) for text in distinct)
+            *(
+                rate_answer(
+                    self.calls, self.judge, case.prompt, text, seed, attributes=case.attributes, row=case.parent
+                )
+                for text in distinct
+            )
         )
         case.ratings = {text: rating for text, rating in zip(distinct, ratings) if rating is not None}
 
@@ -276,7 +281,7 @@ def _signature(text: str) -> int:
 
 
 def _match(case: _Case) -> Match:
-    return Match(case.prompt, case.ranked[0], case.ranked[-1])
+    return Match(case.prompt, case.ranked[0], case.ranked[-1], **aids(case.attributes))
 
 
 def _select(cases: Iterator[_Case], keep: float, dropped: Counter) -> tuple[set[int], dict[str, int]]:
@@ -295,7 +300,8 @@ def _select(cases: Iterator[_Case], keep: float, dropped: Counter) -> tuple[set[
         if case.score is not None:
             scores.append(case.score)
             indices.append(index)
-    best = sorted(range(len(scores)), key=lambda place: (-scores[place], place))[: round(keep * prompts)]
+    # The sort is stable: of equal scores the earlier stays first.
+    best = sorted(range(len(scores)), key=lambda place: -scores[place])[: round(keep * prompts)]
     dropped["score too low"] += len(scores) - len(best)
     counts = {"prompts": prompts, "evolved_prompts": evolved, "selected": len(best)}
     return {indices[place] for place in best}, counts

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from wizard_engine.agents import prompts
 from wizard_engine.agents.protocol import Reply, Request
@@ -36,7 +37,7 @@ class Program:
 
     name: str = "world"
     parameters: Mapping[str, object] = {}
-    unseeded_fields: tuple[str, ...] = ()  # fields of a prompt that do not enter the generator's seed
+    unseeded_fields: Mapping[str, tuple[str, ...]] = {}  # task -> prompt fields that do not enter the generator's seed
     is_instant, converses = True, False  # replies take no time, and a program cannot be asked what it meant
 
     @cached_property
@@ -61,7 +62,8 @@ class Program:
             fields = prompts.parse(request.task, request.messages[-1].content)
         except ValueError as error:
             return Reply("", f"{self.name}: {error}")
-        seeding = [value for name, value in fields.items() if name not in self.unseeded_fields]
+        unseeded = self.unseeded_fields.get(request.task, ())
+        seeding = [value for name, value in fields.items() if name not in unseeded]
         return Reply(method(rng=self._generator(request, seeding), **fields))
 
     def _generator(self, request: Request, texts: Sequence[str]) -> random.Random:
@@ -85,7 +87,9 @@ class Habits:
 
 
 class Answerer(Program):
-    """A program that answers and rewrites with given habits."""
+    """A program that answers and rewrites with given habits; it looks at no history or reference of a rewrite."""
+
+    unseeded_fields: ClassVar = {"rewrite": ("history", "reference")}
 
     def __init__(self, name: str, habits: Habits):
         self.name, self.habits, self.parameters = name, habits, asdict(habits)
@@ -95,7 +99,9 @@ class Answerer(Program):
         problem = parse_turns(turns)
         return words.ASK_BACK["en"] if problem is None else self.solution(problem, rng)
 
-    def do_rewrite(self, *, operator: str, suggestion: str, instruction: str, answer: str, rng: random.Random) -> str:
+    def do_rewrite(
+        self, *, operator: str, suggestion: str, instruction: str, answer: str, rng: random.Random, **_: str
+    ) -> str:
         """The answer rewritten; sometimes unchanged, sometimes with a remark about itself."""
         problem = parse(instruction)
         if problem is None:
@@ -153,7 +159,7 @@ class Evolver(Program):
     An instruction meets the same failure under every method without a rule against it.
     """
 
-    unseeded_fields = ("method",)
+    unseeded_fields: ClassVar = {"evolve": ("method",)}
 
     def __init__(self, name: str = "world:evolver", rates: Mapping[str, float] = FAILURE_RATES):
         self.name, self.rates, self.parameters = name, dict(rates), dict(rates)

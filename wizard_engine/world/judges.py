@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from wizard_engine.agents import prompts
 from wizard_engine.data.solution_steps import step_texts
@@ -28,15 +28,21 @@ class Assessment(NamedTuple):
 class Judge(Program):
     """Scores answers from 1 to 10, labels steps, compares instructions and suggests improvements.
 
+    It looks at no criteria, and at the reference of a single answer alone.
+
     noise: standard deviation of a score; first_bonus: what the answer that stands first gets too much; misread: chance
     of a wrong label for a step.
     """
+
+    unseeded_fields: ClassVar = {"judge": ("criteria", "reference"), "rate": ("criteria",), "suggest": ("history",)}
 
     def __init__(self, name: str = "world:judge", noise: float = 0.5, first_bonus: float = 0.25, misread: float = 0.01):
         self.name, self.noise, self.first_bonus, self.misread = name, noise, first_bonus, misread
         self.parameters = {"noise": noise, "first_bonus": first_bonus, "misread": misread}
 
-    def do_judge(self, *, history: str, instruction: str, answer_a: str, answer_b: str, rng: random.Random) -> str:
+    def do_judge(
+        self, *, history: str, instruction: str, answer_a: str, answer_b: str, rng: random.Random, **_: str
+    ) -> str:
         """An explanation and `[[a]] [[b]]`. Equal answers get equal scores but for the first one's bonus."""
         problem = asked_problem(history, instruction)
         error_a = rng.gauss(0, self.noise)
@@ -46,7 +52,9 @@ class Judge(Program):
         score_b = on_scale(second.score + error_b)
         return f"Answer A {first.remark} Answer B {second.remark}\n[[{score_a:g}]] [[{score_b:g}]]"
 
-    def do_rate(self, *, history: str, instruction: str, reference: str, answer: str, rng: random.Random) -> str:
+    def do_rate(
+        self, *, history: str, instruction: str, reference: str, answer: str, rng: random.Random, **_: str
+    ) -> str:
         """An explanation and `[[x]]`; the reference decides where the instruction cannot be read."""
         problem = asked_problem(history, instruction)
         score, remark = assess(problem, answer)
@@ -69,7 +77,7 @@ class Judge(Program):
             return "Equal" if prompts.flatten(first) == prompts.flatten(second) else "Not Equal"
         return "Equal" if is_same(problem, other) else "Not Equal"
 
-    def do_suggest(self, *, instruction: str, answer: str, better: str, rng: random.Random) -> str:
+    def do_suggest(self, *, instruction: str, answer: str, better: str, rng: random.Random, **_: str) -> str:
         """One sentence about what the better answer does and the first one does not."""
         problem = parse(instruction)
         if problem is None:

@@ -1,0 +1,62 @@
+"""What agents are told besides the texts to judge or rewrite: conversation, criteria, reference."""
+
+from fake_agents import Fake, answerer, honest_judge, listed
+
+from wizard_engine import synthesis
+from wizard_engine.agents import prompts
+from wizard_engine.data.records import Conversation, Message
+
+CHAT = (
+    Message("user", "Hello"),
+    Message("assistant", "Hi"),
+    Message("user", "Add 2 and 3."),
+    Message("assistant", "6 q4"),
+)
+ROW = Conversation(CHAT, {"skill": "addition", "reference": "5"})
+
+
+def told(agent, task):
+    """The fields of the prompts of a task that an agent got."""
+    return [prompts.parse(task, request.messages[0].content) for request in agent.asked(task)]
+
+
+def test_rewriter_and_judge_of_evol_answer_see_conversation_reference_and_criteria():
+    judge, rewriter = honest_judge(), Fake("rewriter", rewrite=lambda request, fields: "5 q8")
+    listed(synthesis.evolve_answers([ROW], rewriter=rewriter, judge=judge, rounds=1))
+    (fields,) = told(rewriter, "rewrite")
+    assert (fields["history"], fields["reference"]) == (prompts.dialogue(CHAT[:2]), "5")
+    assert {(f["history"], f["criteria"], f["reference"]) for f in told(judge, "judge")} == {
+        (prompts.dialogue(CHAT[:2]), "math", "5")
+    }
+
+
+def test_refused_rewrite_is_unreadable_and_an_unchanged_refusal_is_not():
+    refusal = "I'm sorry, but I can't help with that."
+    rewriter = Fake("rewriter", rewrite=lambda request, fields: refusal)
+    for answer, reason in (("6 q4", "call failed"), (refusal, "unchanged")):
+        row = Conversation((Message("user", "Add 2 and 3."), Message("assistant", answer)), {})
+        out = listed(synthesis.evolve_answers([row], rewriter=rewriter, judge=honest_judge(), rounds=1))
+        assert [link["reason"] for link in out.chains[0]["links"]] == [reason]
+
+
+def test_lessons_of_co_teaching_see_the_conversation():
+    judge = honest_judge()
+    suggester = Fake("suggester", suggest=lambda request, fields: "Suggestion: check the sum.")
+    rewriter = Fake("rewriter", rewrite=lambda request, fields: "Here is the improved answer:\n5 q9")
+    ours, rival = answerer("ours", lambda text, request: "6 q2"), answerer("rival", lambda text, request: "5 q8")
+    team = {"ours": ours, "rivals": [rival], "judge": judge, "suggester": suggester, "rewriter": rewriter}
+    out = listed(synthesis.co_teach([ROW], **team))
+    history = prompts.dialogue(CHAT[:2])
+    assert [fields["history"] for fields in told(suggester, "suggest")] == [history]
+    (fields,) = told(rewriter, "rewrite")
+    assert (fields["history"], fields["reference"], fields["suggestion"]) == (history, "5", "check the sum.")
+    assert {(f["criteria"], f["reference"]) for f in told(judge, "judge")} == {("math", "5")}
+    assert [lesson.answer for lesson in out.sft] == ["5 q9"]
+
+
+def test_ratings_of_self_teaching_have_the_criteria_of_the_row():
+    judge = honest_judge()
+    student = answerer("student", lambda text, request: f"q{request.seed % 7 + 2}")
+    listed(synthesis.self_teach([ROW], student=student, judge=judge, samples=3))
+    assert {fields["criteria"] for fields in told(judge, "rate")} == {"math"}
+    assert {fields["reference"] for fields in told(judge, "rate")} == {""}
