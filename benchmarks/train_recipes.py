@@ -24,6 +24,7 @@ from torch import nn
 from recipes import reward, rleif, sft, stage_dpo
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample, encode_prompt
+from wizard_engine.data.chat_format import VICUNA
 from wizard_engine.data.records import Message
 from wizard_engine.data.samples import Pair
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
@@ -198,6 +199,7 @@ class WordTokenizer:
 
     prefixes_space = False
     bos_id, eos_id, eos_ids = BOS, EOS, (EOS,)
+    chat_format = VICUNA
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.fingerprint = vocab_size, f"words-{vocab_size}"

@@ -18,6 +18,7 @@ from wizard_engine.agents import Cast, Request
 from wizard_engine.agents.estimate import StandInCast, count_tokens
 from wizard_engine.agents.missing import Missing, check_missing, count_reasons, shown_reasons
 from wizard_engine.agents.options import CallOptions, estimated, open_cast
+from wizard_engine.data.chat import use_chat_format
 from wizard_engine.data.latex_answers import library
 from wizard_engine.data.records import Conversation, read_located
 from wizard_engine.data.text_files import keeping
@@ -133,6 +134,7 @@ def _temperatures(cfg: Config) -> dict[str, float]:
 def _by_checkpoint(cfg: Config, rt: runtime.Runtime, prompts: list) -> dict[str, list[str]]:
     """Answers of a checkpoint, the problems sharded over the ranks."""
     model, tokenizer = language_model(cfg.model, None, seed=0, device=rt.device)
+    use_chat_format(tokenizer, cfg.chat_format, vocab_size=model.config.vocab_size)
     answers: dict[str, list[str]] = {}
     for name, temperature in _temperatures(cfg).items():
         local_prompts = prompts[rt.rank :: rt.world_size]

@@ -19,6 +19,7 @@ from wizard_engine.agents.missing import check_missing
 from wizard_engine.agents.options import AgentOptions, estimated, open_cast
 from wizard_engine.curation.analysis import Analysis, analyze, answered
 from wizard_engine.curation.analysis_page import write_analysis
+from wizard_engine.data.chat import use_chat_format
 from wizard_engine.data.records import Row, read_files
 from wizard_engine.generation import perplexities
 from wizard_engine.model.loading import language_model
@@ -58,6 +59,8 @@ def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -
     if cfg.checkpoint is None:
         return None
     model, tokenizer = language_model(str(cfg.checkpoint), None, seed=0, device=rt.device)
+    # Perplexities are of answers, which a template need not mark: the format that the model was trained in here.
+    use_chat_format(tokenizer, training=True)
     conversations = answered(rows)
     values = [math.nan] * len(conversations)
     local_values = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])

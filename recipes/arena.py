@@ -236,7 +236,9 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     judges = {"judge" if is_one else f"judge {number}": spec for number, spec in enumerate(cfg.judge, 1)}
     inputs = {key: Path(spec) for key, spec in (named | judges).items() if Path(spec).exists()}
     inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
-    options = {x.name: getattr(cfg, x.name) for x in fields(cfg) if not x.metadata.get("incidental")}
+    inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
+    read = [x.name for x in fields(cfg) if not x.metadata.get("incidental") and x.name != "chat_format"]
+    options = {name: getattr(cfg, name) for name in [*read, *({"chat_format"} - inputs.keys())]}
     options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
     named_judges = [None if name in inputs else spec for name, spec in judges.items()]
     options["judge"] = named_judges[0] if is_one else named_judges

@@ -1,10 +1,11 @@
-"""Chat with a checkpoint, in the format of WizardLM-2 (Vicuna v1.1): interactively, once, or over a file.
+"""Chat with a checkpoint, in its own chat format: interactively, once, or over a file.
 
     python recipes/chat.py --model DIR
     python recipes/chat.py --model DIR --prompt "What is 12 times 12?"
     python recipes/chat.py --model DIR --prompts questions.jsonl --answers answers.jsonl
 
-DIR is a model directory of this project or of Hugging Face (Mistral, Llama, Mixtral), WizardLM-2 7B's for example.
+DIR is a model directory of this project or of Hugging Face (Mistral, Llama, Mixtral), WizardLM-2 7B's for example. The
+format is Vicuna v1.1, that of WizardLM-2, or the directory's chat template where it has another one.
 Commands of the interactive mode: /new, /retry, /system TEXT, /save FILE, /help, /quit.
 """
 
@@ -21,7 +22,8 @@ from typing import Any, Literal, TextIO
 from tqdm import tqdm
 
 from wizard_engine import runtime
-from wizard_engine.data.chat import encode_prompt
+from wizard_engine.data.chat import encode_prompt, use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Message
 from wizard_engine.data.row_fields import SYSTEM_COLUMNS, FieldReader, expect, without_nulls
 from wizard_engine.data.text_files import keeping, read_lines, read_values
@@ -64,7 +66,9 @@ class Config(Checked):
     answers: Path | None = None
     """Where the answers to --prompts go: JSONL with messages, finished and tokens, in the order of the file."""
     system: str | None = None
-    """System prompt; default: the one that WizardLM-2 was trained with."""
+    """System prompt; default: the chat format's own, in Vicuna the one that WizardLM-2 was trained with."""
+    chat_format: ChatFormatChoice = "auto"
+    """auto is the directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a .jinja file."""
     temperature: Temperature[float] = 0.0
     """0 takes the likeliest token each time."""
     top_p: PositiveShare[float] = 1.0
@@ -390,6 +394,7 @@ def main(
     model, tokenizer = load_model(cfg.model, device=rt.device, dtype=weights_dtype(cfg.dtype, rt.device))
     if not isinstance(model, Transformer):
         raise ValueError(f"{cfg.model}: expected a language model, got a reward model; it cannot answer")
+    use_chat_format(tokenizer, cfg.chat_format, vocab_size=model.config.vocab_size)
     model.eval().requires_grad_(False)
     if cfg.prompts is not None:
         answer_file(model, tokenizer, cfg, stderr)

@@ -3,7 +3,8 @@
     python recipes/export_hf.py --model runs/demo/slice_3/rleif/model --out exported --dtype bfloat16
 
 Writes config.json, safetensors (in shards with an index where they are large), the tokenizer's files with the chat
-template of Vicuna v1.1 (the exact system prompt), and generation_config.json with every EOS id.
+template (Vicuna v1.1 with its exact system prompt, or the one that the model has or was trained in), and
+generation_config.json with every EOS id.
 """
 
 import json
@@ -14,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from wizard_engine.data.chat import CHAT_TEMPLATE
 from wizard_engine.data.sentencepiece_json import tokenizer_json
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.model import Transformer, load_model, save_hf
@@ -45,10 +45,10 @@ class Config(Checked):
 
 
 def companions(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Add the chat template to tokenizer_config.json, and write generation_config.json."""
+    """Add the context's length to tokenizer_config.json, and write generation_config.json."""
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
-    write_json(file, fields | {"chat_template": CHAT_TEMPLATE, "model_max_length": model.config.max_positions})
+    write_json(file, fields | {"model_max_length": model.config.max_positions})
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         # Says why no tokenizer.json has the same ids.
         tokenizer_json((folder / "tokenizer.model").read_bytes())

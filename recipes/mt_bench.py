@@ -137,6 +137,7 @@ def open_bench(cfg: Config) -> Stage:
     """The stage: model and judge directories and the question files are inputs by content."""
     named = {"model": cfg.model, "judge": cfg.judge, "questions": cfg.questions, "references": cfg.references}
     inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
+    inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
     read = [option for option in fields(cfg) if not option.metadata.get("incidental") and option.name not in inputs]
     options = {option.name: getattr(cfg, option.name) for option in read}
     return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite, quiet=cfg.quiet)

@@ -16,7 +16,8 @@ import torch
 from kernels.backend import to_device
 from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
-from wizard_engine.data.chat import Sample
+from wizard_engine.data.chat import Sample, use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Preference
 from wizard_engine.data.records import Process as ProcessRow
 from wizard_engine.data.samples import Pair, check_rows, encode_all, fitting_pair, read_pairs, read_processes
@@ -51,6 +52,9 @@ class Config(Checked):
     held_out: Fraction[float] = 0.1
     """Share of the rows kept for measuring."""
     max_length: AtLeastTwo[int | None] = None
+    chat_format: ChatFormatChoice = "auto"
+    """To train in: auto is the format that this project trained the model in, else Vicuna v1.1; or vicuna, chatml,
+    template (the model's own, which must mark its answers), or a .jinja file."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
@@ -80,6 +84,13 @@ def main(cfg: Config) -> dict:
         seed=cfg.seed,
         mesh=mesh,
         sharding=cfg.sharding,
+    )
+    use_chat_format(
+        tokenizer,
+        cfg.chat_format,
+        training=True,
+        needs_marks=False,
+        vocab_size=model.config.vocab_size,
     )
     kind = Process() if is_process else Instruction()
     items, rejected = kind.read(cfg, tokenizer, sample_limit(cfg.max_length, model.config, cfg.training))

@@ -18,7 +18,8 @@ import torch
 from kernels.linear_logprob import linear_logprob
 from wizard_engine import runtime
 from wizard_engine.data.batch import collate
-from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt
+from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt, use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.records import Conversation, Message
 from wizard_engine.data.samples import encode_all, fitting_prompt, read_conversations
 from wizard_engine.data.tokenizer import Tokenizer
@@ -55,6 +56,9 @@ class Config(Checked):
     model: str
     """Policy and reference to start from."""
     reward: RewardOptions
+    chat_format: ChatFormatChoice = "auto"
+    """To train in: auto is the format that this project trained the model in, else Vicuna v1.1; or vicuna, chatml,
+    template (the model's own, which must mark its answers), or a .jinja file."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or does not fit: stop, or count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
@@ -106,6 +110,13 @@ def main(cfg: Config) -> dict:
         return stage.result()
     divided = {"mesh": mesh, "sharding": cfg.sharding}
     policy, tokenizer = language_model(cfg.model, None, seed=cfg.seed, device=rt.device, **divided)
+    use_chat_format(
+        tokenizer,
+        cfg.chat_format,
+        training=True,
+        needs_marks=cfg.ptx.coefficient > 0,
+        vocab_size=policy.config.vocab_size,
+    )
     reference, _ = language_model(cfg.model, None, seed=cfg.seed, device=rt.device, **divided, frozen=True)
     irm = instruction_reward(cfg.reward.instruction_model, **divided)
     prm = process_reward(cfg.reward.process_model, **divided, neutral=cfg.reward.neutral)

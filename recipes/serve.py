@@ -25,6 +25,8 @@ from typing import Literal
 import torch
 
 from wizard_engine import runtime
+from wizard_engine.data.chat import use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.engine import Engine, cache_bytes
@@ -53,6 +55,8 @@ class Config(Checked):
     """TCP port; 0 chooses a free one, which the first line of the log names."""
     host: str = "127.0.0.1"
     """Address to listen on; with 0.0.0.0 other machines can connect, so set a key."""
+    chat_format: ChatFormatChoice = "auto"
+    """auto is the directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a .jinja file."""
     name: str | None = None
     """Name of the model for clients; default: the directory's name."""
     tp: Count[int] = 1
@@ -108,7 +112,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"tp: expected the {rt.world_size} ranks of this run, got {cfg.tp}")
     # Before the model is read, which may take minutes.
     listening = _listening(cfg) if rt.is_main else None
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = use_chat_format(load_tokenizer(cfg.model), cfg.chat_format)
     engine, mesh, fingerprint = _engine(cfg, tokenizer, rt)
     if not rt.is_main:
         # The first rank says when to end, once its answers have.
@@ -118,6 +122,7 @@ def main(cfg: Config) -> None:
         runtime.stop()
         return
     check_vocabulary(tokenizer, engine.config, cfg.model)
+    use_chat_format(tokenizer, vocab_size=engine.config.vocab_size)
     driver = Driver(engine, tokenizer, max_jobs=cfg.max_sequences + cfg.max_queue, axis=mesh.tp)
     limits = Limits(
         min(cfg.max_new_tokens, engine.scheduler.max_length),

@@ -11,6 +11,8 @@ from typing import Literal
 
 from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
+from wizard_engine.data.chat import use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.samples import check_rows, read_samples
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import Routes, Transformer
@@ -42,6 +44,9 @@ class Config(Checked):
     """Longest sample, tokens; default: the model's context, or what a packed row holds where that is less."""
     truncate: bool = False
     """Cut longer samples at --max-length. An answer that is cut is trained up to there, and not to end there."""
+    chat_format: ChatFormatChoice = "auto"
+    """To train in: auto is the format that this project trained the model in, else Vicuna v1.1; or vicuna, chatml,
+    template (the model's own, which must mark its answers), or a .jinja file."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
@@ -67,6 +72,13 @@ def main(cfg: Config) -> dict:
         return stage.result()
     model, tokenizer = language_model(
         cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device, mesh=mesh, sharding=cfg.sharding
+    )
+    use_chat_format(
+        tokenizer,
+        cfg.chat_format,
+        training=True,
+        needs_marks=cfg.kind == "conversation",
+        vocab_size=model.config.vocab_size,
     )
     samples, rejected = read_samples(
         cfg.data,

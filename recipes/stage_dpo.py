@@ -17,6 +17,8 @@ import torch
 from kernels.backend import to_device
 from wizard_engine import runtime
 from wizard_engine.data.batch import collate
+from wizard_engine.data.chat import use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.samples import Pair, answer_pair, check_rows, read_pairs
 from wizard_engine.loss import dpo_loss
 from wizard_engine.model import Routes, Transformer
@@ -66,6 +68,9 @@ class Config(Checked):
     """Weight of the chosen answers' negative log-likelihood per token."""
     max_length: AtLeastTwo[int | None] = None
     """Longest sample, tokens; default: the model's context. Both sides of a pair have to fit one packed row."""
+    chat_format: ChatFormatChoice = "auto"
+    """To train in: auto is the format that this project trained the model in, else Vicuna v1.1; or vicuna, chatml,
+    template (the model's own, which must mark its answers), or a .jinja file."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be read or learned from: stop, or count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
@@ -94,6 +99,13 @@ def main(cfg: Config) -> dict:
         return stage.result()
     model, tokenizer = language_model(
         cfg.model, cfg.tokenizer, seed=cfg.seed, device=rt.device, mesh=mesh, sharding=cfg.sharding
+    )
+    use_chat_format(
+        tokenizer,
+        cfg.chat_format,
+        training=True,
+        needs_marks=True,
+        vocab_size=model.config.vocab_size,
     )
     limit = sample_limit(cfg.max_length, model.config, cfg.training)
     pairs, rejected = read_pairs(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from wizard_engine.data.chat import Sample
+from wizard_engine.data.chat_format import VICUNA
 from wizard_engine.data.samples import Pair
 from wizard_engine.generation import sequence_logprobs
 from wizard_engine.loss import sft_loss
@@ -21,7 +22,7 @@ SUPERVISED = (
 
 
 class Letters:
-    eos_id = 2
+    eos_id, eos_ids, chat_format = 2, (2,), VICUNA
 
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids if i != 2)

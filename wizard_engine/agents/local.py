@@ -1,4 +1,4 @@
-"""A checkpoint of this project as an agent."""
+"""A checkpoint as an agent: this project's, or another one that speaks its own chat template."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from wizard_engine.data.chat import NEXT_USER, encode_answer, encode_prompt
-from wizard_engine.data.records import Message
+from wizard_engine.data.chat import encode_opening, encode_prompt, use_chat_format
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.offline import continued, engine_for
@@ -17,18 +17,20 @@ from wizard_engine.model import Transformer, load_model
 
 from .protocol import Reply, Request
 
-_FORMAT = "vicuna-v1.1/2"
+# Of the fingerprint: what Vicuna's segments are.
+_VICUNA = "vicuna-v1.1/2"
 
 
 class LocalAgent:
-    """A language model in this process, asked in the Vicuna format.
+    """A language model in this process, asked in the chat format of its tokenizer.
 
     A reply is the next assistant turn, for task "user" the next user turn. It depends on its request alone; a greedy
-    one (temperature 0) does not depend on the seed. A prompt that leaves no room in the context is a failed call.
+    one (temperature 0) does not depend on the seed. A prompt that leaves no room in the context is a failed call, and
+    so is a conversation that the model's chat template refuses.
 
     Args:
         model: on its device.
-        name: for display; the fingerprint is a hash of the weights and the tokenizer.
+        name: for display; the fingerprint is a hash of the weights, the tokenizer and the chat format.
         batch_size: conversations generated together.
     """
 
@@ -45,21 +47,33 @@ class LocalAgent:
             raise ValueError(f"agent {self.name}: the generation was ended")
 
     @classmethod
-    def from_directory(cls, path: Path | str, *, device: torch.device | str = "cpu", batch_size: int = 256):
+    def from_directory(
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 256,
+        chat_format: ChatFormatChoice = "auto",
+    ):
         """The model of a saved directory, named after the last parts of its path.
 
+        Args:
+            chat_format: see `chat_format.chosen_format`.
         Raises:
-            ValueError: the directory holds a reward model.
+            ValueError: the directory holds a reward model, or its chat template cannot be used.
         """
         model, tokenizer = load_model(Path(path), device=device)
         if not isinstance(model, Transformer):
             raise ValueError(f"{path}: expected a language model, got a reward model; it cannot answer")
+        use_chat_format(tokenizer, chat_format, vocab_size=model.config.vocab_size)
         return cls(model.eval(), tokenizer, "/".join(Path(path).parts[-3:]), batch_size=batch_size)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of chat format, tokenizer and weights, 16 hex digits; computed at first use."""
-        digest = hashlib.sha256(f"{_FORMAT}\0{self.tokenizer.fingerprint}\0{self.model.config}".encode())
+        own = self.tokenizer.chat_format
+        chat_format = _VICUNA if own.is_vicuna else f"template/1 {own.digest} {self.tokenizer.template_variables()}"
+        digest = hashlib.sha256(f"{chat_format}\0{self.tokenizer.fingerprint}\0{self.model.config}".encode())
         if len(self.tokenizer.eos_ids) > 1:
             digest.update(f"{self.tokenizer.eos_ids}\0".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
@@ -71,7 +85,10 @@ class LocalAgent:
         """Replies in the order of the requests, all of them in one generation."""
         self._is_stopped = False
         prompts = [self._prompt(request) for request in requests]
-        replies: list[Reply | None] = [self._refusal(prompt, r) for prompt, r in zip(prompts, requests)]
+        replies = [
+            prompt if isinstance(prompt, Reply) else self._refusal(prompt, request)
+            for prompt, request in zip(prompts, requests)
+        ]
         asked = [i for i, reply in enumerate(replies) if reply is None]
         if asked:
             samplings = [self._sampling(prompts[i], requests[i]) for i in asked]
@@ -85,7 +102,7 @@ class LocalAgent:
             )
             for index, tokens, finished, error in zip(asked, generation.tokens, generation.finished, generation.errors):
                 text = self.tokenizer.decode(tokens).strip()
-                turn = _turn_text(text, requests[index].task)
+                turn = self._turn_text(text, requests[index].task)
                 whole = Reply(turn, finish="stop" if finished or turn != text else "length")
                 replies[index] = Reply("", f"answer failed: {error}") if error else whole
         return replies
@@ -97,10 +114,20 @@ class LocalAgent:
         options = {"seed": request.seed, "row": row, "top_p": top_p, "eos_ids": self.tokenizer.eos_ids}
         return Sampling(request.max_tokens, float(request.temperature), **options)
 
-    def _prompt(self, request: Request) -> list[int]:
-        if request.task == "user":
-            return _encode_for_user(self.tokenizer, request.messages)
-        return encode_prompt(self.tokenizer, request.messages)
+    def _prompt(self, request: Request) -> list[int] | Reply:
+        """Ids of a request; a failed call where the model's template refuses its messages."""
+        if request.task == "user" and (not request.messages or request.messages[-1].role != "assistant"):
+            got = request.messages[-1].role if request.messages else "no messages"
+            raise ValueError(
+                f"task 'user': expected a conversation that ends with an assistant turn, got {got!r}; add it"
+            )
+        encode = encode_opening if request.task == "user" else encode_prompt
+        if self.tokenizer.chat_format.is_vicuna:
+            return encode(self.tokenizer, request.messages)
+        try:
+            return encode(self.tokenizer, request.messages)
+        except ValueError as error:
+            return Reply("", f"chat template: {error}")
 
     def _refusal(self, prompt: list[int], request: Request) -> Reply | None:
         room = self.model.config.max_positions - request.max_tokens
@@ -110,16 +137,8 @@ class LocalAgent:
             "", f"prompt: expected at most {room} tokens, to leave {request.max_tokens} free, got {len(prompt)}"
         )
 
-
-def _encode_for_user(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation that ends with an assistant turn, followed by the opening of the next user turn."""
-    if not messages or messages[-1].role != "assistant":
-        got = messages[-1].role if messages else "no messages"
-        raise ValueError(f"task 'user': expected a conversation that ends with an assistant turn, got {got!r}; add it")
-    opening = encode_prompt(tokenizer, messages[:-1])
-    return [*opening, *encode_answer(tokenizer, messages[-1].content), *tokenizer.encode(NEXT_USER)]
-
-
-def _turn_text(text: str, task: str) -> str:
-    """The turn of a reply. For task "user" a model continues with the answer; the turn ends at the answer's heading."""
-    return text.partition("ASSISTANT:")[0].strip() if task == "user" else text
+    def _turn_text(self, text: str, task: str) -> str:
+        """The turn of a reply. In Vicuna a user's turn has no end of its own: it ends at the answer's heading."""
+        if task == "user" and self.tokenizer.chat_format.is_vicuna:
+            return text.partition("ASSISTANT:")[0].strip()
+        return text

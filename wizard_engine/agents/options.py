@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.runtime.ranges import Checked, Count, PositiveShare, Share
 from wizard_engine.runtime.stage import INCIDENTAL
@@ -24,6 +25,9 @@ A = TypeVar("A", bound="CallOptions")
 class CallOptions(Checked):
     """What every recipe lets its user say about calls to agents."""
 
+    chat_format: ChatFormatChoice = "auto"
+    """Of local models: auto is a directory's own chat template, Vicuna v1.1 where it has none; or vicuna, chatml, or a
+    .jinja file."""
     top_p: PositiveShare[float] = 1.0
     """Share of the probability that tokens of all replies are drawn from."""
     max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
@@ -81,7 +85,8 @@ def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
     """
     use_folder(cfg.prompt_folder)
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
-    return Cast(_ledger(out, cfg), runtime, batch_size=cfg.batch_size, quiet=cfg.quiet, prices=prices)
+    options = {"batch_size": cfg.batch_size, "quiet": cfg.quiet, "prices": prices, "chat_format": cfg.chat_format}
+    return Cast(_ledger(out, cfg), runtime, **options)
 
 
 def _ledger(out: Path, cfg: CallOptions) -> Path:

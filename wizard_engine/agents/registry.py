@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
 
@@ -32,7 +33,9 @@ def registered() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES))
 
 
-def make_agent(spec: str | Path, *, device: str = "cpu", batch_size: int = 256) -> Agent | ConcurrentAgent:
+def make_agent(
+    spec: str | Path, *, device: str = "cpu", batch_size: int = 256, chat_format: ChatFormatChoice = "auto"
+) -> Agent | ConcurrentAgent:
     """The agent of a specification, as recipes accept it.
 
     Args:
@@ -40,6 +43,7 @@ def make_agent(spec: str | Path, *, device: str = "cpu", batch_size: int = 256) 
             `openai:MODEL`, `openai:MODEL@URL`, `openai:MODEL@URL#concurrency=16,budget=1000000` (see endpoint.Options).
         device: of a checkpoint.
         batch_size: conversations that a checkpoint generates together.
+        chat_format: of a checkpoint, see `chat_format.chosen_format`.
     Raises:
         ValueError: neither a registered name nor a directory with a model, or an endpoint that cannot be asked.
     """
@@ -51,7 +55,7 @@ def make_agent(spec: str | Path, *, device: str = "cpu", batch_size: int = 256) 
         agent.set_price()
         return agent
     if (Path(spec) / "config.json").is_file():
-        return LocalAgent.from_directory(spec, device=device, batch_size=batch_size)
+        return LocalAgent.from_directory(spec, device=device, batch_size=batch_size, chat_format=chat_format)
     near = difflib.get_close_matches(spec, registered(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"
     kinds = "a registered name, openai:MODEL@URL, or a directory holding a saved model"
@@ -68,6 +72,7 @@ class Cast:
         ledger: SQLite file of every call; created if it does not exist.
         batch_size: conversations generated together.   quiet: no progress bar.
         prices: by model, for endpoints whose specs give none (see prices.read_prices).
+        chat_format: of models of this machine, see `chat_format.chosen_format`.
     """
 
     def __init__(
@@ -78,8 +83,10 @@ class Cast:
         batch_size: int = 256,
         quiet: bool = False,
         prices: Mapping[str, Price] | None = None,
+        chat_format: ChatFormatChoice = "auto",
     ) -> None:
         self.runtime, self.batch_size, self.prices = runtime, batch_size, prices or {}
+        self.chat_format = chat_format
         self.ledger: Ledger | None = None
         # Where rank 0 cannot open it, no rank waits for it.
         from_main(runtime, lambda: self._open(ledger))
@@ -123,7 +130,8 @@ class Cast:
 
     def _local(self, spec: str) -> Agent:
         if spec not in self._locals:
-            self._locals[spec] = make_agent(spec, device=str(self.runtime.device), batch_size=self.batch_size)
+            how = {"device": str(self.runtime.device), "batch_size": self.batch_size, "chat_format": self.chat_format}
+            self._locals[spec] = make_agent(spec, **how)
         return self._locals[spec]
 
     def close(self) -> None:

@@ -1,44 +1,30 @@
-"""The chat format (Vicuna v1.1) as token ids: built segment by segment from roles, never by searching rendered text.
+"""Conversations as token ids, in the chat format of the tokenizer: Vicuna v1.1, or a model's own template.
+
+Vicuna v1.1 is built segment by segment from roles, never by searching rendered text:
 
     <s>SYSTEM USER: u1 ASSISTANT: a1</s>USER: u2 ASSISTANT: a2</s>
 
 The ids are those of the segments `SYSTEM`, ` USER:`, ` u1`, ` ASSISTANT:`, ` a1`, then EOS, then `USER:`, ` u2`, ...
 each encoded separately. So the ids of a prompt are a prefix of those of the conversation, and no text inside a message
-is read as a boundary. The loss covers the ids of every answer and the EOS that closes it.
+is read as a boundary. The loss covers the ids of every answer and the EOS that closes it. Templates: chat_template.py.
 
 Source: FastChat's template vicuna_v1.1.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from .chat_format import SYSTEM, ChatFormatChoice, chosen_format
+from .chat_template import Exchange, TemplateCoder
 from .rows import Conversation, Message, Preference
 from .tokenizer import Tokenizer
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 USER, NEXT_USER, ASSISTANT = " USER:", "USER:", " ASSISTANT:"
 # The fixed segments: as atoms of `train_tokenizer` each is one token.
 CHAT_ATOMS = (SYSTEM, USER, NEXT_USER, ASSISTANT)
-
-# The same format in Jinja, for other programs that read a model directory. They encode the text as a whole.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
-    "{% else %}{{ system }}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ (' ' if loop.first else '') + 'USER: ' + message['content'] }}"
-    "{% if loop.last %}{{ ' ASSISTANT:' }}{% endif %}"
-    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-).replace("{{ system }}", "{{ " + json.dumps(SYSTEM) + " }}")
 
 Encode = Callable[[str], list[int]]
 
@@ -64,6 +50,46 @@ class Rejection(NamedTuple):
     reason: str
 
 
+def use_chat_format(
+    tokenizer: Tokenizer,
+    choice: ChatFormatChoice = "auto",
+    *,
+    training: bool = False,
+    needs_marks: bool = False,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """The tokenizer, set to the format of an option `--chat-format`; a template is tried before anything depends on it.
+
+    Args:
+        choice: see `chat_format.chosen_format`.   training: for a model that is going to be trained in the format.
+        needs_marks: the loss covers answers, so that a template must say which its tokens are.
+        vocab_size: rows of the model's embedding, which all tokens of the template must have.
+    Raises:
+        ValueError: no such format, or a template that cannot be used; says what to do.
+    """
+    tokenizer.chat_format = chosen_format(choice, tokenizer.chat_format, training=training)
+    coder = _coder(tokenizer)
+    if coder is not None:
+        beyond = [text for text, index in coder.written.items() if vocab_size is not None and index >= vocab_size]
+        if beyond:
+            raise ValueError(
+                f"{coder.format.source}: chat template: expected tokens among the {vocab_size} of the model's "
+                f"embedding, got {beyond[0]}; choose the model's own template"
+            )
+        if needs_marks:
+            coder.check_marks()
+    return tokenizer
+
+
+def _coder(tokenizer: Tokenizer) -> TemplateCoder | None:
+    """What encodes in the template of the tokenizer's format; None for Vicuna."""
+    if tokenizer.chat_format.is_vicuna:
+        return None
+    if tokenizer.template_coder is None or tokenizer.template_coder.format is not tokenizer.chat_format:
+        tokenizer.template_coder = TemplateCoder(tokenizer)
+    return tokenizer.template_coder
+
+
 def _segment(tokenizer: Tokenizer, text: str) -> str:
     """The text to encode for a segment that follows other ids (the rule is in tokenizer.py)."""
     return text.removeprefix(" ") if tokenizer.prefixes_space else text
@@ -76,12 +102,19 @@ def _check(messages: Sequence[Message], last: str) -> None:
         expected = ("user", "assistant")[(index - first) % 2]
         if message.role != expected:
             raise ValueError(f"messages[{index}].role: expected {expected}, got {message.role!r}; roles must alternate")
+    _check_last(messages, last)
+
+
+def _check_last(messages: Sequence[Message], last: str) -> None:
+    """Raise ValueError unless the last role is `last`, and no answer is blank where it is "assistant"."""
+    for index, message in enumerate(messages):
         if message.role == last == "assistant" and not message.content.strip():
             raise ValueError(
                 f"messages[{index}].content: expected an answer, got a blank one; there is nothing to learn"
             )
-    if len(messages) == first or messages[-1].role != last:
-        got = messages[-1].role if len(messages) > first else "no turns"
+    turns = [message for message in messages if message.role != "system"]
+    if not turns or messages[-1].role != last:
+        got = messages[-1].role if turns else "no turns"
         raise ValueError(f"messages: expected the last role {last}, got {got}")
 
 
@@ -144,10 +177,13 @@ def _conversation(
     max_length: int | None,
     truncate: bool,
 ) -> Sample:
-    _check(messages, "assistant")
+    coder = _coder(tokenizer)
+    (_check if coder is None else _check_last)(messages, "assistant")
     learned = [bool(weight) for weight in weights] or [True] * sum(m.role == "assistant" for m in messages)
     if not any(learned):
         raise ValueError("messages: expected an answer with weight 1, got 0 for all; there is nothing to learn")
+    if coder is not None:
+        return _fitting(Sample(*coder.conversation(messages, learned)), max_length, truncate)
     return _fitting(_sample(tokenizer, _parts(messages), encode, learned), max_length, truncate)
 
 
@@ -161,33 +197,90 @@ def encode_conversation(
 ) -> Sample:
     """Sample of a conversation: every answer and its closing EOS trained, everything else not.
 
+    In a template the trained tokens are those of its generation blocks, one for each answer.
+
     Args:
-        messages: an optional system message (it replaces SYSTEM), then user and assistant in turns, assistant last.
+        messages: an optional system message (it replaces SYSTEM), then user and assistant in turns, assistant last. A
+            template has rules of its own.
         weights: 0 or 1 for each answer, 0 trains neither it nor its EOS; () trains all.
         max_length: most tokens, BOS and EOS included; None for any number.
         truncate: cut the end off a longer sample. An answer that is cut is trained up to there, without an EOS.
     Raises:
-        ValueError: roles do not alternate, an answer is blank, the sample does not fit, or nothing is left to train.
+        ValueError: roles do not alternate, an answer is blank, the sample does not fit, nothing is left to train, or a
+            template refuses the messages or does not mark answers.
     """
     return _conversation(tokenizer, messages, weights, tokenizer.encode, max_length, truncate)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids up to and including ` ASSISTANT:`: a prefix of the conversation with any answer.
+    """Ids up to the opening of the next answer: in Vicuna ` ASSISTANT:`, a prefix of the conversation with any answer.
 
     Args:
         messages: as for `encode_conversation`, but a user message last; an earlier answer may be blank.
     Raises:
-        ValueError: roles do not alternate, or the last message is not the user's.
+        ValueError: roles do not alternate, or the last message is not the user's; or a template refuses them.
     """
+    coder = _coder(tokenizer)
+    if coder is not None:
+        _check_last(messages, "user")
+        return coder.prompt(messages)
     _check(messages, "user")
     parts = _parts(messages)
     return _sample(tokenizer, parts, tokenizer.encode, [False] * len(parts)).tokens.tolist()
 
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that follow a prompt: those of the answer and the closing EOS."""
+    """The ids that follow a prompt in Vicuna: those of the answer and the closing EOS.
+
+    In a template they depend on what stands before: see `encode_exchange` and `encode_begun`.
+    """
+    assert tokenizer.chat_format.is_vicuna
     return [*tokenizer.encode(_segment(tokenizer, " " + text)), tokenizer.eos_id]
+
+
+def encode_exchange(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -> Exchange:
+    """A prompt with its answer in tokens, up to the one that ends the answer, and where the answer's characters are.
+
+    Raises:
+        ValueError: as for `encode_prompt`.
+    """
+    coder = _coder(tokenizer)
+    if coder is not None:
+        _check_last(prompt, "user")
+        return coder.exchange(prompt, answer)
+    before, after = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, answer)
+    shift = max(0, tokenizer.decode(after).find(answer))
+    spans = [(start - shift, end - shift) for start, end in tokenizer.offsets(after)]
+    return Exchange([*before, *after], len(before), spans)
+
+
+def encode_begun(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation whose last message is an answer that goes on: nothing closes it.
+
+    Raises:
+        ValueError: as for `encode_prompt`.
+    """
+    coder = _coder(tokenizer)
+    if coder is not None:
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError(
+                f"messages: expected the last role assistant, got {messages[-1].role if messages else 'none'}"
+            )
+        return coder.begun(messages)
+    return [*encode_prompt(tokenizer, messages[:-1]), *encode_answer(tokenizer, messages[-1].content)[:-1]]
+
+
+def encode_opening(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation that ends with an answer, and of the opening of the user's next turn.
+
+    Raises:
+        ValueError: as for `encode_prompt`.
+    """
+    coder = _coder(tokenizer)
+    if coder is not None:
+        return coder.opening(messages)
+    before = encode_prompt(tokenizer, messages[:-1])
+    return [*before, *encode_answer(tokenizer, messages[-1].content), *tokenizer.encode(NEXT_USER)]
 
 
 def encode_preference(tokenizer: Tokenizer, row: Preference, *, max_length: int | None = None) -> tuple[Sample, Sample]:
@@ -208,8 +301,11 @@ def encode_preference(tokenizer: Tokenizer, row: Preference, *, max_length: int 
 
 
 def _continued(tokenizer: Tokenizer, prompt: Sequence[Message], text: str) -> Sample:
+    messages = (*prompt, Message("assistant", text))
+    if prompt and not tokenizer.chat_format.is_vicuna:
+        earlier = [0] * sum(message.role == "assistant" for message in prompt)
+        return _conversation(tokenizer, messages, [*earlier, 1], tokenizer.encode, None, False)
     if prompt:
-        messages = (*prompt, Message("assistant", text))
         _check(messages, "assistant")
         before, after = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, text)
     else:
@@ -250,7 +346,7 @@ def encode_conversations(
     Raises:
         ValueError: a row gives no sample and on_error is "raise"; names its index and id.
     """
-    cached = _cache(tokenizer, rows)
+    cached = _cache(tokenizer, rows) if tokenizer.chat_format.is_vicuna else tokenizer.encode
     samples, rejected = [], []
     for index, row in enumerate(rows):
         try:

@@ -1,6 +1,7 @@
 """A SentencePiece model as tokenizer.json of the `tokenizers` library, in the layout of Llama and Mistral."""
 
 import json
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers
@@ -45,6 +46,26 @@ def tokenizer_json(model: bytes) -> str:
                 f"of {text!r} differ"
             )
     return converted
+
+
+def as_llama(text: str, config: dict[str, Any]) -> str:
+    """tokenizer.json as transformers reads it where tokenizer_config.json names the class LlamaTokenizer.
+
+    That class keeps vocabulary and merges, and puts the space in front of a text by a rule of its own: none before a
+    text that begins with one; with `legacy` behind every special token, else at the beginning alone.
+
+    Args:
+        config: fields of tokenizer_config.json.
+    """
+    fields = json.loads(text)
+    is_llama = str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    if not is_llama or '"ByteLevel"' in json.dumps(fields.get("decoder")):
+        return text
+    scheme = "always" if config.get("legacy", False) else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    metaspace = {"type": "Metaspace", "replacement": META_SPACE, "prepend_scheme": scheme, "split": False}
+    return json.dumps(fields | {"normalizer": None, "pre_tokenizer": metaspace}, ensure_ascii=False)
 
 
 def _converted(processor: sentencepiece.SentencePieceProcessor) -> str:

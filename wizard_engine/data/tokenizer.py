@@ -28,8 +28,9 @@ from tokenizers import Tokenizer as Backend
 from wizard_engine.runtime.files import write_bytes, write_json, write_text
 from wizard_engine.runtime.input_files import parse_object, read_json_object, read_regular, shown
 
+from .chat_format import VICUNA, ChatFormat, directory_format
 from .pretokenizer import BYTE_CHARACTERS, UnitCache, byte_level_bytes, count_units, splitter
-from .sentencepiece_json import tokenizer_json
+from .sentencepiece_json import as_llama, tokenizer_json
 from .tokenizer_files import (
     NOTHING_LISTED,
     ListedIds,
@@ -44,7 +45,11 @@ from .tokenizer_files import (
 BOS, EOS = "<s>", "</s>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "<|endoftext|>")
+# Names of special tokens that chat templates know.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 META_SPACE = "▁"
+# The class of transformers that a SentencePiece model is saved for.
+LLAMA_CLASS = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 MAX_TOKENIZER_BYTES = 64 << 20
 # A tokenizer that fails on some text fails when it is loaded.
@@ -61,6 +66,8 @@ class Tokenizer(Protocol):
     text_ids: (vocab_size,) bool, the ids that a text can give.
     prefixes_space: whether `encode` puts a space before the text (SentencePiece's dummy prefix).
     fingerprint: hash of everything that decides the ids.
+    chat_format: how conversations are written; see `chat.use_chat_format`.
+    template_coder: what encodes in the template of that format, made at its first use.
     """
 
     vocab_size: int
@@ -70,6 +77,8 @@ class Tokenizer(Protocol):
     text_ids: np.ndarray
     fingerprint: str
     prefixes_space: bool
+    chat_format: ChatFormat
+    template_coder: Any
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, without BOS and EOS. ValueError: the text holds a lone surrogate."""
@@ -92,6 +101,15 @@ class Tokenizer(Protocol):
     def drawable(self, vocab_size: int) -> np.ndarray | None:
         """Which ids of an embedding of so many rows a sampler may draw; None: all."""
 
+    def end_answers_with(self, ids: Sequence[int]) -> None:
+        """Add ids to those that end an answer; they have no text."""
+
+    def backend_json(self) -> str:
+        """tokenizer.json that gives the ids of the tokenizer, for texts whose special tokens are read."""
+
+    def template_variables(self) -> dict[str, str]:
+        """Texts of the special tokens by the names that chat templates know: `bos_token`, `eos_token` and others."""
+
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files, as transformers reads them, into a directory."""
 
@@ -104,6 +122,8 @@ class _Bytes:
     eos_ids: tuple[int, ...]
     text_ids: np.ndarray
     prefixes_space: bool
+    chat_format: ChatFormat = VICUNA
+    template_coder: Any = None
     _table: list[bytes | None]
     _known: np.ndarray
 
@@ -121,6 +141,12 @@ class _Bytes:
             # An added token that ends an answer is a mark, not a part of its text.
             if index in added:
                 self._table[index] = None
+
+    def end_answers_with(self, ids: Sequence[int]) -> None:
+        """Add ids to those that end an answer; they have no text."""
+        self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, *ids)))
+        for index in ids:
+            self._table[index] = None
 
     def drawable(self, vocab_size: int) -> np.ndarray | None:
         """Which ids of an embedding of so many rows a sampler may draw; None: all.
@@ -196,15 +222,22 @@ class SentencePieceTokenizer(_Bytes):
 
     Args:
         model: the file's content.   name: its path, for messages.   listed: ids that other files name.
+        config: fields of tokenizer_config.json, which say how transformers reads it.
     """
 
-    def __init__(self, model: bytes, name: str = "tokenizer.model", listed: ListedIds = NOTHING_LISTED) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        name: str = "tokenizer.model",
+        listed: ListedIds = NOTHING_LISTED,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         try:
             self._backend = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{name}: expected a SentencePiece model, got {shown(str(error), 200)}") from None
         backend, size = self._backend, self._backend.vocab_size()
-        self._model, self._json = model, None
+        self._model, self._json, self._config = model, None, config or {}
         self.bos_id = self._special_id("BOS", backend.bos_id(), listed.bos, name)
         self.eos_id = self._special_id("EOS", backend.eos_id(), next(iter(listed.eos), None), name)
         self.fingerprint = "sentencepiece-" + hashlib.sha256(model).hexdigest()[:24]
@@ -248,7 +281,7 @@ class SentencePieceTokenizer(_Bytes):
         transformers reads tokenizer.json without the packages protobuf and sentencepiece, which tokenizer.model needs.
         """
         write_bytes(Path(directory) / "tokenizer.model", self._model)
-        fields = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+        fields = {**LLAMA_CLASS, "add_bos_token": True, "add_eos_token": False}
         converted = self._converted()
         if converted:
             write_text(Path(directory) / "tokenizer.json", converted)
@@ -258,6 +291,19 @@ class SentencePieceTokenizer(_Bytes):
             "eos_token": self._backend.id_to_piece(self.eos_id),
         }
         write_json(Path(directory) / "tokenizer_config.json", {**fields, **names})
+
+    def backend_json(self) -> str:
+        """tokenizer.json that gives the ids of the tokenizer.
+
+        Raises:
+            ValueError: there is none for a model of this kind.
+        """
+        return as_llama(self._converted() or tokenizer_json(self._model), LLAMA_CLASS | self._config)
+
+    def template_variables(self) -> dict[str, str]:
+        """Texts of the special tokens by the names that chat templates know."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._backend.unk_id()}
+        return {name: self._backend.id_to_piece(index) for name, index in ids.items() if index >= 0}
 
     def _converted(self) -> str:
         """tokenizer.json with the same ids; "" where there is none."""
@@ -368,6 +414,17 @@ class JsonTokenizer(_Bytes):
         encoded = _checked(lambda: self._backend.encode_batch_fast(spaced, add_special_tokens=False), texts)
         return [item.ids for item in encoded]
 
+    def backend_json(self) -> str:
+        """tokenizer.json, as transformers reads it."""
+        return as_llama(self._backend.to_str(), self._config)
+
+    def template_variables(self) -> dict[str, str]:
+        """Texts of the special tokens by the names that chat templates know."""
+        own = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        names = {name: self._backend.id_to_token(index) for name, index in own.items() if name not in self._config}
+        listed = {name: named_token(self._config, name, "tokenizer") for name in NAMED_TOKENS}
+        return names | {name: text for name, text in listed.items() if text is not None}
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""
         write_text(Path(directory) / "tokenizer.json", self._backend.to_str(pretty=True))
@@ -383,7 +440,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """Tokenizer of a *.model file, a tokenizer.json file, or a directory that holds one (tokenizer.json first).
 
     BOS and EOS are those of tokenizer_config.json, else of generation_config.json and config.json beside it, else
-    of the usual names. All EOS ids that the latter two list end an answer.
+    of the usual names. All EOS ids that the latter two list end an answer. The chat format is that of the directory.
 
     Raises:
         ValueError: there is none, or it cannot be read; names the file.
@@ -396,11 +453,15 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except OSError as error:
         got = "nothing there" if isinstance(error, FileNotFoundError) else error.strerror
         raise ValueError(f"{path}: expected a tokenizer file or directory, got {got}; check the path") from None
+    config = read_json_object(path.with_name("tokenizer_config.json")) or {}
     if path.suffix == ".model":
-        return SentencePieceTokenizer(content, str(path), listed_ids(path.parent))
-    if path.suffix == ".json":
-        return _load_json(path, content)
-    raise ValueError(f"{path}: expected a tokenizer named *.model or tokenizer.json, got another file")
+        tokenizer: Tokenizer = SentencePieceTokenizer(content, str(path), listed_ids(path.parent), config)
+    elif path.suffix == ".json":
+        tokenizer = _load_json(path, content, config)
+    else:
+        raise ValueError(f"{path}: expected a tokenizer named *.model or tokenizer.json, got another file")
+    tokenizer.chat_format = directory_format(path.parent, config)
+    return tokenizer
 
 
 def _file_of(directory: Path) -> Path:
@@ -418,14 +479,13 @@ def _file_of(directory: Path) -> Path:
     raise ValueError(f"{directory}: expected tokenizer.json or a *.model file in this directory, got neither")
 
 
-def _load_json(path: Path, content: bytes) -> JsonTokenizer:
+def _load_json(path: Path, content: bytes, config: dict[str, Any]) -> JsonTokenizer:
     fields = parse_object(content, path)
     model = fields.get("model")
     needed = {"vocab", "merges"} if isinstance(model, dict) and model.get("type") == "BPE" else {"vocab"}
     if not isinstance(model, dict) or not needed <= model.keys():
         raise ValueError(f"{path}: model: expected an object with {', '.join(sorted(needed))}, got another")
     check_ids(model["vocab"], fields.get("added_tokens"), path)
-    config = read_json_object(path.with_name("tokenizer_config.json")) or {}
     with library_failures(f"{path}: expected a tokenizer of the tokenizers library"):
         # Written again, so that the library reads what was looked at, whatever stands there twice.
         return JsonTokenizer(Backend.from_str(json.dumps(fields)), config, str(path), listed_ids(path.parent))

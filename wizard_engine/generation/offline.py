@@ -159,7 +159,7 @@ def answer_texts(
     top_p: float | None = None,
     on_finished: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """The model's next answer in each conversation (which ends with a user turn), in the Vicuna format."""
+    """The model's next answer in each conversation, which ends with a user turn, in the tokenizer's chat format."""
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
     sampled = generate(
         model,

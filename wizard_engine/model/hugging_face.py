@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wizard_engine.data.chat import CHAT_TEMPLATE
+from wizard_engine.data.chat_format import ChatFormat, recorded
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.parallel import Sharded, sharded
 from wizard_engine.parallel.shard_spec import ShardSpec
@@ -384,11 +384,10 @@ def save_hf(
     return _write(tensors, fields, tokenizer, Path(path), max_shard_bytes)
 
 
-def _say_chat_format(directory: Path) -> None:
-    """Name the chat format in tokenizer_config.json, unless that names one already."""
+def _say_chat_format(directory: Path, chat_format: ChatFormat) -> None:
+    """Write the chat format into tokenizer_config.json, and whether the model was trained in it."""
     path = directory / "tokenizer_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {"chat_template": CHAT_TEMPLATE, **fields})
+    write_json(path, recorded(json.loads(path.read_text(encoding="utf-8")), chat_format))
 
 
 def save_model(
@@ -468,7 +467,7 @@ def save_sharded(
             write_json(partial / INDEX, index)
         if tokenizer is not None:
             tokenizer.save(partial)
-            _say_chat_format(partial)
+            _say_chat_format(partial, tokenizer.chat_format)
         write_json(partial / "config.json", fields)
 
     from_main(runtime, begin)
@@ -537,7 +536,7 @@ def _write(
         _write_weights(tensors, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
-            _say_chat_format(partial)
+            _say_chat_format(partial, tokenizer.chat_format)
         write_json(partial / "config.json", fields)
         _put_in_place(partial, path)
     except OSError as error:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from wizard_engine.data.batch import collate
-from wizard_engine.data.chat import Sample, encode_answer, encode_prompt
+from wizard_engine.data.chat import Sample, encode_exchange, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.solution_steps import split_steps
 from wizard_engine.data.tokenizer import Tokenizer
@@ -58,19 +58,21 @@ def encode_steps(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -
     Returns:
         sample: weight 1 at step ends, 0 elsewhere.   ends: index into sample.tokens per step of `split_steps`.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    answer_ids = encode_answer(tokenizer, answer)
-    offsets = tokenizer.offsets(answer_ids)
-    decoded = tokenizer.decode(answer_ids)
-    shift = max(0, decoded.find(answer))
+    sample, ends, _ = _steps(tokenizer, prompt, answer)
+    return sample, ends
+
+
+def _steps(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -> tuple[Sample, list[int], int]:
+    """`encode_steps`, and the number of the prompt's tokens."""
+    exchange = encode_exchange(tokenizer, prompt, answer)
     ends = []
     for _, end in split_steps(answer):
-        inside = [i for i, (start, stop) in enumerate(offsets) if start < end + shift and stop > start]
-        ends.append(len(prompt_ids) + (inside[-1] if inside else 0))
-    tokens = np.asarray([*prompt_ids, *answer_ids], dtype=np.int32)
+        inside = [i for i, (start, stop) in enumerate(exchange.spans) if start < end and stop > start]
+        ends.append(exchange.start + (inside[-1] if inside else 0))
+    tokens = np.asarray(exchange.tokens, dtype=np.int32)
     weights = np.zeros(len(tokens), dtype=np.float32)
     weights[ends] = 1.0
-    return Sample(tokens, weights), ends
+    return Sample(tokens, weights), ends, exchange.start
 
 
 def encode_instruction(tokenizer: Tokenizer, instruction: str) -> Sample:
@@ -142,9 +144,9 @@ class ProcessReward:
 
     def __call__(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[list[float]]:
         """Scores in [0, 1] of the steps of each answer."""
-        encoded = [encode_steps(self.tokenizer, p, a) if a.strip() else None for p, a in zip(prompts, answers)]
+        encoded = [_steps(self.tokenizer, p, a) if a.strip() else None for p, a in zip(prompts, answers)]
         kept = [i for i, item in enumerate(encoded) if item is not None]
-        prompt_tokens = [len(encode_prompt(self.tokenizer, prompts[i])) for i in kept]
+        prompt_tokens = [encoded[i][2] for i in kept]
         scored = score_answer_tokens(self.model, [encoded[i][0] for i in kept], prompt_tokens, before=False)
         out: list[list[float]] = [[] for _ in answers]
         for index, count, scores in zip(kept, prompt_tokens, scored):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from wizard_engine.data.chat import encode_answer, encode_prompt
+from wizard_engine.data.chat import encode_begun, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
 
@@ -12,18 +12,22 @@ from .protocol import RequestError, wrong
 BETWEEN = "\n\n"
 
 
-def turns(messages: Sequence[dict[str, Any]]) -> list[Message]:
+def turns(messages: Sequence[dict[str, Any]], *, joins: bool = True) -> list[Message]:
     """The messages as turns that alternate: several of one role in a row are one, and so are all system messages.
 
-    The chat format has one system text, at the beginning.
+    Vicuna has one system text, at the beginning.
 
+    Args:
+        joins: False leaves every message as it is: a chat template says itself what it takes.
     Raises:
         RequestError: a message without a content, other than the assistant's.
     """
     system, others = [], []
     for index, message in enumerate(messages):
         text, role = _text(message, f"messages[{index}]"), message["role"]
-        if role in ("system", "developer"):
+        if not joins:
+            others.append(("system" if role == "developer" else role, [text]))
+        elif role in ("system", "developer"):
             system.append(text)
         elif others and others[-1][0] == role:
             others[-1][1].append(text)
@@ -40,8 +44,8 @@ def encode_request(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[l
         ValueError: turns that the chat format cannot say.
     """
     if len(messages) > 1 and messages[-1].role == "assistant":
-        before, begun = encode_prompt(tokenizer, messages[:-1]), messages[-1].content
-        return (before + encode_answer(tokenizer, begun)[:-1], True) if begun else (before, False)
+        is_begun = bool(messages[-1].content)
+        return encode_begun(tokenizer, messages) if is_begun else encode_prompt(tokenizer, messages[:-1]), is_begun
     return encode_prompt(tokenizer, messages), False
 
 

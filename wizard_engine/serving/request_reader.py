@@ -105,7 +105,7 @@ class RequestReader:
     def _parsed(self, fields: dict[str, Any], kind: str, loop: asyncio.AbstractEventLoop) -> ParsedRequest:
         texts_before = False
         if kind == "chat":
-            turns_of = turns(fields["messages"])
+            turns_of = turns(fields["messages"], joins=self.tokenizer.chat_format.is_vicuna)
             self._check_length([turn.content for turn in turns_of])
             ids, texts_before = encode_request(self.tokenizer, turns_of)
             prompts = [ids]

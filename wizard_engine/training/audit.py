@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,7 +142,8 @@ def shown_mask(sample: Sample, tokenizer: Tokenizer) -> str:
             is_run_trained.append(weight > 0)
             trained = weight > 0
         runs[-1].append(token)
-    closed = [(tokenizer.decode(run) + ("</s>" if tokenizer.eos_id in run else "")) for run in runs]
+    ends = set(tokenizer.eos_ids)
+    closed = [tokenizer.decode(run) + ("</s>" if ends & set(run) else "") for run in runs]
     shown = [_ends(text) for text in closed]
     parts = [f"[{text}]" if on else text for text, on in zip(shown, is_run_trained)]
     more = f" ... ({len(parts) - MASK_SPANS} more spans)" if len(parts) > MASK_SPANS else ""
@@ -153,11 +155,21 @@ def _ends(text: str) -> str:
     return text if len(text) <= 2 * MASK_END else f"{text[:MASK_END]} ... {text[-MASK_END:]}"
 
 
+def _closes(sample: Sample, tokenizer: Tokenizer) -> bool:
+    """Whether the last run of trained tokens has the end of the answer: in Vicuna as its last token."""
+    trained = sample.weights.nonzero()[0]
+    if tokenizer.chat_format.is_vicuna:
+        return bool(sample.tokens[trained.max(initial=0)] == tokenizer.eos_id)
+    breaks = np.flatnonzero(np.diff(trained) > 1)
+    last = trained[breaks[-1] + 1 :] if len(breaks) else trained
+    return bool(np.isin(sample.tokens[last], tokenizer.eos_ids).any())
+
+
 def check_supervised(model: Transformer, samples: Sequence[Sample], tokenizer: Tokenizer, *, quiet: bool) -> None:
     """Audit of supervised training; prints one sample with its mask."""
     # An answer that was cut has no end, and a turn of weight 0 is not trained.
     whole = [s for s in samples if not s.cut]
-    open_ends = sum(int(s.tokens[s.weights.nonzero()[0].max(initial=0)] != tokenizer.eos_id) for s in whole)
+    open_ends = sum(not _closes(s, tokenizer) for s in whole)
     checks = [Check("every sample trains its closing </s>", open_ends / max(1, len(whole)), 0.0)]
     checks.append(Check("nothing trains the first token", float(sum(s.weights[0] for s in samples)), 0.0))
     if not quiet:
