@@ -31,7 +31,7 @@ SHELL = ("", "sh", "bash", "console")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 RUN_MARK = "<!-- run -->\n"
 # Programs whose command lines are not this project's.
-OTHERS = ("cd", ".", "git", "ncu", "nsys", "curl", "pip", "make", "pytest")
+OTHERS = ("cd", ".", "git", "ncu", "nsys", "curl", "lm_eval", "pip", "make", "pytest")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -245,7 +245,11 @@ def test_options_in_the_text_of_a_recipes_page_belong_to_the_recipe(path):
 
 def test_options_in_the_text_of_other_pages_are_some_commands(capsys):
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
-    for arguments in (["-m", "wizard_engine", "plan"], ["-m", "wizard_engine", "ledger"], ["-m", "benchmarks.train_step"]):
+    for arguments in (
+        ["-m", "wizard_engine", "plan"],
+        ["-m", "wizard_engine", "ledger"],
+        ["-m", "benchmarks.train_step"],
+    ):
         with contextlib.suppress(SystemExit):
             run_python([*arguments, "--help"])
     known = set(re.findall(r'"(--[a-z][\w-]*)"', sources)) | set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
