@@ -210,7 +210,8 @@ def test_ledger_adds_little_time(tmp_path):
     responses(Echo(), requests, ledger)
     asked = time.process_time() - start
     responses(Echo(), requests, ledger)
-    assert asked < 2.0 and time.process_time() - start < 3.0
+    # 0.4 ms a call, on a slow machine; a commit a call or a scan of the file takes many times that.
+    assert asked < 4.0 and time.process_time() - start < 6.0
 
 
 OPENED = """
