@@ -137,8 +137,8 @@ def test_rivals_are_asked_at_once(tmp_path):
         agents, run = [make_agent(f"openai:m@{url}#concurrency=32") for url in (one, two)], Scheduler(quiet=True)
 
         async def row(request):
-            for agent in agents:
-                assert (await run.ask(agent, request)).ok
+            replies = await asyncio.gather(*(run.ask(agent, request) for agent in agents))
+            assert all(reply.ok for reply in replies)
 
         began = time.monotonic()
         run.run(run.rows(requests, row, lambda *_: None, desc="r", agents=agents))
