@@ -1,5 +1,6 @@
 """Runs on an endpoint in another process: at full rate, killed at any moment, ended by signals."""
 
+import asyncio
 import os
 import signal
 import subprocess
