@@ -724,3 +724,9 @@ def test_unknown_task_is_refused():
             call("sing", {})
     with pytest.raises(ValueError, match="task: expected one of"):
         replies.read_reply("sing", "la", {})
+
+
+# Catches: a word of the instruction that is taken for one of its heading.
+def test_a_copied_heading_stays_whatever_the_instruction_says():
+    copied = "#Rewritten Prompt#: Leo tiene 8 lirios. ¿Cuántos lirios tiene Leo al final?"
+    assert replies.read_evolved(f"#Rewritten Instruction#:\n{copied}") == copied

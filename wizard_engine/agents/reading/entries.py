@@ -107,7 +107,7 @@ def _of_json(entry: Any, value: Read, names: str) -> Any:
         return agreed(_of_json(v, value, names) for v in inner.values()) if inner else None
     if isinstance(entry, bool) or not isinstance(entry, int | float | str):
         return None
-    return value(f"{entry:g}" if isinstance(entry, int | float) else entry)
+    return value(f"{entry:g}" if isinstance(entry, float) else str(entry))
 
 
 def _whole(values: list) -> tuple | None:
@@ -116,7 +116,7 @@ def _whole(values: list) -> tuple | None:
 
 def _in_table(rows: list[list[str]], count: int, value: Read, names: str) -> tuple | None:
     body = [row for row in rows if _number_of(row[0]) is not None]
-    if [_number_of(row[0]) for row in body] != list(range(1, count + 1)) or len(rows) - len(body) > 1:
+    if [_number_of(row[0]) for row in body] != list(range(1, count + 1)) or not body or len(rows) - len(body) > 1:
         return None
     width = min(map(len, body))
     heads = [place for place, cell in enumerate(rows[0]) if 0 < place < width and re.fullmatch(names, cell.lower())]

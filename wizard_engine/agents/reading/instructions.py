@@ -71,7 +71,7 @@ def _exact_bodies(content: str) -> list[str]:
         later = [
             i
             for i in range(place + 1, end)
-            if is_heading(lines[i], _FORM) and re.search(r"\bfinal", lines[i], re.IGNORECASE)
+            if is_heading(lines[i], _FORM) and re.search(r"\bfinal[^:：\n]*[:：]", lines[i], re.IGNORECASE)
         ]
         if later:
             found = find_text("\n".join(lines[later[-1] : end]), _FORM)
