@@ -730,3 +730,9 @@ def test_unknown_task_is_refused():
 def test_a_copied_heading_stays_whatever_the_instruction_says():
     copied = "#Rewritten Prompt#: Leo tiene 8 lirios. ¿Cuántos lirios tiene Leo al final?"
     assert replies.read_evolved(f"#Rewritten Instruction#:\n{copied}") == copied
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1" + "0" * 6000, "1e999", "NaN"])
+def test_numbers_beyond_all_scales_are_no_verdict(number):
+    for text in (f'{{"1": {number}, "2": 3}}', f"[{number}, 2]", f'{{"a": {number}, "b": 3}}', f"[[{number}]] [[2]]"):
+        assert replies.read_scores(text, 2) is replies.read_labels(text, 2) is replies.read_ranking(text, 2) is None

@@ -225,7 +225,7 @@ def _number(value) -> float | None:
     if isinstance(value, dict):
         inner = lower_keys(value)
         return agreed(n for key in ("score", "rating", "overall", "final_score") if (n := _number(inner.get(key))))
-    return read_score(f"{value:g}" if isinstance(value, int | float) else str(value))
+    return read_score(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _in_object(item: dict, count: int) -> tuple[float, ...] | None:
