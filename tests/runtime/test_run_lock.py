@@ -91,7 +91,7 @@ class Config:
 rt = runtime.start("cpu")
 try:
     finish_stage(open_stage(Config(Path(sys.argv[1])), "test", rt), rt, {}, [])
-    print("done", flush=True)
+    print("ended", flush=True)
 except ValueError as error:
     print(f"refused: {error}", flush=True)
 runtime.stop()
@@ -109,7 +109,11 @@ def test_ranks_have_one_lock_and_are_refused_together(tmp_path):
         assert refused.stdout.count("expected no other run in this directory, got one: process") == 2
         process.communicate("\n")
     done = torchrun(2, script, out)
-    assert done.stdout.count("done") == 2 and sorted(os.listdir(out)) == ["config.json", "stage.json"]
+    assert (
+        done.stdout.count("ended") == 2
+        and done.stdout.count("done: ") == 1
+        and sorted(os.listdir(out)) == ["config.json", "stage.json"]
+    )
 
 
 def test_finished_stage_is_read_without_the_lock(tmp_path):
