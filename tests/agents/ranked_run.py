@@ -1,9 +1,9 @@
-"""A rank of a run whose agents are asked through Cast.conduct: python ranked_run.py OUT KIND."""
+"""A rank of a run whose agents are asked through Cast.conduct: python ranked_run.py OUT KIND. Writes OUT/rank_N.json."""
 
 import asyncio
 import hashlib
+import json
 import sys
-import time
 from pathlib import Path
 
 from wizard_engine.agents import Cast, Reply, Request, ranks, register
@@ -65,12 +65,10 @@ def work():
 
 
 cast = Cast(OUT / "ledger.sqlite", RUNTIME, batch_size=8, quiet=True)
-began = time.monotonic()
 try:
     texts = cast.conduct(work)
-    print(f"rank {RUNTIME.rank}: {hashlib.sha256(' '.join(texts).encode()).hexdigest()[:12]}", flush=True)
+    result = hashlib.sha256(" ".join(texts).encode()).hexdigest()[:12]
 except ValueError as error:
-    print(f"rank {RUNTIME.rank}: {error}", flush=True)
+    result = f"{error}"
 cast.close()
-if RUNTIME.is_main:
-    print(f"waits: {told.count('wait')}, {time.monotonic() - began:.1f} s", flush=True)
+(OUT / f"rank_{RUNTIME.rank}.json").write_text(json.dumps({"result": result, "waits": told.count("wait")}))
