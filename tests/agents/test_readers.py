@@ -736,3 +736,40 @@ def test_a_copied_heading_stays_whatever_the_instruction_says():
 def test_numbers_beyond_all_scales_are_no_verdict(number):
     for text in (f'{{"1": {number}, "2": 3}}', f"[{number}, 2]", f'{{"a": {number}, "b": 3}}', f"[[{number}]] [[2]]"):
         assert replies.read_scores(text, 2) is replies.read_labels(text, 2) is replies.read_ranking(text, 2) is None
+
+
+# Catches: the place in a list, the best one first, taken for the number of an instruction.
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        ("1. Version 3: 9\n2. Version 1: 7\n3. Version 2: 5", (7, 5, 9)),
+        ("1) **Instruction 3** - 9/10\n2) **Instruction 1** - 7/10\n3) **Instruction 2** - 5/10", (7, 5, 9)),
+        ("**1.** 指令 3：9\n**2.** 指令 1：7\n**3.** 指令 2：5", (7, 5, 9)),
+        ("1. Version 1: 9\n2. Version 2: 7\n3. Version 3: 5", (9, 7, 5)),
+        ("1. Version 3 is the best: 9\n2. Version 1 is good: 7\n3. Version 2: 5", None),
+        ("| Rank | Version | Score |\n|---|---|---|\n| 1 | 3 | 9 |\n| 2 | 1 | 7 |\n| 3 | 2 | 5 |", (7, 5, 9)),
+        ("| Rank | Score |\n|---|---|\n| 1 | 9 |\n| 2 | 7 |\n| 3 | 5 |", None),
+    ],
+)
+def test_a_list_from_best_to_worst_is_read_by_its_names(reply, scores):
+    assert replies.read_reply("rank", reply, {"instructions": "1. a\n2. b\n3. c"}) == scores
+
+
+def test_steps_in_another_order_than_their_lists_have_no_labels():
+    fields = {"instruction": "q", "answer_steps": "a\nb"}
+    assert replies.read_reply("label", "1. Step 1: [[1]]\n2. Step 2: [[0]]", fields) == (1, 0)
+    assert replies.read_reply("label", "1. Step 2: [[1]]\n2. Step 1: [[0]]", fields) is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        ("A: 8/10 for accuracy, 6/10 for clarity. B: 7/10 for accuracy, 9/10 for clarity.", None),
+        ("Answer A: 8/10 for accuracy and 6/10 for style.\nAnswer B: 7/10 on accuracy and 9/10 on style.", None),
+        ("Answer A: 8 for accuracy, 6 for clarity\nAnswer B: 7 for accuracy, 9 for clarity", None),
+        ("Answer A: 8/10 for its clarity.\nAnswer B: 7/10 for its brevity.", (8, 7)),
+        ("Answer A: 8/10 for being right.\nAnswer B: 5/10 for being wrong.", (8, 5)),
+    ],
+)
+def test_scores_of_criteria_are_not_those_of_an_answer(reply, scores):
+    assert replies.read_reply("judge", reply, {"instruction": "q", "answer_a": "a", "answer_b": "b"}) == scores

@@ -40,6 +40,15 @@ _CORRECTS = re.compile(
     re.IGNORECASE,
 )
 _NUMBERING = re.compile(r"\W*(?:[^\W\d]+\s*)?\d{1,3}\s*(?:[:)]|\.(?!\d))")
+# A list's own number in front of a name: `1. Version 3: 9`, the best one first.
+_LISTED = re.compile(
+    rf"^[ \t]*(?:[*•+-][ \t]+)?[*_]*\d{{1,3}}[*_]*[.):]+[*_]*[ \t]+"
+    rf"(?=[*_`\[(]*(?:{_WORD})[ \t]*#?(?P<number>\d{{1,3}})\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_RANK_HEAD = re.compile(
+    r"rank(?:ing)?|place|position|rang|platz|puesto|posición|posto|место|排名|名次|順位|순위", re.IGNORECASE
+)
 _INLINE = re.compile(
     rf"(?:(?:{_WORD})[ \t]*(?P<number>\d{{1,3}})(?:[ \t](?:at|is|gets|scores)[ \t])?|(?<![\w.,])(?P<bare>\d{{1,3}}))"
     r"(?:(?<=[a-z][ \t])|[ \t]*(?:[:=]|->|→))",
@@ -64,6 +73,7 @@ def read_entries(text: str, count: int, value: Read, inside: Read, *, any_order:
     if from_tables is not None:
         return from_tables
     text = _ORDINAL.sub(lambda match: f"{match[2]} {_PLACES.index(match[1].lower()) + 1}", text)
+    text = _unlisted(text, count)
     pairs = _pairs(text, count, value)
     readings = list(_sections(text, count, inside, any_order))
     readings += [pairs, _bare_lines(text, count, value), None if pairs else _one_line(text, count, value)]
@@ -115,6 +125,11 @@ def _whole(values: list) -> tuple | None:
 
 
 def _in_table(rows: list[list[str]], count: int, value: Read, names: str) -> tuple | None:
+    if _RANK_HEAD.fullmatch(rows[0][0].strip()):
+        if min(map(len, rows)) < 3:
+            raise Ambiguous
+        # By place, the best one first: the things' numbers are in the next column.
+        rows = [rows[0][1:], *sorted((row[1:] for row in rows[1:]), key=lambda row: _number_of(row[0]) or 0)]
     body = [row for row in rows if _number_of(row[0]) is not None]
     if [_number_of(row[0]) for row in body] != list(range(1, count + 1)) or not body or len(rows) - len(body) > 1:
         return None
@@ -155,6 +170,14 @@ def _sections(text: str, count: int, inside: Read, any_order: bool) -> Iterator[
         pairs = [(int(m["number"] or m["bare"]), m.start(), m.end()) for m in _INLINE.finditer(without_emphasis(line))]
         if len(pairs) == count > 1:
             yield from _sequences(without_emphasis(line), pairs, count, inside, any_order)
+
+
+def _unlisted(text: str, count: int) -> str:
+    """The text without the numbers of a list whose lines name what they are about, in another order."""
+    numbers = [int(match["number"]) for match in _LISTED.finditer(text)]
+    if sorted(numbers) != list(range(1, count + 1)) or numbers == sorted(numbers):
+        return text
+    return _LISTED.sub("", text)
 
 
 def _is_header(text: str, header: re.Match[str]) -> bool:

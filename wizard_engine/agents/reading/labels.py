@@ -140,6 +140,7 @@ def read_ranking(text: str, count: int) -> tuple[float, ...] | None:
         [[score]] | ["Overall"] "Score" (":" | "is") score | score alone | score (":" | "." | " - " | "(") reason
         | score "/10" | reason (": " | " - " | "->" | " (") score at the end of its first or last line
 
+    A list from best to worst is read by the names in its lines (`1. Version 3: 9`), never by its places.
     Scores of single criteria are none: a section with several has an overall one, or none. Lines of numbers alone that
     are an order of 1 to `count` could be a ranking by place, and are not read.
     """

@@ -376,6 +376,8 @@ def _named(lines: list[str]) -> tuple[float, ...] | None:
     sides: dict[str, list[tuple[bool, float | None]]] = {"A": [], "B": []}
     for line in lines:
         for match in _NAMED_SCORE.finditer(line):
+            if _is_of_criterion(line, match):
+                raise Ambiguous
             side = _ORDINALS[(match["long"] or match["ordinal"] or match["side"]).lower()]
             is_scaled = bool(re.search(rf"{SCALE}$", match["score"], re.IGNORECASE))
             is_worded = bool(re.search(SCORE_WORD, match["filler"] + (match["name"] or ""), re.IGNORECASE))
@@ -391,6 +393,18 @@ def _named(lines: list[str]) -> tuple[float, ...] | None:
     return _all(agreed(values) for values in chosen)
 
 
+def _is_of_criterion(line: str, match: re.Match[str]) -> bool:
+    """Whether a score is the first of several by criteria: `A: 8/10 for accuracy, 6/10 for clarity`."""
+    if FINAL.search(match[0]) or not _FOR_CRITERION.match(line, match.end()):
+        return False
+    following = _NAMED_SCORE.search(line, match.end())
+    rest = line[match.end() : following.start() if following else len(line)]
+    return bool(_SCALED_SCORE.search(rest)) or len(_FOR_CRITERION.findall(rest)) > 1
+
+
+_FOR_CRITERION = re.compile(
+    r"\s*\(?(?:for|on|in|regarding|für|en|pour)\s+(?!the (?:answer|response)|this|its? )\w", re.IGNORECASE
+)
 _IS = r"(?:\s+(?=\d)|\s*(?:[:=|>→-]|is|of|at|ist|es|est|è|é|是|为|は|:)+\s*(?:a\s+|an\s+)?)"
 _FINAL_WORD = (
     r"(?:\b(?:final|overall|verdict|gesamt\w*|globale?|итог\w*)\b|总分|总体|综合|最终"
