@@ -82,6 +82,13 @@ def test_calls_are_chosen(tmp_path, capsys, ledger, options, shown):
     assert status == 0 and len(calls) == len(shown) and all(text in line for text, line in zip(shown, calls))
 
 
+# Catches: silence after a misspelt name.
+def test_a_choice_of_no_call_is_said(tmp_path, capsys, ledger):
+    status, (line,), _ = run(tmp_path, capsys, "--task", "jugde", "--row", "r\x1b9")
+    assert status == 0 and "\x1b" not in line
+    assert line == r"no call of task=jugde, row=r\x1b9; the ledger holds m@h (judge), other (answer)"
+
+
 def test_calls_are_exported_as_json_lines(tmp_path, capsys, ledger):
     status, lines, _ = run(tmp_path, capsys, "--export", tmp_path / "out" / "calls.jsonl", "--row", "r1")
     objects = [json.loads(line) for line in (tmp_path / "out" / "calls.jsonl").read_text().splitlines()]

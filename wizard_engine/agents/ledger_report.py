@@ -138,6 +138,14 @@ def selected(ledger: Ledger, options: Options) -> Iterator[tuple[Call, bool]]:
             yield call, is_read
 
 
+def nothing_chosen(ledger: Ledger, options: Options) -> str:
+    """A line that says that no call is of this kind, and which agents and tasks there are."""
+    names = [name for name in ("unreadable", "failures") if getattr(options, name)]
+    names += [f"{name}={value}" for name, value in options.selection.items() if value is not None]
+    agents = [f"{printable(agent)} ({printable(', '.join(tasks))})" for agent, tasks in ledger.counts().items()]
+    return f"no call of {printable(', '.join(names)) or 'any kind'}; the ledger holds {', '.join(agents) or 'none'}"
+
+
 def run(options: Options) -> None:
     """Show, write or remove the calls.
 
@@ -163,6 +171,8 @@ def run(options: Options) -> None:
         if not (options.failures or options.unreadable):
             for call in ledger.failures(**options.selection):
                 totals.add(call, is_read=True)
+        if not totals.counts:
+            print(nothing_chosen(ledger, options))
     finally:
         ledger.close()
     for line in totals.lines():
