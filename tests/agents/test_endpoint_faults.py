@@ -45,6 +45,14 @@ ENDLESS = {
     "empty choice": (answer() | {"choices": [{}]}, "no text: an answer without a message"),
     "error object": ({"error": {"message": "overloaded", "code": 529}}, "error object: overloaded"),
     "error text": ({"error": "overloaded\x1b[2J"}, r"error object: overloaded\x1b[2J"),
+    "half a character": (
+        Response(b'{"choices": [{"message": {"content": "\xc3("}}]}'),
+        "no answer: text that is no UTF-8",
+    ),
+    "a number without end": (
+        Response('{"choices": [], "created": ' + "9" * 5000 + "}"),
+        "no answer: text that is no JSON",
+    ),
     "stream": (Response(STREAM, media_type="text/event-stream"), "stream: a stream of events came, and none was asked"),
     "stream as text": (Response(STREAM), "stream: a stream of events came"),
 }
@@ -167,9 +175,19 @@ def test_reasoning_apart_is_kept_beside_the_reply(tmp_path):
 
 
 def test_bodies_of_all_kinds():
-    assert read_body("application/json", '\ufeff {"a": 1}') == {"a": 1}
-    for text in ("", " \n", "<", "{", "[" * 100_000, "data: {}", "nul"):
-        assert read_body("", text).error
+    assert read_body("application/json", '\ufeff {"a": "é"}'.encode()) == {"a": "é"}
+    for body in (b"", b" \n", b"<", b"{", b"[" * 100_000, b"data: {}", b"nul", b'"\xff"', b"\xff", b"9" * 5000):
+        assert read_body("", body).error
+
+
+@pytest.mark.parametrize("number", [-1, True, 7.0, "7", None, 10**30])
+def test_a_usage_that_is_no_number_of_tokens_is_estimated(tmp_path, number):
+    for name in ("prompt_tokens", "completion_tokens"):
+        said = answer() | {"usage": {"prompt_tokens": 5, "completion_tokens": 7} | {name: number}}
+        with Fake(lambda *_, said=said: said) as fake:
+            endpoint = agent(fake, budget=1000)
+            (reply,) = responses(endpoint, ask(1), Ledger(tmp_path / f"{name}.sqlite"))
+            assert reply.ok and 12 < endpoint.spent < 100 and not endpoint.ended
 
 
 # Rates
@@ -273,6 +291,29 @@ def test_the_form_of_a_verdict_is_found_and_remembered(takes, forms):
     if takes == 3:
         sent = fake.asked[0]["response_format"]["json_schema"]
         assert sent == {"name": "judge", "strict": True, "schema": json.loads(SCHEMA)}
+
+
+def test_a_form_that_is_refused_without_a_word_of_it_is_left():
+    def behave(body, _):
+        is_refused = "response_format" in body or body["messages"][0]["content"] == "Question 3"
+        return refused(400, "Bad request") if is_refused else answer()
+
+    with Fake(behave) as fake:
+        endpoint = agent(fake, concurrency=1)
+        replies = endpoint.respond(ask(8, "judge", schema=SCHEMA))
+        assert [reply.ok for reply in replies] == [i != 3 for i in range(8)]
+        # Two forms are tried once; a refused call has no part in it afterwards.
+        assert len(fake.asked) == 8 + 2
+
+
+def test_a_refused_verdict_says_nothing_of_a_form_that_was_answered():
+    odd = "Question 0", "Question 4"
+    with Fake(lambda body, _: refused(400, "No") if body["messages"][0]["content"] in odd else answer()) as fake:
+        endpoint = agent(fake, concurrency=1)
+        assert sum(reply.ok for reply in endpoint.respond(ask(8, "judge", schema=SCHEMA))) == 6
+        assert [body.get("response_format", {}).get("type") for body in fake.asked] == [
+            "json_schema", "json_object", None, *["json_schema"] * 7
+        ]  # fmt: skip
 
 
 def test_the_form_of_the_spec_is_the_first_one_sent():

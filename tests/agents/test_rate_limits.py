@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import time
+from email.utils import formatdate
 from itertools import pairwise
 
 import pytest
@@ -9,7 +11,7 @@ from clock import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wizard_engine.agents.rate_limits import Gate, read_duration
+from wizard_engine.agents.rate_limits import Gate, read_duration, read_retry_after
 
 
 def passing(calls, *, concurrency=64, seconds=1.0, requests=0, tokens=0, most=100, used=100):
@@ -165,3 +167,13 @@ def test_what_others_took_of_a_limit_counts():
 )
 def test_durations_of_headers(text, seconds):
     assert read_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["-5", "1e9", "soon", "", "nan", "Mon, 99 Foo 2026", "Mon, 01 Jan 99999 00:00:00 GMT"])
+def test_a_retry_after_that_says_no_time_is_left_out(text):
+    assert read_retry_after(text) is None
+
+
+def test_a_retry_after_may_be_a_date():
+    assert read_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0 and read_retry_after("7") == 7.0
+    assert 50 < read_retry_after(formatdate(time.time() + 60, usegmt=True)) < 61

@@ -14,6 +14,8 @@ REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 # Fields of a message and of a choice that are read; others with a value are named.
 MESSAGE_FIELDS = frozenset({"role", "content", "refusal", "tool_calls", "function_call", *REASONING})
 CHOICE_FIELDS = frozenset({"index", "message", "finish_reason", "logprobs", "stop_reason", "token_ids", "matched_stop"})
+# Tokens of one call, at most: a usage beyond is a mistake of the endpoint, and would end a budget or a ledger.
+MAX_USAGE = 1_000_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -37,16 +39,28 @@ class Answer:
     reasoning: str = ""
 
 
-def read_body(content_type: str, text: str) -> Any:
+def read_body(content_type: str, body: bytes) -> Any:
     """The JSON value of an answer's body, or an Answer that says why it is none."""
-    text = text.lstrip("\ufeff \r\n\t")
+    text = body.decode("utf-8", "replace").lstrip("\ufeff \r\n\t")
     if "event-stream" in content_type or text.startswith("data:"):
         return Answer(error="stream: a stream of events came, and none was asked for")
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        # A stray byte is no character: a replacement for it would stand in rows.
+        return json.loads(body.decode().lstrip("\ufeff \r\n\t"))
+    except UnicodeDecodeError:
+        kind = "HTML" if text[:1] == "<" else "text that is no UTF-8"
+    except (ValueError, RecursionError):
+        # A ValueError of another kind: an integer with more digits than Python reads.
         kind = "HTML" if text[:1] == "<" else "text that is no JSON" if text else "an empty body"
-        return Answer(error=f"no answer: {kind} came with status 200", is_temporary=True)
+    return Answer(error=f"no answer: {kind} came with status 200", is_temporary=True)
+
+
+def read_usage(answer: Any) -> tuple[int, int] | None:
+    """Tokens of the prompt and of the reply by an answer's usage; None where it does not give both as sound numbers."""
+    usage = _get(answer, "usage")
+    tokens = [_get(usage, f"{name}_tokens") for name in ("prompt", "completion")]
+    is_sound = all(type(number) is int and 0 <= number <= MAX_USAGE for number in tokens)
+    return (tokens[0], tokens[1]) if is_sound else None
 
 
 def read_answer(answer: Any, limit: int) -> Answer:

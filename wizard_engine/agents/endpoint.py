@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 from wizard_engine.runtime.text_lines import one_line, printable
 
 from . import prompts
-from .completions import Answer, read_answer, read_body, wrong_endpoint
+from .completions import Answer, read_answer, read_body, read_usage, wrong_endpoint
 from .endpoint_options import JSON_MODES, PREFIX, Options, parse_spec
 from .prices import Price
 from .protocol import Reply, Request
-from .rate_limits import Gate, Pass, read_duration
+from .rate_limits import Gate, Pass, read_retry_after
 
 __all__ = ["PREFIX", "EndpointAgent", "Options", "parse_spec"]
 
@@ -68,6 +68,8 @@ class EndpointAgent:
         self._reserved_cost = 0.0
         self._token_limit = "max_tokens" if self.options.token_limit == "auto" else self.options.token_limit
         self._json = "schema" if self.options.json == "auto" else self.options.json
+        # Whether a verdict was answered in this form: no other is tried then for a call that is refused.
+        self._has_form = False
         self._stopped = self.ended = ""
         self.extras: Counter[str] = Counter()
         self.models: Counter[str] = Counter()
@@ -191,7 +193,7 @@ class EndpointAgent:
 
     async def _send(self, call: "_Try") -> None:
         call.wait = _wait_seconds(self.options, call.request, call.attempt)
-        arguments = self._arguments(call.request, call.messages)
+        arguments = self._arguments(call)
         try:
             async with asyncio.timeout(self.options.timeout):
                 answer = await self._client.chat.completions.with_raw_response.create(**arguments)
@@ -213,7 +215,7 @@ class EndpointAgent:
         """What follows from an answer with a status of its own."""
         headers = failed.response.headers
         self._gate.learn(headers)
-        if failed.status_code in (400, 422) and self._adapt(failed, arguments):
+        if failed.status_code in (400, 422) and self._adapt(failed, arguments, call):
             call.wait, call.attempt = 0.0, call.attempt - 1
         elif self._is_final(failed, call.error):
             call.outcome = self._no(call.error)
@@ -221,29 +223,32 @@ class EndpointAgent:
             call.wait = _wait_seconds(self.options, call.request, call.attempt, headers.get("retry-after"))
             self._gate.slow_down(call.gate_pass, call.wait if headers.get("retry-after") else 0.0)
 
-    def _adapt(self, failed: Any, arguments: dict[str, Any]) -> bool:
+    def _adapt(self, failed: Any, arguments: dict[str, Any], call: "_Try") -> bool:
         """Whether the endpoint takes another name or form of an option, which is remembered."""
         said = f"{failed.message} {getattr(failed, 'body', None)}"
         if self.options.token_limit == "auto" and "max_tokens" in arguments and "max_completion_tokens" in said:
             self._token_limit = "max_completion_tokens"
             return True
         form = arguments.get("response_format", {}).get("type")
-        if self.options.json == "auto" and form and re.search(r"response_format|json_schema|json_object|schema", said):
-            lesser = "object" if form == "json_schema" else "no"
+        if self.options.json != "auto" or not form:
+            return False
+        lesser = "object" if form == "json_schema" else "no"
+        if re.search(r"response_format|json_schema|json_object|schema", said):
             if JSON_MODES.index(lesser) > JSON_MODES.index(self._json):
                 self._json = lesser
             return True
-        return False
+        # It does not say what it refuses. That is the form if the same call is answered without it, see _take.
+        call.form = "" if self._has_form else lesser
+        return bool(call.form)
 
     def _take(self, call: "_Try", response: Any) -> None:
         """The answer in a response of status 200; counts its tokens."""
-        content = read_body(response.headers.get("content-type", ""), response.text)
+        content = read_body(response.headers.get("content-type", ""), response.content)
         answer = content if isinstance(content, Answer) else read_answer(content, call.request.max_tokens)
-        usage = content.get("usage") if isinstance(content, dict) else None
-        tokens = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion")]
-        if all(isinstance(number, int) and number >= 0 for number in tokens):
-            self._spend(call, *tokens)
-            if tokens[1] >= call.request.max_tokens:
+        usage = read_usage(content)
+        if usage:
+            self._spend(call, *usage)
+            if usage[1] >= call.request.max_tokens:
                 answer = _cut(answer, call.request.max_tokens)
         elif answer.text:
             self._spend(call, call.bound_in, len(answer.text.encode()) + OVERHEAD_TOKENS)
@@ -258,6 +263,8 @@ class EndpointAgent:
             self._fail(call)
             return
         self._gate.succeed()
+        if call.request.schema:
+            self._json, self._has_form = call.form or self._json, True
         call.outcome = self._answered(answer)
 
     def _spend(self, call: "_Try", tokens_in: int, tokens_out: int) -> None:
@@ -302,10 +309,11 @@ class EndpointAgent:
         names += ["reasoning_effort"] if self.options.reasoning_effort else []
         return names + [name for name in ("temperature", "seed") if getattr(self.options, name)]
 
-    def _arguments(self, request: Request, messages: list[dict]) -> dict[str, Any]:
+    def _arguments(self, call: "_Try") -> dict[str, Any]:
+        request, form = call.request, call.form or self._json
         arguments: dict[str, Any] = {
             "model": self.model,
-            "messages": messages,
+            "messages": call.messages,
             self._token_limit: request.max_tokens,
         }
         if self.options.temperature:
@@ -314,8 +322,8 @@ class EndpointAgent:
             arguments["top_p"] = request.top_p
         if self.options.reasoning_effort:
             arguments["reasoning_effort"] = self.options.reasoning_effort
-        if request.schema and self._json != "no":
-            arguments["response_format"] = _response_format(self._json, request)
+        if request.schema and form != "no":
+            arguments["response_format"] = _response_format(form, request)
         if self.options.extra_body:
             arguments["extra_body"] = self.options.body
         if self.options.seed and request.temperature > 0:
@@ -361,6 +369,8 @@ class _Try:
     tokens_out: int = 0
 
     gate_pass: Pass | None = None
+    # Of the verdict, other than the endpoint's: after a refusal that names nothing.
+    form: str = ""
 
     @property
     def most(self) -> int:
@@ -402,7 +412,7 @@ def _wait_seconds(options: Options, request: Request, attempt: int, retry_after:
     """Seconds before the next try: doubled for each attempt, with jitter; at least what the endpoint asks for."""
     # Jitter separates calls that failed together. It comes from the request's seed, so that a run is reproducible.
     wait = options.backoff * 2**attempt * random.Random(f"{request.seed}/{attempt}").uniform(0.5, 1.0)
-    asked = read_duration(retry_after)
+    asked = read_retry_after(retry_after)
     if asked is not None:
         wait = max(wait, asked)
     return min(wait, options.max_wait)

@@ -2,9 +2,11 @@
 
 import asyncio
 import re
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -157,6 +159,18 @@ def read_duration(text: str | None) -> float | None:
     parts = _DURATION.findall(text)
     is_duration = parts and _DURATION.sub("", text) == ""
     return sum(float(number) * _SECONDS[unit] for number, unit in parts) if is_duration else None
+
+
+def read_retry_after(text: str | None) -> float | None:
+    """Seconds of a `Retry-After` header: a duration, or the date until which to wait; None for anything else."""
+    seconds = read_duration(text)
+    if text is None or seconds is not None:
+        return seconds
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, date.timestamp() - time.time())
 
 
 def _number(text: str | None) -> float | None:
