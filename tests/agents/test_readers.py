@@ -749,6 +749,18 @@ def test_numbers_beyond_all_scales_are_no_verdict(number):
         ("1. Version 3 is the best: 9\n2. Version 1 is good: 7\n3. Version 2: 5", None),
         ("| Rank | Version | Score |\n|---|---|---|\n| 1 | 3 | 9 |\n| 2 | 1 | 7 |\n| 3 | 2 | 5 |", (7, 5, 9)),
         ("| Rank | Score |\n|---|---|\n| 1 | 9 |\n| 2 | 7 |\n| 3 | 5 |", None),
+        ("#1 - Version 3 (9/10)\n#2 - Version 1 (7/10)\n#3 - Version 2 (5/10)", (7, 5, 9)),
+        ("1. #3: 9\n2. #1: 7\n3. #2: 5", (7, 5, 9)),
+        ("#1: 9\n#2: 7\n#3: 5", (9, 7, 5)),
+        ('[{"rank": 1, "score": 9}, {"rank": 2, "score": 7}, {"rank": 3, "score": 5}]', None),
+        (
+            '[{"rank": 1, "version": 3, "score": 9}, {"rank": 2, "version": 1, "score": 7},'
+            ' {"rank": 3, "version": 2, "score": 5}]',
+            (7, 5, 9),
+        ),
+        # A table on its side: its head is no list of scores.
+        ("| | 1 | 2 | 3 |\n|---|---|---|---|\n| Score | 7 | 5 | 9 |", (7, 5, 9)),
+        ("| | Version 1 | Version 2 | Version 3 |\n|---|---|---|---|\n| Score | 7/10 | 5/10 | 9/10 |", (7, 5, 9)),
     ],
 )
 def test_a_list_from_best_to_worst_is_read_by_its_names(reply, scores):
@@ -773,3 +785,50 @@ def test_steps_in_another_order_than_their_lists_have_no_labels():
 )
 def test_scores_of_criteria_are_not_those_of_an_answer(reply, scores):
     assert replies.read_reply("judge", reply, {"instruction": "q", "answer_a": "a", "answer_b": "b"}) == scores
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Rank: A: 2, B: 1",
+        "Place: Answer A: 1, Answer B: 2",
+        "Number of mistakes - A: 3, B: 1",
+        "Length (words): A: 9, B: 7",
+    ],
+)
+def test_other_numbers_of_answers_are_no_scores(reply):
+    fields = {"instruction": "q", "answer_a": "a", "answer_b": "b"}
+    assert replies.read_reply("judge", reply, fields) is None
+    assert replies.read_reply("judge", f"{reply}\nScore: A: 4, B: 6", fields) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "7/10 steps are right.",
+        "In all, 7/10 of the claims are true.",
+        "10/10 would be perfect.",
+        "Not a 10/10.",
+        "Confidence: 9/10",
+        "Difficulty: 9/10",
+        "A perfect answer would get 10/10.",
+    ],
+)
+def test_other_numbers_out_of_ten_are_no_score(reply):
+    fields = {"instruction": "q", "answer": "a"}
+    assert replies.read_reply("rate", reply, fields) is None
+    assert replies.read_reply("rate", f"{reply} This one gets 4/10.", fields) == (4,)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("Equal: No", False),
+        ("**Equal**: false", False),
+        ("Equal? No.", False),
+        ("Equal: no further limit is added", True),
+        ("Is the second Equal to the first? No.", None),
+    ],
+)
+def test_a_no_behind_equal_is_a_verdict(reply, verdict):
+    assert replies.read_reply("compare", reply, {"first": "a", "second": "b"}) is verdict

@@ -81,6 +81,9 @@ _SENTENCE = re.compile(
 )
 _FINAL = re.compile(r"final|overall|conclusion|fazit|结论|結論|결론|вывод|conclus")
 # Words that make a sentence a condition, a question or a report of the rules.
+_ANSWERED = re.compile(
+    r"(?<!not )(?<!non-)\bequal\b[\s:?=*\"'`–—-]{1,8}(?:no|false)\b\W*$", re.IGNORECASE | re.MULTILINE
+)
 _IDLE = re.compile(r"\b(?:if|unless|whether|would|could|might|may|should|when|reply with|either)\b|\?")
 _LIMITED = re.compile(
     r"\b(?:but|however|except|although|though|only|apart|or|in|until|to|yet|while|whereas|regarding|about|nor)\b|/"
@@ -105,6 +108,7 @@ def read_equal(text: str) -> bool | None:
     """
     text = re.sub(r"\b([Tt]hey|[Ii]t)['’](?:re|s)\b", r"\1 is", text)
     text = re.sub(r"\b(?:are|is)n['’]t\b", "are not", re.sub(r"(?i)\b(not)\s*\n\s*(equal)\b", r"\1 \2", plain(text)))
+    text = _ANSWERED.sub("Not Equal", text)  # "Equal: No"
     try:
         from_json = agreed(v for item in json_objects(text) if (v := _in_object(item)) is not None)
         return _in_text(text) if from_json is None else from_json

@@ -42,8 +42,8 @@ _CORRECTS = re.compile(
 _NUMBERING = re.compile(r"\W*(?:[^\W\d]+\s*)?\d{1,3}\s*(?:[:)]|\.(?!\d))")
 # A list's own number in front of a name: `1. Version 3: 9`, the best one first.
 _LISTED = re.compile(
-    rf"^[ \t]*(?:[*•+-][ \t]+)?[*_]*\d{{1,3}}[*_]*[.):]+[*_]*[ \t]+"
-    rf"(?=[*_`\[(]*(?:{_WORD})[ \t]*#?(?P<number>\d{{1,3}})\b)",
+    rf"^[ \t]*(?:[*•+-][ \t]+)?[*_]*#?\d{{1,3}}[*_]*(?:[.):]+|[ \t]+[-–—])[*_]*[ \t]+"
+    rf"(?=[*_`\[(]*(?:(?:{_WORD})[ \t]*#?|#)(?P<number>\d{{1,3}})\b)",
     re.IGNORECASE | re.MULTILINE,
 )
 _RANK_HEAD = re.compile(
@@ -108,6 +108,9 @@ def _numbered_objects(entries: list[dict], value: Read, names: str) -> tuple | N
                 entries = [placed[number] for number in sorted(placed)]
                 break
             return None
+    else:
+        if all("rank" in entry or "place" in entry for entry in entries):
+            raise Ambiguous
     return _whole([_of_json(entry, value, names) for entry in entries])
 
 
@@ -130,6 +133,8 @@ def _in_table(rows: list[list[str]], count: int, value: Read, names: str) -> tup
             raise Ambiguous
         # By place, the best one first: the things' numbers are in the next column.
         rows = [rows[0][1:], *sorted((row[1:] for row in rows[1:]), key=lambda row: _number_of(row[0]) or 0)]
+    if count > 1 and [_number_of(cell) for cell in rows[0][1:]] == list(range(1, count + 1)):
+        rows = [list(column) for column in zip(*rows)]
     body = [row for row in rows if _number_of(row[0]) is not None]
     if [_number_of(row[0]) for row in body] != list(range(1, count + 1)) or not body or len(rows) - len(body) > 1:
         return None

@@ -321,6 +321,7 @@ _BARE_PAIR = re.compile(
 
 def _stated_pair(text: str) -> tuple[float, ...] | None:
     lines = [with_digits(without_emphasis(line).replace("#", "")) for line in content_lines(text)]
+    lines = [line for line in lines if not _OTHER_QUANTITY.match(line)]
     for chosen in ([line for line in lines if FINAL.search(line)], lines):
         pairs = [pair for line in chosen for match in _ADJACENT.finditer(line) if (pair := _adjacent(match))]
         if pairs:
@@ -375,7 +376,7 @@ def _named(lines: list[str]) -> tuple[float, ...] | None:
     """Scores from statements that name one answer each."""
     sides: dict[str, list[tuple[bool, float | None]]] = {"A": [], "B": []}
     for line in lines:
-        for match in _NAMED_SCORE.finditer(line):
+        for match in _NAMED_SCORE.finditer("" if _OTHER_QUANTITY.match(line) else line):
             if _is_of_criterion(line, match):
                 raise Ambiguous
             side = _ORDINALS[(match["long"] or match["ordinal"] or match["side"]).lower()]
@@ -404,6 +405,12 @@ def _is_of_criterion(line: str, match: re.Match[str]) -> bool:
 
 _FOR_CRITERION = re.compile(
     r"\s*\(?(?:for|on|in|regarding|für|en|pour)\s+(?!the (?:answer|response)|this|its? )\w", re.IGNORECASE
+)
+# Numbers of answers that are no scores: "Rank: A: 2, B: 1".
+_OTHER_QUANTITY = re.compile(
+    r"\W*(?:number of |total )?(?:[^\W\d]+ )?(?:rank(?:ing|s)?|places?|positions?|mistakes|errors|faults|issues|length"
+    r"|words|sentences|steps|count)(?: count)?\s*(?:\([^()]*\)\s*)?(?:[:=]|\s[-–—])",
+    re.IGNORECASE,
 )
 _IS = r"(?:\s+(?=\d)|\s*(?:[:=|>→-]|is|of|at|ist|es|est|è|é|是|为|は|:)+\s*(?:a\s+|an\s+)?)"
 _FINAL_WORD = (
@@ -444,6 +451,24 @@ def _of_kind(lines: list[str], patterns: tuple[re.Pattern[str], ...]) -> float |
     return None
 
 
+# What is said of a number out of ten that is no score: a share of things, another scale, a score that was not given.
+_SHARE = re.compile(
+    r"\s*(?:of\s+(?:the|its|all)\s+)?(?:steps?|facts?|claims?|points|questions?|items?|sentences?|cases?|tests?)?\s*"
+    r"(?:are|is|were|was|would)\b",
+    re.IGNORECASE,
+)
+_BESIDE = re.compile(
+    r"(?:\b(?:confidence|certainty|difficulty|maximum|max)\b[^.\n\d]{0,20}"
+    r"|\b(?:not|would (?:get|be|have|deserve|earn))\s+(?:an?\s+)?)$",
+    re.IGNORECASE,
+)
+
+
+def _is_beside(text: str, match: re.Match[str]) -> bool:
+    before = text[max(0, match.start() - 60) : match.start()]
+    return bool(_BESIDE.search(before) or _SHARE.match(text, match.end()))
+
+
 def _stated(text: str) -> tuple[float, ...] | None:
     if OTHER_SCALE.search(text):
         return None
@@ -452,7 +477,7 @@ def _stated(text: str) -> tuple[float, ...] | None:
     stated = _of_kind(lines, (_FINAL_SCORE, _WORDED_SCORE, _GIVEN))
     if stated is not None:
         return (stated,)
-    scaled = [match["score"] for match in _SCALED_SCORE.finditer(whole)]
+    scaled = [match["score"] for match in _SCALED_SCORE.finditer(whole) if not _is_beside(whole, match)]
     if scaled:
         return _all([agreed(map(read_score, scaled))])
     edges = {line.strip("()[] ") for line in (lines[:1] + lines[-1:])}
