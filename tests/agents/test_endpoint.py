@@ -226,7 +226,7 @@ def test_the_key_is_in_no_log_and_no_representation(caplog, capfd):
         ("openai:m@https://user:secret@x/v1", "without a key in it"),
         ("openai:m@https://x/v1?key=secret", "without a key in it"),
         ("openai:m@http://x#speed=3", "expected options of concurrency"),
-        ("openai:m#retries=many", "retries: expected int"),
+        ("openai:m#retries=many", "agent m: retries: expected a whole number"),
         ("openai:m#temperature=maybe", "temperature: expected yes or no"),
         ("openai:m#token_limit=most", "token_limit: expected auto or max_tokens or max_completion_tokens, got 'most'"),
         ("openai:m#extras=hide", "extras: expected count or error"),

@@ -263,7 +263,7 @@ class EndpointAgent:
             self._fail(call)
             return
         self._gate.succeed()
-        if call.request.schema:
+        if call.request.schema and not self._has_form:
             self._json, self._has_form = call.form or self._json, True
         call.outcome = self._answered(answer)
 

@@ -122,7 +122,11 @@ def parse_spec(spec: str) -> tuple[str, str | None, Options]:
             raise ValueError(f"agent: expected an address such as http://127.0.0.1:8000/v1 behind {model}@")
         if parts.username or parts.password or parts.query:
             raise ValueError("agent: expected an address without a key in it; keys come from the environment alone")
-    return model, url.rstrip("/") or None, Options(**_settings(settings))
+    try:
+        return model, url.rstrip("/") or None, Options(**_settings(settings))
+    except ValueError as error:
+        # A command line has several agents.
+        raise ValueError(f"agent {model[:60]}: {error}") from None
 
 
 def _settings(text: str) -> dict[str, Any]:
@@ -131,12 +135,12 @@ def _settings(text: str) -> dict[str, Any]:
     for item in filter(None, _items(text)):
         name, _, value = item.partition("=")
         if name not in kinds:
-            raise ValueError(f"agent: expected options of {', '.join(kinds)}, got {name[:40]!r}")
+            raise ValueError(f"expected options of {', '.join(kinds)}, got {name[:40]!r}")
         try:
             values[name] = _switch(value) if kinds[name] is bool else kinds[name](value)
         except ValueError:
-            kind = "yes or no" if kinds[name] is bool else kinds[name].__name__
-            raise ValueError(f"agent: {name}: expected {kind}, got {value[:40]!r}") from None
+            kind = {bool: "yes or no", int: "a whole number", float: "a number"}[kinds[name]]
+            raise ValueError(f"{name}: expected {kind}, got {value[:40]!r}") from None
     return values
 
 
