@@ -190,6 +190,13 @@ def test_a_usage_that_is_no_number_of_tokens_is_estimated(tmp_path, number):
             assert reply.ok and 12 < endpoint.spent < 100 and not endpoint.ended
 
 
+# Catches: "Connection error." alone, which says nothing of what to mend.
+def test_an_answer_that_http_cannot_read_is_named():
+    with Fake(lambda *_: Response("plain", headers={"Content-Encoding": "gzip"})) as fake:
+        (reply,) = agent(fake, retries=0).respond(ask(1))
+    assert reply.error.startswith("APIConnectionError: Connection error. (") and "header" in reply.error
+
+
 # Rates
 
 

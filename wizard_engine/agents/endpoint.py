@@ -205,8 +205,9 @@ class EndpointAgent:
             call.error = f"status {failed.status_code}: {failed.message}"
             self._refusal(call, failed, arguments)
         except self._openai.OpenAIError as failed:
-            # No connection.
-            call.error = f"{type(failed).__name__}: {failed}"
+            # No connection, or an answer that HTTP cannot read.
+            cause = f" ({failed.__cause__})" if str(failed.__cause__ or "") else ""
+            call.error = f"{type(failed).__name__}: {failed}{cause}"
         else:
             self._gate.learn(answer.headers)
             self._take(call, answer)
