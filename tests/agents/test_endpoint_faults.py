@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -239,13 +240,15 @@ def test_a_limit_of_the_spec_is_held():
     began = []
 
     def behave(*_):
-        began.append(asyncio.get_event_loop().time())
+        began.append(time.monotonic())
         return answer()
 
     with Fake(behave) as fake:
         endpoint = make_agent(f"openai:m@{fake.url}#requests_per_minute=600,concurrency=64")
+        # Not since the first call came: a busy machine opens connections for long.
+        start = time.monotonic()
         assert all(reply.ok for reply in endpoint.respond(ask(65)))
-    assert 0.9 <= began[-1] - began[0] <= 4.0
+    assert 1.2 <= began[-1] - start <= 6.0
 
 
 # Options that an endpoint wants otherwise
