@@ -99,6 +99,7 @@ def main(cfg: Config) -> None:
     try:
         import uvicorn
 
+        from wizard_engine.serving.admission import BACKLOG
         from wizard_engine.serving.connections import ConnectionPool, HttpServer
         from wizard_engine.serving.guard import access_of
         from wizard_engine.serving.server import Limits, Server, checked_key
@@ -171,6 +172,8 @@ def main(cfg: Config) -> None:
     gc.freeze()
     where = f"http://{cfg.host}:{listening.getsockname()[1]}/v1"
     keyed = "with the key of " + KEY if api_key else "without a key"
+    # Clients that wait for the line may connect at once.
+    listening.listen(BACKLOG)
     print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)
     driver.start()
     web = HttpServer(options)

@@ -143,7 +143,9 @@ def test_parse_and_generation_are_fast():
 
 
 # Catches: a search that reads to the end of the text for each of its words.
-@pytest.mark.parametrize("text", ["x", "two three ", "Tom has 3 apples ", "7", "a\n", "é", "[[", ". ", " ", "Tom? ", "¿"])
+@pytest.mark.parametrize(
+    "text", ["x", "two three ", "Tom has 3 apples ", "7", "a\n", "é", "[[", ". ", " ", "Tom? ", "¿"]
+)
 def test_long_texts_are_read_in_time_that_grows_as_they_do(text):
     start = time.process_time()
     parse(text * (300_000 // len(text)))
