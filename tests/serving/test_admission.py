@@ -107,14 +107,34 @@ def test_pipelined_requests_in_one_piece_are_all_answered(serving):
 
 
 def test_late_bodies_are_closed_with_their_reason_and_counted():
-    with Serving(read_seconds=0.2, head_seconds=5.0) as serving:
+    with Serving(read_seconds=0.2, head_seconds=30.0) as serving:
+        # Its time is up later.
+        silent = connect(serving)
+        serving.web.get("/health")
         late = [connect(serving) for _ in range(admission.CLOSED_AT_ONCE + 5)]
         for connection in late:
             connection.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
         for connection in late:
             assert answer(connection) == admission.LATE
             connection.close()
+        silent.close()
         assert f'status="408"}} {len(late)}' in serving.web.get("/metrics").text
+
+
+@pytest.mark.parametrize("start", [b"", HEAD, HEAD + b"Content-Length: 100\r\n\r\n{"])
+def test_the_oldest_of_too_many_newcomers_are_closed(start):
+    with Serving(most_waiting=4) as serving:
+        opened = [connect(serving) for _ in range(12)]
+        for connection in opened:
+            connection.sendall(start)
+        for connection in opened[:8]:
+            assert connection.recv(1) == b""
+        opened[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            opened[-1].recv(1)
+        assert serving.pool.closed == 8
+        for connection in opened:
+            connection.close()
 
 
 # Catches: a system without room for another file that ends the accepting for good.
