@@ -99,7 +99,8 @@ def main(cfg: Config) -> None:
     try:
         import uvicorn
 
-        from wizard_engine.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, ConnectionPool, HttpServer
+        from wizard_engine.serving.admission import BACKLOG
+        from wizard_engine.serving.connections import ConnectionPool, HttpServer
         from wizard_engine.serving.guard import access_of
         from wizard_engine.serving.server import Limits, Server, checked_key
     except ImportError as error:
@@ -153,6 +154,7 @@ def main(cfg: Config) -> None:
     pool = ConnectionPool(
         cfg.max_connections,
         head_seconds=cfg.head_seconds,
+        body_seconds=cfg.read_seconds,
         write_seconds=cfg.write_seconds,
         count=lambda status: server.metrics.count("requests", route="(none)", status=status),
     )
@@ -164,13 +166,14 @@ def main(cfg: Config) -> None:
         timeout_keep_alive=30,
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(cfg.drain_seconds)),
-        backlog=ACCEPTED_AT_ONCE,
     )
-    _allow_files(2 * cfg.max_connections + BACKLOG + 256)
+    _allow_files(3 * cfg.max_connections + 1024)
     # What is there by now stays: the garbage collector need not look at it while requests are parsed.
     gc.freeze()
     where = f"http://{cfg.host}:{listening.getsockname()[1]}/v1"
     keyed = "with the key of " + KEY if api_key else "without a key"
+    # Clients that wait for the line may connect at once.
+    listening.listen(BACKLOG)
     print(f"serving {name} on {where}, {keyed}; {engine.pages * engine.page_size} tokens of cache", file=sys.stderr)
     driver.start()
     web = HttpServer(options)

@@ -11,7 +11,7 @@ from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.tokenizer import train_tokenizer
 from wizard_engine.generation.engine import Engine
 from wizard_engine.model import ModelConfig, Transformer
-from wizard_engine.serving.connections import ACCEPTED_AT_ONCE, ConnectionPool, HttpServer
+from wizard_engine.serving.connections import ConnectionPool, HttpServer
 from wizard_engine.serving.driver import Driver
 from wizard_engine.serving.guard import access_of
 from wizard_engine.serving.server import Limits, Server
@@ -68,11 +68,12 @@ class Serving:
         self.pool = ConnectionPool(
             most_waiting,
             head_seconds=head_seconds,
+            body_seconds=limits.get("read_seconds", 30.0),
             write_seconds=write_seconds,
             count=lambda status: self.server.metrics.count("requests", route="(none)", status=status),
         )
         http = self.pool.protocol()
-        options = {"log_level": "warning", "lifespan": "off", "ws": "none", "backlog": ACCEPTED_AT_ONCE}
+        options = {"log_level": "warning", "lifespan": "off", "ws": "none"}
         config = uvicorn.Config(self.server.app(), port=0, http=http, **options)
         self.socket = config.bind_socket()
         self.port = self.socket.getsockname()[1]

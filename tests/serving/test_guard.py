@@ -60,6 +60,13 @@ JSON = {"Content-Type": "application/json"}
         ({"Content-Type": "text/plain;application/json"}, 415),
         ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
         ({"Content-Type": "multipart/form-data; boundary=x"}, 415),
+        ([("Content-Type", "application/json"), ("Content-Type", "text/plain")], 415),
+        ([("Content-Type", "text/plain"), ("Content-Type", "application/json")], 415),
+        (JSON | {"Sec-Fetch-Site": "cross-site"}, 403),
+        (JSON | {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        (JSON | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+        (JSON | {"Sec-Fetch-Site": "same-origin"}, 200),
+        (JSON | {"Sec-Fetch-Site": "none"}, 200),
     ],
 )
 def test_a_browser_page_of_another_site_is_refused(serving, headers, status):
@@ -145,6 +152,17 @@ def test_answers_wait_for_no_acknowledgement(serving):
     serving.web.get("/health")
     sockets = [each.transport.get_extra_info("socket") for each in serving.uvicorn.server_state.connections]
     assert sockets and all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("Identity", 200), ("", 200)])
+def test_packed_bodies_are_refused_by_name(serving, encoding, status):
+    answer = serving.web.post("/v1/chat/completions", json=GOOD, headers={"Content-Encoding": encoding})
+    assert answer.status_code == status and (status == 200 or "content-encoding" in answer.text)
+
+
+def test_a_long_method_is_not_sent_back_whole(serving):
+    received, _ = raw(serving, b"A" * 5000 + b" /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert b" 405 " in received.split(b"\r\n")[0] and len(received) < 1000
 
 
 def test_every_5xx_is_counted(serving, monkeypatch):

@@ -140,3 +140,13 @@ def test_parse_and_generation_are_fast():
     assert parsed == made
     assert generated - start < 5 * 3 * 4000 / 20_000
     assert time.process_time() - generated < 5 * 2 * 4000 / 20_000
+
+
+# Catches: a search that reads to the end of the text for each of its words.
+@pytest.mark.parametrize(
+    "text", ["x", "two three ", "Tom has 3 apples ", "7", "a\n", "é", "[[", ". ", " ", "Tom? ", "¿"]
+)
+def test_long_texts_are_read_in_time_that_grows_as_they_do(text):
+    start = time.process_time()
+    parse(text * (300_000 // len(text)))
+    assert time.process_time() - start < 2

@@ -102,14 +102,9 @@ class Guard:
         if "content-length" in headers and "transfer-encoding" in headers:
             raise RequestError(400, "headers: expected Content-Length or Transfer-Encoding, got both")
         self._check_host(headers.get("host", ""))
-        self._check_origin(headers.get("origin"))
-        kinds, kind = self.access.content_types, headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kinds is not None and kind and kind not in kinds and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            raise RequestError(
-                415,
-                f"content-type: expected {' or '.join(kinds)}, got {kind[:80]!r}; send it so, or start the server with "
-                "--allow-content-type",
-            )
+        self._check_origin(headers)
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            self._check_body(headers)
         if self.running > self.access.most:
             raise RequestError(503, f"too many requests: {self.access.most} run already", code="server_busy")
 
@@ -123,13 +118,36 @@ class Guard:
             403, f"host: expected {' or '.join(sorted(hosts))}, got {host[:80]!r}; allow it with --allow-host"
         )
 
-    def _check_origin(self, origin: str | None) -> None:
+    def _check_origin(self, headers: Headers) -> None:
         access = self.access
-        if origin is None or not access.refuses_origins or "*" in access.origins or origin.lower() in access.origins:
+        if not access.refuses_origins or "*" in access.origins:
             return
-        raise RequestError(
-            403, f"origin: expected none of a browser's page, got {origin[:80]!r}; allow it with --allow-origin"
-        )
+        origins = headers.getlist("origin")
+        for origin in origins:
+            if origin.lower() not in access.origins:
+                raise RequestError(
+                    403, f"origin: expected none of a browser's page, got {origin[:80]!r}; allow it with --allow-origin"
+                )
+        # A page that only loads an address, as a picture or a script, says no origin. A link that is followed may.
+        site = headers.get("sec-fetch-site", "none")
+        if not origins and site in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
+            raise RequestError(
+                403, f"sec-fetch-site: expected none of another page, got {site!r}; allow pages with --allow-origin"
+            )
+
+    def _check_body(self, headers: Headers) -> None:
+        kinds = self.access.content_types
+        for sent in headers.getlist("content-type"):
+            kind = sent.partition(";")[0].strip().lower()
+            if kinds is not None and kind and kind not in kinds:
+                raise RequestError(
+                    415,
+                    f"content-type: expected {' or '.join(kinds)}, got {kind[:80]!r}; send it so, or start the server "
+                    "with --allow-content-type",
+                )
+        for encoding in headers.getlist("content-encoding"):
+            if encoding.strip().lower() not in ("", "identity"):
+                raise RequestError(415, f"content-encoding: expected none, got {encoding[:80]!r}; send plain bodies")
 
 
 def _name(host: str) -> str:

@@ -129,7 +129,7 @@ class Server:
             )
 
     async def _no_route(self, request: Request, error: Any) -> Response:
-        what = "no such path" if error.status_code == 404 else f"{request.method} is not what this path takes"
+        what = "no such path" if error.status_code == 404 else f"{request.method[:40]} is not what this path takes"
         self.metrics.count("requests", route="(none)", status=str(error.status_code))
         refused = RequestError(error.status_code, f"{request.url.path[:200]}: {what}", headers=error.headers)
         return json_response(refused.body(), refused.status, refused.headers)

@@ -120,6 +120,9 @@ def _sentences(text: str) -> list[_Sentence] | None:
     tokens = parts[1::2]
     parts[1::2] = [_PLACEHOLDERS.get(token, _NUMBER) for token in tokens]
     pattern = "".join(parts).strip()
+    # Without an end behind them, each word would be read to the end of the text.
+    if pattern and pattern[-1] not in ".?":
+        return None
     sentences = _SENTENCE.findall(pattern)
     if " ".join(sentences) != pattern:
         return None
