@@ -1,7 +1,9 @@
 """Fixtures that every part shares."""
 
+import functools
 import inspect
 import os
+import ssl
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from triton.runtime import interpreter
+
+# Every HTTP client reads the certificates of the system, 50 ms of CPU time; tests ask this machine alone.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 # Tensors of tests are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
