@@ -32,7 +32,7 @@ def train(root, out, ranks, *arguments):
         "--training.pack-tokens",
         "120",
         "--training.packs-per-step",
-        "8",
+        "12",
         "--training.epochs",
         "40",
         "--training.max-steps",
