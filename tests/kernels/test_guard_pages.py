@@ -78,7 +78,7 @@ def guarded_run(tests, report: Path, folder: Path = ROOT) -> tuple[list[str], se
     crashed, failed, launched = [], [], set()
     for _ in range(MAX_CRASHES):
         command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--assert=plain"]
-        command += ["-o", f"pythonpath={ROOT} {HERE}", "--disable-plugin-autoload"]
+        command += ["-o", f"pythonpath={ROOT} {ROOT / 'tests'} {HERE}", "--disable-plugin-autoload"]
         command += [argument for line in crashed for argument in ("--deselect", line.split(" ")[0])]
         report.write_text("")
         env = os.environ | {"GUARD_PAGES": "on", "GUARD_REPORT": str(report)}
