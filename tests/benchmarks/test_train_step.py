@@ -25,8 +25,8 @@ from wizard_engine.rl.trajectories import Rollout
 CPU = torch.device("cpu")
 RECIPES = ["sft", "stage_dpo", "reward", "rleif"]
 SMALL = {"recipe": RECIPES, "preset": "tiny", "device": "cpu", "warmup": 1, "steps": 1}
-WHOLE = SMALL | {"tokens": 64, "packs": 2}
-CHUNKS = SMALL | {"tokens": 128, "document_tokens": 32, "sharding": {"recompute": "full"}}
+WHOLE = SMALL | {"tokens": 128, "packs": 2}
+CHUNKS = SMALL | {"tokens": 256, "document_tokens": 64, "sharding": {"recompute": "full"}}
 LAYOUTS = {
     1: {"whole documents": WHOLE, "parts": CHUNKS},
     2: {"whole documents": WHOLE, "tp": CHUNKS | {"mesh": {"tp": 2}}},

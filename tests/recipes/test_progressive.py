@@ -9,7 +9,7 @@ from recipes import ablations, progressive
 from wizard_engine.runtime import Runtime
 
 HELD_OUT = 16
-SIZES = progressive.Sizes(corpus=600, plain=120, held_out=HELD_OUT, sample=150, battles=6, preferences=12, questions=2)
+SIZES = progressive.Sizes(corpus=900, plain=120, held_out=HELD_OUT, sample=240, battles=6, preferences=12, questions=2)
 STEPS = replace(progressive.TINY_STEPS, pack_tokens=256, max_steps=3)
 SMALL = replace(
     progressive.TINY,
