@@ -93,7 +93,7 @@ def commands_of_docstring(path: Path) -> Iterator[Command]:
     for line in re.sub(r"\\\n\s*", "", docstring).splitlines():
         command = re.match(r"\s*((?:\w+=\S+ )*(?:python|torchrun) .*)", line)
         if command:
-            yield Command(str(path.relative_to(ROOT)), 1, re.split(r"\s{2,}(?!-)|\s#|, python", command[1])[0])
+            yield Command(str(path.relative_to(ROOT)), 1, re.split(r"\s{2,}(?![\s-])|\s#|, python", command[1])[0])
 
 
 @contextlib.contextmanager
