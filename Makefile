@@ -49,7 +49,8 @@ ablations: $(VENV)/.core
 	$(RUN) recipes/ablations.py --demo $(OUT) --seed $(SEED)
 
 # Tests of a file stay in one process: they share what it has started. In the order of their folders the last ones are short.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Each worker collects all tests: of pytest's plugins it imports the two that are used.
+PYTEST := $(BIN)/python -m pytest --disable-plugin-autoload -p xdist -p _hypothesis_pytestplugin -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev
 	$(PYTEST)

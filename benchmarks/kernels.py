@@ -5,7 +5,7 @@
   python -m benchmarks.kernels --compare OLD.json --fail-over 5%     exit status 1 where a row got slower
   python -m benchmarks.kernels --compare OLD.json NEW.json           the same of two files, nothing measured
   python -m benchmarks.kernels --table RESULTS.json       a Markdown table of a results file
-  python -m benchmarks.kernels --op rms_norm --case D=4096 --profile one repetition for ncu or nsys
+  python -m benchmarks.kernels --op rms_norm --case D=4096 --profile   # one repetition for ncu or nsys
 
 Every variant is checked against float64 before it is timed; a wrong one is timed too, and marked. Times are medians
 with the 20th and 80th percentile, of variants that take turns, with a cold L2; kernel time and wall time apart; a

@@ -41,8 +41,9 @@ def made_by(file: str, rows: Sequence[Row]) -> str:
     def of(name: str) -> str:
         return " and ".join(dict.fromkeys(str(row[name]) for row in rows if name in row))
 
+    commits = re.sub(r"(\w+)\+changes", r"\1 with changes that were not yet committed", of("commit"))
     days = sorted({row["date"][:10] for row in rows})
-    fields = [f"`benchmarks/results/{file}`", f"commit {of('commit')}"]
+    fields = [f"`benchmarks/results/{file}`", f"commit {commits}"]
     fields += [of("hardware")] if of("hardware") else []
     fields += [f"threads {of('threads')}"] if of("threads") else []
     fields += [f"torch {of('torch')}"] + ([f"triton {of('triton')}"] if of("triton") else [])

@@ -1,6 +1,7 @@
 """Imports point one way: between the trees of the project, between the rooms of the engine, between modules."""
 
 import ast
+import functools
 import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -40,7 +41,10 @@ def package_of(module: str) -> str:
     return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
 
 
-IMPORTS = {name: imports(path.read_text(), package_of(name)) for name, path in MODULES.items()}
+@functools.cache
+def all_imports() -> dict[str, list[tuple[int, str]]]:
+    """Module -> its imports; read once, and not where another worker runs these tests."""
+    return {name: imports(path.read_text(), package_of(name)) for name, path in MODULES.items()}
 
 
 def rank(module: str) -> tuple[int, int]:
@@ -62,7 +66,7 @@ def test_the_tour_lists_every_room_once_and_no_module_is_loose():
 def test_imports_point_to_what_stands_above():
     wrong = [
         f"{MODULES[name].relative_to(ROOT)}:{line}: {other}"
-        for name, edges in IMPORTS.items()
+        for name, edges in all_imports().items()
         for line, other in edges
         if rank(other) > rank(name)
     ]
@@ -70,7 +74,7 @@ def test_imports_point_to_what_stands_above():
 
 
 def test_no_modules_import_each_other():
-    graph = {name: {other for _, other in edges if other != name} for name, edges in IMPORTS.items()}
+    graph = {name: {other for _, other in edges if other != name} for name, edges in all_imports().items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

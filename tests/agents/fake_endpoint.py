@@ -18,6 +18,15 @@ def answer(text="fine", tokens=10, finish="stop", **message):
     return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
 
 
+class QuickServer(uvicorn.Server):
+    """Looks for its end every 5 ms, not every 100."""
+
+    async def main_loop(self):
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.005)
+
+
 class Fake:
     """An endpoint whose behaviour is a function of (request body, how often it came); a list of what it was asked."""
 
@@ -48,7 +57,7 @@ class Fake:
         )
         self.socket = config.bind_socket()
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
-        self.server = uvicorn.Server(config)
+        self.server = QuickServer(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def __enter__(self):

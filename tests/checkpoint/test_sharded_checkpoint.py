@@ -14,7 +14,7 @@ from wizard_engine import checkpoint
 from wizard_engine.data.records import conversation, write_rows
 from wizard_engine.model import load_hf
 
-STEPS, SAVED = 20, 10
+STEPS, SAVED = 8, 4
 
 
 def train(root, out, ranks, *arguments):
@@ -49,7 +49,7 @@ def train(root, out, ranks, *arguments):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A run of four ranks, not interrupted; `run` has its checkpoint of step 10 alone."""
+    """A run of four ranks, not interrupted; `run` has its first checkpoint alone."""
     root = tmp_path_factory.mktemp("resharded")
     texts = word_texts(40)
     shapes = {"width": 20, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn_width": 28, "tied": False}

@@ -1,10 +1,11 @@
-"""Every command in README, CONTRIBUTING and docs: parsed by the real parsers, and run where the page says so.
+"""Every command in README, CONTRIBUTING, docs and docstrings: parsed by the real parsers, and run where a page says so.
 
 A command line of a recipe or benchmark runs as `__main__` up to the point at which its options are read. So an option
 that was renamed, or is not there, fails here. Commands behind `<!-- run -->` are run to their end.
 """
 
 import argparse
+import ast
 import contextlib
 import importlib
 import io
@@ -84,6 +85,15 @@ def commands_of(path: Path) -> Iterator[Command]:
 
 COMMANDS = [command for path in PAGES for command in commands_of(path)]
 PYTHON_COMMANDS = [c for c in COMMANDS if re.match(r"(\w+=\S+ )*(python3?|torchrun|ncu|nsys)\b", c.text)]
+
+
+def commands_of_docstring(path: Path) -> Iterator[Command]:
+    """Commands of a module's docstring: lines that begin like one, up to two spaces or a comment."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    for line in re.sub(r"\\\n\s*", "", docstring).splitlines():
+        command = re.match(r"\s*((?:\w+=\S+ )*(?:python|torchrun) .*)", line)
+        if command:
+            yield Command(str(path.relative_to(ROOT)), 1, re.split(r"\s{2,}(?![\s-])|\s#|, python", command[1])[0])
 
 
 @contextlib.contextmanager
@@ -175,10 +185,10 @@ def test_page_scan_covers_every_page_with_commands():
     assert len(PYTHON_COMMANDS) > 80
 
 
-@pytest.mark.parametrize("page", sorted({command.page for command in PYTHON_COMMANDS}))
-def test_options_in_documents_are_those_of_the_parsers(page, stops_after_options):
+def refused(commands: Iterator[Command]) -> list[str]:
+    """Commands that their parsers refuse, and what these say."""
     wrong = []
-    for command in (c for c in PYTHON_COMMANDS if c.page == page):
+    for command in commands:
         if "--tokeniser" in command.text:
             continue  # shows what a wrong option gives
         try:
@@ -195,6 +205,22 @@ def test_options_in_documents_are_those_of_the_parsers(page, stops_after_options
                 parse(arguments)
         except (AssertionError, SystemExit) as error:
             wrong.append(f"{command.place}\n    {error}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", sorted({command.page for command in PYTHON_COMMANDS}))
+def test_options_in_documents_are_those_of_the_parsers(page, stops_after_options):
+    wrong = refused(c for c in PYTHON_COMMANDS if c.page == page)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_options_in_docstrings_are_those_of_the_parsers(stops_after_options):
+    paths = [
+        path for folder in ("recipes", "benchmarks", "wizard_engine") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    commands = [command for path in paths for command in commands_of_docstring(path)]
+    assert len(commands) > 60
+    wrong = refused(commands)
     assert not wrong, "\n".join(wrong)
 
 

@@ -143,4 +143,4 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

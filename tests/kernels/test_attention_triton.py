@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from closeness import check, scaled
+from table_entries import distinct_entries
 
 import kernels
 from kernels.attention import attention
-from kernels.configuration import table, use_arch, use_config
+from kernels.configuration import use_arch, use_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bf16 products are silently wrong in the interpreter.
@@ -189,17 +190,11 @@ def test_attention_groups_query_heads(heads, kv_heads):
 
 
 def entries():
-    """Classes of the tables and their architectures, by the largest tile first met, each configuration once."""
-    result = {}
-    for entry in table("attention_forward"):
-        rest = [
-            e["config"]
-            for name in ("attention_backward_kv", "attention_backward_q")
-            for e in table(name)
-            if (e["arch"], e["class"]) == (entry["arch"], entry["class"])
-        ]
-        result.setdefault(str((entry["class"], entry["config"], rest)), (entry["arch"], entry["class"]))
-    return [pytest.param(*x, id=f"sm{x[0]}-{x[1]['width']}-{8 * x[1]['bytes']}bit") for x in result.values()]
+    """Classes of the tables and their architectures, each program once."""
+    return [
+        pytest.param(arch, shape, id=f"sm{arch}-{shape['width']}-{8 * shape['bytes']}bit")
+        for arch, shape in distinct_entries("attention_forward", "attention_backward_kv", "attention_backward_q")
+    ]
 
 
 @pytest.mark.every(6)

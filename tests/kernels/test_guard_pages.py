@@ -5,14 +5,13 @@ that runs kernels, a process each. `GUARD_PAGES=on pytest tests/kernels/test_rop
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from forked import run_python
 from guard_pages import LAUNCHED, OutsideArgumentError, guarded
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -78,12 +77,12 @@ def guarded_run(tests, report: Path, folder: Path = ROOT) -> tuple[list[str], se
     """
     crashed, failed, launched = [], [], set()
     for _ in range(MAX_CRASHES):
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--assert=plain"]
+        command += ["-o", f"pythonpath={ROOT} {ROOT / 'tests'} {HERE}", "--disable-plugin-autoload"]
         command += [argument for line in crashed for argument in ("--deselect", line.split(" ")[0])]
         report.write_text("")
-        paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
-        env = os.environ | {"GUARD_PAGES": "on", "GUARD_REPORT": str(report), "PYTHONPATH": paths}
-        done = subprocess.run([*command, *tests], cwd=folder, env=env, capture_output=True, text=True)
+        env = os.environ | {"GUARD_PAGES": "on", "GUARD_REPORT": str(report)}
+        done = run_python(*command, *tests, environment=env, folder=folder, timeout=1200)
         lines = report.read_text().splitlines()
         launched |= {name for line in lines if line.startswith(LAUNCHED) for name in line.split()[1:]}
         failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

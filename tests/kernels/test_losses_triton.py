@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from table_entries import distinct_entries
 
 import kernels
-from kernels.configuration import table, use_arch, use_config
+from kernels.configuration import use_arch, use_config
 from kernels.dpo import DpoFormula, dpo, sequence_logprobs
 from kernels.ppo import PpoFormula, clipped_value_loss
 
@@ -223,8 +224,7 @@ def test_value_loss_kernel_splits_a_tie_as_torch_does():
     assert torch.equal(*grads) and grads[0].item() == 0.125
 
 
-@pytest.mark.every(4)
-@pytest.mark.parametrize("arch", sorted({entry["arch"] for entry in table("ppo")}))
+@pytest.mark.parametrize("arch", [arch for arch, _ in distinct_entries("ppo", "dpo", "sequence_logprobs")])
 def test_every_table_entry(arch):
     with use_arch(arch if DEVICE == "cpu" else None):
         logprob, weights, marks, reference = preference([700, 3, 1, 600])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from closeness import check, scaled
+from table_entries import distinct_entries
 
 import kernels
 from benchmarks.moe_problem import LOADS, chosen
@@ -181,15 +182,18 @@ def test_wrong_arguments_are_named(changes, message):
 
 
 @pytest.mark.every(4)
-@pytest.mark.parametrize("entry", table("moe_route"), ids=lambda e: f"sm_{e['arch']}-{e['class']['bytes']}")
-def test_every_table_entry(entry, backend):
+@pytest.mark.parametrize(("arch", "shape"), distinct_entries("moe_route"), ids=str)
+def test_every_table_entry(arch, shape, backend):
     if backend == "reference":
         pytest.skip("the tables are those of the kernels")
-    dtype = torch.float16 if entry["class"]["bytes"] == 2 else torch.float32
-    arch = use_arch(entry["arch"] if DEVICE == "cpu" else None)
+    dtype = torch.float16 if shape["bytes"] == 2 else torch.float32
+    config, offsets = (
+        next(e["config"] for e in table(name) if e["arch"] == arch and e["class"] in (shape, {}))
+        for name in ("moe_route", "moe_offsets")
+    )
     inputs = [x.to(dtype) for x in drawn(150, 200, 8, seed=6).values()]
-    offsets = next(e["config"] for e in table("moe_offsets") if e["arch"] == entry["arch"])
-    with arch, use_config("moe_route", **entry["config"]), use_config("moe_offsets", **offsets):
+    here = use_arch(arch if DEVICE == "cpu" else None)
+    with here, use_config("moe_route", **config), use_config("moe_offsets", **offsets):
         routing = moe_route(*inputs, experts_per_token=2)
     logits = inputs[0].double() @ inputs[1].double().T
     assert torch.allclose(routing.logits.double(), logits, rtol=1e-4, atol=1e-4)

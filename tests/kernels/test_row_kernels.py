@@ -3,10 +3,11 @@
 import pytest
 import torch
 from closeness import assert_close, check, scaled
+from table_entries import distinct_entries
 
 import kernels
 from kernels.adamw import adamw, adamw_reference
-from kernels.configuration import table, use_arch, use_config
+from kernels.configuration import use_arch, use_config
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_of_product, rope_tables
 from kernels.swiglu import swiglu
@@ -29,12 +30,10 @@ def drawn(*shape, seed=0, least=1):
 
 
 def entries(kernel):
-    """(arch, class) of a table, each configuration of a class once."""
-    result = {}
-    for entry in table(kernel):
-        result.setdefault(str((entry["class"], entry["config"])), (entry["arch"], entry["class"]))
+    """(arch, class) of a table, each program of a class once."""
     return [
-        pytest.param(*x, id=f"sm{x[0]}-" + "-".join(str(value) for value in x[1].values())) for x in result.values()
+        pytest.param(arch, shape, id=f"sm{arch}-" + "-".join(str(value) for value in shape.values()))
+        for arch, shape in distinct_entries(kernel)
     ]
 
 

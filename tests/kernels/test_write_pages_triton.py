@@ -3,6 +3,7 @@
 import pytest
 import torch
 from closeness import scaled
+from table_entries import distinct_entries
 
 import kernels
 from kernels import configuration
@@ -70,13 +71,12 @@ def test_one_launch_rotates_and_stores(tokens, shape, dtype):
 
 
 @pytest.mark.every(4)
-@pytest.mark.parametrize("arch", [80, 86, 90, 100])
-@pytest.mark.parametrize("half", [8, 16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_table_entry_is_right(arch, half, dtype):
+@pytest.mark.parametrize(("arch", "shape"), distinct_entries("write_pages"), ids=str)
+def test_every_table_entry_is_right(arch, shape):
     if DEVICE == "cuda" and configuration.architecture(torch.device(DEVICE)) < arch:
         pytest.skip("an entry of a newer GPU")
-    qkv, cos, sin, caches, slots, positions = inputs(3, 3, 1, 2 * half, dtype)
+    dtype = torch.float16 if shape["bytes"] == 2 else torch.float32
+    qkv, cos, sin, caches, slots, positions = inputs(3, 3, 1, 2 * shape["half"], dtype)
     exact = exactly(qkv, cos, sin, caches[:2], slots, positions)
     with kernels.use_backend("reference"):
         base = write_pages(qkv, cos, sin, *caches[2:], slots, positions)

@@ -124,8 +124,9 @@ def main(out):
     from wizard_engine.parallel import recompute
 
     recompute.LEAST_BYTES = 1
-    meshes = {name: make_mesh(options, rt) for name, options in LAYOUTS[rt.world_size].items()}
     results, chosen = {}, selected_cases(out, cases(rt.world_size))
+    used = dict.fromkeys(layout for _, _, layout, _, _ in chosen.values())
+    meshes = {name: make_mesh(LAYOUTS[rt.world_size][name], rt) for name in used}
     for name, (kind, model, layout, sharding, freeze) in chosen.items():
         try:
             results[name] = compare(kind, MODELS[model], meshes[layout], sharding, freeze)
@@ -133,10 +134,8 @@ def main(out):
             traceback.print_exc()
             results[name] = {"error": repr(error)}
             break
-    used = {layout for _, _, layout, _, _ in chosen.values()}
     random, alike = (
-        {name: check(mesh, "ep" in name) for name, mesh in meshes.items() if name in used}
-        for check in (is_random_model, is_alike)
+        {name: check(mesh, "ep" in name) for name, mesh in meshes.items()} for check in (is_random_model, is_alike)
     )
     Path(out, f"result_{rt.world_size}_{rt.rank}.json").write_text(
         json.dumps({"cases": results, "alike": alike, "random": random})

@@ -32,7 +32,7 @@ def root(tmp_path_factory):
     return root
 
 
-def arguments(root, out, how="fine", rank=0, step=0, *, steps=12, options=()):
+def arguments(root, out, how="fine", rank=0, step=0, *, steps=12, seconds=8, options=()):
     """Of the worker that trains and lets one rank go wrong."""
     return [
         WORKER,
@@ -60,7 +60,7 @@ def arguments(root, out, how="fine", rank=0, step=0, *, steps=12, options=()):
         "--quiet",
         "--no-audit",
         "--mesh.timeout-seconds",
-        "8",
+        seconds,
         *options,
     ]
 
@@ -86,18 +86,19 @@ def killed(out, rank):
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize(
-    ("how", "text"),
+    ("how", "text", "start"),
     [
-        ("error", "rows.jsonl:7: this row is bad"),
-        ("bug", "KeyError: 'nobody expected this'"),
+        ("error", "rows.jsonl:7: this row is bad", run_ranks),
+        ("bug", "KeyError: 'nobody expected this'", torchrun),
     ],
 )
-def test_error_on_one_rank_ends_all_and_is_named_by_all(root, tmp_path, how, text):
-    done, seconds = run(root, tmp_path, how, rank=1, step=6)
+def test_error_on_one_rank_ends_all_and_is_named_by_all(root, tmp_path, how, text, start):
+    done, seconds = run(root, tmp_path, how, rank=1, step=6, start=start)
     assert done.returncode and seconds < 30
     assert f"error: [rank 1/2] {text}" in done.stderr
     # Rank 0 says the same, unless torchrun was quicker to end it.
-    assert done.stderr.count(f"[rank 1/2] {text}") >= 2 or "signal" in done.stderr.lower(), done.stderr[-2000:]
+    is_ended = start is torchrun and "signal" in done.stderr.lower()
+    assert done.stderr.count(f"[rank 1/2] {text}") >= 2 or is_ended, done.stderr[-2000:]
     assert checkpoint.latest(tmp_path).name == "step_00000004"
 
 
@@ -110,7 +111,7 @@ def test_error_on_one_rank_ends_all_and_is_named_by_all(root, tmp_path, how, tex
 )
 def test_rank_that_a_collective_waits_for_is_named(root, tmp_path, how, text):
     process = subprocess.Popen(
-        torchrun_command(2, *arguments(root, tmp_path, how, rank=1, step=6)),
+        torchrun_command(2, *arguments(root, tmp_path, how, rank=1, step=6, seconds=5)),
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,

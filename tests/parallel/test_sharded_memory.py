@@ -72,6 +72,7 @@ def moved(model, tokens, micro_batches=1):
     return record.collectives, *(sum(c.size for c in record.collectives if c.kind == kind) for kind in kinds)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("name", "recompute", "accumulate", "micro_batches"),
     list(itertools.product(MODELS, ("none", "full"), ("sharded", "whole"), (1, 3))),

@@ -8,8 +8,20 @@ import pytest
 from recipes import ablations, progressive
 from wizard_engine.runtime import Runtime
 
-SIZES = progressive.Sizes(corpus=900, plain=200, held_out=30, sample=240, battles=12, preferences=20, questions=4)
-SMALL = replace(progressive.TINY, sizes=SIZES, quiet=True)
+HELD_OUT = 16
+SIZES = progressive.Sizes(corpus=900, plain=120, held_out=HELD_OUT, sample=240, battles=6, preferences=12, questions=2)
+STEPS = replace(progressive.TINY_STEPS, pack_tokens=256, max_steps=3)
+SMALL = replace(
+    progressive.TINY,
+    sizes=SIZES,
+    quiet=True,
+    pretraining=STEPS,
+    supervised=STEPS,
+    preference=STEPS,
+    instruction_reward=STEPS,
+    process_reward=STEPS,
+    rollout=replace(progressive.TINY.rollout, prompts_per_step=2, max_new_tokens=16),
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +45,16 @@ def test_progressive_records_every_stage_of_every_slice(demo):
     names = ("base", "sft", "stage_dpo", "rleif")
     assert [(row["slice"], row["name"]) for row in summary["stages"]] == [(t, n) for t in (1, 2, 3) for n in names]
     for row in summary["stages"]:
-        assert row["total"] == 30 and row["accuracy"] == row["correct"] / 30 and 0 <= row["sampled_accuracy"] <= 1
+        assert (
+            row["total"] == HELD_OUT
+            and row["accuracy"] == row["correct"] / HELD_OUT
+            and 0 <= row["sampled_accuracy"] <= 1
+        )
     last = {row["name"]: row for row in summary["stages"] if row["slice"] == 2}
     first = {row["name"]: row for row in summary["stages"] if row["slice"] == 3}
     assert first["base"]["correct"] == last["rleif"]["correct"], "a slice starts from the model of the one before"
     for battle in summary["pairwise"]:
-        assert battle["wins"] + battle["losses"] + battle["ties"] == 30
+        assert battle["wins"] + battle["losses"] + battle["ties"] == HELD_OUT
         assert battle["ci95"][0] <= battle["win_rate"] <= battle["ci95"][1]
     assert "<svg" in (cfg.out / "report.html").read_text()
 
@@ -77,7 +93,7 @@ def test_ablations_measure_each_variant_against_the_demo(demo, tmp_path):
     tables = {table["name"]: [row["setting"] for row in table["rows"]] for table in result["tables"]}
     assert list(tables) == ["slices", "Evol Lab and co-teaching", "sampling", "RLEIF reward"]
     assert tables["RLEIF reward"] == ["before RLEIF", "instruction x process", "instruction", "process"]
-    assert all(row["total"] == 30 for table in result["tables"] for row in table["rows"])
+    assert all(row["total"] == HELD_OUT for table in result["tables"] for row in table["rows"])
 
 
 def test_ablations_need_a_finished_demo(tmp_path):

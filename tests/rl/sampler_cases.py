@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N sampler_cases.py OUT
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -31,32 +32,41 @@ def trained(name, experts):
 
 
 def sampled(engine):
-    samplings = [Sampling(12, 1.0, seed=3, row=row) for row in range(len(PROMPTS) * 2)]
+    samplings = [Sampling(6, 1.0, seed=3, row=row) for row in range(len(PROMPTS) * 2)]
     answers = continued(engine, [p for p in PROMPTS for _ in range(2)], samplings)
     experts = None if answers.experts is None else [x.tolist() for x in answers.experts]
     return [answers.tokens, experts]
 
 
+def experts_of(name):
+    return 4 if name == "tiny-mixtral" else 0
+
+
+@functools.cache
+def sampled_whole(name, dtype, change):
+    """Samples of the model whole, of weights times `change`: the same for all layouts."""
+    whole = trained(name, experts_of(name))
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.mul_(change)
+    whole.to(getattr(torch, dtype))
+    return sampled(Engine(whole, cache_tokens=1600, max_sequences=8, record_routes=True))
+
+
 def case(rt, name, layout, tp, dtype):
     """Samples of the model whole and of its sampler, before and after an update, and the bytes that moved."""
-    experts = 4 if name == "tiny-mixtral" else 0
+    experts = experts_of(name)
     ep = layout.get("tp", 1) if experts else 1
     mesh = make_mesh(MeshOptions(**layout, ep=ep), rt)
     policy = parallelize(trained(name, experts), mesh, Sharding(dtype=dtype))
     sampler = Sampler(policy, rt, cache_tokens=1600, max_sequences=8, tp=tp)
-    whole = trained(name, experts).to(getattr(torch, dtype))
-    right = Engine(whole, cache_tokens=1600, max_sequences=8, record_routes=True)
     results = []
     for change in (1.0, 1.25):
         engine = sharded(policy)
         engine.master.mul_(change)
         engine.publish()
-        with torch.no_grad():
-            for parameter, initial in zip(whole.parameters(), trained(name, experts).parameters()):
-                parameter.copy_(initial.detach() * change)
-        right.forget()
         sampler.sync_weights()
-        results.append([sampled(sampler.engine), sampled(right), sampler.weights_checksum])
+        results.append([sampled(sampler.engine), sampled_whole(name, dtype, change), sampler.weights_checksum])
         weights_checksum = sampler.weights_checksum
         sampler.release()
         sampler.check(weights_checksum)
