@@ -202,7 +202,8 @@ class StandInCast:
 
     def __init__(self, ledger: Path, prices: dict[str, Price] | None = None, *, answer_tokens: int = _ANSWER_TOKENS):
         self.ledger = Ledger(ledger) if ledger.exists() else None
-        self.scheduler, self.prices, self.answer_tokens = Scheduler(quiet=True), prices or {}, answer_tokens
+        self.scheduler, self.prices = Scheduler(quiet=True, unreadable=0), prices or {}
+        self.answer_tokens = answer_tokens
         self._made: dict[str, StandIn] = {}
 
     def agent(self, spec: str | Path) -> StandIn:
