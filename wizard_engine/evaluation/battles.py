@@ -1,8 +1,9 @@
 """One battle: two models' answers to one prompt, judged unlabelled and in both orders by one judge or several."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from wizard_engine.agents.calls import AnyAgent, Calls
@@ -13,6 +14,7 @@ from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
 
 TIE_MARGIN = 0.1
+NOTHING_TOLD: Mapping[str, str] = MappingProxyType({})
 Prompt = str | Sequence[Message]
 # (score of a, score of b) in the games of one battle; None for a game without a verdict.
 Games = tuple[tuple[float, float] | None, ...]
@@ -94,11 +96,13 @@ class Judging:
         answers: tuple[Awaitable[str | Missing], Awaitable[str | Missing]],
         a_first: bool,
         row: str = "",
+        told: Mapping[str, str] = NOTHING_TOLD,
     ) -> Outcome:
         """The battle of two models on a prompt, as soon as both answers are there.
 
         Args:
             place: number of the prompt.   prompt: see `split_prompt`.   row: id of the prompt.
+            told: what the judges are told besides (see `agents.aids`).
         """
         pair = (await answers[0], await answers[1])
         for answer in pair:
@@ -107,15 +111,16 @@ class Judging:
                 battle = Battle(*names, place, None, (None, None), a_first, (reason,))
                 return Outcome(battle, 0, (), error_kind(reason), ())
         shown = [(pair if is_first else pair[::-1], is_first) for is_first in (a_first, not a_first)]
-        asked = (self._verdict(judge, prompt, *order, row) for judge in self.judges for order in shown)
+        fields = {"history": prompt[0], "instruction": prompt[1], **told}
+        asked = (self._verdict(judge, fields, *order, row) for judge in self.judges for order in shown)
         verdicts = await asyncio.gather(*asked)
         return self._outcome(names, place, pair, a_first, [verdicts[i : i + 2] for i in range(0, len(verdicts), 2)])
 
     async def _verdict(
-        self, judge: AnyAgent, prompt: tuple[str, str], shown: tuple[str, str], a_is_first: bool, row: str
+        self, judge: AnyAgent, asked: Mapping[str, str], shown: tuple[str, str], a_is_first: bool, row: str
     ) -> tuple[tuple[float, float] | None, str]:
         """(score of a, score of b) or None, and the reason for None."""
-        fields = {"history": prompt[0], "instruction": prompt[1], "answer_a": shown[0], "answer_b": shown[1]}
+        fields = {**asked, "answer_a": shown[0], "answer_b": shown[1]}
         scores, reply = await self.calls.explained(judge, "judge", fields, self.seed, read=_read_pair, row=row)
         if scores is None:
             return None, judge_error(reply, "no two scores [[x]] [[y]] from 1 to 10")

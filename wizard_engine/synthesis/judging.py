@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wizard_engine.agents import prompts
+from wizard_engine.agents.aids import aids
 from wizard_engine.agents.calls import AnyAgent, Calls
 from wizard_engine.agents.replies import read_scores
 from wizard_engine.data.records import Message
 
 
 class Match(NamedTuple):
-    """Two answers to the last user turn of a conversation, and what the judge is told of it besides (see `aids`)."""
+    """Two answers to the last user turn of a conversation, and what the judge is told besides (see `agents.aids`)."""
 
     prompt: tuple[Message, ...]
     first: str
@@ -123,7 +124,8 @@ async def rate_answer(
     row: str = "",
 ) -> float | None:
     """A score 1 to 10 of an answer to an instruction with these attributes; None if it failed or could not be read."""
-    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "answer": answer, **aids(attributes)}
+    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "answer": answer}
+    fields |= aids(attributes, prompt)
     score = await calls.ask(judge, "rate", fields, seed, read=lambda text: read_scores(text, 1), row=row)
     return None if score is None else score[0]
 
@@ -133,11 +135,6 @@ def _fields(match: Match, swap: bool) -> dict[str, str]:
     prompt = match.prompt
     told = {"criteria": match.criteria, "reference": match.reference}
     return {"history": _history(prompt), "instruction": prompt[-1].content, "answer_a": a, "answer_b": b, **told}
-
-
-def aids(attributes: Mapping[str, Any] | None) -> dict[str, str]:
-    """What a judge is told besides the answers: criteria by kind of instruction, and an answer known to be right."""
-    return {"criteria": prompts.criteria_of(attributes), "reference": prompts.reference_of(attributes)}
 
 
 def _history(prompt: Sequence[Message]) -> str:
