@@ -190,6 +190,13 @@ class Scheduler:
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
 
+    def at_most(self, what: str, *, taken: int, most: int, calls: int) -> None:
+        """Says that verdicts decide how many of something there are: an estimate names the calls that may come on top.
+
+        Args:
+            taken, most: how many there are, and how many there could be.   calls: of one of them, at most.
+        """
+
     def window(self, agents: Sequence[Agent | ConcurrentAgent], width: int = 1, ahead: int = ROWS_AHEAD) -> int:
         """Items to work on at once, so that none of the agents waits for a call."""
         calls = sum(getattr(agent, "concurrency", self.batch_size) for agent in _distinct(agents)) or self.batch_size
