@@ -1,9 +1,10 @@
 """The calls of one stage: requests with seeds derived from content, replies that are read, and counts of both."""
 
+import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -56,6 +57,13 @@ class Limits:
         if task in VERDICTS:
             return self.judge
         return self.evolve if task == "evolve" else self.rewrite
+
+
+async def together(agent: AnyAgent, asked: Iterator[Awaitable[T]]) -> list[T]:
+    """What calls of one agent give, asked at once. Those of a program take no time, and need no task each."""
+    if getattr(agent, "is_instant", False):
+        return [await call for call in asked]
+    return list(await asyncio.gather(*asked))
 
 
 def derive_seed(*parts: str | int) -> int:

@@ -352,8 +352,9 @@ def shown_estimate(estimate: dict[str, Any]) -> str:
     lines.append('"calls" are to be made; "stored" ones are in the ledger and cost nothing.')
     for item in estimate["depends"]:
         lines.append(
-            f"at most {estimate['most_calls']:,} calls: verdicts that are not there yet decide how many {item['what']} "
-            f"there are; {item['taken']:,} of at most {item['most']:,} are counted, each has up to {item['calls']} calls"
+            f"at most {estimate['most_calls']:,} calls: verdicts that are not there yet decide how many "
+            f"{item['what']} there are; {item['taken']:,} of at most {item['most']:,} are counted, each has up to "
+            f"{item['calls']} calls"
         )
     if estimate["hours"] is None:
         lines.append("hours are known once some calls were timed (give --limit 20 first), or with requests_per_minute")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from wizard_engine.agents.calls import AnyAgent, Calls
+from wizard_engine.agents.calls import AnyAgent, Calls, together
 from wizard_engine.agents.missing import Missing
 from wizard_engine.agents.prompts import dialogue
 from wizard_engine.agents.protocol import Reply
-from wizard_engine.agents.replies import read_scores
+from wizard_engine.agents.replies import scores_of
 from wizard_engine.data.records import Message
 
 TIE_MARGIN = 0.1
@@ -112,9 +112,11 @@ class Judging:
                 return Outcome(battle, 0, (), error_kind(reason), ())
         shown = [(pair if is_first else pair[::-1], is_first) for is_first in (a_first, not a_first)]
         fields = {"history": prompt[0], "instruction": prompt[1], **told}
-        asked = (self._verdict(judge, fields, *order, row) for judge in self.judges for order in shown)
-        verdicts = await asyncio.gather(*asked)
-        return self._outcome(names, place, pair, a_first, [verdicts[i : i + 2] for i in range(0, len(verdicts), 2)])
+        games = [
+            together(judge, (self._verdict(judge, fields, *order, row) for order in shown)) for judge in self.judges
+        ]
+        verdicts = [await games[0]] if len(games) == 1 else await asyncio.gather(*games)
+        return self._outcome(names, place, pair, a_first, verdicts)
 
     async def _verdict(
         self, judge: AnyAgent, asked: Mapping[str, str], shown: tuple[str, str], a_is_first: bool, row: str
@@ -148,7 +150,7 @@ class Judging:
 
 
 def _read_pair(text: str) -> tuple[float, float] | None:
-    return read_scores(text, 2)
+    return scores_of(text, 2)
 
 
 def _mean_game(scores: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
