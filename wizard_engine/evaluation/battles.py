@@ -112,11 +112,15 @@ class Judging:
                 return Outcome(battle, 0, (), error_kind(reason), ())
         shown = [(pair if is_first else pair[::-1], is_first) for is_first in (a_first, not a_first)]
         fields = {"history": prompt[0], "instruction": prompt[1], **told}
-        games = [
-            together(judge, (self._verdict(judge, fields, *order, row) for order in shown)) for judge in self.judges
-        ]
+        games = [self._verdicts(judge, fields, shown, row) for judge in self.judges]
         verdicts = [await games[0]] if len(games) == 1 else await asyncio.gather(*games)
         return self._outcome(names, place, pair, a_first, verdicts)
+
+    async def _verdicts(
+        self, judge: AnyAgent, asked: Mapping[str, str], shown: Sequence[tuple[tuple[str, str], bool]], row: str
+    ) -> list[tuple[tuple[float, float] | None, str]]:
+        """A judge's verdicts on the answers in each order."""
+        return await together(judge, (self._verdict(judge, asked, *order, row) for order in shown))
 
     async def _verdict(
         self, judge: AnyAgent, asked: Mapping[str, str], shown: tuple[str, str], a_is_first: bool, row: str
