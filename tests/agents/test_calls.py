@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wizard_engine.agents import Calls, Cast, Ledger, Limits, Reply, Scheduler, prompts
-from wizard_engine.agents.calls import as_read, check_calls
+from wizard_engine.agents.calls import as_read, check_calls, together
+from wizard_engine.agents.replies import read_scores, scores_of
 from wizard_engine.data.records import Message
 from wizard_engine.runtime.process import Runtime
 
@@ -308,3 +309,27 @@ def test_an_accepted_share_of_all_never_ends_a_stage_early(tmp_path):
         cast = Cast(tmp_path / "l.sqlite", Runtime(), quiet=True, max_missing=most)
         assert cast.scheduler.unreadable == unreadable
         cast.close()
+
+
+@pytest.mark.parametrize("is_instant", [True, False])
+def test_calls_of_one_agent_are_given_in_order_and_an_error_ends_them(is_instant):
+    agent, begun = Instant(), []
+    agent.is_instant = is_instant
+
+    async def call(number):
+        begun.append(number)
+        await asyncio.sleep(0)
+        if number == 2:
+            raise ValueError("two")
+        return number
+
+    assert asyncio.run(together(agent, (call(number) for number in (1, 3)))) == [1, 3]
+    with pytest.raises(ValueError, match="two"):
+        asyncio.run(together(agent, (call(number) for number in (1, 2, 3))))
+    assert begun == ([1, 3, 1, 2] if is_instant else [1, 3, 1, 2, 3])
+
+
+def test_remembered_scores_are_those_that_are_read():
+    for text in ("[[7]] [[4.5]]", "Score: 7", "[[7]]", "Both are 7.", "x" * 300 + "\n[[7]] [[4]]") * 2:
+        for count in (1, 2, 1):
+            assert scores_of(text, count) == read_scores(text, count)
