@@ -13,12 +13,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from wizard_engine import runtime, world
 from wizard_engine.agents import Calls, Cast, Limits, Request
+from wizard_engine.agents.aids import read_attributes
 from wizard_engine.agents.missing import Missing, Reasons, check_missing, shown_reasons
 from wizard_engine.agents.options import AgentOptions, estimated, open_cast
 from wizard_engine.data.records import Message, read_rows
@@ -90,8 +91,16 @@ def read_models(specs: Sequence[str]) -> dict[str, str]:
     return models
 
 
-def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
-    """Ids and conversations that end with a user turn."""
+class Prompts(NamedTuple):
+    """Ids, conversations that end with a user turn, and of the rows' attributes those that judges' prompts read."""
+
+    ids: list[str]
+    turns: list[tuple[Message, ...]]
+    attributes: list[dict[str, Any]]
+
+
+def read_prompts(cfg: Config) -> Prompts:
+    """The prompts of the rows."""
     if cfg.prompts is None:
         rows = world.held_out(cfg.n, cfg.seed)
     else:
@@ -102,15 +111,13 @@ def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
     prompts = [tuple(row.messages[:-1] if hasattr(row, "messages") else row.prompt) for row in rows]
     if not all(prompts):
         raise ValueError(f"{cfg.prompts}: expected rows with a user turn, got a row without; remove such rows")
-    return [row.id for row in rows], prompts
+    return Prompts([row.id for row in rows], prompts, [read_attributes(row.attributes) for row in rows])
 
 
-def player(
-    cfg: Config, spec: str, ids: Sequence[str], prompts: Sequence[tuple[Message, ...]], cast: Cast
-) -> Callable[[int], Awaitable[str | Missing]]:
+def player(cfg: Config, spec: str, prompts: Prompts, cast: Cast) -> Callable[[int], Awaitable[str | Missing]]:
     """What gives a model's answer to the prompt of a number; a call that failed is Missing, and is not judged."""
     if ".jsonl" in Path(spec).name:
-        answers = read_answers(spec, ids, [prompt[-1].content for prompt in prompts])
+        answers = read_answers(spec, prompts.ids, [turns[-1].content for turns in prompts.turns])
 
         async def written(place: int) -> str | Missing:
             return answers[place]
@@ -120,7 +127,7 @@ def player(
     settings = {"seed": cfg.seed, "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens, "top_p": cfg.top_p}
 
     async def asked(place: int) -> str | Missing:
-        request = Request("answer", prompts[place], row=ids[place], **settings)
+        request = Request("answer", prompts.turns[place], row=prompts.ids[place], **settings)
         return received(await cast.scheduler.ask(agent, request), on_length)
 
     return asked
@@ -136,7 +143,7 @@ class Arena:
     """Answers and battles of all prompts, kept on disk until they are written in order.
 
     Args:
-        models: NAME -> SPEC.   ids, prompts: of the prompts.
+        models: NAME -> SPEC.
     """
 
     def __init__(
@@ -144,37 +151,39 @@ class Arena:
         cfg: Config,
         cast: Cast,
         models: Mapping[str, str],
-        ids: Sequence[str],
-        prompts: Sequence[tuple[Message, ...]],
+        prompts: Prompts,
     ) -> None:
-        self.cfg, self.cast, self.ids, self.prompts = cfg, cast, ids, prompts
-        self.players = {name: player(cfg, spec, ids, prompts, cast) for name, spec in models.items()}
+        self.cfg, self.cast, self.prompts = cfg, cast, prompts
+        self.players = {name: player(cfg, spec, prompts, cast) for name, spec in models.items()}
         self.agents = [cast.agent(spec) for spec in models.values() if ".jsonl" not in Path(spec).name]
         self.calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
         judging = Judging([cast.agent(spec) for spec in cfg.judge], self.calls, seed=cfg.seed)
         pairs = model_pairs(list(models), cfg.baseline)
-        self.tournament = Tournament(pairs, len(prompts), judging, folder=cfg.out)
+        self.tournament = Tournament(pairs, len(prompts.ids), judging, folder=cfg.out)
         self.answers: dict[str, Spill[dict[str, Any]]] = {name: Spill(cfg.out) for name in models}
         self.missing = {name: Reasons() for name in models}
 
     async def run(self) -> None:
         """Answer and judge all prompts."""
         agents = [*self.agents, *self.tournament.judging.judges]
-        stage = {"desc": "arena", "total": len(self.prompts), "width": self.tournament.width, "agents": agents}
-        await self.cast.scheduler.rows(range(len(self.prompts)), self.play, self.add, **stage)
+        stage = {"desc": "arena", "total": len(self.prompts.ids), "width": self.tournament.width, "agents": agents}
+        await self.cast.scheduler.rows(range(len(self.prompts.ids)), self.play, self.add, **stage)
 
     async def play(self, place: int) -> tuple[list[str | Missing], list[Outcome]]:
         """All models answer one prompt at once; two are judged as soon as both have answered."""
+        prompts = self.prompts
         async with asyncio.TaskGroup() as group:
             said = {name: group.create_task(answer(place)) for name, answer in self.players.items()}
-            outcomes = await self.tournament.play(place, self.prompts[place], said, self.ids[place])
+            outcomes = await self.tournament.play(
+                place, prompts.turns[place], said, prompts.ids[place], prompts.attributes[place]
+            )
         return [answer.result() for answer in said.values()], outcomes
 
     def add(self, place: int, played: tuple[list[str | Missing], list[Outcome]]) -> None:
         """Count and keep what one prompt gave."""
         answers, outcomes = played
         for (name, spill), answer in zip(self.answers.items(), answers):
-            spill.put(place, _line(self.ids[place], answer))
+            spill.put(place, _line(self.prompts.ids[place], answer))
             if isinstance(answer, Missing):
                 self.missing[name].add(answer.reason, place)
         self.tournament.add(place, outcomes)
@@ -184,9 +193,9 @@ class Arena:
         most = self.cfg.max_missing
         for name, reasons in self.missing.items():
             advice = "raise --max-new-tokens"
-            check_missing(f"answers of {name}", reasons.ranked(), len(self.prompts), most, advice)
+            check_missing(f"answers of {name}", reasons.ranked(), len(self.prompts.ids), most, advice)
         for result in results:
-            answered = len(self.prompts) - sum(
+            answered = len(self.prompts.ids) - sum(
                 count for kind, count in result.missing.items() if not kind.startswith("judge: ")
             )
             for judge, reasons in zip(self.cfg.judge, result.judges.values() or [result.missing]):
@@ -198,7 +207,7 @@ class Arena:
         """The content of arena.json."""
         missing = {name: reasons.ranked() for name, reasons in self.missing.items()}
         errors = {name: reasons.total() for name, reasons in self.missing.items()}
-        report = {"prompts": len(self.prompts), "seed": self.cfg.seed, "answer_errors": errors}
+        report = {"prompts": len(self.prompts.ids), "seed": self.cfg.seed, "answer_errors": errors}
         report |= {"missing_answers": missing, "pairwise": [result.to_json() for result in results]}
         report |= {"elo": [asdict(rating) for rating in ratings], "calls": self.cast.ledger.counts()}
         repeats = self.calls.repeats()
@@ -209,7 +218,9 @@ class Arena:
         out = self.cfg.out
         for name, lines in self.answers.items():
             write_json_lines(out / "answers" / f"{name}.jsonl", lines)
-        battles = (battle.to_json() | {"prompt": self.ids[battle.prompt]} for r in results for battle in r.battles)
+        battles = (
+            battle.to_json() | {"prompt": self.prompts.ids[battle.prompt]} for r in results for battle in r.battles
+        )
         write_json_lines(out / "battles.jsonl", battles)
         write_json(out / "arena.json", report)
         return [out / "answers", out / "battles.jsonl", out / "arena.json"]
@@ -261,19 +272,19 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
     stage = open_arena(cfg, models)
     if from_main(rt, stage.is_current):
         return from_main(rt, stage.result)
-    ids, prompts = read_prompts(cfg)
+    prompts = read_prompts(cfg)
     from_main(rt, stage.start)
     cast = open_cast(cfg.out, cfg, rt)
     try:
-        return cast.conduct(lambda: conduct(cfg, cast, stage, models, ids, prompts))
+        return cast.conduct(lambda: conduct(cfg, cast, stage, models, prompts))
     finally:
         cast.close()
 
 
 def estimate(cfg: Config, models: Mapping[str, str]) -> dict[str, Any]:
     """What the arena will ask, without a call."""
-    ids, prompts = read_prompts(cfg)
-    return estimated(cfg, lambda options, cast: cast.scheduler.run(Arena(options, cast, models, ids, prompts).run()))
+    prompts = read_prompts(cfg)
+    return estimated(cfg, lambda options, cast: cast.scheduler.run(Arena(options, cast, models, prompts).run()))
 
 
 def conduct(
@@ -281,11 +292,10 @@ def conduct(
     cast: Cast,
     stage: Stage,
     models: Mapping[str, str],
-    ids: Sequence[str],
-    prompts: Sequence[tuple[Message, ...]],
+    prompts: Prompts,
 ) -> dict[str, Any]:
     """The whole arena, on rank 0; returns the content of arena.json."""
-    arena = Arena(cfg, cast, models, ids, prompts)
+    arena = Arena(cfg, cast, models, prompts)
     cast.scheduler.run(arena.run())
     results = arena.tournament.results()
     arena.check(results)

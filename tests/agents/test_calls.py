@@ -8,9 +8,11 @@ from asking import Instant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wizard_engine.agents import Calls, Ledger, Limits, Reply, Scheduler, prompts
-from wizard_engine.agents.calls import as_read, check_calls
+from wizard_engine.agents import Calls, Cast, Ledger, Limits, Reply, Scheduler, prompts
+from wizard_engine.agents.calls import as_read, check_calls, together
+from wizard_engine.agents.replies import read_scores, scores_of
 from wizard_engine.data.records import Message
+from wizard_engine.runtime.process import Runtime
 
 ASKED = [task for task in prompts.TASKS if task != "user"]
 
@@ -220,3 +222,114 @@ def test_no_meaning_is_that_of_a_cut_reply(seed, on_length, third):
     assert all(calls.marks(turn) == {"finish": "length"} for turn in kept)
     counts = calls.counts["answer"]
     assert len([turn for turn in turns if turn is None]) == counts["failed"] + counts["unreadable"]
+
+
+def test_what_is_asked_again_keeps_the_larger_limit():
+    def behave(request, times):
+        return cut("we") if request.max_tokens == 100 else "7" if times == 4 else "well"
+
+    agent = Scripted(behave)
+    (meaning,), calls = called(agent, read=number, limits=Limits(judge=100))
+    assert meaning == 7 and [request.max_tokens for request in agent.asked] == [100, 200, 200, 200]
+    assert calls.counts["judge"] == {"asked": 1, "failed": 0, "unreadable": 0, "asked longer": 1, "asked again": 2}
+
+
+def staged(agent, *, task="judge", read=number, rows=500, unreadable=30, **options):
+    """What a stage gives that asks one thing for each row; the rows that it had done where it ended."""
+    calls, found = Calls(Scheduler(quiet=True, unreadable=unreadable), **options), []
+
+    async def work(row):
+        return await calls.ask(agent, task, fields_of(task), row, read=read)
+
+    rows_of = calls.scheduler.rows(range(rows), work, lambda _, said: found.append(said), desc="s", agents=[agent])
+    calls.scheduler.run(rows_of)
+    return found, calls
+
+
+@pytest.mark.parametrize("task", ["judge", "rate", "label", "rank", "tag", "compare", "evolve", "rewrite", "suggest"])
+@pytest.mark.parametrize("kind", ["text", "cut", "blank", "program"])
+def test_a_stage_ends_early_where_none_of_an_agents_first_replies_can_be_read(task, kind):
+    agent = Scripted(lambda *_: {"cut": cut("It is w"), "blank": " "}.get(kind, "Well, it depends."))
+    agent.converses = kind != "program"
+    said = rf"replies of scripted to '{task}': expected some that can be read, got none in the first 30 requests, such"
+    help_ = {
+        "cut": r"'It is w', cut at its limit; raise --(judge|evolve|rewrite)-max-tokens, give another",
+        "blank": "' '",
+    }
+    with pytest.raises(
+        ValueError, match=rf"{said} as {help_.get(kind, '.Well, it depends')}.*{task}\.txt.*--max-missing 1"
+    ):
+        staged(agent, task=task)
+    # Requests, their repeats, and what is in flight.
+    tries = {"program": 1, "cut": 2}.get(kind, 3)
+    assert 30 * tries <= len(agent.asked) <= 30 * tries + 4 * 8 * tries
+
+
+def test_blank_turns_throughout_end_a_stage():
+    with pytest.raises(ValueError, match=r"to 'answer': .* none in the first 30 requests, such as ' '"):
+        told(Scripted(lambda *_: " "), times=40)
+
+
+# Case: requests that can be read only when they are asked again, the first of all, or the thirtieth.
+@pytest.mark.parametrize("readable", [0, 29, "again"])
+def test_where_some_can_be_read_the_stage_goes_on_and_the_share_decides(readable):
+    def behave(request, _):
+        return "7" if (len(request.messages) > 1 if readable == "again" else request.seed == readable) else "well"
+
+    agent = Scripted(behave)
+    agent.concurrency = 1
+    found, calls = staged(agent, rows=60, unreadable=40)
+    assert found.count(7) == (60 if readable == "again" else 1)
+    if readable == "again":
+        return check_calls(calls.statistics(), 0.05)
+    with pytest.raises(ValueError, match=r"replies to 'judge': expected at most 5 % missing, got 59 of 60"):
+        check_calls(calls.statistics(), 0.05)
+
+
+def test_small_stages_failed_calls_and_other_agents_do_not_end_it_early():
+    found, calls = staged(Scripted(lambda *_: "well"), rows=29)
+    assert found == [None] * 29
+    with pytest.raises(ValueError, match=r"expected at most 5 % missing, got 29 of 29 \(unreadable 29\)"):
+        check_calls(calls.statistics(), 0.05)
+    assert staged(Scripted(lambda *_: Reply("", "timeout: none")), rows=90)[0] == [None] * 90
+    assert staged(Scripted(lambda *_: "well"), rows=90, unreadable=0)[0] == [None] * 90
+    # Two agents have a count of their own, and two tasks.
+    calls, one, two = Calls(Scheduler(quiet=True)), Scripted(lambda *_: "well"), Scripted(lambda *_: "well")
+    two.name = two.fingerprint = "two"
+
+    async def ask():
+        asked = [(agent, task, seed) for agent in (one, two) for task in ("judge", "rate") for seed in range(29)]
+        return await asyncio.gather(*(calls.ask(a, t, fields_of(t), s, read=number) for a, t, s in asked))
+
+    assert calls.scheduler.run(ask()) == [None] * 116
+
+
+def test_an_accepted_share_of_all_never_ends_a_stage_early(tmp_path):
+    for most, unreadable in ((0.05, 30), (0.99, 30), (1.0, 0)):
+        cast = Cast(tmp_path / "l.sqlite", Runtime(), quiet=True, max_missing=most)
+        assert cast.scheduler.unreadable == unreadable
+        cast.close()
+
+
+@pytest.mark.parametrize("is_instant", [True, False])
+def test_calls_of_one_agent_are_given_in_order_and_an_error_ends_them(is_instant):
+    agent, begun = Instant(), []
+    agent.is_instant = is_instant
+
+    async def call(number):
+        begun.append(number)
+        await asyncio.sleep(0)
+        if number == 2:
+            raise ValueError("two")
+        return number
+
+    assert asyncio.run(together(agent, (call(number) for number in (1, 3)))) == [1, 3]
+    with pytest.raises(ValueError, match="two"):
+        asyncio.run(together(agent, (call(number) for number in (1, 2, 3))))
+    assert begun == ([1, 3, 1, 2] if is_instant else [1, 3, 1, 2, 3])
+
+
+def test_remembered_scores_are_those_that_are_read():
+    for text in ("[[7]] [[4.5]]", "Score: 7", "[[7]]", "Both are 7.", "x" * 300 + "\n[[7]] [[4]]") * 2:
+        for count in (1, 2, 1):
+            assert scores_of(text, count) == read_scores(text, count)

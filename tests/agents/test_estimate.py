@@ -1,6 +1,7 @@
 """An estimate says what a run then asks, without a call: calls exactly, tokens about, cost and hours where known."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -145,4 +146,59 @@ def test_agents_of_one_name_are_kept_apart_and_a_request_counts_once(tmp_path):
     estimate = cast.estimate(scale=10)
     assert estimate["calls"] == 40 and [agent["calls"] for agent in estimate["agents"].values()] == [20, 20]
     assert "#concurrency=2" in shown_estimate(estimate)
+    cast.close()
+
+
+# Case: after a part of the rows, 123 calls were estimated, and the run made 129: more battles were lost.
+@pytest.mark.parametrize("part", [0, 5, ROWS])
+def test_an_estimate_with_lessons_says_what_verdicts_decide_and_how_many_calls_there_are_at_most(
+    data, tmp_path, part, capsys
+):
+    with Fake(passing) as fake:
+        one, two, three = (f"openai:{name}@{fake.url}" for name in ("one", "two", "three"))
+        agents = co_teach.Agents(one, (two,), (two, three), suggester=three)
+        common = {"data": (data,), "out": tmp_path / "o", "quiet": True, "agents": agents, "max_tokens": 128}
+        if part:
+            co_teach.main(co_teach.Config(**common, limit=part))
+        before = len(fake.asked)
+        estimate = co_teach.main(co_teach.Config(**common, estimate=True))
+        shown = capsys.readouterr().out
+        co_teach.main(co_teach.Config(**common, overwrite=True))
+        made = len(fake.asked) - before
+    # Answers of two, verdicts of two judges in both orders; at most a suggestion, a rewrite and four verdicts a row.
+    assert estimate["calls"] <= estimate["most_calls"] <= 12 * ROWS and made <= estimate["most_calls"]
+    (lessons,) = estimate["depends"]
+    assert (lessons["what"], lessons["most"], lessons["calls"]) == ("lessons", ROWS, 6)
+    assert estimate["most_calls"] == estimate["calls"] + 6 * (ROWS - lessons["taken"])
+    assert f"at most {estimate['most_calls']} calls: verdicts that are not there yet decide how many lessons" in shown
+    if part == ROWS:
+        assert made == estimate["calls"] == 0, "what is all in the ledger is exact"
+    else:
+        assert made != estimate["calls"], "the number that the bound is there for"
+
+
+def test_an_estimate_that_verdicts_do_not_change_names_no_bound(data, tmp_path, capsys):
+    common = {"data": (data,), "out": tmp_path / "o", "quiet": True, "estimate": True}
+    for more in (
+        {"agents": co_teach.Agents("world:careless", ("world:terse",), suggester=None)},
+        {"lessons": 1, "sft_threshold": 0.0},
+    ):
+        estimate = co_teach.main(
+            co_teach.Config(**common, **{"agents": co_teach.Agents("world:careless", ("world:terse",)), **more})
+        )
+        assert estimate["depends"] == [] and estimate["most_calls"] == estimate["calls"]
+    assert "at most" not in capsys.readouterr().out
+
+
+def test_memory_does_not_grow_with_the_requests(tmp_path):
+    cast = StandInCast(tmp_path / "none.sqlite")
+    agent = cast.agent("openai:m@http://127.0.0.1:9/v1")
+    requests = (Request("user", (Message("user", "q"), Message("assistant", "a")), seed) for seed in range(3_000))
+    agent.respond([next(requests)])
+    tracemalloc.start()
+    for request in requests:
+        agent.respond([request])
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 3_000 * 20 and agent.lines["user"].calls == 3_000, "a set of the keys took 120 bytes each"
     cast.close()

@@ -1,5 +1,6 @@
 """The ledger: nothing that returned is asked again, whatever happened in between; failures are counted, not kept."""
 
+import hashlib
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ import pytest
 from asking import Echo, ask, responses, texts
 from forked import run_together
 
-from wizard_engine.agents import Ledger, Reply, Request, Scheduler, request_key
+from wizard_engine.agents import Ledger, Reply, Request, Scheduler, replies, request_key
 from wizard_engine.agents.ledger import Stored
 from wizard_engine.data.records import Message
 
@@ -67,6 +68,16 @@ def test_key_is_that_of_earlier_releases_and_leaves_the_row_out():
     # Stored by a ledger of version 1.
     known = "e6103b07f2f79f91"
     assert request_key("1", ask("a")).hex().startswith(known)
+
+
+def test_keys_with_options_and_schemas_are_those_of_earlier_releases():
+    fields = {"answer_steps": "a\n\nb\nc", "instructions": "1. x\n2. y"}
+    messages, digest = (Message("user", 'Ü\n"x"'), Message("assistant", "y")), hashlib.sha256()
+    for task in replies.READERS:
+        for top_p in (1.0, 0.9, 1):
+            schema = replies.schema_of(task, fields)
+            digest.update(request_key("f/1", Request(task, messages, 7, 0.5, 99, top_p, schema, "r")))
+    assert digest.hexdigest()[:16] == "1d3c14c29168b1fe"
 
 
 def test_key_covers_the_agent_and_not_its_name(tmp_path):

@@ -392,3 +392,37 @@ def test_analyze_ends_where_the_tagger_gives_too_few_tags(tmp_path, rows):
     assert report["tags"]["tagged"] == 45
     made = [row.attributes["topic"] for row in read_rows(tmp_path / "a" / "rows.jsonl")]
     assert made[:4] == [f"topic {i}" for i in range(4)] and made[49] == "topic 49"
+
+
+def told_to(judge_seen):
+    """(criteria, reference) of the prompts of a judge."""
+    return {(fields["criteria"], fields["reference"]) for fields in map(fields_of, judge_seen)}
+
+
+def test_judges_of_battles_are_told_the_criteria_of_each_prompt_and_its_reference(tmp_path):
+    seen = []
+
+    def say(request):
+        seen.append(request)
+        return verdict(request)
+
+    questions = ["Write a Python function.", "What is a photon?", "Translate 'good' to French."]
+    answers = {name: [f"{name} {i}: quality {5 + i}" for i in range(3)] for name in "ab"}
+    attributes = [{}, {"skill": "division", "reference": "5"}, {"category": "writing"}]
+    for attributes_, expected in (
+        (None, {("coding", ""), ("", ""), ("multilingual", "")}),
+        (attributes, {("coding", ""), ("math", "5"), ("writing", "")}),
+    ):
+        seen.clear()
+        pairwise(answers["a"], answers["b"], questions, judge=judge(say=say), attributes=attributes_)
+        assert told_to(seen) == expected and len(seen) == 6
+        all_pairs(answers, questions, judge=judge(say=say), attributes=attributes_)
+        assert told_to(seen) == expected and len(seen) == 12
+    with pytest.raises(ValueError, match="attributes: expected those of 3 prompts, got 1; give them for each"):
+        pairwise(answers["a"], answers["b"], questions, judge=judge(say=say), attributes=[{}])
+    rows = [conversation(question, "x.", **more) for question, more in zip(questions, attributes)]
+    write_rows(tmp_path / "told.jsonl", rows)
+    seen.clear()
+    register("late:seeing", lambda: judge("seeing", say))
+    run_arena(tmp_path, tmp_path / "told.jsonl", 0, judge=("late:seeing",))
+    assert told_to(seen) == {("coding", ""), ("math", "5"), ("writing", "")} and len(seen) == 3 * 12

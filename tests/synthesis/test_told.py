@@ -60,3 +60,18 @@ def test_ratings_of_self_teaching_have_the_criteria_of_the_row():
     listed(synthesis.self_teach([ROW], student=student, judge=judge, samples=3))
     assert {fields["criteria"] for fields in told(judge, "rate")} == {"math"}
     assert {fields["reference"] for fields in told(judge, "rate")} == {""}
+
+
+def test_judges_of_rows_without_a_skill_have_criteria_by_their_text():
+    row = Conversation(
+        (Message("user", "Write a Python function that sorts."), Message("assistant", "def f(): q4")), {}
+    )
+    judge, rewriter = honest_judge(), Fake("rewriter", rewrite=lambda request, fields: "def g(): q8")
+    listed(synthesis.evolve_answers([row], rewriter=rewriter, judge=judge, rounds=1))
+    ours, rival = answerer("ours", lambda text, request: "6 q2"), answerer("rival", lambda text, request: "5 q8")
+    listed(synthesis.co_teach([row], ours=ours, rivals=[rival], judge=judge))
+    student = answerer("student", lambda text, request: f"q{request.seed % 7 + 2}")
+    listed(synthesis.self_teach([row], student=student, judge=judge, samples=3))
+    for task, least in (("judge", 5), ("rate", 2)):
+        criteria = [fields["criteria"] for fields in told(judge, task)]
+        assert set(criteria) == {"coding"} and len(criteria) >= least

@@ -1,9 +1,10 @@
 """The calls of one stage: requests with seeds derived from content, replies that are read, and counts of both."""
 
+import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -14,6 +15,7 @@ from .missing import check_missing
 from .protocol import Agent, ConcurrentAgent, Reply, Request
 from .replies import missing_line, schema_of
 from .scheduler import Scheduler
+from .unreadable import FirstReplies
 
 T = TypeVar("T")
 AnyAgent = Agent | ConcurrentAgent
@@ -57,6 +59,13 @@ class Limits:
         return self.evolve if task == "evolve" else self.rewrite
 
 
+async def together(agent: AnyAgent, asked: Iterator[Awaitable[T]]) -> list[T]:
+    """What calls of one agent give, asked at once. Those of a program take no time, and need no task each."""
+    if getattr(agent, "is_instant", False):
+        return [await call for call in asked]
+    return list(await asyncio.gather(*asked))
+
+
 def derive_seed(*parts: str | int) -> int:
     """A seed of 48 bits, a hash of the parts."""
     digest = hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()
@@ -68,7 +77,7 @@ class Calls:
 
     A reply that is cut at its limit is asked for once more with twice the limit, where the task allows it; one that
     cannot be read at most twice more, with a line that says what was missing. What then is still no reply is None and
-    is counted.
+    is counted. Where none of an agent's first replies to a task can be read, the stage ends (see unreadable).
 
     Args:
         limits: longest replies.
@@ -95,6 +104,7 @@ class Calls:
         self.limits, self.on_length, self.top_p = limits or Limits(), on_length, top_p
         self.counts: dict[str, Counter[str]] = {}
         self.cut: set[int] = set()
+        self._first = FirstReplies(self.scheduler.unreadable)
 
     async def ask(
         self,
@@ -132,7 +142,7 @@ class Calls:
         messages = prompts.request_messages(task, **fields)
         limit = self.limits.of(task, fields)
         request = Request(task, messages, seed, temperature, limit, self.top_p, schema_of(task, fields), row)
-        reply, is_usable = await self._reply(agent, request, longer=True)
+        request, reply, is_usable = await self._reply(agent, request, longer=True)
         if not is_usable:
             return None, reply
         meaning, repeats = read(reply.text), 0
@@ -142,8 +152,16 @@ class Calls:
             if again is None:
                 break
             reply, meaning = again, read(again.text)
-        self.counts[task]["unreadable"] += meaning is None
+        self._read(agent, task, reply, meaning is not None)
         return meaning, reply
+
+    def _read(self, agent: AnyAgent, task: str, reply: Reply, is_read: bool) -> None:
+        """Count whether a whole reply could be read."""
+        self.counts[task]["unreadable"] += not is_read
+        if is_read:
+            self._first.used(agent, task)
+        else:
+            self._first.unread(agent, task, reply, _limit_option(task))
 
     async def _again(self, agent: AnyAgent, request: Request, reply: Reply, fields: Mapping[str, str]) -> Reply | None:
         """The reply to a request whose former reply cannot be read, with a line that says what was missing."""
@@ -169,13 +187,15 @@ class Calls:
             longer: ask once more, with twice the limit, for a turn that was cut.
         """
         request = Request(task, tuple(messages), seed, temperature, self.limits.answer, self.top_p, "", row)
-        reply, is_usable = await self._reply(agent, request, longer=longer)
-        text = reply.text.strip() if is_usable else None
-        self.counts[task]["unreadable"] += text == ""
+        _, reply, is_usable = await self._reply(agent, request, longer=longer)
+        if not is_usable:
+            return None
+        text = reply.text.strip()
+        self._read(agent, task, reply, bool(text))
         return text or None
 
-    async def _reply(self, agent: AnyAgent, request: Request, *, longer: bool) -> tuple[Reply, bool]:
-        """A reply, and whether it is whole or kept as it is; counts it."""
+    async def _reply(self, agent: AnyAgent, request: Request, *, longer: bool) -> tuple[Request, Reply, bool]:
+        """The request as it was last asked, its reply, and whether that is whole or kept as it is; counts it."""
         if request.task not in self.counts:
             self.counts[request.task] = Counter(asked=0, failed=0, unreadable=0)
         counts = self.counts[request.task]
@@ -184,15 +204,18 @@ class Calls:
         is_kept = self.on_length == "keep" and request.task == "answer" and reply.is_cut
         if reply.reason == "length" and longer and not is_kept:
             counts["asked longer"] += 1
-            reply = await self.scheduler.ask(agent, replace(request, max_tokens=2 * request.max_tokens))
+            request = replace(request, max_tokens=2 * request.max_tokens)
+            reply = await self.scheduler.ask(agent, request)
         if is_kept:
             counts["cut"] += 1
             self.cut.add(_signature(reply.text))
         elif reply.reason:
             counts["failed"] += 1
             counts[f"failed: {reply.reason}"] += 1
-            return reply, False
-        return reply, True
+            if reply.is_cut:
+                self._first.unread(agent, request.task, reply, _limit_option(request.task))
+            return request, reply, False
+        return request, reply, True
 
     def marks(self, *answers: str | None) -> dict[str, str]:
         """Attributes of a row with these answers: finish="length" where one was cut."""
@@ -239,6 +262,8 @@ def _limit_option(task: str) -> str:
     """The option with the limit of a task's replies (see Limits)."""
     if task in VERDICTS:
         return "--judge-max-tokens"
+    if task in ANSWERS:
+        return "--max-tokens"
     return "--evolve-max-tokens" if task == "evolve" else "--rewrite-max-tokens"
 
 

@@ -4,8 +4,9 @@ The stage runs on its rows with stand-ins for its agents. A stand-in takes what 
 it gives a whole and readable reply of the length that is usual for the task: the mean of the agent's stored replies, or
 a length that follows from the prompt. So the calls that do not depend on what replies say are exact. Those that do
 (lessons from lost battles, evolutions that are eliminated) are of a run in which evolutions pass, answers differ, and
-judges prefer one or the other at random. Tokens of prompts are counted by their bytes; where the ledger has replies to
-the same task, what the agent counted for their prompts sets the scale.
+judges prefer one or the other at random. How many more calls verdicts may bring is said beside them. Tokens of prompts
+are counted by their bytes; where the ledger has replies to the same task, what the agent counted for their prompts sets
+the scale.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from .protocol import Reply, Request
 from .registry import make_agent, registered
 from .replies import REWRITTEN_HEADING
 from .scheduler import Scheduler
+from .seen import Seen
 
 T = TypeVar("T")
 # Bytes of a token: of ASCII text, and of text in other scripts.
@@ -54,6 +56,33 @@ def count_tokens(text: str) -> int:
     """About how many tokens a text has, for a vocabulary of the usual size."""
     ascii_bytes = sum(sign < "\x80" for sign in text)
     return round(ascii_bytes / ASCII_BYTES + (len(text.encode()) - ascii_bytes) / OTHER_BYTES)
+
+
+@dataclass
+class Open:
+    """Things whose number verdicts decide: how many are counted, how many there can be, and the most calls of one."""
+
+    what: str
+    taken: int
+    most: int
+    calls: int
+
+    @property
+    def more(self) -> int:
+        """Calls that may come on top."""
+        return (self.most - self.taken) * self.calls
+
+
+class CountingScheduler(Scheduler):
+    """A scheduler of stand-ins, which remembers what the calls depend on."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True, unreadable=0)
+        self.open: list[Open] = []
+
+    def at_most(self, what: str, *, taken: int, most: int, calls: int) -> None:
+        """Remember it."""
+        self.open.append(Open(what, taken, most, calls))
 
 
 @dataclass
@@ -97,7 +126,7 @@ class StandIn:
         self._usual = self.ledger.averages(self.fingerprint) if self.ledger is not None else {}
         self._lengths = DEFAULT_LENGTHS | {"answer": self.answer_tokens}
         self._lengths |= {task: length for task in self._usual if (length := self._stored_length(task)) is not None}
-        self._asked: set[bytes] = set()
+        self._asked = Seen()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in the order of the requests."""
@@ -106,8 +135,7 @@ class StandIn:
     def _reply(self, request: Request) -> Reply:
         line = self.lines.setdefault(request.task, Line())
         key = request_key(self.fingerprint, request)
-        is_new = key[:8] not in self._asked
-        self._asked.add(key[:8])
+        is_new = self._asked.is_new(key)
         stored = self.ledger.lookup([key]).get(key) if self.ledger is not None else None
         if stored is not None:
             line.stored += is_new
@@ -138,6 +166,10 @@ class StandIn:
         _, _, usual_out, seconds = self._usual.get(request.task, (0, 0, 0, 0.0))
         tokens_out = usual_out or USUAL_TOKENS.get(request.task) or count_tokens(text)
         return _prompt_tokens(request), min(round(tokens_out), request.max_tokens), seconds
+
+    def close(self) -> None:
+        """Remove the temporary file; no further requests are counted."""
+        self._asked.close()
 
     def scale_in(self, line: Line) -> float:
         """Tokens of prompts as the agent counts them, for each one counted by bytes."""
@@ -202,7 +234,8 @@ class StandInCast:
 
     def __init__(self, ledger: Path, prices: dict[str, Price] | None = None, *, answer_tokens: int = _ANSWER_TOKENS):
         self.ledger = Ledger(ledger) if ledger.exists() else None
-        self.scheduler, self.prices, self.answer_tokens = Scheduler(quiet=True), prices or {}, answer_tokens
+        self.scheduler, self.prices = CountingScheduler(), prices or {}
+        self.answer_tokens = answer_tokens
         self._made: dict[str, StandIn] = {}
 
     def agent(self, spec: str | Path) -> StandIn:
@@ -252,7 +285,9 @@ class StandInCast:
         return StandIn(name, fingerprint, self.ledger, answer_tokens=self.answer_tokens, **settings)
 
     def close(self) -> None:
-        """Closes the ledger."""
+        """Closes the ledger and removes temporary files."""
+        for agent in self._made.values():
+            agent.close()
         if self.ledger is not None:
             self.ledger.close()
 
@@ -260,6 +295,7 @@ class StandInCast:
         """Calls, tokens, cost and hours by agent and task, and in all, as JSON; each multiplied by `scale`.
 
         Cost is None where no price is known, hours where neither a limit of the endpoint nor a timed call is.
+        "most_calls" is "calls" where these are exact; "depends" says what verdicts will decide.
         """
         asked = {spec: agent for spec, agent in self._made.items() if agent.lines}
         names = Counter(agent.name for agent in asked.values())
@@ -270,7 +306,10 @@ class StandInCast:
         }
         # Agents work at the same time: the slowest one sets the pace.
         hours = max(known["hours"], default=None)
-        return {"agents": agents, **totals, "cost": sum(known["cost"]) if known["cost"] else None, "hours": hours}
+        totals |= {"cost": sum(known["cost"]) if known["cost"] else None, "hours": hours}
+        depends = [vars(item) | {"more": item.more} for item in self.scheduler.open if item.more]
+        most_calls = totals["calls"] + round(scale * sum(item["more"] for item in depends))
+        return {"agents": agents, **totals, "most_calls": most_calls, "depends": depends}
 
 
 _COUNTS = ("calls", "stored", "tokens_in", "tokens_out")
@@ -311,6 +350,12 @@ def shown_estimate(estimate: dict[str, Any]) -> str:
             lines.append(f"{name:<{width}}  {'in all':<10}" + _cells(agent, shown))
     lines.append(f"{'in all':<{width}}  {'':<10}" + _cells(estimate, shown))
     lines.append('"calls" are to be made; "stored" ones are in the ledger and cost nothing.')
+    for item in estimate["depends"]:
+        lines.append(
+            f"at most {estimate['most_calls']:,} calls: verdicts that are not there yet decide how many "
+            f"{item['what']} there are; {item['taken']:,} of at most {item['most']:,} are counted, each has up to "
+            f"{item['calls']} calls"
+        )
     if estimate["hours"] is None:
         lines.append("hours are known once some calls were timed (give --limit 20 first), or with requests_per_minute")
     return "\n".join(lines)

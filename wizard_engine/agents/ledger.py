@@ -11,6 +11,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,10 +53,11 @@ class Stored(NamedTuple):
 
 def request_key(fingerprint: str, request: Request) -> bytes:
     """SHA-256 of everything a reply may depend on: the agent's fingerprint and the whole request."""
+    # Messages are tuples, which JSON writes as lists.
     content = [
         fingerprint,
         request.task,
-        [list(message) for message in request.messages],
+        request.messages,
         request.seed,
         float(request.temperature),
         request.max_tokens,
@@ -66,9 +68,13 @@ def request_key(fingerprint: str, request: Request) -> bytes:
 
 def _options(request: Request) -> str:
     """Settings that most requests leave at their defaults, as JSON; "" without any."""
-    options = {"top_p": request.top_p} if request.top_p != 1 else {}
-    options |= {"schema": request.schema} if request.schema else {}
-    return _encode_content(options) if options else ""
+    return _written_options(request.top_p, request.schema) if request.top_p != 1 or request.schema else ""
+
+
+@lru_cache(256)
+def _written_options(top_p: float, schema: str) -> str:
+    options = {"top_p": top_p} if top_p != 1 else {}
+    return _encode_content(options | ({"schema": schema} if schema else {}))
 
 
 class Ledger:

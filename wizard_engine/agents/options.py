@@ -31,7 +31,8 @@ class CallOptions(Checked):
     top_p: PositiveShare[float] = 1.0
     """Share of the probability that tokens of all replies are drawn from."""
     max_missing: Share[float] = field(default=MAX_MISSING, metadata=INCIDENTAL)
-    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error."""
+    """Largest share of a task's calls, 0 to 1, that may give nothing; above it the stage ends with an error. Below 1 it
+    ends at once where none of an agent's first 30 replies to a task can be read."""
     ledger: Path | None = field(default=None, metadata=INCIDENTAL)
     """File of all calls, which stages may share; default: OUT/ledger.sqlite."""
     prompt_folder: Path | None = None
@@ -86,6 +87,7 @@ def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
     use_folder(cfg.prompt_folder)
     prices = {} if cfg.prices is None else read_prices(cfg.prices)
     options = {"batch_size": cfg.batch_size, "quiet": cfg.quiet, "prices": prices, "chat_format": cfg.chat_format}
+    options |= {"max_missing": cfg.max_missing}
     return Cast(_ledger(out, cfg), runtime, **options)
 
 

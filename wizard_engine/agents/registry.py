@@ -13,10 +13,12 @@ from wizard_engine.runtime.process import Runtime
 from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger
 from .local import LocalAgent
+from .missing import MAX_MISSING
 from .prices import Price
 from .protocol import Agent, ConcurrentAgent
 from .ranks import RankedAgent, Ranks
 from .scheduler import Scheduler
+from .unreadable import FIRST_REQUESTS
 
 T = TypeVar("T")
 
@@ -73,6 +75,7 @@ class Cast:
         batch_size: conversations generated together.   quiet: no progress bar.
         prices: by model, for endpoints whose specs give none (see prices.read_prices).
         chat_format: of models of this machine, see `chat_format.chosen_format`.
+        max_missing: largest share of missing replies; with 1 no stage ends because of unreadable ones.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Cast:
         quiet: bool = False,
         prices: Mapping[str, Price] | None = None,
         chat_format: ChatFormatChoice = "auto",
+        max_missing: float = MAX_MISSING,
     ) -> None:
         self.runtime, self.batch_size, self.prices = runtime, batch_size, prices or {}
         self.chat_format = chat_format
@@ -91,7 +95,8 @@ class Cast:
         # Where rank 0 cannot open it, no rank waits for it.
         from_main(runtime, lambda: self._open(ledger))
         # A batch of several ranks has as many requests for each as a batch of one.
-        self.scheduler = Scheduler(self.ledger, batch_size=batch_size * runtime.world_size, quiet=quiet)
+        size, unreadable = batch_size * runtime.world_size, FIRST_REQUESTS if max_missing < 1 else 0
+        self.scheduler = Scheduler(self.ledger, batch_size=size, quiet=quiet, unreadable=unreadable)
         self.ranks = Ranks(runtime, self._local)
         self._made: dict[str, Agent | ConcurrentAgent] = {}
         self._locals: dict[str, Agent] = {}

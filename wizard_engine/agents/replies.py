@@ -3,6 +3,8 @@
 The grammar of each stands in its docstring, see `agents.reading`.
 """
 
+from functools import lru_cache
+
 from .reading.comparison import read_equal
 from .reading.forms import READERS, missing_line, read_reply, schema, schema_of
 from .reading.instructions import REWRITTEN_HEADING, read_evolved
@@ -31,4 +33,16 @@ __all__ = [
     "read_user",
     "schema",
     "schema_of",
+    "scores_of",
 ]
+
+# Characters of replies that are remembered.
+_SHORT = 200
+
+
+def scores_of(text: str, count: int) -> tuple[float, ...] | None:
+    """As `read_scores`. Short replies are remembered: programs give the same ones again and again."""
+    return (_scores_of_short if len(text) <= _SHORT else read_scores)(text, count)
+
+
+_scores_of_short = lru_cache(4096)(read_scores)

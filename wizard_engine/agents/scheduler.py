@@ -25,6 +25,7 @@ from .ledger import Ledger, Stored, request_key
 from .missing import shown_reasons
 from .prices import Price
 from .protocol import Agent, ConcurrentAgent, Reply, Request, is_concurrent
+from .unreadable import FIRST_REQUESTS
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,6 +52,7 @@ class Scheduler:
         batch_size: requests that an agent of this process answers together.
         prices: by agent's name, for the cost on the progress bar.
         quiet: no progress bar.
+        unreadable: requests of an agent and task after which a stage ends if none of them could be read; 0 for never.
     Attributes:
         asked: task -> calls made.   served: task -> replies without a call.   failed: reason -> failed calls.
         tokens_in, tokens_out, cost: of the calls made.
@@ -63,10 +65,12 @@ class Scheduler:
         batch_size: int = BATCH_SIZE,
         prices: dict[str, Price] | None = None,
         quiet: bool = False,
+        unreadable: int = FIRST_REQUESTS,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}; give the requests of one batch")
         self.ledger, self.batch_size, self.quiet, self.prices = ledger, batch_size, quiet, prices or {}
+        self.unreadable = unreadable
         self.asked: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
@@ -185,6 +189,13 @@ class Scheduler:
                         group.create_task(one(place, item))
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
+
+    def at_most(self, what: str, *, taken: int, most: int, calls: int) -> None:
+        """Says that verdicts decide how many of something there are: an estimate names the calls that may come on top.
+
+        Args:
+            taken, most: how many there are, and how many there could be.   calls: of one of them, at most.
+        """
 
     def window(self, agents: Sequence[Agent | ConcurrentAgent], width: int = 1, ahead: int = ROWS_AHEAD) -> int:
         """Items to work on at once, so that none of the agents waits for a call."""

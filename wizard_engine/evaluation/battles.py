@@ -1,18 +1,20 @@
 """One battle: two models' answers to one prompt, judged unlabelled and in both orders by one judge or several."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from wizard_engine.agents.calls import AnyAgent, Calls
+from wizard_engine.agents.calls import AnyAgent, Calls, together
 from wizard_engine.agents.missing import Missing
 from wizard_engine.agents.prompts import dialogue
 from wizard_engine.agents.protocol import Reply
-from wizard_engine.agents.replies import read_scores
+from wizard_engine.agents.replies import scores_of
 from wizard_engine.data.records import Message
 
 TIE_MARGIN = 0.1
+NOTHING_TOLD: Mapping[str, str] = MappingProxyType({})
 Prompt = str | Sequence[Message]
 # (score of a, score of b) in the games of one battle; None for a game without a verdict.
 Games = tuple[tuple[float, float] | None, ...]
@@ -94,11 +96,13 @@ class Judging:
         answers: tuple[Awaitable[str | Missing], Awaitable[str | Missing]],
         a_first: bool,
         row: str = "",
+        told: Mapping[str, str] = NOTHING_TOLD,
     ) -> Outcome:
         """The battle of two models on a prompt, as soon as both answers are there.
 
         Args:
             place: number of the prompt.   prompt: see `split_prompt`.   row: id of the prompt.
+            told: what the judges are told besides (see `agents.aids`).
         """
         pair = (await answers[0], await answers[1])
         for answer in pair:
@@ -107,15 +111,22 @@ class Judging:
                 battle = Battle(*names, place, None, (None, None), a_first, (reason,))
                 return Outcome(battle, 0, (), error_kind(reason), ())
         shown = [(pair if is_first else pair[::-1], is_first) for is_first in (a_first, not a_first)]
-        asked = (self._verdict(judge, prompt, *order, row) for judge in self.judges for order in shown)
-        verdicts = await asyncio.gather(*asked)
-        return self._outcome(names, place, pair, a_first, [verdicts[i : i + 2] for i in range(0, len(verdicts), 2)])
+        fields = {"history": prompt[0], "instruction": prompt[1], **told}
+        games = [self._verdicts(judge, fields, shown, row) for judge in self.judges]
+        verdicts = [await games[0]] if len(games) == 1 else await asyncio.gather(*games)
+        return self._outcome(names, place, pair, a_first, verdicts)
+
+    async def _verdicts(
+        self, judge: AnyAgent, asked: Mapping[str, str], shown: Sequence[tuple[tuple[str, str], bool]], row: str
+    ) -> list[tuple[tuple[float, float] | None, str]]:
+        """A judge's verdicts on the answers in each order."""
+        return await together(judge, (self._verdict(judge, asked, *order, row) for order in shown))
 
     async def _verdict(
-        self, judge: AnyAgent, prompt: tuple[str, str], shown: tuple[str, str], a_is_first: bool, row: str
+        self, judge: AnyAgent, asked: Mapping[str, str], shown: tuple[str, str], a_is_first: bool, row: str
     ) -> tuple[tuple[float, float] | None, str]:
         """(score of a, score of b) or None, and the reason for None."""
-        fields = {"history": prompt[0], "instruction": prompt[1], "answer_a": shown[0], "answer_b": shown[1]}
+        fields = {**asked, "answer_a": shown[0], "answer_b": shown[1]}
         scores, reply = await self.calls.explained(judge, "judge", fields, self.seed, read=_read_pair, row=row)
         if scores is None:
             return None, judge_error(reply, "no two scores [[x]] [[y]] from 1 to 10")
@@ -143,7 +154,7 @@ class Judging:
 
 
 def _read_pair(text: str) -> tuple[float, float] | None:
-    return read_scores(text, 2)
+    return scores_of(text, 2)
 
 
 def _mean_game(scores: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:

@@ -21,7 +21,7 @@ from wizard_engine.agents.calls import JUDGE_TOKENS, AnyAgent, Calls, Limits
 from wizard_engine.agents.missing import Missing
 from wizard_engine.agents.prompts import criteria_of, dialogue
 from wizard_engine.agents.protocol import Reply, Request
-from wizard_engine.agents.replies import read_scores
+from wizard_engine.agents.replies import scores_of
 from wizard_engine.agents.scheduler import Scheduler
 from wizard_engine.data.records import Message
 
@@ -268,7 +268,7 @@ def _fields(question: Question, answers: Sequence[str], turn: int) -> dict[str, 
 
 
 def _read_one(text: str) -> tuple[float, ...] | None:
-    return read_scores(text, 1)
+    return scores_of(text, 1)
 
 
 def _rated(scores: tuple[float, ...] | None, reply: Reply) -> tuple[float | None, str | None]:

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from wizard_engine.agents.aids import aids
 from wizard_engine.agents.calls import JUDGE_TOKENS, AnyAgent, Calls, Limits
 from wizard_engine.agents.missing import Missing, Reasons
 from wizard_engine.agents.scheduler import Scheduler
+from wizard_engine.data.records import Message
 from wizard_engine.runtime.spill import Spill
 
 from .accuracy import wilson_interval
@@ -203,13 +205,23 @@ class Tournament:
         return 2 * len(self.pairs) * len(self.judging.judges)
 
     async def play(
-        self, place: int, prompt: Prompt, answers: Mapping[str, Awaitable[str | Missing]], row: str = ""
+        self,
+        place: int,
+        prompt: Prompt,
+        answers: Mapping[str, Awaitable[str | Missing]],
+        row: str = "",
+        attributes: Mapping[str, Any] | None = None,
     ) -> list[Outcome]:
-        """The battles of all pairs on one prompt, each as soon as its two answers are there."""
+        """The battles of all pairs on one prompt, each as soon as its two answers are there.
+
+        Args:
+            attributes: of the row: they choose the judges' criteria, and may hold a reference.
+        """
         text, first = split_prompt(prompt), bool(self.a_first[place])
+        told = aids(attributes, (Message("user", prompt),) if isinstance(prompt, str) else prompt)
         async with asyncio.TaskGroup() as group:
             played = [
-                group.create_task(self.judging.battle((a, b), place, text, (answers[a], answers[b]), first, row))
+                group.create_task(self.judging.battle((a, b), place, text, (answers[a], answers[b]), first, row, told))
                 for a, b in self.pairs
             ]
         return [battle.result() for battle in played]
@@ -260,6 +272,7 @@ def pairwise(
     tie_margin: float = TIE_MARGIN,
     max_tokens: int = JUDGE_TOKENS,
     scheduler: Scheduler | None = None,
+    attributes: Sequence[Mapping[str, Any]] | None = None,
 ) -> Pairwise:
     """Comparison of two models' answers by a judge that sees neither names nor sources.
 
@@ -271,8 +284,9 @@ def pairwise(
         tie_margin: scores that differ by at most this are a tie.
         max_tokens: longest verdict with its explanation.
         scheduler: of the calls; default: one without a ledger.
+        attributes: of each prompt's row: a category or skill chooses the criteria, a reference is shown.
     Raises:
-        ValueError: no prompts, another number of answers than of prompts, or two equal names.
+        ValueError: no prompts, another number of answers or attributes than of prompts, or two equal names.
     """
     if not prompts or not len(answers_a) == len(answers_b) == len(prompts):
         raise ValueError(
@@ -283,6 +297,7 @@ def pairwise(
         raise ValueError(f"names: expected two different ones, got {name_a!r} twice; leave them out for a and b")
     answers = {name_a: answers_a, name_b: answers_b}
     settings = {"judge": judge, "seed": seed, "tie_margin": tie_margin, "max_tokens": max_tokens}
+    settings["attributes"] = attributes
     return _compared(answers, [(name_a, name_b)], prompts, scheduler=scheduler, **settings)[0]
 
 
@@ -296,15 +311,17 @@ def all_pairs(
     max_tokens: int = JUDGE_TOKENS,
     progress: Callable[[str], None] | None = None,
     scheduler: Scheduler | None = None,
+    attributes: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Pairwise]:
     """Comparisons of every two models, or of each model with `baseline`; the later model of a pair is a.
 
     Args:
         answers: model -> an answer per prompt; at least two models.   max_tokens: longest verdict.
         progress: called with a line of text for each comparison.
-        judge, scheduler: as for `pairwise`.
+        judge, scheduler, attributes: as for `pairwise`.
     Raises:
-        ValueError: fewer than two models, a baseline that is not among them, no prompts, or another number of answers.
+        ValueError: fewer than two models, a baseline that is not among them, no prompts, or another number of answers
+            or attributes.
     """
     pairs = model_pairs(list(answers), baseline)
     for name, texts in answers.items():
@@ -314,6 +331,7 @@ def all_pairs(
                 f"{len(prompts)} prompts; give all for the same prompts"
             )
     settings = {"judge": judge, "seed": seed, "tie_margin": TIE_MARGIN, "max_tokens": max_tokens}
+    settings["attributes"] = attributes
     results = _compared(answers, pairs, prompts, scheduler=scheduler, **settings)
     for r in results if progress is not None else []:
         progress(f"{r.a} : {r.b}  {r.wins} : {r.losses}, {r.ties} ties, {r.errors} errors")
@@ -330,8 +348,13 @@ def _compared(
     tie_margin: float,
     max_tokens: int,
     scheduler: Scheduler | None,
+    attributes: Sequence[Mapping[str, Any]] | None,
 ) -> list[Pairwise]:
     """Comparisons of given answers."""
+    if attributes is not None and len(attributes) != len(prompts):
+        raise ValueError(
+            f"attributes: expected those of {len(prompts)} prompts, got {len(attributes)}; give them for each, in order"
+        )
     judges = tuple(judge) if isinstance(judge, Sequence) else (judge,)
     scheduler = scheduler or Scheduler(quiet=True)
     calls = Calls(scheduler, limits=Limits(judge=max_tokens))
@@ -339,7 +362,8 @@ def _compared(
 
     async def work(item: tuple[int, Prompt]) -> list[Outcome]:
         place, prompt = item
-        return await tournament.play(place, prompt, {name: given(texts[place]) for name, texts in answers.items()})
+        said = {name: given(texts[place]) for name, texts in answers.items()}
+        return await tournament.play(place, prompt, said, attributes=attributes[place] if attributes else None)
 
     stage = {"desc": "battles", "total": len(prompts), "width": tournament.width, "agents": judges}
     scheduler.run(scheduler.rows(enumerate(prompts), work, tournament.add, **stage))

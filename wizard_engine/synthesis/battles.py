@@ -33,7 +33,7 @@ class Scene:
 
     def aids(self) -> dict[str, str]:
         """What a judge is told besides the answers; the row's reference answers the row's own turn alone."""
-        return aids(self.row.attributes) | ({"reference": ""} if self.turn else {})
+        return aids(self.row.attributes, self.prompt) | ({"reference": ""} if self.turn else {})
 
     def verdict(self, first: int, second: int) -> Verdict | None:
         """The verdict on two contestants, seen from `first`; None without a battle."""

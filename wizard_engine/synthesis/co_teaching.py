@@ -142,6 +142,8 @@ async def _taught(
         losses.add(label(scene.row.attributes.get("skill")), scene.loss()[0])
         index.add(place, scene.turn)
     chosen, skills = choose_lessons(losses, threshold, lessons)
+    most = len(losses) if lessons is None else min(lessons, len(losses))
+    calls.scheduler.at_most("lessons", taken=len(chosen), most=most, calls=coach.calls_of_lesson)
     sft, from_suggestions = await coach.lessons(_chosen(rows, chats, index, chosen), len(chosen), folder)
     won_by_ours = sum(pair.attributes["winner"] == names[0] for pair in pairs.rows)
     selected = {
@@ -206,6 +208,11 @@ class _Coach:
         """Calls that one row can have open at once."""
         contestants = len(self.contestants)
         return max(contestants, 2 * comb(contestants, 2) * len(panel(self.judges)))
+
+    @property
+    def calls_of_lesson(self) -> int:
+        """Calls for one lesson: a suggestion, a rewrite, and verdicts in both orders."""
+        return 0 if self.suggester is None else 2 + 2 * len(panel(self.judges))
 
     async def chat(self, row: Conversation) -> list[Scene]:
         """The scenes of a row, one a turn."""

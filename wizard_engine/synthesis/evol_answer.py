@@ -230,7 +230,7 @@ class _Writer:
 
     async def _judge(self, chain: _Chain, link: dict[str, Any], number: int) -> None:
         """Judges a rewrite and decides."""
-        match = Match(chain.prompt, link["answer"], chain.answer, **aids(chain.row.attributes))
+        match = Match(chain.prompt, link["answer"], chain.answer, **aids(chain.row.attributes, chain.prompt))
         verdict = await judge_match(self.calls, self.judges, match, self.seed, row=chain.row.id)
         link["reason"] = _decision(match, verdict, self.result_margin)
         link["accepted"] = link["reason"] == "accepted"

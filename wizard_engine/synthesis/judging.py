@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.calls import AnyAgent, Calls
-from wizard_engine.agents.replies import read_scores
+from wizard_engine.agents.aids import aids
+from wizard_engine.agents.calls import AnyAgent, Calls, together
+from wizard_engine.agents.replies import scores_of
 from wizard_engine.data.records import Message
 
 
 class Match(NamedTuple):
-    """Two answers to the last user turn of a conversation, and what the judge is told of it besides (see `aids`)."""
+    """Two answers to the last user turn of a conversation, and what the judge is told besides (see `agents.aids`)."""
 
     prompt: tuple[Message, ...]
     first: str
@@ -88,7 +89,10 @@ def names_of(judges: Judges) -> str:
 
 async def judge_match(calls: Calls, judges: Judges, match: Match, seed: int, *, row: str = "") -> Verdict | None:
     """The verdict on a match: the mean over the judges that could be read in both orders; None without any."""
-    verdicts = await asyncio.gather(*(_verdict(calls, judge, match, seed, row) for judge in panel(judges)))
+    judges = panel(judges)
+    if len(judges) == 1:
+        return await _verdict(calls, judges[0], match, seed, row)
+    verdicts = await asyncio.gather(*(_verdict(calls, judge, match, seed, row) for judge in judges))
     given = [verdict for verdict in verdicts if verdict is not None]
     if len(given) <= 1:
         return given[0] if given else None
@@ -97,15 +101,19 @@ async def judge_match(calls: Calls, judges: Judges, match: Match, seed: int, *, 
 
 async def _verdict(calls: Calls, judge: AnyAgent, match: Match, seed: int, row: str) -> Verdict | None:
     """One judge's verdict; None if one of the two orders failed or could not be read."""
-    forward, swapped = await asyncio.gather(
-        *(
-            calls.ask(judge, "judge", _fields(match, swap), seed, read=lambda text: read_scores(text, 2), row=row)
-            for swap in (False, True)
-        )
-    )
+    asked = (calls.ask(judge, "judge", _fields(match, swap), seed, read=_read_pair, row=row) for swap in (False, True))
+    forward, swapped = await together(judge, asked)
     if forward is None or swapped is None:
         return None
     return Verdict(forward, (swapped[1], swapped[0]))
+
+
+def _read_pair(text: str) -> tuple[float, ...] | None:
+    return scores_of(text, 2)
+
+
+def _read_one(text: str) -> tuple[float, ...] | None:
+    return scores_of(text, 1)
 
 
 def _mean(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -123,8 +131,9 @@ async def rate_answer(
     row: str = "",
 ) -> float | None:
     """A score 1 to 10 of an answer to an instruction with these attributes; None if it failed or could not be read."""
-    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "answer": answer, **aids(attributes)}
-    score = await calls.ask(judge, "rate", fields, seed, read=lambda text: read_scores(text, 1), row=row)
+    fields = {"history": _history(prompt), "instruction": prompt[-1].content, "answer": answer}
+    fields |= aids(attributes, prompt)
+    score = await calls.ask(judge, "rate", fields, seed, read=_read_one, row=row)
     return None if score is None else score[0]
 
 
@@ -133,11 +142,6 @@ def _fields(match: Match, swap: bool) -> dict[str, str]:
     prompt = match.prompt
     told = {"criteria": match.criteria, "reference": match.reference}
     return {"history": _history(prompt), "instruction": prompt[-1].content, "answer_a": a, "answer_b": b, **told}
-
-
-def aids(attributes: Mapping[str, Any] | None) -> dict[str, str]:
-    """What a judge is told besides the answers: criteria by kind of instruction, and an answer known to be right."""
-    return {"criteria": prompts.criteria_of(attributes), "reference": prompts.reference_of(attributes)}
 
 
 def _history(prompt: Sequence[Message]) -> str:

@@ -281,7 +281,7 @@ def _signature(text: str) -> int:
 
 
 def _match(case: _Case) -> Match:
-    return Match(case.prompt, case.ranked[0], case.ranked[-1], **aids(case.attributes))
+    return Match(case.prompt, case.ranked[0], case.ranked[-1], **aids(case.attributes, case.prompt))
 
 
 def _select(cases: Iterator[_Case], keep: float, dropped: Counter) -> tuple[set[int], dict[str, int]]:

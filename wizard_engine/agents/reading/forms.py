@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from wizard_engine.runtime.text_lines import split_lines
@@ -135,6 +136,17 @@ def schema(task: str, fields: Fields) -> dict[str, Any] | None:
     Reasons come before verdicts: a model writes them in this order. Each step and each instruction has a property of
     its own, so that none can be left out. The readers read what fits.
     """
+    _form(task)
+    return _schema(task, _places(task, fields))
+
+
+def _places(task: str, fields: Fields) -> int:
+    """Steps or instructions that the verdict has a place for each of."""
+    return count_steps(fields) if task == "label" else count_instructions(fields) if task == "rank" else 0
+
+
+def _schema(task: str, places: int) -> dict[str, Any] | None:
+    """The same by the number of steps or instructions."""
     if task == "compare":
         return _object({"reasons": _TEXT, "verdict": {"type": "string", "enum": ["Equal", "Not Equal"]}})
     if task == "judge":
@@ -144,20 +156,26 @@ def schema(task: str, fields: Fields) -> dict[str, Any] | None:
         return _object({"assessment": _TEXT, "score": _number("from 1 (useless) to 10 (could not be better)")})
     if task == "label":
         step = _object({"reasons": _TEXT, "label": {"type": "integer", "enum": [1, 0, -1]}})
-        return _object({f"step_{number}": step for number in range(1, count_steps(fields) + 1)})
+        return _object({f"step_{number}": step for number in range(1, places + 1)})
     if task == "rank":
         one = _object({"reasons": _TEXT, "score": _number("quality from 0 to 10")})
-        return _object({f"instruction_{number}": one for number in range(1, count_instructions(fields) + 1)})
+        return _object({f"instruction_{number}": one for number in range(1, places + 1)})
     if task == "tag":
         level = {"type": "string", "enum": ["easy", "medium", "hard"]}
         return _object({"reasons": _TEXT, "topic": _TEXT, "skill": _TEXT, "difficulty": level})
-    _form(task)
     return None
 
 
 def schema_of(task: str, fields: Fields) -> str:
     """The schema as JSON text, "" for a task whose reply is a text."""
-    found = schema(task, fields) if task in READERS else None
+    if task not in READERS:
+        return ""
+    return _written_schema(task, _places(task, fields))
+
+
+@lru_cache(256)
+def _written_schema(task: str, places: int) -> str:
+    found = _schema(task, places)
     return "" if found is None else json.dumps(found)
 
 
