@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import struct
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from chat_templates import FAMILIES, MARKED, conversation, directory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from wizard_engine.data import template_renderer
 from wizard_engine.data.chat import (
     _coder,
     encode_begun,
@@ -223,6 +225,24 @@ def test_templates_that_cannot_be_used_are_named(tmp_path, kind):
     assert time.monotonic() - began < 10
     assert str(raised.value).startswith(f"{path}/tokenizer_config.json: chat template: ")
     assert str(raised.value).endswith("or choose another with --chat-format")
+
+
+# Catches: a wait without end for a process that is stopped, or whose answer was lost.
+def test_a_process_that_does_not_answer_is_replaced_once(monkeypatch, tmp_path):
+    worker = template_renderer._Worker()
+    request = {"template": "{{ x }}", "variables": {"x": "here"}}
+    monkeypatch.setattr(template_renderer, "ANSWER_SECONDS", 20.0)
+    assert worker.ask(request)["text"] == "here"
+    first = worker._process
+    first.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(template_renderer, "ANSWER_SECONDS", 2.0)
+    assert worker.ask(request)["text"] == "here" and worker._process is not first and first.returncode is not None
+    worker.close()
+    (tmp_path / "silent.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(template_renderer, "WORKER", tmp_path / "silent.py")
+    monkeypatch.setattr(template_renderer, "ANSWER_SECONDS", 0.2)
+    with pytest.raises(template_renderer.TemplateFault, match="no answer of the process that renders it in 0.2 s"):
+        worker.ask(request)
 
 
 def test_one_operation_that_does_not_end_costs_the_process_that_renders(tmp_path):

@@ -4,6 +4,7 @@ import atexit
 import importlib.util
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 from wizard_engine.runtime.input_files import shown
 
+# Longest wait for a rendering, and how often it is asked for.
+ANSWER_SECONDS, TRIES = 60.0, 2
 WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -38,19 +41,27 @@ class _Worker:
         """The answer to a request. TemplateFault: the process died of it."""
         line = json.dumps(request).encode() + b"\n"
         with self._lock:
-            process = self._running()
-            try:
-                process.stdin.write(line)
-                process.stdin.flush()
-                reply = process.stdout.readline()
-            except BrokenPipeError:
-                reply = b""
-            except BaseException:
-                # Between a question and its answer, by Ctrl-C: the next answer would be that of this question.
+            for _ in range(TRIES):
+                process = self._running()
+                try:
+                    process.stdin.write(line)
+                    process.stdin.flush()
+                    # It bounds its own time. Where no answer comes it was lost, or the process does not run.
+                    is_late = not select.select([process.stdout], [], [], ANSWER_SECONDS)[0]
+                    reply = b"" if is_late else process.stdout.readline()
+                except BrokenPipeError:
+                    is_late, reply = False, b""
+                except BaseException:
+                    # Between a question and its answer, by Ctrl-C: the next answer would be that of this question.
+                    self.close()
+                    raise
+                if reply:
+                    return json.loads(reply)
+                if not is_late:
+                    break
                 self.close()
-                raise
-            if reply:
-                return json.loads(reply)
+            else:
+                raise TemplateFault(f"no answer of the process that renders it in {ANSWER_SECONDS:g} s")
             status = process.wait()
             self._process = None
         if status == -signal.SIGVTALRM:
