@@ -241,7 +241,7 @@ def test_a_process_that_does_not_answer_is_replaced_once(monkeypatch, tmp_path):
     (tmp_path / "silent.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(template_renderer, "WORKER", tmp_path / "silent.py")
     monkeypatch.setattr(template_renderer, "ANSWER_SECONDS", 0.2)
-    with pytest.raises(template_renderer.TemplateFault, match="no answer of the process that renders it in 0.2 s"):
+    with pytest.raises(template_renderer.TemplateFault, match=r"no answer of the process that renders it in 0\.2 s"):
         worker.ask(request)
 
 
