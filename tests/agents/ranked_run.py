@@ -1,4 +1,4 @@
-"""A rank of a run whose agents are asked through Cast.conduct: python ranked_run.py OUT KIND. Writes OUT/rank_N.json."""
+"""A rank of a run whose agents are asked through Cast.conduct: ranked_run.py OUT KIND; writes OUT/rank_N.json."""
 
 import asyncio
 import hashlib

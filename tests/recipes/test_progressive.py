@@ -2,22 +2,36 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from recipes import ablations, progressive
-from wizard_engine.runtime import Runtime
+from wizard_engine.pipeline.run_file import RunFile, read_run_file
 
-SIZES = progressive.Sizes(corpus=900, plain=200, held_out=30, sample=240, battles=12, preferences=20, questions=4)
-SMALL = replace(progressive.TINY, sizes=SIZES, quiet=True)
+TINY = Path(progressive.__file__).parent / "runs" / "tiny.toml"
+SIZES = {
+    "world": {"corpus": 900, "plain": 200, "held-out": 30, "questions": 4},
+    "co_teach": {"limit": 12},
+    "self_teach": {"limit": 20},
+}
+
+
+def few() -> RunFile:
+    """The tiny run with fewer rows."""
+    run = read_run_file(TINY)
+    options = {name: {**table, **SIZES.get(name, {})} for name, table in run.options.items()}
+    return replace(run, options=options, measure=replace(run.measure, rows=30), quiet=True)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A finished run, its summary, and the preset it came from under the name "few"."""
-    progressive.PRESETS["few"] = replace(SMALL, out=tmp_path_factory.mktemp("progressive") / "demo")
-    yield progressive.PRESETS["few"], progressive.main(progressive.PRESETS["few"])
-    del progressive.PRESETS["few"]
+    """A finished run, and its summary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progressive, "read_run_file", lambda path: few())
+        patch.setattr(ablations, "read_run_file", lambda path: few())
+        cfg = progressive.Config(TINY, out=tmp_path_factory.mktemp("progressive") / "demo")
+        yield cfg, progressive.main(cfg)
 
 
 def untimed(value):
@@ -43,25 +57,6 @@ def test_progressive_records_every_stage_of_every_slice(demo):
     assert "<svg" in (cfg.out / "report.html").read_text()
 
 
-def test_progressive_samples_custom_rows_only_without_weights(demo, tmp_path):
-    cfg, _ = demo
-    data = tmp_path / "rows.jsonl"
-    questions = [f"How many legs do {n} tables and {n * n} chairs have?" for n in range(2, 12)]
-    data.write_text("".join(json.dumps({"instruction": text, "output": "#### 4"}) + "\n" for text in questions))
-    own_data = replace(
-        cfg,
-        out=tmp_path / "out",
-        data=(data,),
-        evaluation=cfg.out / "world" / "held_out.jsonl",
-        base=str(cfg.out / "base" / "model"),
-        sizes=replace(SIZES, sample=6),
-    )
-    with pytest.raises(ValueError, match=r"targets\..*belong to the embedded world; pass --no-weighted"):
-        progressive.Pipeline(own_data, Runtime()).prepare()
-    slices, _ = progressive.Pipeline(replace(own_data, weighted=False), Runtime()).prepare()
-    assert sum(len(path.read_text().splitlines()) for path in slices) == 6
-
-
 def test_progressive_again_skips_every_stage(demo):
     cfg, summary = demo
     metrics = {path: path.stat().st_mtime_ns for path in cfg.out.rglob("metrics.jsonl")}
@@ -72,7 +67,7 @@ def test_progressive_again_skips_every_stage(demo):
 @pytest.mark.slow
 def test_ablations_measure_each_variant_against_the_demo(demo, tmp_path):
     cfg, _ = demo
-    result = ablations.main(ablations.Config(demo=cfg.out, out=tmp_path / "ablations", preset="few", quiet=True))
+    result = ablations.main(ablations.Config(demo=cfg.out, out=tmp_path / "ablations", quiet=True))
     assert result == json.loads((tmp_path / "ablations" / "ablations.json").read_text())
     tables = {table["name"]: [row["setting"] for row in table["rows"]] for table in result["tables"]}
     assert list(tables) == ["slices", "Evol Lab and co-teaching", "sampling", "RLEIF reward"]
@@ -82,4 +77,4 @@ def test_ablations_measure_each_variant_against_the_demo(demo, tmp_path):
 
 def test_ablations_need_a_finished_demo(tmp_path):
     with pytest.raises(ValueError, match=r"demo: expected a finished run with summary.json in .*; run make demo first"):
-        ablations.main(ablations.Config(demo=tmp_path, out=tmp_path / "out", preset="tiny"))
+        ablations.main(ablations.Config(demo=tmp_path, out=tmp_path / "out"))
