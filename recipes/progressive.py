@@ -1,8 +1,8 @@
 """Progressive learning: the whole system on your rows, base model and teachers, slice by slice, from one run file.
 
-    python recipes/progressive.py --run recipes/runs/demo.toml --out runs/demo
-    torchrun --nproc-per-node 2 recipes/progressive.py --run my/run.toml
-    python recipes/progressive.py --run my/run.toml --dry-run
+    python recipes/progressive.py recipes/runs/demo.toml --out runs/demo
+    torchrun --nproc-per-node 2 recipes/progressive.py my/run.toml
+    python recipes/progressive.py my/run.toml --dry-run
 
 `python -m wizard_engine new-run DIR` writes a commented run file. Slice 1 goes through the Evol Lab alone, later slices
 also through AI Align AI; each slice is then trained by supervised learning, Stage-DPO and RLEIF, starting from the
@@ -11,6 +11,7 @@ model of the slice before (`continue`), or, in the last slice, from the base mod
 that was killed.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -79,7 +80,8 @@ class Config(Checked):
     """A run of the whole system."""
 
     run: Path
-    """Run file; recipes/runs has some, and `python -m wizard_engine new-run DIR` writes one."""
+    """Run file; recipes/runs has some, and `python -m wizard_engine new-run DIR` writes one. It may stand without --run,
+    and must under torchrun, which takes --run for an option of its own."""
     out: Path | None = None
     """Run directory; default: the file's."""
     seed: Seed[int | None] = None
@@ -154,4 +156,6 @@ def driver_of(run: RunFile, rt: runtime.Runtime, nodes: list[Node]) -> Driver:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--run")
     launch(main, Config)

@@ -12,9 +12,9 @@ from wizard_engine.runtime.ranges import Checked, Count
 from wizard_engine.runtime.text_lines import printable
 
 TEMPLATE = """\
-# A run of the whole system. Check it:  python recipes/progressive.py --run {path} --dry-run
-# Run it:                               python recipes/progressive.py --run {path}
-# On several GPUs:                      torchrun --standalone --nproc-per-node 8 recipes/progressive.py --run {path}
+# A run of the whole system. Check it:  python recipes/progressive.py {path} --dry-run
+# Run it:                               python recipes/progressive.py {path}
+# On several GPUs:                      torchrun --standalone --nproc-per-node 8 recipes/progressive.py {path}
 # Every name: docs/recipes/progressive.md. Paths are relative to the folder that the command runs in.
 out = {out}
 seed = 0
@@ -156,5 +156,5 @@ def main(options: Options) -> int:
     except (ValueError, OSError) as error:
         print(f"new-run: error: {printable(str(error))}", file=sys.stderr)
         return 1
-    print(f"done: {path}; check it with: python recipes/progressive.py --run {path} --dry-run")
+    print(f"done: {path}; check it with: python recipes/progressive.py {path} --dry-run")
     return 0
