@@ -40,9 +40,10 @@ from wizard_engine import runtime, world
 from wizard_engine.evaluation.summary import write_summary
 from wizard_engine.pipeline.commands import shown_commands, slurm_script
 from wizard_engine.pipeline.driver import Driver
+from wizard_engine.pipeline.forecast import Forecaster, shown_forecast
 from wizard_engine.pipeline.graph import Node, shown_graph
 from wizard_engine.pipeline.plan import TARGETS, Plan
-from wizard_engine.pipeline.preflight import check_run, has_answers, size_of_base
+from wizard_engine.pipeline.preflight import GIB, check_run, disk_bytes, has_answers, size_of_base
 from wizard_engine.pipeline.run_file import RunFile, read_run_file
 from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
@@ -80,8 +81,8 @@ class Config(Checked):
     """A run of the whole system."""
 
     run: Path
-    """Run file; recipes/runs has some, and `python -m wizard_engine new-run DIR` writes one. It may stand without --run,
-    and must under torchrun, which takes --run for an option of its own."""
+    """Run file; recipes/runs has some, and `python -m wizard_engine new-run DIR` writes one. It may stand without
+    --run, and must under torchrun, which takes --run for an option of its own."""
     out: Path | None = None
     """Run directory; default: the file's."""
     seed: Seed[int | None] = None
@@ -126,9 +127,10 @@ def main(cfg: Config) -> dict:
         return {}
     rt = runtime.start("auto", threads=run.threads)
     driver = driver_of(run, rt, plan.nodes)
+    if cfg.dry_run:
+        from_main(rt, lambda: print(dry_run(run, plan, driver), flush=True))
     from_main(rt, lambda: check_run(run, plan.nodes))
     if cfg.dry_run:
-        from_main(rt, lambda: print(shown_graph(plan.nodes, driver.statuses())))
         return {}
     from_main(rt, lambda: write_targets(run))
     driver.run_all(cfg.only, redo_stale=cfg.redo_stale)
@@ -142,6 +144,21 @@ def main(cfg: Config) -> dict:
     if rt.is_main and not run.quiet:
         print(f"done: {run.out / 'report.html'}, {run.out / 'summary.json'}")
     return summary
+
+
+def dry_run(run: RunFile, plan: Plan, driver: Driver) -> str:
+    """The graph with what is done of it, and what the stages take."""
+    works = {
+        "evol_instruct": evol_instruct.evolve,
+        "evol_answer": evol_answer.rewrite,
+        "co_teach": co_teach.teach,
+        "self_teach": self_teach.teach,
+    }
+    cleaning = {"sample": sample.sample, "mix": mix.mix}
+    forecaster = Forecaster(run, plan.size, works, cleaning, evol_instruct.choose_method)
+    graph, forecast = shown_graph(plan.nodes, driver.statuses()), shown_forecast(forecaster.forecast(plan.nodes))
+    disk = disk_bytes(run, plan.nodes) / GIB
+    return f"{graph}\n\n{forecast}\n\nmodels and checkpoints: about {disk:.1f} GiB of disk"
 
 
 def write_targets(run: RunFile) -> None:

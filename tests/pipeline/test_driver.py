@@ -1,15 +1,14 @@
 """The driver: what is done, stale or left out, and why; one driver in a directory; stages in their own processes."""
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from forked import run_python
 
 from recipes import mix, progressive, sample
 from wizard_engine.pipeline.commands import shown_commands, slurm_script
@@ -114,8 +113,9 @@ def test_two_drivers_do_not_share_a_directory(run, rows):
         "import sys; from pathlib import Path; from wizard_engine.runtime.run_lock import RunLock\n"
         f"RunLock.take(Path({str(run.out)!r}))"
     )
+    (run.out.parent / "second.py").write_text(script)
     with held.locked():
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        done = run_python(run.out.parent / "second.py")
     assert "expected no other run in this directory, got one: process" in done.stderr
 
 
@@ -123,9 +123,9 @@ def test_commands_are_the_stages(run, rows, tmp_path):
     nodes = chain(run, rows)
     commands = shown_commands(run, nodes).splitlines()
     for command in commands:
-        words = shlex.split(command)
-        assert words[0] == "python"
-        subprocess.run([sys.executable, *words[1:]], check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+        program, *words = shlex.split(command)
+        done = run_python(*words)
+        assert program == "python" and done.returncode == 0, done.stderr
     assert set(states(run, nodes).values()) == {"done"}
     script = slurm_script(replace(run, launch=Launch(nodes=16, processes=8, account="a")), nodes)
     path = tmp_path / "run.sh"

@@ -157,8 +157,8 @@ def disk_bytes(run: RunFile, nodes: Sequence[Node]) -> int:
     for node in nodes:
         training = getattr(node.config, "training", None)
         if training is not None and not (node.out / "stage.json").exists():
-            kept = training.keep_last if training.save_every else 0
-            total += count * (MODEL_BYTES + CHECKPOINT_BYTES * kept)
+            # Most stages end before they have a second one to keep.
+            total += count * (MODEL_BYTES + CHECKPOINT_BYTES * (training.save_every > 0))
     return total
 
 
