@@ -37,6 +37,7 @@ from recipes import (
     stage_dpo,
 )
 from wizard_engine import runtime, world
+from wizard_engine.evaluation.report import Details
 from wizard_engine.evaluation.summary import write_summary
 from wizard_engine.pipeline.commands import shown_commands, slurm_script
 from wizard_engine.pipeline.driver import Driver
@@ -139,7 +140,17 @@ def main(cfg: Config) -> dict:
     seconds = time.perf_counter() - began
     measured = [(t, name, answers) for t, name, answers, _ in plan.measured if answers is not None]
     summary = from_main(
-        rt, lambda: write_summary(run.out, run.seed, seconds, measured, run.out / "arena", driver.timing.seconds)
+        rt,
+        lambda: write_summary(
+            run.out,
+            run.seed,
+            seconds,
+            measured,
+            run.out / "arena",
+            driver.timing.seconds,
+            slices=run.slices,
+            about=None if run.world else about(run, plan, driver),
+        ),
     )
     if rt.is_main and not run.quiet:
         print(f"done: {run.out / 'report.html'}, {run.out / 'summary.json'}")
@@ -159,6 +170,30 @@ def dry_run(run: RunFile, plan: Plan, driver: Driver) -> str:
     graph, forecast = shown_graph(plan.nodes, driver.statuses()), shown_forecast(forecaster.forecast(plan.nodes))
     disk = disk_bytes(run, plan.nodes) / GIB
     return f"{graph}\n\n{forecast}\n\nmodels and checkpoints: about {disk:.1f} GiB of disk"
+
+
+def about(run: RunFile, plan: Plan, driver: Driver) -> Details:
+    """What the report says of a run beside its stages' files."""
+    base = run.base.model.name if run.base.model else "a base model"
+    rows = ", ".join(path.name for path in run.rows.data)
+    stages = [
+        {"stage": where, "state": status.state, "why": driver.left_out.get(where, status.why)}
+        for where, status in driver.statuses().items()
+    ]
+    for stage in stages:
+        if stage["stage"] in driver.left_out:
+            stage["state"] = "left out"
+    roles = {role: spec for role, spec in vars(run.agents).items() if spec}
+    roles["rivals"] = ", ".join(run.agents.rivals)
+    left_out = f", {len(driver.left_out)} stages left out" if driver.left_out else ""
+    text = f"{base} on {rows}, {run.slices} slices, {len(plan.nodes)} stages{left_out}, seed {run.seed}."
+    command = f"python recipes/progressive.py {run.path} --seed {run.seed}"
+    return {
+        "run": {"name": run.out.name, "text": text, "figures": []},
+        "graph": stages,
+        "agents": {role: spec for role, spec in roles.items() if spec},
+        "command": command,
+    }
 
 
 def write_targets(run: RunFile) -> None:

@@ -1,4 +1,4 @@
-"""What a run will take is said before its start: calls, cost, steps and GPU-hours; the commands are those of its stages."""
+"""What a run will take is said before it starts: calls, cost, steps, GPU-hours, and the commands of its stages."""
 
 import json
 import re
