@@ -1,12 +1,17 @@
 """A run on rows, a base model and endpoints that have nothing of the embedded world, from its file to its report."""
 
+import hashlib
 import json
+import random
 import re
 import sqlite3
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from forked import ENVIRONMENT
 from many_ranks import save_base
 
 from recipes import progressive
@@ -87,10 +92,8 @@ def teach(body, _):
     return answer(stand_in_text(Request("answer", messages), body["model"], LENGTHS))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The run's folder, what the endpoint was asked, and the summary."""
-    folder = tmp_path_factory.mktemp("own")
+def prepare(folder):
+    """Rows and a base model."""
     rows = [
         {"instruction": f"Name a {word} {kind} and say why.", "output": f"The {word} one is a {kind}."}
         for kind in KINDS
@@ -98,10 +101,22 @@ def finished(tmp_path_factory):
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_base(folder / "base", [row["instruction"] + " " + row["output"] for row in rows], layers=1, max_positions=512)
+
+
+def write_run(folder, endpoint, name="mine"):
+    """The run file."""
+    path = folder / f"{name}.toml"
+    path.write_text(RUN.format(folder=folder, url=endpoint.url).replace(f"{folder}/run", f"{folder}/{name}"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The run's folder, what the endpoint was asked, and the summary."""
+    folder = tmp_path_factory.mktemp("own")
+    prepare(folder)
     with Fake(teach) as endpoint:
-        path = folder / "mine.toml"
-        path.write_text(RUN.format(folder=folder, url=endpoint.url))
-        yield folder, endpoint, progressive.main(progressive.Config(path))
+        yield folder, endpoint, progressive.main(progressive.Config(write_run(folder, endpoint, "run")))
 
 
 @pytest.mark.slow
@@ -141,9 +156,48 @@ def test_stages_have_the_options_of_the_file_and_battles_reach_stage_dpo(finishe
 def test_a_second_start_asks_nobody_and_the_report_is_about_this_run(finished):
     folder, endpoint, summary = finished
     before = len(endpoint.asked)
-    again = progressive.main(progressive.Config(folder / "mine.toml"))
+    again = progressive.main(progressive.Config(folder / "run.toml"))
     assert len(endpoint.asked) == before and again["pairwise"] == summary["pairwise"]
     report = (folder / "run" / "report.html").read_text()
     assert "openai:teacher" in report and "slice_2/rleif" in report and "make demo" not in report
     with sqlite3.connect(folder / "run" / "slice_1" / "evol_instruct" / "ledger.sqlite") as ledger:
         assert ledger.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+
+
+def results(out):
+    """Content of everything that the stages made and the clock did not."""
+    names = ("*.safetensors", "rows.jsonl", "preferences.jsonl", "battles.jsonl", "sft.jsonl", "processes.jsonl")
+    paths = sorted(path for name in names for path in out.rglob(name) if "checkpoints" not in path.parts)
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def killed_run(folder, endpoint, name, seed, most):
+    """Start a run again and again until it ends by itself; kill it `most` times at random moments."""
+    path, chance, kills = write_run(folder, endpoint, name), random.Random(seed), 0
+    command = [sys.executable, progressive.__file__, str(path)]
+    while True:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            # The import of torch takes some seconds of it.
+            _, errors = process.communicate(timeout=4 + chance.random() * 6 if kills < most else 300)
+            assert process.returncode == 0, errors
+            return kills
+        except subprocess.TimeoutExpired:
+            kills += 1
+            process.kill()
+            process.communicate()
+
+
+# Catches: a call that is made again, a stage that begins anew with other weights, rows of half a stage.
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
+def test_a_run_that_is_killed_and_started_again_makes_the_same(tmp_path, kills):
+    prepare(tmp_path)
+    with Fake(teach) as endpoint:
+        assert killed_run(tmp_path, endpoint, "whole", 0, 0) == 0
+        asked = Counter(json.dumps(body, sort_keys=True) for body in endpoint.asked)
+        endpoint.asked.clear()
+        killed_run(tmp_path, endpoint, "killed", kills, kills)
+        again = Counter(json.dumps(body, sort_keys=True) for body in endpoint.asked)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole") != {}
+    # What was in flight when it was killed is asked again: at most what runs at once.
+    assert again.keys() == asked.keys() and (again - asked).total() <= kills * 3 * 16
