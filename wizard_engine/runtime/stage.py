@@ -134,13 +134,16 @@ class Stage:
             return StageState("other", "; ".join(differing)) if differing else StageState("waits", f"no {absent[0]}")
         if former is None:
             return StageState("new")
-        keys = ("stage", "version", "config", "inputs")
-        differing = _differences({key: former.get(key) for key in keys}, self.identity())
-        if differing and not self._goes_on({key: former.get(key) for key in keys}):
-            return StageState("other", "; ".join(differing))
+        known = {key: former.get(key) for key in ("stage", "version", "config", "inputs")}
+        if known != self.identity() and not self._goes_on(known):
+            plain = _differences({**known, "inputs": None}, {**self.identity(), "inputs": None})
+            old, new = known["inputs"] or {}, self.identity()["inputs"]
+            changed = [f"{key} has other content" for key in new if key in old and old[key] != new[key]]
+            moved = [f"input {key}" for key in dict.fromkeys([*old, *new]) if (key in old) != (key in new)]
+            return StageState("other", "; ".join([*plain, *changed, *moved]))
         if record is not None and self.is_current():
             return StageState("done")
-        return StageState("begun", "its outputs have changed since" if record and not differing else "")
+        return StageState("begun", "its outputs have changed since" if record and known == self.identity() else "")
 
     def lock(self) -> None:
         """Keep other processes out of `out`, until `finish`, `unlock`, or the end of this object or process.
