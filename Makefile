@@ -43,7 +43,7 @@ $(VENV)/.docs: $(BIN)/python pyproject.toml
 RUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 
 demo: $(VENV)/.core
-	$(RUN) recipes/progressive.py --preset demo --seed $(SEED) --out $(OUT)
+	$(RUN) recipes/progressive.py recipes/runs/demo.toml --seed $(SEED) --out $(OUT)
 
 ablations: $(VENV)/.core
 	$(RUN) recipes/ablations.py --demo $(OUT) --seed $(SEED)

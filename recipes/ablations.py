@@ -13,13 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes import accuracy, progressive, rleif, sft
+from recipes import progressive
 from wizard_engine import runtime, world
+from wizard_engine.pipeline.plan import Made, Plan
+from wizard_engine.pipeline.run_file import DATA_STAGES, Base, Measure, Rows, read_run_file
 from wizard_engine.rl.rewards import FACTORS
 from wizard_engine.runtime.files import read_object, write_json
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import Checked, Seed
+
+COUNTED = ("accuracy", "se", "sampled_accuracy", "sampled_se", "total")
+UNMEASURED = Measure(accuracy=False, arena=False, mt_bench=False, in_training=False)
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Config(Checked):
     demo: Path = Path("runs/demo")
     """Run directory of a finished demo."""
     out: Path = Path("runs/ablations")
-    preset: str = "demo"
-    """Preset of recipes/progressive.py that made the demo."""
+    run: Path = Path(__file__).parent / "runs" / "demo.toml"
+    """Run file that made the demo."""
     seed: Seed[int] = 0
     quiet: bool = False
 
@@ -42,28 +47,32 @@ class Ablations:
         if not (cfg.demo / "summary.json").is_file():
             raise ValueError(f"demo: expected a finished run with summary.json in {cfg.demo}; run make demo first")
         self.cfg, self.rt, self.demo = cfg, rt, cfg.demo
-        self.plan = replace(progressive.PRESETS[cfg.preset], out=cfg.out, seed=cfg.seed, quiet=cfg.quiet)
+        run = read_run_file(cfg.run)
+        world_files = self.demo / "world"
         self.base = cfg.demo / "base" / "model"
-        self.slices = self.plan.slices
+        self.run = replace(
+            run,
+            seed=cfg.seed,
+            quiet=cfg.quiet,
+            rows=Rows(data=(world_files / "corpus.jsonl",), held_out=(world_files / "held_out.jsonl",)),
+            base=Base(self.base, size="demo"),
+            measure=UNMEASURED,
+        )
+        self.slices = run.slices
         self.tables: list[dict[str, Any]] = []
 
-    def pipeline(self, name: str, **changes: Any) -> progressive.Pipeline:
-        """The demo's pipeline in a directory of its own, on the demo's world and base model."""
-        plan = replace(self.plan, out=self.cfg.out / name, base=str(self.base), evaluation=self.held_out, **changes)
-        return progressive.Pipeline(replace(plan, data=(self.demo / "world" / "corpus.jsonl",)), self.rt)
+    def plan(self, name: str, **changes: Any) -> Plan:
+        """An empty graph of the demo's run in a directory of its own."""
+        run = replace(self.run, out=self.cfg.out / name, **changes)
+        return Plan(run, progressive.RECIPES, size="demo", has_answers=False)
 
-    @property
-    def held_out(self) -> Path:
-        """The demo's held-out problems."""
-        return self.demo / "world" / "held_out.jsonl"
-
-    def measure(self, pipeline: progressive.Pipeline, model: Path, name: str) -> dict[str, Any]:
-        """A line of a table: the accuracies of one model."""
-        out = pipeline.run(
-            name, accuracy, model=model, data=self.held_out, max_new_tokens=self.plan.rollout.max_new_tokens
-        )
+    def measured(self, plan: Plan, model: Path, name: str = "accuracy") -> dict[str, Any]:
+        """Run a graph, and then its model's accuracies: a line of a table."""
+        out = plan.add("accuracy", name, "accuracy", {"model": str(model), "data": plan.held_out[0]})
+        from_main(self.rt, lambda: progressive.write_targets(plan.run))
+        progressive.driver_of(plan.run, self.rt, plan.nodes).run_all()
         counted = read_object(out / "accuracy.json")
-        return {key: counted[key] for key in ("accuracy", "se", "sampled_accuracy", "sampled_se", "total")}
+        return {key: counted[key] for key in COUNTED}
 
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """One table, printed as it is done."""
@@ -73,30 +82,25 @@ class Ablations:
                 accuracies = f"{100 * row['accuracy']:5.1f} % greedy {100 * row['sampled_accuracy']:5.1f} % sampled"
                 print(f"{name:<32} {row['setting']:<40} {accuracies}", flush=True)
 
-    def chain(self, name: str, slices: list[Path] | None = None, **changes: Any) -> dict[str, Any]:
-        """Supervised learning slice by slice; the rows are made by the variant unless given."""
-        pipeline = self.pipeline(name, **changes)
-        sources = slices or pipeline.prepare()[0]
-        model = self.base
-        for t, source in enumerate(sources, 1):
-            rows = source if slices else pipeline.rows(t, source, model)
-            model = (
-                pipeline.run(f"slice_{t}/sft", sft, data=(rows,), model=str(model), training=self.plan.supervised)
-                / "model"
-            )
-        return self.measure(pipeline, model, "accuracy")
+    def chain(self, name: str, stages: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+        """Rows as the variant makes them, and supervised learning slice by slice."""
+        plan = self.plan(name, stages=(*stages, "sft"), **changes).build()
+        return self.measured(plan, plan.measured[-1][3])
 
     def data(self) -> None:
         """Slices, evolving and weighting, by supervised learning alone."""
-        made = [self.demo / f"slice_{t}" / "rows" / "slice_1.jsonl" for t in range(1, self.slices + 1)]
-        full = self.chain("slices", made)
-        at_once = self.pipeline("at_once")
-        model = at_once.run("sft", sft, data=tuple(made), model=str(self.base), training=self.plan.supervised) / "model"
-        one = self.measure(at_once, model, "accuracy")
+        rows = [self.demo / f"slice_{t}" / "rows" / "slice_1.jsonl" for t in range(1, self.slices + 1)]
+        chain, model = self.plan("slices"), self.base
+        for t, path in enumerate(rows, 1):
+            model = chain.add("sft", f"slice_{t}/sft", "sft", {"data": (path,), "model": str(model)}, t=t) / "model"
+        full = self.measured(chain, model)
+        at_once = self.plan("at_once")
+        model = at_once.add("sft", "sft", "sft", {"data": tuple(rows), "model": str(self.base)}) / "model"
+        one = self.measured(at_once, model)
         self.compare("slices", f"{self.slices} slices, one after the other", full, "the same rows in one training", one)
-        plain = self.chain("not_evolved", evolve=False)
+        plain = self.chain("not_evolved", ())
         self.compare("Evol Lab and co-teaching", "evolved", full, "natural rows as drawn", plain)
-        self.compare("sampling", "weighted", full, "natural", self.chain("natural", weighted=False))
+        self.compare("sampling", "weighted", full, "natural", self.chain("natural", DATA_STAGES, targets={}))
 
     def compare(self, name: str, first: str, full: dict[str, Any], second: str, variant: dict[str, Any]) -> None:
         """A table of two lines."""
@@ -104,31 +108,26 @@ class Ablations:
 
     def rewards(self) -> None:
         """RLEIF of the last slice with both factors and with each alone."""
-        at, rows = self.demo / f"slice_{self.slices}", []
-        lines = read_object(at / "accuracy_stage_dpo" / "accuracy.json")
-        kept = ("accuracy", "se", "sampled_accuracy", "sampled_se", "total")
-        rows.append({"setting": "before RLEIF", **{key: lines[key] for key in kept}})
+        at = self.demo / f"slice_{self.slices}"
+        before = read_object(at / "accuracy_stage_dpo" / "accuracy.json")
+        rows = [{"setting": "before RLEIF", **{key: before[key] for key in COUNTED}}]
         for factors in (FACTORS, *((name,) for name in FACTORS)):
-            pipeline = self.pipeline("reward_" + "_".join(factors))
-            models = at / "instruction_reward" / "model", at / "process_reward" / "model"
-            options = pipeline.rleif_options(*models, factors)
-            model = (
-                pipeline.run(
-                    "rleif",
-                    rleif,
-                    data=(at / "rows" / "slice_1.jsonl",),
-                    model=str(at / "stage_dpo" / "model"),
-                    **options,
-                )
-                / "model"
+            table = self.run.options["rleif"] | {"reward": {"factors": list(factors)}}
+            plan = self.plan("reward_" + "_".join(factors), options={**self.run.options, "rleif": table})
+            made = Made(
+                at / "stage_dpo" / "model",
+                rows=at / "rows" / "slice_1.jsonl",
+                instruction=at / "instruction_reward" / "model",
+                process=at / "process_reward" / "model",
             )
-            rows.append({"setting": " x ".join(factors), **self.measure(pipeline, model, "accuracy")})
+            model = plan.rleif("rleif", made, t=self.slices, repeat=1)
+            rows.append({"setting": " x ".join(factors), **self.measured(plan, model)})
         self.add("RLEIF reward", rows)
 
 
 def main(cfg: Config) -> dict:
     """Run every ablation; returns what ablations.json holds."""
-    rt = runtime.start("auto", threads=progressive.PRESETS[cfg.preset].threads)
+    rt = runtime.start("auto", threads=read_run_file(cfg.run).threads)
     world.register()
     ablations = Ablations(cfg, rt)
     ablations.data()

@@ -1,21 +1,23 @@
-"""Progressive learning: the whole system, slice by slice, and its evaluation.
+"""Progressive learning: the whole system on your rows, base model and teachers, slice by slice, from one run file.
 
-    python recipes/progressive.py --preset demo --out runs/demo
-    torchrun --nproc-per-node 2 recipes/progressive.py --preset demo --out runs/demo
+    python recipes/progressive.py recipes/runs/demo.toml --out runs/demo
+    torchrun --nproc-per-node 2 recipes/progressive.py my/run.toml
+    python recipes/progressive.py my/run.toml --dry-run
 
-Slice 1 goes through the Evol Lab alone, later slices also through AI Align AI; each slice is then trained by supervised
-learning, Stage-DPO and RLEIF, starting from the model of the slice before (`continue`), or, in the last slice, from the
-base model on the union of all slices' rows (`union`). Every stage is skipped when its inputs and its configuration are
-unchanged, so the same command resumes a run that was killed.
+`python -m wizard_engine new-run DIR` writes a commented run file. Slice 1 goes through the Evol Lab alone, later slices
+also through AI Align AI; each slice is then trained by supervised learning, Stage-DPO and RLEIF, starting from the
+model of the slice before (`continue`), or, in the last slice, from the base model on the union of all slices' rows
+(`union`). Every stage is skipped when its inputs and its configuration are unchanged, so the same command resumes a run
+that was killed.
 """
 
-import dataclasses
-import re
+import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from recipes import (
     accuracy,
@@ -25,6 +27,7 @@ from recipes import (
     evol_answer,
     evol_instruct,
     make_world,
+    mix,
     mt_bench,
     reward,
     rleif,
@@ -34,396 +37,177 @@ from recipes import (
     stage_dpo,
 )
 from wizard_engine import runtime, world
-from wizard_engine.evaluation.summary import Timing, write_summary
-from wizard_engine.parallel import MeshOptions, Sharding
-from wizard_engine.rl.options import CriticOptions, KLOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
-from wizard_engine.rl.rewards import FACTORS
-from wizard_engine.runtime.files import write_json
+from wizard_engine.evaluation.report import Details
+from wizard_engine.evaluation.summary import write_summary
+from wizard_engine.pipeline.commands import shown_commands, slurm_script
+from wizard_engine.pipeline.driver import Driver
+from wizard_engine.pipeline.forecast import Forecaster, shown_forecast
+from wizard_engine.pipeline.graph import Node, shown_graph
+from wizard_engine.pipeline.plan import TARGETS, Plan
+from wizard_engine.pipeline.preflight import GIB, check_run, disk_bytes, has_answers, size_of_base
+from wizard_engine.pipeline.run_file import RunFile, read_run_file
+from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, NonNegative, Positive, Seed
-from wizard_engine.training.options import OnlineTraining, Training
+from wizard_engine.runtime.ranges import Checked, Seed
+from wizard_engine.runtime.stage import Stage, identity
+from wizard_engine.training.options import RUN_LENGTH
 
-# Target shares of the embedded world's attributes: more of rare topics, Spanish, hard problems and careful sources.
-TARGETS = {
-    "topic": {
-        "market": 0.25,
-        "school": 0.20,
-        "kitchen": 0.15,
-        "sports": 0.12,
-        "farm": 0.09,
-        "library": 0.08,
-        "travel": 0.05,
-        "garden": 0.03,
-        "general": 0.02,
-        "other": 0.01,
-    },
-    "language": {"en": 0.84, "es": 0.16},
-    "source": {"textbook": 0.35, "exam": 0.25, "forum": 0.25, "chat_log": 0.15},
-    "difficulty": {"easy": 0.34, "medium": 0.50, "hard": 0.16},
-    "toxic": {"false": 1.0, "true": 0.0},
+RECIPES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        *(make_world, analyze, sample, mix, evol_instruct, evol_answer, co_teach, self_teach),
+        *(sft, stage_dpo, reward, rleif, accuracy, arena, mt_bench),
+    )
 }
 
 
-@dataclass(frozen=True)
-class Sizes(Checked):
-    """How much of everything."""
-
-    corpus: Count[int] = 14_000
-    """Rows of the embedded world's natural corpus."""
-    plain: NonNegative[int] = 30_000
-    """Documents of plain text that the base model is trained on."""
-    held_out: Count[int] = 1500
-    """Held-out problems."""
-    sample: Count[int] = 5400
-    """Rows drawn from the corpus for all slices together."""
-    battles: Count[int] = 800
-    """Rows per slice that co-teaching judges."""
-    preferences: Count[int] = 1500
-    """Rows per slice that the student answers several times for Stage-DPO."""
-    questions: Count[int] = 80
-    """Two-turn questions."""
+def stage_of(recipe: str, config: Any) -> Stage:
+    """The stage that a recipe's configuration describes."""
+    if recipe == "arena":
+        return arena.open_arena(config, arena.read_models(config.models))
+    if recipe == "mt_bench":
+        return mt_bench.open_bench(config)
+    name = f"reward_{config.kind}" if recipe == "reward" else recipe
+    options, inputs = identity(config)
+    extendable = RUN_LENGTH if recipe in ("sft", "reward") else ()
+    return Stage(config.out, name, options, inputs, overwrite=config.overwrite, extendable=extendable, quiet=True)
 
 
-@dataclass(frozen=True)
-class Agents:
-    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
-
-    evolver: str = "world:evolver"
-    answerer: str = "world:expert"
-    rivals: tuple[str, ...] = ("world:expert", "world:careless", "world:rambler")
-    judge: str = "world:judge"
-    labeller: str = "world:judge"
-    optimizer: str = "world:optimizer"
-    ranker: str = "world:ranker"
+STAGE_OF: dict[str, Callable[[Any], Stage]] = {name: partial(stage_of, name) for name in RECIPES}
 
 
 @dataclass(frozen=True)
 class Config(Checked):
-    """The whole system on the embedded world, or on rows and a base model of your own."""
+    """A run of the whole system."""
 
-    out: Path = Path("runs/progressive")
-    data: tuple[Path, ...] = ()
-    """Natural rows; default: those of the embedded world. Rows of your own need --no-weighted."""
-    evaluation: Path | None = None
-    """Held-out rows with reference answers; default: the embedded world's."""
-    base: str | None = None
-    """Model directory to start from; default: one trained briefly on the embedded world's plain text."""
-    slices: Count[int] = 3
-    progression: Literal["continue", "union"] = "continue"
-    evolve: bool = True
-    """Evolve instructions and answers; off for an ablation."""
-    weighted: bool = True
-    """Draw rows to the target shares of the embedded world; --no-weighted draws at natural shares, as rows of your own
-    need. For other shares run recipes/sample.py first."""
-    cap: AtLeastOne[float] = 2.4
-    """Largest sampling weight of a row, in mean weights."""
-    factors: tuple[str, ...] = FACTORS
-    """Factors of the RLEIF reward."""
-    sizes: Sizes = field(default_factory=Sizes)
-    agents: Agents = field(default_factory=Agents)
-    pretraining: Training = field(default_factory=Training)
-    supervised: Training = field(default_factory=Training)
-    preference: Training = field(default_factory=Training)
-    instruction_reward: Training = field(default_factory=Training)
-    process_reward: Training = field(default_factory=Training)
-    reinforcement: OnlineTraining = field(default_factory=lambda: OnlineTraining(lr=1e-4))
-    rollout: RolloutOptions = field(
-        default_factory=lambda: RolloutOptions(steps=24, prompts_per_step=24, samples_per_prompt=8, max_new_tokens=80)
-    )
-    """Of RLEIF in each slice; the student's other answers are as long at most."""
-    critic: CriticOptions = field(default_factory=lambda: CriticOptions(lr=5e-4))
-    kl: KLOptions = field(default_factory=lambda: KLOptions(coefficient=0.02))
-    ptx: PTXOptions = field(default_factory=lambda: PTXOptions(coefficient=0.5))
-    dpo_slices: Count[int] = 2
-    beta: Positive[float] = 0.2
-    nll: NonNegative[float] = 0.5
-    """Weight of the chosen answers' likelihood in Stage-DPO."""
-    mesh: MeshOptions = field(default_factory=MeshOptions)
-    sharding: Sharding = field(default_factory=Sharding)
-    seed: Seed[int] = 0
-    threads: Count[int | None] = None
-    """CPU threads of torch operations per rank."""
+    run: Path
+    """Run file; recipes/runs has some, and `python -m wizard_engine new-run DIR` writes one. It may stand without
+    --run, and must under torchrun, which takes --run for an option of its own."""
+    out: Path | None = None
+    """Run directory; default: the file's."""
+    seed: Seed[int | None] = None
+    """Default: the file's."""
+    only: tuple[str, ...] = ()
+    """Run these stages alone, such as slice_1/sft."""
+    redo_stale: bool = False
+    """Make stages anew whose options or inputs have changed; what they had made is moved to OUT/former."""
+    dry_run: bool = False
+    """Run nothing: check the run, and print its stages with what is done of them and what the others take."""
+    print_commands: bool = False
+    """Run nothing: print a command line for each stage."""
+    slurm: Path | None = None
+    """Run nothing: write a Slurm script of all stages to this file."""
     quiet: bool = False
 
 
-SMALL_STEPS = Training(pack_tokens=1024, packs_per_step=2, beta2=0.98, weight_decay=0.01, save_every=0)
-DEMO = Config(
-    out=Path("runs/demo"),
-    threads=1,
-    mesh=MeshOptions(dp_shard=1),
-    pretraining=replace(SMALL_STEPS, lr=4e-3, pack_tokens=512, max_steps=1300),
-    supervised=replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, epochs=4, save_every=400),
-    preference=replace(SMALL_STEPS, lr=3e-5, epochs=1),
-    instruction_reward=replace(SMALL_STEPS, lr=5e-4, epochs=1),
-    process_reward=replace(SMALL_STEPS, lr=5e-3, pack_tokens=512, epochs=2),
-)
-TINY_STEPS = replace(SMALL_STEPS, lr=3e-3, pack_tokens=512, max_steps=6)
-TINY = replace(
-    DEMO,
-    out=Path("runs/tiny"),
-    sizes=Sizes(corpus=900, plain=300, held_out=60, sample=240, battles=20, preferences=30, questions=8),
-    pretraining=TINY_STEPS,
-    supervised=TINY_STEPS,
-    preference=replace(TINY_STEPS, lr=2e-5),
-    instruction_reward=TINY_STEPS,
-    process_reward=TINY_STEPS,
-    dpo_slices=1,
-    rollout=RolloutOptions(steps=2, prompts_per_step=4, samples_per_prompt=2, max_new_tokens=32),
-)
-PRESETS = {"demo": DEMO, "tiny": TINY}
+def plan_of(run: RunFile) -> Plan:
+    """The graph of a run's stages."""
+    return Plan(run, RECIPES, size=size_of_base(run), has_answers=has_answers(run)).build()
 
 
-class Pipeline:
-    """The stages of one run; each method runs one recipe in this process and returns the path of its result."""
-
-    def __init__(self, cfg: Config, rt: runtime.Runtime) -> None:
-        self.cfg, self.out, self.rt = cfg, cfg.out, rt
-        self.common = {
-            "seed": cfg.seed,
-            "overwrite": True,
-            "quiet": cfg.quiet,
-            "mesh": cfg.mesh,
-            "sharding": cfg.sharding,
-        }
-        self.timing = Timing(cfg.out / "timing.json", rt)
-
-    def run(self, where: str, recipe: ModuleType, *, is_main_only: bool = False, **options: Any) -> Path:
-        """One recipe into OUT/where, with the options that all share; `is_main_only`: on rank 0 only."""
-        out = self.out / where
-        fields = {f.name for f in dataclasses.fields(recipe.Config)}
-        common = {name: value for name, value in self.common.items() if name in fields}
-        if self.rt.is_main and not self.cfg.quiet:
-            print(f"== {where}", flush=True)
-        with self.timing.of(where, out):
-            config = recipe.Config(out=out, **common, **options)
-            from_main(self.rt, lambda: recipe.main(config) and None) if is_main_only else recipe.main(config)
-        return out
-
-    def prepare(self) -> tuple[list[Path], Path]:
-        """Natural rows analysed and sampled into slices; the slices and the base model."""
-        cfg = self.cfg
-        base = Path(cfg.base) if cfg.base else self._base()
-        data = cfg.data or (self.out / "world" / "corpus.jsonl",)
-        analysis = self.run("analysis", analyze, data=data, checkpoint=base)
-        from_main(self.rt, lambda: write_json(self.out / "targets.json", TARGETS if cfg.weighted else {}))
-        try:
-            drawn = self.run(
-                "sample",
-                sample,
-                data=(analysis / "rows.jsonl",),
-                evaluation=(self.held_out,),
-                size=cfg.sizes.sample,
-                slices=cfg.slices,
-                targets=self.out / "targets.json",
-                cap=cfg.cap,
-            )
-        except ValueError as error:
-            if not (cfg.data and cfg.weighted and re.search(r"\b(targets\.|cap: )", str(error))):
-                raise
-            message = "the target shares belong to the embedded world; pass --no-weighted with rows of your own"
-            raise ValueError(f"{error}; {message}") from error
-        return [drawn / f"slice_{t}.jsonl" for t in range(1, cfg.slices + 1)], base
-
-    @property
-    def held_out(self) -> Path:
-        """Held-out rows."""
-        return self.cfg.evaluation or self.out / "world" / "held_out.jsonl"
-
-    def make_world(self) -> None:
-        """The embedded world's files, wherever something of it is used."""
-        s = self.cfg.sizes
-        self.run("world", make_world, corpus=s.corpus, plain=s.plain, held_out=s.held_out, questions=s.questions)
-
-    def _base(self) -> Path:
-        """A base model trained briefly on the world's plain text."""
-        files = self.out / "world"
-        self.run(
-            "base",
-            sft,
-            data=(files / "plain.jsonl",),
-            kind="text",
-            model="demo",
-            tokenizer=files / "tokenizer",
-            training=self.cfg.pretraining,
-        )
-        return self.out / "base" / "model"
-
-    def rows(self, t: int, slice_rows: Path, model: Path) -> Path:
-        """Training rows of slice t: Evol Lab, from slice 2 on AI Align AI, then duplicates and contamination out."""
-        cfg, at = self.cfg, f"slice_{t}"
-        sources = [slice_rows]
-        if cfg.evolve:
-            sources = [self.evol_lab(t, slice_rows)]
-            if t > 1:
-                taught = self.run(
-                    f"{at}/co_teach",
-                    co_teach,
-                    data=tuple(sources),
-                    limit=cfg.sizes.battles,
-                    sft_threshold=1.0,
-                    chat_turns=2,
-                    on_length="keep",
-                    agents=co_teach.Agents(str(model), cfg.agents.rivals, (cfg.agents.judge,)),
-                )
-                sources.insert(0, taught / "sft.jsonl")
-        clean = self.run(f"{at}/rows", sample, data=tuple(sources), evaluation=(self.held_out,), slices=1)
-        return clean / "slice_1.jsonl"
-
-    def evol_lab(self, t: int, slice_rows: Path) -> Path:
-        """Evol-Instruct, its method optimised in slice 1, then Evol-Answer; the rows."""
-        agents = self.cfg.agents
-        first = self.out / "slice_1" / "evol_instruct" / "method.txt"
-        method = {"optimise": evol_instruct.Optimise(steps=4)} if t == 1 else {"method": first}
-        evolved = self.run(
-            f"slice_{t}/evol_instruct",
-            evol_instruct,
-            data=(slice_rows,),
-            evaluation=(self.held_out,),
-            **method,
-            agents=evol_instruct.Agents(agents.evolver, agents.answerer, agents.judge, agents.optimizer, agents.ranker),
-        )
-        answers = self.run(
-            f"slice_{t}/evol_answer",
-            evol_answer,
-            data=(evolved / "rows.jsonl",),
-            rounds=1,
-            agents=evol_answer.Agents(agents.answerer, agents.judge),
-        )
-        return answers / "rows.jsonl"
-
-    def learn(self, t: int, rows: tuple[Path, ...], model: Path) -> dict[str, Path]:
-        """Supervised learning, Stage-DPO and RLEIF of slice t; the model after each."""
-        cfg, at = self.cfg, f"slice_{t}"
-        supervised = self.run(f"{at}/sft", sft, data=rows, model=str(model), training=cfg.supervised) / "model"
-        self_taught = self.run(
-            f"{at}/self_teach",
-            self_teach,
-            data=rows[-1:],
-            limit=cfg.sizes.preferences,
-            max_tokens=cfg.rollout.max_new_tokens,
-            on_length="keep",
-            agents=self_teach.Agents(str(supervised), cfg.agents.judge, labeller=cfg.agents.labeller),
-            keep=1.0,
-        )
-        evolved = self.out / at / "evol_answer"
-        pairs = (self.preferences(self_taught / "preferences.jsonl", evolved / "preferences.jsonl"),)
-        preferred = self.run(
-            f"{at}/stage_dpo",
-            stage_dpo,
-            data=pairs,
-            model=str(supervised),
-            slices=cfg.dpo_slices,
-            beta=cfg.beta,
-            nll=cfg.nll,
-            training=cfg.preference,
-        )
-        rankings = self.out / f"slice_{t if cfg.evolve else 1}" / "evol_instruct" / "rankings.jsonl"
-        instruction = self.run(
-            f"{at}/instruction_reward",
-            reward,
-            kind="instruction",
-            data=(rankings,),
-            model=str(supervised),
-            training=cfg.instruction_reward,
-        )
-        process = self.run(
-            f"{at}/process_reward",
-            reward,
-            kind="process",
-            data=(self_taught / "processes.jsonl",),
-            model=str(supervised),
-            training=cfg.process_reward,
-        )
-        reinforced = self.run(
-            f"{at}/rleif",
-            rleif,
-            data=rows[-1:],
-            model=str(preferred / "model"),
-            **self.rleif_options(instruction / "model", process / "model", cfg.factors),
-        )
-        return {"sft": supervised, "stage_dpo": preferred / "model", "rleif": reinforced / "model"}
-
-    def preferences(self, self_taught: Path, evolved: Path) -> Path:
-        """The pairs of self-teaching; those of Evol-Answer where the student's samples never differed by enough."""
-        if self_taught.stat().st_size or not evolved.exists():
-            return self_taught
-        if self.rt.is_main:
-            reason = "no two samples of the student differed by enough"
-            print(f"{self_taught}: {reason}; Stage-DPO trains on {evolved}", flush=True)
-        return evolved
-
-    def rleif_options(self, instruction: Path, process: Path, factors: tuple[str, ...]) -> dict[str, Any]:
-        """Options of RLEIF that are the same in every slice; one factor alone needs no baseline within a prompt."""
-        cfg = self.cfg
-        return {
-            "reward": RewardOptions(instruction, process, factors),
-            "training": cfg.reinforcement,
-            "rollout": cfg.rollout,
-            "ppo": PPOOptions(group_baseline="process" in factors),
-            "critic": cfg.critic,
-            "kl": cfg.kl,
-            "ptx": cfg.ptx,
-        }
-
-    def measure(self, t: int, name: str, model: Path) -> Path:
-        """Greedy and sampled accuracy of one model."""
-        return self.run(
-            f"slice_{t}/accuracy_{name}",
-            accuracy,
-            model=str(model),
-            data=self.held_out,
-            max_new_tokens=self.cfg.rollout.max_new_tokens,
-        )
+def read(cfg: Config) -> RunFile:
+    """The run of the file, with what the command line says."""
+    run = read_run_file(cfg.run)
+    given = {name: getattr(cfg, name) for name in ("out", "seed") if getattr(cfg, name) is not None}
+    return replace(run, **given, quiet=cfg.quiet or run.quiet)
 
 
 def main(cfg: Config) -> dict:
     """Run everything; returns the summary."""
     began = time.perf_counter()
-    rt = runtime.start("auto", threads=cfg.threads)
     world.register()
-    pipeline = Pipeline(cfg, rt)
-    pipeline.make_world()
-    slices, base = pipeline.prepare()
-    model, rows = base, []
-    stages = []
-    answers = pipeline.measure(1, "base", base)
-    for t, slice_rows in enumerate(slices, 1):
-        stages.append((t, "base", answers))
-        rows.append(pipeline.rows(t, slice_rows, model))
-        union = cfg.progression == "union" and t == len(slices)
-        models = pipeline.learn(t, tuple(rows) if union else tuple(rows[-1:]), base if union else model)
-        for name, path in models.items():
-            answers = pipeline.measure(t, name, path)
-            stages.append((t, name, answers))
-        model = models["rleif"]
-    last = {name: answers for t, name, answers in stages if t == len(slices)}
-    battles = pipeline.run(
-        "arena",
-        arena,
-        is_main_only=True,
-        models=tuple(f"{name}={path / 'answers.jsonl'}#sampled" for name, path in last.items()),
-        prompts=pipeline.held_out,
-        n=cfg.sizes.held_out,
-        judge=cfg.agents.judge,
-        anchor="base",
-    )
-    for name, path in (("base", base), ("rleif", model)):
-        pipeline.run(
-            f"mt_bench_{name}",
-            mt_bench,
-            is_main_only=True,
-            model=str(path),
-            judge=cfg.agents.judge,
-            questions=pipeline.out / "world" / "questions.jsonl",
-            max_new_tokens=cfg.rollout.max_new_tokens,
-        )
+    run = read(cfg)
+    plan = plan_of(run)
+    if cfg.print_commands:
+        print(shown_commands(run, plan.nodes))
+        return {}
+    if cfg.slurm is not None:
+        write_text(cfg.slurm, slurm_script(run, plan.nodes))
+        print(f"done: {cfg.slurm}")
+        return {}
+    rt = runtime.start("auto", threads=run.threads)
+    driver = driver_of(run, rt, plan.nodes)
+    if cfg.dry_run:
+        from_main(rt, lambda: print(dry_run(run, plan, driver), flush=True))
+    from_main(rt, lambda: check_run(run, plan.nodes))
+    if cfg.dry_run:
+        return {}
+    from_main(rt, lambda: write_targets(run))
+    driver.run_all(cfg.only, redo_stale=cfg.redo_stale)
+    if cfg.only:
+        return {}
     seconds = time.perf_counter() - began
-    summary = from_main(rt, lambda: write_summary(cfg.out, cfg.seed, seconds, stages, battles, pipeline.timing.seconds))
-    if rt.is_main and not cfg.quiet:
-        print(f"done: {cfg.out / 'report.html'}, {cfg.out / 'summary.json'}")
+    measured = [(t, name, answers) for t, name, answers, _ in plan.measured if answers is not None]
+    summary = from_main(
+        rt,
+        lambda: write_summary(
+            run.out,
+            run.seed,
+            seconds,
+            measured,
+            run.out / "arena",
+            driver.timing.seconds,
+            slices=run.slices,
+            about=None if run.world else about(run, plan, driver),
+        ),
+    )
+    if rt.is_main and not run.quiet:
+        print(f"done: {run.out / 'report.html'}, {run.out / 'summary.json'}")
     return summary
 
 
+def dry_run(run: RunFile, plan: Plan, driver: Driver) -> str:
+    """The graph with what is done of it, and what the stages take."""
+    works = {
+        "evol_instruct": evol_instruct.evolve,
+        "evol_answer": evol_answer.rewrite,
+        "co_teach": co_teach.teach,
+        "self_teach": self_teach.teach,
+    }
+    cleaning = {"sample": sample.sample, "mix": mix.mix}
+    forecaster = Forecaster(run, plan.size, works, cleaning, evol_instruct.choose_method)
+    graph, forecast = shown_graph(plan.nodes, driver.statuses()), shown_forecast(forecaster.forecast(plan.nodes))
+    disk = disk_bytes(run, plan.nodes) / GIB
+    return f"{graph}\n\n{forecast}\n\nmodels and checkpoints: about {disk:.1f} GiB of disk"
+
+
+def about(run: RunFile, plan: Plan, driver: Driver) -> Details:
+    """What the report says of a run beside its stages' files."""
+    base = run.base.model.name if run.base.model else "a base model"
+    rows = ", ".join(path.name for path in run.rows.data)
+    stages = [
+        {"stage": where, "state": status.state, "why": driver.left_out.get(where, status.why)}
+        for where, status in driver.statuses().items()
+    ]
+    for stage in stages:
+        if stage["stage"] in driver.left_out:
+            stage["state"] = "left out"
+    roles = {role: spec for role, spec in vars(run.agents).items() if spec}
+    roles["rivals"] = ", ".join(run.agents.rivals)
+    left_out = f", {len(driver.left_out)} stages left out" if driver.left_out else ""
+    text = f"{base} on {rows}, {run.slices} slices, {len(plan.nodes)} stages{left_out}, seed {run.seed}."
+    command = f"python recipes/progressive.py {run.path} --seed {run.seed}"
+    return {
+        "run": {"name": run.out.name, "text": text, "figures": []},
+        "graph": stages,
+        "agents": {role: spec for role, spec in roles.items() if spec},
+        "command": command,
+    }
+
+
+def write_targets(run: RunFile) -> None:
+    """The target shares, where sampling reads them."""
+    if run.targets:
+        write_json(run.out / TARGETS, run.targets)
+
+
+def driver_of(run: RunFile, rt: runtime.Runtime, nodes: list[Node]) -> Driver:
+    """The driver of a graph of these recipes."""
+    return Driver(run, rt, nodes, {name: module.main for name, module in RECIPES.items()}, STAGE_OF)
+
+
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--run")
+    launch(main, Config)

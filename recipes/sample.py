@@ -19,7 +19,7 @@ from wizard_engine.data.text_files import read_json
 from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, PositiveShare, Seed, Share
+from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, NonNegative, PositiveShare, Seed, Share
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.runtime.text_lines import printable
 
@@ -56,6 +56,8 @@ class Config(Checked):
     """Directory for slice_1.jsonl, slice_2.jsonl, ..., removed.jsonl and sampling.json."""
     evaluation: tuple[Path, ...] = ()
     """Held-out files: rows, or questions with `turns`; rows that repeat one of their prompts are removed."""
+    hold_out: NonNegative[int] = 0
+    """Rows to keep apart, in OUT/held_out.jsonl, before the draw; at most half of the clean ones."""
     targets: Path | None = None
     """JSON file {attribute: {value: share}}; a value may be a range of numbers, "10..20"."""
     uniform: tuple[str, ...] = ()
@@ -111,6 +113,9 @@ def write(out: Path, selection: Selection, report: dict[str, Any]) -> list[Path]
     removed = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in selection.removed)
     write_text(out / "removed.jsonl", removed)
     write_json(out / "sampling.json", report)
+    if selection.held_out:
+        write_rows(out / "held_out.jsonl", selection.held_out)
+        paths.append(out / "held_out.jsonl")
     return [*paths, out / "removed.jsonl", out / "sampling.json"]
 
 
@@ -130,6 +135,7 @@ def sample(cfg: Config) -> tuple[dict[str, Any], list[Path]]:
         cap=cfg.cap,
         dedupe=asdict(cfg.dedupe),
         decontaminate=asdict(cfg.decontaminate),
+        hold_out=cfg.hold_out,
     )
     report = selection.report
     report["counts"] = {"rejected": len(bad)} | report["counts"] | {"evaluation": len(evaluation)}

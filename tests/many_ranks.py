@@ -52,7 +52,8 @@ def word_texts(count):
 def save_base(path, texts, **shapes):
     """Save a small random model with a tokenizer trained on `texts`, and return its configuration."""
     tokenizer = train_tokenizer(texts, vocab_size=300, atoms=CHAT_ATOMS)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, max_positions=128, init_std=0.2, **shapes)
+    shapes = {"max_positions": 128, "init_std": 0.2} | shapes
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, **shapes)
     save_model(Transformer(config, seed=0), tokenizer, path)
     return config
 

@@ -1,4 +1,4 @@
-"""python -m wizard_engine plan --preset 8x22b --gpus 128, python -m wizard_engine ledger runs/evol/ledger.sqlite"""
+"""python -m wizard_engine plan --preset 8x22b --gpus 128, new-run my, ledger runs/evol/ledger.sqlite"""
 
 import difflib
 import importlib
@@ -7,6 +7,7 @@ import sys
 # Command -> modules of its options and of its main function, and its use.
 COMMANDS = {
     "plan": ("wizard_engine.planning.planner", "wizard_engine.planning.report", "--preset NAME --gpus N [...]"),
+    "new-run": ("wizard_engine.pipeline.new_run", "wizard_engine.pipeline.new_run", "DIR [...]"),
     "ledger": ("wizard_engine.agents.ledger_report", "wizard_engine.agents.ledger_report", "FILE [...]"),
 }
 
@@ -18,7 +19,7 @@ def main() -> int:
         asked = word in ("", "-h", "--help")
         close = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.0)
         uses = [f"python -m wizard_engine {name} {options}" for name, (_, _, options) in COMMANDS.items()]
-        text = f"usage: {' | '.join(uses)}; plan --help and ledger --help list the options"
+        text = f"usage: {' | '.join(uses)}; plan --help and the others' --help list the options"
         print(
             text if asked else f"wizard_engine: error: expected a command, got {word!r}; the nearest is {close[0]}",
             file=sys.stdout if asked else sys.stderr,

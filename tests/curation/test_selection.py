@@ -135,3 +135,15 @@ def test_sample_recipe_on_real_files(tmp_path, shared_data, recipe):
     assert counts["rows"] == 9772 and counts["evaluation"] == 1319 + 160 and counts["slices"] == [200] * 3
     assert 1 <= counts["contaminated"] <= 30 and 50 <= counts["exact_duplicate"] + counts["near_duplicate"] <= 300
     assert all(share == pytest.approx(0.25, abs=0.03) for share in report["drawn"]["source"].values())
+
+
+def test_rows_kept_apart_are_in_no_slice_and_nothing_repeats_them():
+    words = [f"question number {n} asks how many legs {n} tables and chairs have in the old hall" for n in range(30)]
+    rows = [conversation(text, "4") for text in words]
+    selection = select(rows, hold_out=10, slices=2, decontaminate={"n": 9})
+    assert len(selection.held_out) == 10 and selection.report["counts"]["held_out"] == 10
+    apart = {row.id for row in selection.held_out}
+    assert not apart & {row.id for part in selection.slices for row in part}
+    # All questions share eight words, so that nothing is left to draw.
+    with pytest.raises(ValueError, match="expected some to be left after cleaning"):
+        select(rows, hold_out=10, decontaminate={"n": 4})

@@ -9,7 +9,7 @@ import pytest
 
 from wizard_engine.runtime import files
 from wizard_engine.runtime.process import Runtime
-from wizard_engine.runtime.stage import INCIDENTAL, VERSION, Stage, finish_stage, identity, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, VERSION, Stage, StageState, finish_stage, identity, open_stage
 
 
 def stage(out, lr: float, *, overwrite: bool = False) -> Stage:
@@ -271,3 +271,29 @@ def test_large_output_is_recognised_by_size_and_time(tmp_path, monkeypatch):
     assert "mtime_ns" in json.loads((stage.out / "stage.json").read_text())["outputs"]["result.txt"]
     os.utime(stage.out / "result.txt", ns=(1, 1))
     assert not stage.is_current()
+
+
+def test_state_of_a_stage_says_what_there_is_and_changes_nothing(tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+
+    def made(lr=1.0):
+        return Stage(out, "sft", {"lr": lr}, {"data": rows}, quiet=True)
+
+    assert made().state() == StageState("waits", f"no {rows}") and not out.exists()
+    rows.write_text("a\n")
+    assert made().state() == StageState("new")
+    stage = made()
+    stage.start()
+    assert made().state() == StageState("new"), "a claim without work"
+    (out / "metrics.jsonl").write_text("{}\n")
+    assert made().state() == StageState("begun") and made(2.0).state().kind == "other"
+    (out / "model").write_text("weights")
+    stage.finish({}, [out / "model"])
+    assert made().state() == StageState("done")
+    assert made(2.0).state() == StageState("other", "config.lr (1.0 -> 2.0)")
+    (out / "model").write_text("other")
+    assert made().state() == StageState("begun", "its outputs have changed since")
+    rows.write_text("b\n")
+    assert made().state() == StageState("other", "data has other content")
+    rows.unlink()
+    assert made().state() == StageState("waits", f"no {rows}") and made(2.0).state().kind == "other"

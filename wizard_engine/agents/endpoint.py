@@ -57,7 +57,7 @@ class EndpointAgent:
         self.name = f"{model}@{parts.hostname}" + (f":{parts.port}" if parts.port else "")
         identity = ["openai/1", base_url, model, *([self.options.replying] if self.options.replying else [])]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self._openai, self._base_url = openai, base_url
+        self._openai, self.base_url = openai, base_url
         self._key = os.environ.get(self.options.key_env, "")
         if not self._key and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"agent {self.name}: expected a key in {self.options.key_env}, got none; export it")
@@ -123,7 +123,7 @@ class EndpointAgent:
             self._freed = asyncio.Event()
             options = self.options
             self._client = self._openai.AsyncOpenAI(
-                api_key=self._key or "none", base_url=self._base_url, max_retries=0, timeout=options.timeout
+                api_key=self._key or "none", base_url=self.base_url, max_retries=0, timeout=options.timeout
             )
             self._gate = Gate(options.concurrency, options.requests_per_minute, options.tokens_per_minute)
         return self._gate

@@ -325,7 +325,8 @@ def _agent(agent: StandIn, scale: float) -> dict[str, Any]:
     paces += [totals["calls"] / agent.requests_per_minute / 60] if agent.requests_per_minute else []
     tokens = totals["tokens_in"] + totals["tokens_out"]
     paces += [tokens / agent.tokens_per_minute / 60] if agent.tokens_per_minute else []
-    return {"tasks": tasks, **totals, "cost": cost, "hours": max(paces, default=None)}
+    hours = max(paces, default=None)
+    return {"tasks": tasks, **totals, "cost": cost, "hours": hours, "is_endpoint": agent.concurrency_ > 0}
 
 
 def _task(agent: StandIn, line: Line, scale: float) -> dict[str, int]:

@@ -115,11 +115,14 @@ def draw(
 
 @dataclass(frozen=True)
 class Selection:
-    """The slices, every removed row with its reason, and the report (JSON): counts, weights, marginals."""
+    """The slices, every removed row with its reason, the report (JSON: counts, weights, marginals), and the rows that
+    are kept apart.
+    """
 
     slices: list[list[Row]]
     removed: list[dict[str, Any]]
     report: dict[str, Any]
+    held_out: list[Row]
 
 
 def select(
@@ -133,10 +136,13 @@ def select(
     cap: float = 5.0,
     dedupe: Mapping[str, Any] | None = None,
     decontaminate: Mapping[str, Any] | None = None,
+    hold_out: int = 0,
 ) -> Selection:
     """Removes duplicates and contaminated rows, draws by weight, and partitions into random slices.
 
     Args:
+        hold_out: clean rows to keep apart before the draw, at most half of them; rows that repeat one of them are
+            removed as contaminated.
         evaluation: held-out texts.
         dedupe, decontaminate: keyword arguments of `remove_duplicates` and `remove_contaminated`.
         Others: as in `draw` and `partition`.
@@ -145,6 +151,7 @@ def select(
     """
     unique = remove_duplicates(rows, **(dedupe or {}))
     clean = remove_contaminated(unique.rows, evaluation, **(decontaminate or {}))
+    held_out, clean = _hold_out(clean, hold_out, seed, decontaminate or {})
     removed = unique.removed + clean.removed
     counts = {"rows": len(rows), "exact_duplicate": 0, "near_duplicate": 0, "contaminated": 0}
     for item in removed:
@@ -154,4 +161,17 @@ def select(
     drawn = draw(clean.rows, targets or {}, size=size, cap=cap, seed=seed)
     parts = partition(drawn.rows, slices, seed)
     counts |= {"clean": len(clean.rows), "drawn": len(drawn.rows), "slices": list(map(len, parts))}
-    return Selection(parts, removed, {"counts": counts, **drawn.report})
+    counts |= {"held_out": len(held_out)} if hold_out else {}
+    return Selection(parts, removed, {"counts": counts, **drawn.report}, held_out)
+
+
+def _hold_out(clean: Filtered, count: int, seed: int, decontaminate: Mapping[str, Any]) -> tuple[list[Row], Filtered]:
+    """Rows to keep apart, and the others without those that repeat them."""
+    if not count:
+        return [], clean
+    order = np.random.default_rng([seed, 1]).permutation(len(clean.rows))
+    chosen = set(order[: min(count, len(clean.rows) // 2)].tolist())
+    held_out = [row for place, row in enumerate(clean.rows) if place in chosen]
+    rest = [row for place, row in enumerate(clean.rows) if place not in chosen]
+    others = remove_contaminated(rest, [user_text(row) for row in held_out], **decontaminate)
+    return held_out, Filtered(others.rows, clean.removed + others.removed)

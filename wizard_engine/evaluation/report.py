@@ -16,6 +16,7 @@ from wizard_engine.html.page import card, grid, legend, page, pre, section, tabl
 from wizard_engine.runtime.files import write_text
 
 from . import report_parts as parts
+from . import run_parts
 
 STAGE_COLOURS = {"base": charts.GREY, "sft": charts.BLUE, "stage_dpo": charts.VIOLET, "rleif": charts.ORANGE}
 AGENTS_NOTE = (
@@ -45,6 +46,12 @@ class Details(TypedDict, total=False):
         phases: [{"name", "steps", "seconds": {phase: mean per rollout}, "tail_idle", "difference"}] of reinforcement
             learning: idle share of sampling, largest difference of log-probabilities between sampler and trainer, nats.
         agents_note: replaces the statement that the agents are programs.
+        run: "name", "text" (one sentence on what ran), "figures" [(value, caption)]: the head of a run of one's own.
+        graph: [{"stage", "state", "why", "seconds", "tokens_per_second"}]: every stage of the run.
+        agents: role -> agent.
+        held_out: [{"slice", "stage", "rows", "before", "after", "difference": {name: [mean, standard error]}}]: what
+            training stages measured on rows that they did not learn from.
+        failures: reason -> number of failed calls.
     """
 
     title: str
@@ -62,6 +69,11 @@ class Details(TypedDict, total=False):
     timing: list[dict[str, Any]]
     phases: list[dict[str, Any]]
     agents_note: str
+    run: dict[str, Any]
+    graph: list[dict[str, Any]]
+    agents: dict[str, str]
+    held_out: list[dict[str, Any]]
+    failures: dict[str, int]
 
 
 def write_report(path: Path, summary: Mapping[str, Any], run: Path, details: Details | None = None) -> None:
@@ -73,7 +85,7 @@ def write_report(path: Path, summary: Mapping[str, Any], run: Path, details: Det
             pairwise [{a, b, wins, losses, ties, win_rate, ci95}].
         run: directory of the run, named on the page.
     Raises:
-        ValueError: a key of the summary is missing, or there is no stage.
+        ValueError: a key of the summary is missing, or there is neither a measured stage nor a text on the run.
     """
     write_text(Path(path), report_page(summary, Path(run), details or {}))
 
@@ -81,26 +93,29 @@ def write_report(path: Path, summary: Mapping[str, Any], run: Path, details: Det
 def report_page(summary: Mapping[str, Any], run: Path, details: Details) -> str:
     """The page as text; arguments and errors as in `write_report`."""
     missing = [name for name in ("seed", "seconds", "stages", "pairwise") if name not in summary]
-    if missing or not summary["stages"]:
+    if missing or not (summary["stages"] or details.get("run")):
         what = ", ".join(missing) or "at least one stage"
         raise ValueError(f"summary: expected {what}, got a summary without; write summary.json first")
     body = [
         _note(details),
-        _stages(summary["stages"]),
+        _stages(summary["stages"]) if summary["stages"] else "",
+        run_parts.held_out(details.get("held_out", [])),
         parts.data_flow(details.get("data_flow", [])),
         parts.attribute_shifts(details.get("attributes", [])),
         parts.evolved_chain(details.get("evolved", [])),
         parts.learning_curves(details.get("curves", {}), STAGE_COLOURS),
         _preference(summary["pairwise"], details.get("elo", [])),
-        _mt_bench(details.get("mt_bench", [])),
+        _mt_bench(details.get("mt_bench", []), is_world="run" not in details),
         parts.examples(details.get("examples", []), STAGE_COLOURS),
         parts.ablations(details.get("ablations", [])),
+        run_parts.stages(details.get("graph", [])),
         _running(summary, details),
     ]
-    title = details.get("title") or _title(summary)
+    about = details.get("run")
+    title = details.get("title") or (_title(summary) if summary["stages"] else str(about["name"] if about else ""))
     return page(
         title,
-        header=_header(title, summary),
+        header=run_parts.header(about, summary["seconds"]) if about else _header(title, summary),
         body="".join(body),
         footer=escape(f"Run {run.name}, seed {summary['seed']}. The numbers are in {run.name}/summary.json."),
         style=parts.STYLE,
@@ -185,6 +200,8 @@ def _figures(summary: Mapping[str, Any], best: Mapping[str, Any] | None) -> list
 
 
 def _note(details: Details) -> str:
+    if "agents" in details:
+        return run_parts.agents(details["agents"], details.get("failures", {}))
     return f'<section><div class="note">{escape(details.get("agents_note") or AGENTS_NOTE)}</div></section>'
 
 
@@ -333,7 +350,7 @@ def _pair_table(pairwise: Sequence[Mapping[str, Any]]) -> str:
 # ---- MT-Bench, running ----------------------------------------------------------------------------------------------
 
 
-def _mt_bench(results: Sequence[Mapping[str, Any]]) -> str:
+def _mt_bench(results: Sequence[Mapping[str, Any]], *, is_world: bool) -> str:
     """Scores per category and turn, a column per model."""
     if not results:
         return ""
@@ -360,8 +377,10 @@ def _mt_bench(results: Sequence[Mapping[str, Any]]) -> str:
         for title, rows in (("By turn", overall), ("By category", single))
     ]
     missing = sum(result.get("missing", 0) for result in results)
-    lead = "Two-turn questions of the world in the manner of MT-Bench: the second turn changes one number. The world's "
-    lead += f"judge rates each turn from 1 to 10; ratings that are missing: {missing}."
+    lead = f"The judge rates each turn from 1 to 10; ratings that are missing: {missing}."
+    if is_world:
+        lead = "Two-turn questions of the world in the manner of MT-Bench: the second turn changes one number. The "
+        lead += f"world's judge rates each turn from 1 to 10; ratings that are missing: {missing}."
     return section("Two-turn questions", grid(cards, wide=True), lead=lead)
 
 

@@ -44,17 +44,26 @@ class Timing:
 
 
 def write_summary(
-    out: Path, seed: int, seconds: float, measured: Sequence[Measured], arena: Path, timing: dict[str, float]
+    out: Path,
+    seed: int,
+    seconds: float,
+    measured: Sequence[Measured],
+    arena: Path,
+    timing: dict[str, float],
+    *,
+    slices: int,
+    about: Details | None = None,
 ) -> dict[str, Any]:
     """Write OUT/summary.json and OUT/report.html; returns the summary.
 
     Args:
-        measured: (slice, stage name, directory of recipes/accuracy.py), in order.
-        arena: directory of recipes/arena.py.
+        measured: (slice, stage name, directory of recipes/accuracy.py), in order; may be empty.
+        arena: directory of recipes/arena.py, which may be absent.
         timing: seconds per stage directory, relative to OUT.
+        about: what the page says beside what the stages' files hold, for a run that is not of the embedded world.
     """
     stages = [_stage(index, name, path, timing) for index, name, path in measured]
-    battles = json.loads((arena / "arena.json").read_text(encoding="utf-8"))
+    battles = _read(arena / "arena.json")
     keys = (
         "a",
         "b",
@@ -68,7 +77,7 @@ def write_summary(
         "errors",
         "missing",
     )
-    pairs = [{key: pair[key] for key in keys} for pair in battles["pairwise"]]
+    pairs = [{key: pair[key] for key in keys} for pair in battles.get("pairwise", [])]
     tests = {
         path.name.removeprefix("mt_bench_"): _read(path / "mt_bench.json") for path in sorted(out.glob("mt_bench_*"))
     }
@@ -78,12 +87,56 @@ def write_summary(
         "seconds_last_start": round(seconds, 1),
         "stages": stages,
         "pairwise": pairs,
-        "elo": battles["elo"],
+        "elo": battles.get("elo", []),
         "mt_bench": {name: _mt_scores(report) for name, report in tests.items()},
     }
+    held_out = held_out_measures(out)
+    if held_out:
+        summary["held_out"] = held_out
     write_json(out / "summary.json", summary)
-    write_report(out / "report.html", summary, out, details(out, measured, battles, tests, timing))
+    found = details(out, slices, measured, battles, tests, timing)
+    found |= {"held_out": held_out} if held_out else {}
+    if about is not None:
+        found = found | {"failures": failures(out)} | about
+        found["graph"] = [_with_rate(out, stage, timing) for stage in about.get("graph", [])]
+    else:
+        found["command"] = f"make demo SEED={seed}"
+    write_report(out / "report.html", summary, out, found)
     return summary
+
+
+LEARNING = ("sft", "stage_dpo", "instruction_reward", "process_reward", "rleif")
+
+
+def held_out_measures(out: Path) -> list[dict[str, Any]]:
+    """What the training stages of every slice measured on held-out rows, in the order in which they ended."""
+    records = []
+    for path in out.glob("slice_*/*/stage.json"):
+        slice_name, stage = path.parts[-3:-1]
+        result = _read(path).get("result", {})
+        if stage.rstrip("_23456789").startswith(LEARNING) and isinstance(result.get("held_out"), dict):
+            records.append((path.stat().st_mtime_ns, int(slice_name[6:]), stage, result["held_out"]))
+    return [{"slice": t, "stage": stage, **measured} for _, t, stage, measured in sorted(records, key=lambda r: r[:3])]
+
+
+def failures(out: Path) -> dict[str, int]:
+    """Reason -> number of failed calls, over all ledgers of the run."""
+    totals: dict[str, int] = {}
+    for path in sorted(out.rglob("ledger*.sqlite")):
+        ledger = Ledger(path)
+        for error, count in ledger.errors().items():
+            reason = error.partition(": ")[0][:60]
+            totals[reason] = totals.get(reason, 0) + count
+        ledger.close()
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def _with_rate(out: Path, stage: dict[str, Any], timing: dict[str, float]) -> dict[str, Any]:
+    """A stage of the graph with its seconds, and the tokens per second of its training."""
+    paths = sorted((out / stage["stage"]).glob("**/metrics.jsonl"))
+    rates = [line["tokens_per_second"] for path in paths for line in read_metrics(path) if "tokens_per_second" in line]
+    rate = sum(rates) / len(rates) if rates else None
+    return {**stage, "seconds": timing.get(stage["stage"]), "tokens_per_second": rate}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -110,18 +163,21 @@ def _mt_scores(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def details(
-    out: Path, measured: Sequence[Measured], battles: dict[str, Any], tests: dict[str, Any], timing: dict[str, float]
+    out: Path,
+    last: int,
+    measured: Sequence[Measured],
+    battles: dict[str, Any],
+    tests: dict[str, Any],
+    timing: dict[str, float],
 ) -> Details:
-    """Contents of the report beside the summary."""
-    last = max(index for index, _, _ in measured)
+    """Contents of the report beside the summary; last: the last slice."""
     return {
-        "command": f"make demo SEED={battles['seed']}",
         "data_flow": data_flow(out, last),
         "attributes": attribute_shifts(_read(out / "sample" / "sampling.json")),
         "evolved": evolved_chain(out),
         "curves": curves(out, last),
         "examples": examples([(name, path) for index, name, path in measured if index == last]),
-        "elo": battles["elo"],
+        "elo": battles.get("elo", []),
         "mt_bench": [{"model": name, **_mt_scores(report)} for name, report in tests.items()],
         "calls": calls(out),
         "machine": machine(out),
@@ -184,8 +240,10 @@ def data_flow(out: Path, slices: int) -> list[dict[str, Any]]:
         nodes.append(
             {"name": "SFT rows", "count": _lines(at / "rows" / "slice_1.jsonl"), "note": "clean again", "lane": lane}
         )
-        pairs, steps = _lines(at / "self_teach" / "preferences.jsonl"), _lines(at / "self_teach" / "processes.jsonl")
-        nodes.append({"name": "Stage-DPO pairs", "count": pairs, "note": "own samples, judged", "lane": lane})
+        steps, mixed = _lines(at / "self_teach" / "processes.jsonl"), _read(at / "pairs" / "mix.json").get("files", [])
+        sources = [f"{line['taken']} of {Path(line['file']).parent.name}" for line in mixed if line["taken"]]
+        pairs = _lines(at / "pairs" / "rows.jsonl")
+        nodes.append({"name": "Stage-DPO pairs", "count": pairs, "note": ", ".join(sources), "lane": lane})
         nodes.append({"name": "Labelled answers", "count": steps, "note": "for the process reward", "lane": lane})
     return nodes
 
@@ -277,6 +335,8 @@ def _series(path: Path, name: str, most: int = 120) -> list[tuple[float, float]]
 
 def examples(stages: Sequence[tuple[str, Path]], most: int = 4) -> list[dict[str, Any]]:
     """Held-out problems that the first stage got wrong and the last one right: the answers of all stages."""
+    if not stages:
+        return []
     answers = {name: _rows(path / "answers.jsonl") for name, path in stages}
     first, final = (answers[stages[place][0]] for place in (0, -1))
     chosen = []

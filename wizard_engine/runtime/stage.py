@@ -6,8 +6,9 @@ import os
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .files import file_fingerprint, file_hash, read_sealed, remove, to_plain, write_sealed
 from .object_collectives import check_same, from_main
@@ -43,6 +44,16 @@ def _short(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     return read_sealed(path, ADVICE[path.name], version=("version", VERSION))
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What there is of a stage: done as configured; of another configuration or other inputs; begun; nothing ("new");
+    or nothing yet because an input is not there ("waits"). `why` says what differs, or which input is absent.
+    """
+
+    kind: Literal["done", "other", "begun", "new", "waits"]
+    why: str = ""
 
 
 class Stage:
@@ -108,6 +119,31 @@ class Stage:
             return False
         outputs = {self.out / name: fingerprint for name, fingerprint in record["outputs"].items()}
         return all(path.exists() and file_fingerprint(path) == fingerprint for path, fingerprint in outputs.items())
+
+    def state(self) -> StageState:
+        """What there is of this stage; changes nothing.
+
+        Raises:
+            ValueError: its record is damaged.
+        """
+        record, begun = _read(self.out / "stage.json"), _read(self.out / "config.json")
+        former = record or (begun if self._work() else None)
+        absent = [path for path in self.inputs.values() if not path.exists()]
+        if absent:
+            differing = former is not None and _differences(former.get("config"), self.config)
+            return StageState("other", "; ".join(differing)) if differing else StageState("waits", f"no {absent[0]}")
+        if former is None:
+            return StageState("new")
+        known = {key: former.get(key) for key in ("stage", "version", "config", "inputs")}
+        if known != self.identity() and not self._goes_on(known):
+            plain = _differences({**known, "inputs": None}, {**self.identity(), "inputs": None})
+            old, new = known["inputs"] or {}, self.identity()["inputs"]
+            changed = [f"{key} has other content" for key in new if key in old and old[key] != new[key]]
+            moved = [f"input {key}" for key in dict.fromkeys([*old, *new]) if (key in old) != (key in new)]
+            return StageState("other", "; ".join([*plain, *changed, *moved]))
+        if record is not None and self.is_current():
+            return StageState("done")
+        return StageState("begun", "its outputs have changed since" if record and known == self.identity() else "")
 
     def lock(self) -> None:
         """Keep other processes out of `out`, until `finish`, `unlock`, or the end of this object or process.

@@ -69,7 +69,7 @@ def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], 
     cast = open_cast(cfg.out, cfg, rt)
 
     def lead() -> Made:
-        rows, rejected = _rows(cfg)
+        rows, rejected = read_stage_rows(cfg)
         return work(cfg, cast, rows, rejected)
 
     try:
@@ -82,13 +82,13 @@ def synthesize(cfg: C, name: str, work: Callable[[C, Cast, Spill[Conversation], 
 def _estimated(cfg: C, work: Callable[[C, Cast, Spill[Conversation], int], Made]) -> dict[str, Any]:
     """What the stage will ask. Answers are taken to be as long as those of the rows."""
     with tempfile.TemporaryDirectory(prefix="wizard-estimate-") as folder:
-        rows, rejected = _rows(replace(cfg, out=Path(folder)))
+        rows, rejected = read_stage_rows(replace(cfg, out=Path(folder)))
         lengths = [count_tokens(rows[place].answer) for place in range(0, len(rows), max(1, len(rows) // 1000))]
         usual = min(cfg.max_tokens, max(1, round(sum(lengths) / len(lengths))))
         return estimated(cfg, lambda options, cast: work(options, cast, rows, rejected), answer_tokens=usual)
 
 
-def _rows(cfg: SynthesisOptions) -> tuple[Spill[Conversation], int]:
+def read_stage_rows(cfg: SynthesisOptions) -> tuple[Spill[Conversation], int]:
     """The rows of the stage, on disk, and the number of rejected records."""
     options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "limit": cfg.limit}
     return read_conversations(cfg.data, rejects=cfg.out / "rejects.jsonl", rows=row_spill(cfg.out), **options)

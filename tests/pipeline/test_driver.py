@@ -1,0 +1,181 @@
+"""The driver: what is done, stale or left out, and why; one driver in a directory; stages in their own processes."""
+
+import json
+import shlex
+import subprocess
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from forked import run_python
+
+from recipes import mix, progressive, sample
+from wizard_engine.pipeline.commands import shown_commands, slurm_script
+from wizard_engine.pipeline.graph import Node
+from wizard_engine.pipeline.plan import Plan
+from wizard_engine.pipeline.preflight import check_run
+from wizard_engine.pipeline.run_file import Launch, Rows, RunFile
+from wizard_engine.runtime.process import Runtime
+
+ROWS = [{"instruction": f"Name {n} things that are {'red' if n % 2 else 'blue'}.", "output": f"{n}."} for n in range(9)]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFile(tmp_path / "run", quiet=True)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return lines(tmp_path / "rows.jsonl", ROWS)
+
+
+def chain(run, rows, share=1.0):
+    """Three stages, each of which reads the one before, and one that reads none of them."""
+    first = mix.Config((rows,), run.out / "first", shares=(share,), quiet=True)
+    second = mix.Config((first.out / "rows.jsonl",), run.out / "second", quiet=True)
+    third = sample.Config((second.out / "rows.jsonl",), run.out / "third", slices=1, quiet=True)
+    other = mix.Config((rows,), run.out / "other", quiet=True)
+    nodes = [Node(config.out.name, name, config) for name, config in (("mix", first), ("mix", second))]
+    return [*nodes, Node("third", "sample", third, learns=third.data), Node("other", "mix", other)]
+
+
+def driver(run, nodes):
+    return progressive.driver_of(run, Runtime(), nodes)
+
+
+def states(run, nodes):
+    return {where: status.state for where, status in driver(run, nodes).statuses().items()}
+
+
+def test_stages_run_once_and_go_on_where_they_were(run, rows):
+    nodes = chain(run, rows)
+    assert set(states(run, nodes).values()) == {"to run"}
+    driver(run, nodes).run_all(["first"])
+    assert states(run, nodes) == {"first": "done", "second": "to run", "third": "to run", "other": "to run"}
+    driver(run, nodes).run_all()
+    assert set(states(run, nodes).values()) == {"done"}
+    times = {path: path.stat().st_mtime_ns for path in run.out.rglob("stage.json")}
+    driver(run, nodes).run_all()
+    assert len(times) == 4 and times == {path: path.stat().st_mtime_ns for path in run.out.rglob("stage.json")}
+
+
+# Catches: a changed option that overwrites what a run has made.
+def test_what_has_become_stale_is_listed_and_kept(run, rows):
+    driver(run, chain(run, rows)).run_all()
+    changed, before = chain(run, rows, share=0.5), (run.out / "first" / "rows.jsonl").read_text()
+    assert states(run, changed) == {"first": "stale", "second": "stale", "third": "stale", "other": "done"}
+    with pytest.raises(
+        ValueError, match=r"first \(config.shares .*1.0.* -> .*0.5.*\); second \(reads what first will wr"
+    ):
+        driver(run, changed).run_all()
+    assert (run.out / "first" / "rows.jsonl").read_text() == before
+    driver(run, changed).run_all(redo_stale=True)
+    assert set(states(run, changed).values()) == {"done"}
+    assert (run.out / "former" / "first.1" / "rows.jsonl").read_text() == before
+    assert len((run.out / "first" / "rows.jsonl").read_text()) < len(before)
+
+
+def test_a_stage_that_is_gone_leaves_the_others_open(run, rows):
+    nodes = chain(run, rows)
+    driver(run, nodes).run_all()
+    (run.out / "first" / "stage.json").unlink()
+    assert states(run, nodes) == {"first": "to run", "second": "depends", "third": "depends", "other": "done"}
+    driver(run, nodes).run_all()
+    assert set(states(run, nodes).values()) == {"done"}
+
+
+def test_a_stage_without_rows_ends_the_run_or_is_left_out_with_the_cause(run, rows, tmp_path, capsys):
+    nodes = chain(run, rows, share=0.0)
+    with pytest.raises(ValueError, match=r"third: expected rows to learn from, got no rows in .*: second says: 0 of 0"):
+        driver(run, nodes).run_all()
+    instead = nodes[0].out / "rows.jsonl"
+    third = replace(nodes[2], stands_for={run.out / "third" / "slice_1.jsonl": rows, run.out / "x" / "model": None})
+    last = mix.Config((run.out / "third" / "slice_1.jsonl",), run.out / "last", quiet=True)
+    never = mix.Config((run.out / "x" / "model",), run.out / "never", quiet=True)
+    skipping = replace(run, on_empty="skip")
+    done = driver(skipping, [*nodes[:2], third, Node("last", "mix", last), Node("never", "mix", never)])
+    done.run_all()
+    assert json.loads((last.out / "mix.json").read_text())["rows"] == len(ROWS) and not instead.read_text()
+    assert list(done.left_out) == ["third", "never"] and not (run.out / "never").exists()
+    assert "== third: left out: no rows in" in capsys.readouterr().out
+
+
+def test_two_drivers_do_not_share_a_directory(run, rows):
+    held = driver(run, chain(run, rows))
+    script = (
+        "import sys; from pathlib import Path; from wizard_engine.runtime.run_lock import RunLock\n"
+        f"RunLock.take(Path({str(run.out)!r}))"
+    )
+    (run.out.parent / "second.py").write_text(script)
+    with held.locked():
+        done = run_python(run.out.parent / "second.py")
+    assert "expected no other run in this directory, got one: process" in done.stderr
+
+
+def test_commands_are_the_stages(run, rows, tmp_path):
+    nodes = chain(run, rows)
+    commands = shown_commands(run, nodes).splitlines()
+    for command in commands:
+        program, *words = shlex.split(command)
+        done = run_python(*words)
+        assert program == "python" and done.returncode == 0, done.stderr
+    assert set(states(run, nodes).values()) == {"done"}
+    script = slurm_script(replace(run, launch=Launch(nodes=16, processes=8, account="a")), nodes)
+    path = tmp_path / "run.sh"
+    path.write_text(script)
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    assert "#SBATCH --nodes=16" in script and "#SBATCH --gpus-per-node=8" in script and "--partition" not in script
+
+
+def test_a_training_stage_is_started_on_all_nodes(tmp_path):
+    run = RunFile(tmp_path / "run", launch=Launch(nodes=16, processes=8))
+    config = progressive.sft.Config((tmp_path / "rows.jsonl",), tmp_path / "run" / "sft", model="7b")
+    command = shown_commands(run, [Node("sft", "sft", config)])
+    assert command.startswith(
+        "torchrun --nproc-per-node 8 --nnodes 16 --rdzv-backend c10d --rdzv-endpoint "
+        '"$MASTER_ADDR:29500" recipes/sft.py --data'
+    )
+    assert "\nsrun --nodes=16 --ntasks-per-node=1 torchrun" in slurm_script(run, [Node("sft", "sft", config)])
+
+
+@pytest.fixture
+def endpoint():
+    """An endpoint that knows no models, and one address where nobody answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_everything_that_a_run_needs_is_looked_at_before_its_start(tmp_path, rows, endpoint):
+    run = RunFile(tmp_path / "run", slices=1, stages=("evol_instruct", "sft"), rows=Rows(data=(rows,)), world=True)
+    run = replace(
+        run, agents=replace(run.agents, teacher=f"openai:m@{endpoint}", judge="openai:m@http://127.0.0.1:9/v1")
+    )
+    nodes = Plan(run, progressive.RECIPES, size="demo", has_answers=False).build().nodes
+    with pytest.raises(
+        ValueError, match=r"agent openai:m@http://127.0.0.1:9/v1: expected an endpoint that answers, got"
+    ):
+        check_run(run, nodes)
+    answering = replace(run, agents=replace(run.agents, judge=None))
+    check_run(answering, Plan(answering, progressive.RECIPES, size="demo", has_answers=False).build().nodes)
+    absent = replace(answering, rows=replace(run.rows, data=(tmp_path / "none.jsonl",)))
+    nodes = Plan(absent, progressive.RECIPES, size="demo", has_answers=False).build().nodes
+    with pytest.raises(ValueError, match=r"analysis: expected a file or directory, got none at .*none.jsonl"):
+        check_run(absent, nodes)

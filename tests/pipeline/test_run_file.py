@@ -1,0 +1,139 @@
+"""Run files: what they hold, and what is refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from recipes.progressive import RECIPES, plan_of
+from wizard_engine.pipeline.new_run import Options, write_run_file
+from wizard_engine.pipeline.plan import Plan
+from wizard_engine.pipeline.run_file import SLICE_STAGES, read_run_file
+
+ROOT = Path(__file__).parents[2]
+OWN = """
+slices = 2
+[rows]
+data = ["rows.jsonl"]
+held-out = ["held.jsonl"]
+[base]
+model = "models/base"
+size = "7B"
+[agents]
+teacher = "openai:big@http://127.0.0.1:9/v1"
+rivals = ["openai:other@http://127.0.0.1:9/v1"]
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def graph(tmp_path, text, has_answers=False):
+    run = read_run_file(written(tmp_path, text))
+    return Plan(run, RECIPES, size=run.base.size or "demo", has_answers=has_answers).build()
+
+
+def configs(plan):
+    return {node.where: node.config for node in plan.nodes}
+
+
+def test_options_of_all_slices_of_one_slice_and_of_a_repeated_stage(tmp_path):
+    text = OWN.replace("slices = 2", 'slices = 2\nstages = ["sft", "self_teach", "stage_dpo", "sft"]') + (
+        "[sft.training]\nepochs = 2\n[sft_2.training]\nlr = 1e-7\n[slice_2.sft]\ntraining = { lr = 3e-6 }\n"
+    )
+    made = configs(graph(tmp_path, text))
+    lr = {name: made[name].training.lr for name in made if "/sft" in name}
+    assert lr == {"slice_1/sft": 5e-6, "slice_1/sft_2": 1e-7, "slice_2/sft": 3e-6, "slice_2/sft_2": 3e-6}
+    assert {made[name].training.epochs for name in lr} == {2.0}
+    assert made["slice_1/sft_2"].model == str(made["slice_1/stage_dpo"].out / "model")
+
+
+# Catches: a word of the world in a run that has nothing of it.
+def test_a_run_of_ones_own_has_nothing_of_the_world(tmp_path):
+    plan = graph(tmp_path, OWN)
+    assert "world" not in repr(plan.nodes)
+    made = configs(plan)
+    teacher = "openai:big@http://127.0.0.1:9/v1"
+    assert made["slice_1/evol_instruct"].agents.evolver == made["slice_2/co_teach"].agents.suggester == teacher
+    assert made["slice_1/self_teach"].agents.labeller == teacher and "slice_1/co_teach" not in made
+    assert made["slice_2/sft"].model == str(plan.out / "slice_1" / "rleif" / "model")
+    assert made["arena"].models[0] == f"base={plan.out / 'slice_1' / 'rleif' / 'model'}"
+
+
+def test_pairs_come_from_every_stage_that_makes_some(tmp_path):
+    text = OWN.replace("[base]", 'pairs = ["own.jsonl"]\nhold-out-pairs = 9\n[base]') + "[mix]\nbattles = 0.25\n"
+    made = configs(graph(tmp_path, text))
+    out = made["slice_2/pairs"].out.parent
+    sources = ["self_teach", "evol_answer", "co_teach"]
+    expected = (Path("own.jsonl"), *(out / name / "preferences.jsonl" for name in sources))
+    assert made["slice_2/pairs"].data == expected and made["slice_2/pairs"].shares == (1.0, 1.0, 1.0, 0.25)
+    assert made["slice_1/pairs"].data == expected[:1] + tuple(
+        out.parent / "slice_1" / name / "preferences.jsonl" for name in sources[:2]
+    )
+    assert made["slice_1/pairs"].hold_out == 9
+    # Self-taught rows reach the supervised rows of the next slice.
+    assert out.parent / "slice_1" / "self_teach" / "sft.jsonl" in made["slice_2/rows"].data
+
+
+def test_union_and_a_finished_directory_in_place_of_a_stage(tmp_path):
+    done = tmp_path / "before"
+    done.mkdir()
+    (done / "stage.json").write_text("{}")
+    text = f'progression = "union"\n{OWN}[slice_1.evol_instruct]\nuse = "{done}"\n'
+    made = configs(graph(tmp_path, text))
+    assert "slice_1/evol_instruct" not in made and made["slice_1/evol_answer"].data == (done / "rows.jsonl",)
+    assert made["slice_2/sft"].model == "models/base" and len(made["slice_2/sft"].data) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[rows]", "[row]"), r"mine.toml: row: expected a stage or a group, .*; the nearest is rows"),
+        (("data =", "dat ="), r"mine.toml: rows.dat: expected a known option, .*; the nearest is data"),
+        (("slices = 2", "slicez = 2"), r"mine.toml: slicez: expected a known name, .*; the nearest is slices"),
+        (("slices = 2", 'stages = ["sfd"]'), r"stages: expected stages of a slice, got 'sfd'; the nearest is sft"),
+        (("slices = 2", 'stages = ["sft", "evol_instruct"]'), "expected evol_instruct before sft, got it behind"),
+        (("slices = 2", "slices = 0"), "mine.toml.slices: expected at least 1, got 0"),
+        (("slices = 2", "slices = 2\n[slice_3.sft]\nbeta = 1"), "slice_3: expected one of 2 slices"),
+        (("slices = 2", "slices = = 2"), "mine.toml: expected TOML, got"),
+        (('size = "7B"', 'size = "8B"'), r"base.size: expected .*one of demo, 135M, 1B, 7B, 70B, 8x22B, got '8B'"),
+        (("slices = 2", "[sft]\nlr = 3\n"), "mine.toml: sft.lr: expected a known option, got an unknown one"),
+        (("slices = 2", "[sft.training]\nlr = 30\n"), "mine.toml: sft.training.lr: expected 0 to 10, got 30"),
+        (("slices = 2", '[sft]\nout = "x"\n'), "sft.out: expected no such option"),
+        (("slices = 2", '[sft]\nuse = "nowhere"\n'), "slice_1/sft.use: expected the directory of a finished stage"),
+        (("teacher", "answerer"), r"agents.evolver \(for evol_instruct\); .*agents.judge \(for evol_instruct\)"),
+        (("rivals", "# rivals"), r"agents.rivals \(for co_teach\)"),
+        (("data =", "# data ="), r"rows.data \(for everything\)"),
+        (('model = "models/base"', ""), r"base.model \(for everything\)"),
+        (("slices = 2", 'stages = ["sft", "rleif"]'), r"instruction_reward before it \(for slice_1/rleif\)"),
+        (("slices = 2", 'stages = ["sft", "stage_dpo"]'), r"preference rows \(for slice_1/stage_dpo\): rows.pairs, or"),
+        (
+            ('"openai:big@http://127.0.0.1:9/v1"', '"served:big"'),
+            r"expected a table \[served.big\] for 'served:big', got",
+        ),
+        (
+            ("slices = 2", "slices = 2\n[co_teach]\nin-slices = [3]"),
+            "co_teach.in-slices: expected a list of slices, 1 to 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, change, message):
+    text = OWN.replace(*change)
+    with pytest.raises(ValueError, match=message):
+        graph(tmp_path, text)
+
+
+def test_the_files_of_the_project_and_a_new_one_are_runs(tmp_path):
+    for path in sorted((ROOT / "recipes" / "runs").glob("*.toml")):
+        assert plan_of(read_run_file(path)).nodes
+    options = Options(
+        tmp_path / "new", rows=(tmp_path / "a b.jsonl",), base=tmp_path, teacher="openai:t@http://h/v1", slices=2
+    )
+    path = write_run_file(options)
+    run = read_run_file(path)
+    assert run.stages == SLICE_STAGES and run.rows.data == options.rows and run.agents.rivals == (options.teacher,)
+    assert Plan(run, RECIPES, size="7B", has_answers=True).build().nodes
+    with pytest.raises(ValueError, match="expected no run file yet, got one"):
+        write_run_file(options)

@@ -1,0 +1,194 @@
+"""Runs the stages of a graph in their order: in the processes of the driver, or each by a torchrun of its own."""
+
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wizard_engine.evaluation.summary import Timing
+from wizard_engine.runtime.files import read_object, write_json
+from wizard_engine.runtime.object_collectives import from_main
+from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.run_lock import RunLock
+from wizard_engine.runtime.stage import Stage
+from wizard_engine.runtime.text_lines import printable
+
+from .commands import stage_command
+from .graph import Node, Status, paths_of, statuses, with_paths
+from .run_file import RunFile
+from .served import clean_environment, served
+
+REDO = "pass --redo-stale to make what has changed anew; what is there is moved to OUT/former"
+
+
+class Driver:
+    """Runs a graph.
+
+    Args:
+        main_of: recipe -> its main function.   stage_of: recipe -> its Stage of a configuration.
+    Attributes:
+        left_out: stages that had no rows, or learn from such a stage -> why.
+    """
+
+    def __init__(
+        self,
+        run: RunFile,
+        runtime: Runtime,
+        nodes: Sequence[Node],
+        main_of: Mapping[str, Callable[..., Any]],
+        stage_of: Mapping[str, Callable[[Any], Stage]],
+    ) -> None:
+        self.run, self.runtime, self.nodes = run, runtime, nodes
+        self.main_of, self.stage_of = main_of, stage_of
+        self.timing = Timing(run.out / "timing.json", runtime)
+        self.left_out: dict[str, str] = {}
+        self._instead: dict[Path, Path | None] = {}
+
+    def statuses(self) -> dict[str, Status]:
+        """What there is of every stage."""
+        return statuses(self.nodes, self.stage_of)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other drivers out of the run's directory.
+
+        Raises:
+            ValueError: another process runs in it.
+        """
+        lock: list[RunLock] = []
+        from_main(self.runtime, lambda: lock.append(RunLock.take(self.run.out)))
+        try:
+            yield
+        finally:
+            for held in lock:
+                held.release()
+
+    def run_all(self, only: Sequence[str] = (), *, redo_stale: bool = False) -> None:
+        """Run every stage that is not done.
+
+        Args:
+            only: run these alone.   redo_stale: make stale stages anew; what they had made is moved to OUT/former.
+        Raises:
+            ValueError: stale stages without `redo_stale` (nothing has been run then), a stage without rows, or what a
+                stage raised.
+        """
+        chosen = [node for node in self.nodes if not only or node.where in only]
+        unknown = [name for name in only if name not in {node.where for node in self.nodes}]
+        if unknown:
+            known = ", ".join(node.where for node in self.nodes)
+            raise ValueError(f"only: expected stages of this run, got {unknown[0]}; it has {known}")
+        with self.locked():
+            from_main(self.runtime, lambda: self._check_stale(chosen, redo_stale=redo_stale))
+            for node in chosen:
+                self._run(node, redo_stale=redo_stale)
+
+    def _check_stale(self, chosen: Sequence[Node], *, redo_stale: bool) -> None:
+        found = self.statuses()
+        stale = [(node.where, found[node.where].why) for node in chosen if found[node.where].state == "stale"]
+        if stale and not redo_stale:
+            lines = "; ".join(f"{where} ({why})" if why else where for where, why in stale)
+            raise ValueError(
+                f"{self.run.out}: expected the run that is there, got another: {lines}; nothing was changed. Put the "
+                f"former options back, choose another --out, or {REDO}"
+            )
+
+    def _run(self, node: Node, *, redo_stale: bool) -> None:
+        config = from_main(self.runtime, lambda: self._ready(node, redo_stale=redo_stale))
+        if config is None:
+            self.left_out[node.where] = from_main(self.runtime, lambda: self.left_out.get(node.where, ""))
+            return
+        if self.runtime.is_main and not self.run.quiet:
+            print(f"== {node.where}", flush=True)
+        with self.timing.of(node.where, node.out), served(self.run, config, self.runtime):
+            if self.run.launch.own_processes:
+                self._start(node, config)
+            elif node.is_main_only:
+                from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
+            else:
+                self.main_of[node.recipe](config)
+
+    def _ready(self, node: Node, *, redo_stale: bool) -> Any:
+        """The configuration of a stage that can run, None where it is left out; on rank 0."""
+        gone = [path for path, other in self._instead.items() if other is None and path in paths_of(node.config)]
+        config = with_paths(node.config, {path: other for path, other in self._instead.items() if other is not None})
+        if gone:
+            return self._leave_out(node, f"{gone[0].parent} was left out")
+        if node.learns and not any(_has_lines(path) for path in node.learns):
+            why = "no rows in " + ", ".join(map(str, node.learns))
+            made = [text for text in (why_empty(path.parent) for path in node.learns) if text]
+            why += f": {'; '.join(made)}" if made else ""
+            if self.run.on_empty == "end":
+                raise ValueError(f'{node.where}: expected rows to learn from, got {why}; or set on-empty = "skip"')
+            return self._leave_out(node, why)
+        state = self.stage_of[node.recipe](config).state()
+        if state.kind == "other" and not redo_stale:
+            raise ValueError(f"{node.where}: expected what is there, got another: {state.why}; {REDO}")
+        if state.kind == "other":
+            _move_aside(node.out, self.run.out)
+        return config
+
+    def _leave_out(self, node: Node, why: str) -> None:
+        self.left_out[node.where] = why
+        for path, other in node.stands_for.items():
+            self._instead[path] = other if other is None else self._instead.get(other, other)
+        print(printable(f"== {node.where}: left out: {why}"), flush=True)
+
+    def _start(self, node: Node, config: Any) -> None:
+        """Run a stage by a torchrun of its own; rank 0 starts it, and its output goes through."""
+        from_main(self.runtime, lambda: self._wait_for(node, config))
+
+    def _wait_for(self, node: Node, config: Any) -> None:
+        command = stage_command(self.run, node, config)
+        done = subprocess.run(shlex.split(command), check=False, env=clean_environment())
+        if done.returncode:
+            raise ValueError(
+                f"{node.where}: expected its processes to end well, got exit status {done.returncode}, for the reason "
+                f"above; the same command goes on from here: {command}"
+            )
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether a file has anything but blanks; one in another format than lines counts too."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return any(line.strip() for line in file)
+
+
+def _move_aside(out: Path, run: Path) -> None:
+    """Move a stage's directory to OUT/former, to a place of its own; its ledger stays, for no call is paid twice."""
+    place = run / "former" / out.relative_to(run)
+    number = next(n for n in range(1, 10_000) if not place.with_name(f"{place.name}.{n}").exists())
+    former = place.with_name(f"{place.name}.{number}")
+    former.parent.mkdir(parents=True, exist_ok=True)
+    out.rename(former)
+    ledgers = [path for path in former.glob("ledger.sqlite*") if path.is_file()]
+    if ledgers:
+        out.mkdir()
+        for path in ledgers:
+            path.rename(out / path.name)
+
+
+REPORTS = ("report.json", "mix.json", "sampling.json")
+
+
+def why_empty(out: Path) -> str:
+    """What a stage's own report says of rows that it did not make."""
+    report = next(filter(None, (read_object(out / name) for name in REPORTS)), {})
+    said = []
+    for key in ("counts", "prompts", "selected", "missing", "unreadable", "files"):
+        value = report.get(key)
+        if isinstance(value, dict):
+            said += [f"{count} {word.replace('_', ' ')}" for word, count in value.items() if isinstance(count, int)]
+        elif isinstance(value, list):
+            said += [f"{line['taken']} of {line['given']} rows of {line['file']}" for line in value]
+        elif isinstance(value, int):
+            said.append(f"{value} {key}")
+    return f"{out.name} says: {', '.join(said)}" if said else ""
+
+
+def write_statuses(path: Path, found: Mapping[str, Status]) -> None:
+    """The state of every stage, for the report."""
+    write_json(path, {where: {"state": status.state, "why": status.why} for where, status in found.items()})

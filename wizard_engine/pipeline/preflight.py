@@ -1,0 +1,173 @@
+"""What is looked at before the first stage: rows, base model, agents, disk; every finding names what to change."""
+
+import math
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from wizard_engine.agents.endpoint import PREFIX, EndpointAgent
+from wizard_engine.agents.registry import registered
+from wizard_engine.data.records import Conversation, read_files
+from wizard_engine.data.tokenizer import load_tokenizer
+from wizard_engine.evaluation.accuracy import check_reference
+from wizard_engine.model import ModelDirectory
+from wizard_engine.model.vocabulary import check_vocabulary
+
+from .graph import Node, paths_of
+from .learning import size_of
+from .run_file import RunFile
+
+GIB = 2**30
+# Rows of a file that are looked at.
+LOOKED_AT = 50
+# Bytes of a parameter in a checkpoint: weights and the optimizer's state in fp32; and in a model directory.
+CHECKPOINT_BYTES, MODEL_BYTES = 16, 4
+ENDPOINT_SECONDS = 10.0
+
+
+def size_of_base(run: RunFile) -> str:
+    """The row of the table of learning rates: the run's, or by the number of the base model's parameters."""
+    if run.base.size is not None:
+        return run.base.size
+    if run.base.model is None:
+        return "demo"
+    if not run.base.model.is_dir():
+        raise ValueError(f"base.model: expected a model directory, got {run.base.model}; name one that is there")
+    with ModelDirectory(run.base.model) as directory:
+        return size_of(_parameters(directory), is_mixture=bool(directory.config.experts))
+
+
+def _parameters(directory: ModelDirectory) -> int:
+    """The number of a model's parameters, by its shapes."""
+    return sum(math.prod(shape) for shape in directory.shapes.values())
+
+
+def has_answers(run: RunFile) -> bool:
+    """Whether most of the held-out rows have an answer that can be checked; of the embedded world's all have."""
+    files = run.rows.held_out or (run.rows.data if run.rows.hold_out else ())
+    if not files:
+        return run.world
+    checked = [_is_checkable(row) for row in _first_rows(run, files)]
+    return sum(checked) * 2 > len(checked)
+
+
+def _first_rows(run: RunFile, files: Sequence[Path]) -> list[Conversation]:
+    rows, _ = read_files(files, on_error=run.rows.on_error, unknown_fields=run.rows.unknown_fields)
+    step = max(1, len(rows) // LOOKED_AT)
+    return [row for row in rows[::step] if isinstance(row, Conversation)]
+
+
+def _is_checkable(row: Conversation) -> bool:
+    try:
+        check_reference(row.answer)
+    except ValueError:
+        return False
+    return True
+
+
+def check_run(run: RunFile, nodes: Sequence[Node]) -> None:
+    """Look at everything that a run needs.
+
+    Raises:
+        ValueError: every finding, each with what to change; nothing was started.
+    """
+    findings = [*_files(run, nodes), *_base(run), *_agents(run, nodes), *_disk(run, nodes)]
+    if findings:
+        raise ValueError("; ".join(findings))
+
+
+def _files(run: RunFile, nodes: Sequence[Node]) -> Iterator[str]:
+    """Files and directories that no stage makes and that are not there."""
+    made = {node.out for node in nodes}
+    seen = set()
+    for node in nodes:
+        for path in paths_of(node.config):
+            is_made = path in made or not made.isdisjoint(path.parents) or run.out in path.parents
+            if not is_made and path not in seen and not path.exists() and path.suffix:
+                seen.add(path)
+                yield f"{node.where}: expected a file or directory, got none at {path}"
+
+
+def _base(run: RunFile) -> Iterator[str]:
+    """A base model without tokenizer, or one that has another vocabulary."""
+    if run.base.model is None:
+        return
+    try:
+        with ModelDirectory(run.base.model) as directory:
+            tokenizer = load_tokenizer(run.base.model)
+            check_vocabulary(tokenizer, directory.config, run.base.model)
+    except (ValueError, OSError) as error:
+        yield f"base.model: {error}"
+
+
+def specs_of(nodes: Sequence[Node]) -> dict[str, str]:
+    """Agent -> the first stage that asks it."""
+    specs: dict[str, str] = {}
+    for node in nodes:
+        agents = getattr(node.config, "agents", None)
+        values = list(vars(agents).values()) if agents is not None else []
+        values += [getattr(node.config, "judge", None)]
+        for value in values:
+            for spec in value if isinstance(value, tuple) else (value,):
+                if spec:
+                    specs.setdefault(spec, node.where)
+    return specs
+
+
+def _agents(run: RunFile, nodes: Sequence[Node]) -> Iterator[str]:
+    """Agents that are not there, and endpoints that do not answer."""
+    ports = [f"@http://127.0.0.1:{model.port}/" for model in run.served.values()]
+    addresses: dict[str, str] = {}
+    for spec, where in specs_of(nodes).items():
+        if spec.startswith(PREFIX):
+            try:
+                agent = EndpointAgent.from_spec(spec)
+            except ValueError as error:
+                yield f"{where}: {error}"
+                continue
+            if not any(port in spec for port in ports):
+                addresses.setdefault(agent.base_url, spec)
+        elif spec not in registered() and "/" not in spec and not Path(spec).is_dir():
+            yield f"{where}: agent: expected a known name, a model directory or an endpoint, got {spec!r}"
+    for url, spec in addresses.items():
+        if (error := _unreachable(url)) is not None:
+            yield f"agent {spec}: expected an endpoint that answers, got {error}"
+
+
+def _unreachable(url: str) -> str | None:
+    """Why an address does not answer; a status of any kind is an answer."""
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + "/models", timeout=ENDPOINT_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        return f"{getattr(error, 'reason', error)}"
+
+
+def disk_bytes(run: RunFile, nodes: Sequence[Node]) -> int:
+    """About what the stages that are still to run write: models, and checkpoints with the optimizer's state."""
+    if run.base.model is None:
+        return 0
+    with ModelDirectory(run.base.model) as directory:
+        count = _parameters(directory)
+    total = 0
+    for node in nodes:
+        training = getattr(node.config, "training", None)
+        if training is not None and not (node.out / "stage.json").exists():
+            # Most stages end before they have a second one to keep.
+            total += count * (MODEL_BYTES + CHECKPOINT_BYTES * (training.save_every > 0))
+    return total
+
+
+def _disk(run: RunFile, nodes: Sequence[Node]) -> Iterator[str]:
+    needed = disk_bytes(run, nodes)
+    place = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        yield (
+            f"{run.out}: expected {needed / GIB:.0f} GiB for models and checkpoints, got {free / GIB:.0f} GiB free; "
+            "choose another --out, or fewer checkpoints with training.save-every and training.keep-last"
+        )
