@@ -21,7 +21,9 @@ from wizard_engine import runtime, world
 from wizard_engine.agents import Calls, Cast, Limits, Request
 from wizard_engine.agents.missing import Missing, Reasons, check_missing, shown_reasons
 from wizard_engine.agents.options import AgentOptions, estimated, open_cast
+from wizard_engine.agents.prompts import reference_of
 from wizard_engine.data.records import Message, read_rows
+from wizard_engine.data.references import References, with_reference
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.battles import Judging, Outcome
 from wizard_engine.evaluation.elo import Rating, elo
@@ -54,6 +56,9 @@ class Config(AgentOptions):
     """What to do with a row that cannot be read: stop, or leave it out and count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
+    references: References = "attribute"
+    """Where the answer known to be right is: the row's attribute `reference`, or answers: also its own last answer. The
+    judges see it, and reference:judge judges by it."""
     judge: tuple[str, ...] = ("world:judge",)
     """Registered programs (world:NAME), model directories or endpoints (openai:MODEL@URL). A game is scored by the mean
     of those that gave both scores."""
@@ -90,8 +95,8 @@ def read_models(specs: Sequence[str]) -> dict[str, str]:
     return models
 
 
-def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
-    """Ids and conversations that end with a user turn."""
+def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]], list[str]]:
+    """Ids, conversations that end with a user turn, and the answers known to be right, "" where there is none."""
     if cfg.prompts is None:
         rows = world.held_out(cfg.n, cfg.seed)
     else:
@@ -99,10 +104,11 @@ def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]]]:
         rows = read_rows(cfg.prompts, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects)[
             : cfg.n
         ]
+    rows = [with_reference(row, cfg.references) for row in rows]
     prompts = [tuple(row.messages[:-1] if hasattr(row, "messages") else row.prompt) for row in rows]
     if not all(prompts):
         raise ValueError(f"{cfg.prompts}: expected rows with a user turn, got a row without; remove such rows")
-    return [row.id for row in rows], prompts
+    return [row.id for row in rows], prompts, [reference_of(row.attributes) for row in rows]
 
 
 def player(
@@ -136,7 +142,7 @@ class Arena:
     """Answers and battles of all prompts, kept on disk until they are written in order.
 
     Args:
-        models: NAME -> SPEC.   ids, prompts: of the prompts.
+        models: NAME -> SPEC.   ids, prompts, references: of the prompts.
     """
 
     def __init__(
@@ -146,8 +152,9 @@ class Arena:
         models: Mapping[str, str],
         ids: Sequence[str],
         prompts: Sequence[tuple[Message, ...]],
+        references: Sequence[str],
     ) -> None:
-        self.cfg, self.cast, self.ids, self.prompts = cfg, cast, ids, prompts
+        self.cfg, self.cast, self.ids, self.prompts, self.references = cfg, cast, ids, prompts, references
         self.players = {name: player(cfg, spec, ids, prompts, cast) for name, spec in models.items()}
         self.agents = [cast.agent(spec) for spec in models.values() if ".jsonl" not in Path(spec).name]
         self.calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
@@ -167,7 +174,8 @@ class Arena:
         """All models answer one prompt at once; two are judged as soon as both have answered."""
         async with asyncio.TaskGroup() as group:
             said = {name: group.create_task(answer(place)) for name, answer in self.players.items()}
-            outcomes = await self.tournament.play(place, self.prompts[place], said, self.ids[place])
+            known = self.ids[place], self.references[place]
+            outcomes = await self.tournament.play(place, self.prompts[place], said, *known)
         return [answer.result() for answer in said.values()], outcomes
 
     def add(self, place: int, played: tuple[list[str | Missing], list[Outcome]]) -> None:
@@ -261,19 +269,19 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
     stage = open_arena(cfg, models)
     if from_main(rt, stage.is_current):
         return from_main(rt, stage.result)
-    ids, prompts = read_prompts(cfg)
+    asked = read_prompts(cfg)
     from_main(rt, stage.start)
     cast = open_cast(cfg.out, cfg, rt)
     try:
-        return cast.conduct(lambda: conduct(cfg, cast, stage, models, ids, prompts))
+        return cast.conduct(lambda: conduct(cfg, cast, stage, models, asked))
     finally:
         cast.close()
 
 
 def estimate(cfg: Config, models: Mapping[str, str]) -> dict[str, Any]:
     """What the arena will ask, without a call."""
-    ids, prompts = read_prompts(cfg)
-    return estimated(cfg, lambda options, cast: cast.scheduler.run(Arena(options, cast, models, ids, prompts).run()))
+    asked = read_prompts(cfg)
+    return estimated(cfg, lambda options, cast: cast.scheduler.run(Arena(options, cast, models, *asked).run()))
 
 
 def conduct(
@@ -281,11 +289,10 @@ def conduct(
     cast: Cast,
     stage: Stage,
     models: Mapping[str, str],
-    ids: Sequence[str],
-    prompts: Sequence[tuple[Message, ...]],
+    asked: tuple[list[str], list[tuple[Message, ...]], list[str]],
 ) -> dict[str, Any]:
     """The whole arena, on rank 0; returns the content of arena.json."""
-    arena = Arena(cfg, cast, models, ids, prompts)
+    arena = Arena(cfg, cast, models, *asked)
     cast.scheduler.run(arena.run())
     results = arena.tournament.results()
     arena.check(results)

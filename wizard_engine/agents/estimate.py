@@ -26,6 +26,7 @@ from .protocol import Reply, Request
 from .registry import make_agent, registered
 from .replies import REWRITTEN_HEADING
 from .scheduler import Scheduler
+from .scripted import PREFIX as SCRIPTED
 
 T = TypeVar("T")
 # Bytes of a token: of ASCII text, and of text in other scripts.
@@ -227,7 +228,7 @@ class StandInCast:
     def _make(self, spec: str) -> StandIn:
         if spec.startswith(PREFIX):
             return self._endpoint(EndpointAgent.from_spec(spec))
-        if spec in registered():
+        if spec in registered() or spec.startswith(SCRIPTED):
             program = make_agent(spec)
             converses = getattr(program, "converses", True)
             return self._stand_in(program.name, program.fingerprint, converses=converses)

@@ -94,11 +94,13 @@ class Judging:
         answers: tuple[Awaitable[str | Missing], Awaitable[str | Missing]],
         a_first: bool,
         row: str = "",
+        reference: str = "",
     ) -> Outcome:
         """The battle of two models on a prompt, as soon as both answers are there.
 
         Args:
             place: number of the prompt.   prompt: see `split_prompt`.   row: id of the prompt.
+            reference: answer known to be right, which the judges see; "" for none.
         """
         pair = (await answers[0], await answers[1])
         for answer in pair:
@@ -107,15 +109,22 @@ class Judging:
                 battle = Battle(*names, place, None, (None, None), a_first, (reason,))
                 return Outcome(battle, 0, (), error_kind(reason), ())
         shown = [(pair if is_first else pair[::-1], is_first) for is_first in (a_first, not a_first)]
-        asked = (self._verdict(judge, prompt, *order, row) for judge in self.judges for order in shown)
+        asked = (self._verdict(judge, prompt, *order, row, reference) for judge in self.judges for order in shown)
         verdicts = await asyncio.gather(*asked)
         return self._outcome(names, place, pair, a_first, [verdicts[i : i + 2] for i in range(0, len(verdicts), 2)])
 
     async def _verdict(
-        self, judge: AnyAgent, prompt: tuple[str, str], shown: tuple[str, str], a_is_first: bool, row: str
+        self,
+        judge: AnyAgent,
+        prompt: tuple[str, str],
+        shown: tuple[str, str],
+        a_is_first: bool,
+        row: str,
+        reference: str,
     ) -> tuple[tuple[float, float] | None, str]:
         """(score of a, score of b) or None, and the reason for None."""
         fields = {"history": prompt[0], "instruction": prompt[1], "answer_a": shown[0], "answer_b": shown[1]}
+        fields |= {"reference": reference}
         scores, reply = await self.calls.explained(judge, "judge", fields, self.seed, read=_read_pair, row=row)
         if scores is None:
             return None, judge_error(reply, "no two scores [[x]] [[y]] from 1 to 10")

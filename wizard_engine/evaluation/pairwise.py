@@ -203,13 +203,24 @@ class Tournament:
         return 2 * len(self.pairs) * len(self.judging.judges)
 
     async def play(
-        self, place: int, prompt: Prompt, answers: Mapping[str, Awaitable[str | Missing]], row: str = ""
+        self,
+        place: int,
+        prompt: Prompt,
+        answers: Mapping[str, Awaitable[str | Missing]],
+        row: str = "",
+        reference: str = "",
     ) -> list[Outcome]:
-        """The battles of all pairs on one prompt, each as soon as its two answers are there."""
+        """The battles of all pairs on one prompt, each as soon as its two answers are there.
+
+        Args:
+            row: id of the prompt.   reference: answer known to be right, which the judges see; "" for none.
+        """
         text, first = split_prompt(prompt), bool(self.a_first[place])
         async with asyncio.TaskGroup() as group:
             played = [
-                group.create_task(self.judging.battle((a, b), place, text, (answers[a], answers[b]), first, row))
+                group.create_task(
+                    self.judging.battle((a, b), place, text, (answers[a], answers[b]), first, row, reference)
+                )
                 for a, b in self.pairs
             ]
         return [battle.result() for battle in played]
