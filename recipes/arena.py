@@ -34,7 +34,7 @@ from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import Count, Finite, Seed, Temperature
 from wizard_engine.runtime.spill import Spill
-from wizard_engine.runtime.stage import INCIDENTAL, Stage
+from wizard_engine.runtime.stage import INCIDENTAL, SCRIPTED, Stage, path_of
 from wizard_engine.runtime.text_lines import printable
 
 
@@ -60,8 +60,8 @@ class Config(AgentOptions):
     """Where the answer known to be right is: the row's attribute `reference`, or answers: also its own last answer. The
     judges see it, and reference:judge judges by it."""
     judge: tuple[str, ...] = ("world:judge",)
-    """Registered programs (world:NAME), model directories or endpoints (openai:MODEL@URL). A game is scored by the mean
-    of those that gave both scores."""
+    """Registered programs (world:NAME, reference:judge), model directories, endpoints (openai:MODEL@URL), scripted:FILE.
+    A game is scored by the mean of those that gave both scores."""
     baseline: str | None = None
     """Compare every model with this one only; default: all pairs."""
     anchor: str | None = None
@@ -111,11 +111,16 @@ def read_prompts(cfg: Config) -> tuple[list[str], list[tuple[Message, ...]], lis
     return [row.id for row in rows], prompts, [reference_of(row.attributes) for row in rows]
 
 
+def is_file_of_answers(spec: str) -> bool:
+    """Whether a spec is FILE.jsonl or FILE.jsonl#FIELD, and no agent with a file of replies."""
+    return ".jsonl" in Path(spec).name and not spec.startswith(SCRIPTED)
+
+
 def player(
     cfg: Config, spec: str, ids: Sequence[str], prompts: Sequence[tuple[Message, ...]], cast: Cast
 ) -> Callable[[int], Awaitable[str | Missing]]:
     """What gives a model's answer to the prompt of a number; a call that failed is Missing, and is not judged."""
-    if ".jsonl" in Path(spec).name:
+    if is_file_of_answers(spec):
         answers = read_answers(spec, ids, [prompt[-1].content for prompt in prompts])
 
         async def written(place: int) -> str | Missing:
@@ -156,7 +161,7 @@ class Arena:
     ) -> None:
         self.cfg, self.cast, self.ids, self.prompts, self.references = cfg, cast, ids, prompts, references
         self.players = {name: player(cfg, spec, ids, prompts, cast) for name, spec in models.items()}
-        self.agents = [cast.agent(spec) for spec in models.values() if ".jsonl" not in Path(spec).name]
+        self.agents = [cast.agent(spec) for spec in models.values() if not is_file_of_answers(spec)]
         self.calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
         judging = Judging([cast.agent(spec) for spec in cfg.judge], self.calls, seed=cfg.seed)
         pairs = model_pairs(list(models), cfg.baseline)
@@ -242,7 +247,7 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()}
     is_one = len(cfg.judge) == 1
     judges = {"judge" if is_one else f"judge {number}": spec for number, spec in enumerate(cfg.judge, 1)}
-    inputs = {key: Path(spec) for key, spec in (named | judges).items() if Path(spec).exists()}
+    inputs = {key: path_of(spec) for key, spec in (named | judges).items() if path_of(spec).exists()}
     inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
     inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
     read = [x.name for x in fields(cfg) if not x.metadata.get("incidental") and x.name != "chat_format"]

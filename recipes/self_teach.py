@@ -27,7 +27,8 @@ Rating = ranged(0, 10)
 
 @dataclass(frozen=True)
 class Agents:
-    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
+    """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
+    endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 
     student: str
     """The model that teaches itself."""

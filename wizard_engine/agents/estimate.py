@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wizard_engine.runtime.stage import SCRIPTED
+
 from . import prompts
 from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger, request_key
@@ -26,7 +28,6 @@ from .protocol import Reply, Request
 from .registry import make_agent, registered
 from .replies import REWRITTEN_HEADING
 from .scheduler import Scheduler
-from .scripted import PREFIX as SCRIPTED
 
 T = TypeVar("T")
 # Bytes of a token: of ASCII text, and of text in other scripts.

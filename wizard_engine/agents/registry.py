@@ -9,6 +9,7 @@ from typing import TypeVar
 from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.stage import SCRIPTED
 
 from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger
@@ -18,7 +19,6 @@ from .protocol import Agent, ConcurrentAgent
 from .ranks import RankedAgent, Ranks
 from .reference import AGENTS
 from .scheduler import Scheduler
-from .scripted import PREFIX as SCRIPTED
 from .scripted import ScriptedAgent
 
 T = TypeVar("T")

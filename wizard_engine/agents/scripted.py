@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wizard_engine.data.text_files import read_data, read_objects
+from wizard_engine.runtime.stage import SCRIPTED
 
 from . import prompts
 from .missing import NO_SCRIPT
 from .program import CONVERSATIONS
 from .protocol import Reply, Request
 
-PREFIX = "scripted:"
 TASKS = (*CONVERSATIONS, *(task for task in prompts.TASKS if task not in CONVERSATIONS))
 _FIELDS = ("task", "instruction", "reply")
 # The field of a prompt that has the text asked about, where it is not `instruction`.
@@ -42,8 +42,8 @@ class ScriptedAgent:
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
         if not path.exists():
-            raise ValueError(f"{path}:1: file: expected lines of replies, got no such file; correct {PREFIX}FILE")
-        self.name = PREFIX + "/".join(path.parts[-3:])
+            raise ValueError(f"{path}:1: file: expected lines of replies, got no such file; correct {SCRIPTED}FILE")
+        self.name = SCRIPTED + "/".join(path.parts[-3:])
         self.fingerprint = f"scripted/1({hashlib.sha256(read_data(path)).hexdigest()[:16]})"
         self.replies: dict[tuple[str, str | None], list[str]] = {}
         for place, line in read_objects(path):

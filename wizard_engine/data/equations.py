@@ -79,7 +79,7 @@ def _pair_holds(line: str, left: re.Match[str], right: re.Match[str], units: set
         return True
     word = _WORD.match(line, right.end())
     is_other_unit = bool(units) and not (word and word[1].lower() in units)
-    before = line[: left.start()]
+    before = line[max(0, left.start() - 40) : left.start()]
     is_part = _GOES_ON_BEFORE.search(before) or _GOES_ON_BEHIND.match(line, right.end())
     is_signed = left[0][0] == "-" and before.strip()[-1:].isalnum()
     return None if is_part or is_signed or is_other_unit or not verdicts else False
