@@ -60,8 +60,8 @@ class Config(AgentOptions):
     """Where the answer known to be right is: the row's attribute `reference`, or answers: also its own last answer. The
     judges see it, and reference:judge judges by it."""
     judge: tuple[str, ...] = ("world:judge",)
-    """Registered programs (world:NAME, reference:judge), model directories, endpoints (openai:MODEL@URL), scripted:FILE.
-    A game is scored by the mean of those that gave both scores."""
+    """Registered programs (world:NAME, reference:judge), model directories, endpoints (openai:MODEL@URL) or
+    scripted:FILE. A game is scored by the mean of those that gave both scores."""
     baseline: str | None = None
     """Compare every model with this one only; default: all pairs."""
     anchor: str | None = None

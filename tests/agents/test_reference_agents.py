@@ -148,7 +148,11 @@ ALL = {
 @pytest.mark.parametrize("task", ALL)
 @pytest.mark.parametrize(
     ("reference", "reason"),
-    [("", "no reference"), ("Be kind to animals.", "unreadable reference"), ("It is not 5.", "unreadable reference")],
+    [
+        ("", "no reference"),
+        ("Be kind to animals.", "unreadable reference"),
+        ("The answer is not 5.", "unreadable reference"),
+    ],
     ids=["none", "text", "denial"],
 )
 def test_rows_without_a_readable_reference_are_refused_by_name(task, reference, reason):

@@ -71,7 +71,7 @@ def test_a_rewrite_with_another_result_is_never_taken_and_a_better_one_is(rows, 
     assert [row.attributes["reference"] for row in made] == [str(sum(pair)) for pair in SUMS]
     evol_answer.main(answered(out, rows, rewriter, references="answers"))
     script(tmp_path / "good.jsonl", rewrite=[worked])
-    with pytest.raises(ValueError, match="agents.rewriter"):
+    with pytest.raises(ValueError, match=r"agents\.rewriter"):
         evol_answer.main(answered(out, rows, rewriter, references="answers"))
 
 

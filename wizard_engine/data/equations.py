@@ -22,6 +22,7 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-",
 _TIMES = re.compile(r"(?<=[\d)%])\s?[xX]\s?(?=[\d($.])")
 # Words behind a number that an operator or the sign of equality follows: "5 apples + 3 apples = 8 apples".
 _UNIT = re.compile(r"(?<=[\d)%])\s?([A-Za-z]{2,}(?:\s[A-Za-z]{2,}){0,2})\s?(?=[-+*/=])")
+_LIST_MARK = re.compile(r"\s*(?:[-*•]\s+|\(?\d{1,2}[.)]\s+)")
 _WORD = re.compile(r"\s?([A-Za-z]{2,})")
 # What stands before or behind an equation that is a part of a longer one, which is not read.
 _GOES_ON_BEFORE = re.compile(
@@ -62,7 +63,8 @@ def _line_verdicts(line: str) -> Iterator[bool | None]:
         units.update(match[1].lower().split())
         return " "
 
-    line = _UNIT.sub(without_unit, _TIMES.sub("*", line))
+    mark = _LIST_MARK.match(line)
+    line = _UNIT.sub(without_unit, _TIMES.sub("*", line[mark.end() :] if mark else line))
     for left, right in pairwise(_EXPRESSION.finditer(line)):
         if line[left.end() : right.start()].strip() == "=":
             yield _pair_holds(line, left, right, units)
