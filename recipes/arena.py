@@ -21,9 +21,8 @@ from wizard_engine import runtime, world
 from wizard_engine.agents import Calls, Cast, Limits, Request
 from wizard_engine.agents.missing import Missing, Reasons, check_missing, shown_reasons
 from wizard_engine.agents.options import AgentOptions, estimated, open_cast
-from wizard_engine.agents.prompts import reference_of
 from wizard_engine.data.records import Message, read_rows
-from wizard_engine.data.references import References, with_reference
+from wizard_engine.data.references import References, reference_of, with_reference
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.battles import Judging, Outcome
 from wizard_engine.evaluation.elo import Rating, elo
