@@ -5,6 +5,7 @@ import json
 import pytest
 
 from wizard_engine.agents import Cast, make_agent, prompts
+from wizard_engine.agents.calls import derive_seed
 from wizard_engine.agents.estimate import StandInCast
 from wizard_engine.agents.protocol import Request
 from wizard_engine.agents.scripted import ScriptedAgent
@@ -53,7 +54,18 @@ def test_a_line_without_instruction_replies_to_all_others(agent):
 
 def test_the_seed_chooses_among_several_replies(agent):
     drawn = [answer(agent, "Add 2 and 3.", seed=seed).text for seed in range(4)]
-    assert drawn == ["5", "It is 5."] * 2
+    assert drawn[:2] == ["5", "It is 5."] and set(drawn[2:]) == set(drawn[:2])
+    seeds = [derive_seed("sample", number) for number in range(12)]
+    texts = [answer(agent, "Add 2 and 3.", seed=seed).text for seed in seeds]
+    assert set(texts) == set(drawn) and texts == [answer(agent, "Add 2 and 3.", seed=seed).text for seed in seeds]
+
+
+def test_rows_with_the_same_seeds_draw_for_themselves(tmp_path):
+    lines = [{"task": "answer", "instruction": f"q{row}", "reply": reply} for row in range(12) for reply in "ab"]
+    agent = ScriptedAgent(write(tmp_path / "x.jsonl", lines))
+    seeds = [derive_seed("sample", number) for number in range(4)]
+    drawn = {"".join(answer(agent, f"q{row}", seed=seed).text for seed in seeds) for row in range(12)}
+    assert len(drawn) > 4
 
 
 @pytest.mark.parametrize("task", ["answer", "user"])

@@ -24,7 +24,7 @@ def good(a, b):
 
 
 def wrong(a, b):
-    return f"The answer is {a * b + 1}."
+    return f"The answer is {a * b + 100}."
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,17 @@ class ScriptedAgent:
         choices = self.replies.get((request.task, prompts.flatten(text))) or self.replies.get((request.task, None))
         if choices is None:
             return Reply("", f"{NO_SCRIPT}: {self.name} has none to {request.task!r} of {text[:60]!r}")
-        return Reply(choices[request.seed % len(choices)])
+        return Reply(choices[_place(request.seed, len(choices), text)])
+
+
+def _place(seed: int, count: int, text: str) -> int:
+    """Number of the reply for a seed: small seeds take the replies in turn.
+
+    The seeds of recipes are large, and the same for many rows; there each text has draws of its own.
+    """
+    turns, place = divmod(seed, count)
+    drawn = hashlib.sha256(f"{turns}\0{text}".encode("utf-8", "surrogatepass")).digest() if turns else b"\0"
+    return (place + int.from_bytes(drawn)) % count
 
 
 def asked(request: Request) -> str:
