@@ -29,6 +29,7 @@ def rows(tmp_path):
 def other(tmp_path):
     """An agent that says the same to all."""
     lines = [{"task": task, "reply": f"It is not known {task}."} for task in ("answer", "rewrite")]
+    lines.append({"task": "rate", "reply": "[[5]]"})
     (tmp_path / "replies").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return f"scripted:{tmp_path / 'replies'}"
 
@@ -251,15 +252,12 @@ def test_a_cut_verdict_counts_for_nothing_even_if_a_score_stands_in_it(tmp_path,
     assert report["rows_changed"] == 0 and not report["calls"].get("judge", {}).get("unreadable")
 
 
-def test_a_question_without_a_first_answer_is_not_asked_on(tmp_path):
+def test_a_question_without_a_first_answer_is_not_asked_on(tmp_path, other):
     questions = [{"question_id": i, "category": "c\nd", "turns": [f"What is {i} and", "Again?"]} for i in (7, 1, 2)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
     with Fake(lambda body, _: answer("ok") if len(body["messages"]) > 1 else flaky(last(body))) as fake:
-        report = mt_bench.main(
-            mt_bench.Config(
-                model=f"openai:m@{fake.url}", questions=tmp_path / "q.jsonl", out=tmp_path / "o", max_missing=0.5
-            )
-        )
+        options = {"questions": tmp_path / "q.jsonl", "out": tmp_path / "o", "max_missing": 0.5}
+        report = mt_bench.main(mt_bench.Config(model=f"openai:m@{fake.url}", judge=other, **options))
         assert len(fake.asked) == 5 and report["answer_errors"] == report["unanswered"] == 2
     assert report["overall"]["rated"] == 4 and report["missing"] == {"answer: content_filter": 2}
     lines = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").read_text().splitlines()]

@@ -249,9 +249,9 @@ class Stage:
             print(printable("; ".join(filter(None, [f"done: {', '.join(map(str, outputs)) or self.out}", note, rows]))))
 
 
-def path_of(spec: str) -> Path:
+def path_of(spec: str | Path) -> Path:
     """The path in the name of an agent: a directory's, or that of `scripted:FILE`."""
-    return Path(spec.removeprefix(SCRIPTED))
+    return Path(str(spec).removeprefix(SCRIPTED))
 
 
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
