@@ -5,6 +5,7 @@ instruction. A row without a reference, or with one that claims no number or exp
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from wizard_engine.data.equations import found_equations
@@ -104,13 +105,22 @@ class ReferenceLabeller(Program):
         right = known(reference)
         steps = [step for step in answer_steps.split("\n") if step.strip()]
         labels = [(mark, _REASONS[mark]) for mark in map(arithmetic, steps)]
-        answer = "\n".join(steps)
-        final = next((place for place in reversed(range(len(steps))) if same_answer(steps[place], answer)), -1)
-        if not right.agrees(answer):
+        final = _final_step(steps)
+        if not right.agrees("\n".join(steps)):
             labels[final] = (-1, "The result is not the reference's.")
         elif labels[final][0] >= 0:
             labels[final] = (1, "The result is the reference's.")
         return "\n".join(f"{number}: {reason} [[{label}]]" for number, (label, reason) in enumerate(labels, start=1))
+
+
+def _final_step(steps: Sequence[str]) -> int:
+    """Place of the last step that alone claims the number of the whole answer, or of the last step."""
+    claim = read_claim("\n".join(steps))
+    for place in reversed(range(len(steps))) if claim is not None else ():
+        own = read_claim(steps[place])
+        if own is not None and own.equals(claim):
+            return place
+    return len(steps) - 1
 
 
 _REASONS = {1: "The equation holds.", 0: "There is no equation to check.", -1: "The equation does not hold."}
