@@ -72,6 +72,18 @@ def test_the_order_changes_nothing_and_equal_answers_have_equal_scores(a, b):
     assert scores(a, a)[0] == scores(a, a)[1]
 
 
+PIECES = st.sampled_from(
+    ("\n", " ", "43", "12*4=48", "=", "The answer is", "####", "\\boxed{", "}", "$", "x", "中", "1/0", "(")
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(PIECES, max_size=12).map("".join), st.lists(PIECES, max_size=12).map(" ".join))
+def test_any_answer_is_judged_and_labelled(a, b):
+    assert all(1 <= score <= 10 for score in scores(a, b))
+    assert len(labels(a)) == len(step_texts(a)) and suggestion(b)
+
+
 FORMS = (
     "43",
     "43.0",

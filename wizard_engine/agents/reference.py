@@ -91,7 +91,7 @@ def arithmetic(step: str) -> int:
 
 
 class ReferenceLabeller(Program):
-    """Labels steps by their arithmetic and by the reference, and judges, rates and compares as far as that goes."""
+    """Labels steps by their arithmetic, and the one that gives the answer by the reference."""
 
     def __init__(self, name: str = "reference:labeller") -> None:
         self.name = name
@@ -105,6 +105,8 @@ class ReferenceLabeller(Program):
         right = known(reference)
         steps = [step for step in answer_steps.split("\n") if step.strip()]
         labels = [(mark, _REASONS[mark]) for mark in map(arithmetic, steps)]
+        if not steps:
+            return ""
         final = _final_step(steps)
         if not right.agrees("\n".join(steps)):
             labels[final] = (-1, "The result is not the reference's.")
