@@ -43,7 +43,7 @@ class Config(CallOptions):
     """Greedy and sampled accuracy."""
 
     model: str
-    """Model directory, registered program (world:NAME) or endpoint (openai:MODEL@URL)."""
+    """Model directory, registered program (world:NAME), endpoint (openai:MODEL@URL) or answers (scripted:FILE)."""
     data: Path
     """Conversation rows; the last answer of each is the reference."""
     out: Path = field(metadata=INCIDENTAL)

@@ -21,6 +21,7 @@ from wizard_engine.curation.analysis import Analysis, analyze, answered
 from wizard_engine.curation.analysis_page import write_analysis
 from wizard_engine.data.chat import use_chat_format
 from wizard_engine.data.records import Row, read_files
+from wizard_engine.data.references import References, with_reference
 from wizard_engine.generation import perplexities
 from wizard_engine.model.loading import language_model
 from wizard_engine.runtime.launch import launch
@@ -50,6 +51,9 @@ class Config(AgentOptions):
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
+    references: References = "attribute"
+    """Where the answer known to be right is: the row's attribute `reference`, or answers: also its own last answer,
+    which rows.jsonl then has as that attribute. Judges see it, and reference: agents judge by it."""
     seed: Seed[int] = 0
     """Of the clusters that name topics beyond the lexicon."""
 
@@ -131,7 +135,7 @@ def main(cfg: Config) -> dict:
     rows, bad = read_files(
         cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=cfg.out / "rejects.jsonl"
     )
-    rows = rows[: cfg.limit]
+    rows = [with_reference(row, cfg.references) for row in rows[: cfg.limit]]
     rows, tags = tagged(cfg, rows, rt)
     values = checkpoint_perplexities(cfg, rows, rt)
 

@@ -23,6 +23,7 @@ from wizard_engine.agents.aids import read_attributes
 from wizard_engine.agents.missing import Missing, Reasons, check_missing, shown_reasons
 from wizard_engine.agents.options import AgentOptions, estimated, open_cast
 from wizard_engine.data.records import Message, read_rows
+from wizard_engine.data.references import References, with_reference
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.battles import Judging, Outcome
 from wizard_engine.evaluation.elo import Rating, elo
@@ -33,7 +34,7 @@ from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import Count, Finite, Seed, Temperature
 from wizard_engine.runtime.spill import Spill
-from wizard_engine.runtime.stage import INCIDENTAL, Stage
+from wizard_engine.runtime.stage import INCIDENTAL, SCRIPTED, Stage, path_of
 from wizard_engine.runtime.text_lines import printable
 
 
@@ -55,9 +56,12 @@ class Config(AgentOptions):
     """What to do with a row that cannot be read: stop, or leave it out and count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
+    references: References = "attribute"
+    """Where the answer known to be right is: the row's attribute `reference`, or answers: also its own last answer. The
+    judges see it, and reference:judge judges by it."""
     judge: tuple[str, ...] = ("world:judge",)
-    """Registered programs (world:NAME), model directories or endpoints (openai:MODEL@URL). A game is scored by the mean
-    of those that gave both scores."""
+    """Registered programs (world:NAME, reference:judge), model directories, endpoints (openai:MODEL@URL) or
+    scripted:FILE. A game is scored by the mean of those that gave both scores."""
     baseline: str | None = None
     """Compare every model with this one only; default: all pairs."""
     anchor: str | None = None
@@ -108,15 +112,21 @@ def read_prompts(cfg: Config) -> Prompts:
         rows = read_rows(cfg.prompts, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects)[
             : cfg.n
         ]
+    rows = [with_reference(row, cfg.references) for row in rows]
     prompts = [tuple(row.messages[:-1] if hasattr(row, "messages") else row.prompt) for row in rows]
     if not all(prompts):
         raise ValueError(f"{cfg.prompts}: expected rows with a user turn, got a row without; remove such rows")
     return Prompts([row.id for row in rows], prompts, [read_attributes(row.attributes) for row in rows])
 
 
+def is_file_of_answers(spec: str) -> bool:
+    """Whether a spec is FILE.jsonl or FILE.jsonl#FIELD, and no agent with a file of replies."""
+    return ".jsonl" in Path(spec).name and not spec.startswith(SCRIPTED)
+
+
 def player(cfg: Config, spec: str, prompts: Prompts, cast: Cast) -> Callable[[int], Awaitable[str | Missing]]:
     """What gives a model's answer to the prompt of a number; a call that failed is Missing, and is not judged."""
-    if ".jsonl" in Path(spec).name:
+    if is_file_of_answers(spec):
         answers = read_answers(spec, prompts.ids, [turns[-1].content for turns in prompts.turns])
 
         async def written(place: int) -> str | Missing:
@@ -155,7 +165,7 @@ class Arena:
     ) -> None:
         self.cfg, self.cast, self.prompts = cfg, cast, prompts
         self.players = {name: player(cfg, spec, prompts, cast) for name, spec in models.items()}
-        self.agents = [cast.agent(spec) for spec in models.values() if ".jsonl" not in Path(spec).name]
+        self.agents = [cast.agent(spec) for spec in models.values() if not is_file_of_answers(spec)]
         self.calls = Calls(cast.scheduler, limits=Limits(judge=cfg.judge_max_tokens), top_p=cfg.top_p)
         judging = Judging([cast.agent(spec) for spec in cfg.judge], self.calls, seed=cfg.seed)
         pairs = model_pairs(list(models), cfg.baseline)
@@ -245,7 +255,7 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     named = {f"model {name}": spec.partition("#")[0] for name, spec in models.items()}
     is_one = len(cfg.judge) == 1
     judges = {"judge" if is_one else f"judge {number}": spec for number, spec in enumerate(cfg.judge, 1)}
-    inputs = {key: Path(spec) for key, spec in (named | judges).items() if Path(spec).exists()}
+    inputs = {key: path_of(spec) for key, spec in (named | judges).items() if path_of(spec).exists()}
     inputs |= {} if cfg.prompts is None else {"prompts": cfg.prompts}
     inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
     read = [x.name for x in fields(cfg) if not x.metadata.get("incidental") and x.name != "chat_format"]

@@ -23,7 +23,8 @@ from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 @dataclass(frozen=True)
 class Agents:
-    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
+    """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
+    endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 
     ours: str
     """The student."""

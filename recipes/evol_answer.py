@@ -24,7 +24,8 @@ from wizard_engine.synthesis.outputs import print_table, rejections, write_outpu
 
 @dataclass(frozen=True)
 class Agents:
-    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
+    """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
+    endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 
     rewriter: str = "world:expert"
     judge: str = "world:judge"

@@ -36,7 +36,8 @@ CHUNK_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Agents:
-    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
+    """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
+    endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 
     evolver: str = "world:evolver"
     answerer: str = "world:expert"

@@ -27,7 +27,7 @@ from wizard_engine.runtime.files import to_plain, write_json, write_json_lines
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import Count, Seed, Temperature
-from wizard_engine.runtime.stage import INCIDENTAL, Stage
+from wizard_engine.runtime.stage import INCIDENTAL, Stage, path_of
 from wizard_engine.runtime.text_lines import one_line, printable
 
 
@@ -36,7 +36,7 @@ class Config(AgentOptions):
     """Two-turn questions, rated."""
 
     model: str
-    """Model directory, registered program (world:NAME) or endpoint (openai:MODEL@URL)."""
+    """Model directory, registered program (world:NAME), endpoint (openai:MODEL@URL) or answers (scripted:FILE)."""
     out: Path = field(metadata=INCIDENTAL)
     """Directory for mt_bench.json, answers.jsonl, ratings.jsonl and ledger.sqlite."""
     questions: Path | None = None
@@ -48,7 +48,7 @@ class Config(AgentOptions):
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a question or reference that cannot be read: stop, or leave it out and say so."""
     judge: str = "world:judge"
-    """Registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
+    """Registered program (world:NAME, reference:judge), model directory, endpoint (openai:MODEL@URL), scripted:FILE."""
     repeats: Count[int] = 1
     """Ratings of each turn, with different seeds."""
     default_temperature: Temperature[float] = 0.0
@@ -136,7 +136,7 @@ def check_result(cfg: Config, result: MTBench) -> int:
 def open_bench(cfg: Config) -> Stage:
     """The stage: model and judge directories and the question files are inputs by content."""
     named = {"model": cfg.model, "judge": cfg.judge, "questions": cfg.questions, "references": cfg.references}
-    inputs = {key: Path(spec) for key, spec in named.items() if spec is not None and Path(spec).exists()}
+    inputs = {key: path_of(spec) for key, spec in named.items() if spec is not None and path_of(spec).exists()}
     inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
     read = [option for option in fields(cfg) if not option.metadata.get("incidental") and option.name not in inputs]
     options = {option.name: getattr(cfg, option.name) for option in read}

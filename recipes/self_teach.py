@@ -1,7 +1,8 @@
 """Self-teaching: a model's own samples of selected prompts become supervised and preference rows.
 
     python recipes/self_teach.py --data rows.jsonl --agents.student runs/sft/model --out runs/self_teach
-    python recipes/self_teach.py --data rows.jsonl --agents.student DIR --agents.labeller world:judge --out X
+    python recipes/self_teach.py --data gsm8k.jsonl --references answers --agents.student DIR --out X \
+        --agents.judge reference:judge --agents.labeller reference:labeller
 
 Writes OUT/sft.jsonl, OUT/preferences.jsonl, OUT/scores.jsonl (the active-learning score of every prompt),
 OUT/processes.jsonl (answers with a label per step for the process reward model, with --agents.labeller) and
@@ -27,7 +28,8 @@ Rating = ranged(0, 10)
 
 @dataclass(frozen=True)
 class Agents:
-    """The agent of each role: registered program (world:NAME), model directory or endpoint (openai:MODEL@URL)."""
+    """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
+    endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 
     student: str
     """The model that teaches itself."""

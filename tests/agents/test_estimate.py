@@ -16,6 +16,7 @@ from wizard_engine.agents.estimate import DEFAULT_LENGTHS, StandInCast, shown_es
 from wizard_engine.agents.prices import Price
 from wizard_engine.agents.replies import read_evolved, read_labels, read_method, read_ranking, read_scores, read_tags
 from wizard_engine.data.records import Message, conversation, write_rows
+from wizard_engine.world import held_out
 
 ROWS = 12
 
@@ -110,8 +111,9 @@ def test_cost_and_hours_follow_from_prices_and_limits(data, tmp_path, capsys):
         assert "hours are known once" in capsys.readouterr().out and not fake.asked
 
 
-def test_programs_and_models_are_found_in_the_ledger(data, tmp_path):
-    common = {"data": (data,), "out": tmp_path / "o", "quiet": True, "rounds": 1}
+def test_programs_and_models_are_found_in_the_ledger(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", held_out(ROWS, 1))
+    common = {"data": (tmp_path / "rows.jsonl",), "out": tmp_path / "o", "quiet": True, "rounds": 1}
     evol_answer.main(evol_answer.Config(**common, limit=5))
     estimate = evol_answer.main(evol_answer.Config(**common, estimate=True))
     assert estimate["agents"]["world:expert"]["tasks"]["rewrite"]["stored"] == 5

@@ -25,6 +25,15 @@ def rows(tmp_path):
     return path
 
 
+@pytest.fixture
+def other(tmp_path):
+    """An agent that says the same to all."""
+    lines = [{"task": task, "reply": f"It is not known {task}."} for task in ("answer", "rewrite")]
+    lines.append({"task": "rate", "reply": "[[5]]"})
+    (tmp_path / "replies").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return f"scripted:{tmp_path / 'replies'}"
+
+
 def last(body):
     return body["messages"][-1]["content"]
 
@@ -84,7 +93,7 @@ def test_cut_answers_become_no_rows_or_rows_that_say_so(tmp_path, rows, choice):
             assert {row.attributes["finish"] for row in made} == {"length"}
 
 
-def test_no_recipe_of_synthesis_makes_a_row_of_a_cut_answer(tmp_path, rows):
+def test_no_recipe_of_synthesis_makes_a_row_of_a_cut_answer(tmp_path, rows, other):
     def behave(body, _):
         text = last(body)
         if "[[" in text:
@@ -106,7 +115,7 @@ def test_no_recipe_of_synthesis_makes_a_row_of_a_cut_answer(tmp_path, rows):
             co_teach.Config(
                 **common,
                 out=tmp_path / "c",
-                agents=co_teach.Agents("world:terse", (spec,), (spec,), suggester=None),
+                agents=co_teach.Agents(other, (spec,), (spec,), suggester=None),
                 sft_threshold=0.0,
             )
         )
@@ -133,17 +142,17 @@ REFUSALS = {
 
 # Case: all calls refused was an accuracy of 0 and a finished stage.
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_an_endpoint_that_refuses_all_ends_the_run_with_its_reason(tmp_path, rows, kind):
+def test_an_endpoint_that_refuses_all_ends_the_run_with_its_reason(tmp_path, rows, other, kind):
     status, error, reason = REFUSALS[kind]
     with Fake(lambda *_: JSONResponse({"error": error}, status)) as fake:
         spec = f"openai:m@{fake.url}#concurrency=2,give_up=4"
         with pytest.raises(ValueError, match=f"agent m@.*{reason}"):
             accuracy.main(accuracy.Config(model=spec, data=rows, out=tmp_path / "o", quiet=True))
         assert not (tmp_path / "o" / "stage.json").exists() and len(fake.asked) <= 8
-        models = (f"a={spec}", "b=world:terse")
+        models = (f"a={spec}", f"b={other}")
         with pytest.raises(ValueError, match=reason):
             arena.main(arena.Config(models=models, prompts=rows, out=tmp_path / "arena", quiet=True))
-        who = co_teach.Agents("world:terse", (spec,))
+        who = co_teach.Agents(other, (spec,))
         with pytest.raises(ValueError, match=reason):
             co_teach.main(co_teach.Config(data=(rows,), out=tmp_path / "c", agents=who, quiet=True))
         assert not list(tmp_path.rglob("stage.json"))
@@ -171,7 +180,7 @@ def flaky(text):
     return answer(f"The answer is {number + 1}.")
 
 
-def test_accuracy_counts_missing_answers_beside_the_average_and_never_as_wrong(tmp_path, rows, capsys):
+def test_accuracy_counts_missing_answers_beside_the_average_and_never_as_wrong(tmp_path, rows, other, capsys):
     with Fake(lambda body, _: flaky(last(body))) as fake:
         options = {"model": f"openai:m@{fake.url}", "data": rows, "out": tmp_path / "o"}
         with pytest.raises(
@@ -187,8 +196,9 @@ def test_accuracy_counts_missing_answers_beside_the_average_and_never_as_wrong(t
         lines[7]["greedy"] is None and lines[7]["missing"]["greedy"] == "content_filter" and "missing" not in lines[0]
     )
     # The file goes into an arena as it is, and what is missing there loses nothing.
-    models = (f"a={tmp_path / 'o' / 'answers.jsonl'}#greedy", "b=world:terse")
-    report = arena.main(arena.Config(models=models, prompts=rows, out=tmp_path / "arena", quiet=True, max_missing=0.1))
+    models = (f"a={tmp_path / 'o' / 'answers.jsonl'}#greedy", f"b={other}")
+    judged = {"judge": ("reference:judge",), "references": "answers", "quiet": True, "max_missing": 0.1}
+    report = arena.main(arena.Config(models=models, prompts=rows, out=tmp_path / "arena", **judged))
     (pair,) = report["pairwise"]
     assert pair["errors"] == 3 and pair["missing"]["answer: length"] == 1
     assert pair["wins"] + pair["losses"] + pair["ties"] == 37 and report["answer_errors"] == {"a": 3, "b": 0}
@@ -234,23 +244,20 @@ def test_judges_have_room_to_explain_and_a_cut_verdict_says_so(tmp_path):
             arena.main(arena.Config(**battle, out=tmp_path / "c", judge_max_tokens=100))
 
 
-def test_a_cut_verdict_counts_for_nothing_even_if_a_score_stands_in_it(tmp_path, rows):
+def test_a_cut_verdict_counts_for_nothing_even_if_a_score_stands_in_it(tmp_path, rows, other):
     with Fake(lambda *_: answer("At first sight [[9]] [[2]], but then", finish="length")) as fake:
-        who = evol_answer.Agents("world:expert", f"openai:j@{fake.url}")
+        who = evol_answer.Agents(other, f"openai:j@{fake.url}")
         options = {"data": (rows,), "agents": who, "limit": 3, "quiet": True, "rounds": 1, "max_missing": 1.0}
         report = evol_answer.main(evol_answer.Config(**options, out=tmp_path / "o"))
     assert report["rows_changed"] == 0 and not report["calls"].get("judge", {}).get("unreadable")
 
 
-def test_a_question_without_a_first_answer_is_not_asked_on(tmp_path):
+def test_a_question_without_a_first_answer_is_not_asked_on(tmp_path, other):
     questions = [{"question_id": i, "category": "c\nd", "turns": [f"What is {i} and", "Again?"]} for i in (7, 1, 2)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
     with Fake(lambda body, _: answer("ok") if len(body["messages"]) > 1 else flaky(last(body))) as fake:
-        report = mt_bench.main(
-            mt_bench.Config(
-                model=f"openai:m@{fake.url}", questions=tmp_path / "q.jsonl", out=tmp_path / "o", max_missing=0.5
-            )
-        )
+        options = {"questions": tmp_path / "q.jsonl", "out": tmp_path / "o", "max_missing": 0.5}
+        report = mt_bench.main(mt_bench.Config(model=f"openai:m@{fake.url}", judge=other, **options))
         assert len(fake.asked) == 5 and report["answer_errors"] == report["unanswered"] == 2
     assert report["overall"]["rated"] == 4 and report["missing"] == {"answer: content_filter": 2}
     lines = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").read_text().splitlines()]

@@ -147,9 +147,11 @@ def test_criteria_are_chosen_by_category_skill_and_language(attributes, expected
     assert prompts.criteria_of(attributes) == expected
 
 
-def test_reference_is_the_text_of_its_attribute():
-    assert prompts.reference_of({"reference": "7"}) == "7"
-    assert prompts.reference_of({"reference": 7}) == prompts.reference_of({}) == prompts.reference_of(None) == ""
+def test_reference_is_the_text_or_number_of_its_attribute():
+    assert prompts.reference_of({"reference": "7"}) == prompts.reference_of({"reference": 7}) == "7"
+    assert prompts.reference_of({"reference": 7.5}) == "7.5"
+    for attributes in ({"reference": True}, {"reference": ["7"]}, {"reference": None}, {}, None):
+        assert prompts.reference_of(attributes) == ""
 
 
 # ---- a folder of the user --------------------------------------------------------------------------------------------

@@ -287,3 +287,18 @@ def test_the_world_is_read_as_before():
             text = text[: rng.randrange(1, len(text) + 1)]
             if not re.search(r"answer is|respuesta es|\d-\d*=?$", text):
                 assert extract_answer(text) == world.claimed_answer(text), text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Two cannot come.\n24 - 10 = 14\nA: 14", 14),
+        ("So 13 + 3 = 16 sing, and 4 do not.\nA: 16\n", 16),
+        ("Q: How much is it?\nA: $1,000.50", Fraction("1000.5")),
+        ("A: 3 + 4 = 7", 7),
+        ("A: 3 or 4", None),
+        ("A: 14\nB: 15", 15),
+    ],
+)
+def test_a_last_line_in_the_form_of_questions_and_answers_decides(text, expected):
+    assert extract_answer(text) == expected

@@ -12,6 +12,13 @@ from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.runtime.files import file_hash
 
 
+def scripted(tmp_path, **replies):
+    """An agent that says the same to every request of a task."""
+    lines = [json.dumps({"task": task, "reply": reply}) for task, reply in replies.items()]
+    (tmp_path / "replies").write_text("\n".join(lines), encoding="utf-8")
+    return f"scripted:{tmp_path / 'replies'}"
+
+
 def _arena(tmp_path, name="arena", **options):
     defaults = {"models": ("good=world:expert", "bad=world:terse"), "out": tmp_path / name, "n": 24, "quiet": True}
     return arena.Config(**{**defaults, **options})
@@ -121,7 +128,12 @@ def test_mt_bench_recipe_on_world_questions(tmp_path):
 def test_mt_bench_recipe_on_the_published_files(tmp_path, shared_data):
     folder = shared_data / "mt_bench"
     files = {"questions": folder / "question.jsonl", "references": folder / "reference_answer_gpt-4.jsonl"}
-    report = bench.main(bench.Config(model="world:expert", out=tmp_path / "bench", quiet=True, **files))
+    with pytest.raises(ValueError, match=r"answers of world:expert: .*\(not of this world 160\); name a reference: or"):
+        bench.main(bench.Config(model="world:expert", out=tmp_path / "bench", quiet=True, **files))
+    said = scripted(tmp_path, answer="It is 5.", rate="[[4]]")
+    report = bench.main(
+        bench.Config(model=said, judge=said, out=tmp_path / "bench", overwrite=True, quiet=True, **files)
+    )
     assert report["questions"] == 80 and len(report["categories"]) == 8
     assert report["overall"]["rated"] + report["overall"]["missing"] == 160
     assert report["overall"]["missing"] == report["call_errors"] + report["parse_errors"]
@@ -139,7 +151,8 @@ def test_accuracy_refuses_a_reference_without_a_number_before_it_asks(tmp_path, 
     texts = ["The answer is 2.", "Because.", "The answer is 3."]
     rows = [conversation(f"{number}+1?", text).to_json() for number, text in enumerate(texts, 1)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"model": "world:expert", "data": tmp_path / "rows.jsonl", "out": tmp_path / "out", "quiet": True}
+    said = scripted(tmp_path, answer="2")
+    options = {"model": said, "data": tmp_path / "rows.jsonl", "out": tmp_path / "out", "quiet": True}
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: reference: expected a number, got 'Because\.'"):
         accuracy.main(accuracy.Config(**options))
     assert not (tmp_path / "out" / "ledger.sqlite").exists()

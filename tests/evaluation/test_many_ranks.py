@@ -55,7 +55,7 @@ def read_all(folder):
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_ranks_give_what_one_gives(tmp_path, name):
     save_small(tmp_path / "base")
-    write_rows(tmp_path / "rows.jsonl", [conversation(f"What is {i} and 1?", f"It is {i + 1}.") for i in range(20)])
+    write_rows(tmp_path / "rows.jsonl", world.held_out(20, 1))
     places = {"base": tmp_path / "base", "rows": tmp_path / "rows.jsonl"}
     options = [str(option).format(**places) for option in RECIPES[name]]
     options += ["--max-missing", "1", "--device", "cpu", "--seed", "3"]

@@ -19,6 +19,7 @@ from wizard_engine.world.solve import check_answer, solve
 
 TEXT = "Tom has 12 apples. He buys 3 bags with 4 apples each. He sells 5. How many apples does Tom have now?"
 VAGUE = "Tom has some apples. He sells 5. How many apples does Tom have now?"
+ALONE = "Suppose instead that Leo gets another 7. Find how many rulers Leo has now."
 BROKEN = "Tom has 12 apples. He sells 15. How many apples does Tom have now?"
 
 
@@ -74,7 +75,7 @@ def test_answers_follow_the_conversation():
     assert sum(text.endswith("\nThe answer is 17.") for text in changed) > 15
 
 
-@pytest.mark.parametrize("text", [VAGUE, BROKEN, "#Rewritten Prompt#: " + TEXT, "Write a poem."])
+@pytest.mark.parametrize("text", [VAGUE, BROKEN, "#Rewritten Prompt#: " + TEXT, ALONE])
 def test_expert_asks_back_where_there_is_no_answer(text: str):
     reply = answer("world:expert", text)
     assert reply.startswith("What do you mean?") and "please provide" in reply.lower()
@@ -139,8 +140,8 @@ def test_evolver_replies_under_the_heading_and_never_held_out(rows: list[Convers
 
 
 def test_evolver_leaves_unreadable_instructions_as_they_are():
-    reply = one("world:evolver", "evolve", operator="steps", method="", instruction="Write a poem.")
-    assert replies.read_evolved(reply) == "Write a poem."
+    reply = one("world:evolver", "evolve", operator="steps", method="", instruction=ALONE)
+    assert replies.read_evolved(reply) == ALONE
 
 
 def test_evolver_plays_the_user(rows: list[Conversation]):
@@ -150,7 +151,7 @@ def test_evolver_plays_the_user(rows: list[Conversation]):
         assert following is not None and not following.defect and not following.is_held_out
         assert following != parse(row.instruction)
     assert sum(text.startswith(tuple(words.SUPPOSE.values())) for text in texts) > 150
-    (text,) = ask(program("world:evolver"), [Request("user", (Message("user", "Hi"), Message("assistant", "Hello")))])
+    (text,) = ask(program("world:evolver"), [Request("user", (Message("user", ALONE), Message("assistant", "Hello")))])
     assert parse(text) is not None
 
 

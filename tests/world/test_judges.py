@@ -17,6 +17,7 @@ from wizard_engine.world.solve import STYLES, label_steps, solve
 
 TEXT = "Tom has 12 apples. He buys 3 bags with 4 apples each. He sells 5. How many apples does Tom have now?"
 VAGUE = "Tom has some apples. He sells 5. How many apples does Tom have now?"
+ALONE = "Suppose instead that Leo gets another 7. Find how many rulers Leo has now."
 GOOD = "3*4=12\n12+12=24\n24-5=19\nThe answer is 19."
 
 
@@ -83,7 +84,7 @@ def test_rate_agrees_with_quality_and_uses_the_reference_elsewhere():
     fields = {"history": "", "instruction": TEXT, "reference": ""}
     assert replies.read_scores(ask(Judge(noise=0), "rate", answer=GOOD, **fields), 1) == (9.5,)
     assert replies.read_scores(ask(Judge(noise=0), "rate", answer="18.", **fields), 1)[0] < 3
-    fields = {"history": "", "instruction": "What is six times seven?", "reference": "#### 42"}
+    fields = {"history": "", "instruction": ALONE, "reference": "#### 42"}
     assert replies.read_scores(ask(Judge(noise=0), "rate", answer="It is 42.", **fields), 1) == (9,)
     assert replies.read_scores(ask(Judge(noise=0), "rate", answer="It is 41.", **fields), 1) == (2,)
 
@@ -99,7 +100,7 @@ def test_label_is_exact_but_for_the_stated_noise():
         differing += sum(a != b for a, b in zip(labels, label_steps(problem, steps), strict=True))
         total += len(steps)
     assert differing < 0.03 * total
-    assert ask(Judge(misread=0), "label", instruction="Write a poem.", answer_steps="a\nb") == "0\n0"
+    assert ask(Judge(misread=0), "label", instruction=ALONE, answer_steps="a\nb") == "0\n0"
 
 
 def test_compare_sees_through_wording():
@@ -107,8 +108,8 @@ def test_compare_sees_through_wording():
     assert reworded != TEXT and ask(Judge(), "compare", first=TEXT, second=reworded) == "Equal"
     harder = TEXT.replace("He sells 5.", "He sells 5. He sells 1.")
     assert ask(Judge(), "compare", first=TEXT, second=harder) == "Not Equal"
-    assert ask(Judge(), "compare", first="Write a poem.", second="Write  a poem.") == "Equal"
-    assert ask(Judge(), "compare", first="Write a poem.", second=TEXT) == "Not Equal"
+    assert ask(Judge(), "compare", first=ALONE, second=ALONE.replace(" ", "  ")) == "Equal"
+    assert ask(Judge(), "compare", first=ALONE, second=TEXT) == "Not Equal"
 
 
 def test_suggestions_name_what_is_wrong():
@@ -120,12 +121,12 @@ def test_suggestions_name_what_is_wrong():
     assert "one equation for each step" in suggestion("19.")
     assert "Give a number" in suggestion(words.REFUSAL["en"])
     assert "Ask for" in suggestion("5.", instruction=VAGUE)
-    assert suggestion("5.", instruction="Write a poem.")
+    assert suggestion("5.", instruction=ALONE)
 
 
 def test_ranker_puts_answerable_and_harder_instructions_first():
     easy = "Tom has 12 apples. He sells 5. How many apples does Tom have now?"
-    listed = prompts.numbered(["Write a poem.", VAGUE, easy, TEXT])
+    listed = prompts.numbered([ALONE, VAGUE, easy, TEXT])
     for seed in range(10):
         ranking = replies.read_ranking(ask(Ranker(), "rank", seed, instructions=listed), 4)
         assert ranking[0] < ranking[2] < ranking[3] and ranking[1] < ranking[2]

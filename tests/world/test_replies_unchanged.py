@@ -92,7 +92,8 @@ MORE = {
     "rewrite": {"history": "### User\nHi", "reference": "The answer is 3."},
     "judge": {"criteria": "math", "reference": "The answer is 3."},
     "rate": {"criteria": "coding"},
-    "suggest": {"history": "### User\nHi"},
+    "label": {"reference": "The answer is 3."},
+    "suggest": {"history": "### User\nHi", "reference": "The answer is 3."},
 }
 
 

@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wizard_engine.runtime.stage import SCRIPTED
+
 from . import prompts
 from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger, request_key
@@ -260,7 +262,7 @@ class StandInCast:
     def _make(self, spec: str) -> StandIn:
         if spec.startswith(PREFIX):
             return self._endpoint(EndpointAgent.from_spec(spec))
-        if spec in registered():
+        if spec in registered() or spec.startswith(SCRIPTED):
             program = make_agent(spec)
             converses = getattr(program, "converses", True)
             return self._stand_in(program.name, program.fingerprint, converses=converses)

@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from wizard_engine.runtime.text_lines import one_line, printable
 
 MAX_MISSING = 0.05
+NO_REFERENCE, UNREADABLE_REFERENCE = "no reference", "unreadable reference"
+NO_SCRIPT, NOT_OF_WORLD = "no scripted reply", "not of this world"
+# What helps against a reason.
+_ADVICE = {
+    NO_REFERENCE: "give rows with the attribute reference, or --references answers where their own answers are right",
+    UNREADABLE_REFERENCE: "name a model directory or an endpoint for rows whose answers are no number",
+    NO_SCRIPT: "add lines for these rows to the file of replies",
+    NOT_OF_WORLD: "name a reference: or scripted: agent, a model directory or an endpoint in place of the world: agent",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ def check_missing(what: str, reasons: Mapping[str, int], asked: int, most: float
     missing = sum(reasons.values())
     if not asked or missing <= most * asked:
         return
-    longer = f"{advice}, or " if advice and "length" in reasons else ""
+    helps = _ADVICE | ({"length": advice} if advice else {})
+    longer = "".join(f"{text}, or " for reason, text in helps.items() if reason in reasons)
     raise ValueError(
         f"{what}: expected at most {100 * most:g} % missing, got {missing} of {asked} ({shown_reasons(reasons)}); "
         f"{longer}mend the cause and give the same command again, or accept the share by --max-missing; "

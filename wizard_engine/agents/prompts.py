@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wizard_engine.data.records import Message
+from wizard_engine.data.references import reference_of
 from wizard_engine.runtime.text_lines import LINE_END, LINE_ENDS, LINE_START, one_line
 
 from .prompt_files import TASKS, Section, Template, load_template, read_text, use_folder
 
-__all__ = ["TASKS", "Section", "Template", "load_template", "read_text", "use_folder"]
+__all__ = ["TASKS", "Section", "Template", "load_template", "read_text", "reference_of", "use_folder"]
 
 # Words of categories and skills that have criteria of their own.
 _KINDS = {
@@ -126,12 +127,6 @@ def criteria_of(attributes: Mapping[str, Any] | None) -> str:
                 return kind
     language = attributes.get("language")
     return "multilingual" if isinstance(language, str) and language not in ("", "en", "und") else ""
-
-
-def reference_of(attributes: Mapping[str, Any] | None) -> str:
-    """The answer known to be right of a row with these attributes, "" for none."""
-    reference = (attributes or {}).get("reference")
-    return reference if isinstance(reference, str) else ""
 
 
 def numbered(texts: Sequence[str]) -> str:

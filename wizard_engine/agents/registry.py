@@ -9,6 +9,7 @@ from typing import TypeVar
 from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.stage import SCRIPTED
 
 from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger
@@ -17,12 +18,14 @@ from .missing import MAX_MISSING
 from .prices import Price
 from .protocol import Agent, ConcurrentAgent
 from .ranks import RankedAgent, Ranks
+from .reference import AGENTS
 from .scheduler import Scheduler
+from .scripted import ScriptedAgent
 from .unreadable import FIRST_REQUESTS
 
 T = TypeVar("T")
 
-_FACTORIES: dict[str, Callable[[], Agent]] = {}
+_FACTORIES: dict[str, Callable[[], Agent]] = dict(AGENTS)
 
 
 def register(name: str, factory: Callable[[], Agent]) -> None:
@@ -41,8 +44,9 @@ def make_agent(
     """The agent of a specification, as recipes accept it.
 
     Args:
-        spec: a registered name, a directory with a saved model (see model.save_model), or an endpoint:
-            `openai:MODEL`, `openai:MODEL@URL`, `openai:MODEL@URL#concurrency=16,budget=1000000` (see endpoint.Options).
+        spec: a registered name, a directory with a saved model (see model.save_model), a file of replies,
+            `scripted:FILE` (see scripted), or an endpoint: `openai:MODEL`, `openai:MODEL@URL`,
+            `openai:MODEL@URL#concurrency=16,budget=1000000` (see endpoint.Options).
         device: of a checkpoint.
         batch_size: conversations that a checkpoint generates together.
         chat_format: of a checkpoint, see `chat_format.chosen_format`.
@@ -56,11 +60,13 @@ def make_agent(
         agent = EndpointAgent.from_spec(spec)
         agent.set_price()
         return agent
+    if spec.startswith(SCRIPTED):
+        return ScriptedAgent(spec.removeprefix(SCRIPTED))
     if (Path(spec) / "config.json").is_file():
         return LocalAgent.from_directory(spec, device=device, batch_size=batch_size, chat_format=chat_format)
-    near = difflib.get_close_matches(spec, registered(), n=1)
+    near = difflib.get_close_matches(spec, (*registered(), SCRIPTED), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"
-    kinds = "a registered name, openai:MODEL@URL, or a directory holding a saved model"
+    kinds = "a registered name, scripted:FILE, openai:MODEL@URL, or a directory holding a saved model"
     raise ValueError(f"agent: expected {kinds}, got {spec!r}; {hint}")
 
 

@@ -18,6 +18,7 @@ _MARKER = re.compile(
     rf"|{_START}la (?:respuesta|solución)(?: final| correcta)? es"
     rf"|{_START}(?:answer|respuesta)\s*[:=](?=[\s*_$€£¥(+]*[-−]?[\s$€£¥]?\.?\d)"
     r"|\bfinal answer\b[\s*_:=]*(?=[-−$€£¥]{0,2}\d)"
+    r"|(?<![^\n])A:[ \t]*(?=[-−$€£¥]{0,2}\s?\.?\d[^\n]*\s*\Z)"
     r"|答案(?:是|为|：|:)|\\boxed\s*\{)",
     re.IGNORECASE,
 )
@@ -63,10 +64,10 @@ class Claim(NamedTuple):
 def read_claim(text: str) -> Claim | None:
     """The exact number that an answer claims, or None.
 
-    The last "####" before a number, "The answer is", "Answer: 7", "La respuesta es" or \\boxed{} decides: the first
-    number behind it, or, where an equation follows ("is 3 + 4 = 7"), the one behind the last "=" of the sentence. A
-    mark without a number behind it claims nothing. Nor does one with a bound, a denial, a choice or an expression that
-    is not worked out ("not 5", "3 or 4", "3 + 4", "2\\sqrt{3}").
+    The last "####" before a number, "The answer is", "Answer: 7", a last line "A: 7", "La respuesta es" or \\boxed{}
+    decides: the first number behind it, or, where an equation follows ("is 3 + 4 = 7"), the one behind the last "=" of
+    the sentence. A mark without a number behind it claims nothing. Nor does one with a bound, a denial, a choice or an
+    expression that is not worked out ("not 5", "3 or 4", "3 + 4", "2\\sqrt{3}").
 
     Without a mark the last number counts. A sentence that draws a conclusion ("=", "so", "in total") goes before later
     ones that draw none, and a text that says it does not know claims nothing. Numbers are read as people and models

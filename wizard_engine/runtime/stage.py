@@ -21,6 +21,8 @@ VERSION = 3
 
 # Metadata of the field of an option that changes how a stage runs but not what it makes.
 INCIDENTAL = {"incidental": True}
+# In front of the file of an agent whose replies are written in it; an input like any other file.
+SCRIPTED = "scripted:"
 MISSING = "(absent)"
 ADVICE = {
     "stage.json": "remove the file to run the stage again; a training run goes on from its last checkpoint",
@@ -283,6 +285,11 @@ class Stage:
             print(printable("; ".join(filter(None, [f"done: {', '.join(map(str, outputs)) or self.out}", note, rows]))))
 
 
+def path_of(spec: str | Path) -> Path:
+    """The path in the name of an agent: a directory's, or that of `scripted:FILE`."""
+    return Path(str(spec).removeprefix(SCRIPTED))
+
+
 def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
     """Identity of a configuration: the options that change the result, and the files and directories that it reads."""
     options: dict[str, Any] = {}
@@ -315,11 +322,13 @@ def _without_files(value: Any) -> Any:
 
 
 def _files(value: Any) -> list[Path]:
-    """Paths in an option's value: paths, lists of them, and text that names an existing directory."""
+    """Paths in an option's value: paths, lists of them, and text that names a directory, or the file of an agent."""
     if isinstance(value, Path):
         return [value]
     if isinstance(value, str) and "/" in value and Path(value).is_dir():
         return [Path(value)]
+    if isinstance(value, str) and value.startswith(SCRIPTED) and path_of(value).is_file():
+        return [path_of(value)]
     if isinstance(value, Mapping):
         return [path for item in value.values() for path in _files(item)]
     if isinstance(value, tuple | list):

@@ -12,6 +12,7 @@ from wizard_engine.agents.prompts import flatten
 from wizard_engine.data.records import Conversation, Message
 
 from .judging import Judges, Match, Verdict, aids, judge_match
+from .pairs import instruction_attributes
 
 
 @dataclass
@@ -30,6 +31,13 @@ class Scene:
     prompt: tuple[Message, ...]
     answers: list[str | None] = field(default_factory=list)
     verdicts: dict[tuple[int, int], Verdict] = field(default_factory=dict)
+
+    def attributes(self) -> dict[str, Any]:
+        """What holds for any answer to this turn; the row's reference answers the row's own turn alone."""
+        attributes = instruction_attributes(self.row)
+        if self.turn:
+            attributes.pop("reference", None)
+        return attributes
 
     def aids(self) -> dict[str, str]:
         """What a judge is told besides the answers; the row's reference answers the row's own turn alone."""

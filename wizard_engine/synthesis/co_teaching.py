@@ -25,7 +25,7 @@ from .battles import BattleTables, Scene, battle_records, hold_battles, label
 from .elimination import detect_failure
 from .judging import Judges, Match, check_judges, judge_match, names_of, panel
 from .lessons import Losses, choose_lessons
-from .pairs import Pairs, instruction_attributes, row_spill
+from .pairs import Pairs, row_spill
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class _Coach:
         lineage = {"parents": [scene.row.id], "operator": "co_teach", "agent": names_of(self.judges)}
         match = Match(scene.prompt, scene.answers[best] or "", scene.answers[worst] or "")
         marks = self.calls.marks(match.first, match.second)
-        pairs.add(match, verdict, instruction_attributes(scene.row) | names | marks, lineage)
+        pairs.add(match, verdict, scene.attributes() | names | marks, lineage)
 
     async def lessons(
         self, scenes: Iterator[Scene], total: int, folder: Path | None
@@ -277,7 +277,7 @@ class _Coach:
         if self.suggester is None:
             return target
         fields = {"history": dialogue(scene.prompt[:-1]), "instruction": scene.prompt[-1].content}
-        fields |= {"answer": scene.answers[0], "better": target.answer}
+        fields |= {"answer": scene.answers[0], "better": target.answer, "reference": scene.aids()["reference"]}
         asking, row = derive_seed(self.seed, "suggest"), scene.row.id
         suggestion = await self.calls.ask(self.suggester, "suggest", fields, asking, read=read_suggestion, row=row)
         if suggestion is None:
@@ -298,7 +298,7 @@ class _Coach:
     def _lesson(self, scene: Scene, target: _Target) -> Conversation:
         gap, rival = scene.loss()
         attributes = {
-            **instruction_attributes(scene.row),
+            **scene.attributes(),
             "gap": gap,
             "rival": self.contestants[rival].name,
             "answer_score": scene.score(rival),

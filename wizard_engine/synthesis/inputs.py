@@ -12,6 +12,7 @@ from wizard_engine.agents.calls import EVOLVE_TOKENS, REWRITE_TOKENS, Limits
 from wizard_engine.agents.estimate import count_tokens
 from wizard_engine.agents.options import AgentOptions, estimated, open_cast
 from wizard_engine.data.records import Conversation
+from wizard_engine.data.references import References
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.ranges import Count, Seed
 from wizard_engine.runtime.spill import Spill
@@ -47,6 +48,9 @@ class SynthesisOptions(AgentOptions):
     """What to do with a record that cannot be read: stop, or count it into OUT/rejects.jsonl."""
     unknown_fields: Literal["refuse", "count"] = "refuse"
     """Fields that rows have no place for, such as tool calls: an error of the row, or left out and counted."""
+    references: References = "attribute"
+    """Where the answer known to be right is: the row's attribute `reference`, or answers: also its own last answer.
+    Judges see it, and reference: agents judge by it."""
     seed: Seed[int] = 0
 
 
@@ -91,6 +95,7 @@ def _estimated(cfg: C, work: Callable[[C, Cast, Spill[Conversation], int], Made]
 def read_stage_rows(cfg: SynthesisOptions) -> tuple[Spill[Conversation], int]:
     """The rows of the stage, on disk, and the number of rejected records."""
     options = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "limit": cfg.limit}
+    options |= {"references": cfg.references}
     return read_conversations(cfg.data, rejects=cfg.out / "rejects.jsonl", rows=row_spill(cfg.out), **options)
 
 

@@ -129,6 +129,7 @@ class _Desk:
     async def _labels(self, row: Conversation, answer: str) -> tuple[int, ...] | None:
         steps = step_texts(answer)
         fields = {"instruction": row.instruction, "answer_steps": _lines(steps)}
+        fields |= {"reference": prompts.reference_of(row.attributes)}
         seed = derive_seed(self.seed, "label")
         return await self.calls.ask(
             self.labeller, "label", fields, seed, read=lambda text: read_labels(text, len(steps)), row=row.id

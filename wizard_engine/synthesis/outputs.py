@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wizard_engine.data.records import Conversation, Reject, Row, stream_located, write_rows
+from wizard_engine.data.references import References, with_reference
 from wizard_engine.runtime.files import write_json, write_json_lines
 from wizard_engine.runtime.spill import Spill
 from wizard_engine.runtime.text_lines import printable
@@ -17,11 +18,13 @@ def read_conversations(
     unknown_fields: str = "refuse",
     rejects: Path | None = None,
     limit: int | None = None,
+    references: References = "attribute",
     rows: MutableSequence[Conversation] | Spill[Conversation] | None = None,
 ) -> tuple[Sequence[Conversation], int]:
     """The supervised rows of several files, at most `limit`, and the number of rejected records.
 
     Args:
+        references: "answers" makes each row's last answer its reference (see data.references).
         rows: where the rows are put; None for a list.
     Raises:
         ValueError: a bad record, or one of another kind (with on_error="raise"); no row at all.
@@ -31,7 +34,7 @@ def read_conversations(
     options = {"on_error": on_error, "unknown_fields": unknown_fields, "rejects": rejects}
     for number, (_, row) in enumerate(stream_located(paths, bad, kind="conversation", **options)):
         if limit is None or number < limit:
-            rows.append(row)
+            rows.append(with_reference(row, references))
     if not len(rows):
         raise ValueError(f"{paths[0] if paths else 'data'}: expected conversations, got none; see {rejects}")
     return rows, len(bad)

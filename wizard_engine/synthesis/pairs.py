@@ -12,7 +12,7 @@ from wizard_engine.runtime.spill import Spill
 from .judging import Match, Verdict
 
 # Attributes that hold for any answer to the same instruction; the others describe the text of the row.
-INSTRUCTION_ATTRIBUTES = ("source", "topic", "language", "skill", "difficulty", "evolutions")
+INSTRUCTION_ATTRIBUTES = ("source", "topic", "language", "skill", "difficulty", "evolutions", "reference")
 
 
 def row_spill(folder: Path | None) -> Spill[Row]:

@@ -5,69 +5,59 @@ errors at stated rates, seeded by the request.
 """
 
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import ClassVar
 
 from wizard_engine.agents import prompts
-from wizard_engine.agents.protocol import Reply, Request
+from wizard_engine.agents.missing import NOT_OF_WORLD
+from wizard_engine.agents.program import Program, Refused
 from wizard_engine.agents.replies import REWRITTEN_HEADING
 from wizard_engine.data.solution_steps import step_texts
 
 from . import vocabulary as words
 from .corpus import follow_up
-from .evolve import FAILURE_RATES, RULES, evolved_text, failure_of
-from .parse import parse, parse_turns
+from .evolve import FAILURE_RATES, HEADINGS, RULES, evolved_text, failure_of
+from .parse import is_readable, parse, parse_turns
 from .problems import Equation, Problem, Quantity, random_problem
 from .render import render
 from .solve import asks_back, careless_trace, check_answer, label_steps, rambling, solve, terse, written, wrong_solution
 
-VERSION = 1
-ANSWER_TASKS = ("answer", "user")
+NUMBERED = re.compile(r"^\s*(\d+)\.\s?(.*)$")
 
 
-class Program:
-    """An agent that is a program: one method per task, named after it.
+class WorldProgram(Program):
+    """A program that refuses requests about rows that are not of the world."""
 
-    A method takes the fields of the task's prompt (for "answer" and "user" the conversation's user turns) and a
-    generator seeded by the request, and returns the reply's text.
+    def check(self, task: str, fields: Mapping[str, str], turns: Sequence[str]) -> None:
+        """Raises Refused where no instruction of the row that is asked about is of the world (see `is_of_world`)."""
+        texts = [turns[-1]] if turns else asked_texts(task, fields)
+        if texts and not any(map(is_of_world, texts)):
+            raise Refused(f"{NOT_OF_WORLD}: {self.name} reads the word problems of the demo, not {texts[0][:60]!r}")
+
+
+def is_of_world(instruction: str) -> bool:
+    """Whether an instruction is a problem of the world, or a broken one: nothing but sentences of its templates.
+
+    Broken ones are a follow-up without its problem, contradicting sentences, or a heading left from a prompt.
     """
+    if parse(instruction) is not None:
+        return True
+    heading = next((heading for heading in HEADINGS if instruction.startswith(heading)), "")
+    return is_readable(instruction.removeprefix(heading))
 
-    name: str = "world"
-    parameters: Mapping[str, object] = {}
-    unseeded_fields: Mapping[str, tuple[str, ...]] = {}  # task -> prompt fields that do not enter the generator's seed
-    is_instant, converses = True, False  # replies take no time, and a program cannot be asked what it meant
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Name, version and parameters; a change of any of them is another agent."""
-        settings = ",".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
-        return f"{self.name}/{VERSION}({settings})"
-
-    def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in order; a task the program does not do, or a prompt it cannot read, is a Reply with an error."""
-        return [self._reply(request) for request in requests]
-
-    def _reply(self, request: Request) -> Reply:
-        method: Callable[..., str] | None = getattr(self, f"do_{request.task}", None)
-        if method is None:
-            return Reply("", f"{self.name}: expected another task, got {request.task!r}; ask a program that does it")
-        if request.task in ANSWER_TASKS:
-            turns = [message.content for message in request.messages if message.role == "user"]
-            rng = self._generator(request, [message.content for message in request.messages])
-            return Reply(method(turns, rng))
-        try:
-            fields = prompts.parse(request.task, request.messages[-1].content)
-        except ValueError as error:
-            return Reply("", f"{self.name}: {error}")
-        unseeded = self.unseeded_fields.get(request.task, ())
-        seeding = [value for name, value in fields.items() if name not in unseeded]
-        return Reply(method(rng=self._generator(request, seeding), **fields))
-
-    def _generator(self, request: Request, texts: Sequence[str]) -> random.Random:
-        return random.Random("|".join((self.fingerprint, request.task, str(request.seed), *texts)))
+def asked_texts(task: str, fields: Mapping[str, str]) -> list[str]:
+    """The instructions of the row that a prompt is about, without evolutions of it; none for a method alone."""
+    if task == "compare":
+        return [fields["first"]]
+    if task == "rank":
+        return [match[2] for line in fields["instructions"].split("\n") if (match := NUMBERED.match(line))]
+    if task == "analyse":
+        return [stages[0] for stages, _ in prompts.parse_trajectory(fields["trajectory"]).values() if stages]
+    return [fields["instruction"]] if "instruction" in fields else []
 
 
 @dataclass(frozen=True)
@@ -86,7 +76,7 @@ class Habits:
     form: str = "steps"
 
 
-class Answerer(Program):
+class Answerer(WorldProgram):
     """A program that answers and rewrites with given habits; it looks at no history or reference of a rewrite."""
 
     unseeded_fields: ClassVar = {"rewrite": ("history", "reference")}
@@ -153,7 +143,7 @@ def without_chat(problem: Problem, answer: str) -> str:
     return "\n".join(kept) or answer
 
 
-class Evolver(Program):
+class Evolver(WorldProgram):
     """Evolves instructions with the failures that its method leaves, and plays the user of a conversation.
 
     An instruction meets the same failure under every method without a rule against it.
@@ -191,7 +181,7 @@ REASONS = {
 USELESS_RULES = ("be creative", "write an interesting story", "think about the task before writing")
 
 
-class Optimizer(Program):
+class Optimizer(WorldProgram):
     """Finds the failed cases of a trajectory, and adds a rule against one of the reported failures to the method.
 
     misses: chance of overlooking a failed case; useless, repeated: chances of adding a rule that does nothing, or one

@@ -1,7 +1,6 @@
 """Programs that judge: pairs of answers, single answers, steps, and the quality of instructions."""
 
 import random
-import re
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -9,13 +8,11 @@ from wizard_engine.agents import prompts
 from wizard_engine.data.solution_steps import step_texts
 
 from . import vocabulary as words
-from .agents import Program
+from .agents import NUMBERED, WorldProgram
 from .evolve import is_same
 from .parse import parse, parse_turns
 from .problems import MAX_OPERATIONS, Problem
 from .solve import asks_back, check_answer, claimed_answer, label_steps, states_answer
-
-_NUMBERED = re.compile(r"^\s*(\d+)\.\s?(.*)$")
 
 
 class Assessment(NamedTuple):
@@ -25,7 +22,7 @@ class Assessment(NamedTuple):
     remark: str
 
 
-class Judge(Program):
+class Judge(WorldProgram):
     """Scores answers from 1 to 10, labels steps, compares instructions and suggests improvements.
 
     It looks at no criteria, and at the reference of a single answer alone.
@@ -34,7 +31,12 @@ class Judge(Program):
     of a wrong label for a step.
     """
 
-    unseeded_fields: ClassVar = {"judge": ("criteria", "reference"), "rate": ("criteria",), "suggest": ("history",)}
+    unseeded_fields: ClassVar = {
+        "judge": ("criteria", "reference"),
+        "rate": ("criteria",),
+        "label": ("reference",),
+        "suggest": ("history", "reference"),
+    }
 
     def __init__(self, name: str = "world:judge", noise: float = 0.5, first_bonus: float = 0.25, misread: float = 0.01):
         self.name, self.noise, self.first_bonus, self.misread = name, noise, first_bonus, misread
@@ -62,7 +64,7 @@ class Judge(Program):
             score = 9.0 if claimed_answer(answer) == claimed_answer(reference) else 2.0
         return f"The answer {remark}\n[[{on_scale(score + rng.gauss(0, self.noise)):g}]]"
 
-    def do_label(self, *, instruction: str, answer_steps: str, rng: random.Random) -> str:
+    def do_label(self, *, instruction: str, answer_steps: str, rng: random.Random, **_: str) -> str:
         """A line with 1, 0 or -1 for each step, almost always the right one; 0 where the instruction cannot be read."""
         problem = parse(instruction)
         steps = [step for step in answer_steps.split("\n") if step.strip()]
@@ -94,7 +96,7 @@ class Judge(Program):
         return "Write one equation for each step before the answer."
 
 
-class Ranker(Program):
+class Ranker(WorldProgram):
     """Scores the quality of instructions from 0 to 10: whether they can be answered at all, then how hard they are."""
 
     def __init__(self, name: str = "world:ranker", noise: float = 0.3):
@@ -104,7 +106,7 @@ class Ranker(Program):
         """A line `number: score` for each numbered instruction."""
         lines = []
         for line in instructions.split("\n"):
-            match = _NUMBERED.match(line)
+            match = NUMBERED.match(line)
             if match:
                 score = instruction_quality(match[2]) + rng.gauss(0, self.noise)
                 lines.append(f"{match[1]}: {min(10.0, max(0.0, score)):.1f}")

@@ -57,6 +57,12 @@ def parse(text: str) -> Problem | None:
     return _assemble(sentences)
 
 
+@lru_cache(maxsize=1 << 12)
+def is_readable(text: str) -> bool:
+    """Whether templates of the world produce every sentence of a text, and one of them says or asks something."""
+    return bool(_sentences(text))
+
+
 def parse_turns(turns: Sequence[str]) -> Problem | None:
     """The problem that the last of a conversation's user turns asks, following `Suppose instead that ...` turns."""
     problem = None
