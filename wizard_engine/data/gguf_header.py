@@ -7,12 +7,13 @@ are taken.
 """
 
 import math
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -134,14 +135,16 @@ class HeaderError(Exception):
     """What is wrong with a header; the reader puts the path in front."""
 
 
-def read_header(file: BinaryIO, size: int, path: Path) -> GgufHeader:
-    """The header of an open file of `size` bytes.
+def read_header(content: mmap.mmap, path: Path) -> GgufHeader:
+    """The header of a file.
 
+    Args:
+        content: the whole file; nothing of it is kept.   path: for messages.
     Raises:
         ValueError: it is cut, made up, or has tensors of a type that is not read; names file and field.
     """
     try:
-        cursor = _Cursor(file.read(MAX_HEADER_BYTES), size)
+        cursor = _Cursor(content)
         if cursor.raw(4, "magic") != MAGIC:
             raise HeaderError("magic: expected a GGUF file, got other bytes")
         version = cursor.number("<I", "version")
@@ -153,29 +156,31 @@ def read_header(file: BinaryIO, size: int, path: Path) -> GgufHeader:
         num_fields = cursor.count("kv_count", MAX_FIELDS)
         fields: dict[str, Any] = {}
         for number in range(num_fields):
-            name = cursor.text(f"field {number}: name", MAX_NAME_BYTES)
+            name = cursor.name(f"field {number}: name")
             if name in fields:
                 raise HeaderError(f"{shown(name)}: expected the field once, got it twice")
             fields[name] = cursor.value(shown(name))
         metadata = Metadata(path, fields)
-        tensors = _read_tensors(cursor, num_tensors, _alignment(metadata), size)
+        tensors = _read_tensors(cursor, num_tensors, _alignment(metadata), len(content))
     except HeaderError as error:
         raise ValueError(f"{path}: {error}") from None
     return GgufHeader(path, metadata, tensors)
 
 
 class _Cursor:
-    """Reads a header from its start to its end; `size` is the file's."""
+    """Reads a header from its start to its end."""
 
-    def __init__(self, content: bytes, size: int) -> None:
-        self._content, self._size, self.at, self._texts = content, size, 0, 0
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content, self.at, self._texts = content, 0, 0
+        self._end = min(len(content), MAX_HEADER_BYTES)
 
     def _advance(self, count: int, what: str) -> int:
         """Step over bytes; returns where they begin."""
         start, end = self.at, self.at + count
-        if end > len(self._content):
-            if end > self._size:
-                raise HeaderError(f"{what}: expected a whole file, got {self._size} bytes, for it ends at {end}")
+        if end > self._end:
+            size = len(self._content)
+            if end > size:
+                raise HeaderError(f"{what}: expected a whole file, got {size} bytes, for it ends at {end}")
             raise HeaderError(f"{what}: expected a header of at most {MAX_HEADER_BYTES} bytes, got a longer one")
         self.at = end
         return start
@@ -199,6 +204,12 @@ class _Cursor:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise HeaderError(f"{what}: expected UTF-8, got the byte {content[error.start]:#x}") from None
+
+    def name(self, what: str) -> str:
+        text = self.text(what, MAX_NAME_BYTES)
+        if not text:
+            raise HeaderError(f"{what}: expected 1 to {MAX_NAME_BYTES} bytes, got none")
+        return text
 
     def value(self, what: str) -> Any:
         """A metadata value, its type in front."""
@@ -224,11 +235,11 @@ class _Cursor:
     def _many_texts(self, count: int, what: str) -> list[str]:
         """`count` texts, each read as `text` does, in a fifth of the time."""
         content, length_at, texts = self._content, struct.Struct("<Q").unpack_from, []
-        last = len(content) - 8
+        last = self._end - 8
         for _ in range(count):
             at = self.at
-            end = at + 8 + length_at(content, at)[0] if at <= last else len(content) + 1
-            if end > len(content):
+            end = at + 8 + length_at(content, at)[0] if at <= last else self._end + 1
+            if end > self._end:
                 # Says what is missing.
                 self.text(what)
             try:
@@ -243,9 +254,10 @@ class _Cursor:
             raise HeaderError(f"{what}: type: expected one of the format's, got {kind}")
         dtype = np.dtype(SCALARS[kind])
         start = self._advance(count * dtype.itemsize, what)
-        if kind == BOOL and count and np.frombuffer(self._content, np.uint8, count, start).max() > 1:
+        content = self._content[start : self.at]
+        if kind == BOOL and content.strip(b"\0\1"):
             raise HeaderError(f"{what}: expected true or false as 1 or 0, got another byte")
-        return np.frombuffer(self._content, dtype, count, start)
+        return np.frombuffer(content, dtype)
 
 
 def _alignment(metadata: Metadata) -> int:
@@ -260,7 +272,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int, size: int) -> dic
     kinds = {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
     tensors: dict[str, GgufTensor] = {}
     for number in range(count):
-        name = cursor.text(f"tensor {number}: name", MAX_NAME_BYTES)
+        name = cursor.name(f"tensor {number}: name")
         if name in tensors:
             raise HeaderError(f"{shown(name)}: expected the tensor once, got it twice")
         tensors[name] = _read_tensor(cursor, shown(name), alignment, kinds)

@@ -15,7 +15,7 @@ from wizard_engine.data.gguf_header import gguf_package, read_header
 from wizard_engine.runtime.input_files import open_regular, shown
 
 # Elements that are dequantised at once.
-PART_ELEMENTS = 1 << 21
+PART_ELEMENTS = 1 << 20
 
 
 class GgufFile:
@@ -31,12 +31,17 @@ class GgufFile:
         self.path, self._gguf = path, gguf_package()
         try:
             with open_regular(path) as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                self.header = read_header(file, size, path)
+                if not file.seek(0, 2):
+                    raise ValueError(f"{path}: expected a GGUF file, got an empty one")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ValueError(f"{path}: expected a readable GGUF file, got {error.strerror or error}") from None
+        try:
+            self.header = read_header(self._map, path)
+        except BaseException:
+            self._map.close()
+            raise
+        self._forget(0, len(self._map))
 
     def __enter__(self) -> "GgufFile":
         return self
@@ -61,10 +66,12 @@ class GgufFile:
             packed = np.frombuffer(self._map, np.uint8, count * row_bytes, start).reshape(count, row_bytes)
             # Of damaged scales, infinities come out; the reader of the parts tells them.
             with np.errstate(invalid="ignore", over="ignore"):
-                values = np.array(self._gguf.quants.dequantize(packed, kind), dtype=np.float32)
-            del packed
+                values = self._gguf.quants.dequantize(packed, kind).reshape(count, width)
+            # In F32 it is still the map, which must not be held or written to.
+            part = torch.from_numpy(values if values.flags.writeable else values.copy())
+            del packed, values
             self._forget(start, count * row_bytes)
-            yield torch.from_numpy(values.reshape(count, width))
+            yield part
 
     def _forget(self, start: int, length: int) -> None:
         """Give the pages of a part of the map back, where the system can."""
