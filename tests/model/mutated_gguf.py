@@ -72,17 +72,17 @@ def change_fields(draw, path):
     reader = gguf.GGUFReader(path)
     names = [name for name in reader.fields if not name.startswith(("GGUF.", "general.architecture"))]
     tokenizer = "llama" if "tokenizer.ggml.scores" in names else "gpt2"
-    fields = {name: draw.choice(VALUES) for name in draw.sample(names, draw.choice([0, 1, 1, 2]))}
+    fields = {name: draw.choice(VALUES) for name in draw.sample(names, draw.choice([0, 0, 0, 1, 1, 2]))}
     more = ["attention.key_length", "attention.sliding_window", "expert_count", "rope.scaling.type", "x\n"]
     fields |= {f"llama.{name}": draw.choice(VALUES) for name in more if draw.random() < 0.05}
     if draw.random() < 0.1:
         fields["general.alignment"] = draw.choice([0, 1, 3, 8, 64, 2**31])
     for name in ("tokens", "merges", "scores", "token_type"):
         key = f"tokenizer.ggml.{name}"
-        if key in names and draw.random() < 0.2:
+        if key in names and draw.random() < 0.3:
             fields[key] = changed_entries(draw, reader.fields[key].contents())
     tensors = [tensor.name for tensor in reader.tensors]
-    without = draw.sample([*names, *tensors], draw.choice([0, 0, 1, 2]))
+    without = draw.sample([*names, *tensors], draw.choice([0, 0, 0, 1, 2]))
     tensor = draw.choice(tensors)
     shape = draw.choice([(32,), (32, 32), (16, 32), (400, 32), (0, 32), (1, 1, 1, 1)])
     extra = {tensor: gguf_array(draw, shape)} if draw.random() < 0.2 else {}
