@@ -3,6 +3,9 @@
 import mmap
 import os
 import struct
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +154,35 @@ def test_values_of_every_type_are_read(tmp_path):
         fields = read_header(content, path).metadata.fields
     assert {name: fields[name] for name in values} == values
     assert fields["floats"].tolist() == [0.5, 1.5] and fields["texts"] == ["a", "", "中"]
+
+
+def memory(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+
+# The largest headers that are read to their end before they are refused.
+LARGE = {
+    "texts": lambda: ([array("x", 8, 1 << 20, text("ab") * (1 << 20)), field("y", 13, b"")], []),
+    "wide texts": lambda: (
+        [*(field(f"x{i}", 8, text("😀" + "a" * (1 << 20))) for i in range(31)), field("y", 13, b"")],
+        [],
+    ),
+    "numbers": lambda: ([array("x", 4, 7 << 20, bytes(28 << 20)), field("y", 13, b"")], []),
+    "tensors": lambda: ([], [tensor(f"{i:>200}", (32, 1), 0, 128 * i) for i in range(1 << 16)]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("case", LARGE)
+def test_a_refusal_takes_little_time_and_memory(case, tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(file_of(*LARGE[case]()))
+    Path("/proc/self/clear_refs").write_text("5")
+    before, began = memory("VmRSS"), time.process_time()
+    with pytest.raises(ValueError, match=r"a\.gguf: "):
+        GgufFile(path)
+    assert time.process_time() - began < 2.0 and memory("VmHWM") - before < 200 << 20
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "directory", "nothing"])

@@ -61,7 +61,7 @@ class Metadata:
         """The refusal of a field's value."""
         value = self.fields.get(name)
         got = "none" if value is None else f"an array of {len(value)}" if _is_array(value) else shown(value)
-        return ValueError(f"{self.path}: {name}: expected {expected}, got {got}")
+        return ValueError(f"{self.path}: {shown(name)}: expected {expected}, got {got}")
 
     def whole(self, name: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
         """A whole number from `least` to `most`."""

@@ -19,8 +19,9 @@ from .tokenizer import JsonTokenizer, SentencePieceTokenizer
 from .tokenizer_files import library_failures
 
 OURS, TEMPLATE, TEMPLATES = "tokenizer.ggml.", "tokenizer.chat_template", "tokenizer.chat_templates"
-# Parts of a token are looked up one by one, in a time that grows with the square of its length.
-MAX_TOKEN_CHARACTERS = 512
+# Parts of a token are looked up one by one, in a time that grows with the square of its length. A vocabulary of
+# 128,000 tokens has a million characters.
+MAX_TOKEN_CHARACTERS, MAX_CHARACTERS = 512, 1 << 22
 # Of a vocabulary with so many tokens there are merges for each, and some have two.
 MAX_MERGES_OF_A_TOKEN = 8
 # Tokens that end an answer, the first of which closes training rows.
@@ -128,6 +129,9 @@ def _vocabulary(metadata: Metadata, vocab_size: int) -> _Vocabulary:
             expected = f"different tokens of 1 to {MAX_TOKEN_CHARACTERS} characters"
             raise ValueError(f"{metadata.path}: {name}: expected {expected}, got {shown(token)!r} at {index}")
         known.add(token)
+    characters = sum(map(len, tokens))
+    if characters > MAX_CHARACTERS:
+        raise ValueError(f"{metadata.path}: {name}: expected at most {MAX_CHARACTERS} characters, got {characters}")
     types = metadata.numbers(OURS + "token_type", vocab_size, kind="i").tolist()
     wrong = next((kind for kind in types if not NORMAL <= kind <= BYTE), None)
     if wrong is not None:
@@ -169,13 +173,21 @@ def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:
 
 
 def _byte_level(metadata: Metadata, vocabulary: _Vocabulary, pre: PreTokenizer, adds_bos: bool) -> JsonTokenizer:
+    where = f"{metadata.path}: {OURS}"
+    with library_failures(f"{where}merges: expected pairs of tokens that make a token"):
+        backend = _backend(metadata, vocabulary, pre)
+    bos, eos = (vocabulary.tokens[vocabulary.ids[name]] for name in ("bos", "eos"))
+    with library_failures(f"{where}tokens: expected a byte-level vocabulary"):
+        if adds_bos:
+            backend = _with_bos(backend, bos, vocabulary.ids["bos"])
+        return JsonTokenizer(backend, {"bos_token": bos, "eos_token": eos}, f"{where}tokens")
+
+
+def _backend(metadata: Metadata, vocabulary: _Vocabulary, pre: PreTokenizer) -> Backend:
     tokens, types = vocabulary.tokens, vocabulary.types
     # Rows of the embedding that pad it have no token.
     entries = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
-    where = f"{metadata.path}: {OURS}merges"
-    with library_failures(f"{where}: expected pairs of tokens that make a token"):
-        model = models.BPE(vocab=entries, merges=_merges(metadata), ignore_merges=pre.ignores_merges)
-        backend = Backend(model)
+    backend = Backend(models.BPE(vocab=entries, merges=_merges(metadata), ignore_merges=pre.ignores_merges))
     splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([*splits, bytes_only]), decoders.ByteLevel()
@@ -183,10 +195,7 @@ def _byte_level(metadata: Metadata, vocabulary: _Vocabulary, pre: PreTokenizer, 
     backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in special])
     plain = [index for index, kind in enumerate(types) if kind == USER_DEFINED]
     backend.add_tokens([AddedToken(tokens[i], special=False, normalized=False) for i in plain])
-    bos, eos = (tokens[vocabulary.ids[name]] for name in ("bos", "eos"))
-    if adds_bos:
-        backend = _with_bos(backend, bos, vocabulary.ids["bos"])
-    return JsonTokenizer(backend, {"bos_token": bos, "eos_token": eos}, f"{metadata.path}: {OURS}tokens")
+    return backend
 
 
 def _with_bos(backend: Backend, bos: str, index: int) -> Backend:

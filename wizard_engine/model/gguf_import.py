@@ -131,7 +131,7 @@ def _check_fields(metadata: Metadata) -> None:
         if name == field or name in READ or name in SILENT:
             continue
         if name not in NEUTRAL:
-            raise metadata.error(shown(field), "a field that this engine knows")
+            raise metadata.error(field, "a field that this engine knows")
         if not isinstance(value, str | int | float) or value not in NEUTRAL[name]:
             raise metadata.error(field, " or ".join(map(str, NEUTRAL[name])))
 
