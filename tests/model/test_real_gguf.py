@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from tests.model.gguf_files import TEXTS, gguf
+from tests.model.gguf_files import NAMES, TEXTS, gguf
 from wizard_engine.data.chat import encode_prompt, use_chat_format
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import load_tokenizer
@@ -32,7 +32,7 @@ SCRIPTS = [
     "Tiếng Việt ไทย ελληνικά",
     "SELECT * FROM t WHERE a='b' AND n>=10;",
 ]
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,21 @@ def test_ids_are_those_of_the_published_tokenizer(real):
         assert ours.encode(text) == own.encode(text, add_special_tokens=False).ids, text
         assert ours.decode(ours.encode(text)) == text
     assert (ours.bos_id, ours.eos_ids) == (1, (2,))
+
+
+def test_weights_are_those_of_the_packages_own_reader(real):
+    source, out = real
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(source).tensors}
+    weights = load_file(out / "model.safetensors")
+    # 9 query heads and 3 key heads of 64.
+    for name, heads in (("attn_q", 9), ("attn_k", 3), ("attn_v", None), ("ffn_down", None), ("attn_norm", None)):
+        tensor = theirs[f"blk.7.{name}.weight"]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if heads is not None:
+            values = values.reshape(heads, 32, 2, -1).swapaxes(1, 2).reshape(values.shape)
+        published = next(key for key, short in NAMES.items() if short == name)
+        assert np.array_equal(weights[f"model.layers.7.{published}.weight"], values), name
+    assert len(weights) == len(theirs) == 272
 
 
 def test_the_model_answers(real):
