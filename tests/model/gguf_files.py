@@ -1,5 +1,6 @@
 """GGUF files for tests, written by the package `gguf`, and what each of them means."""
 
+import functools
 import io
 import json
 import re
@@ -71,6 +72,7 @@ class Written:
     ids: Any
 
 
+@functools.cache
 def byte_level(pre: str = "smollm") -> tuple[dict[str, Any], Backend]:
     """Fields of a byte-level tokenizer, and the tokenizer itself."""
     backend = Backend(models.BPE())
@@ -97,6 +99,7 @@ def byte_level(pre: str = "smollm") -> tuple[dict[str, Any], Backend]:
     }, backend
 
 
+@functools.cache
 def sentence_piece() -> tuple[dict[str, Any], sentencepiece.SentencePieceProcessor]:
     """Fields of a SentencePiece tokenizer, and the tokenizer itself."""
     file = io.BytesIO()
@@ -152,7 +155,8 @@ def write_gguf(
         fields: added, or in the place of those of the model.   without: fields and tensors that are left out.
         extra: tensors that are added, or in the place of those of the model; None leaves one out.
     """
-    entries, ids = TOKENIZERS[tokenizer]()
+    trained, ids = TOKENIZERS[tokenizer]()
+    entries = dict(trained)
     vocab_size = len(entries["tokenizer.ggml.tokens"])
     config = ModelConfig(
         vocab_size=vocab_size, width=width, layers=2, heads=4, kv_heads=2, head_width=width // 4,
