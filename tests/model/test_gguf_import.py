@@ -221,7 +221,7 @@ def test_a_part_of_a_tensor_is_in_memory_at_a_time(tmp_path):
     assert written.path.stat().st_size > 120e6
     done = run_python("-c", CHILD, small.path, written.path, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert int((tmp_path / "out" / "peak").read_text()) < 25e6
+    assert int((tmp_path / "out" / "peak").read_text()) < 40e6
 
 
 class Distribution:

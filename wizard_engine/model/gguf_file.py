@@ -15,7 +15,7 @@ from wizard_engine.data.gguf_header import gguf_package, read_header
 from wizard_engine.runtime.input_files import open_regular, shown
 
 # Elements that are dequantised at once.
-PART_ELEMENTS = 1 << 20
+PART_ELEMENTS = 1 << 18
 
 
 class GgufFile:
