@@ -213,15 +213,15 @@ import_gguf(source, out, dtype=torch.bfloat16)
 """
 
 
-# Catches: a tensor, or the file's map, that is in memory as a whole. A matrix takes 41 MB in fp32, and the file 123 MB.
+# Catches: a tensor, or the file's map, that is in memory as a whole. A matrix takes 24 MB in fp32, and the file 74 MB.
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_part_of_a_tensor_is_in_memory_at_a_time(tmp_path):
     small = write_gguf(tmp_path / "small.gguf", kind="F16")
-    written = write_gguf(tmp_path / "a.gguf", kind="F16", width=256, ffn_width=40_000, is_zero=True)
-    assert written.path.stat().st_size > 120e6
+    written = write_gguf(tmp_path / "a.gguf", kind="F16", width=256, ffn_width=24_000, is_zero=True)
+    assert written.path.stat().st_size > 70e6
     done = run_python("-c", CHILD, small.path, written.path, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert int((tmp_path / "out" / "peak").read_text()) < 40e6
+    assert int((tmp_path / "out" / "peak").read_text()) < 24e6
 
 
 class Distribution:
