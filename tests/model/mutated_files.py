@@ -22,8 +22,10 @@ import sentencepiece
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tests.model import mutated_gguf
 from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
-from wizard_engine.model import PRESETS, Transformer, load_hf, save_hf
+from wizard_engine.model import PRESETS, Transformer, load_hf, load_model, save_hf
+from wizard_engine.model.gguf_import import import_gguf
 
 MEMORY_BYTES, SECONDS = 1 << 30, 5
 # What a refusal may take beside the file.
@@ -227,6 +229,8 @@ def sentencepiece_model():
 
 def originals(kind, folder):
     """Folders that are mutated."""
+    if kind == "gguf":
+        return mutated_gguf.originals(folder)
     if kind == "tokenizer":
         words = train_tokenizer([TEXT], vocab_size=400, atoms=("USER:",))
         (folder / "a").mkdir(parents=True)
@@ -241,7 +245,16 @@ def originals(kind, folder):
     return [save_hf(Transformer(PRESETS[name], seed=0), folder / name) for name in names]
 
 
-MUTATE = {"safetensors": mutate_safetensors, "configuration": mutate_configuration, "tokenizer": mutate_tokenizer}
+def mutate_gguf(draw, folder):
+    mutated_gguf.mutate(draw, folder, damaged, special_file)
+
+
+MUTATE = {
+    "safetensors": mutate_safetensors,
+    "configuration": mutate_configuration,
+    "tokenizer": mutate_tokenizer,
+    "gguf": mutate_gguf,
+}
 
 
 def load(kind, folder):
@@ -249,9 +262,20 @@ def load(kind, folder):
         tokenizer = load_tokenizer(folder)
         tokenizer.decode(tokenizer.encode(TEXT))
         return
+    if kind == "gguf":
+        read_again(import_gguf(folder / "model.gguf", folder / "out"))
+        return
     model = load_hf(folder)
     if kind == "safetensors":
         check_against_library(model, folder / "model.safetensors")
+
+
+def read_again(path):
+    """What was imported is a model directory."""
+    try:
+        load_model(path)
+    except ValueError as error:
+        raise AssertionError(f"imported, and not read: {error}") from error
 
 
 def check_against_library(model, path):

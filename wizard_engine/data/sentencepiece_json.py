@@ -73,13 +73,17 @@ def _converted(processor: sentencepiece.SentencePieceProcessor) -> str:
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     special = [i for i in range(len(pieces)) if processor.is_control(i) or processor.is_unknown(i)]
     unknown = pieces[processor.unk_id()] if processor.unk_id() >= 0 else None
-    model = models.BPE(vocabulary, _merges(processor, pieces, vocabulary), unk_token=unknown, byte_fallback=True)
-    backend = Backend(model)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(META_SPACE), normalizers.Replace(" ", META_SPACE)])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    merges = _merges(processor, pieces, vocabulary)
+    backend = Backend(models.BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True))
+    first = processor.encode("a")
+    adds_space = bool(first) and pieces[first[0]].startswith(META_SPACE)
+    spaces, joined = normalizers.Replace(" ", META_SPACE), [decoders.ByteFallback(), decoders.Fuse()]
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(META_SPACE), spaces] if adds_space else [spaces])
+    stripped = [decoders.Strip(" ", 1, 0)] if adds_space else []
+    backend.decoder = decoders.Sequence([decoders.Replace(META_SPACE, " "), *joined, *stripped])
     backend.add_special_tokens([AddedToken(pieces[i], special=True, normalized=False) for i in special])
+    user_defined = _user_defined(processor, pieces, merges)
+    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in user_defined])
     fields = json.loads(backend.to_str())
     fields["model"]["fuse_unk"] = True
     return json.dumps(fields, ensure_ascii=False)
@@ -97,3 +101,17 @@ def _merges(processor, pieces: list[str], vocabulary: dict[str, int]) -> list[tu
             if left is not None and right is not None:
                 ranked.append((score, left, right))
     return [(pieces[left], pieces[right]) for _, left, right in sorted(ranked)]
+
+
+def _user_defined(processor, pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Pieces that no merge makes, and that SentencePiece finds whole in a text."""
+    made = {left + right for left, right in merges}
+    return [
+        piece
+        for index, piece in enumerate(pieces)
+        if len(piece) > 1
+        and piece not in made
+        and META_SPACE not in piece
+        and not processor.is_byte(index)
+        and index in processor.encode(piece)
+    ]

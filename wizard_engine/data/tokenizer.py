@@ -282,6 +282,8 @@ class SentencePieceTokenizer(_Bytes):
         """
         write_bytes(Path(directory) / "tokenizer.model", self._model)
         fields = {**LLAMA_CLASS, "add_bos_token": True, "add_eos_token": False}
+        if not self.prefixes_space:
+            fields["add_prefix_space"] = False
         converted = self._converted()
         if converted:
             write_text(Path(directory) / "tokenizer.json", converted)

@@ -451,7 +451,7 @@ def save_sharded(
     listed = list(_pieces_of(model.config, engine.shapes))
     specs = {piece.name: (dtypes[piece.parameter], piece.shape) for piece in listed}
     fields = _fields(model, tokenizer, dtypes[listed[0].parameter], extra)
-    files, index = _files(specs, max_shard_bytes)
+    files, index = weight_files(specs, max_shard_bytes)
     headers = {file: file_header({name: specs[name] for name in names}) for file, names in files.items()}
     partial = path.with_name(f".{path.name}.partial")
 
@@ -547,7 +547,7 @@ def _write(
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    files, index = _files({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, max_shard_bytes)
+    files, index = weight_files({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, max_shard_bytes)
     with byte_bar(f"save {folder.parent}", sum(tensor.nbytes for tensor in tensors.values())) as bar:
         for file, names in files.items():
             write_file(folder / file, {name: tensors[name] for name in names}, written=bar.update)
@@ -555,7 +555,7 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: in
         write_json(folder / INDEX, index)
 
 
-def _files(specs: Mapping[str, tuple], most: int) -> tuple[dict[str, list[str]], dict | None]:
+def weight_files(specs: Mapping[str, tuple], most: int) -> tuple[dict[str, list[str]], dict | None]:
     """File -> names in order, a new file where the next tensor would make one larger than `most` bytes; the index."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in specs.items()}
     shards: list[list[str]] = [[]]

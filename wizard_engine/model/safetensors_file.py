@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -265,12 +265,30 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], *, written: Callable[[
         ValueError: a dtype that the format's reader here does not take.
         OSError: the file cannot be written.
     """
-    text, _, _ = file_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_parts(path, specs, lambda name: [tensors[name]], written=written)
+
+
+def write_parts(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    parts: Callable[[str], Iterable[Tensor]],
+    *,
+    written: Callable[[int], object] | None = None,
+) -> None:
+    """`write_file` of tensors that come in parts.
+
+    Args:
+        tensors: name -> dtype and shape, in the file's order.
+        parts: of a tensor, in row-major order; taken when their turn comes.   written: called after each.
+    """
+    text, _, _ = file_header(tensors)
     with naming(path, "the file is incomplete"), open(path, "xb") as file:
         file.write(text)
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            if flat.numel():
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
-            if written is not None:
-                written(flat.nbytes)
+        for name in tensors:
+            for part in parts(name):
+                flat = part.detach().cpu().contiguous().view(-1)
+                if flat.numel():
+                    file.write(memoryview(flat.view(torch.uint8).numpy()))
+                if written is not None:
+                    written(flat.nbytes)
