@@ -17,16 +17,24 @@ import numpy as np
 
 from benchmarks.__main__ import environment
 from recipes import accuracy, make_world, sft
-from recipes.progressive import DEMO
 from wizard_engine.data.chat import encode_conversation
 from wizard_engine.data.records import read_rows
 from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.generation import sequence_logprobs
 from wizard_engine.model import PRESETS, ModelConfig, Transformer, load_model, save_model
+from wizard_engine.pipeline.run_file import read_run_file
 from wizard_engine.runtime.files import write_json
 from wizard_engine.runtime.metrics import read_metrics
+from wizard_engine.runtime.option_tables import with_table
+from wizard_engine.training.options import Training
 
 EXPERTS = 8
+DEMO = Path(__file__).parents[1] / "recipes" / "runs" / "demo.toml"
+
+
+def demo(stage: str) -> Training:
+    """Training options of a stage of the demo."""
+    return with_table(Training(), read_run_file(DEMO).options[stage]["training"], stage)
 
 
 def configurations(vocab_size: int) -> dict[str, ModelConfig]:
@@ -44,8 +52,11 @@ def trained(name: str, config: ModelConfig, world: Path, folder: Path, seed: int
     began = time.perf_counter()
     shared = {"seed": seed, "device": "cpu", "quiet": True, "audit": False}
     for stage, options in (
-        ("base", {"data": (world / "plain.jsonl",), "kind": "text", "training": _shortened(DEMO.pretraining, scale)}),
-        ("sft", {"data": (world / "corpus.jsonl",), "training": replace(DEMO.supervised, max_steps=int(900 * scale))}),
+        (
+            "base",
+            {"data": (world / "plain.jsonl",), "kind": "text", "training": _shortened(demo("pretraining"), scale)},
+        ),
+        ("sft", {"data": (world / "corpus.jsonl",), "training": replace(demo("sft"), max_steps=int(900 * scale))}),
     ):
         start = folder / ("start" if stage == "base" else "base/model")
         sft.main(sft.Config(out=folder / stage, model=str(start), **options, **shared))

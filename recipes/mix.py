@@ -31,7 +31,7 @@ class Config(Checked):
     """Row files; one without rows is no error."""
     out: Path = field(metadata=INCIDENTAL)
     """Directory for rows.jsonl, held_out.jsonl and mix.json."""
-    shares: tuple[Share[float], ...] = ()
+    shares: Share[tuple[float, ...]] = ()
     """Share of each file's rows, 0 to 1; default: all rows of all files."""
     fallback: Path | None = None
     """Rows to take where the others give none."""

@@ -113,6 +113,7 @@ def test_files_are_written_where_a_full_disk_is_named():
         ("wizard_engine/model/safetensors_file.py", "write_file"),
         ("wizard_engine/model/hugging_face.py", "begin"),
         ("recipes/chat.py", "save"),
+        ("wizard_engine/pipeline/served.py", "_server"),
     }
     found = set()
     for folder in ("wizard_engine", "recipes"):

@@ -1,5 +1,6 @@
 """Connections before their first request is there: few of them cost the others anything."""
 
+import contextlib
 import errno
 import json
 import resource
@@ -128,7 +129,9 @@ def test_the_oldest_of_too_many_newcomers_are_closed(start):
         for connection in opened:
             connection.sendall(start)
         for connection in opened[:8]:
-            assert connection.recv(1) == b""
+            # What had come and was not read makes it a reset.
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
         opened[-1].setblocking(False)
         with pytest.raises(BlockingIOError):
             opened[-1].recv(1)

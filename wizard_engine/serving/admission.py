@@ -12,10 +12,7 @@ import re
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .connections import ConnectionPool, GuardedProtocol
+from typing import Any
 
 # Connections that the system keeps until they are accepted. Beyond them, clients would wait for a second to try again.
 BACKLOG = 4096
@@ -98,9 +95,7 @@ class Admission:
         protocol: makes the protocol of a connection.   pool: limits of time and number.
     """
 
-    def __init__(
-        self, listening: socket.socket, protocol: Callable[[], "GuardedProtocol"], pool: "ConnectionPool"
-    ) -> None:
+    def __init__(self, listening: socket.socket, protocol: Callable[[], Any], pool: Any) -> None:
         self.listening, self.protocol, self.pool = listening, protocol, pool
         self.loop = asyncio.get_running_loop()
         # By deadline: those without their headers, and those without their whole body.
@@ -228,7 +223,7 @@ class Admission:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, protocol: "GuardedProtocol", connection: socket.socket) -> None:
+    async def _connect(self, protocol: Any, connection: socket.socket) -> None:
         await self.loop.connect_accepted_socket(lambda: protocol, connection)
 
     def _wait_for_the_first(self) -> None:
