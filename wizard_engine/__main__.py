@@ -1,4 +1,4 @@
-"""python -m wizard_engine plan --preset 8x22b --gpus 128, new-run my, ledger runs/evol/ledger.sqlite"""
+"""The engine's commands: plan (what a training run costs), new-run (a run file), ledger (an agent's calls)."""
 
 import difflib
 import importlib

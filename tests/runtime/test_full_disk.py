@@ -110,7 +110,7 @@ def test_files_are_written_where_a_full_disk_is_named():
         ("wizard_engine/runtime/files.py", "replacing"),
         ("wizard_engine/runtime/metrics.py", "__init__"),
         ("wizard_engine/checkpoint/manifest.py", "_written"),
-        ("wizard_engine/model/safetensors_file.py", "write_file"),
+        ("wizard_engine/model/safetensors_file.py", "write_parts"),
         ("wizard_engine/model/hugging_face.py", "begin"),
         ("recipes/chat.py", "save"),
         ("wizard_engine/pipeline/served.py", "_server"),

@@ -1,4 +1,4 @@
-"""python -m wizard_engine new-run DIR: writes a commented run file for rows, a base model and teachers of your own."""
+"""The command new-run: writes a commented run file for rows, a base model and teachers of your own."""
 
 import json
 import sys
