@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wizard_engine.curation.selection import select
+from wizard_engine.curation.selection import remove_duplicates, select
 from wizard_engine.data.equations import equation_holds
 from wizard_engine.data.final_answers import extract_answer
 from wizard_engine.data.records import read_rows, user_text
@@ -64,7 +64,7 @@ def test_no_held_out_row_repeats_a_training_row():
     rows, held_out = read_rows(FOLDER / "rows.jsonl"), read_rows(FOLDER / "held_out.jsonl")
     selection = select(rows, [user_text(row) for row in held_out])
     assert selection.removed == [] and len(selection.slices[0]) == 400
-    both = select([*rows, *held_out])
+    both = remove_duplicates([*rows, *held_out])
     assert both.removed == []
     evolved = [line["reply"] for line in REPLIES if line["task"] == "evolve"]
     own = {re.sub(r"\W+", " ", row["instruction"]).casefold() for row in HELD_OUT}
