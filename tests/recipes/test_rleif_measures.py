@@ -136,7 +136,7 @@ def test_held_out_measures_change_nothing_and_outlive_a_kill(world, plain, tmp_p
 # Catches: packs whose losses have denominators of their own, and rows that are in none or in two.
 def test_supervised_packs_have_the_gradient_of_one_batch(world):
     gradients, packs = [], []
-    for capacity in (4096, 300):
+    for capacity in (4096, 150):
         policy, tokenizer = load_model(world.base)
         run = SimpleNamespace(totals=lambda *x: x, device=torch.device("cpu"), share=lambda **_: None)
         samples = [encode_conversation(tokenizer, row.messages) for row in world.single[:12]]
@@ -145,10 +145,10 @@ def test_supervised_packs_have_the_gradient_of_one_batch(world):
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
         packs.append(rleif.supervised_groups(samples, capacity))
     assert packs[0] == [samples] or [len(pack) for pack in packs[0]] == [12]
-    assert len(packs[1]) > 3 and all(sum(len(s.tokens) - 1 for s in pack) <= 300 for pack in packs[1])
+    assert len(packs[1]) > 3 and all(sum(len(s.tokens) - 1 for s in pack) <= 150 for pack in packs[1])
     assert [a.tokens.tolist() for a in packs[0][0]] == [a.tokens.tolist() for a in samples], "one pack keeps the order"
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    assert rleif.supervised_groups([], 300) == []
+    assert rleif.supervised_groups([], 150) == []
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ from wizard_engine.training.options import OnlineTraining
 torch.set_num_threads(1)
 data, model, out = map(Path, sys.argv[1:])
 
-def peak(name):
+def memory(name):
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(lines[name].split()[0]) * 1024
 
@@ -184,17 +184,19 @@ shown = {}
 right = rleif.memory
 rleif.memory = lambda *arguments: shown.setdefault("memory", right(*arguments))
 Path("/proc/self/clear_refs").write_text("5")
-before = peak("VmRSS")
+before = memory("RssAnon")
 rleif.main(rleif.Config(
     data=(data,), out=out, model=str(model), reward=RewardOptions(factors=("checked",)), audit=False,
     training=OnlineTraining(lr=1e-5, pack_tokens=512, save_every=0), ptx=PTXOptions(coefficient=0.1, rows=8),
-    rollout=RolloutOptions(steps=1, prompts_per_step=3, samples_per_prompt=2, max_new_tokens=16), device="cpu",
+    rollout=RolloutOptions(steps=1, prompts_per_step=3, samples_per_prompt=2, max_new_tokens=16),
+    device="cpu", on_error="skip",
 ))
-print(json.dumps([peak("VmHWM") - before, shown["memory"].total]))
+# Pages of files are those of libraries, and only become more.
+print(json.dumps([memory("VmHWM") - memory("RssFile") - before, shown["memory"].total]))
 """
 
 
-# Catches: a part that is not counted, or counted twice: the bound is 10 to 60 % above what a process takes.
+# Catches: a part that is not counted, or counted twice. The interpreter and its allocator take up to 64 MiB more.
 def test_memory_is_what_the_arithmetic_says(world, tmp_path):
     small, tokenizer = load_model(world.base)
     config = dataclasses.replace(small.config, vocab_size=32768, width=192, max_positions=512)
@@ -203,4 +205,4 @@ def test_memory_is_what_the_arithmetic_says(world, tmp_path):
     done = run_python("-c", MEASURED, data, tmp_path / "model", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-2000:]
     measured, bound = json.loads(done.stdout.splitlines()[-1])
-    assert 0.6 * bound <= measured <= 1.05 * bound, (measured, bound)
+    assert 0.8 * bound <= measured <= bound + 64 * 2**20, (measured, bound)
