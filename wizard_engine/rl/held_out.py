@@ -213,8 +213,8 @@ def read_before(path: Path, rows: PromptRows, rt: Runtime) -> list[Line]:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         raise ValueError(
-            f"{path}: expected the measurements of {len(rows.where)} rows from before the first rollout, got none; restore "
-            "the file, or start again with --overwrite"
+            f"{path}: expected the measurements of {len(rows.where)} rows from before the first rollout, got none; "
+            "restore the file, or start again with --overwrite"
         )
 
     return from_main(rt, read)
