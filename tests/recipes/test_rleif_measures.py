@@ -133,6 +133,16 @@ def test_held_out_measures_change_nothing_and_outlive_a_kill(world, plain, tmp_p
         checked(world, tmp_path, eval_every=3)
 
 
+# Catches: answers whose random numbers depend on when they are sampled.
+def test_held_out_answers_of_the_same_weights_are_the_same(world, tmp_path):
+    waiting = CriticOptions(lr=1e-3, warmup_steps=2)
+    held_out = world.write("three.jsonl", world.single[7:10])
+    result = rleif.main(checked(world, tmp_path, critic=waiting, held_out=(held_out,)))["held_out"]
+    assert set(map(tuple, result["difference"].values())) == {(0.0, 0.0)} and result["before"]["length"][0] > 0
+    lines = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    assert all(line["before"] == line["after"] for line in lines)
+
+
 # Catches: packs whose losses have denominators of their own, and rows that are in none or in two.
 def test_supervised_packs_have_the_gradient_of_one_batch(world):
     gradients, packs = [], []
