@@ -129,9 +129,9 @@ def main(cfg: Config) -> dict:
         return stage.result()
     is_shown = rt.is_main and not cfg.quiet
     setup, rejected = _loaded(cfg, rt, mesh, is_shown)
-    run = OnlineRun(cfg, rt, setup.policy, setup.critic, num_prompts=len(setup.prompts))
     if is_shown:
         print(memory(cfg, setup, mesh), file=sys.stderr)
+    run = OnlineRun(cfg, rt, setup.policy, setup.critic, num_prompts=len(setup.prompts))
     measured = held_out_of(cfg, run, setup)
     measured.before(run.step, rt)
     for step, chosen in run.steps():
