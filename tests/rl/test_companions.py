@@ -1,7 +1,10 @@
 """Models that are not trained: each body is in memory once, and scores as one of its own does."""
 
+import json
+
 import pytest
 import torch
+from forked import run_ranks
 
 from wizard_engine.data.chat import CHAT_ATOMS
 from wizard_engine.data.tokenizer import train_tokenizer
@@ -50,6 +53,40 @@ def test_equal_bodies_are_loaded_once_and_score_as_their_own(folder, dtype):
         alone.body.to(getattr(torch, dtype))
         with torch.no_grad():
             assert torch.equal(model(*ROW), alone(*ROW))
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from wizard_engine import runtime
+from wizard_engine.data.chat import Sample
+from wizard_engine.parallel import MeshOptions, make_mesh
+from wizard_engine.rl.companions import FrozenModels
+from wizard_engine.rl.rewards import score_tokens
+
+folder, rt = Path(sys.argv[1]), runtime.start("cpu")
+frozen = FrozenModels(make_mesh(MeshOptions(dp_shard=rt.world_size), rt), None)
+frozen.reference(folder / "policy")
+models = [frozen.process_reward(folder / "process", neutral=0.5, capacity=9).model]
+models.append(frozen.instruction_reward(folder / "other", capacity=9).model)
+# One pass on the first rank, two on the second.
+samples = [Sample(np.arange(6, dtype=np.int32), np.ones(6, np.float32))] * (1 + rt.rank)
+scores = [scores.tolist() for model in models for scores in score_tokens(model, samples, capacity=9)[-1]]
+Path(sys.argv[2], f"{rt.rank}.json").write_text(json.dumps([len(frozen.bodies), scores]))
+runtime.stop()
+"""
+
+
+# Catches: a shared body whose passes one rank makes alone, and a body that one rank shares and another does not.
+def test_two_ranks_share_bodies_and_score_alike(folder, tmp_path):
+    done = run_ranks(2, "-c", RANK, folder, tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first[0] == 2
+    with torch.no_grad():
+        alone = [load_model(folder / name)[0](*ROW).tolist() for name in ("process", "other")]
+    assert first[1] == [pytest.approx(score, abs=1e-5) for scores in alone for score in scores]
 
 
 def test_reward_models_of_another_kind_are_refused(folder):
