@@ -3,8 +3,9 @@
     trained     policy and critic: weights, gradients, moments of AdamW, gathered units
     frozen      reference and reward models, each body once
     cache       keys and values of the sampler, and its copy of a sharded policy
-    activations of a micro-batch of the policy or the critic; both run one after the other
-    logits      a chunk of them, and the gradient of the head
+    activations of a micro-batch of the policy or the critic; both run one after the other. On a CPU attention also
+                keeps its probabilities, and the allocator blocks that are free
+    logits      a chunk of them, and the gradients of head and embedding
 
 Sampling, scoring and training take turns, so that the largest of the three counts. The interpreter and its libraries
 come on top: about 0.4 GiB.
@@ -24,6 +25,8 @@ from .options import RolloutOptions
 from .sampler import Sampler
 
 GIB = 2**30
+# What the allocator of a CPU holds for each byte of activations, once they have come and gone in many sizes.
+CPU_HEAP = 1.2
 # Buffers of (sequences, V) in fp32 that sampling a token has at once: logits, probabilities, sorted ones.
 SAMPLING_BUFFERS = 4
 
@@ -35,6 +38,7 @@ class RunShape:
     policy, critic: their configurations; critic None: there is none.   frozen: of each body that is not trained.
     tokens: of the largest micro-batch, prompts included.   micro_batches: of an update.   scored: tokens of the largest
     forward pass without gradients.   sequences: that are sampled at once.   sampler: bytes of its cache and weights.
+    longest: sequence, tokens.
     """
 
     policy: ModelConfig
@@ -45,6 +49,7 @@ class RunShape:
     scored: int
     sequences: int
     sampler: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ def run_shape(
         scored=min(most, answers * longest),
         sequences=sampler.engine.max_sequences,
         sampler=sampler.lent_bytes,
+        longest=max(longest, supervised[1]),
     )
 
 
@@ -117,17 +123,26 @@ def memory_of(shape: RunShape, mesh: Mesh, sharding: Sharding) -> Memory:
     states = {name: update.shards + update.buffers for name, update in updates.items()}
     states["frozen models"] = sum(frozen_bytes(model, mesh, sharding) for model in frozen)
     vocabulary, width = shape.policy.vocab_size // mesh.tp.size, shape.policy.width
-    head = 4 * width * (vocabulary + shape.tokens)
+    head = 4 * width * (vocabulary * (2 if shape.policy.tied else 1) + shape.tokens)
+    kept = max(update.activations for update in updates.values())
+    if mesh.device.type == "cpu":
+        kept = int(CPU_HEAP * (kept + max(_cpu_bytes(model.config, shape) for model in models.values())))
     working = max(update.activations - update.kept for update in updates.values())
     logits = min(LOGITS_BYTES, 4 * shape.policy.vocab_size * shape.sequences * SAMPLING_BUFFERS)
     phases = {
         "sampling": shape.sampler + logits + working,
         "scoring": working * shape.scored // max(1, shape.tokens) + _logits_bytes(shape.scored, vocabulary),
-        "training": max(update.activations for update in updates.values())
-        + _logits_bytes(shape.tokens, vocabulary)
-        + head,
+        "training": kept + _logits_bytes(shape.tokens, vocabulary) + head,
     }
     return Memory(states, phases)
+
+
+def _cpu_bytes(config: ModelConfig, shape: RunShape) -> int:
+    """Activations that the CPU's plain PyTorch saves beside those of the closed form: probabilities of attention, keys
+    and values repeated for every head, the product of the feed-forward block."""
+    repeated = 2 * (config.heads - config.kv_heads) * config.head_width
+    each = config.heads * shape.longest + repeated + (0 if config.experts else config.ffn_width)
+    return 4 * config.layers * shape.tokens * each
 
 
 def _logits_bytes(tokens: int, vocabulary: int) -> int:
