@@ -2,12 +2,17 @@
 
     python recipes/rleif.py --model DIR --reward.instruction-model DIR --reward.process-model DIR --data rows.jsonl \
         --out runs/rleif
+    python recipes/rleif.py --model DIR --reward.factors checked --data rows.jsonl --held-out others.jsonl \
+        --out runs/rleif
 
 reward = instruction factor x minimum over the steps of the process factor, each in [0, 1], on the answer's last token,
 minus --kl.coefficient x k1 on every token. The instruction factor depends on the prompt alone, so a critic, not a
 group's own mean and deviation, has to be the baseline: scaling within a group of answers to one prompt would cancel it.
+The factor `checked` is 1 where an answer claims the number of the row's own answer: alone, it needs no reward model.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,22 +25,28 @@ from wizard_engine import runtime
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample, encode_conversation, encode_prompt, use_chat_format
 from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.data.packing import bin_members, pack
 from wizard_engine.data.records import Conversation, Message
 from wizard_engine.data.samples import encode_all, fitting_prompt, read_conversations
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.evaluation.accuracy import check_reference
 from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
 from wizard_engine.model import Routes, ScoringModel, Transformer
 from wizard_engine.model.loading import language_model, scoring_start, write_model
-from wizard_engine.parallel import MeshOptions, Sharding, lockstep, make_mesh
+from wizard_engine.parallel import Mesh, MeshOptions, Sharding, lockstep, make_mesh, sharded
+from wizard_engine.rl import held_out
 from wizard_engine.rl.advantages import Targets, advantages_of_groups, make_targets, old_logprobs, token_rewards
 from wizard_engine.rl.answer_batches import answer_runs
+from wizard_engine.rl.companions import FrozenModels
+from wizard_engine.rl.held_out import HeldOut, PromptRows
+from wizard_engine.rl.memory import Memory, memory_of, run_shape
 from wizard_engine.rl.options import CriticOptions, KLOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
-from wizard_engine.rl.rewards import InstructionReward, ProcessReward, instruction_reward, process_reward, score_answers
-from wizard_engine.rl.sampler import Sampler
+from wizard_engine.rl.rewards import AnswerReward, InstructionReward, ProcessReward, Reference, score_answers
+from wizard_engine.rl.sampler import Sampler, sampled_at_once
 from wizard_engine.rl.trajectories import Rollout, answer_logprobs, answer_values, roll_out, step_seed
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.ranges import Checked, Seed, Share
+from wizard_engine.runtime.ranges import Checked, NonNegative, Seed, Share
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
 from wizard_engine.training.online_run import OnlineRun
@@ -71,6 +82,10 @@ class Config(Checked):
     ptx: PTXOptions = field(default_factory=PTXOptions)
     average_from: Share[float] = 1.0
     """Share of the rollouts after which the policy's weights are averaged; the average is saved. 1: no average."""
+    held_out: tuple[Path, ...] = ()
+    """Conversation rows to measure on before the first rollout and after the last: one sampled answer to each."""
+    eval_every: NonNegative[int] = 0
+    """Rollouts between two measurements on --held-out; 0: only before the first and after the last."""
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
     seed: Seed[int] = 0
@@ -99,6 +114,10 @@ class Config(Checked):
                 "for all answers to a prompt, and their standard deviation cancels it; or choose --reward.factors "
                 "process"
             )
+        if self.eval_every and not self.held_out:
+            raise ValueError(
+                f"eval_every: expected --held-out with it, got {self.eval_every} alone; give a file of rows"
+            )
 
 
 def main(cfg: Config) -> dict:
@@ -108,7 +127,39 @@ def main(cfg: Config) -> dict:
     stage = open_stage(cfg, "rleif", rt)
     if stage.done:
         return stage.result()
+    is_shown = rt.is_main and not cfg.quiet
+    setup, rejected = _loaded(cfg, rt, mesh, is_shown)
+    if is_shown:
+        print(memory(cfg, setup, mesh), file=sys.stderr)
+    run = OnlineRun(cfg, rt, setup.policy, setup.critic, num_prompts=len(setup.prompts))
+    measured = held_out_of(cfg, run, setup)
+    measured.before(run.step, rt)
+    for step, chosen in run.steps():
+        train_step(cfg, run, setup, step, chosen, measured)
+        if step == 0 and cfg.audit:
+            is_wide = setup.policy.embedding.weight.dtype.itemsize > 2
+            audit.check_rollout(run.largest_ratio_error, quiet=not is_shown, is_wide=is_wide)
+    run.use_average()
+    write_model(rt, setup.policy, setup.tokenizer, cfg.out / "model")
+    result = run.result() | ({"rejected": rejected} if rejected else {})
+    outputs = [cfg.out / "model"]
+    if cfg.held_out:
+        result |= {"held_out": measured.after(rt)}
+        outputs.append(cfg.out / held_out.FILE)
+        if is_shown:
+            print(held_out.shown(result["held_out"]))
+    return finish_stage(stage, rt, result, outputs)
+
+
+def _loaded(cfg: Config, rt: runtime.Runtime, mesh: Mesh, is_shown: bool) -> tuple["Setup", int]:
+    """Models and rows, and how many rows were rejected."""
+
+    def say(what: str, source: Any) -> None:
+        if is_shown:
+            print(f"rleif: load {what} {source}", file=sys.stderr)
+
     divided = {"mesh": mesh, "sharding": cfg.sharding}
+    say("policy", cfg.model)
     policy, tokenizer = language_model(cfg.model, None, seed=cfg.seed, device=rt.device, **divided)
     use_chat_format(
         tokenizer,
@@ -117,55 +168,124 @@ def main(cfg: Config) -> dict:
         needs_marks=cfg.ptx.coefficient > 0,
         vocab_size=policy.config.vocab_size,
     )
-    reference, _ = language_model(cfg.model, None, seed=cfg.seed, device=rt.device, **divided, frozen=True)
-    irm = instruction_reward(cfg.reward.instruction_model, **divided)
-    prm = process_reward(cfg.reward.process_model, **divided, neutral=cfg.reward.neutral)
-    critic = None
+    frozen, capacity, reward = FrozenModels(mesh, cfg.sharding), cfg.training.pack_tokens, cfg.reward
+    say("reference", cfg.model)
+    reference = frozen.reference(Path(cfg.model))
+    instruction = process = critic = None
+    if reward.instruction_model is not None:
+        say("instruction reward model", reward.instruction_model)
+        instruction = frozen.instruction_reward(reward.instruction_model, capacity=capacity)
+    if reward.process_model is not None:
+        say("process reward model", reward.process_model)
+        process = frozen.process_reward(reward.process_model, neutral=reward.neutral, capacity=capacity)
     if cfg.ppo.advantages == "critic":
-        critic, _ = scoring_start(str(cfg.critic.model or cfg.reward.process_model), None, 1, seed=0, **divided)
-    room = policy.config.max_positions - cfg.rollout.max_new_tokens
-    rejects = cfg.out / "rejects.jsonl"
-    rows, unread = read_conversations(
-        cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects
-    )
-    prompts, refused = encode_all(
-        rows, lambda row: fitting_prompt(tokenizer, row, room), cfg.on_error, rejects, quiet=cfg.quiet
-    )
+        start = str(cfg.critic.model or reward.process_model or cfg.model)
+        say("critic", start)
+        critic, _ = scoring_start(start, None, 1, seed=0, **divided)
+    asked, rows, rejected = _asked(cfg, tokenizer, policy, cfg.data, cfg.out / "rejects.jsonl", compares=False)
     supervised = _supervised(cfg, tokenizer, policy, rows) if cfg.ptx.coefficient else []
-    run = OnlineRun(cfg, rt, policy, critic, num_prompts=len(prompts))
-    sampler = sampler_of(cfg, tokenizer, policy, prompts, rt)
-    setup = Setup(tokenizer, policy, reference, critic, irm, prm, sampler, prompts, supervised)
-    for step, chosen in run.steps():
-        train_step(cfg, run, setup, step, chosen)
-        if step == 0 and cfg.audit:
-            is_wide = policy.embedding.weight.dtype.itemsize > 2
-            audit.check_rollout(run.largest_ratio_error, quiet=cfg.quiet or not rt.is_main, is_wide=is_wide)
-    run.use_average()
-    write_model(rt, policy, tokenizer, cfg.out / "model")
-    result = run.result() | ({"rejected": unread + refused} if unread + refused else {})
-    return finish_stage(stage, rt, result, [cfg.out / "model"])
+    others = PromptRows()
+    if cfg.held_out:
+        rejects = cfg.out / "rejects_held_out.jsonl"
+        others, _, _ = _asked(cfg, tokenizer, policy, cfg.held_out, rejects, compares=True)
+    sampler = sampler_of(cfg, tokenizer, policy, asked.prompts + others.prompts, rt)
+    return Setup(
+        tokenizer,
+        policy,
+        reference,
+        critic,
+        instruction,
+        process,
+        sampler,
+        asked.prompts,
+        supervised,
+        asked.references,
+        others,
+        frozen.bodies,
+    ), rejected
+
+
+def _asked(
+    cfg: Config, tokenizer: Tokenizer, policy: Transformer, paths: tuple[Path, ...], rejects: Path, *, compares: bool
+) -> tuple[PromptRows, list, int]:
+    """Prompts of row files, the rows, and how many were rejected.
+
+    Args:
+        compares: keep the rows' own answers as references. The factor `checked` refuses rows without a readable one.
+    """
+    room, is_checked = policy.config.max_positions - cfg.rollout.max_new_tokens, "checked" in cfg.reward.factors
+    rows, unread = read_conversations(paths, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects)
+
+    def ask(located: tuple[str, Conversation]) -> tuple[str, tuple[Message, ...], Reference | None]:
+        where, row = located
+        prompt = fitting_prompt(tokenizer, row, room)
+        if is_checked:
+            check_reference(row.answer)
+        reference = Reference.of(row.answer) if compares or is_checked else None
+        return where, prompt, reference if reference is not None and reference.is_readable else None
+
+    located = [(where, (where, row)) for where, row in rows]
+    asked, refused = encode_all(located, ask, cfg.on_error, rejects, quiet=cfg.quiet)
+    return PromptRows(*map(list, zip(*asked))), rows, unread + refused
 
 
 @dataclass
 class Setup:
     """What a step of RLEIF works with.
 
-    prompts: to draw from.   supervised: samples of the rows' own answers, where --ptx.coefficient asks for them.
+    instruction, process: None where no model is given.   prompts: to draw from.   supervised: samples of the rows' own
+    answers, where --ptx.coefficient asks for them.   references: to check the answers to each prompt.
+    others: held-out rows.   frozen: bodies of the models that are not trained, each once.
     """
 
     tokenizer: Tokenizer
     policy: Transformer
     reference: Transformer
     critic: ScoringModel | None
-    instruction: InstructionReward
-    process: ProcessReward
+    instruction: InstructionReward | None
+    process: ProcessReward | None
     sampler: Sampler
     prompts: list[tuple[Message, ...]]
     supervised: list[Sample]
+    references: list[Reference | None] = field(default_factory=list)
+    others: PromptRows = field(default_factory=PromptRows)
+    frozen: list[Transformer] = field(default_factory=list)
+
+    def score(self, rollout: Rollout, references: Sequence[Reference | None]) -> list[AnswerReward]:
+        """Reward of each answer of a rollout, given the reference of each."""
+        return score_answers(
+            rollout.prompts,
+            rollout.texts,
+            rollout.finished,
+            instruction=self.instruction,
+            process=self.process,
+            references=references,
+        )
 
 
-def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: list[int]) -> Rollout:
+def held_out_of(cfg: Config, run: OnlineRun, setup: Setup) -> HeldOut:
+    """What measures the policy on the held-out rows."""
+    return HeldOut(
+        setup.others,
+        cfg.out,
+        sampler=setup.sampler,
+        tokenizer=setup.tokenizer,
+        score=setup.score,
+        factors=cfg.reward.factors,
+        has_process=setup.process is not None,
+        options=cfg.rollout,
+        data=run.data,
+        seed=step_seed(cfg.seed, 0, 0, 3),
+        every=cfg.eval_every,
+        measures_last=cfg.average_from == 1,
+    )
+
+
+def train_step(
+    cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: list[int], measured: HeldOut | None = None
+) -> Rollout:
     """One rollout and its updates: weights to the sampler, answers to the chosen prompts, rewards, losses."""
+    capacity = cfg.training.pack_tokens
     with run.phase("hand_over"):
         setup.sampler.sync_weights()
     with run.phase("generate"):
@@ -183,15 +303,17 @@ def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: lis
     with run.phase("hand_over"):
         setup.sampler.release()
     with run.phase("score"):
-        rewards = score_answers(
-            rollout.prompts, rollout.texts, rollout.finished, instruction=setup.instruction, process=setup.process
-        )
-        ref_logprobs = answer_logprobs(setup.reference, rollout, temperature=cfg.rollout.temperature)
-        values = None if setup.critic is None else answer_values(setup.critic, rollout)
+        each = cfg.rollout.samples_per_prompt
+        references = [setup.references[i] for i in chosen for _ in range(each)] if setup.references else None
+        rewards = setup.score(rollout, references)
+        ref_logprobs = answer_logprobs(setup.reference, rollout, temperature=cfg.rollout.temperature, capacity=capacity)
+        values = None if setup.critic is None else answer_values(setup.critic, rollout, capacity=capacity)
         multiple_updates = cfg.ppo.epochs * cfg.ppo.minibatches > 1
         policy_logprobs = None
         if multiple_updates:
-            policy_logprobs = answer_logprobs(setup.policy, rollout, temperature=cfg.rollout.temperature)
+            policy_logprobs = answer_logprobs(
+                setup.policy, rollout, temperature=cfg.rollout.temperature, capacity=capacity
+            )
         setup.sampler.check(rollout.weights_checksum)
     targets, kl = _targets(cfg, run, rollout, rewards, ref_logprobs, values, policy_logprobs)
     with run.phase("train"):
@@ -205,7 +327,11 @@ def train_step(cfg: Config, run: OnlineRun, setup: Setup, step: int, chosen: lis
                 _update(
                     cfg, run, setup.policy, setup.critic, rollout, targets, minibatch, is_first=not multiple_updates
                 )
-    run.record(rollout, rewards, kl, values, targets)
+    measures: dict[str, float] = {}
+    if measured is not None and measured.is_due(step + 1):
+        with run.phase("held_out"):
+            measures = measured.metrics(step + 1)
+    run.record(rollout, rewards, kl, values, targets, measures)
     return rollout
 
 
@@ -213,14 +339,34 @@ def sampler_of(cfg: Config, tokenizer: Tokenizer, policy: Transformer, prompts: 
     """The policy to sample from, with room for what is sampled at once."""
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) + cfg.rollout.max_new_tokens
     pages = -(-longest // PAGE_TOKENS) + 1
+    engine = sharded(policy)
+    sequences = sampled_at_once(cfg.rollout, None if engine is None else engine.mesh)
     return Sampler(
         policy,
         rt,
         tp=cfg.rollout.tp,
-        max_sequences=cfg.rollout.batch_size,
-        cache_tokens=cfg.rollout.cache_tokens or cfg.rollout.batch_size * pages * PAGE_TOKENS,
+        max_sequences=sequences,
+        cache_tokens=cfg.rollout.cache_tokens or sequences * pages * PAGE_TOKENS,
         allowed_ids=allowed_ids(tokenizer, policy.config.vocab_size),
+        longest=longest,
     )
+
+
+def memory(cfg: Config, setup: Setup, mesh: Mesh) -> Memory:
+    """Memory of a rank, from the shapes of the run."""
+    shape = run_shape(
+        cfg.rollout,
+        mesh,
+        capacity=cfg.training.pack_tokens,
+        minibatches=cfg.ppo.minibatches,
+        longest=setup.sampler.longest,
+        supervised=(cfg.ptx.rows, max((len(sample.tokens) for sample in setup.supervised), default=0)),
+        policy=setup.policy.config,
+        critic=None if setup.critic is None else setup.critic.config,
+        frozen=[body.config for body in setup.frozen],
+        sampler=setup.sampler,
+    )
+    return memory_of(shape, mesh, cfg.sharding)
 
 
 def _targets(
@@ -265,12 +411,18 @@ def _supervised(cfg: Config, tokenizer: Tokenizer, policy: Transformer, rows: li
     return encode_all(rows, encode, cfg.on_error, cfg.out / "rejects_supervised.jsonl", quiet=cfg.quiet)[0]
 
 
+def supervised_groups(samples: list[Sample], capacity: int) -> list[list[Sample]]:
+    """The samples in packs of at most `capacity` tokens; in their order where one pack holds all."""
+    bins = pack(np.asarray([len(sample.tokens) - 1 for sample in samples], dtype=np.int64), capacity)
+    return [[samples[i] for i in members] for members in bin_members(bins)]
+
+
 def _add_supervised(cfg: Config, run: OnlineRun, policy: Transformer, samples: list[Sample]) -> None:
     """Add the gradient of the supervised loss, weighted by --ptx.coefficient.
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 2.
     """
-    batches = [collate(samples)] if samples else []
+    batches = [collate(group) for group in supervised_groups(samples, cfg.training.pack_tokens)]
     num_tokens = run.totals(num_supervised(batches))[0]
     for batch in lockstep([batch.to(run.device) for batch in batches], policy, backward=True):
         hidden = policy(*batch.inputs)

@@ -106,6 +106,7 @@ def configurations(root, name):
                 ppo=PPOOptions(minibatches=2, epochs=2),
                 ptx=PTXOptions(coefficient=0.1, rows=5),
                 average_from=0.3,
+                held_out=(root / "few.jsonl",),
                 device="cpu",
                 quiet=True,
                 mesh=LAYOUTS[name][1],
@@ -125,6 +126,7 @@ def ranks(request, tmp_path_factory):
     # The balance of a micro-batch is that of its own tokens, and each rank packs the answers that it sampled.
     save_base(root / "policy", texts, experts=4, z_loss=0.01, **shapes)
     write_rows(root / "rows.jsonl", [conversation(a, b) for a, b in pairwise(texts)])
+    write_rows(root / "few.jsonl", [conversation(a, "The answer is 7.") for a in texts[:5]])
     pairs = [Preference((Message("user", a),), b, c) for a, b, c in zip(texts[::3], texts[1::3], texts[2::3])]
     write_rows(root / "pairs.jsonl", pairs)
     write_rows(root / "pair.jsonl", pairs[:1])
@@ -166,6 +168,20 @@ def test_two_ranks_log_the_metrics_of_one(ranks, layout, run):
             # A token may stand at the edge of the clipping interval.
             close["abs"] = 3e-3 if name.endswith("clip_fraction") else close["abs"]
             assert a[name] == pytest.approx(b[name], **close), (a["step"], name)
+
+
+# Catches: answers that depend on the rank that samples them, and rows in the order of the ranks.
+@pytest.mark.parametrize("layout", ["two", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp", "cp"))])
+def test_held_out_answers_before_training_are_those_of_one_process(ranks, layout):
+    one, two = (
+        [json.loads(line) for line in (ranks / name / "rleif" / "held_out.jsonl").read_text().splitlines()]
+        for name in ("one", layout)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert a["row"] == b["row"] and "after" in a and a["before"].keys() == b["before"].keys()
+        assert a["before"]["answer"] == b["before"]["answer"] and a["before"]["checked"] == b["before"]["checked"]
+        assert a["before"]["process_factor"] == pytest.approx(b["before"]["process_factor"], abs=1e-4)
+    assert len({line["before"]["answer"] for line in one}) > 1
 
 
 def test_reinforcement_learning_of_two_ranks_goes_on_with_one(ranks):

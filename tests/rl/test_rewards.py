@@ -1,5 +1,6 @@
 """Advantages, step ends, rewards, and the fields of a rollout."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,10 +11,19 @@ from wizard_engine.data.chat import CHAT_ATOMS, Sample, encode_prompt
 from wizard_engine.data.records import Message
 from wizard_engine.data.solution_steps import split_steps
 from wizard_engine.data.tokenizer import load_tokenizer, train_tokenizer
+from wizard_engine.evaluation.accuracy import accuracy
 from wizard_engine.model import ModelConfig, ScoringModel, Transformer
 from wizard_engine.parallel.context import SINGLE_DEVICE
 from wizard_engine.rl import advantages, rewards, trajectories
-from wizard_engine.rl.rewards import AnswerReward, InstructionReward, ProcessReward, encode_steps, score_answers
+from wizard_engine.rl.rewards import (
+    ALL_FACTORS,
+    AnswerReward,
+    InstructionReward,
+    ProcessReward,
+    Reference,
+    encode_steps,
+    score_answers,
+)
 from wizard_engine.rl.sampler import Sampler
 
 ASK = (Message("user", "How many apples are left?"),)
@@ -34,6 +44,36 @@ def test_answer_reward_is_zero_for_a_truncated_answer_or_one_without_steps(lost)
     for factors in (("instruction", "process"), ("instruction",), ("process",)):
         assert reward(**lost).total(factors) == 0.0
     assert reward(**lost).process == 0.0
+
+
+def test_checked_factor_is_alone_or_times_the_others():
+    right, wrong = (dataclasses.replace(reward(), is_right=x) for x in (True, False))
+    assert right.total(("checked",)) == 1.0 and wrong.total(("checked",)) == 0.0 == reward().total(("checked",))
+    assert right.total(("instruction", "process", "checked")) == right.total() and wrong.total(ALL_FACTORS) == 0.0
+    unfinished = dataclasses.replace(right, finished=False)
+    assert unfinished.checked == unfinished.total(("checked",)) == 0.0
+    # Without a process model an answer has steps, but no scores.
+    assert dataclasses.replace(right, scores=(), instruction=None).total(("checked",)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "is_right"),
+    [
+        ("So 3 + 4 = <<3+4=7>>7\n#### 7", "3 + 4 = 7. The answer is 7.", True),
+        ("#### 1,080", "It is 1080 in total", True),
+        ("#### 7", "The answer is 8.", False),
+        ("#### 7", "I cannot say.", False),
+        ("The answer is 50%.", "The answer is 0.5", True),
+    ],
+)
+def test_checked_answers_are_read_as_accuracy_reads_them(reference, answer, is_right):
+    (only,) = score_answers(
+        [ASK], [answer], [True], instruction=None, process=None, references=[Reference.of(reference)]
+    )
+    assert only.is_right is is_right and only.instruction is None and only.scores == () and only.spans
+    assert accuracy([answer], [reference]).correct == is_right
+    (without,) = score_answers([ASK], [answer], [True], instruction=None, process=None)
+    assert without.is_right is None and not Reference.of("no number").is_readable
 
 
 ANSWERS = [

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import recipes
 from wizard_engine.agents import endpoint
 from wizard_engine.planning import planner
-from wizard_engine.rl.options import CriticOptions
+from wizard_engine.rl.options import CriticOptions, RewardOptions
 from wizard_engine.runtime import cli, ranges
 from wizard_engine.runtime.ranges import Checked, Count, Range, RangeError, Share, ranged
 
@@ -51,6 +51,9 @@ OPTIONS = [(name, field) for name, kind in sorted(CLASSES.items()) for field in 
 def example(config: type, **changes: object) -> object:
     """A configuration with its defaults, and something for what has none."""
     hints = typing.get_type_hints(config)
+    if config is RewardOptions:
+        # Its default factors ask for models.
+        changes = {"factors": ("checked",)} | changes
     for field in dataclasses.fields(config):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in changes:

@@ -167,25 +167,3 @@ def write_model(runtime: Runtime, model: Any, tokenizer: Tokenizer, path: Path, 
         save_sharded(model, path, runtime, tokenizer=tokenizer, extra=extra)
     else:
         from_main(runtime, lambda: save_model(model, tokenizer, path, extra=extra) and None)
-
-
-def scoring_model(
-    path: Path, outputs: int, mesh: Mesh, sharding: Sharding | None
-) -> tuple[ScoringModel, Tokenizer, dict]:
-    """A reward model's directory: model (frozen, divided), tokenizer, fields of config.json.
-
-    Raises:
-        ValueError: a language model, or a reward model of the other kind.
-    """
-    with ModelDirectory(path) as directory:
-        num_outputs = directory.outputs or 0
-        if num_outputs != outputs:
-            kinds = {0: "a language model", 1: "an instruction reward model", 3: "a process reward model"}
-            raise ValueError(
-                f"{path}: expected {kinds[outputs]}, got {kinds.get(num_outputs, f'{num_outputs} outputs')}"
-            )
-        tokenizer = load_tokenizer(path)
-        check_vocabulary(tokenizer, directory.config, path)
-        model = shard_model(directory.empty_model(), mesh, sharding, frozen=True)
-        fill(model, directory)
-        return model, tokenizer, directory.fields

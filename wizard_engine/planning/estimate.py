@@ -171,6 +171,17 @@ def estimate(
     )
 
 
+def frozen_bytes(model: nn.Module, mesh: Mesh, sharding: Sharding) -> int:
+    """Memory of a rank for a model that is not trained: its shards, and the units that are gathered at once."""
+    size = compute_dtype(sharding, mesh.device).itemsize
+    units = sizes_of_units(model, mesh, compute_dtype(sharding, mesh.device))
+    room = {unit: unit.size if getattr(mesh, unit.over).size > 1 else 0 for unit in units}
+    rotating = [room[unit] for unit in units if not unit.resident]
+    gathered = max(rotating[::2], default=0) + max(rotating[1::2], default=0)
+    gathered += sum(room[unit] for unit in units if unit.resident)
+    return (sum(unit.shard_size for unit in units) + gathered) * size
+
+
 def _traffic(
     model: nn.Module, mesh: Mesh, sharding: Sharding, units: list[_Unit], tokens: int, micro_batches: int, narrow: int
 ) -> dict[tuple[str, str], int]:

@@ -7,7 +7,7 @@ from typing import Literal
 from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, LearningRate, NonNegative, Positive, Share, ranged
 from wizard_engine.runtime.stage import INCIDENTAL
 
-from .rewards import FACTORS
+from .rewards import ALL_FACTORS, FACTORS
 
 Clip = ranged(above=0, below=1)
 DualClip = ranged(above=1)
@@ -30,10 +30,10 @@ class RolloutOptions(Checked):
     tp: Count[int] = field(default=1, metadata=INCIDENTAL)
     """Tensor-parallel ranks of the sampler; each group of them holds the whole policy."""
     batch_size: Count[int] = field(default=128, metadata=INCIDENTAL)
-    """Answers that a rank samples concurrently."""
+    """Answers that a rank samples concurrently, at most."""
     cache_tokens: Count[int | None] = field(default=None, metadata=INCIDENTAL)
-    """Capacity of a rank's KV cache while sampling, tokens; default: enough for --rollout.batch-size of the longest
-    answers."""
+    """Capacity of a rank's KV cache while sampling, tokens; default: enough for the answers that it samples
+    concurrently, each with the longest prompt."""
     replay_routing: bool = True
     """Mixtures of experts: train each token with the experts that the sampler used for it."""
 
@@ -75,7 +75,7 @@ class CriticOptions(Checked):
     """The critic: its start, learning rate and loss."""
 
     model: Path | None = None
-    """Model directory with the initial body of the critic; default: the process reward model's."""
+    """Model directory with the initial body of the critic; default: the process reward model's, else the policy's."""
     lr: LearningRate[float] = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegative[int] = 0
@@ -99,12 +99,13 @@ class KLOptions(Checked):
 class RewardOptions(Checked):
     """Reward models and the factors of the reward."""
 
-    instruction_model: Path
-    """Instruction reward model, a directory of recipes/reward.py."""
-    process_model: Path
-    """Process reward model, a directory of recipes/reward.py."""
+    instruction_model: Path | None = None
+    """Instruction reward model, a directory of recipes/reward.py; the factor instruction needs it."""
+    process_model: Path | None = None
+    """Process reward model, a directory of recipes/reward.py; the factor process needs it."""
     factors: tuple[str, ...] = FACTORS
-    """Factors of the reward: instruction, process."""
+    """Factors of the reward, multiplied: instruction, process, checked. checked is 1 where the answer claims the number
+    of the row's own answer, else 0."""
     neutral: Share[float] = 0.5
     """Process score of a neutral step, 0 to 1."""
     no_eos_penalty: NonNegative[float] = 0.5
@@ -112,9 +113,15 @@ class RewardOptions(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [name for name in self.factors if name not in FACTORS]
+        unknown = [name for name in self.factors if name not in ALL_FACTORS]
         if unknown or not self.factors:
-            raise ValueError(f"reward.factors: expected some of {', '.join(FACTORS)}, got {unknown or 'none'}")
+            raise ValueError(f"reward.factors: expected some of {', '.join(ALL_FACTORS)}, got {unknown or 'none'}")
+        for name, path in (("instruction", self.instruction_model), ("process", self.process_model)):
+            if path is None and name in self.factors:
+                raise ValueError(
+                    f"reward.{name}_model: expected a directory of recipes/reward.py with the factor {name}, got none; "
+                    f"give --reward.{name}-model, or leave {name} out of --reward.factors"
+                )
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample, encode_exchange, encode_prompt
+from wizard_engine.data.final_answers import Claim, is_right, read_claim
+from wizard_engine.data.latex_answers import is_latex, library
 from wizard_engine.data.records import Message
 from wizard_engine.data.solution_steps import split_steps
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.scoring import packed_groups
 from wizard_engine.loss.process_reward import step_scores
 from wizard_engine.model.heads import ScoringModel
-from wizard_engine.model.loading import scoring_model
-from wizard_engine.parallel import Mesh, Sharding, lockstep
+from wizard_engine.parallel import lockstep
 
 from .answer_batches import answer_batch, answer_runs, with_end
 
 FACTORS = ("instruction", "process")
+ALL_FACTORS = (*FACTORS, "checked")
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,59 @@ class AnswerReward:
     """Reward of one answer.
 
     spans: character spans of the steps in the answer's text, so that the reward model may have another tokenizer than
-    the policy.   scores: one in [0, 1] per span.   instruction: the instruction factor in [0, 1].
-    finished: whether the answer ended within its limit.
+    the policy.   scores: one in [0, 1] per span; none without a process model.   instruction: the instruction factor in
+    [0, 1]; None without an instruction model.   finished: whether the answer ended within its limit.
+    is_right: whether it claims the number of the reference; None without a reference.
     """
 
     spans: tuple[tuple[int, int], ...]
     scores: tuple[float, ...]
-    instruction: float
+    instruction: float | None
     finished: bool
+    is_right: bool | None = None
 
     @property
     def process(self) -> float:
         """Minimum over the steps; 0 where the answer has no step or was truncated."""
         return min(self.scores) if self.scores and self.finished else 0.0
 
+    @property
+    def checked(self) -> float:
+        """1 where the answer claims the number of its reference; 0 elsewhere, and where the answer was truncated."""
+        return 1.0 if self.is_right and self.finished else 0.0
+
     def total(self, factors: Sequence[str] = FACTORS) -> float:
         """Product of the named factors; 0 for an answer that was truncated or has no step.
 
         Source: Luo et al. 2023, arXiv:2308.09583: r = r_I r_A with r_A the minimum over the steps.
         """
-        if not self.finished or not self.scores:
+        if not self.finished or not self.spans:
             return 0.0
-        return (self.instruction if "instruction" in factors else 1.0) * (self.process if "process" in factors else 1.0)
+        product = self.instruction if "instruction" in factors else 1.0
+        product *= self.process if "process" in factors else 1.0
+        return product * self.checked if "checked" in factors else product
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A row's own answer, whose number is read once."""
+
+    text: str
+    claim: Claim | None
+
+    @classmethod
+    def of(cls, text: str) -> "Reference":
+        """The reference that a row's answer makes."""
+        return cls(text, read_claim(text))
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether answers can be compared with it."""
+        return self.claim is not None or (is_latex(self.text) and library() is not None)
+
+    def is_claimed_by(self, answer: str) -> bool:
+        """Whether an answer claims the same number, or the same expression."""
+        return is_right(read_claim(answer), answer, self.claim, self.text)
 
 
 def encode_steps(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -> tuple[Sample, list[int]]:
@@ -123,13 +155,17 @@ def score_answer_tokens(
 class InstructionReward:
     """The instruction factor: sigmoid of the calibrated score of the instruction reward model."""
 
-    def __init__(self, model: ScoringModel, tokenizer: Tokenizer, *, mean: float = 0.0, std: float = 1.0) -> None:
-        self.model, self.tokenizer, self.mean, self.std = model, tokenizer, mean, std
+    def __init__(
+        self, model: ScoringModel, tokenizer: Tokenizer, *, mean: float = 0.0, std: float = 1.0, capacity: int = 8192
+    ) -> None:
+        self.model, self.tokenizer, self.mean, self.std, self.capacity = model, tokenizer, mean, std, capacity
 
     def raw(self, instructions: Sequence[str]) -> np.ndarray:
         """(N,) uncalibrated scores."""
         samples = [encode_instruction(self.tokenizer, text) for text in instructions]
-        return np.asarray([float(scores[-1, 0]) for scores in score_tokens(self.model, samples)])
+        return np.asarray(
+            [float(scores[-1, 0]) for scores in score_tokens(self.model, samples, capacity=self.capacity)]
+        )
 
     def __call__(self, instructions: Sequence[str]) -> np.ndarray:
         """(N,) factors in (0, 1); the mean instruction of the training pool has 0.5."""
@@ -139,15 +175,18 @@ class InstructionReward:
 class ProcessReward:
     """The process factor: P(right) + neutral P(neutral) at the last token of each step."""
 
-    def __init__(self, model: ScoringModel, tokenizer: Tokenizer, *, neutral: float = 0.5) -> None:
-        self.model, self.tokenizer, self.neutral = model, tokenizer, neutral
+    def __init__(
+        self, model: ScoringModel, tokenizer: Tokenizer, *, neutral: float = 0.5, capacity: int = 8192
+    ) -> None:
+        self.model, self.tokenizer, self.neutral, self.capacity = model, tokenizer, neutral, capacity
 
     def __call__(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[list[float]]:
         """Scores in [0, 1] of the steps of each answer."""
         encoded = [_steps(self.tokenizer, p, a) if a.strip() else None for p, a in zip(prompts, answers)]
         kept = [i for i, item in enumerate(encoded) if item is not None]
         prompt_tokens = [encoded[i][2] for i in kept]
-        scored = score_answer_tokens(self.model, [encoded[i][0] for i in kept], prompt_tokens, before=False)
+        samples = [encoded[i][0] for i in kept]
+        scored = score_answer_tokens(self.model, samples, prompt_tokens, before=False, capacity=self.capacity)
         out: list[list[float]] = [[] for _ in answers]
         for index, count, scores in zip(kept, prompt_tokens, scored):
             ends = torch.tensor(encoded[index][1]) - count
@@ -160,27 +199,20 @@ def score_answers(
     answers: Sequence[str],
     finished: Sequence[bool],
     *,
-    instruction: InstructionReward,
-    process: ProcessReward,
+    instruction: InstructionReward | None,
+    process: ProcessReward | None,
+    references: Sequence[Reference | None] | None = None,
 ) -> list[AnswerReward]:
-    """Reward of each answer: the instruction factor of its last user turn, and a score for every step."""
+    """Reward of each answer: the instruction factor of its last user turn, a score for every step, and whether it
+    claims the number of its reference; each where there is a model, or a reference, for it."""
     texts = [prompt[-1].content for prompt in prompts]
     unique = list(dict.fromkeys(texts))
-    factor = dict(zip(unique, instruction(unique).tolist()))
+    factors = {} if instruction is None else dict(zip(unique, instruction(unique).tolist()))
+    steps = [[]] * len(answers) if process is None else process(prompts, answers)
     rewards = []
-    for text, answer, done, scores in zip(texts, answers, finished, process(prompts, answers)):
-        spans = tuple(split_steps(answer)) if scores else ()
-        rewards.append(AnswerReward(spans, tuple(scores), factor[text], bool(done)))
+    for row, (text, answer, done, scores) in enumerate(zip(texts, answers, finished, steps)):
+        spans = tuple(split_steps(answer)) if answer.strip() else ()
+        reference = None if references is None else references[row]
+        is_right = None if reference is None else reference.is_claimed_by(answer)
+        rewards.append(AnswerReward(spans, tuple(scores), factors.get(text), bool(done), is_right))
     return rewards
-
-
-def instruction_reward(path: Path, mesh: Mesh, sharding: Sharding | None) -> InstructionReward:
-    """The instruction factor of a directory that recipes/reward.py wrote."""
-    model, tokenizer, fields = scoring_model(path, 1, mesh, sharding)
-    return InstructionReward(model, tokenizer, mean=fields["wizard_mean"], std=fields["wizard_std"])
-
-
-def process_reward(path: Path, mesh: Mesh, sharding: Sharding | None, neutral: float) -> ProcessReward:
-    """The process factor of a directory that recipes/reward.py wrote."""
-    model, tokenizer, _ = scoring_model(path, 3, mesh, sharding)
-    return ProcessReward(model, tokenizer, neutral=neutral)

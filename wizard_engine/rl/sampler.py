@@ -2,6 +2,8 @@
 
 Trainer and sampler use the same memory in turn."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,20 @@ from wizard_engine.parallel.parallelize import shard_parameters
 from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.process import Runtime
 
+from .options import RolloutOptions
 from .weight_sync import WeightSync, checksum, trainer_checksum
+
+
+def sampled_at_once(options: RolloutOptions, mesh: Mesh | None) -> int:
+    """Answers that a sampler runs concurrently: those of a rollout on its ranks, at most `options.batch_size`.
+
+    Args:
+        mesh: of the trainer; None: a single device.
+    """
+    data, row = (1, 1) if mesh is None else (mesh.data.size, mesh.row.size)
+    # Ranks that share packed rows sample a part of their prompts each.
+    prompts = math.ceil(options.prompts_per_step / (data * row))
+    return min(options.batch_size, prompts * options.samples_per_prompt * options.tp)
 
 
 class Sampler:
@@ -30,7 +45,7 @@ class Sampler:
         policy: as `parallelize` returned it.   runtime: needed for a sharded policy.
         tp: ranks that share the sampler's matrices and experts.
         cache_tokens: capacity of the cache of this rank or group.   max_sequences: that run at once.
-        allowed_ids: (V,) bool, as `Engine`.
+        allowed_ids: (V,) bool, as `Engine`.   longest: prompt with its answer, tokens; the context where unknown.
     Attributes:
         weights_checksum: of the weights that were synced last.
     Raises:
@@ -46,7 +61,9 @@ class Sampler:
         max_sequences: int = 128,
         tp: int = 1,
         allowed_ids: Tensor | None = None,
+        longest: int | None = None,
     ) -> None:
+        self.longest = longest or policy.config.max_positions
         self.policy, self.trainer = policy, sharded(policy)
         self.weights_checksum: int | None = None
         self.row, self.mesh = Axis(), Mesh(device=policy.embedding.weight.device)
@@ -113,6 +130,12 @@ class Sampler:
         if self.trainer is not None:
             return trainer_checksum(self.trainer)
         return checksum((n, ShardSpec.whole(p.shape), 0, p.detach()) for n, p in self.policy.named_parameters())
+
+    @property
+    def lent_bytes(self) -> int:
+        """Memory of the cache, and of a copy of the weights, between `sync_weights` and `release`."""
+        lent = [*self.engine.memory.like, *(self.memory.like if self.weight_sync is not None else ())]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in lent)
 
     def check(self, weights_checksum: int | None) -> None:
         """Raise ValueError unless this is the checksum of the trainer's current weights."""

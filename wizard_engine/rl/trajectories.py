@@ -165,9 +165,9 @@ def answer_logprobs(model: Transformer, rollout: Rollout, *, temperature: float,
 
 
 @torch.no_grad()
-def answer_values(critic: ScoringModel, rollout: Rollout) -> Tensor:
+def answer_values(critic: ScoringModel, rollout: Rollout, *, capacity: int = 8192) -> Tensor:
     """(N,) critic's value of the state before each answer token."""
-    scores = score_answer_tokens(critic, rollout.samples, rollout.prompt_tokens, before=True)
+    scores = score_answer_tokens(critic, rollout.samples, rollout.prompt_tokens, before=True, capacity=capacity)
     return torch.cat([score[:, 0] for score in scores])
 
 

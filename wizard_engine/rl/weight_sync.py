@@ -21,8 +21,8 @@ from wizard_engine.parallel.shard_spec import ShardSpec, Slice, as_matrix
 
 # Bytes of whole parameters in one exchange.
 BUCKET_BYTES = 256 * 2**20
-# Elements that a checksum reads at once.
-CHUNK = 2**22
+# Elements that a checksum reads at once: few launches on a GPU, little memory (32 bytes an element) on a CPU.
+CHUNK, CPU_CHUNK = 2**22, 2**18
 GOLDEN = -7046029254386353131
 
 
@@ -204,7 +204,7 @@ def checksum(shards: Iterable[tuple[str, ShardSpec, int, Tensor]]) -> int:
         width = as_matrix(spec.shape)[1]
         for tile in spec.slices(start, start + values.numel()):
             matrix = tile.of(values.view(-1))
-            rows = max(1, CHUNK // max(1, tile.columns))
+            rows = max(1, (CPU_CHUNK if values.device.type == "cpu" else CHUNK) // max(1, tile.columns))
             column = torch.arange(tile.column, tile.column + tile.columns, device=values.device)
             for row in range(0, tile.rows, rows):
                 chunk = matrix[row : row + rows]

@@ -27,7 +27,7 @@ from .base_run import BaseRun
 from .options import OnlineTraining
 
 # The loss of a fresh rollout is 0 whatever the policy learns.
-SHOWN = ("reward", "kl_k1", "length", "tokens_per_second")
+SHOWN = ("reward", "kl_k1", "finished", "tokens_per_second")
 
 
 class OnlineOptions(Protocol):
@@ -198,17 +198,19 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         kl: dict[str, Tensor],
         values: Tensor | None,
         targets: Targets,
+        held_out: Mapping[str, float] | None = None,
     ) -> None:
-        """Count and log a rollout: reward and its factors, KL, clipping, entropy, lengths, critic, phases."""
+        """Count and log a rollout: reward and its factors, KL, clipping, entropy, lengths, critic, phases.
+
+        Args:
+            held_out: further metrics, which were measured in the phase "held_out"; its time is no training time.
+        """
+        factors = factor_sums(self.cfg.reward, rewards)
         local: dict[str, Tensor | float] = {
             "answers": len(rewards),
             "tokens": sum(rollout.lengths),
             "finished": sum(rollout.finished),
-            "reward": sum(r.total(self.cfg.reward.factors) for r in rewards),
-            "instruction_factor": sum(r.instruction for r in rewards),
-            "process_factor": sum(r.process for r in rewards),
-            "mean_step_score": sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores),
-            "steps_per_answer": sum(len(r.scores) for r in rewards),
+            **factors,
             "kl_k1": kl["k1"].sum(),
             "kl_k3": kl["k3"].sum(),
         }
@@ -226,9 +228,8 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         self.largest_ratio_error = max(self.largest_ratio_error, difference)
         count, tokens = sums["answers"], sums["tokens"]
         self.tokens += int(tokens)
-        seconds = time.perf_counter() - self._began
-        per_answer = ("reward", "instruction_factor", "process_factor", "mean_step_score", "steps_per_answer")
-        metrics = {name: sums[name] / count for name in (*per_answer, "finished")}
+        seconds = time.perf_counter() - self._began - self._seconds.get("held_out", 0.0)
+        metrics = {name: sums[name] / count for name in (*factors, "finished")}
         metrics |= {name: sums[name] / tokens for name in ("kl_k1", "kl_k3")}
         metrics |= {name: value / max(1, self._updates) for name, value in shares.items()}
         if values is not None:
@@ -254,6 +255,7 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
             peak_memory_gib=peak_memory_gib(self.device),
             **metrics,
             **routers["policy"],
+            **(held_out or {}),
         )
 
     def _read(self) -> tuple[dict[str, float], float]:
@@ -304,3 +306,16 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         if not self.averaged or policy.mesh.replicate.index:
             return {}
         return {"average": {n: Shard(policy.shard_specs[n], at, x) for n, at, x in policy.shards(self.average)}}
+
+
+def factor_sums(options: RewardOptions, rewards: Sequence[AnswerReward]) -> dict[str, float]:
+    """Sums over answers of the reward, and of what its models and references say."""
+    sums: dict[str, float] = {"reward": sum(r.total(options.factors) for r in rewards)}
+    if options.instruction_model is not None:
+        sums["instruction_factor"] = sum(r.instruction or 0.0 for r in rewards)
+    if options.process_model is not None:
+        sums["process_factor"] = sum(r.process for r in rewards)
+        sums["mean_step_score"] = sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores)
+    if "checked" in options.factors:
+        sums["checked"] = sum(r.checked for r in rewards)
+    return sums | {"steps_per_answer": sum(len(r.spans) for r in rewards)}
