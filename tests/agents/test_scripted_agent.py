@@ -68,6 +68,17 @@ def test_rows_with_the_same_seeds_draw_for_themselves(tmp_path):
     assert len(drawn) > 4
 
 
+def test_a_list_to_rank_is_answered_from_the_scores_of_its_instructions(tmp_path):
+    whole = prompts.numbered(["c", "a  b"])
+    scores = {"a b": "4", "c": "7.5", whole: "1: 1\n2: 2"}
+    lines = [{"task": "rank", "instruction": text, "reply": score} for text, score in scores.items()]
+    agent = ScriptedAgent(write(tmp_path / "x.jsonl", lines))
+    assert reply(agent, "rank", instructions=prompts.numbered(["a\nb", "a b", "c"])).text == "1: 4\n2: 4\n3: 7.5"
+    assert reply(agent, "rank", instructions=whole).text == "1: 1\n2: 2"
+    failed = reply(agent, "rank", instructions=prompts.numbered(["a b", "new one"]))
+    assert failed.reason == "no scripted reply" and "'rank' of 'new one'" in failed.error
+
+
 @pytest.mark.parametrize("task", ["answer", "user"])
 def test_an_absent_reply_is_a_failed_call_that_names_the_row(agent, task):
     failed = answer(agent, "Write a poem about the sea.", task=task)

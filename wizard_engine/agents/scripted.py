@@ -6,11 +6,13 @@ Each line of the file is an object:
 
 `task` is one of the prompts' or "answer" and "user", `instruction` what is asked about (see `asked`), and left out for
 a reply to every other request of the task. Lines with the same task and instruction are replies of one request: the
-seed chooses among them.
+seed chooses among them. A list to rank that has no line of its own is answered from the lines of task "rank" with one
+instruction of it and its score as reply.
 """
 
 import difflib
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +28,8 @@ TASKS = (*CONVERSATIONS, *(task for task in prompts.TASKS if task not in CONVERS
 _FIELDS = ("task", "instruction", "reply")
 # The field of a prompt that has the text asked about, where it is not `instruction`.
 _ASKED = {"compare": "first", "rank": "instructions", "analyse": "trajectory", "optimise": "feedback"}
+# The lines that `prompts.numbered` writes.
+_NUMBERED = re.compile(r"^(\d+)\. (.*)$", re.MULTILINE)
 
 
 class ScriptedAgent:
@@ -59,9 +63,19 @@ class ScriptedAgent:
     def _reply(self, request: Request) -> Reply:
         text = asked(request)
         choices = self.replies.get((request.task, prompts.flatten(text))) or self.replies.get((request.task, None))
-        if choices is None:
-            return Reply("", f"{NO_SCRIPT}: {self.name} has none to {request.task!r} of {text[:60]!r}")
-        return Reply(choices[_place(request.seed, len(choices), text)])
+        if choices is not None:
+            return Reply(choices[_place(request.seed, len(choices), text)])
+        items = _NUMBERED.findall(text) if request.task == "rank" else []
+        if not items:
+            return self._absent(request, text)
+        scores = [self.replies.get(("rank", prompts.flatten(item))) for _, item in items]
+        if None in scores:
+            return self._absent(request, items[scores.index(None)][1])
+        chosen = [given[_place(request.seed, len(given), item)] for given, (_, item) in zip(scores, items)]
+        return Reply("\n".join(f"{number}: {score}" for (number, _), score in zip(items, chosen)))
+
+    def _absent(self, request: Request, text: str) -> Reply:
+        return Reply("", f"{NO_SCRIPT}: {self.name} has none to {request.task!r} of {text[:60]!r}")
 
 
 def _place(seed: int, count: int, text: str) -> int:
