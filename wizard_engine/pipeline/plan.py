@@ -105,6 +105,8 @@ class Plan:
             "unknown_fields": self.run.rows.unknown_fields,
             "prices": self.run.prices,
         }
+        if self.run.rows.reference_answers and recipe != "mt_bench":
+            common["references"] = "answers"
         out = self.out / where
         values = {name: value for name, value in common.items() if name in fields} | {"out": out, **wiring}
         with checked_later():

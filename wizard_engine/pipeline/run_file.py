@@ -49,6 +49,8 @@ class Rows(Checked):
     """Held-out preference rows."""
     hold_out_pairs: NonNegative[int] = 0
     """Preference rows to keep apart in every slice, where there is no file of them."""
+    reference_answers: bool = False
+    """The rows' own answers are right: agents that judge and label go by them (--references answers)."""
     questions: Path | None = None
     """Two-turn questions in the form of MT-Bench; none: no such evaluation."""
     references: Path | None = None
