@@ -1,4 +1,5 @@
-"""A rank that measures held-out rows of every kind in several layouts: python held_out_rank.py OUT."""
+"""A rank that measures held-out rows in several layouts: python held_out_rank.py OUT. OUT/cases.json names the layouts
+and kinds of rows."""
 
 import json
 import sys
@@ -29,31 +30,31 @@ def samples(count):
     return [Sample(generator.integers(0, 32, n).astype(np.int32), w) for n, w in zip(lengths, weights)]
 
 
-def kinds(mesh):
-    """Name -> rows, and the model that reads them; the heads of scores are random."""
-    language = parallelize(Transformer(CONFIG, seed=0), mesh)
-    single, pairs = samples(11), [Pair(a, b) for a, b in zip(samples(7), samples(9))]
+def rows_and_model(kind):
+    """Rows of a kind, and a model that reads them; the weights of scores are not zero."""
+    language, pairs = Transformer(CONFIG, seed=0), [Pair(a, b) for a, b in zip(samples(7), samples(9))]
+    if kind == "supervised":
+        return SupervisedRows(samples(11), CAPACITY), language
+    if kind == "preference":
+        return PreferenceRows(pairs, CAPACITY, 0.3, "sigmoid", 0.0, False), language
+    outputs = 1 if kind == "ranking" else 3
+    model = ScoringModel.from_language_model(language, outputs)
+    model.score.weight.data.copy_(model.body.embedding.weight.detach()[:outputs])
     answers = [(sample, [1, 2], (1, -1 if n % 2 else 0)) for n, sample in enumerate(samples(8))]
-    scoring = {}
-    for outputs in (1, 3):
-        model = ScoringModel.from_language_model(Transformer(CONFIG, seed=outputs), outputs)
-        model.score.weight.data.copy_(model.body.embedding.weight.detach()[:outputs])
-        scoring[outputs] = parallelize(model, mesh)
-    return {
-        "supervised": (SupervisedRows(single, CAPACITY), language),
-        "preference": (PreferenceRows(pairs, CAPACITY, 0.3, "sigmoid", 0.0, False), language),
-        "ranking": (RankingRows(pairs, CAPACITY), scoring[1]),
-        "steps": (StepRows(answers, CAPACITY), scoring[3]),
-    }
+    return (RankingRows(pairs, CAPACITY) if kind == "ranking" else StepRows(answers, CAPACITY)), model
 
 
 def main(out):
     """Measure, and write what was found; also when the first measurement is already there."""
     rt = runtime.start("cpu")
-    found = {}
+    found, cases = {}, json.loads((out / "cases.json").read_text())
     for layout, options in LAYOUTS[rt.world_size].items():
+        if layout not in cases:
+            continue
         mesh = make_mesh(MeshOptions(**options), rt)
-        for kind, (rows, model) in kinds(mesh).items():
+        for kind in (kind for kind in cases if kind not in LAYOUTS[1] | LAYOUTS[2]):
+            rows, model = rows_and_model(kind)
+            model = parallelize(model, mesh)
             stage = Stage(out / layout / kind, "held", {}, {})
             made = [HeldOut(stage, rt, mesh, model, rows, rejected=0, every=0, quiet=True) for _ in range(2)]
             result = made[1].finish(3)["held_out"]

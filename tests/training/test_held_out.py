@@ -113,13 +113,26 @@ def test_eval_every_without_rows_is_refused():
 
 
 # Catches: rows that a rank scores in other company, or that are lost, doubled or out of order; a rank without a result.
-def test_measures_do_not_depend_on_the_layout(tmp_path):
-    found = results_by_rank(Path(__file__).with_name("held_out_rank.py"), (1, 2), tmp_path)
+@pytest.mark.parametrize(
+    ("layouts", "kinds"),
+    [
+        (("sharded", "tp"), ("supervised", "steps")),
+        pytest.param(
+            ("sharded", "copies", "tp", "cp"),
+            ("supervised", "preference", "ranking", "steps"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["two_layouts", "all"],
+)
+def test_measures_do_not_depend_on_the_layout(tmp_path, layouts, kinds):
+    script = Path(__file__).with_name("held_out_rank.py")
+    found = results_by_rank(script, (1, 2), tmp_path, ("one", *layouts, *kinds))
     assert found[2][0] == found[2][1]
-    for kind in ("supervised", "preference", "ranking", "steps"):
+    for kind in kinds:
         one = found[1][0][f"one/{kind}"]
         assert one["before"] == one["after"] and all(len(set(values)) > 1 for values in one["columns"].values())
-        for layout in ("sharded", "copies", "tp", "cp"):
+        for layout in layouts:
             other = found[2][0][f"{layout}/{kind}"]
             if layout in ("sharded", "copies"):
                 assert other == one, (layout, kind)
