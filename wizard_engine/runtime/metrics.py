@@ -85,7 +85,7 @@ def _lines(bar: "weakref.ref[Progress]", ended: threading.Event) -> None:
         current = bar()
         if current is None:
             return
-        print(current.line(), file=sys.stderr, flush=True)
+        tqdm.write(current.line(), file=sys.stderr)
         del current
 
 
