@@ -14,6 +14,16 @@ from .packed import check_cu_seqlens, sequence_ids
 VARIANTS = ("sigmoid", "robust", "ipo")
 
 
+def pair_losses(margin: Tensor, *, beta: float, variant: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """(B,) losses of pairs whose implicit rewards differ by `margin`: h of `dpo`."""
+    smoothing = label_smoothing
+    if variant == "ipo":
+        return (margin / beta - 1 / (2 * beta)).square()
+    if variant == "robust":
+        return (smoothing * F.logsigmoid(-margin) - (1 - smoothing) * F.logsigmoid(margin)) / (1 - 2 * smoothing)
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
 def preference_loss(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
@@ -28,13 +38,7 @@ def preference_loss(
     """The loss of pairs of sequence log-probabilities, (B,) each, and its metrics, as `dpo` defines them."""
     chosen_reward, rejected_reward = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     margin = chosen_reward - rejected_reward
-    smoothing = label_smoothing
-    if variant == "ipo":
-        losses = (margin / beta - 1 / (2 * beta)).square()
-    elif variant == "robust":
-        losses = (smoothing * F.logsigmoid(-margin) - (1 - smoothing) * F.logsigmoid(margin)) / (1 - 2 * smoothing)
-    else:
-        losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+    losses = pair_losses(margin, beta=beta, variant=variant, label_smoothing=label_smoothing)
     with torch.no_grad():
         metrics = {
             "chosen_reward": chosen_reward.sum(),

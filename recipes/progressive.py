@@ -70,8 +70,8 @@ def stage_of(recipe: str, config: Any) -> Stage:
         return mt_bench.open_bench(config)
     name = f"reward_{config.kind}" if recipe == "reward" else recipe
     options, inputs = identity(config)
-    extendable = RUN_LENGTH if recipe in ("sft", "reward") else ()
-    return Stage(config.out, name, options, inputs, overwrite=config.overwrite, extendable=extendable, quiet=True)
+    how = {"overwrite": config.overwrite, "extendable": RUN_LENGTH if recipe in ("sft", "reward") else ()}
+    return Stage(config.out, name, options, inputs, quiet=True, measured=identity(config, measured=True), **how)
 
 
 STAGE_OF: dict[str, Callable[[Any], Stage]] = {name: partial(stage_of, name) for name in RECIPES}

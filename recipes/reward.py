@@ -29,14 +29,17 @@ from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.rl.rewards import encode_instruction, encode_steps, score_tokens, with_end
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Fraction, Seed
+from wizard_engine.runtime.metrics import progress
+from wizard_engine.runtime.ranges import AtLeastTwo, Fraction, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.training.held_out import HeldOutOptions, finish_held_out, open_held_out
+from wizard_engine.training.held_out_rows import LabelledSteps, RankingRows, StepRows, step_values
 from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
 from wizard_engine.training.run import Run
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(HeldOutOptions):
     """Instruction or process reward model."""
 
     kind: Literal["instruction", "process"]
@@ -49,8 +52,9 @@ class Config(Checked):
     tokenizer: Path | None = None
     surprise: bool = True
     """Process model: let the head see how likely the body itself finds the step's last tokens."""
-    held_out: Fraction[float] = 0.1
-    """Share of the rows kept for measuring."""
+    held_out_share: Fraction[float] = 0.1
+    """Share of the rows of --data that is not trained on, at least one row. It is measured at the end; the scores of
+    its instructions calibrate the factor of RLEIF."""
     max_length: AtLeastTwo[int | None] = None
     chat_format: ChatFormatChoice = "auto"
     """To train in: auto is the format that this project trained the model in, else Vicuna v1.1; or vicuna, chatml,
@@ -93,9 +97,16 @@ def main(cfg: Config) -> dict:
         vocab_size=model.config.vocab_size,
     )
     kind = Process() if is_process else Instruction()
-    items, rejected = kind.read(cfg, tokenizer, sample_limit(cfg.max_length, model.config, cfg.training))
+    limit = sample_limit(cfg.max_length, model.config, cfg.training)
+    items, rejected = kind.read(cfg, tokenizer, limit, cfg.data, "rejects.jsonl")
     check_rows(rt, "reward", (sample for item in items for sample in kind.samples(item)))
-    train, test = _split(items, cfg.held_out, cfg.seed)
+
+    def read_held_out() -> tuple[RankingRows | StepRows, int]:
+        rows, unusable = kind.read(cfg, tokenizer, limit, cfg.held_out, "held_out_rejects.jsonl")
+        return kind.held_out(rows, cfg.training.pack_tokens), unusable
+
+    held_out = open_held_out(cfg, stage, rt, mesh, model, read_held_out)
+    train, test = _split(items, cfg.held_out_share, cfg.seed)
     documents = [[len(sample.tokens) - 1 for sample in kind.samples(item)] for item in train]
     run = Run(
         cfg.training,
@@ -108,13 +119,16 @@ def main(cfg: Config) -> dict:
         quiet=cfg.quiet,
         documents=documents,
         saves_last=True,
+        held_out=held_out,
+        shown=("loss", "accuracy"),
     )
     for packs in run.steps():
         train_step(run, model, kind, train, packs)
-    measured, calibration = kind.measure(model, test)
-    counts = {kind.unit: len(train), "rejected": rejected, "held_out": len(test)}
+    measured, calibration = kind.measure(model, test, quiet=cfg.quiet)
+    counts = {kind.unit: len(train), "rejected": rejected, "held_out_rows": len(test)}
+    more, files = finish_held_out(held_out, run.step)
     write_model(rt, model, tokenizer, cfg.out / "model", extra=calibration)
-    return finish_stage(stage, rt, run.result() | counts | measured, [cfg.out / "model"])
+    return finish_stage(stage, rt, run.result() | counts | measured | more, [cfg.out / "model", *files])
 
 
 def train_step(
@@ -148,7 +162,9 @@ class Instruction:
 
     unit = "pairs"
 
-    def read(self, cfg: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Pair], int]:
+    def read(
+        self, cfg: Config, tokenizer: Tokenizer, limit: int, paths: tuple[Path, ...], rejects: str
+    ) -> tuple[list[Pair], int]:
         """Pairs of the rows, and how many rows were rejected."""
 
         def encode(row: Preference) -> Pair:
@@ -160,11 +176,11 @@ class Instruction:
             return fitting_pair(pair, cfg.training.pack_tokens)
 
         return read_pairs(
-            cfg.data,
+            paths,
             encode,
             on_error=cfg.on_error,
             unknown_fields=cfg.unknown_fields,
-            rejects=cfg.out / "rejects.jsonl",
+            rejects=cfg.out / rejects,
             quiet=cfg.quiet,
         )
 
@@ -191,10 +207,15 @@ class Instruction:
         better, worse = scores[batch.cu_seqlens[1:].long() - 1, 0].chunk(2)
         return ranking_loss(better, worse, margin, num_pairs=count), (better > worse).sum()
 
-    def measure(self, model: ScoringModel, pairs: list[Pair]) -> tuple[dict, dict]:
+    def held_out(self, pairs: list[Pair], capacity: int) -> RankingRows:
+        """The pairs as rows to measure on."""
+        return RankingRows([Pair(_without_end(p.chosen), _without_end(p.rejected)) for p in pairs], capacity)
+
+    def measure(self, model: ScoringModel, pairs: list[Pair], *, quiet: bool) -> tuple[dict, dict]:
         """Held-out accuracy, and mean and deviation of the scores, which calibrate the factor."""
         sides = [[_without_end(side) for side in self.samples(pair)] for pair in pairs]
-        scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in sides]
+        bar = progress(sides, desc="own held-out share", unit="pair", quiet=quiet)
+        scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in bar]
         pool = np.asarray(scores).ravel()
         accuracy = float(np.mean([better > worse for better, worse in scores]))
         return {"held_out_accuracy": accuracy}, {
@@ -203,16 +224,14 @@ class Instruction:
         }
 
 
-LabelledSteps = tuple[Sample, list[int], tuple[int, ...]]
-"""Sample, index of the last token of each step, label of each step (-1, 0, 1)."""
-
-
 class Process:
     """Answers with a label for each step: cross-entropy over three classes at the end of each step."""
 
     unit = "rows"
 
-    def read(self, cfg: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[LabelledSteps], int]:
+    def read(
+        self, cfg: Config, tokenizer: Tokenizer, limit: int, paths: tuple[Path, ...], rejects: str
+    ) -> tuple[list[LabelledSteps], int]:
         """Answers with labels, and how many rows were rejected."""
 
         def encode(row: ProcessRow) -> LabelledSteps:
@@ -223,11 +242,9 @@ class Process:
                 raise ValueError(f"steps: expected {len(row.labels)} steps (the labels), found {len(ends)} in the text")
             return with_end(sample), ends, row.labels
 
-        rejects = cfg.out / "rejects.jsonl"
-        rows, unread = read_processes(
-            cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects
-        )
-        items, rejected = encode_all(rows, encode, cfg.on_error, rejects)
+        file = cfg.out / rejects
+        rows, unread = read_processes(paths, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=file)
+        items, rejected = encode_all(rows, encode, cfg.on_error, file, quiet=cfg.quiet)
         return items, rejected + unread
 
     def samples(self, item: LabelledSteps) -> tuple[Sample, ...]:
@@ -255,17 +272,22 @@ class Process:
         scores = scores[ends]
         return process_loss(scores, labels, num_steps=count), (scores.argmax(-1) - 1 == labels).sum()
 
-    def measure(self, model: ScoringModel, items: list[LabelledSteps]) -> tuple[dict, dict]:
+    def held_out(self, items: list[LabelledSteps], capacity: int) -> StepRows:
+        """The answers as rows to measure on."""
+        return StepRows([(_without_end(sample), ends, labels) for sample, ends, labels in items], capacity)
+
+    def measure(self, model: ScoringModel, items: list[LabelledSteps], *, quiet: bool) -> tuple[dict, dict]:
         """Held-out accuracy of step labels, and of telling answers without a wrong step from those with one."""
-        scored = score_tokens(model, [_without_end(sample) for sample, _, _ in items])
-        steps, clean, wrong = [], [], []
+        desc = "" if quiet else "own held-out share"
+        scored = score_tokens(model, [_without_end(sample) for sample, _, _ in items], desc=desc)
+        num_correct, clean, wrong = 0.0, [], []
         for (_, ends, labels), scores in zip(items, scored):
-            probabilities = scores[ends].softmax(-1)
-            steps += (probabilities.argmax(-1) - 1 == torch.tensor(labels)).tolist()
-            (wrong if -1 in labels else clean).append(float((1 - probabilities[:, 0]).min()))
+            correct, lowest = step_values(scores, ends, labels)
+            num_correct += correct
+            (wrong if -1 in labels else clean).append(lowest)
         pairs = [(c > w) + 0.5 * (c == w) for c in clean for w in wrong]
         return {
-            "held_out_accuracy": float(np.mean(steps)),
+            "held_out_accuracy": num_correct / sum(map(self.count, items)),
             "held_out_answer_auc": float(np.mean(pairs)) if pairs else None,
             "share_with_a_wrong_step": len(wrong) / len(items),
         }, {}

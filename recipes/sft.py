@@ -11,24 +11,27 @@ from typing import Literal
 
 from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
-from wizard_engine.data.chat import use_chat_format
+from wizard_engine.data.chat import Sample, use_chat_format
 from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.samples import check_rows, read_samples
+from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import sft_loss
 from wizard_engine.model import Routes, Transformer
 from wizard_engine.model.loading import language_model, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Seed
+from wizard_engine.runtime.ranges import AtLeastTwo, Seed
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
+from wizard_engine.training.held_out import HeldOutOptions, finish_held_out, open_held_out
+from wizard_engine.training.held_out_rows import SupervisedRows
 from wizard_engine.training.options import RUN_LENGTH, Training, sample_limit
 from wizard_engine.training.run import Run, num_supervised
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(HeldOutOptions):
     """Supervised learning."""
 
     data: tuple[Path, ...]
@@ -80,30 +83,55 @@ def main(cfg: Config) -> dict:
         needs_marks=cfg.kind == "conversation",
         vocab_size=model.config.vocab_size,
     )
-    samples, rejected = read_samples(
-        cfg.data,
-        tokenizer,
-        kind=cfg.kind,
-        max_length=sample_limit(cfg.max_length, model.config, cfg.training),
-        on_error=cfg.on_error,
-        unknown_fields=cfg.unknown_fields,
-        rejects=cfg.out / "rejects.jsonl",
-        truncate=cfg.truncate,
-        quiet=cfg.quiet,
-    )
+    limit = sample_limit(cfg.max_length, model.config, cfg.training)
+    samples, rejected = _read(cfg, tokenizer, cfg.data, limit, "rejects.jsonl")
     check_rows(rt, "sft", samples)
     if cfg.audit:
         audit.check_supervised(model, samples, tokenizer, quiet=cfg.quiet or not rt.is_main)
-    lengths = [len(sample.tokens) - 1 for sample in samples]
-    run = Run(cfg.training, rt, model, lengths, cfg.out, seed=cfg.seed, name="sft", quiet=cfg.quiet, saves_last=True)
+
+    def read_held_out() -> tuple[SupervisedRows, int]:
+        rows, unusable = _read(cfg, tokenizer, cfg.held_out, limit, "held_out_rejects.jsonl")
+        return SupervisedRows(rows, cfg.training.pack_tokens), unusable
+
+    held_out = open_held_out(cfg, stage, rt, mesh, model, read_held_out)
+    run = Run(
+        cfg.training,
+        rt,
+        model,
+        [len(sample.tokens) - 1 for sample in samples],
+        cfg.out,
+        seed=cfg.seed,
+        name="sft",
+        quiet=cfg.quiet,
+        saves_last=True,
+        held_out=held_out,
+    )
     for packs in run.steps():
         train_step(run, model, [collate([samples[i] for i in pack]) for pack in packs])
     result = run.result() | {"samples": len(samples), "rejected": rejected}
     if cfg.truncate:
         cut = [sample.cut for sample in samples if sample.cut]
         result |= {"truncated": len(cut), "truncated_tokens": sum(cut)}
+    measured, files = finish_held_out(held_out, run.step)
     write_model(rt, model, tokenizer, cfg.out / "model")
-    return finish_stage(stage, rt, result, [cfg.out / "model"])
+    return finish_stage(stage, rt, result | measured, [cfg.out / "model", *files])
+
+
+def _read(
+    cfg: Config, tokenizer: Tokenizer, paths: tuple[Path, ...], limit: int, rejects: str
+) -> tuple[list[Sample], int]:
+    """Samples of row files, and how many rows were rejected."""
+    return read_samples(
+        paths,
+        tokenizer,
+        kind=cfg.kind,
+        max_length=limit,
+        on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
+        rejects=cfg.out / rejects,
+        truncate=cfg.truncate,
+        quiet=cfg.quiet,
+    )
 
 
 def train_step(run: Run, model: Transformer, batches: list[Batch]) -> None:

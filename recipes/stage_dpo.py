@@ -20,6 +20,7 @@ from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import use_chat_format
 from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.samples import Pair, answer_pair, check_rows, read_pairs
+from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import dpo_loss
 from wizard_engine.model import Routes, Transformer
 from wizard_engine.model.loading import language_model, write_model
@@ -27,9 +28,11 @@ from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.process import Runtime
-from wizard_engine.runtime.ranges import AtLeastTwo, Checked, Count, NonNegative, Positive, Seed, ranged
+from wizard_engine.runtime.ranges import AtLeastTwo, Count, NonNegative, Positive, Seed, ranged
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 from wizard_engine.training import audit
+from wizard_engine.training.held_out import HeldOut, HeldOutOptions, finish_held_out, open_held_out
+from wizard_engine.training.held_out_rows import PreferenceRows
 from wizard_engine.training.options import Training, sample_limit
 from wizard_engine.training.preference_slices import order_slices
 from wizard_engine.training.reference_logprobs import ReferenceCache
@@ -39,7 +42,7 @@ Smoothing = ranged(0, below=0.5)
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(HeldOutOptions):
     """Direct preference optimisation in stages."""
 
     data: tuple[Path, ...]
@@ -108,31 +111,56 @@ def main(cfg: Config) -> dict:
         vocab_size=model.config.vocab_size,
     )
     limit = sample_limit(cfg.max_length, model.config, cfg.training)
-    pairs, rejected = read_pairs(
-        cfg.data,
-        lambda row: answer_pair(tokenizer, row, limit, cfg.training.pack_tokens),
-        on_error=cfg.on_error,
-        unknown_fields=cfg.unknown_fields,
-        rejects=cfg.out / "rejects.jsonl",
-        quiet=cfg.quiet,
-    )
+    pairs, rejected = _read(cfg, tokenizer, cfg.data, limit, "rejects.jsonl")
     check_rows(rt, "stage_dpo", (side for pair in pairs for side in (pair.chosen, pair.rejected)))
     slices = order_slices(pairs, cfg.slices, cfg.order, cfg.seed)
-    cache = ReferenceCache(cfg.out / "reference", tokenizer.fingerprint, _normalises(cfg))
+    cache = ReferenceCache(cfg.out / "reference", tokenizer.fingerprint, _normalises(cfg), quiet=cfg.quiet)
     initial = cache.logprobs(model, pairs)
     if cfg.audit:
         audit.check_preference(model, pairs, initial, beta=cfg.beta, quiet=cfg.quiet or not rt.is_main)
+
+    def read_held_out() -> tuple[PreferenceRows, int]:
+        rows, unusable = _read(cfg, tokenizer, cfg.held_out, limit, "held_out_rejects.jsonl")
+        loss = cfg.beta, cfg.variant, cfg.label_smoothing, _normalises(cfg)
+        return PreferenceRows(rows, cfg.training.pack_tokens, *loss), unusable
+
+    held_out = open_held_out(cfg, stage, rt, mesh, model, read_held_out)
     results = []
     for index in range(cfg.slices):
         rows = [i for indices in slices[: index + 1] for i in indices] if cfg.cumulative else slices[index]
-        results.append(_train_stage(cfg, rt, model, [pairs[i] for i in rows], cache, initial[rows], index))
+        if held_out is not None:
+            held_out.steps_before = sum(done["steps"] for done in results)
+        stage_pairs = [pairs[i] for i in rows]
+        results.append(_train_stage(cfg, rt, model, stage_pairs, cache, initial[rows], index, held_out))
+    measured, files = finish_held_out(held_out, sum(done["steps"] for done in results))
     write_model(rt, model, tokenizer, cfg.out / "model")
     result = {"stages": results, "pairs": len(pairs), "rejected": rejected}
-    return finish_stage(stage, rt, result, [cfg.out / "model"])
+    return finish_stage(stage, rt, result | measured, [cfg.out / "model", *files])
+
+
+def _read(
+    cfg: Config, tokenizer: Tokenizer, paths: tuple[Path, ...], limit: int, rejects: str
+) -> tuple[list[Pair], int]:
+    """Pairs of row files, and how many rows were rejected."""
+    return read_pairs(
+        paths,
+        lambda row: answer_pair(tokenizer, row, limit, cfg.training.pack_tokens),
+        on_error=cfg.on_error,
+        unknown_fields=cfg.unknown_fields,
+        rejects=cfg.out / rejects,
+        quiet=cfg.quiet,
+    )
 
 
 def _train_stage(
-    cfg: Config, rt: Runtime, model, pairs: list[Pair], cache: ReferenceCache, initial: torch.Tensor, index: int
+    cfg: Config,
+    rt: Runtime,
+    model: Transformer,
+    pairs: list[Pair],
+    cache: ReferenceCache,
+    initial: torch.Tensor,
+    index: int,
+    held_out: HeldOut | None,
 ) -> dict:
     """One pass over a slice; `initial` are the (N, 2) log-probabilities under the initial model."""
     reference = initial if cfg.reference == "initial" or index == 0 else cache.logprobs(model, pairs)
@@ -148,6 +176,8 @@ def _train_stage(
         name=name,
         quiet=cfg.quiet,
         documents=[pair.documents for pair in pairs],
+        held_out=held_out,
+        shown=("loss", "accuracy", "margin"),
     )
     for packs in run.steps():
         train_step(cfg, run, model, pairs, packs, reference, initial)

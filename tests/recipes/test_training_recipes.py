@@ -170,8 +170,8 @@ def test_stage_dpo_starts_at_its_reference_and_drifts(world, tmp_path, changes):
 
 def test_stage_dpo_computes_references_once_per_stage(world, tmp_path, monkeypatch):
     calls = []
-    right = reference_logprobs.sequence_logprobs
-    monkeypatch.setattr(reference_logprobs, "sequence_logprobs", lambda *a, **k: calls.append(1) or right(*a, **k))
+    right = reference_logprobs.divided_logprobs
+    monkeypatch.setattr(reference_logprobs, "divided_logprobs", lambda *a, **k: calls.append(1) or right(*a, **k))
     cfg = staged(world, tmp_path)
     stage_dpo.main(cfg)
     assert len(calls) == 2 and len(list((tmp_path / "reference").iterdir())) == 2
@@ -236,7 +236,7 @@ def reward_models(world):
             data=(world.write(f"{kind}.jsonl", rows),),
             out=world.root / f"reward_{kind}",
             model=world.base,
-            held_out=0.3,
+            held_out_share=0.3,
             training=Training(**{**QUICK, "lr": 5e-3}, epochs=8),
             quiet=True,
         )
@@ -262,7 +262,7 @@ def test_process_reward_model_learns_labels(world, reward_models):
     lines = read_metrics(cfg.out / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-4)
     assert lines[-1]["loss"] < lines[0]["loss"] and 0 <= result["held_out_accuracy"] <= 1
-    assert result["rows"] + result["held_out"] == 30 and load_model(cfg.out / "model")[0].outputs == 3
+    assert result["rows"] + result["held_out_rows"] == 30 and load_model(cfg.out / "model")[0].outputs == 3
 
 
 def test_reward_recipe_refuses_other_rows_and_too_few(world, tmp_path):

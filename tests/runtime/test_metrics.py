@@ -3,11 +3,14 @@
 import io
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from wizard_engine.model.progress import byte_bar
+from wizard_engine.runtime import metrics
 from wizard_engine.runtime.metrics import MetricsLogger, progress, read_metrics
 
 
@@ -94,3 +97,34 @@ def test_progress_shows_a_bar_on_a_terminal_only(stderr, quiet, is_shown, monkey
     written = sys.stderr.getvalue()
     assert [word in written for word in ("tokenize", "row/s", "judge", "call/s")] == [is_shown] * 4
     assert capsys.readouterr().out == ""
+
+
+# Catches: minutes of silence in a log file, also during one long item; lines of a bar that is closed or quiet.
+def test_a_bar_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.02)
+
+    def printed_while(bar):
+        for _ in range(500):
+            if text := capsys.readouterr().err:
+                return text.splitlines()[0]
+            time.sleep(0.01)
+
+    shown = {bar: printed_while(bar) for bar in progress(iter("ab"), desc="audit", unit="pass", total=2)}
+    assert shown["a"].startswith("audit: 0/2 pass [00:00]") and "1/2" in shown["b"]
+    with byte_bar("load x", 3 * 2**30) as bar:
+        bar.update(2**30)
+        assert "load x: 1.00G/3.00G B" in printed_while(bar)
+    capsys.readouterr()
+    assert list(progress("ab", desc="audit", unit="pass", quiet=True)) == ["a", "b"] and bar.n == 2**30
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_keeps_the_values_of_earlier_steps(tmp_path):
+    log = MetricsLogger(tmp_path / "m", 9, "test", shown=("loss", "held_out_loss"))
+    log.show({"held_out_loss": 2.5, "lr": 1.0})
+    log.log(step=1, loss=3.0)
+    assert log._bar.postfix == "loss=3, held_out_loss=2.5"
+    log.log(step=2, loss=2.0, held_out_loss=1.5)
+    assert log._bar.postfix == "loss=2, held_out_loss=1.5"
+    log.close()

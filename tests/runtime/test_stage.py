@@ -297,3 +297,27 @@ def test_state_of_a_stage_says_what_there_is_and_changes_nothing(tmp_path):
     assert made().state() == StageState("other", "data has other content")
     rows.unlink()
     assert made().state() == StageState("waits", f"no {rows}") and made(2.0).state().kind == "other"
+
+
+# Catches: a finished stage that is trained again or refused for other held-out rows, or not measured on them.
+def test_what_is_measured_is_no_part_of_the_identity_but_makes_a_finished_stage_run(tmp_path) -> None:
+    rows = tmp_path / "rows"
+    rows.write_text("a")
+
+    def measured(*paths):
+        return Stage(tmp_path / "out", "sft", {"lr": 1.0}, {}, measured=({}, dict(zip("ab", paths))))
+
+    first = measured()
+    first.start()
+    (tmp_path / "out" / "checkpoints").mkdir()
+    first.finish({"loss": 1.0})
+    assert measured().is_current() and not measured(rows).is_current()
+    again = measured(rows)
+    again.start()
+    assert (tmp_path / "out" / "checkpoints").exists() and again.identity() == first.identity()
+    again.finish({"loss": 1.0, "held_out": 2.0})
+    assert measured(rows).is_current() and measured().is_current() and not measured(rows, rows).is_current()
+    rows.write_text("b")
+    assert not measured(rows).is_current()
+    with pytest.raises(ValueError, match=r"sft: input a: expected a file or directory, got none at .*nowhere"):
+        measured(tmp_path / "nowhere").start()

@@ -14,14 +14,15 @@ from wizard_engine import checkpoint
 from wizard_engine.data.batch import collate
 from wizard_engine.data.chat import Sample
 from wizard_engine.loss import sft_loss
-from wizard_engine.model import ModelConfig, Transformer
+from wizard_engine.model import ModelConfig, ScoringModel, Transformer
 from wizard_engine.optim import AdamW
+from wizard_engine.planning.flops import flops_per_token
 from wizard_engine.runtime.files import write_sealed
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.runtime.process import Interrupted, Runtime
 from wizard_engine.training.base_run import STATE_VERSION, blame
 from wizard_engine.training.options import Training
-from wizard_engine.training.run import Run
+from wizard_engine.training.run import Run, passes, step_flops
 
 OPTIONS = {"lr": 3e-2, "epochs": 2, "pack_tokens": 24, "packs_per_step": 2, "warmup": 0.2, "weight_decay": 0.1}
 TIMES = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "wait_seconds", "peak_memory_gib")
@@ -284,3 +285,34 @@ def test_skipped_steps_do_not_change_the_bias_correction(tmp_path, monkeypatch, 
     assert run.optimizer.count == 5 and run.skipped == 1 and run.step == 6
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert (lines[3]["loss"] is None) == (what == "loss") and (lines[3]["grad_norm"] is None) == (what == "gradient")
+
+
+CONFIG = ModelConfig(vocab_size=31, width=8, layers=2, heads=2, kv_heads=1, head_width=4, ffn_width=12, tied=False)
+
+
+# Catches: a frozen body counted as trained, which gave an MFU of 2.5; a vocabulary that reward models do not have.
+@pytest.mark.parametrize(
+    ("make", "frozen", "expected"),
+    [
+        (lambda: Transformer(CONFIG), [], (3, 3)),
+        (lambda: ScoringModel(CONFIG, 3, surprise=True), [], (1, 1)),
+        (lambda: ScoringModel(CONFIG, 1), [], (3, 0)),
+        (lambda: Transformer(CONFIG), ["embedding", "blocks.0"], (2, 3)),
+        (lambda: Transformer(CONFIG), ["blocks.0", "head"], (2.5, 2)),
+        (lambda: Transformer(CONFIG), ["embedding", "blocks", "norm", "head"], (1, 1)),
+    ],
+    ids=["language", "surprise", "scoring", "lower_half", "one_block", "frozen"],
+)
+def test_frozen_parts_count_their_forward_alone(make, frozen, expected):
+    model = make()
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    assert passes(model) == expected
+    layers, head = expected
+    whole, vocabulary = flops_per_token(CONFIG, 5), 2 * CONFIG.width * CONFIG.vocab_size
+    flops = (
+        5 * (layers * (whole - vocabulary) + head * vocabulary)
+        + 1 * layers * (flops_per_token(CONFIG, 1) - vocabulary)
+        + head * vocabulary
+    )
+    assert step_flops(model, [(5, 0, 1), ()]) == pytest.approx([flops, 0])

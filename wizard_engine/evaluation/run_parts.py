@@ -55,8 +55,9 @@ def held_out(measured: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for stage in measured:
         for number, (name, before) in enumerate(stage["before"].items()):
-            after, difference = stage["after"].get(name), stage.get("difference", {}).get(name)
-            if isinstance(before, bool) or not isinstance(before, int | float) or after is None:
+            difference = stage.get("difference", {}).get(name)
+            before, after = mean(before), mean(stage["after"].get(name))
+            if before is None or after is None:
                 continue
             first = (parts.slice_name(stage["slice"]), parts.stage_name(stage["stage"]), f"{stage['rows']:,}")
             title = MEASURES.get(name, (name.replace("_", " "), None))[0]
@@ -71,6 +72,13 @@ def held_out(measured: Sequence[Mapping[str, Any]]) -> str:
         lead="Measured by the training stages themselves on rows that they do not learn from, before their first and "
         "after their last step. Changes are paired over the rows; behind ± stand two standard errors.",
     )
+
+
+def mean(measured: Any) -> float | None:
+    """A measure without its standard error."""
+    if isinstance(measured, list | tuple):
+        measured = measured[0] if measured else None
+    return None if isinstance(measured, bool) or not isinstance(measured, int | float) else float(measured)
 
 
 def value(name: str, number: float) -> str:

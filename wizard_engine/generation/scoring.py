@@ -14,6 +14,7 @@ from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.model import Transformer
 from wizard_engine.parallel import lockstep
 from wizard_engine.parallel.collectives import all_gather_rows
+from wizard_engine.runtime.metrics import progress
 
 # Rows of logits at once; rows of a padded prompt.
 SCORED_ROWS, ROW_MULTIPLE = 256, 64
@@ -36,16 +37,28 @@ def packed_groups(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def token_logprobs(
-    model: Transformer, samples: Sequence[Sample], *, capacity: int = 8192, temperature: float = 1.0
+    model: Transformer,
+    samples: Sequence[Sample],
+    *,
+    capacity: int = 8192,
+    temperature: float = 1.0,
+    groups: Sequence[Sequence[int]] | None = None,
+    desc: str = "",
 ) -> list[np.ndarray]:
-    """(n - 1,) fp32 log-probability of tokens[1:] of each sample, nats.
+    """(n - 1,) fp32 log-probability of tokens[1:] of each sample, nats; empty where it is in none of the groups.
 
-    For a sharded model every rank makes the call with its own samples.
+    For a sharded model every rank makes the call, with its own samples or its own groups of the same samples.
+
+    Args:
+        groups: indices of the samples of each pack; default: all of them, in packs of `capacity` tokens.
+        desc: label of a progress bar; "": none.
     """
     device = model.embedding.weight.device
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-    groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
-    for group in lockstep(groups, model, backward=False):
+    if groups is None:
+        groups = list(packed_groups([len(sample.tokens) for sample in samples], capacity))
+    packs = lockstep(groups, model, backward=False)
+    for group in progress(packs, desc=desc, unit="pack", total=len(groups), quiet=not desc):
         batch = collate([samples[i] for i in group]).to(device)
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
         logprob, _ = linear_logprob(
@@ -90,11 +103,23 @@ def whole_logits(model: Transformer, hidden_TD: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_logprobs(
-    model: Transformer, samples: Sequence[Sample], *, capacity: int = 8192, mean: bool = False
+    model: Transformer,
+    samples: Sequence[Sample],
+    *,
+    capacity: int = 8192,
+    mean: bool = False,
+    groups: Sequence[Sequence[int]] | None = None,
+    desc: str = "",
 ) -> np.ndarray:
-    """(N,) float64 log-probability of each sample's supervised tokens: their sum, or mean, in nats."""
+    """(N,) float64 log-probability of each sample's supervised tokens: their sum, or mean, in nats.
+
+    Args:
+        groups, desc: as of `token_logprobs`; a sample that is in none of the groups has 0.
+    """
     sums = np.zeros(len(samples))
-    for index, logprob in enumerate(token_logprobs(model, samples, capacity=capacity)):
+    for index, logprob in enumerate(token_logprobs(model, samples, capacity=capacity, groups=groups, desc=desc)):
+        if not len(logprob):
+            continue
         weights = samples[index].weights[1:]
         logprob_sum = float(np.dot(logprob.astype(np.float64), weights))
         sums[index] = logprob_sum / max(float(weights.sum()), 1.0) if mean else logprob_sum

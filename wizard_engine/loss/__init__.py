@@ -3,7 +3,7 @@ states and stand in `kernels`, where their formulas and kernels are."""
 
 from kernels.cross_entropy import cross_entropy as sft_loss
 from kernels.dpo import dpo as dpo_loss
-from kernels.dpo import preference_loss, sequence_logprobs
+from kernels.dpo import pair_losses, preference_loss, sequence_logprobs
 from kernels.linear_loss import LossOutput
 from kernels.ppo import clipped_value_loss as value_loss
 from kernels.ppo import kl_estimates
@@ -16,6 +16,7 @@ __all__ = [
     "LossOutput",
     "dpo_loss",
     "kl_estimates",
+    "pair_losses",
     "policy_loss",
     "preference_loss",
     "process_loss",

@@ -1,5 +1,6 @@
 """Runs the stages of a graph in their order: in the processes of the driver, or each by a torchrun of its own."""
 
+import dataclasses
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,6 +123,7 @@ class Driver:
             if self.run.on_empty == "end":
                 raise ValueError(f'{node.where}: expected rows to learn from, got {why}; or set on-empty = "skip"')
             return self._leave_out(node, why)
+        config = with_held_out_rows(config)
         state = self.stage_of[node.recipe](config).state()
         if state.kind == "other" and not redo_stale:
             raise ValueError(f"{node.where}: expected what is there, got another: {state.why}; {REDO}")
@@ -147,6 +149,15 @@ class Driver:
                 f"{node.where}: expected its processes to end well, got exit status {done.returncode}, for the reason "
                 f"above; the same command goes on from here: {command}"
             )
+
+
+def with_held_out_rows(config: Any) -> Any:
+    """A training stage's configuration with those files of held-out rows that have some."""
+    given = getattr(config, "held_out", ())
+    files = tuple(path for path in given if _has_lines(path)) if isinstance(given, tuple) else given
+    if files == given:
+        return config
+    return dataclasses.replace(config, held_out=files, eval_every=config.eval_every if files else 0)
 
 
 def _has_lines(path: Path) -> bool:

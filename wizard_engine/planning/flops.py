@@ -8,6 +8,8 @@ sliding window:
 
     forward  = 2 N + 4 L H C keys          training = 3 forward (backward takes twice the forward) = 6 N + 12 L H C keys
 
+A part whose weights are frozen has no gradient of them, and none of its input where nothing before it is trained.
+
 MFU = training operations per second and device / peak of the device. Recomputation does not count as work.
 """
 
@@ -61,3 +63,14 @@ def flops_per_token(config: Shapes, sequence_length: float) -> float:
         raise ValueError(f"sequence_length: expected at least 1, got {sequence_length}")
     keys = mean_keys(sequence_length, config.window)
     return 2 * matrix_parameters(config) + 4 * config.layers * config.heads * config.head_width * keys
+
+
+def step_flops_per_token(config: Shapes, sequence_length: float, *, layer_passes: float, head_passes: float) -> float:
+    """Operations of a training step per token, where parts may be frozen or absent.
+
+    Args:
+        layer_passes: passes over a layer, mean of all layers: forward, gradient of its input, gradient of its weights.
+        head_passes: the same over the output head; 0 where there is none.
+    """
+    head = 2 * config.width * config.vocab_size
+    return layer_passes * (flops_per_token(config, sequence_length) - head) + head_passes * head

@@ -17,6 +17,7 @@ from wizard_engine.generation.scoring import packed_groups
 from wizard_engine.loss.process_reward import step_scores
 from wizard_engine.model.heads import ScoringModel
 from wizard_engine.parallel import lockstep
+from wizard_engine.runtime.metrics import progress
 
 from .answer_batches import answer_batch, answer_runs, with_end
 
@@ -116,12 +117,26 @@ def encode_instruction(tokenizer: Tokenizer, instruction: str) -> Sample:
 
 
 @torch.no_grad()
-def score_tokens(model: ScoringModel, samples: Sequence[Sample], *, capacity: int = 8192) -> list[torch.Tensor]:
-    """(n, outputs) fp32 scores at every token of each sample."""
+def score_tokens(
+    model: ScoringModel,
+    samples: Sequence[Sample],
+    *,
+    capacity: int = 8192,
+    groups: Sequence[Sequence[int]] | None = None,
+    desc: str = "",
+) -> list[torch.Tensor]:
+    """(n, outputs) fp32 scores at every token of each sample; empty where it is in none of the groups.
+
+    Args:
+        groups: indices of the samples of each pack of this rank; default: all, in packs of `capacity` tokens.
+        desc: label of a progress bar; "": none.
+    """
     device = next(model.parameters()).device
     out: list[torch.Tensor] = [torch.zeros(0)] * len(samples)
-    groups = packed_groups([len(sample.tokens) for sample in samples], capacity)
-    for group in lockstep(groups, model, backward=False):
+    if groups is None:
+        groups = list(packed_groups([len(sample.tokens) for sample in samples], capacity))
+    packs = lockstep(groups, model, backward=False)
+    for group in progress(packs, desc=desc, unit="pack", total=len(groups), quiet=not desc):
         batch = collate([with_end(samples[i]) for i in group]).to(device)
         scores = model(*batch.inputs).float().cpu()
         for index, sample_scores in zip(group, scores.split([len(samples[i].tokens) for i in group])):

@@ -4,7 +4,10 @@ import json
 import math
 import numbers
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,82 @@ from .files import naming, write_bytes
 from .text_lines import printable
 
 BAR_METRICS = ("loss", "tokens_per_second", "mfu")
+# Of a bar without a terminal: seconds between its lines.
+LINE_SECONDS = 5.0
+LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+
+
+class Progress(tqdm):
+    """A bar on stderr of rank 0; where stderr is no terminal, a line every LINE_SECONDS, also during one long item.
+
+    Args:
+        quiet: neither.   options: of tqdm.
+    """
+
+    def __init__(self, items: Iterable | None = None, *, desc: str, quiet: bool = False, **options: Any) -> None:
+        is_other_rank = dist.is_initialized() and dist.get_rank() != 0
+        is_silent = quiet or is_other_rank
+        self._ended = threading.Event()
+        # With disable=None tqdm itself asks whether stderr is a terminal.
+        super().__init__(
+            items,
+            desc=printable(desc),
+            disable=True if is_silent else None,
+            leave=False,
+            dynamic_ncols=True,
+            **options,
+        )
+        self.has_lines = self.disable and not is_silent
+        if self.has_lines:
+            shown = {"prefix": printable(desc), "bar_format": LINE_FORMAT}
+            self._shown = shown | {name: x for name, x in options.items() if name.startswith("unit")}
+            self._start = time.monotonic()
+            threading.Thread(target=_lines, args=(weakref.ref(self), self._ended), daemon=True).start()
+
+    def __iter__(self) -> Iterator:
+        """The items, which are counted."""
+        if not self.has_lines:
+            yield from super().__iter__()
+            return
+        try:
+            for item in self.iterable:
+                yield item
+                self.n += 1
+        finally:
+            self.close()
+
+    def update(self, n: float = 1) -> bool | None:
+        """Count what is done."""
+        if not self.has_lines:
+            return super().update(n)
+        self.n += n
+        return None
+
+    def close(self) -> None:
+        """End the bar or its lines."""
+        self._ended.set()
+        super().close()
+
+    def line(self) -> str:
+        """What a line says: `audit: 4/11 pass [00:20]`."""
+        return tqdm.format_meter(self.n, self.total, time.monotonic() - self._start, **self._shown)
+
+
+def _lines(bar: "weakref.ref[Progress]", ended: threading.Event) -> None:
+    """Print a bar's line now and then, until it is closed or forgotten."""
+    while not ended.wait(LINE_SECONDS):
+        current = bar()
+        if current is None:
+            return
+        tqdm.write(current.line(), file=sys.stderr)
+        del current
 
 
 def progress(
     items: Iterable | None = None, *, desc: str, unit: str, total: int | None = None, quiet: bool = False
-) -> tqdm:
-    """A tqdm bar on stderr, over `items` or for `update` calls; only on a terminal, on rank 0, and unless `quiet`."""
-    is_other_rank = dist.is_initialized() and dist.get_rank() != 0
-    # With disable=None tqdm itself asks whether stderr is a terminal.
-    disable = True if quiet or is_other_rank else None
-    return tqdm(items, desc=printable(desc), unit=unit, total=total, disable=disable, leave=False, dynamic_ncols=True)
+) -> Progress:
+    """A bar or lines on stderr, see `Progress`, over `items` or for `update` calls."""
+    return Progress(items, desc=desc, unit=unit, total=total, quiet=quiet)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -60,7 +129,7 @@ class MetricsLogger:
         resume_step: int = 0,
         shown: Sequence[str] = BAR_METRICS,
     ) -> None:
-        self._shown = tuple(shown)
+        self._shown, self._postfix = tuple(shown), dict[str, str]()
         self._file = self._bar = None
         if dist.is_initialized() and dist.get_rank() != 0:
             return
@@ -84,9 +153,16 @@ class MetricsLogger:
         with naming(self.path, "the same command goes on from the last checkpoint"):
             while data:
                 data = data[self._file.write(data) :]
-        shown = {name: f"{values[name]:.4g}" for name in self._shown if name in values}
-        self._bar.set_postfix(shown, refresh=False)
+        self.show(values)
         self._bar.update(step - self._bar.n)
+
+    def show(self, values: Mapping[str, Any]) -> None:
+        """Put the values of shown metrics on the bar; those of other steps stay."""
+        if self._bar is None:
+            return
+        now = {name: f"{values[name]:.4g}" for name in self._shown if name in values}
+        self._postfix = {name: text for name in self._shown if (text := (self._postfix | now).get(name))}
+        self._bar.set_postfix(self._postfix, refresh=False)
 
     @staticmethod
     def warn(text: str) -> None:

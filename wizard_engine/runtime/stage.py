@@ -23,6 +23,8 @@ VERSION = 3
 INCIDENTAL = {"incidental": True}
 # In front of the file of an agent whose replies are written in it; an input like any other file.
 SCRIPTED = "scripted:"
+# Metadata of the field of an option that changes what a stage measures, and nothing else that it makes.
+MEASURED = {"measured": True}
 MISSING = "(absent)"
 ADVICE = {
     "stage.json": "remove the file to run the stage again; a training run goes on from its last checkpoint",
@@ -72,6 +74,8 @@ class Stage:
         overwrite: replace the results of another configuration in `out`.
         extendable: dotted names of options that say how long the stage runs: with larger ones it goes on.
         quiet: do not print what a finished stage wrote.
+        measured: options and inputs of what the stage measures beside its work. A finished stage that was not asked
+            for it runs again; its checkpoints stay, so that a training run measures without training again.
     Attributes:
         done: whether the stage is current, set by `open_stage`.
     """
@@ -86,13 +90,16 @@ class Stage:
         *,
         extendable: Sequence[str] = (),
         quiet: bool = False,
+        measured: tuple[Mapping[str, Any], Mapping[str, Path]] = ({}, {}),
     ):
         self.out, self.name, self.overwrite, self.extendable = Path(out), name, overwrite, tuple(extendable)
         self.quiet = quiet
         self.config: dict[str, Any] = json.loads(json.dumps(to_plain(config)))
         self.inputs = {key: Path(path) for key, path in inputs.items()}
+        self.measured = json.loads(json.dumps(to_plain(measured[0]))), dict(measured[1])
         self.done = False
         self._identity: dict[str, Any] | None = None
+        self._measures: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
         """{"stage", "version", "config", "inputs" (name -> SHA-256)}: equal identities make equal outputs.
@@ -101,15 +108,29 @@ class Stage:
             ValueError: an input is absent.
         """
         if self._identity is None:
-            for key, path in self.inputs.items():
-                if not path.exists():
-                    raise ValueError(f"{self.name}: input {key}: expected a file or directory, got none at {path}")
-            hashes = {key: file_hash(path) for key, path in self.inputs.items()}
+            hashes = self._hashes(self.inputs)
             self._identity = {"stage": self.name, "version": VERSION, "config": self.config, "inputs": hashes}
         return self._identity
 
+    def measures(self) -> dict[str, Any]:
+        """{"config", "inputs" (name -> SHA-256)} of what the stage measures; empty where it reads nothing for that.
+
+        Raises:
+            ValueError: an input is absent.
+        """
+        if self._measures is None:
+            options, inputs = self.measured
+            self._measures = {"config": options, "inputs": self._hashes(inputs)} if inputs else {}
+        return self._measures
+
+    def _hashes(self, inputs: Mapping[str, Path]) -> dict[str, str]:
+        for key, path in inputs.items():
+            if not path.exists():
+                raise ValueError(f"{self.name}: input {key}: expected a file or directory, got none at {path}")
+        return {key: file_hash(path) for key, path in inputs.items()}
+
     def is_current(self) -> bool:
-        """Whether this identity has finished and every output is unchanged since.
+        """Whether this identity has finished with what is to be measured, and every output is unchanged since.
 
         Raises:
             ValueError: stage.json is damaged.
@@ -118,6 +139,8 @@ class Stage:
         if record is None or not all(path.exists() for path in self.inputs.values()):
             return False
         if {key: record.get(key) for key in ("stage", "version", "config", "inputs")} != self.identity():
+            return False
+        if self.measures() not in ({}, record.get("measures")):
             return False
         outputs = {self.out / name: fingerprint for name, fingerprint in record["outputs"].items()}
         return all(path.exists() and file_fingerprint(path) == fingerprint for path, fingerprint in outputs.items())
@@ -155,6 +178,7 @@ class Stage:
         """
         # An absent input is an error before anything is made.
         self.identity()
+        self.measures()
         lock = RunLock.take(self.out)
         self.unlock = weakref.finalize(self, lock.release)
 
@@ -277,7 +301,9 @@ class Stage:
             if not path.exists():
                 raise ValueError(f"{self.name}: output {path}: expected a file or directory, got none")
             fingerprints[os.path.relpath(path, self.out)] = file_fingerprint(path)
-        write_sealed(self.out / "stage.json", {**self.identity(), "outputs": fingerprints, "result": result})
+        measures = {"measures": self.measures()} if self.measures() else {}
+        record = {**self.identity(), **measures, "outputs": fingerprints, "result": result}
+        write_sealed(self.out / "stage.json", record)
         self.unlock()
         if not self.quiet:
             rejected = result.get("rejected") or result.get("counts", {}).get("rejected")
@@ -290,13 +316,17 @@ def path_of(spec: str | Path) -> Path:
     return Path(str(spec).removeprefix(SCRIPTED))
 
 
-def identity(cfg: Any) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Identity of a configuration: the options that change the result, and the files and directories that it reads."""
+def identity(cfg: Any, *, measured: bool = False) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Identity of a configuration: the options that change the result, and the files and directories that it reads.
+
+    Args:
+        measured: of what the stage measures instead of what it makes.
+    """
     options: dict[str, Any] = {}
     inputs: dict[str, Path] = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if field.metadata.get("incidental"):
+        if field.metadata.get("incidental") or bool(field.metadata.get("measured")) != measured:
             continue
         if dataclasses.is_dataclass(value):
             inner, more = identity(value)
@@ -344,8 +374,9 @@ def open_stage(cfg: Any, name: str, runtime: Runtime, *, extendable: Sequence[st
     Raises:
         ValueError: another process runs in the directory, or it holds something else; on every rank.
     """
-    options, inputs = identity(cfg)
-    check_same(runtime, f"{name}: configuration", options | {key: str(path) for key, path in inputs.items()})
+    (options, inputs), measured = identity(cfg), identity(cfg, measured=True)
+    files = {key: str(path) for key, path in (inputs | measured[1]).items()}
+    check_same(runtime, f"{name}: configuration", options | measured[0] | files)
     stage = Stage(
         cfg.out,
         name,
@@ -354,6 +385,7 @@ def open_stage(cfg: Any, name: str, runtime: Runtime, *, extendable: Sequence[st
         overwrite=cfg.overwrite,
         extendable=extendable,
         quiet=getattr(cfg, "quiet", False),
+        measured=measured,
     )
 
     def claim() -> bool:

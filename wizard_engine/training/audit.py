@@ -19,6 +19,7 @@ from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.loss import dpo_loss, sequence_logprobs, sft_loss
 from wizard_engine.model import Transformer
 from wizard_engine.parallel import Sharded, lockstep, sharded
+from wizard_engine.runtime.metrics import Progress, progress
 from wizard_engine.runtime.text_lines import printable
 
 TOLERANCE = 2e-5
@@ -61,13 +62,17 @@ def report(checks: Sequence[Check], *, quiet: bool) -> None:
             )
 
 
-def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -> tuple[float, Tensor]:
-    """Loss of groups of samples with one denominator over all, and the flat gradient; restores the gradients."""
+def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]], bar: Progress) -> tuple[float, Tensor]:
+    """Loss of groups of samples with one denominator over all, and the flat gradient; restores the gradients.
+
+    Args:
+        bar: counts the groups.
+    """
     device = model.embedding.weight.device
     num_tokens = float(sum(sample.weights[1:].sum() for group in groups for sample in group))
     engine = sharded(model)
     if engine is not None and not engine.keeps_gradients:
-        return _sharded_gradient_and_loss(model, engine, groups, num_tokens)
+        return _sharded_gradient_and_loss(model, engine, groups, num_tokens, bar)
     saved = [parameter.grad for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = None
@@ -78,6 +83,7 @@ def _gradient_and_loss(model: Transformer, groups: Sequence[Sequence[Sample]]) -
         loss = _supervised_loss(model, hidden, batch, num_tokens)
         loss.backward()
         value += float(loss.detach())
+        bar.update(1)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for parameter, old in zip(model.parameters(), saved):
         parameter.grad = old
@@ -90,7 +96,7 @@ def _supervised_loss(model: Transformer, hidden: Tensor, batch: Batch, num_token
 
 
 def _sharded_gradient_and_loss(
-    model: Transformer, engine: Sharded, groups: Sequence[Sequence[Sample]], num_tokens: float
+    model: Transformer, engine: Sharded, groups: Sequence[Sequence[Sample]], num_tokens: float, bar: Progress
 ) -> tuple[float, Tensor]:
     """Loss and this rank's shard of the gradient of a sharded model; every rank makes the call."""
     engine.zero_grad()
@@ -101,18 +107,19 @@ def _sharded_gradient_and_loss(
         loss = _supervised_loss(model, hidden, batch, num_tokens)
         loss.backward()
         value += float(loss.detach())
+        bar.update(1)
     engine.finish()
     gradient = engine.gradient()
     engine.zero_grad()
     return value, gradient
 
 
-def supervised_checks(model: Transformer, samples: Sequence[Sample]) -> list[Check]:
+def supervised_checks(model: Transformer, samples: Sequence[Sample], *, quiet: bool = True) -> list[Check]:
     """Packed = unpacked, and k micro-batches = one batch, for loss and gradient, on up to eight short samples."""
     few = sorted(samples, key=lambda sample: len(sample.tokens))[: len(samples) // 2 + 1][-8:]
-    together, whole = _gradient_and_loss(model, [few])
-    apart, single = _gradient_and_loss(model, [[sample] for sample in few])
-    halves, split = _gradient_and_loss(model, [half for half in (few[::2], few[1::2]) if half])
+    ways = [few], [[sample] for sample in few], [half for half in (few[::2], few[1::2]) if half]
+    with progress(desc="audit", unit="pass", total=sum(map(len, ways)), quiet=quiet) as bar:
+        (together, whole), (apart, single), (halves, split) = (_gradient_and_loss(model, way, bar) for way in ways)
     engine = sharded(model)
     norm = Tensor.norm if engine is None or not engine.is_sharded else engine.norm
     scale, limit = max(float(norm(whole)), 1e-12), tolerance(model)
@@ -174,7 +181,7 @@ def check_supervised(model: Transformer, samples: Sequence[Sample], tokenizer: T
     checks.append(Check("nothing trains the first token", float(sum(s.weights[0] for s in samples)), 0.0))
     if not quiet:
         print(f"audit  mask  {shown_mask(samples[0], tokenizer)}", file=sys.stderr)
-    report(checks + supervised_checks(model, samples), quiet=quiet)
+    report(checks + supervised_checks(model, samples, quiet=quiet), quiet=quiet)
 
 
 def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tensor, *, beta: float, quiet: bool) -> None:
@@ -203,7 +210,7 @@ def check_preference(model: Transformer, pairs: Sequence[Pair], reference: Tenso
         Check("DPO loss at policy = reference is ln 2", abs(float(loss) - math.log(2)), 1e-6),
         Check("reference log-probabilities = a fresh forward", apart, tolerance(model)),
     ]
-    report(checks + supervised_checks(model, [pair.chosen for pair in few]), quiet=quiet)
+    report(checks + supervised_checks(model, [pair.chosen for pair in few], quiet=quiet), quiet=quiet)
 
 
 def check_rollout(largest_ratio_error: float, *, quiet: bool, is_wide: bool = True) -> None:

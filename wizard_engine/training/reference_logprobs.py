@@ -10,9 +10,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from wizard_engine.data.samples import Pair
-from wizard_engine.generation import sequence_logprobs
+from wizard_engine.generation import divided_logprobs
 from wizard_engine.model import Transformer
-from wizard_engine.parallel import sharded
+from wizard_engine.parallel import Mesh, sharded
 from wizard_engine.runtime.files import content_hash, write_bytes
 from wizard_engine.runtime.object_collectives import gather_objects
 
@@ -27,8 +27,9 @@ class ReferenceCache:
     The key covers the weights, every token id and loss weight, the tokenizer, the precision and the normalisation.
     """
 
-    def __init__(self, directory: Path, tokenizer_fingerprint: str, normalise: bool) -> None:
+    def __init__(self, directory: Path, tokenizer_fingerprint: str, normalise: bool, *, quiet: bool = False) -> None:
         self.directory, self.tokenizer, self.normalise = Path(directory), tokenizer_fingerprint, normalise
+        self.quiet = quiet
 
     def key(self, model: Transformer, pairs: Sequence[Pair]) -> str:
         """Hash of everything that the log-probabilities depend on."""
@@ -66,21 +67,13 @@ class ReferenceCache:
         return logprobs
 
     def _computed(self, model: Transformer, pairs: Sequence[Pair]) -> Tensor:
-        """Log-probabilities of all pairs; each rank of a sharded model computes a subset."""
+        """Log-probabilities of all pairs; the data ranks of a divided model compute a subset each."""
         engine = sharded(model)
-        rank, size = 0, 1
-        if engine is not None and engine.is_sharded:
-            rank, size = engine.mesh.data.index, engine.mesh.data.size
-        local_pairs = pairs[rank::size]
-        samples = [pair.chosen for pair in local_pairs] + [pair.rejected for pair in local_pairs]
-        values = sequence_logprobs(model, samples, mean=self.normalise)
-        logprobs = torch.tensor(values, dtype=torch.float32).view(2, -1).T.contiguous()
-        if size == 1:
-            return logprobs
-        out = torch.empty(len(pairs), 2)
-        for other, values in gather_objects((rank, logprobs.tolist())):
-            out[other::size] = torch.tensor(values).view(-1, 2)
-        return out
+        mesh = Mesh(torch.device("cpu")) if engine is None else engine.mesh
+        samples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        desc = "" if self.quiet else "reference log-probabilities"
+        values = divided_logprobs(model, samples, mesh, mean=self.normalise, desc=desc)
+        return torch.tensor(values, dtype=torch.float32).view(2, -1).T.contiguous()
 
 
 def _checksum(logprobs: Tensor) -> str:

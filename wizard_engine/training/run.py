@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from wizard_engine.checkpoint import Checkpoint
 from wizard_engine.data.loader import Loader
+from wizard_engine.model import ScoringModel
 from wizard_engine.parallel import pack_over_rows, sharded
-from wizard_engine.planning.flops import TRAINING_FACTOR, flops_per_token
+from wizard_engine.planning.flops import step_flops_per_token
 from wizard_engine.planning.rates import peak_flops
 from wizard_engine.runtime.memory import peak_memory_gib
+from wizard_engine.runtime.metrics import BAR_METRICS
 from wizard_engine.runtime.object_collectives import check_same, with_names_of_all_ranks
 from wizard_engine.runtime.process import Runtime
 
 from .base_run import BaseRun
+from .held_out import HeldOut
 from .loss_spikes import Spikes
 from .options import Training
 
@@ -35,6 +38,8 @@ class Run(BaseRun[list[np.ndarray]]):
         lengths: tokens of each row, for packing.   seed: order of the data.
         documents: tokens of each document of each row, for MFU; default: a row is one document.
         saves_last: write a checkpoint of the last step, from which a run with more epochs goes on.
+        held_out: rows to measure on; the values stand in the lines of the steps after which they were measured.
+        shown: metrics on the progress bar, before the rates; held-out ones are added.
     Raises:
         ValueError: no rows, rows that fit no pack, ranks with other rows, or a checkpoint of other rows or another
             model.
@@ -55,10 +60,12 @@ class Run(BaseRun[list[np.ndarray]]):
         quiet: bool = False,
         documents: Sequence[Sequence[int]] | None = None,
         saves_last: bool = False,
+        held_out: HeldOut | None = None,
+        shown: Sequence[str] = ("loss",),
     ) -> None:
         super().__init__(options, runtime, {"model": model}, out, name=name)
         self.options: Training = options
-        self.saves_last = saves_last
+        self.saves_last, self.held_out = saves_last, held_out
         self.model, self.sharded = model, sharded(model)
         self.router, self.optimizer = self.routers["model"], self.optimizers["model"]
         data = self.mesh.data
@@ -76,12 +83,15 @@ class Run(BaseRun[list[np.ndarray]]):
             raise ValueError(f"{name}: expected rows for at least one step, got {len(lengths)} rows")
         check_same(runtime, f"{name}: rows and their order", self.loader.state()["order"])
         self.lengths = np.asarray(lengths)
-        self.row_flops = forward_flops(model.config, [(n,) for n in lengths] if documents is None else documents)
+        self.row_flops = step_flops(model, [(n,) for n in lengths] if documents is None else documents)
         self.spikes = Spikes(options.spike)
         self._names: tuple[str, ...] = ()
         self._agreed = False
         self._clear()
-        self._open(total, quiet=quiet)
+        held_out_names = () if held_out is None else held_out.names
+        self._open(total, quiet=quiet, shown=tuple(dict.fromkeys((*shown, *held_out_names, *BAR_METRICS))))
+        if held_out is not None and self.step == 0:
+            self.logger.show(held_out.values())
         self._packs = iter(self.loader)
 
     def _steps_in_all(self) -> int:
@@ -94,7 +104,7 @@ class Run(BaseRun[list[np.ndarray]]):
         self._waiting = time.perf_counter() - began
         self.optimizer.zero_grad()
         self._clear()
-        self._flops = TRAINING_FACTOR * float(sum(self.row_flops[pack].sum() for pack in packs))
+        self._flops = float(sum(self.row_flops[pack].sum() for pack in packs))
         self.router.start(int(sum(self.lengths[pack].sum() for pack in packs)))
         return packs
 
@@ -168,6 +178,9 @@ class Run(BaseRun[list[np.ndarray]]):
         world = self.runtime.world_size
         rate = metrics.pop("tokens") / seconds
         work = metrics.pop("flops") / seconds / world
+        held_out = {}
+        if self.held_out is not None:
+            held_out = self.held_out.after_step(self.step, is_last=self.step == self.total)
         self.logger.log(
             step=self.step,
             loss=metrics.pop("loss"),
@@ -182,6 +195,7 @@ class Run(BaseRun[list[np.ndarray]]):
             peak_memory_gib=peak_memory_gib(self.device),
             **metrics,
             **router,
+            **held_out,
         )
 
     def result(self) -> dict:
@@ -198,14 +212,39 @@ class Run(BaseRun[list[np.ndarray]]):
         self.spikes.losses.extend(state["losses"])
 
 
-def forward_flops(config: Any, documents: Sequence[Sequence[int]]) -> np.ndarray:
-    """(N,) fp64 operations of a forward pass over each row: every document of it attends to itself alone.
+def step_flops(model: nn.Module, documents: Sequence[Sequence[int]]) -> np.ndarray:
+    """(N,) fp64 operations of a training step over each row: every document of it attends to itself alone.
 
     Args:
+        model: frozen parts of it have no gradients.
         documents: tokens of each document of each row; one without tokens costs nothing.
     """
-    cost = {n: n * flops_per_token(config, n) for n in {int(n) for row in documents for n in row} if n}
+    layers, head = passes(model)
+    lengths = {int(n) for row in documents for n in row if n}
+    options = {"layer_passes": layers, "head_passes": head}
+    cost = {n: n * step_flops_per_token(model.config, n, **options) for n in lengths}
     return np.array([sum(cost.get(int(n), 0.0) for n in row) for row in documents], dtype=np.float64)
+
+
+def passes(model: nn.Module) -> tuple[float, float]:
+    """Passes of a training step over a layer, mean of all layers, and over the output head.
+
+    A part that is trained takes three: forward, gradient of its input, gradient of its weights. A frozen one takes two
+    where something before it is trained, else the forward alone. A scoring model has the output head of its body only
+    where it reads surprises, without gradients; its own small head is not counted.
+    """
+    body = model.body if isinstance(model, ScoringModel) else model
+    is_reached = any(parameter.requires_grad for parameter in body.embedding.parameters())
+    counts = []
+    for block in body.blocks:
+        trains = any(parameter.requires_grad for parameter in block.parameters())
+        is_reached |= trains
+        counts.append(1 + trains + is_reached)
+    mean = sum(counts) / len(counts)
+    if isinstance(model, ScoringModel):
+        return mean, float(model.surprise)
+    trains = body.head_weight.requires_grad
+    return mean, float(1 + trains + (is_reached or trains))
 
 
 def _is_finite(sums: Sequence[float]) -> bool:
