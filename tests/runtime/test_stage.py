@@ -271,3 +271,15 @@ def test_large_output_is_recognised_by_size_and_time(tmp_path, monkeypatch):
     assert "mtime_ns" in json.loads((stage.out / "stage.json").read_text())["outputs"]["result.txt"]
     os.utime(stage.out / "result.txt", ns=(1, 1))
     assert not stage.is_current()
+
+
+def test_long_values_are_shown_where_they_differ(tmp_path):
+    def stage(spec):
+        return Stage(tmp_path, "x", {"agent": spec}, {}, quiet=True)
+
+    long = "openai:a-model-with-a-long-name@http://some.host.example:8000/v1#reasoning_effort="
+    stage(long + "low").finish({}, [])
+    stage(long + "low").start()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r'agent \(\.\.\.\S*effort=low" -> \.\.\.\S*effort=high"\)'):
+        stage(long + "high").start()

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from wizard_engine.runtime.text_lines import one_line, printable
 
 from . import prompts
+from .bounded_body import BodyTooLarge, bounded
 from .completions import Answer, read_answer, read_body, read_usage, wrong_endpoint
 from .endpoint_options import JSON_MODES, PREFIX, Options, parse_spec
 from .prices import Price
@@ -122,8 +123,15 @@ class EndpointAgent:
         if self._client is None:
             self._freed = asyncio.Event()
             options = self.options
+            # Its class sets the client's usual limits and keep-alive.
+            http_class = self._openai.DefaultAsyncHttpxClient
+            http = http_class(timeout=options.timeout, event_hooks={"response": [bounded(http_class)]})
             self._client = self._openai.AsyncOpenAI(
-                api_key=self._key or "none", base_url=self._base_url, max_retries=0, timeout=options.timeout
+                api_key=self._key or "none",
+                base_url=self._base_url,
+                max_retries=0,
+                timeout=options.timeout,
+                http_client=http,
             )
             self._gate = Gate(options.concurrency, options.requests_per_minute, options.tokens_per_minute)
         return self._gate
@@ -205,6 +213,9 @@ class EndpointAgent:
             call.error = f"status {failed.status_code}: {failed.message}"
             self._refusal(call, failed, arguments)
         except self._openai.OpenAIError as failed:
+            if isinstance(failed.__cause__, BodyTooLarge):
+                call.error = f"too large: {failed.__cause__}"
+                return
             # No connection, or an answer that HTTP cannot read.
             cause = f" ({failed.__cause__})" if str(failed.__cause__ or "") else ""
             call.error = f"{type(failed).__name__}: {failed}{cause}"

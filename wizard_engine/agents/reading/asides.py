@@ -42,7 +42,7 @@ def without_hypotheses(line: str) -> str:
 
 
 def check_order(text: str, start: int, end: int) -> None:
-    """Ambiguous where what stands beside two scores without names lists B before A, not as the end of a word on both."""
+    """Ambiguous where what stands beside two scores without names lists B before A."""
     line = without_emphasis(text[text.rfind("\n", 0, start) + 1 : start])
     if not line.strip():
         # A line that ends with a colon announces them.

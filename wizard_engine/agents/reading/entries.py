@@ -195,14 +195,13 @@ def _unlisted(text: str, count: int) -> str:
 
 def _check_names(text: str, count: int) -> None:
     """Ambiguous where the lines of a list name what they are about by letters or words in another order."""
-    words = "one two three four".split()
+    words = ["one", "two", "three", "four"]
     names = [match["name"].lower() for match in _LISTED_NAME.finditer(text)]
     if count < 2 or len(names) != count:
         return
-    in_order = ([chr(97 + n) for n in range(count)], words[:count], _PLACES[:count])
-    if names not in in_order and (len(set(names)) == count and not all(name.isdecimal() for name in names)):
-        raise Ambiguous
-    if all(name.isdecimal() for name in names) and sorted(names) == [str(n) for n in range(1, count + 1)]:
+    numbers = [str(number) for number in range(1, count + 1)]
+    in_order = ([chr(97 + n) for n in range(count)], words[:count], _PLACES[:count], numbers)
+    if names not in in_order and len(set(names)) == count:
         raise Ambiguous
 
 

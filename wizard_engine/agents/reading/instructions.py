@@ -38,8 +38,8 @@ _PLACEHOLDER = re.compile(
 )
 # A first line that announces several instructions.
 _ANNOUNCED = re.compile(
-    r"[^\n]{0,60}\b(?:\d|two|three|four|five|six|some|several|a few|possible|alternative|different|dos|tres|deux|trois|zwei"
-    r"|drei|mehrere)\b[^\n]{0,60}\b(?:rewrites?|versions?|versionen|versiones|options?|variants?|alternatives?|prompts?"
+    r"[^\n]{0,60}\b(?:\d|two|three|four|five|six|some|several|a few|possible|alternative|different|dos|tres|deux|trois"
+    r"|zwei|drei|mehrere)\b[^\n]{0,60}\b(?:rewrites?|versions?|versionen|versiones|options?|variants?|alternatives?|prompts?"
     r"|questions?|(?:instruction|consigne|instruccione|anweisung)(?:s|en)?)\b[^\n]{0,60}[:：]\s*\n",
     re.IGNORECASE,
 )

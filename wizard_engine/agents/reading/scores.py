@@ -27,8 +27,8 @@ _NAME = (
 _LETTER = r"(?<![A-Za-z0-9])(?P<side>[AB])(?![A-Za-z0-9'’])"
 _BEHIND_NAME = r"(?:['’]s)?(?:\s*(?:的|の|의))?"
 _FILLER = (
-    rf"(?:(?:final|overall|total|{SCORE_WORD}|is|i (?:would )?(?:give|award)|gets?|only|just|receives?|earns?|deserves?|at|an?|of"
-    r"|to|with|ist|es|est|erhält|obtiene|是|为|は|得到?)\b|[:=|>→~(\[\"'-]|\s){0,24}"
+    rf"(?:(?:final|overall|total|{SCORE_WORD}|is|i (?:would )?(?:give|award)|gets?|only|just|receives?|earns?|deserves?"
+    r"|at|an?|of|to|with|ist|es|est|erhält|obtiene|是|为|は|得到?)\b|[:=|>→~(\[\"'-]|\s){0,24}"
 )
 _SIDE_BEFORE = re.compile(rf"{_LETTER}{_BEHIND_NAME}{_FILLER}$", re.IGNORECASE)
 _EXAMPLE = re.compile(r"\b(?:form|format|example|e\.g\.|such as|template|as in)\b[^\n]*$", re.IGNORECASE)
@@ -448,7 +448,7 @@ _CRITERION = re.compile(r"[^\W\d]{3,}[^:\n]{0,30}[:=]\s*$")
 
 _GIVEN = re.compile(
     rf"\b(?:give|award|rate)\s+(?:it|this|the answer|this answer|this response)\s+(?:at\s+|with\s+)?"
-    rf"(?:an?\s+(?:(?:very )?(?:solid|strong|clear|high|low|good|great|fair|decent|firm|generous|modest|weak|full)\s+)?)?"
+    rf"(?:an?\s+(?:(?:very )?(?:solid|strong|clear|high|low|good|great|fair|decent|firm|generous|weak|full)\s+)?)?"
     rf"(?P<score>{SCORE})",
     re.IGNORECASE,
 )
