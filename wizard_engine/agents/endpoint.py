@@ -209,13 +209,12 @@ class EndpointAgent:
             call.error = f"timeout: no answer within {self.options.timeout:g} seconds"
             # The endpoint may have generated, and billed, all of it.
             self._spend(call, call.bound_in, call.bound_out)
+        except BodyTooLarge as failed:
+            call.error = f"too large: {failed}"
         except self._openai.APIStatusError as failed:
             call.error = f"status {failed.status_code}: {failed.message}"
             self._refusal(call, failed, arguments)
         except self._openai.OpenAIError as failed:
-            if isinstance(failed.__cause__, BodyTooLarge):
-                call.error = f"too large: {failed.__cause__}"
-                return
             # No connection, or an answer that HTTP cannot read.
             cause = f" ({failed.__cause__})" if str(failed.__cause__ or "") else ""
             call.error = f"{type(failed).__name__}: {failed}{cause}"

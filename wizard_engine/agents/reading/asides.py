@@ -19,7 +19,7 @@ _SENTENCE_WITH_CONDITION = re.compile(rf"(?:^|(?<=[.!?;]\s))\W*{_CONDITION}\b.*?
 _JOIN = r"\s*(?:[,;/&>]|\b(?:and|then|y|und|et|и|e|vs\.?|before)\b)\s*"
 _B_BEFORE_A = re.compile(
     rf"(?<![A-Za-z0-9])B\)?{_JOIN}(?:\(?(?:answer|assistant|response|respuesta|antwort|réponse|回答|答案)\s*)?A"
-    r"(?![A-Za-z0-9'’])(?!\s+\w)",
+    r"(?![A-Za-z0-9'’])(?!\s+(?!respectively\b)\w)",
     re.IGNORECASE,
 )
 _OVERALL_LINE = re.compile(

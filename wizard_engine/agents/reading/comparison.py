@@ -189,6 +189,8 @@ def _in_unit(unit: str, is_edge: bool) -> tuple[bool, bool] | None:
         return bool(_alone(rest)), bool(_FINAL.search(label))
     if re.search(rf"\b(?:{_NOT})\b", line):
         line = _NEARLY.sub("", line)
+        if _alone(line) is False:
+            return False, False
     said = {match.lastgroup for match in _ANY.finditer(line)}
     line = line.replace("would say", "say").replace("would conclude", "conclude")
     if len(said) > 1 or _IDLE.search(line):

@@ -115,7 +115,7 @@ def _marked(text: str, count: int) -> tuple[float, ...] | None:
     else:
         raise Ambiguous
     values = _ordered(chosen)
-    if count == 2 and chosen[0].side is None:
+    if count == 2 and None in (chosen[0].side, chosen[1].side):
         check_order(text, chosen[0].start, chosen[-1].end)
     _check_prose(_MARK.sub("", text), values)
     return values
