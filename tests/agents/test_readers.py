@@ -850,6 +850,7 @@ BESIDE = [
         )
     ],
     ("judge", "Both B and A are right. [[9]] [[5]]", (9, 5)),
+    ("judge", "A does not check if n is 0, so A gets [[6]] and B gets [[8]].", (6, 8)),
     ("judge", "Ignoring the reference: [[8]] [[6]]\nWith it: [[3]] [[6]]", (3, 6)),
     ("judge", "Answer A gets 8 out of 10 while B gets only 3 out of 10.", (8, 3)),
     ("judge", "Respuesta A: 8 sobre 10. Respuesta B: 6 sobre 10.", (8, 6)),

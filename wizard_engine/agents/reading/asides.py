@@ -11,7 +11,10 @@ _CONDITION = (
     r"|before (?:seeing|reading|checking|looking)|(?:had|were) (?:it|they|there|the|this|that|[AB])\b|hypothetically"
     r"|si|falls|wenn|如果|假如|если)"
 )
-_HYPOTHETICAL = re.compile(rf"(?:^|[\s,(])(?:{_CONDITION})(?![\w'’])", re.IGNORECASE)
+# At the beginning of its sentence alone: "A does not check if n is 0, so [[6]] [[8]]" states its scores.
+_HYPOTHETICAL = re.compile(
+    rf"\W*(?:(?:but|and|so|now|then|however|only|even)\b\W*)?(?:{_CONDITION})(?![\w'’])", re.IGNORECASE
+)
 _CONDITION_BEHIND = re.compile(
     r"[\s,]*(?:would (?:be|have been)|(?:if|unless|were|had|without|ignoring|before)\b)", re.IGNORECASE
 )
@@ -33,7 +36,7 @@ def is_hypothetical(text: str, start: int, end: int) -> bool:
     """Whether the sentence of a score says that it would be so under a condition."""
     before = list(_SENTENCE_END.finditer(text, 0, start))
     begin = before[-1].end() if before else 0
-    return bool(_HYPOTHETICAL.search(text[begin:start]) or _CONDITION_BEHIND.match(text, end))
+    return bool(_HYPOTHETICAL.match(text[begin:start]) or _CONDITION_BEHIND.match(text, end))
 
 
 def without_hypotheses(line: str) -> str:
