@@ -260,8 +260,10 @@ def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
     inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
     read = [x.name for x in fields(cfg) if not x.metadata.get("incidental") and x.name != "chat_format"]
     options = {name: getattr(cfg, name) for name in [*read, *({"chat_format"} - inputs.keys())]}
-    options["models"] = {name: None if f"model {name}" in inputs else spec for name, spec in models.items()}
-    named_judges = [None if name in inputs else spec for name, spec in judges.items()]
+    options["models"] = {
+        name: None if f"model {name}" in inputs else cfg.in_identity(spec) for name, spec in models.items()
+    }
+    named_judges = [None if name in inputs else cfg.in_identity(spec) for name, spec in judges.items()]
     options["judge"] = named_judges[0] if is_one else named_judges
     return Stage(cfg.out, "arena", options, inputs, overwrite=cfg.overwrite, quiet=cfg.quiet)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from wizard_engine import world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import check_calls
+from wizard_engine.agents.options import AgentSpecs
 from wizard_engine.data.records import Conversation
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.ranges import Count, NonNegative, Temperature
@@ -22,7 +23,7 @@ from wizard_engine.synthesis.outputs import print_table, write_outputs
 
 
 @dataclass(frozen=True)
-class Agents:
+class Agents(AgentSpecs):
     """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
     endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 

@@ -17,6 +17,7 @@ from typing import Any
 from wizard_engine import world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import check_calls
+from wizard_engine.agents.options import AgentSpecs
 from wizard_engine.curation.selection import remove_contaminated
 from wizard_engine.data.records import Conversation, Preference, read_prompts
 from wizard_engine.data.text_files import read_text
@@ -35,7 +36,7 @@ CHUNK_ROWS = 10_000
 
 
 @dataclass(frozen=True)
-class Agents:
+class Agents(AgentSpecs):
     """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
     endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 

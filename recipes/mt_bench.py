@@ -140,6 +140,7 @@ def open_bench(cfg: Config) -> Stage:
     inputs |= {"chat_format": cfg.chat_format} if isinstance(cfg.chat_format, Path) else {}
     read = [option for option in fields(cfg) if not option.metadata.get("incidental") and option.name not in inputs]
     options = {option.name: getattr(cfg, option.name) for option in read}
+    options |= {name: cfg.in_identity(options[name]) for name in ("model", "judge") if name in options}
     return Stage(cfg.out, "mt_bench", options, inputs, overwrite=cfg.overwrite, quiet=cfg.quiet)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from wizard_engine import world
 from wizard_engine.agents import Cast
 from wizard_engine.agents.calls import check_calls
+from wizard_engine.agents.options import AgentSpecs
 from wizard_engine.data.records import Conversation, Process
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.ranges import AtLeastTwo, Count, NonNegative, PositiveShare, Temperature, ranged
@@ -27,7 +28,7 @@ Rating = ranged(0, 10)
 
 
 @dataclass(frozen=True)
-class Agents:
+class Agents(AgentSpecs):
     """The agent of each role: registered program (world:NAME; reference:judge, reference:labeller), model directory,
     endpoint (openai:MODEL@URL), or file of replies (scripted:FILE)."""
 

@@ -1,6 +1,7 @@
 """What endpoints do that they should not: each is named, counted, and costs neither the run nor a reply."""
 
 import asyncio
+import gzip
 import json
 import time
 
@@ -10,11 +11,12 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 from asking import responses
 from fake_endpoint import Fake, answer
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from wizard_engine.agents import Calls, Cast, Ledger, Request, make_agent
+from wizard_engine.agents import Calls, Cast, Ledger, Request, bounded_body, make_agent
 from wizard_engine.agents.completions import read_answer, read_body
 from wizard_engine.agents.endpoint import EndpointAgent, Options, _is_same_model
+from wizard_engine.agents.missing import check_missing
 from wizard_engine.agents.prices import Price
 from wizard_engine.data.records import Message
 from wizard_engine.runtime.process import Runtime
@@ -410,3 +412,44 @@ def test_a_cut_answer_is_asked_longer_through_an_endpoint():
         calls.limits = calls.limits.__class__(answer=20)
         assert calls.scheduler.run(calls.converse(agent(fake), messages, 0, longer=True)) == "whole"
         assert calls.counts["answer"]["asked longer"] == 1 and len(fake.asked) == 2
+
+
+async def without_end():
+    """Far more than the limit; a server that goes on for ever would take the processor from the other tests."""
+    for _ in range(80):
+        yield b" " * 65536
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_without_end_is_read_to_a_limit(monkeypatch, status):
+    monkeypatch.setattr(bounded_body, "MAX_BODY", 1 << 20)
+    with Fake(lambda body, _: StreamingResponse(without_end(), status, media_type="application/json")) as fake:
+        (reply,) = agent(fake, retries=0, timeout=60.0).respond(ask(1))
+    assert reply.error == "too large: expected a body of at most 1048576 bytes, got more"
+    assert reply.reason == "too large"
+
+
+def test_a_compressed_answer_has_a_limit_of_its_own(monkeypatch):
+    bomb = gzip.compress(json.dumps(answer("a" * 2_000_000)).encode())
+    monkeypatch.setattr(bounded_body, "MAX_COMPRESSED_BODY", len(bomb) - 1)
+    headers = {"content-encoding": "gzip"}
+    with Fake(lambda body, _: Response(bomb, 200, headers, media_type="application/json")) as fake:
+        (reply,) = agent(fake, retries=0).respond(ask(1))
+        monkeypatch.setattr(bounded_body, "MAX_COMPRESSED_BODY", len(bomb))
+        (whole,) = agent(fake, retries=0).respond(ask(1))
+    assert reply.reason == "too large"
+    assert len(whole.text) == 2_000_000
+
+
+def test_too_many_failed_calls_are_shown_with_one_of_them(tmp_path):
+    with Fake(lambda body, _: Response("<html></html>")) as fake:
+        cast = Cast(tmp_path / "ledger.sqlite", Runtime(), quiet=True)
+        model = cast.agent(f"openai:m@{fake.url}#retries=0")
+
+        def work():
+            (reply,) = cast.scheduler.run(cast.scheduler.each(model, ask(1)))
+            check_missing("answers", {reply.reason: 1}, 1, 0.05)
+
+        with pytest.raises(ValueError, match=r"\(no answer 1\); .*; one of them: no answer: HTML came with status 200"):
+            cast.conduct(work)
+        cast.close()

@@ -832,3 +832,71 @@ def test_other_numbers_out_of_ten_are_no_score(reply):
 )
 def test_a_no_behind_equal_is_a_verdict(reply, verdict):
     assert replies.read_reply("compare", reply, {"first": "a", "second": "b"}) is verdict
+
+
+# What stands beside a verdict and turns it into another, and plain ways of saying one.
+BESIDE = [
+    *[
+        ("judge", reply, None)
+        for reply in (
+            "[[9]] [[5]] for B and A respectively",
+            "B, A: [[9]] [[5]]",
+            "Scores for Answer B and Answer A respectively:\n[[9]] [[5]]",
+            "Scores (B, A): [9, 5]",
+            "If the reference were ignored: [[8]] [[6]]",
+            "[[8]] [[6]] if the reference were ignored",
+            "Had A shown its steps: A: 9/10, B: 5/10",
+            "If the reference were ignored: A: 8/10, B: 6/10",
+        )
+    ],
+    ("judge", "Both B and A are right. [[9]] [[5]]", (9, 5)),
+    ("judge", "A does not check if n is 0, so A gets [[6]] and B gets [[8]].", (6, 8)),
+    ("judge", "Ignoring the reference: [[8]] [[6]]\nWith it: [[3]] [[6]]", (3, 6)),
+    ("judge", "Answer A gets 8 out of 10 while B gets only 3 out of 10.", (8, 3)),
+    ("judge", "Respuesta A: 8 sobre 10. Respuesta B: 6 sobre 10.", (8, 6)),
+    ("judge", "[[7]] [[4.5]]\n[[7]] [[4.5]]", (7, 4.5)),
+    ("judge", "[[7]] [[4.5]]\n[[7]] [[5]]", None),
+    ("rate", "The maximum score is 10.", None),
+    ("rate", "The highest possible score is 10.", None),
+    ("rate", "A perfect score is 10.", None),
+    ("rate", "Maximum score: 10\nScore: 7", (7,)),
+    ("rate", "If it had a proof, I would give it a 9.", None),
+    ("rate", "I'd give it a solid 8.", (8,)),
+    *[
+        ("rank", reply, None)
+        for reply in (
+            "1. Version B: 9\n2. Version A: 7",
+            "1. B: 9\n2. A: 4",
+            "1. The second: 9\n2. The first: 4",
+            "1. 2: 9\n2. 1: 4",
+        )
+    ],
+    ("rank", "1. Version A: 9\n2. Version B: 7", (9, 7)),
+    ("rank", "1: 7\n2: 8\nOverall: 7.5", (7, 8)),
+    ("label", "1: -1 -> 1\n2: 1", None),
+    ("label", "1: -1, corrected to 1\n2: 1", None),
+    ("label", "1: [[1]]\n2: [[1]]\nOverall: [[-1]]", (1, 1)),
+    ("label", "1: 1\n2: 0\nTotal: 1", (1, 0)),
+    ("compare", "**Verdict: Not Equal** (though nearly Equal)", False),
+    ("compare", "Not Equal (though nearly Equal)", False),
+    ("compare", "Equal (though not Equal in depth)", None),
+    ("compare", "Almost Equal", None),
+    ("compare", "No es igual", False),
+    ("compare", "Sie sind nicht gleich.", False),
+    ("compare", "Equal or Not Equal? I choose Equal.", True),
+    ("compare", "Equal or Not Equal? I can't choose Equal.", None),
+    ("compare", "I'd say Not Equal", False),
+    ("evolve", "Here are three versions:\n1. A b c?\n2. D e f?\n3. G h i?", None),
+    ("evolve", "Voici trois versions :\n- A b\n- C d", None),
+    (
+        "evolve",
+        "Order these two options:\n1. Red\n2. Blue\nSay why.",
+        "Order these two options:\n1. Red\n2. Blue\nSay why.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("task", "reply", "reading"), BESIDE)
+def test_what_stands_beside_a_verdict_is_not_taken_for_it(task, reply, reading):
+    fields = {"instructions": "1. a\n2. b", "answer_steps": "a\nb"}
+    assert replies.read_reply(task, reply, fields) == reading

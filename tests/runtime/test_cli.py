@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import io
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wizard_engine.runtime import cli
+from wizard_engine.runtime.launch import launch
 
 
 class Order(enum.Enum):
@@ -213,3 +215,15 @@ def test_help_shows_what_must_be_given_then_a_recipes_own_options(capsys):
     assert cli.option_names(Own) == ["--seed", "--out", "--steps", "--data"]
     assert cli.cli(Own, args=["--data", "d", "--out", "o", "--seed", "3"]) == Own(data="d", out="o", seed=3)
     assert cli.option_names(Own) == ["--data", "--out", "--steps", "--seed"]
+
+
+def test_help_that_nobody_reads_ends_quietly(monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--help"])
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            launch(lambda cfg: None, Options)
+    assert ended.value.code == 0
+    assert capfd.readouterr().err == ""

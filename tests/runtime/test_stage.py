@@ -321,3 +321,15 @@ def test_what_is_measured_is_no_part_of_the_identity_but_makes_a_finished_stage_
     assert not measured(rows).is_current()
     with pytest.raises(ValueError, match=r"sft: input a: expected a file or directory, got none at .*nowhere"):
         measured(tmp_path / "nowhere").start()
+
+
+def test_long_values_are_shown_where_they_differ(tmp_path):
+    def stage(spec):
+        return Stage(tmp_path, "x", {"agent": spec}, {}, quiet=True)
+
+    long = "openai:a-model-with-a-long-name@http://some.host.example:8000/v1#reasoning_effort="
+    stage(long + "low").finish({}, [])
+    stage(long + "low").start()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r'agent \(\.\.\.\S*effort=low" -> \.\.\.\S*effort=high"\)'):
+        stage(long + "high").start()

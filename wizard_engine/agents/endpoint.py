@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from wizard_engine.runtime.text_lines import one_line, printable
 
 from . import prompts
+from .bounded_body import BodyTooLarge, bounded
 from .completions import Answer, read_answer, read_body, read_usage, wrong_endpoint
 from .endpoint_options import JSON_MODES, PREFIX, Options, parse_spec
 from .prices import Price
@@ -122,8 +123,15 @@ class EndpointAgent:
         if self._client is None:
             self._freed = asyncio.Event()
             options = self.options
+            # Its class sets the client's usual limits and keep-alive.
+            http_class = self._openai.DefaultAsyncHttpxClient
+            http = http_class(timeout=options.timeout, event_hooks={"response": [bounded(http_class)]})
             self._client = self._openai.AsyncOpenAI(
-                api_key=self._key or "none", base_url=self.base_url, max_retries=0, timeout=options.timeout
+                api_key=self._key or "none",
+                base_url=self.base_url,
+                max_retries=0,
+                timeout=options.timeout,
+                http_client=http,
             )
             self._gate = Gate(options.concurrency, options.requests_per_minute, options.tokens_per_minute)
         return self._gate
@@ -201,6 +209,8 @@ class EndpointAgent:
             call.error = f"timeout: no answer within {self.options.timeout:g} seconds"
             # The endpoint may have generated, and billed, all of it.
             self._spend(call, call.bound_in, call.bound_out)
+        except BodyTooLarge as failed:
+            call.error = f"too large: {failed}"
         except self._openai.APIStatusError as failed:
             call.error = f"status {failed.status_code}: {failed.message}"
             self._refusal(call, failed, arguments)

@@ -105,6 +105,26 @@ class Options(Checked):
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
+def replying_spec(spec: str) -> str:
+    """An agent's spec without the options that change no reply: limits, budgets, prices; in one order.
+
+    Of another spec than an endpoint's, all of it.
+
+    Raises:
+        ValueError: as for parse_spec.
+    """
+    if not spec.startswith(PREFIX):
+        return spec
+    model, url, options = parse_spec(spec)
+    default = Options()
+    sent = ("seed", "temperature", "reasoning_effort", "extra_body", "json", "extras")
+    values = {name: getattr(options, name) for name in sent if getattr(options, name) != getattr(default, name)}
+    if options.extra_body:
+        values["extra_body"] = json.dumps(options.body, sort_keys=True)
+    settings = ",".join(f"{name}={value}" for name, value in values.items())
+    return f"{PREFIX}{model}" + (f"@{url}" if url else "") + (f"#{settings}" if settings else "")
+
+
 def parse_spec(spec: str) -> tuple[str, str | None, Options]:
     """Model, address and options of `openai:MODEL`, `openai:MODEL@URL` or `openai:MODEL@URL#name=value,...`.
 

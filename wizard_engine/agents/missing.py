@@ -25,6 +25,14 @@ class Missing:
     reason: str
 
 
+class TooManyMissing(ValueError):
+    """More is missing than may be; `reasons` says how much for which reason."""
+
+    def __init__(self, message: str, reasons: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons)
+
+
 class Reasons:
     """Counts of reasons that come in any order of their places; their order is that of the places."""
 
@@ -65,7 +73,7 @@ def check_share(value: float) -> None:
 
 
 def check_missing(what: str, reasons: Mapping[str, int], asked: int, most: float, advice: str = "") -> None:
-    """Raises ValueError where more than the share `most` of what was asked is missing.
+    """Raises TooManyMissing where more than the share `most` of what was asked is missing.
 
     Args:
         what: was asked for, such as "answers of m".   reasons: reason -> how many are missing.
@@ -76,8 +84,9 @@ def check_missing(what: str, reasons: Mapping[str, int], asked: int, most: float
         return
     helps = _ADVICE | ({"length": advice} if advice else {})
     longer = "".join(f"{text}, or " for reason, text in helps.items() if reason in reasons)
-    raise ValueError(
+    message = (
         f"{what}: expected at most {100 * most:g} % missing, got {missing} of {asked} ({shown_reasons(reasons)}); "
         f"{longer}mend the cause and give the same command again, or accept the share by --max-missing; "
         "what came is in the ledger"
     )
+    raise TooManyMissing(message, reasons)

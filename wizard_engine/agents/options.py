@@ -1,8 +1,9 @@
 """Options of the recipes that ask agents."""
 
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,17 +13,26 @@ from wizard_engine.runtime.ranges import Checked, Count, PositiveShare, Share
 from wizard_engine.runtime.stage import INCIDENTAL
 
 from .calls import JUDGE_TOKENS
+from .endpoint_options import PREFIX, parse_spec, replying_spec
 from .estimate import StandInCast, shown_estimate
 from .missing import MAX_MISSING
-from .prices import read_prices
+from .prices import Price, read_prices, unmatched
 from .prompts import use_folder
 from .registry import Cast
 
 A = TypeVar("A", bound="CallOptions")
 
 
+class AgentSpecs:
+    """Base of options that name agents: of their specs, a stage's identity has what changes replies."""
+
+    def in_identity(self, text: str) -> str:
+        """A text as it stands in the identity, see `stage.identity`."""
+        return replying_spec(text)
+
+
 @dataclass(frozen=True, kw_only=True)
-class CallOptions(Checked):
+class CallOptions(AgentSpecs, Checked):
     """What every recipe lets its user say about calls to agents."""
 
     chat_format: ChatFormatChoice = "auto"
@@ -65,7 +75,7 @@ def estimated(cfg: A, work: Callable[[A, StandInCast], object], *, answer_tokens
         answer_tokens: usual length of an answer; 0 for a common one.
     """
     use_folder(cfg.prompt_folder)
-    prices = {} if cfg.prices is None else read_prices(cfg.prices)
+    prices = _prices(cfg, is_shown=True)
     usual = {"answer_tokens": answer_tokens} if answer_tokens else {}
     cast = StandInCast(_ledger(cfg.out, cfg), prices, **usual)
     try:
@@ -85,10 +95,37 @@ def open_cast(out: Path, cfg: CallOptions, runtime: Runtime) -> Cast:
         ValueError: prices that cannot be read, or a folder of prompts that does not fit.
     """
     use_folder(cfg.prompt_folder)
-    prices = {} if cfg.prices is None else read_prices(cfg.prices)
+    prices = _prices(cfg, is_shown=runtime.is_main)
     options = {"batch_size": cfg.batch_size, "quiet": cfg.quiet, "prices": prices, "chat_format": cfg.chat_format}
     options |= {"max_missing": cfg.max_missing}
     return Cast(_ledger(out, cfg), runtime, **options)
+
+
+def _prices(cfg: CallOptions, *, is_shown: bool) -> dict[str, Price]:
+    """The prices of the options; a line on stderr says which of them fit no agent, and which agents have none."""
+    if cfg.prices is None:
+        return {}
+    prices = read_prices(cfg.prices)
+    parsed = [parse_spec(spec) for spec in _endpoints(cfg)]
+    own = {model: options.price for model, _, options in sorted(parsed, key=lambda item: item[2].price.tokens_out)}
+    line = unmatched(prices, own)
+    if line and is_shown:
+        print(line, file=sys.stderr, flush=True)
+    return prices
+
+
+def _endpoints(value: Any) -> Iterator[str]:
+    """The specs of endpoints in options, those of `NAME=SPEC` included."""
+    if is_dataclass(value):
+        for option in fields(value):
+            yield from _endpoints(getattr(value, option.name))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _endpoints(item)
+    elif isinstance(value, str):
+        name, sign, rest = value.partition("=")
+        spec = rest if sign and rest.startswith(PREFIX) and not name.startswith(PREFIX) else value
+        yield from [spec] if spec.startswith(PREFIX) else []
 
 
 def _ledger(out: Path, cfg: CallOptions) -> Path:

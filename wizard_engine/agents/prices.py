@@ -1,9 +1,11 @@
 """What tokens cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from wizard_engine.data.text_files import read_json
+from wizard_engine.runtime.text_lines import one_line, printable
 
 MILLION = 1_000_000
 
@@ -26,10 +28,34 @@ def read_prices(path: Path | str) -> dict[str, Price]:
     Raises:
         ValueError: another form, or a price that is no number or out of range; names file, model and field.
     """
-    content = read_json(path)
+    form = '{"MODEL": {"in": 2.5, "out": 10}}'
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: prices: expected a JSON file {form}, got {error.strerror or error}; correct --prices"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected an object {{"MODEL": {{"in": 2.5, "out": 10}}}}, got another JSON value')
     return {model: _price(f"{path}: {model[:60]!r}", entry) for model, entry in content.items()}
+
+
+def unmatched(prices: Mapping[str, Price], own: Mapping[str, Price]) -> str:
+    """A line on prices that no agent uses, and on models without a price; "" where all fit.
+
+    Args:
+        prices: of a file, by model.   own: what the agents' specs themselves give, by model.
+    """
+    unused = sorted(set(prices) - set(own))
+    free = sorted(model for model in set(own) - set(prices) if own[model] == Price())
+    lines = [f"no agent has the model {_named(unused)}"] if unused else []
+    lines += [f"no price is given for {_named(free)}, which counts as free"] if free else []
+    return printable(f"prices: {'; '.join(lines)}") if lines else ""
+
+
+def _named(models: list[str]) -> str:
+    more = f" and {len(models) - 8} more" if len(models) > 8 else ""
+    return ", ".join(one_line(model)[:60] for model in models[:8]) + more
 
 
 def _price(where: str, entry: object) -> Price:

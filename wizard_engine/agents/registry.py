@@ -14,7 +14,7 @@ from wizard_engine.runtime.stage import SCRIPTED
 from .endpoint import PREFIX, EndpointAgent
 from .ledger import Ledger
 from .local import LocalAgent
-from .missing import MAX_MISSING
+from .missing import MAX_MISSING, TooManyMissing
 from .prices import Price
 from .protocol import Agent, ConcurrentAgent
 from .ranks import RankedAgent, Ranks
@@ -127,7 +127,17 @@ class Cast:
 
     def conduct(self, work: Callable[[], T]) -> T:
         """The result of `work`, done by rank 0, on every rank. Rank 0's ValueError is raised on all of them."""
-        return self.ranks.conduct(work)
+
+        def with_example() -> T:
+            try:
+                return work()
+            except TooManyMissing as error:
+                reason = max(error.reasons, key=error.reasons.__getitem__)
+                example = self.scheduler.examples.get(reason, "")
+                # "timeout" alone does not say after what; a status alone is all there is to say.
+                raise ValueError(f"{error}; one of them: {example}" if example not in ("", reason) else error) from None
+
+        return self.ranks.conduct(with_example)
 
     def _make(self, spec: str) -> Agent | ConcurrentAgent:
         if not spec.startswith(PREFIX):

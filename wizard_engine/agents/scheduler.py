@@ -74,6 +74,8 @@ class Scheduler:
         self.asked: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        # Of each reason the whole error of one call.
+        self.examples: dict[str, str] = {}
         self.tokens_in = self.tokens_out = 0
         self.cost = 0.0
         self._lines: dict[int, _Batches] = {}
@@ -270,6 +272,7 @@ class Scheduler:
         self.cost += price.of(reply.tokens_in, reply.tokens_out) if price else 0.0
         if reply.reason:
             self.failed[reply.reason] += 1
+            self.examples.setdefault(reply.reason, reply.error or "")
         self._bar.refresh()
 
     async def _saved(self, call: Stored) -> Reply:

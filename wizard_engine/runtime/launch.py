@@ -19,7 +19,7 @@ def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] 
 
     A rank that fails posts its error. The other ranks exit with that error instead of the one of their collective.
     """
-    cfg = cli(config, presets)
+    cfg = _options(config, presets)
     name = Path(sys.argv[0]).name
     try:
         main(cfg)
@@ -39,6 +39,19 @@ def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] 
         raise SystemExit(1) from error
     finally:
         stop()
+
+
+def _options(config: type, presets: Mapping[str, Any] | None) -> Any:
+    """The options of the command line; ends quietly where nobody reads the help to its end."""
+    try:
+        try:
+            return cli(config, presets)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would fail again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def _fail(name: str, error: Exception, text: str, *, tell: bool = True) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ SCRIPTED = "scripted:"
 # Metadata of the field of an option that changes what a stage measures, and nothing else that it makes.
 MEASURED = {"measured": True}
 MISSING = "(absent)"
+# Characters of a value in a message, and of them those that stand before the first difference.
+SHOWN, BEFORE_DIFFERENCE = 60, 16
 ADVICE = {
     "stage.json": "remove the file to run the stage again; a training run goes on from its last checkpoint",
     "config.json": "restore the file, or choose another --out",
@@ -38,12 +40,22 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         keys = list(dict.fromkeys([*new, *old]))
         pairs = [(old.get(key, MISSING), new.get(key, MISSING), f"{prefix}.{key}" if prefix else key) for key in keys]
         return [line for a, b, name in pairs for line in _differences(a, b, name)]
-    return [] if old == new else [f"{prefix} ({_short(old)} -> {_short(new)})"]
+    return [] if old == new else [f"{prefix} ({' -> '.join(_where_different(old, new))})"]
 
 
-def _short(value: Any) -> str:
-    text = value if value is MISSING else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 48 else text[:45] + "..."
+def _where_different(*values: Any) -> list[str]:
+    """Two different values as text; of long ones the part that begins shortly before the first difference."""
+    texts = [value if value is MISSING else json.dumps(value, ensure_ascii=False) for value in values]
+    # A short text needs no cut; where it ends early, the other one may differ far behind its beginning.
+    same = next((place for place, pair in enumerate(zip(*texts)) if len(set(pair)) > 1), min(map(len, texts)))
+    start = max(0, same - BEFORE_DIFFERENCE)
+    return [_cut(text, start if len(text) > SHOWN else 0) for text in texts]
+
+
+def _cut(text: str, start: int) -> str:
+    before = "..." if start else ""
+    shown = text[start : start + SHOWN - len(before)]
+    return before + (shown if len(text) <= start + len(shown) else shown[:-3] + "...")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -319,6 +331,8 @@ def path_of(spec: str | Path) -> Path:
 def identity(cfg: Any, *, measured: bool = False) -> tuple[dict[str, Any], dict[str, Path]]:
     """Identity of a configuration: the options that change the result, and the files and directories that it reads.
 
+    A dataclass whose texts also say what changes nothing has a method `in_identity(text) -> text` without that.
+
     Args:
         measured: of what the stage measures instead of what it makes.
     """
@@ -337,6 +351,7 @@ def identity(cfg: Any, *, measured: bool = False) -> tuple[dict[str, Any], dict[
         for index, path in enumerate(files):
             inputs[field.name if len(files) == 1 else f"{field.name}.{index}"] = path
         rest = _without_files(value)
+        rest = _texts_mapped(rest, cfg.in_identity) if hasattr(cfg, "in_identity") else rest
         if rest not in (None, [], {}) or not files:
             options[field.name] = rest
     return options, inputs
@@ -349,6 +364,15 @@ def _without_files(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: item for key, item in value.items() if not _files(item)}
     return None if _files(value) else value
+
+
+def _texts_mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """An option's value with each of its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return [_texts_mapped(item, change) for item in value]
+    return value
 
 
 def _files(value: Any) -> list[Path]:

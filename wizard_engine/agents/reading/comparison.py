@@ -51,6 +51,9 @@ _PHRASES = {
         *["不相等", "不相同", "不等", "不等同", "不同", "等しくない", "異なる", "다름", "다르다", "ongelijk"],
         *("no igual", "no iguales", "no son iguales", "não igual", "não iguais", "não são iguais", "non égal"),
         *("non égaux", "pas égal", "pas égaux", "nicht gleich", "non uguale", "non uguali", "не равны", "не равно"),
+        *("no es igual", "no son igual", "não é igual", "não são igual", "n'est pas égal", "ce n'est pas égal"),
+        *("ne sont pas égales", "elles ne sont pas égales", "non è uguale", "non sono uguali", "ist nicht gleich"),
+        *("sie sind nicht gleich", "sind nicht gleich", "pas égales", "non sono uguale"),
         *("niet gelijk", "同等ではない", "同じではない", "같지 않음", "같지 않다", "동일하지 않음"),
     ],
 }
@@ -78,6 +81,16 @@ _SENTENCE = re.compile(
     r"|the two prompts"
     r"|the (?:second|two) (?:one|ones|instruction))"
     rf" (?:are|is) (?:therefore |thus |hence )?[\"']?(?P<phrase>{_NOT}|equal)[\"']?(?P<tail>.*)"
+)
+_CHOICE = re.compile(
+    r"(?:(?:so|therefore|thus|hence|overall|in conclusion)\b[, ]*)?(?:i|we)(?:['’]d| would)? (?:choose|pick|select|say"
+    r"|answer|reply|judge|vote(?: for)?|opt for|go with|went with|decide (?:on|for)|settle on)(?: that it is)?[: ]{1,3}"
+    rf"[\"'“(\[]*(?P<phrase>{_NOT}|equal)\b[\"'”)\]]*(?P<tail>.*)"
+)
+# Not a verdict: behind one, it says how far from the other one it is.
+_NEARLY = re.compile(
+    r"[(,;–—-]?\s*\(?\b(?:(?:al)?though|but|albeit|even if|if)?\s*(?:they (?:are|come)\s+|it is\s+)?"
+    r"(?:nearly|almost|roughly|close to|not far from|very close to)\s+(?:being\s+)?equal\)?"
 )
 _FINAL = re.compile(r"final|overall|conclusion|fazit|结论|結論|결론|вывод|conclus")
 # Words that make a sentence a condition, a question or a report of the rules.
@@ -174,11 +187,15 @@ def _in_unit(unit: str, is_edge: bool) -> tuple[bool, bool] | None:
     label, _, rest = line.partition(":")
     if rest and re.search(rf"{_LABEL}\W*$", label) and _alone(rest) is not None and not _IDLE.search(line):
         return bool(_alone(rest)), bool(_FINAL.search(label))
+    if re.search(rf"\b(?:{_NOT})\b", line):
+        line = _NEARLY.sub("", line)
+        if _alone(line) is False:
+            return False, False
     said = {match.lastgroup for match in _ANY.finditer(line)}
     line = line.replace("would say", "say").replace("would conclude", "conclude")
     if len(said) > 1 or _IDLE.search(line):
         return None
-    for pattern in (_LABELLED, _SENTENCE, *([_REASONED] if is_edge else [])):
+    for pattern in (_LABELLED, _SENTENCE, _CHOICE, *([_REASONED] if is_edge else [])):
         match = pattern.search(line) if pattern is _LABELLED else _last_match(pattern, line)
         if match and said and (said == {"no"} or not _LIMITED.search(_up_to_reason(match["tail"]))):
             return "yes" in said, bool(_FINAL.search(match.groupdict().get("label") or ""))

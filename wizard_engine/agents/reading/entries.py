@@ -46,6 +46,13 @@ _LISTED = re.compile(
     rf"(?=[*_`\[(]*(?:(?:{_WORD})[ \t]*#?|#)(?P<number>\d{{1,3}})\b)",
     re.IGNORECASE | re.MULTILINE,
 )
+# A name in its place that is no number: whether `1. Version B: 9` is about the first thing or the second is not said.
+_LISTED_NAME = re.compile(
+    rf"^[ \t]*(?:[*•+-][ \t]+)?[*_]*#?(?P<place>\d{{1,3}})[*_]*(?:[.):]+|[ \t]+[-–—])[*_]*[ \t]+[*_`\[(]*"
+    rf"(?:the[ \t]+)?(?:(?:{_WORD})[ \t]+)?(?P<name>[A-H]|one|two|three|four|first|second|third|fourth|\d{{1,3}}(?=:))"
+    rf"(?:[ \t]+(?:one|{_WORD}))?[*_`\])]*[ \t]*(?:[:=(→|]|->|[-–—][ \t])",
+    re.IGNORECASE | re.MULTILINE,
+)
 _RANK_HEAD = re.compile(
     r"rank(?:ing)?|place|position|rang|platz|puesto|posición|posto|место|排名|名次|順位|순위", re.IGNORECASE
 )
@@ -74,6 +81,7 @@ def read_entries(text: str, count: int, value: Read, inside: Read, *, any_order:
         return from_tables
     text = _ORDINAL.sub(lambda match: f"{match[2]} {_PLACES.index(match[1].lower()) + 1}", text)
     text = _unlisted(text, count)
+    _check_names(text, count)
     pairs = _pairs(text, count, value)
     readings = list(_sections(text, count, inside, any_order))
     readings += [pairs, _bare_lines(text, count, value), None if pairs else _one_line(text, count, value)]
@@ -183,6 +191,18 @@ def _unlisted(text: str, count: int) -> str:
     if sorted(numbers) != list(range(1, count + 1)) or numbers == sorted(numbers):
         return text
     return _LISTED.sub("", text)
+
+
+def _check_names(text: str, count: int) -> None:
+    """Ambiguous where the lines of a list name what they are about by letters or words in another order."""
+    words = ["one", "two", "three", "four"]
+    names = [match["name"].lower() for match in _LISTED_NAME.finditer(text)]
+    if count < 2 or len(names) != count:
+        return
+    numbers = [str(number) for number in range(1, count + 1)]
+    in_order = ([chr(97 + n) for n in range(count)], words[:count], _PLACES[:count], numbers)
+    if names not in in_order and len(set(names)) == count:
+        raise Ambiguous
 
 
 def _is_header(text: str, header: re.Match[str]) -> bool:

@@ -6,7 +6,7 @@ from wizard_engine.runtime.text_lines import split_lines
 
 from .cleaning import without_reasoning
 from .text_replies import TextForm, find_text, is_heading, is_no_text, trimmed
-from .wrapping import unfenced
+from .wrapping import unfenced, without_closing
 
 REWRITTEN_HEADING = "#Rewritten Instruction#:"
 _NOUN = r"(?:instruction|prompt|question|task|problem|request|version)"
@@ -36,6 +36,13 @@ _COMMENTARY = re.compile(
 _PLACEHOLDER = re.compile(
     r"[\[<({][^\n]*\b(?:rewritten|instruction|insert|your|here|text)\b[^\n]*[\]>)}]|\.{3}|…|none|n/?a", re.IGNORECASE
 )
+# A first line that announces several instructions.
+_ANNOUNCED = re.compile(
+    r"[^\n]{0,60}\b(?:\d|two|three|four|five|six|some|several|a few|possible|alternative|different|dos|tres|deux|trois"
+    r"|zwei|drei|mehrere)\b[^\n]{0,60}\b(?:rewrites?|versions?|versionen|versiones|options?|variants?|alternatives?|prompts?"
+    r"|questions?|(?:instruction|consigne|instruccione|anweisung)(?:s|en)?)\b[^\n]{0,60}[:：]\s*\n",
+    re.IGNORECASE,
+)
 _FORM = TextForm(
     _NAME,
     r"\b(?:instruction|prompt|rewrites?|rewritten|evolved|version|options?)\b|instrucción|anweisung|consigne"
@@ -58,7 +65,7 @@ def read_evolved(text: str) -> str | None:
         body = bodies[0] if len(set(bodies)) == 1 else None
         return body if body and not _PLACEHOLDER.fullmatch(body) else None
     found = find_text(content, _FORM)
-    if found is None or _PLACEHOLDER.fullmatch(found):
+    if found is None or _PLACEHOLDER.fullmatch(found) or _is_list_of_several(content):
         return None
     return None if found == content.strip() and _is_commentary(content, found) else found
 
@@ -86,6 +93,14 @@ def _is_exact(line: str) -> bool:
     """Whether a line is the heading that was asked for, or ends a sentence and goes on with it."""
     head, heading, _ = line.partition(REWRITTEN_HEADING)
     return bool(heading) and (not head.strip(" \t*_>`") or bool(re.search(r"[.!?:*]\s*[*_]*$", head)))
+
+
+def _is_list_of_several(content: str) -> bool:
+    """Whether a reply is a line that announces several instructions, and a list of them that ends it."""
+    announced = _ANNOUNCED.match(content)
+    lines = [line for line in without_closing(content[announced.end() :]).split("\n") if line] if announced else []
+    is_item = [re.match(r"\s*\W{0,3}(?:\d+[.):]|[-*•]|[A-H][.)])\s", line) for line in lines]
+    return sum(map(bool, is_item)) > 1 and all(item or line[0].isspace() for item, line in zip(is_item, lines))
 
 
 def _is_commentary(content: str, found: str) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 
+from .asides import without_overall
 from .cleaning import Ambiguous, agreed, content_lines, plain, without_emphasis
 from .entries import read_entries
 from .numbers import FINAL, NOT_BEFORE, NOT_BEHIND, SCALE, SCORE, SCORE_WORD, read_score, with_digits
@@ -34,6 +35,13 @@ _EMPHASISED = re.compile(
     rf"(?:\*\*|`|__)(?:label\s*:\s*)?({_LABEL})(?:\*\*|`|__)\.?(?=\s*$|\s*[-–—:(])", re.MULTILINE | re.IGNORECASE
 )
 
+# From one label to another: `-1 -> 1`.
+_CHANGED = re.compile(
+    rf"(?<![\w.,+*/=^-])(?<![+*/=^] )(?:{_LABEL})[\])]*\s*(?:->|→|=>|⇒|,?\s*(?:now )?(?:corrected|changed|revised) to)"
+    rf"\s*[\[(]*(?:{_LABEL})(?![\w.])",
+    re.IGNORECASE,
+)
+
 
 def read_labels(text: str, count: int) -> tuple[int, ...] | None:
     """`count` labels (1, 0, -1), one a step in order; None for other numbers of them, or where one is unclear.
@@ -49,7 +57,7 @@ def read_labels(text: str, count: int) -> tuple[int, ...] | None:
     """
     if not count:
         return () if not text.strip() else None
-    text = plain(text)
+    text = without_overall(plain(text), count)
     dashed = re.findall(r"(?m)^\W*(?:\w+ )?\d+ - ([-+]?[01])\b", without_emphasis(text))
     if "1" in dashed and not {"-1", "+1"} & set(dashed):
         return None  # "3 - 1": one, or minus one
@@ -73,6 +81,8 @@ def _label(text: str) -> int | None:
 
 def _label_inside(content: str) -> int | None:
     """The label of one step's section."""
+    if _CHANGED.search(without_emphasis(content)):
+        raise Ambiguous
     marks = [_label(mark) for mark in _MARKED.findall(content)]
     if marks:
         return agreed(label for label in marks if label is not None)
@@ -144,7 +154,7 @@ def read_ranking(text: str, count: int) -> tuple[float, ...] | None:
     Scores of single criteria are none: a section with several has an overall one, or none. Lines of numbers alone that
     are an order of 1 to `count` could be a ranking by place, and are not read.
     """
-    text = plain(text)
+    text = without_overall(plain(text), count)
     try:
         scores = read_entries(text, count, _score, _score_inside, any_order=True, names=_SCORE_NAMES)
     except Ambiguous:

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 DIGITS = r"\d{1,3}(?:[.,]\d{1,3})?"
 SCALE = (
-    r"(?:\s*/\s*10(?:[.,]0+)?(?![\d/])(?!\.\d)|\s*(?:out of|von|sur|de|su|из|over|van)\s*(?:10|ten)(?!\d)"
+    r"(?:\s*/\s*10(?:[.,]0+)?(?![\d/])(?!\.\d)|\s*(?:out of|von|sur|sobre|de|su|из|over|van)\s*(?:10|ten)(?!\d)"
     r"|\s*(?:points?|pts?\.?|punkte?n?|puntos?|pontos?|punti|分|点|점|балл(?:ов|а)?)(?![^\W\d_]))"
 )
 _SCORE = re.compile(rf"\+?({DIGITS})(?P<scale>{SCALE})*", re.IGNORECASE)

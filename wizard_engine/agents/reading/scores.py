@@ -4,6 +4,7 @@ import re
 from itertools import pairwise
 from typing import NamedTuple
 
+from .asides import check_order, is_hypothetical, without_hypotheses
 from .cleaning import (
     Ambiguous,
     agreed,
@@ -26,8 +27,8 @@ _NAME = (
 _LETTER = r"(?<![A-Za-z0-9])(?P<side>[AB])(?![A-Za-z0-9'’])"
 _BEHIND_NAME = r"(?:['’]s)?(?:\s*(?:的|の|의))?"
 _FILLER = (
-    rf"(?:(?:final|overall|total|{SCORE_WORD}|is|i (?:would )?(?:give|award)|gets?|receives?|earns?|deserves?|at|an?|of"
-    r"|to|with|ist|es|est|erhält|obtiene|是|为|は|得到?)\b|[:=|>→~(\[\"'-]|\s){0,24}"
+    rf"(?:(?:final|overall|total|{SCORE_WORD}|is|i (?:would )?(?:give|award)|gets?|only|just|receives?|earns?|deserves?"
+    r"|at|an?|of|to|with|ist|es|est|erhält|obtiene|是|为|は|得到?)\b|[:=|>→~(\[\"'-]|\s){0,24}"
 )
 _SIDE_BEFORE = re.compile(rf"{_LETTER}{_BEHIND_NAME}{_FILLER}$", re.IGNORECASE)
 _EXAMPLE = re.compile(r"\b(?:form|format|example|e\.g\.|such as|template|as in)\b[^\n]*$", re.IGNORECASE)
@@ -93,15 +94,17 @@ def _marked(text: str, count: int) -> tuple[float, ...] | None:
         return None
     if any(_OTHER_SIDE.search(text[max(0, mark.start - 30) : mark.start]) for mark in marks):
         raise Ambiguous
-    marks = [mark for mark in marks if not _is_example(text, mark)]
+    marks = [mark for mark in marks if not _is_example(text, mark) and not is_hypothetical(text, mark.start, mark.end)]
     if len(marks) == 1 == len(list(_MARK.finditer(text))) and count == 2 and marks[0].value is not None:
         return _pair_in_mark(text)
     if not marks:
         raise Ambiguous
-    groups = _groups(text, marks)
+    groups = [_once(group, count) for group in _groups(text, marks)]
     fitting = [group for group in groups if len(group) == count]
     if len(marks) == count:
         chosen = marks
+    elif len(groups) == 1 and len(groups[0]) == count:
+        chosen = groups[0]
     elif len({tuple(mark[:2] for mark in group) for group in fitting}) == 1 and max(map(len, groups)) == count > 1:
         chosen = fitting[0]
     elif fitting and fitting[-1] is groups[-1] and _is_final(text, fitting[-1]):
@@ -112,6 +115,8 @@ def _marked(text: str, count: int) -> tuple[float, ...] | None:
     else:
         raise Ambiguous
     values = _ordered(chosen)
+    if count == 2 and None in (chosen[0].side, chosen[1].side):
+        check_order(text, chosen[0].start, chosen[-1].end)
     _check_prose(_MARK.sub("", text), values)
     return values
 
@@ -181,6 +186,13 @@ def _groups(text: str, marks: list[_Mark]) -> list[list[_Mark]]:
     return groups
 
 
+def _once(group: list[_Mark], count: int) -> list[_Mark]:
+    """A group without the repetitions of its first `count` marks."""
+    said = [mark[:2] for mark in group]
+    is_repeated = len(said) % count == 0 and said == said[:count] * (len(said) // count)
+    return group[-count:] if is_repeated else group
+
+
 def _is_final(text: str, group: list[_Mark]) -> bool:
     """Whether a group says so, or stands alone in the last lines."""
     line = text[text.rfind("\n", 0, group[0].start) + 1 : group[0].start]
@@ -216,6 +228,8 @@ def _from_lists(text: str, count: int) -> tuple[float, ...] | None:
     """The last list of two scores."""
     lists = [v for v in json_values(text) if isinstance(v, list) and len(v) == 2] if count == 2 else []
     pairs = [tuple(map(_number, pair)) for pair in lists if not isinstance(pair[0], list)]
+    if any(None not in pair for pair in pairs):
+        check_order(text, text.find("["), text.rfind("]") + 1)
     return next((pair for pair in reversed(pairs) if None not in pair), None)
 
 
@@ -321,7 +335,7 @@ _BARE_PAIR = re.compile(
 
 def _stated_pair(text: str) -> tuple[float, ...] | None:
     lines = [with_digits(without_emphasis(line).replace("#", "")) for line in content_lines(text)]
-    lines = [line for line in lines if not _OTHER_QUANTITY.match(line)]
+    lines = [without_hypotheses(line) for line in lines if not _OTHER_QUANTITY.match(line)]
     for chosen in ([line for line in lines if FINAL.search(line)], lines):
         pairs = [pair for line in chosen for match in _ADJACENT.finditer(line) if (pair := _adjacent(match))]
         if pairs:
@@ -433,8 +447,9 @@ _CRITERION = re.compile(r"[^\W\d]{3,}[^:\n]{0,30}[:=]\s*$")
 
 
 _GIVEN = re.compile(
-    rf"\b(?:give|award|rate)\s+(?:it|this|the answer|this answer|this response)\s+(?:a\s+|an\s+|at\s+"
-    rf"|with\s+)?(?P<score>{SCORE})",
+    rf"\b(?:give|award|rate)\s+(?:it|this|the answer|this answer|this response)\s+(?:at\s+|with\s+)?"
+    rf"(?:an?\s+(?:(?:very )?(?:solid|strong|clear|high|low|good|great|fair|decent|firm|generous|weak|full)\s+)?)?"
+    rf"(?P<score>{SCORE})",
     re.IGNORECASE,
 )
 _BOTH = re.compile(
@@ -445,7 +460,7 @@ _BOTH = re.compile(
 def _of_kind(lines: list[str], patterns: tuple[re.Pattern[str], ...]) -> float | None:
     """The score of the first kind of statement that the lines have."""
     for pattern in patterns:
-        found = [match for line in lines for match in pattern.finditer(line)]
+        found = [match for line in lines for match in pattern.finditer(line) if not _is_beside(line, match)]
         if found:
             return _all([agreed(read_score(match["score"]) for match in found)])[0]
     return None
@@ -459,20 +474,22 @@ _SHARE = re.compile(
 )
 _BESIDE = re.compile(
     r"(?:\b(?:confidence|certainty|difficulty|maximum|max)\b[^.\n\d]{0,20}"
+    rf"|\b(?:maximum|max\.?|minimum|min\.?|highest|lowest|best|top|perfect|full|possible)(?: possible)? {SCORE_WORD}"
+    r"(?: possible)?\W{0,3}(?:is|are|of|would be)?\W{0,3}(?:an?\s+)?"
     r"|\b(?:not|would (?:get|be|have|deserve|earn))\s+(?:an?\s+)?)$",
     re.IGNORECASE,
 )
 
 
 def _is_beside(text: str, match: re.Match[str]) -> bool:
-    before = text[max(0, match.start() - 60) : match.start()]
+    before = text[max(0, match.start("score") - 60) : match.start("score")]
     return bool(_BESIDE.search(before) or _SHARE.match(text, match.end()))
 
 
 def _stated(text: str) -> tuple[float, ...] | None:
     if OTHER_SCALE.search(text):
         return None
-    lines = [with_digits(without_emphasis(line).strip(" #>")) for line in content_lines(text)]
+    lines = [without_hypotheses(with_digits(without_emphasis(line).strip(" #>"))) for line in content_lines(text)]
     whole = "\n".join(lines)
     stated = _of_kind(lines, (_FINAL_SCORE, _WORDED_SCORE, _GIVEN))
     if stated is not None:
