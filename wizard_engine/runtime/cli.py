@@ -179,7 +179,8 @@ def _refusal(config: type, arguments: Sequence[str], printed: str) -> str:
 def _first_section(printed: str) -> str:
     """The text of a box between its title and its first rule, on one line."""
     words: list[str] = []
-    for line in printed.splitlines()[1:]:
+    # A value may hold other line ends.
+    for line in printed.split("\n")[1:]:
         line = line.strip("│ ")
         if line.strip("─-"):
             words.append(line)
