@@ -59,6 +59,7 @@ NOT_OPERATIONS = frozenset(
         "num_packed",
         "num_slots",
         "observe",
+        "pair_losses",
         "record",
         "runs_csrc",
         "runs_triton",
