@@ -82,8 +82,8 @@ class Config(Checked):
     """A run of the whole system."""
 
     run: Path
-    """Run file; recipes/runs has some, and `python -m wizard_engine new-run DIR` writes one. It may stand without
-    --run, and must under torchrun, which takes --run for an option of its own."""
+    """Run file; recipes/runs has some, and `python -m wizard_engine new-run DIR` writes one. As the first word it needs
+    no option in front; under torchrun it must stand so, because torchrun has an option of that name."""
     out: Path | None = None
     """Run directory; default: the file's."""
     seed: Seed[int | None] = None

@@ -94,14 +94,14 @@ def write_summary(
     if held_out:
         summary["held_out"] = held_out
     write_json(out / "summary.json", summary)
-    found = details(out, slices, measured, battles, tests, timing)
-    found |= {"held_out": held_out} if held_out else {}
+    contents = details(out, slices, measured, battles, tests, timing)
+    contents |= {"held_out": held_out} if held_out else {}
     if about is not None:
-        found = found | {"failures": failures(out)} | about
-        found["graph"] = [_with_rate(out, stage, timing) for stage in about.get("graph", [])]
+        contents = contents | {"failures": failures(out)} | about
+        contents["graph"] = [_with_rate(out, stage, timing) for stage in about.get("graph", [])]
     else:
-        found["command"] = f"make demo SEED={seed}"
-    write_report(out / "report.html", summary, out, found)
+        contents["command"] = f"make demo SEED={seed}"
+    write_report(out / "report.html", summary, out, contents)
     return summary
 
 

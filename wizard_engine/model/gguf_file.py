@@ -91,8 +91,8 @@ def packaged_gguf(package: str) -> Path:
     except (metadata.PackageNotFoundError, ValueError):
         name = shown(package)
         raise ValueError(f"package: expected an installed one, got {name}; pip install {name}") from None
-    found = sorted(Path(file.locate()) for file in files if file.suffix == ".gguf")
-    if len(found) != 1:
-        listed = ", ".join(map(str, found[:3])) or "none"
+    gguf_files = sorted(Path(file.locate()) for file in files if file.suffix == ".gguf")
+    if len(gguf_files) != 1:
+        listed = ", ".join(map(str, gguf_files[:3])) or "none"
         raise ValueError(f"package {shown(package)}: expected one .gguf file, got {listed}; name one with --gguf")
-    return found[0]
+    return gguf_files[0]

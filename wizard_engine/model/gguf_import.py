@@ -164,8 +164,8 @@ def _model_config(metadata: Metadata, vocab_size: int, layers: int, *, tied: boo
 
 def _gguf_name(published: str) -> str:
     """GGUF's name of a tensor in the layout of transformers."""
-    found = LAYER.fullmatch(published)
-    return TOP[published] if found is None else f"blk.{found[1]}.{IN_LAYER[found[2]]}.weight"
+    in_layer = LAYER.fullmatch(published)
+    return TOP[published] if in_layer is None else f"blk.{in_layer[1]}.{IN_LAYER[in_layer[2]]}.weight"
 
 
 def _check_tensors(header: GgufHeader, config: ModelConfig) -> None:

@@ -86,8 +86,8 @@ class Driver:
                 self._run(node, redo_stale=redo_stale)
 
     def _check_stale(self, chosen: Sequence[Node], *, redo_stale: bool) -> None:
-        found = self.statuses()
-        stale = [(node.where, found[node.where].why) for node in chosen if found[node.where].state == "stale"]
+        states = self.statuses()
+        stale = [(node.where, states[node.where].why) for node in chosen if states[node.where].state == "stale"]
         if stale and not redo_stale:
             lines = "; ".join(f"{where} ({why})" if why else where for where, why in stale)
             raise ValueError(
@@ -103,7 +103,7 @@ class Driver:
         if self.runtime.is_main and not self.run.quiet:
             print(f"== {node.where}", flush=True)
         with self.timing.of(node.where, node.out), served(self.run, config, self.runtime):
-            if self.run.launch.own_processes:
+            if self.run.launch.separate_processes:
                 self._start(node, config)
             elif node.is_main_only:
                 from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
@@ -200,6 +200,6 @@ def why_empty(out: Path) -> str:
     return f"{out.name} says: {', '.join(said)}" if said else ""
 
 
-def write_statuses(path: Path, found: Mapping[str, Status]) -> None:
+def write_statuses(path: Path, states: Mapping[str, Status]) -> None:
     """The state of every stage, for the report."""
-    write_json(path, {where: {"state": status.state, "why": status.why} for where, status in found.items()})
+    write_json(path, {where: {"state": status.state, "why": status.why} for where, status in states.items()})

@@ -38,14 +38,14 @@ class Forecast:
 
     Attributes:
         rows: that it reads.   calls, tokens_in, tokens_out, cost, hours: of endpoints.
-        own_calls: of models and programs of this machine.
+        local_calls: of models and programs of this machine.
         steps, tokens: of training.   gpu_hours: predicted.
     """
 
     where: str
     rows: int | None = None
     calls: int | None = None
-    own_calls: int | None = None
+    local_calls: int | None = None
     tokens_in: int | None = None
     tokens_out: int | None = None
     cost: float | None = None
@@ -170,7 +170,7 @@ class Forecaster:
         made.calls, made.tokens_in, made.tokens_out = (
             sum(agent[name] for agent in paid) for name in ("calls", "tokens_in", "tokens_out")
         )
-        made.own_calls = sum(agent["calls"] for agent in agents) - made.calls
+        made.local_calls = sum(agent["calls"] for agent in agents) - made.calls
         made.cost = _sum([estimate["cost"] for estimate in estimates])
         made.hours = _sum([estimate["hours"] for estimate in estimates])
 
@@ -262,7 +262,7 @@ def row_tokens(row: Row) -> int:
 COLUMNS = {
     "rows": "rows",
     "calls": "calls",
-    "local calls": "own_calls",
+    "local calls": "local_calls",
     "tokens in": "tokens_in",
     "tokens out": "tokens_out",
     "cost": "cost",

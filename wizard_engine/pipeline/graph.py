@@ -97,25 +97,25 @@ def statuses(nodes: Sequence[Node], stage_of: Mapping[str, Any]) -> dict[str, St
     Args:
         stage_of: recipe -> function of a configuration that gives its Stage.
     """
-    found: dict[str, Status] = {}
+    known: dict[str, Status] = {}
     for node in nodes:
-        behind = [name for name in parents(node, nodes) if name in found and found[name].state != "done"]
-        stale = [name for name in behind if found[name].state == "stale"]
+        behind = [name for name in parents(node, nodes) if name in known and known[name].state != "done"]
+        stale = [name for name in behind if known[name].state == "stale"]
         absent = [path for path in paths_of(node.config) if node.out not in path.parents and not path.exists()]
         is_made = (node.out / "stage.json").exists()
         if stale and is_made:
-            found[node.where] = Status("stale", f"reads what {stale[0]} will write anew")
+            known[node.where] = Status("stale", f"reads what {stale[0]} will write anew")
         elif behind and (absent or stale):
-            found[node.where] = Status("depends" if is_made else "to run", f"reads what {behind[0]} will write")
+            known[node.where] = Status("depends" if is_made else "to run", f"reads what {behind[0]} will write")
         else:
             state: StageState = stage_of[node.recipe](node.config).state()
             is_open = state.kind == "done" and behind
-            found[node.where] = (
+            known[node.where] = (
                 Status("depends", f"reads what {behind[0]} will write")
                 if is_open
                 else Status(_NAMES[state.kind], state.why)
             )
-    return found
+    return known
 
 
 _NAMES: Mapping[str, State] = {
@@ -127,12 +127,12 @@ _NAMES: Mapping[str, State] = {
 }
 
 
-def shown_graph(nodes: Sequence[Node], found: Mapping[str, Status]) -> str:
+def shown_graph(nodes: Sequence[Node], known: Mapping[str, Status]) -> str:
     """A line for each stage: its place, recipe, state, and what it reads."""
     width = max(len(node.where) for node in nodes)
     lines = []
     for node in nodes:
-        status = found[node.where]
+        status = known[node.where]
         reads = ", ".join(parents(node, nodes)) or "the run's own files"
         why = f" ({status.why})" if status.why and status.state != "to run" else ""
         lines.append(f"{node.where:{width}}  {status.state:11} <- {reads}{why}")

@@ -85,7 +85,7 @@ battles = 1.0
 
 # Stages in processes of their own, as on several nodes; --print-commands and --slurm write them out.
 # [launch]
-# own-processes = true
+# separate-processes = true
 # processes = 8
 # nodes = 2
 """

@@ -363,7 +363,7 @@ class Plan:
     def _pairs(self, where: str, made: Made, *, t: int, repeat: int) -> tuple[Path, tuple[Path, ...]]:
         """What Stage-DPO learns from, and held-out pairs."""
         mix, rows = self.run.mix, self.run.rows
-        offered = [(path, mix.own_pairs) for path in rows.pairs]
+        offered = [(path, mix.given_pairs) for path in rows.pairs]
         if made.lessons is not None:
             offered.append((made.lessons / "preferences.jsonl", mix.self_teach))
         offered += [(made.answers, mix.evol_answer), (made.battles, mix.battles)]

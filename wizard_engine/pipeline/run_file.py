@@ -101,7 +101,7 @@ class Mix(Checked):
 
     self_taught: Share[float] = 1.0
     """Of the last slice's self-taught supervised rows, in the rows of a slice."""
-    own_pairs: Share[float] = 1.0
+    given_pairs: Share[float] = 1.0
     """Of rows.pairs, in Stage-DPO; so are the next three."""
     self_teach: Share[float] = 1.0
     evol_answer: Share[float] = 1.0
@@ -133,7 +133,7 @@ class Measure(Checked):
 class Launch(Checked):
     """How stages are started where each has processes of its own."""
 
-    own_processes: bool = False
+    separate_processes: bool = False
     """Start every stage by a torchrun of its own; otherwise all stages share the processes of the driver."""
     nodes: Count[int] = 1
     processes: Count[int] = 1

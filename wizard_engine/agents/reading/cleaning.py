@@ -127,12 +127,12 @@ def json_values(text: str) -> list[Any]:
     """
     values, position, attempts = [], 0, 0
     brackets = re.compile(r"[{\[]")
-    while attempts < _MOST_ATTEMPTS and (found := brackets.search(text, position)):
+    while attempts < _MOST_ATTEMPTS and (matched := brackets.search(text, position)):
         attempts += 1
-        end = _matching(text, found.start())
-        value = _load(text[found.start() : end]) if end > 0 else None
+        end = _matching(text, matched.start())
+        value = _load(text[matched.start() : end]) if end > 0 else None
         if value is None:
-            position = found.start() + 1
+            position = matched.start() + 1
         else:
             values.append(value)
             position = end

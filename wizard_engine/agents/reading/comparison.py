@@ -146,9 +146,9 @@ def _in_text(text: str) -> bool | None:
             if len(cells) > 1 and re.fullmatch(rf"(?:final |overall )?{_LABEL}", cells[0].lower()):
                 final += [v for v in (_alone(cells[-1]),) if v is not None]
     for unit, is_edge in _units(text):
-        found = _in_unit(unit, is_edge)
-        if found is not None:
-            (final if found[1] else verdicts).append(found[0])
+        matched = _in_unit(unit, is_edge)
+        if matched is not None:
+            (final if matched[1] else verdicts).append(matched[0])
     chosen = agreed(final)
     return agreed(verdicts) if chosen is None else chosen
 

@@ -237,16 +237,16 @@ def _by_number(entries: list[tuple[int, str]], expected: list[int], inside: Read
     values: dict[int, list] = {number: [] for number in expected}
     for place, (number, content) in enumerate(entries):
         values[number].append(_inside(content, inside, is_last=place == len(entries) - 1))
-    return _whole([agreed(v for v in found if v is not None) for found in values.values()])
+    return _whole([agreed(v for v in matched if v is not None) for matched in values.values()])
 
 
 def _inside(content: str, inside: Read, *, is_last: bool) -> Any:
     """The value of a section; the last one may be followed by a closing paragraph, which says nothing about it."""
     pieces = re.split(r"\n\s*\n", content.strip())[:1] if is_last else []
     for piece in [*pieces, content.strip()]:
-        found = _value_or_none(piece, inside)
-        if found is not None:
-            return found
+        matched = _value_or_none(piece, inside)
+        if matched is not None:
+            return matched
     return None
 
 
@@ -271,9 +271,9 @@ def _bare_lines(text: str, count: int, value: Read) -> tuple | None:
         raise Ambiguous
     values = [_value_or_none(re.sub(r"^\[+|\]+,?$|,$", "", line), value) for line in lines]
     runs, current = [], []
-    for found in [*values, None]:
-        if found is not None:
-            current.append(found)
+    for matched in [*values, None]:
+        if matched is not None:
+            current.append(matched)
         elif current:
             runs.append(tuple(current))
             current = []
@@ -290,7 +290,7 @@ def _bare_lines(text: str, count: int, value: Read) -> tuple | None:
 
 def _one_line(text: str, count: int, value: Read) -> tuple | None:
     """The values of the only line that is a list of `count` values, perhaps behind a word and a colon."""
-    found = []
+    matched = []
     for line in content_lines(text):
         line = re.sub(r"^[^\d:+\[-]{1,40}(?::|\bare|\bis)\s*(?=[\[(+\d-])", "", without_emphasis(line).strip(" >#"))
         line = re.sub(r"^\[\[(?!\[)|\]\]$", "", line.strip(" ."))
@@ -299,8 +299,8 @@ def _one_line(text: str, count: int, value: Read) -> tuple | None:
         pieces = [] if re.search(r"[\[\]()]", line) else pieces
         if count > 1 and len(pieces) == count and not _NUMBERING.match(line):
             values = [_value_or_none(piece, value) for piece in pieces]
-            found += [tuple(values)] if None not in values else []
-    return agreed(found)
+            matched += [tuple(values)] if None not in values else []
+    return agreed(matched)
 
 
 def _value_or_none(text: str, value: Read) -> Any:

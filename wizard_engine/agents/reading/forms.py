@@ -175,8 +175,8 @@ def schema_of(task: str, fields: Fields) -> str:
 
 @lru_cache(256)
 def _written_schema(task: str, places: int) -> str:
-    found = _schema(task, places)
-    return "" if found is None else json.dumps(found)
+    matched = _schema(task, places)
+    return "" if matched is None else json.dumps(matched)
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

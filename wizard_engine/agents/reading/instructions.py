@@ -64,10 +64,10 @@ def read_evolved(text: str) -> str | None:
     if bodies:
         body = bodies[0] if len(set(bodies)) == 1 else None
         return body if body and not _PLACEHOLDER.fullmatch(body) else None
-    found = find_text(content, _FORM)
-    if found is None or _PLACEHOLDER.fullmatch(found) or _is_list_of_several(content):
+    matched = find_text(content, _FORM)
+    if matched is None or _PLACEHOLDER.fullmatch(matched) or _is_list_of_several(content):
         return None
-    return None if found == content.strip() and _is_commentary(content, found) else found
+    return None if matched == content.strip() and _is_commentary(content, matched) else matched
 
 
 def _exact_bodies(content: str) -> list[str]:
@@ -81,11 +81,11 @@ def _exact_bodies(content: str) -> list[str]:
             if is_heading(lines[i], _FORM) and re.search(r"\bfinal[^:：\n]*[:：]", lines[i], re.IGNORECASE)
         ]
         if later:
-            found = find_text("\n".join(lines[later[-1] : end]), _FORM)
+            matched = find_text("\n".join(lines[later[-1] : end]), _FORM)
         else:
             rest = lines[place].partition(REWRITTEN_HEADING)[2].lstrip("*_")
-            found = trimmed("\n".join([rest, *lines[place + 1 : end]]), _FORM)
-        bodies += [found] if found else []
+            matched = trimmed("\n".join([rest, *lines[place + 1 : end]]), _FORM)
+        bodies += [matched] if matched else []
     return bodies
 
 
@@ -103,9 +103,9 @@ def _is_list_of_several(content: str) -> bool:
     return sum(map(bool, is_item)) > 1 and all(item or line[0].isspace() for item, line in zip(is_item, lines))
 
 
-def _is_commentary(content: str, found: str) -> bool:
+def _is_commentary(content: str, matched: str) -> bool:
     """Whether a text without a heading speaks about rewriting, and not as an instruction may."""
-    if is_no_text(found):
+    if is_no_text(matched):
         return True
     about = re.search(r"rewritten instruction|#\s?(?:method|operator|given instruction)", content, re.IGNORECASE)
-    return bool(_COMMENTARY.match(found) or (about and not found.startswith("#")))
+    return bool(_COMMENTARY.match(matched) or (about and not matched.startswith("#")))

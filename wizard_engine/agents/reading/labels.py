@@ -93,15 +93,15 @@ def _label_inside(content: str) -> int | None:
         return agreed([*named, *([] if whole is None else [whole])])
     start = _START.match(plain_content.lstrip(" ([\"'-" if plain_content[:2] == "- " else " ([\"'"))
     lines = content_lines(plain_content)
-    found = [int(start["label"] or start["signed"])] if start else []
-    found += [
+    matched = [int(start["label"] or start["signed"])] if start else []
+    matched += [
         label for line in lines[1:] if re.fullmatch(rf"[(\[]?(?:{_LABEL})[)\]]?\.?", line) for label in [_label(line)]
     ]
-    found += [int(label) for label in _EMPHASISED.findall(content)]
+    matched += [int(label) for label in _EMPHASISED.findall(content)]
     for line in {lines[0], lines[-1]} if lines else ():
         end = _END.search(line)
-        found += [int(end["label"])] if end else []
-    return agreed(found)
+        matched += [int(end["label"])] if end else []
+    return agreed(matched)
 
 
 def _unnumbered(text: str, count: int) -> tuple[int, ...] | None:
@@ -191,13 +191,13 @@ def _score_inside(content: str) -> float | None:
             return agreed(chosen)
     lines = content_lines(content)
     has_criteria = any(re.search(rf"{_CRITERIA.pattern}\W+(?:is\W+)?\d", line, re.IGNORECASE) for line in lines)
-    found = (
+    matched = (
         []
         if has_criteria
         else [_score(match["score"]) for match in _SCORE_START.finditer(content) if not match.start()]
     )
-    if not found and not has_criteria:
-        found = [_score(match[0]) for match in _SCALED.finditer(content)]
+    if not matched and not has_criteria:
+        matched = [_score(match[0]) for match in _SCALED.finditer(content)]
     pattern = _ARROW_END if has_criteria else _SCORE_END
     ends = [match for line in dict.fromkeys([*lines[:1], *lines[-1:]]) if (match := pattern.search(line))]
-    return agreed([*found, *(_score(match["score"]) for match in ends)])
+    return agreed([*matched, *(_score(match["score"]) for match in ends)])

@@ -43,9 +43,9 @@ def read_method(text: str) -> str | None:
     if not blocks and ("```" in content or "~~~" in content):
         inline = re.fullmatch(r"[^`]{0,80}```([^`\n]+)```\s*", content)
         return inline[1].strip() if inline else None
-    found = find_text(content, _METHOD)
-    is_marked = found is not None and (found != content or _LIST.fullmatch(content))
-    return found if is_marked and not re.fullmatch(r"[^\n]*[:：]", found) else None
+    matched = find_text(content, _METHOD)
+    is_marked = matched is not None and (matched != content or _LIST.fullmatch(content))
+    return matched if is_marked and not re.fullmatch(r"[^\n]*[:：]", matched) else None
 
 
 def _chosen(blocks: list[tuple[str, str]]) -> str | None:

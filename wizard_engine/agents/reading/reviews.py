@@ -52,16 +52,16 @@ def read_review(text: str, cases: int = 10_000) -> str | None:
     if _COPIED.search(content):
         return None
     try:
-        found, rest = _cases(content)
+        matched, rest = _cases(content)
     except Ambiguous:
         return None
-    if any(not 1 <= number <= cases for number in found):
+    if any(not 1 <= number <= cases for number in matched):
         return None
-    failed = {number: reason for number, reason in found.items() if not _PASSED.search(reason)}
+    failed = {number: reason for number, reason in matched.items() if not _PASSED.search(reason)}
     says_none = bool(_NONE_FAILED.search(rest)) and len([line for line in rest.split("\n") if line.strip()]) <= 4
     if failed:
         return None if says_none else "\n".join(f"Case {number}: {reason}" for number, reason in failed.items())
-    return NO_FAILED_CASE if says_none or found else None
+    return NO_FAILED_CASE if says_none or matched else None
 
 
 def _cases(content: str) -> tuple[dict[int, str], str]:
@@ -98,12 +98,12 @@ def _of_json(value: list | dict) -> tuple[dict[int, str], str]:
 
 def _distinct(pairs) -> dict[int, str]:
     """Number -> reason; Ambiguous for a number with two reasons, or a blank one."""
-    found: dict[int, str] = {}
+    matched: dict[int, str] = {}
     for number, reason in pairs:
         reason = one_line(reason)
-        if not reason or found.setdefault(number, reason) != reason:
+        if not reason or matched.setdefault(number, reason) != reason:
             raise Ambiguous
-    return found
+    return matched
 
 
 def _of_lines(content: str) -> tuple[dict[int, str], str]:

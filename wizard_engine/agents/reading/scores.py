@@ -273,11 +273,11 @@ def _all(values) -> tuple[float, ...]:
 
 
 def _from_tables(text: str, count: int) -> tuple[float, ...] | None:
-    found = []
+    matched = []
     for rows in tables(text):
         values = _pair_of_table(rows) if count == 2 else _single_of_table(rows) if count == 1 else None
-        found += [values] if values is not None else []
-    return agreed(found)
+        matched += [values] if values is not None else []
+    return agreed(matched)
 
 
 def _pair_of_table(rows: list[list[str]]) -> tuple[float, ...] | None:
@@ -373,9 +373,9 @@ def _in_sections(lines: list[str]) -> tuple[float, ...] | None:
 
 def _for_both(lines: list[str]) -> tuple[float, ...] | None:
     """The score that both answers get, where no other one is stated."""
-    found = [read_score(match["score"]) for line in lines for match in _BOTH.finditer(line)]
+    matched = [read_score(match["score"]) for line in lines for match in _BOTH.finditer(line)]
     scaled = [match for line in lines for match in _SCALED_SCORE.finditer(line)]
-    return (found[0],) * 2 if len(found) == 1 == len(scaled) and found[0] is not None else None
+    return (matched[0],) * 2 if len(matched) == 1 == len(scaled) and matched[0] is not None else None
 
 
 def _adjacent(match: re.Match[str]) -> tuple[float, ...]:
@@ -460,9 +460,9 @@ _BOTH = re.compile(
 def _of_kind(lines: list[str], patterns: tuple[re.Pattern[str], ...]) -> float | None:
     """The score of the first kind of statement that the lines have."""
     for pattern in patterns:
-        found = [match for line in lines for match in pattern.finditer(line) if not _is_beside(line, match)]
-        if found:
-            return _all([agreed(read_score(match["score"]) for match in found)])[0]
+        matched = [match for line in lines for match in pattern.finditer(line) if not _is_beside(line, match)]
+        if matched:
+            return _all([agreed(read_score(match["score"]) for match in matched)])[0]
     return None
 
 

@@ -61,12 +61,12 @@ def _joined(lines: list[str]) -> str:
 
 
 def _in_lines(text: str) -> dict[str, str] | None:
-    found: dict[str, list[str]] = {name: [] for name in _NAMES}
+    matched: dict[str, list[str]] = {name: [] for name in _NAMES}
     for match in _LINE.finditer(text):
         name = next(name for name in _NAMES if match[name])
         value = _value(name, match["value"])
-        found[name] += [] if value is None else [value]
-    tags = {name: agreed(values) for name, values in found.items()}
+        matched[name] += [] if value is None else [value]
+    tags = {name: agreed(values) for name, values in matched.items()}
     return None if None in tags.values() else tags
 
 

@@ -159,9 +159,9 @@ def _is_cut_json(text: str) -> bool:
 def _body(content: str, form: TextForm) -> tuple[str | None, bool]:
     """What holds the text, and whether something says so."""
     if content[:1] == "{" or re.match(r"[^\n{]{0,120}\n+(?:```\w*\s*)?\{\s*\"", content):
-        found = [value for item in json_objects(content) if (value := _value(item, form)) is not None]
-        if found:
-            return (found[0] if len(found) == 1 else None), True
+        matched = [value for item in json_objects(content) if (value := _value(item, form)) is not None]
+        if matched:
+            return (matched[0] if len(matched) == 1 else None), True
         if content[:1] == "{":
             objects = json_objects(content)
             is_itself = form.is_any_json and objects and not _ABOUT & set(objects[0])

@@ -98,10 +98,10 @@ def read_suggestion(text: str) -> str | None:
 
     The reply has the form of `text_replies`, with the name "Suggestion" or the like; two headings in a row are one.
     """
-    found = find_text(text, _SUGGESTION)
-    if found and is_heading_again(found):
-        found = find_text(found, _SUGGESTION)
-    return None if found is None or _NO_SUGGESTION.fullmatch(found) else found
+    matched = find_text(text, _SUGGESTION)
+    if matched and is_heading_again(matched):
+        matched = find_text(matched, _SUGGESTION)
+    return None if matched is None or _NO_SUGGESTION.fullmatch(matched) else matched
 
 
 def is_heading_again(text: str) -> bool:
@@ -145,8 +145,10 @@ def read_user(text: str) -> str | None:
         return None
     if name := _USER_NAME.match(content):
         content = content[name.end() :]
-    found = find_text(content, _MESSAGE)
-    return None if found is None or re.match(r"(?:as an ai|i don['’]t have a next)", found, re.IGNORECASE) else found
+    matched = find_text(content, _MESSAGE)
+    return (
+        None if matched is None or re.match(r"(?:as an ai|i don['’]t have a next)", matched, re.IGNORECASE) else matched
+    )
 
 
 def read_plain(text: str) -> str | None:
