@@ -134,6 +134,19 @@ def test_commands_are_the_stages(run, rows, tmp_path):
     assert "#SBATCH --nodes=16" in script and "#SBATCH --gpus-per-node=8" in script and "--partition" not in script
 
 
+def test_stages_have_processes_of_their_own(run, rows, tmp_path):
+    separate = replace(run, launch=Launch(separate_processes=True))
+    driver(separate, chain(run, rows)[:1]).run_all()
+    assert states(run, chain(run, rows))["first"] == "done"
+    broken = mix.Config((lines(tmp_path / "bad.jsonl", [{"x": 1}]),), run.out / "bad", quiet=True)
+    with pytest.raises(ValueError, match=r"bad: expected its processes to end well, got exit status 1, for the reason"):
+        driver(separate, [Node("bad", "mix", broken)]).run_all()
+    # One that trains, on two ranks.
+    several = replace(run, launch=Launch(separate_processes=True, processes=2))
+    word = shown_commands(several, [Node("sft", "sft", progressive.sft.Config(broken.data, run.out / "sft"))])
+    assert word.startswith("torchrun --nproc-per-node 2 --standalone recipes/sft.py")
+
+
 def test_a_training_stage_is_started_on_all_nodes(tmp_path):
     run = RunFile(tmp_path / "run", launch=Launch(nodes=16, processes=8))
     config = progressive.sft.Config((tmp_path / "rows.jsonl",), tmp_path / "run" / "sft", model="7b")

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,12 +144,18 @@ class Driver:
 
     def _wait_for(self, node: Node, config: Any) -> None:
         command = stage_command(self.run, node, config)
-        done = subprocess.run(shlex.split(command), check=False, env=clean_environment())
+        done = subprocess.run(with_interpreter(shlex.split(command)), check=False, env=clean_environment())
         if done.returncode:
             raise ValueError(
                 f"{node.where}: expected its processes to end well, got exit status {done.returncode}, for the reason "
                 f"above; the same command goes on from here: {command}"
             )
+
+
+def with_interpreter(words: list[str]) -> list[str]:
+    """The words of a stage's command line with this process's interpreter, where they begin with a program of its."""
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    return [*programs.get(words[0], words[:1]), *words[1:]]
 
 
 def with_held_out_rows(config: Any) -> Any:
