@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wizard_engine.agents import Cast, Reply, Request, ranks, register
 from wizard_engine.data.records import Message
-from wizard_engine.runtime.process import start
+from wizard_engine.runtime.process import start, stop
 
 OUT, KIND = Path(sys.argv[1]), sys.argv[2]
 RUNTIME = start("cpu")
@@ -72,3 +72,4 @@ except ValueError as error:
     result = f"{error}"
 cast.close()
 (OUT / f"rank_{RUNTIME.rank}.json").write_text(json.dumps({"result": result, "waits": told.count("wait")}))
+stop()
