@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from wizard_engine.runtime.stage import StageState
+from wizard_engine.runtime.stage import StageState, path_of
 
 C = TypeVar("C")
 
@@ -60,7 +60,7 @@ def paths_of(value: Any) -> list[Path]:
         return [value]
     if isinstance(value, str) and "/" in value and "://" not in value:
         # NAME=DIR and FILE#FIELD of the arena.
-        return [Path(value.partition("=")[2].partition("#")[0] or value)]
+        return [path_of(value.partition("=")[2].partition("#")[0] or value)]
     if isinstance(value, tuple | list):
         return [path for item in value for path in paths_of(item)]
     return []
