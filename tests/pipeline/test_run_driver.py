@@ -186,7 +186,7 @@ def test_everything_that_a_run_needs_is_looked_at_before_its_start(tmp_path, row
         ValueError, match=r"agent openai:m@http://127.0.0.1:9/v1: expected an endpoint that answers, got"
     ):
         check_run(run, nodes)
-    answering = replace(run, agents=replace(run.agents, judge=None))
+    answering = replace(run, agents=replace(run.agents, judge=""))
     check_run(answering, Plan(answering, progressive.RECIPES, size="demo", has_answers=False).build().nodes)
     absent = replace(answering, rows=replace(run.rows, data=(tmp_path / "none.jsonl",)))
     nodes = Plan(absent, progressive.RECIPES, size="demo", has_answers=False).build().nodes

@@ -65,6 +65,14 @@ def test_a_run_of_ones_own_has_nothing_of_the_world(tmp_path):
     assert made["arena"].models[0] == f"base={plan.out / 'slice_1' / 'rleif' / 'model'}"
 
 
+def test_a_role_of_nobody_is_not_the_teachers(tmp_path):
+    nobody = '[agents]\nsuggester = "none"\nuser = "none"\noptimizer = "none"\nlabeller = "reference:labeller"'
+    made = configs(graph(tmp_path, OWN.replace("[agents]", nobody)))
+    agents = made["slice_2/co_teach"].agents
+    assert (agents.suggester, agents.user, agents.rewriter) == (None, None, None)
+    assert made["slice_1/self_teach"].agents.labeller == "reference:labeller"
+
+
 def test_pairs_come_from_every_stage_that_makes_some(tmp_path):
     text = OWN.replace("[base]", 'pairs = ["own.jsonl"]\nhold-out-pairs = 9\n[base]') + "[mix]\nbattles = 0.25\n"
     made = configs(graph(tmp_path, text))

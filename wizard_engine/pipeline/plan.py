@@ -141,7 +141,7 @@ class Plan:
         """Who has a role; noted as missing where nobody has."""
         agents = self.run.agents
         spec = getattr(agents, name) or agents.teacher or (WORLD_AGENTS[name] if self.run.world else None)
-        if spec is None or spec == "none":
+        if spec in ("", None, "none"):
             self.missing.append(f"agents.{name} (for {stage})")
             return ""
         return self._spec(spec)
@@ -150,7 +150,7 @@ class Plan:
         """Who has a role that may stay empty."""
         agents = self.run.agents
         spec = getattr(agents, name) or agents.teacher or (WORLD_AGENTS.get(name) if self.run.world else None)
-        return None if spec in (None, "none") else self._spec(spec)
+        return None if spec in ("", None, "none") else self._spec(spec)
 
     def _spec(self, spec: str) -> str:
         """An agent as recipes take it: served:NAME is the endpoint that the driver starts."""
@@ -280,7 +280,7 @@ class Plan:
         module = self.recipes["evol_instruct"]
         wiring: dict[str, Any] = {"data": (made.sources[0],), "evaluation": self.held_out}
         optimizer = self.optional_role("optimizer")
-        wiring["agents"] = module.Agents(**agents, **({"optimizer": optimizer} if optimizer else {}))
+        wiring["agents"] = module.Agents(**agents, optimizer=optimizer or agents["evolver"])
         if first is not None and first.config.optimise.steps:
             wiring["method"] = first.out / "method.txt"
         out = self.add("evol_instruct", where, "evol_instruct", wiring, t=t, repeat=repeat)
@@ -306,7 +306,7 @@ class Plan:
             tuple(map(self._spec, rivals)),
             (self.role("judge", "co_teach"),),
             suggester=self.optional_role("suggester"),
-            rewriter=None if self.run.agents.rewriter is None else self._spec(self.run.agents.rewriter),
+            rewriter=self._spec(self.run.agents.rewriter) if self.run.agents.rewriter else None,
             user=self.optional_role("user"),
         )
         wiring = {"data": (made.sources[-1],), "agents": agents}

@@ -72,26 +72,29 @@ class Base(Checked):
 
 @dataclass(frozen=True)
 class Agents(Checked):
-    """Who does what: a model directory, an endpoint (openai:MODEL@URL), reference:NAME, scripted:FILE, served:NAME."""
+    """Who does what: a model directory, an endpoint (openai:MODEL@URL), reference:NAME, scripted:FILE, served:NAME.
 
-    teacher: str | None = None
+    An empty role is the teacher's; "none" leaves an optional one to nobody.
+    """
+
+    teacher: str = ""
     """Takes every role but rivals that is not named here."""
-    evolver: str | None = None
-    answerer: str | None = None
+    evolver: str = ""
+    answerer: str = ""
     """Answers evolved instructions, and rewrites answers."""
-    judge: str | None = None
-    labeller: str | None = None
+    judge: str = ""
+    labeller: str = ""
     """Labels the steps of answers for the process reward model."""
-    optimizer: str | None = None
+    optimizer: str = ""
     """Improves the evolving method."""
-    ranker: str | None = None
+    ranker: str = ""
     """Ranks instructions for the instruction reward model."""
     rivals: tuple[str, ...] = ()
     """Models that co-teaching compares ours with."""
-    suggester: str | None = None
-    rewriter: str | None = None
+    suggester: str = ""
+    rewriter: str = ""
     """Rewrites lessons after a suggestion; default: the rival that won."""
-    user: str | None = None
+    user: str = ""
     """Writes the next user turns of simulated chats."""
 
 
