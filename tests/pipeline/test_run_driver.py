@@ -6,13 +6,14 @@ import subprocess
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from forked import run_python
 
 from recipes import mix, progressive, sample
 from wizard_engine.pipeline.commands import shown_commands, slurm_script
-from wizard_engine.pipeline.graph import Node
+from wizard_engine.pipeline.graph import Node, with_paths
 from wizard_engine.pipeline.plan import Plan
 from wizard_engine.pipeline.preflight import check_run
 from wizard_engine.pipeline.run_file import Launch, Rows, RunFile
@@ -105,6 +106,22 @@ def test_a_stage_without_rows_ends_the_run_or_is_left_out_with_the_cause(run, ro
     assert json.loads((last.out / "mix.json").read_text())["rows"] == len(ROWS) and not instead.read_text()
     assert list(done.left_out) == ["third", "never"] and not (run.out / "never").exists()
     assert "== third: left out: no rows in" in capsys.readouterr().out
+
+
+# Catches: rows or a model of a stage that was left out, read all the same.
+def test_what_reads_a_stage_that_was_left_out_reads_the_rest(run, rows):
+    empty = mix.Config((rows,), run.out / "empty", shares=(0.0,), quiet=True)
+    taught = sample.Config((empty.out / "rows.jsonl",), run.out / "taught", slices=1, quiet=True)
+    both = mix.Config((taught.out / "slice_1.jsonl", rows), run.out / "both", shares=(1.0, 0.5), quiet=True)
+    nodes = [Node("empty", "mix", empty), Node("taught", "sample", taught, learns=taught.data)]
+    done = driver(replace(run, on_empty="skip"), [*nodes, Node("both", "mix", both)])
+    done.run_all()
+    assert list(done.left_out) == ["taught"]
+    (line,) = json.loads((both.out / "mix.json").read_text())["files"]
+    assert line["given"] == len(ROWS) and 0 < line["taken"] < len(ROWS)
+    models = progressive.arena.Config(models=("a=run/x/model", "b=run/y/answers.jsonl#sampled"), out=Path("z"))
+    moved = with_paths(models, {Path("run/x/model"): Path("run/w/model"), Path("run/y/answers.jsonl"): Path("q.jsonl")})
+    assert moved.models == ("a=run/w/model", "b=q.jsonl#sampled")
 
 
 def test_two_drivers_do_not_share_a_directory(run, rows):

@@ -93,6 +93,7 @@ def test_union_and_a_finished_directory_in_place_of_a_stage(tmp_path):
     done.mkdir()
     (done / "stage.json").write_text("{}")
     text = f'progression = "union"\n{OWN}[slice_1.evol_instruct]\nuse = "{done}"\n'
+    text = text.replace("[agents]", '[agents]\noptimizer = "none"')
     made = configs(graph(tmp_path, text))
     assert "slice_1/evol_instruct" not in made and made["slice_1/evol_answer"].data == (done / "rows.jsonl",)
     assert made["slice_2/sft"].model == "models/base" and len(made["slice_2/sft"].data) == 2
@@ -134,6 +135,11 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, message):
     text = OWN.replace(*change)
     with pytest.raises(ValueError, match=message):
         graph(tmp_path, text)
+
+
+def test_a_run_file_that_is_not_there_is_named_with_what_writes_one(tmp_path):
+    with pytest.raises(ValueError, match=r"none.toml: expected a run file, got none; .*new-run DIR"):
+        read_run_file(tmp_path / "none.toml")
 
 
 def test_the_files_of_the_project_and_a_new_one_are_runs(tmp_path, monkeypatch):

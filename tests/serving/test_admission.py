@@ -140,6 +140,21 @@ def test_the_oldest_of_too_many_newcomers_are_closed(start):
             connection.close()
 
 
+# Catches: clients that are refused because they came as soon as the server had started.
+def test_a_server_that_has_started_takes_connections(monkeypatch):
+    serving, connected, startup = Serving(), [], uvicorn.Server.startup
+
+    async def started(self, sockets=None):
+        await startup(self, sockets=sockets)
+        connected.append(connect(serving))
+
+    monkeypatch.setattr(uvicorn.Server, "startup", started)
+    with serving:
+        assert serving.web.get("/health").status_code == 200
+        (connection,) = connected
+        connection.close()
+
+
 # Catches: a system without room for another file that ends the accepting for good.
 def test_accepting_goes_on_after_the_system_had_no_room(monkeypatch):
     failed = []

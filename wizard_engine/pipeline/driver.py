@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wizard_engine.evaluation.summary import Timing
-from wizard_engine.runtime.files import read_object, write_json
+from wizard_engine.runtime.files import read_object
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.runtime.run_lock import RunLock
@@ -117,6 +117,7 @@ class Driver:
         config = with_paths(node.config, {path: other for path, other in self._instead.items() if other is not None})
         if gone:
             return self._leave_out(node, f"{gone[0].parent} was left out")
+        config = without_rows_of(config, [other.out for other in self.nodes if other.where in self.left_out])
         if node.learns and not any(_has_lines(path) for path in node.learns):
             why = "no rows in " + ", ".join(map(str, node.learns))
             made = [text for text in (why_empty(path.parent) for path in node.learns) if text]
@@ -156,6 +157,19 @@ def with_interpreter(words: list[str]) -> list[str]:
     """The words of a stage's command line with this process's interpreter, where they begin with a program of its."""
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     return [*programs.get(words[0], words[:1]), *words[1:]]
+
+
+def without_rows_of(config: Any, left_out: Sequence[Path]) -> Any:
+    """A configuration without the row files of stages that were left out, where it has several; with their shares."""
+    data = getattr(config, "data", ())
+    if not isinstance(data, tuple):
+        return config
+    kept = [place for place, path in enumerate(data) if not any(out in path.parents for out in left_out)]
+    if len(kept) == len(data):
+        return config
+    shares = getattr(config, "shares", ())
+    changes = {"shares": tuple(shares[place] for place in kept)} if shares else {}
+    return dataclasses.replace(config, data=tuple(data[place] for place in kept), **changes)
 
 
 def with_held_out_rows(config: Any) -> Any:
@@ -205,8 +219,3 @@ def why_empty(out: Path) -> str:
         elif isinstance(value, int):
             said.append(f"{value} {key}")
     return f"{out.name} says: {', '.join(said)}" if said else ""
-
-
-def write_statuses(path: Path, states: Mapping[str, Status]) -> None:
-    """The state of every stage, for the report."""
-    write_json(path, {where: {"state": status.state, "why": status.why} for where, status in states.items()})

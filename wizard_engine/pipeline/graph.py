@@ -74,8 +74,11 @@ def with_paths(config: C, replaced: Mapping[Path, Path]) -> C:
         return dataclasses.replace(config, **changed) if changed else config
     if isinstance(config, Path):
         return replaced.get(config, config)
-    if isinstance(config, str):
-        return str(replaced.get(Path(config), config)) if "/" in config else config
+    if isinstance(config, str) and "/" in config and "://" not in config:
+        # NAME=DIR and FILE#FIELD of the arena.
+        name, sign, rest = config.rpartition("=")
+        path, mark, field = rest.partition("#")
+        return f"{name}{sign}{replaced.get(Path(path), path)}{mark}{field}"
     if isinstance(config, tuple):
         return tuple(with_paths(item, replaced) for item in config)
     return config

@@ -284,7 +284,8 @@ class Plan:
         if first is not None and first.config.optimise.steps:
             wiring["method"] = first.out / "method.txt"
         out = self.add("evol_instruct", where, "evol_instruct", wiring, t=t, repeat=repeat)
-        if not optimizer and self.nodes[-1].config.optimise.steps:
+        is_searched = any(node.out == out and node.config.optimise.steps for node in self.nodes)
+        if is_searched and not optimizer:
             self.missing.append("agents.optimizer (for evol_instruct.optimise)")
         made.sources[0] = out / "rows.jsonl"
         made.rankings = out / "rankings.jsonl" if agents["ranker"] else made.rankings

@@ -241,6 +241,8 @@ def read_run_file(path: Path) -> RunFile:
         ValueError: not TOML, an unknown name (the nearest is named), or a value that does not fit; names the place.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a run file, got none; `python -m wizard_engine new-run DIR` writes one")
     try:
         content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:

@@ -13,7 +13,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .admission import Admission, Newcomer
+from .admission import BACKLOG, Admission, Newcomer
 
 # Seconds for a client to read the answer to a request that it has not ended.
 LINGER = 2.0
@@ -75,6 +75,9 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen on the sockets."""
+        # Before uvicorn says that it has started: whoever waits for that may connect.
+        for each in sockets or ():
+            each.listen(BACKLOG)
         await super().startup(sockets=[])
         kind: type[GuardedProtocol] = self.config.http_protocol_class
 
