@@ -31,10 +31,14 @@ def said(task):
     return {line.get("instruction"): line["reply"] for line in REPLIES if line["task"] == task}
 
 
-def check_answer(text, plan=False):
+# What a row should say: where its own answer is the result alone, the teacher's rewrite of it.
+WORKED = [row | {"output": said("rewrite").get(row["instruction"], row["output"])} for row in ROWS]
+
+
+def check_answer(text):
     """Every step is an equation that holds, the last line says its result; returns the number of equations."""
     *steps, final = step_texts(text)
-    equations = [EQUATION.fullmatch(step) for step in steps[plan:]]
+    equations = [EQUATION.fullmatch(step) for step in steps]
     assert all(equations), text
     assert all(equation_holds(match[1]) for match in equations), text
     result = equations[-1][1].rpartition("= ")[2]
@@ -43,7 +47,7 @@ def check_answer(text, plan=False):
     return len(equations)
 
 
-@pytest.mark.parametrize("rows, count", [(ROWS, 400), (HELD_OUT, 240)], ids=["rows", "held_out"])
+@pytest.mark.parametrize("rows, count", [(WORKED, 400), (HELD_OUT, 240)], ids=["rows", "held_out"])
 def test_answers_are_equations_that_hold_and_end_with_the_result(rows, count):
     steps = Counter(check_answer(row["output"]) for row in rows)
     assert len(rows) == count and set(steps) == {1, 2, 3} and min(steps.values()) >= count // 3
@@ -52,7 +56,7 @@ def test_answers_are_equations_that_hold_and_end_with_the_result(rows, count):
 
 
 def test_rows_are_mixed_and_few_share_their_words():
-    for rows in (ROWS, HELD_OUT):
+    for rows in (WORKED, HELD_OUT):
         assert len({row["instruction"] for row in rows}) == len(rows)
         words = Counter(re.sub(r"\d+", "0", row["instruction"]) for row in rows)
         assert max(words.values()) <= 4
@@ -79,19 +83,37 @@ def test_replies_are_about_rows_or_their_evolved_instructions():
     assert set(rewrites) <= own and len(rewrites) == 90
     assert set(ranks) == {*evolved, *evolved.values()} and said("compare") == {None: "Not Equal"}
     assert len(REPLIES) == len({(line["task"], line.get("instruction")) for line in REPLIES})
-    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.suffix != ".toml") < 470_000
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.suffix != ".toml") < 520_000
 
 
 def test_replies_hold_and_evolved_instructions_are_harder():
-    outputs, answers, ranks = {row["instruction"]: row["output"] for row in ROWS}, said("answer"), said("rank")
+    outputs, answers, ranks = {row["instruction"]: row["output"] for row in WORKED}, said("answer"), said("rank")
     harder = 0
     for instruction, evolved in said("evolve").items():
         harder += check_answer(answers[evolved]) > check_answer(outputs[instruction])
         assert 4 <= float(ranks[instruction]) < float(ranks[evolved]) <= 9
     assert harder >= 240
-    for instruction, text in said("rewrite").items():
-        check_answer(text, plan=True)
-        assert extract_answer(text) == extract_answer(outputs[instruction])
+
+
+def test_rewritten_rows_gave_the_result_alone():
+    rewrites, short = said("rewrite"), {row["instruction"]: row["output"] for row in ROWS if "\n" not in row["output"]}
+    assert set(short) == set(rewrites)
+    for instruction, output in short.items():
+        assert int(FINAL.fullmatch(output)[1]) == extract_answer(rewrites[instruction])
+
+
+def test_held_out_pairs_are_a_right_answer_and_a_wrong_one():
+    pairs = lines("held_out_pairs.jsonl")
+    assert [(pair["instruction"], pair["chosen"]) for pair in pairs] == [
+        (row["instruction"], row["output"]) for row in HELD_OUT
+    ]
+    slips = 0
+    for pair in pairs:
+        *steps, final = step_texts(pair["rejected"])
+        claimed = EQUATION.fullmatch(steps[-1])[1].rpartition("= ")[2]
+        assert FINAL.fullmatch(final)[1] == claimed and int(claimed) != extract_answer(pair["chosen"])
+        slips += not all(equation_holds(EQUATION.fullmatch(step)[1]) for step in steps)
+    assert len(pairs) == 240 and 80 <= slips <= 140
 
 
 def test_questions_have_two_turns():
