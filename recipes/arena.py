@@ -175,8 +175,9 @@ class Arena:
 
     async def run(self) -> None:
         """Answer and judge all prompts."""
-        agents = [*self.agents, *self.tournament.judging.judges]
-        stage = {"desc": "arena", "total": len(self.prompts.ids), "width": self.tournament.width, "agents": agents}
+        agents, width = [*self.agents, *self.tournament.judging.judges], self.tournament.width
+        stage = {"desc": "arena", "total": len(self.prompts.ids), "width": width, "agents": agents}
+        stage["calls"] = len(self.agents) + width
         await self.cast.scheduler.rows(range(len(self.prompts.ids)), self.play, self.add, **stage)
 
     async def play(self, place: int) -> tuple[list[str | Missing], list[Outcome]]:
