@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from wizard_engine.model.progress import byte_bar
 from wizard_engine.runtime import metrics
-from wizard_engine.runtime.metrics import MetricsLogger, progress, read_metrics
+from wizard_engine.runtime.metrics import MetricsLogger, byte_bar, progress, read_metrics
 
 
 def logger(path, **options):

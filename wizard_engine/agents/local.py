@@ -14,6 +14,7 @@ from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.generation.offline import Generation, continued, engine_for
 from wizard_engine.generation.scheduler import Sampling
 from wizard_engine.model import Transformer, load_model
+from wizard_engine.runtime.metrics import byte_bar
 
 from .protocol import Reply, Request
 
@@ -82,9 +83,12 @@ class LocalAgent:
         digest = hashlib.sha256(f"{chat_format}\0{self.tokenizer.fingerprint}\0{self.model.config}".encode())
         if len(self.tokenizer.eos_ids) > 1:
             digest.update(f"{self.tokenizer.eos_ids}\0".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        state = sorted(self.model.state_dict().items())
+        with byte_bar(f"fingerprint {self.name}", sum(tensor.nbytes for _, tensor in state)) as bar:
+            for name, tensor in state:
+                digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                bar.update(tensor.nbytes)
         return digest.hexdigest()[:16]
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:

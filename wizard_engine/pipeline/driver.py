@@ -11,6 +11,7 @@ from typing import Any
 
 from wizard_engine.evaluation.summary import Timing
 from wizard_engine.runtime.files import read_object
+from wizard_engine.runtime.metrics import silenced
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.runtime.run_lock import RunLock
@@ -103,7 +104,8 @@ class Driver:
             return
         if self.runtime.is_main and not self.run.quiet:
             print(f"== {node.where}", flush=True)
-        with self.timing.of(node.where, node.out), served(self.run, config, self.runtime):
+        timed = self.timing.of(node.where, node.out)
+        with timed, silenced(self.run.quiet), served(self.run, config, self.runtime):
             if self.run.launch.separate_processes:
                 self._start(node, config)
             elif node.is_main_only:

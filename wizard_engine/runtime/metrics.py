@@ -20,9 +20,11 @@ from .files import naming, write_bytes
 from .text_lines import printable
 
 BAR_METRICS = ("loss", "tokens_per_second", "mfu")
-# Of a bar without a terminal: seconds between its lines at first, the share of its time between later ones, and at most.
+# Of a bar without a terminal, between its lines: seconds at first, then a share of its time, and seconds at most.
 LINE_SECONDS, LINE_SHARE, MOST_LINE_SECONDS = 5.0, 0.1, 60.0
 LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+# Before a bar of bytes appears: small files are done by then.
+DELAY_SECONDS = 2.0
 # Between two drawings of a bar for the phases of a step.
 DRAWN_SECONDS = 0.5
 _is_silent: ContextVar[bool] = ContextVar("is_silent", default=False)
@@ -129,6 +131,11 @@ def progress(
 ) -> Progress:
     """A bar or lines on stderr, see `Progress`, over `items` or for `update` calls."""
     return Progress(items, desc=desc, unit=unit, total=total, quiet=quiet)
+
+
+def byte_bar(description: str, total: int) -> Progress:
+    """A bar of bytes, or lines; a context manager, moved by `update(bytes)`."""
+    return Progress(desc=description, total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=DELAY_SECONDS)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
