@@ -148,7 +148,9 @@ def test_a_finished_run_is_measured_without_another_rollout(world, plain, tmp_pa
     assert same(weights(plain), weights(tmp_path / "later"))
     assert (tmp_path / "later" / "metrics.jsonl").read_bytes() == before
     capsys.readouterr()
-    assert rleif.main(checked(world, tmp_path / "later", quiet=False)) == result, "that it measures nothing is no change"
+    assert rleif.main(checked(world, tmp_path / "later", quiet=False)) == result, (
+        "that it measures nothing is no change"
+    )
     assert "done before, nothing to do" in capsys.readouterr().out
 
 
