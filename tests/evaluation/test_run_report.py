@@ -203,6 +203,8 @@ NODES = [
 def test_graph_draws_every_stage_with_its_state_and_the_reads_that_say_something():
     reads = direct_reads(NODES)
     assert reads["slice_1/stage_dpo"] == ["slice_1/sft", "slice_1/pairs"] and reads["arena"] == ["slice_1/stage_dpo"]
+    chain = [("a", []), ("b", ["a"]), ("c", ["b"]), ("d", ["a", "c"])]
+    assert direct_reads([{"name": n, "reads": r, "state": "done"} for n, r in chain])["d"] == ["c"]
     picture = graph(NODES)
     text = text_of(picture)
     assert picture.count("<rect") == 5 and picture.count("<path") == sum(map(len, reads.values())) == 5
