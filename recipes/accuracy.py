@@ -189,7 +189,7 @@ async def _ask_all(cfg: Config, cast: Cast, rows: Sequence[Conversation], answer
         for name, answer in zip(heat, said):
             answers[name][place] = answer
 
-    stage = {"desc": "problems", "total": len(rows), "width": len(heat), "agents": [agent]}
+    stage = {"desc": "problems", "total": len(rows), "width": len(heat), "calls": len(heat), "agents": [agent]}
     await cast.scheduler.rows(enumerate(rows), work, done, **stage)
 
 

@@ -67,7 +67,8 @@ def checkpoint_perplexities(cfg: Config, rows: list[Row], rt: runtime.Runtime) -
     use_chat_format(tokenizer, training=True)
     conversations = answered(rows)
     values = [math.nan] * len(conversations)
-    local_values = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size])
+    desc = "" if cfg.quiet else "perplexities"
+    local_values = perplexities(model, tokenizer, conversations[rt.rank :: rt.world_size], desc=desc)
     for rank, rank_values in enumerate(gather_objects(local_values)):
         values[rank :: rt.world_size] = rank_values
     return values
@@ -141,7 +142,7 @@ def main(cfg: Config) -> dict:
 
     def work() -> tuple[dict[str, Any], list[Path]]:
         perplexity = None if values is None else lambda conversations: values
-        analysis = analyze(rows, perplexity=perplexity, seed=cfg.seed)
+        analysis = analyze(rows, perplexity=perplexity, seed=cfg.seed, quiet=cfg.quiet)
         if not cfg.quiet:
             print_tables(analysis)
         return brief(analysis, len(bad)) | ({"tags": tags} if tags else {}), list(

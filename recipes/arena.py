@@ -26,7 +26,7 @@ from wizard_engine.data.records import Message, read_rows
 from wizard_engine.data.references import References, with_reference
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.evaluation.battles import Judging, Outcome
-from wizard_engine.evaluation.elo import Rating, elo
+from wizard_engine.evaluation.elo import Rating, connected, elo
 from wizard_engine.evaluation.pairwise import Pairwise, Tournament, model_pairs, scored
 from wizard_engine.evaluation.received import on_length_of, received
 from wizard_engine.runtime.files import to_plain, write_json, write_json_lines
@@ -175,8 +175,9 @@ class Arena:
 
     async def run(self) -> None:
         """Answer and judge all prompts."""
-        agents = [*self.agents, *self.tournament.judging.judges]
-        stage = {"desc": "arena", "total": len(self.prompts.ids), "width": self.tournament.width, "agents": agents}
+        agents, width = [*self.agents, *self.tournament.judging.judges], self.tournament.width
+        stage = {"desc": "arena", "total": len(self.prompts.ids), "width": width, "agents": agents}
+        stage["calls"] = len(self.agents) + width
         await self.cast.scheduler.rows(range(len(self.prompts.ids)), self.play, self.add, **stage)
 
     async def play(self, place: int) -> tuple[list[str | Missing], list[Outcome]]:
@@ -213,6 +214,14 @@ class Arena:
                 what = f"verdicts of {judge} on {result.a} : {result.b}"
                 check_missing(what, kinds, answered, most, "raise --judge-max-tokens")
 
+    def ratings(self, results: Sequence[Pairwise], anchor: str) -> list[Rating]:
+        """Ratings of the models that a verdict connects with the anchor; none where there is no such verdict."""
+        known = connected(scored(results), anchor)
+        if len(known) < 2:
+            return []
+        battles = ((a, b, score) for a, b, score in scored(results) if a in known)
+        return elo(battles, anchor=anchor, anchor_elo=self.cfg.anchor_elo, seed=self.cfg.seed)
+
     def report(self, results: Sequence[Pairwise], ratings: Sequence[Rating]) -> dict[str, Any]:
         """The content of arena.json."""
         missing = {name: reasons.ranked() for name, reasons in self.missing.items()}
@@ -220,6 +229,9 @@ class Arena:
         report = {"prompts": len(self.prompts.ids), "seed": self.cfg.seed, "answer_errors": errors}
         report |= {"missing_answers": missing, "pairwise": [result.to_json() for result in results]}
         report |= {"elo": [asdict(rating) for rating in ratings], "calls": self.cast.ledger.counts()}
+        rated = {rating.model for rating in ratings}
+        unrated = [name for name in self.answers if name not in rated]
+        report |= {"unrated": unrated} if unrated else {}
         repeats = self.calls.repeats()
         return to_plain(report | ({"repeats": repeats} if repeats else {}))
 
@@ -236,7 +248,7 @@ class Arena:
         return [out / "answers", out / "battles.jsonl", out / "arena.json"]
 
 
-def print_report(results: Sequence[Pairwise], ratings: Sequence[Rating]) -> None:
+def print_report(results: Sequence[Pairwise], ratings: Sequence[Rating], unrated: Sequence[str]) -> None:
     """Prints a line per comparison and per rating."""
     for r in results:
         rate = "-" if r.win_rate is None else f"{100 * r.win_rate:.1f} % [{100 * r.ci95[0]:.1f}, {100 * r.ci95[1]:.1f}]"
@@ -248,6 +260,8 @@ def print_report(results: Sequence[Pairwise], ratings: Sequence[Rating]) -> None
                 print(f"{'':19}missing of {printable(judge)}: {shown_reasons(missing)}")
     for r in ratings:
         print(f"{printable(r.model):>16}  Elo {r.elo:6.0f}  [{r.low:.0f}, {r.high:.0f}]  {r.battles} battles")
+    for name in unrated:
+        print(f"{printable(name):>16}  no rating: no verdict connects it with the anchor")
 
 
 def open_arena(cfg: Config, models: dict[str, str]) -> Stage:
@@ -310,14 +324,14 @@ def conduct(
     arena = Arena(cfg, cast, models, prompts)
     cast.scheduler.run(arena.run())
     results = arena.tournament.results()
-    arena.check(results)
-    anchor = cfg.anchor or next(iter(models))
-    ratings = elo(scored(results), anchor=anchor, anchor_elo=cfg.anchor_elo, seed=cfg.seed)
+    ratings = arena.ratings(results, cfg.anchor or next(iter(models)))
     report = arena.report(results, ratings)
+    # Also where too much is missing: what came can be looked at.
     outputs = arena.write(results, report)
+    arena.check(results)
     stage.finish(report, outputs)
     if not cfg.quiet:
-        print_report(results, ratings)
+        print_report(results, ratings, report.get("unrated", ()))
     return report
 
 

@@ -130,7 +130,7 @@ def decontaminate(cfg: Config, made: Spill[Conversation]) -> tuple[Spill[Convers
     clean, removed = row_spill(cfg.out), []
     for start in range(0, len(made), CHUNK_ROWS):
         part = [made[place] for place in range(start, min(start + CHUNK_ROWS, len(made)))]
-        filtered = remove_contaminated(part, evaluation, n=cfg.ngram)
+        filtered = remove_contaminated(part, evaluation, n=cfg.ngram, desc="" if cfg.quiet else "held-out texts")
         removed += filtered.removed
         for row in filtered.rows:
             clean.append(row)

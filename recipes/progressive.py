@@ -37,8 +37,8 @@ from recipes import (
     stage_dpo,
 )
 from wizard_engine import runtime, world
-from wizard_engine.evaluation.report import Details
 from wizard_engine.evaluation.summary import write_summary
+from wizard_engine.pipeline.about import about
 from wizard_engine.pipeline.commands import shown_commands, slurm_script
 from wizard_engine.pipeline.driver import Driver
 from wizard_engine.pipeline.forecast import Forecaster, shown_forecast
@@ -134,27 +134,34 @@ def main(cfg: Config) -> dict:
     if cfg.dry_run:
         return {}
     from_main(rt, lambda: write_targets(run))
+    if not run.world and not cfg.only:
+        driver.began = partial(report, run, plan, driver, began)
     driver.run_all(cfg.only, redo_stale=cfg.redo_stale)
     if cfg.only:
         return {}
-    seconds = time.perf_counter() - began
-    measured = [(t, name, answers) for t, name, answers, _ in plan.measured if answers is not None]
-    summary = from_main(
-        rt,
-        lambda: write_summary(
-            run.out,
-            run.seed,
-            seconds,
-            measured,
-            run.out / "arena",
-            driver.timing.seconds,
-            slices=run.slices,
-            about=None if run.world else about(run, plan, driver),
-        ),
-    )
+    summary = from_main(rt, partial(report, run, plan, driver, began))
     if rt.is_main and not run.quiet:
         print(f"done: {run.out / 'report.html'}, {run.out / 'summary.json'}")
     return summary
+
+
+def report(run: RunFile, plan: Plan, driver: Driver, began: float) -> dict[str, Any]:
+    """Write the summary and the report of what there is, on rank 0; returns the summary.
+
+    Args:
+        began: `time.perf_counter()` at the start of this process.
+    """
+    measured = [(t, name, answers) for t, name, answers, _ in plan.measured if answers is not None]
+    return write_summary(
+        run.out,
+        run.seed,
+        time.perf_counter() - began,
+        measured,
+        run.out / "arena",
+        driver.timing.seconds,
+        slices=run.slices,
+        about=None if run.world else about(run, plan, driver),
+    )
 
 
 def dry_run(run: RunFile, plan: Plan, driver: Driver) -> str:
@@ -170,30 +177,6 @@ def dry_run(run: RunFile, plan: Plan, driver: Driver) -> str:
     graph, forecast = shown_graph(plan.nodes, driver.statuses()), shown_forecast(forecaster.forecast(plan.nodes))
     disk = disk_bytes(run, plan.nodes) / GIB
     return f"{graph}\n\n{forecast}\n\nmodels and checkpoints: about {disk:.1f} GiB of disk"
-
-
-def about(run: RunFile, plan: Plan, driver: Driver) -> Details:
-    """What the report says of a run beside its stages' files."""
-    base = run.base.model.name if run.base.model else "a base model"
-    rows = ", ".join(path.name for path in run.rows.data)
-    stages = [
-        {"stage": where, "state": status.state, "why": driver.left_out.get(where, status.why)}
-        for where, status in driver.statuses().items()
-    ]
-    for stage in stages:
-        if stage["stage"] in driver.left_out:
-            stage["state"] = "left out"
-    roles = {role: spec for role, spec in vars(run.agents).items() if spec}
-    roles["rivals"] = ", ".join(run.agents.rivals)
-    left_out = f", {len(driver.left_out)} stages left out" if driver.left_out else ""
-    text = f"{base} on {rows}, {run.slices} slices, {len(plan.nodes)} stages{left_out}, seed {run.seed}."
-    command = f"python recipes/progressive.py {run.path} --seed {run.seed}"
-    return {
-        "run": {"name": run.out.name, "text": text, "figures": []},
-        "graph": stages,
-        "agents": {role: spec for role, spec in roles.items() if spec},
-        "command": command,
-    }
 
 
 def write_targets(run: RunFile) -> None:

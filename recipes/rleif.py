@@ -47,7 +47,7 @@ from wizard_engine.rl.sampler import Sampler, sampled_at_once
 from wizard_engine.rl.trajectories import Rollout, answer_logprobs, answer_values, roll_out, step_seed
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.ranges import Checked, NonNegative, Seed, Share
-from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
+from wizard_engine.runtime.stage import INCIDENTAL, MEASURED, finish_stage, open_stage
 from wizard_engine.training import audit
 from wizard_engine.training.online_run import OnlineRun
 from wizard_engine.training.options import OnlineTraining
@@ -82,9 +82,10 @@ class Config(Checked):
     ptx: PTXOptions = field(default_factory=PTXOptions)
     average_from: Share[float] = 1.0
     """Share of the rollouts after which the policy's weights are averaged; the average is saved. 1: no average."""
-    held_out: tuple[Path, ...] = ()
-    """Conversation rows to measure on before the first rollout and after the last: one sampled answer to each."""
-    eval_every: NonNegative[int] = 0
+    held_out: tuple[Path, ...] = field(default=(), metadata=MEASURED)
+    """Conversation rows to measure on before the first rollout and after the last: one sampled answer to each. A
+    finished run measures them without training again."""
+    eval_every: NonNegative[int] = field(default=0, metadata=INCIDENTAL)
     """Rollouts between two measurements on --held-out; 0: only before the first and after the last."""
     mesh: MeshOptions = field(default_factory=MeshOptions, metadata=INCIDENTAL)
     sharding: Sharding = field(default_factory=Sharding)
@@ -131,9 +132,10 @@ def main(cfg: Config) -> dict:
     setup, rejected = _loaded(cfg, rt, mesh, is_shown)
     if is_shown:
         print(memory(cfg, setup, mesh), file=sys.stderr)
+    # The policy is still the one that the run starts from, whatever checkpoint it goes on from.
+    measured = held_out_of(cfg, mesh, setup)
+    measured.before(stage, rt)
     run = OnlineRun(cfg, rt, setup.policy, setup.critic, num_prompts=len(setup.prompts))
-    measured = held_out_of(cfg, run, setup)
-    measured.before(run.step, rt)
     for step, chosen in run.steps():
         train_step(cfg, run, setup, step, chosen, measured)
         if step == 0 and cfg.audit:
@@ -145,7 +147,7 @@ def main(cfg: Config) -> dict:
     outputs = [cfg.out / "model"]
     if cfg.held_out:
         result |= {"held_out": measured.after(rt)}
-        outputs.append(cfg.out / held_out.FILE)
+        outputs.append(measured.file)
         if is_shown:
             print(held_out.shown(result["held_out"]))
     return finish_stage(stage, rt, result, outputs)
@@ -263,7 +265,7 @@ class Setup:
         )
 
 
-def held_out_of(cfg: Config, run: OnlineRun, setup: Setup) -> HeldOut:
+def held_out_of(cfg: Config, mesh: Mesh, setup: Setup) -> HeldOut:
     """What measures the policy on the held-out rows."""
     return HeldOut(
         setup.others,
@@ -274,10 +276,11 @@ def held_out_of(cfg: Config, run: OnlineRun, setup: Setup) -> HeldOut:
         factors=cfg.reward.factors,
         has_process=setup.process is not None,
         options=cfg.rollout,
-        data=run.data,
+        data=mesh.data,
         seed=step_seed(cfg.seed, 0, 0, 3),
         every=cfg.eval_every,
         measures_last=cfg.average_from == 1,
+        quiet=cfg.quiet,
     )
 
 

@@ -136,6 +136,7 @@ def sample(cfg: Config) -> tuple[dict[str, Any], list[Path]]:
         dedupe=asdict(cfg.dedupe),
         decontaminate=asdict(cfg.decontaminate),
         hold_out=cfg.hold_out,
+        quiet=cfg.quiet,
     )
     report = selection.report
     report["counts"] = {"rejected": len(bad)} | report["counts"] | {"evaluation": len(evaluation)}

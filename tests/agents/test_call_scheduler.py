@@ -14,6 +14,7 @@ import pytest
 from asking import Echo, Instant, ask, responses, texts
 
 from wizard_engine.agents import Ledger, Reply, Scheduler, scheduler
+from wizard_engine.runtime import metrics
 from wizard_engine.runtime.spill import Spill
 
 
@@ -245,6 +246,47 @@ def test_the_bar_says_calls_tokens_failures_and_cost():
     assert (run.failed, run.asked, run.cost) == ({"timed out": 2}, {"answer": 3}, 33)
     text = run._bar.text(run._bar._start + 2.0)
     assert text == "3 calls, 1.5/s, 21 tokens, failed: timed out 2, cost 33.00"
+
+
+# Catches: a bar that stands at 0 until the first of many open rows is done, at its end.
+def test_the_bar_counts_the_calls_of_rows_that_are_open(monkeypatch):
+    run, agent, seen = Scheduler(quiet=True), Timed(), []
+    monkeypatch.setattr(metrics.Progress, "update", lambda self, n=1: seen.append(n))
+
+    async def work(text):
+        # The second row takes more calls than usual, the third fewer, the fourth none.
+        for number in range({"two": 5, "three": 1, "four": 0}.get(text, 3)):
+            await asyncio.gather(run.ask(agent, ask(f"{text} {number}")))
+        seen.append(text)
+
+    stage = {"desc": "battles", "total": 4, "calls": 3, "agents": [agent]}
+    for text in ("one", "two", "three", "four"):
+        seen.clear()
+        run.run(run.rows([text], work, lambda place, done: None, **stage))
+        assert sum(seen[: seen.index(text)]) == {"three": 1, "four": 0}.get(text, 2)
+        assert sum(n for n in seen if n != text) == 3
+    assert run._bar.text(run._bar._start + 1.0).startswith("1/4 rows, 0 calls")
+
+
+# Catches: minutes without a sign while a model of this machine generates a batch.
+def test_the_bar_is_drawn_while_a_batch_is_generated(monkeypatch):
+    drawn = []
+
+    class Slow:
+        name = fingerprint = "slow"
+        generating = (3, 8)
+
+        def respond(self, requests):
+            deadline = time.monotonic() + 20
+            while not drawn and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return [Reply("x") for _ in requests]
+
+    monkeypatch.setattr(metrics.Progress, "set_postfix_str", lambda self, text, refresh: drawn.append((text, refresh)))
+    monkeypatch.setattr(scheduler, "SYNC_SECONDS", 0.02)
+    run, agent = Scheduler(), Slow()
+    rows(run, ["a", "b"], lambda text: run.ask(agent, ask(text)), agents=(agent,))
+    assert drawn[0] == ("0 calls, 0.0/s, generated 3 of 8", True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

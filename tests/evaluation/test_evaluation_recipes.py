@@ -1,6 +1,8 @@
 """Arena and two-turn recipes in process, on the embedded world's programs."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,9 @@ from wizard_engine import world
 from wizard_engine.data.records import conversation, write_rows
 from wizard_engine.evaluation.answers import read_answers
 from wizard_engine.runtime.files import file_hash
+
+sys.path.append(str(Path(__file__).parents[1] / "agents"))
+from fake_endpoint import Fake, answer
 
 
 def scripted(tmp_path, **replies):
@@ -36,6 +41,40 @@ def test_arena_ranks_programs_and_is_skipped_when_current(tmp_path):
     written = (tmp_path / "arena" / "arena.json").stat().st_mtime_ns
     assert arena.main(config) == report == json.loads((tmp_path / "arena" / "arena.json").read_text())
     assert (tmp_path / "arena" / "arena.json").stat().st_mtime_ns == written
+
+
+# Catches: an arena whose answers and report are lost because no verdict of its judge can be read.
+def test_arena_ends_with_its_answers_where_no_verdict_can_be_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with Fake(lambda body, _: answer("Both are very nice.")) as endpoint:
+        config = _arena(tmp_path, n=5, judge=(f"openai:judge@{endpoint.url}",), max_missing=1.0, quiet=False)
+        report = arena.main(config)
+        asked = len(endpoint.asked)
+        assert arena.main(config) == report and len(endpoint.asked) == asked > 0
+        limited = _arena(tmp_path, "limited", n=5, judge=config.judge)
+        with pytest.raises(
+            ValueError, match=r"verdicts of openai:judge@.*at most 5 % missing, got 5 of 5 \(unreadable 5"
+        ):
+            arena.main(limited)
+    (pair,) = report["pairwise"]
+    assert (pair["errors"], pair["win_rate"], pair["missing"]) == (5, None, {"judge: unreadable": 5})
+    assert report["elo"] == [] and report["unrated"] == ["good", "bad"]
+    for out in (config.out, limited.out):
+        assert len((out / "answers" / "good.jsonl").read_text().splitlines()) == 5
+        assert json.loads((out / "arena.json").read_text())["unrated"] == ["good", "bad"]
+        battles = [json.loads(line) for line in (out / "battles.jsonl").read_text().splitlines()]
+        assert len(battles) == 5 and all("unreadable" in error for line in battles for error in line["errors"])
+    assert (config.out / "stage.json").exists() and not (limited.out / "stage.json").exists()
+    assert "bad  no rating: no verdict connects it with the anchor" in capsys.readouterr().out
+
+
+# Catches: a rating of a model that met nobody, or an error because of it.
+def test_models_without_a_verdict_stand_apart_from_the_ratings(tmp_path):
+    models = ("good=world:expert", "bad=world:terse", "mute=" + scripted(tmp_path, judge="[[1]] [[2]]"))
+    report = arena.main(_arena(tmp_path, models=models, n=8, max_missing=1.0))
+    assert {rating["model"] for rating in report["elo"]} == {"good", "bad"} and report["unrated"] == ["mute"]
+    alone = arena.main(_arena(tmp_path, "alone", models=models, n=8, max_missing=1.0, anchor="mute"))
+    assert alone["elo"] == [] and alone["unrated"] == ["good", "bad", "mute"]
 
 
 # Of the files that the recipes wrote when calls went in blocks.

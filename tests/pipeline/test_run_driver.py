@@ -67,6 +67,26 @@ def test_stages_run_once_and_go_on_where_they_were(run, rows):
     assert len(times) == 4 and times == {path: path.stat().st_mtime_ns for path in run.out.rglob("stage.json")}
 
 
+# Catches: a report that says of a stage under way that it is to run, or is written for stages that were done before.
+def test_driver_says_what_each_stage_is_at_when_one_begins(run, rows):
+    nodes, seen = chain(run, rows), []
+    driver(run, nodes).run_all(["first"])
+    for expected in (["second", "third", "other"], []):
+        at_work = driver(run, nodes)
+        at_work.began = lambda at_work=at_work: seen.append({w: s.state for w, s in at_work.known.items()})
+        at_work.run_all()
+        assert [next(where for where, state in of.items() if state == "running") for of in seen] == expected
+        assert {status.state for status in at_work.known.values()} == {"done"}
+        if seen:
+            assert seen[1] == {"first": "done", "second": "done", "third": "running", "other": "to run"}
+        seen.clear()
+    skipping = driver(
+        replace(run, on_empty="skip", out=run.out / "b"), chain(replace(run, out=run.out / "b"), rows, 0.0)
+    )
+    skipping.run_all()
+    assert skipping.known["third"].state == "left out" and "no rows in" in skipping.known["third"].why
+
+
 # Catches: a changed option that overwrites what a run has made.
 def test_what_has_become_stale_is_listed_and_kept(run, rows):
     driver(run, chain(run, rows)).run_all()

@@ -160,6 +160,8 @@ def test_a_second_start_asks_nobody_and_the_report_is_about_this_run(finished):
     assert len(endpoint.asked) == before and again["pairwise"] == summary["pairwise"]
     report = (folder / "run" / "report.html").read_text()
     assert "openai:teacher" in report and "slice_2/rleif" in report and "make demo" not in report
+    assert "24 of 24" in report and "parameters of base" in report and "against base" in report
+    assert report.count("<title>slice_") >= 20 and "to run" not in report
     with sqlite3.connect(folder / "run" / "slice_1" / "evol_instruct" / "ledger.sqlite") as ledger:
         assert ledger.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
 

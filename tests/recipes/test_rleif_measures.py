@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -131,6 +132,26 @@ def test_held_out_measures_change_nothing_and_outlive_a_kill(world, plain, tmp_p
     assert [json.loads(x) for x in (tmp_path / "cut" / "held_out.jsonl").read_text().splitlines()] == lines
     with pytest.raises(ValueError, match=r"eval_every: expected --held-out with it, got 3 alone"):
         checked(world, tmp_path, eval_every=3)
+
+
+# Catches: held-out rows in the identity of a run, whose change would train it again; a start that is measured on the
+# weights of a checkpoint; rollouts that are made again.
+def test_a_finished_run_is_measured_without_another_rollout(world, plain, tmp_path, monkeypatch, capsys):
+    others = {"held_out": (world.write("four.jsonl", world.single[7:11]),)}
+    wanted = rleif.main(checked(world, tmp_path / "at_once", **others))["held_out"]
+    shutil.copytree(plain, tmp_path / "later")
+    before = (tmp_path / "later" / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(rleif, "train_step", lambda *_: pytest.fail("a rollout was made"))
+    result = rleif.main(checked(world, tmp_path / "later", **others))
+    assert result["held_out"] == wanted and result["steps"] == 2
+    assert wanted["before"]["length"] != wanted["after"]["length"] or wanted["difference"]["reward"] != [0, 0]
+    assert same(weights(plain), weights(tmp_path / "later"))
+    assert (tmp_path / "later" / "metrics.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert rleif.main(checked(world, tmp_path / "later", quiet=False)) == result, (
+        "that it measures nothing is no change"
+    )
+    assert "done before, nothing to do" in capsys.readouterr().out
 
 
 # Catches: answers whose random numbers depend on when they are sampled.

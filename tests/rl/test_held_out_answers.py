@@ -10,6 +10,7 @@ from wizard_engine.rl.held_out import HeldOut, PromptRows
 from wizard_engine.rl.options import RolloutOptions
 from wizard_engine.rl.rewards import AnswerReward
 from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.stage import Stage
 
 BEFORE = [{"reward": r, "length": 4, "finished": f} for r, f in ((0.0, 0.0), (0.5, 1.0), (1.0, 1.0))]
 AFTER = [{"reward": r, "length": 6, "finished": 1.0} for r in (0.5, 1.0, 1.0)]
@@ -64,12 +65,33 @@ def measurer(out, rows=None, every=0, measures_last=True):
     )
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"row": "a:2", "before": {}}\n', '{"row": "a:1"}\n', "", "\xff"])
-def test_run_that_goes_on_needs_what_it_measured_first(tmp_path, content):
-    path, rows = tmp_path / held_out.FILE, PromptRows(["a:1"], [()], [None])
-    held_out.write_lines(path, rows, before=[{"reward": 0.5}])
-    assert held_out.read_before(path, rows, Runtime()) == [{"reward": 0.5}]
-    assert json.loads(path.read_text()) == {"row": "a:1", "before": {"reward": 0.5}}
-    path.unlink() if content is None else path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"held_out\.jsonl: expected the measurements of 1 rows from before the first"):
-        held_out.read_before(path, rows, Runtime())
+# Catches: a first measurement of other rows or of another run that is taken for this one's; one made anew each time.
+def test_first_measurement_is_kept_for_the_run_and_the_rows_that_it_is_of(tmp_path, monkeypatch):
+    held, rows = tmp_path / "held.jsonl", PromptRows(["a:1"], [()], [None])
+    measured = []
+
+    def measure(self):
+        measured.append(len(measured))
+        return [{"reward": 0.5 + len(measured)}]
+
+    monkeypatch.setattr(HeldOut, "measure", measure)
+
+    def first(text, lr=1):
+        held.write_text(text)
+        of_rows = ({}, {"held_out": held})
+        run = measurer(tmp_path, rows)
+        run.before(Stage(tmp_path, "rleif", {"lr": lr}, {}, measured=of_rows), Runtime())
+        return run.first
+
+    assert first("one") == first("one") == [{"reward": 1.5}] and measured == [0]
+    assert first("other") == [{"reward": 2.5}] and first("other", lr=2) == [{"reward": 3.5}]
+    assert first("other", lr=2) == [{"reward": 3.5}] and len(measured) == 3
+    path = tmp_path / held_out.FIRST
+    path.write_bytes(path.read_bytes().replace(b"3.5", b"9.5"))
+    with pytest.raises(ValueError, match=r"held_out_before\.json: .*remove it, and the rows are measured again"):
+        first("other", lr=2)
+
+
+def test_lines_name_their_rows(tmp_path):
+    held_out.write_lines(tmp_path / "x", PromptRows(["a:1"], [()], [None]), before=[{"reward": 0.5}], after=[{}])
+    assert json.loads((tmp_path / "x").read_text()) == {"row": "a:1", "before": {"reward": 0.5}, "after": {}}

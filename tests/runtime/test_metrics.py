@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import time
 
@@ -9,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from wizard_engine.model.progress import byte_bar
 from wizard_engine.runtime import metrics
-from wizard_engine.runtime.metrics import MetricsLogger, progress, read_metrics
+from wizard_engine.runtime.metrics import MetricsLogger, byte_bar, progress, read_metrics
 
 
 def logger(path, **options):
@@ -110,7 +110,7 @@ def test_a_bar_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
             time.sleep(0.01)
 
     shown = {bar: printed_while(bar) for bar in progress(iter("ab"), desc="audit", unit="pass", total=2)}
-    assert shown["a"].startswith("audit: 0/2 pass [00:00]") and "1/2" in shown["b"]
+    assert shown["a"].startswith("audit: 0/2 pass [00:00<?]") and "1/2" in shown["b"]
     with byte_bar("load x", 3 * 2**30) as bar:
         bar.update(2**30)
         assert "load x: 1.00G/3.00G B" in printed_while(bar)
@@ -118,6 +118,45 @@ def test_a_bar_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     assert list(progress("ab", desc="audit", unit="pass", quiet=True)) == ["a", "b"] and bar.n == 2**30
     time.sleep(0.05)
     assert capsys.readouterr().err == ""
+
+
+# Catches: a log file with a line for each step of a bar; one without loss, or without the last step.
+def test_steps_without_a_terminal_are_lines_with_their_values(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "LINE_SECONDS", 60.0)
+    log = MetricsLogger(tmp_path / "m", 900, "sft", resume_step=100)
+    for step in range(101, 901):
+        log.log(step=step, loss=2.0 + step)
+        log.show_phase("generate")
+    assert capsys.readouterr().err == "" and log._bar.postfix == "loss=902, now=generate"
+    log.close()
+    log.close()
+    assert re.fullmatch(r"sft: 900/900 step \[00:00<00:00, loss=902, now=generate\]\n", capsys.readouterr().err)
+
+
+# Catches: a line every five seconds for days.
+def test_lines_of_a_long_bar_are_rare(monkeypatch):
+    pauses = []
+
+    class Ended:
+        def wait(self, seconds):
+            pauses.append(seconds)
+            return len(pauses) == 4
+
+    bar = progress(desc="judge", unit="call", total=2)
+    for number, lasted in enumerate((1, 100, 3600)):
+        monkeypatch.setattr(metrics.Progress, "seconds", property(lambda self, _=number, lasted=lasted: lasted))
+        pauses.clear()
+        metrics._lines(lambda: bar, Ended())
+        assert pauses == [5] + 3 * [max(5, min(lasted / 10, 60))]
+
+
+# Catches: a model that is loaded or saved with --quiet, whose code has no such option, and shows a bar.
+def test_nothing_is_shown_within_silenced(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    for quiet in (True, False):
+        with metrics.silenced(quiet), metrics.silenced(False), byte_bar("load x", 10) as bar:
+            assert bar.is_shown is not quiet
+    assert byte_bar("load x", 10).is_shown
 
 
 def test_a_bar_keeps_the_values_of_earlier_steps(tmp_path):

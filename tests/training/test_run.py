@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from host_reads import HostReads
+from torch.utils.flop_counter import FlopCounterMode
 
 from wizard_engine import checkpoint
 from wizard_engine.data.batch import collate
@@ -316,3 +317,43 @@ def test_frozen_parts_count_their_forward_alone(make, frozen, expected):
         + head * vocabulary
     )
     assert step_flops(model, [(5, 0, 1), ()]) == pytest.approx([flops, 0])
+
+
+def counted(model, batch):
+    """Operations of a training step as torch counts them, without those of a small scoring head."""
+    hidden, vocabulary = batch.tokens.numel() * CONFIG.width, CONFIG.vocab_size
+    head = torch.ops.wizard_engine.linear_logprob_statistics
+    with FlopCounterMode(display=False, custom_mapping={head: lambda *_, **__: 2 * hidden * vocabulary}) as counter:
+        if isinstance(model, ScoringModel):
+            loss = model(*batch.inputs).square().sum()
+        else:
+            own = model(*batch.inputs), model.head_weight
+            loss = sft_loss(*own, batch.targets, batch.weights, num_tokens=float(batch.weights.sum())).loss
+        loss.backward()
+    small = 0.0
+    for name, layer in model.named_modules():
+        if name.startswith("score") and isinstance(layer, torch.nn.Linear):
+            # Its forward and the gradient of its weights, and that of its input where it is not the first of all.
+            passes_of_layer = 3 if not model.surprise or layer is model.score[-1] else 2
+            small += 2 * batch.tokens.numel() * layer.weight.numel() * passes_of_layer
+    return counter.get_total_flops() - small
+
+
+# Catches: a formula that counts what is not computed, whatever it says of itself: torch counts its products.
+@pytest.mark.parametrize(
+    ("make", "frozen"),
+    [
+        (lambda config: Transformer(config), []),
+        (lambda config: Transformer(config), ["embedding", "blocks.0"]),
+        (lambda config: ScoringModel(config, 1), []),
+        (lambda config: ScoringModel(config, 3, surprise=True), []),
+    ],
+    ids=["language", "lower_half", "scoring", "surprise"],
+)
+def test_operations_of_a_step_are_those_that_torch_counts(make, frozen):
+    model = make(CONFIG)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    # Of longer documents torch counts the keys that are masked too.
+    batch = collate([Sample(np.array([3, 4], dtype=np.int32), np.ones(2, np.float32)) for _ in range(12)])
+    assert step_flops(model, [(1,) * 12])[0] == counted(model, batch)

@@ -18,7 +18,7 @@ from wizard_engine.runtime.text_lines import one_line, printable
 from . import prompts
 from .bounded_body import BodyTooLarge, bounded
 from .completions import Answer, read_answer, read_body, read_usage, wrong_endpoint
-from .endpoint_options import JSON_MODES, PREFIX, Options, parse_spec
+from .endpoint_options import JSON_MODES, PREFIX, Options, base_url_of, endpoint_name, parse_spec
 from .prices import Price
 from .protocol import Reply, Request
 from .rate_limits import Gate, Pass, read_retry_after
@@ -53,14 +53,12 @@ class EndpointAgent:
             raise ValueError(f"agent: expected the openai client, got {error}; pip install -e '.[endpoint]'") from None
         self.options = options or Options()
         self.model = model
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        parts = urlsplit(base_url)
-        self.name = f"{model}@{parts.hostname}" + (f":{parts.port}" if parts.port else "")
-        identity = ["openai/1", base_url, model, *([self.options.replying] if self.options.replying else [])]
+        self.name, self.base_url = endpoint_name(model, base_url), base_url_of(base_url)
+        identity = ["openai/1", self.base_url, model, *([self.options.replying] if self.options.replying else [])]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self._openai, self.base_url = openai, base_url
+        self._openai = openai
         self._key = os.environ.get(self.options.key_env, "")
-        if not self._key and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        if not self._key and urlsplit(self.base_url).hostname not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"agent {self.name}: expected a key in {self.options.key_env}, got none; export it")
         self.concurrency, self.price = self.options.concurrency, self.options.price
         self.spent = self.calls = self.retried = self.failed = self.answered = 0

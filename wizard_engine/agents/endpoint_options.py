@@ -1,6 +1,7 @@
 """How an endpoint is called: the options of `openai:MODEL@URL#name=value,...`."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, fields
 from typing import Any
@@ -103,6 +104,17 @@ class Options(Checked):
         """The options that a reply depends on, where they are not the default."""
         names = ("reasoning_effort", "extra_body") + (("json",) if self.json != "auto" else ())
         return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+def endpoint_name(model: str, url: str | None) -> str:
+    """Name of an endpoint's model in ledgers and messages: `MODEL@HOST:PORT`."""
+    parts = urlsplit(base_url_of(url))
+    return f"{model}@{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+
+
+def base_url_of(url: str | None) -> str:
+    """The address of an API: the one of a spec, OPENAI_BASE_URL, or that of OpenAI."""
+    return url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
 
 
 def replying_spec(spec: str) -> str:

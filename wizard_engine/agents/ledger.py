@@ -155,6 +155,28 @@ class Ledger:
                 counts.setdefault(agent, {}).setdefault(task, {"replies": 0, "failures": 0})[table] = number
         return counts
 
+    def totals(self) -> dict[str, dict[str, float]]:
+        """agent -> {"replies", "failures", "tokens_in", "tokens_out", "seconds"}, over the life of the file."""
+        totals: dict[str, dict[str, float]] = {}
+        for table in TABLES:
+            seconds = "SUM(seconds)" if "seconds" in _FIELDS[table] else "0"
+            query = f"SELECT agent, COUNT(*), SUM(tokens_in), SUM(tokens_out), {seconds} FROM {table} GROUP BY agent"
+            with self._file.naming_errors():
+                rows = self._file.database.execute(f"{query} ORDER BY agent").fetchall()
+            for agent, number, *sums in rows:
+                of_agent = totals.setdefault(agent, dict.fromkeys(("replies", "failures", *_SUMMED), 0))
+                of_agent[table] = number
+                for name, value in zip(_SUMMED, sums):
+                    of_agent[name] += value
+        return totals
+
+    def reasons(self) -> dict[str, dict[str, int]]:
+        """agent -> reason in a word or two (see `Reply.reason`) -> number of calls that failed for it."""
+        reasons: dict[str, Counter[str]] = {}
+        for agent, _, error in self._rows("failures"):
+            reasons.setdefault(agent, Counter())[Reply("", error).reason] += 1
+        return {agent: dict(counts.most_common()) for agent, counts in sorted(reasons.items())}
+
     def errors(self) -> dict[str, int]:
         """Error text -> number of failed calls with it."""
         return dict(sorted(Counter(error for _, _, error in self._rows("failures")).items()))
@@ -238,6 +260,8 @@ class Ledger:
         self._file.close()
 
 
+_FIELDS = {"replies": REPLY_FIELDS, "failures": FAILURE_FIELDS}
+_SUMMED = ("tokens_in", "tokens_out", "seconds")
 _REPLY_COLUMNS = ", ".join(REPLY_FIELDS)
 _LOOKED_UP = f"key, agent, task, text, checksum, {_REPLY_COLUMNS}"
 _SELECT_REPLY = f"SELECT {_LOOKED_UP} FROM replies WHERE key = ?"

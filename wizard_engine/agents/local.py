@@ -11,9 +11,10 @@ from wizard_engine.data.chat import encode_opening, encode_prompt, use_chat_form
 from wizard_engine.data.chat_format import ChatFormatChoice
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.generation.allowed_ids import allowed_ids
-from wizard_engine.generation.offline import continued, engine_for
+from wizard_engine.generation.offline import Generation, continued, engine_for
 from wizard_engine.generation.scheduler import Sampling
 from wizard_engine.model import Transformer, load_model
+from wizard_engine.runtime.metrics import byte_bar
 
 from .protocol import Reply, Request
 
@@ -32,17 +33,23 @@ class LocalAgent:
         model: on its device.
         name: for display; the fingerprint is a hash of the weights, the tokenizer and the chat format.
         batch_size: conversations generated together.
+    Attributes:
+        generating: replies that are finished, and all, of the generation that runs; (0, 0) without one.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, *, batch_size: int = 256) -> None:
         self.model, self.tokenizer, self.name, self.batch_size = model, tokenizer, name, batch_size
         self._is_stopped = False
+        self.generating = (0, 0)
 
     def stop(self) -> None:
         """End a generation that runs in another thread; it raises ValueError there."""
         self._is_stopped = True
 
-    def _check_stopped(self, finished: int) -> None:
+    def _finished(self, count: int) -> None:
+        """Count replies of the generation that runs; ValueError where it was ended."""
+        done, of = self.generating
+        self.generating = (done + count, of)
         if self._is_stopped:
             raise ValueError(f"agent {self.name}: the generation was ended")
 
@@ -76,9 +83,12 @@ class LocalAgent:
         digest = hashlib.sha256(f"{chat_format}\0{self.tokenizer.fingerprint}\0{self.model.config}".encode())
         if len(self.tokenizer.eos_ids) > 1:
             digest.update(f"{self.tokenizer.eos_ids}\0".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        state = sorted(self.model.state_dict().items())
+        with byte_bar(f"fingerprint {self.name}", sum(tensor.nbytes for _, tensor in state)) as bar:
+            for name, tensor in state:
+                digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                bar.update(tensor.nbytes)
         return digest.hexdigest()[:16]
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
@@ -93,19 +103,22 @@ class LocalAgent:
         if asked:
             samplings = [self._sampling(prompts[i], requests[i]) for i in asked]
             asked_prompts = [prompts[i] for i in asked]
-            allowed = allowed_ids(self.tokenizer, self.model.config.vocab_size)
-            generation = continued(
-                engine_for(self.model, asked_prompts, samplings, self.batch_size, allowed_ids=allowed),
-                asked_prompts,
-                samplings,
-                on_finished=self._check_stopped,
-            )
+            generation = self._generated(asked_prompts, samplings)
             for index, tokens, finished, error in zip(asked, generation.tokens, generation.finished, generation.errors):
                 text = self.tokenizer.decode(tokens).strip()
                 turn = self._turn_text(text, requests[index].task)
                 whole = Reply(turn, finish="stop" if finished or turn != text else "length")
                 replies[index] = Reply("", f"answer failed: {error}") if error else whole
         return replies
+
+    def _generated(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling]) -> Generation:
+        allowed = allowed_ids(self.tokenizer, self.model.config.vocab_size)
+        engine = engine_for(self.model, prompts, samplings, self.batch_size, allowed_ids=allowed)
+        self.generating = (0, len(prompts))
+        try:
+            return continued(engine, prompts, samplings, on_finished=self._finished)
+        finally:
+            self.generating = (0, 0)
 
     def _sampling(self, prompt: list[int], request: Request) -> Sampling:
         """Sampling options of a request; different prompts with the same seed draw different numbers."""

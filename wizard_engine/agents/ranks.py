@@ -115,6 +115,11 @@ class RankedAgent:
         self.name, self.fingerprint = agent.name, agent.fingerprint
         self.converses = getattr(agent, "converses", True)
 
+    @property
+    def generating(self) -> tuple[int, int]:
+        """Finished replies and all of rank 0's share of the batch that runs."""
+        return getattr(self.agent, "generating", (0, 0))
+
     def stop(self) -> None:
         """End what rank 0 answers."""
         getattr(self.agent, "stop", list)()

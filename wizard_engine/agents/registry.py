@@ -12,6 +12,7 @@ from wizard_engine.runtime.process import Runtime
 from wizard_engine.runtime.stage import SCRIPTED
 
 from .endpoint import PREFIX, EndpointAgent
+from .endpoint_options import endpoint_name, parse_spec
 from .ledger import Ledger
 from .local import LocalAgent
 from .missing import MAX_MISSING, TooManyMissing
@@ -68,6 +69,22 @@ def make_agent(
     hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(registered()) or 'none'}"
     kinds = "a registered name, scripted:FILE, openai:MODEL@URL, or a directory holding a saved model"
     raise ValueError(f"agent: expected {kinds}, got {spec!r}; {hint}")
+
+
+def name_of(spec: str | Path) -> str:
+    """The name under which the agent of a specification stands in ledgers; nothing is loaded or asked.
+
+    Raises:
+        ValueError: an endpoint's specification that cannot be read.
+    """
+    spec = str(spec)
+    if spec in _FACTORIES:
+        return spec
+    if spec.startswith(PREFIX):
+        model, url, _ = parse_spec(spec)
+        return endpoint_name(model, url)
+    place = SCRIPTED if spec.startswith(SCRIPTED) else ""
+    return place + "/".join(Path(spec.removeprefix(SCRIPTED)).parts[-3:])
 
 
 class Cast:

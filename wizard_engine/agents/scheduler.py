@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from wizard_engine.runtime.metrics import progress
@@ -34,6 +35,8 @@ BATCH_SIZE = 256
 SYNC_SECONDS = 1.0
 # Rows worked on at once, for each call that an agent can run at once.
 ROWS_AHEAD = 4
+# Calls of the row at work that are answered, in a list of its own; None outside of rows.
+_answered: ContextVar[list[int] | None] = ContextVar("answered", default=None)
 
 
 class Stopped(Interrupted):
@@ -144,9 +147,10 @@ class Scheduler:
             self.ledger.sync()
 
     async def _sync(self) -> None:
-        """Bring what was stored to the disk, every second; ends only by an error."""
+        """Bring what was stored to the disk and the bar up to date, every second; ends only by an error."""
         while True:
             await asyncio.sleep(SYNC_SECONDS)
+            self._bar.refresh(is_drawn=True)
             if self.ledger is not None:
                 await asyncio.to_thread(self.ledger.sync)
 
@@ -159,6 +163,7 @@ class Scheduler:
         desc: str,
         total: int | None = None,
         width: int = 1,
+        calls: int = 1,
         ahead: int = ROWS_AHEAD,
         agents: Sequence[Agent | ConcurrentAgent] = (),
     ) -> None:
@@ -170,6 +175,8 @@ class Scheduler:
             done: called with the item's place and its result as soon as there is one, in any order.
             desc, total: of the progress bar.
             width: calls that one item may have open at once.   ahead: items for each call that can run at once.
+            calls: that an item usually takes in all. The bar counts calls: many items may be open for long, and no
+            one of them done.
             agents: that are asked; how many items are worked on at once depends on what they can run at once.
         Raises:
             the first error of any item; the others are given up.
@@ -177,14 +184,15 @@ class Scheduler:
         room = asyncio.Semaphore(self.window(agents, width, ahead))
 
         async def one(place: int, item: T) -> None:
+            _answered.set([0])
             try:
                 done(place, await work(item))
-                self._bar.update()
+                self._bar.row_done()
             finally:
                 room.release()
 
         try:
-            with self._bar.stage(desc, total):
+            with self._bar.stage(desc, total, calls):
                 async with asyncio.TaskGroup() as group:
                     for place, item in enumerate(items):
                         await room.acquire()
@@ -214,6 +222,11 @@ class Scheduler:
         Raises:
             ValueError: the agent makes no more calls.
         """
+        reply = await self._asked(agent, request)
+        self._bar.call_done()
+        return reply
+
+    async def _asked(self, agent: Agent | ConcurrentAgent, request: Request) -> Reply:
         key = request_key(agent.fingerprint, request)
         running = self._running.get(key)
         if running is not None:
@@ -306,6 +319,11 @@ class Scheduler:
         for call, future in waiting:
             future.set_result(first.get(call.key, call.reply))
 
+    def generating(self) -> tuple[int, int]:
+        """Replies that models of this machine have finished in the batches that run, and all of those batches."""
+        running = [getattr(line.agent, "generating", (0, 0)) for line in self._lines.values()]
+        return sum(done for done, _ in running), sum(count for _, count in running)
+
     def _line(self, agent: Agent) -> "_Batches":
         if id(agent) not in self._lines:
             self._lines[id(agent)] = _Batches(agent, self.batch_size, self._turn)
@@ -395,38 +413,60 @@ class _Batches:
 
 
 class _Bar:
-    """The progress bar of a stage: rows done, and beside it calls a second, tokens, failures by reason, cost."""
+    """The progress bar of a stage: its calls or rows, and beside it rows, calls a second, tokens, failures, cost.
+
+    A row counts as as many calls as it usually takes, each once it is answered, and the last one once the row is done.
+    """
 
     EVERY = 0.5
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler, self._bar, self._next = scheduler, None, 0.0
 
-    def stage(self, desc: str, total: int | None):
+    def stage(self, desc: str, total: int | None, calls: int):
         """A context with the bar of one stage."""
-        self._start, self._calls = time.monotonic(), self.scheduler.asked.total()
-        self._bar = progress(desc=desc, unit="row", total=total, quiet=self.scheduler.quiet)
+        self._start, self._before = time.monotonic(), self.scheduler.asked.total()
+        self._calls, self._rows, self._all_rows = calls, 0, total
+        unit, count = ("row", total) if calls == 1 else ("call", None if total is None else total * calls)
+        self._bar = progress(desc=desc, unit=unit, total=count, quiet=self.scheduler.quiet)
         return self._bar
 
-    def update(self) -> None:
-        """One more row is done."""
-        self._bar.update()
+    def call_done(self) -> None:
+        """One more call of a row is answered."""
+        row = _answered.get()
+        if self._bar is not None and row is not None and row[0] < self._calls - 1:
+            row[0] += 1
+            self._bar.update()
 
-    def refresh(self) -> None:
-        """Say how far the calls are, at most twice a second."""
-        if self._bar is None or self._bar.disable:
+    def row_done(self) -> None:
+        """One more row is done."""
+        self._rows += 1
+        self._bar.update(self._calls - _answered.get()[0])
+
+    def refresh(self, *, is_drawn: bool = False) -> None:
+        """Say how far the calls are, at most twice a second.
+
+        Args:
+            is_drawn: now; otherwise with the next call or row.
+        """
+        if self._bar is None or not self._bar.is_shown:
             return
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self.EVERY
-        self._bar.set_postfix_str(self.text(now), refresh=False)
+        self._bar.set_postfix_str(self.text(now), refresh=is_drawn)
 
     def text(self, now: float) -> str:
         """What stands beside the bar."""
         run = self.scheduler
-        calls = run.asked.total() - self._calls
+        calls = run.asked.total() - self._before
         parts = [f"{calls} calls, {calls / max(now - self._start, 1e-3):.1f}/s"]
+        if self._calls > 1:
+            parts.insert(0, f"{self._rows}/{'?' if self._all_rows is None else self._all_rows} rows")
+        finished, generated = run.generating()
+        if generated:
+            parts.append(f"generated {finished} of {generated}")
         if run.tokens_in or run.tokens_out:
             parts.append(f"{run.tokens_in + run.tokens_out} tokens")
         if run.failed:

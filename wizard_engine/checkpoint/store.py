@@ -26,6 +26,7 @@ from wizard_engine.runtime.files import (
     write_json,
     write_sealed,
 )
+from wizard_engine.runtime.metrics import byte_bar, progress
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
@@ -119,7 +120,10 @@ class Saver:
         """
         if self._thread is None:
             return
-        self._thread.join()
+        with progress(desc=f"write checkpoint in {self.folder}", unit="checkpoint", total=1) as bar:
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                bar.refresh()
         self._thread = None
         error, self._error = self._error, None
         if error is not None and self.runtime.world_size == 1:
@@ -286,8 +290,10 @@ class Checkpoint:
             ValueError: a tensor is damaged; names file and tensor.
         """
         # Every byte is read by one rank, so that the time shrinks with the number of ranks.
-        for file in self._files[rank::world_size]:
-            file.verify()
+        files = self._files[rank::world_size]
+        with byte_bar(f"check {self.path}", sum(file.entry["bytes"] for file in files)) as bar:
+            for file in files:
+                file.verify(bar.update)
 
     def check_like(self, group: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """ValueError unless a group has exactly these tensors, in these shapes."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wizard_engine.data.rows import Conversation, Row
+from wizard_engine.runtime.metrics import progress
 
 from . import attributes as heuristics
 from .attributes import ATTRIBUTES, View, view
@@ -43,7 +44,12 @@ class Analysis:
 
 
 def analyze(
-    rows: Sequence[Row], *, perplexity: Perplexity | None = None, sources: Sequence[str] | None = None, seed: int = 0
+    rows: Sequence[Row],
+    *,
+    perplexity: Perplexity | None = None,
+    sources: Sequence[str] | None = None,
+    seed: int = 0,
+    quiet: bool = True,
 ) -> Analysis:
     """Attributes of rows, and their tables.
 
@@ -53,7 +59,7 @@ def analyze(
         rows: at least one row, of any kinds.
         perplexity: numbers for a list of conversations, such as those of a checkpoint; None: no such attribute.
         sources: name of each row's file, for rows that do not name a source.
-        seed: of the clusters that name topics beyond the lexicon.
+        seed: of the clusters that name topics beyond the lexicon.   quiet: no progress bars.
     Raises:
         ValueError: no rows, or another number of sources or perplexities than rows.
     """
@@ -62,7 +68,7 @@ def analyze(
     if sources is not None and len(sources) != len(rows):
         raise ValueError(f"sources: expected one per row ({len(rows)}), got {len(sources)}; give a name for each row")
     views = [view(row) for row in rows]
-    inferred = infer(rows, views, sources=sources, perplexity=perplexity, seed=seed)
+    inferred = infer(rows, views, sources=sources, perplexity=perplexity, seed=seed, quiet=quiet)
     present = {name: [row.attributes.get(name) for row in rows] for name in inferred}
     columns = {name: [a if a is not None else b for a, b in zip(present[name], inferred[name])] for name in inferred}
     tables = {name: _table(columns[name], present[name], clusters=name == "cluster") for name in columns}
@@ -82,11 +88,13 @@ def infer(
     sources: Sequence[str] | None,
     perplexity: Perplexity | None,
     seed: int,
+    quiet: bool,
 ) -> dict[str, list[Any]]:
     """Inferred columns in the order of ATTRIBUTES; a heuristic does not run for rows that have the value."""
 
     def column(name: str, function: Callable[[View], Any]) -> list[Any]:
-        return [None if row.attributes.get(name) is not None else function(item) for row, item in zip(rows, views)]
+        items = progress(zip(rows, views), desc=name, unit="row", total=len(rows), quiet=quiet)
+        return [None if row.attributes.get(name) is not None else function(item) for row, item in items]
 
     def level(item: View) -> str:
         return heuristics.difficulty(heuristics.difficulty_score(item.messages))
@@ -101,7 +109,7 @@ def infer(
         "length": column("length", lambda item: heuristics.length(f"{item.user}\n{item.answer}")),
         "turns": column("turns", lambda item: item.turns),
         "toxic": column("toxic", lambda item: heuristics.is_toxic(f"{item.user}\n{item.answer}")),
-        "cluster": near_duplicates([item.user for item in views]).tolist(),
+        "cluster": near_duplicates([item.user for item in views], desc="" if quiet else "cluster").tolist(),
     }
     return {name: columns[name] for name in ATTRIBUTES}
 

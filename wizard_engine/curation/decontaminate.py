@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wizard_engine.runtime.metrics import progress
+
 from .words import words
 
 BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -30,7 +32,7 @@ class Match:
 
 
 def contaminated(
-    texts: Sequence[str], evaluation_texts: Sequence[str], *, n: int = 13, min_share: float = 0.0
+    texts: Sequence[str], evaluation_texts: Sequence[str], *, n: int = 13, min_share: float = 0.0, desc: str = ""
 ) -> list[Match]:
     """For each text, whether it holds an n-gram of an evaluation text, which text, and which n-gram.
 
@@ -42,6 +44,7 @@ def contaminated(
         evaluation_texts: held-out texts.
         n: words of an n-gram; 13 and 8 are customary.
         min_share: least part of an evaluation text's distinct n-grams that a text must hold; 0: any one.
+        desc: label of a progress bar; "": none.
     Returns:
         One Match per text, in order.
     Raises:
@@ -56,12 +59,15 @@ def contaminated(
         index.add(words(text))
     index.seal()
     matches: list[Match] = []
-    for start in range(0, len(texts), BATCH):
-        batch = [words(text) for text in texts[start : start + BATCH]]
-        candidates = index.candidates(batch)
-        matches += [
-            index.match(batch[i], candidates[i], min_share) if i in candidates else Match() for i in range(len(batch))
-        ]
+    with progress(desc=desc, unit="text", total=len(texts), quiet=not desc) as bar:
+        for start in range(0, len(texts), BATCH):
+            batch = [words(text) for text in texts[start : start + BATCH]]
+            candidates = index.candidates(batch)
+            matches += [
+                index.match(parts, candidates[i], min_share) if i in candidates else Match()
+                for i, parts in enumerate(batch)
+            ]
+            bar.update(len(batch))
     return matches
 
 

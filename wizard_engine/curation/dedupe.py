@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import csrc
+from wizard_engine.runtime.metrics import progress
 
 from .words import words
 
@@ -38,6 +39,7 @@ def near_duplicates(
     shingle: int = 3,
     permutations: int = 128,
     numbers_matter: bool = True,
+    desc: str = "",
 ) -> np.ndarray:
     """Cluster of each text, where near-duplicates share one.
 
@@ -52,6 +54,7 @@ def near_duplicates(
         shingle: words of a shingle; a shorter text is one shingle.
         permutations: MinHash values per text.
         numbers_matter: False joins texts that differ in their numbers too.
+        desc: label of a progress bar; "": none.
     Returns:
         (N,) int64, the index of the cluster's first text.
     Raises:
@@ -59,7 +62,7 @@ def near_duplicates(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected above 0 and at most 1, got {threshold}; choose for example 0.8")
-    shingles = shingle_texts(texts, shingle=shingle)
+    shingles = shingle_texts(texts, shingle=shingle, desc=desc)
     signatures = minhash_signatures(shingles, permutations=permutations)
     clusters = np.empty(len(texts), np.int64)
     # With one group for all, the C++ code never separates texts by their numbers.
@@ -73,15 +76,18 @@ def near_duplicates(
     return clusters
 
 
-def shingle_texts(texts: Sequence[str], *, shingle: int = 3) -> Shingles:
+def shingle_texts(texts: Sequence[str], *, shingle: int = 3, desc: str = "") -> Shingles:
     """Shingle hashes of texts, 64 bits each.
 
+    Args:
+        desc: label of a progress bar; "": none.
     Raises:
         ValueError: shingle is below 1.
     """
     if shingle < 1:
         raise ValueError(f"shingle: expected at least 1 word, got {shingle}; choose for example 3")
-    split = [words(text, operators=True) for text in texts]
+    bar = progress(texts, desc=desc, unit="row", quiet=not desc)
+    split = [words(text, operators=True) for text in bar]
     joined = [" ".join(parts).encode() for parts in split]
     # One buffer of all texts: C++ reads text i between ends[i - 1] and ends[i].
     ends = np.cumsum([len(part) for part in joined], dtype=np.int64)

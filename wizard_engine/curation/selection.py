@@ -32,21 +32,26 @@ class Draw:
 
 
 def remove_duplicates(
-    rows: Sequence[Row], *, threshold: float = 0.8, shingle: int = 3, by: Literal["prompt", "row"] = "prompt"
+    rows: Sequence[Row],
+    *,
+    threshold: float = 0.8,
+    shingle: int = 3,
+    by: Literal["prompt", "row"] = "prompt",
+    desc: str = "",
 ) -> Filtered:
     """Rows without exact and near-duplicates; the first of each cluster stays.
 
     Args:
         threshold: least Jaccard index of near-duplicates; 1 removes texts of the same words only.
         shingle: words of a shingle.
-        by: "prompt" compares the user turns, "row" all turns.
+        by: "prompt" compares the user turns, "row" all turns.   desc: label of a progress bar; "": none.
     Returns:
         Kept, the reasons "exact_duplicate" and "near_duplicate" with the id of the row that stayed under "of".
     """
     texts = [user_text(row) if by == "prompt" else "\n".join(texts_of(row)) for row in rows]
     exact = exact_duplicates(texts)
     first = np.flatnonzero(exact == np.arange(len(texts)))
-    near = first[near_duplicates([texts[i] for i in first], threshold=threshold, shingle=shingle)]
+    near = first[near_duplicates([texts[i] for i in first], threshold=threshold, shingle=shingle, desc=desc)]
     cluster = near[np.searchsorted(first, exact)]
     kept, removed = [], []
     for index, row in enumerate(rows):
@@ -59,7 +64,7 @@ def remove_duplicates(
 
 
 def remove_contaminated(
-    rows: Sequence[Row], evaluation: Sequence[str], *, n: int = 13, min_share: float = 0.0
+    rows: Sequence[Row], evaluation: Sequence[str], *, n: int = 13, min_share: float = 0.0, desc: str = ""
 ) -> Filtered:
     """Rows of which no turn repeats an evaluation text (see `contaminated`).
 
@@ -67,7 +72,8 @@ def remove_contaminated(
         Kept, the reason "contaminated" with the number of the evaluation text, the n-gram and the share.
     """
     turns = [texts_of(row) for row in rows]
-    matches = iter(contaminated([turn for texts in turns for turn in texts], evaluation, n=n, min_share=min_share))
+    every_turn = [turn for texts in turns for turn in texts]
+    matches = iter(contaminated(every_turn, evaluation, n=n, min_share=min_share, desc=desc))
     kept, removed = [], []
     for row, texts in zip(rows, turns):
         match = next(filter(None, [next(matches) for _ in texts]), None)
@@ -137,6 +143,7 @@ def select(
     dedupe: Mapping[str, Any] | None = None,
     decontaminate: Mapping[str, Any] | None = None,
     hold_out: int = 0,
+    quiet: bool = True,
 ) -> Selection:
     """Removes duplicates and contaminated rows, draws by weight, and partitions into random slices.
 
@@ -145,13 +152,15 @@ def select(
             removed as contaminated.
         evaluation: held-out texts.
         dedupe, decontaminate: keyword arguments of `remove_duplicates` and `remove_contaminated`.
+        quiet: no progress bars.
         Others: as in `draw` and `partition`.
     Raises:
         ValueError: no row remains after cleaning, or as the steps.
     """
-    unique = remove_duplicates(rows, **(dedupe or {}))
-    clean = remove_contaminated(unique.rows, evaluation, **(decontaminate or {}))
-    held_out, clean = _hold_out(clean, hold_out, seed, decontaminate or {})
+    compared = {**(decontaminate or {}), "desc": "" if quiet else "held-out texts"}
+    unique = remove_duplicates(rows, **(dedupe or {}), desc="" if quiet else "duplicates")
+    clean = remove_contaminated(unique.rows, evaluation, **compared)
+    held_out, clean = _hold_out(clean, hold_out, seed, compared)
     removed = unique.removed + clean.removed
     counts = {"rows": len(rows), "exact_duplicate": 0, "near_duplicate": 0, "contaminated": 0}
     for item in removed:

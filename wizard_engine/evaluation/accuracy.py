@@ -59,6 +59,12 @@ def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Acc
     return _accuracy(correct, len(came), unanswered, len(answers) - len(came))
 
 
+def marks(answers: Sequence[str | None], references: Sequence[str]) -> list[bool | None]:
+    """Whether each answer claims the number of its reference, as `accuracy` counts; None for one that did not come."""
+    pairs = zip(answers, references, strict=True)
+    return [None if a is None else is_right(read_claim(a), a, read_claim(b), b) for a, b in pairs]
+
+
 def check_reference(reference: str, name: str = "reference") -> None:
     """Raises ValueError unless a reference claims a number, or an expression that can be compared."""
     _claimed(reference, name)

@@ -68,6 +68,18 @@ def elo(
     return sorted(table, key=lambda rating: (-rating.elo, rating.model))
 
 
+def connected(battles: Iterable[tuple[str, str, float | None]], anchor: str) -> set[str]:
+    """The models that have met the anchor in a battle with a score, directly or over others; the anchor among them."""
+    pairs = {(a, b) for a, b, score in battles if score is not None}
+    reached, waiting = {anchor}, [anchor]
+    while waiting:
+        name = waiting.pop()
+        near = {b if a == name else a for a, b in pairs if name in (a, b)} - reached
+        reached |= near
+        waiting += near
+    return reached
+
+
 def _triple(battle) -> tuple[str, str, float | None]:
     a, b, score = battle if isinstance(battle, tuple) else (battle.a, battle.b, battle.score)
     if a == b or (score is not None and not 0 <= score <= 1):
@@ -80,12 +92,7 @@ def _check(triples: Counter, models: list[str], anchor: str) -> None:
         raise ValueError("battles: expected at least one with a score, got none; judge some prompts first")
     if anchor not in models:
         raise ValueError(f"anchor: expected one of {', '.join(models)}, got {anchor!r}; choose one of them")
-    reached, waiting = {anchor}, [anchor]
-    while waiting:
-        name = waiting.pop()
-        near = {b if a == name else a for a, b, _ in triples if name in (a, b)} - reached
-        reached |= near
-        waiting += near
+    reached = connected(triples, anchor)
     if len(reached) < len(models):
         apart = ", ".join(name for name in models if name not in reached)
         raise ValueError(f"battles: expected every model connected to {anchor}, got {apart} apart; let them meet")

@@ -125,7 +125,8 @@ class Bench:
         Args:
             agents: that are asked.
         """
-        stage = {"desc": desc, "total": len(self.questions), "width": 2 * self.repeats, "agents": agents}
+        width, answers = 2 * self.repeats, 0 if self.answering is None else 2
+        stage = {"desc": desc, "total": len(self.questions), "width": width, "calls": width + answers, "agents": agents}
         await self.calls.scheduler.rows(range(len(self.questions)), self.play, lambda place, done: None, **stage)
 
     async def play(self, place: int) -> None:

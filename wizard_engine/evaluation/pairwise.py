@@ -365,7 +365,8 @@ def _compared(
         said = {name: given(texts[place]) for name, texts in answers.items()}
         return await tournament.play(place, prompt, said, attributes=attributes[place] if attributes else None)
 
-    stage = {"desc": "battles", "total": len(prompts), "width": tournament.width, "agents": judges}
+    width = tournament.width
+    stage = {"desc": "battles", "total": len(prompts), "width": width, "calls": width, "agents": judges}
     scheduler.run(scheduler.rows(enumerate(prompts), work, tournament.add, **stage))
     return tournament.results()
 

@@ -46,12 +46,18 @@ class Details(TypedDict, total=False):
         phases: [{"name", "steps", "seconds": {phase: mean per rollout}, "tail_idle", "difference"}] of reinforcement
             learning: idle share of sampling, largest difference of log-probabilities between sampler and trainer, nats.
         agents_note: replaces the statement that the agents are programs.
-        run: "name", "text" (one sentence on what ran), "figures" [(value, caption)]: the head of a run of one's own.
-        graph: [{"stage", "state", "why", "seconds", "tokens_per_second"}]: every stage of the run.
-        agents: role -> agent.
+        run: "name", "text" (sentences on what ran), "figures" [(value, caption)]: the head of a run of one's own.
+        graph: [{"stage", "state", "why", "reads", "seconds", "tokens_per_second", "calls", "call_tokens"}]: every stage
+            of the run, and the stages that it reads.
+        agents: see `run_facts.agents_used`.   base: facts of the base model, see `run_facts.model_facts`.
         held_out: [{"slice", "stage", "rows", "before", "after", "difference": {name: [mean, standard error]}}]: what
             training stages measured on rows that they did not learn from.
-        failures: reason -> number of failed calls.
+        bought: further measures of stages, [{"slice", "stage", "rows", "on", "measure", "before", "after", "change"}]:
+            before and after [value, low, high], change [mean, standard error]; see `run_facts`.
+        starts: (slice, stage) -> those of the model that it starts from.
+        learned: attribute -> value -> share of the rows that were learned from.
+        own_examples: [{"prompt", "answers": {name: text}, "verdicts": {name: text}, "kind"}].
+        prompts, held_out_files: rows of the arena, and of RLEIF's held-out answers.
     """
 
     title: str
@@ -71,9 +77,15 @@ class Details(TypedDict, total=False):
     agents_note: str
     run: dict[str, Any]
     graph: list[dict[str, Any]]
-    agents: dict[str, str]
+    agents: list[dict[str, Any]]
+    base: dict[str, str]
     held_out: list[dict[str, Any]]
-    failures: dict[str, int]
+    bought: list[dict[str, Any]]
+    starts: dict[tuple[int, str], tuple[int, str]]
+    learned: dict[str, dict[str, float]]
+    own_examples: list[dict[str, Any]]
+    prompts: Path | None
+    held_out_files: Sequence[Path]
 
 
 def write_report(path: Path, summary: Mapping[str, Any], run: Path, details: Details | None = None) -> None:
@@ -96,30 +108,55 @@ def report_page(summary: Mapping[str, Any], run: Path, details: Details) -> str:
     if missing or not (summary["stages"] or details.get("run")):
         what = ", ".join(missing) or "at least one stage"
         raise ValueError(f"summary: expected {what}, got a summary without; write summary.json first")
-    body = [
-        _note(details),
+    about = details.get("run")
+    body = _own_body(summary, details) if about else _body(summary, details)
+    title = details.get("title") or (_title(summary) if summary["stages"] else str(about["name"] if about else ""))
+    best = headline_pair(summary["pairwise"])
+    return page(
+        title,
+        header=run_parts.header(details, summary, best) if about else _header(title, summary),
+        body="".join(body),
+        footer=escape(f"Run {run.name}, seed {summary['seed']}. The numbers are in {run.name}/summary.json."),
+        style=parts.STYLE,
+    )
+
+
+def _body(summary: Mapping[str, Any], details: Details) -> list[str]:
+    """Sections of a run on the embedded world."""
+    return [
+        f'<section><div class="note">{escape(details.get("agents_note") or AGENTS_NOTE)}</div></section>',
         _stages(summary["stages"]) if summary["stages"] else "",
-        run_parts.held_out(details.get("held_out", [])),
         parts.data_flow(details.get("data_flow", [])),
         parts.attribute_shifts(details.get("attributes", [])),
         parts.evolved_chain(details.get("evolved", [])),
         parts.learning_curves(details.get("curves", {}), STAGE_COLOURS),
         _preference(summary["pairwise"], details.get("elo", [])),
-        _mt_bench(details.get("mt_bench", []), is_world="run" not in details),
+        _mt_bench(details.get("mt_bench", []), is_world=True),
         parts.examples(details.get("examples", []), STAGE_COLOURS),
         parts.ablations(details.get("ablations", [])),
-        run_parts.stages(details.get("graph", [])),
         _running(summary, details),
     ]
-    about = details.get("run")
-    title = details.get("title") or (_title(summary) if summary["stages"] else str(about["name"] if about else ""))
-    return page(
-        title,
-        header=run_parts.header(about, summary["seconds"]) if about else _header(title, summary),
-        body="".join(body),
-        footer=escape(f"Run {run.name}, seed {summary['seed']}. The numbers are in {run.name}/summary.json."),
-        style=parts.STYLE,
-    )
+
+
+def _own_body(summary: Mapping[str, Any], details: Details) -> list[str]:
+    """Sections of a run of one's own."""
+    order = [stage["stage"] for stage in details.get("graph", [])]
+    return [
+        run_parts.stages(details.get("graph", [])),
+        run_parts.bought(details.get("held_out", []), details.get("bought", []), order),
+        run_parts.agents(details.get("agents", [])),
+        _stages(summary["stages"]) if summary["stages"] else "",
+        parts.data_flow(details.get("data_flow", [])),
+        run_parts.attributes(details.get("attributes", []), details.get("learned", {})),
+        parts.evolved_chain(details.get("evolved", []), "A row, evolved"),
+        parts.learning_curves(details.get("curves", {}), STAGE_COLOURS),
+        _preference(summary["pairwise"], details.get("elo", [])),
+        _mt_bench(details.get("mt_bench", []), is_world=False),
+        run_parts.examples(details.get("own_examples", []))
+        or parts.examples(details.get("examples", []), STAGE_COLOURS),
+        parts.ablations(details.get("ablations", [])),
+        _running(summary, details),
+    ]
 
 
 # ---- header ---------------------------------------------------------------------------------------------------------
@@ -197,12 +234,6 @@ def _figures(summary: Mapping[str, Any], best: Mapping[str, Any] | None) -> list
         figures.append((charts.percent(best["win_rate"]), caption))
     problems = f"{last['total']:,} held-out problems a stage"
     return [*figures, (parts.duration(summary["seconds"]), f"all of it, seed {summary['seed']}; {problems}")]
-
-
-def _note(details: Details) -> str:
-    if "agents" in details:
-        return run_parts.agents(details["agents"], details.get("failures", {}))
-    return f'<section><div class="note">{escape(details.get("agents_note") or AGENTS_NOTE)}</div></section>'
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
@@ -359,7 +390,7 @@ def _mt_bench(results: Sequence[Mapping[str, Any]], *, is_world: bool) -> str:
     overall = [("overall", [r["overall"] for r in results])]
     overall += [(f"turn {turn}", [r["turns"][turn - 1] for r in results]) for turn in (1, 2)]
     single = [(category, [r["categories"].get(category) for r in results]) for category in categories]
-    known = [value for _, values in overall + single for value in values if value is not None]
+    known = [value for _, values in overall + single for value in values if value is not None] or [1.0]
     cards = [
         card(
             charts.heatmap(
@@ -390,6 +421,7 @@ def _running(summary: Mapping[str, Any], details: Details) -> str:
     machine = list(details.get("machine", {}).items())
     reproduce = card(pre(command), table(("", ""), machine) if machine else "", title="Reproduce")
     phases = parts.phases(details.get("phases", []))
-    beside = f'<div class="stack">{parts.timing(details.get("timing", []))}{phases}{reproduce}</div>'
+    base = run_parts.base_model(details.get("base", {}))
+    beside = f'<div class="stack">{parts.timing(details.get("timing", []))}{phases}{base}{reproduce}</div>'
     cards = [parts.call_table(details.get("calls", [])), beside]
     return section("How it ran", grid([item for item in cards if item], wide=True))

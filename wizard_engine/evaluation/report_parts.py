@@ -108,8 +108,8 @@ def attribute_shifts(shifts: Sequence[Mapping[str, Any]]) -> str:
     return section("Weighted sampling", legend(list(colours.items())), grid(cards), lead=lead)
 
 
-def evolved_chain(steps: Sequence[Mapping[str, str]]) -> str:
-    """A problem and its evolved forms, new words marked."""
+def evolved_chain(steps: Sequence[Mapping[str, str]], title: str = "A problem, evolved") -> str:
+    """A row and its evolved forms, new words marked."""
     if not steps:
         return ""
     items, before = [], None
@@ -122,7 +122,7 @@ def evolved_chain(steps: Sequence[Mapping[str, str]]) -> str:
         )
         before = text
     lead = "One row from the natural corpus and its evolved forms, with the answers that the agents gave."
-    return section("A problem, evolved", card(f'<ol class="steps">{"".join(items)}</ol>'), lead=lead)
+    return section(title, card(f'<ol class="steps">{"".join(items)}</ol>'), lead=lead)
 
 
 def marked(before: str, after: str) -> Html:

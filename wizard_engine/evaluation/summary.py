@@ -17,6 +17,7 @@ from wizard_engine.runtime.files import read_object, write_json
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.runtime.process import Runtime
 
+from . import run_facts
 from .report import Details, write_report
 
 Measured = tuple[int, str, Path]
@@ -24,23 +25,32 @@ PLAIN_ATTRIBUTES = ("topic", "language", "source", "skill", "difficulty", "toxic
 
 
 class Timing:
-    """Seconds of each stage, kept over restarts in a JSON file."""
+    """Seconds of each stage, kept over restarts in a JSON file, and beside it those of stages that were interrupted."""
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
         self.path, self.runtime = path, runtime
         self.seconds: dict[str, float] = read_object(path) or {}
+        self.open_path = path.with_stem(f"{path.stem}_interrupted")
+        self.open: dict[str, float] = read_object(self.open_path) or {}
 
     @contextmanager
     def of(self, name: str, out: Path) -> Iterator[None]:
-        """Time a block; a skipped stage keeps its former time."""
+        """Time a block; a skipped stage keeps its former time, and one that goes on has that of its former starts."""
         record = out / "stage.json"
         before = record.stat().st_mtime_ns if record.exists() else None
-        began = time.perf_counter()
-        yield
-        made = record.exists() and record.stat().st_mtime_ns != before
-        if self.runtime.is_main and (made or name not in self.seconds):
-            self.seconds[name] = round(time.perf_counter() - began, 2)
-            write_json(self.path, self.seconds)
+        began, is_whole = time.perf_counter(), False
+        try:
+            yield
+            is_whole = True
+        finally:
+            spent = self.open.get(name, 0.0) + time.perf_counter() - began
+            made = record.exists() and record.stat().st_mtime_ns != before
+            if self.runtime.is_main and is_whole and (made or name not in self.seconds):
+                self.seconds[name] = round(spent, 2)
+                write_json(self.path, self.seconds)
+            if self.runtime.is_main and (not is_whole or self.open.pop(name, None) is not None):
+                self.open |= {} if is_whole else {name: round(spent, 2)}
+                write_json(self.open_path, self.open)
 
 
 def write_summary(
@@ -62,6 +72,7 @@ def write_summary(
         timing: seconds per stage directory, relative to OUT.
         about: what the page says beside what the stages' files hold, for a run that is not of the embedded world.
     """
+    measured = [(index, name, path) for index, name, path in measured if (path / "accuracy.json").exists()]
     stages = [_stage(index, name, path, timing) for index, name, path in measured]
     battles = _read(arena / "arena.json")
     keys = (
@@ -79,7 +90,7 @@ def write_summary(
     )
     pairs = [{key: pair[key] for key in keys} for pair in battles.get("pairwise", [])]
     tests = {
-        path.name.removeprefix("mt_bench_"): _read(path / "mt_bench.json") for path in sorted(out.glob("mt_bench_*"))
+        path.parent.name.removeprefix("mt_bench_"): _read(path) for path in sorted(out.glob("mt_bench_*/mt_bench.json"))
     }
     summary = {
         "seed": seed,
@@ -90,53 +101,43 @@ def write_summary(
         "elo": battles.get("elo", []),
         "mt_bench": {name: _mt_scores(report) for name, report in tests.items()},
     }
-    held_out = held_out_measures(out)
+    held_out = run_facts.held_out_measures(out)
     if held_out:
         summary["held_out"] = held_out
     write_json(out / "summary.json", summary)
     contents = details(out, slices, measured, battles, tests, timing)
     contents |= {"held_out": held_out} if held_out else {}
     if about is not None:
-        contents = contents | {"failures": failures(out)} | about
-        contents["graph"] = [_with_rate(out, stage, timing) for stage in about.get("graph", [])]
+        contents = contents | about | own_details(out, about, summary, measured, tests, timing, slices)
     else:
         contents["command"] = f"make demo SEED={seed}"
     write_report(out / "report.html", summary, out, contents)
     return summary
 
 
-LEARNING = ("sft", "stage_dpo", "instruction_reward", "process_reward", "rleif")
-
-
-def held_out_measures(out: Path) -> list[dict[str, Any]]:
-    """What the training stages of every slice measured on held-out rows, in the order in which they ended."""
-    records = []
-    for path in out.glob("slice_*/*/stage.json"):
-        slice_name, stage = path.parts[-3:-1]
-        result = _read(path).get("result", {})
-        if stage.rstrip("_23456789").startswith(LEARNING) and isinstance(result.get("held_out"), dict):
-            records.append((path.stat().st_mtime_ns, int(slice_name[6:]), stage, result["held_out"]))
-    return [{"slice": t, "stage": stage, **measured} for _, t, stage, measured in sorted(records, key=lambda r: r[:3])]
-
-
-def failures(out: Path) -> dict[str, int]:
-    """Reason -> number of failed calls, over all ledgers of the run."""
-    totals: dict[str, int] = {}
-    for path in sorted(out.rglob("ledger*.sqlite")):
-        ledger = Ledger(path)
-        for error, count in ledger.errors().items():
-            reason = error.partition(": ")[0][:60]
-            totals[reason] = totals.get(reason, 0) + count
-        ledger.close()
-    return dict(sorted(totals.items(), key=lambda item: -item[1]))
-
-
-def _with_rate(out: Path, stage: dict[str, Any], timing: dict[str, float]) -> dict[str, Any]:
-    """A stage of the graph with its seconds, and the tokens per second of its training."""
-    paths = sorted((out / stage["stage"]).glob("**/metrics.jsonl"))
-    rates = [line["tokens_per_second"] for path in paths for line in read_metrics(path) if "tokens_per_second" in line]
-    rate = sum(rates) / len(rates) if rates else None
-    return {**stage, "seconds": timing.get(stage["stage"]), "tokens_per_second": rate}
+def own_details(
+    out: Path,
+    about: Details,
+    summary: dict[str, Any],
+    measured: Sequence[Measured],
+    tests: dict[str, Any],
+    timing: dict[str, float],
+    slices: int,
+) -> Details:
+    """Contents of the report of a run that is not of the embedded world."""
+    starts = about.get("starts", {})
+    bought = run_facts.own_shares(out) + run_facts.exact_answers(measured, starts)
+    bought += run_facts.preferences(summary["pairwise"], slices, starts) + run_facts.ratings(tests, slices)
+    graph = [stage | run_facts.stage_facts(out, stage["stage"], timing) for stage in about.get("graph", [])]
+    prompts, held_out = about.get("prompts"), about.get("held_out_files", ())
+    return {
+        "data_flow": data_flow(out, slices),
+        "graph": graph,
+        "agents": run_facts.agents_used(out, about.get("agents", [])),
+        "bought": bought,
+        "learned": run_facts.learned_shares(out, slices),
+        "own_examples": run_facts.examples(out, prompts, held_out, slices),
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def details(
 ) -> Details:
     """Contents of the report beside the summary; last: the last slice."""
     return {
-        "data_flow": data_flow(out, last),
+        "data_flow": data_flow(out, last, "mixed quality, skewed"),
         "attributes": attribute_shifts(_read(out / "sample" / "sampling.json")),
         "evolved": evolved_chain(out),
         "curves": curves(out, last),
@@ -214,13 +215,16 @@ def phases(out: Path, slices: int) -> list[dict[str, Any]]:
     return slice_phases
 
 
-def data_flow(out: Path, slices: int) -> list[dict[str, Any]]:
-    """The steps of the data, with counts."""
+def data_flow(out: Path, slices: int, about_rows: str = "") -> list[dict[str, Any]]:
+    """The steps of the data, with counts.
+
+    Args:
+        about_rows: what is said of the natural rows.
+    """
     sampling = _read(out / "sample" / "sampling.json").get("counts", {})
-    nodes = [{"name": "Natural rows", "count": sampling.get("rows", 0), "note": "mixed quality, skewed"}]
-    removed = {
-        key: value for key, value in sampling.items() if key in ("exact_duplicate", "near_duplicate", "contaminated")
-    }
+    nodes = [{"name": "Natural rows", "count": sampling.get("rows", 0), "note": about_rows}]
+    reasons = ("exact_duplicate", "near_duplicate", "contaminated", "held_out")
+    removed = {key: value for key, value in sampling.items() if key in reasons and value}
     note = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in removed.items())
     nodes.append({"name": "Clean rows", "count": sampling.get("clean", 0), "note": note})
     nodes.append({"name": "Weighted sample", "count": sampling.get("drawn", 0), "note": f"{slices} slices"})

@@ -126,8 +126,14 @@ def sequence_logprobs(
     return sums
 
 
-def perplexities(model: Transformer, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[float]:
-    """exp of the mean negative log-probability of each conversation's answers; NaN where the context is too short."""
+def perplexities(
+    model: Transformer, tokenizer: Tokenizer, conversations: Sequence[Conversation], *, desc: str = ""
+) -> list[float]:
+    """exp of the mean negative log-probability of each conversation's answers; NaN where the context is too short.
+
+    Args:
+        desc: label of a progress bar; "": none.
+    """
     samples, kept = [], []
     out = [math.nan] * len(conversations)
     for index, row in enumerate(conversations):
@@ -135,6 +141,6 @@ def perplexities(model: Transformer, tokenizer: Tokenizer, conversations: Sequen
         if len(sample.tokens) <= model.config.max_positions:
             samples.append(sample)
             kept.append(index)
-    for index, value in zip(kept, sequence_logprobs(model, samples, mean=True)):
+    for index, value in zip(kept, sequence_logprobs(model, samples, mean=True, desc=desc)):
         out[index] = math.exp(min(-value, 700.0))
     return out

@@ -13,11 +13,11 @@ from wizard_engine.data.gguf_tokenizer import save_tokenizer
 from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.runtime.files import replace_directory, restore_replaced, sync_tree, write_json
 from wizard_engine.runtime.input_files import shown
+from wizard_engine.runtime.metrics import byte_bar
 
 from .config import MAX_POSITIONS, ModelConfig
 from .gguf_file import GgufFile
 from .hugging_face import EMBEDDING, HEAD, INDEX, MAX_SHARD_BYTES, weight_files
-from .progress import byte_bar
 from .published import Piece, pieces, published_config
 from .safetensors_file import write_parts
 from .vocabulary import check_vocabulary

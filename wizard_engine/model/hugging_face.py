@@ -18,12 +18,12 @@ from wizard_engine.parallel import Sharded, sharded
 from wizard_engine.parallel.shard_spec import ShardSpec
 from wizard_engine.runtime.files import naming, replace_directory, restore_replaced, sync_tree, write_json
 from wizard_engine.runtime.input_files import MAX_INDEX_BYTES, read_json_object, shown
+from wizard_engine.runtime.metrics import byte_bar
 from wizard_engine.runtime.object_collectives import first_error, from_main
 from wizard_engine.runtime.process import Runtime
 
 from .config import ModelConfig
 from .heads import ScoringModel, scoring_head
-from .progress import byte_bar
 from .published import Piece, Region, pieces, published_config, published_tensors, read_config
 from .safetensors_file import DTYPES, NAMES, SafetensorsFile, file_header, write_file
 from .transformer import Transformer

@@ -9,13 +9,13 @@ from torch import nn
 
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.parallel import Mesh, Sharding, parallelize, sharded
+from wizard_engine.runtime.metrics import byte_bar
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
 
 from .config import PRESETS, ModelConfig
 from .heads import ScoringModel, scoring_head
 from .hugging_face import ModelDirectory, load_model, save_model, save_sharded
-from .progress import byte_bar
 from .transformer import Transformer
 from .vocabulary import check_vocabulary
 

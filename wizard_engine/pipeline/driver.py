@@ -11,6 +11,7 @@ from typing import Any
 
 from wizard_engine.evaluation.summary import Timing
 from wizard_engine.runtime.files import read_object
+from wizard_engine.runtime.metrics import silenced
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.runtime.run_lock import RunLock
@@ -32,6 +33,8 @@ class Driver:
         main_of: recipe -> its main function.   stage_of: recipe -> its Stage of a configuration.
     Attributes:
         left_out: stages that had no rows, or learn from such a stage -> why.
+        known: what there is of every stage, as the run goes on; on rank 0.
+        began: called on rank 0 when a stage begins that is not done.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Driver:
         self.main_of, self.stage_of = main_of, stage_of
         self.timing = Timing(run.out / "timing.json", runtime)
         self.left_out: dict[str, str] = {}
+        self.known: dict[str, Status] = {}
+        self.began: Callable[[], object] = lambda: None
         self._instead: dict[Path, Path | None] = {}
 
     def statuses(self) -> dict[str, Status]:
@@ -87,7 +92,7 @@ class Driver:
                 self._run(node, redo_stale=redo_stale)
 
     def _check_stale(self, chosen: Sequence[Node], *, redo_stale: bool) -> None:
-        states = self.statuses()
+        self.known = states = self.statuses()
         stale = [(node.where, states[node.where].why) for node in chosen if states[node.where].state == "stale"]
         if stale and not redo_stale:
             lines = "; ".join(f"{where} ({why})" if why else where for where, why in stale)
@@ -103,13 +108,15 @@ class Driver:
             return
         if self.runtime.is_main and not self.run.quiet:
             print(f"== {node.where}", flush=True)
-        with self.timing.of(node.where, node.out), served(self.run, config, self.runtime):
+        timed = self.timing.of(node.where, node.out)
+        with timed, silenced(self.run.quiet), served(self.run, config, self.runtime):
             if self.run.launch.separate_processes:
                 self._start(node, config)
             elif node.is_main_only:
                 from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
             else:
                 self.main_of[node.recipe](config)
+        self.known[node.where] = Status("done")
 
     def _ready(self, node: Node, *, redo_stale: bool) -> Any:
         """The configuration of a stage that can run, None where it is left out; on rank 0."""
@@ -131,10 +138,14 @@ class Driver:
             raise ValueError(f"{node.where}: expected what is there, got another: {state.why}; {REDO}")
         if state.kind == "other":
             _move_aside(node.out, self.run.out)
+        if state.kind != "done":
+            self.known[node.where] = Status("running")
+            self.began()
         return config
 
     def _leave_out(self, node: Node, why: str) -> None:
         self.left_out[node.where] = why
+        self.known[node.where] = Status("left out", why)
         for path, other in node.stands_for.items():
             self._instead[path] = other if other is None else self._instead.get(other, other)
         print(printable(f"== {node.where}: left out: {why}"), flush=True)

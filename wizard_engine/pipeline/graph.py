@@ -37,7 +37,7 @@ class Node:
         return self.config.out
 
 
-State = Literal["done", "depends", "stale", "partly done", "to run"]
+State = Literal["done", "depends", "stale", "partly done", "to run", "running", "left out"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Status:
     """What there is of a stage, and why it is not done, in words.
 
     stale: of another configuration or other inputs.   depends: done, unless a stage before it, which is still to run,
-    writes something else.
+    writes something else.   running, left out: of a run under way alone.
     """
 
     state: State

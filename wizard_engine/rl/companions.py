@@ -11,6 +11,7 @@ from wizard_engine.model.hugging_face import ModelDirectory
 from wizard_engine.model.loading import fill, shard_model
 from wizard_engine.model.vocabulary import check_vocabulary
 from wizard_engine.parallel import Mesh, Sharding, sharded
+from wizard_engine.runtime.metrics import byte_bar
 from wizard_engine.runtime.object_collectives import gather_objects
 
 from .rewards import InstructionReward, ProcessReward
@@ -99,11 +100,14 @@ def _is_equal(body: Transformer, directory: ModelDirectory) -> bool:
     """Whether this rank's weights are those of a directory, in the dtype that they have."""
     engine = sharded(body)
     prefix = "" if directory.outputs is None else "body."
-    for name, start, values in engine.weight_shards(exact=False):
-        for at in range(0, values.numel(), CHUNK):
-            chunk = values[at : at + CHUNK]
-            read = torch.empty_like(chunk)
-            directory.read(prefix + name, start + at, read, spec=engine.shard_specs[name])
-            if not torch.equal(read, chunk):
-                return False
+    shards = list(engine.weight_shards(exact=False))
+    with byte_bar(f"compare {directory.path}", sum(values.nbytes for _, _, values in shards)) as bar:
+        for name, start, values in shards:
+            for at in range(0, values.numel(), CHUNK):
+                chunk = values[at : at + CHUNK]
+                read = torch.empty_like(chunk)
+                directory.read(prefix + name, start + at, read, spec=engine.shard_specs[name])
+                if not torch.equal(read, chunk):
+                    return False
+                bar.update(chunk.nbytes)
     return True

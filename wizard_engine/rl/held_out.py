@@ -4,7 +4,6 @@ Every row gets one answer at the rollouts' temperature. Its random numbers depen
 measurements of a row are a pair, and neither changes the training.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ from typing import Any
 from wizard_engine.data.records import Message
 from wizard_engine.data.tokenizer import Tokenizer
 from wizard_engine.parallel.mesh import Axis
-from wizard_engine.runtime.files import write_json_lines
+from wizard_engine.runtime.files import content_hash, read_sealed, write_json_lines, write_sealed
 from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.stage import Stage
 
 from .options import RolloutOptions
 from .rewards import AnswerReward, Reference
@@ -26,7 +26,10 @@ from .trajectories import Rollout, roll_out
 Line = dict[str, Any]
 # Of a row's line; a row has those that its reward models and its reference give.
 MEASURES = ("reward", "instruction_factor", "process_factor", "checked", "length", "finished")
-FILE = "held_out.jsonl"
+FILE, FIRST = "held_out.jsonl", "held_out_before.json"
+# Of the file of the first measurement.
+VERSION = 1
+AGAIN = "remove it, and the rows are measured again"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class HeldOut:
         score: rewards of a rollout, given the references of its prompts.   factors: of the reward.
         has_process: whether a process model scores.   options: of the rollouts.   seed: of the answers.
         every: rollouts between measurements; 0: none in between.   measures_last: the weights after the last rollout
-        are those that are written.
+        are those that are written.   quiet: no progress bar.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class HeldOut:
         seed: int,
         every: int,
         measures_last: bool,
+        quiet: bool = True,
     ) -> None:
-        self.rows, self.path, self.sampler, self.tokenizer = rows, Path(out) / FILE, sampler, tokenizer
+        self.rows, self.out, self.sampler, self.tokenizer = rows, Path(out), sampler, tokenizer
+        self.desc = "" if quiet else "held-out answers"
         self.score, self.factors, self.has_process = score, factors, has_process
         self.options, self.data, self.seed, self.every = options, data, seed, every
         self.measures_last = measures_last
@@ -91,6 +96,7 @@ class HeldOut:
             seed=self.seed,
             first=self.data.index,
             stride=self.data.size,
+            desc=self.desc,
         )
         self.sampler.release()
         answers = zip(self.score(rollout, references), rollout.texts, rollout.lengths)
@@ -100,15 +106,30 @@ class HeldOut:
         ]
         return gathered_lines(lines, self.data, len(self.rows.where))
 
-    def before(self, step: int, rt: Runtime) -> None:
-        """Measure the start; a run that goes on after `step` rollouts reads what it measured then."""
+    @property
+    def file(self) -> Path:
+        """The rows' answers and numbers in the first and the last measurement, an object a line."""
+        return self.out / FILE
+
+    def before(self, stage: Stage, rt: Runtime) -> None:
+        """Measure the model that the run starts from, before the run goes on from a checkpoint.
+
+        The measurement is kept in OUT/held_out_before.json. A run that goes on reads it there.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not self.rows.where:
             return
-        if step:
-            self.first = read_before(self.path, self.rows, rt)
+        path = self.out / FIRST
+        key = from_main(rt, lambda: content_hash([stage.identity(), stage.measures()]))
+        stored = from_main(rt, lambda: read_sealed(path, AGAIN, version=("version", VERSION)))
+        if stored is not None and stored.get("key") == key:
+            self.first = stored["lines"]
             return
         self.first = self.measure()
-        from_main(rt, lambda: write_lines(self.path, self.rows, before=self.first))
+        content = {"version": VERSION, "key": key, "lines": self.first}
+        from_main(rt, lambda: write_sealed(path, content, indent=None))
 
     def is_due(self, finished: int) -> bool:
         """Whether to measure after so many rollouts."""
@@ -128,7 +149,7 @@ class HeldOut:
     def after(self, rt: Runtime) -> dict[str, Any]:
         """Measure the weights that are written, and write every row's line; returns the comparison."""
         last = self.measure() if self.last is None else self.last
-        from_main(rt, lambda: write_lines(self.path, self.rows, before=self.first, after=last))
+        from_main(rt, lambda: write_lines(self.file, self.rows, before=self.first, after=last))
         return comparison(self.first, last)
 
 
@@ -196,25 +217,3 @@ def write_lines(path: Path, rows: PromptRows, **measured: Sequence[Line]) -> Non
     """Write a line for each row: where it stands, and each measurement of it."""
     names = list(measured)
     write_json_lines(path, ({"row": w} | dict(zip(names, of)) for w, *of in zip(rows.where, *measured.values())))
-
-
-def read_before(path: Path, rows: PromptRows, rt: Runtime) -> list[Line]:
-    """The measurements before the first rollout, of a run that goes on.
-
-    Raises:
-        ValueError: the file is absent, or holds other rows.
-    """
-
-    def read() -> list[Line]:
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if [line["row"] for line in lines] == rows.where:
-                return [line["before"] for line in lines]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        raise ValueError(
-            f"{path}: expected the measurements of {len(rows.where)} rows from before the first rollout, got none; "
-            "restore the file, or start again with --overwrite"
-        )
-
-    return from_main(rt, read)

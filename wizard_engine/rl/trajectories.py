@@ -18,6 +18,7 @@ from wizard_engine.model import Routes, ScoringModel, Transformer
 from wizard_engine.parallel import lockstep
 from wizard_engine.parallel.context import ParallelContext
 from wizard_engine.parallel.reductions import gather_along
+from wizard_engine.runtime.metrics import progress
 
 from .answer_batches import AnswerBatch, answer_batch, answer_runs
 from .rewards import score_answer_tokens
@@ -83,6 +84,7 @@ def roll_out(
     seed: int,
     first: int = 0,
     stride: int = 1,
+    desc: str = "",
 ) -> Rollout:
     """`samples` answers to each prompt, sampled from the sampler's current weights.
 
@@ -90,6 +92,7 @@ def roll_out(
         first, stride: the prompts have the global indices first, first + stride, ... An answer depends on its index,
             not on its rank. Tensor- and context-parallel ranks of the trainer have the same prompts: each samples a
             subset, and all gather all answers. Tensor-parallel ranks of the sampler sample their prompts together.
+        desc: label of a progress bar; "": none.
     Raises:
         ValueError: an answer failed, such as by NaN logits.
     """
@@ -106,7 +109,8 @@ def roll_out(
     ]
     engine = sampler.engine
     before = engine.steps, engine.generated
-    generation = continued(engine, [prompt for _, prompt in requests], samplings)
+    with progress(desc=desc, unit="answer", total=len(requests), quiet=not desc) as bar:
+        generation = continued(engine, [prompt for _, prompt in requests], samplings, on_finished=bar.update)
     slots = min(engine.max_sequences, len(requests))
     load = engine.steps - before[0], engine.generated - before[1], slots
     begin = sum(len(of_rank) for of_rank in requests_by_rank[: tp.index])

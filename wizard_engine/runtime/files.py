@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -240,16 +240,18 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_hash(path: Path | str) -> str:
+def file_hash(path: Path | str, read: Callable[[int], object] = int) -> str:
     """SHA-256, in hex, of a file, or for a directory of its sorted relative names and their files' hashes.
 
+    Args:
+        read: called with the number of bytes that were read, again and again.
     Raises:
         ValueError: the path does not exist, or is a pipe or a device.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if item.is_file())
-        return content_hash([[item.relative_to(path).as_posix(), file_hash(item)] for item in files])
+        return content_hash([[item.relative_to(path).as_posix(), file_hash(item, read)] for item in files])
     if not path.is_file():
         got = "a pipe or a device" if path.exists() else "nothing there"
         raise ValueError(f"{path}: expected a file or directory, got {got}; check the path")
@@ -257,7 +259,13 @@ def file_hash(path: Path | str) -> str:
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            read(len(chunk))
     return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return sum(item.stat().st_size for item in (path.rglob("*") if path.is_dir() else [path]) if item.is_file())
 
 
 def file_fingerprint(path: Path) -> str:

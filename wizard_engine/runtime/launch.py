@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .cli import cli
+from .metrics import silenced
 from .process import Interrupted, current_heartbeat, stop
 from .text_lines import printable
 
@@ -22,7 +23,8 @@ def launch(main: Callable[[Any], Any], config: type, presets: Mapping[str, Any] 
     cfg = _options(config, presets)
     name = Path(sys.argv[0]).name
     try:
-        main(cfg)
+        with silenced(getattr(cfg, "quiet", False)):
+            main(cfg)
     except (ValueError, OSError) as error:
         _fail(name, error, f"{error}")
         raise SystemExit(1) from error

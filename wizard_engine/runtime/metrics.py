@@ -8,6 +8,8 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +20,63 @@ from .files import naming, write_bytes
 from .text_lines import printable
 
 BAR_METRICS = ("loss", "tokens_per_second", "mfu")
-# Of a bar without a terminal: seconds between its lines.
-LINE_SECONDS = 5.0
-LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+# Of a bar without a terminal, between its lines: seconds at first, then a share of its time, and seconds at most.
+LINE_SECONDS, LINE_SHARE, MOST_LINE_SECONDS = 5.0, 0.1, 60.0
+LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+# Before a bar of bytes appears: small files are done by then.
+DELAY_SECONDS = 2.0
+# Between two drawings of a bar for the phases of a step.
+DRAWN_SECONDS = 0.5
+_is_silent: ContextVar[bool] = ContextVar("is_silent", default=False)
+
+
+@contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """Within it no bar and no line is shown where `quiet` is set: also of code that has no such option itself."""
+    token = _is_silent.set(quiet or _is_silent.get())
+    try:
+        yield
+    finally:
+        _is_silent.reset(token)
 
 
 class Progress(tqdm):
-    """A bar on stderr of rank 0; where stderr is no terminal, a line every LINE_SECONDS, also during one long item.
+    """A bar on stderr of rank 0; where stderr is no terminal, a line now and then, also during one long item.
 
     Args:
-        quiet: neither.   options: of tqdm.
+        quiet: neither; so it is within `silenced`.   leave: what it showed last stays, as bar or as line.
+        options: of tqdm.
     """
 
-    def __init__(self, items: Iterable | None = None, *, desc: str, quiet: bool = False, **options: Any) -> None:
+    has_lines = False
+
+    def __init__(
+        self, items: Iterable | None = None, *, desc: str, quiet: bool = False, leave: bool = False, **options: Any
+    ) -> None:
         is_other_rank = dist.is_initialized() and dist.get_rank() != 0
-        is_silent = quiet or is_other_rank
+        is_silent = quiet or _is_silent.get() or is_other_rank
         self._ended = threading.Event()
         # With disable=None tqdm itself asks whether stderr is a terminal.
         super().__init__(
             items,
             desc=printable(desc),
             disable=True if is_silent else None,
-            leave=False,
+            leave=leave,
             dynamic_ncols=True,
             **options,
         )
         self.has_lines = self.disable and not is_silent
         if self.has_lines:
-            shown = {"prefix": printable(desc), "bar_format": LINE_FORMAT}
+            self.postfix = None
+            shown = {"prefix": printable(desc), "bar_format": LINE_FORMAT, "initial": self.n}
             self._shown = shown | {name: x for name, x in options.items() if name.startswith("unit")}
             self._start = time.monotonic()
             threading.Thread(target=_lines, args=(weakref.ref(self), self._ended), daemon=True).start()
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a bar or lines."""
+        return self.has_lines or not self.disable
 
     def __iter__(self) -> Iterator:
         """The items, which are counted."""
@@ -71,21 +99,30 @@ class Progress(tqdm):
 
     def close(self) -> None:
         """End the bar or its lines."""
+        if self.has_lines and self.leave and not self._ended.is_set():
+            tqdm.write(self.line(), file=sys.stderr)
         self._ended.set()
         super().close()
 
+    @property
+    def seconds(self) -> float:
+        """Since a bar with lines was made."""
+        return time.monotonic() - self._start
+
     def line(self) -> str:
-        """What a line says: `audit: 4/11 pass [00:20]`."""
-        return tqdm.format_meter(self.n, self.total, time.monotonic() - self._start, **self._shown)
+        """What a line says: `sft: 40/110 step [00:20<00:35, loss=1.25]`."""
+        return tqdm.format_meter(self.n, self.total, self.seconds, postfix=self.postfix, **self._shown)
 
 
 def _lines(bar: "weakref.ref[Progress]", ended: threading.Event) -> None:
-    """Print a bar's line now and then, until it is closed or forgotten."""
-    while not ended.wait(LINE_SECONDS):
+    """Print a bar's line now and then, the less often the longer it lasts, until it is closed or forgotten."""
+    pause = LINE_SECONDS
+    while not ended.wait(pause):
         current = bar()
         if current is None:
             return
         tqdm.write(current.line(), file=sys.stderr)
+        pause = min(max(LINE_SECONDS, LINE_SHARE * current.seconds), MOST_LINE_SECONDS)
         del current
 
 
@@ -96,6 +133,11 @@ def progress(
     return Progress(items, desc=desc, unit=unit, total=total, quiet=quiet)
 
 
+def byte_bar(description: str, total: int) -> Progress:
+    """A bar of bytes, or lines; a context manager, moved by `update(bytes)`."""
+    return Progress(desc=description, total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=DELAY_SECONDS)
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The objects of a metrics file, in order; a last line that a kill has cut off is skipped."""
     lines = Path(path).read_bytes().split(b"\n")
@@ -103,7 +145,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 class MetricsLogger:
-    """Appends a JSON line per step to a file and moves a tqdm bar.
+    """Appends a JSON line per step to a file and moves a bar, see `Progress`.
 
     On resume, lines of steps after `resume_step` (they will be run again) and a line cut by a kill are dropped. Under
     torchrun only rank 0 writes.
@@ -129,7 +171,7 @@ class MetricsLogger:
         resume_step: int = 0,
         shown: Sequence[str] = BAR_METRICS,
     ) -> None:
-        self._shown, self._postfix = tuple(shown), dict[str, str]()
+        self._shown, self._postfix, self._drawn = tuple(shown), dict[str, str](), 0.0
         self._file = self._bar = None
         if dist.is_initialized() and dist.get_rank() != 0:
             return
@@ -137,7 +179,7 @@ class MetricsLogger:
         write_bytes(self.path, _lines_until(self.path, resume_step))
         # Unbuffered: a line that a full disk refuses is not tried again by close().
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._bar = tqdm(total=total_steps, initial=resume_step, desc=desc, disable=quiet, dynamic_ncols=True)
+        self._bar = Progress(total=total_steps, initial=resume_step, desc=desc, unit="step", quiet=quiet, leave=True)
 
     def log(self, *, step: int, **values: float | list[float]) -> None:
         """Write one step: numbers in full precision, not-a-number and infinity as null.
@@ -163,6 +205,14 @@ class MetricsLogger:
         now = {name: f"{values[name]:.4g}" for name in self._shown if name in values}
         self._postfix = {name: text for name in self._shown if (text := (self._postfix | now).get(name))}
         self._bar.set_postfix(self._postfix, refresh=False)
+
+    def show_phase(self, name: str) -> None:
+        """Say behind the values on the bar what a step is at, until the next values; drawn twice a second at most."""
+        if self._bar is None:
+            return
+        is_due = time.monotonic() - self._drawn > DRAWN_SECONDS
+        self._drawn = time.monotonic() if is_due else self._drawn
+        self._bar.set_postfix(self._postfix | {"now": name}, refresh=is_due)
 
     @staticmethod
     def warn(text: str) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .files import file_fingerprint, file_hash, read_sealed, remove, to_plain, write_sealed
+from .files import file_fingerprint, file_hash, read_sealed, remove, size_of, to_plain, write_sealed
+from .metrics import byte_bar
 from .object_collectives import check_same, from_main
 from .process import Runtime
 from .run_lock import RunLock
@@ -139,7 +140,8 @@ class Stage:
         for key, path in inputs.items():
             if not path.exists():
                 raise ValueError(f"{self.name}: input {key}: expected a file or directory, got none at {path}")
-        return {key: file_hash(path) for key, path in inputs.items()}
+        with byte_bar(f"read inputs of {self.name}", sum(map(size_of, inputs.values()))) as bar:
+            return {key: file_hash(path, bar.update) for key, path in inputs.items()}
 
     def is_current(self) -> bool:
         """Whether this identity has finished with what is to be measured, and every output is unchanged since.

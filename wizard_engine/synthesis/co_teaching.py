@@ -130,6 +130,7 @@ async def _taught(
         desc="battles",
         total=len(rows),
         width=coach.width,
+        calls=coach.calls_of_chat,
         agents=coach.agents,
     )
     battles: Spill[dict[str, Any]] = Spill(folder)
@@ -210,6 +211,13 @@ class _Coach:
         return max(contestants, 2 * comb(contestants, 2) * len(panel(self.judges)))
 
     @property
+    def calls_of_chat(self) -> int:
+        """Calls of one row whose chat has all its turns: answers, verdicts in both orders, further user turns."""
+        contestants = len(self.contestants)
+        each = contestants + 2 * comb(contestants, 2) * len(panel(self.judges))
+        return self.chat_turns * (each + 1) - 1
+
+    @property
     def calls_of_lesson(self) -> int:
         """Calls for one lesson: a suggestion, a rewrite, and verdicts in both orders."""
         return 0 if self.suggester is None else 2 + 2 * len(panel(self.judges))
@@ -267,7 +275,8 @@ class _Coach:
 
         extra = [agent for agent in (self.suggester, self.rewriter) if agent is not None]
         asked = [*self.agents, *extra]
-        await self.calls.scheduler.rows(scenes, lesson, rows.put, desc="lessons", total=total, width=2, agents=asked)
+        stage = {"desc": "lessons", "total": total, "width": 2, "calls": self.calls_of_lesson or 1, "agents": asked}
+        await self.calls.scheduler.rows(scenes, lesson, rows.put, **stage)
         return rows, len(suggested)
 
     async def _target(self, scene: Scene) -> _Target:

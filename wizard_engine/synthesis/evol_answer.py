@@ -113,13 +113,15 @@ async def _evolved(
     writer: "_Writer", rows: Sequence[Conversation], pairs: Pairs, folder: Path | None
 ) -> EvolvedAnswers:
     calls, chains = writer.calls, Spill(folder, dump=_to_line)
+    verdicts = 2 * len(panel(writer.judges))
     await calls.scheduler.rows(
         rows,
         writer.chain,
         chains.put,
         desc="answers",
         total=len(rows),
-        width=2 * len(panel(writer.judges)),
+        width=verdicts,
+        calls=writer.rounds * (1 + verdicts),
         agents=[writer.rewriter, *panel(writer.judges)],
     )
     counts = {name: Counter(tried=0, accepted=0) for name in writer.operators}

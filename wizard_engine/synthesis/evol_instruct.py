@@ -211,6 +211,8 @@ class _Run:
             children.put,
             desc=f"round {number}",
             total=len(pool),
+            # A new instruction, whether it is new, and its answer.
+            calls=3 * turns,
             ahead=_AHEAD,
             agents=[self.evolver, self.answerer, self.judge],
         )

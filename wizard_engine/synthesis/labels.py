@@ -71,7 +71,14 @@ async def _labelled(
     labelled: Spill[list] = Spill(folder)
     agents = [desk.student, desk.labeller]
     await desk.calls.scheduler.rows(
-        rows, desk.labelled, labelled.put, desc="labels", total=len(rows), width=desk.samples, agents=agents
+        rows,
+        desk.labelled,
+        labelled.put,
+        desc="labels",
+        total=len(rows),
+        width=desk.samples,
+        calls=2 * desk.samples,
+        agents=agents,
     )
     processes, labels = row_spill(folder), Counter()
     for place, row in enumerate(rows):

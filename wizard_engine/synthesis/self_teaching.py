@@ -151,8 +151,17 @@ async def _taught(
     known = {_signature(row.instruction) for row in rows} if lesson.evolver is not None else set()
     evolved = lesson.evolved(known)
     agents = [agent for agent in (lesson.student, lesson.judge, lesson.evolver) if agent is not None]
+    # Samples with their ratings, and two verdicts; the same of the evolved prompt.
+    each = 2 * lesson.samples + 2
     await calls.scheduler.rows(
-        enumerate(rows), evolved, spill.put, desc="samples", total=len(rows), width=2 * lesson.samples, agents=agents
+        enumerate(rows),
+        evolved,
+        spill.put,
+        desc="samples",
+        total=len(rows),
+        width=2 * lesson.samples,
+        calls=each if lesson.evolver is None else 2 * each + 1,
+        agents=agents,
     )
     chosen, summary = _select(_cases(spill), keep, dropped)
     scores: Spill[dict[str, Any]] = Spill(folder)

@@ -58,6 +58,9 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         ValueError: prompts of a step that the ranks do not divide.
     """
 
+    # A finished run that is to measure other rows trains no rollout again.
+    saves_last = True
+
     def __init__(
         self,
         cfg: OnlineOptions,
@@ -143,7 +146,8 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of the block as those of a phase of this step."""
+        """Count the seconds of the block as those of a phase of this step, and name it on the bar."""
+        self.logger.show_phase(name.replace("_", " "))
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,7 @@ from wizard_engine.generation import divided_logprobs
 from wizard_engine.model import Transformer
 from wizard_engine.parallel import Mesh, sharded
 from wizard_engine.runtime.files import content_hash, write_bytes
+from wizard_engine.runtime.metrics import byte_bar
 from wizard_engine.runtime.object_collectives import gather_objects
 
 # Of the files; 1 had no checksum, and its values are computed again.
@@ -36,15 +38,11 @@ class ReferenceCache:
         digest = hashlib.sha256()
         engine = sharded(model)
         if engine is not None and engine.is_sharded:
-            shards = hashlib.sha256()
-            for name, start, values in engine.weight_shards(exact=False):
-                shards.update(f"{name} {start} {values.dtype}".encode())
-                shards.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            digest.update(repr(gather_objects(shards.hexdigest())).encode())
+            shards = [(f"{n} {start} {x.dtype}", x) for n, start, x in engine.weight_shards(exact=False)]
+            digest.update(repr(gather_objects(_digest(shards).hexdigest())).encode())
         else:
-            for name, parameter in model.named_parameters():
-                digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            parameters = model.named_parameters()
+            digest = _digest([(f"{n} {tuple(x.shape)} {x.dtype}", x) for n, x in parameters])
         for sample in (side for pair in pairs for side in (pair.chosen, pair.rejected)):
             digest.update(sample.tokens.tobytes())
             digest.update(sample.weights.tobytes())
@@ -74,6 +72,17 @@ class ReferenceCache:
         desc = "" if self.quiet else "reference log-probabilities"
         values = divided_logprobs(model, samples, mesh, mean=self.normalise, desc=desc)
         return torch.tensor(values, dtype=torch.float32).view(2, -1).T.contiguous()
+
+
+def _digest(named: Sequence[tuple[str, Tensor]]) -> Any:
+    """SHA-256 of tensors with their names."""
+    digest = hashlib.sha256()
+    with byte_bar("key of the reference", sum(values.nbytes for _, values in named)) as bar:
+        for name, values in named:
+            digest.update(name.encode())
+            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            bar.update(values.nbytes)
+    return digest
 
 
 def _checksum(logprobs: Tensor) -> str:
