@@ -273,7 +273,7 @@ def held_out_of(cfg: Config, mesh: Mesh, setup: Setup) -> HeldOut:
         sampler=setup.sampler,
         tokenizer=setup.tokenizer,
         score=setup.score,
-        factors=cfg.reward.factors,
+        reward=cfg.reward,
         has_process=setup.process is not None,
         options=cfg.rollout,
         data=mesh.data,

@@ -7,7 +7,7 @@ import pytest
 from wizard_engine.parallel.mesh import Axis
 from wizard_engine.rl import held_out
 from wizard_engine.rl.held_out import HeldOut, PromptRows
-from wizard_engine.rl.options import RolloutOptions
+from wizard_engine.rl.options import RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import AnswerReward
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.runtime.stage import Stage
@@ -34,8 +34,11 @@ def test_comparison_pairs_the_rows():
 def test_line_has_what_its_models_and_reference_give(scores, has_process):
     """An answer without a step has a process factor of 0 where there is a process model."""
     reward = AnswerReward(((0, 1),) if scores else (), scores, None, True, is_right=True)
-    line = held_out.line_of(reward, ("checked",), answer="7", length=2, has_process=has_process)
+    line = held_out.line_of(reward, RewardOptions(factors=("checked",)), answer="7", length=2, has_process=has_process)
     assert line.get("process_factor") == (min(scores, default=0.0) if has_process else None)
+    assert line["reward"] == (1.0 if scores else 0.0)
+    cut = AnswerReward(((0, 1),), (0.5,), None, False, is_right=True)
+    assert held_out.line_of(cut, RewardOptions(no_eos_penalty=0.3), answer="7", length=2)["reward"] == -0.3
     assert "instruction_factor" not in line and line["checked"] == 1.0 and line["finished"] == 1.0
 
 
@@ -55,7 +58,7 @@ def measurer(out, rows=None, every=0, measures_last=True):
         sampler=None,
         tokenizer=None,
         score=None,
-        factors=("checked",),
+        reward=RewardOptions(factors=("checked",)),
         has_process=False,
         options=RolloutOptions(steps=5),
         data=Axis(),

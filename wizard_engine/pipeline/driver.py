@@ -13,7 +13,7 @@ from wizard_engine.evaluation.summary import Timing
 from wizard_engine.runtime.files import read_object
 from wizard_engine.runtime.metrics import silenced
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.process import Runtime, return_free_memory
 from wizard_engine.runtime.run_lock import RunLock
 from wizard_engine.runtime.stage import Stage
 from wizard_engine.runtime.text_lines import printable
@@ -116,6 +116,7 @@ class Driver:
                 from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
             else:
                 self.main_of[node.recipe](config)
+        return_free_memory()
         self.known[node.where] = Status("done")
 
     def _ready(self, node: Node, *, redo_stale: bool) -> Any:

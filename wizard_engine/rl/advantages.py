@@ -39,7 +39,7 @@ def token_rewards(
     estimates = kl_estimates(rollout.behaviour, reference)
     tokens = -kl * estimates["k1"]
     last = torch.tensor(rollout.lengths).cumsum(0) - 1
-    final_rewards = [r.total(factors) - (0.0 if r.finished else no_eos_penalty) for r in rewards]
+    final_rewards = [r.final(factors, no_eos_penalty) for r in rewards]
     tokens[last] += _relative(torch.tensor(final_rewards, dtype=tokens.dtype), group)
     return tokens, estimates
 

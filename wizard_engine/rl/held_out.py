@@ -18,7 +18,7 @@ from wizard_engine.runtime.object_collectives import from_main, gather_objects
 from wizard_engine.runtime.process import Runtime
 from wizard_engine.runtime.stage import Stage
 
-from .options import RolloutOptions
+from .options import RewardOptions, RolloutOptions
 from .rewards import AnswerReward, Reference
 from .sampler import Sampler
 from .trajectories import Rollout, roll_out
@@ -50,7 +50,7 @@ class HeldOut:
 
     Args:
         rows: to measure on.   out: run directory.   sampler, tokenizer: of the policy.
-        score: rewards of a rollout, given the references of its prompts.   factors: of the reward.
+        score: rewards of a rollout, given the references of its prompts.   reward: its factors, and the penalty.
         has_process: whether a process model scores.   options: of the rollouts.   seed: of the answers.
         every: rollouts between measurements; 0: none in between.   measures_last: the weights after the last rollout
         are those that are written.   quiet: no progress bar.
@@ -64,7 +64,7 @@ class HeldOut:
         sampler: Sampler,
         tokenizer: Tokenizer,
         score: Callable[[Rollout, Sequence[Reference | None]], list[AnswerReward]],
-        factors: Sequence[str],
+        reward: RewardOptions,
         has_process: bool,
         options: RolloutOptions,
         data: Axis,
@@ -75,7 +75,7 @@ class HeldOut:
     ) -> None:
         self.rows, self.out, self.sampler, self.tokenizer = rows, Path(out), sampler, tokenizer
         self.desc = "" if quiet else "held-out answers"
-        self.score, self.factors, self.has_process = score, factors, has_process
+        self.score, self.reward, self.has_process = score, reward, has_process
         self.options, self.data, self.seed, self.every = options, data, seed, every
         self.measures_last = measures_last
         self.first: list[Line] = []
@@ -101,7 +101,7 @@ class HeldOut:
         self.sampler.release()
         answers = zip(self.score(rollout, references), rollout.texts, rollout.lengths)
         lines = [
-            line_of(reward, self.factors, answer=text, length=length, has_process=self.has_process)
+            line_of(reward, self.reward, answer=text, length=length, has_process=self.has_process)
             for reward, text, length in answers
         ]
         return gathered_lines(lines, self.data, len(self.rows.where))
@@ -154,10 +154,11 @@ class HeldOut:
 
 
 def line_of(
-    reward: AnswerReward, factors: Sequence[str], *, answer: str, length: int, has_process: bool = True
+    reward: AnswerReward, options: RewardOptions, *, answer: str, length: int, has_process: bool = True
 ) -> Line:
     """What is measured of one answer; `has_process`: by a process model too."""
-    line: Line = {"reward": reward.total(factors), "length": length, "finished": float(reward.finished)}
+    final = reward.final(options.factors, options.no_eos_penalty)
+    line: Line = {"reward": final, "length": length, "finished": float(reward.finished)}
     if reward.instruction is not None:
         line["instruction_factor"] = reward.instruction
     if has_process:

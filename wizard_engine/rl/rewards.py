@@ -62,6 +62,10 @@ class AnswerReward:
         product *= self.process if "process" in factors else 1.0
         return product * self.checked if "checked" in factors else product
 
+    def final(self, factors: Sequence[str], no_eos_penalty: float) -> float:
+        """The answer's reward: the product of the factors, or minus the penalty where it did not end by itself."""
+        return self.total(factors) if self.finished else -no_eos_penalty
+
 
 @dataclass(frozen=True)
 class Reference:

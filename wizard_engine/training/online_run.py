@@ -21,7 +21,7 @@ from wizard_engine.rl.rewards import AnswerReward
 from wizard_engine.rl.trajectories import Rollout, idle_fraction, step_seed
 from wizard_engine.runtime.memory import peak_memory_gib
 from wizard_engine.runtime.object_collectives import gather_objects
-from wizard_engine.runtime.process import Runtime
+from wizard_engine.runtime.process import Runtime, return_free_memory
 
 from .base_run import BaseRun
 from .options import OnlineTraining
@@ -152,6 +152,8 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        else:
+            return_free_memory()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     def note_difference(self, difference: Tensor) -> None:
@@ -314,7 +316,7 @@ class OnlineRun(BaseRun[tuple[int, list[int]]]):
 
 def factor_sums(options: RewardOptions, rewards: Sequence[AnswerReward]) -> dict[str, float]:
     """Sums over answers of the reward, and of what its models and references say."""
-    sums: dict[str, float] = {"reward": sum(r.total(options.factors) for r in rewards)}
+    sums: dict[str, float] = {"reward": sum(r.final(options.factors, options.no_eos_penalty) for r in rewards)}
     if options.instruction_model is not None:
         sums["instruction_factor"] = sum(r.instruction or 0.0 for r in rewards)
     if options.process_model is not None:
