@@ -15,6 +15,7 @@ from wizard_engine.data.records import conversation
 from wizard_engine.model import Transformer, load_model, save_model
 from wizard_engine.parallel.mesh import Axis, Mesh
 from wizard_engine.rl.options import CriticOptions, PTXOptions, RewardOptions, RolloutOptions
+from wizard_engine.rl.rewards import Reference
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.training.online_run import OnlineRun
 from wizard_engine.training.options import OnlineTraining
@@ -77,6 +78,13 @@ def test_checked_answers_alone_need_no_reward_model(world, plain, tmp_path, monk
 def test_factor_without_its_model_is_refused(name):
     with pytest.raises(ValueError, match=rf"reward\.{name}_model: expected a directory .* give --reward\.{name}-model"):
         RewardOptions(factors=(name, "checked"))
+
+
+# Catches: right answers reported of rows of which some happen to end in a number.
+def test_answers_are_compared_where_nearly_all_rows_have_a_reference():
+    number = Reference.of("The answer is 7.")
+    assert rleif.comparable([number] * 9 + [None]) == [number] * 9 + [None]
+    assert rleif.comparable([number] * 8 + [None] * 2) == [None] * 10
 
 
 def test_rows_without_a_reference_are_refused_or_counted(world, tmp_path):

@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from wizard_engine.agents.missing import Missing
 from wizard_engine.data.final_answers import Claim, is_right, read_claim
 from wizard_engine.data.latex_answers import is_latex, library
+
+# Share of references that claim something from which on answers are compared with them unasked: of rows of any kind,
+# four in ten end in some number.
+MOSTLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,16 @@ def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Acc
     correct = sum(marks)
     unanswered = sum(pair[0] is None and not mark for pair, mark in zip(came, marks))
     return _accuracy(correct, len(came), unanswered, len(answers) - len(came))
+
+
+def are_checkable(references: Sequence[str]) -> bool:
+    """Whether nine in ten references or more claim what answers can be compared with."""
+    claimed = 0
+    for reference in references:
+        with suppress(ValueError):
+            check_reference(reference)
+            claimed += 1
+    return claimed >= MOSTLY * len(references) > 0
 
 
 def check_reference(reference: str, name: str = "reference") -> None:
