@@ -1,6 +1,7 @@
 """Runs the stages of a graph in their order: in the processes of the driver, or each by a torchrun of its own."""
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wizard_engine.evaluation.summary import Timing
+from wizard_engine.runtime.cli import option_names
 from wizard_engine.runtime.files import read_object
 from wizard_engine.runtime.object_collectives import from_main
 from wizard_engine.runtime.process import Runtime
@@ -104,12 +106,15 @@ class Driver:
         if self.runtime.is_main and not self.run.quiet:
             print(f"== {node.where}", flush=True)
         with self.timing.of(node.where, node.out), served(self.run, config, self.runtime):
-            if self.run.launch.separate_processes:
-                self._start(node, config)
-            elif node.is_main_only:
-                from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
-            else:
-                self.main_of[node.recipe](config)
+            try:
+                if self.run.launch.separate_processes:
+                    self._start(node, config)
+                elif node.is_main_only:
+                    from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
+                else:
+                    self.main_of[node.recipe](config)
+            except ValueError as error:
+                raise ValueError(self._of_stage(node, str(error))) from error
 
     def _ready(self, node: Node, *, redo_stale: bool) -> Any:
         """The configuration of a stage that can run, None where it is left out; on rank 0."""
@@ -132,6 +137,17 @@ class Driver:
         if state.kind == "other":
             _move_aside(node.out, self.run.out)
         return config
+
+    def _of_stage(self, node: Node, error: str) -> str:
+        """A stage's error with the stage's name, and where the options that it names stand in the run file."""
+        if error.startswith(f"{node.where}:"):
+            return error
+        known = option_names(type(node.config))
+        named = [option for option in dict.fromkeys(re.findall(r"--[a-z][\w.-]*\w", error)) if option in known]
+        tables = [f"{option[2:]} of [{node.table}]" for option in named if node.table]
+        file = self.run.path or "the run file"
+        rank, text = re.fullmatch(r"(\[rank \d+/\d+\] )?(.*)", error, re.DOTALL).groups(default="")
+        return f"{rank}{node.where}: {text}" + (f". In {file}: {', '.join(tables)}" if tables else "")
 
     def _leave_out(self, node: Node, why: str) -> None:
         self.left_out[node.where] = why
