@@ -43,7 +43,7 @@ from wizard_engine.pipeline.commands import shown_commands, slurm_script
 from wizard_engine.pipeline.driver import Driver
 from wizard_engine.pipeline.forecast import Forecaster, shown_forecast
 from wizard_engine.pipeline.graph import Node, shown_graph
-from wizard_engine.pipeline.overview import measures_of, overview
+from wizard_engine.pipeline.overview import measures_of, overview, rejected_rows
 from wizard_engine.pipeline.plan import TARGETS, Plan
 from wizard_engine.pipeline.preflight import (
     GIB,
@@ -197,7 +197,11 @@ def about(run: RunFile, plan: Plan, driver: Driver) -> Details:
     base = run.base.model.name if run.base.model else "a base model"
     rows = ", ".join(path.name for path in run.rows.data)
     stages = [
-        {"stage": where, "state": status.state, "why": driver.left_out.get(where, status.why)}
+        {
+            "stage": where,
+            "state": status.state,
+            "why": driver.left_out.get(where, status.why) or rejected_rows(run.out / where),
+        }
         for where, status in driver.statuses().items()
     ]
     for stage in stages:

@@ -64,16 +64,6 @@ def accuracy(answers: Sequence[str | Missing], references: Sequence[str]) -> Acc
     return _accuracy(correct, len(came), unanswered, len(answers) - len(came))
 
 
-def are_checkable(references: Sequence[str]) -> bool:
-    """Whether nine in ten references or more claim what answers can be compared with."""
-    claimed = 0
-    for reference in references:
-        with suppress(ValueError):
-            check_reference(reference)
-            claimed += 1
-    return claimed >= MOSTLY * len(references) > 0
-
-
 def check_reference(reference: str, name: str = "reference") -> None:
     """Raises ValueError unless a reference claims a number, or an expression that can be compared."""
     _claimed(reference, name)
@@ -122,3 +112,13 @@ def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[fl
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def are_checkable(references: Sequence[str]) -> bool:
+    """Whether nine in ten references or more claim what answers can be compared with."""
+    claimed = 0
+    for reference in references:
+        with suppress(ValueError):
+            check_reference(reference)
+            claimed += 1
+    return claimed >= MOSTLY * len(references) > 0

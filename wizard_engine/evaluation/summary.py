@@ -132,14 +132,11 @@ def failures(out: Path) -> dict[str, int]:
 
 
 def _with_rate(out: Path, stage: dict[str, Any], timing: dict[str, float]) -> dict[str, Any]:
-    """A stage of the graph with its seconds, the rows that it rejected, and the tokens per second of its training."""
+    """A stage of the graph with its seconds, and the tokens per second of its training."""
     paths = sorted((out / stage["stage"]).glob("**/metrics.jsonl"))
     rates = [line["tokens_per_second"] for path in paths for line in read_metrics(path) if "tokens_per_second" in line]
     rate = sum(rates) / len(rates) if rates else None
-    result = _read(out / stage["stage"] / "stage.json").get("result", {})
-    rejected = result.get("rejected") or result.get("counts", {}).get("rejected")
-    why = stage.get("why") or (f"rejected rows: {rejected:,}" if rejected else "")
-    return {**stage, "why": why, "seconds": timing.get(stage["stage"]), "tokens_per_second": rate}
+    return {**stage, "seconds": timing.get(stage["stage"]), "tokens_per_second": rate}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Driver:
                 else:
                     self.main_of[node.recipe](config)
             except ValueError as error:
-                raise ValueError(self._of_stage(node, str(error))) from error
+                raise ValueError(of_stage(self.run, node, str(error))) from error
 
     def _ready(self, node: Node, *, redo_stale: bool) -> Any:
         """The configuration of a stage that can run, None where it is left out; on rank 0."""
@@ -137,17 +137,6 @@ class Driver:
         if state.kind == "other":
             _move_aside(node.out, self.run.out)
         return config
-
-    def _of_stage(self, node: Node, error: str) -> str:
-        """A stage's error with the stage's name, and where the options that it names stand in the run file."""
-        if error.startswith(f"{node.where}:"):
-            return error
-        known = option_names(type(node.config))
-        named = [option for option in dict.fromkeys(re.findall(r"--[a-z][\w.-]*\w", error)) if option in known]
-        tables = [f"{option[2:]} of [{node.table}]" for option in named if node.table]
-        file = self.run.path or "the run file"
-        rank, text = re.fullmatch(r"(\[rank \d+/\d+\] )?(.*)", error, re.DOTALL).groups(default="")
-        return f"{rank}{node.where}: {text}" + (f". In {file}: {', '.join(tables)}" if tables else "")
 
     def _leave_out(self, node: Node, why: str) -> None:
         self.left_out[node.where] = why
@@ -235,3 +224,14 @@ def why_empty(out: Path) -> str:
         elif isinstance(value, int):
             said.append(f"{value} {key}")
     return f"{out.name} says: {', '.join(said)}" if said else ""
+
+
+def of_stage(run: RunFile, node: Node, error: str) -> str:
+    """A stage's error with the stage's name, and where the options that it names stand in the run file."""
+    if error.startswith(f"{node.where}:"):
+        return error
+    known = option_names(type(node.config))
+    named = [option for option in dict.fromkeys(re.findall(r"--[a-z][\w.-]*\w", error)) if option in known]
+    tables = [f"{option[2:]} of [{node.table}]" for option in named if node.table]
+    rank, text = re.fullmatch(r"(\[rank \d+/\d+\] )?(.*)", error, re.DOTALL).groups(default="")
+    return f"{rank}{node.where}: {text}" + (f". In {run.path or 'the run file'}: {', '.join(tables)}" if tables else "")

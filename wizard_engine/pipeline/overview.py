@@ -10,6 +10,7 @@ from wizard_engine.data.records import Conversation, Preference, Row, read_files
 from wizard_engine.data.samples import answer_pair
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.model import ModelConfig, ModelDirectory
+from wizard_engine.runtime.files import read_object
 from wizard_engine.training.options import sample_limit
 
 from .graph import Node
@@ -100,6 +101,13 @@ def _refused(rows: Sequence[Row], encode: Callable[[Any], object], table: str) -
 
 def _names(files: Sequence[Path]) -> str:
     return ", ".join(map(str, files))
+
+
+def rejected_rows(out: Path) -> str:
+    """How many rows a finished stage rejected, as the report says it; "" for none."""
+    result = (read_object(out / "stage.json") or {}).get("result", {})
+    rejected = result.get("rejected") or result.get("counts", {}).get("rejected")
+    return f"rejected rows: {rejected:,}" if rejected else ""
 
 
 def measures_of(run: RunFile, plan: Plan) -> list[str]:
