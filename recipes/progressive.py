@@ -43,8 +43,17 @@ from wizard_engine.pipeline.commands import shown_commands, slurm_script
 from wizard_engine.pipeline.driver import Driver
 from wizard_engine.pipeline.forecast import Forecaster, shown_forecast
 from wizard_engine.pipeline.graph import Node, shown_graph
+from wizard_engine.pipeline.overview import overview
 from wizard_engine.pipeline.plan import TARGETS, Plan
-from wizard_engine.pipeline.preflight import GIB, check_run, disk_bytes, has_answers, size_of_base
+from wizard_engine.pipeline.preflight import (
+    GIB,
+    check_files,
+    check_ranks,
+    check_run,
+    disk_bytes,
+    has_answers,
+    size_of_base,
+)
 from wizard_engine.pipeline.run_file import RunFile, read_run_file
 from wizard_engine.runtime.files import write_json, write_text
 from wizard_engine.runtime.launch import launch
@@ -103,6 +112,7 @@ class Config(Checked):
 
 def plan_of(run: RunFile) -> Plan:
     """The graph of a run's stages."""
+    check_files(run)
     return Plan(run, RECIPES, size=size_of_base(run), has_answers=has_answers(run)).build()
 
 
@@ -129,10 +139,11 @@ def main(cfg: Config) -> dict:
     rt = runtime.start("auto", threads=run.threads)
     driver = driver_of(run, rt, plan.nodes)
     if cfg.dry_run:
-        from_main(rt, lambda: print(dry_run(run, plan, driver), flush=True))
-    from_main(rt, lambda: check_run(run, plan.nodes))
-    if cfg.dry_run:
+        from_main(rt, lambda: look(run, plan, driver))
         return {}
+    processes = run.launch.nodes * run.launch.processes
+    check_ranks(plan.nodes, processes if run.launch.separate_processes else rt.world_size)
+    from_main(rt, lambda: check_run(run, plan.nodes))
     from_main(rt, lambda: write_targets(run))
     if not run.world and not cfg.only:
         driver.began = partial(report, run, plan, driver, began)
@@ -164,8 +175,17 @@ def report(run: RunFile, plan: Plan, driver: Driver, began: float) -> dict[str, 
     )
 
 
-def dry_run(run: RunFile, plan: Plan, driver: Driver) -> str:
-    """The graph with what is done of it, and what the stages take."""
+def look(run: RunFile, plan: Plan, driver: Driver) -> None:
+    """Print a run's stages, check it, and print what it has and takes."""
+    print(shown_graph(plan.nodes, driver.statuses()), flush=True)
+    check_run(run, plan.nodes)
+    print("\n" + dry_run(run, plan), flush=True)
+    if not run.world:
+        print(f"\nnothing is missing; start it with: python recipes/progressive.py {run.path}", flush=True)
+
+
+def dry_run(run: RunFile, plan: Plan) -> str:
+    """What a run has, and what its stages take."""
     works = {
         "evol_instruct": evol_instruct.evolve,
         "evol_answer": evol_answer.rewrite,
@@ -174,9 +194,9 @@ def dry_run(run: RunFile, plan: Plan, driver: Driver) -> str:
     }
     cleaning = {"sample": sample.sample, "mix": mix.mix}
     forecaster = Forecaster(run, plan.size, works, cleaning, evol_instruct.choose_method)
-    graph, forecast = shown_graph(plan.nodes, driver.statuses()), shown_forecast(forecaster.forecast(plan.nodes))
-    disk = disk_bytes(run, plan.nodes) / GIB
-    return f"{graph}\n\n{forecast}\n\nmodels and checkpoints: about {disk:.1f} GiB of disk"
+    disk = f"models and checkpoints: about {disk_bytes(run, plan.nodes) / GIB:.1f} GiB of disk"
+    parts = [overview(run, plan), shown_forecast(forecaster.forecast(plan.nodes)), disk]
+    return "\n\n".join(filter(None, parts))
 
 
 def write_targets(run: RunFile) -> None:

@@ -29,7 +29,7 @@ from wizard_engine.data.packing import bin_members, pack
 from wizard_engine.data.records import Conversation, Message
 from wizard_engine.data.samples import encode_all, fitting_prompt, read_conversations
 from wizard_engine.data.tokenizer import Tokenizer
-from wizard_engine.evaluation.accuracy import check_reference
+from wizard_engine.evaluation.accuracy import MOSTLY, check_reference
 from wizard_engine.generation.allowed_ids import allowed_ids
 from wizard_engine.loss import policy_loss, sft_loss, value_loss
 from wizard_engine.model import Routes, ScoringModel, Transformer
@@ -213,7 +213,8 @@ def _asked(
     """Prompts of row files, the rows, and how many were rejected.
 
     Args:
-        compares: keep the rows' own answers as references. The factor `checked` refuses rows without a readable one.
+        compares: keep the rows' own answers as references, where nine in ten are readable. The factor `checked` refuses
+            rows without a readable one.
     """
     room, is_checked = policy.config.max_positions - cfg.rollout.max_new_tokens, "checked" in cfg.reward.factors
     rows, unread = read_conversations(paths, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects)
@@ -228,7 +229,14 @@ def _asked(
 
     located = [(where, (where, row)) for where, row in rows]
     asked, refused = encode_all(located, ask, cfg.on_error, rejects, quiet=cfg.quiet)
-    return PromptRows(*map(list, zip(*asked))), rows, unread + refused
+    wheres, prompts, references = map(list, zip(*asked))
+    return PromptRows(wheres, prompts, references if is_checked else comparable(references)), rows, unread + refused
+
+
+def comparable(references: list[Reference | None]) -> list[Reference | None]:
+    """The references; none at all where they are of rows of any kind, of which some happen to end in a number."""
+    readable = sum(reference is not None for reference in references)
+    return references if readable >= MOSTLY * len(references) else [None] * len(references)
 
 
 @dataclass

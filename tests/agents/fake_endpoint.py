@@ -11,11 +11,29 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from wizard_engine.agents import Request, prompts
+from wizard_engine.agents.estimate import DEFAULT_LENGTHS, stand_in_text
+from wizard_engine.data.records import Message
+
+LENGTHS = DEFAULT_LENGTHS | {"answer": 12, "evolve": 8, "rewrite": 8}
+
 
 def answer(text="fine", tokens=10, finish="stop", **message):
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
     usage = {"prompt_tokens": tokens // 2, "completion_tokens": tokens - tokens // 2, "total_tokens": tokens}
     return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+
+def teach(body, _):
+    """A language model's part: a readable reply to whatever prompt it is."""
+    messages = tuple(Message(item["role"], item["content"]) for item in body["messages"])
+    for task in prompts.TASKS:
+        try:
+            prompts.parse(task, messages[-1].content)
+        except ValueError:
+            continue
+        return answer(stand_in_text(Request(task, messages[-1:]), body["model"], LENGTHS))
+    return answer(stand_in_text(Request("answer", messages), body["model"], LENGTHS))
 
 
 class QuickServer(uvicorn.Server):

@@ -274,6 +274,7 @@ def test_options_in_the_text_of_other_pages_are_some_commands(capsys):
     for arguments in (
         ["-m", "wizard_engine", "plan"],
         ["-m", "wizard_engine", "ledger"],
+        ["-m", "wizard_engine", "new-run"],
         ["-m", "benchmarks.train_step"],
     ):
         with contextlib.suppress(SystemExit):

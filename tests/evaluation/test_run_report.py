@@ -273,7 +273,7 @@ def test_time_of_a_stage_holds_that_of_its_interrupted_starts(tmp_path, monkeypa
 def test_driver_knows_what_each_stage_is_at(tmp_path):
     driver = SimpleNamespace(known={"a": Status("done"), "b": Status("left out", "no rows")})
     nodes = [Node(name, "mix", SimpleNamespace(out=tmp_path / name)) for name in "abc"]
-    plan = SimpleNamespace(nodes=nodes, measured=[])
+    plan = SimpleNamespace(nodes=nodes, measured=[], held_out=())
     base = SimpleNamespace(model=None)
     run = SimpleNamespace(
         out=tmp_path, base=base, rows=SimpleNamespace(data=()), slices=1, seed=3, path="r", prices=None

@@ -13,6 +13,7 @@ from forked import run_python
 
 from recipes import mix, progressive, sample
 from wizard_engine.pipeline.commands import shown_commands, slurm_script
+from wizard_engine.pipeline.driver import Driver
 from wizard_engine.pipeline.graph import Node, with_paths
 from wizard_engine.pipeline.plan import Plan
 from wizard_engine.pipeline.preflight import check_run
@@ -142,6 +143,25 @@ def test_what_reads_a_stage_that_was_left_out_reads_the_rest(run, rows):
     models = progressive.arena.Config(models=("a=run/x/model", "b=run/y/answers.jsonl#sampled"), out=Path("z"))
     moved = with_paths(models, {Path("run/x/model"): Path("run/w/model"), Path("run/y/answers.jsonl"): Path("q.jsonl")})
     assert moved.models == ("a=run/w/model", "b=q.jsonl#sampled")
+
+
+# Catches: advice to pass an option that the run's command does not have.
+def test_an_error_of_a_stage_has_its_name_and_says_where_its_options_stand(run, rows):
+    def fail(text):
+        def main(config):
+            raise ValueError(text)
+
+        node = replace(chain(run, rows)[0], table="pairs")
+        Driver(replace(run, path=Path("my/run.toml")), Runtime(), [node], {"mix": main}, progressive.STAGE_OF).run_all()
+
+    with pytest.raises(ValueError) as failed:
+        fail("rows: too few; lower --hold-out, give --shares 1, or --else; lower --hold-out")
+    told = "first: rows: too few; lower --hold-out, give --shares 1, or --else; lower --hold-out"
+    assert str(failed.value) == f"{told}. In my/run.toml: hold-out of [pairs], shares of [pairs]"
+    with pytest.raises(ValueError, match=r"^\[rank 1/2\] first: rows: expected one$"):
+        fail("[rank 1/2] rows: expected one")
+    with pytest.raises(ValueError, match=r"^first: expected its processes$"):
+        fail("first: expected its processes")
 
 
 def test_two_drivers_do_not_share_a_directory(run, rows):

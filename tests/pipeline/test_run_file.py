@@ -1,5 +1,7 @@
 """Run files: what they hold, and what is refused by name."""
 
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,8 @@ from recipes.progressive import RECIPES, plan_of
 from wizard_engine import world
 from wizard_engine.pipeline.new_run import Options, write_run_file
 from wizard_engine.pipeline.plan import Plan
-from wizard_engine.pipeline.preflight import check_run
-from wizard_engine.pipeline.run_file import SLICE_STAGES, read_run_file
+from wizard_engine.pipeline.preflight import check_files, check_ranks, check_run, has_answers
+from wizard_engine.pipeline.run_file import SLICE_STAGES, Rows, RunFile, read_run_file
 
 ROOT = Path(__file__).parents[2]
 OWN = """
@@ -91,7 +93,7 @@ def test_pairs_come_from_every_stage_that_makes_some(tmp_path):
 def test_union_and_a_finished_directory_in_place_of_a_stage(tmp_path):
     done = tmp_path / "before"
     done.mkdir()
-    (done / "stage.json").write_text("{}")
+    (done / "stage.json").write_text('{"stage": "evol_instruct"}')
     text = f'progression = "union"\n{OWN}[slice_1.evol_instruct]\nuse = "{done}"\n'
     text = text.replace("[agents]", '[agents]\noptimizer = "none"')
     made = configs(graph(tmp_path, text))
@@ -111,10 +113,16 @@ def test_union_and_a_finished_directory_in_place_of_a_stage(tmp_path):
         (("slices = 2", "slices = 2\n[slice_3.sft]\nbeta = 1"), "slice_3: expected one of 2 slices"),
         (("slices = 2", "slices = = 2"), "mine.toml: expected TOML, got"),
         (('size = "7B"', 'size = "8B"'), r"base.size: expected .*one of demo, 135M, 1B, 7B, 70B, 8x22B, got '8B'"),
-        (("slices = 2", "[sft]\nlr = 3\n"), "mine.toml: sft.lr: expected a known option, got an unknown one"),
+        (
+            ("slices = 2", "[sft]\nlr = 3\n"),
+            "mine.toml: sft.lr: expected a known option, got an unknown one; the nearest is training.lr",
+        ),
         (("slices = 2", "[sft.training]\nlr = 30\n"), "mine.toml: sft.training.lr: expected 0 to 10, got 30"),
         (("slices = 2", '[sft]\nout = "x"\n'), "sft.out: expected no such option"),
-        (("slices = 2", '[sft]\nuse = "nowhere"\n'), "slice_1/sft.use: expected the directory of a finished stage"),
+        (
+            ("slices = 2", '[sft]\nuse = "nowhere"\n'),
+            "slice_1/sft.use: expected the directory of a finished sft, got nowhere w",
+        ),
         (("teacher", "answerer"), r"agents.evolver \(for evol_instruct\); .*agents.judge \(for evol_instruct\)"),
         (("rivals", "# rivals"), r"agents.rivals \(for co_teach\)"),
         (("data =", "# data ="), r"rows.data \(for everything\)"),
@@ -135,6 +143,25 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, message):
     text = OWN.replace(*change)
     with pytest.raises(ValueError, match=message):
         graph(tmp_path, text)
+
+
+def test_a_directory_of_another_stage_does_not_stand_for_one(tmp_path):
+    (tmp_path / "stage.json").write_text('{"stage": "reward_process"}')
+    graph(tmp_path, f'{OWN}[slice_1.process_reward]\nuse = "{tmp_path}"\n')
+    with pytest.raises(
+        ValueError, match=r"slice_1/sft.use: expected the directory of a finished sft, got .* of reward"
+    ):
+        graph(tmp_path, f'{OWN}[slice_1.sft]\nuse = "{tmp_path}"\n')
+
+
+# Catches: a run without any agent that asks for a judge.
+def test_models_play_where_there_is_a_judge(tmp_path):
+    alone = OWN.replace("slices = 2", 'slices = 2\nstages = ["sft"]').split("[agents]")[0]
+    assert "arena" not in configs(graph(tmp_path, alone))
+    assert "arena" in configs(graph(tmp_path, alone + '[agents]\njudge = "openai:m@http://127.0.0.1:9/v1"\n'))
+    assert "arena" not in configs(graph(tmp_path, f"{alone}{OWN[OWN.index('[agents]') :]}[measure]\narena = false\n"))
+    with pytest.raises(ValueError, match=r"agents.judge \(for arena, or arena = false in \[measure\]\)"):
+        graph(tmp_path, alone + "[measure]\narena = true\n")
 
 
 def test_a_run_file_that_is_not_there_is_named_with_what_writes_one(tmp_path):
@@ -160,3 +187,82 @@ def test_the_files_of_the_project_and_a_new_one_are_runs(tmp_path, monkeypatch):
     assert Plan(run, RECIPES, size="7B", has_answers=True).build().nodes
     with pytest.raises(ValueError, match="expected no run file yet, got one"):
         write_run_file(options)
+
+
+URL = "openai:t@http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize(
+    ("named", "stages"),
+    [
+        ({}, ("sft",)),
+        ({"pairs": (Path("p.json"), Path("q.json"))}, ("sft", "stage_dpo")),
+        ({"judge": URL}, ("sft", "self_teach", "stage_dpo")),
+        ({"judge": "reference:judge", "pairs": (Path("p.json"),)}, ("sft", "self_teach", "stage_dpo")),
+        ({"teacher": URL, "judge": URL + "#concurrency=2", "questions": Path("q.jsonl")}, SLICE_STAGES),
+    ],
+)
+def test_a_new_run_has_the_stages_that_have_what_they_need(tmp_path, named, stages):
+    # A folder whose name TOML and a shell have to quote.
+    options = Options(tmp_path / 'ä "b" \U0001f600', rows=(Path("rows.json"),), base=Path("models/base"), **named)
+    run = read_run_file(write_run_file(options))
+    assert run.stages == stages and run.out == options.directory / "run" and run.rows.pairs == named.get("pairs", ())
+    assert run.agents.judge == named.get("judge", "") and run.rows.questions == named.get("questions")
+    assert run.rows.reference_answers == named.get("judge", "").startswith("reference:")
+    made = configs(Plan(run, RECIPES, size="7B", has_answers=False).build())
+    assert ("arena" in made) == bool(run.agents.judge or run.agents.teacher)
+    # Eight processes divide every step.
+    check_ranks(Plan(run, RECIPES, size="7B", has_answers=False).build().nodes, 8)
+    wanted = shlex.split(run.path.read_text().splitlines()[0].split("Check it:")[1])
+    assert wanted == ["python", "recipes/progressive.py", str(run.path), "--dry-run"]
+
+
+def test_a_number_of_processes_that_does_not_divide_the_steps_is_refused(tmp_path):
+    nodes = graph(tmp_path, OWN + "[sft.training]\npacks-per-step = 6\n[mesh]\ntp = 2\n").nodes
+    training = (
+        "stage_dpo.training.packs-per-step: expected a multiple of 2, the ranks that take rows of their own, got 1"
+    )
+    with pytest.raises(ValueError, match=training) as refused:
+        check_ranks(nodes, 4)
+    assert "sft" not in str(refused.value) and str(refused.value).count("stage_dpo") == 1
+    check_ranks(nodes, 2)
+    with pytest.raises(ValueError, match=r"sft: mesh\.tp must divide the ranks: tp=2, ranks = 3"):
+        check_ranks(nodes, 3)
+
+
+ROW = '{"instruction": "Name a bird.", "output": "A jay."}\n'
+PAIR = '{"instruction": "Name a bird.", "chosen": "A jay.", "rejected": "No."}\n'
+
+
+# Catches: a mistake in the files that shows after hours, or one mistake a start.
+def test_files_that_are_not_what_they_are_named_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = OWN.replace("[base]", 'pairs = ["pairs.jsonl"]\n[base]').replace('size = "7B"\n', "")
+    run = read_run_file(written(tmp_path, text))
+    with pytest.raises(ValueError, match=r"rows.data: expected a file, got none at rows.jsonl; .*base.model: expected"):
+        check_files(run)
+    Path("models/base").mkdir(parents=True)
+    for name, content in (("rows", "no row\n" + PAIR), ("held", ROW), ("pairs", ROW)):
+        Path(f"{name}.jsonl").write_text(content)
+    belong = (
+        "expected conversations, got preference rows in rows.jsonl; they belong to rows.pairs; rows.pairs: expected"
+    )
+    with pytest.raises(ValueError, match=belong):
+        check_files(run)
+    Path("rows.jsonl").write_text("no row\n")
+    Path("pairs.jsonl").write_text(PAIR)
+    check_files(run)
+
+
+@pytest.mark.parametrize(("with_number", "expected"), [(10, True), (9, True), (8, False)])
+def test_exact_answers_are_measured_where_nine_in_ten_rows_have_one(tmp_path, with_number, expected):
+    answers = ["It is 4."] * with_number + ["It is blue."] * (10 - with_number)
+    rows = [{"instruction": f"What is {n}?", "output": answer} for n, answer in enumerate(answers)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = RunFile(tmp_path, rows=Rows(data=(tmp_path / "rows.jsonl",), hold_out=4))
+    assert has_answers(run) == expected
+    (tmp_path / "rows.jsonl").write_text("no row\n")
+    with pytest.raises(
+        ValueError, match=r'rows.jsonl:1: .*; or leave such rows out with on-error = "skip" in \[rows\]'
+    ):
+        has_answers(run)

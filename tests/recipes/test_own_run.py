@@ -15,18 +15,14 @@ from forked import ENVIRONMENT
 from many_ranks import save_base
 
 from recipes import progressive
-from wizard_engine.agents import Request, prompts
-from wizard_engine.agents.estimate import DEFAULT_LENGTHS, stand_in_text
 from wizard_engine.agents.ledger import Ledger
-from wizard_engine.data.records import Message
 from wizard_engine.runtime.files import read_object
 
 sys.path.append(str(Path(__file__).parents[1] / "agents"))
-from fake_endpoint import Fake, answer
+from fake_endpoint import Fake, teach
 
 KINDS = ("river", "planet", "metal", "poet", "engine", "island", "language", "dance", "bird", "stone")
 WORDS = ("old", "small", "famous", "rare", "strange", "cold", "bright", "heavy")
-LENGTHS = DEFAULT_LENGTHS | {"answer": 12, "evolve": 8, "rewrite": 8}
 RUN = """
 out = "{folder}/run"
 slices = 2
@@ -78,18 +74,6 @@ training = {{ pack-tokens = 256 }}
 [arena]
 max-new-tokens = 16
 """
-
-
-def teach(body, _):
-    """A language model's part: a readable reply to whatever prompt it is."""
-    messages = tuple(Message(item["role"], item["content"]) for item in body["messages"])
-    for task in prompts.TASKS:
-        try:
-            prompts.parse(task, messages[-1].content)
-        except ValueError:
-            continue
-        return answer(stand_in_text(Request(task, messages[-1:]), body["model"], LENGTHS))
-    return answer(stand_in_text(Request("answer", messages), body["model"], LENGTHS))
 
 
 def prepare(folder):

@@ -16,6 +16,7 @@ from wizard_engine.data.records import conversation
 from wizard_engine.model import Transformer, load_model, save_model
 from wizard_engine.parallel.mesh import Axis, Mesh
 from wizard_engine.rl.options import CriticOptions, PTXOptions, RewardOptions, RolloutOptions
+from wizard_engine.rl.rewards import Reference
 from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.training.online_run import OnlineRun
 from wizard_engine.training.options import OnlineTraining
@@ -53,7 +54,8 @@ def plain(world, tmp_path_factory):
 # Catches: reward models that a run loads or asks for where their factors are not used; factors of nothing in the log.
 def test_checked_answers_alone_need_no_reward_model(world, plain, tmp_path, monkeypatch):
     lines = read_metrics(plain / "metrics.jsonl")
-    assert [line["checked"] for line in lines] == [line["reward"] for line in lines]
+    # An answer that is cut off costs half a point.
+    assert [line["reward"] for line in lines] == [line["checked"] - (1 - line["finished"]) / 2 for line in lines]
     assert not {"instruction_factor", "process_factor", "mean_step_score"} & lines[0].keys()
     assert lines[0]["explained_variance"] is not None
     seen, right = [], rleif.Setup.score
@@ -78,6 +80,13 @@ def test_checked_answers_alone_need_no_reward_model(world, plain, tmp_path, monk
 def test_factor_without_its_model_is_refused(name):
     with pytest.raises(ValueError, match=rf"reward\.{name}_model: expected a directory .* give --reward\.{name}-model"):
         RewardOptions(factors=(name, "checked"))
+
+
+# Catches: right answers reported of rows of which some happen to end in a number.
+def test_answers_are_compared_where_nearly_all_rows_have_a_reference():
+    number = Reference.of("The answer is 7.")
+    assert rleif.comparable([number] * 9 + [None]) == [number] * 9 + [None]
+    assert rleif.comparable([number] * 8 + [None] * 2) == [None] * 10
 
 
 def test_rows_without_a_reference_are_refused_or_counted(world, tmp_path):
@@ -144,7 +153,8 @@ def test_a_finished_run_is_measured_without_another_rollout(world, plain, tmp_pa
     monkeypatch.setattr(rleif, "train_step", lambda *_: pytest.fail("a rollout was made"))
     result = rleif.main(checked(world, tmp_path / "later", **others))
     assert result["held_out"] == wanted and result["steps"] == 2
-    assert wanted["before"]["length"] != wanted["after"]["length"] or wanted["difference"]["reward"] != [0, 0]
+    answers = [json.loads(line) for line in (tmp_path / "later" / "held_out.jsonl").read_text().splitlines()]
+    assert any(line["before"]["answer"] != line["after"]["answer"] for line in answers)
     assert same(weights(plain), weights(tmp_path / "later"))
     assert (tmp_path / "later" / "metrics.jsonl").read_bytes() == before
     capsys.readouterr()

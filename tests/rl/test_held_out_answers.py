@@ -38,7 +38,8 @@ def test_line_has_what_its_models_and_reference_give(scores, has_process):
     assert line.get("process_factor") == (min(scores, default=0.0) if has_process else None)
     assert line["reward"] == (1.0 if scores else 0.0)
     cut = AnswerReward(((0, 1),), (0.5,), None, False, is_right=True)
-    assert held_out.line_of(cut, RewardOptions(no_eos_penalty=0.3), answer="7", length=2)["reward"] == -0.3
+    options = RewardOptions(factors=("checked",), no_eos_penalty=0.3)
+    assert held_out.line_of(cut, options, answer="7", length=2)["reward"] == -0.3
     assert "instruction_factor" not in line and line["checked"] == 1.0 and line["finished"] == 1.0
 
 

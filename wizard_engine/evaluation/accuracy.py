@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from wizard_engine.agents.missing import Missing
 from wizard_engine.data.final_answers import Claim, is_right, read_claim
 from wizard_engine.data.latex_answers import is_latex, library
+
+# Share of references that claim something from which on answers are compared with them unasked: of rows of any kind,
+# four in ten end in some number.
+MOSTLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -113,3 +118,13 @@ def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[fl
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def are_checkable(references: Sequence[str]) -> bool:
+    """Whether nine in ten references or more claim what answers can be compared with."""
+    claimed = 0
+    for reference in references:
+        with suppress(ValueError):
+            check_reference(reference)
+            claimed += 1
+    return claimed >= MOSTLY * len(references) > 0

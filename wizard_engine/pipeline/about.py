@@ -13,6 +13,7 @@ from wizard_engine.evaluation.run_facts import model_facts
 
 from .driver import Driver
 from .graph import Node, Status, parents
+from .overview import measures_of, rejected_rows
 from .plan import Plan
 from .run_file import RunFile
 
@@ -30,8 +31,9 @@ def about(run: RunFile, plan: Plan, driver: Driver) -> Details:
     open_stages = sum(states.get(node.where) not in ("done", "left out") for node in plan.nodes)
     state = f" Not finished: {open_stages} stages are not done." if open_stages else ""
     text = f"{base} on {rows}, {run.slices} slices, {len(plan.nodes)} stages{more}, seed {run.seed}.{state}"
+    text += f" Measured: {'; '.join(measures_of(run, plan))}."
     facts: Details = {
-        "run": {"name": run.out.name, "text": text, "figures": []},
+        "run": {"name": "/".join(run.out.parts[-2:]), "text": text, "figures": []},
         "graph": [_stage(node, plan.nodes, driver.known.get(node.where, Status("to run"))) for node in plan.nodes],
         "agents": list(agents_of(run, plan.nodes)),
         "starts": starts(plan),
@@ -48,7 +50,7 @@ def about(run: RunFile, plan: Plan, driver: Driver) -> Details:
 
 def _stage(node: Node, nodes: Sequence[Node], status: Status) -> dict[str, Any]:
     """A stage for the drawn graph."""
-    why = "" if status.state == "to run" else status.why
+    why = "" if status.state == "to run" else status.why or rejected_rows(node.out)
     state = "to run" if status.state == "depends" else status.state
     return {"stage": node.where, "state": state, "why": why, "reads": parents(node, nodes)}
 

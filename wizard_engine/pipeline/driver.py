@@ -1,6 +1,7 @@
 """Runs the stages of a graph in their order: in the processes of the driver, or each by a torchrun of its own."""
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wizard_engine.evaluation.summary import Timing
+from wizard_engine.runtime.cli import option_names
 from wizard_engine.runtime.files import read_object
 from wizard_engine.runtime.metrics import silenced
 from wizard_engine.runtime.object_collectives import from_main
@@ -110,12 +112,15 @@ class Driver:
             print(f"== {node.where}", flush=True)
         timed = self.timing.of(node.where, node.out)
         with timed, silenced(self.run.quiet), served(self.run, config, self.runtime):
-            if self.run.launch.separate_processes:
-                self._start(node, config)
-            elif node.is_main_only:
-                from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
-            else:
-                self.main_of[node.recipe](config)
+            try:
+                if self.run.launch.separate_processes:
+                    self._start(node, config)
+                elif node.is_main_only:
+                    from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
+                else:
+                    self.main_of[node.recipe](config)
+            except ValueError as error:
+                raise ValueError(of_stage(self.run, node, str(error))) from error
         return_free_memory()
         self.known[node.where] = Status("done")
 
@@ -231,3 +236,14 @@ def why_empty(out: Path) -> str:
         elif isinstance(value, int):
             said.append(f"{value} {key}")
     return f"{out.name} says: {', '.join(said)}" if said else ""
+
+
+def of_stage(run: RunFile, node: Node, error: str) -> str:
+    """A stage's error with the stage's name, and where the options that it names stand in the run file."""
+    if error.startswith(f"{node.where}:"):
+        return error
+    known = option_names(type(node.config))
+    named = [option for option in dict.fromkeys(re.findall(r"--[a-z][\w.-]*\w", error)) if option in known]
+    tables = [f"{option[2:]} of [{node.table}]" for option in named if node.table]
+    rank, text = re.fullmatch(r"(\[rank \d+/\d+\] )?(.*)", error, re.DOTALL).groups(default="")
+    return f"{rank}{node.where}: {text}" + (f". In {run.path or 'the run file'}: {', '.join(tables)}" if tables else "")

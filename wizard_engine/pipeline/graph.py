@@ -18,6 +18,7 @@ class Node:
     Attributes:
         where: its directory under the run's, such as slice_1/sft.
         recipe: name of the recipe that runs it.   config: of that recipe.
+        table: of a run file with its options.
         is_main_only: it runs on one rank, whatever the number of ranks.
         learns: row files of which at least one must have a row.
         stands_for: what later stages read of this one -> what they read instead where it is left out; None: nothing,
@@ -27,6 +28,7 @@ class Node:
     where: str
     recipe: str
     config: Any
+    table: str = ""
     is_main_only: bool = False
     learns: tuple[Path, ...] = ()
     stands_for: Mapping[Path, Path | None] = dataclasses.field(default_factory=dict)

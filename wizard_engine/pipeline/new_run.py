@@ -1,6 +1,7 @@
 """The command new-run: writes a commented run file for rows, a base model and teachers of your own."""
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.ranges import Checked, Count
 from wizard_engine.runtime.text_lines import printable
 
+from .run_file import SLICE_STAGES
+
+ENDPOINT = "openai:MODEL@https://api.example.org/v1"
 TEMPLATE = """\
 # A run of the whole system. Check it:  python recipes/progressive.py {path} --dry-run
 # Run it:                               python recipes/progressive.py {path}
@@ -19,34 +23,35 @@ TEMPLATE = """\
 out = {out}
 seed = 0
 slices = {slices}
-# Leave stages out, or name one twice. Default: all nine, in this order.
-stages = [
-  "evol_instruct", "evol_answer", "co_teach",
-  "sft", "self_teach", "stage_dpo", "instruction_reward", "process_reward", "rleif",
-]
+# Stages of a slice, in their order; one may stand twice. {rest}.
+stages = {stages}
 on-empty = "skip"           # a stage without rows is left out, with the reason; "end" ends the run
 
 [rows]
 data = {rows}
-# Held-out rows: a file of them, or a number of rows to keep apart.
+# Held-out rows, which nothing is trained on: files of them (held-out), or a number of rows to keep apart, at most half.
 {held_out}
-# Preference rows of your own for Stage-DPO, and how many of all pairs to keep apart for measuring:
-# pairs = ["pairs.jsonl"]
-# hold-out-pairs = 100
+# Preference rows of your own for Stage-DPO; every slice learns from all of them.
+{pairs}
+# Pairs that each slice keeps apart to measure Stage-DPO on, at most half of them.
+hold-out-pairs = 50
 {questions}
+{references}  # the rows' own answers are right: judges and labellers go by them
 on-error = "skip"           # rows that cannot be read or are too long are counted; "raise" stops at the first
 
 [base]
 model = {base}
-# Learning rates and sizes follow the number of its parameters: 135M, 1B, 7B, 70B or 8x22B.
+# Learning rates follow the number of its parameters: 135M, 1B, 7B, 70B or 8x22B. A much smaller one ("demo") has the
+# defaults of the recipes.
 # size = "7B"
 
-# Who does what: openai:MODEL@URL (its key in OPENAI_API_KEY), a model directory, reference:judge and
-# reference:labeller (rows with answers that can be checked; nobody pays), or served:NAME (see below).
+# Who does what: openai:MODEL@URL (its key in OPENAI_API_KEY), a model directory, served:NAME (see below), or, with
+# reference-answers, the programs reference:judge and reference:labeller. "none" leaves an optional role empty:
+# labeller, optimizer, ranker, suggester, user.
 [agents]
-teacher = {teacher}          # every role that is not named: evolver, answerer, judge, labeller, ranker, ...
-rivals = {rivals}            # co-teaching compares our model with these
-# judge = "openai:another-model@https://api.example.org/v1"
+{teacher}  # every role that is not named
+{judge}  # compares and rates answers
+{rivals}  # co-teaching compares our model with these
 # labeller = "reference:labeller"
 
 # A model of your own that the run serves while its stages ask for served:NAME.
@@ -66,22 +71,59 @@ self-teach = 1.0
 evol-answer = 1.0
 battles = 1.0
 
-# Options of a stage, by the names of its recipe's command line, for all slices ...
+# What is measured of every model on held-out rows.
+[measure]
+# accuracy = true           # exact answers; default: where nine in ten rows have an answer that can be checked
+# arena = true              # games of the last slice's models; default: where there is a judge
+# rows = 200                # at most
+
+# Training. A step takes packs-per-step packs of pack-tokens tokens from all GPUs together, so packs-per-step is a
+# multiple of their number; --dry-run shows the steps. A row, or a pair with both answers, that is longer than a pack is
+# left out and counted.
+[sft.training]
+pack-tokens = 2048
+packs-per-step = 8
+# epochs = 2
+[stage_dpo.training]
+pack-tokens = 4096
+packs-per-step = 8
+[instruction_reward.training]
+pack-tokens = 2048
+packs-per-step = 8
+[process_reward.training]
+pack-tokens = 2048
+packs-per-step = 8
+
+# The longest answers, in tokens. One that reaches the limit is used as it is ("keep"), or counts as missing ("drop").
+# A stage with more than 5 % missing ends the run, and goes on with the same command.
+[evol_instruct]
+max-tokens = 1024
+# optimise = {{ steps = 4 }}  # improve the evolving method; asks for at least 60 rows in a slice
+[co_teach]
+max-tokens = 512
+on-length = "keep"
+[self_teach]
+max-tokens = 512
+on-length = "keep"
+
+# Further options of a stage, by the names of its recipe's command line, for all slices ...
 # [sample]
 # size = 6000               # rows drawn for all slices together; default: all
-# [evol_instruct]
-# optimise = {{ steps = 4 }}  # improve the evolving method; asks for at least 60 rows in a slice
-# [sft]
-# training = {{ epochs = 2 }}
 # [rleif]
 # rollout = {{ steps = 100 }}
 # reward = {{ factors = ["instruction", "process"] }}
 
-# ... or for one slice, and a finished directory in place of a stage.
+# ... for one slice, and a finished directory in place of a stage.
 # [slice_2.sft]
 # training = {{ lr = 2e-6 }}
 # [slice_1.evol_instruct]
 # use = "runs/before/slice_1/evol_instruct"
+
+# Large models: less memory for more work, and how GPUs share a model (docs/parallelism.md).
+# [sharding]
+# recompute = "full"
+# [mesh]
+# tp = 2
 
 # Stages in processes of their own, as on several nodes; --print-commands and --slurm write them out.
 # [launch]
@@ -93,7 +135,11 @@ battles = 1.0
 
 @dataclass(frozen=True)
 class Options(Checked):
-    """Write a commented run file for the whole system on your own rows."""
+    """Write a commented run file for the whole system on your own rows.
+
+    Without a teacher it has the stages that need none: supervised learning, Stage-DPO where there are pairs, and
+    self-teaching where there is a judge.
+    """
 
     directory: Positional[Path]
     """Folder for run.toml; made if it is absent."""
@@ -101,38 +147,61 @@ class Options(Checked):
     """Row files."""
     held_out: Path | None = None
     """Held-out rows; default: some are kept apart."""
+    pairs: tuple[Path, ...] = ()
+    """Files of preference rows for Stage-DPO."""
     questions: Path | None = None
-    """Two-turn questions in the form of MT-Bench."""
+    """Two-turn questions in the form of MT-Bench; they need a judge."""
     base: Path | None = None
     """Model directory to start from."""
     teacher: str | None = None
     """Agent for every role, such as openai:MODEL@URL."""
+    judge: str | None = None
+    """Agent that judges; default: the teacher."""
     rivals: tuple[str, ...] = ()
     """Agents that co-teaching compares the model with; default: the teacher."""
     slices: Count[int] = 3
     """Slices of the rows."""
 
 
+def stages_of(options: Options) -> tuple[str, ...]:
+    """The stages of a slice that have what they need."""
+    if options.teacher is not None:
+        return SLICE_STAGES
+    taught = ("self_teach",) if options.judge is not None else ()
+    return ("sft", *taught, *(("stage_dpo",) if taught or options.pairs else ()))
+
+
 def run_text(options: Options) -> str:
     """The text of a run file."""
-    folder = options.directory
-    teacher = options.teacher or "openai:MODEL@https://api.example.org/v1"
-    rows = [str(path) for path in options.rows] or ["rows.jsonl"]
-    held_out = "hold-out = 200" if options.held_out is None else f"held-out = [{json.dumps(str(options.held_out))}]"
-    questions = '# questions = "question.jsonl"     # two-turn questions in the form of MT-Bench'
-    if options.questions is not None:
-        questions = f"questions = {json.dumps(str(options.questions))}"
+    path, stages = options.directory / "run.toml", stages_of(options)
+    rest = [name for name in SLICE_STAGES if name not in stages]
+    rivals = options.rivals or ((options.teacher,) if options.teacher else ())
+    held_out = "hold-out = 200" if options.held_out is None else f"held-out = {_toml([str(options.held_out)])}"
     return TEMPLATE.format(
-        path=folder / "run.toml",
-        out=json.dumps(str(folder / "run")),
+        path=shlex.quote(str(path)),
+        out=_toml(str(options.directory / "run")),
         slices=options.slices,
-        rows=json.dumps(rows),
+        stages=_toml(stages),
+        rest=f"Left out: {', '.join(rest)}" if rest else "Leave out what you do not want",
+        rows=_toml([str(file) for file in options.rows] or ["rows.jsonl"]),
         held_out=held_out,
-        questions=questions,
-        base=json.dumps(str(options.base or "models/base")),
-        teacher=json.dumps(teacher),
-        rivals=json.dumps(list(options.rivals) or [teacher]),
+        pairs=_line("pairs", [str(file) for file in options.pairs], ["pairs.jsonl"]),
+        questions=_line("questions", options.questions and str(options.questions), "question.jsonl"),
+        references=_line("reference-answers", "reference:" in (options.judge or ""), True),
+        base=_toml(str(options.base or "models/base")),
+        teacher=_line("teacher", options.teacher, ENDPOINT),
+        judge=_line("judge", options.judge, ENDPOINT),
+        rivals=_line("rivals", rivals, [ENDPOINT]),
     )
+
+
+def _line(name: str, value: object, example: object) -> str:
+    """A line of TOML; an example in a comment where there is no value."""
+    return f"{name} = {_toml(value)}" if value else f"# {name} = {_toml(example)}"
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def write_run_file(options: Options) -> Path:
@@ -156,5 +225,6 @@ def main(options: Options) -> int:
     except (ValueError, OSError) as error:
         print(f"new-run: error: {printable(str(error))}", file=sys.stderr)
         return 1
-    print(f"done: {path}; check it with: python recipes/progressive.py {path} --dry-run")
+    command = f"python recipes/progressive.py {shlex.quote(str(path))} --dry-run"
+    print(f"done: {path}, with {', '.join(stages_of(options))}; check it with: {command}")
     return 0

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from wizard_engine.rl.rewards import FACTORS
+from wizard_engine.runtime.files import read_object
 from wizard_engine.runtime.option_tables import with_table
 from wizard_engine.runtime.ranges import checked_later
 
@@ -125,16 +126,17 @@ class Plan:
             config = with_table(config, options, place)
             used = table.get(USE, used)
         if used is not None:
-            return self._used(Path(str(used)), where)
-        self.nodes.append(Node(where, recipe, config, **of_node))
+            name = f"reward_{config.kind}" if recipe == "reward" else recipe
+            return self._used(Path(str(used)), name, where)
+        self.nodes.append(Node(where, recipe, config, table=stage, **of_node))
         return out
 
-    def _used(self, path: Path, where: str) -> Path:
-        """A finished directory that stands for a stage."""
-        if not (path / "stage.json").is_file():
-            raise ValueError(
-                f"{self.file}: {where}.use: expected the directory of a finished stage, got {path} without stage.json"
-            )
+    def _used(self, path: Path, name: str, where: str) -> Path:
+        """A finished directory that stands for a stage of that name."""
+        made = read_object(path / "stage.json")
+        if made is None or made.get("stage") != name:
+            got = "without stage.json" if made is None else f"of {made.get('stage')}"
+            raise ValueError(f"{self.file}: {where}.use: expected the directory of a finished {name}, got {path} {got}")
         return path
 
     def role(self, name: str, stage: str) -> str:
@@ -442,8 +444,10 @@ class Plan:
 
     def _compare(self, made: Made, base: Path) -> None:
         """Blind comparison of the last slice's models, and questions to the first and the last model."""
+        measure = self.run.measure
         last = [(name, answers, model) for t, name, answers, model in self.measured if t == self.run.slices]
-        if self.run.measure.arena and self.held_out and len(last) > 1:
+        has_games = self.optional_role("judge") is not None if measure.arena is None else measure.arena
+        if has_games and self.held_out and len(last) > 1:
             specs = [
                 f"{name}={model if answers is None else answers / 'answers.jsonl#sampled'}"
                 for name, answers, model in last
@@ -451,13 +455,14 @@ class Plan:
             wiring = {
                 "models": tuple(specs),
                 "prompts": self.held_out[0],
-                "n": self.run.measure.rows,
-                "judge": (self.role("judge", "arena"),),
+                "n": measure.rows,
+                "judge": (self.role("judge", "arena, or arena = false in [measure]"),),
                 "anchor": last[0][0],
             }
             self.add("arena", "arena", "arena", wiring, is_main_only=True)
-        if self.run.measure.mt_bench and self.questions is not None:
+        if measure.mt_bench and self.questions is not None:
             for name, model in {"base": base, last[-1][0]: last[-1][2]}.items():
-                wiring = {"model": str(model), "judge": self.role("judge", "mt_bench"), "questions": self.questions}
+                judge = self.role("judge", "mt_bench, or mt-bench = false in [measure]")
+                wiring = {"model": str(model), "judge": judge, "questions": self.questions}
                 wiring |= {"references": self.run.rows.references} if self.run.rows.references else {}
                 self.add("mt_bench", f"mt_bench_{name}", "mt_bench", wiring, is_main_only=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from wizard_engine.agents.endpoint import PREFIX, EndpointAgent
 from wizard_engine.agents.registry import registered
-from wizard_engine.data.records import Conversation, read_files
+from wizard_engine.data.records import Conversation, Preference, Reject, read_files, scan_rows
 from wizard_engine.data.tokenizer import load_tokenizer
-from wizard_engine.evaluation.accuracy import check_reference
+from wizard_engine.evaluation.accuracy import are_checkable
 from wizard_engine.model import ModelDirectory
 from wizard_engine.model.vocabulary import check_vocabulary
+from wizard_engine.parallel.mesh import resolve
 
 from .graph import Node, paths_of
 from .learning import size_of
@@ -45,26 +46,84 @@ def _parameters(directory: ModelDirectory) -> int:
 
 
 def has_answers(run: RunFile) -> bool:
-    """Whether most of the held-out rows have an answer that can be checked; of the embedded world's all have."""
+    """Whether nine in ten held-out rows have an answer that can be checked; of the embedded world's all have.
+
+    Raises:
+        ValueError: rows that cannot be read.
+    """
     files = run.rows.held_out or (run.rows.data if run.rows.hold_out else ())
     if not files:
         return run.world
-    checked = [_is_checkable(row) for row in _first_rows(run, files)]
-    return sum(checked) * 2 > len(checked)
-
-
-def _first_rows(run: RunFile, files: Sequence[Path]) -> list[Conversation]:
-    rows, _ = read_files(files, on_error=run.rows.on_error, unknown_fields=run.rows.unknown_fields)
-    step = max(1, len(rows) // LOOKED_AT)
-    return [row for row in rows[::step] if isinstance(row, Conversation)]
-
-
-def _is_checkable(row: Conversation) -> bool:
     try:
-        check_reference(row.answer)
-    except ValueError:
-        return False
-    return True
+        rows, _ = read_files(files, on_error=run.rows.on_error, unknown_fields=run.rows.unknown_fields)
+    except ValueError as error:
+        if run.rows.on_error == "skip":
+            raise
+        raise ValueError(f'{error}; or leave such rows out with on-error = "skip" in [rows]') from error
+    step = max(1, len(rows) // LOOKED_AT)
+    return are_checkable([row.answer for row in rows[::step] if isinstance(row, Conversation)])
+
+
+def check_files(run: RunFile) -> None:
+    """Look at the run's own row files and base model, before its graph is made.
+
+    Raises:
+        ValueError: every one that is not there, and files with rows of another kind.
+    """
+    rows = run.rows
+    files = [("rows.data", path, Conversation) for path in rows.data]
+    files += [("rows.held-out", path, Conversation) for path in rows.held_out]
+    files += [("rows.pairs", path, Preference) for path in rows.pairs]
+    files += [("rows.held-out-pairs", path, Preference) for path in rows.held_out_pairs]
+    findings = [found for name, path, kind in files if (found := _unfit(run, name, path, kind))]
+    # Commands are printed, and costs told, where a base model whose size is given is not at hand.
+    is_needed = run.base.size is None and run.base.model is not None and run.out not in run.base.model.parents
+    if is_needed and not run.base.model.is_dir():
+        findings.append(f"base.model: expected a model directory, got {run.base.model}; name one that is there")
+    if findings:
+        raise ValueError("; ".join(findings))
+
+
+def _unfit(run: RunFile, name: str, path: Path, kind: type[Conversation] | type[Preference]) -> str | None:
+    """What is wrong with a file of rows, by the first that can be read."""
+    if run.out in path.parents:
+        return None
+    if not path.is_file():
+        return f"{name}: expected a file, got {'a folder' if path.is_dir() else 'none'} at {path}"
+    rows = scan_rows(path, unknown_fields="count", allow_empty=True)
+    first = next((row for row in rows if not isinstance(row, Reject)), None)
+    if first is None or isinstance(first, kind):
+        return None
+    kinds = {Conversation: ("conversations", "rows.data"), Preference: ("preference rows", "rows.pairs")}
+    got, place = kinds.get(type(first), ("process rows", "recipes/reward.py"))
+    return f"{name}: expected {kinds[kind][0]}, got {got} in {path}; they belong to {place}"
+
+
+def check_ranks(nodes: Sequence[Node], ranks: int) -> None:
+    """Look at whether every stage's steps can be divided over the ranks.
+
+    Raises:
+        ValueError: every table of a run file that has a number to change.
+    """
+    findings = dict.fromkeys(finding for node in nodes for finding in _undivided(node, ranks))
+    if findings:
+        raise ValueError("; ".join(findings))
+
+
+def _undivided(node: Node, ranks: int) -> Iterator[str]:
+    for group, name in (("training", "packs_per_step"), ("rollout", "prompts_per_step")):
+        count = getattr(getattr(node.config, group, None), name, None)
+        if count is None:
+            continue
+        try:
+            shape = resolve(node.config.mesh, ranks)
+        except ValueError as error:
+            yield f"{node.table}: {error}"
+            return
+        data = shape.replicate * shape.dp_shard
+        if count % data:
+            option = f"{node.table}.{group}.{name.replace('_', '-')}"
+            yield f"{option}: expected a multiple of {data}, the ranks that take rows of their own, got {count}"
 
 
 def check_run(run: RunFile, nodes: Sequence[Node]) -> None:
@@ -130,7 +189,8 @@ def _agents(run: RunFile, nodes: Sequence[Node]) -> Iterator[str]:
             if not any(port in spec for port in ports):
                 addresses.setdefault(agent.base_url, spec)
         elif spec not in registered() and "/" not in spec and not Path(spec).is_dir():
-            yield f"{where}: agent: expected a known name, a model directory or an endpoint, got {spec!r}"
+            known = "a known name, a model directory or an endpoint (openai:MODEL@URL)"
+            yield f"{where}: agent: expected {known}, got {spec!r}"
     for url, spec in addresses.items():
         if (error := _unreachable(url)) is not None:
             yield f"agent {spec}: expected an endpoint that answers, got {error}"

@@ -119,9 +119,9 @@ class Measure(Checked):
     """What is measured of the model of every learning stage."""
 
     accuracy: bool | None = None
-    """Exact answers to the held-out rows; default: where most of them have an answer that can be checked."""
-    arena: bool = True
-    """Blind comparison of the last slice's models on the held-out rows, by the judge."""
+    """Exact answers to the held-out rows; default: where nine in ten have an answer that can be checked."""
+    arena: bool | None = None
+    """Blind comparison of the last slice's models on the held-out rows, by the judge; default: where there is one."""
     mt_bench: bool = True
     """Rated questions, where rows.questions has some."""
     in_training: bool = True

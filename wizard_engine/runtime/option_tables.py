@@ -27,7 +27,8 @@ def with_table(config: C, table: Mapping[str, Any], where: str) -> C:
     for key, value in table.items():
         name = names.get(key.replace("_", "-"))
         if name is None:
-            raise ValueError(f"{where}.{key}: expected a known option, got an unknown one{nearest(key, names)}")
+            close = _in_group(config, key) or nearest(key, names)
+            raise ValueError(f"{where}.{key}: expected a known option, got an unknown one{close}")
         present = getattr(config, name)
         if dataclasses.is_dataclass(present):
             if not isinstance(value, Mapping):
@@ -52,6 +53,15 @@ def option_fields(config: type) -> dict[str, str]:
         aliases = [getattr(x, "name", None) for x in getattr(annotated[field.name], "__metadata__", ())]
         names[next(filter(None, aliases), field.name.replace("_", "-"))] = field.name
     return names
+
+
+def _in_group(config: Any, key: str) -> str:
+    """What an error says of an option that stands in a group of these options; "" where none has it."""
+    for option, name in option_fields(type(config)).items():
+        group = getattr(config, name)
+        if dataclasses.is_dataclass(group) and key.replace("_", "-") in option_fields(type(group)):
+            return f"; the nearest is {option}.{key}"
+    return ""
 
 
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -1,0 +1,68 @@
+"""What a dry run says of a run's base model, rows, pairs and measures."""
+
+import json
+
+import pytest
+from many_ranks import save_base
+
+from recipes import progressive
+
+ROWS = [{"instruction": f"Name {n} birds.", "output": "A jay is one. " * (60 if n == 7 else 1)} for n in range(20)]
+PAIRS = [
+    {"instruction": f"Praise {n} birds.", "chosen": "How fine. " * (60 if n < 5 else 1), "rejected": "No."}
+    for n in range(10)
+]
+RUN = """
+out = "{folder}/run"
+slices = 1
+stages = ["sft", "stage_dpo"]
+quiet = true
+[rows]
+data = ["{folder}/rows.json"]
+hold-out = 30
+pairs = ["{folder}/pairs.json"]
+hold-out-pairs = 4
+on-error = "skip"
+[base]
+model = "{folder}/base"
+[sft.training]
+pack-tokens = 256
+[stage_dpo.training]
+pack-tokens = 256
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("overview")
+    (made / "rows.json").write_text(json.dumps(ROWS))
+    (made / "pairs.json").write_text(json.dumps(PAIRS))
+    save_base(made / "base", [row["instruction"] for row in ROWS], layers=1, width=16, heads=2, kv_heads=1)
+    return made
+
+
+def looked(folder, capsys, text=""):
+    """What a dry run prints."""
+    path = folder / "mine.toml"
+    path.write_text(RUN.format(folder=folder) + text)
+    progressive.main(progressive.Config(path, dry_run=True))
+    return capsys.readouterr().out
+
+
+# Catches: rows that a stage leaves out, which only its reject file tells of; measures that are missing without a word.
+def test_a_dry_run_says_what_is_too_long_and_what_is_measured(folder, capsys):
+    out = looked(folder, capsys)
+    names = ("base ", "rows ", "pairs ", "measured ")
+    told = {line.split()[0]: line for line in out.splitlines() if line.startswith(names)}
+    assert "context of 128 tokens; learning rates: the recipes' own" in told["base"]
+    assert f"20 in {folder}/rows.json; 10 of them held out; sft leaves out about 5 in 100 (sample: exp" in told["rows"]
+    assert "10 in " in told["pairs"] and "stage_dpo leaves out about 50 in 100" in told["pairs"]
+    assert "held-out measures of sft, stage_dpo; no exact answers: fewer than nine" in told["measured"]
+    assert told["measured"].endswith("no games") and f"start it with: python recipes/progressive.py {folder}" in out
+
+
+def test_a_dry_run_ends_with_what_is_missing_before_it_says_what_the_stages_take(folder, capsys):
+    with pytest.raises(ValueError, match="expected an endpoint that answers, got"):
+        looked(folder, capsys, '[agents]\njudge = "openai:m@http://127.0.0.1:9/v1"\n')
+    out = capsys.readouterr().out
+    assert "slice_1/sft" in out and "tokens trained" not in out and "nothing is missing" not in out
