@@ -61,6 +61,21 @@ def test_a_dry_run_says_what_is_too_long_and_what_is_measured(folder, capsys):
     assert told["measured"].endswith("no games") and f"start it with: python recipes/progressive.py {folder}" in out
 
 
+# Catches: held-out rows of a sample that the run does not make; a forecast that asks for that stage.
+def test_rows_that_were_drawn_before_come_with_their_held_out_rows(folder, capsys):
+    drawn = folder / "before"
+    drawn.mkdir()
+    (drawn / "stage.json").write_text('{"stage": "sample"}')
+    for name, rows in (("slice_1", ROWS[:8]), ("held_out", ROWS[8:])):
+        (drawn / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = looked(folder, capsys, f'[sample]\nuse = "{drawn}"\n')
+    assert f"20 in {folder}/rows.json; drawn before: {drawn}" in out and "analysis" not in out
+    nodes = {
+        node.where: node.config for node in progressive.plan_of(progressive.read_run_file(folder / "mine.toml")).nodes
+    }
+    assert nodes["slice_1/sft"].held_out == nodes["slice_1/rows"].evaluation == (drawn / "held_out.jsonl",)
+
+
 def test_a_dry_run_ends_with_what_is_missing_before_it_says_what_the_stages_take(folder, capsys):
     with pytest.raises(ValueError, match="expected an endpoint that answers, got"):
         looked(folder, capsys, '[agents]\njudge = "openai:m@http://127.0.0.1:9/v1"\n')

@@ -102,8 +102,8 @@ class Forecaster:
 
     def _first_rows(self, nodes: Sequence[Node]) -> None:
         """Some rows of the run in the place of each slice's."""
-        sampling = next(node.config for node in nodes if node.where == "sample")
-        if not self.run.rows.data:
+        sampling = next((node.config for node in nodes if node.where == "sample"), None)
+        if sampling is None or not self.run.rows.data:
             return
         rows, _ = read_files(self.run.rows.data, on_error="skip", unknown_fields="count")
         wanted = min(sampling.size or len(rows), len(rows) - min(self.run.rows.hold_out, len(rows) // 2))

@@ -59,6 +59,8 @@ def _rows(run: RunFile, plan: Plan, config: ModelConfig) -> str:
     text = f"{len(rows):,} in {_names(run.rows.data)}"
     if run.rows.held_out:
         text += f"; held out: {len(_read(run, run.rows.held_out)):,} in {_names(run.rows.held_out)}"
+    elif _first(plan, "sample") is None:
+        text += f"; drawn before: {plan.drawn}"
     elif run.rows.hold_out:
         text += f"; {min(run.rows.hold_out, len(rows) // 2):,} of them held out"
     node = _first(plan, "sft")

@@ -74,6 +74,7 @@ class Plan:
     def __init__(self, run: RunFile, recipes: Mapping[str, ModuleType], *, size: str, has_answers: bool) -> None:
         self.run, self.out, self.recipes, self.size = run, run.out, recipes, size
         self.has_answers = has_answers if run.measure.accuracy is None else run.measure.accuracy
+        self.drawn = run.out / "sample"
         self.nodes: list[Node] = []
         self.measured: list[tuple[int, str, Path | None, Path]] = []
         self.missing: list[str] = []
@@ -207,7 +208,7 @@ class Plan:
             return self.run.rows.held_out
         if self.run.world:
             return (self.out / "world" / "held_out.jsonl",)
-        return (self.out / "sample" / "held_out.jsonl",) if self.run.rows.hold_out else ()
+        return (self.drawn / "held_out.jsonl",) if self.run.rows.hold_out else ()
 
     @property
     def questions(self) -> Path | None:
@@ -226,8 +227,11 @@ class Plan:
         files = run.rows.held_out or (self.held_out if run.world else ())
         wiring |= {"evaluation": files} if files else {"hold_out": run.rows.hold_out} if run.rows.hold_out else {}
         wiring |= {"targets": self.out / TARGETS} if run.targets else {}
-        drawn = self.add("sample", "sample", "sample", wiring)
-        return [drawn / f"slice_{t}.jsonl" for t in range(1, run.slices + 1)], base
+        self.drawn = self.add("sample", "sample", "sample", wiring)
+        if self.drawn != self.out / "sample":
+            # Nobody reads the analysis of rows that are drawn already.
+            self.nodes = [node for node in self.nodes if node.where != "analysis"]
+        return [self.drawn / f"slice_{t}.jsonl" for t in range(1, run.slices + 1)], base
 
     def _base(self) -> Path:
         """A base model trained briefly on the world's plain text."""
