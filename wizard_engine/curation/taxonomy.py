@@ -1,4 +1,4 @@
-"""Closed taxonomy of instructions: skill, topic and difficulty, each of which every instruction has exactly one value of.
+"""Closed taxonomy of instructions: each has exactly one skill, one topic and one difficulty of it.
 
 A skill is "area/task", what the answerer is asked to do; a topic is "domain/field", what it is about. The six areas by
 which WizardLM-2 was judged (writing, coding, math, reasoning, agent, multilingual) are areas of skills.
@@ -10,13 +10,18 @@ from collections.abc import Mapping
 SKILL_TREE: Mapping[str, Mapping[str, str]] = {
     "writing": {
         "creative": "stories, poems, songs, jokes, scripts, descriptions of scenes",
-        "practical": "letters, e-mails, posts, articles, reports, speeches, reviews, advertisements, product texts, essays of a given form",
+        "practical": (
+            "letters, e-mails, posts, articles, reports, speeches, reviews, advertisements, product texts, "
+            "essays of a given form"
+        ),
         "edit": "rewrite, proofread, shorten, lengthen, change tone or style of a given text",
         "summary": "summarise or give titles/headlines to a given text or a known work",
         "ideas": "brainstorm: names, titles, slogans, lists of ideas, topics, prompts",
     },
     "roleplay": {
-        "persona": 'answer as a character, a person, an animal, a thing, a profession ("You are ...", "pretend to be ...")',
+        "persona": (
+            'answer as a character, a person, an animal, a thing, a profession ("You are ...", "pretend to be ...")'
+        ),
         "scene": "play a scene, a game, an interview, a text adventure with the user; several characters",
     },
     "coding": {
@@ -35,31 +40,52 @@ SKILL_TREE: Mapping[str, Mapping[str, str]] = {
     },
     "reasoning": {
         "logic": "deduction, puzzles, riddles, orders, truth of statements, odd one out, analogies, patterns",
-        "commonsense": "causes, consequences, intentions, what would happen, everyday physics, relations of people, best reaction in a situation",
-        "argument": "judge or build an argument, find a fallacy, weigh evidence, decide between options by given criteria",
+        "commonsense": (
+            "causes, consequences, intentions, what would happen, everyday physics, relations of people, "
+            "best reaction in a situation"
+        ),
+        "argument": (
+            "judge or build an argument, find a fallacy, weigh evidence, decide between options by given criteria"
+        ),
     },
     "knowledge": {
         "fact": "a fact that can be looked up: who, when, where, which, how many, a definition, a list of facts",
         "explain": "how and why something works; describe, outline, compare concepts of a field",
-        "discuss": "evaluate, interpret, causes and effects in the large, pros and cons, opinions on questions of a field",
+        "discuss": (
+            "evaluate, interpret, causes and effects in the large, pros and cons, opinions on questions of a field"
+        ),
     },
     "extraction": {
-        "fields": "take names, numbers, dates, keywords, entities, tables or JSON out of a given text or given data; count; reformat data",
+        "fields": (
+            "take names, numbers, dates, keywords, entities, tables or JSON out of a given text or given "
+            "data; count; reformat data"
+        ),
         "classify": "put given items or texts into classes, sentiment, rating, labels, sorting, matching",
         "reading": "answer a question from a given passage or given facts",
     },
     "agent": {
         "tool": "choose and call functions or APIs that the prompt describes; produce the call, or say what is missing",
-        "plan": "plan or carry out a task of many actions in an environment (browser, shell, files, robot, home, calendar), decide the next action",
+        "plan": (
+            "plan or carry out a task of many actions in an environment (browser, shell, files, robot, "
+            "home, calendar), decide the next action"
+        ),
     },
     "multilingual": {
         "translate": "translate a text or a phrase, localise, transliterate",
-        "language": "questions about a language: grammar, vocabulary, idioms, pronunciation, corrections with explanation for a learner",
+        "language": (
+            "questions about a language: grammar, vocabulary, idioms, pronunciation, corrections with "
+            "explanation for a learner"
+        ),
     },
     "advice": {
-        "practical": "how to do, cook, repair, travel, organise; step-by-step instructions, itineraries, plans of the day, recipes, recommendations of things",
+        "practical": (
+            "how to do, cook, repair, travel, organise; step-by-step instructions, itineraries, plans of "
+            "the day, recipes, recommendations of things"
+        ),
         "personal": "health, feelings, relations, habits, parenting, studies: advice on one's own situation",
-        "professional": "business, marketing, career, management, law, money: advice, strategies, plans, interview questions",
+        "professional": (
+            "business, marketing, career, management, law, money: advice, strategies, plans, interview questions"
+        ),
     },
     "chat": {
         "talk": "greetings, small talk, feedback to the assistant, questions about the assistant, unclear fragments",
