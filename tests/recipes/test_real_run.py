@@ -26,7 +26,6 @@ FEW = {
     "measure": {"rows": 6},
     "co_teach": {"limit": 6, "max-tokens": 16},
     "sft": {"training": {"max-steps": 3, "packs-per-step": 1}},
-    "slice_1": {"sft": {"training": {"epochs": 1}}},
     "self_teach": {"limit": 6, "samples": 2, "max-tokens": 16},
     "stage_dpo": {"training": {"max-steps": 2}},
     "instruction_reward": {"training": {"max-steps": 2}},
