@@ -76,6 +76,27 @@ def test_rows_of_a_slice_are_scaled_up_and_given_ones_are_not(forecast):
     assert made["slice_1/self_teach"].calls == 0 and made["slice_1/self_teach"].local_calls > 5 * 60
 
 
+def test_rows_that_were_drawn_before_are_counted_whole(forecast, tmp_path):
+    forecast()
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/stage.json").write_text('{"stage": "sample"}')
+    for t in (1, 2):
+        (tmp_path / f"before/slice_{t}.jsonl").write_text("".join(lines[t::2][:240]))
+    text = f'[sample]\nuse = "{tmp_path}/before"\n[evol_instruct]\nrounds = 1\n'
+    stages = 'stages = ["evol_instruct", "sft"]'
+    agents = '[agents]\nevolver = "reference:judge"\nanswerer = "reference:judge"\noptimizer = "none"'
+    _, made = forecast(
+        lambda run: (
+            run.replace("[sample]\nsize = 400\n", text)
+            .replace("[agents]", agents)
+            .replace('stages = ["sft", "self_teach", "stage_dpo", "process_reward", "rleif"]', stages)
+        )
+    )
+    assert made["slice_1/evol_instruct"].rows == 240 and made["slice_1/evol_instruct"].local_calls >= 3 * 200
+    assert 400 < made["slice_1/sft"].rows <= 480 and "sample" not in made
+
+
 def test_gpu_hours_of_training_answers_and_perplexity_are_the_planners(forecast, tmp_path):
     forecaster, made = forecast()
     rate = forecaster.plan.tokens_per_second * 3600
