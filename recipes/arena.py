@@ -310,7 +310,14 @@ def main(cfg: Config, rt: runtime.Runtime | None = None) -> dict[str, Any]:
 def estimate(cfg: Config, models: Mapping[str, str]) -> dict[str, Any]:
     """What the arena will ask, without a call."""
     prompts = read_prompts(cfg)
-    return estimated(cfg, lambda options, cast: cast.scheduler.run(Arena(options, cast, models, prompts).run()))
+    return estimated(cfg, lambda options, cast: play(options, cast, models, prompts))
+
+
+def play(cfg: Config, cast: Cast, models: Mapping[str, str], prompts: Prompts) -> Arena:
+    """The arena after all its games."""
+    arena = Arena(cfg, cast, models, prompts)
+    cast.scheduler.run(arena.run())
+    return arena
 
 
 def conduct(
@@ -321,8 +328,7 @@ def conduct(
     prompts: Prompts,
 ) -> dict[str, Any]:
     """The whole arena, on rank 0; returns the content of arena.json."""
-    arena = Arena(cfg, cast, models, prompts)
-    cast.scheduler.run(arena.run())
+    arena = play(cfg, cast, models, prompts)
     results = arena.tournament.results()
     ratings = arena.ratings(results, cfg.anchor or next(iter(models)))
     report = arena.report(results, ratings)

@@ -19,7 +19,7 @@ from wizard_engine.data.records import Conversation, Row, read_rows, write_rows
 from wizard_engine.runtime.files import write_json
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.object_collectives import from_main
-from wizard_engine.runtime.ranges import Checked, NonNegative, Seed, Share
+from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Share
 from wizard_engine.runtime.stage import INCIDENTAL, finish_stage, open_stage
 
 
@@ -35,6 +35,8 @@ class Config(Checked):
     """Share of each file's rows, 0 to 1; default: all rows of all files."""
     fallback: Path | None = None
     """Rows to take where the others give none."""
+    limit: Count[int | None] = None
+    """Rows taken at most, drawn from all of them; default: all."""
     hold_out: NonNegative[int] = 0
     """Rows kept apart in OUT/held_out.jsonl, with all that have the same prompts; at most half of them."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -89,6 +91,14 @@ def read(cfg: Config, path: Path, number: int) -> list[Row]:
     return read_rows(path, allow_empty=True, **options)
 
 
+def limited(cfg: Config, rows: list[Row]) -> list[Row]:
+    """The rows that the limit leaves, in their order."""
+    if cfg.limit is None:
+        return rows
+    chosen = {row.id for row in sorted(rows, key=lambda row: place(cfg.seed, "limit", row.id))[: cfg.limit]}
+    return [row for row in rows if row.id in chosen]
+
+
 def held_out_prompts(cfg: Config, rows: list[Row]) -> set[str]:
     """The prompts whose rows are kept apart."""
     most, chosen, count = min(cfg.hold_out, len(rows) // 2), set(), 0
@@ -105,7 +115,7 @@ def held_out_prompts(cfg: Config, rows: list[Row]) -> set[str]:
 def mix(cfg: Config) -> tuple[dict[str, Any], list[Path]]:
     """Read, choose and write; the report and the paths."""
     counts: list[dict[str, Any]] = []
-    rows = list(mixed(cfg, counts))
+    rows = limited(cfg, list(mixed(cfg, counts)))
     apart = held_out_prompts(cfg, rows)
     files = {
         "rows": [row for row in rows if prompt_of(row) not in apart],

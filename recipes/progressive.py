@@ -40,17 +40,17 @@ from wizard_engine import runtime, world
 from wizard_engine.evaluation.summary import write_summary
 from wizard_engine.pipeline.about import about
 from wizard_engine.pipeline.commands import shown_commands, slurm_script
+from wizard_engine.pipeline.disk import GIB, disk_bytes
 from wizard_engine.pipeline.driver import Driver
-from wizard_engine.pipeline.forecast import Forecaster, shown_forecast
+from wizard_engine.pipeline.forecast import Forecaster, Works, shown_forecast
 from wizard_engine.pipeline.graph import Node, shown_graph
 from wizard_engine.pipeline.overview import overview
 from wizard_engine.pipeline.plan import TARGETS, Plan
 from wizard_engine.pipeline.preflight import (
-    GIB,
+    check_disk,
     check_files,
     check_ranks,
     check_run,
-    disk_bytes,
     has_answers,
     size_of_base,
 )
@@ -178,25 +178,40 @@ def report(run: RunFile, plan: Plan, driver: Driver, began: float) -> dict[str, 
 def look(run: RunFile, plan: Plan, driver: Driver) -> None:
     """Print a run's stages, check it, and print what it has and takes."""
     print(shown_graph(plan.nodes, driver.statuses()), flush=True)
+    if run.launch.separate_processes:
+        check_ranks(plan.nodes, run.launch.nodes * run.launch.processes)
     check_run(run, plan.nodes)
-    print("\n" + dry_run(run, plan), flush=True)
+    forecaster = forecaster_of(run, plan)
+    print("\n" + dry_run(run, plan, forecaster), flush=True)
+    check_disk(run, forecaster.disk)
     if not run.world:
         print(f"\nnothing is missing; start it with: python recipes/progressive.py {run.path}", flush=True)
 
 
-def dry_run(run: RunFile, plan: Plan) -> str:
+def dry_run(run: RunFile, plan: Plan, forecaster: Forecaster) -> str:
     """What a run has, and what its stages take."""
-    works = {
-        "evol_instruct": evol_instruct.evolve,
-        "evol_answer": evol_answer.rewrite,
-        "co_teach": co_teach.teach,
-        "self_teach": self_teach.teach,
-    }
-    cleaning = {"sample": sample.sample, "mix": mix.mix}
-    forecaster = Forecaster(run, plan.size, works, cleaning, evol_instruct.choose_method)
-    disk = f"models and checkpoints: about {disk_bytes(run, plan.nodes) / GIB:.1f} GiB of disk"
-    parts = [overview(run, plan), shown_forecast(forecaster.forecast(plan.nodes)), disk]
-    return "\n\n".join(filter(None, parts))
+    forecast = shown_forecast(forecaster.forecast(plan.nodes))
+    disk = f"models and checkpoints: about {disk_bytes(forecaster.disk) / GIB:.1f} GiB of disk"
+    return "\n\n".join(filter(None, [overview(run, plan), forecast, "\n".join([disk, *forecaster.notes])]))
+
+
+def forecaster_of(run: RunFile, plan: Plan) -> Forecaster:
+    """What says what the stages take."""
+    works = Works(
+        synthesis={
+            "evol_instruct": evol_instruct.evolve,
+            "evol_answer": evol_answer.rewrite,
+            "co_teach": co_teach.teach,
+            "self_teach": self_teach.teach,
+        },
+        cleaning={"sample": sample.sample, "mix": mix.mix},
+        judging={
+            "arena": lambda cfg, cast: arena.play(cfg, cast, arena.read_models(cfg.models), arena.read_prompts(cfg)),
+            "mt_bench": lambda cfg, cast: mt_bench.ask(cfg, cast, mt_bench.read(cfg)),
+        },
+        search=evol_instruct.choose_method,
+    )
+    return Forecaster(run, plan.size, works)
 
 
 def write_targets(run: RunFile) -> None:

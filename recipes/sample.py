@@ -51,7 +51,7 @@ class Config(Checked):
     """Weighted sampling and partition into slices."""
 
     data: tuple[Path, ...]
-    """Row files: JSONL, Alpaca, ShareGPT, GSM8K, ..."""
+    """Row files: JSONL, Alpaca, ShareGPT, GSM8K, ...; of several, one may have no rows."""
     out: Path = field(metadata=INCIDENTAL)
     """Directory for slice_1.jsonl, slice_2.jsonl, ..., removed.jsonl and sampling.json."""
     evaluation: tuple[Path, ...] = ()
@@ -121,9 +121,9 @@ def write(out: Path, selection: Selection, report: dict[str, Any]) -> list[Path]
 
 def sample(cfg: Config) -> tuple[dict[str, Any], list[Path]]:
     """Reads, selects and writes; returns the report and the files written."""
-    rows, bad = read_files(
-        cfg.data, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=cfg.out / "rejects.jsonl"
-    )
+    # A stage of a run may have made none, such as no answer of a model that was good enough.
+    how = {"on_error": cfg.on_error, "unknown_fields": cfg.unknown_fields, "allow_empty": len(cfg.data) > 1}
+    rows, bad = read_files(cfg.data, rejects=cfg.out / "rejects.jsonl", **how)
     evaluation = [prompt for path in cfg.evaluation for prompt in read_prompts(path, on_error=cfg.on_error)]
     selection = select(
         rows,

@@ -147,3 +147,16 @@ def test_rows_kept_apart_are_in_no_slice_and_nothing_repeats_them():
     # All questions share eight words, so that nothing is left to draw.
     with pytest.raises(ValueError, match="expected some to be left after cleaning"):
         select(rows, hold_out=10, decontaminate={"n": 4})
+
+
+# Catches: a run that ends because one of the stages before made no rows.
+def test_one_of_several_files_may_have_no_rows(tmp_path, recipe):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a b", "output": "c"}\n')
+    (tmp_path / "none.jsonl").write_text("")
+    files = (tmp_path / "none.jsonl", tmp_path / "rows.jsonl")
+    cfg = recipe.Config(data=files, out=tmp_path / "out", slices=1, quiet=True)
+    assert recipe.main(cfg)["counts"]["rows"] == 1
+    with pytest.raises(ValueError, match=r"none.jsonl:1: file: expected"):
+        recipe.main(dataclasses.replace(cfg, data=files[:1], out=tmp_path / "alone"))
+    with pytest.raises(ValueError, match="expected some to be left after cleaning, got none of 0"):
+        recipe.main(dataclasses.replace(cfg, data=files[:1] * 2, out=tmp_path / "twice"))

@@ -88,6 +88,54 @@ def test_driver_says_what_each_stage_is_at_when_one_begins(run, rows):
     assert skipping.known["third"].state == "left out" and "no rows in" in skipping.known["third"].why
 
 
+# Catches: a stage that begins without what it reads, or one that is left out with nothing said.
+@pytest.mark.parametrize("on_empty", ["end", "skip"])
+def test_stages_alone_need_those_that_they_read(run, rows, on_empty):
+    run, nodes = replace(run, on_empty=on_empty), chain(run, rows)
+    with pytest.raises(
+        ValueError, match=r"only: .*got third reads first \(to run\), second \(to run\); run these first"
+    ):
+        driver(run, nodes).run_all(["third"])
+    assert not [path for path in run.out.iterdir() if path.is_dir()]
+    driver(run, nodes).run_all(["first"])
+    with pytest.raises(ValueError, match=r"got third reads second \(to run\); run these first, or name them too"):
+        driver(run, nodes).run_all(["other", "third"])
+    assert states(run, nodes)["other"] == "to run"
+    driver(run, nodes).run_all(["second", "third"])
+    assert states(run, nodes) == {"first": "done", "second": "done", "third": "done", "other": "to run"}
+    # Of other options, what is there is not what the run file says.
+    changed = chain(run, rows, share=0.5)
+    with pytest.raises(ValueError, match=r"got second reads first \(stale\)"):
+        driver(run, changed).run_all(["second"], redo_stale=True)
+    driver(run, changed).run_all(["first", "second"], redo_stale=True)
+    # Who removes what a stage read needs it again.
+    (run.out / "first" / "stage.json").unlink()
+    with pytest.raises(ValueError, match=r"got second reads first \(to run\)"):
+        driver(run, changed).run_all(["second"])
+
+
+def test_stages_alone_do_without_those_that_have_no_rows(run, rows):
+    empty = mix.Config((rows,), run.out / "empty", shares=(0.0,), quiet=True)
+    taught = sample.Config((empty.out / "rows.jsonl",), run.out / "taught", slices=1, quiet=True)
+    again = sample.Config((taught.out / "slice_1.jsonl",), run.out / "again", slices=1, quiet=True)
+    last = mix.Config((again.out / "slice_1.jsonl",), run.out / "last", quiet=True)
+    stands_for = {again.out / "slice_1.jsonl": taught.out / "slice_1.jsonl"}
+    nodes = [
+        Node("empty", "mix", empty),
+        Node("taught", "sample", taught, learns=taught.data, stands_for={taught.out / "slice_1.jsonl": rows}),
+        Node("again", "sample", again, learns=again.data, stands_for=stands_for),
+        Node("last", "mix", last),
+        Node("both", "mix", mix.Config((taught.out / "slice_2.jsonl", rows), run.out / "both", quiet=True)),
+    ]
+    run = replace(run, on_empty="skip")
+    with pytest.raises(ValueError, match=r"got last reads empty \(to run\), taught \(to run\), again \(to run\)"):
+        driver(run, nodes).run_all(["last"])
+    driver(run, nodes).run_all(["empty"])
+    driver(run, nodes).run_all(["last", "both"])
+    for name in ("last", "both"):
+        assert json.loads((run.out / name / "mix.json").read_text())["rows"] == len(ROWS)
+
+
 # Catches: a changed option that overwrites what a run has made.
 def test_what_has_become_stale_is_listed_and_kept(run, rows):
     driver(run, chain(run, rows)).run_all()
@@ -191,10 +239,14 @@ def test_commands_are_the_stages(run, rows, tmp_path):
     assert "#SBATCH --nodes=16" in script and "#SBATCH --gpus-per-node=8" in script and "--partition" not in script
 
 
-def test_stages_have_processes_of_their_own(run, rows, tmp_path):
+def test_stages_have_processes_of_their_own(run, rows, tmp_path, monkeypatch):
     separate = replace(run, launch=Launch(separate_processes=True))
     driver(separate, chain(run, rows)[:1]).run_all()
     assert states(run, chain(run, rows))["first"] == "done"
+    with monkeypatch.context() as patch:
+        # A stage that is done gets none.
+        patch.setattr(subprocess, "run", None)
+        driver(separate, chain(run, rows)[:1]).run_all()
     broken = mix.Config((lines(tmp_path / "bad.jsonl", [{"x": 1}]),), run.out / "bad", quiet=True)
     with pytest.raises(ValueError, match=r"bad: expected its processes to end well, got exit status 1, for the reason"):
         driver(separate, [Node("bad", "mix", broken)]).run_all()
@@ -249,3 +301,13 @@ def test_everything_that_a_run_needs_is_looked_at_before_its_start(tmp_path, row
     nodes = Plan(absent, progressive.RECIPES, size="demo", has_answers=False).build().nodes
     with pytest.raises(ValueError, match=r"analysis: expected a file or directory, got none at .*none.jsonl"):
         check_run(absent, nodes)
+
+
+def test_a_limit_of_mixed_rows_draws_from_all_of_them_in_their_order(run, rows):
+    texts = {}
+    for limit in (3, 5, 50):
+        out = mix.Config((rows,), run.out / str(limit), limit=limit, quiet=True).out
+        assert mix.main(mix.Config((rows,), out, limit=limit, quiet=True))["rows"] == min(limit, len(ROWS))
+        texts[limit] = (out / "rows.jsonl").read_text().splitlines()
+    assert set(texts[3]) < set(texts[5]) < set(texts[50]) and texts[5] != texts[50][:5]
+    assert texts[5] == [line for line in texts[50] if line in texts[5]]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gsm8k_files import write_files
 
 from recipes.progressive import RECIPES, plan_of
 from wizard_engine import world
@@ -171,6 +172,7 @@ def test_a_run_file_that_is_not_there_is_named_with_what_writes_one(tmp_path):
 
 def test_the_files_of_the_project_and_a_new_one_are_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WIZARD_DATA", str(write_files(tmp_path / "data")))
     world.register()
     for path in sorted((ROOT / "recipes" / "runs").glob("*.toml")):
         # Without their base models, which are made or fetched.

@@ -109,6 +109,7 @@ class StandIn:
 
     Attributes:
         answer_tokens: length of answers that the ledger has no example of.
+        spec: of a model of this machine, else None.
         converses: whether the agent is asked again where a stored reply cannot be read.
     """
 
@@ -123,6 +124,7 @@ class StandIn:
     lines: dict[str, Line] = field(default_factory=dict)
     is_instant: bool = True
     converses: bool = False
+    spec: str | None = None
 
     def __post_init__(self) -> None:
         self._usual = self.ledger.averages(self.fingerprint) if self.ledger is not None else {}
@@ -269,7 +271,7 @@ class StandInCast:
         # The weights of a model are not read: its calls are found by its name.
         name = "/".join(Path(spec).parts[-3:])
         call = next(self.ledger.calls(agent=name), None) if self.ledger is not None else None
-        return self._stand_in(name, call.fingerprint if call else spec)
+        return self._stand_in(name, call.fingerprint if call else spec, spec=spec)
 
     def _endpoint(self, agent: EndpointAgent) -> StandIn:
         options = agent.options
@@ -328,7 +330,8 @@ def _agent(agent: StandIn, scale: float) -> dict[str, Any]:
     tokens = totals["tokens_in"] + totals["tokens_out"]
     paces += [tokens / agent.tokens_per_minute / 60] if agent.tokens_per_minute else []
     hours = max(paces, default=None)
-    return {"tasks": tasks, **totals, "cost": cost, "hours": hours, "is_endpoint": agent.concurrency_ > 0}
+    kind = {"is_endpoint": agent.concurrency_ > 0, "spec": agent.spec}
+    return {"tasks": tasks, **totals, "cost": cost, "hours": hours, **kind}
 
 
 def _task(agent: StandIn, line: Line, scale: float) -> dict[str, int]:

@@ -260,12 +260,17 @@ def rate(
 def _fields(question: Question, answers: Sequence[str], turn: int) -> dict[str, str]:
     """Of the rating of one turn; turn 2 shows turn 1 as history, and the references of both turns."""
     history = () if turn == 1 else (Message("user", question.turns[0]), Message("assistant", answers[0]))
-    references = question.references[:turn]
-    numbered = (f"Turn {place}: {text}" for place, text in enumerate(references, start=1))
-    reference = "\n\n".join(numbered) if turn == 2 else "".join(references)
-    fields = {"history": dialogue(history), "instruction": question.turns[turn - 1], "reference": reference}
+    fields = {"history": dialogue(history), "instruction": question.turns[turn - 1]}
+    fields |= {"reference": shown_references(question, turn)}
     criteria = criteria_of({"category": question.category})
     return fields | {"answer": answers[turn - 1], "criteria": criteria}
+
+
+def shown_references(question: Question, turn: int) -> str:
+    """What the judge of a turn, 1 or 2, sees of a question's references; "" for none."""
+    references = question.references[:turn]
+    numbered = (f"Turn {place}: {text}" for place, text in enumerate(references, start=1))
+    return "\n\n".join(numbered) if turn == 2 else "".join(references)
 
 
 def _read_one(text: str) -> tuple[float, ...] | None:

@@ -21,7 +21,7 @@ from wizard_engine.runtime.stage import Stage
 from wizard_engine.runtime.text_lines import printable
 
 from .commands import stage_command
-from .graph import Node, Status, paths_of, statuses, with_paths
+from .graph import Node, Status, not_made, paths_of, statuses, with_paths
 from .run_file import RunFile
 from .served import clean_environment, served
 
@@ -80,8 +80,8 @@ class Driver:
         Args:
             only: run these alone.   redo_stale: make stale stages anew; what they had made is moved to OUT/former.
         Raises:
-            ValueError: stale stages without `redo_stale` (nothing has been run then), a stage without rows, or what a
-                stage raised.
+            ValueError: stages alone without those that they read, or stale stages without `redo_stale` (nothing has
+                been run then), a stage without rows, or what a stage raised.
         """
         chosen = [node for node in self.nodes if not only or node.where in only]
         unknown = [name for name in only if name not in {node.where for node in self.nodes}]
@@ -89,9 +89,46 @@ class Driver:
             known = ", ".join(node.where for node in self.nodes)
             raise ValueError(f"only: expected stages of this run, got {unknown[0]}; it has {known}")
         with self.locked():
+            if only:
+                from_main(self.runtime, lambda: self._check_there(chosen))
             from_main(self.runtime, lambda: self._check_stale(chosen, redo_stale=redo_stale))
             for node in chosen:
                 self._run(node, redo_stale=redo_stale)
+
+    def _check_there(self, chosen: Sequence[Node]) -> None:
+        """Refuse stages alone where stages that they read are not done; on rank 0."""
+        states, names = self.statuses(), {node.where for node in chosen}
+        for node in self.nodes:
+            if node.where not in names and self._is_left_out(node):
+                self._leave_out(node, "", quiet=True)
+        nodes = [dataclasses.replace(node, config=self._config(node)) for node in self.nodes]
+        there = {where for where, status in states.items() if status.state in ("done", "depends")}
+        there |= names | self.left_out.keys()
+        lines = []
+        for node in nodes:
+            if node.where in names and (missing := not_made(node, nodes, there)):
+                shown = [f"{where} ({states[where].state})" for where in missing]
+                lines.append(f"{node.where} reads {', '.join(shown)}")
+        if lines:
+            raise ValueError(
+                f"only: expected stages whose inputs are there, got {'; '.join(lines)}; run these first, or name them "
+                "too; nothing was started"
+            )
+
+    def _is_left_out(self, node: Node) -> bool:
+        """Whether a run of all stages has left this one out: what it learns from is there, and has no rows."""
+        if any(other is None and path in paths_of(node.config) for path, other in self._instead.items()):
+            return True
+        made = [
+            path.exists() or any(self.run.out / where in path.parents for where in self.left_out)
+            for path in node.learns
+        ]
+        is_empty = made and all(made) and not any(_has_lines(path) for path in node.learns)
+        return bool(is_empty) and self.run.on_empty == "skip"
+
+    def _config(self, node: Node) -> Any:
+        """A stage's configuration with what it reads instead of stages that were left out."""
+        return with_paths(node.config, {path: other for path, other in self._instead.items() if other is not None})
 
     def _check_stale(self, chosen: Sequence[Node], *, redo_stale: bool) -> None:
         self.known = states = self.statuses()
@@ -104,57 +141,72 @@ class Driver:
             )
 
     def _run(self, node: Node, *, redo_stale: bool) -> None:
-        config = from_main(self.runtime, lambda: self._ready(node, redo_stale=redo_stale))
+        config, is_done = from_main(self.runtime, lambda: self._ready(node, redo_stale=redo_stale))
         if config is None:
             self.left_out[node.where] = from_main(self.runtime, lambda: self.left_out.get(node.where, ""))
             return
-        if self.runtime.is_main and not self.run.quiet:
-            print(f"== {node.where}", flush=True)
+        self._say(f"== {node.where}")
         timed = self.timing.of(node.where, node.out)
-        with timed, silenced(self.run.quiet), served(self.run, config, self.runtime):
-            try:
-                if self.run.launch.separate_processes:
-                    self._start(node, config)
-                elif node.is_main_only:
-                    from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
-                else:
-                    self.main_of[node.recipe](config)
-            except ValueError as error:
-                raise ValueError(of_stage(self.run, node, str(error))) from error
+        with timed, silenced(self.run.quiet), served(self.run, None if is_done else config, self.runtime):
+            if is_done:
+                # Neither its models are served for it, nor its processes started.
+                self._say(f"done before, nothing to do: {node.out}")
+            else:
+                self._work(node, config)
         return_free_memory()
         self.known[node.where] = Status("done")
 
-    def _ready(self, node: Node, *, redo_stale: bool) -> Any:
-        """The configuration of a stage that can run, None where it is left out; on rank 0."""
+    def _work(self, node: Node, config: Any) -> None:
+        try:
+            if self.run.launch.separate_processes:
+                self._start(node, config)
+            elif node.is_main_only:
+                from_main(self.runtime, lambda: self.main_of[node.recipe](config) and None)
+            else:
+                self.main_of[node.recipe](config)
+        except ValueError as error:
+            raise ValueError(of_stage(self.run, node, str(error))) from error
+
+    def _say(self, line: str) -> None:
+        if self.runtime.is_main and not self.run.quiet:
+            print(printable(line), flush=True)
+
+    def _ready(self, node: Node, *, redo_stale: bool) -> tuple[Any, bool]:
+        """The configuration of a stage that can run, None where it is left out, and whether it is done; on rank 0."""
         gone = [path for path, other in self._instead.items() if other is None and path in paths_of(node.config)]
-        config = with_paths(node.config, {path: other for path, other in self._instead.items() if other is not None})
         if gone:
-            return self._leave_out(node, f"{gone[0].parent} was left out")
-        config = without_rows_of(config, [other.out for other in self.nodes if other.where in self.left_out])
+            self._leave_out(node, f"{gone[0].parent} was left out")
+            return None, False
+        config = without_rows_of(
+            self._config(node), [other.out for other in self.nodes if other.where in self.left_out]
+        )
         if node.learns and not any(_has_lines(path) for path in node.learns):
             why = "no rows in " + ", ".join(map(str, node.learns))
             made = [text for text in (why_empty(path.parent) for path in node.learns) if text]
             why += f": {'; '.join(made)}" if made else ""
             if self.run.on_empty == "end":
                 raise ValueError(f'{node.where}: expected rows to learn from, got {why}; or set on-empty = "skip"')
-            return self._leave_out(node, why)
+            self._leave_out(node, why)
+            return None, False
         config = with_held_out_rows(config)
         state = self.stage_of[node.recipe](config).state()
         if state.kind == "other" and not redo_stale:
             raise ValueError(f"{node.where}: expected what is there, got another: {state.why}; {REDO}")
         if state.kind == "other":
             _move_aside(node.out, self.run.out)
-        if state.kind != "done":
+        is_done = state.kind == "done"
+        if not is_done:
             self.known[node.where] = Status("running")
             self.began()
-        return config
+        return config, is_done
 
-    def _leave_out(self, node: Node, why: str) -> None:
+    def _leave_out(self, node: Node, why: str, *, quiet: bool = False) -> None:
         self.left_out[node.where] = why
         self.known[node.where] = Status("left out", why)
         for path, other in node.stands_for.items():
             self._instead[path] = other if other is None else self._instead.get(other, other)
-        print(printable(f"== {node.where}: left out: {why}"), flush=True)
+        if not quiet:
+            print(printable(f"== {node.where}: left out: {why}"), flush=True)
 
     def _start(self, node: Node, config: Any) -> None:
         """Run a stage by a torchrun of its own; rank 0 starts it, and its output goes through."""

@@ -1,7 +1,7 @@
 """The graph of a run: its stages with their configurations, what each reads of others, and what is done of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -94,6 +94,18 @@ def parents(node: Node, nodes: Sequence[Node]) -> list[str]:
         for other in nodes
         if other.where != node.where and any(path == other.out or other.out in path.parents for path in read)
     ]
+
+
+def not_made(node: Node, nodes: Sequence[Node], there: Collection[str]) -> list[str]:
+    """The stages that a stage reads and that are not there, and those that they read in turn, in the graph's order."""
+    by_place = {other.where: other for other in nodes}
+    found: set[str] = set()
+    waiting = [node]
+    while waiting:
+        absent = [name for name in parents(waiting.pop(), nodes) if name not in there and name not in found]
+        found.update(absent)
+        waiting += [by_place[name] for name in absent]
+    return [other.where for other in nodes if other.where in found]
 
 
 def statuses(nodes: Sequence[Node], stage_of: Mapping[str, Any]) -> dict[str, Status]:

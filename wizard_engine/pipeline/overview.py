@@ -58,7 +58,9 @@ def _rows(run: RunFile, plan: Plan, config: ModelConfig) -> str:
     rows = _read(run, run.rows.data)
     text = f"{len(rows):,} in {_names(run.rows.data)}"
     if run.rows.held_out:
-        text += f"; held out: {len(_read(run, run.rows.held_out)):,} in {_names(run.rows.held_out)}"
+        held_out, limit = len(_read(run, run.rows.held_out)), run.rows.held_out_limit
+        text += f"; held out: {held_out:,} in {_names(run.rows.held_out)}"
+        text += f", {min(limit, held_out):,} of them to measure on" if limit else ""
     elif _first(plan, "sample") is None:
         text += f"; drawn before: {plan.drawn}"
     elif run.rows.hold_out:

@@ -22,6 +22,8 @@ from .run_file import IN_SLICES, SHARED, USE, RunFile
 
 # Of the run's target shares, beside its stages.
 TARGETS = "targets.json"
+# Stage that draws the rows to measure on.
+HELD_OUT = "held_out"
 WORLD_AGENTS = {
     "evolver": "world:evolver",
     "answerer": "world:expert",
@@ -203,12 +205,19 @@ class Plan:
 
     @property
     def held_out(self) -> tuple[Path, ...]:
-        """Held-out rows."""
+        """Held-out rows to measure on."""
+        if self.run.rows.held_out_limit:
+            return (self.out / HELD_OUT / "rows.jsonl",)
         if self.run.rows.held_out:
             return self.run.rows.held_out
         if self.run.world:
             return (self.out / "world" / "held_out.jsonl",)
         return (self.drawn / "held_out.jsonl",) if self.run.rows.hold_out else ()
+
+    @property
+    def apart(self) -> tuple[Path, ...]:
+        """Rows that training rows do not repeat: all held-out rows."""
+        return self.run.rows.held_out or self.held_out
 
     @property
     def questions(self) -> Path | None:
@@ -223,8 +232,9 @@ class Plan:
         if not data:
             self.missing.append("rows.data (for everything)")
         analysis = self.add("analysis", "analysis", "analyze", {"data": data, "checkpoint": base})
+        self._limit_held_out()
         wiring = {"data": (analysis / "rows.jsonl",), "slices": run.slices}
-        files = run.rows.held_out or (self.held_out if run.world else ())
+        files = self.apart if run.rows.held_out or run.world else ()
         wiring |= {"evaluation": files} if files else {"hold_out": run.rows.hold_out} if run.rows.hold_out else {}
         wiring |= {"targets": self.out / TARGETS} if run.targets else {}
         self.drawn = self.add("sample", "sample", "sample", wiring)
@@ -232,6 +242,14 @@ class Plan:
             # Nobody reads the analysis of rows that are drawn already.
             self.nodes = [node for node in self.nodes if node.where != "analysis"]
         return [self.drawn / f"slice_{t}.jsonl" for t in range(1, run.slices + 1)], base
+
+    def _limit_held_out(self) -> None:
+        """Some of the held-out rows, where the run does not measure on all of them."""
+        rows = self.run.rows
+        if rows.held_out_limit and not rows.held_out:
+            self.missing.append("rows.held-out (for rows.held-out-limit)")
+        elif rows.held_out_limit:
+            self.add(HELD_OUT, HELD_OUT, "mix", {"data": rows.held_out, "limit": rows.held_out_limit})
 
     def _base(self) -> Path:
         """A base model trained briefly on the world's plain text."""
@@ -284,7 +302,7 @@ class Plan:
             "ranker": self.optional_role("ranker"),
         }
         module = self.recipes["evol_instruct"]
-        wiring: dict[str, Any] = {"data": (made.sources[0],), "evaluation": self.held_out}
+        wiring: dict[str, Any] = {"data": (made.sources[0],), "evaluation": self.apart}
         optimizer = self.optional_role("optimizer")
         wiring["agents"] = module.Agents(**agents, optimizer=optimizer or agents["evolver"])
         if first is not None and first.config.optimise.steps:
@@ -327,8 +345,8 @@ class Plan:
         if made.self_taught is not None and self.run.mix.self_taught:
             sources.insert(0, self._share(t, made.self_taught, self.run.mix.self_taught))
         wiring: dict[str, Any] = {"data": tuple(sources), "slices": 1}
-        if self.held_out:
-            wiring["evaluation"] = self.held_out
+        if self.apart:
+            wiring["evaluation"] = self.apart
         where = f"slice_{t}/rows"
         made.rows = self.add("slice_rows", where, "sample", wiring, t=t, learns=tuple(sources)) / "slice_1.jsonl"
         made.all_rows.append(made.rows)

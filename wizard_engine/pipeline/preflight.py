@@ -1,10 +1,9 @@
 """What is looked at before the first stage: rows, base model, agents, disk; every finding names what to change."""
 
-import math
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from wizard_engine.agents.endpoint import PREFIX, EndpointAgent
@@ -13,18 +12,17 @@ from wizard_engine.data.records import Conversation, Preference, Reject, read_fi
 from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.evaluation.accuracy import are_checkable
 from wizard_engine.model import ModelDirectory
-from wizard_engine.model.vocabulary import check_vocabulary
+from wizard_engine.model.vocabulary import check_family, check_vocabulary
 from wizard_engine.parallel.mesh import resolve
 
+from .answer_checks import check_answers
+from .disk import GIB, Disk, disk_bytes, disk_of_run, parameters_of
 from .graph import Node, paths_of
 from .learning import size_of
 from .run_file import RunFile
 
-GIB = 2**30
 # Rows of a file that are looked at.
 LOOKED_AT = 50
-# Bytes of a parameter in a checkpoint: weights and the optimizer's state in fp32; and in a model directory.
-CHECKPOINT_BYTES, MODEL_BYTES = 16, 4
 ENDPOINT_SECONDS = 10.0
 
 
@@ -37,12 +35,7 @@ def size_of_base(run: RunFile) -> str:
     if not run.base.model.is_dir():
         raise ValueError(f"base.model: expected a model directory, got {run.base.model}; name one that is there")
     with ModelDirectory(run.base.model) as directory:
-        return size_of(_parameters(directory), is_mixture=bool(directory.config.experts))
-
-
-def _parameters(directory: ModelDirectory) -> int:
-    """The number of a model's parameters, by its shapes."""
-    return sum(math.prod(shape) for shape in directory.shapes.values())
+        return size_of(parameters_of(directory), is_mixture=bool(directory.config.experts))
 
 
 def has_answers(run: RunFile) -> bool:
@@ -127,14 +120,17 @@ def _undivided(node: Node, ranks: int) -> Iterator[str]:
 
 
 def check_run(run: RunFile, nodes: Sequence[Node]) -> None:
-    """Look at everything that a run needs.
+    """Look at everything that a run needs; at its disk as far as that is known without a forecast of the stages' steps.
 
     Raises:
         ValueError: every finding, each with what to change; nothing was started.
     """
-    findings = [*_files(run, nodes), *_base(run), *_agents(run, nodes), *_disk(run, nodes)]
+    findings = [*_files(run, nodes), *_base(run), *_agents(run, nodes)]
+    # Rows are looked at where all files are there.
+    findings += [] if findings else check_answers(run, nodes)
     if findings:
         raise ValueError("; ".join(findings))
+    check_disk(run, disk_of_run(run, nodes, size_of_base(run)))
 
 
 def _files(run: RunFile, nodes: Sequence[Node]) -> Iterator[str]:
@@ -150,13 +146,14 @@ def _files(run: RunFile, nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def _base(run: RunFile) -> Iterator[str]:
-    """A base model without tokenizer, or one that has another vocabulary."""
+    """A base model without tokenizer, or with that of another family of models."""
     if run.base.model is None:
         return
     try:
         with ModelDirectory(run.base.model) as directory:
             tokenizer = load_tokenizer(run.base.model)
             check_vocabulary(tokenizer, directory.config, run.base.model)
+            check_family(tokenizer, directory.config, run.base.model)
     except (ValueError, OSError) as error:
         yield f"base.model: {error}"
 
@@ -207,27 +204,17 @@ def _unreachable(url: str) -> str | None:
         return f"{getattr(error, 'reason', error)}"
 
 
-def disk_bytes(run: RunFile, nodes: Sequence[Node]) -> int:
-    """About what the stages that are still to run write: models, and checkpoints with the optimizer's state."""
-    if run.base.model is None:
-        return 0
-    with ModelDirectory(run.base.model) as directory:
-        count = _parameters(directory)
-    total = 0
-    for node in nodes:
-        training = getattr(node.config, "training", None)
-        if training is not None and not (node.out / "stage.json").exists():
-            # Most stages end before they have a second one to keep.
-            total += count * (MODEL_BYTES + CHECKPOINT_BYTES * (training.save_every > 0))
-    return total
+def check_disk(run: RunFile, disk: Mapping[str, Disk]) -> None:
+    """Look at whether the run's directory has room for what its stages write.
 
-
-def _disk(run: RunFile, nodes: Sequence[Node]) -> Iterator[str]:
-    needed = disk_bytes(run, nodes)
+    Raises:
+        ValueError: it has not.
+    """
+    needed = disk_bytes(disk)
     place = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
-        yield (
-            f"{run.out}: expected {needed / GIB:.0f} GiB for models and checkpoints, got {free / GIB:.0f} GiB free; "
+        raise ValueError(
+            f"{run.out}: expected {needed / GIB:.1f} GiB for models and checkpoints, got {free / GIB:.1f} GiB free; "
             "choose another --out, or fewer checkpoints with training.save-every and training.keep-last"
         )

@@ -2,9 +2,11 @@
 
 Tables with a name of `GROUPS` describe the run. A table with a stage's name ([sft], [rleif.rollout]) holds options of
 that stage's recipe, by their names on its command line, for all slices; [slice_2.sft] holds those of one slice.
+${NAME} in a text is the environment variable of that name, but in [launch], whose texts are for the shell.
 """
 
 import dataclasses
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -22,12 +24,14 @@ LEARNING_STAGES = ("sft", "self_teach", "stage_dpo", "instruction_reward", "proc
 SLICE_STAGES = (*DATA_STAGES, *LEARNING_STAGES)
 # Tables of options: the stages above, those before and behind the slices, and those between them.
 STAGES = (
-    *("world", "pretraining", "analysis", "sample"),
+    *("world", "pretraining", "analysis", "held_out", "sample"),
     *SLICE_STAGES,
     *("slice_rows", "pairs", "accuracy", "arena", "mt_bench"),
 )
 # Tables of options that every stage with such a group takes.
 SHARED = ("mesh", "sharding")
+# An environment variable in a text.
+VARIABLE = re.compile(r"\$\{(\w+)\}")
 # What the driver itself reads of a stage's table.
 USE, IN_SLICES = "use", "in-slices"
 SIZES = ("demo", "135M", "1B", "7B", "70B", "8x22B")
@@ -41,6 +45,9 @@ class Rows(Checked):
     """Natural rows, in any format of docs/data.md."""
     held_out: tuple[Path, ...] = ()
     """Held-out rows, which no training row repeats."""
+    held_out_limit: Count[int | None] = None
+    """Rows of these files that are measured on at most, drawn at random; default: all. Training rows repeat none of
+    the others either."""
     hold_out: NonNegative[int] = 0
     """Rows to keep apart as held-out rows, where there is no file of them."""
     pairs: tuple[Path, ...] = ()
@@ -238,7 +245,8 @@ def read_run_file(path: Path) -> RunFile:
     """The run of a file.
 
     Raises:
-        ValueError: not TOML, an unknown name (the nearest is named), or a value that does not fit; names the place.
+        ValueError: not TOML, an unknown name (the nearest is named), a value that does not fit, or an environment
+            variable that is not set; names the place.
     """
     path = Path(path)
     if not path.is_file():
@@ -247,7 +255,32 @@ def read_run_file(path: Path) -> RunFile:
         content = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: expected TOML, got {error}") from None
-    return run_of(content, path)
+    told = {
+        name: table if name == "launch" else with_variables(table, path.name, name) for name, table in content.items()
+    }
+    return run_of(told, path)
+
+
+def with_variables(value: Any, file: str, *keys: str) -> Any:
+    """A value of a TOML file, with environment variables in the place of their names in its texts.
+
+    Args:
+        keys: the value's place in the file, for errors.
+    Raises:
+        ValueError: a variable that is not set, or empty; names it and the place.
+    """
+    if isinstance(value, Mapping):
+        return {key: with_variables(item, file, *keys, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_variables(item, file, *keys) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in dict.fromkeys(VARIABLE.findall(value)):
+        if not os.environ.get(name):
+            raise ValueError(
+                f"{file}: {'.'.join(keys)}: expected the environment variable {name}, got none; export {name}=... first"
+            )
+    return VARIABLE.sub(lambda found: os.environ[found[1]], value)
 
 
 def run_of(content: Mapping[str, Any], path: Path) -> RunFile:
