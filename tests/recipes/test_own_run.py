@@ -1,17 +1,14 @@
 """A run on rows, a base model and endpoints that have nothing of the embedded world, from its file to its report."""
 
-import hashlib
 import json
-import random
 import re
 import sqlite3
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from forked import ENVIRONMENT
+from killed_runs import results, start_until_done
 from many_ranks import save_base
 
 from recipes import progressive
@@ -150,39 +147,15 @@ def test_a_second_start_asks_nobody_and_the_report_is_about_this_run(finished):
         assert ledger.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
 
 
-def results(out):
-    """Content of everything that the stages made and the clock did not."""
-    names = ("*.safetensors", "rows.jsonl", "preferences.jsonl", "battles.jsonl", "sft.jsonl", "processes.jsonl")
-    paths = sorted(path for name in names for path in out.rglob(name) if "checkpoints" not in path.parts)
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def killed_run(folder, endpoint, name, seed, most):
-    """Start a run again and again until it ends by itself; kill it `most` times at random moments."""
-    path, chance, kills = write_run(folder, endpoint, name), random.Random(seed), 0
-    command = [sys.executable, progressive.__file__, str(path)]
-    while True:
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            # The import of torch takes some seconds of it.
-            _, errors = process.communicate(timeout=4 + chance.random() * 6 if kills < most else 300)
-            assert process.returncode == 0, errors
-            return kills
-        except subprocess.TimeoutExpired:
-            kills += 1
-            process.kill()
-            process.communicate()
-
-
 # Catches: a call that is made again, a stage that begins anew with other weights, rows of half a stage.
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
 def test_a_run_that_is_killed_and_started_again_makes_the_same(tmp_path, kills):
     prepare(tmp_path)
     with Fake(teach) as endpoint:
-        assert killed_run(tmp_path, endpoint, "whole", 0, 0) == 0
+        assert start_until_done(write_run(tmp_path, endpoint, "whole"), 0, 0) == 0
         asked = Counter(json.dumps(body, sort_keys=True) for body in endpoint.asked)
         endpoint.asked.clear()
-        killed_run(tmp_path, endpoint, "killed", kills, kills)
+        start_until_done(write_run(tmp_path, endpoint, "killed"), kills, kills, spread=7.0)
         again = Counter(json.dumps(body, sort_keys=True) for body in endpoint.asked)
     assert results(tmp_path / "killed") == results(tmp_path / "whole") != {}
     # What was in flight when it was killed is asked again: at most what runs at once.

@@ -1,16 +1,12 @@
 """The real run with a tiny model in the place of the pretrained one, few rows and few steps; also killed halfway."""
 
-import hashlib
 import json
-import random
 import sqlite3
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from forked import ENVIRONMENT
+from killed_runs import results, start_until_done
 from many_ranks import save_base
 
 from recipes import progressive
@@ -113,13 +109,6 @@ def test_real_run_goes_through_every_stage(folder):
     assert summary["pairwise"]
 
 
-def results(out):
-    """Content of everything that the stages made and the clock did not."""
-    names = ("*.safetensors", "rows.jsonl", "preferences.jsonl", "battles.jsonl", "sft.jsonl", "answers.jsonl")
-    paths = sorted(path for name in names for path in out.rglob(name) if "checkpoints" not in path.parts)
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
 def replies(out):
     """How many replies each ledger holds."""
     counts = {}
@@ -127,24 +116,6 @@ def replies(out):
         with sqlite3.connect(path) as ledger:
             counts[str(path.relative_to(out))] = ledger.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
     return counts
-
-
-def start_until_done(path, seed, most):
-    """Start a run again and again until it ends by itself, and kill it at random moments, `most` times at most."""
-    command, chance, kills = [sys.executable, progressive.__file__, str(path)], random.Random(seed), 0
-    while True:
-        process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        try:
-            # The import of torch takes some seconds of it.
-            _, errors = process.communicate(timeout=3 + chance.random() * 4 if kills < most else 300)
-            assert process.returncode == 0, errors
-            return kills
-        except subprocess.TimeoutExpired:
-            kills += 1
-            process.kill()
-            process.communicate()
 
 
 # Catches: a call that is made again, a stage that begins anew with other weights, rows of half a stage.
