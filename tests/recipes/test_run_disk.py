@@ -7,7 +7,7 @@ import pytest
 from recipes import progressive
 from wizard_engine.model import ModelDirectory
 from wizard_engine.model.heads import scoring_head
-from wizard_engine.pipeline.disk import disk_of, parameters_of
+from wizard_engine.pipeline.disk import disk_of
 from wizard_engine.pipeline.graph import Node
 from wizard_engine.rl.options import PPOOptions, RewardOptions, RolloutOptions
 from wizard_engine.runtime.process import Runtime
@@ -60,7 +60,7 @@ def stages(world, tmp_path_factory):
 def test_models_and_checkpoints_take_what_was_said(world, stages, name):
     node, steps = stages[name]
     with ModelDirectory(world.base) as directory:
-        parameters, width = parameters_of(directory), directory.config.width
+        parameters, width = directory.parameter_count, directory.config.width
     # Stage-DPO makes as many steps in each of its slices.
     steps = steps * getattr(node.config, "slices", 1) if steps else None
     said = disk_of(node, parameters, Runtime().device, steps).stays

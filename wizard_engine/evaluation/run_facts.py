@@ -96,8 +96,7 @@ def _step_rates(path: Path) -> Iterator[tuple[float, float]]:
 def model_facts(path: Path) -> dict[str, str]:
     """Sizes of a model's directory, as text."""
     with ModelDirectory(path) as directory:
-        config, shapes = directory.config, directory.shapes
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+        config, parameters = directory.config, directory.parameter_count
     facts = {
         "parameters": f"{parameters:,}",
         "layers": str(config.layers),

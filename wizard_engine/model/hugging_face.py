@@ -78,6 +78,11 @@ class ModelDirectory:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    @property
+    def parameter_count(self) -> int:
+        """The number of the model's parameters."""
+        return sum(map(math.prod, self.shapes.values()))
+
     def close(self) -> None:
         """Let the memory maps go."""
         for file in self._files:
@@ -346,7 +351,7 @@ def _materialised(directory: ModelDirectory, dtype: torch.dtype, device: Any) ->
     """The directory's model with every parameter read; scoring heads stay in fp32, where they compute."""
     model = directory.empty_model()
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    total = sum(math.prod(shape) for shape in directory.shapes.values()) * dtype.itemsize
+    total = directory.parameter_count * dtype.itemsize
     with byte_bar(f"load {directory.path}", total) as bar:
         for name, tensor in directory.parameters(dtype=dtype, device=device):
             owner, _, leaf = name.rpartition(".")

@@ -7,7 +7,6 @@
 Rows, ledgers, logs and pages are not counted.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,16 +38,11 @@ class Disk:
     passing: int = 0
 
 
-def parameters_of(directory: ModelDirectory) -> int:
-    """The number of a model's parameters, by its shapes."""
-    return sum(math.prod(shape) for shape in directory.shapes.values())
-
-
 def base_parameters(run: RunFile, size: str) -> int | None:
     """Parameters of a run's base model, of the preset of its size where the directory is not there; None: not known."""
     if run.base.model is not None and run.base.model.is_dir():
         with ModelDirectory(run.base.model) as directory:
-            return parameters_of(directory)
+            return directory.parameter_count
     if size not in PLANNED:
         return None
     with torch.device("meta"):

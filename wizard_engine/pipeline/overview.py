@@ -1,6 +1,5 @@
 """What a run has, in a few lines before it starts: base model, rows and pairs, and what it measures."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def overview(run: RunFile, plan: Plan) -> str:
     if run.base.model is None or not run.rows.data:
         return ""
     with ModelDirectory(run.base.model) as directory:
-        config, parameters = directory.config, sum(map(math.prod, directory.shapes.values()))
+        config, parameters = directory.config, directory.parameter_count
     rate = "the recipes' own" if plan.size == "demo" else f"those of {plan.size}"
     base = f"{run.base.model}: {parameters / 1e6:,.1f} million parameters, context of {config.max_positions:,} tokens"
     lines = {"base": f"{base}; learning rates: {rate}", "rows": _rows(run, plan, config)}

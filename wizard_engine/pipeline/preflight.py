@@ -16,7 +16,7 @@ from wizard_engine.model.vocabulary import check_family, check_vocabulary
 from wizard_engine.parallel.mesh import resolve
 
 from .answer_checks import check_answers
-from .disk import GIB, Disk, disk_bytes, disk_of_run, parameters_of
+from .disk import GIB, Disk, disk_bytes, disk_of_run
 from .graph import Node, paths_of
 from .learning import size_of
 from .run_file import RunFile
@@ -35,7 +35,7 @@ def size_of_base(run: RunFile) -> str:
     if not run.base.model.is_dir():
         raise ValueError(f"base.model: expected a model directory, got {run.base.model}; name one that is there")
     with ModelDirectory(run.base.model) as directory:
-        return size_of(parameters_of(directory), is_mixture=bool(directory.config.experts))
+        return size_of(directory.parameter_count, is_mixture=bool(directory.config.experts))
 
 
 def has_answers(run: RunFile) -> bool:
