@@ -2,8 +2,11 @@
 
 import hashlib
 import random
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from forked import ENVIRONMENT
@@ -20,27 +23,31 @@ def results(out):
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def start_until_done(path, seed, most, *, spread=4.0):
-    """Start a run until it ends by itself, and kill it `most` times, 3 to 3 + `spread` seconds after its start.
+def finished(out):
+    """How many stages of a run have ended."""
+    return sum(1 for _ in out.rglob("stage.json"))
 
-    Returns how often it was killed.
-    """
-    command, chance, kills = [sys.executable, progressive.__file__, str(path)], random.Random(seed), 0
-    while True:
-        process = subprocess.Popen(
-            command,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        try:
-            # The import of torch takes some seconds of it.
-            _, errors = process.communicate(timeout=3 + chance.random() * spread if kills < most else 300)
-            assert process.returncode == 0, errors
-            return kills
-        except subprocess.TimeoutExpired:
-            kills += 1
+
+def moments(out, count, seed):
+    """When to kill a run that ends as the one in `out`: after so many stages, and so many seconds later, in order."""
+    chance = random.Random(seed)
+    return [(stages, 0.4 * chance.random()) for stages in sorted(chance.sample(range(finished(out) - 1), count))]
+
+
+def start_until_done(path, out, kills=()):
+    """Start a run, whose results are in `out`, until it ends by itself; it is killed once at each of the moments."""
+    command = [sys.executable, progressive.__file__, str(path)]
+    for stages, delay in [*kills, (None, 0)]:
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command, env=ENVIRONMENT, stdout=errors, stderr=errors, cwd=Path(__file__).parents[1]
+            )
+            deadline = time.monotonic() + 300
+            while process.poll() is None and (stages is None or finished(out) < stages):
+                assert time.monotonic() < deadline, "the run does not end"
+                time.sleep(0.02)
+            time.sleep(delay)
             process.kill()
-            process.communicate()
+            code = process.wait()
+            errors.seek(0)
+            assert code == (0 if stages is None else -signal.SIGKILL), errors.read()

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from killed_runs import results, start_until_done
+from killed_runs import moments, results, start_until_done
 from many_ranks import save_base
 
 from recipes import progressive
@@ -151,12 +151,13 @@ def test_a_second_start_asks_nobody_and_the_report_is_about_this_run(finished):
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
 def test_a_run_that_is_killed_and_started_again_makes_the_same(tmp_path, kills):
     prepare(tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     with Fake(teach) as endpoint:
-        assert start_until_done(write_run(tmp_path, endpoint, "whole"), 0, 0) == 0
+        start_until_done(write_run(tmp_path, endpoint, "whole"), whole)
         asked = Counter(json.dumps(body, sort_keys=True) for body in endpoint.asked)
         endpoint.asked.clear()
-        start_until_done(write_run(tmp_path, endpoint, "killed"), kills, kills, spread=7.0)
+        start_until_done(write_run(tmp_path, endpoint, "killed"), killed, moments(whole, kills, kills))
         again = Counter(json.dumps(body, sort_keys=True) for body in endpoint.asked)
-    assert results(tmp_path / "killed") == results(tmp_path / "whole") != {}
+    assert results(killed) == results(whole) != {}
     # What was in flight when it was killed is asked again: at most what runs at once.
     assert again.keys() == asked.keys() and (again - asked).total() <= kills * 3 * 16

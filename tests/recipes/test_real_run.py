@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from killed_runs import results, start_until_done
+from killed_runs import moments, results, start_until_done
 from many_ranks import save_base
 
 from recipes import progressive
@@ -121,9 +121,8 @@ def replies(out):
 # Catches: a call that is made again, a stage that begins anew with other weights, rows of half a stage.
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)])
 def test_real_run_that_is_killed_makes_the_same(folder, kills):
-    start_until_done(write_run(folder, f"left_alone_{kills}"), 0, 0)
-    killed = start_until_done(write_run(folder, f"killed_{kills}"), kills, kills)
-    assert killed == kills
     alone, again = folder / f"left_alone_{kills}", folder / f"killed_{kills}"
+    start_until_done(write_run(folder, alone.name), alone)
+    start_until_done(write_run(folder, again.name), again, moments(alone, kills, kills))
     assert results(again) == results(alone) != {}
     assert replies(again) == replies(alone)
