@@ -83,7 +83,7 @@ def test_replies_are_about_rows_or_their_evolved_instructions():
     assert set(rewrites) <= own and len(rewrites) == 90
     assert set(ranks) == {*evolved, *evolved.values()} and said("compare") == {None: "Not Equal"}
     assert len(REPLIES) == len({(line["task"], line.get("instruction")) for line in REPLIES})
-    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.suffix != ".toml") < 520_000
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.suffix != ".toml") < 530_000
 
 
 def test_replies_hold_and_evolved_instructions_are_harder():
