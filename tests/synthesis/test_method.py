@@ -51,7 +51,7 @@ def rows(number=100):
     return [conversation(f"row {n}", "x") for n in range(number)]
 
 
-SIZES = {"minibatch": 10, "dev_size": 50, "method": "level 2"}
+SIZES = {"minibatch": 10, "dev_size": 50, "method": "level 2", "measure": "rules"}
 
 
 def test_method_with_the_lowest_failure_rate_wins_each_step():

@@ -1,6 +1,8 @@
 """Programs that judge: pairs of answers, single answers, steps, and the quality of instructions."""
 
+import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -8,8 +10,8 @@ from wizard_engine.agents import prompts
 from wizard_engine.data.solution_steps import step_texts
 
 from . import vocabulary as words
-from .agents import NUMBERED, WorldProgram
-from .evolve import is_same
+from .agents import NUMBERED, WorldProgram, is_of_world
+from .evolve import failure_of, is_same
 from .parse import parse, parse_turns
 from .problems import MAX_OPERATIONS, Problem
 from .solve import asks_back, check_answer, claimed_answer, label_steps, states_answer
@@ -79,6 +81,14 @@ class Judge(WorldProgram):
             return "Equal" if prompts.flatten(first) == prompts.flatten(second) else "Not Equal"
         return "Equal" if is_same(problem, other) else "Not Equal"
 
+    def do_diagnose(
+        self, *, instruction: str, change: str, evolved: str, reference: str, response: str, rng: random.Random
+    ) -> str:
+        """A JSON object with the failures of an evolved problem (see `diagnosis`)."""
+        failures = diagnosis(instruction, change.partition(":")[0], evolved)
+        listed = [{"class": name, "reason": reason} for name, reason in failures.items()]
+        return json.dumps({"assessment": "It is not sound." if listed else "It is sound.", "failures": listed})
+
     def do_suggest(self, *, instruction: str, answer: str, better: str, rng: random.Random, **_: str) -> str:
         """One sentence about what the better answer does and the first one does not."""
         problem = parse(instruction)
@@ -111,6 +121,56 @@ class Ranker(WorldProgram):
                 score = instruction_quality(match[2]) + rng.gauss(0, self.noise)
                 lines.append(f"{match[1]}: {min(10.0, max(0.0, score)):.1f}")
         return "\n".join(lines)
+
+
+# Failure that a reader of the world sees -> its class among those of evolving; a jump is none of them.
+CLASS_OF = {
+    "same": "not harder",
+    "heading": "copied headings",
+    "vague": "not answerable",
+    "impossible": "contradiction",
+    "language": "other language",
+}
+
+
+def diagnosis(before: str, operator: str, after: str) -> dict[str, str]:
+    """Class of failure -> reason, of one evolving step, by reading both problems; {} where it is sound.
+
+    A text without a question is another task. One with sentences that the world does not know is not read, and sound.
+    """
+    old, new = parse(before), parse(after)
+    if old is None:
+        return {}
+    if new is None and "?" not in after:
+        return {"task changed": "it asks for no number"}
+    if new is None and not is_of_world(after):
+        return {}
+    failure = failure_of(before, old, after, new)
+    if failure in CLASS_OF:
+        return {CLASS_OF[failure]: failure}
+    if new is None or operator == "breadth":
+        return {}
+    is_named = old.person != words.SOMEONE and old.noun != words.THINGS
+    if is_named and (old.person, old.noun) != (new.person, new.noun):
+        return {"task changed": "it is about something else"}
+    return _lost(old, new)
+
+
+def _lost(old: Problem, new: Problem) -> dict[str, str]:
+    """Statements of the old problem that are gone; a number that became boxes is not."""
+    gone = Counter(_amounts(old)) - Counter(_amounts(new))
+    boxed = sum(amount.each is not None for _, amount in new.statements)
+    boxed -= sum(amount.each is not None for _, amount in old.statements)
+    if gone.total() <= max(0, boxed):
+        return {}
+    return {"facts lost": ", ".join(f"{kind} {total}" for kind, total in gone)}
+
+
+def _amounts(problem: Problem) -> list[tuple[str, int]]:
+    """Kind and number of things of each statement that has one."""
+    return [
+        (kind, amount.count * (amount.each or 1)) for kind, amount in problem.statements if amount.count is not None
+    ]
 
 
 def asked_problem(history: str, instruction: str) -> Problem | None:
