@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -15,6 +16,9 @@ from .evolve import failure_of, is_same
 from .parse import parse, parse_turns
 from .problems import MAX_OPERATIONS, Problem
 from .solve import asks_back, check_answer, claimed_answer, label_steps, states_answer
+
+_SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
+_DIGITS = re.compile(r"\d+")
 
 
 class Assessment(NamedTuple):
@@ -136,16 +140,21 @@ CLASS_OF = {
 def diagnosis(before: str, operator: str, after: str) -> dict[str, str]:
     """Class of failure -> reason, of one evolving step, by reading both problems; {} where it is sound.
 
-    A text without a question is another task. One with sentences that the world does not know is not read, and sound.
+    Sentences that the world does not know are left out of the problem; one of them with its answer gives it away. What
+    asks for no number of things is another task.
     """
-    old, new = parse(before), parse(after)
+    old = parse(before)
     if old is None:
         return {}
-    if new is None and "?" not in after:
-        return {"task changed": "it asks for no number"}
-    if new is None and not is_of_world(after):
-        return {}
-    failure = failure_of(before, old, after, new)
+    sentences = _SENTENCE_END.split(after.strip())
+    unknown = [sentence for sentence in sentences if not is_of_world(sentence)]
+    read = " ".join(sentence for sentence in sentences if sentence not in unknown) if unknown else after
+    new = parse(read)
+    if unknown and new is None:
+        return {"task changed": f"it says {unknown[-1][:60]!r}"}
+    if any(str(new.value) in _DIGITS.findall(sentence) for sentence in unknown):
+        return {"answer leaked": f"it states {new.value}"}
+    failure = failure_of(before, old, read, new)
     if failure in CLASS_OF:
         return {CLASS_OF[failure]: failure}
     if new is None or operator == "breadth":
