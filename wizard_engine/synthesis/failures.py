@@ -157,7 +157,8 @@ def _found(detectors: dict[str, Callable[[Step], str]], step: Step) -> list[Fail
 
 
 def content_words(text: str) -> Counter[str]:
-    """How often each word of a text stands in it, those without content left out."""
+    """How often each word of a text stands in it, those without content and marks of lists left out."""
+    text = _LIST_MARK.sub("\n", text)
     stop = STOP_WORDS.get(language(text), "").split()
     return Counter(word for word in words(text, operators=True) if word not in EMPTY_WORDS and word not in stop)
 
@@ -215,8 +216,8 @@ def _facts_lost(step: Step) -> str:
 
 
 def _is_made(number: Fraction, here: Iterable[Fraction], new: Iterable[Fraction]) -> bool:
-    """Whether a new number and another one make the number by addition, subtraction or multiplication."""
-    return any(number in (a + b, abs(a - b), a * b) for a in new for b in here)
+    """Whether two new numbers make a number by addition or subtraction, or a new and any one by multiplication."""
+    return any(number == a * b for a in new for b in here) or any(number in (a + b, a - b) for a in new for b in new)
 
 
 def _shown(number: Fraction) -> str:
@@ -273,7 +274,8 @@ def _not_harder(step: Step) -> str:
     parent, child = content_words(step.parent), content_words(step.child)
     if parent == child:
         return "the same words"
-    is_less = 10 * child.total() < 9 * parent.total() and turn_score(step.child, "") < turn_score(step.parent, "")
+    before, after = (turn_score(_LIST_MARK.sub("\n", text), "") for text in (step.parent, step.child))
+    is_less = 10 * child.total() < 9 * parent.total() and after < before
     return "fewer words, numbers and conditions" if is_less and not step.is_breadth else ""
 
 

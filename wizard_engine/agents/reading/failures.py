@@ -48,7 +48,12 @@ _ABSENT = re.compile(
     r"|(?:no|none) (?:found|detected|present|failures?|problems?|issues?|changes?|leak|contradictions?))\b.*",
     re.IGNORECASE | re.DOTALL,
 )
-_UNCLEAR = re.compile(r"none of\b|no (?:facts?|numbers?|names?) (?:is|are|was|were)\b", re.IGNORECASE)
+# A class beside such a reason is said and denied.
+_UNCLEAR = re.compile(
+    r"none of\b|no [^.,;]{1,30} (?:is|are|was|were|has|have) (?:been )?(?:lost|gone|missing|changed|altered|dropped"
+    r"|removed|leaked|stated|given away|copied)\b",
+    re.IGNORECASE,
+)
 _PRESENT = re.compile(r"(?:yes|true|failed|present|found)\b[\s,;:.(–—-]*", re.IGNORECASE)
 _LABEL = re.compile(
     r"(?:the )?(?:failures?|classes|failure class(?:es)?|verdict|result|answer|conclusion|diagnosis)"
@@ -225,7 +230,7 @@ def _of_lines(lines: list[str]) -> dict[str, str] | None:
         line = _MARK.sub("", line).strip()
         label = _LABEL.fullmatch(line)
         said = label["rest"].strip() if label else line
-        if _NONE.fullmatch(said.strip(" .!\"'")) and (label or len(said) > 1):
+        if _NONE.fullmatch(said.strip(" .!\"'()")) and (label or len(said) > 1):
             is_none = True
         elif label and said:
             pairs += _of_names(said).items()
