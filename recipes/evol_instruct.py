@@ -71,7 +71,7 @@ class Optimise(Checked):
     """What the failure rate counts: classes of failure that programs and the judge find, or the paper's string rules
     alone (rules), which see no changed task, lost fact or leaked answer."""
     confidence: Fraction[float | None] = None
-    """That a better failure rate is no chance, before a method replaces another; 0 takes any lower rate. Default: 0.95
+    """That a better failure rate is no chance, before a method replaces another; 0 takes any lower rate. Default: 0.9
     with classes, 0 with rules."""
     whole_prompt: bool = False
     """Whether the method is the whole evolving prompt, as in the paper, and not a section of it."""
@@ -158,7 +158,8 @@ def print_search(search: dict[str, Any]) -> None:
     for step in search.get("history", []):
         low, high = step["ci95"]
         reasons = ", ".join(f"{name} {count}" for name, count in step["reasons"].items()) or "none"
-        kept = "" if step["accepted"] else f"  ({search['stopped']})"
+        advice = "; a larger --optimise.dev-size shows smaller gains" if search["stopped"] == "within noise" else ""
+        kept = "" if step["accepted"] else f"  ({search['stopped']}{advice})"
         rate = f"{step['failure_rate']:.1%} [{low:.1%}, {high:.1%}]"
         print(f"method, step {step['step']}: failures {rate}: {reasons}{kept}")
 

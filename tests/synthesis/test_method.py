@@ -206,7 +206,7 @@ def test_optimizer_sees_what_was_found_in_every_round():
 
 # Catches: a candidate that happens to fail on two rows less.
 def test_method_that_is_better_by_chance_is_not_taken():
-    settings = {"loses": lambda n: n < 6, "new": f"```\n{ByRule.RULE}\n```"}
+    settings = {"loses": lambda n: n < 5, "new": f"```\n{ByRule.RULE}\n```"}
     lab = ByRule(**settings)
     out = optimise_method(counted(60), **lab.team(), **CLASSES)
     assert 0 < out.history[0]["failure_rate"] <= 0.08

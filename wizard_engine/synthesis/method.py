@@ -26,6 +26,7 @@ from wizard_engine.data.references import reference_of
 from .failure_rate import Checks, Measure, Measured, Outcome, chance, is_better, shared_checks
 from .failures import Failure, Step
 
+CONFIDENCE = 0.9  # that another method is better, where classes of failure count
 IN_DEPTH = ("constraint", "deepen", "concretise", "steps", "complicate")
 
 
@@ -90,7 +91,7 @@ def optimise_method(
         method: the method to start from; "" for prompts.initial_method(), or prompts.whole_prompt().
         is_whole: the method is the whole evolving prompt. A proposal that is none is asked for again.
         measure: what counts as a failure, see failure_rate.
-        confidence: that a candidate is better (see failure_rate.is_better); 0: any lower rate counts. None for 0.95
+        confidence: that a candidate is better (see failure_rate.is_better); 0: any lower rate counts. None for 0.9
             with "classes", for 0 with "rules".
         operators: one is drawn for each row.
         optimizer_temperature: of its analyses and methods, so that candidates differ.
@@ -102,7 +103,7 @@ def optimise_method(
     """
     texts = _Instructions.distinct(rows)
     method = method or (prompts.whole_prompt() if is_whole else prompts.initial_method())
-    confidence = (0.95 if measure == "classes" else 0.0) if confidence is None else confidence
+    confidence = (CONFIDENCE if measure == "classes" else 0.0) if confidence is None else confidence
     _validate(len(texts), steps, candidates, minibatch, dev_size, rounds)
     _validate_method(method, is_whole, confidence)
     order = random.Random(derive_seed(seed, "dev set")).sample(range(len(texts)), len(texts))
@@ -294,7 +295,7 @@ def _labelled(step: int, candidate: int | None, measured: Measured) -> list[dict
 
 def _validate_method(method: str, is_whole: bool, confidence: float) -> None:
     if not 0 <= confidence < 1:
-        raise ValueError(f"confidence: expected at least 0 and below 1, got {confidence}; give 0.95, or 0 for none")
+        raise ValueError(f"confidence: expected at least 0 and below 1, got {confidence}; give 0.9, or 0 for none")
     if is_whole and not prompts.is_whole_prompt(method):
         line = prompts.load_template("evolve").closing
         raise ValueError(
