@@ -287,11 +287,11 @@ def test_method_searches_are_read_from_the_stages(tmp_path):
         "instruction": "a",
         "evolved": "b",
     }
-    failures = [{**failure, "step": place // 5, "instruction": str(place)} for place in range(10)]
+    failures = [{**failure, "step": 1 - place // 5, "instruction": str(place)} for place in range(10)]
     write_json_lines(folder / "method_failures.jsonl", failures)
     (search,) = method_searches(tmp_path, 3)
     assert (search["slice"], search["method"], search["measure"]) == (2, "1. Think.", "classes")
-    assert [example["instruction"] for example in search["examples"]] == ["0", "1"]
+    assert [example["instruction"] for example in search["examples"]] == ["5", "6"]
     assert method_section([search]).count("facts lost") >= 3 and method_section([]) == ""
     write_json(folder / "report.json", {"method": {}})
     assert method_searches(tmp_path, 3) == []
