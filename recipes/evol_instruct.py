@@ -5,8 +5,8 @@
 
 Writes OUT/rows.jsonl (the input rows, then the evolved ones), OUT/eliminated.jsonl, OUT/removed.jsonl (evolved rows
 that repeat an evaluation text), OUT/rankings.jsonl (pairs of instructions for the instruction reward model, with
---agents.ranker), OUT/method.txt and OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run
-repeats none.
+--agents.ranker), OUT/method.txt, OUT/method_failures.jsonl (what was found wrong under each method that was tried) and
+OUT/report.json. Every call goes through OUT/ledger.sqlite: a resumed run repeats none.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,11 @@ from wizard_engine.data.records import Conversation, Preference, read_prompts
 from wizard_engine.data.text_files import read_text
 from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.launch import launch
-from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Temperature
+from wizard_engine.runtime.ranges import Checked, Count, Fraction, NonNegative, Temperature
 from wizard_engine.runtime.spill import Spill
 from wizard_engine.synthesis import evolve_instructions, instruction_groups, optimise_method, rank_instructions
 from wizard_engine.synthesis.evol_instruct import OPERATORS
+from wizard_engine.synthesis.failure_rate import Measure
 from wizard_engine.synthesis.inputs import Made, SynthesisOptions, call_settings, synthesize
 from wizard_engine.synthesis.outputs import print_table, rejections, write_outputs
 from wizard_engine.synthesis.pairs import Joined, row_spill
@@ -43,7 +44,7 @@ class Agents(AgentSpecs):
     evolver: str = "world:evolver"
     answerer: str = "world:expert"
     judge: str = "world:judge"
-    """Says whether an evolved instruction differs from its parent."""
+    """Says whether an evolved instruction differs from its parent, and how evolving failed (--optimise.failures)."""
     optimizer: str = "world:optimizer"
     """Improves the evolving method."""
     ranker: str | None = None
@@ -66,6 +67,14 @@ class Optimise(Checked):
     """Times each row of the trajectory is evolved."""
     temperature: Temperature[float] = 0.6
     """Of the optimizer."""
+    failures: Measure = "classes"
+    """What the failure rate counts: classes of failure that programs and the judge find, or the paper's string rules
+    alone (rules), which see no changed task, lost fact or leaked answer."""
+    confidence: Fraction[float | None] = None
+    """That a better failure rate is no chance, before a method replaces another; 0 takes any lower rate. Default: 0.9
+    with classes, 0 with rules."""
+    whole_prompt: bool = False
+    """Whether the method is the whole evolving prompt, as in the paper, and not a section of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +96,13 @@ class Config(SynthesisOptions):
     """Of the evolver."""
 
 
-def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[str, dict[str, Any]]:
-    """The evolving method, improved if requested, and the record of the search."""
+def choose_method(
+    cfg: Config, cast: Cast, rows: Sequence[Conversation]
+) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """The evolving method, improved if requested, the record of the search, and the failures that it found."""
     method = read_text(cfg.method).strip() if cfg.method else ""
     if not cfg.optimise.steps:
-        return method, {}
+        return method, {}, []
     settings = call_settings(cfg, cast)
     settings.pop("folder")
     # A method is judged by whole answers.
@@ -101,7 +112,11 @@ def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tupl
         evolver=cast.agent(cfg.agents.evolver),
         optimizer=cast.agent(cfg.agents.optimizer),
         answerer=cast.agent(cfg.agents.answerer),
+        judge=cast.agent(cfg.agents.judge),
         method=method,
+        is_whole=cfg.optimise.whole_prompt,
+        measure=cfg.optimise.failures,
+        confidence=cfg.optimise.confidence,
         steps=cfg.optimise.steps,
         candidates=cfg.optimise.candidates,
         minibatch=cfg.optimise.minibatch,
@@ -110,7 +125,8 @@ def choose_method(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tupl
         optimizer_temperature=cfg.optimise.temperature,
         **settings,
     )
-    return optimised.method, {"stopped": optimised.stopped, "history": optimised.history, **optimised.statistics}
+    record = {"stopped": optimised.stopped, "measure": cfg.optimise.failures, "history": optimised.history}
+    return optimised.method, record | optimised.statistics, optimised.failures
 
 
 def rank(cfg: Config, cast: Cast, rows: Sequence[Conversation]) -> tuple[Sequence[Preference], dict[str, Any]]:
@@ -137,9 +153,20 @@ def decontaminate(cfg: Config, made: Spill[Conversation]) -> tuple[Spill[Convers
     return clean, removed
 
 
+def print_search(search: dict[str, Any]) -> None:
+    """Prints a line a step of the method's search: rate, interval, rows by class."""
+    for step in search.get("history", []):
+        low, high = step["ci95"]
+        reasons = ", ".join(f"{name} {count}" for name, count in step["reasons"].items()) or "none"
+        advice = "; a larger --optimise.dev-size shows smaller gains" if search["stopped"] == "within noise" else ""
+        kept = "" if step["accepted"] else f"  ({search['stopped']}{advice})"
+        rate = f"{step['failure_rate']:.1%} [{low:.1%}, {high:.1%}]"
+        print(f"method, step {step['step']}: failures {rate}: {reasons}{kept}")
+
+
 def evolve(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int) -> Made:
     """The evolved rows and their outputs."""
-    method, search = choose_method(cfg, cast, rows)
+    method, search, failures = choose_method(cfg, cast, rows)
     evolved = evolve_instructions(
         rows,
         evolver=cast.agent(cfg.agents.evolver),
@@ -160,9 +187,12 @@ def evolve(cfg: Config, cast: Cast, rows: Sequence[Conversation], rejected: int)
     report = {"counts": counts, **evolved.statistics, "method": search, "ranking": ranking}
     write_text(cfg.out / "method.txt", method + "\n")
     files = {"rows": Joined(rows, clean), "rankings": rankings}
-    outputs = write_outputs(cfg.out, files, {"eliminated": evolved.eliminated, "removed": removed}, report)
+    objects = {"eliminated": evolved.eliminated, "removed": removed}
+    objects |= {"method_failures": failures} if search else {}
+    outputs = write_outputs(cfg.out, files, objects, report)
     if not cfg.quiet:
         print("  ".join(f"{name} {count}" for name, count in counts.items()))
+        print_search(search)
         print_table("operator", evolved.statistics["operators"])
     note = rejections("evolved instructions", evolved.statistics["operators"], "kept")
     return report, [cfg.out / "method.txt", *outputs], note

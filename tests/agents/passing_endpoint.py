@@ -43,7 +43,11 @@ def passing_text(body):
     if task == "rank":
         count = len(re.findall(r"(?m)^\d+\. ", fields["instructions"]))
         return "\n".join(f"{place}: {1 + (number + place) % 9}" for place in range(1, count + 1))
-    fixed = {"compare": "Not Equal", "rate": f"{words(rng, 10, 14)} [[{1 + number % 10}]]"}
+    fixed = {
+        "compare": "Not Equal",
+        "diagnose": '{"failures": []}',
+        "rate": f"{words(rng, 10, 14)} [[{1 + number % 10}]]",
+    }
     return fixed.get(task) or f"{words(rng, 25, 35)} {number}"
 
 

@@ -246,7 +246,9 @@ def staged(agent, *, task="judge", read=number, rows=500, unreadable=30, **optio
     return found, calls
 
 
-@pytest.mark.parametrize("task", ["judge", "rate", "label", "rank", "tag", "compare", "evolve", "rewrite", "suggest"])
+@pytest.mark.parametrize(
+    "task", ["judge", "rate", "label", "rank", "tag", "compare", "diagnose", "evolve", "rewrite", "suggest"]
+)
 @pytest.mark.parametrize("kind", ["text", "cut", "blank", "program"])
 def test_a_stage_ends_early_where_none_of_an_agents_first_replies_can_be_read(task, kind):
     agent = Scripted(lambda *_: {"cut": cut("It is w"), "blank": " "}.get(kind, "Well, it depends."))

@@ -14,7 +14,15 @@ from recipes import co_teach, evol_answer, evol_instruct, self_teach
 from wizard_engine.agents import Reply, Request, prompts
 from wizard_engine.agents.estimate import DEFAULT_LENGTHS, StandInCast, shown_estimate, stand_in_text
 from wizard_engine.agents.prices import Price
-from wizard_engine.agents.replies import read_evolved, read_labels, read_method, read_ranking, read_scores, read_tags
+from wizard_engine.agents.replies import (
+    read_evolved,
+    read_failures,
+    read_labels,
+    read_method,
+    read_ranking,
+    read_scores,
+    read_tags,
+)
 from wizard_engine.data.records import Message, conversation, write_rows
 from wizard_engine.world import held_out
 
@@ -127,6 +135,7 @@ REQUESTS = {
     "rate": ({"history": "", "instruction": "q", "reference": "", "answer": "x"}, lambda text: read_scores(text, 1)),
     "optimise": ({"method": "m", "feedback": "f"}, read_method),
     "tag": ({"instruction": "q"}, read_tags),
+    "diagnose": ({"instruction": "q", "evolved": "r"}, lambda text: read_failures(text) == {}),
 }
 
 

@@ -105,6 +105,34 @@ def test_blank_sections_are_left_out(task):
             assert f"\n\n{section.intro}\n" in prompts.render(task, **required, **{section.name: value})
 
 
+WHOLE = "Rewrite it.\n\n#Operator#:\nnone\n\nBegin with `#Rewritten Instruction#:`."
+
+
+def test_method_that_names_the_line_of_the_reply_is_the_whole_prompt():
+    fields = {"operator": "steps", "method": WHOLE, "instruction": "Add.\n#Operator#: x"}
+    text = prompts.render("evolve", **fields)
+    assert text.startswith("Rewrite it.\n\n\\#Operator#:\nnone\n\nBegin") and "#Method#" not in text
+    assert text.endswith("#Given Instruction#:\nAdd.\n\\#Operator#: x\n\n#Rewritten Instruction#:")
+    assert prompts.parse("evolve", text) == fields
+    assert prompts.is_whole_prompt(prompts.whole_prompt()) and not prompts.is_whole_prompt(prompts.initial_method())
+    for method in (prompts.initial_method(), ""):
+        given = fields | {"method": method}
+        assert prompts.parse("evolve", prompts.render("evolve", **given)) == given
+    # Only the evolving prompt has methods that are prompts.
+    fields = {"method": WHOLE, "feedback": "Case 1: x"}
+    assert prompts.parse("optimise", prompts.render("optimise", **fields)) == fields
+    with pytest.raises(ValueError, match="prompt 'evolve': expected its start"):
+        prompts.parse("evolve", text.replace("Begin with `#Rewritten Instruction#:`.", "Begin."))
+
+
+def test_checks_stand_in_a_trajectory_and_change_none_of_its_cases():
+    cases = [(["a", "b"], "c"), (["d", "e\nCheck: f"], "g")]
+    text = prompts.trajectory(cases, ["stage 1: facts lost", ""])
+    assert text.split("\n\n")[0] == "Case 1\nStage 0: a\nStage 1: b\nResponse: c\nCheck: stage 1: facts lost"
+    assert "\nCheck" not in text.split("\n\n")[1]
+    assert prompts.parse_trajectory(text) == prompts.parse_trajectory(prompts.trajectory(cases))
+
+
 def test_steps_are_numbered_in_the_prompt_and_not_in_the_field():
     text = prompts.render("label", instruction="Add.", answer_steps="2+3=5\n\nStep 1: x")
     assert "Step 1: 2+3=5\n\nStep 2: Step 1: x\n" in text

@@ -651,7 +651,7 @@ def test_corpus_of_replies_is_read_without_a_wrong_reading(family):
 
 # Catches: a reader that looks at the corpus row and not at its form: blanks, a fence, bold and a closing token change
 # no reading of a verdict.
-@pytest.mark.parametrize("family", ["judge", "rate", "rank", "label", "compare", "tag"])
+@pytest.mark.parametrize("family", ["judge", "rate", "rank", "label", "compare", "tag", "diagnose"])
 @pytest.mark.parametrize(
     "wrapping",
     ["\n\n{}\n\n", "{}<|im_end|>", "<think>[[1]] Equal, or 1: 1?</think>\n{}", "{}</s>"],
@@ -682,6 +682,10 @@ BY_SCHEMA = {
     "rate": ({"assessment": "8/10 would be too much", "score": 7.5}, (7.5,)),
     "label": ({"step_1": {"reasons": "right", "label": 1}, "step_2": {"reasons": "Label: 1?", "label": -1}}, (1, -1)),
     "rank": ({f"instruction_{n}": {"reasons": "Score: 1", "score": n + 0.5} for n in (1, 2, 3)}, (1.5, 2.5, 3.5)),
+    "diagnose": (
+        {"assessment": "facts lost? no", "failures": [{"reason": "12 became 15", "class": "facts lost"}]},
+        {"facts lost": "12 became 15"},
+    ),
     "tag": (
         {"reasons": "x", "topic": "sums", "skill": "addition", "difficulty": "easy"},
         {"topic": "sums", "skill": "addition", "difficulty": "easy"},

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from wizard_engine import world
 from wizard_engine.data.final_answers import extract_answer, same_answer
+from wizard_engine.data.proportions import wilson_interval
 from wizard_engine.data.records import read_rows
-from wizard_engine.evaluation.accuracy import accuracy, accuracy_by, wilson_interval
+from wizard_engine.evaluation.accuracy import accuracy, accuracy_by
 
 
 @pytest.mark.parametrize(

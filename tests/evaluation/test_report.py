@@ -9,10 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from wizard_engine.evaluation.method_search import method_searches, method_section
 from wizard_engine.evaluation.report import headline_pair, report_page, write_report
 from wizard_engine.evaluation.report_parts import change, duration, marked
 from wizard_engine.html import charts
 from wizard_engine.html.flow import flow, wrapped
+from wizard_engine.runtime.files import write_json, write_json_lines, write_text
 
 STAGES = [
     {
@@ -40,6 +42,37 @@ DETAILS = {
     ],
     "attributes": [
         {"attribute": "topic", "values": ["farm", EVIL], "natural": [0.7, 0.3], "target": None, "achieved": [0.5, 0.5]}
+    ],
+    "method_searches": [
+        {
+            "slice": 1,
+            "measure": "classes",
+            "stopped": "within noise",
+            "method": EVIL,
+            "history": [
+                {
+                    "step": 0,
+                    "failure_rate": 0.25,
+                    "ci95": [0.15, 0.39],
+                    "reasons": {"facts lost": 12, EVIL: 1},
+                    "accepted": True,
+                }
+                | {"candidates": []},
+                {"step": 1, "failure_rate": 0.125, "ci95": [0.06, 0.24], "reasons": {"facts lost": 6}, "accepted": True}
+                | {"candidates": [{"failure_rate": 0.2}, {"failure_rate": 0.125}]},
+                {"step": 2, "failure_rate": 0.125, "reasons": {}, "accepted": False}
+                | {"candidates": [{"failure_rate": 0.11}]},
+            ],
+            "examples": [
+                {
+                    "class": "facts lost",
+                    "by": "program",
+                    "detail": EVIL,
+                    "instruction": "Tom has 12 hats.",
+                    "evolved": EVIL,
+                }
+            ],
+        }
     ],
     "evolved": [
         {"operator": "", "instruction": "Tom has 3 apples.", "answer": "3"},
@@ -110,6 +143,12 @@ def test_report_shows_every_part(page):
         "The path of the data",
         "9,000",
         "Weighted sampling",
+        "The evolving method",
+        "Slice 1: classes of failure, ended with within noise",
+        "15.0 to 39.0 %",
+        "2, best 12.5 %, taken",
+        "1, best 11.0 %, none taken",
+        "Tom has 12 hats.",
         "A problem, evolved",
         "constraint",
         "What each stage bought",
@@ -232,3 +271,27 @@ def test_flow_wraps_rows_and_starts_lanes_anew():
     chart = flow(nodes, columns=3)
     assert chart.count("<path ") == 3 and "slice 1" in chart
     assert wrapped("one two three four", 60, 12, 2) == ["one two", "three fo…"]
+
+
+def test_method_searches_are_read_from_the_stages(tmp_path):
+    folder = tmp_path / "slice_2" / "evol_instruct"
+    folder.mkdir(parents=True)
+    step = {"step": 0, "failure_rate": 0.5, "ci95": [0.2, 0.8], "reasons": {"facts lost": 3}, "candidates": []}
+    write_json(folder / "report.json", {"method": {"stopped": "step limit", "measure": "classes", "history": [step]}})
+    write_text(folder / "method.txt", "1. Think.\n")
+    failure = {
+        "candidate": None,
+        "class": "facts lost",
+        "by": "judge",
+        "detail": "",
+        "instruction": "a",
+        "evolved": "b",
+    }
+    failures = [{**failure, "step": 1 - place // 5, "instruction": str(place)} for place in range(10)]
+    write_json_lines(folder / "method_failures.jsonl", failures)
+    (search,) = method_searches(tmp_path, 3)
+    assert (search["slice"], search["method"], search["measure"]) == (2, "1. Think.", "classes")
+    assert [example["instruction"] for example in search["examples"]] == ["5", "6"]
+    assert method_section([search]).count("facts lost") >= 3 and method_section([]) == ""
+    write_json(folder / "report.json", {"method": {}})
+    assert method_searches(tmp_path, 3) == []

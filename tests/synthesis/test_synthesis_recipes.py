@@ -7,6 +7,7 @@ from forked import ROOT, run_ranks
 
 from recipes import co_teach, evol_answer, evol_instruct, self_teach
 from wizard_engine.agents import Ledger
+from wizard_engine.agents.replies import FAILURE_CLASSES
 from wizard_engine.data.records import read_rows, write_rows
 from wizard_engine.world import check_answer, natural_corpus, parse
 
@@ -43,7 +44,7 @@ def test_evol_instruct_makes_harder_rows(data, tmp_path):
         ngram=6,
     )
     report = evol_instruct.main(cfg)
-    rows = read(tmp_path / "rows.jsonl", "conversation")
+    rows, classes = read(tmp_path / "rows.jsonl", "conversation"), set(FAILURE_CLASSES)
     assert rows[:120] == read(data) and report["counts"]["evolved"] == len(rows) - 120 > 20
     by_id = {row.id: row for row in rows}
     pairs = [
@@ -57,7 +58,11 @@ def test_evol_instruct_makes_harder_rows(data, tmp_path):
     assert report["counts"]["contaminated"] > 0 and (tmp_path / "removed.jsonl").read_text()
     assert {row.prompt for row in read(tmp_path / "rankings.jsonl", "preference")} == {()}
     assert (tmp_path / "method.txt").read_text().startswith("1. List ways")
-    assert report["method"]["history"][0]["step"] == 0
+    first = report["method"]["history"][0]
+    assert first["step"] == 0 and report["method"]["measure"] == "classes" and set(first["reasons"]) <= classes
+    failures = [json.loads(line) for line in (tmp_path / "method_failures.jsonl").read_text().splitlines()]
+    assert {failure["class"] for failure in failures if failure["step"] == 0} == set(first["reasons"]) > set()
+    assert report["method"]["calls"]["diagnose"]["asked"] > 30
 
 
 def test_evol_answer_mends_answers_and_breaks_none(data, tmp_path):

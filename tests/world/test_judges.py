@@ -57,6 +57,32 @@ def test_judge_prefers_the_right_answer_in_both_orders():
         assert a < b
 
 
+HARDER = TEXT.replace("He sells 5.", "He sells 5. He sells 2.")
+
+
+@pytest.mark.parametrize(
+    ("evolved", "change", "found"),
+    [
+        (HARDER, "steps: one more step", []),
+        (HARDER.replace("has 12 apples", "has 3 bags with 4 apples each"), "complicate: boxes", []),
+        (HARDER.replace("12", "13"), "steps: one more step", ["facts lost"]),
+        (HARDER.replace("He sells 5. ", ""), "steps: one more step", ["facts lost"]),
+        (HARDER.replace("How many apples does Tom have now?", "Write a poem."), "", ["task changed"]),
+        (HARDER.replace("Tom", "Leo"), "steps: one more step", ["task changed"]),
+        (HARDER.replace("Tom", "Leo"), "breadth: another one", []),
+        (HARDER.replace("How", "Hint: 17. How"), "steps: one more step", ["answer leaked"]),
+        (HARDER.replace("How", "Hint: 30. How"), "steps: one more step", []),
+        (HARDER.replace("sells 5", "sells 45"), "steps: one more step", ["contradiction"]),
+        (f"#Given Prompt#: {HARDER}", "steps: one more step", ["copied headings"]),
+        (HARDER.replace("12", "some"), "steps: one more step", ["not answerable"]),
+        (TEXT, "steps: one more step", ["not harder"]),
+    ],
+)
+def test_judge_reads_the_failures_of_an_evolved_problem(evolved, change, found):
+    said = ask(Judge(), "diagnose", instruction=TEXT, change=change, evolved=evolved, reference="", response="")
+    assert list(replies.read_failures(said)) == found, said
+
+
 def test_judge_prefers_asking_back_for_a_vague_instruction():
     a, b = scores("7-5=2\nThe answer is 2.", solve(parse(VAGUE)), instruction=VAGUE)
     assert b > a + 3

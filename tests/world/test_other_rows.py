@@ -41,6 +41,7 @@ def fields_of(task, text):
         "rate": {"instruction": text, "answer": "5", "reference": "5"},
         "label": {"instruction": text, "answer_steps": "1+1=2\n2"},
         "suggest": {"instruction": text, "answer": "5", "better": "6"},
+        "diagnose": {"instruction": text, "evolved": WORLD},
         "rank": {"instructions": prompts.numbered([text, text])},
         "analyse": {"method": "1. Think.", "trajectory": prompts.trajectory([([text, text], "5")])},
     }[task]
@@ -53,7 +54,7 @@ DOES = {
     "evolve": "world:evolver",
     "analyse": "world:optimizer",
     "rank": "world:ranker",
-    **dict.fromkeys(("compare", "judge", "rate", "label", "suggest"), "world:judge"),
+    **dict.fromkeys(("compare", "diagnose", "judge", "rate", "label", "suggest"), "world:judge"),
 }
 
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 AnyAgent = Agent | ConcurrentAgent
 OnLength = Literal["drop", "keep"]
 # Tasks whose reply is a verdict: it may be preceded by an explanation, and has a limit of its own.
-VERDICTS = frozenset({"compare", "judge", "rate", "label", "rank", "tag"})
+VERDICTS = frozenset({"compare", "diagnose", "judge", "rate", "label", "rank", "tag"})
 ANSWERS = frozenset({"answer", "user"})
 JUDGE_TOKENS = 2048
 REWRITE_TOKENS = 2048

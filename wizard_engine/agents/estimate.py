@@ -37,6 +37,7 @@ ASCII_BYTES, OTHER_BYTES = 4.0, 2.5
 # Tokens of a reply, where the ledger has none: those of verdicts with their explanation, and of short texts.
 USUAL_TOKENS = {
     "compare": 8,
+    "diagnose": 60,
     "judge": 250,
     "rate": 200,
     "suggest": 60,
@@ -211,6 +212,7 @@ def stand_in_text(request: Request, name: str, lengths: Mapping[str, int]) -> st
         return f"[[{first}]] [[{second}]]"
     fixed = {
         "compare": "Not Equal",
+        "diagnose": '{"assessment": "It asks one step more.", "failures": []}',
         "rate": f"[[{rng.randint(1, 10)}]]",
         "optimise": f"```\n1. {_words(rng, lengths['optimise'])}\n```",
         "tag": "Topic: cooking\nSkill: addition\nDifficulty: easy",

@@ -29,6 +29,7 @@ from pathlib import Path
 TASKS = (
     "evolve",
     "compare",
+    "diagnose",
     "rewrite",
     "judge",
     "rate",
@@ -43,7 +44,7 @@ TASKS = (
 _FIELD_LINE = re.compile(r"^\{(\w+)(:numbered)?\}$", re.MULTILINE)
 _HEADING_LINE = re.compile(r"#[^#\n]+#:")
 _HEADER_KEYS = ("task", "required", "optional", "reader", "reply")
-_OTHERS = ("initial_method",)
+_OTHERS = ("initial_method", "whole_prompt")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 The templates are files, see `prompt_files`. Lines of a field's content that look like a heading of a prompt get a
 backslash in front, so no content ends its own section. A line is what `runtime.text_lines` calls one, and blanks or
 invisible marks before a heading do not hide it. The section of an optional field is left out where the field is blank.
+An evolving method that is a whole prompt (see `is_whole_prompt`) takes the place of the template's opening.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from wizard_engine.data.records import Message
@@ -56,6 +58,8 @@ def render(task: str, **fields: str) -> str:
             f"fields of prompt {task!r}: expected {_described(template)}, got {', '.join(sorted(fields))};"
             " give each required one once, blank where there is nothing to say"
         )
+    if task == "evolve" and is_whole_prompt(fields.get("method", "")):
+        template = _with_opening(template, _escaped(fields["method"]))
     pieces = [template.opening]
     for section in template.sections:
         value = fields.get(section.name, "")
@@ -76,6 +80,8 @@ def parse(task: str, text: str) -> dict[str, str]:
         ValueError: unknown task, or a text that the task's template did not make.
     """
     template = load_template(task)
+    method = _opening_method(template, text) if task == "evolve" else ""
+    template = _with_opening(template, _escaped(method)) if method else template
     marks = [f"\n\n{section.intro}\n" for section in template.sections]
     closing = f"\n\n{template.closing}"
     last = len(text) - len(closing)
@@ -98,7 +104,7 @@ def parse(task: str, text: str) -> dict[str, str]:
             raise _mismatch(template, f"text before field {section.name!r}", section.intro)
     if position != last:
         raise _mismatch(template, "end", template.closing)
-    return values
+    return values | ({"method": method} if method else {})
 
 
 def request_messages(task: str, **fields: str) -> tuple[Message, ...]:
@@ -107,8 +113,35 @@ def request_messages(task: str, **fields: str) -> tuple[Message, ...]:
 
 
 def initial_method() -> str:
-    """The evolving method that automatic Evol-Instruct starts from."""
+    """The evolving method that automatic Evol-Instruct starts from, where the method is a section of the prompt."""
     return read_text("initial_method")
+
+
+def whole_prompt() -> str:
+    """The evolving method that automatic Evol-Instruct starts from, where the method is the whole prompt.
+
+    Source: Zeng et al. 2024, arXiv:2406.00770, the initial evolving method.
+    """
+    return read_text("whole_prompt")
+
+
+def is_whole_prompt(method: str) -> bool:
+    """Whether an evolving method is a whole prompt: it names the line that the reply has to begin with."""
+    return load_template("evolve").closing in method
+
+
+def _with_opening(template: Template, opening: str) -> Template:
+    """The template of an evolving prompt with a method in the place of its opening and no section for it."""
+    others = tuple(section for section in template.sections if section.name != "method")
+    return replace(template, opening=opening, sections=others)
+
+
+def _opening_method(template: Template, text: str) -> str:
+    """The method in the place of the opening of an evolving prompt, "" where the opening is the template's."""
+    first = next(section for section in template.sections if section.name != "method")
+    opening, mark, _ = text.partition(f"\n\n{first.intro}\n")
+    method = _unescaped(opening)
+    return method if mark and opening != template.opening and is_whole_prompt(method) else ""
 
 
 def operators(task: str) -> tuple[str, ...]:
@@ -162,15 +195,21 @@ def parse_dialogue(text: str) -> tuple[Message, ...]:
     )
 
 
-def trajectory(cases: Sequence[tuple[Sequence[str], str]]) -> str:
+def trajectory(cases: Sequence[tuple[Sequence[str], str]], checks: Sequence[str] = ()) -> str:
     """Evolving cases as text, each a list of instructions by stage and the response that the last stage received.
 
-    A case reads `Case N` (from 1), `Stage 0: original`, `Stage 1: ...`, `Response: ...`, every entry on one line.
+    A case reads `Case N` (from 1), `Stage 0: original`, `Stage 1: ...`, `Response: ...`, every entry on one line, and
+    `Check: ...` with what was found about it.
+
+    Args:
+        checks: of each case, "" where nothing was found; none for no such lines.
     """
     blocks = []
     for number, (stages, response) in enumerate(cases, start=1):
         lines = [f"Stage {stage}: {flatten(text)}" for stage, text in enumerate(stages)]
-        blocks.append("\n".join([f"Case {number}", *lines, f"Response: {flatten(response)}"]))
+        lines += [f"Response: {flatten(response)}"]
+        lines += [f"Check: {flatten(check)}" for check in checks[number - 1 : number] if check]
+        blocks.append("\n".join([f"Case {number}", *lines]))
     return "\n\n".join(blocks)
 
 
@@ -195,8 +234,17 @@ def _written(template: Template, section: Section, value: str) -> str:
     """A field's content as it stands in a prompt."""
     if section.name in template.choices:
         return _choice(template, section.name, value)
-    value = _HEADING.sub(r"\1\\\2", value) if "#" in value or "＃" in value else value
+    value = _escaped(value)
     return _numbered_steps(value) if section.is_numbered else value
+
+
+def _escaped(value: str) -> str:
+    """The content of a field with a backslash before what looks like a heading."""
+    return _HEADING.sub(r"\1\\\2", value) if "#" in value or "＃" in value else value
+
+
+def _unescaped(value: str) -> str:
+    return _ESCAPED_HEADING.sub(r"\1\2", value) if "\\" in value else value
 
 
 def _choice(template: Template, name: str, value: str) -> str:
@@ -213,7 +261,7 @@ def _read_value(template: Template, section: Section, value: str) -> str:
             raise _mismatch(template, f"field {section.name!r}", template.choices[section.name][choice])
         return choice
     value = _without_numbers(template, section, value) if section.is_numbered else value
-    return _ESCAPED_HEADING.sub(r"\1\2", value) if "\\" in value else value
+    return _unescaped(value)
 
 
 def _numbered_steps(text: str) -> str:

@@ -6,6 +6,7 @@ The grammar of each stands in its docstring, see `agents.reading`.
 from functools import lru_cache
 
 from .reading.comparison import read_equal
+from .reading.failures import FAILURE_CLASSES, read_failures
 from .reading.forms import READERS, missing_line, read_reply, schema, schema_of
 from .reading.instructions import REWRITTEN_HEADING, read_evolved
 from .reading.labels import read_labels, read_ranking
@@ -16,11 +17,13 @@ from .reading.tags import read_tags
 from .reading.texts import read_rewritten, read_suggestion, read_user
 
 __all__ = [
+    "FAILURE_CLASSES",
     "READERS",
     "REWRITTEN_HEADING",
     "missing_line",
     "read_equal",
     "read_evolved",
+    "read_failures",
     "read_labels",
     "read_method",
     "read_ranking",

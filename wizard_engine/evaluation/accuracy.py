@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from wizard_engine.agents.missing import Missing
 from wizard_engine.data.final_answers import Claim, is_right, read_claim
 from wizard_engine.data.latex_answers import is_latex, library
+from wizard_engine.data.proportions import wilson_interval
 
 # Share of references that claim something from which on answers are compared with them unasked: of rows of any kind,
 # four in ten end in some number.
@@ -108,16 +109,6 @@ def _accuracy(correct: int, total: int, unanswered: int, missing: int) -> Accura
     share = correct / total
     se = math.sqrt(share * (1 - share) / total)
     return Accuracy(correct, total, share, se, wilson_interval(correct, total), unanswered, missing)
-
-
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a binomial proportion; (0, 1) without observations. Source: Wilson 1927, JASA 22(158)."""
-    if not total:
-        return 0.0, 1.0
-    share, spread = successes / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def are_checkable(references: Sequence[str]) -> bool:

@@ -21,10 +21,10 @@ from wizard_engine.agents.aids import aids
 from wizard_engine.agents.calls import JUDGE_TOKENS, AnyAgent, Calls, Limits
 from wizard_engine.agents.missing import Missing, Reasons
 from wizard_engine.agents.scheduler import Scheduler
+from wizard_engine.data.proportions import wilson_interval
 from wizard_engine.data.records import Message
 from wizard_engine.runtime.spill import Spill
 
-from .accuracy import wilson_interval
 from .battles import TIE_MARGIN, Battle, Judging, Outcome, Prompt, battle_of, split_prompt
 
 BOOTSTRAP = 2000

@@ -17,6 +17,7 @@ from wizard_engine.runtime.files import write_text
 
 from . import report_parts as parts
 from . import run_parts
+from .method_search import method_section
 
 STAGE_COLOURS = {"base": charts.GREY, "sft": charts.BLUE, "stage_dpo": charts.VIOLET, "rleif": charts.ORANGE}
 AGENTS_NOTE = (
@@ -34,6 +35,7 @@ class Details(TypedDict, total=False):
         command: the command that reproduces the run; default `make demo SEED=...`.
         data_flow: [{"name", "count", "note", "lane"}]: the steps of the data, in order.
         attributes: [{"attribute", "values", "natural", "target", "achieved"}]: shares per value; target may be None.
+        method_searches: see `method_search.method_searches`.
         evolved: [{"operator", "instruction", "answer"}]: a problem and its evolved forms, the original first.
         curves: "chart/series" or "chart" -> [(step, value)]: series of one chart share its axes.
         examples: [{"prompt", "answers": {stage: text}, "correct": {stage: bool}, "reference"}].
@@ -64,6 +66,7 @@ class Details(TypedDict, total=False):
     command: str
     data_flow: list[FlowNode]
     attributes: list[dict[str, Any]]
+    method_searches: list[dict[str, Any]]
     evolved: list[dict[str, str]]
     curves: dict[str, list[tuple[float, float]]]
     examples: list[dict[str, Any]]
@@ -129,6 +132,7 @@ def _body(summary: Mapping[str, Any], details: Details) -> list[str]:
         parts.data_flow(details.get("data_flow", [])),
         parts.attribute_shifts(details.get("attributes", [])),
         parts.evolved_chain(details.get("evolved", [])),
+        method_section(details.get("method_searches", [])),
         parts.learning_curves(details.get("curves", {}), STAGE_COLOURS),
         _preference(summary["pairwise"], details.get("elo", [])),
         _mt_bench(details.get("mt_bench", []), is_world=True),
@@ -149,6 +153,7 @@ def _own_body(summary: Mapping[str, Any], details: Details) -> list[str]:
         parts.data_flow(details.get("data_flow", [])),
         run_parts.attributes(details.get("attributes", []), details.get("learned", {})),
         parts.evolved_chain(details.get("evolved", []), "A row, evolved"),
+        method_section(details.get("method_searches", [])),
         parts.learning_curves(details.get("curves", {}), STAGE_COLOURS),
         _preference(summary["pairwise"], details.get("elo", [])),
         _mt_bench(details.get("mt_bench", []), is_world=False),

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from wizard_engine.agents.ledger import Ledger
+from wizard_engine.data.proportions import wilson_interval
 from wizard_engine.data.records import Conversation, read_located
 from wizard_engine.model import ModelDirectory
 from wizard_engine.runtime.files import read_object
 from wizard_engine.runtime.metrics import read_metrics
 
-from .accuracy import marks, wilson_interval
+from .accuracy import marks
 
 # Columns of what a ledger says of an agent.
 COUNTED = ("replies", "failures", "tokens_in", "tokens_out", "seconds")

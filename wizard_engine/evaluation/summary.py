@@ -18,6 +18,7 @@ from wizard_engine.runtime.metrics import read_metrics
 from wizard_engine.runtime.process import Runtime
 
 from . import run_facts
+from .method_search import method_searches
 from .report import Details, write_report
 
 Measured = tuple[int, str, Path]
@@ -175,6 +176,7 @@ def details(
     return {
         "data_flow": data_flow(out, last, "mixed quality, skewed"),
         "attributes": attribute_shifts(_read(out / "sample" / "sampling.json")),
+        "method_searches": method_searches(out, last),
         "evolved": evolved_chain(out),
         "curves": curves(out, last),
         "examples": examples([(name, path) for index, name, path in measured if index == last]),

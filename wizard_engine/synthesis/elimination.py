@@ -16,7 +16,7 @@ TEMPLATE_WORDS = re.compile(
 _STAGNANT = re.compile(r"(?:understood|thank you|that is correct|what|great)\b", re.IGNORECASE)
 _UNDER_QUALIFIED = re.compile(r"sure\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
-_STOP_WORDS = frozenset(
+EMPTY_WORDS = frozenset(
     _WORD.findall(
         """a about all also am an and any are as at be been but by can could did do does for from had has have he her
         him his how i if in into is it its just me more most my no nor not of off on only or other our out over own
@@ -50,7 +50,7 @@ def response_fault(response: str) -> str | None:
     words = _WORD.findall(response.lower())
     if "sorry" in words and len(response.split()) < REFUSAL_WORDS:
         return "refused"
-    if all(word in _STOP_WORDS for word in words):
+    if all(word in EMPTY_WORDS for word in words):
         return "empty response"
     return detect_failure(response)
 

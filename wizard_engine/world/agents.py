@@ -5,7 +5,6 @@ errors at stated rates, seeded by the request.
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,13 +18,11 @@ from wizard_engine.data.solution_steps import step_texts
 
 from . import vocabulary as words
 from .corpus import follow_up
-from .evolve import FAILURE_RATES, HEADINGS, RULES, evolved_text, failure_of
+from .evolve import FAILURE_RATES, HEADINGS, NUMBERED, RULES, evolved_text, failure_of
 from .parse import is_readable, parse, parse_turns
 from .problems import Equation, Problem, Quantity, random_problem
 from .render import render
 from .solve import asks_back, careless_trace, check_answer, label_steps, rambling, solve, terse, written, wrong_solution
-
-NUMBERED = re.compile(r"^\s*(\d+)\.\s?(.*)$")
 
 
 class WorldProgram(Program):
@@ -205,7 +202,6 @@ class Optimizer(WorldProgram):
 
     def do_optimise(self, *, method: str, feedback: str, rng: random.Random) -> str:
         """The method with one more rule, in a fenced block."""
-        lines = [line for line in (method.strip() or prompts.initial_method()).splitlines() if line.strip()]
         text = method.lower()
         counts = Counter({kind: feedback.count(reason) for kind, reason in REASONS.items() if reason in feedback})
         kinds = [kind for kind in counts if RULES[kind] not in text]
@@ -217,8 +213,18 @@ class Optimizer(WorldProgram):
             rule = rng.choice(USELESS_RULES)
         else:
             rule = RULES[rng.choices(kinds, [counts[kind] for kind in kinds])[0]]
-        lines.append(f"{len(lines) + 1}. {rule.capitalize()}.")
-        return "```\n" + "\n".join(lines) + "\n```"
+        return f"```\n{with_rule(method, rule)}\n```"
+
+
+def with_rule(method: str, rule: str) -> str:
+    """The method with one more line; in a whole prompt behind its last numbered one."""
+    if not prompts.is_whole_prompt(method):
+        lines = [line for line in (method.strip() or prompts.initial_method()).splitlines() if line.strip()]
+        return "\n".join([*lines, f"{len(lines) + 1}. {rule.capitalize()}."])
+    lines = method.splitlines()
+    places = [place for place, line in enumerate(lines) if NUMBERED.match(line)]
+    last = places[-1] if places else -1
+    return "\n".join([*lines[: last + 1], f"{len(places) + 1}. {rule.capitalize()}.", *lines[last + 1 :]])
 
 
 def case_failure(stages: Sequence[str], response: str) -> str:

@@ -4,7 +4,10 @@
 """
 
 import random
+import re
 from collections.abc import Mapping
+
+from wizard_engine.agents import prompts
 
 from . import vocabulary as words
 from .corpus import TOPIC_SHARES, draw, make_vague
@@ -27,6 +30,7 @@ from .problems import (
 from .render import render
 
 OPERATORS = ("constraint", "deepen", "concretise", "steps", "complicate", "breadth")
+NUMBERED = re.compile(r"^\s*(\d+)\.\s?(.*)$")
 TRIES = 24
 JUMP = 3  # operations more at once than a reader takes for one change
 HEADINGS = ("#Rewritten Prompt#: ", "#Given Prompt#: ")
@@ -90,10 +94,16 @@ def failure_rates(method: str, rates: Mapping[str, float] = FAILURE_RATES) -> di
     """
     text = method.lower()
     method_rates = {kind: rate * (RULE_EFFECT if RULES[kind] in text else 1.0) for kind, rate in rates.items()}
-    lines = [line.strip(" .-*0123456789") for line in text.splitlines() if line.strip()]
+    lines = [line.lower().strip(" .-*0123456789") for line in method_rules(method) if line.strip()]
     excess = max(0, len(lines) - LONGEST_METHOD) + len(lines) - len(set(lines))
     method_rates["same"] = min(0.7, method_rates["same"] + OVERLOAD * excess)
     return method_rates
+
+
+def method_rules(method: str) -> list[str]:
+    """The lines of a method; of a whole prompt the numbered ones."""
+    lines = method.splitlines()
+    return [line for line in lines if NUMBERED.match(line)] if prompts.is_whole_prompt(method) else lines
 
 
 def evolved_text(

@@ -1,6 +1,9 @@
 """Programs that judge: pairs of answers, single answers, steps, and the quality of instructions."""
 
+import json
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -8,11 +11,14 @@ from wizard_engine.agents import prompts
 from wizard_engine.data.solution_steps import step_texts
 
 from . import vocabulary as words
-from .agents import NUMBERED, WorldProgram
-from .evolve import is_same
+from .agents import NUMBERED, WorldProgram, is_of_world
+from .evolve import failure_of, is_same
 from .parse import parse, parse_turns
 from .problems import MAX_OPERATIONS, Problem
 from .solve import asks_back, check_answer, claimed_answer, label_steps, states_answer
+
+_SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
+_DIGITS = re.compile(r"\d+")
 
 
 class Assessment(NamedTuple):
@@ -79,6 +85,14 @@ class Judge(WorldProgram):
             return "Equal" if prompts.flatten(first) == prompts.flatten(second) else "Not Equal"
         return "Equal" if is_same(problem, other) else "Not Equal"
 
+    def do_diagnose(
+        self, *, instruction: str, change: str, evolved: str, reference: str, response: str, rng: random.Random
+    ) -> str:
+        """A JSON object with the failures of an evolved problem (see `diagnosis`)."""
+        failures = diagnosis(instruction, change.partition(":")[0], evolved)
+        listed = [{"class": name, "reason": reason} for name, reason in failures.items()]
+        return json.dumps({"assessment": "It is not sound." if listed else "It is sound.", "failures": listed})
+
     def do_suggest(self, *, instruction: str, answer: str, better: str, rng: random.Random, **_: str) -> str:
         """One sentence about what the better answer does and the first one does not."""
         problem = parse(instruction)
@@ -111,6 +125,61 @@ class Ranker(WorldProgram):
                 score = instruction_quality(match[2]) + rng.gauss(0, self.noise)
                 lines.append(f"{match[1]}: {min(10.0, max(0.0, score)):.1f}")
         return "\n".join(lines)
+
+
+# Failure that a reader of the world sees -> its class among those of evolving; a jump is none of them.
+CLASS_OF = {
+    "same": "not harder",
+    "heading": "copied headings",
+    "vague": "not answerable",
+    "impossible": "contradiction",
+    "language": "other language",
+}
+
+
+def diagnosis(before: str, operator: str, after: str) -> dict[str, str]:
+    """Class of failure -> reason, of one evolving step, by reading both problems; {} where it is sound.
+
+    Sentences that the world does not know are left out of the problem; one of them with its answer gives it away. What
+    asks for no number of things is another task.
+    """
+    old = parse(before)
+    if old is None:
+        return {}
+    sentences = _SENTENCE_END.split(after.strip())
+    unknown = [sentence for sentence in sentences if not is_of_world(sentence)]
+    read = " ".join(sentence for sentence in sentences if sentence not in unknown) if unknown else after
+    new = parse(read)
+    if unknown and new is None:
+        return {"task changed": f"it says {unknown[-1][:60]!r}"}
+    if any(str(new.value) in _DIGITS.findall(sentence) for sentence in unknown):
+        return {"answer leaked": f"it states {new.value}"}
+    failure = failure_of(before, old, read, new)
+    if failure in CLASS_OF:
+        return {CLASS_OF[failure]: failure}
+    if new is None or operator == "breadth":
+        return {}
+    is_named = old.person != words.SOMEONE and old.noun != words.THINGS
+    if is_named and (old.person, old.noun) != (new.person, new.noun):
+        return {"task changed": "it is about something else"}
+    return _lost(old, new)
+
+
+def _lost(old: Problem, new: Problem) -> dict[str, str]:
+    """Statements of the old problem that are gone; a number that became boxes is not."""
+    gone = Counter(_amounts(old)) - Counter(_amounts(new))
+    boxed = sum(amount.each is not None for _, amount in new.statements)
+    boxed -= sum(amount.each is not None for _, amount in old.statements)
+    if gone.total() <= max(0, boxed):
+        return {}
+    return {"facts lost": ", ".join(f"{kind} {total}" for kind, total in gone)}
+
+
+def _amounts(problem: Problem) -> list[tuple[str, int]]:
+    """Kind and number of things of each statement that has one."""
+    return [
+        (kind, amount.count * (amount.each or 1)) for kind, amount in problem.statements if amount.count is not None
+    ]
 
 
 def asked_problem(history: str, instruction: str) -> Problem | None:

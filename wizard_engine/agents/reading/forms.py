@@ -10,6 +10,7 @@ from wizard_engine.runtime.text_lines import split_lines
 
 from ..prompts import parse_trajectory
 from .comparison import read_equal
+from .failures import FAILURE_CLASSES, read_failures
 from .instructions import REWRITTEN_HEADING, read_evolved
 from .labels import read_labels, read_ranking
 from .methods import read_method
@@ -66,6 +67,13 @@ READERS: dict[str, Form] = {
         lambda _: f"the line `{REWRITTEN_HEADING}`, then the rewritten instruction and nothing after it",
     ),
     "compare": Form(lambda text, _: read_equal(text), lambda _: "exactly `Equal` or exactly `Not Equal`"),
+    "diagnose": Form(
+        lambda text, _: read_failures(text),
+        lambda _: (
+            'one JSON object, {"assessment": "...", "failures": [{"class": "...", "reason": "..."}]}, with each class '
+            f"one of {', '.join(FAILURE_CLASSES)}; an empty list where there is no failure"
+        ),
+    ),
     "rewrite": Form(
         lambda text, fields: read_rewritten(text, fields.get("answer", "")),
         lambda _: "the whole new answer and nothing else",
@@ -149,6 +157,9 @@ def _schema(task: str, places: int) -> dict[str, Any] | None:
     """The same by the number of steps or instructions."""
     if task == "compare":
         return _object({"reasons": _TEXT, "verdict": {"type": "string", "enum": ["Equal", "Not Equal"]}})
+    if task == "diagnose":
+        failure = _object({"reason": _TEXT, "class": {"type": "string", "enum": list(FAILURE_CLASSES)}})
+        return _object({"assessment": _TEXT, "failures": {"type": "array", "items": failure}})
     if task == "judge":
         scores = {f"score_{side}": _number(f"answer {side.upper()}, from 1 to 10") for side in "ab"}
         return _object({"assessment": _TEXT} | scores)
