@@ -13,7 +13,7 @@ from wizard_engine import world
 from wizard_engine.pipeline.new_run import Options, write_run_file
 from wizard_engine.pipeline.plan import Plan
 from wizard_engine.pipeline.preflight import check_files, check_ranks, check_run, has_answers
-from wizard_engine.pipeline.run_file import SLICE_STAGES, Rows, RunFile, read_run_file
+from wizard_engine.pipeline.run_file import DEFAULT_STAGES, Rows, RunFile, read_run_file
 
 ROOT = Path(__file__).parents[2]
 OWN = """
@@ -185,7 +185,7 @@ def test_the_files_of_the_project_and_a_new_one_are_runs(tmp_path, monkeypatch):
     )
     path = write_run_file(options)
     run = read_run_file(path)
-    assert run.stages == SLICE_STAGES and run.rows.data == options.rows and run.agents.rivals == (options.teacher,)
+    assert run.stages == DEFAULT_STAGES and run.rows.data == options.rows and run.agents.rivals == (options.teacher,)
     assert Plan(run, RECIPES, size="7B", has_answers=True).build().nodes
     with pytest.raises(ValueError, match="expected no run file yet, got one"):
         write_run_file(options)
@@ -201,7 +201,7 @@ URL = "openai:t@http://127.0.0.1:9/v1"
         ({"pairs": (Path("p.json"), Path("q.json"))}, ("sft", "stage_dpo")),
         ({"judge": URL}, ("sft", "self_teach", "stage_dpo")),
         ({"judge": "reference:judge", "pairs": (Path("p.json"),)}, ("sft", "self_teach", "stage_dpo")),
-        ({"teacher": URL, "judge": URL + "#concurrency=2", "questions": Path("q.jsonl")}, SLICE_STAGES),
+        ({"teacher": URL, "judge": URL + "#concurrency=2", "questions": Path("q.jsonl")}, DEFAULT_STAGES),
     ],
 )
 def test_a_new_run_has_the_stages_that_have_what_they_need(tmp_path, named, stages):
