@@ -118,7 +118,8 @@ def test_a_preference_model_without_stage_dpo_has_pairs_of_its_own(tmp_path):
     plan = graph(tmp_path, text)
     made = configs(plan)
     assert made["slice_1/preference_pairs"].data == made["slice_1/pairs"].data == (Path("own.jsonl"),)
-    assert made["slice_1/preference_reward"].data == (made["slice_1/preference_pairs"].out / "rows.jsonl",)
+    for t in (1, 2):
+        assert made[f"slice_{t}/preference_reward"].data == (made[f"slice_{t}/preference_pairs"].out / "rows.jsonl",)
     assert made["slice_1/preference_reward"].model == "models/base"
     (node,) = [node for node in plan.nodes if node.where == "slice_2/preference_reward"]
     assert node.learns == node.config.data and node.stands_for == {node.out / "model": None}

@@ -135,13 +135,19 @@ def test_files_without_pairs_are_refused(world, tmp_path):
 
 
 # Catches: an answer that is read in other tokens, or scored at another one, than in training.
-def test_the_factor_is_what_the_model_learned(world, trained):
-    cfg, result, _ = trained
+def test_the_factor_is_what_the_model_learned(world, trained, tmp_path):
+    cfg, result, held = trained
     model, tokenizer = load_model(cfg.out / "model")
     factor = PreferenceReward(model, tokenizer)
     pairs = planted(world, 16, 40)
     prompts = [pair.prompt for pair in pairs]
     chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    kind = reward.Preference()
+    items, _ = kind.read(config(world, tmp_path, held), tokenizer, 385, (held,), "rejects.jsonl")
+    batch = kind.batch(items)
+    with torch.no_grad():
+        scores = model(*batch.inputs)[batch.cu_seqlens[1:].long() - 1, 0].tolist()
+    assert scores == pytest.approx(factor.raw(prompts * 2, chosen + rejected).tolist(), abs=1e-4)
     for answers, own, is_better in ((chosen, rejected, True), (rejected, chosen, False)):
         values = factor(prompts, answers, own)
         assert sum((value > 0.5) == is_better for value in values) / 16 == result["held_out"]["after"]["accuracy"][0]
