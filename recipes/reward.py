@@ -1,9 +1,11 @@
-"""Reward models for RLEIF: the instruction model (ranking loss with margin) and the process model (a label per step).
+"""Reward models for RLEIF: of instructions and of answers (ranking loss with margin), of steps (a label for each).
 
     python recipes/reward.py --kind instruction --model DIR --data rankings.jsonl --out runs/irm
     python recipes/reward.py --kind process --model DIR --data steps.jsonl --out runs/prm
+    python recipes/reward.py --kind preference --model DIR --data pairs.jsonl --out runs/preference
 
-A ranking row is a preference row with an empty prompt: `chosen` and `rejected` are instructions, `margin` >= 0.
+A ranking row is a preference row with an empty prompt: `chosen` and `rejected` are instructions, `margin` >= 0. A pair
+of answers has a prompt; its margin is the row's own, or comes from the gap of its judge's scores.
 """
 
 from dataclasses import dataclass, field
@@ -18,16 +20,18 @@ from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
 from wizard_engine.data.chat import Sample, use_chat_format
 from wizard_engine.data.chat_format import ChatFormatChoice
-from wizard_engine.data.records import Preference
+from wizard_engine.data.records import Preference as PreferenceRow
 from wizard_engine.data.records import Process as ProcessRow
-from wizard_engine.data.samples import Pair, check_rows, encode_all, fitting_pair, read_pairs, read_processes
+from wizard_engine.data.samples import Pair, check_rows, encode_all, read_pairs, read_processes
 from wizard_engine.data.tokenizer import Tokenizer
+from wizard_engine.evaluation.accuracy import wilson_interval
 from wizard_engine.loss import process_loss, ranking_loss
 from wizard_engine.model import Routes, ScoringModel
 from wizard_engine.model.loading import scoring_start, write_model
 from wizard_engine.parallel import MeshOptions, Sharding, make_mesh
 from wizard_engine.planning.presets import presets
-from wizard_engine.rl.rewards import encode_instruction, encode_steps, score_tokens, with_end
+from wizard_engine.rl.companions import KIND, OUTPUTS
+from wizard_engine.rl.rewards import encode_steps, instruction_pair, rated_pair, score_tokens, with_end
 from wizard_engine.runtime.launch import launch
 from wizard_engine.runtime.metrics import progress
 from wizard_engine.runtime.ranges import AtLeastTwo, Fraction, Seed
@@ -40,11 +44,12 @@ from wizard_engine.training.run import Run
 
 @dataclass(frozen=True)
 class Config(HeldOutOptions):
-    """Instruction or process reward model."""
+    """Instruction, process or preference reward model."""
 
-    kind: Literal["instruction", "process"]
+    kind: Literal["instruction", "process", "preference"]
+    """What is scored: an instruction, each step of an answer, or an answer."""
     data: tuple[Path, ...]
-    """Ranking rows, or process rows (JSONL; GSM8K model solutions are read as they are)."""
+    """Ranking rows, process rows (JSONL; GSM8K model solutions are read as they are), or preference rows."""
     out: Path = field(metadata=INCIDENTAL)
     """Run directory: model/, metrics.jsonl."""
     model: str = "demo"
@@ -54,7 +59,7 @@ class Config(HeldOutOptions):
     """Process model: let the head see how likely the body itself finds the step's last tokens."""
     held_out_share: Fraction[float] = 0.1
     """Share of the rows of --data that is not trained on, at least one row. It is measured at the end; the scores of
-    its instructions calibrate the factor of RLEIF."""
+    its instructions calibrate the factor instruction of RLEIF."""
     max_length: AtLeastTwo[int | None] = None
     chat_format: ChatFormatChoice = "auto"
     """To train in: auto is the format that this project trained the model in, else Vicuna v1.1; or vicuna, chatml,
@@ -83,7 +88,7 @@ def main(cfg: Config) -> dict:
     model, tokenizer = scoring_start(
         cfg.model,
         cfg.tokenizer,
-        3 if is_process else 1,
+        OUTPUTS[cfg.kind],
         surprise=is_process and cfg.surprise,
         seed=cfg.seed,
         mesh=mesh,
@@ -96,7 +101,7 @@ def main(cfg: Config) -> dict:
         needs_marks=False,
         vocab_size=model.config.vocab_size,
     )
-    kind = Process() if is_process else Instruction()
+    kind = {"instruction": Instruction, "process": Process, "preference": Preference}[cfg.kind]()
     limit = sample_limit(cfg.max_length, model.config, cfg.training)
     items, rejected = kind.read(cfg, tokenizer, limit, cfg.data, "rejects.jsonl")
     check_rows(rt, "reward", (sample for item in items for sample in kind.samples(item)))
@@ -132,7 +137,7 @@ def main(cfg: Config) -> dict:
 
 
 def train_step(
-    run: Run, model: ScoringModel, kind: "Instruction | Process", items: list, packs: list[np.ndarray]
+    run: Run, model: ScoringModel, kind: "Instruction | Preference | Process", items: list, packs: list[np.ndarray]
 ) -> None:
     """One optimizer step on this rank's packs (indices of items)."""
     count = int(run.totals(sum(kind.count(items[i]) for pack in packs for i in pack))[0])
@@ -162,22 +167,18 @@ class Instruction:
 
     unit = "pairs"
 
+    def pair(self, tokenizer: Tokenizer, row: PreferenceRow, limit: int, capacity: int) -> Pair:
+        """Both sides of a row in tokens, with its margin."""
+        return instruction_pair(tokenizer, row, limit, capacity)
+
     def read(
         self, cfg: Config, tokenizer: Tokenizer, limit: int, paths: tuple[Path, ...], rejects: str
     ) -> tuple[list[Pair], int]:
         """Pairs of the rows, and how many rows were rejected."""
 
-        def encode(row: Preference) -> Pair:
-            sides = [encode_instruction(tokenizer, text) for text in (row.chosen, row.rejected)]
-            longest = max(len(side.tokens) for side in sides)
-            if longest >= limit:
-                raise ValueError(f"instruction: expected fewer than {limit} tokens, got {longest}")
-            pair = Pair(with_end(sides[0]), with_end(sides[1]), float(row.attributes.get("margin", 0.0)))
-            return fitting_pair(pair, cfg.training.pack_tokens)
-
         return read_pairs(
             paths,
-            encode,
+            lambda row: self.pair(tokenizer, row, limit, cfg.training.pack_tokens),
             on_error=cfg.on_error,
             unknown_fields=cfg.unknown_fields,
             rejects=cfg.out / rejects,
@@ -212,16 +213,40 @@ class Instruction:
         return RankingRows([Pair(_without_end(p.chosen), _without_end(p.rejected)) for p in pairs], capacity)
 
     def measure(self, model: ScoringModel, pairs: list[Pair], *, quiet: bool) -> tuple[dict, dict]:
-        """Held-out accuracy, and mean and deviation of the scores, which calibrate the factor."""
+        """Held-out accuracy with its 95 % interval, and fields of the model's config.json."""
         sides = [[_without_end(side) for side in self.samples(pair)] for pair in pairs]
         bar = progress(sides, desc="own held-out share", unit="pair", quiet=quiet)
-        scores = [[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in bar]
-        pool = np.asarray(scores).ravel()
-        accuracy = float(np.mean([better > worse for better, worse in scores]))
-        return {"held_out_accuracy": accuracy}, {
-            "wizard_mean": float(pool.mean()),
-            "wizard_std": float(pool.std() + 1e-6),
-        }
+        scores = np.asarray([[float(s[-1, 0]) for s in score_tokens(model, pair)] for pair in bar])
+        right, count = int((scores[:, 0] > scores[:, 1]).sum()), len(pairs)
+        measured = {"held_out_accuracy": right / count, "held_out_ci95": list(wilson_interval(right, count))}
+        return measured | self.baselines(pairs), self.fields(scores)
+
+    def baselines(self, pairs: list[Pair]) -> dict[str, float]:
+        """What a rule without a model says of the pairs."""
+        return {}
+
+    def fields(self, scores: np.ndarray) -> dict[str, float | str]:
+        """Of config.json: mean and deviation of the scores (N, 2), which calibrate the factor."""
+        pool = scores.ravel()
+        return {"wizard_mean": float(pool.mean()), "wizard_std": float(pool.std() + 1e-6)}
+
+
+class Preference(Instruction):
+    """Pairs of answers to a prompt, the better one with a margin: the same loss over the score at each one's end."""
+
+    def pair(self, tokenizer: Tokenizer, row: PreferenceRow, limit: int, capacity: int) -> Pair:
+        """Both answers of a row with its prompt, in tokens, with its margin."""
+        return rated_pair(tokenizer, row, limit, capacity)
+
+    def baselines(self, pairs: list[Pair]) -> dict[str, float]:
+        """How often the longer answer is the chosen one, ties half: what length alone would reach."""
+        lengths = np.asarray([[len(side.tokens) for side in self.samples(pair)] for pair in pairs])
+        longer, shorter = lengths[:, 0] > lengths[:, 1], lengths[:, 0] < lengths[:, 1]
+        return {"held_out_length_accuracy": float(0.5 + 0.5 * (longer.mean() - shorter.mean()))}
+
+    def fields(self, scores: np.ndarray) -> dict[str, float | str]:
+        """Of config.json: the kind, which has as many outputs as that of instructions."""
+        return {KIND: "preference"}
 
 
 class Process:

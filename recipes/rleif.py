@@ -1,4 +1,4 @@
-"""RLEIF: PPO on the product of an instruction reward and a process reward; a model directory out.
+"""RLEIF: PPO on a product of rewards, of instructions, steps and answers; a model directory out.
 
     python recipes/rleif.py --model DIR --reward.instruction-model DIR --reward.process-model DIR --data rows.jsonl \
         --out runs/rleif
@@ -8,12 +8,15 @@
 reward = instruction factor x minimum over the steps of the process factor, each in [0, 1], on the answer's last token,
 minus --kl.coefficient x k1 on every token. The instruction factor depends on the prompt alone, so a critic, not a
 group's own mean and deviation, has to be the baseline: scaling within a group of answers to one prompt would cancel it.
+The factor `preference` is the probability that the answer is preferred to the row's own, beside these two or in place
+of one: `--reward.factors instruction preference`.
 The factor `checked` is 1 where an answer claims the number of the row's own answer: alone, it needs no reward model.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +45,14 @@ from wizard_engine.rl.companions import FrozenModels
 from wizard_engine.rl.held_out import HeldOut, PromptRows
 from wizard_engine.rl.memory import Memory, memory_of, run_shape
 from wizard_engine.rl.options import CriticOptions, KLOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
-from wizard_engine.rl.rewards import AnswerReward, InstructionReward, ProcessReward, Reference, score_answers
+from wizard_engine.rl.rewards import (
+    AnswerReward,
+    InstructionReward,
+    PreferenceReward,
+    ProcessReward,
+    Reference,
+    score_answers,
+)
 from wizard_engine.rl.sampler import Sampler, sampled_at_once
 from wizard_engine.rl.trajectories import Rollout, answer_logprobs, answer_values, roll_out, step_seed
 from wizard_engine.runtime.launch import launch
@@ -58,7 +68,7 @@ PAGE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Config(Checked):
-    """Reinforcement learning from the instruction and process reward models."""
+    """Reinforcement learning from reward models of instructions, steps and answers, or from checked answers."""
 
     data: tuple[Path, ...]
     """Conversation rows; each row's turns up to its last question are a prompt."""
@@ -170,26 +180,20 @@ def _loaded(cfg: Config, rt: runtime.Runtime, mesh: Mesh, is_shown: bool) -> tup
         needs_marks=cfg.ptx.coefficient > 0,
         vocab_size=policy.config.vocab_size,
     )
-    frozen, capacity, reward = FrozenModels(mesh, cfg.sharding), cfg.training.pack_tokens, cfg.reward
+    frozen, critic = FrozenModels(mesh, cfg.sharding), None
     say("reference", cfg.model)
     reference = frozen.reference(Path(cfg.model))
-    instruction = process = critic = None
-    if reward.instruction_model is not None:
-        say("instruction reward model", reward.instruction_model)
-        instruction = frozen.instruction_reward(reward.instruction_model, capacity=capacity)
-    if reward.process_model is not None:
-        say("process reward model", reward.process_model)
-        process = frozen.process_reward(reward.process_model, neutral=reward.neutral, capacity=capacity)
+    instruction, process, preference = _reward_models(cfg, frozen, say)
     if cfg.ppo.advantages == "critic":
-        start = str(cfg.critic.model or reward.process_model or cfg.model)
+        start = str(cfg.critic.model or cfg.reward.process_model or cfg.model)
         say("critic", start)
         critic, _ = scoring_start(start, None, 1, seed=0, **divided)
-    asked, rows, rejected = _asked(cfg, tokenizer, policy, cfg.data, cfg.out / "rejects.jsonl", compares=False)
+    read = partial(_asked, cfg, tokenizer, policy, preference)
+    asked, rows, rejected = read(cfg.data, cfg.out / "rejects.jsonl", compares=False)
     supervised = _supervised(cfg, tokenizer, policy, rows) if cfg.ptx.coefficient else []
     others = PromptRows()
     if cfg.held_out:
-        rejects = cfg.out / "rejects_held_out.jsonl"
-        others, _, _ = _asked(cfg, tokenizer, policy, cfg.held_out, rejects, compares=True)
+        others, _, _ = read(cfg.held_out, cfg.out / "rejects_held_out.jsonl", compares=True)
     sampler = sampler_of(cfg, tokenizer, policy, asked.prompts + others.prompts, rt)
     return Setup(
         tokenizer,
@@ -204,33 +208,64 @@ def _loaded(cfg: Config, rt: runtime.Runtime, mesh: Mesh, is_shown: bool) -> tup
         asked.references,
         others,
         frozen.bodies,
+        preference,
+        asked.own,
     ), rejected
 
 
+def _reward_models(
+    cfg: Config, frozen: FrozenModels, say: Callable[[str, Any], None]
+) -> tuple[InstructionReward | None, ProcessReward | None, PreferenceReward | None]:
+    """The reward models that the run names."""
+    reward, capacity = cfg.reward, cfg.training.pack_tokens
+    instruction = process = preference = None
+    if reward.instruction_model is not None:
+        say("instruction reward model", reward.instruction_model)
+        instruction = frozen.instruction_reward(reward.instruction_model, capacity=capacity)
+    if reward.process_model is not None:
+        say("process reward model", reward.process_model)
+        process = frozen.process_reward(reward.process_model, neutral=reward.neutral, capacity=capacity)
+    if reward.preference_model is not None:
+        say("preference reward model", reward.preference_model)
+        preference = frozen.preference_reward(reward.preference_model, capacity=capacity)
+    return instruction, process, preference
+
+
 def _asked(
-    cfg: Config, tokenizer: Tokenizer, policy: Transformer, paths: tuple[Path, ...], rejects: Path, *, compares: bool
+    cfg: Config,
+    tokenizer: Tokenizer,
+    policy: Transformer,
+    preference: PreferenceReward | None,
+    paths: tuple[Path, ...],
+    rejects: Path,
+    *,
+    compares: bool,
 ) -> tuple[PromptRows, list, int]:
     """Prompts of row files, the rows, and how many were rejected.
 
     Args:
+        preference: compares answers with the rows' own, which it must be able to read.
         compares: keep the rows' own answers as references, where nine in ten are readable. The factor `checked` refuses
             rows without a readable one.
     """
     room, is_checked = policy.config.max_positions - cfg.rollout.max_new_tokens, "checked" in cfg.reward.factors
     rows, unread = read_conversations(paths, on_error=cfg.on_error, unknown_fields=cfg.unknown_fields, rejects=rejects)
 
-    def ask(located: tuple[str, Conversation]) -> tuple[str, tuple[Message, ...], Reference | None]:
+    def ask(located: tuple[str, Conversation]) -> tuple[str, tuple[Message, ...], Reference | None, str]:
         where, row = located
         prompt = fitting_prompt(tokenizer, row, room)
+        if preference is not None:
+            preference.check(prompt, row.answer)
         if is_checked:
             check_reference(row.answer)
         reference = Reference.of(row.answer) if compares or is_checked else None
-        return where, prompt, reference if reference is not None and reference.is_readable else None
+        return where, prompt, reference if reference is not None and reference.is_readable else None, row.answer
 
     located = [(where, (where, row)) for where, row in rows]
     asked, refused = encode_all(located, ask, cfg.on_error, rejects, quiet=cfg.quiet)
-    wheres, prompts, references = map(list, zip(*asked))
-    return PromptRows(wheres, prompts, references if is_checked else comparable(references)), rows, unread + refused
+    wheres, prompts, references, own = map(list, zip(*asked))
+    references = references if is_checked else comparable(references)
+    return PromptRows(wheres, prompts, references, own if preference is not None else []), rows, unread + refused
 
 
 def comparable(references: list[Reference | None]) -> list[Reference | None]:
@@ -243,9 +278,10 @@ def comparable(references: list[Reference | None]) -> list[Reference | None]:
 class Setup:
     """What a step of RLEIF works with.
 
-    instruction, process: None where no model is given.   prompts: to draw from.   supervised: samples of the rows' own
-    answers, where --ptx.coefficient asks for them.   references: to check the answers to each prompt.
+    instruction, process, preference: None where no model is given.   prompts: to draw from.   supervised: samples of
+    the rows' own answers, where --ptx.coefficient asks for them.   references: to check the answers to each prompt.
     others: held-out rows.   frozen: bodies of the models that are not trained, each once.
+    own: the row's own answer to each prompt, where there is a preference model.
     """
 
     tokenizer: Tokenizer
@@ -260,9 +296,13 @@ class Setup:
     references: list[Reference | None] = field(default_factory=list)
     others: PromptRows = field(default_factory=PromptRows)
     frozen: list[Transformer] = field(default_factory=list)
+    preference: PreferenceReward | None = None
+    own: list[str] = field(default_factory=list)
 
-    def score(self, rollout: Rollout, references: Sequence[Reference | None]) -> list[AnswerReward]:
-        """Reward of each answer of a rollout, given the reference of each."""
+    def score(
+        self, rollout: Rollout, references: Sequence[Reference | None] | None, own: Sequence[str]
+    ) -> list[AnswerReward]:
+        """Reward of each answer of a rollout, given the reference of each, and the row's own answer."""
         return score_answers(
             rollout.prompts,
             rollout.texts,
@@ -270,6 +310,8 @@ class Setup:
             instruction=self.instruction,
             process=self.process,
             references=references,
+            preference=self.preference,
+            own=own,
         )
 
 
@@ -316,7 +358,8 @@ def train_step(
     with run.phase("score"):
         each = cfg.rollout.samples_per_prompt
         references = [setup.references[i] for i in chosen for _ in range(each)] if setup.references else None
-        rewards = setup.score(rollout, references)
+        own = [setup.own[i] for i in chosen for _ in range(each)] if setup.own else []
+        rewards = setup.score(rollout, references, own)
         ref_logprobs = answer_logprobs(setup.reference, rollout, temperature=cfg.rollout.temperature, capacity=capacity)
         values = None if setup.critic is None else answer_values(setup.critic, rollout, capacity=capacity)
         multiple_updates = cfg.ppo.epochs * cfg.ppo.minibatches > 1
@@ -377,6 +420,9 @@ def memory(cfg: Config, setup: Setup, mesh: Mesh) -> Memory:
         frozen=[body.config for body in setup.frozen],
         sampler=setup.sampler,
     )
+    if setup.own:
+        # The rows' own answers are scored too: as many tokens as a pack holds at most.
+        shape = replace(shape, scored=max(shape.scored, cfg.training.pack_tokens))
     return memory_of(shape, mesh, cfg.sharding)
 
 

@@ -89,6 +89,16 @@ def test_stage_dpo_on_real_preferences_starts_at_ln_2(shared_data, tmp_path):
         assert first["loss"] == pytest.approx(math.log(2), abs=5e-4)
 
 
+def test_preference_reward_on_real_preferences(shared_data, tmp_path):
+    data = some(shared_data, "preferences/dpo_en.json", 14, tmp_path / "pairs.jsonl", kind="preference")
+    cfg = options(shared_data, 3)
+    result = reward.main(reward.Config(kind="preference", data=(data,), out=tmp_path / "rm", **cfg))
+    assert result["steps"] == 3 and result["pairs"] == 13 and result["held_out_ci95"][0] < result["held_out_ci95"][1]
+    assert metrics(tmp_path / "rm")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    model, _ = load_model(tmp_path / "rm" / "model")
+    assert model.outputs == 1
+
+
 def test_process_labels_of_model_solutions_are_those_of_their_arithmetic(shared_data):
     rows = read_rows(shared_data / "gsm8k" / "model_solutions.jsonl", kind="process")
     raw = (shared_data / "gsm8k" / "model_solutions.jsonl").read_text().splitlines()

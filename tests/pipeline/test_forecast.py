@@ -76,6 +76,13 @@ def test_rows_of_a_slice_are_scaled_up_and_given_ones_are_not(forecast):
     assert made["slice_1/self_teach"].calls == 0 and made["slice_1/self_teach"].local_calls > 5 * 60
 
 
+def test_a_preference_model_takes_the_pairs_of_stage_dpo(forecast):
+    forecaster, made = forecast(lambda text: text.replace('"process_reward"', '"process_reward", "preference_reward"'))
+    stage = made["slice_1/preference_reward"]
+    assert stage.rows == made["slice_1/pairs"].rows > 0 and stage.steps > 0
+    assert stage.gpu_hours == pytest.approx(stage.tokens / forecaster.plan.tokens_per_second / 3600), "all of it"
+
+
 def test_rows_that_were_drawn_before_are_counted_whole(forecast, tmp_path):
     forecast()
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -140,6 +147,8 @@ def test_work_of_a_rollout_by_hand():
     assert online_work(alone) == pytest.approx(4 / 3) and online_work(config) == pytest.approx(8 / 3)
     both = dataclasses.replace(config, reward=options.RewardOptions(Path("a"), Path("b")))
     assert online_work(both) == pytest.approx(10 / 3)
+    three = dataclasses.replace(both.reward, preference_model=Path("c"))
+    assert online_work(dataclasses.replace(both, reward=three)) == pytest.approx(11 / 3)
 
 
 def node(recipe, **options):
@@ -166,6 +175,7 @@ def rleif_node(steps, **options):
         (node("stage_dpo", slices=2, training=Training(save_every=10)), 40, 4 + 2 * 12, 0),
         (node("stage_dpo", training=Training(save_every=200)), 40, 4, 0),
         (node("reward", kind="instruction", training=Training(save_every=200)), 40, 4 + 12, 0),
+        (node("reward", kind="preference", training=Training(save_every=200)), 40, 4 + 12, 0),
         (node("reward", kind="process", training=Training(save_every=200)), 40, 4, 0),
         (node("reward", kind="process", surprise=False, training=Training(save_every=200)), 40, 4 + 12, 0),
         # Policy and critic; the policy alone; with its average.

@@ -61,6 +61,17 @@ def test_a_dry_run_says_what_is_too_long_and_what_is_measured(folder, capsys):
     assert told["measured"].endswith("no games") and f"start it with: python recipes/progressive.py {folder}" in out
 
 
+def test_a_dry_run_says_what_a_preference_model_leaves_out(folder, capsys):
+    text = RUN.replace('"stage_dpo"]', '"preference_reward"]').replace("[stage_dpo.", "[preference_reward.")
+    path = folder / "preference.toml"
+    path.write_text(text.format(folder=folder))
+    progressive.main(progressive.Config(path, dry_run=True))
+    out = capsys.readouterr().out
+    assert "for every slice; preference_reward leaves out about 50 in 100 (answer: expected fewer than 128" in out
+    assert "held-out measures of sft, preference_reward;" in out and "stage_dpo" not in out
+    assert [line for line in out.splitlines() if line.startswith("slice_1/preference_reward ")]
+
+
 # Catches: held-out rows of a sample that the run does not make; a forecast that asks for that stage.
 def test_rows_that_were_drawn_before_come_with_their_held_out_rows(folder, capsys):
     drawn = folder / "before"

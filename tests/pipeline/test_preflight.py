@@ -110,6 +110,16 @@ WRONG = {
     ),
     "no pairs": (['"sft"]', '"sft", "stage_dpo"]'], None, r"preference rows \(for slice_1/stage_dpo\): rows.pairs, or"),
     "no reward model": (['"sft"]', '"sft", "rleif"]'], None, r"process_reward before it \(for slice_1/rleif\)"),
+    "no preference model": (
+        ['"sft"]', '"sft", "rleif"]\n[rleif.reward]\nfactors = ["preference"]'],
+        None,
+        r"preference_reward before it \(for slice_1/rleif\)",
+    ),
+    "no pairs for a preference model": (
+        ['"sft"]', '"sft", "preference_reward"]'],
+        None,
+        r"preference rows \(for slice_1/preference_reward\): rows.pairs, or",
+    ),
     "a reward model of a later slice": (
         [
             'slices = 1\nquiet = true\nthreads = 1\nstages = ["sft"]',

@@ -13,7 +13,7 @@ from wizard_engine import world
 from wizard_engine.pipeline.new_run import Options, write_run_file
 from wizard_engine.pipeline.plan import Plan
 from wizard_engine.pipeline.preflight import check_files, check_ranks, check_run, has_answers
-from wizard_engine.pipeline.run_file import SLICE_STAGES, Rows, RunFile, read_run_file
+from wizard_engine.pipeline.run_file import DEFAULT_STAGES, Rows, RunFile, read_run_file
 
 ROOT = Path(__file__).parents[2]
 OWN = """
@@ -89,6 +89,40 @@ def test_pairs_come_from_every_stage_that_makes_some(tmp_path):
     assert made["slice_1/pairs"].hold_out == 9
     # Self-taught rows reach the supervised rows of the next slice.
     assert out.parent / "slice_1" / "self_teach" / "sft.jsonl" in made["slice_2/rows"].data
+
+
+# Catches: a preference model of other pairs than Stage-DPO's, one that nobody asked for, a factor without its model.
+def test_a_preference_model_learns_from_the_pairs_of_the_slice(tmp_path):
+    assert not [where for where in configs(graph(tmp_path, OWN)) if "preference_" in where]
+    stages = 'slices = 2\nstages = ["evol_answer", "sft", "stage_dpo", "preference_reward", "rleif"]'
+    text = OWN.replace("slices = 2", stages).replace("[base]", 'pairs = ["own.jsonl"]\nhold-out-pairs = 9\n[base]')
+    text += '[rleif.reward]\nfactors = ["instruction", "preference"]\n[preference_reward.training]\npack-tokens = 99\n'
+    text = text.replace('"stage_dpo", "pref', '"stage_dpo", "instruction_reward", "pref').replace(
+        '["evol_answer"', '["evol_instruct", "evol_answer"'
+    )
+    made = configs(graph(tmp_path, text))
+    pairs, model = made["slice_2/pairs"].out, made["slice_2/preference_reward"]
+    assert model.kind == "preference" and model.data == (pairs / "rows.jsonl",) == made["slice_2/stage_dpo"].data
+    assert model.held_out == (pairs / "held_out.jsonl",) and "slice_2/preference_pairs" not in made
+    assert model.model == str(made["slice_2/sft"].out / "model") and model.training.pack_tokens == 99
+    assert model.training.lr == made["slice_2/instruction_reward"].training.lr == 1e-6
+    reward = made["slice_2/rleif"].reward
+    assert reward.preference_model == model.out / "model" and reward.process_model is None
+    assert reward.factors == ("instruction", "preference") and made["slice_2/rleif"].ppo.group_baseline
+
+
+def test_a_preference_model_without_stage_dpo_has_pairs_of_its_own(tmp_path):
+    stages = 'slices = 2\nstages = ["preference_reward", "sft", "stage_dpo", "rleif"]'
+    text = OWN.replace("slices = 2", stages).replace("[base]", 'pairs = ["own.jsonl"]\n[base]')
+    text += '[rleif.reward]\nfactors = ["preference"]\n'
+    plan = graph(tmp_path, text)
+    made = configs(plan)
+    assert made["slice_1/preference_pairs"].data == made["slice_1/pairs"].data == (Path("own.jsonl"),)
+    for t in (1, 2):
+        assert made[f"slice_{t}/preference_reward"].data == (made[f"slice_{t}/preference_pairs"].out / "rows.jsonl",)
+    assert made["slice_1/preference_reward"].model == "models/base"
+    (node,) = [node for node in plan.nodes if node.where == "slice_2/preference_reward"]
+    assert node.learns == node.config.data and node.stands_for == {node.out / "model": None}
 
 
 def test_union_and_a_finished_directory_in_place_of_a_stage(tmp_path):
@@ -185,7 +219,7 @@ def test_the_files_of_the_project_and_a_new_one_are_runs(tmp_path, monkeypatch):
     )
     path = write_run_file(options)
     run = read_run_file(path)
-    assert run.stages == SLICE_STAGES and run.rows.data == options.rows and run.agents.rivals == (options.teacher,)
+    assert run.stages == DEFAULT_STAGES and run.rows.data == options.rows and run.agents.rivals == (options.teacher,)
     assert Plan(run, RECIPES, size="7B", has_answers=True).build().nodes
     with pytest.raises(ValueError, match="expected no run file yet, got one"):
         write_run_file(options)
@@ -201,7 +235,7 @@ URL = "openai:t@http://127.0.0.1:9/v1"
         ({"pairs": (Path("p.json"), Path("q.json"))}, ("sft", "stage_dpo")),
         ({"judge": URL}, ("sft", "self_teach", "stage_dpo")),
         ({"judge": "reference:judge", "pairs": (Path("p.json"),)}, ("sft", "self_teach", "stage_dpo")),
-        ({"teacher": URL, "judge": URL + "#concurrency=2", "questions": Path("q.jsonl")}, SLICE_STAGES),
+        ({"teacher": URL, "judge": URL + "#concurrency=2", "questions": Path("q.jsonl")}, DEFAULT_STAGES),
     ],
 )
 def test_a_new_run_has_the_stages_that_have_what_they_need(tmp_path, named, stages):

@@ -55,13 +55,13 @@ def test_checked_answers_alone_need_no_reward_model(world, plain, tmp_path, monk
     lines = read_metrics(plain / "metrics.jsonl")
     # An answer that is cut off costs half a point.
     assert [line["reward"] for line in lines] == [line["checked"] - (1 - line["finished"]) / 2 for line in lines]
-    assert not {"instruction_factor", "process_factor", "mean_step_score"} & lines[0].keys()
+    assert not {"instruction_factor", "process_factor", "preference_factor", "mean_step_score"} & lines[0].keys()
     assert lines[0]["explained_variance"] is not None
     seen, right = [], rleif.Setup.score
 
-    def score(setup, rollout, references):
+    def score(setup, rollout, references, own):
         seen.append((setup, [reference.text for reference in references], rollout.prompts))
-        return [dataclasses.replace(r, finished=True, is_right=True) for r in right(setup, rollout, references)]
+        return [dataclasses.replace(r, finished=True, is_right=True) for r in right(setup, rollout, references, own)]
 
     monkeypatch.setattr(rleif.Setup, "score", score)
     cfg = checked(world, tmp_path, rollout=dataclasses.replace(checked(world, tmp_path).rollout, steps=1))

@@ -428,7 +428,7 @@ def test_rleif_refuses_long_prompts_by_line_and_models_of_another_kind(world, re
         rleif.main(online(world, reward_models, tmp_path / "b", reward=swapped))
     with pytest.raises(ValueError, match="expected a language model, got a reward model with 1 outputs"):
         rleif.main(online(world, reward_models, tmp_path / "c", model=str(swapped["process_model"])))
-    with pytest.raises(ValueError, match=r"reward.factors: expected some of instruction, process, checked, got "):
+    with pytest.raises(ValueError, match=r"reward.factors: expected some of instruction, process, preference, "):
         online(world, reward_models, tmp_path / "d", reward={"factors": ("length",)})
 
 

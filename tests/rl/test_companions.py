@@ -1,6 +1,7 @@
 """Models that are not trained: each body is in memory once, and scores as one of its own does."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,3 +96,24 @@ def test_reward_models_of_another_kind_are_refused(folder):
         frozen.instruction_reward(folder / "process", capacity=100)
     with pytest.raises(ValueError, match="policy: expected a process reward model, got a language model"):
         frozen.process_reward(folder / "policy", neutral=0.5, capacity=100)
+    with pytest.raises(ValueError, match="other: expected a preference reward model, got an instruction reward model"):
+        frozen.preference_reward(folder / "other", capacity=100)
+
+
+# Catches: scores of answers that are taken for those of instructions, which have as many outputs.
+def test_a_preference_model_is_known_by_its_name(folder, tmp_path):
+    frozen = FrozenModels(make_mesh(MeshOptions(), Runtime()), None)
+
+    def named(kind):
+        copy = tmp_path / "preference"
+        shutil.copytree(folder / "other", copy, dirs_exist_ok=True)
+        fields = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(fields | {"wizard_reward": kind}))
+        return copy
+
+    assert frozen.preference_reward(named("preference"), capacity=50).capacity == 50
+    with pytest.raises(ValueError, match="expected an instruction reward model, got a preference reward model"):
+        frozen.instruction_reward(named("preference"), capacity=100)
+    for kind in ("process", "taste", ["preference"]):
+        with pytest.raises(ValueError, match="expected a preference reward model, got 1 outputs"):
+            frozen.preference_reward(named(kind), capacity=100)

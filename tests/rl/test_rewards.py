@@ -19,6 +19,7 @@ from wizard_engine.rl.rewards import (
     ALL_FACTORS,
     AnswerReward,
     InstructionReward,
+    PreferenceReward,
     ProcessReward,
     Reference,
     encode_steps,
@@ -54,6 +55,15 @@ def test_checked_factor_is_alone_or_times_the_others():
     assert unfinished.checked == unfinished.total(("checked",)) == 0.0
     # Without a process model an answer has steps, but no scores.
     assert dataclasses.replace(right, scores=(), instruction=None).total(("checked",)) == 1.0
+
+
+def test_preference_factor_is_alone_or_times_the_others():
+    preferred = dataclasses.replace(reward(), preferred=0.25)
+    assert preferred.total(("preference",)) == 0.25 and preferred.total() == reward().total()
+    assert preferred.total(("instruction", "preference")) == 0.5 * 0.25
+    assert preferred.total(("instruction", "process", "preference")) == pytest.approx(0.5 * 0.4 * 0.25)
+    unfinished = dataclasses.replace(preferred, finished=False)
+    assert unfinished.preference == unfinished.total(("preference",)) == 0.0 == reward().preference
 
 
 @pytest.mark.parametrize(
@@ -161,6 +171,39 @@ def test_score_answers_joins_factors_and_steps():
     probability = rewards.score_tokens(prm, [sample])[0][ends].softmax(-1)
     assert answer_rewards[0].scores == pytest.approx((probability[:, 2] + 0.25 * probability[:, 1]).tolist())
     assert answer_rewards[0].total() == pytest.approx(answer_rewards[0].instruction * min(answer_rewards[0].scores))
+
+
+# Catches: a reference of another prompt, the two scores exchanged, a difference that is divided or not bounded.
+def test_preference_factor_is_the_probability_against_the_own_answer():
+    tokenizer = train_tokenizer([*ANSWERS, ASK[0].content], vocab_size=400, atoms=CHAT_ATOMS)
+    preference = PreferenceReward(scoring(tokenizer, 1), tokenizer, capacity=64)
+    other = (Message("user", "Count."), Message("assistant", "1"), Message("user", "Go on."))
+    prompts, answers = [ASK, other, ASK, ASK, other], [ANSWERS[0], ANSWERS[1], "  ", ANSWERS[3], ANSWERS[2]]
+    own = [ANSWERS[3], ANSWERS[2], ANSWERS[3], ANSWERS[3], ANSWERS[2]]
+    factors = preference(prompts, answers, own)
+    for index in (0, 1):
+        (score,) = preference.raw([prompts[index]], [answers[index]])
+        (reference,) = preference.raw([prompts[index]], [own[index]])
+        assert abs(score - reference) > 0.1
+        assert factors[index] == pytest.approx(1 / (1 + math.exp(reference - score)), abs=1e-5)
+    assert factors[2] == 0.0 and factors[3:] == pytest.approx([0.5, 0.5], abs=1e-5)
+    with torch.no_grad():
+        preference.model.score.weight *= 1e6
+    assert set(preference(prompts[:2], answers[:2], own[:2])) <= {0.0, 1.0}
+    both = score_answers(
+        prompts[:2], answers[:2], [True, False], instruction=None, process=None, preference=preference, own=own[:2]
+    )
+    assert [r.preferred for r in both] == preference(prompts[:2], answers[:2], own[:2]) and both[1].preference == 0
+
+
+def test_preference_model_scores_the_end_of_an_answer():
+    tokenizer = train_tokenizer([*ANSWERS, ASK[0].content], vocab_size=400, atoms=CHAT_ATOMS)
+    model = scoring(tokenizer, 1)
+    sample, count = rewards.encode_rated(tokenizer, ASK, ANSWERS[0])
+    assert count == len(encode_prompt(tokenizer, ASK)) and sample.tokens[-1] == tokenizer.eos_id
+    assert np.flatnonzero(sample.weights).tolist() == [len(sample.tokens) - 1]
+    expected = float(rewards.score_tokens(model, [sample])[0][-1, 0])
+    assert PreferenceReward(model, tokenizer).raw([ASK], [ANSWERS[0]]) == pytest.approx([expected], abs=1e-5)
 
 
 def rollout(lengths, behaviour):

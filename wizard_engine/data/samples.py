@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,18 @@ from wizard_engine.runtime.process import Runtime
 from .chat import Sample, encode_conversation, encode_preference, encode_prompt, encode_text
 from .records import Conversation, Message, Preference, Process, read_located
 from .row_fields import FieldReader, UnknownFields, expect, field
-from .rows import check_text
+from .rows import brief, check_text
 from .text_files import OnError, Piece, read_values
 from .tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+# Score units of a ranking loss for a point of a judge's gap (scores of 0 to 10), as rankings of instructions have it.
+MARGIN_PER_POINT = 0.1
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference in tokens; `margin` is that of an instruction-ranking row, else 0."""
+    """A preference in tokens; `margin` is that of a ranking loss in score units, 0 where the loss takes none."""
 
     chosen: Sample
     rejected: Sample
@@ -112,6 +115,25 @@ def fitting_pair(pair: Pair, capacity: int) -> Pair:
             f"pair: expected at most {capacity} tokens of both together (training.pack_tokens), got {pair.length}"
         )
     return pair
+
+
+def margin_of(row: Preference) -> float:
+    """Margin of a row in a ranking loss, in score units: its `margin`, else that of its judge's `gap`, else 0.
+
+    margin = MARGIN_PER_POINT x gap for rows with a gap alone, which is in points of the judge's score.
+
+    Raises:
+        ValueError: not a finite number >= 0, or a gap of 0, which is a tie.
+    """
+    name = next((name for name in ("margin", "gap") if row.attributes.get(name) is not None), None)
+    if name is None:
+        return 0.0
+    value = row.attributes[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {brief(value)}")
+    if name == "gap" and value == 0:
+        raise ValueError("gap: expected a number above 0, got 0, which is a tie; there is nothing to learn")
+    return float(value) if name == "margin" else MARGIN_PER_POINT * value
 
 
 def fitting_prompt(tokenizer: Tokenizer, row: Conversation, limit: int) -> tuple[Message, ...]:

@@ -17,7 +17,7 @@ from .accuracy import marks
 
 # Columns of what a ledger says of an agent.
 COUNTED = ("replies", "failures", "tokens_in", "tokens_out", "seconds")
-LEARNING = ("sft", "stage_dpo", "instruction_reward", "process_reward", "rleif")
+LEARNING = ("sft", "stage_dpo", "instruction_reward", "process_reward", "preference_reward", "rleif")
 EXAMPLES = 4
 
 

@@ -1,4 +1,4 @@
-"""Ranking loss of the instruction reward model."""
+"""Ranking loss of the reward models that compare: of instructions, and of answers."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +14,7 @@ def ranking_loss(better: Tensor, worse: Tensor, margin: Tensor, *, num_pairs: in
         num_pairs: pairs of the step over all ranks.
     Returns:
         () fp32.
-    Source: Luo et al. 2023, arXiv:2308.09583 (instruction reward model); margin as in Llama 2, arXiv:2307.09288.
+    Source: Luo et al. 2023, arXiv:2308.09583 (instruction reward model); Ouyang et al. 2022, arXiv:2203.02155, eq. 1
+    (answers); margin as in Llama 2, Touvron et al. 2023, arXiv:2307.09288, eq. 2.
     """
     return -F.logsigmoid(better - worse - margin).sum() / num_pairs

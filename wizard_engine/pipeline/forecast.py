@@ -19,6 +19,7 @@ from wizard_engine.data.records import Conversation, Process, Row, read_files, r
 from wizard_engine.planning.generation import Answers, Generation
 from wizard_engine.planning.planner import Options, Plan, Planner
 from wizard_engine.planning.rates import Rates
+from wizard_engine.rl.rewards import MODELS
 from wizard_engine.runtime.files import write_json_lines
 from wizard_engine.synthesis.inputs import read_stage_rows
 
@@ -352,7 +353,7 @@ class Forecaster:
 
 def online_work(config: Any) -> float:
     """Work on a token of a rollout beside its generation, as a multiple of training the policy on it."""
-    rewards = [model for model in (config.reward.instruction_model, config.reward.process_model) if model is not None]
+    rewards = [name for name in MODELS if getattr(config.reward, f"{name}_model") is not None]
     # The reference and the reward models read it; a critic gives its values and is trained.
     return 1 + FORWARD * (1 + len(rewards)) + (1 + FORWARD) * (config.ppo.advantages == "critic")
 

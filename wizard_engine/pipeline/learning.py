@@ -38,6 +38,7 @@ def _tables(
         "stage_dpo": {"beta": beta, "training": {"lr": dpo, "epochs": dpo_epochs}},
         "instruction_reward": {"training": {"lr": reward, "epochs": 1.0}},
         "process_reward": {"training": {"lr": reward, "epochs": 1.0}},
+        "preference_reward": {"training": {"lr": reward, "epochs": 1.0}},
         "rleif": {
             "training": {"lr": policy},
             "critic": {"lr": 10 * policy},

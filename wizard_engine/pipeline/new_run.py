@@ -12,7 +12,7 @@ from wizard_engine.runtime.files import write_text
 from wizard_engine.runtime.ranges import Checked, Count
 from wizard_engine.runtime.text_lines import printable
 
-from .run_file import SLICE_STAGES
+from .run_file import DEFAULT_STAGES, SLICE_STAGES
 
 ENDPOINT = "openai:MODEL@https://api.example.org/v1"
 TEMPLATE = """\
@@ -31,7 +31,7 @@ on-empty = "skip"           # a stage without rows is left out, with the reason;
 data = {rows}
 # Held-out rows, which nothing is trained on: files of them (held-out), or a number of rows to keep apart, at most half.
 {held_out}
-# Preference rows of your own for Stage-DPO; every slice learns from all of them.
+# Preference rows of your own for Stage-DPO and preference_reward; every slice learns from all of them.
 {pairs}
 # Pairs that each slice keeps apart to measure Stage-DPO on, at most half of them.
 hold-out-pairs = 50
@@ -93,6 +93,9 @@ packs-per-step = 8
 [process_reward.training]
 pack-tokens = 2048
 packs-per-step = 8
+[preference_reward.training]
+pack-tokens = 4096
+packs-per-step = 8
 
 # The longest answers, in tokens. One that reaches the limit is used as it is ("keep"), or counts as missing ("drop").
 # A stage with more than 5 % missing ends the run, and goes on with the same command.
@@ -111,7 +114,7 @@ on-length = "keep"
 # size = 6000               # rows drawn for all slices together; default: all
 # [rleif]
 # rollout = {{ steps = 100 }}
-# reward = {{ factors = ["instruction", "process"] }}
+# reward = {{ factors = ["instruction", "process"] }}  # "preference" needs the stage preference_reward before it
 
 # ... for one slice, and a finished directory in place of a stage.
 # [slice_2.sft]
@@ -166,7 +169,7 @@ class Options(Checked):
 def stages_of(options: Options) -> tuple[str, ...]:
     """The stages of a slice that have what they need."""
     if options.teacher is not None:
-        return SLICE_STAGES
+        return DEFAULT_STAGES
     taught = ("self_teach",) if options.judge is not None else ()
     return ("sft", *taught, *(("stage_dpo",) if taught or options.pairs else ()))
 

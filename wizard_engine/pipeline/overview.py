@@ -1,14 +1,16 @@
 """What a run has, in a few lines before it starts: base model, rows and pairs, and what it measures."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wizard_engine.data.chat import encode_conversation, use_chat_format
 from wizard_engine.data.records import Conversation, Preference, Row, read_files
-from wizard_engine.data.samples import answer_pair
+from wizard_engine.data.samples import Pair, answer_pair
 from wizard_engine.data.tokenizer import Tokenizer, load_tokenizer
 from wizard_engine.model import ModelConfig, ModelDirectory
+from wizard_engine.rl.rewards import rated_pair
 from wizard_engine.runtime.files import read_object
 from wizard_engine.training.options import sample_limit
 
@@ -18,6 +20,8 @@ from .run_file import RunFile
 
 # Rows of the files that are tokenized.
 TOKENIZED = 200
+# Stages that learn from pairs of answers -> what makes a sample of a row.
+PAIRED: dict[str, Callable[..., Pair]] = {"stage_dpo": answer_pair, "preference_reward": rated_pair}
 
 
 def overview(run: RunFile, plan: Plan) -> str:
@@ -76,17 +80,16 @@ def _rows(run: RunFile, plan: Plan, config: ModelConfig) -> str:
 
 
 def _pairs(run: RunFile, plan: Plan, config: ModelConfig) -> str:
-    """How many pairs of one's own, and how many are too long for Stage-DPO."""
+    """How many pairs of one's own, and how many are too long for the stages that learn from them."""
     pairs = [row for row in _read(run, run.rows.pairs) if isinstance(row, Preference)]
     text = f"{len(pairs):,} in {_names(run.rows.pairs)}, for every slice"
-    node = _first(plan, "stage_dpo")
-    if node is None:
-        return text + "; no stage_dpo learns from them"
-    limit = sample_limit(node.config.max_length, config, node.config.training)
-    tokenizer = _tokenizer(node, run.base.model, config)
-    return text + _refused(
-        pairs, lambda row: answer_pair(tokenizer, row, limit, node.config.training.pack_tokens), "stage_dpo"
-    )
+    nodes = [node for table in PAIRED if (node := _first(plan, table)) is not None]
+    for node in nodes:
+        limit = sample_limit(node.config.max_length, config, node.config.training)
+        tokenizer = _tokenizer(node, run.base.model, config)
+        read = partial(PAIRED[node.table], tokenizer, max_length=limit, capacity=node.config.training.pack_tokens)
+        text += _refused(pairs, read, node.table)
+    return text if nodes else f"{text}; neither stage_dpo nor preference_reward learns from them"
 
 
 def _refused(rows: Sequence[Row], encode: Callable[[Any], object], table: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wizard_engine.rl.rewards import FACTORS
+from wizard_engine.rl.rewards import FACTORS, MODELS
 from wizard_engine.runtime.files import read_object
 from wizard_engine.runtime.option_tables import with_table
 from wizard_engine.runtime.ranges import checked_later
@@ -42,7 +42,8 @@ class Made:
     """What the stages of the run have made so far.
 
     model: to start the next learning stage from.   sources: row files of the slice, the better ones first.
-    rows: the slice's cleaned rows, None before.   all_rows: those of all slices.   rest: by what it is.
+    rows: the slice's cleaned rows, None before.   all_rows: those of all slices.
+    pairs: what the slice's Stage-DPO learned from, and its held-out pairs; None before.   rest: by what it is.
     """
 
     model: Path
@@ -56,6 +57,8 @@ class Made:
     lessons: Path | None = None
     instruction: Path | None = None
     process: Path | None = None
+    preference: Path | None = None
+    pairs: tuple[Path, tuple[Path, ...]] | None = None
     learned: dict[str, Path] = field(default_factory=dict)
 
 
@@ -188,7 +191,7 @@ class Plan:
             start = base if union else made.model
             self.measured.append((t, "base", answers, start))
             made.sources, made.rows = [slices[t - 1]], None
-            made.answers = made.battles = None
+            made.answers = made.battles = made.pairs = None
             self._slice(t, made, start, union)
             if made.learned:
                 answers = self.measured[-1][2]
@@ -386,7 +389,7 @@ class Plan:
         made.self_taught, made.lessons = out / "sft.jsonl", out
 
     def _pairs(self, where: str, made: Made, *, t: int, repeat: int) -> tuple[Path, tuple[Path, ...]]:
-        """What Stage-DPO learns from, and held-out pairs."""
+        """What a stage learns from that compares answers, and held-out pairs."""
         mix, rows = self.run.mix, self.run.rows
         offered = [(path, mix.given_pairs) for path in rows.pairs]
         if made.lessons is not None:
@@ -401,13 +404,14 @@ class Plan:
         wiring: dict[str, Any] = {"data": tuple(path for path, _ in chosen), "fallback": fallback}
         wiring |= {"shares": tuple(share for _, share in chosen)} if any(share < 1 for _, share in chosen) else {}
         wiring |= {} if rows.held_out_pairs else {"hold_out": rows.hold_out_pairs}
-        name = where.replace("stage_dpo", "pairs")
+        name = where.replace("stage_dpo", "pairs").replace("preference_reward", "preference_pairs")
         out = self.add("pairs", name, "mix", wiring, t=t, repeat=repeat)
         held = rows.held_out_pairs or ((out / "held_out.jsonl",) if rows.hold_out_pairs else ())
         return out / "rows.jsonl", held
 
     def stage_dpo(self, where: str, made: Made, *, t: int, repeat: int, **_: Any) -> Path:
         pairs, held_out = self._pairs(where, made, t=t, repeat=repeat)
+        made.pairs = pairs, held_out
         wiring = {"data": (pairs,), "model": str(made.model), **self._held("stage_dpo", held_out)}
         node = {"learns": (pairs,), **self._learned(where, made)}
         return self.add("stage_dpo", where, "stage_dpo", wiring, t=t, repeat=repeat, **node) / "model"
@@ -421,11 +425,17 @@ class Plan:
         labels = self.need(lessons, where, "answers of self_teach with agents.labeller") / "processes.jsonl"
         made.process = self._reward(where, made, "process", labels, t=t, repeat=repeat)
 
-    def _reward(self, where: str, made: Made, kind: str, rows: Path, *, t: int, repeat: int) -> Path:
+    def preference_reward(self, where: str, made: Made, *, t: int, repeat: int, **_: Any) -> None:
+        """A reward model of answers, from the pairs of the slice's Stage-DPO where it stands before, else its own."""
+        pairs, held_out = made.pairs or self._pairs(where, made, t=t, repeat=repeat)
+        held = self._held("reward", held_out)
+        made.preference = self._reward(where, made, "preference", pairs, t=t, repeat=repeat, **held)
+
+    def _reward(self, where: str, made: Made, kind: str, rows: Path, *, t: int, repeat: int, **more: Any) -> Path:
         stage = f"{kind}_reward"
-        # Both reward models start from the last supervised model.
+        # All reward models start from the last supervised model.
         supervised = [path for name, path in made.learned.items() if name.startswith("sft")]
-        wiring = {"kind": kind, "data": (rows,), "model": str(supervised[-1] if supervised else made.model)}
+        wiring = {"kind": kind, "data": (rows,), "model": str(supervised[-1] if supervised else made.model), **more}
         node = {"learns": (rows,), "stands_for": {self.out / where / "model": None}}
         return self.add(stage, where, "reward", wiring, t=t, repeat=repeat, **node) / "model"
 
@@ -434,7 +444,7 @@ class Plan:
         factors = self._factors(t, repeat)
         models = {
             f"{name}_model": self.need(getattr(made, name), where, f"{name}_reward before it")
-            for name in ("instruction", "process")
+            for name in MODELS
             if name in factors
         }
         reward = options.RewardOptions(**models, **({"factors": factors} if factors != FACTORS else {}))
@@ -444,7 +454,8 @@ class Plan:
             "reward": reward,
             **self._held("rleif", self.held_out),
         }
-        wiring |= {"ppo": options.PPOOptions(group_baseline="process" in factors or "checked" in factors)}
+        # The answers to a prompt differ in every factor but that of the instruction.
+        wiring |= {"ppo": options.PPOOptions(group_baseline=any(name != "instruction" for name in factors))}
         node = {"learns": (made.rows,), **self._learned(where, made)}
         return self.add("rleif", where, "rleif", wiring, t=t, repeat=repeat, **node) / "model"
 

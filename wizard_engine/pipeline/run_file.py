@@ -20,8 +20,11 @@ from wizard_engine.runtime.ranges import Checked, Count, NonNegative, Seed, Shar
 
 # Stages of a slice in their usual order.
 DATA_STAGES = ("evol_instruct", "evol_answer", "co_teach")
-LEARNING_STAGES = ("sft", "self_teach", "stage_dpo", "instruction_reward", "process_reward", "rleif")
+REWARD_STAGES = ("instruction_reward", "process_reward", "preference_reward")
+LEARNING_STAGES = ("sft", "self_teach", "stage_dpo", *REWARD_STAGES, "rleif")
 SLICE_STAGES = (*DATA_STAGES, *LEARNING_STAGES)
+# Those that a run has unless its file names some: RLEIF's own factors need no preference model.
+DEFAULT_STAGES = tuple(name for name in SLICE_STAGES if name != "preference_reward")
 # Tables of options: the stages above, those before and behind the slices, and those between them.
 STAGES = (
     *("world", "pretraining", "analysis", "held_out", "sample"),
@@ -51,7 +54,7 @@ class Rows(Checked):
     hold_out: NonNegative[int] = 0
     """Rows to keep apart as held-out rows, where there is no file of them."""
     pairs: tuple[Path, ...] = ()
-    """Preference rows of your own for Stage-DPO, used in every slice."""
+    """Preference rows of your own for Stage-DPO and the preference reward model, used in every slice."""
     held_out_pairs: tuple[Path, ...] = ()
     """Held-out preference rows."""
     hold_out_pairs: NonNegative[int] = 0
@@ -112,7 +115,7 @@ class Mix(Checked):
     self_taught: Share[float] = 1.0
     """Of the last slice's self-taught supervised rows, in the rows of a slice."""
     given_pairs: Share[float] = 1.0
-    """Of rows.pairs, in Stage-DPO; so are the next three."""
+    """Of rows.pairs, in Stage-DPO and the preference reward model; so are the next three."""
     self_teach: Share[float] = 1.0
     evol_answer: Share[float] = 1.0
     battles: Share[float] = 1.0
@@ -189,7 +192,7 @@ class RunFile(Checked):
     """Slices of the rows, which are learned one after the other."""
     progression: Literal["continue", "union"] = "continue"
     """Start a slice from the model of the slice before, or the last slice from the base on all rows."""
-    stages: tuple[str, ...] = SLICE_STAGES
+    stages: tuple[str, ...] = DEFAULT_STAGES
     """Stages of a slice in their order; one may stand twice."""
     on_empty: Literal["end", "skip"] = "end"
     """What to do where a stage has no rows to learn from: end the run, or leave the stage out."""

@@ -14,10 +14,19 @@ from wizard_engine.parallel import Mesh, Sharding, sharded
 from wizard_engine.runtime.metrics import byte_bar
 from wizard_engine.runtime.object_collectives import gather_objects
 
-from .rewards import InstructionReward, ProcessReward
+from .rewards import InstructionReward, PreferenceReward, ProcessReward
 
 # Elements that a comparison with a file reads at once.
 CHUNK = 2**22
+# Field of config.json with the kind of a reward model. Those with one output and without it score instructions.
+KIND = "wizard_reward"
+OUTPUTS = {"instruction": 1, "process": 3, "preference": 1}
+NAMES = {
+    None: "a language model",
+    "instruction": "an instruction reward model",
+    "process": "a process reward model",
+    "preference": "a preference reward model",
+}
 
 
 class FrozenModels:
@@ -45,29 +54,31 @@ class FrozenModels:
         Args:
             capacity: tokens of one forward pass.
         """
-        model, tokenizer, fields = self._scoring(path, 1)
+        model, tokenizer, fields = self._scoring(path, "instruction")
         return InstructionReward(
             model, tokenizer, mean=fields["wizard_mean"], std=fields["wizard_std"], capacity=capacity
         )
 
     def process_reward(self, path: Path, *, neutral: float, capacity: int) -> ProcessReward:
         """The process factor of a directory that recipes/reward.py wrote."""
-        model, tokenizer, _ = self._scoring(path, 3)
+        model, tokenizer, _ = self._scoring(path, "process")
         return ProcessReward(model, tokenizer, neutral=neutral, capacity=capacity)
 
-    def _scoring(self, path: Path, outputs: int) -> tuple[ScoringModel, Tokenizer, dict]:
+    def preference_reward(self, path: Path, *, capacity: int) -> PreferenceReward:
+        """The preference factor of a directory that recipes/reward.py wrote."""
+        model, tokenizer, _ = self._scoring(path, "preference")
+        return PreferenceReward(model, tokenizer, capacity=capacity)
+
+    def _scoring(self, path: Path, kind: str) -> tuple[ScoringModel, Tokenizer, dict]:
         """A reward model's directory: model, tokenizer, fields of config.json.
 
         Raises:
             ValueError: a language model, or a reward model of the other kind.
         """
         with ModelDirectory(path) as directory:
-            num_outputs = directory.outputs or 0
-            if num_outputs != outputs:
-                kinds = {0: "a language model", 1: "an instruction reward model", 3: "a process reward model"}
-                raise ValueError(
-                    f"{path}: expected {kinds[outputs]}, got {kinds.get(num_outputs, f'{num_outputs} outputs')}"
-                )
+            found = _kind(directory)
+            if found != kind:
+                raise ValueError(f"{path}: expected {NAMES[kind]}, got {NAMES.get(found, found)}")
             tokenizer = load_tokenizer(path)
             check_vocabulary(tokenizer, directory.config, path)
             return self._with_head(self._body(directory), directory), tokenizer, directory.fields
@@ -94,6 +105,15 @@ class FrozenModels:
         fill(body, directory)
         self.bodies.append(body)
         return body
+
+
+def _kind(directory: ModelDirectory) -> str | None:
+    """What a directory scores, one of `OUTPUTS` or in words what else it is; None: it holds a language model."""
+    if directory.outputs is None:
+        return None
+    kind = directory.fields.get(KIND, "process" if directory.outputs == OUTPUTS["process"] else "instruction")
+    is_known = isinstance(kind, str) and OUTPUTS.get(kind) == directory.outputs
+    return kind if is_known else f"{directory.outputs} outputs"
 
 
 def _is_equal(body: Transformer, directory: ModelDirectory) -> bool:

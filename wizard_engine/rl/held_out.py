@@ -25,7 +25,7 @@ from .trajectories import Rollout, roll_out
 
 Line = dict[str, Any]
 # Of a row's line; a row has those that its reward models and its reference give.
-MEASURES = ("reward", "instruction_factor", "process_factor", "checked", "length", "finished")
+MEASURES = ("reward", "instruction_factor", "process_factor", "preference_factor", "checked", "length", "finished")
 FILE, FIRST = "held_out.jsonl", "held_out_before.json"
 # Of the file of the first measurement.
 VERSION = 1
@@ -37,12 +37,14 @@ class PromptRows:
     """Rows that answers are sampled to.
 
     where: `path:line` of each.   prompts: the turns up to the last question.   references: the row's own answer, None
-    where no number can be read in it, or where none is needed.
+    where no number can be read in it, or where none is needed.   own: the row's own answer, which a preference model
+    compares with; none where there is no such model.
     """
 
     where: list[str] = field(default_factory=list)
     prompts: list[tuple[Message, ...]] = field(default_factory=list)
     references: list[Reference | None] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
 
 
 class HeldOut:
@@ -50,7 +52,8 @@ class HeldOut:
 
     Args:
         rows: to measure on.   out: run directory.   sampler, tokenizer: of the policy.
-        score: rewards of a rollout, given the references of its prompts.   reward: its factors, and the penalty.
+        score: rewards of a rollout, given the references of its prompts, and the rows' own answers where a preference
+        model needs them.   reward: its factors, and the penalty.
         has_process: whether a process model scores.   options: of the rollouts.   seed: of the answers.
         every: rollouts between measurements; 0: none in between.   measures_last: the weights after the last rollout
         are those that are written.   quiet: no progress bar.
@@ -63,7 +66,7 @@ class HeldOut:
         *,
         sampler: Sampler,
         tokenizer: Tokenizer,
-        score: Callable[[Rollout, Sequence[Reference | None]], list[AnswerReward]],
+        score: Callable[[Rollout, Sequence[Reference | None], Sequence[str]], list[AnswerReward]],
         reward: RewardOptions,
         has_process: bool,
         options: RolloutOptions,
@@ -85,6 +88,7 @@ class HeldOut:
         """A line for each row, in their order, from the current weights."""
         mine = range(self.data.index, len(self.rows.where), self.data.size)
         references = [self.rows.references[i] for i in mine]
+        own = [self.rows.own[i] for i in mine] if self.rows.own else []
         self.sampler.sync_weights()
         rollout = roll_out(
             self.sampler,
@@ -99,7 +103,7 @@ class HeldOut:
             desc=self.desc,
         )
         self.sampler.release()
-        answers = zip(self.score(rollout, references), rollout.texts, rollout.lengths)
+        answers = zip(self.score(rollout, references, own), rollout.texts, rollout.lengths)
         lines = [
             line_of(reward, self.reward, answer=text, length=length, has_process=self.has_process)
             for reward, text, length in answers
@@ -163,6 +167,8 @@ def line_of(
         line["instruction_factor"] = reward.instruction
     if has_process:
         line["process_factor"] = reward.process
+    if reward.preferred is not None:
+        line["preference_factor"] = reward.preference
     if reward.is_right is not None:
         line["checked"] = reward.checked
     return line | {"answer": answer}

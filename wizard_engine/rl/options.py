@@ -7,7 +7,7 @@ from typing import Literal
 from wizard_engine.runtime.ranges import AtLeastOne, Checked, Count, LearningRate, NonNegative, Positive, Share, ranged
 from wizard_engine.runtime.stage import INCIDENTAL
 
-from .rewards import ALL_FACTORS, FACTORS
+from .rewards import ALL_FACTORS, FACTORS, MODELS
 
 Clip = ranged(above=0, below=1)
 DualClip = ranged(above=1)
@@ -103,9 +103,11 @@ class RewardOptions(Checked):
     """Instruction reward model, a directory of recipes/reward.py; the factor instruction needs it."""
     process_model: Path | None = None
     """Process reward model, a directory of recipes/reward.py; the factor process needs it."""
+    preference_model: Path | None = None
+    """Preference reward model, a directory of recipes/reward.py; the factor preference needs it."""
     factors: tuple[str, ...] = FACTORS
-    """Factors of the reward, multiplied: instruction, process, checked. checked is 1 where the answer claims the number
-    of the row's own answer, else 0."""
+    """Factors of the reward, multiplied: instruction, process, preference, checked. preference is the probability that
+    the answer is preferred to the row's own. checked is 1 where it claims the number of the row's own, else 0."""
     neutral: Share[float] = 0.5
     """Process score of a neutral step, 0 to 1."""
     no_eos_penalty: NonNegative[float] = 0.5
@@ -116,8 +118,8 @@ class RewardOptions(Checked):
         unknown = [name for name in self.factors if name not in ALL_FACTORS]
         if unknown or not self.factors:
             raise ValueError(f"reward.factors: expected some of {', '.join(ALL_FACTORS)}, got {unknown or 'none'}")
-        for name, path in (("instruction", self.instruction_model), ("process", self.process_model)):
-            if path is None and name in self.factors:
+        for name in MODELS:
+            if getattr(self, f"{name}_model") is None and name in self.factors:
                 raise ValueError(
                     f"reward.{name}_model: expected a directory of recipes/reward.py with the factor {name}, got none; "
                     f"give --reward.{name}-model, or leave {name} out of --reward.factors"

@@ -322,6 +322,8 @@ def factor_sums(options: RewardOptions, rewards: Sequence[AnswerReward]) -> dict
     if options.process_model is not None:
         sums["process_factor"] = sum(r.process for r in rewards)
         sums["mean_step_score"] = sum(sum(r.scores) / len(r.scores) for r in rewards if r.scores)
+    if options.preference_model is not None:
+        sums["preference_factor"] = sum(r.preference for r in rewards)
     if "checked" in options.factors:
         sums["checked"] = sum(r.checked for r in rewards)
     return sums | {"steps_per_answer": sum(len(r.spans) for r in rewards)}
