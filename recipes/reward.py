@@ -20,11 +20,11 @@ from wizard_engine import runtime
 from wizard_engine.data.batch import Batch, collate
 from wizard_engine.data.chat import Sample, use_chat_format
 from wizard_engine.data.chat_format import ChatFormatChoice
+from wizard_engine.data.proportions import wilson_interval
 from wizard_engine.data.records import Preference as PreferenceRow
 from wizard_engine.data.records import Process as ProcessRow
 from wizard_engine.data.samples import Pair, check_rows, encode_all, read_pairs, read_processes
 from wizard_engine.data.tokenizer import Tokenizer
-from wizard_engine.evaluation.accuracy import wilson_interval
 from wizard_engine.loss import process_loss, ranking_loss
 from wizard_engine.model import Routes, ScoringModel
 from wizard_engine.model.loading import scoring_start, write_model

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import reward, rleif
+from wizard_engine.data.proportions import wilson_interval
 from wizard_engine.data.records import Message, Preference, conversation
 from wizard_engine.data.samples import MARGIN_PER_POINT
-from wizard_engine.evaluation.accuracy import wilson_interval
 from wizard_engine.model import ScoringModel, load_model
 from wizard_engine.rl.options import CriticOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
 from wizard_engine.rl.rewards import PreferenceReward
