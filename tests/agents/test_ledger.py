@@ -73,7 +73,8 @@ def test_key_is_that_of_earlier_releases_and_leaves_the_row_out():
 def test_keys_with_options_and_schemas_are_those_of_earlier_releases():
     fields = {"answer_steps": "a\n\nb\nc", "instructions": "1. x\n2. y"}
     messages, digest = (Message("user", 'Ü\n"x"'), Message("assistant", "y")), hashlib.sha256()
-    for task in replies.READERS:
+    # The order of earlier releases, which had no other tasks.
+    for task in (name for name in replies.READERS if name != "diagnose"):
         for top_p in (1.0, 0.9, 1):
             schema = replies.schema_of(task, fields)
             digest.update(request_key("f/1", Request(task, messages, 7, 0.5, 99, top_p, schema, "r")))
