@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from recipes import accuracy, make_world, reward, rleif, sft, stage_dpo
 from wizard_engine.data.chat import Sample
 from wizard_engine.data.records import conversation, read_rows
-from wizard_engine.data.samples import Pair
+from wizard_engine.data.samples import Pair, answer_pair
+from wizard_engine.data.tokenizer import load_tokenizer
 from wizard_engine.model import ScoringModel, load_model
 from wizard_engine.parallel import Sharding
 from wizard_engine.rl.options import CriticOptions, PPOOptions, PTXOptions, RewardOptions, RolloutOptions
@@ -224,6 +225,20 @@ def test_order_slices_goes_by_length_or_gap(order, expected):
     assert order_slices(pairs, 2, order, seed=0) == expected
     drawn = order_slices(pairs, 3, "random", seed=1)
     assert sorted(sum(drawn, [])) == [0, 1, 2, 3] and [len(rank_rows) for rank_rows in drawn] == [2, 1, 1]  # noqa: RUF017
+
+
+# Catches: gaps of the rows that do not reach the order, which was a random one then.
+def test_order_by_gap_reads_the_rows(world):
+    tokenizer, rows = load_tokenizer(world.base), world.preferences(4)
+    gapped = [row.replace(attributes=row.attributes | {"gap": gap}) for row, gap in zip(rows, (1, 4.5, 0.5, 2))]
+    pairs = [answer_pair(tokenizer, row, 512) for row in gapped]
+    assert [pair.margin for pair in pairs] == [1, 4.5, 0.5, 2] and order_slices(pairs, 2, "by_gap", 0) == [
+        [1, 3],
+        [0, 2],
+    ]
+    plain = [answer_pair(tokenizer, row.replace(attributes={}), 512) for row in rows]
+    with pytest.raises(ValueError, match="order: expected pairs with a judge's score gap for by_gap"):
+        order_slices(plain, 2, "by_gap", 0)
 
 
 @pytest.fixture(scope="module")

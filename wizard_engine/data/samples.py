@@ -27,7 +27,7 @@ MARGIN_PER_POINT = 0.1
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference in tokens; `margin` is that of a ranking loss in score units, 0 where the loss takes none."""
+    """A preference in tokens; `margin` is that of a ranking loss in score units, or of DPO's order, 0 where none is known."""
 
     chosen: Sample
     rejected: Sample
@@ -97,14 +97,16 @@ def read_pairs(
 
 
 def answer_pair(tokenizer: Tokenizer, row: Preference, max_length: int, capacity: int | None = None) -> Pair:
-    """The two answers of a preference row.
+    """The two answers of a preference row; the margin is its judge's `gap`, else its `margin`, 0 where it has none.
 
     Args:
         max_length: longest of the two, tokens.   capacity: tokens of a pack, which must hold both.
     Raises:
         ValueError: they are the same, blank, or too long.
     """
-    pair = Pair(*encode_preference(tokenizer, row, max_length=max_length))
+    values = [row.attributes.get(name) for name in ("gap", "margin")]
+    gaps = [float(value) for value in values if isinstance(value, int | float)]
+    pair = Pair(*encode_preference(tokenizer, row, max_length=max_length), *gaps[:1])
     return pair if capacity is None else fitting_pair(pair, capacity)
 
 
