@@ -27,7 +27,7 @@ MARGIN_PER_POINT = 0.1
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference in tokens; `margin` is that of a ranking loss in score units, or of DPO's order, 0 where none is known."""
+    """A preference in tokens; `margin` is that of a ranking loss in score units or of DPO's order, 0 where none is."""
 
     chosen: Sample
     rejected: Sample

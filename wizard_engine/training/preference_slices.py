@@ -25,9 +25,7 @@ def order_slices(pairs: Sequence[Pair], slices: int, order: str, seed: int) -> l
     lengths = np.asarray([float(pair.chosen.weights.sum()) for pair in pairs])
     gaps = np.asarray([pair.margin for pair in pairs])
     if order == "by_gap" and not gaps.any():
-        raise ValueError(
-            "order: expected pairs with a judge's score gap for by_gap, attribute gap or margin, got none; choose another"
-        )
+        raise ValueError("order: expected pairs with a judge's score gap for by_gap, attribute gap or margin, got none")
     key = {"random": np.zeros(len(pairs)), "easy_first": lengths, "hard_first": -lengths, "by_gap": -gaps}[order]
     ranked = shuffled[np.argsort(key[shuffled], kind="stable")]
     return [indices.tolist() for indices in np.array_split(ranked, slices)]
